@@ -1,0 +1,162 @@
+"""From raw streams to shards: where the splits and shards are cut, and how one is read out of the ranks' raw files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpidp.data.index import FileRecord
+from mpidp.data.shards import write_shard
+from mpidp.data.tokenizer import Tokenizer
+from mpidp.errors import DataError, UsageError
+
+PIECE_TOKENS = 2**20
+
+
+class RawWriter:
+    """A stream under way: FOLDER/NAME.tokens (ids) and FOLDER/NAME.documents (uint64, where each document starts)."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self.path, self.tokens, self.documents = folder / name, 0, 0
+        self._dtype, self._inside = dtype, False
+        self._ids = open(f"{self.path}.tokens", "wb", buffering=PIECE_TOKENS)
+        self._starts = open(f"{self.path}.documents", "wb", buffering=PIECE_TOKENS)
+
+    def add(self, ids: np.ndarray) -> None:
+        """More of the document under way, or the start of the next."""
+        if not self._inside:
+            self._starts.write(np.array([self.tokens], dtype="<u8").tobytes())
+            self.documents, self._inside = self.documents + 1, True
+        self._ids.write(ids.astype(self._dtype).tobytes())
+        self.tokens += len(ids)
+
+    def end_document(self, eod: int) -> None:
+        """Close the document under way."""
+        self.add(np.array([eod]))
+        self._inside = False
+
+    def close(self) -> Raw:
+        """Flush; returns how to find it again."""
+        self._ids.close()
+        self._starts.close()
+        return Raw(self.path, self._dtype.itemsize, self.tokens, self.documents)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What one rank encoded of one stream."""
+
+    path: Path
+    token_bytes: int
+    tokens: int
+    documents: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop)."""
+        dtype = f"<u{self.token_bytes}"
+        return np.fromfile(f"{self.path}.tokens", dtype, count=stop - start, offset=start * self.token_bytes)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The document starts in [start, stop), uint64."""
+        if not self.documents:
+            return np.empty(0, dtype="<u8")
+        starts = np.memmap(f"{self.path}.documents", dtype="<u8", mode="r")
+        first, last = np.searchsorted(starts, np.array([start, stop], dtype="<u8"))
+        return np.array(starts[first:last])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The ranks' raw files as one stream of tokens, the same for any number of ranks."""
+
+    raws: list[Raw]
+    bases: list[int] = field(init=False)
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        ends = np.cumsum([raw.tokens for raw in self.raws]).tolist()
+        object.__setattr__(self, "bases", [0, *ends[:-1]])
+        object.__setattr__(self, "tokens", ends[-1])
+
+    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Tokens [start, stop) in pieces of PIECE_TOKENS, wherever the ranks' parts end."""
+        for at in range(start, stop, PIECE_TOKENS):
+            yield np.concatenate([raw.read(a, b) for raw, _, a, b in self._overlaps(at, min(at + PIECE_TOKENS, stop))])
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The document starts in [start, stop), counted from start, uint64."""
+        found = [raw.document_starts(a, b) + np.uint64(base) for raw, base, a, b in self._overlaps(start, stop)]
+        return np.concatenate(found) - np.uint64(start)
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Raw, int, int, int]]:
+        for raw, base in zip(self.raws, self.bases, strict=True):
+            a, b = max(start - base, 0), min(stop - base, raw.tokens)
+            if a < b:
+                yield raw, base, a, b
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Shard number `shard` of a split: tokens [start, stop) of a stream."""
+
+    split: str
+    shard: int
+    num_shards: int
+    stream: str
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return f"{self.split}_{self.shard:05d}.h5"
+
+
+def plan_shards(streams: dict[str, Stream], shards: int, val_fraction: float) -> list[ShardPlan]:
+    """Where shards are cut: at k N // K. streams: {"train"} or, split by document, {"train", "val"}.
+
+    A validation split cut from "train" is its end, at least 2 tokens, and has as many shards as its share asks for.
+    DataError when a split would be too small, UsageError for more shards than tokens.
+    """
+    total = streams["train"].tokens
+    by_document = "val" in streams
+    num_val = streams["val"].tokens if by_document else max(2, round(total * val_fraction)) if val_fraction else 0
+    num_train = total if by_document else total - num_val
+    if num_train < 2 or (val_fraction and num_val < 2):
+        raise DataError(f"{num_train} training and {num_val} validation tokens are too few; give more text, "
+                        "--val-fraction 0" + (", another --seed or --split text" if by_document else ""))
+    if shards > num_train:
+        raise UsageError(f"--shards {shards} is more than the {num_train} training tokens; use fewer")
+    plans = _cut("train", "train", 0, num_train, shards)
+    if num_val:
+        num_files = min(num_val, max(1, round(shards * num_val / num_train)))
+        plans += _cut("val", "val" if by_document else "train", 0 if by_document else num_train, num_val, num_files)
+    return plans
+
+
+def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[ShardPlan]:
+    cuts = [start + k * tokens // num for k in range(num + 1)]
+    return [ShardPlan(split, k, num, stream, cuts[k], cuts[k + 1]) for k in range(num)]
+
+
+def cut_shard(plan: ShardPlan, stream: Stream, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str) -> FileRecord:
+    """Write one shard into folder. Independent."""
+    text_bytes = 0
+
+    def pieces() -> Iterator[np.ndarray]:
+        nonlocal text_bytes
+        for piece in stream.pieces(plan.start, plan.stop):
+            text_bytes += tokenizer.count_bytes(piece)
+            yield piece
+
+    starts, tokens = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start
+    attributes: dict[str, int | str] = {
+        "split": plan.split, "shard": plan.shard, "num_shards": plan.num_shards, "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod, "tokenizer_sha256": tokenizer_sha256,
+    }
+    said = write_shard(folder / plan.name, pieces(), tokens, starts, attributes)
+    return FileRecord(plan.name, plan.split, tokens, len(starts), text_bytes, said.size, said.crc32, said.sha256)

@@ -1,0 +1,42 @@
+"""The ranks that prepare a corpus together, or one process alone without MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+
+class Team:
+    """comm, or None for one process alone."""
+
+    def __init__(self, comm: MPI.Intracomm | None) -> None:
+        self.comm = comm
+        self.rank, self.size = (0, 1) if comm is None else (comm.rank, comm.size)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait for each other after the body, without spinning; an exception on one rank is one on all. Collective."""
+        if self.comm is None:
+            yield
+            return
+        from mpidp.comm.mesh import polite_barrier, together
+
+        with together(self.comm):
+            try:
+                yield
+            finally:
+                polite_barrier(self.comm)  # MPI's own collectives take a core while they wait
+
+    def bcast(self, value: T | None) -> T:
+        """Rank 0's value. Collective."""
+        return value if self.comm is None else self.comm.bcast(value)  # type: ignore[return-value]
+
+    def allgather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order. Collective."""
+        return [value] if self.comm is None else self.comm.allgather(value)

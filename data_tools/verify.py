@@ -1,0 +1,55 @@
+"""Whether a folder of shards is whole: `python -m data_tools.verify DIR`; exit code 3 and the file's name when not."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from mpidp.data.shards import TokenStream
+from mpidp.data.tokenizer import load_tokenizer
+from mpidp.errors import DataError
+
+PIECE_TOKENS = 2**22
+
+
+def verify(folder: str | Path) -> str:
+    """Check headers, checksums, ids, offsets and tokenizer; one line when fine, else DataError. Independent."""
+    index = TokenStream(folder).index
+    path = Path(folder) / "tokenizer.json"
+    tokenizer = load_tokenizer(folder)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != index.tokenizer_sha256:
+        raise DataError(f"{path}: it changed since index.json was written; restore it, or prepare {folder} again")
+    if (tokenizer.vocab_size, tokenizer.eod) != (index.vocab_size, index.eod):
+        raise DataError(f"{path}: vocabulary {tokenizer.vocab_size} and end of document {tokenizer.eod} are not what "
+                        f"index.json says ({index.vocab_size}, {index.eod}); prepare {folder} again")
+    streams = [TokenStream(folder, name) for name in index.splits]
+    for stream in streams:
+        stream.check(contents=True)
+        at = 0
+        for i, record in enumerate(stream.files):
+            stream.doc_offsets(i)
+            for start in range(at, at + record.tokens, PIECE_TOKENS):
+                ids = stream.read(start, min(PIECE_TOKENS, at + record.tokens - start))
+                if ids.max() >= stream.vocab_size:
+                    bad = int(np.argmax(ids >= stream.vocab_size))
+                    raise DataError(f"{stream.path / record.name}: token {start - at + bad} is {ids[bad]}, not below "
+                                    f"vocab_size {stream.vocab_size}; prepare {folder} again")
+            at += record.tokens
+    tokens, size = sum(s.num_tokens for s in streams), sum(record.size for record in index.files)
+    return f"{folder}: {len(index.files)} files, {tokens:,} tokens, {size:,} bytes: all as index.json says"
+
+
+def main() -> None:
+    """The command line. Independent."""
+    parser = argparse.ArgumentParser(prog="python -m data_tools.verify", description=__doc__)
+    parser.add_argument("folder", metavar="DIR")
+    print(verify(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    from mpidp.entry import run_entry
+
+    run_entry(main)

@@ -1,0 +1,76 @@
+"""Which tokenizer a preparation uses: given, or made from the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from data_tools.counts import Counts
+from data_tools.sources import Reader, SourceFile
+from data_tools.team import Team
+from mpidp.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    check_bpe_size,
+    load_tokenizer,
+    tokenizer_from_json,
+    train_bpe,
+)
+from mpidp.errors import DataError, UsageError
+
+BPE_TRAINING_CHARACTERS = 64 * 2**20  # of text, from files in an order given by a hash of their names
+
+
+def check_tokenizer(spec: str) -> None:
+    """UsageError unless spec is byte, char, bpe:VOCAB or an existing path. Independent."""
+    kind, colon, size = spec.partition(":")
+    if kind == "bpe" and colon:
+        check_bpe_size(int(size) if size.isascii() and size.isdigit() else 0, spec)
+    elif spec not in ("byte", "char") and not Path(spec).exists():
+        raise UsageError(f"--tokenizer {spec} must be byte, char, bpe:VOCAB (bpe:8192) or an existing tokenizer.json")
+
+
+def make_tokenizer(
+    spec: str, eod: str | None, files: list[SourceFile], mine: list[SourceFile], reader: Reader, team: Team
+) -> Tokenizer:
+    """The tokenizer of a corpus, the same on every rank. Collective.
+
+    files: all; mine: this rank's. bpe is trained by rank 0 on at most BPE_TRAINING_CHARACTERS.
+    """
+    reader = replace(reader, counts=Counts())  # this pass counts nothing
+    characters: set[str] = set()
+    stored: tuple[str, int | None] | None = None
+    with team.together():
+        if spec == "char":
+            for f in mine:
+                for text in reader.pieces(f):
+                    characters.update(text or "")
+        elif spec.startswith("bpe:") and team.rank == 0:
+            trained = train_bpe(_training_text(files, reader), int(spec[4:]))
+            stored = trained.to_json(), trained.eod
+        elif spec != "byte" and team.rank == 0:
+            given = load_tokenizer(spec, eod)
+            stored = given.to_json(), given.eod
+    if spec == "byte":
+        return ByteTokenizer()
+    if spec == "char":
+        characters = set().union(*team.allgather(characters))
+        if not characters:
+            raise DataError("the source has no text at all; give --source a file or folder with text")
+        return CharTokenizer("".join(sorted(characters)))
+    text, eod_id = team.bcast(stored)
+    return tokenizer_from_json(text, eod_id)
+
+
+def _training_text(files: list[SourceFile], reader: Reader) -> Iterator[str]:
+    left = BPE_TRAINING_CHARACTERS
+    for f in sorted(files, key=lambda f: hashlib.blake2b(f.name.encode("utf-8", "surrogateescape")).digest()):
+        for text in reader.pieces(f):
+            if left <= 0:
+                return
+            if text is not None:
+                left -= len(text)
+                yield text

@@ -1,0 +1,247 @@
+"""From a configuration to a job: open the data, resolve what was left open, agree over the ranks, make the parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpidp import resolve
+from mpidp.checkpoint import Reader
+from mpidp.comm.mesh import Mesh, together
+from mpidp.comm.probe import gradient_path
+from mpidp.comm.reducers import REDUCERS
+from mpidp.comm.transport import Messages
+from mpidp.config import Config, fields_of, to_toml
+from mpidp.data.loader import Loader
+from mpidp.data.sampler import Sampler
+from mpidp.data.shards import TokenStream
+from mpidp.engine import Engine
+from mpidp.errors import DataError, UsageError
+from mpidp.files import write_file
+from mpidp.fit import Job
+from mpidp.lanes import Lanes
+from mpidp.metrics import MetricsFile, Progress, peak_flops
+from mpidp.model.transformer import MODELS, TransformerShape, flops_per_token, num_parameters
+from mpidp.optim import Optimizer, Schedule, global_norm
+from mpidp.rundir import refuse_changes
+from mpidp.strategies import STRATEGIES
+from mpidp.watchdog import Watchdog
+
+
+def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
+    """Shards of the embedded corpus when data.path is the default and holds none: rank 0 makes them, the others sleep.
+    Collective over world."""
+    path = Path(config.data.path)
+    if config.data.path != Config().data.path:
+        return
+    missing = world.bcast(not (path / "index.json").exists() if world.rank == 0 else None, root=0)
+    if not missing:
+        return
+    with together(world):
+        if world.rank == 0:
+            from data_tools.prepare import prepare
+
+            print(f"no shards in {path}: preparing them from the source of Python's standard library", flush=True)
+            prepare(**corpus, out=str(path))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run, before anything large is made."""
+
+    config: Config  # nothing left open
+    asked_threads: int  # as the user gave it; 0: automatic
+    mesh: Mesh
+    device: torch.device
+    training: TokenStream
+    validation: TokenStream | None
+    sampler: Sampler
+    lanes: Lanes
+    shape: TransformerShape
+
+    @property
+    def world(self) -> MPI.Intracomm:
+        return self.mesh.dp
+
+    def say_what_runs(self) -> None:
+        """Configuration, model and ranks, on rank 0. Collective over world."""
+        lanes = self.lanes.of_rank(self.world.rank, self.world.size)
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        rows = self.world.gather((self.mesh.host, f"{self.device} {device}", self.config.train.threads, len(lanes)), root=0)
+        if rows is None:
+            return
+        count = num_parameters(self.shape)
+        c, t = self.config, self.config.train
+        print(to_toml(c))
+        print(f"{'rank':>5}  {'host':<20} {'device':<24} {'threads':>7} {'lanes':>6}")
+        for rank, (host, where, threads, num_lanes) in enumerate(rows):
+            print(f"{rank:>5}  {host:<20} {where:<24} {threads:>7} {num_lanes:>6}")
+        print(
+            f"\n{count:,} parameters; {16 * count / 2**20:,.0f} MiB a rank for weights, gradient and optimizer state; "
+            f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
+            f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
+            f"{t.steps / self.sampler.steps_per_epoch:.2f} epochs of {self.training.num_tokens:,} tokens; "
+            f"reducer {c.comm.reducer}, strategy {c.strategy.name}\n",
+            flush=True,
+        )
+
+    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
+        """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
+        when a setting that must not change has changed. Collective over world."""
+        plan = self
+        if reader is not None:
+            saved = reader.meta["fingerprint"]
+            if not self.asked_threads:
+                plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
+            with together(self.world):
+                refuse_changes(reader.meta["config"], plan.config)
+                if reader.meta["data"] != self.training.index_sha256:
+                    raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
+            now = resolve.fingerprint(plan.config, self.device)
+            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+            notes = [*notes, f"resuming from {reader.path}"]
+            if changed:
+                notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
+        if self.world.rank == 0:
+            for note in notes:
+                print(note, flush=True)
+        return plan
+
+    def has_ended(self, reader: Reader) -> dict[str, Any] | None:
+        """The end record when the run is over and nothing that decides its end has changed since. Independent."""
+        end: dict[str, Any] | None = reader.meta["end"]
+        if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
+            return end
+        rules = ("train.steps", "train.target_loss", "train.patience")
+        now = {key: value for key, _, value in fields_of(self.config)}
+        return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
+
+    def say_ended(self, end: dict[str, Any]) -> None:
+        """On rank 0; also mends a metrics file whose last line was lost. Independent."""
+        if self.world.rank:
+            return
+        file = Path(self.config.run.dir) / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        if not lines or '"event": "end"' not in lines[-1]:
+            metrics = MetricsFile(file, end["step"])
+            metrics.write(end)
+            metrics.close()
+        print(
+            f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
+            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
+            "start anew with --run.resume=never",
+            flush=True,
+        )
+
+
+def _open(path: str, split: str) -> TokenStream | None:
+    stream = TokenStream(path, split)
+    return stream if stream.num_tokens > 1 else None
+
+
+def plan(config: Config, mesh: Mesh) -> Plan:
+    """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
+    mesh.dp."""
+    world = mesh.dp
+    threads = resolve.resolve_threads(config.train.threads, mesh, world)
+    torch.set_num_threads(threads)
+    validation: TokenStream | None = None
+    with together(world):
+        device = resolve.resolve_device(config.train.device, mesh)
+        dtype = resolve.resolve_dtype(config.train.dtype, device)
+        resolve.set_determinism(device, config.train.deterministic)
+        training = TokenStream(config.data.path, "train")
+        if "val" in training.index.splits:
+            validation = _open(config.data.path, "val")
+        for stream in (training, validation):
+            if stream is not None:
+                stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
+        lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
+        if world.size > lanes.num_lanes:
+            raise UsageError(
+                f"{world.size} ranks, but the global batch has {lanes.num_lanes} lanes, and a rank computes whole lanes: start at "
+                f"most {lanes.num_lanes} ranks, or raise train.lanes or train.global_batch, or lower train.micro_batch"
+            )
+        sampler = Sampler(
+            training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
+        )
+        if sampler.num_windows < 1:
+            raise DataError(
+                f"{config.data.path}: {training.num_tokens} training tokens are fewer than one window of model.seq_len + 1 = "
+                f"{config.model.seq_len + 1}; prepare more text, or lower model.seq_len"
+            )
+        resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
+    shape = resolve.model_shape(resolved, training.vocab_size)
+    settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
+    facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
+    resolve.agree(world, facts | resolve.versions())
+    return Plan(resolved, config.train.threads, mesh, device, training, validation, sampler, lanes, shape)
+
+
+def build(plan: Plan) -> Job:
+    """The parts of the job, on the device, replicas equal. Collective over world."""
+    config, world, device = plan.config, plan.world, plan.device
+    train, optim = config.train, config.optim
+    torch.set_num_threads(train.threads)
+    nominal_tokens = train.global_batch * config.model.seq_len
+    model = MODELS[config.model.kind](plan.shape, train.seed).to(device)
+    named = list(model.named_parameters())
+    shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
+    resolve.agree(world, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
+    if train.compile:
+        model.compile_blocks()
+    transport = Messages(device, gradient_path(config.comm.gpu, device, world))
+    reducer = REDUCERS[config.comm.reducer](world, plan.lanes, transport)
+    optimizer = Optimizer(optim.name, named, optim.weight_decay, optim.beta1, optim.beta2)
+    strategy = STRATEGIES[config.strategy.name](
+        world, named, optimizer, reducer, global_norm, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20)
+    )
+    strategy.start()
+    dtype = getattr(torch, train.dtype)
+    run_dir = Path(config.run.dir)
+    mine = [v for lane in plan.lanes.of_rank(world.rank, world.size) for v in plan.lanes.micro_batches(lane)]
+    flops = flops_per_token(plan.shape, sum(p.numel() for _, p in named))
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    devices = len(set(world.allgather((plan.mesh.host, str(device)))))
+    meta = {
+        "config": {key: value for key, _, value in fields_of(config)},
+        "fingerprint": resolve.fingerprint(config, device),
+        "data": plan.training.index_sha256,
+        "tokenizer": plan.training.tokenizer_sha256,
+        "shape": asdict(plan.shape),
+        "ranks": world.size,
+    }
+    if world.rank == 0:
+        write_file(run_dir / "config.toml", to_toml(config).encode())
+        tokenizer = plan.training.path / "tokenizer.json"  # beside the weights, so that the run can be used without its data
+        write_file(run_dir / "tokenizer.json", tokenizer.read_bytes())
+    return Job(
+        comm=world,
+        engine=Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens),
+        strategy=strategy,
+        open_loader=lambda batch: Loader(plan.training, plan.sampler, mine, device, batch, resident=config.data.resident),
+        lanes=plan.lanes,
+        schedule=Schedule(optim.schedule, optim.lr, optim.min_lr, optim.warmup_steps, train.steps),
+        transport=transport,
+        validation=plan.validation,
+        run_dir=run_dir,
+        meta=meta,
+        seq_len=config.model.seq_len,
+        eval_every=train.eval_every,
+        eval_tokens=train.eval_tokens,
+        save_every=train.save_every,
+        keep=config.run.keep,
+        target_loss=train.target_loss,
+        patience=train.patience,
+        max_skipped=train.max_skipped,
+        progress=Progress(train.steps, world.rank == 0),
+        watchdog=Watchdog(world.rank, config.run.hang_seconds),
+        mfu=lambda tokens_per_second: tokens_per_second * flops / (peak * devices) if peak else None,
+    )

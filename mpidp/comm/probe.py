@@ -1,0 +1,52 @@
+"""Does this MPI take CUDA pointers? Flags that say so lie in both directions, and a wrong answer is a segfault: so try, in a
+process that may die."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+from mpi4py import MPI
+
+_LAUNCHER_PREFIXES = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "SLURM_", "MPI_LOCAL")
+_CHILD = """
+import torch
+from mpi4py import MPI
+from mpidp.comm.buffers import buf
+comm = MPI.COMM_SELF
+for n in (3, 1 << 20):
+    x = torch.arange(n, dtype=torch.float32, device="cuda"); y = torch.zeros_like(x); z = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    comm.Sendrecv(buf(x), 0, 0, buf(y), 0, 0)
+    comm.Allreduce(buf(x), buf(z))
+    torch.cuda.synchronize()
+    assert torch.equal(x, y) and torch.equal(x, z)
+print("device buffers work")
+"""
+
+
+def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
+    """Send, receive and reduce device memory in a child process, small and large, and compare. Independent."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD], env=environment, capture_output=True, timeout=timeout_seconds, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return child.returncode == 0 and b"device buffers work" in child.stdout
+
+
+def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
+    """host for CPU tensors; for CUDA, staged through pinned memory or device pointers: as wanted, or by the probe, which must
+    succeed on every rank. Collective over comm."""
+    if device.type == "cpu":
+        return "host"
+    if wanted != "auto":
+        return wanted
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    works = node.bcast(device_buffers_work() if node.rank == 0 else None, root=0)
+    node.Free()
+    return "device" if comm.allreduce(works, op=MPI.LAND) else "staged"

@@ -1,0 +1,155 @@
+"""index.json: what a folder of shards holds, read with suspicion, and written so that it is never half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpidp.errors import DataError
+
+INDEX_FORMAT = "mpidp-shards"
+VERSION = 1
+MAX_INDEX_BYTES = 256 * 2**20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # no folders, no hidden files, no ".."
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One shard as the index describes it."""
+
+    name: str
+    split: str
+    tokens: int
+    documents: int  # that start in this file
+    text_bytes: int  # UTF-8 bytes that the tokens stand for
+    size: int  # bytes of the file
+    crc32: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """The totals of one split."""
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    loss_mask: bool
+
+
+@dataclass(frozen=True)
+class Index:
+    """A validated index.json."""
+
+    vocab_size: int
+    eod: int
+    tokenizer_kind: str
+    tokenizer_sha256: str
+    splits: dict[str, SplitRecord]
+    files: list[FileRecord]
+    source: dict[str, Any]
+    sha256: str = ""  # of index.json itself
+
+    def to_json(self) -> str:
+        """What index.json holds: the same for the same shards, whoever wrote them and when."""
+        tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
+        return json.dumps({
+            "format": INDEX_FORMAT, "version": VERSION, "vocab_size": self.vocab_size, "eod": self.eod,
+            "tokenizer": tokenizer, "source": self.source, "splits": {k: asdict(v) for k, v in self.splits.items()},
+            "files": [asdict(record) for record in self.files],
+        }, indent=1) + "\n"
+
+
+def read_index(folder: Path, name: str = "index.json") -> Index:
+    """The index of a folder of shards. DataError when it is missing or anything in it cannot be. Independent."""
+    path = folder / name
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_INDEX_BYTES + 1)
+        raw = json.loads(data) if len(data) <= MAX_INDEX_BYTES else None
+    except OSError as error:
+        raise DataError(f"no shards at {folder}: cannot read {path} ({error.strerror}); "
+                        f"prepare them: python -m data_tools.prepare --out {folder}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); prepare the shards again") from None
+    try:
+        return _parse(raw, hashlib.sha256(data).hexdigest())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not an index of shards: {said}; prepare the shards again") from None
+
+
+def _parse(raw: Any, sha256: str) -> Index:
+    if not isinstance(raw, dict) or raw.get("format") != INDEX_FORMAT:
+        raise ValueError(f'its format is not "{INDEX_FORMAT}"')
+    if raw.get("version") != VERSION:
+        raise ValueError(f"its version is {raw.get('version')!r}, this program reads {VERSION}")
+    tokenizer = raw["tokenizer"]
+    splits = {
+        str(name): SplitRecord(_count(split, "tokens", 1), _count(split, "documents"), _count(split, "text_bytes"),
+                               bool(split.get("loss_mask", False)))
+        for name, split in raw["splits"].items()
+    }
+    files = [
+        FileRecord(_text(f, "name"), _text(f, "split"), _count(f, "tokens", 1), _count(f, "documents"),
+                   _count(f, "text_bytes"), _count(f, "size", 1), _text(f, "crc32"), _text(f, "sha256"))
+        for f in raw["files"]
+    ]
+    index = Index(_count(raw, "vocab_size", 1, 2**32), _count(raw, "eod"), _text(tokenizer, "kind"),
+                  _text(tokenizer, "sha256"), splits, files, dict(raw.get("source") or {}), sha256)
+    if index.eod >= index.vocab_size:
+        raise ValueError(f"eod {index.eod} is not below vocab_size {index.vocab_size}")
+    names = [record.name for record in files]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a plain file name ending in .h5")
+    if len({name.lower() for name in names}) != len(names):
+        raise ValueError("it names a file twice")
+    for name, split in splits.items():
+        mine = [record for record in files if record.split == name]
+        for key in ("tokens", "documents", "text_bytes"):
+            if sum(getattr(record, key) for record in mine) != getattr(split, key):
+                raise ValueError(f"the {key} of the files of split {name!r} do not add up")
+    if stray := {record.split for record in files} - set(splits):
+        raise ValueError(f"files belong to the split {stray.pop()!r}, which it does not list")
+    return index
+
+
+def _count(raw: dict[str, Any], key: str, least: int = 0, most: int = 2**62) -> int:
+    value = raw[key]
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{key} {value!r} must be an integer in {least}..{most}")
+    return value
+
+
+def _text(raw: dict[str, Any], key: str) -> str:
+    value = raw[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} {value!r} must be text")
+    return value
+
+
+def write_atomically(path: Path, write: Callable[[Path], None] | str) -> None:
+    """Let write(temporary name) make a file (or write a text), then fsync and rename it to path. Independent."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        if isinstance(write, str):
+            temporary.write_bytes(write.encode())
+        else:
+            write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

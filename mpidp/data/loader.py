@@ -1,0 +1,195 @@
+"""Micro-batches ahead of time: a thread that reads, checks and pins, and never calls MPI.
+
+The whole state is one integer, next_batch. On CUDA, a rank's part of the corpus that fits stays on the device as its
+stored bit pattern, and a batch is then one gather.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpidp.data.sampler import Pool, Sampler
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError
+
+IGNORED = -100  # a target that does not count, by torch's convention
+RESIDENT_SHARE = 0.25  # of the device's free memory, at most, under resident="auto"
+PIECE_TOKENS = 2**23
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass. b may be less than micro_batch, or 0, in an epoch's last batch."""
+
+    v: int
+    tokens: Tensor  # (b, T) int64
+    targets: Tensor  # (b, T) int64, -100 where a target does not count
+    num_tokens: int  # targets that count
+    positions: Tensor | None = None
+    doc_ids: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """This rank's micro-batches of one global batch."""
+
+    batch: int  # counted from 0 over all epochs
+    epoch: int
+    micro_batches: list[MicroBatch]
+
+
+class Loader:
+    """An endless iterator of Batch from start_batch on. Independent.
+
+    micro_batches: the v that this rank computes. prefetch: batches read ahead. resident: "auto", "true" or "false"; on
+    CUDA, keep the tokens on the device ("auto": when they take under a quarter of its free memory); no effect elsewhere
+    or with a loss mask. Errors of the thread (DataError: an id outside the vocabulary) are raised by next().
+    """
+
+    def __init__(
+        self, stream: TokenStream, sampler: Sampler, micro_batches: Sequence[int], device: torch.device,
+        start_batch: int = 0, prefetch: int = 2, resident: str = "auto",
+    ) -> None:
+        if resident not in ("auto", "true", "false"):
+            raise ValueError(f"resident {resident!r} must be one of auto, true, false")
+        self.next_batch = start_batch
+        self._stream, self._sampler, self._device = stream, sampler, device
+        self._micro_batches = list(micro_batches)
+        self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
+        self._advised: dict[int, tuple[int, int]] = {}  # lane -> the last (epoch, number) whose pool was asked for
+        self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
+        self._error: BaseException | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(start_batch,), name="mpidp-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._error is not None:
+            raise self._error
+        if self._closed.is_set():
+            raise ValueError("the loader is closed")
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._error = item
+            self.close()
+            raise item
+        if self._device.type != "cpu":
+            item = [self._on_device(micro_batch) for micro_batch in item]
+        batch = Batch(self.next_batch, self.next_batch // self._sampler.steps_per_epoch, item)
+        self.next_batch += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread; may be called twice."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()  # the thread may be waiting for a place
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _run(self, batch: int) -> None:
+        try:
+            while not self._closed.is_set():
+                self._queue.put([self._read(batch, v) for v in self._micro_batches])
+                batch += 1
+        except BaseException as error:  # raised again by next(): a thread's own traceback would be lost
+            self._queue.put(error)
+
+    def _read(self, batch: int, v: int) -> MicroBatch:
+        """Micro-batch v on the host; with resident tokens, the ids of its windows in place of its tokens."""
+        sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
+        windows = sampler.windows(batch, v)
+        if self._resident is not None:
+            ids = torch.from_numpy(windows)
+            return MicroBatch(v, ids, ids, len(windows) * seq_len)
+        self._advise(batch, v)
+        block = np.empty((len(windows), seq_len + 1), dtype=np.int64)
+        counts = None if not stream.has_loss_mask else np.empty(block.shape, dtype=np.bool_)
+        for row, window in enumerate(windows.tolist()):
+            block[row] = stream.read(window * seq_len, seq_len + 1)
+            if counts is not None:
+                counts[row] = stream.read_mask(window * seq_len, seq_len + 1)
+        if block.size and block.max() >= stream.vocab_size:
+            row, column = (int(i[0]) for i in np.nonzero(block >= stream.vocab_size))
+            raise _bad_id(stream, int(windows[row]) * seq_len + column, int(block[row, column]))
+        targets = block[:, 1:].copy()
+        if counts is not None:
+            targets[~counts[:, 1:]] = IGNORED
+        num_tokens = targets.size if counts is None else int(np.count_nonzero(counts[:, 1:]))
+        inputs, outputs = torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(targets)
+        if self._device.type == "cuda":
+            inputs, outputs = inputs.pin_memory(), outputs.pin_memory()
+        return MicroBatch(v, inputs, outputs, num_tokens)
+
+    def _advise(self, batch: int, v: int) -> None:
+        """Ask for each pool's blocks once, a pool ahead."""
+        for pool in self._sampler.pools(batch, v):
+            self._advise_pool(pool)
+            if (following := self._sampler.following(pool)) is not None:
+                self._advise_pool(following)
+
+    def _advise_pool(self, pool: Pool) -> None:
+        if self._advised.get(pool.lane, (-1, -1)) < (pool.epoch, pool.number):
+            self._advised[pool.lane] = (pool.epoch, pool.number)
+            for first, count in self._sampler.blocks(pool):
+                self._stream.advise(first * self._sampler.seq_len, count * self._sampler.seq_len + 1)
+
+    def _on_device(self, host: MicroBatch) -> MicroBatch:
+        if self._resident is not None:
+            tokens, targets = self._resident.gather(host.tokens)
+        else:
+            tokens, targets = (t.to(self._device, non_blocking=True) for t in (host.tokens, host.targets))
+        return MicroBatch(host.v, tokens, targets, host.num_tokens)
+
+
+class _Resident:
+    """The tokens of a range of windows on the device, as the signed integers of the same bits."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, windows: range, device: torch.device) -> None:
+        self._first, self._seq_len, self._device = windows.start * seq_len, seq_len, device
+        self._mask = 2 ** (8 * stream.token_bytes) - 1
+        count, signed = len(windows) * seq_len + 1, {2: np.int16, 4: np.int32}[stream.token_bytes]
+        self._tokens = torch.empty(count, dtype={2: torch.int16, 4: torch.int32}[stream.token_bytes], device=device)
+        for at in range(0, count, PIECE_TOKENS):
+            piece = stream.read(self._first + at, min(PIECE_TOKENS, count - at))
+            if piece.max() >= stream.vocab_size:
+                bad = int(np.argmax(piece >= stream.vocab_size))
+                raise _bad_id(stream, self._first + at + bad, int(piece[bad]))
+            self._tokens[at : at + len(piece)] = torch.from_numpy(piece.view(signed))
+        self._offsets = torch.arange(seq_len + 1, device=device)
+
+    @classmethod
+    def make(
+        cls, stream: TokenStream, sampler: Sampler, micro_batches: list[int], device: torch.device, resident: str
+    ) -> _Resident | None:
+        """None where the tokens are streamed."""
+        windows = sampler.extent(micro_batches)
+        if device.type != "cuda" or resident == "false" or stream.has_loss_mask or not windows:
+            return None
+        size = len(windows) * sampler.seq_len * stream.token_bytes
+        if resident == "auto" and size >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return None
+        return cls(stream, sampler.seq_len, windows, device)
+
+    def gather(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, targets), each (b, T) int64, of window ids (b,)."""
+        starts = (windows * self._seq_len - self._first).to(self._device, non_blocking=True)
+        block = self._tokens[starts[:, None] + self._offsets].to(torch.int64) & self._mask
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def _bad_id(stream: TokenStream, position: int, found: int) -> DataError:
+    name, at = stream.locate(position)
+    return DataError(f"{stream.path / name}: token {at} is {found}, not below vocab_size {stream.vocab_size}; the file "
+                     f"is damaged: python -m data_tools.verify {stream.path}, then prepare it again")

@@ -1,0 +1,238 @@
+"""Which windows are in which micro-batch: a pure function of (seed, batch, micro-batch). Independent.
+
+Window w is the tokens [w T, w T + T + 1) of the stream: T inputs and, one later, T targets. An epoch is every window
+once; batch number b counts over all epochs, and the last batch of an epoch may be short.
+
+order="sequential": place k of an epoch is window k.
+order="shuffled": lane l reads its own contiguous part of the stream, whose size follows from the number of its places.
+In a part, blocks of about 1 MiB are permuted, and the windows of 16 consecutive permuted blocks (a pool) are permuted
+again: every byte is fetched in long reads, and neighbours in the corpus do not meet in a batch. No index is held in
+memory: permutations are Feistel networks keyed by (seed, epoch, lane), so any corpus starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mpidp.errors import DataError
+from mpidp.lanes import Lanes
+
+BLOCK_BYTES = 2**20
+POOL_BLOCKS = 16
+ROUNDS = 8
+ORDERS = ("shuffled", "sequential")
+
+
+class Pool(NamedTuple):
+    """A run of blocks that is fetched together. Pools of one lane and epoch are read in order of number."""
+
+    lane: int  # in sequential order the micro-batch v
+    epoch: int  # in sequential order the batch
+    number: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The order of a stream's windows. DataError when the stream has no window."""
+
+    num_tokens: int
+    seq_len: int  # T, tokens a window
+    lanes: Lanes
+    seed: int
+    order: str = "shuffled"
+    token_bytes: int = 2  # as stored; sets how many windows are a block
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order {self.order!r} must be one of {', '.join(ORDERS)}")
+        if self.num_windows < 1:
+            raise DataError(f"{self.num_tokens} tokens hold no window of seq_len {self.seq_len} + 1; "
+                            "choose a shorter seq_len or prepare more text")
+
+    @property
+    def num_windows(self) -> int:
+        """Windows an epoch."""
+        return max(0, self.num_tokens - 1) // self.seq_len
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches an epoch; the last may be short."""
+        return -(-self.num_windows // self.lanes.global_batch)
+
+    @property
+    def block_windows(self) -> int:
+        """Windows a block."""
+        return max(1, BLOCK_BYTES // (self.seq_len * self.token_bytes))
+
+    def batch_sequences(self, batch: int) -> int:
+        """How many windows global batch number `batch` has."""
+        step = batch % self.steps_per_epoch
+        return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
+
+    def part(self, lane: int) -> range:
+        """The windows that a lane reads in every epoch (shuffled order)."""
+        places, full = self._places(lane), self.steps_per_epoch - 1
+        rest = self.batch_sequences(full)  # the places 0..rest-1 of an epoch's last batch are filled
+        return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
+
+    def windows(self, batch: int, v: int) -> np.ndarray:
+        """Window ids (b,) int64 of micro-batch v of global batch `batch`; short or empty in an epoch's last batch."""
+        epoch, lane, positions = self._positions(batch, v)
+        if self.order == "sequential":
+            return np.arange(positions.start, positions.stop, dtype=np.int64)
+        if not positions:
+            return np.empty(0, dtype=np.int64)
+        part = self.part(lane)
+        pieces = []
+        for pool in self._pools_of(part, positions, epoch, lane):
+            extent = self._extent(pool)
+            inside = range(max(positions.start, extent.start), min(positions.stop, extent.stop))
+            at = np.arange(inside.start - extent.start, inside.stop - extent.start, dtype=np.uint64)
+            mixed = permute(at, len(extent), _keys(self.seed, "window", *pool)).astype(np.int64) + extent.start
+            mixed = self._skip_gap(part, pool, mixed)
+            blocks = self._blocks(pool)
+            block_windows = self.block_windows
+            slots = mixed // block_windows - pool.number * POOL_BLOCKS
+            pieces.append(part.start + blocks[slots] * block_windows + mixed % block_windows)
+        return np.concatenate(pieces)
+
+    def pools(self, batch: int, v: int) -> list[Pool]:
+        """The pools that windows(batch, v) lie in (usually one)."""
+        epoch, lane, positions = self._positions(batch, v)
+        if not positions:
+            return []
+        if self.order == "sequential":
+            return [Pool(v, batch, 0)]
+        return self._pools_of(self.part(lane), positions, epoch, lane)
+
+    def following(self, pool: Pool) -> Pool | None:
+        """The pool that its lane reads next in the same epoch, to be fetched ahead."""
+        if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
+            return None
+        return pool._replace(number=pool.number + 1)
+
+    def blocks(self, pool: Pool) -> list[tuple[int, int]]:
+        """The (first window, number of windows) of each of a pool's blocks, in the order of reading."""
+        if self.order == "sequential":
+            _, _, positions = self._positions(batch=pool.epoch, v=pool.lane)
+            return [(positions.start, len(positions))]
+        part, size = self.part(pool.lane), self.block_windows
+        return [(part.start + int(b) * size, min(size, len(part) - int(b) * size)) for b in self._blocks(pool)]
+
+    def extent(self, micro_batches: Sequence[int]) -> range:
+        """The smallest range of windows that holds all that these micro-batches ever read."""
+        if self.order == "sequential" or not micro_batches:
+            return range(self.num_windows if micro_batches else 0)
+        parts = [self.part(self._lane(v)) for v in micro_batches]
+        return range(min(p.start for p in parts), max(p.stop for p in parts))
+
+    def _lane(self, v: int) -> int:
+        """The inverse of Lanes.micro_batches."""
+        return ((v + 1) * self.lanes.num_lanes - 1) // self.lanes.num_micro_batches
+
+    def _places(self, lane: int) -> range:
+        micro_batches = self.lanes.micro_batches(lane)
+        return range(micro_batches.start * self.lanes.micro_batch,
+                     min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
+
+    def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
+        """(epoch, lane, positions): positions count within the lane's part, or the epoch if sequential."""
+        epoch, step = divmod(batch, self.steps_per_epoch)
+        lane, places = self._lane(v), self.lanes.sequences(v)
+        stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
+        of_lane = range(0, self.lanes.global_batch) if self.order == "sequential" else self._places(lane)
+        offset = step * len(of_lane) - of_lane.start
+        return epoch, lane, range(places.start + offset, stop + offset)
+
+    def _num_blocks(self, part: range) -> int:
+        return -(-len(part) // self.block_windows)
+
+    def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
+        """Where in the permuted blocks the short last block ends, and how many windows it lacks."""
+        num_blocks = self._num_blocks(part)
+        lacks = num_blocks * self.block_windows - len(part)
+        slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
+        return (slot + 1) * self.block_windows - lacks, lacks
+
+    def _skip_gap(self, part: range, pool: Pool, positions: np.ndarray) -> np.ndarray:
+        end, lacks = self._gap(part, pool.epoch, pool.lane)
+        return positions + np.where(positions >= end, lacks, 0)
+
+    def _extent(self, pool: Pool) -> range:
+        """The positions of a pool within its lane's part."""
+        part, full = self.part(pool.lane), self.block_windows * POOL_BLOCKS
+        end, lacks = self._gap(part, pool.epoch, pool.lane)
+        start, stop = pool.number * full, (pool.number + 1) * full
+        return range(start - (lacks if start >= end else 0), min(len(part), stop - (lacks if stop >= end else 0)))
+
+    def _pools_of(self, part: range, positions: range, epoch: int, lane: int) -> list[Pool]:
+        ends = self._skip_gap(part, Pool(lane, epoch, 0), np.array([positions.start, positions.stop - 1]))
+        first, last = (int(e) // (self.block_windows * POOL_BLOCKS) for e in ends)
+        return [Pool(lane, epoch, number) for number in range(first, last + 1)]
+
+    def _blocks(self, pool: Pool) -> np.ndarray:
+        return _blocks_of(self._num_blocks(self.part(pool.lane)), self.seed, pool)
+
+
+@lru_cache(maxsize=1024)
+def _slot_of(block: int, num_blocks: int, seed: int, epoch: int, lane: int) -> int:
+    return int(unpermute(np.array([block], dtype=np.uint64), num_blocks, _keys(seed, "block", lane, epoch))[0])
+
+
+@lru_cache(maxsize=1024)
+def _blocks_of(num_blocks: int, seed: int, pool: Pool) -> np.ndarray:
+    slots = np.arange(pool.number * POOL_BLOCKS, min((pool.number + 1) * POOL_BLOCKS, num_blocks), dtype=np.uint64)
+    return permute(slots, num_blocks, _keys(seed, "block", pool.lane, pool.epoch)).astype(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _keys(*key: object) -> np.ndarray:
+    """ROUNDS independent round keys (ROUNDS, 1) uint64 of anything with a stable repr."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
+
+
+def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of 0..n-1 sends each x (uint64)."""
+    return _walk(x, n, keys, inverse=False)
+
+
+def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """The inverse of permute()."""
+    return _walk(x, n, keys, inverse=True)
+
+
+def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
+    """Feistel over the next even power of two, again for those that fall outside 0..n-1 (at most 3 of 4)."""
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    out = _feistel(x, half_bits, keys, inverse)
+    while (outside := out >= n).any():
+        out[outside] = _feistel(out[outside], half_bits, keys, inverse)
+    return out
+
+
+def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
+    """A balanced Feistel network on 2 half_bits bits; integers only, so the same on every machine."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = x >> shift, x & mask
+    if inverse:
+        for key in keys[::-1]:
+            left, right = right ^ (_mix(left + key) & mask), left
+    else:
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

@@ -1,0 +1,270 @@
+"""The shard format: HDF5 files of tokens and an index.json, read without copying and opened with suspicion.
+
+    DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last: the commit)
+
+A shard holds, contiguous and unfiltered, so that it can be mapped into memory:
+  tokens       (n,)  uint16 when vocab_size <= 65536, else uint32
+  doc_offsets  (d,)  uint64, where in this shard a document starts; a document may be cut by a shard's end
+  loss_mask    (n,)  uint8, optional: 0 where a token is no target
+and the scalar attributes format, version, split, shard, num_shards, vocab_size, eod, tokenizer_sha256.
+
+index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (free),
+splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size,
+crc32, sha256}] where text_bytes are the UTF-8 bytes that the tokens stand for, size is in bytes, and checksums are of
+the file. All tokens of a split, over its files in the order of the index, are one stream.
+
+HDF5 files can be hostile (external storage returns any file of the machine, links lead elsewhere, small files declare
+huge data), so only a hard-linked, contiguous, plain dataset inside the file, as long as the index says, is mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from mpidp.data.index import FileRecord, read_index, write_atomically
+from mpidp.data.tokenizer import token_dtype
+from mpidp.errors import DataError
+
+SHARD_FORMAT = "mpidp-tokens"
+VERSION = 1
+PIECE_BYTES = 4 * 2**20  # what is read or hashed at once
+
+
+@dataclass
+class _Mapped:
+    """A validated file, mapped."""
+
+    map: mmap.mmap
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    doc_offsets: np.ndarray
+    offset: int  # bytes, of tokens in the file
+
+
+class TokenStream:
+    """All tokens of one split, concatenated over its shards in index order. Independent.
+
+    Reads index.json only; files are opened when first read. DataError for a missing or bad index or split.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        self.path, self.split = Path(path), split
+        self.index = index = read_index(self.path)
+        if split not in index.splits:
+            raise DataError(f"{self.path} has no split {split!r}, only {', '.join(sorted(index.splits))}; "
+                            "prepare it again with --val-fraction above 0")
+        totals = index.splits[split]
+        self.files: list[FileRecord] = [record for record in index.files if record.split == split]
+        self.num_tokens: int = totals.tokens
+        self.num_documents: int = totals.documents
+        self.text_bytes: int = totals.text_bytes
+        self.has_loss_mask: bool = totals.loss_mask
+        self.vocab_size, self.eod = index.vocab_size, index.eod
+        self.tokenizer_sha256, self.index_sha256 = index.tokenizer_sha256, index.sha256
+        self.dtype = token_dtype(self.vocab_size)
+        self.token_bytes: int = self.dtype.itemsize
+        self.bytes_read = 0  # asked for by read() and read_mask()
+        self.bytes_fetched = 0  # announced by advise()
+        self._starts = np.cumsum([0] + [record.tokens for record in self.files])
+        self._mapped: dict[int, _Mapped] = {}
+
+    def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
+        """Existence, size and header of those files (default all); with contents, checksums. DataError names the file.
+        """
+        for i in range(len(self.files)) if files is None else files:
+            self._map(i)
+            if contents:
+                crc32, sha256 = checksums(self.path / self.files[i].name)
+                if (crc32, sha256) != (self.files[i].crc32, self.files[i].sha256):
+                    raise self._bad(i, f"its bytes changed since index.json was written (crc32 {crc32}, not "
+                                       f"{self.files[i].crc32})")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """A copy of tokens [start, start + count), (count,) uint16 or uint32."""
+        out = np.empty(count, dtype=self.dtype)
+        for i, first, n, at in self._pieces(start, count):
+            out[at : at + n] = self._map(i).tokens[first : first + n]
+        self.bytes_read += out.nbytes
+        return out
+
+    def read_mask(self, start: int, count: int) -> np.ndarray | None:
+        """Which of these tokens count as targets, (count,) bool; None when the split has no loss mask."""
+        if not self.has_loss_mask:
+            return None
+        out = np.empty(count, dtype=np.bool_)
+        for i, first, n, at in self._pieces(start, count):
+            mask = self._map(i).mask
+            assert mask is not None  # _map refuses a file without one
+            out[at : at + n] = mask[first : first + n] != 0
+        self.bytes_read += out.nbytes
+        return out
+
+    def advise(self, start: int, count: int) -> None:
+        """Tell the kernel that tokens [start, start + count) are wanted soon; returns at once."""
+        for i, first, n, _ in self._pieces(start, count):
+            mapped = self._map(i)
+            begin = mapped.offset + first * self.token_bytes
+            page = begin - begin % mmap.PAGESIZE
+            mapped.map.madvise(mmap.MADV_WILLNEED, page, begin + n * self.token_bytes - page)
+            self.bytes_fetched += n * self.token_bytes
+
+    def files_of(self, start: int, count: int) -> list[int]:
+        """The numbers of the files that hold tokens [start, start + count)."""
+        return [i for i, *_ in self._pieces(start, count)]
+
+    def locate(self, position: int) -> tuple[str, int]:
+        """The (file name, position in the file) of a token."""
+        i = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self.files[i].name, position - int(self._starts[i])
+
+    def doc_offsets(self, file: int) -> np.ndarray:
+        """Where documents start in a file, (d,) uint64, ascending and inside it, or DataError."""
+        offsets = self._map(file).doc_offsets
+        if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
+            raise self._bad(file, "its doc_offsets do not ascend inside the file")
+        return offsets
+
+    def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """(file, first token in it, tokens, place in the result) of a range."""
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens}")
+        i = int(np.searchsorted(self._starts, start, side="right")) - 1
+        done = 0
+        while done < count:
+            first = start + done - int(self._starts[i])
+            n = min(count - done, self.files[i].tokens - first)
+            yield i, first, n, done
+            done, i = done + n, i + 1
+
+    def _map(self, i: int) -> _Mapped:
+        if i not in self._mapped:
+            try:
+                self._mapped[i] = self._open(i)
+            except FileNotFoundError:
+                raise self._bad(i, "it is missing") from None
+            except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on damaged files
+                raise self._bad(i, f"it cannot be opened as HDF5 ({error})") from None
+        return self._mapped[i]
+
+    def _open(self, i: int) -> _Mapped:
+        record, path = self.files[i], self.path / self.files[i].name
+        status = os.stat(path)
+        if not S_ISREG(status.st_mode):
+            raise self._bad(i, "it is not a regular file")
+        if status.st_size != record.size:
+            raise self._bad(i, f"it has {status.st_size} bytes, index.json says {record.size}: cut off, or another's")
+        spans: dict[str, tuple[int, int]] = {}
+        with h5py.File(path, "r", locking=False) as file:
+            if file.userblock_size:
+                raise self._bad(i, "it has a user block")
+            wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
+                      "tokenizer_sha256": self.tokenizer_sha256}
+            for name, value in wanted.items():
+                if (found := _attribute(file, name)) != value:
+                    raise self._bad(i, f"its attribute {name} is {found!r}, index.json says {value!r}")
+            lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
+            if self.has_loss_mask:
+                lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
+            for name, (length, dtype) in lengths.items():
+                spans[name] = self._span(i, file, name, length, dtype)
+        with open(path, "rb") as raw:
+            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+        views = {name: np.frombuffer(mapped, dtype, count=lengths[name][0], offset=spans[name][0])
+                 for name, (_, dtype) in lengths.items()}
+        return _Mapped(mapped, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
+
+    def _span(self, i: int, file: h5py.File, name: str, length: int, dtype: np.dtype[Any]) -> tuple[int, int]:
+        """The (offset, bytes) of a dataset in the file, once it is certain that it lies there plainly."""
+        key = name.encode()
+        if not file.id.links.exists(key) or file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+            raise self._bad(i, f"it has no dataset {name} of its own")
+        if h5py.h5o.get_info(file.id, key).type != h5py.h5o.TYPE_DATASET:
+            raise self._bad(i, f"{name} is not a dataset")
+        dataset = h5py.h5d.open(file.id, key)
+        layout = dataset.get_create_plist()
+        if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count() or layout.get_nfilters():
+            raise self._bad(i, f"{name} is not stored contiguously, unfiltered and inside the file")
+        stored_type = {1: h5py.h5t.STD_U8LE, 2: h5py.h5t.STD_U16LE, 4: h5py.h5t.STD_U32LE, 8: h5py.h5t.STD_U64LE}
+        if not dataset.get_type().equal(stored_type[dtype.itemsize]):
+            raise self._bad(i, f"{name} is not of type {dtype.name}")
+        if dataset.shape != (length,):
+            raise self._bad(i, f"{name} has shape {dataset.shape}, index.json says ({length},)")
+        if length == 0:
+            return 0, 0
+        size, offset = dataset.get_storage_size(), dataset.get_offset()
+        if size != length * dtype.itemsize or offset is None or not 0 < offset <= self.files[i].size - size:
+            raise self._bad(i, f"{name} does not lie inside the file")
+        return offset, size
+
+    def _bad(self, i: int, reason: str) -> DataError:
+        return DataError(f"{self.path / self.files[i].name}: {reason}; restore the file, or prepare {self.path} again")
+
+
+def _attribute(file: h5py.File, name: str) -> int | str | None:
+    """A scalar attribute, or None."""
+    if name not in file.attrs or file.attrs.get_id(name).shape != ():
+        return None
+    value = file.attrs[name]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return int(value) if isinstance(value, np.integer) else str(value)
+
+
+def checksums(path: Path) -> tuple[str, str]:
+    """The (crc32, sha256) of a file, in hexadecimal. Independent."""
+    crc32, sha256 = 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            crc32 = zlib.crc32(piece, crc32)
+            sha256.update(piece)
+    return f"{crc32:08x}", sha256.hexdigest()
+
+
+class Written(NamedTuple):
+    """What the index says of a file's bytes."""
+
+    size: int
+    crc32: str
+    sha256: str
+
+
+def write_shard(
+    path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
+    attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
+) -> Written:
+    """Write one shard from a stream of pieces (together num_tokens ids). Independent.
+
+    attributes: at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The file appears
+    under its name only when it is whole and on disk.
+    """
+    dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w", libver=("earliest", "v110"), track_order=False) as file:
+            file.create_dataset("doc_offsets", data=np.asarray(doc_offsets, dtype="<u8"))
+            for name, source in (("tokens", pieces), ("loss_mask", mask)):
+                if source is None:
+                    continue
+                dataset, at = file.create_dataset(name, shape=(num_tokens,), dtype=dtypes[name]), 0
+                for piece in source:
+                    dataset[at : at + len(piece)] = piece
+                    at += len(piece)
+                if at != num_tokens:
+                    raise ValueError(f"{path}: {at} {name} were given, not {num_tokens}")
+            for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
+                file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
+
+    write_atomically(path, write)
+    crc32, sha256 = checksums(path)
+    return Written(path.stat().st_size, crc32, sha256)

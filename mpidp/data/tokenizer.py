@@ -1,0 +1,304 @@
+"""Tokenizers: text to ids and back, stored as DIR/tokenizer.json.
+
+| kind | vocabulary | end of document (EOD) | stored as |
+|---|---|---|---|
+| byte | the 256 bytes of UTF-8 | id 256 | small JSON of our own |
+| char | one id per distinct character of the corpus, by code point | the last id | small JSON of our own |
+| bpe | byte-level BPE trained on the corpus, or a Hugging Face tokenizer.json | one of its tokens | that format |
+
+Encoding text never gives the EOD id, even where the text contains the EOD token literally. Independent.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpidp.errors import DataError, UsageError
+
+FORMAT = "mpidp-tokenizer"
+MAX_FILE_BYTES = 256 * 2**20  # larger than any vocabulary in use; a bound on what a hostile file can make us read
+MAX_VOCAB = 2**24
+USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest dtype that shards use for a vocabulary."""
+    return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
+
+
+class Tokenizer(ABC):
+    """What every tokenizer does. Ids are int64 arrays of shape (n,)."""
+
+    kind: str
+    vocab_size: int  # ids are below this; EOD counts
+    eod: int
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, without an EOD. DataError for a character outside a char vocabulary."""
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """encode() of several texts."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; EOD is dropped, what is not UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """The UTF-8 bytes that ids stand for (EOD: 0): the sum over tokens; by decoding where tokens do not add up."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """What tokenizer.json holds; of a given file exactly its text, so that its sha256 stays."""
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a byte of UTF-8."""
+
+    kind = "byte"
+    vocab_size = 257
+    eod = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        array = _array(ids)
+        return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        return int(np.count_nonzero(np.asarray(ids) < 256))
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": 1, "kind": "byte"}) + "\n"
+
+
+class CharTokenizer(Tokenizer):
+    """One token a character, for small corpora. characters: distinct; their order gives the ids."""
+
+    kind = "char"
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.eod = len(characters)
+        self.vocab_size = self.eod + 1
+        self._codes = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
+        if not characters or len(np.unique(self._codes)) != len(self._codes):
+            raise DataError("a char tokenizer needs at least one character and each only once")
+        self._id_of = np.full(0x110000, -1, dtype=np.int64)
+        self._id_of[self._codes] = np.arange(self.eod)
+        self._byte_counts = np.array([len(c.encode()) for c in characters] + [0], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids: np.ndarray = self._id_of[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
+        if ids.size and ids.min() < 0:
+            unknown = text[int(np.argmin(ids))]
+            raise DataError(f"character {unknown!r} (U+{ord(unknown):04X}) is not among the {self.eod} characters of "
+                            "the char tokenizer; prepare the shards again with this text, or use --tokenizer byte")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = (i for i in _array(ids).tolist() if i != self.eod)
+        return "".join(self.characters[i] if 0 <= i < self.eod else "\ufffd" for i in kept)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        return int(self._byte_counts[np.asarray(ids, dtype=np.int64)].sum())
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": 1, "kind": "char", "characters": self.characters}) + "\n"
+
+
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json through the `tokenizers` library.
+
+    text: the file's contents. eod: the token (or id) that ends a document; None looks for a usual name. DataError when
+    the file is malformed or has no such token. Ids of a text are without BOS and the like, never truncated or padded.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, text: str, eod: str | int | None = None) -> None:
+        self._text = text
+        self._tokenizer = tokenizer = _parse_hf(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # a text that contains "<|endoftext|>" is text
+        vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise DataError("tokenizer.json has an empty vocabulary; choose another tokenizer")
+        self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > MAX_VOCAB:
+            raise DataError(f"tokenizer.json has an id above {MAX_VOCAB}; choose another tokenizer")
+        self.eod = _find_eod(vocab, eod)
+        self._eod_text: str = tokenizer.id_to_token(self.eod)
+        self._byte_counts = self._count_table(vocab)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = (np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
+        return [self._without_eod(text, i) for text, i in zip(texts, ids, strict=True)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [i for i in _array(ids).tolist() if i != self.eod and 0 <= i < self.vocab_size]
+        return str(self._tokenizer.decode(known, skip_special_tokens=False))
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        if self._byte_counts is None:
+            return len(self.decode(ids).encode())
+        return int(self._byte_counts[np.asarray(ids, dtype=np.int64)].sum())
+
+    def to_json(self) -> str:
+        return self._text
+
+    def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """An EOD that the file does not mark as special still matches in a text: encode that cut in its middle."""
+        if not (ids == self.eod).any() or self._eod_text not in text or len(self._eod_text) < 2:
+            return ids
+        half = len(self._eod_text) // 2
+        cuts = [0]
+        while (at := text.find(self._eod_text, cuts[-1])) >= 0:
+            cuts.append(at + half)
+        pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], None], strict=True)]
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
+
+    def _count_table(self, vocab: dict[str, int]) -> np.ndarray | None:
+        """Bytes per id for byte-level BPE, where each character of a token's name stands for one byte; else None."""
+        parsed = json.loads(self._text)
+        if (parsed.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        table = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, i in vocab.items():
+            table[i] = len(token)
+        for added in parsed.get("added_tokens") or []:  # their names are plain text
+            table[added["id"]] = len(added["content"].encode())
+        table[self.eod] = 0
+        return table
+
+
+def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
+    """The tokenizer stored at path: a tokenizer.json, or a folder (shards, a run) that holds one. Independent.
+
+    eod: for Hugging Face files, the token that ends a document; None takes the folder's index.json, then usual names.
+    DataError when it is missing, malformed or too large.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise DataError(f"larger than {MAX_FILE_BYTES} bytes: not a tokenizer")
+        if eod is None:
+            eod = _eod_of_index(path.parent / "index.json")
+        return tokenizer_from_json(data.decode(), eod)
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a tokenizer.json, or prepare shards "
+                        "first") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: not a tokenizer.json") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
+    """The tokenizer that a tokenizer.json's contents describe (ours or Hugging Face's). DataError when malformed."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not valid JSON ({error}); restore the file or prepare the shards again") from None
+    if not isinstance(parsed, dict):
+        raise DataError("not a tokenizer.json: the top level must be an object")
+    if parsed.get("format") != FORMAT:
+        return HFTokenizer(text, eod)
+    kind, characters = parsed.get("kind"), parsed.get("characters")
+    if parsed.get("version") != 1 or kind not in ("byte", "char"):
+        raise DataError(f"tokenizer version {parsed.get('version')!r}, kind {kind!r} is unknown; "
+                        "known are version 1, byte and char: a newer mpidp made it, or it is damaged")
+    if kind == "byte":
+        return ByteTokenizer()
+    if not isinstance(characters, str) or any(0xD800 <= ord(c) < 0xE000 for c in characters):
+        raise DataError("a char tokenizer must hold its characters as one valid string; prepare the shards again")
+    return CharTokenizer(characters)
+
+
+def check_bpe_size(vocab_size: int, said: str = "") -> None:
+    """UsageError for a vocabulary that byte-level BPE cannot have, or without the `tokenizers` library. Independent."""
+    if not 257 <= vocab_size <= MAX_VOCAB:
+        raise UsageError(f"--tokenizer {said or f'bpe:{vocab_size}'}: the vocabulary must be in 257..{MAX_VOCAB} "
+                         "(256 bytes and EOD at least)")
+    _library()
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> HFTokenizer:
+    """Byte-level BPE of at most vocab_size ids (EOD is 0, then 256 bytes), the same for the same texts.
+
+    UsageError when vocab_size is below 257 or the `tokenizers` library is missing. Independent.
+    """
+    check_bpe_size(vocab_size)
+    tokenizers = _library()
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[USUAL_EOD[0]], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    return HFTokenizer(tokenizer.to_str(), eod=0)
+
+
+def _array(ids: Iterable[int]) -> np.ndarray:
+    return np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UsageError("this tokenizer needs the `tokenizers` library: pip install 'mpidp[data]', or use byte or char"
+                         ) from None
+    return tokenizers
+
+
+def _parse_hf(text: str) -> Any:
+    try:
+        return _library().Tokenizer.from_str(text)
+    except (UsageError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        raise DataError(f"not a tokenizer.json that the `tokenizers` library can read ({error})") from None
+
+
+def _find_eod(vocab: dict[str, int], eod: str | int | None) -> int:
+    if isinstance(eod, int):
+        if eod not in vocab.values():
+            raise DataError(f"the tokenizer has no id {eod} to end a document with; prepare the shards again")
+        return eod
+    for name in USUAL_EOD if eod is None else (eod,):
+        if name in vocab:
+            return vocab[name]
+    if eod is not None:
+        raise DataError(f"the tokenizer has no token {eod!r}; give --eod a token of its vocabulary")
+    raise DataError(f"no end-of-document token among {', '.join(USUAL_EOD)}; name the tokenizer's own with --eod TOKEN")
+
+
+def _eod_of_index(path: Path) -> int | None:
+    try:
+        eod = json.loads(path.read_bytes()).get("eod")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return eod if type(eod) is int else None

@@ -1,0 +1,119 @@
+"""Runs a schedule: forward and backward of micro-batches. It fills gradients and owns no optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.data.loader import MicroBatch
+from mpidp.data.shards import TokenStream
+from mpidp.schedule import Instruction
+from mpidp.strategies.protocol import Strategy
+
+
+def dropout_key(seed: int, batch: int, v: int) -> int:
+    """A 32-bit key of (seed, batch, micro-batch): randomness belongs to the data, not to a rank. Pure."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
+
+
+class Engine:
+    """A model on a device with a precision. Independent, except where a method says otherwise."""
+
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int
+    ) -> None:
+        """dtype: of matrix products under autocast (master weights stay float32); nominal_tokens: what every loss is divided
+        by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires)."""
+        self.model, self.device, self.dtype = model, device, dtype
+        self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss_sum(self, mb: MicroBatch, key: Tensor | None) -> Tensor:
+        """Sum of token losses of a micro-batch in nats, float32 scalar on the device."""
+        with self._autocast():
+            logits = self.model(mb.tokens, mb.positions, mb.doc_ids, key)
+        return F.cross_entropy(logits.float().flatten(0, 1), mb.targets.flatten(), ignore_index=-100, reduction="sum")
+
+    def run(self, schedule: Iterable[Instruction], batch: int, micro_batches: Sequence[MicroBatch], strategy: Strategy) -> Tensor:
+        """Walk the schedule over this rank's micro-batches of global batch number `batch`.
+
+        Returns their loss sums, float32 (number of micro-batches,), on the device and not waited for.
+        """
+        self.model.train()
+        by_v = {mb.v: mb for mb in micro_batches}
+        losses = []
+        for instruction in schedule:
+            mb = by_v[instruction.v]
+            with strategy.micro_batch(mb.v, instruction.last):
+                if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
+                    losses.append(torch.zeros((), device=self.device))
+                    continue
+                key = None
+                if self.dropout:
+                    key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
+                loss = self.loss_sum(mb, key)
+                (loss / self.nominal_tokens).backward()
+                losses.append(loss.detach())
+        return torch.stack(losses)
+
+    @torch.no_grad()
+    def evaluate(
+        self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0
+    ) -> tuple[float, int]:
+        """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
+
+        Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
+        `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks.
+        Collective over comm.
+        """
+        self.model.eval()
+        targets = stream.num_tokens - 1
+        if max_tokens:
+            targets = min(targets, max(seq_len, max_tokens // seq_len * seq_len))
+        span = seq_len * sequences
+        starts = list(range(0, targets, span))
+        sums = np.zeros(len(starts))
+        counts = np.zeros(len(starts), dtype=np.int64)
+        for i in range(comm.rank, len(starts), comm.size):
+            length = min(span, targets - starts[i])
+            tokens = torch.from_numpy(stream.read(starts[i], length + 1).astype(np.int64))
+            mask = stream.read_mask(starts[i], length + 1)
+            wanted = tokens[1:] if mask is None else tokens[1:].masked_fill(~torch.from_numpy(mask[1:]), -100)
+            for inputs, outputs in _windows(tokens[:-1], wanted, seq_len):
+                valid = int((outputs != -100).sum())
+                mb = MicroBatch(i, inputs.to(self.device), outputs.to(self.device), valid)
+                sums[i] += float(self.loss_sum(mb, None))
+                counts[i] += valid
+        comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
+        comm.Allreduce(MPI.IN_PLACE, counts)
+        self.model.train()
+        return float(sum(sums.tolist())) / max(1, int(counts.sum())), int(counts.sum())
+
+
+def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:
+    """The full windows as one (n, T) pair, and a short rest as one (1, rest) pair."""
+    full = len(inputs) // seq_len * seq_len
+    parts = []
+    if full:
+        parts.append((inputs[:full].view(-1, seq_len), outputs[:full].view(-1, seq_len)))
+    if full < len(inputs):
+        parts.append((inputs[full:].view(1, -1), outputs[full:].view(1, -1)))
+    return parts
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """sha256 over the float32 parameters in name order, little-endian bytes. Independent."""
+    digest = hashlib.sha256()
+    for _, p in sorted(model.named_parameters()):
+        digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

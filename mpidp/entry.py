@@ -1,0 +1,76 @@
+"""What every command shares: errors become one message and one exit code, and a rank that fails ends the job."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpidp.errors import MpidpError
+
+
+def ask_for_reproducible_blas() -> None:
+    """On Intel CPUs, have MKL's float32 products give the same bits at any number of threads (strict conditional numerical
+    reproducibility): a rank has more threads when there are fewer ranks. Must come before torch is imported. Independent.
+    """
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return
+    if "GenuineIntel" in cpu:
+        os.environ.setdefault("MKL_CBWR", "AVX512,STRICT" if " avx512f" in cpu else "AVX2,STRICT")
+
+
+ask_for_reproducible_blas()
+
+
+def launcher_rank() -> int:
+    """This process's rank by the launcher's environment, before MPI starts; 0 when alone. Independent."""
+    for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _started_world() -> Any:
+    """COMM_WORLD when MPI runs in this process, else None; never starts MPI."""
+    module = sys.modules.get("mpi4py.MPI")
+    return module.COMM_WORLD if module and module.Is_initialized() and not module.Is_finalized() else None
+
+
+def _end(code: int, everywhere: bool) -> NoReturn:
+    """Leave: in step when every rank leaves with this code, else by MPI_Abort, which ends the others too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    world = _started_world()
+    if world is not None and world.size > 1:
+        if not everywhere:
+            world.Abort(code)
+        if code:  # Open MPI kills slower ranks as soon as the first leaves with an error: leave together
+            world.Barrier()
+    sys.exit(code)
+
+
+def run_entry(main: Callable[[], None]) -> NoReturn:
+    """Run a command's main and exit with its code (the table is in errors.py). Collective over COMM_WORLD."""
+    try:
+        main()
+    except MpidpError as error:
+        world = _started_world()
+        rank = launcher_rank() if world is None else world.rank
+        everywhere = error.everywhere or world is None or world.size == 1
+        if rank == 0 or not everywhere:
+            place = "" if everywhere else f"rank {rank}: "
+            print(f"mpidp: {place}{error}", file=sys.stderr)
+        _end(error.exit_code, everywhere)
+    except SystemExit as leave:  # argparse: the same words on every rank, or --help
+        sys.exit(leave.code)
+    except BaseException:
+        world = _started_world()
+        rank = launcher_rank() if world is None else world.rank
+        print(f"mpidp: rank {rank} failed and ends the job:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1, everywhere=False)
+    _end(0, everywhere=True)

@@ -1,0 +1,130 @@
+"""What a run did: timed phases, one JSON line a step, progress for people on rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from mpidp.files import write_file
+
+
+class Clock:
+    """Seconds spent in named phases since the last take(). Independent."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        """{phase_seconds: ...} with step_seconds since the last take, and start anew."""
+        now = time.perf_counter()
+        taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()} | {"step_seconds": now - self._since}
+        self._seconds.clear()
+        self._since = now
+        return taken
+
+
+class MetricsFile:
+    """RUN/metrics.jsonl: one JSON object a line, flushed at once, floats in full precision. Rank 0 alone has one."""
+
+    def __init__(self, path: Path, keep_to_step: int) -> None:
+        """Lines of steps beyond keep_to_step (those a resumed run will do again) and a half line are dropped."""
+        if path.exists():
+            kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, keep_to_step)]
+            write_file(path, b"".join(line + b"\n" for line in kept))
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Numbers that are not finite become null, which every JSON reader takes."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _belongs(line: bytes, keep_to_step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return int(record["step"]) <= keep_to_step and record.get("event") != "end"
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+PEAK_FLOPS = {  # dense bf16 matrix products a second by the makers' datasheets, by a part of the device's name
+    "H200": 989e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """None where it is not known: MFU is then not claimed."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+class Progress:
+    """Plain lines on rank 0, at most one a second, or a live line by rich when a person watches. Independent."""
+
+    def __init__(self, total_steps: int, active: bool) -> None:
+        self.total_steps, self.active = total_steps, active
+        self._last = 0.0
+        self._began = time.perf_counter()
+        self._first_step: int | None = None
+        self._status: Any = None
+        if active and sys.stdout.isatty():
+            from rich.console import Console
+
+            self._status = Console().status("starting")
+            self._status.start()
+
+    def say(self, text: str) -> None:
+        if self.active:
+            print(text, flush=True)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One line for a step's record, unless the last was less than a second ago."""
+        step = int(record["step"])
+        now = time.perf_counter()
+        if self._first_step is None:
+            self._first_step, self._began = step, now
+        last = step == self.total_steps
+        if not self.active or (now - self._last < 1.0 and not last):
+            return
+        self._last = now
+        done = step - self._first_step
+        eta = (now - self._began) / done * (self.total_steps - step) if done else 0.0
+        mfu = f"  mfu {100 * record['mfu']:.1f}%" if record.get("mfu") is not None else ""
+        text = (
+            f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  loss {record['train_loss']:.4f}  "
+            f"lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"eta {int(eta) // 60}:{int(eta) % 60:02d}"
+        )
+        if self._status is not None:
+            self._status.update(text)
+        if self._status is None or last:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()

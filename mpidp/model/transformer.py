@@ -1,0 +1,206 @@
+"""A decoder-only Transformer language model in the shape of LLaMA. Pure torch; it knows nothing of MPI.
+
+RMSNorm (Zhang 2019), rotary positions in the half-split layout (Su 2021), SwiGLU (Shazeer 2020), grouped-query attention
+(Ainslie 2023), pre-norm residual blocks, optionally tied embeddings. B: batch, T: positions, D: model_dim, H: heads,
+K: key-value heads, E: head_dim = D / H, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """Everything that decides the parameters' names and shapes."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    model_dim: int
+    hidden_dim: int  # of the SwiGLU
+    seq_len: int
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer (Wellons' lowbias32), on int64 so that it is the same on every device."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def keyed_dropout(x: Tensor, p: float, key: Tensor | None, site: int) -> Tensor:
+    """Dropout whose mask is a pure function of (key, site, position in x): no generator, hence no state to carry.
+
+    x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: which dropout of the model it is.
+    """
+    if p == 0.0 or key is None:
+        return x
+    stream = _hash32((key + site * 0x9E3779B9) & 0xFFFFFFFF)
+    bits = _hash32((torch.arange(x.numel(), device=x.device) + stream) & 0xFFFFFFFF)
+    keep = bits >= round(p * 2**32)
+    return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
+
+
+def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (length, head_dim), the second half of a row repeating the first."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions. x: (B, H, T, E); cos, sin: (T, E) or (B, 1, T, E)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K."""
+
+    def __init__(self, shape: TransformerShape) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.q = nn.Linear(shape.model_dim, self.num_heads * self.head_dim, bias=False)
+        self.k = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
+        self.o = nn.Linear(self.num_heads * self.head_dim, shape.model_dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) of bools, or None for plain causal."""
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.k(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.v(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if self.num_kv_heads < self.num_heads:
+            group = self.num_heads // self.num_kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, shape: TransformerShape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.model_dim, shape.hidden_dim, bias=False)
+        self.up = nn.Linear(shape.model_dim, shape.hidden_dim, bias=False)
+        self.down = nn.Linear(shape.hidden_dim, shape.model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), each with dropout on what is added."""
+
+    def __init__(self, shape: TransformerShape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, shape.dropout
+        self.attention_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+        self.attention = Attention(shape)
+        self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+        self.feed_forward = FeedForward(shape)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        y = self.attention(self.attention_norm(x), cos, sin, mask)
+        x = x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 1)
+        y = self.feed_forward(self.feed_forward_norm(x))
+        return x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 2)
+
+
+class Transformer(nn.Module):
+    """The language model: tokens (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, shape: TransformerShape, seed: int = 0) -> None:
+        """The same seed gives the same float32 parameters on every device: they are drawn on the CPU."""
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocab_size, shape.model_dim)
+        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
+        self.norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+        self.head = nn.Linear(shape.model_dim, shape.vocab_size, bias=False)
+        if shape.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        cos, sin = rope_table(shape.head_dim, shape.seq_len, shape.rope_theta)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        if self.embedding.weight.device.type != "meta":
+            self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        """Normal with std 1/sqrt(width), narrower by sqrt(2 layers) where a residual branch ends (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in sorted(self.named_parameters()):
+            if p.dim() == 2:
+                std = 1.0 / math.sqrt(self.shape.model_dim)
+                if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
+                    std /= math.sqrt(2 * self.shape.num_layers)
+                nn.init.normal_(p, std=std, generator=generator)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of the next token.
+
+        tokens: (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
+        ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
+        """
+        t = tokens.shape[1]
+        if positions is None:
+            cos, sin = self.cos[:t], self.sin[:t]
+        else:
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # (B, 1, T, E)
+        mask = None
+        if doc_ids is not None:
+            causal = torch.ones(t, t, dtype=torch.bool, device=tokens.device).tril()
+            mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
+        x = keyed_dropout(self.embedding(tokens), self.shape.dropout, key, 0)
+        for block in self.blocks:
+            x = block(x, cos, sin, mask, key)
+        return self.head(self.norm(x))
+
+    def compile_blocks(self) -> None:
+        """torch.compile, block by block: one graph serves all layers and logits stay eager."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+
+def default_hidden_dim(model_dim: int) -> int:
+    """8/3 of the width, which gives SwiGLU the parameters of a 4x MLP, rounded up to a multiple of 64."""
+    return -(-(8 * model_dim) // (3 * 64)) * 64
+
+
+def num_parameters(shape: TransformerShape) -> int:
+    """Counted without allocating anything."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(shape).parameters())
+
+
+def flops_per_token(shape: TransformerShape, parameters: int) -> float:
+    """Forward and backward floating-point operations a token: 6 N + 12 layers T D (Chowdhery 2022, appendix B)."""
+    embedding = 0 if shape.tie_embeddings else shape.vocab_size * shape.model_dim
+    return 6.0 * (parameters - embedding) + 12.0 * shape.num_layers * shape.seq_len * shape.model_dim
+
+
+MODELS = {"transformer": Transformer}

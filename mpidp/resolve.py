@@ -1,0 +1,136 @@
+"""From what a config leaves open to plain values: threads, device, precision, steps; and what the bits depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import h5py
+import mpi4py
+import numpy as np
+import torch
+from mpi4py import MPI
+
+import mpidp
+from mpidp.comm.mesh import Mesh
+from mpidp.config import Config
+from mpidp.errors import UsageError
+from mpidp.lanes import Lanes
+from mpidp.model.transformer import TransformerShape, default_hidden_dim
+
+
+def resolve_threads(wanted: int, mesh: Mesh, comm: MPI.Intracomm) -> int:
+    """CPU threads a rank: as wanted, else the cores that the ranks of this node may use / their number. Collective over comm."""
+    cores = comm.allgather((mesh.host, sorted(os.sched_getaffinity(0))))
+    mine = {core for host, allowed in cores if host == mesh.host for core in allowed}
+    return wanted or max(1, len(mine) // mesh.local_size)
+
+
+def resolve_device(wanted: str, mesh: Mesh) -> torch.device:
+    """cuda:{local_rank % device_count}, else cpu. UsageError for a cuda that is not there. Independent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"train.device=cuda, but torch sees no CUDA device on {mesh.host}: use train.device=cpu, or install a CUDA build of "
+            f"torch (this one is {torch.__version__}) and check the job's GPU request"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", mesh.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on CUDA that has it, else float32. Independent."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def resolve_reducer(config: Config) -> str:
+    """auto depends on the config alone, never on ranks, memory or host: the tree for synchronous. Pure."""
+    return "tree" if config.comm.reducer == "auto" else config.comm.reducer
+
+
+def model_shape(config: Config, vocab_size: int) -> TransformerShape:
+    """The model's shape with its defaults filled in. Pure."""
+    m = config.model
+    return TransformerShape(
+        vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
+        m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
+    )
+
+
+def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
+    """The config with nothing left open: what is printed, saved and compared on resume. Pure."""
+    t, m = config.train, config.model
+    steps = t.steps or 300
+    if t.tokens:
+        steps = -(-t.tokens // (t.global_batch * m.seq_len))
+    elif t.epochs:
+        steps = max(1, round(t.epochs * steps_per_epoch))
+    warmup = config.optim.warmup_steps
+    return config.with_values(
+        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)},
+        train={
+            "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
+            "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+        },
+        optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
+        comm={"reducer": resolve_reducer(config), "overlap": "none"},
+    )
+
+
+def set_determinism(device: torch.device, wanted: bool) -> None:
+    """On CUDA, choose kernels whose bits repeat. Must come before the first cuBLAS call. Independent."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(wanted)
+
+
+def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
+    """What the bits depend on besides data and settings: kept in every checkpoint, a change is said in one line. Independent."""
+    return {
+        "threads": config.train.threads,
+        "dtype": config.train.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "compile": config.train.compile,
+        "deterministic": config.train.deterministic,
+        "reducer": config.comm.reducer,
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "blas": os.environ.get("MKL_CBWR", ""),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What every rank must have the same of. Independent."""
+    return {
+        "mpidp": mpidp.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "h5py": h5py.__version__,
+        "mpi4py": mpi4py.__version__,
+        "MPI": MPI.Get_library_version().split("\n")[0].strip("\x00 "),
+    }
+
+
+def agree(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
+    """UsageError on every rank, naming what differs and where, unless all ranks hold the same facts. Collective over comm."""
+    everyone = comm.allgather(facts)
+    different = [
+        f"{name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {theirs.get(name)}"
+        for name in everyone[0]
+        for rank, theirs in enumerate(everyone)
+        if theirs.get(name) != everyone[0].get(name)
+    ]
+    if different:
+        error = UsageError(
+            "the ranks do not agree, so they would not train one model: "
+            + "; ".join(different[:5])
+            + ". Give all nodes the same environment, configuration and data (a shared folder, or the same copy)"
+        )
+        error.everywhere = True
+        raise error
