@@ -15,7 +15,6 @@ PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-m
 .PHONY: train test setup unit mpi laws openmpi lint types results clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample
-	@test -f shards/stdlib/index.json || python -m data_tools.prepare --source stdlib --tokenizer bpe:2048 --out shards/stdlib --shards 4 --val-fraction 0.05
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "def " --tokens 150
 

@@ -156,6 +156,7 @@ def plan(config: Config, mesh: Mesh) -> Plan:
     with together(world):
         device = resolve.resolve_device(config.train.device, mesh)
         dtype = resolve.resolve_dtype(config.train.dtype, device)
+        resolve.check_compiler(config.train.compile, device)
         resolve.set_determinism(device, config.train.deterministic)
         training = TokenStream(config.data.path, "train")
         if "val" in training.index.splits:
@@ -166,8 +167,8 @@ def plan(config: Config, mesh: Mesh) -> Plan:
         lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
         if world.size > lanes.num_lanes:
             raise UsageError(
-                f"{world.size} ranks, but the global batch has {lanes.num_lanes} lanes, and a rank computes whole lanes: start at "
-                f"most {lanes.num_lanes} ranks, or raise train.lanes or train.global_batch, or lower train.micro_batch"
+                f"{world.size} ranks, but the global batch has {lanes.num_lanes} lanes, and a rank computes whole lanes: start "
+                f"at most {lanes.num_lanes} ranks, or raise train.lanes or train.global_batch, or lower train.micro_batch"
             )
         sampler = Sampler(
             training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes

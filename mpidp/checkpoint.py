@@ -181,12 +181,10 @@ def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[
             reasons.append(str(error))
     if not names:
         return None, []
-    none_valid = CheckpointError(
+    raise CheckpointError.on_every_rank(
         f"no checkpoint in {run_dir / 'checkpoints'} is valid: {'; '.join(reasons)}. Bring one back from a copy, or start "
         "anew with --run.resume=never"
     )
-    none_valid.everywhere = True
-    raise none_valid
 
 
 class Reader(Mapping[str, Tensor]):

@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 HANG_EXIT_CODE = 6
 
 
@@ -21,6 +23,13 @@ class MpidpError(Exception):
 
     exit_code = 1
     everywhere = False  # True once every rank holds it: rank 0 alone prints, all ranks leave together
+
+    @classmethod
+    def on_every_rank(cls, message: str) -> Self:
+        """The error as every rank raises it alike."""
+        error = cls(message)
+        error.everywhere = True
+        return error
 
 
 class UsageError(MpidpError):

@@ -212,19 +212,16 @@ def restore(job: Job, reader: checkpoint.Reader) -> None:
 def stopped(job: Job, stop: StopRequest) -> Stopped:
     """The word with which every rank leaves."""
     reasons = [r for r in job.comm.allgather(stop.reason) if r]
-    word = Stopped(
+    return Stopped.on_every_rank(
         f"stopped on request ({', '.join(sorted(set(reasons)))}) at step {job.position.step}, checkpoint written; the same "
         "command goes on from here"
     )
-    word.everywhere = True
-    return word
 
 
 def give_up(job: Job, times: int) -> MpidpError:
     """The word after too many skipped steps."""
-    error = MpidpError(
-        f"{times} steps in a row had gradients that are not finite, since batch "
-        f"{job.position.step + job.position.skipped - times}: lower optim.lr, lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
+    at = job.position
+    return MpidpError.on_every_rank(
+        f"{times} steps in a row had gradients that are not finite, since batch {at.step + at.skipped - times}: lower optim.lr, "
+        "lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
     )
-    error.everywhere = True
-    return error

@@ -49,8 +49,8 @@ class Optimizer:
         self.named = dict(named_parameters)
         matrices = [p for p in self.named.values() if p.dim() >= 2]
         gains = [p for p in self.named.values() if p.dim() < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        decays = ((matrices, weight_decay), (gains, 0.0))
+        groups: list[dict[str, Any]] = [{"params": of, "weight_decay": decay} for of, decay in decays if of]
         fused: dict[str, Any] = {"betas": (beta1, beta2), "eps": 1e-8, "fused": True}
         self.parts: list[torch.optim.Optimizer]
         if name == "adamw":

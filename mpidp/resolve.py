@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from typing import Any
 
 import h5py
@@ -46,6 +47,15 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def check_compiler(wanted: bool, device: torch.device) -> None:
+    """UsageError when torch.compile is asked for on the CPU and there is no C++ compiler. Independent."""
+    if wanted and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UsageError(
+            "train.compile=true needs a C++ compiler on the CPU, and g++ is not on the PATH: install it, name another one in the "
+            "environment variable CXX, or leave train.compile=false"
+        )
 
 
 def resolve_reducer(config: Config) -> str:
@@ -127,10 +137,8 @@ def agree(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
         if theirs.get(name) != everyone[0].get(name)
     ]
     if different:
-        error = UsageError(
+        raise UsageError.on_every_rank(
             "the ranks do not agree, so they would not train one model: "
             + "; ".join(different[:5])
             + ". Give all nodes the same environment, configuration and data (a shared folder, or the same copy)"
         )
-        error.everywhere = True
-        raise error

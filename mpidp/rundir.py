@@ -110,9 +110,9 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[ch
     notes += [f"passed over an invalid checkpoint: {reason}" for reason in passed_over]
     if path is None:
         if resume == "must":
-            error = CheckpointError(f"run.resume=must, but {run_dir / 'checkpoints'} holds no checkpoint; use auto to begin")
-            error.everywhere = True
-            raise error
+            raise CheckpointError.on_every_rank(
+                f"run.resume=must, but {run_dir / 'checkpoints'} holds no checkpoint; use auto to begin"
+            )
         return None, notes
     return checkpoint.Reader(path), notes
 

@@ -18,7 +18,7 @@ USAGE = """usage: [mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.
 Trains a Transformer language model from HDF5 token shards with data parallelism over MPI. The weights that come out do not
 depend on N. With no arguments it prepares shards of Python's own standard library and trains a small model on them."""
 
-DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:2048", "shards": 4, "val_fraction": 0.05, "seed": 0}
+DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:1024", "shards": 4, "val_fraction": 0.05, "seed": 0}
 
 
 def main() -> None:

@@ -70,9 +70,7 @@ def together(comm: MPI.Intracomm) -> Iterator[None]:
         return
     rank, (code, known, word) = failed[0]
     place = f"rank {rank}: " if comm.size > 1 and len(failed) < comm.size else ""
-    shared = _BY_CODE.get(code, MpidpError)(place + word)
-    shared.everywhere = True
-    raise shared from mine
+    raise _BY_CODE.get(code, MpidpError).on_every_rank(place + word) from mine
 
 
 @dataclass(frozen=True)
