@@ -23,8 +23,8 @@ class RawWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.path, self.tokens, self.documents = folder / name, 0, 0
         self._dtype, self._inside = dtype, False
-        self._ids = open(f"{self.path}.tokens", "wb", buffering=PIECE_TOKENS)
-        self._starts = open(f"{self.path}.documents", "wb", buffering=PIECE_TOKENS)
+        self._ids = open(f"{self.path}.tokens", "wb", buffering=PIECE_TOKENS)  # noqa: SIM115 - close() closes
+        self._starts = open(f"{self.path}.documents", "wb", buffering=PIECE_TOKENS)  # noqa: SIM115
 
     def add(self, ids: np.ndarray) -> None:
         """More of the document under way, or the start of the next."""

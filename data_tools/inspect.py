@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
+from mpidp.entry import Parser, run_entry
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
@@ -41,7 +41,7 @@ def _describe_split(stream: TokenStream, tokenizer: Tokenizer, excerpt_tokens: i
 
 def main() -> None:
     """The command line. Independent."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__)
+    parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="how much to show (%(default)s)")
     options = parser.parse_args()
@@ -49,6 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mpidp.entry import run_entry
-
     run_entry(main)

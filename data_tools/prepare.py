@@ -30,6 +30,7 @@ from mpidp.data.index import (
     write_atomically,
 )
 from mpidp.data.tokenizer import Tokenizer, token_dtype
+from mpidp.entry import Parser, run_entry
 from mpidp.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def prepare(
     with team.together():
         check_options(shards, val_fraction, split, bad_utf8, tokenizer)
         if team.rank == 0:
-            _names_in(out)
+            ours = _names_in(out)
             found = find_files(source, leave_out=out)
-            _make_folder(scratch)
+            _make_scratch(out, ours)
     files, about = team.bcast(found)
     try:
         reader = Reader(bad_utf8, strict, alone=about["kind"] == "file")
@@ -73,7 +74,7 @@ def prepare(
             counts.add(other)
         index = _write(all_raws, counts, encoder, about | counts.left_out(), shards, val_fraction, out, team)
     finally:
-        if team.rank == 0:
+        if team.rank == 0 and not _is_half_replaced(out):
             shutil.rmtree(scratch, ignore_errors=True)
             if is_new:
                 with suppress(OSError):  # only when nothing came of it
@@ -116,12 +117,20 @@ def _names_in(out: Path) -> set[str]:
     return {name for name in ours if (out / name).exists()}
 
 
-def _make_folder(scratch: Path) -> None:
+def _is_half_replaced(out: Path) -> bool:
+    """Whether a run stopped between the old index and the new: its scratch folder then knows whose the shards are."""
+    return (out / SCRATCH / "new.json").exists() and not (out / "index.json").exists()
+
+
+def _make_scratch(out: Path, ours: set[str]) -> None:
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        scratch.mkdir(parents=True)
+        if _is_half_replaced(out):
+            for name in ours:
+                (out / name).unlink()
+        shutil.rmtree(out / SCRATCH, ignore_errors=True)  # of a run that was killed
+        (out / SCRATCH).mkdir(parents=True)
     except OSError as error:
-        raise UsageError(f"cannot write to --out {scratch.parent}: {error.strerror}; choose another folder") from None
+        raise UsageError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
 
 
 def _share(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
@@ -220,6 +229,7 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
         (out / name).unlink()
     write_atomically(out / "tokenizer.json", tokenizer)
     write_atomically(out / "index.json", index.to_json())
+    shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks go on
 
 
 def _summary(out: Path, index: Index, counts: Counts, seconds: float, ranks: int) -> str:
@@ -236,8 +246,8 @@ def _summary(out: Path, index: Index, counts: Counts, seconds: float, ranks: int
 
 def main() -> None:
     """The command line. Collective over COMM_WORLD."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.prepare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m data_tools.prepare", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", default="stdlib", help="stdlib (Python's own standard library: .py files without site-packages, "
         "dist-packages, __pycache__, test and tests folders), a file, or a folder: text, .jsonl[.gz|.zst], .parquet")
@@ -261,6 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mpidp.entry import run_entry
-
     run_entry(main)

@@ -21,17 +21,14 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait for each other after the body, without spinning; an exception on one rank is one on all. Collective."""
+        """An exception on one rank is one on all; ranks that are done sooner sleep. Collective."""
         if self.comm is None:
             yield
             return
-        from mpidp.comm.mesh import polite_barrier, together
+        from mpidp.comm.mesh import together
 
         with together(self.comm):
-            try:
-                yield
-            finally:
-                polite_barrier(self.comm)  # MPI's own collectives take a core while they wait
+            yield
 
     def bcast(self, value: T | None) -> T:
         """Rank 0's value. Collective."""

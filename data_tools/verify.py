@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
+from mpidp.entry import Parser, run_entry
 from mpidp.errors import DataError
 
 PIECE_TOKENS = 2**22
@@ -44,12 +44,10 @@ def verify(folder: str | Path) -> str:
 
 def main() -> None:
     """The command line. Independent."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.verify", description=__doc__)
+    parser = Parser(prog="python -m data_tools.verify", description=__doc__)
     parser.add_argument("folder", metavar="DIR")
     print(verify(parser.parse_args().folder))
 
 
 if __name__ == "__main__":
-    from mpidp.entry import run_entry
-
     run_entry(main)

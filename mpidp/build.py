@@ -216,6 +216,7 @@ def build(plan: Plan) -> Job:
         "fingerprint": resolve.fingerprint(config, device),
         "data": plan.training.index_sha256,
         "tokenizer": plan.training.tokenizer_sha256,
+        "eod": plan.training.eod,
         "shape": asdict(plan.shape),
         "ranks": world.size,
     }

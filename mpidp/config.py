@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -289,7 +288,3 @@ def help_text(usage: str) -> str:
         lines.append(f" {star} {key:<22} {json.dumps(default):<16} {meta['text']}{choices}{unit}")
     return "\n".join(lines)
 
-
-def print_help(usage: str) -> None:
-    """To stdout."""
-    sys.stdout.write(help_text(usage) + "\n")

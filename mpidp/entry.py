@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from mpidp.errors import MpidpError
+from mpidp.errors import MpidpError, UsageError
 
 
 def ask_for_reproducible_blas() -> None:
@@ -33,6 +34,19 @@ def launcher_rank() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UsageErrors, and which speaks once under mpirun. Independent."""
+
+    def error(self, message: str) -> NoReturn:
+        """A wrong command line."""
+        raise UsageError(f"{message} ({self.prog} --help says more)")
+
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        """On the launcher's rank 0 alone."""
+        if launcher_rank() == 0:
+            super().print_help(file)
 
 
 def _started_world() -> Any:

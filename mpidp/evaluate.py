@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import run_entry
+from mpidp.entry import Parser, run_entry
 
 
 def main() -> None:
     """Command line -> figures on rank 0."""
-    parser = argparse.ArgumentParser(prog="python -m mpidp.evaluate", description=__doc__)
+    parser = Parser(prog="python -m mpidp.evaluate", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
     parser.add_argument("--data", metavar="DIR", help="shards; default: those the run was trained on")
     parser.add_argument("--split", default="val", help="val or train")

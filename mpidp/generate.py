@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import run_entry
+from mpidp.entry import Parser, run_entry
 
 
 def main() -> None:
     """Command line -> text on rank 0's standard output."""
-    parser = argparse.ArgumentParser(prog="python -m mpidp.generate", description=__doc__)
+    parser = Parser(prog="python -m mpidp.generate", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
     parser.add_argument("--prompt", default="\n", help="the text to go on from")
     parser.add_argument("--tokens", type=int, default=200, help="how many to add")
@@ -46,7 +46,7 @@ def generate(world: Any, options: argparse.Namespace) -> str:
     with together(world):
         if world.rank == 0:
             loaded = load_model(reader, mesh, options.device, options.threads, world)
-            tokenizer = load_tokenizer(options.data or reader.path.parent.parent)
+            tokenizer = load_tokenizer(options.data or reader.path.parent.parent, reader.meta["eod"])
             if tokenizer.vocab_size != loaded.model.shape.vocab_size:
                 raise DataError(
                     f"the tokenizer has {tokenizer.vocab_size} tokens, the model {loaded.model.shape.vocab_size}: give --data"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidp import config as configuration
 from mpidp.config import Config
-from mpidp.entry import run_entry
+from mpidp.entry import launcher_rank, run_entry
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,7 +25,8 @@ def main() -> None:
     """Command line -> run."""
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
-        configuration.print_help(USAGE)
+        if launcher_rank() == 0:
+            print(configuration.help_text(USAGE))
         return
     dry = "--dry-run" in words
     config = configuration.from_args([word for word in words if word != "--dry-run"])

@@ -146,7 +146,7 @@ class Sampler:
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self._lane(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
-        of_lane = range(0, self.lanes.global_batch) if self.order == "sequential" else self._places(lane)
+        of_lane = range(self.lanes.global_batch) if self.order == "sequential" else self._places(lane)
         offset = step * len(of_lane) - of_lane.start
         return epoch, lane, range(places.start + offset, stop + offset)
 

@@ -205,8 +205,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
             eod = _eod_of_index(path.parent / "index.json")
         return tokenizer_from_json(data.decode(), eod)
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a tokenizer.json, or prepare shards "
-                        "first") from None
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a tokenizer.json") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text: not a tokenizer.json") from None
     except DataError as error:
@@ -269,8 +268,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UsageError("this tokenizer needs the `tokenizers` library: pip install 'mpidp[data]', or use byte or char"
-                         ) from None
+        raise UsageError("this tokenizer needs `tokenizers`: pip install tokenizers, or use byte or char") from None
     return tokenizers
 
 
@@ -284,11 +282,9 @@ def _parse_hf(text: str) -> Any:
 
 
 def _find_eod(vocab: dict[str, int], eod: str | int | None) -> int:
-    if isinstance(eod, int):
-        if eod not in vocab.values():
-            raise DataError(f"the tokenizer has no id {eod} to end a document with; prepare the shards again")
+    if isinstance(eod, int) and eod in vocab.values():
         return eod
-    for name in USUAL_EOD if eod is None else (eod,):
+    for name in USUAL_EOD if eod is None else (str(eod),):
         if name in vocab:
             return vocab[name]
     if eod is not None:

@@ -130,8 +130,7 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, tokens, [600])
     loader = Loader(stream, Sampler(1000, 10, Lanes(4, 4), seed=1), [0], CPU)
     with pytest.raises(DataError, match=r"train_1.h5: token 100 is 300, not below vocab_size 300.*verify"):
-        for _ in range(30):
-            next(loader)
+        take(loader, 30)
     assert not loader._thread.is_alive()
     with pytest.raises(DataError, match="token 100"):
         next(loader)

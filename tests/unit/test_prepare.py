@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import cut, sources
+from data_tools import sources
 from data_tools.prepare import check_options, prepare
-from data_tools.sources import Reader, SourceFile
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
 from mpidp.errors import DataError, UsageError
@@ -100,50 +100,24 @@ def test_whole_documents_are_drawn_for_validation(tmp_path: Path) -> None:
     assert set(val) <= set(documents(tmp_path / "more", "val"))  # other files do not change what is drawn
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_documents_of_every_format(tmp_path: Path, suffix: str) -> None:
-    texts = ["first", "sécond\nwith two lines", "third " * 1000] * 20
-    lines = "".join(json.dumps({"text": text, "other": 1}) + "\n\n" for text in texts).encode()
-    path = tmp_path / f"data{suffix}"
-    if suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.table({"text": texts, "n": range(60)}), path, row_group_size=7)
-    elif suffix == ".jsonl.zst":
-        zstandard = pytest.importorskip("zstandard")
-        path.write_bytes(b"".join(zstandard.compress(part) for part in (lines[:1000], lines[1000:])))
-    else:
-        path.write_bytes(gzip.compress(lines) if suffix.endswith("gz") else lines)
-    prepare(str(path), out=tmp_path / "out", val_fraction=0)
-    assert documents(tmp_path / "out") == texts
+def test_a_damaged_source_leaves_the_old_shards(tmp_path: Path) -> None:
+    path, out = tmp_path / "a.jsonl.gz", tmp_path / "out"
+    path.write_bytes(gzip.compress(b'{"text": "fine"}\n' * 100))
+    prepare(str(path), out=out, val_fraction=0)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="a.jsonl.gz"):
+        prepare(str(path), out=out, val_fraction=0)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "text"])
-def test_damaged_archives_are_refused_by_name(tmp_path: Path, suffix: str, damage: str) -> None:
-    test_documents_of_every_format(tmp_path, suffix)
-    path = tmp_path / f"data{suffix}"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 255
-    path.write_bytes({"cut": path.read_bytes()[: len(data) * 2 // 3], "flip": bytes(data), "text": b"hello\n" * 9}[damage])
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=path.name):
-        prepare(str(path), out=tmp_path / "out", val_fraction=0)
-    assert sorted(tmp_path.rglob("*")) == before  # the old shards are still there, and nothing else
-    TokenStream(tmp_path / "out").check(contents=True)
-
-
-BAD_LINES = [b"{", b"[]", b'{"text": 5}', b'{"other": "x"}', b'"text"', b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}"]
-
-
-def test_malformed_lines_are_counted_and_shown_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_lines_are_shown_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + b"\n".join(BAD_LINES) + b'\n{"text": ""}\n\n{"text": "last"}')
+    path.write_text('{"text": "fine"}\n' + "{\n" * 7 + '{"text": "last"}')
     index = prepare(str(path), out=tmp_path / "out", val_fraction=0, shards=1)
-    assert documents(tmp_path / "out") == ["fine", "last"]
-    assert (index.source["malformed"], index.source["empty"]) == (len(BAD_LINES), 1)
+    assert documents(tmp_path / "out") == ["fine", "last"] and index.source["malformed"] == 7
     said = capsys.readouterr().out
-    assert f"{len(BAD_LINES)} malformed" in said and "a.jsonl:2" in said and "a.jsonl:6" in said and "a.jsonl:7" not in said
+    assert "7 malformed" in said and "a.jsonl:2" in said and "a.jsonl:6" in said and "a.jsonl:7" not in said
     with pytest.raises(DataError, match=r"a\.jsonl:2.*--strict"):
         prepare(str(path), out=tmp_path / "out", strict=True)
 
@@ -242,34 +216,34 @@ def test_foreign_files_are_not_touched(corpus: Path, tmp_path: Path) -> None:
         prepare(str(corpus), out=out)
 
 
-@pytest.mark.parametrize("stop_at", range(1, 12))
+@pytest.mark.parametrize("stop_at", range(1, 16))
 def test_a_run_killed_while_it_replaces_shards_is_made_good_by_the_next(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     """At every moment there is the old set, the new set, or no index; and preparing again always works."""
-    import os
-
     out = tmp_path / "out"
     prepare(str(corpus), out=out, shards=3)
     old = (out / "index.json").read_bytes()
-    moves, real, clean = 0, os.replace, shutil.rmtree
+    moves, real = 0, os.replace
 
     def replace(a: Any, b: Any) -> None:
         nonlocal moves
-        moves += (Path(a).parent.parent == out or Path(a).parent == out)
+        moves += 1
         if moves == stop_at:
             raise KeyboardInterrupt
         real(a, b)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", replace)
-        patch.setattr(shutil, "rmtree", lambda path, **_: None if (Path(path) / "new.json").exists() else clean(path, **_))
         try:
             prepare(str(corpus), "char", out=out, shards=4)
         except KeyboardInterrupt:
+            assert stop_at <= 14
             if (out / "index.json").exists():
                 assert (out / "index.json").read_bytes() == old
                 TokenStream(out).check(contents=True)
+        else:
+            assert stop_at == 15
     prepare(str(corpus), out=out, shards=2)
     TokenStream(out).check(contents=True)
     assert len(list(out.glob("*.h5"))) == 3 and not (out / ".prepare").exists()
@@ -286,20 +260,12 @@ def test_a_given_tokenizer_is_stored_as_it_is(corpus: Path, tmp_path: Path) -> N
     assert (tmp_path / "second/train_00000.h5").read_bytes() == (tmp_path / "out/train_00000.h5").read_bytes()
 
 
-def test_long_files_are_read_in_pieces_that_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {"lines.txt": "zwölf Boxkämpfer 🥊\n" * 3000, "one.txt": "漢字é🙂x" * 9000, "end.txt": "\n" * 5000 + "é" * 9000}
-    (tmp_path / "in").mkdir()
-    for name, text in texts.items():
-        (tmp_path / "in" / name).write_bytes(text.encode())
-    prepare(str(tmp_path / "in"), out=tmp_path / "whole")
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1000)
-    monkeypatch.setattr("data_tools.prepare.BATCH_CHARACTERS", 100)
-    monkeypatch.setattr(cut, "PIECE_TOKENS", 777)
-    for path in (tmp_path / "in").iterdir():
-        pieces = list(Reader().pieces(SourceFile(path.name, str(path), path.stat().st_size)))
-        assert max(len((piece or "").encode()) for piece in pieces) < 2010 and pieces.count(None) == 1
-        assert "".join(piece or "" for piece in pieces) == texts[path.name]
-    prepare(str(tmp_path / "in"), out=tmp_path / "pieces")
+def test_the_sizes_of_pieces_change_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(str(corpus), out=tmp_path / "whole")
+    monkeypatch.setattr("data_tools.sources.PIECE_BYTES", 100)
+    monkeypatch.setattr("data_tools.prepare.BATCH_CHARACTERS", 10)
+    monkeypatch.setattr("data_tools.cut.PIECE_TOKENS", 77)
+    prepare(str(corpus), out=tmp_path / "pieces")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "pieces" / path.name).read_bytes()
 

@@ -22,7 +22,8 @@ from mpidp.data.tokenizer import (
 )
 from mpidp.errors import DataError, UsageError
 
-TEXTS = ["To be, or not to be: that is the question.\n", "def f(x):\n    return x  # ünïcödé 漢字 🙂\n", "\r\n\t  a  \n\n\n b"] * 20
+TEXTS = ["To be, or not to be: that is the question.\n", "f(x)\n    return x  # ünïcödé 漢字 🙂\n", "\r\n\t  a  \n\n\n b"]
+TEXTS *= 20
 ALPHABET = "".join(sorted(set("".join(TEXTS)) | set("<|endoftext|>")))
 TOKENIZERS = {"byte": ByteTokenizer(), "char": CharTokenizer(ALPHABET), "bpe": train_bpe(iter(TEXTS), 300)}
 texts = st.text(alphabet=ALPHABET, max_size=200)
