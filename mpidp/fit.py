@@ -33,6 +33,7 @@ class Position:
 
     step: int = 0  # updates made
     skipped: int = 0  # batches whose gradient was not finite
+    skipped_in_a_row: int = 0
     tokens: int = 0  # target tokens learned from
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -72,39 +73,26 @@ class Job:
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
     """Train until the steps are done or a stopping rule holds; returns the end record. Raises Stopped after a checkpoint
     when asked to stop. Collective over job.comm."""
-    at, clock, skipped_in_a_row = job.position, Clock(), 0
+    at, clock = job.position, Clock()
     mine = [v for lane in job.lanes.of_rank(job.comm.rank, job.comm.size) for v in job.lanes.micro_batches(lane)]
     while not (reason := ended(job)):
         job.watchdog.beat(f"step {at.step + 1}")
-        sent_bytes, comm_seconds = job.transport.sent_bytes, job.transport.seconds
-        with clock.timed("data"):
-            batch = next(loader)
-        with clock.timed("compute"):
-            sums = job.engine.run(accumulate(mine), batch.batch, batch.micro_batches, job.strategy).tolist()
-        with clock.timed("comm_wait"):
-            loss, tokens, stopping = share(job, mine, sums, sum(mb.num_tokens for mb in batch.micro_batches), stop.wanted())
-        with clock.timed("update"):
-            lr = job.schedule.lr_at(at.step + 1)
-            stats = job.strategy.step(lr, tokens)
+        with clock.timed("step"):
+            with clock.timed("data"):
+                batch = next(loader)
+            with clock.timed("compute"):
+                sums = job.engine.run(accumulate(mine), batch.batch, batch.micro_batches, job.strategy).tolist()
+            with clock.timed("comm_wait"):
+                counted = sum(mb.num_tokens for mb in batch.micro_batches)
+                loss, tokens, stopping = share(job, mine, sums, counted, stop.wanted())
+            with clock.timed("update"):
+                lr = job.schedule.lr_at(at.step + 1)
+                stats = job.strategy.step(lr, tokens)
         if stats.skipped:
-            at.skipped, skipped_in_a_row = at.skipped + 1, skipped_in_a_row + 1
-            record(job, {"event": "skipped", "step": at.step, "batch": batch.batch, "grad_norm": stats.grad_norm})
-            if skipped_in_a_row >= job.max_skipped:
-                raise give_up(job, skipped_in_a_row)
+            skip(job, batch.batch, stats.grad_norm)
         else:
-            at.step, at.tokens, skipped_in_a_row = at.step + 1, at.tokens + tokens, 0
-            seconds = clock.take()
-            moved = job.transport.seconds - comm_seconds
-            seconds["comm_wait_seconds"] += moved
-            seconds["update_seconds"] -= moved
-            speed = tokens / seconds["step_seconds"]
-            line = {
-                "step": at.step, "train_loss": loss, "lr": lr, "grad_norm": stats.grad_norm, "tokens": at.tokens,
-                "tokens_per_second": speed, "mfu": job.mfu(speed), "epoch": batch.epoch, **seconds,
-                "comm_bytes": job.transport.sent_bytes - sent_bytes, "skipped": at.skipped,
-            }
-            record(job, line)
-            job.progress.step(line)
+            at.step, at.tokens, at.skipped_in_a_row = at.step + 1, at.tokens + tokens, 0
+            log_step(job, {"train_loss": loss, "lr": lr, "grad_norm": stats.grad_norm}, tokens, batch.epoch, clock)
             if job.eval_every and at.step % job.eval_every == 0:
                 evaluate(job)
         if (stopping or (job.save_every and at.step % job.save_every == 0)) and not ended(job):
@@ -170,6 +158,34 @@ def record(job: Job, line: dict[str, Any]) -> None:
         job.metrics.write(line)
 
 
+def log_step(job: Job, learned: dict[str, float], tokens: int, epoch: int, clock: Clock) -> None:
+    """The line of a step. Seconds are this rank's; what the strategy spent in communication is not its update. Independent."""
+    at, seconds = job.position, clock.take()
+    sent_bytes, comm_seconds = job.transport.take()
+    seconds["comm_wait_seconds"] += comm_seconds
+    seconds["update_seconds"] -= comm_seconds
+    speed = tokens / seconds["step_seconds"]
+    line = {
+        "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.mfu(speed), "epoch": epoch,
+        **seconds, "comm_bytes": sent_bytes, "skipped": at.skipped,
+    }
+    record(job, line)
+    job.progress.step(line)
+
+
+def skip(job: Job, batch: int, grad_norm: float) -> None:
+    """Count and log a batch that made no update; MpidpError after max_skipped in a row. The same on every rank. Independent."""
+    at = job.position
+    at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
+    record(job, {"event": "skipped", "step": at.step, "batch": batch, "grad_norm": grad_norm})
+    job.progress.say(f"step {at.step}  batch {batch} skipped: the gradient is not finite")
+    if at.skipped_in_a_row >= job.max_skipped:
+        raise MpidpError.on_every_rank(
+            f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, had gradients that are not finite: "
+            "lower optim.lr, lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
+        )
+
+
 def evaluate(job: Job) -> None:
     """val_loss at this step. Collective over job.comm."""
     if job.validation is None:
@@ -217,11 +233,3 @@ def stopped(job: Job, stop: StopRequest) -> Stopped:
         "command goes on from here"
     )
 
-
-def give_up(job: Job, times: int) -> MpidpError:
-    """The word after too many skipped steps."""
-    at = job.position
-    return MpidpError.on_every_rank(
-        f"{times} steps in a row had gradients that are not finite, since batch {at.step + at.skipped - times}: lower optim.lr, "
-        "lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
-    )

@@ -17,11 +17,10 @@ from mpidp.files import write_file
 
 
 class Clock:
-    """Seconds spent in named phases since the last take(). Independent."""
+    """Seconds spent in named phases, which may lie inside each other, since the last take(). Independent."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._since = time.perf_counter()
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -30,11 +29,9 @@ class Clock:
         self._seconds[phase] += time.perf_counter() - begin
 
     def take(self) -> dict[str, float]:
-        """{phase_seconds: ...} with step_seconds since the last take, and start anew."""
-        now = time.perf_counter()
-        taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()} | {"step_seconds": now - self._since}
+        """{phase_seconds: ...}, and start anew."""
+        taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
         self._seconds.clear()
-        self._since = now
         return taken
 
 

@@ -17,7 +17,7 @@ PIECE_BYTES = 2 << 20  # larger messages make both MPIs allocate a temporary who
 
 
 class Messages:
-    """Independent; it counts the bytes this rank sent and the seconds it spent in communication."""
+    """Independent; it counts the bytes this rank sent and the seconds it spent in communication, until take()."""
 
     def __init__(self, device: torch.device, mode: str = "host") -> None:
         """mode: host (CPU tensors), staged or device (CUDA tensors)."""
@@ -57,6 +57,12 @@ class Messages:
         """Wire tensors written by torch may now be given to MPI."""
         if self.mode == "device":
             torch.cuda.current_stream().synchronize()
+
+    def take(self) -> tuple[int, float]:
+        """(bytes sent, seconds) since the last take, and start anew."""
+        taken = self.sent_bytes, self.seconds
+        self.sent_bytes, self.seconds = 0, 0.0
+        return taken
 
     @contextmanager
     def timed(self) -> Iterator[None]:
