@@ -16,7 +16,7 @@ PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-m
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
-	python -m mpidp.generate runs/quickstart --prompt "def " --tokens 150
+	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
 test: $(VENV)/.test unit mpi laws openmpi ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs
 

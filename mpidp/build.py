@@ -164,20 +164,22 @@ def plan(config: Config, mesh: Mesh) -> Plan:
         for stream in (training, validation):
             if stream is not None:
                 stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
+        if world.rank == 0:
+            training.index.tokenizer_bytes(training.path)
         lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
         if world.size > lanes.num_lanes:
             raise UsageError(
                 f"{world.size} ranks, but the global batch has {lanes.num_lanes} lanes, and a rank computes whole lanes: start "
                 f"at most {lanes.num_lanes} ranks, or raise train.lanes or train.global_batch, or lower train.micro_batch"
             )
-        sampler = Sampler(
-            training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
-        )
-        if sampler.num_windows < 1:
+        if training.num_tokens <= config.model.seq_len:
             raise DataError(
                 f"{config.data.path}: {training.num_tokens} training tokens are fewer than one window of model.seq_len + 1 = "
                 f"{config.model.seq_len + 1}; prepare more text, or lower model.seq_len"
             )
+        sampler = Sampler(
+            training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
+        )
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
     shape = resolve.model_shape(resolved, training.vocab_size)
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
@@ -222,8 +224,8 @@ def build(plan: Plan) -> Job:
     }
     if world.rank == 0:
         write_file(run_dir / "config.toml", to_toml(config).encode())
-        tokenizer = plan.training.path / "tokenizer.json"  # beside the weights, so that the run can be used without its data
-        write_file(run_dir / "tokenizer.json", tokenizer.read_bytes())
+        # beside the weights, so that the run can be used without its data
+        write_file(run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
     return Job(
         comm=world,
         engine=Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens),

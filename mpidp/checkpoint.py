@@ -16,6 +16,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.comm.mesh import together
-from mpidp.errors import CheckpointError
+from mpidp.errors import CheckpointError, MpidpError
 from mpidp.files import sync_directory, write_file
 from mpidp.state import Entry
 
 FORMAT = 1
-_STEP_DIR = re.compile(r"step_(\d{8,})")
+_STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -77,13 +78,13 @@ def save(
     folder = run_dir / "checkpoints"
     final = folder / f"step_{step:08d}"
     temporary = folder / f".writing_step_{step:08d}"
-    with together(comm):
+    with together(comm), _plain_words(run_dir):
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     record: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    with together(comm):
+    with together(comm), _plain_words(run_dir):
         pieces = _slices(entries, comm)
         content = safetensors.torch.save({name: t.cpu().contiguous() for name, (t, _, _) in pieces.items()})
         name = f"rank_{comm.rank:05d}.safetensors"
@@ -95,20 +96,33 @@ def save(
             tensors[n] = {"shape": shape, "dtype": str(e.tensor.dtype).removeprefix("torch."), "layout": e.layout}
     records = comm.gather(record, root=0)
     described = comm.gather(tensors, root=0)
-    with together(comm):
+    with together(comm), _plain_words(run_dir):
         if comm.rank == 0:
             assert records is not None and described is not None
             known = {name: about for part in described for name, about in part.items()}
             body = {"format": FORMAT, "step": step, **meta, "tensors": dict(sorted(known.items())), "files": records}
             write_file(temporary / "manifest.json", _seal(body))
+            replaced = folder / f".replaced_{final.name}"
             if final.exists():  # an invalid one that was passed over, or the same step without its end record
-                shutil.rmtree(folder / f".old_{final.name}", ignore_errors=True)
-                os.rename(final, folder / f".old_{final.name}")
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(final, replaced)
             os.rename(temporary, final)
             sync_directory(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             write_file(run_dir / "latest", final.name.encode())
             _prune(folder, keep)
     return final
+
+
+@contextmanager
+def _plain_words(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MpidpError(
+            f"a checkpoint could not be written in {run_dir} ({error}). Make room there, or choose another --run.dir; the "
+            "checkpoints before it are as they were, and the same command goes on from them"
+        ) from error
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:
@@ -118,17 +132,21 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 def _prune(folder: Path, keep: int) -> None:
     """The newest `keep` stay. A directory is renamed before it is emptied, so none is ever half there."""
-    for path in committed(folder)[keep:] + [p for p in folder.iterdir() if p.name.startswith(".old_")]:
-        doomed = folder / f".old_{path.name}" if not path.name.startswith(".old_") else path
-        if doomed != path:
-            os.rename(path, doomed)
+    for path in folder.glob(".old_*"):  # of a job that was killed here
+        shutil.rmtree(path, ignore_errors=True)
+    for path in committed(folder)[keep:]:
+        doomed = folder / f".old_{path.name}"
+        os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def committed(folder: Path) -> list[Path]:
-    """Directories under their final names, newest first; valid or not. Independent."""
+    """Directories under their final names, newest first; valid or not. Independent.
+
+    One that was to be replaced counts until its successor has the final name.
+    """
     found = [p for p in folder.iterdir() if _STEP_DIR.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(found, key=lambda p: (int(p.name.rpartition("_")[2]), not p.name.startswith(".")), reverse=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -152,8 +152,7 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
-    return close[0]
+    return difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.0)[0]
 
 
 def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
@@ -161,6 +160,8 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
     try:
+        if not isinstance(raw, (str, int, float)):
+            raise ValueError
         if kind is bool:
             value: Any = {"true": True, "false": False}[str(raw).lower()]
         elif kind is str:
@@ -273,7 +274,7 @@ def to_toml(config: Config) -> str:
         if name != section:
             lines += ([""] if lines else []) + [f"[{name}]"]
             section = name
-        lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"
 
 

@@ -86,7 +86,9 @@ class Engine:
         counts = np.zeros(len(starts), dtype=np.int64)
         for i in range(comm.rank, len(starts), comm.size):
             length = min(span, targets - starts[i])
-            tokens = torch.from_numpy(stream.read(starts[i], length + 1).astype(np.int64))
+            read = stream.read(starts[i], length + 1)
+            stream.check_ids(starts[i], read)
+            tokens = torch.from_numpy(read.astype(np.int64))
             mask = stream.read_mask(starts[i], length + 1)
             wanted = tokens[1:] if mask is None else tokens[1:].masked_fill(~torch.from_numpy(mask[1:]), -100)
             for inputs, outputs in _windows(tokens[:-1], wanted, seq_len):

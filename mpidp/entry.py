@@ -74,14 +74,19 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         main()
     except MpidpError as error:
         world = _started_world()
-        rank = launcher_rank() if world is None else world.rank
         everywhere = error.everywhere or world is None or world.size == 1
+        rank = launcher_rank() if world is None or world.size == 1 else world.rank
         if rank == 0 or not everywhere:
             place = "" if everywhere else f"rank {rank}: "
             print(f"mpidp: {place}{error}", file=sys.stderr)
         _end(error.exit_code, everywhere)
-    except SystemExit as leave:  # argparse: the same words on every rank, or --help
-        sys.exit(leave.code)
+    except SystemExit as leave:
+        world = _started_world()
+        if world is None or world.size == 1:
+            sys.exit(leave.code)
+        code = leave.code if isinstance(leave.code, int) and leave.code else 1
+        print(f"mpidp: rank {world.rank} left by sys.exit({leave.code!r}) and ends the job", file=sys.stderr)
+        _end(code, everywhere=False)
     except BaseException:
         world = _started_world()
         rank = launcher_rank() if world is None else world.rank

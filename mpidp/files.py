@@ -7,12 +7,15 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write, fsync, rename: the file is there whole or not at all. Independent."""
+    """Write, fsync, rename: the file is there whole or not at all. OSError names the file. Independent."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     os.replace(temporary, path)
     sync_directory(path.parent)
 

@@ -226,7 +226,7 @@ def restore(job: Job, reader: checkpoint.Reader) -> None:
 
 
 def stopped(job: Job, stop: StopRequest) -> Stopped:
-    """The word with which every rank leaves."""
+    """The word with which every rank leaves. Collective over job.comm."""
     reasons = [r for r in job.comm.allgather(stop.reason) if r]
     return Stopped.on_every_rank(
         f"stopped on request ({', '.join(sorted(set(reasons)))}) at step {job.position.step}, checkpoint written; the same "

@@ -81,7 +81,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class Progress:
-    """Plain lines on rank 0, at most one a second, or a live line by rich when a person watches. Independent."""
+    """Plain lines on rank 0, at most one in three seconds, or a live line by rich when a person watches. Independent."""
 
     def __init__(self, total_steps: int, active: bool) -> None:
         self.total_steps, self.active = total_steps, active
@@ -100,13 +100,13 @@ class Progress:
             print(text, flush=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One line for a step's record, unless the last was less than a second ago."""
+        """One line for a step's record, unless the last was less than three seconds ago."""
         step = int(record["step"])
         now = time.perf_counter()
         if self._first_step is None:
             self._first_step, self._began = step, now
         last = step == self.total_steps
-        if not self.active or (now - self._last < 1.0 and not last):
+        if not self.active or (now - self._last < 3.0 and not last):
             return
         self._last = now
         done = step - self._first_step

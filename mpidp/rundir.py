@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -16,52 +17,71 @@ from mpidp.comm.mesh import together
 from mpidp.config import FIXED, Config, fields_of
 from mpidp.errors import CheckpointError, UsageError
 
+_ELSE = "choose another folder with --run.dir=DIR"
+
 
 class RunLock:
-    """RUN/lock, held by rank 0 while the job runs; taken over when its holder is dead. Independent."""
+    """RUN/lock, held by rank 0 while the job runs; taken over when its holder is dead. Independent.
+
+    The kernel's lock on the open file decides between processes of one host and dies with its holder. What the file says
+    decides where that reaches no further: other hosts, and file systems without such locks.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         """UsageError when the folder cannot be written to, or a live job holds it."""
         self.path = run_dir / "lock"
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")})
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._take(content.encode())
+            self._handle: int | None = self._open()
+            self._refuse_if_held(self._handle)
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps(holder).encode(), 0)
         except OSError as error:
             raise UsageError(f"run.dir={run_dir} cannot be written to ({error}); choose another with --run.dir=DIR") from error
 
-    def _take(self, content: bytes) -> None:
-        for _ in range(2):
+    def _open(self) -> int:
+        """The lock file, with the kernel's lock on it."""
+        while True:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            except FileExistsError:
-                self._refuse_or_clear()
-                continue
-            os.write(handle, content)
-            os.close(handle)
-            return
-        raise UsageError(f"{self.path}: another job took it just now")
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                host, pid = self._holder(handle)
+                os.close(handle)
+                raise UsageError(f"{self.path}: in use by process {pid or '?'} on {host}; {_ELSE}") from None
+            except OSError:
+                return handle  # no such locks here
+            try:
+                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                    return handle
+            except FileNotFoundError:
+                pass
+            os.close(handle)  # released and removed since it was opened
 
-    def _refuse_or_clear(self) -> None:
+    def _holder(self, handle: int) -> tuple[str, int]:
+        """(host, pid); pid 0 where the file does not say: its writer died, or is about to write."""
         try:
-            holder = json.loads(self.path.read_text())
-            host, pid = str(holder["host"]), int(holder["pid"])
-        except FileNotFoundError:
-            return
+            holder = json.loads(os.pread(handle, 4096, 0))
+            return str(holder["host"]), int(holder["pid"])
         except (ValueError, KeyError, TypeError):
-            host, pid = socket.gethostname(), -1  # cut short while being written: its writer died
+            return socket.gethostname(), 0
+
+    def _refuse_if_held(self, handle: int) -> None:
+        host, pid = self._holder(handle)
         if host != socket.gethostname():
-            raise UsageError(
-                f"{self.path}: in use by a job on {host} (pid {pid}). If that job is gone, remove the file; else choose "
-                "another folder with --run.dir=DIR"
-            )
+            os.close(handle)
+            raise UsageError(f"{self.path}: in use by a job on {host} (pid {pid}). If that job is gone, remove the file; {_ELSE}")
         if _alive(pid):
-            raise UsageError(f"{self.path}: in use by process {pid} on this host; choose another folder with --run.dir=DIR")
-        self.path.unlink(missing_ok=True)
+            os.close(handle)
+            raise UsageError(f"{self.path}: in use by process {pid} on this host; {_ELSE}")
 
     def release(self) -> None:
         """Remove the lock."""
-        self.path.unlink(missing_ok=True)
+        if self._handle is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
 
 
 def _alive(pid: int) -> bool:

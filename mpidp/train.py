@@ -42,7 +42,8 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False) -> dict[str, An
     from mpidp.rundir import RunLock, find_checkpoint
 
     mesh = make_mesh(world)
-    build.prepare_default_corpus(config, world, DEFAULT_CORPUS)
+    if not dry:
+        build.prepare_default_corpus(config, world, DEFAULT_CORPUS)
     plan = build.plan(config, mesh)
     plan.say_what_runs()
     if dry:

@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from mpidp.comm import tree
 from mpidp.comm.buckets import Bucket, GradientBuffer, slice_bounds
-from mpidp.comm.buffers import buf, bufv
+from mpidp.comm.buffers import buf, bufv, datatype, memory
 from mpidp.comm.transport import Messages, pieces
 from mpidp.lanes import Lanes
 
@@ -108,7 +108,7 @@ class Root(Reducer):
             wire = self.transport.load(piece, "root")
             if self.holds_sum:
                 gathered = self.transport.scratch("gathered", self.comm.size * wire.numel())
-                self.comm.Gather(buf(wire), buf(gathered), root=0)
+                self.comm.Gather(buf(wire), [memory(gathered), wire.numel(), datatype(gathered)], root=0)  # a count a rank
                 rows = gathered.view(self.comm.size, -1)
                 for rank in range(1, self.comm.size):
                     rows[0] += rows[rank]

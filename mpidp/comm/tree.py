@@ -56,7 +56,7 @@ def plan(lanes: range, num_lanes: int, siblings_share: bool) -> tuple[list[LaneP
 
 
 def num_slots(plans: list[LanePlan]) -> int:
-    """Gradient buffers that the plan touches: at most floor(log2(lanes of the rank)) + 2."""
+    """Gradient buffers that the plan touches: at most 2 log2(lanes of the rank) + 1, and log2 + 1 for an aligned run."""
     return 1 + max((p.slot for p in plans), default=0)
 
 

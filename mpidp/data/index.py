@@ -56,6 +56,17 @@ class Index:
     source: dict[str, Any]
     sha256: str = ""  # of index.json itself
 
+    def tokenizer_bytes(self, folder: Path) -> bytes:
+        """tokenizer.json as the index knows it, or DataError."""
+        path = folder / "tokenizer.json"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or prepare {folder} again") from None
+        if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
+            raise DataError(f"{path}: it changed since index.json was written; restore it, or prepare {folder} again")
+        return content
+
     def to_json(self) -> str:
         """What index.json holds: the same for the same shards, whoever wrote them and when."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}

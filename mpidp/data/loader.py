@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mpidp.data.sampler import Pool, Sampler
 from mpidp.data.shards import TokenStream
-from mpidp.errors import DataError
 
 IGNORED = -100  # a target that does not count, by torch's convention
 RESIDENT_SHARE = 0.25  # of the device's free memory, at most, under resident="auto"
@@ -117,12 +116,10 @@ class Loader:
         block = np.empty((len(windows), seq_len + 1), dtype=np.int64)
         counts = None if not stream.has_loss_mask else np.empty(block.shape, dtype=np.bool_)
         for row, window in enumerate(windows.tolist()):
-            block[row] = stream.read(window * seq_len, seq_len + 1)
+            block[row] = tokens = stream.read(window * seq_len, seq_len + 1)
+            stream.check_ids(window * seq_len, tokens)
             if counts is not None:
                 counts[row] = stream.read_mask(window * seq_len, seq_len + 1)
-        if block.size and block.max() >= stream.vocab_size:
-            row, column = (int(i[0]) for i in np.nonzero(block >= stream.vocab_size))
-            raise _bad_id(stream, int(windows[row]) * seq_len + column, int(block[row, column]))
         targets = block[:, 1:].copy()
         if counts is not None:
             targets[~counts[:, 1:]] = IGNORED
@@ -163,9 +160,7 @@ class _Resident:
         self._tokens = torch.empty(count, dtype={2: torch.int16, 4: torch.int32}[stream.token_bytes], device=device)
         for at in range(0, count, PIECE_TOKENS):
             piece = stream.read(self._first + at, min(PIECE_TOKENS, count - at))
-            if piece.max() >= stream.vocab_size:
-                bad = int(np.argmax(piece >= stream.vocab_size))
-                raise _bad_id(stream, self._first + at + bad, int(piece[bad]))
+            stream.check_ids(self._first + at, piece)
             self._tokens[at : at + len(piece)] = torch.from_numpy(piece.view(signed))
         self._offsets = torch.arange(seq_len + 1, device=device)
 
@@ -188,8 +183,3 @@ class _Resident:
         block = self._tokens[starts[:, None] + self._offsets].to(torch.int64) & self._mask
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
-
-def _bad_id(stream: TokenStream, position: int, found: int) -> DataError:
-    name, at = stream.locate(position)
-    return DataError(f"{stream.path / name}: token {at} is {found}, not below vocab_size {stream.vocab_size}; the file "
-                     f"is damaged: python -m data_tools.verify {stream.path}, then prepare it again")

@@ -128,6 +128,14 @@ class TokenStream:
         i = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self.files[i].name, position - int(self._starts[i])
 
+    def check_ids(self, start: int, ids: np.ndarray) -> None:
+        """DataError unless all of ids (count,), read at `start`, are below the vocabulary's size."""
+        if ids.size and ids.max() >= self.vocab_size:
+            bad = int(np.argmax(ids >= self.vocab_size))
+            name, at = self.locate(start + bad)
+            raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}; the file "
+                            f"is damaged: python -m data_tools.verify {self.path}, then prepare it again")
+
     def doc_offsets(self, file: int) -> np.ndarray:
         """Where documents start in a file, (d,) uint64, ascending and inside it, or DataError."""
         offsets = self._map(file).doc_offsets
