@@ -30,7 +30,7 @@ from mpidp.data.index import (
     write_atomically,
 )
 from mpidp.data.tokenizer import Tokenizer, token_dtype
-from mpidp.entry import Parser, run_entry
+from mpidp.entry import Parser, begin, run_entry
 from mpidp.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -260,11 +260,7 @@ def main() -> None:
     add("--bad-utf8", default="replace", help="replace or skip documents that are not UTF-8 (%(default)s)")
     add("--strict", action="store_true", help="a malformed .jsonl line is an error instead of skipped")
     add("--eod", help="the end-of-document token of a given tokenizer.json, when it has no usual name")
-    options = vars(parser.parse_args())
-
-    from mpidp.comm.mesh import start_mpi
-
-    world = start_mpi()
+    options, world = begin(lambda: vars(parser.parse_args()))
     if world.size > 1:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the ranks take the cores
     prepare(**options, comm=world if world.size > 1 else None)

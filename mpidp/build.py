@@ -130,7 +130,7 @@ class Plan:
         file = Path(self.config.run.dir) / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         if not lines or '"event": "end"' not in lines[-1]:
-            metrics = MetricsFile(file, end["step"])
+            metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
             metrics.write(end)
             metrics.close()
         print(

@@ -5,12 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from mpidp.errors import MpidpError, UsageError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+PAUSE_SECONDS = 0.3  # for mpirun to pass on the last words before it is told to end
+T = TypeVar("T")
 
 
 def ask_for_reproducible_blas() -> None:
@@ -36,6 +44,18 @@ def launcher_rank() -> int:
     return 0
 
 
+def launched_size() -> int:
+    """How many ranks the launcher meant to start, by its environment; 0 when it does not say. Independent.
+
+    Open MPI's and Hydra's own variables decide alone where they are set: `mpirun -n 1` inside a larger Slurm step is legal.
+    """
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if tasks.isdigit() else 0
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors, and which speaks once under mpirun. Independent."""
 
@@ -47,6 +67,26 @@ class Parser(argparse.ArgumentParser):
         """On the launcher's rank 0 alone."""
         if launcher_rank() == 0:
             super().print_help(file)
+
+
+def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
+    """What the command line says, then MPI's world. A wrong word is found before MPI starts; under a launcher MPI then serves
+    to say it once, and to end ranks that read another line. Collective over COMM_WORLD."""
+    said: T | None = None
+    wrong: UsageError | None = None
+    try:
+        said = read_command_line()
+    except UsageError as error:
+        if launched_size() < 2:
+            raise
+        wrong = error
+    from mpidp.comm.mesh import start_mpi, together
+
+    world = start_mpi()
+    with together(world):
+        if wrong is not None:
+            raise wrong
+    return cast(T, said), world
 
 
 def _started_world() -> Any:
@@ -62,9 +102,11 @@ def _end(code: int, everywhere: bool) -> NoReturn:
     world = _started_world()
     if world is not None and world.size > 1:
         if not everywhere:
+            time.sleep(PAUSE_SECONDS)
             world.Abort(code)
-        if code:  # Open MPI kills slower ranks as soon as the first leaves with an error: leave together
+        if code:  # Open MPI kills slower ranks as soon as the first leaves with an error: leave together, rank 0 first
             world.Barrier()
+            time.sleep(PAUSE_SECONDS if world.rank else 0)
     sys.exit(code)
 
 

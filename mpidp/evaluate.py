@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, run_entry
+from mpidp.entry import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -20,10 +20,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads a rank; 0: cores / ranks of the node")
     parser.add_argument("--json", action="store_true", help="one JSON line on standard output, everything else on standard error")
-    options = parser.parse_args()
-    from mpidp.comm.mesh import start_mpi
-
-    world = start_mpi()
+    options, world = begin(parser.parse_args)
     found = evaluate(options.run, options.data, world, options.split, options.device, options.threads)
     if world.rank == 0:
         step = found.pop("step")

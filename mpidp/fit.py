@@ -29,7 +29,7 @@ from mpidp.watchdog import Watchdog
 
 @dataclass
 class Position:
-    """Where a run stands; all of it goes into the checkpoint. batch = step + skipped is the loader's whole state."""
+    """Where a run stands; all of it goes into the checkpoint."""
 
     step: int = 0  # updates made
     skipped: int = 0  # batches whose gradient was not finite
@@ -38,6 +38,11 @@ class Position:
     val_loss: float | None = None
     best_val_loss: float | None = None
     evaluations_since_best: int = 0
+
+    @property
+    def batch(self) -> int:
+        """The next batch: the loader's whole state."""
+        return self.step + self.skipped
 
 
 @dataclass
@@ -115,10 +120,10 @@ def run_to_end(job: Job, resumed: bool) -> dict[str, Any]:
     """fit, with what must be opened before and closed after. Collective over job.comm."""
     stop = StopRequest(job.run_dir / "STOP" if job.comm.rank == 0 else None)
     if job.comm.rank == 0:
-        job.metrics = MetricsFile(job.run_dir / "metrics.jsonl", job.position.step)
+        job.metrics = MetricsFile(job.run_dir / "metrics.jsonl", job.position.step, job.position.batch)
     if resumed:
         record(job, {"event": "resume", "step": job.position.step})
-    loader = job.open_loader(job.position.step + job.position.skipped)
+    loader = job.open_loader(job.position.batch)
     try:
         end = fit(job, loader, stop)
         job.progress.say(f"done: step {end['step']}  val_loss {end['val_loss']}  weights_sha256 {end['weights_sha256']}")
@@ -149,7 +154,7 @@ def share(job: Job, mine: list[int], sums: list[float], tokens: int, stop: bool)
     board[mine] = sums
     board[-2:] = tokens, stop
     job.comm.Allreduce(MPI.IN_PLACE, board)
-    return sum(board[:-2].tolist()) / board[-2], int(board[-2]), bool(board[-1])
+    return sum(board[:-2].tolist()) / max(1.0, board[-2]), int(board[-2]), bool(board[-1])
 
 
 def record(job: Job, line: dict[str, Any]) -> None:
@@ -178,7 +183,7 @@ def skip(job: Job, batch: int, grad_norm: float) -> None:
     at = job.position
     at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
     record(job, {"event": "skipped", "step": at.step, "batch": batch, "grad_norm": grad_norm})
-    job.progress.say(f"step {at.step}  batch {batch} skipped: the gradient is not finite")
+    job.progress.say(f"step {at.step}  batch {batch} skipped: no target token, or a gradient that is not finite")
     if at.skipped_in_a_row >= job.max_skipped:
         raise MpidpError.on_every_rank(
             f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, had gradients that are not finite: "

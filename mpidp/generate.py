@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, run_entry
+from mpidp.entry import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -21,15 +21,17 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="where tokenizer.json is; default: RUN's own copy")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads a rank; 0: as in training")
-    options = parser.parse_args()
-    if options.tokens < 0 or options.temperature < 0 or options.top_k < 0:
-        parser.error("--tokens, --temperature and --top-k cannot be negative")
-    from mpidp.comm.mesh import start_mpi
-
-    world = start_mpi()
+    options, world = begin(lambda: _checked(parser))
     text = generate(world, options)
     if world.rank == 0:
         print(text)
+
+
+def _checked(parser: Parser) -> argparse.Namespace:
+    options = parser.parse_args()
+    if options.tokens < 0 or options.temperature < 0 or options.top_k < 0:
+        parser.error("--tokens, --temperature and --top-k cannot be negative")
+    return options
 
 
 def generate(world: Any, options: argparse.Namespace) -> str:

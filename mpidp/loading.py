@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
             for record in reader.meta["files"][comm.rank :: comm.size]:
                 check_file(path, record)
         return reader
-    found, _ = newest_valid(path, comm)
+    found, passed_over = newest_valid(path, comm)
+    for reason in passed_over if comm.rank == 0 else ():
+        print(f"passed over an invalid checkpoint: {reason}", file=sys.stderr)
     with together(comm):
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint: train first, with --run.dir={path}")

@@ -38,10 +38,10 @@ class Clock:
 class MetricsFile:
     """RUN/metrics.jsonl: one JSON object a line, flushed at once, floats in full precision. Rank 0 alone has one."""
 
-    def __init__(self, path: Path, keep_to_step: int) -> None:
-        """Lines of steps beyond keep_to_step (those a resumed run will do again) and a half line are dropped."""
+    def __init__(self, path: Path, step: int, next_batch: int) -> None:
+        """Lines of later steps and batches, which a resumed run will do again, and a half line are dropped."""
         if path.exists():
-            kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, keep_to_step)]
+            kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, step, next_batch)]
             write_file(path, b"".join(line + b"\n" for line in kept))
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -57,10 +57,10 @@ class MetricsFile:
         self._file.close()
 
 
-def _belongs(line: bytes, keep_to_step: int) -> bool:
+def _belongs(line: bytes, step: int, next_batch: int) -> bool:
     try:
         record = json.loads(line)
-        return int(record["step"]) <= keep_to_step and record.get("event") != "end"
+        return int(record["step"]) <= step and record.get("batch", -1) < next_batch and record.get("event") != "end"
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from mpidp.comm.mesh import together
 from mpidp.config import FIXED, Config, fields_of
 from mpidp.errors import CheckpointError, UsageError
 
-_ELSE = "choose another folder with --run.dir=DIR"
-
 
 class RunLock:
     """RUN/lock, held by rank 0 while the job runs; taken over when its holder is dead. Independent.
@@ -27,54 +26,52 @@ class RunLock:
     decides where that reaches no further: other hosts, and file systems without such locks.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        """UsageError when the folder cannot be written to, or a live job holds it."""
+    def __init__(self, run_dir: Path, patience_seconds: float = 3.0) -> None:
+        """UsageError when the folder cannot be written to, or a live job holds it for longer than patience_seconds: mpirun
+        may end a moment before its ranks do."""
         self.path = run_dir / "lock"
+        self._handle: int | None = None
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        deadline = time.monotonic() + patience_seconds
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._handle: int | None = self._open()
-            self._refuse_if_held(self._handle)
+            while (held := self._try()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if held or self._handle is None:
+                raise UsageError(f"{self.path}: in use by {held}; choose another folder with --run.dir=DIR")
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(holder).encode(), 0)
         except OSError as error:
             raise UsageError(f"run.dir={run_dir} cannot be written to ({error}); choose another with --run.dir=DIR") from error
 
-    def _open(self) -> int:
-        """The lock file, with the kernel's lock on it."""
-        while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                host, pid = self._holder(handle)
-                os.close(handle)
-                raise UsageError(f"{self.path}: in use by process {pid or '?'} on {host}; {_ELSE}") from None
-            except OSError:
-                return handle  # no such locks here
-            try:
-                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
-                    return handle
-            except FileNotFoundError:
-                pass
-            os.close(handle)  # released and removed since it was opened
-
-    def _holder(self, handle: int) -> tuple[str, int]:
-        """(host, pid); pid 0 where the file does not say: its writer died, or is about to write."""
+    def _try(self) -> str:
+        """Take the lock, or say who holds it."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        held = ""
         try:
-            holder = json.loads(os.pread(handle, 4096, 0))
-            return str(holder["host"]), int(holder["pid"])
-        except (ValueError, KeyError, TypeError):
-            return socket.gethostname(), 0
-
-    def _refuse_if_held(self, handle: int) -> None:
-        host, pid = self._holder(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = "another process"
+        except OSError:
+            pass  # no such locks here: what the file says must do
+        host, pid = _holder(handle)
         if host != socket.gethostname():
+            held = f"a job on {host} (pid {pid}). If that job is gone, remove the file; else"
+        elif _alive(pid):
+            held = f"process {pid} on this host"
+        if not held and not self._still_there(handle):
+            held = "another process"  # released and removed since it was opened
+        if held:
             os.close(handle)
-            raise UsageError(f"{self.path}: in use by a job on {host} (pid {pid}). If that job is gone, remove the file; {_ELSE}")
-        if _alive(pid):
-            os.close(handle)
-            raise UsageError(f"{self.path}: in use by process {pid} on this host; {_ELSE}")
+        else:
+            self._handle = handle
+        return held
+
+    def _still_there(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Remove the lock."""
@@ -84,7 +81,17 @@ class RunLock:
             self._handle = None
 
 
+def _holder(handle: int) -> tuple[str, int]:
+    """(host, pid); pid 0 where the file does not say: its writer died, or is about to write."""
+    try:
+        holder = json.loads(os.pread(handle, 4096, 0))
+        return str(holder["host"]), int(holder["pid"])
+    except (ValueError, KeyError, TypeError):
+        return socket.gethostname(), 0
+
+
 def _alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that is dead and not yet buried does not."""
     if pid <= 0:
         return False
     try:
@@ -93,7 +100,10 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return True
 
 
 def set_aside(run_dir: Path) -> Path | None:

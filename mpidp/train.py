@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidp import config as configuration
 from mpidp.config import Config
-from mpidp.entry import launcher_rank, run_entry
+from mpidp.entry import begin, launcher_rank, run_entry
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,10 +29,8 @@ def main() -> None:
             print(configuration.help_text(USAGE))
         return
     dry = "--dry-run" in words
-    config = configuration.from_args([word for word in words if word != "--dry-run"])
-    from mpidp.comm.mesh import start_mpi
-
-    run(config, start_mpi(), dry)
+    config, world = begin(lambda: configuration.from_args([word for word in words if word != "--dry-run"]))
+    run(config, world, dry)
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import traceback
@@ -12,21 +11,10 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from mpidp.entry import launched_size
 from mpidp.errors import CheckpointError, DataError, MpidpError, Stopped, UsageError
 
 _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointError, Stopped)}
-
-
-def launched_size() -> int:
-    """How many ranks the launcher meant to start, by its environment; 0 when it does not say. Independent.
-
-    Open MPI's and Hydra's own variables decide alone where they are set: `mpirun -n 1` inside a larger Slurm step is legal.
-    """
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
-    return int(tasks) if tasks.isdigit() else 0
 
 
 def start_mpi() -> MPI.Intracomm:

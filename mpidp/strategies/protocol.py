@@ -15,7 +15,8 @@ from mpidp.state import Entry
 
 @dataclass(frozen=True)
 class StepStats:
-    """What an update came to: the norm of the averaged gradient before clipping; skipped when it was not finite."""
+    """What an update came to: the norm of the averaged gradient before clipping; skipped when it was not
+    finite, or when no target token was in the batch."""
 
     grad_norm: float
     skipped: bool

@@ -66,6 +66,8 @@ class Synchronous:
         """Sum, scale to the mean over `tokens` target tokens, clip, update. A gradient that is not finite in any lane
         skips the update on every rank alike, because every rank sees the same sum. Collective over compute_comm."""
         self.reducer.finish()
+        if tokens == 0:  # every target is masked
+            return StepStats(grad_norm=0.0, skipped=True)
         flat = self.buffer.flat[0]
         scale = self.nominal_tokens / tokens
         norm_tensor = self.global_norm(flat).cpu().view(1)
