@@ -1,0 +1,97 @@
+"""For all tests: misspelt markers are refused, torch has one thread, and what fails on one rank fails on all together."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpidp.model.transformer import TransformerShape, num_parameters
+
+WORLD = MPI.COMM_WORLD
+HARNESS = WORLD.Dup()  # the tests' own collectives never meet these
+PATIENCE_SECONDS = 30.0  # a rank that failed waits this long for the others before it ends the job
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-mpi ignores what it does not know: @pytest.mark.mpi(min_sizes=2) would run at one rank."""
+    for item in items:
+        for mark in item.iter_markers("mpi"):
+            if mark.args or set(mark.kwargs) - {"min_size"}:
+                raise pytest.UsageError(f"{item.nodeid}: mpi marker with {mark.args} {mark.kwargs}: it takes min_size= alone")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """A test marked mpi ends on all ranks together; when it failed on some, it fails on all, and says where."""
+    if WORLD.size == 1 or pyfuncitem.get_closest_marker("mpi") is None:
+        return (yield)
+    error: BaseException | None = None
+    returned = None
+    try:
+        returned = yield
+    except BaseException as raised:  # pytest's own outcomes are no Exceptions
+        error = raised
+    failed = error is not None and not isinstance(error, pytest.skip.Exception)
+    _meet(pyfuncitem, error if failed else None)
+    said = HARNESS.allgather((pyfuncitem.nodeid, f"{type(error).__name__}: {error}" if failed else ""))
+    if {name for name, _ in said} != {pyfuncitem.nodeid}:
+        _abort(pyfuncitem, AssertionError(f"the ranks are at different tests: {[name for name, _ in said]}"))
+    if error is not None:
+        raise error
+    bad = [(rank, words) for rank, (_, words) in enumerate(said) if words]
+    if bad:
+        pytest.fail(f"failed on ranks {[rank for rank, _ in bad]}; rank {bad[0][0]}: {bad[0][1]}", pytrace=False)
+    return returned
+
+
+def _meet(item: pytest.Function, error: BaseException | None) -> None:
+    """A sleeping barrier. A rank that failed gives up on ranks that do not come: they wait for it inside the test."""
+    began, request = time.monotonic(), HARNESS.Ibarrier()
+    while not request.Test():
+        time.sleep(0.002)
+        if error is not None and time.monotonic() - began > PATIENCE_SECONDS:
+            _abort(item, error)
+
+
+def _abort(item: pytest.Function, error: BaseException) -> None:
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    if capture is not None:
+        capture.suspend_global_capture(in_=True)
+    print(f"{item.nodeid} failed on rank {WORLD.rank}, other ranks hang in it:", file=sys.stderr)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    WORLD.Abort(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Bits may depend on the number of threads, and the cores are shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def warm() -> None:
+    """torch's first use of meta tensors imports for a second: once, on all ranks at the same time."""
+    if WORLD.size > 1:
+        num_parameters(TransformerShape(8, 1, 1, 1, 2, 8, 8))
+
+
+@pytest.fixture
+def shared_tmp(tmp_path: Path) -> Path:
+    """One folder for all ranks (tmp_path is another on each). Collective over WORLD."""
+    return Path(WORLD.bcast(str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all ranks and all tests of a file: for corpora. Collective over WORLD."""
+    return Path(WORLD.bcast(str(tmp_path_factory.mktemp("shared"))))

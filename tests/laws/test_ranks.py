@@ -1,0 +1,88 @@
+"""Law: the number of ranks changes no bit of the weights and of the logged losses, whatever the lanes, buckets and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import Ran, corpus, sizes, tiny, train_at
+
+pytestmark = pytest.mark.mpi
+
+# name -> (numbers of ranks, the sections of the config). 100 training windows: 16 a step cross an epoch's end after 7 steps.
+CASES: dict[str, tuple[tuple[int, ...], dict[str, dict[str, Any]]]] = {
+    "8 lanes, dropout": ((1, 2, 3, 4, 5, 8), {"model": {"dropout": 0.1}, "train": {"steps": 9}}),
+    "12 lanes, GQA": ((1, 2, 3, 4, 5, 8), {"model": {"num_kv_heads": 2}, "train": {"global_batch": 24}}),
+    "7 lanes, short last micro-batch": (
+        (1, 2, 3, 4, 5), {"model": {"dropout": 0.2}, "train": {"global_batch": 13, "steps": 9}},
+    ),
+    "24 micro-batches in 8 lanes": (
+        (1, 2, 3, 5, 8), {"model": {"dropout": 0.1}, "train": {"global_batch": 24, "micro_batch": 1, "lanes": 8, "steps": 5}},
+    ),
+    "11 micro-batches in 5 uneven lanes": ((1, 2, 3, 4, 5), {"train": {"global_batch": 21, "lanes": 5, "steps": 6}}),
+    "tied embeddings, sequential": (
+        (1, 3, 8), {"model": {"tie_embeddings": True, "dropout": 0.1}, "data": {"order": "sequential"}, "train": {"steps": 8}},
+    ),
+    "muon": ((1, 2, 5), {"optim": {"name": "muon"}}),
+    "sgd, no clipping": ((1, 3, 8), {"optim": {"name": "sgd", "lr": 0.3, "clip": 0.0}}),
+    "adam, hard clipping": ((1, 4, 7), {"optim": {"name": "adam", "clip": 0.05}}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_number_of_ranks_changes_no_bit(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+    ranks, sections = CASES[name]
+    data = corpus(shared_folder)
+    runs = {n: train_at(n, tiny(data, shared_tmp / f"at{n}", **sections)) for n in sizes(*ranks)}
+    alone = runs.pop(1)
+    assert_it_learned(alone)
+    for n, run in runs.items():
+        assert run.sha256 == alone.sha256, f"{n} ranks"
+        assert run.lines == alone.lines, f"{n} ranks"
+
+
+def assert_it_learned(run: Ran) -> None:
+    """Not two runs that are equal because nothing happens in them."""
+    assert len(run.losses) == run.end["step"] and len(set(run.losses)) == len(run.losses)
+    assert run.losses[-1] < run.losses[0] - 0.1
+    assert all(line["grad_norm"] > 0 for line in run.lines if "grad_norm" in line)
+    assert any("val_loss" in line for line in run.learned)
+
+
+def test_a_run_crosses_the_end_of_an_epoch(shared_folder: Path, shared_tmp: Path) -> None:
+    run = train_at(1, tiny(corpus(shared_folder), shared_tmp / "run", train={"steps": 9}))
+    tokens = [line["tokens"] for line in run.lines if "train_loss" in line]
+    steps = [b - a for a, b in zip([0, *tokens], tokens, strict=False)]
+    assert steps.count(16 * 16) == 8 and 0 < min(steps) < 16 * 16  # one short batch, with micro-batches that are empty
+    assert {line["epoch"] for line in run.lines if "train_loss" in line} == {0, 1}
+
+
+def test_the_size_of_buckets_changes_no_bit(shared_folder: Path, shared_tmp: Path) -> None:
+    data, found = corpus(shared_folder), []
+    for n in sizes(1, 3, 8):
+        for size in (0.001, 0.03, 64.0):
+            run = train_at(n, tiny(data, shared_tmp / f"{n}_{size}", comm={"bucket_mb": size}, train={"steps": 4}))
+            found.append((run.sha256, run.lines))
+    assert all(one == found[0] for one in found)
+
+
+def test_how_the_data_is_cut_into_shards_changes_no_bit(shared_folder: Path, shared_tmp: Path) -> None:
+    found = []
+    for shards in (1, 5):
+        data = corpus(shared_folder, shards=shards)
+        assert len(list(data.glob("train_*.h5"))) == shards
+        for n in sizes(1, 4):
+            run = train_at(n, tiny(data, shared_tmp / f"{n}_{shards}", train={"steps": 8}))
+            found.append((run.sha256, run.lines))
+    assert all(one == found[0] for one in found)
+
+
+def test_other_seeds_are_other_runs(shared_folder: Path, shared_tmp: Path) -> None:
+    data = corpus(shared_folder)
+    hashes = {
+        train_at(2, tiny(data, shared_tmp / str(i), model={"dropout": dropout}, train={"seed": seed, "steps": 2})).sha256
+        for i, (seed, dropout) in enumerate([(1, 0.0), (2, 0.0), (2, 0.1)])
+    }
+    assert len(hashes) == 3

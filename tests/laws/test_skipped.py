@@ -1,0 +1,146 @@
+"""Law: a gradient that is not finite in one lane skips that batch on every rank alike, is counted, and is not for ever."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+import mpidp.train
+from mpidp.checkpoint import committed
+from mpidp.data.loader import MicroBatch
+from mpidp.engine import Engine
+from mpidp.errors import MpidpError
+from mpidp.strategies.synchronous import Synchronous
+from tests.tiny import WORLD, FailedElsewhere, at, corpus, masked_corpus, sizes, tiny, train_at
+
+pytestmark = pytest.mark.mpi
+
+
+@contextmanager
+def spoilt(bad: Callable[[int, int], bool], factor: float) -> Iterator[None]:
+    """The gradient of micro-batch v of batch b is multiplied by factor where bad(b, v), on whichever rank computes it; so
+    is its loss unless the factor is finite."""
+    real_run, real_loss, number = Engine.run, Engine.loss_sum, -1
+
+    def run(self: Engine, schedule: Any, batch: int, micro_batches: Any, strategy: Any) -> torch.Tensor:
+        nonlocal number
+        number = batch
+        return real_run(self, schedule, batch, micro_batches, strategy)
+
+    def loss_sum(self: Engine, mb: MicroBatch, key: torch.Tensor | None) -> torch.Tensor:
+        loss = real_loss(self, mb, key)
+        if self.model.training and bad(number, mb.v):
+            return (loss - loss.detach()) * factor + loss.detach()
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "run", run)
+        patch.setattr(Engine, "loss_sum", loss_sum)
+        yield
+
+
+BAD = {(2, 5), (3, 0), (5, 7)}
+SECTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "train": {"steps": 8, "save_every": 2, "max_skipped": 3}}
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 3e38])
+def test_the_batch_is_skipped_on_all_ranks_alike(shared_folder: Path, shared_tmp: Path, factor: float) -> None:
+    data = corpus(shared_folder)
+    with spoilt(lambda batch, v: (batch, v) in BAD, factor):
+        runs = [train_at(n, tiny(data, shared_tmp / str(n), **SECTIONS)) for n in sizes(1, 2, 4, 8)]
+    alone = runs[0]
+    for run in runs[1:]:
+        assert (run.sha256, run.lines) == (alone.sha256, alone.lines)
+    assert [(line["step"], line["batch"], line["grad_norm"]) for line in alone.events("skipped")] == [
+        (2, 2, None), (2, 3, None), (3, 5, None),
+    ]
+    assert alone.end["skipped"] == 3 and alone.end["step"] == 8 == len(alone.losses)
+    assert [line["skipped"] for line in alone.lines if "train_loss" in line] == [0, 0, 2, 3, 3, 3, 3, 3]
+    untouched = train_at(1, tiny(data, shared_tmp / "untouched", **SECTIONS))
+    assert untouched.losses[:2] == alone.losses[:2] and untouched.losses[2] != alone.losses[2]
+    assert all(math.isfinite(loss) for loss in alone.losses)
+
+
+def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_folder: Path, shared_tmp: Path) -> None:
+    """Two runs that skip the same batch for bad gradients of different micro-batches are one run."""
+    data, hashes = corpus(shared_folder), set()
+    for v in (0, 4, 7):
+        with spoilt(lambda batch, u, v=v: (batch, u) == (1, v), math.nan):
+            hashes.add(train_at(sizes(1, 2, 3)[-1], tiny(data, shared_tmp / str(v), train={"steps": 3})).sha256)
+    assert len(hashes) == 1
+
+
+def test_too_many_in_a_row_end_the_run_on_all_ranks(shared_folder: Path, shared_tmp: Path) -> None:
+    data = corpus(shared_folder)
+
+    def run(comm: MPI.Intracomm) -> tuple[int, bool, str]:
+        with pytest.raises(MpidpError) as caught:
+            mpidp.train.run(tiny(data, shared_tmp / str(comm.size), **SECTIONS), comm)
+        assert type(caught.value) is MpidpError
+        return caught.value.exit_code, caught.value.everywhere, str(caught.value)
+
+    with spoilt(lambda batch, v: v == 3 and batch not in (0, 1, 4, 5), math.nan):  # 2 in a row are borne, 7 to 9 are not
+        for n in sizes(1, 2, 4):
+            said = at(n, run)
+            assert said == [(1, True, said[0][2])] * n
+            assert "3 batches in a row" in said[0][2] and "batch 9" in said[0][2]
+    for n in sizes(1, 2, 4):
+        assert committed(shared_tmp / str(n) / "checkpoints")[0].name == "step_00000004"  # what was learned is kept
+
+
+def crash_in_step(number: int) -> pytest.MonkeyPatch:
+    patch, calls, real = pytest.MonkeyPatch(), 0, Synchronous.step
+
+    def step(self: Synchronous, lr: float, tokens: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise RuntimeError("the power went")
+        return real(self, lr, tokens)
+
+    patch.setattr(Synchronous, "step", step)
+    return patch
+
+
+def resumed(data: Path, folder: Path, crash_at: int) -> tuple[list[Any], list[Any]]:
+    """The lines of an uninterrupted run and of one that crashed in its crash_at-th step call, but for its resume event."""
+    with spoilt(lambda batch, v: (batch, v) in BAD, math.nan):
+        whole = train_at(1, tiny(data, folder / "whole", **SECTIONS))
+        patch = crash_in_step(crash_at)
+        with pytest.raises(FailedElsewhere, match="power"):
+            train_at(sizes(1, 2, 3)[-1], tiny(data, folder / "run", **SECTIONS))
+        patch.undo()
+        run = train_at(sizes(1, 2, 4)[-1], tiny(data, folder / "run", **SECTIONS))
+    assert run.sha256 == whole.sha256 and run.learned == whole.learned and len(run.events("resume")) == 1
+    return whole.lines, [line for line in run.lines if line.get("event") != "resume"]
+
+
+def test_skipped_batches_stay_skipped_after_a_restart(shared_folder: Path, shared_tmp: Path) -> None:
+    whole, run = resumed(corpus(shared_folder), shared_tmp, crash_at=9)  # from step 4, before batch 7
+    assert [line for line in run if line.get("event") != "skipped"] == [line for line in whole if line.get("event") != "skipped"]
+
+
+def test_batches_skipped_again_after_a_restart_are_logged_once(shared_folder: Path, shared_tmp: Path) -> None:
+    whole, run = resumed(corpus(shared_folder), shared_tmp, crash_at=5)  # step 2 is saved, batches 2 and 3 are skipped
+    assert run == whole
+
+
+def first_batch_has_none(places: np.ndarray) -> np.ndarray:
+    """A loss mask that leaves no target to the first global batch in sequential order."""
+    return places > 16 * 16
+
+
+def test_a_batch_without_any_target_is_passed_over(shared_folder: Path, shared_tmp: Path) -> None:
+    data = masked_corpus(shared_folder, keep=first_batch_has_none)
+    sections: dict[str, Any] = {"data": {"order": "sequential"}, "train": {"steps": 3}}
+    runs = [train_at(n, tiny(data, shared_tmp / str(n), **sections)) for n in sizes(1, 2)]
+    assert all(run.lines == runs[0].lines and run.end["step"] == 3 for run in runs)
+    assert WORLD.size == 1 or len(runs) == 2

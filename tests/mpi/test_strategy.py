@@ -1,0 +1,156 @@
+"""Laws of the synchronous update: a mean over tokens, clipped by one norm, the same everywhere; or no update, everywhere."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mpi4py import MPI
+
+from mpidp.comm.reducers import REDUCERS
+from mpidp.engine import Engine, weights_sha256
+from mpidp.fit import Job
+from mpidp.optim import Optimizer
+from mpidp.schedule import accumulate
+from mpidp.strategies import STRATEGIES
+from mpidp.strategies.protocol import StepStats
+from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, tiny
+
+pytestmark = pytest.mark.mpi
+
+
+def run_batch(job: Job, number: int, spoil: int = -1) -> int:
+    """Forward and backward of a global batch; returns its target tokens. spoil: micro-batch whose gradient is made NaN."""
+    loader = job.open_loader(number)
+    batch = next(loader)
+    loader.close()
+    real, engine = Engine.loss_sum, job.engine
+    engine.loss_sum = lambda mb, key: real(engine, mb, key) * (math.nan if mb.v == spoil else 1.0)  # type: ignore[method-assign]
+    engine.run(accumulate(micro_batches_of(job)), number, batch.micro_batches, job.strategy)
+    return job.comm.allreduce(sum(mb.num_tokens for mb in batch.micro_batches))
+
+
+def whole_batch(job: Job, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All inputs and targets of a global batch, as one."""
+    loader = job.open_loader(number)
+    batch = next(loader)
+    loader.close()
+    parts = job.comm.allgather([(mb.tokens, mb.targets) for mb in batch.micro_batches])
+    tokens, targets = zip(*(pair for part in parts for pair in part), strict=True)
+    return torch.cat(tokens), torch.cat(targets)
+
+
+@pytest.mark.parametrize("kind", list(REDUCERS))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("number", [0, 6])  # the second is short: some micro-batches have fewer sequences, others none
+def test_the_update_is_that_of_the_mean_over_tokens(
+    shared_folder: Path, shared_tmp: Path, kind: str, masked: bool, number: int
+) -> None:
+    """One forward and backward over the whole batch by autograd, in float64, is the oracle: never a mean of means."""
+    data = (masked_corpus if masked else corpus)(shared_folder)
+    clip = 0.5
+    sections: dict[str, Any] = {"comm": {"reducer": kind}, "optim": {"name": "sgd", "clip": clip, "beta1": 0.0}}
+    sections["optim"] |= {"weight_decay": 0.0, "warmup_steps": 0}
+
+    def step(comm: MPI.Intracomm) -> tuple[float, float, float]:
+        job = job_at(comm, tiny(data, shared_tmp, **sections))
+        tokens, targets = whole_batch(job, number)
+        before = {name: p.detach().clone() for name, p in job.engine.model.named_parameters()}
+        model = job.engine.model.double()
+        F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
+        mean = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
+        job = job_at(comm, tiny(data, shared_tmp, **sections))
+        counted = run_batch(job, number)
+        assert counted == int((targets != -100).sum())
+        stats = job.strategy.step(0.1, counted)
+        worst = 0.0
+        for name, p in job.engine.model.named_parameters():
+            wanted = before[name].double() - 0.1 * mean[name] * min(1.0, clip / norm)
+            worst = max(worst, float((p.detach().double() - wanted).abs().max()))
+            assert not torch.equal(p, before[name])
+        return stats.grad_norm, norm, worst
+
+    for grad_norm, norm, worst in at(WORLD.size, step):
+        assert grad_norm == pytest.approx(norm, rel=1e-5) and norm > clip  # it was clipped, the logged norm was not
+        assert worst < 1e-6
+
+
+@pytest.mark.parametrize("kind", list(REDUCERS))
+def test_one_gradient_that_is_not_finite_skips_the_update_everywhere(shared_folder: Path, shared_tmp: Path, kind: str) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp, comm={"reducer": kind})
+
+    def steps(comm: MPI.Intracomm, spoil: bool) -> tuple[list[StepStats], list[str], dict[str, Any]]:
+        job = job_at(comm, config)
+        stats, hashes = [], []
+        for number in range(4):
+            spoilt = number == 2
+            if spoilt and not spoil:
+                continue
+            tokens = run_batch(job, number, spoil=7 if spoilt else -1)
+            stats.append(job.strategy.step(0.01, tokens))
+            hashes.append(weights_sha256(job.engine.model))
+        state = job.strategy.state_dict()
+        return stats, hashes, {name: e.tensor.tolist() for name, e in state.items()}
+
+    found = at(WORLD.size, lambda comm: steps(comm, spoil=True))
+    clean = at(WORLD.size, lambda comm: steps(comm, spoil=False))
+    for (stats, hashes, state), (plain_stats, plain_hashes, plain_state) in zip(found, clean, strict=True):
+        assert [s.skipped for s in stats] == [False, False, True, False] and not math.isfinite(stats[2].grad_norm)
+        assert [s for s in stats if not s.skipped] == plain_stats and not any(s.skipped for s in plain_stats)
+        assert hashes[2] == hashes[1]  # no weight has moved
+        assert [hashes[i] for i in (0, 1, 3)] == plain_hashes  # and nothing of it is left in the next step
+        assert state == plain_state
+
+
+def test_start_makes_all_replicas_rank_0s(shared_folder: Path, shared_tmp: Path) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp)
+
+    def start(comm: MPI.Intracomm) -> tuple[str, str]:
+        job = job_at(comm, config)
+        before = weights_sha256(job.engine.model)
+        with torch.no_grad():
+            for p in job.engine.model.parameters():
+                p += comm.rank
+        job.strategy.start()
+        return before, weights_sha256(job.engine.model)
+
+    found = at(WORLD.size, start)
+    assert len({h for pair in found for h in pair}) == 1
+
+
+@pytest.mark.parametrize("kind", list(REDUCERS))
+def test_who_holds_the_optimizers_state(shared_folder: Path, shared_tmp: Path, kind: str) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp, comm={"reducer": kind})
+
+    def layouts(comm: MPI.Intracomm) -> set[str]:
+        job = job_at(comm, config)
+        job.strategy.step(0.01, run_batch(job, 0))
+        names = {name.rpartition("/")[0] for name in job.strategy.state_dict()}
+        assert names in ({n for n, _ in job.engine.model.named_parameters()}, set())
+        return {entry.layout for entry in job.strategy.state_dict().values()}
+
+    found = at(WORLD.size, layouts)
+    assert found == ([{"sharded"}] + [set()] * (WORLD.size - 1) if kind == "root" else [{"replicated"}] * WORLD.size)
+
+
+def test_no_clipping_when_off_or_when_small(shared_folder: Path, shared_tmp: Path) -> None:
+    data = corpus(shared_folder)
+
+    def stepped(comm: MPI.Intracomm, clip: float) -> tuple[str, float]:
+        job = job_at(comm, tiny(data, shared_tmp, optim={"clip": clip, "name": "sgd"}))
+        stats = job.strategy.step(0.1, run_batch(job, 0))
+        return weights_sha256(job.engine.model), stats.grad_norm
+
+    off, large, small = (at(WORLD.size, lambda comm, clip=clip: stepped(comm, clip))[0] for clip in (0.0, 1e9, 1e-3))
+    assert off == large and small[0] != off[0] and small[1] == off[1] > 1e-3
+
+
+def test_names_become_classes_in_one_place() -> None:
+    assert set(STRATEGIES) == {"synchronous"} and Optimizer.__module__ == "mpidp.optim"
+    needed = {"start", "micro_batch", "step", "finish", "state_dict", "load_state_dict"}
+    assert all(needed <= set(dir(kind)) for kind in STRATEGIES.values())

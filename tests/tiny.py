@@ -1,0 +1,207 @@
+"""Toy corpora, configurations and trainings that the tests share.
+
+Many trainings run in one mpirun: `train_at(n, config)` trains on the first n ranks while the others sleep, and gives every
+rank the same record of it. Tests then assert about data that all ranks hold, so that they fail everywhere or nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+import mpidp.train
+from data_tools.prepare import prepare
+from mpidp.build import build, plan
+from mpidp.comm.mesh import make_mesh, polite_barrier
+from mpidp.config import Config, checked
+from mpidp.data.index import FileRecord, SplitRecord, read_index
+from mpidp.data.shards import TokenStream, write_shard
+from mpidp.errors import MpidpError
+from mpidp.fit import Job
+from mpidp.schedule import accumulate
+
+WORLD = MPI.COMM_WORLD
+SEQ_LEN = 16
+MEASURED = ("tokens_per_second", "mfu", "comm_bytes")  # and all *_seconds: what may differ between two equal runs
+SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
+
+
+def text(length: int) -> str:
+    """`length` characters that a model can learn something from: words in a fixed, irregular order."""
+    words, said, state = SENTENCE.split(), [], 1
+    while sum(map(len, said)) < length:
+        state = (state * 48271) % (2**31 - 1)
+        said.append(words[state % len(words)] + (".\n" if state % 7 == 0 else " "))
+    return "".join(said)[:length]
+
+
+def corpus(folder: Path, tokens: int = 2000, shards: int = 2, val_fraction: float = 0.2) -> Path:
+    """Shards of `tokens` byte tokens at folder/shards_<tokens>_<shards>, made once by rank 0. Collective over WORLD."""
+    out = folder / f"shards_{tokens}_{shards}"
+    if WORLD.rank == 0 and not out.exists():
+        source = folder / f"text_{tokens}.txt"
+        source.write_text(text(tokens - 1))  # and the end of the document
+        prepare(str(source), "byte", out, shards=shards, val_fraction=val_fraction, say=False)
+    polite_barrier(WORLD)
+    return out
+
+
+def masked_corpus(folder: Path, tokens: int = 2000, keep: Callable[[np.ndarray], np.ndarray] | None = None) -> Path:
+    """The corpus with a loss mask: targets at the places (counted in the split) where keep is true; default: a varying third
+    to all of them. Made once by rank 0. Collective over WORLD."""
+    plain, out = corpus(folder, tokens), folder / f"masked_{tokens}_{keep.__name__ if keep else 'some'}"
+    if WORLD.rank == 0 and not out.exists():
+        out.mkdir()
+        shutil.copy(plain / "tokenizer.json", out)
+        index = read_index(plain)
+        files, splits = [], {}
+        for split, totals in index.splits.items():
+            stream = TokenStream(plain, split)
+            ids, places = stream.read(0, stream.num_tokens), np.arange(stream.num_tokens)
+            mask = keep(places) if keep else (places * places // 7) % 5 < 1 + places % 200 // 40
+            about: dict[str, int | str] = {
+                "split": split, "vocab_size": index.vocab_size, "tokenizer_sha256": index.tokenizer_sha256,
+            }
+            starts = np.array([0] if totals.documents else [], dtype=np.uint64)
+            said = write_shard(out / f"{split}.h5", [ids], len(ids), starts, about, [mask.astype(np.uint8)])
+            files.append(FileRecord(f"{split}.h5", split, len(ids), len(starts), 0, *said))
+            splits[split] = SplitRecord(len(ids), len(starts), 0, loss_mask=True)
+        (out / "index.json").write_text(replace(index, files=files, splits=splits).to_json())
+    polite_barrier(WORLD)
+    return out
+
+
+def tiny(shards: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
+    """A run that takes milliseconds a step; sections change it: tiny(shards, run, train={"lanes": 8})."""
+    config = Config().with_values(
+        data={"path": str(shards)},
+        model={"num_layers": 2, "num_heads": 4, "model_dim": 32, "hidden_dim": 64, "seq_len": SEQ_LEN},
+        train={
+            "steps": 6, "global_batch": 16, "micro_batch": 2, "threads": 1, "device": "cpu", "eval_every": 3,
+            "eval_tokens": 200, "save_every": 0,
+        },
+        optim={"lr": 1e-2, "warmup_steps": 2},
+        run={"dir": str(run_dir), "hang_seconds": 0.0},
+    )
+    return checked(config.with_values(**sections))
+
+
+@lru_cache
+def first_ranks(n: int) -> MPI.Intracomm:
+    """A communicator of the first n ranks, COMM_NULL on the others; kept. Collective over WORLD."""
+    return WORLD.Split(0 if n > WORLD.rank else MPI.UNDEFINED, WORLD.rank)
+
+
+def sizes(*wanted: int) -> list[int]:
+    """Those that this mpirun has ranks for."""
+    return [n for n in wanted if n <= WORLD.size]
+
+
+def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
+    """work(comm) on the first n ranks while the others sleep; every rank gets the list of what each of them returned. An
+    exception on any rank is raised on all: MpidpErrors as they are, others as FailedElsewhere. Collective over WORLD."""
+    comm = first_ranks(n)
+    found: Any = None
+    mine: Exception | None = None
+    if comm != MPI.COMM_NULL:
+        try:
+            found = work(comm)
+        except Exception as error:
+            mine = error
+            traceback.print_exc()  # should the others hang now, the time limit shows this
+    polite_barrier(WORLD)
+    said = WORLD.allgather((None if mine is None else _portable(mine), found))
+    errors = [error for error, _ in said if error is not None]
+    if errors:
+        raise errors[0] from mine
+    return [result for _, result in said[:n]]
+
+
+class FailedElsewhere(AssertionError):
+    """An exception of some rank."""
+
+
+def _portable(error: Exception) -> Exception:
+    if isinstance(error, MpidpError):
+        return error
+    return FailedElsewhere(f"rank {WORLD.rank}: {type(error).__name__}: {error}")
+
+
+def everywhere(ok: bool, what: str) -> None:
+    """Assert on all ranks together; names the ranks on which it does not hold. Collective over WORLD."""
+    held = WORLD.allgather(bool(ok))
+    assert all(held), f"{what}: not so on ranks {[rank for rank, one in enumerate(held) if not one]}"
+
+
+@dataclass
+class Ran:
+    """What a training left in its folder; the same on every rank of the world."""
+
+    end: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl, in order, without what is measured
+
+    @property
+    def sha256(self) -> str:
+        return self.end["weights_sha256"]
+
+    @property
+    def losses(self) -> list[float]:
+        """train_loss of every step."""
+        return [line["train_loss"] for line in self.lines if "train_loss" in line]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line.get("event") == name]
+
+    @property
+    def learned(self) -> list[dict[str, Any]]:
+        """The lines of steps and evaluations: what no restart may change."""
+        return [line for line in self.lines if "event" not in line]
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without figures that two equal runs may differ in. Collective over WORLD."""
+    lines: list[dict[str, Any]] = []
+    path = Path(run_dir) / "metrics.jsonl"
+    if WORLD.rank == 0 and path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in MEASURED and not k.endswith("_seconds")} for line in WORLD.bcast(lines)
+    ]
+
+
+def job_at(comm: MPI.Intracomm, config: Config) -> Job:
+    """The parts of a training before its first step. Collective over comm."""
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    return build(plan(config, make_mesh(comm)))
+
+
+def micro_batches_of(job: Job) -> list[int]:
+    """Those that this rank computes."""
+    return [v for lane in job.lanes.of_rank(job.comm.rank, job.comm.size) for v in job.lanes.micro_batches(lane)]
+
+
+def gradients_of(job: Job, batch: int = 0) -> dict[str, torch.Tensor]:
+    """The gradient of batch number `batch` by parameter: sums of token losses over the nominal number of tokens, added over
+    all ranks (under the reducer `root` right on rank 0 alone). Collective over job.comm."""
+    loader = job.open_loader(batch)
+    found = next(loader)
+    loader.close()
+    job.engine.run(accumulate(micro_batches_of(job)), found.batch, found.micro_batches, job.strategy)
+    job.strategy.reducer.finish()
+    return {name: p.grad.detach().clone() for name, p in job.engine.model.named_parameters()}
+
+
+def train_at(n: int, config: Config) -> Ran:
+    """Train on the first n ranks while the others sleep. Collective over WORLD."""
+    end = at(n, lambda comm: mpidp.train.run(config, comm))[0]
+    return Ran(end, read_metrics(config.run.dir))

@@ -1,0 +1,224 @@
+"""The house itself: who may import whom, how long files are, what starts MPI, and that every collective call says so."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {str(p.relative_to(ROOT)): p for folder in ("mpidp", "data_tools") for p in sorted((ROOT / folder).rglob("*.py"))}
+MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
+
+# A file imports from layers below its own, never from its own or from above. A new file gets a place here.
+LAYERS = [
+    "__init__ errors files lanes schedule state stopping "
+    "comm.__init__ data.__init__ model.__init__ comm.tree comm.buffers comm.buckets comm.transport comm.probe model.transformer",
+    "config entry watchdog metrics optim data.sampler data.tokenizer data.index",
+    "comm.mesh data.shards comm.reducers strategies.protocol",
+    "checkpoint",
+    "resolve rundir data.loader strategies.synchronous",
+    "loading engine strategies.__init__",
+    "fit",
+    "build",
+    "train evaluate generate",
+]
+LAYER = {f"mpidp.{name}".removesuffix(".__init__"): i for i, names in enumerate(LAYERS) for name in names.split()}
+LATE = {("mpidp.entry", "mpidp.comm.mesh")}  # inside a function: it starts MPI once the command line is read
+ENTRIES = {f"mpidp.{name}" for name in LAYERS[-1].split()}
+
+# Outside libraries by file; those not named are the standard library's alone. `rich` and others come late, where they serve.
+MPI4PY = {
+    "comm.buffers", "comm.mesh", "comm.probe", "comm.reducers", "strategies.protocol", "strategies.synchronous", "checkpoint",
+    "engine", "fit", "build", "rundir", "resolve", "loading",
+}
+TORCH = MPI4PY - {"comm.mesh", "rundir"} | {
+    "comm.buckets", "comm.transport", "data.loader", "model.transformer", "optim", "state", "generate",
+}
+H5PY = {"data.shards", "resolve"}  # resolve tells its version
+SEES_CONFIG = {"train", "build", "resolve", "rundir"}
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def for_types(tree: ast.Module) -> set[ast.AST]:
+    """What stands under `if TYPE_CHECKING`: never imported when it runs."""
+    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    return {inner for guard in guards for inner in ast.walk(guard)}
+
+
+def imports(name: str) -> Iterator[tuple[str, bool]]:
+    """(imported module or module.name, at the top of the file?) of everything that a file imports when it runs."""
+    tree = ast.parse(FILES[name].read_text())
+    unseen, top = for_types(tree), set(tree.body)
+    for node in ast.walk(tree):
+        if node in unseen:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{name}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in LAYER or node.module == "mpidp" else node.module), node in top
+
+
+def libraries(name: str, top_alone: bool = False) -> set[str]:
+    return {what.split(".")[0] for what, top in imports(name) if top or not top_alone}
+
+
+def test_every_file_has_a_layer() -> None:
+    assert {module_of(name) for name in MPIDP} == set(LAYER)
+
+
+@pytest.mark.parametrize("name", MPIDP)
+def test_imports_lead_downwards(name: str) -> None:
+    mine = module_of(name)
+    for what, top in imports(name):
+        if what.split(".")[0] == "mpidp" and not what.startswith("mpidp.__"):
+            module = what if what in LAYER else what.rpartition(".")[0]
+            if not top and (mine, module) in LATE:
+                continue
+            assert LAYER[module] < LAYER[mine], f"{mine} (layer {LAYER[mine]}) imports {module} (layer {LAYER[module]})"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_nobody_imports_entry_points(name: str) -> None:
+    assert not {what for what, _ in imports(name)} & ENTRIES
+    tools = {what for what, top in imports(name) if what.startswith("data_tools")}
+    if name == "mpidp/build.py":  # the default corpus is prepared on the fly, once it is needed
+        assert {(what, top) for what, top in imports(name) if what.startswith("data_tools")} == {("data_tools.prepare", False)}
+    elif name.startswith("mpidp/"):
+        assert not tools
+
+
+@pytest.mark.parametrize(("library", "users"), [("mpi4py", MPI4PY), ("torch", TORCH), ("h5py", H5PY), ("numpy", None),
+                                                ("safetensors", {"checkpoint"})])
+def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) -> None:
+    found = {module_of(name).removeprefix("mpidp.") for name in MPIDP if library in libraries(name)}
+    if users is not None:
+        assert found == users
+    pure = {"lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model"}
+    assert library == "torch" or not found & pure
+    assert not found & (pure - {"model.transformer"})
+
+
+def test_the_data_layer_and_the_model_know_nothing_of_mpi() -> None:
+    for name in MPIDP:
+        if name.startswith(("mpidp/data/", "mpidp/model/")):
+            assert "mpi4py" not in libraries(name) and not any(what.startswith("mpidp.comm") for what, _ in imports(name)), name
+
+
+def test_tools_leave_torch_and_mpi_alone_until_they_run() -> None:
+    for name in FILES:
+        if name.startswith("data_tools/"):
+            assert not libraries(name, top_alone=True) & {"mpi4py", "torch", "h5py", "tokenizers", "pyarrow", "zstandard"}, name
+
+
+def test_only_entry_side_files_see_the_config() -> None:
+    def sees(name: str) -> bool:
+        return any(isinstance(node, ast.Name) and node.id == "Config" for node in ast.walk(ast.parse(FILES[name].read_text())))
+
+    assert {module_of(name).removeprefix("mpidp.") for name in MPIDP if sees(name)} == SEES_CONFIG | {"config"}
+
+
+QUIET = ["mpidp", "mpidp.config", "mpidp.entry", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.errors",
+         "mpidp.lanes", "mpidp.comm.tree", "mpidp.schedule", "data_tools.prepare"]
+
+
+def test_importing_the_entry_points_starts_neither_mpi_nor_torch() -> None:
+    """--help works on a login node, and a wrong option is told before MPI starts."""
+    code = (
+        "import importlib, sys\n"
+        f"for name in {QUIET}:\n"
+        "    importlib.import_module(name)\n"
+        "    found = {'torch', 'mpi4py', 'h5py'} & set(sys.modules)\n"
+        "    found -= {'h5py'} if name.startswith('data_tools') else set()\n"
+        "    assert not found, (name, found)\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_can_be_read_in_one_sitting(name: str) -> None:
+    assert len(FILES[name].read_text().splitlines()) <= 310
+
+
+def test_the_library_is_small() -> None:
+    assert sum(len(FILES[name].read_text().splitlines()) for name in MPIDP) < 6500
+
+
+COLLECTIVES = {
+    "allgather", "allreduce", "bcast", "gather", "scatter", "barrier", "Allgather", "Allgatherv", "Allreduce", "Alltoall",
+    "Alltoallv", "Barrier", "Bcast", "Gather", "Ibarrier", "Split", "Split_type", "Dup",
+}
+
+
+def takes_a_communicator(function: ast.FunctionDef) -> bool:
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return any(
+        a.arg in ("comm", "world") or (a.annotation is not None and "Intracomm" in ast.unparse(a.annotation)) for a in arguments
+    )
+
+
+def communicates(function: ast.FunctionDef) -> bool:
+    """Does it call a collective of a communicator by itself?"""
+    calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    return any(call.attr in COLLECTIVES and re.search("comm|world|node$|dp$", ast.unparse(call.value)) for call in calls)
+
+
+def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef, str]]:
+    """(name, function, docstrings of it, of its class and of what it overrides in this file) of public functions, methods."""
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def said(function: ast.FunctionDef, owner: ast.ClassDef | None) -> str:
+        words = ast.get_docstring(function) or ""
+        while owner is not None:
+            words += " " + (ast.get_docstring(owner) or "")
+            owner = next((classes[b.id] for b in owner.bases if isinstance(b, ast.Name) and b.id in classes), None)
+            for node in owner.body if owner is not None else []:
+                if isinstance(node, ast.FunctionDef) and node.name == function.name:
+                    words += " " + (ast.get_docstring(node) or "")
+        return " ".join(words.split())
+
+    for node in tree.body:
+        owner = node if isinstance(node, ast.ClassDef) else None
+        for function in owner.body if owner is not None else [node]:
+            if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
+                yield function.name, function, said(function, owner)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_what_takes_a_communicator_says_whether_it_communicates(name: str) -> None:
+    for what, function, said in public_functions(ast.parse(FILES[name].read_text())):
+        if takes_a_communicator(function):
+            assert "Collective" in said or "Independent" in said, f"{name}: {what}"
+        if communicates(function):
+            assert "Collective" in said, f"{name}: {what}"
+
+
+MISSPELT = """
+import pytest
+
+@pytest.mark.mpi({argument})
+def test_nothing():
+    pass
+"""
+
+
+@pytest.mark.parametrize(("argument", "code"), [("min_size=1", 0), ("min_sizes=2", 4)])
+def test_misspelt_markers_are_refused(tmp_path: Path, argument: str, code: int) -> None:
+    (tmp_path / "test_it.py").write_text(MISSPELT.format(argument=argument))
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == code, child.stdout + child.stderr
+    assert code == 0 or "takes min_size= alone" in child.stdout + child.stderr

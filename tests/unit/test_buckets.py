@@ -1,0 +1,138 @@
+"""Laws of gradient buffers: one flat layout whatever the bucket size; .grad are views; buckets fire when full; MPI's needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, GradientBuffer, slice_bounds
+from mpidp.comm.buffers import buf, bufv, datatype, memory
+from mpidp.comm.transport import PIECE_BYTES, Messages, pieces
+
+SHAPES = [(3, 5), (64,), (7,), (1, 1), (33, 4), (128, 2)]
+
+
+def parameters() -> list[tuple[str, torch.nn.Parameter]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(f"p{i}", torch.nn.Parameter(torch.randn(s, generator=generator))) for i, s in enumerate(SHAPES)]
+
+
+def backward(named: list[tuple[str, torch.nn.Parameter]]) -> None:
+    """Gradients are 2 p, in the reverse order of definition."""
+    total = torch.zeros(())
+    for _, p in named:
+        total = total + (p * p).sum()
+    total.backward()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 700, 10**9])
+def test_the_layout_does_not_depend_on_the_bucket_size(bucket_bytes: int) -> None:
+    named = parameters()
+    buffer = GradientBuffer(named, 2, bucket_bytes)
+    whole = GradientBuffer(named, 1, 10**9)
+    assert buffer.num_elements == whole.num_elements and buffer.num_elements % NORM_BLOCK == 0
+    where = {n: (o, s) for b in buffer.buckets for n, o, s in zip(b.names, b.offsets, b.shapes, strict=True)}
+    assert where == {n: (o, s) for b in whole.buckets for n, o, s in zip(b.names, b.offsets, b.shapes, strict=True)}
+    assert {n: s for n, (_, s) in where.items()} == {n: p.shape for n, p in named}
+    assert all(offset % ALIGN == 0 for offset, _ in where.values())
+    ends = sorted((o, o + s.numel()) for o, s in where.values())
+    assert all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:], strict=False))
+    edges = [(b.start, b.stop) for b in buffer.buckets]
+    assert edges[0][0] == 0 and edges[-1][1] == buffer.num_elements
+    assert all(stop == start for (_, stop), (start, _) in zip(edges, edges[1:], strict=False))
+    assert all((stop - start) * 4 >= bucket_bytes for start, stop in edges[:-1])
+    if bucket_bytes == 1:
+        assert len(edges) == len(SHAPES)
+    if bucket_bytes == 10**9:
+        assert len(edges) == 1
+
+
+def test_gradients_are_views_of_the_slot_pointed_at() -> None:
+    named = parameters()
+    buffer = GradientBuffer(named, 3, 300)
+    for slot, times in ((1, 2), (0, 1)):
+        buffer.point(slot)
+        for _ in range(times):
+            backward(named)
+    for slot, times in enumerate((1, 2, 0)):
+        for bucket in buffer.buckets:
+            for name, shape, offset in zip(bucket.names, bucket.shapes, bucket.offsets, strict=True):
+                view = buffer.flat[slot, offset : offset + shape.numel()].view(shape)
+                torch.testing.assert_close(view, 2 * times * dict(named)[name].detach())
+    inside = sum(p.numel() for _, p in named)
+    assert int((buffer.flat[0] != 0).sum()) <= inside  # what lies between parameters stays zero
+    buffer.point(0)
+    assert all(p.grad is not None and p.grad.untyped_storage().data_ptr() == buffer.flat.data_ptr() for _, p in named)
+
+
+def test_a_bucket_is_begun_once_when_its_last_gradient_is_in() -> None:
+    named = parameters()
+    buffer = GradientBuffer(named, 1, 300)
+    buffer.point(0)
+    armed, begun = False, []
+
+    def begin(bucket: Bucket) -> None:
+        flat = buffer.flat[0, bucket.start : bucket.stop]
+        assert sum(int((flat[o - bucket.start : o - bucket.start + s.numel()] == 0).sum())
+                   for o, s in zip(bucket.offsets, bucket.shapes, strict=True)) == 0
+        begun.append(bucket.index)
+
+    buffer.on_full(lambda: armed, begin)
+    backward(named)
+    assert begun == []  # not the last backward of the step
+    armed = True
+    for _ in range(2):
+        begun.clear()
+        backward(named)
+        assert sorted(begun) == [bucket.index for bucket in buffer.buckets]
+
+
+@given(st.integers(0, 5000), st.integers(1, 40))
+def test_slices_are_cut_at_multiples_of_the_alignment(length: int, size: int) -> None:
+    bounds = slice_bounds(length, size)
+    assert len(bounds) == size + 1 and bounds[0] == 0 and bounds[-1] == length
+    assert bounds == sorted(bounds) and all(b % ALIGN == 0 or b == length for b in bounds)
+
+
+@given(st.integers(0, 3 * PIECE_BYTES), st.integers(0, 3 * PIECE_BYTES), st.sampled_from([1, 4]))
+def test_pieces_cover_a_run(start: int, length: int, element_bytes: int) -> None:
+    found = list(pieces(start, start + length, element_bytes))
+    assert sum(b - a for a, b in found) == length and all(0 < (b - a) * element_bytes <= PIECE_BYTES for a, b in found)
+    assert [a for a, _ in found] == ([start] + [b for _, b in found])[: len(found)]
+
+
+def test_mpi_gets_the_memory_itself() -> None:
+    x = torch.arange(6, dtype=torch.float32)
+    view = buf(x[2:5])
+    assert view[1] == 3 and bytes(view[0]) == x[2:5].numpy().tobytes()
+    x[2] = 17.0
+    assert bytes(view[0]) == x[2:5].numpy().tobytes()
+    assert bufv(x, [1, 2], [0, 4])[1] == ([1, 2], [0, 4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_mpi_cannot_add_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match="no portable sum"):
+        datatype(torch.zeros(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(4, 4).t(), torch.zeros(8)[::2]])
+def test_what_mpi_would_misread_is_refused(tensor: Any) -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        memory(tensor)
+
+
+def test_wire_tensors_on_the_cpu_are_the_pieces_themselves() -> None:
+    wire, x = Messages(torch.device("cpu")), torch.arange(4.0)
+    assert wire.load(x[1:3], "k").data_ptr() == x[1:3].data_ptr()
+    assert wire.scratch("a", 10).data_ptr() == wire.scratch("a", 5).data_ptr()  # reused
+    assert wire.scratch("a", 10).data_ptr() != wire.scratch("b", 10).data_ptr()
+    wire.store(torch.full((2,), 9.0), x[1:3])
+    assert x.tolist() == [0.0, 9.0, 9.0, 3.0]
+    with wire.timed():
+        pass
+    assert wire.seconds > 0

@@ -1,0 +1,225 @@
+"""Laws of settings: every key has a default and words, a wrong one names the nearest right one, files and words agree."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpidp.config import FIXED, Config, checked, fields_of, from_args, help_text, read_toml, to_toml
+from mpidp.errors import UsageError
+
+# Whoever adds, renames or removes an option edits this list too, on purpose: people's files and scripts hold these names.
+KEYS = """
+data.path data.verify data.order data.resident
+model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
+model.tie_embeddings model.rope_theta
+train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
+train.seed train.device train.dtype train.compile train.deterministic train.threads train.eval_every train.eval_tokens
+train.save_every train.max_skipped
+optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
+strategy.name
+comm.reducer comm.overlap comm.bucket_mb comm.gpu
+run.dir run.resume run.keep run.hang_seconds
+"""
+
+
+def test_the_names_of_options_are_pinned() -> None:
+    assert [key for key, _, _ in fields_of()] == KEYS.split()
+
+
+@pytest.mark.parametrize(("key", "about", "default"), list(fields_of()), ids=KEYS.split())
+def test_every_key_has_a_default_within_its_limits_and_words(key: str, about: dataclasses.Field[Any], default: Any) -> None:
+    meta = about.metadata
+    assert meta["text"] and type(default).__name__ == about.type
+    assert not meta["choices"] or default in meta["choices"]
+    assert meta["low"] is None or default >= meta["low"]
+    assert meta["high"] is None or default <= meta["high"]
+    lines = [line for line in help_text("usage").splitlines() if line[3:].split(" ")[0] == key]
+    assert len(lines) == 1 and meta["text"] in lines[0] and (lines[0][1] == "*") == (meta["resume"] == FIXED)
+    assert all(choice in lines[0] for choice in meta["choices"])
+
+
+def test_the_defaults_are_a_run() -> None:
+    assert from_args([]) == Config() == checked(Config())
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        from_args(words)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("--train.step=3", "train.steps"), ("--model.num_layer=3", "model.num_layers"), ("--lr=3", "optim.lr"),
+     ("--train.microbatch=1", "train.micro_batch"), ("--run.directory=x", "run.dir"), ("--optimizer.lr=1", "optim.lr")],
+)
+def test_an_unknown_key_names_the_nearest(word: str, near: str) -> None:
+    said = refused(word)
+    assert word[2:].split("=")[0] in said and f"did you mean {near!r}" in said and "--help" in said
+
+
+def test_unknown_keys_of_any_kind_are_refused_with_words() -> None:
+    for key in ("", "x", "é", "train", "train.", ".steps", "data.path.x", "a" * 1000):
+        assert "there is no setting" in refused(f"--{key}=1")
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("--optim.name=adamW", "adamw"), ("--optim.name=adan", "adam"),
+     ("--comm.reducer=three", "tree"), ("--train.device=gpu", "cpu"),
+     ("--run.resume=new", "never"), ("--optim.schedule=cos", "cosine")],
+)
+def test_an_unknown_value_names_the_nearest(word: str, near: str) -> None:
+    said = refused(word)
+    assert "is not one of" in said and f"did you mean {near!r}" in said
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--train.steps=3.5", "--train.steps=many", "--train.steps=", "--optim.lr=nan", "--optim.lr=inf", "--optim.lr=-1e-3",
+     "--train.compile=yes", "--model.dropout=1.0", "--model.dropout=-0.1", "--train.steps=-1", "--run.keep=0",
+     "--optim.warmup_steps=-2", "--train.steps=1e400", "--comm.bucket_mb=0", "--train.seed=²"],
+)
+def test_values_out_of_kind_or_limits_are_refused_by_name(word: str) -> None:
+    assert word[2:].split("=")[0] in refused(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [(["--train.steps=1e3"], 1000), (["--train.steps=1_000"], 1000), (["--train.steps", "+7"], 7),
+     (["--train.steps=5", "--train.steps=6"], 6)],
+)
+def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) -> None:
+    assert from_args(words).train.steps == found
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--train.global_batch=2", "--train.micro_batch=4"], ["train.global_batch=2", "train.micro_batch=4"]),
+        (["--train.global_batch=16", "--train.micro_batch=4", "--train.lanes=5"], ["train.lanes=5"]),
+        (["--model.model_dim=100", "--model.num_heads=8"], ["model.model_dim=100", "model.num_heads=8"]),
+        (["--model.model_dim=12", "--model.num_heads=4"], ["model.model_dim=12"]),  # 3 channels a head: no pairs to rotate
+        (["--model.num_heads=4", "--model.num_kv_heads=3"], ["model.num_kv_heads=3"]),
+        (["--train.steps=5", "--train.epochs=1"], ["train.steps", "train.epochs"]),
+        (["--train.tokens=5", "--train.epochs=0.5"], ["train.tokens"]),
+        (["--optim.lr=1e-3", "--optim.min_lr=1e-2"], ["optim.min_lr=0.01"]),
+        (["--train.steps=5", "--optim.warmup_steps=6"], ["optim.warmup_steps=6"]),
+    ],
+)
+def test_contradictions_are_refused_by_name(words: list[str], named: list[str]) -> None:
+    said = refused(*words)
+    assert all(name in said for name in named)
+
+
+def test_all_contradictions_are_told_at_once() -> None:
+    said = refused("--optim.lr=0", "--optim.min_lr=1", "--model.num_kv_heads=3", "--train.lanes=9999")
+    assert said.count(";") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[train\n", "not a configuration"), ("steps = 3\n", "stands outside a section"), ("[train]\nstep = 3\n", "train.steps"),
+     ("[training]\nsteps = 3\n", "train.steps"), ("[train]\nsteps = '3x'\n", "whole number"),
+     ("[train]\nsteps = true\n", "whole number"), ("[train]\ncompile = 1\n", "true or false"),
+     ("[optim]\nlr = nan\n", "a number"), ("[train]\nsteps = [1]\n", "whole number"),
+     ("[run]\ndir = []\n", "a word"),
+     ("[train.steps]\nx = 1\n", "whole number")],
+)
+def test_a_wrong_file_is_refused_by_its_name(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    words = refused(str(path))
+    assert str(path) in words and said in words
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "none.toml", tmp_path, tmp_path / "bytes.toml"):
+        assert str(path) in refused(str(path))
+
+
+def test_the_command_line_outweighs_the_file_whatever_the_order(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("[train]\nsteps = 7\nseed = 8\n[data]\nresident = true\n")
+    for words in ([str(path), "--train.steps=9"], ["--train.steps", "9", str(path)]):
+        config = from_args(words)
+        assert (config.train.steps, config.train.seed, config.data.resident) == (9, 8, "true")
+    assert "second configuration file" in refused(str(path), str(path))
+    assert "has no value" in refused("--train.steps")
+
+
+def numbers(about: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
+    low, high = about.metadata["low"], about.metadata["high"]
+    if about.type == "int":
+        return st.integers(int(low), int(high) if high is not None else 2**60)
+    return st.floats(low, high, allow_nan=False, allow_infinity=False)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=20)
+FREE = {  # settings that no other contradicts, at any value
+    key: st.sampled_from(about.metadata["choices"]) if about.metadata["choices"]
+    else st.booleans() if about.type == "bool"
+    else TEXT if about.type == "str"
+    else numbers(about)
+    for key, about, _ in fields_of()
+    if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
+                                 "epochs", "min_lr", "warmup_steps"}
+}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    chosen = {key: draw(values) for key, values in FREE.items()}
+    micro, heads = draw(st.integers(1, 20)), draw(st.integers(1, 8))
+    micro_batches = draw(st.integers(1, 50))
+    chosen |= {
+        "train.micro_batch": micro, "train.global_batch": micro * micro_batches,
+        "train.lanes": draw(st.integers(0, micro_batches)), "model.num_heads": heads,
+        "model.model_dim": 2 * heads * draw(st.integers(1, 9)), "optim.min_lr": draw(st.floats(0, chosen["optim.lr"])),
+        "model.num_kv_heads": draw(st.sampled_from([k for k in range(heads + 1) if k == 0 or heads % k == 0])),
+        "optim.warmup_steps": draw(st.integers(-1, chosen["train.steps"])),
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in chosen.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return checked(Config().with_values(**sections))
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs())
+def test_a_config_comes_back_from_its_words(config: Config) -> None:
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, _, value in fields_of(config)}
+    assert from_args([f"--{key}={value}" for key, value in values.items()]) == config
+    assert from_args([word for key, value in values.items() for word in (f"--{key}", value)]) == config
+
+
+@settings(max_examples=150, deadline=None)
+@given(config=configs())
+def test_a_config_comes_back_from_its_file(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
+    path = tmp_path_factory.getbasetemp() / "config.toml"
+    path.write_bytes(to_toml(config).encode())
+    assert from_args([str(path)]) == config
+    assert read_toml(path) == {key: value for key, _, value in fields_of(config)}
+
+
+@pytest.mark.parametrize("name", ["plain", 'quo"te', "back\\slash", "new\nline", "ünï cödé 漢字", "tab\t", "\x00\x1f",
+                                  "\x7f"])
+def test_any_path_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
+    config = Config().with_values(run={"dir": name})
+    (tmp_path / "c.toml").write_bytes(to_toml(config).encode())
+    assert from_args([str(tmp_path / "c.toml")]) == config
+
+
+def test_with_values_leaves_the_rest() -> None:
+    config = Config().with_values(train={"steps": 3}, run={"dir": "x"})
+    changed = {key for (key, _, a), (_, _, b) in zip(fields_of(config), fields_of(Config()), strict=True) if a != b}
+    assert changed == {"train.steps", "run.dir"}

@@ -1,0 +1,90 @@
+"""Laws of records: whole JSON lines at once, nothing twice after a restart, phases that add up, quiet progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpidp.metrics import Clock, MetricsFile, Progress, peak_flops
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_is_there_at_once_and_in_full_precision(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0, 0)
+    value = 0.1 + 0.2 + 1e-17
+    metrics.write({"step": 1, "train_loss": value, "what": "ü"})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train_loss": value, "what": "ü"}]
+    metrics.close()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "m", 0, 0)
+    metrics.write({"step": 1, "a": math.nan, "b": -math.inf, "c": 1.0, "d": None})
+    metrics.close()
+    assert lines(tmp_path / "m") == [{"step": 1, "a": None, "b": None, "c": 1.0, "d": None}]
+
+
+def test_lines_beyond_the_checkpoint_half_lines_and_ends_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [{"step": s, "train_loss": 1.0 / s} for s in range(1, 8)]
+    events = [{"event": "resume", "step": 2}, {"event": "skipped", "step": 4, "batch": 4}, {"event": "end", "step": 4}]
+    again = {"event": "skipped", "step": 4, "batch": 5}  # after the checkpoint: it will be skipped once more
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*whole, *events, again]) + "not JSON\n[]\n" + '{"step": 5, "tra')
+    metrics = MetricsFile(path, step=4, next_batch=5)
+    metrics.write({"event": "resume", "step": 4})
+    metrics.close()
+    assert lines(path) == [*whole[:4], *events[:2], {"event": "resume", "step": 4}]
+
+
+def test_a_new_run_begins_a_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    MetricsFile(path, 0, 0).close()
+    assert lines(path) == []
+
+
+def test_phases_add_up_and_start_anew() -> None:
+    clock = Clock()
+    with clock.timed("step"):
+        for _ in range(2):
+            with clock.timed("data"):
+                time.sleep(0.01)
+        with clock.timed("compute"):
+            time.sleep(0.005)
+    taken = clock.take()
+    assert set(taken) == {"data_seconds", "compute_seconds", "step_seconds"}
+    assert taken["data_seconds"] >= 0.02 and taken["step_seconds"] >= taken["data_seconds"] + taken["compute_seconds"]
+    assert clock.take() == {}
+
+
+RECORD = {"train_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1e4, "mfu": None}
+
+
+def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total_steps=50, active=True)
+    for step in range(1, 51):
+        progress.step({"step": step, **RECORD})
+    progress.say("words")
+    progress.close()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said[:-1]] in (["1/50", "50/50"], ["50/50"]) and said[-1] == "words"
+
+
+def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total_steps=1, active=False)
+    progress.step({"step": 1, **RECORD})
+    progress.say("words")
+    assert capsys.readouterr().out == ""
+
+
+def test_mfu_is_claimed_where_the_peak_is_known() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("Some Other Device") is None
