@@ -52,7 +52,8 @@ def main() -> None:
     for _ in range(options.repeats):
         for n in sizes:
             rows[n].append(measure(n, options.launcher, options.settings, options.skip))
-    print(f"{'ranks':>5} " + " ".join(f"{phase + ' ms':>12}" for phase in PHASES) + f" {'tokens/s':>12} {'MB sent':>9} {'mfu':>6}")
+    heads = " ".join(f"{phase + ' ms':>12}" for phase in PHASES)
+    print(f"{'ranks':>5} {heads} {'tokens/s':>12} {'MB sent':>9} {'mfu':>6}")
     for n, runs in rows.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key.endswith("_seconds")}
         speed = statistics.median(run["tokens_per_second"] for run in runs)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpidp.data.loader import MicroBatch
 from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError
 from mpidp.schedule import Instruction
 from mpidp.strategies.protocol import Strategy
 
@@ -73,8 +74,8 @@ class Engine:
         """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
 
         Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
-        `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks.
-        Collective over comm.
+        `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks. DataError
+        for an id beyond the vocabulary, or no target at all. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -99,7 +100,10 @@ class Engine:
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)
         self.model.train()
-        return float(sum(sums.tolist())) / max(1, int(counts.sum())), int(counts.sum())
+        counted = int(counts.sum())
+        if counted == 0:
+            raise DataError.on_every_rank(f"{stream.path}: no token of split {stream.split!r} counts: its loss mask is all 0")
+        return float(sum(sums.tolist())) / counted, counted
 
 
 def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mpidp.entry import launched_size
 from mpidp.files import write_file
 
 
@@ -89,7 +90,7 @@ class Progress:
         self._began = time.perf_counter()
         self._first_step: int | None = None
         self._status: Any = None
-        if active and sys.stdout.isatty():
+        if active and sys.stdout.isatty() and not launched_size():  # Open MPI gives every rank a terminal of its own
             from rich.console import Console
 
             self._status = Console().status("starting")

@@ -299,10 +299,6 @@ def test_a_corpus_shorter_than_one_window(place: Path, forks: Forks) -> None:
     expect(ended, 3, "shards: ", "training tokens are fewer than one window of model.seq_len + 1 = 100001", "lower model.seq_len")
 
 
-def test_a_corpus_shorter_than_one_window_under_mpirun(either: Shell) -> None:
-    expect(either.train("--model.seq_len=100000", ranks=2), 3, "window", "seq_len")
-
-
 TOKENIZERS: dict[str, Callable[[Path], object]] = {
     "missing": lambda p: p.unlink(),
     "cut": lambda p: p.write_bytes(p.read_bytes()[:20]),

@@ -275,7 +275,6 @@ def test_resume_never_sets_the_earlier_run_aside(place: Path, half_run: Path, fo
     assert end_record(half_run)["weights_sha256"] == whole_hash
 
 
-@pytest.mark.xfail(reason="metrics.Progress: the terminal that Open MPI gives a rank is taken for a person's")
 def test_what_mpirun_prints_into_a_file_is_plain(either: Shell, whole_hash: str) -> None:
     """Open MPI gives each rank a terminal of its own, whatever mpirun's output is."""
     ended = either.train(ranks=2)

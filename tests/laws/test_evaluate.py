@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mpidp.data.shards import TokenStream
@@ -54,6 +55,17 @@ def test_only_targets_that_count_are_counted(trained: tuple[Path, Ran], shared_f
     mask = stream.read_mask(0, stream.num_tokens)
     assert mask is not None and 0 < found[0]["tokens"] == int(mask[1:].sum()) < stream.num_tokens - 1
     assert all(one == found[0] for one in found)
+
+
+def nowhere(places: np.ndarray) -> np.ndarray:
+    """A loss mask that leaves no target."""
+    return places < 0
+
+
+def test_a_split_without_any_target_has_no_loss(trained: tuple[Path, Ran], shared_folder: Path) -> None:
+    data = masked_corpus(shared_folder, keep=nowhere)
+    with pytest.raises(DataError):
+        at(sizes(1, 2)[-1], lambda comm: evaluate(str(trained[0]), str(data), comm))
 
 
 def test_what_cannot_be_evaluated_is_refused_on_all_ranks(trained: tuple[Path, Ran], shared_tmp: Path) -> None:
