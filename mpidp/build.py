@@ -73,8 +73,8 @@ class Plan:
     def say_what_runs(self) -> None:
         """Configuration, model and ranks, on rank 0. Collective over world."""
         lanes = self.lanes.of_rank(self.world.rank, self.world.size)
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        rows = self.world.gather((self.mesh.host, f"{self.device} {device}", self.config.train.threads, len(lanes)), root=0)
+        device = f"{self.device} {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else "cpu"
+        rows = self.world.gather((self.mesh.host, device, self.config.train.threads, len(lanes)), root=0)
         if rows is None:
             return
         count = num_parameters(self.shape)
