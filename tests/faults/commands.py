@@ -267,7 +267,7 @@ def run(self, schedule, batch, *rest):
 Engine.run = run
 """
 ENTER = "mpidp.entry.run_entry(mpidp.train.main)\n"
-SLOWLY = FAULTY.format(ranks=range(99), batches=range(99), fault="time.sleep(0.25)") + ENTER
+SLOWLY = FAULTY.format(ranks=range(99), batches=range(99), fault="time.sleep(0.4)") + ENTER
 
 
 def faulty(fault: str, ranks: Iterable[int] = (0,), batches: Iterable[int] = (3,)) -> str:

@@ -37,7 +37,7 @@ from tests.faults.commands import (
 
 
 def begin(shell: Shell, ranks: int = 2) -> Started:
-    """A run of a quarter second a step, just after its checkpoint of step 2."""
+    """A run of 0.4 seconds a step, just after its checkpoint of step 2."""
     started = shell.start("-c", SLOWLY, "tiny.toml", ranks=ranks)
     started.until_exists(shell.folder / "run" / "checkpoints" / "step_00000002")
     return started
@@ -126,7 +126,7 @@ def test_killed_three_times_at_random_moments(shell: Shell, forks: Forks, whole_
             assert started.process.poll() is None, started.so_far()
             assert time.monotonic() - started.began < 60
             time.sleep(0.01)
-        time.sleep(moments.uniform(0.0, 0.8))
+        time.sleep(moments.uniform(0.0, 0.5))
         kill_all(started.process.pid)
         started.process.wait()
     ended = forks.run(shell.folder, "mpidp.train", "tiny.toml")

@@ -129,7 +129,7 @@ def test_a_wrong_word_under_mpirun(either: Shell) -> None:
 def test_a_wrong_word_on_one_rank_alone(either: Shell) -> None:
     train = ["python", "-m", "mpidp.train", "tiny.toml"]
     started = either.start_command(["mpirun", "-n", "1", *train, ":", "-n", "1", *train, "--model.num_layer=2"])
-    ended = started.wait(15)
+    ended = started.wait()
     expect(ended, 2, "rank 1: ", "did you mean 'model.num_layers'")
 
 
@@ -151,10 +151,6 @@ def test_more_ranks_than_lanes(either: Shell) -> None:
 def test_a_run_dir_that_cannot_be_written_to(place: Path, forks: Forks, run_dir: str) -> None:
     ended = forks.run(place, "mpidp.train", "tiny.toml", f"--run.dir={run_dir}")
     expect(ended, 2, f"run.dir={run_dir} cannot be written to", "choose another with --run.dir=DIR")
-
-
-def test_a_run_dir_that_cannot_be_written_to_under_mpirun(either: Shell) -> None:
-    expect(either.train("--run.dir=tiny.toml/run", ranks=2), 2, "run.dir=tiny.toml/run cannot be written to")
 
 
 CHANGED = {

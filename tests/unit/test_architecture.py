@@ -19,8 +19,8 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 LAYERS = [
     "__init__ errors files lanes schedule state stopping "
     "comm.__init__ data.__init__ model.__init__ comm.tree comm.buffers comm.buckets comm.transport comm.probe model.transformer",
-    "config entry watchdog metrics optim data.sampler data.tokenizer data.index",
-    "comm.mesh data.shards comm.reducers strategies.protocol",
+    "config entry watchdog optim data.sampler data.tokenizer data.index",
+    "metrics comm.mesh data.shards comm.reducers strategies.protocol",
     "checkpoint",
     "resolve rundir data.loader strategies.synchronous",
     "loading engine strategies.__init__",
