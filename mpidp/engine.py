@@ -102,7 +102,10 @@ class Engine:
         self.model.train()
         counted = int(counts.sum())
         if counted == 0:
-            raise DataError.on_every_rank(f"{stream.path}: no token of split {stream.split!r} counts: its loss mask is all 0")
+            raise DataError.on_every_rank(
+                f"{stream.path}: none of the first {targets:,} targets of split {stream.split!r} counts by its loss mask; evaluate on "
+                "more of it (train.eval_tokens), or prepare it again"
+            )
         return float(sum(sums.tolist())) / counted, counted
 
 

@@ -51,6 +51,7 @@ def keyed_dropout(x: Tensor, p: float, key: Tensor | None, site: int) -> Tensor:
         return x
     stream = _hash32((key + site * 0x9E3779B9) & 0xFFFFFFFF)
     bits = _hash32((torch.arange(x.numel(), device=x.device) + stream) & 0xFFFFFFFF)
+    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # else two masks could be shifted windows of one sequence
     keep = bits >= round(p * 2**32)
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
 
