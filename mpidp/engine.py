@@ -103,8 +103,8 @@ class Engine:
         counted = int(counts.sum())
         if counted == 0:
             raise DataError.on_every_rank(
-                f"{stream.path}: none of the first {targets:,} targets of split {stream.split!r} counts by its loss mask; evaluate on "
-                "more of it (train.eval_tokens), or prepare it again"
+                f"{stream.path}: none of the first {targets:,} targets of split {stream.split!r} counts by its loss mask; "
+                "evaluate on more of it (train.eval_tokens), or prepare it again"
             )
         return float(sum(sums.tolist())) / counted, counted
 
