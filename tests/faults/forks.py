@@ -21,6 +21,7 @@ import mpi4py
 mpi4py.rc.initialize = False  # a fork of a process in which MPI runs could not use it: each child starts it
 mpi4py.rc.finalize = True
 
+import torch._dynamo  # noqa: E402, F401  (torch's optimizers import it when they are first used: a second each time)
 from mpi4py import MPI  # noqa: E402
 
 import data_tools.prepare  # noqa: E402, F401
