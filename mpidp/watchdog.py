@@ -50,4 +50,5 @@ class Watchdog:
                     flush=True,
                 )
                 faulthandler.dump_traceback(all_threads=True)
+                time.sleep(0.3)  # ranks reach their deadlines together: let each finish its stacks before one ends the job
                 os._exit(HANG_EXIT_CODE)
