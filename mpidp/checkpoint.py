@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -86,11 +86,10 @@ def save(
     tensors: dict[str, Any] = {}
     with together(comm), _plain_words(run_dir):
         pieces = _slices(entries, comm)
-        content = safetensors.torch.save({name: t.cpu().contiguous() for name, (t, _, _) in pieces.items()})
         name = f"rank_{comm.rank:05d}.safetensors"
-        write_file(temporary / name, content)
+        size, crc = _write_tensors(temporary / name, {name: t.cpu().contiguous() for name, (t, _, _) in pieces.items()})
         ranges = {n: [dim, start, start + (t.shape[dim] if t.dim() else 1)] for n, (t, dim, start) in pieces.items()}
-        record = {"file": name, "bytes": len(content), "crc32": zlib.crc32(content), "pieces": ranges}
+        record = {"file": name, "bytes": size, "crc32": crc, "pieces": ranges}
         for n, e in entries.items():
             shape = list(e.shape if e.shape is not None else e.tensor.shape)
             tensors[n] = {"shape": shape, "dtype": str(e.tensor.dtype).removeprefix("torch."), "layout": e.layout}
@@ -112,6 +111,24 @@ def save(
             write_file(run_dir / "latest", final.name.encode())
             _prune(folder, keep)
     return final
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """(bytes, crc32) of the file. Straight from the tensors' memory: a copy of a large model may not fit beside it."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        return path.stat().st_size, _crc32(file)
+
+
+def _crc32(file: IO[bytes]) -> int:
+    crc = 0
+    while block := file.read(1 << 22):
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 @contextmanager
@@ -172,10 +189,8 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
     try:
         if file.stat().st_size != record["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {record['bytes']}")
-        crc = 0
         with open(file, "rb") as handle:
-            while block := handle.read(1 << 22):
-                crc = zlib.crc32(block, crc)
+            crc = _crc32(handle)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
     if crc != record["crc32"]:

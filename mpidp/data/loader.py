@@ -1,14 +1,15 @@
 """Micro-batches ahead of time: a thread that reads, checks and pins, and never calls MPI.
 
-The whole state is one integer, next_batch. On CUDA, a rank's part of the corpus that fits stays on the device as its
-stored bit pattern, and a batch is then one gather.
+The whole state is one integer, next_batch. What a rank is expected to compute is read ahead; lanes may change hands, so any
+other micro-batch is read when it is asked for, with the same bits. On CUDA, a rank's part of the corpus that fits stays on
+the device as its stored bit pattern, and a batch is then one gather.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,19 +38,30 @@ class MicroBatch:
 
 @dataclass
 class Batch:
-    """This rank's micro-batches of one global batch."""
+    """One global batch: batch[v] is any micro-batch of it, read ahead where it was expected. From any thread.
+
+    Raises IndexError beyond the last v, and what reading raises (DataError), after which the loader is closed.
+    """
 
     batch: int  # counted from 0 over all epochs
     epoch: int
-    micro_batches: list[MicroBatch]
+    micro_batches: dict[int, MicroBatch]  # by v, those at hand: read ahead, or asked for since
+    read: Callable[[int, int], MicroBatch]  # of (batch, v), any other
+
+    def __getitem__(self, v: int) -> MicroBatch:
+        found = self.micro_batches.get(v)
+        if found is None:
+            found = self.micro_batches[v] = self.read(self.batch, v)
+        return found
 
 
 class Loader:
     """An endless iterator of Batch from start_batch on. Independent.
 
-    micro_batches: the v that this rank computes. prefetch: batches read ahead. resident: "auto", "true" or "false"; on
-    CUDA, keep the tokens on the device ("auto": when they take under a quarter of its free memory); no effect elsewhere
-    or with a loss mask. Errors of the thread (DataError: an id outside the vocabulary) are raised by next().
+    micro_batches: the v that this rank is expected to compute. prefetch: batches read ahead. resident: "auto", "true" or
+    "false"; on CUDA, keep the tokens that these v read on the device ("auto": when they take under a quarter of its free
+    memory); no effect elsewhere or with a loss mask. Errors of the thread (DataError: an id outside the vocabulary) are
+    raised by next(), and again by every later one.
     """
 
     def __init__(
@@ -60,9 +72,9 @@ class Loader:
             raise ValueError(f"resident {resident!r} must be one of auto, true, false")
         self.next_batch = start_batch
         self._stream, self._sampler, self._device = stream, sampler, device
-        self._micro_batches = list(micro_batches)
+        self._micro_batches = tuple(micro_batches)
         self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
-        self._advised: dict[int, tuple[int, int]] = {}  # lane -> the last (epoch, number) whose pool was asked for
+        self._advised: dict[int, tuple[int, int]] = {}  # lane -> the last (epoch, number) whose pool was asked for; the thread's
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._error: BaseException | None = None
         self._closed = threading.Event()
@@ -82,11 +94,15 @@ class Loader:
             self._error = item
             self.close()
             raise item
-        if self._device.type != "cpu":
-            item = [self._on_device(micro_batch) for micro_batch in item]
-        batch = Batch(self.next_batch, self.next_batch // self._sampler.steps_per_epoch, item)
+        ready = {host.v: self._on_device(host) for host in item}
+        batch = Batch(self.next_batch, self.next_batch // self._sampler.steps_per_epoch, ready, self._read_now)
         self.next_batch += 1
         return batch
+
+    def expect(self, micro_batches: Sequence[int]) -> None:
+        """From now on read these v ahead; batches that were read ahead before lack the new ones, which are then read when
+        they are asked for. What is resident stays as it is."""
+        self._micro_batches = tuple(micro_batches)
 
     def close(self) -> None:
         """Stop the thread; may be called twice."""
@@ -100,19 +116,36 @@ class Loader:
     def _run(self, batch: int) -> None:
         try:
             while not self._closed.is_set():
-                self._queue.put([self._read(batch, v) for v in self._micro_batches])
+                ahead = []
+                for v in self._micro_batches:
+                    self._advise(batch, v)
+                    ahead.append(self._read(batch, v))
+                self._queue.put(ahead)
                 batch += 1
         except BaseException as error:  # raised again by next(): a thread's own traceback would be lost
             self._queue.put(error)
 
+    def _read_now(self, batch: int, v: int) -> MicroBatch:
+        """Micro-batch v on the device, by the thread that wants it; what fails here fails in next() too."""
+        if not 0 <= v < self._sampler.lanes.num_micro_batches:
+            raise IndexError(f"micro-batch {v} is not one of {self._sampler.lanes.num_micro_batches}")
+        try:
+            return self._on_device(self._read(batch, v))
+        except BaseException as error:
+            self._error = error
+            self.close()
+            raise
+
+    def _is_resident(self, v: int) -> bool:
+        return self._resident is not None and self._resident.holds(self._sampler.extent([v]))
+
     def _read(self, batch: int, v: int) -> MicroBatch:
-        """Micro-batch v on the host; with resident tokens, the ids of its windows in place of its tokens."""
+        """Micro-batch v on the host; if its tokens are resident, the ids of its windows in their place. From any thread."""
         sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
         windows = sampler.windows(batch, v)
-        if self._resident is not None:
+        if self._is_resident(v):
             ids = torch.from_numpy(windows)
             return MicroBatch(v, ids, ids, len(windows) * seq_len)
-        self._advise(batch, v)
         block = np.empty((len(windows), seq_len + 1), dtype=np.int64)
         counts = None if not stream.has_loss_mask else np.empty(block.shape, dtype=np.bool_)
         for row, window in enumerate(windows.tolist()):
@@ -130,7 +163,10 @@ class Loader:
         return MicroBatch(v, inputs, outputs, num_tokens)
 
     def _advise(self, batch: int, v: int) -> None:
-        """Ask for each pool's blocks once, a pool ahead."""
+        """Ask for each pool's blocks once, a pool ahead. Only in the thread: a lane read on demand was asked for by the rank
+        that expected it."""
+        if self._is_resident(v):
+            return
         for pool in self._sampler.pools(batch, v):
             self._advise_pool(pool)
             if (following := self._sampler.following(pool)) is not None:
@@ -143,8 +179,10 @@ class Loader:
                 self._stream.advise(first * self._sampler.seq_len, count * self._sampler.seq_len + 1)
 
     def _on_device(self, host: MicroBatch) -> MicroBatch:
-        if self._resident is not None:
+        if self._resident is not None and self._is_resident(host.v):
             tokens, targets = self._resident.gather(host.tokens)
+        elif self._device.type == "cpu":
+            return host
         else:
             tokens, targets = (t.to(self._device, non_blocking=True) for t in (host.tokens, host.targets))
         return MicroBatch(host.v, tokens, targets, host.num_tokens)
@@ -154,7 +192,7 @@ class _Resident:
     """The tokens of a range of windows on the device, as the signed integers of the same bits."""
 
     def __init__(self, stream: TokenStream, seq_len: int, windows: range, device: torch.device) -> None:
-        self._first, self._seq_len, self._device = windows.start * seq_len, seq_len, device
+        self._windows, self._first, self._seq_len, self._device = windows, windows.start * seq_len, seq_len, device
         self._mask = 2 ** (8 * stream.token_bytes) - 1
         count, signed = len(windows) * seq_len + 1, {2: np.int16, 4: np.int32}[stream.token_bytes]
         self._tokens = torch.empty(count, dtype={2: torch.int16, 4: torch.int32}[stream.token_bytes], device=device)
@@ -166,7 +204,7 @@ class _Resident:
 
     @classmethod
     def make(
-        cls, stream: TokenStream, sampler: Sampler, micro_batches: list[int], device: torch.device, resident: str
+        cls, stream: TokenStream, sampler: Sampler, micro_batches: Sequence[int], device: torch.device, resident: str
     ) -> _Resident | None:
         """None where the tokens are streamed."""
         windows = sampler.extent(micro_batches)
@@ -176,6 +214,10 @@ class _Resident:
         if resident == "auto" and size >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
             return None
         return cls(stream, sampler.seq_len, windows, device)
+
+    def holds(self, windows: range) -> bool:
+        """Are the tokens of all these windows here?"""
+        return self._windows.start <= windows.start and windows.stop <= self._windows.stop
 
     def gather(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens, targets), each (b, T) int64, of window ids (b,)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from mpidp.lanes import Lanes
 
 BLOCK_BYTES = 2**20
 POOL_BLOCKS = 16
+RUN = 256  # windows of a pool put in order at once
 ROUNDS = 8
 ORDERS = ("shuffled", "sequential")
 
@@ -55,17 +56,17 @@ class Sampler:
             raise DataError(f"{self.num_tokens} tokens hold no window of seq_len {self.seq_len} + 1; "
                             "choose a shorter seq_len or prepare more text")
 
-    @property
+    @cached_property
     def num_windows(self) -> int:
         """Windows an epoch."""
         return max(0, self.num_tokens - 1) // self.seq_len
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Global batches an epoch; the last may be short."""
         return -(-self.num_windows // self.lanes.global_batch)
 
-    @property
+    @cached_property
     def block_windows(self) -> int:
         """Windows a block."""
         return max(1, BLOCK_BYTES // (self.seq_len * self.token_bytes))
@@ -93,13 +94,9 @@ class Sampler:
         for pool in self._pools_of(part, positions, epoch, lane):
             extent = self._extent(pool)
             inside = range(max(positions.start, extent.start), min(positions.stop, extent.stop))
-            at = np.arange(inside.start - extent.start, inside.stop - extent.start, dtype=np.uint64)
-            mixed = permute(at, len(extent), _keys(self.seed, "window", *pool)).astype(np.int64) + extent.start
-            mixed = self._skip_gap(part, pool, mixed)
-            blocks = self._blocks(pool)
-            block_windows = self.block_windows
-            slots = mixed // block_windows - pool.number * POOL_BLOCKS
-            pieces.append(part.start + blocks[slots] * block_windows + mixed % block_windows)
+            for run in range((inside.start - extent.start) // RUN, -(-(inside.stop - extent.start) // RUN)):
+                first = extent.start + run * RUN
+                pieces.append(_run_of(self, pool, run)[max(0, inside.start - first) : inside.stop - first])
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
@@ -176,8 +173,24 @@ class Sampler:
         first, last = (int(e) // (self.block_windows * POOL_BLOCKS) for e in ends)
         return [Pool(lane, epoch, number) for number in range(first, last + 1)]
 
+    def mixed(self, pool: Pool, positions: range) -> np.ndarray:
+        """The windows at these positions, all in this pool, of its lane's part."""
+        extent, part = self._extent(pool), self.part(pool.lane)
+        at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
+        mixed = permute(at, len(extent), _keys(self.seed, "window", *pool)).astype(np.int64) + extent.start
+        mixed = self._skip_gap(part, pool, mixed)
+        slots = mixed // self.block_windows - pool.number * POOL_BLOCKS
+        return part.start + self._blocks(pool)[slots] * self.block_windows + mixed % self.block_windows
+
     def _blocks(self, pool: Pool) -> np.ndarray:
         return _blocks_of(self._num_blocks(self.part(pool.lane)), self.seed, pool)
+
+
+@lru_cache(maxsize=1024)
+def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
+    """A pool's windows in order, RUN at a time: permuting many costs hardly more than permuting the few of a micro-batch."""
+    extent = sampler._extent(pool)
+    return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 
 
 @lru_cache(maxsize=1024)

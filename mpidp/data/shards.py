@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class _Mapped:
 
 
 class TokenStream:
-    """All tokens of one split, concatenated over its shards in index order. Independent.
+    """All tokens of one split, concatenated over its shards in index order. Independent. May be read from several threads.
 
     Reads index.json only; files are opened when first read. DataError for a missing or bad index or split.
     """
@@ -78,6 +79,7 @@ class TokenStream:
         self.bytes_fetched = 0  # announced by advise()
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
         self._mapped: dict[int, _Mapped] = {}
+        self._lock = threading.Lock()  # a loader's thread reads, and the training loop too where lanes change hands
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
         """Existence, size and header of those files (default all); with contents, checksums. DataError names the file.
@@ -95,7 +97,8 @@ class TokenStream:
         out = np.empty(count, dtype=self.dtype)
         for i, first, n, at in self._pieces(start, count):
             out[at : at + n] = self._map(i).tokens[first : first + n]
-        self.bytes_read += out.nbytes
+        with self._lock:
+            self.bytes_read += out.nbytes
         return out
 
     def read_mask(self, start: int, count: int) -> np.ndarray | None:
@@ -107,7 +110,8 @@ class TokenStream:
             mask = self._map(i).mask
             assert mask is not None  # _map refuses a file without one
             out[at : at + n] = mask[first : first + n] != 0
-        self.bytes_read += out.nbytes
+        with self._lock:
+            self.bytes_read += out.nbytes
         return out
 
     def advise(self, start: int, count: int) -> None:
@@ -156,14 +160,15 @@ class TokenStream:
             done, i = done + n, i + 1
 
     def _map(self, i: int) -> _Mapped:
-        if i not in self._mapped:
-            try:
-                self._mapped[i] = self._open(i)
-            except FileNotFoundError:
-                raise self._bad(i, "it is missing") from None
-            except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on damaged files
-                raise self._bad(i, f"it cannot be opened as HDF5 ({error})") from None
-        return self._mapped[i]
+        with self._lock:
+            if i not in self._mapped:
+                try:
+                    self._mapped[i] = self._open(i)
+                except FileNotFoundError:
+                    raise self._bad(i, "it is missing") from None
+                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on damaged files
+                    raise self._bad(i, f"it cannot be opened as HDF5 ({error})") from None
+            return self._mapped[i]
 
     def _open(self, i: int) -> _Mapped:
         record, path = self.files[i], self.path / self.files[i].name

@@ -193,9 +193,10 @@ def default_hidden_dim(model_dim: int) -> int:
 
 
 def num_parameters(shape: TransformerShape) -> int:
-    """Counted without allocating anything."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(shape).parameters())
+    """Counted without a model: on torch's meta device, initialisation would import torch._dynamo."""
+    d, heads = shape.model_dim, 2 * shape.num_heads + 2 * shape.num_kv_heads
+    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * d
+    return shape.num_layers * block + d + shape.vocab_size * d * (1 if shape.tie_embeddings else 2)
 
 
 def flops_per_token(shape: TransformerShape, parameters: int) -> float:

@@ -1,8 +1,10 @@
-"""Laws of the loader: the sampler's windows, shifted by one; one integer of state; bad ids named; long reads, once."""
+"""Laws of the loader: the sampler's windows, shifted by one; one integer of state; bad ids named; long reads, once; and the
+same bits for micro-batches that were expected and for those that were not, from any thread."""
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from mpidp.data import sampler as sampler_module
 from mpidp.data.index import FileRecord, Index, SplitRecord
-from mpidp.data.loader import Batch, Loader, _Resident
+from mpidp.data.loader import Batch, Loader, MicroBatch, _Resident
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import DataError
@@ -55,8 +57,8 @@ def test_micro_batches_are_the_samplers_windows(tmp_path: Path, order: str, voca
     batches = take(Loader(stream, sampler, [1, 2, 5], CPU), 2 * sampler.steps_per_epoch + 1)
     for number, batch in enumerate(batches):
         assert (batch.batch, batch.epoch) == (number, number // sampler.steps_per_epoch)
-        assert [m.v for m in batch.micro_batches] == [1, 2, 5]
-        for m in batch.micro_batches:
+        assert list(batch.micro_batches) == [m.v for m in batch.micro_batches.values()] == [1, 2, 5]
+        for m in batch.micro_batches.values():
             windows = sampler.windows(number, m.v)
             block = np.stack([tokens[w * 9 : w * 9 + 10] for w in windows]) if len(windows) else np.empty((0, 10))
             assert m.tokens.dtype == m.targets.dtype == torch.int64
@@ -64,7 +66,7 @@ def test_micro_batches_are_the_samplers_windows(tmp_path: Path, order: str, voca
             assert m.tokens.is_contiguous() and m.targets.is_contiguous() and m.positions is None
             np.testing.assert_array_equal(m.tokens.numpy(), block[:, :-1])
             np.testing.assert_array_equal(m.targets.numpy(), block[:, 1:])
-    assert any(m.num_tokens == 0 for batch in batches for m in batch.micro_batches)  # 111 windows: the last batch is short
+    assert any(m.num_tokens == 0 for b in batches for m in b.micro_batches.values())  # 111 windows: the last batch is short
 
 
 def test_the_loss_mask_takes_targets_out(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_the_loss_mask_takes_targets_out(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, tokens, [77], mask=True)
     sampler = Sampler(500, 10, Lanes(4, 4), seed=1)
     for batch in take(Loader(stream, sampler, [0], CPU), sampler.steps_per_epoch):
-        (m,) = batch.micro_batches
+        m = batch[0]
         expected = np.stack([tokens[w * 10 + 1 : w * 10 + 11] for w in sampler.windows(batch.batch, 0)])
         np.testing.assert_array_equal(m.targets.numpy(), np.where(expected % 2 == 0, expected, -100))
         assert m.num_tokens == int((m.targets != -100).sum()) < m.targets.numel()
@@ -88,7 +90,7 @@ def test_the_state_is_one_integer(tmp_path: Path) -> None:
     again = take(Loader(stream, sampler, [0, 3], CPU, start_batch=first.next_batch, prefetch=1), 19)
     for a, b in zip(straight[11:], again, strict=True):
         assert a.batch == b.batch and a.epoch == b.epoch
-        assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
+        assert all(torch.equal(a[v].tokens, b[v].tokens) for v in (0, 3))
 
 
 def test_the_order_does_not_depend_on_the_shards(tmp_path: Path) -> None:
@@ -97,8 +99,8 @@ def test_the_order_does_not_depend_on_the_shards(tmp_path: Path) -> None:
     streams = [make_stream(tmp_path / str(len(cuts)), tokens, cuts) for cuts in ([], [1], [7, 1000, 2999])]
     runs = [take(Loader(stream, sampler, range(4), CPU), 40) for stream in streams]
     for batches in zip(*runs, strict=True):
-        first = torch.cat([m.tokens for m in batches[0].micro_batches])
-        assert all(torch.equal(torch.cat([m.tokens for m in other.micro_batches]), first) for other in batches[1:])
+        first = torch.cat([batches[0][v].tokens for v in range(4)])
+        assert all(torch.equal(torch.cat([other[v].tokens for v in range(4)]), first) for other in batches[1:])
 
 
 @pytest.mark.parametrize("order", sampler_module.ORDERS)
@@ -158,7 +160,7 @@ def test_closing_ends_the_thread(tmp_path: Path) -> None:
 def test_a_rank_without_micro_batches_gets_empty_batches(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, random_tokens(100), [])
     batches = take(Loader(stream, Sampler(100, 10, Lanes(4, 4), seed=1), [], CPU), 3)
-    assert [b.micro_batches for b in batches] == [[], [], []]
+    assert [b.micro_batches for b in batches] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("vocab_size", [65536, 100_000])
@@ -186,7 +188,7 @@ def test_resident_tokens_are_checked(tmp_path: Path) -> None:
 def test_resident_has_no_effect_on_the_cpu_and_bad_words_are_refused(tmp_path: Path) -> None:
     stream = make_stream(tmp_path, random_tokens(100), [])
     sampler = Sampler(100, 10, Lanes(4, 4), seed=1)
-    assert take(Loader(stream, sampler, [0], CPU, resident="true"), 1)[0].micro_batches[0].num_tokens == 40
+    assert take(Loader(stream, sampler, [0], CPU, resident="true"), 1)[0][0].num_tokens == 40
     with pytest.raises(ValueError, match="auto, true, false"):
         Loader(stream, sampler, [0], CPU, resident="yes")
 
@@ -201,3 +203,105 @@ def test_the_extent_holds_all_windows_of_a_rank() -> None:
             seen = np.concatenate([sampler.windows(b, v) for b in range(2 * sampler.steps_per_epoch) for v in mine])
             assert all(w in extent for w in seen)
             assert order == "sequential" or (min(seen), max(seen) + 1) == (extent.start, extent.stop)
+
+
+def equal(a: MicroBatch, b: MicroBatch) -> bool:
+    return (a.v, a.num_tokens) == (b.v, b.num_tokens) and torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("order", sampler_module.ORDERS)
+def test_micro_batches_on_demand_are_those_read_ahead(tmp_path: Path, order: str, mask: bool) -> None:
+    stream = make_stream(tmp_path, random_tokens(700), [100, 101, 600], mask=mask)
+    sampler = Sampler(700, 9, Lanes(16, 3), seed=1, order=order)
+    number = sampler.steps_per_epoch + 2
+    expected = take(Loader(stream, sampler, range(6), CPU), number)
+    for mine in ([], [4], [1, 2]):
+        loader = Loader(TokenStream(tmp_path), sampler, mine, CPU)
+        for ahead in expected:
+            batch = next(loader)
+            assert list(batch.micro_batches) == mine
+            for v in (5, 0, 1, 3, 4, 2):  # any order
+                assert equal(batch[v], ahead[v]) and batch[v] is batch[v]
+        loader.close()
+    assert any(batch[5].num_tokens == 0 for batch in expected)
+
+
+def test_expected_micro_batches_change_and_nothing_is_lost(tmp_path: Path) -> None:
+    stream = make_stream(tmp_path, random_tokens(1000), [300])
+    sampler = Sampler(1000, 9, Lanes(8, 2), seed=1)
+    expected = take(Loader(stream, sampler, range(4), CPU), 12)
+    loader = Loader(stream, sampler, [0, 1], CPU, prefetch=2)
+    for number, ahead in enumerate(expected):
+        if number == 3:
+            loader.expect([1, 2])
+        batch = next(loader)
+        known = list(batch.micro_batches)
+        assert known == [0, 1] if number < 3 else known in ([0, 1], [1, 2])
+        assert known == [1, 2] or number < 3 + 2 + 1  # in the queue, and in the thread's hands
+        assert all(equal(batch[v], ahead[v]) for v in range(4))
+    loader.close()
+
+
+def test_many_threads_read_the_same_bits(tmp_path: Path) -> None:
+    """While the loader's own thread opens the same files."""
+    make_stream(tmp_path, random_tokens(6000), list(range(200, 6000, 200)))
+    sampler = Sampler(6000, 9, Lanes(64, 4), seed=1)
+    expected = take(Loader(TokenStream(tmp_path), sampler, range(16), CPU), 3)
+    for _ in range(4):
+        stream = TokenStream(tmp_path)
+        loader = Loader(stream, sampler, [0, 1], CPU, prefetch=3)
+        with ThreadPoolExecutor(8) as pool:
+            for ahead in expected:
+                batch = next(loader)
+                wanted = [v for turn in range(16) for v in (turn, (turn * 7) % 16)]
+                found = pool.map(batch.__getitem__, wanted)
+                assert all(equal(micro, ahead[v]) for v, micro in zip(wanted, found, strict=True))
+        loader.close()
+        assert len(stream._mapped) == 30
+
+
+def test_an_error_on_demand_is_one_of_the_loader(tmp_path: Path) -> None:
+    """Raised where it is met, and by next() from then on."""
+    tokens = random_tokens(1000)
+    tokens[700] = 300
+    stream = make_stream(tmp_path, tokens, [600])
+    loader = Loader(stream, Sampler(1000, 10, Lanes(4, 1), seed=1), [0], CPU)  # lane 2 of 4 reads token 700
+    with pytest.raises(DataError, match=r"train_1.h5: token 100 is 300"):  # noqa: PT012
+        for _ in range(30):
+            next(loader)[2]
+    assert not loader._thread.is_alive()
+    with pytest.raises(DataError, match="token 100"):
+        next(loader)
+
+
+def test_a_micro_batch_that_is_not_there(tmp_path: Path) -> None:
+    (batch,) = take(Loader(make_stream(tmp_path, random_tokens(100), []), Sampler(100, 10, Lanes(4, 2), seed=1), [0], CPU), 1)
+    for v in (-1, 2):
+        with pytest.raises(IndexError, match=f"micro-batch {v} is not one of 2"):
+            batch[v]
+    assert [micro.v for micro in batch] == [0, 1]
+
+
+def test_what_is_not_resident_is_read_from_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's part of the work, on the CPU: lanes 1 and 2 are resident, others change hands."""
+    stream = make_stream(tmp_path, random_tokens(1000), [300])
+    sampler = Sampler(1000, 9, Lanes(8, 2), seed=1)
+    expected = take(Loader(stream, sampler, range(4), CPU), sampler.steps_per_epoch + 1)
+    gathered: list[int] = []
+
+    class Counted(_Resident):
+        def gather(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            gathered.append(len(windows))
+            return super().gather(windows)
+
+    monkeypatch.setattr(
+        _Resident, "make", lambda stream, sampler, mine, device, resident: Counted(stream, 9, sampler.extent(mine), device)
+    )
+    loader = Loader(stream, sampler, [1, 2], CPU)
+    for ahead in expected:
+        batch = next(loader)
+        assert all(equal(batch[v], ahead[v]) for v in range(4))
+        assert batch[1].tokens.is_contiguous() and len(gathered) == 2
+        gathered.clear()
+    loader.close()
