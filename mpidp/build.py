@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from mpi4py import MPI
 
 from mpidp import resolve
+from mpidp.audit import Audit
 from mpidp.checkpoint import Reader
+from mpidp.comm import overlap
 from mpidp.comm.mesh import Mesh, together
 from mpidp.comm.probe import gradient_path
-from mpidp.comm.reducers import REDUCERS
 from mpidp.comm.transport import Messages
 from mpidp.config import Config, fields_of, to_toml
 from mpidp.data.loader import Loader
@@ -25,12 +27,14 @@ from mpidp.data.shards import TokenStream
 from mpidp.engine import Engine
 from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
-from mpidp.fit import Job
+from mpidp.inject import Faults
+from mpidp.job import Job
 from mpidp.lanes import Lanes
 from mpidp.metrics import MetricsFile, Progress, peak_flops
 from mpidp.model.transformer import MODELS, TransformerShape, flops_per_token, num_parameters
-from mpidp.optim import Optimizer, Schedule, global_norm
+from mpidp.optim import Optimizer, Schedule
 from mpidp.rundir import refuse_changes
+from mpidp.sharing import gradient_slots, share_memory
 from mpidp.strategies import STRATEGIES
 from mpidp.watchdog import Watchdog
 
@@ -78,13 +82,15 @@ class Plan:
         if rows is None:
             return
         count = num_parameters(self.shape)
+        slots, _ = gradient_slots(self.config, self.lanes, 0, self.world.size)
         c, t = self.config, self.config.train
         print(to_toml(c))
         print(f"{'rank':>5}  {'host':<20} {'device':<24} {'threads':>7} {'lanes':>6}")
         for rank, (host, where, threads, num_lanes) in enumerate(rows):
             print(f"{rank:>5}  {host:<20} {where:<24} {threads:>7} {num_lanes:>6}")
         print(
-            f"\n{count:,} parameters; {16 * count / 2**20:,.0f} MiB a rank for weights, gradient and optimizer state; "
+            f"\n{count:,} parameters; {4 * (3 + slots) * count / 2**20:,.0f} MiB a rank for weights, optimizer "
+            f"state (12 bytes a parameter, or once a node) and {slots} gradient buffer{'s' * (slots > 1)}; "
             f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
             f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
             f"{t.steps / self.sampler.steps_per_epoch:.2f} epochs of {self.training.num_tokens:,} tokens; "
@@ -150,7 +156,7 @@ def plan(config: Config, mesh: Mesh) -> Plan:
     """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
     mesh.dp."""
     world = mesh.dp
-    threads = resolve.resolve_threads(config.train.threads, mesh, world)
+    threads = resolve.resolve_threads(config.train.threads, mesh)
     torch.set_num_threads(threads)
     validation: TokenStream | None = None
     with together(world):
@@ -188,7 +194,7 @@ def plan(config: Config, mesh: Mesh) -> Plan:
     return Plan(resolved, config.train.threads, mesh, device, training, validation, sampler, lanes, shape)
 
 
-def build(plan: Plan) -> Job:
+def build(plan: Plan, faults: Faults | None = None) -> Job:
     """The parts of the job, on the device, replicas equal. Collective over world."""
     config, world, device = plan.config, plan.world, plan.device
     train, optim = config.train, config.optim
@@ -201,15 +207,20 @@ def build(plan: Plan) -> Job:
     if train.compile:
         model.compile_blocks()
     transport = Messages(device, gradient_path(config.comm.gpu, device, world))
-    reducer = REDUCERS[config.comm.reducer](world, plan.lanes, transport)
-    optimizer = Optimizer(optim.name, named, optim.weight_decay, optim.beta1, optim.beta2)
+    memory = share_memory(plan, transport, sum(p.numel() for _, p in named))
+    reducer, group = memory.reducer, memory.group
     strategy = STRATEGIES[config.strategy.name](
-        world, named, optimizer, reducer, global_norm, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20)
+        world, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,
+        beta2=optim.beta2), optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20), memory.one_copy,
+        spare_slots=int(train.audit_every > 0),
     )
     strategy.start()
+    said = overlap.choose(reducer, config.comm.overlap, world, memory.balance.settled)
+    if world.rank == 0 and world.size > 1:
+        print(f"overlap {said}", flush=True)
     dtype = getattr(torch, train.dtype)
     run_dir = Path(config.run.dir)
-    mine = [v for lane in plan.lanes.of_rank(world.rank, world.size) for v in plan.lanes.micro_batches(lane)]
+    mine = [v for lane in memory.balance.ranges[world.rank] for v in plan.lanes.micro_batches(lane)]
     flops = flops_per_token(plan.shape, sum(p.numel() for _, p in named))
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     devices = len(set(world.allgather((plan.mesh.host, str(device)))))
@@ -226,12 +237,20 @@ def build(plan: Plan) -> Job:
         write_file(run_dir / "config.toml", to_toml(config).encode())
         # beside the weights, so that the run can be used without its data
         write_file(run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
+    mine_faults = (faults or Faults()).of_rank(world.rank)
+    engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens)
+    engine.slowed = mine_faults.slowed
     return Job(
         comm=world,
-        engine=Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens),
+        engine=engine,
         strategy=strategy,
         open_loader=lambda batch: Loader(plan.training, plan.sampler, mine, device, batch, resident=config.data.resident),
         lanes=plan.lanes,
+        balance=memory.balance,
+        wait=group.wait,
+        audit=Audit(world, train.audit_every, memory.replicas, strategy.buffer, strategy.flats()),
+        noise_every=train.noise_every,
+        faults=mine_faults,
         schedule=Schedule(optim.schedule, optim.lr, optim.min_lr, optim.warmup_steps, train.steps),
         transport=transport,
         validation=plan.validation,

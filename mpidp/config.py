@@ -77,6 +77,9 @@ class Train:
     eval_every: int = setting(100, "between evaluations on the validation split; 0: at the end alone", "steps", low=0)
     eval_tokens: int = setting(65536, "of the validation split each time; 0: all", "tokens", low=0)
     save_every: int = setting(100, "between checkpoints; 0: at the end alone", "steps", low=0)
+    balance: str = setting("even", "how ranks share out the lanes", "", ("even", "measured", "steal"))
+    audit_every: int = setting(0, "between comparisons of replicas and of lanes computed twice; 0: off", "steps", low=0)
+    noise_every: int = setting(0, "between measurements of the gradient noise scale; 0: off", "steps", low=0)
     max_skipped: int = setting(20, "skipped steps in a row (gradients not finite) that end the run", "steps", low=1)
 
 
@@ -110,7 +113,9 @@ class Comm:
         "auto", "how gradients are added; auto: tree, the same bits at any number of ranks", "",
         ("auto", "tree", "allreduce", "naive", "root"),
     )
-    overlap: str = setting("auto", "reduce while backward goes on; today auto means none", "", ("auto", "none"))
+    transport: str = setting("auto", "on a node; auto: window where there is room", "", ("auto", "window", "messages"))
+    copies: str = setting("auto", "of weights and optimizer state; node: in the window", "", ("auto", "node", "rank"))
+    overlap: str = setting("auto", "reduce during backward; auto: measured at start", "", ("auto", "thread", "poll", "none"))
     bucket_mb: float = setting(4.0, "gradient bucket", "MiB", low=0.001)
     gpu: str = setting("auto", "how CUDA gradients reach MPI; auto: by a probe", "", ("auto", "device", "staged"))
 
@@ -243,7 +248,7 @@ def from_args(arguments: Sequence[str]) -> Config:
 
 def checked(config: Config) -> Config:
     """The same config once no setting contradicts another. UsageError. Independent."""
-    model, train, optim = config.model, config.train, config.optim
+    model, train, optim, comm = config.model, config.train, config.optim, config.comm
     problems = []
     if train.global_batch < train.micro_batch:
         problems.append(f"train.global_batch={train.global_batch} is smaller than train.micro_batch={train.micro_batch}")
@@ -256,6 +261,15 @@ def checked(config: Config) -> Config:
         problems.append(f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}")
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("train.steps, train.tokens and train.epochs: give one of them")
+    plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
+    needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
+    needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")
+    if needs_tree and comm.reducer not in ("auto", "tree"):
+        problems.append(f"{', '.join(needs_tree)}: works with comm.reducer=tree, not with comm.reducer={comm.reducer}")
+    if train.balance == "steal" and comm.transport == "messages":
+        problems.append("train.balance=steal takes lanes through a shared window, and comm.transport=messages forbids one")
+    if train.balance == "steal" and comm.overlap in ("thread", "poll"):
+        problems.append("comm.overlap needs to know a rank's last lane, and with train.balance=steal nobody does")
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} is more than optim.lr={optim.lr}")
     if train.steps and optim.warmup_steps > train.steps:

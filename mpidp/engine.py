@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,26 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.data.loader import MicroBatch
+from mpidp.data.loader import Batch, MicroBatch
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
 from mpidp.schedule import Instruction
-from mpidp.strategies.protocol import Strategy
+from mpidp.strategies.protocol import Accumulates
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
     """A 32-bit key of (seed, batch, micro-batch): randomness belongs to the data, not to a rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
+
+
+@dataclass
+class Computed:
+    """What a rank computed of a global batch."""
+
+    micro_batches: list[int]
+    losses: list[float]  # sums of token losses, nats
+    num_tokens: list[int]  # target tokens
+    lane_squares: dict[int, float] = field(default_factory=dict)  # squared norms of lanes' gradients, where measured
 
 
 class Engine:
@@ -35,6 +46,7 @@ class Engine:
         by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires)."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
+        self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -45,27 +57,28 @@ class Engine:
             logits = self.model(mb.tokens, mb.positions, mb.doc_ids, key)
         return F.cross_entropy(logits.float().flatten(0, 1), mb.targets.flatten(), ignore_index=-100, reduction="sum")
 
-    def run(self, schedule: Iterable[Instruction], batch: int, micro_batches: Sequence[MicroBatch], strategy: Strategy) -> Tensor:
-        """Walk the schedule over this rank's micro-batches of global batch number `batch`.
-
-        Returns their loss sums, float32 (number of micro-batches,), on the device and not waited for.
-        """
+    def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: Accumulates) -> Computed:
+        """Walk the schedule over micro-batches of a global batch."""
         self.model.train()
-        by_v = {mb.v: mb for mb in micro_batches}
-        losses = []
+        done, losses, num_tokens = [], [], []
         for instruction in schedule:
-            mb = by_v[instruction.v]
-            with strategy.micro_batch(mb.v, instruction.last):
-                if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
-                    losses.append(torch.zeros((), device=self.device))
-                    continue
-                key = None
-                if self.dropout:
-                    key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
-                loss = self.loss_sum(mb, key)
-                (loss / self.nominal_tokens).backward()
-                losses.append(loss.detach())
-        return torch.stack(losses)
+            with self.slowed(), strategy.micro_batch(instruction.v, instruction.last):
+                mb = batch[instruction.v]
+                losses.append(self._learn(mb, batch.batch))
+            done.append(mb.v)
+            num_tokens.append(mb.num_tokens)
+        return Computed(done, torch.stack(losses).tolist() if losses else [], num_tokens)
+
+    def _learn(self, mb: MicroBatch, batch: int) -> Tensor:
+        """Forward and backward; the loss sum, on the device and not waited for."""
+        if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
+            return torch.zeros((), device=self.device)
+        key = None
+        if self.dropout:
+            key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
+        loss = self.loss_sum(mb, key)
+        (loss / self.nominal_tokens).backward()
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(

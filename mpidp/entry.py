@@ -34,6 +34,7 @@ def ask_for_reproducible_blas() -> None:
 
 
 ask_for_reproducible_blas()
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI's windows in shared memory: ucx has none, and says so at length
 
 
 def launcher_rank() -> int:

@@ -54,3 +54,7 @@ class Stopped(MpidpError):
     """Stopped on request after a checkpoint; the same command goes on."""
 
     exit_code = 75
+
+
+class Damaged(MpidpError):
+    """Replicas differ and nobody knows which is right: only the last checkpoint can be trusted."""

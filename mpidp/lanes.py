@@ -37,6 +37,10 @@ class Lanes:
         """The micro-batches of a lane, in the order in which their gradients accumulate."""
         return range(lane * self.num_micro_batches // self.num_lanes, (lane + 1) * self.num_micro_batches // self.num_lanes)
 
+    def lane_of(self, v: int) -> int:
+        """The lane of a micro-batch."""
+        return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
+
     def of_rank(self, rank: int, world_size: int) -> range:
         """The lanes that a rank computes: contiguous, as even as L allows."""
         return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,9 +24,10 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> Iterator[Callable[[], float]]:
+        """Gives a function that says how many seconds it has been."""
         begin = time.perf_counter()
-        yield
+        yield lambda: time.perf_counter() - begin
         self._seconds[phase] += time.perf_counter() - begin
 
     def take(self) -> dict[str, float]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpidp.comm.buckets import NORM_BLOCK
+from mpidp.comm.buckets import FlatLayout, slice_bounds, squares_of_blocks
 
 
 @dataclass(frozen=True)
@@ -37,67 +38,121 @@ class Schedule:
         return self.min_lr + (self.lr - self.min_lr) * decay
 
 
+def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
+    """The same optimizer without the wrappers that serve torch.compile: these import torch._dynamo in every process, about a
+    second and 70 MB. Where torch has no such wrappers, the same class. Independent."""
+    plain = {"add_param_group": inspect.unwrap(kind.add_param_group), "step": torch.no_grad()(inspect.unwrap(kind.step))}
+    return type(kind.__name__, (kind,), plain)
+
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+Memory = Callable[[int], Tensor]  # gives that many zeroed float32 elements
+
+
 class Optimizer:
-    """One or two torch optimizers over named parameters, updated together. Independent."""
+    """torch's own optimizers over flat parameters, gradients and moments, of which this rank updates its share. Independent.
+
+    Ranks that share memory update a part each; the share of the others they only see. What a part comes to does not depend
+    on where it is cut: adamw, adam and sgd work element by element, cut at multiples of ALIGN; muon updates whole matrices.
+    """
 
     def __init__(
-        self, name: str, named_parameters: list[tuple[str, torch.nn.Parameter]], weight_decay: float, beta1: float,
-        beta2: float,
+        self, name: str, layout: FlatLayout, parameters: Tensor, gradients: Tensor, weight_decay: float, beta1: float,
+        beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1),
     ) -> None:
         """Matrices decay, gains do not. name: adamw, adam, sgd (momentum beta1), or muon: torch's Muon on the hidden
-        matrices with its update scaled to AdamW's size, so that one learning rate serves both, and AdamW on the rest."""
-        self.named = dict(named_parameters)
-        matrices = [p for p in self.named.values() if p.dim() >= 2]
-        gains = [p for p in self.named.values() if p.dim() < 2]
-        decays = ((matrices, weight_decay), (gains, 0.0))
-        groups: list[dict[str, Any]] = [{"params": of, "weight_decay": decay} for of, decay in decays if of]
-        fused: dict[str, Any] = {"betas": (beta1, beta2), "eps": 1e-8, "fused": True}
-        self.parts: list[torch.optim.Optimizer]
-        if name == "adamw":
-            self.parts = [torch.optim.AdamW(groups, lr=0.0, **fused)]
-        elif name == "adam":
-            self.parts = [torch.optim.Adam(groups, lr=0.0, **fused)]
-        elif name == "sgd":
-            self.parts = [torch.optim.SGD(groups, lr=1.0, momentum=beta1, fused=True)]
-        elif name == "muon":
-            outer = ("embedding.weight", "head.weight")
-            hidden = [p for n, p in self.named.items() if p.dim() == 2 and not n.endswith(outer)]
-            chosen = set(map(id, hidden))
-            rest = [{**g, "params": [p for p in g["params"] if id(p) not in chosen]} for g in groups]
-            self.parts = [
-                torch.optim.Muon(hidden, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW([g for g in rest if g["params"]], lr=0.0, **fused),
-            ]
-        else:
+        matrices with its update scaled to AdamW's size, so that one learning rate serves both, and AdamW on the rest.
+        parameters, gradients: (num_elements,); share: (index, of how many)."""
+        if name not in (*MOMENTS, "muon"):
             raise ValueError(f"unknown optimizer {name!r}")
+        self._layout, self._name = layout, name
+        make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
+        self._moments = [make(layout.num_elements) for _ in MOMENTS.get(name, MOMENTS["adamw"])]
+        self.updates = 0
+        self._steps: list[Tensor] = []  # torch keeps one a piece
+        self._matrices = _hidden_matrices(layout) if name == "muon" else {}
+        bounds = slice_bounds(layout.num_elements, share[1])
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for offset, what, p in layout.placed():
+            low, high = max(offset, bounds[share[0]]), min(offset + p.numel(), bounds[share[0] + 1])
+            if what in self._matrices:
+                low, high = offset, offset + (p.numel() if self._matrices[what] % share[1] == share[0] else 0)
+            if low < high:
+                shape = p.shape if what in self._matrices else (high - low,)
+                piece = torch.nn.Parameter(parameters[low:high].view(shape))
+                piece.grad = gradients[low:high].view(shape)
+                groups.setdefault((what in self._matrices, p.dim() >= 2), []).append(piece)
+        self._parts = [self._part(*kind, members, weight_decay, beta1, beta2) for kind, members in groups.items()]
+        for part, ((muon, _), members) in zip(self._parts, groups.items(), strict=True):
+            for piece in members:
+                self._give_state(part, piece, muon, parameters)
+
+    def _part(
+        self, muon: bool, decays: bool, members: list[torch.nn.Parameter], weight_decay: float, beta1: float, beta2: float
+    ) -> torch.optim.Optimizer:
+        decay = weight_decay if decays else 0.0
+        if muon:
+            return without_compiler(torch.optim.Muon)(members, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        if self._name == "sgd":
+            return without_compiler(torch.optim.SGD)(members, lr=1.0, momentum=beta1, weight_decay=decay, fused=True)
+        kind = torch.optim.Adam if self._name == "adam" else torch.optim.AdamW
+        return without_compiler(kind)(members, lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=decay, fused=True)
+
+    def _give_state(self, part: torch.optim.Optimizer, piece: torch.nn.Parameter, muon: bool, parameters: Tensor) -> None:
+        """The piece's state as views of the flat moments, so that one copy serves all who share memory."""
+        low = (piece.data_ptr() - parameters.data_ptr()) // 4
+        names = ("momentum_buffer",) if muon else MOMENTS.get(self._name, MOMENTS["adamw"])
+        state = part.state[piece]
+        for key, flat in zip(names, self._moments, strict=False):
+            state[key] = flat[low : low + piece.numel()].view(piece.shape)
+        if "exp_avg" in state:
+            state["step"] = torch.zeros((), device=piece.device)
+            self._steps.append(state["step"])
 
     def step(self, lr: float) -> None:
-        """Update every parameter from its .grad."""
-        for part in self.parts:
+        """Update this rank's share of the parameters."""
+        for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
+        self.updates += 1
+
+    def moments(self) -> dict[str, Tensor]:
+        """The flat state (num_elements,), by name."""
+        return {f"/moment_{i}": flat for i, flat in enumerate(self._moments, 1)}
+
+    def _views(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter, key, whole tensor of the state)."""
+        whole = [self._layout.views(flat) for flat in self._moments]
+        for i, (_, what, _) in enumerate(self._layout.placed()):
+            names = ("momentum_buffer",) if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
+            for key, views in zip(names, whole, strict=False):
+                yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State tensors by `parameter/key`."""
-        return {
-            f"{name}/{key}": value
-            for name, p in self.named.items()
-            for part in self.parts
-            for key, value in part.state.get(p, {}).items()
-            if isinstance(value, Tensor)
-        }
+        """State tensors by `parameter/key`: of all parameters, whoever updates them."""
+        found = {f"{what}/{key}": view for what, key, view in self._views()}
+        return found | {f"{what}/step": torch.tensor(float(self.updates)) for what, key, _ in self._views() if key == "exp_avg"}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Give the state back. ValueError for an entry of no parameter."""
-        part_of = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
+        views = {f"{what}/{key}": view for what, key, view in self._views()}
         for entry, value in state.items():
-            name, _, key = entry.rpartition("/")
-            if name not in self.named:
-                raise ValueError(f"optimizer state for unknown parameter {name!r}")
-            p = self.named[name]
-            device = torch.device("cpu") if key == "step" and p.device.type == "cpu" else p.device
-            part_of[id(p)].state[p][key] = value.to(device)
+            if entry.endswith("/step") and entry.removesuffix("step") + "exp_avg" in views:
+                self.updates = int(value)
+                for step in self._steps:
+                    step.copy_(value)
+            elif entry not in views:
+                raise ValueError(f"optimizer state {entry!r} of no parameter of this model")
+            else:
+                views[entry].copy_(value.view_as(views[entry]))
+
+
+def _hidden_matrices(layout: FlatLayout) -> dict[str, int]:
+    """The matrices that Muon updates, and their rank by cost: dealt out in that order, shares come out about equal."""
+    outer = ("embedding.weight", "head.weight")
+    hidden = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if p.dim() == 2 and not name.endswith(outer)]
+    return {name: i for i, (_, name) in enumerate(sorted(hidden, reverse=True))}
 
 
 def global_norm(flat: Tensor) -> Tensor:
@@ -105,4 +160,4 @@ def global_norm(flat: Tensor) -> Tensor:
 
     Summed over fixed blocks in fixed order, so that neither the number of ranks nor of threads changes it. Independent.
     """
-    return torch.linalg.vector_norm(flat.view(-1, NORM_BLOCK), dim=1).double().square().sum().sqrt()
+    return squares_of_blocks(flat).cpu().cumsum(0)[-1].sqrt()

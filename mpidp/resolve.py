@@ -21,11 +21,9 @@ from mpidp.lanes import Lanes
 from mpidp.model.transformer import TransformerShape, default_hidden_dim
 
 
-def resolve_threads(wanted: int, mesh: Mesh, comm: MPI.Intracomm) -> int:
-    """CPU threads a rank: as wanted, else the cores that the ranks of this node may use / their number. Collective over comm."""
-    cores = comm.allgather((mesh.host, sorted(os.sched_getaffinity(0))))
-    mine = {core for host, allowed in cores if host == mesh.host for core in allowed}
-    return wanted or max(1, len(mine) // mesh.local_size)
+def resolve_threads(wanted: int, mesh: Mesh) -> int:
+    """CPU threads a rank: as wanted, else the cores that the ranks of this node may use / their number. Independent."""
+    return wanted or max(1, mesh.cores // mesh.local_size)
 
 
 def resolve_device(wanted: str, mesh: Mesh) -> torch.device:
@@ -88,7 +86,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
-        comm={"reducer": resolve_reducer(config), "overlap": "none"},
+        comm={"reducer": resolve_reducer(config)},
     )
 
 

@@ -18,6 +18,7 @@ USAGE = """usage: [mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.
 Trains a Transformer language model from HDF5 token shards with data parallelism over MPI. The weights that come out do not
 depend on N. With no arguments it prepares shards of Python's own standard library and trains a small model on them."""
 
+MOST_RETURNS = 3  # to the last checkpoint, in one command: a machine that fails more often is to be mended
 DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:1024", "shards": 4, "val_fraction": 0.05, "seed": 0}
 
 
@@ -37,6 +38,8 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False) -> dict[str, An
     """Build, restore, fit: one path for a new run and a resumed one. Returns the end record. Collective over world."""
     from mpidp import build, fit
     from mpidp.comm.mesh import make_mesh, together
+    from mpidp.errors import Damaged
+    from mpidp.inject import Faults, asked_for
     from mpidp.rundir import RunLock, find_checkpoint
 
     mesh = make_mesh(world)
@@ -50,16 +53,25 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False) -> dict[str, An
     lock: RunLock | None = None
     with together(world):
         lock = RunLock(run_dir) if world.rank == 0 else None
+    faults = asked_for()
+    events: list[dict[str, Any]] = []  # of replicas that were found to differ: the run goes back to its last checkpoint
     try:
-        reader, notes = find_checkpoint(run_dir, config.run.resume, world)
-        plan = plan.adopt(reader, notes)
-        if reader is not None and (end := plan.has_ended(reader)) is not None:
-            plan.say_ended(end)
-            return end
-        job = build.build(plan)
-        if reader is not None:
-            fit.restore(job, reader)
-        return fit.run_to_end(job, resumed=reader is not None)
+        while True:
+            reader, notes = find_checkpoint(run_dir, "auto" if events else config.run.resume, world)
+            plan = plan.adopt(reader, notes)
+            if reader is not None and (end := plan.has_ended(reader)) is not None:
+                plan.say_ended(end)
+                return end
+            job = build.build(plan, faults)
+            if reader is not None:
+                fit.restore(job, reader)
+            try:
+                return fit.run_to_end(job, resumed=reader is not None, events=events)
+            except Damaged as damage:
+                if len(events) == MOST_RETURNS:
+                    raise
+                events.append({"event": "went_back", "why": str(damage)})
+                faults = Faults()  # those on purpose happen once
     finally:
         if lock is not None:
             lock.release()

@@ -7,15 +7,19 @@ rank the same record of it. Tests then assert about data that all ranks hold, so
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from mpi4py import MPI
 
@@ -23,16 +27,19 @@ import mpidp.train
 from data_tools.prepare import prepare
 from mpidp.build import build, plan
 from mpidp.comm.mesh import make_mesh, polite_barrier
+from mpidp.comm.reducers import Reducer
 from mpidp.config import Config, checked
 from mpidp.data.index import FileRecord, SplitRecord, read_index
 from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import MpidpError
-from mpidp.fit import Job
+from mpidp.fit import close
+from mpidp.job import Job
 from mpidp.schedule import accumulate
 
 WORLD = MPI.COMM_WORLD
 SEQ_LEN = 16
-MEASURED = ("tokens_per_second", "mfu", "comm_bytes")  # and all *_seconds: what may differ between two equal runs
+MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank")  # and all *_seconds: what may differ between equal runs
+OF_RANKS = ("start", "balance")  # events that tell of ranks, not of what was learned
 SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
 
 
@@ -96,6 +103,9 @@ def tiny(shards: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
     return checked(config.with_values(**sections))
 
 
+OPEN: list[Job] = []  # of the work that is going on
+
+
 @lru_cache
 def first_ranks(n: int) -> MPI.Intracomm:
     """A communicator of the first n ranks, COMM_NULL on the others; kept. Collective over WORLD."""
@@ -108,9 +118,11 @@ def sizes(*wanted: int) -> list[int]:
 
 
 def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
-    """work(comm) on the first n ranks while the others sleep; every rank gets the list of what each of them returned. An
-    exception on any rank is raised on all: MpidpErrors as they are, others as FailedElsewhere. Collective over WORLD."""
+    """work(comm) on the first n ranks while the others sleep; every rank gets the list of what each of them returned, and the
+    jobs that were made meanwhile are closed. An exception on any rank is raised on all: MpidpErrors as they are, others as
+    FailedElsewhere. Collective over WORLD."""
     comm = first_ranks(n)
+    OPEN.clear()
     found: Any = None
     mine: Exception | None = None
     if comm != MPI.COMM_NULL:
@@ -124,6 +136,8 @@ def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
     errors = [error for error, _ in said if error is not None]
     if errors:
         raise errors[0] from mine
+    while OPEN:
+        close(OPEN.pop())
     return [result for _, result in said[:n]]
 
 
@@ -149,6 +163,7 @@ class Ran:
 
     end: dict[str, Any]
     lines: list[dict[str, Any]]  # of metrics.jsonl, in order, without what is measured
+    of_ranks: list[dict[str, Any]]  # events that tell of ranks, which the lines are without
 
     @property
     def sha256(self) -> str:
@@ -160,7 +175,7 @@ class Ran:
         return [line["train_loss"] for line in self.lines if "train_loss" in line]
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line.get("event") == name]
+        return [line for line in self.lines + self.of_ranks if line.get("event") == name]
 
     @property
     def learned(self) -> list[dict[str, Any]]:
@@ -179,10 +194,35 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     ]
 
 
+@contextmanager
+def pretended(nodes: int) -> Iterator[None]:
+    """The ranks of this machine as those of so many nodes (0: as they are). Independent, but all ranks must do so."""
+    before = os.environ.get("MPIDP_PRETEND_NODES")
+    os.environ["MPIDP_PRETEND_NODES"] = str(max(1, nodes))
+    try:
+        yield
+    finally:
+        del os.environ["MPIDP_PRETEND_NODES"]
+        if before is not None:
+            os.environ["MPIDP_PRETEND_NODES"] = before
+
+
+@contextmanager
+def small_blocks(elements: int = 256) -> Iterator[None]:
+    """Small models fill a block of the norm, and owners own whole blocks: smaller ones, so that all owners have something to
+    do. Independent, but all ranks must do so."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("mpidp.") and hasattr(module, "NORM_BLOCK"):
+                patch.setattr(module, "NORM_BLOCK", elements)
+        yield
+
+
 def job_at(comm: MPI.Intracomm, config: Config) -> Job:
-    """The parts of a training before its first step. Collective over comm."""
+    """The parts of a training before its first step; closed when the work of `at` is done. Collective over comm."""
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    return build(plan(config, make_mesh(comm)))
+    OPEN.append(build(plan(config, make_mesh(comm))))
+    return OPEN[-1]
 
 
 def micro_batches_of(job: Job) -> list[int]:
@@ -196,12 +236,24 @@ def gradients_of(job: Job, batch: int = 0) -> dict[str, torch.Tensor]:
     loader = job.open_loader(batch)
     found = next(loader)
     loader.close()
-    job.engine.run(accumulate(micro_batches_of(job)), found.batch, found.micro_batches, job.strategy)
-    job.strategy.reducer.finish()
-    return {name: p.grad.detach().clone() for name, p in job.engine.model.named_parameters()}
+    job.engine.run(accumulate(micro_batches_of(job)), found, job.strategy)
+    return summed(job.strategy.reducer)
+
+
+def summed(reducer: Reducer) -> dict[str, torch.Tensor]:
+    """The sum of what all ranks hold, by parameter. Collective over all ranks."""
+    reducer.finish()
+    layout = reducer.buffer.layout
+    found = {name: view.clone() for (_, name, _), view in zip(layout.placed(), layout.views(reducer.buffer.total), strict=True)}
+    reducer.group.fence()  # as an update would: the memory is not used for the next step before all have read it
+    return found
 
 
 def train_at(n: int, config: Config) -> Ran:
     """Train on the first n ranks while the others sleep. Collective over WORLD."""
     end = at(n, lambda comm: mpidp.train.run(config, comm))[0]
-    return Ran(end, read_metrics(config.run.dir))
+    lines = read_metrics(config.run.dir)
+    return Ran(
+        end, [line for line in lines if line.get("event") not in OF_RANKS],
+        [line for line in lines if line.get("event") in OF_RANKS],
+    )

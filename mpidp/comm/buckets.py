@@ -1,7 +1,7 @@
-"""Flat gradient buffers with .grad as views into them, cut into buckets that autograd hooks fill.
+"""Flat memory: parameters and gradients as views into flat tensors, cut into buckets that autograd hooks fill.
 
 The flat layout depends on the model alone (parameters in reverse order of definition, which is about the order in which
-backward finishes them), never on bucket size or number of ranks: only the cuts into buckets do.
+backward finishes them), never on bucket size or number of ranks: only the cuts into buckets and slices do.
 """
 
 from __future__ import annotations
@@ -31,46 +31,75 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-class GradientBuffer:
-    """`slots` flat float32 gradient buffers of all parameters, shape (slots, num_elements). Independent."""
+class FlatLayout:
+    """Where each parameter lies in a flat tensor of num_elements, a multiple of NORM_BLOCK. Independent."""
 
-    def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int) -> None:
-        self._parameters = list(reversed(named_parameters))
-        self._offsets: list[int] = []
+    def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
+        self.parameters = list(reversed(named_parameters))
+        self.device = self.parameters[0][1].device
+        self.offsets: list[int] = []
         offset = 0
-        for _, p in self._parameters:
-            self._offsets.append(offset)
+        for _, p in self.parameters:
+            self.offsets.append(offset)
             offset += _round_up(p.numel(), ALIGN)
         self.num_elements = _round_up(offset, NORM_BLOCK)
-        device = self._parameters[0][1].device
-        self.flat = torch.zeros(slots, self.num_elements, device=device)
-        self.views = [[self.flat[s, o : o + p.numel()].view_as(p) for s in range(slots)] for o, (_, p) in self._placed()]
-        self.buckets = self._cut(bucket_bytes)
-        self._pointing_at = -1
 
-    def _placed(self) -> list[tuple[int, tuple[str, torch.nn.Parameter]]]:
-        return list(zip(self._offsets, self._parameters, strict=True))
+    def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
+        """(offset, name, parameter) in flat order."""
+        return [(o, name, p) for o, (name, p) in zip(self.offsets, self.parameters, strict=True)]
 
-    def _cut(self, bucket_bytes: int) -> list[Bucket]:
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """A flat tensor (num_elements,) as tensors of the parameters' shapes, in flat order."""
+        return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
+
+    def adopt(self, flat: torch.Tensor) -> None:
+        """Make the parameters views of flat, keeping their values."""
+        with torch.no_grad():
+            for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
+                view.copy_(p)
+                p.data = view
+
+    def cut(self, bucket_bytes: int) -> list[Bucket]:
+        """Buckets of whole parameters, of at least bucket_bytes (the last may be smaller)."""
         buckets: list[Bucket] = []
-        members: list[tuple[int, tuple[str, torch.nn.Parameter]]] = []
-        placed = self._placed()
-        for i, (offset, named) in enumerate(placed):
-            members.append((offset, named))
+        members: list[tuple[int, str, torch.nn.Parameter]] = []
+        placed = self.placed()
+        for i, one in enumerate(placed):
+            members.append(one)
             last = i + 1 == len(placed)
             stop = self.num_elements if last else placed[i + 1][0]
             if last or (stop - members[0][0]) * 4 >= bucket_bytes:
-                names = tuple(name for _, (name, _) in members)
-                shapes = tuple(p.shape for _, (_, p) in members)
-                offsets = tuple(o for o, _ in members)
+                offsets = tuple(o for o, _, _ in members)
+                names, shapes = tuple(name for _, name, _ in members), tuple(p.shape for _, _, p in members)
                 buckets.append(Bucket(len(buckets), offsets[0], stop, names, shapes, offsets))
                 members = []
         return buckets
 
+
+class GradientBuffer:
+    """`slots` flat float32 gradient buffers of all parameters, shape (slots, num_elements). Independent, as memory is."""
+
+    def __init__(
+        self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
+        memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
+    ) -> None:
+        """memory: gives that many zeroed float32 elements to each of the ranks that see each other's, of which this is number
+        `me`; torch's own memory, seen by nobody else, when it is left out."""
+        self.layout = FlatLayout(named_parameters)
+        self.num_elements = self.layout.num_elements
+        needed = slots * self.num_elements
+        parts = [torch.zeros(needed, device=self.layout.device)] if memory is None else memory(needed)
+        self.parts = [part.view(-1, self.num_elements) for part in parts]  # every rank's slots
+        self.flat = self.parts[me]
+        self.total = self.parts[0][0]  # where the sum lies once it is made
+        self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
+        self.buckets = self.layout.cut(bucket_bytes)
+        self._pointing_at = -1
+
     def point(self, slot: int) -> None:
         """Make every .grad a view of this slot; backward then adds into it."""
         if slot != self._pointing_at:
-            for (_, p), views in zip(self._parameters, self.views, strict=True):
+            for (_, p), views in zip(self.layout.parameters, self.views, strict=True):
                 p.grad = views[slot]
             self._pointing_at = slot
 
@@ -86,12 +115,19 @@ class GradientBuffer:
                         waiting.update(bucket.names)
                         begin(bucket)
 
-            for name, p in self._parameters:
+            for name, p in self.layout.parameters:
                 if name in waiting:
                     p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name))
 
 
-def slice_bounds(length: int, size: int) -> list[int]:
-    """Cut `length` elements into `size` slices at multiples of ALIGN: size + 1 bounds. Pure."""
-    units = -(-length // ALIGN)
-    return [min(length, r * units // size * ALIGN) for r in range(size)] + [length]
+def slice_bounds(length: int, size: int, multiple: int = ALIGN) -> list[int]:
+    """Cut `length` elements into `size` slices at multiples of `multiple`: size + 1 bounds. Pure."""
+    units = -(-length // multiple)
+    return [min(length, r * units // size * multiple) for r in range(size)] + [length]
+
+
+def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each block of NORM_BLOCK elements, float64 (blocks,); flat: (n,), n a multiple of NORM_BLOCK. The same
+    bits for any number of threads, and whichever blocks are computed together. Independent."""
+    rows = torch.linalg.vector_norm(flat.view(-1, 256), dim=1)  # many rows: torch splits a single long one over threads
+    return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)

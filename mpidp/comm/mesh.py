@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from mpi4py import MPI
 
@@ -65,15 +67,41 @@ def together(comm: MPI.Intracomm) -> Iterator[None]:
 class Mesh:
     """Who takes part, and where. Today the mesh is one axis: every rank is a replica (dp)."""
 
-    dp: MPI.Intracomm  # ranks that average gradients with each other
-    host: str
+    dp: MPI.Intracomm  # ranks that average gradients with each other, node by node
+    hosts: list[str]  # of each node
+    node_sizes: list[int]  # ranks of each node
+    node_index: int  # which node this is
     local_rank: int  # place among the ranks of this node
-    local_size: int
-    num_nodes: int
+    cores: int  # that the ranks of this node may use
+
+    @property
+    def host(self) -> str:
+        return self.hosts[self.node_index]
+
+    @property
+    def local_size(self) -> int:
+        return self.node_sizes[self.node_index]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.hosts)
 
 
 def make_mesh(world: MPI.Intracomm) -> Mesh:
-    """Collective over world. Nodes are told apart by host name, which holds in containers too."""
-    host = socket.gethostname()
-    hosts = world.allgather(host)
-    return Mesh(world, host, hosts[: world.rank].count(host), hosts.count(host), len(set(hosts)))
+    """Nodes are told apart by host name, which holds in containers too. Where a launcher dealt ranks out over nodes in turn,
+    dp counts them anew, node by node; rank 0 stays rank 0. Collective over world.
+
+    MPIDP_PRETEND_NODES=k in the environment cuts one node's ranks into k, for tests and benchmarks on one machine.
+    """
+    pretended = int(os.environ.get("MPIDP_PRETEND_NODES", "1"))
+    host = socket.gethostname() + (f"#{world.rank * pretended // world.size}" if pretended > 1 else "")
+    rows = world.allgather((host, sorted(os.sched_getaffinity(0))))
+    named = [name for name, _ in rows]
+    hosts = list(dict.fromkeys(named))
+    in_order = sorted(range(world.size), key=lambda rank: (hosts.index(named[rank]), rank))
+    dp = world if in_order == list(range(world.size)) else cast(MPI.Intracomm, world.Split(0, in_order.index(world.rank)))
+    return Mesh(
+        dp, hosts, [named.count(name) for name in hosts], hosts.index(host), named[: world.rank].count(host),
+        len({core for name, allowed in rows if name.partition("#")[0] == host.partition("#")[0] for core in allowed})
+        // max(1, pretended),
+    )

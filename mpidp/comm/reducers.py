@@ -1,28 +1,56 @@
-"""How the contributions to the gradient are added: four ways, one protocol.
+"""How the contributions to the gradient are added: one protocol, and its simplest members.
 
 | name | sum | bits depend on | use |
 |---|---|---|---|
-| tree | owners of slices add lanes along a fixed binary tree | the lanes alone | the default |
+| tree | owners of slices add lanes along a fixed binary tree (owners.py) | the lanes alone | the default |
 | allreduce | MPI_Allreduce, in pieces | ranks, MPI library | least bytes when lanes are uneven over ranks |
 | naive | one blocking MPI_Allreduce a parameter | ranks, MPI library | the oracle of allreduce |
 | root | gathered, added and applied by rank 0, sent back | ranks | the oldest form; an oracle |
 
-After `finish`, slot 0 of the buffer holds the sum over all lanes of the global batch: on every rank, except under `root`,
-where rank 0 alone holds it, updates, and `publish`es.
+After `finish`, `buffer.total` holds the sum over all lanes of the global batch: on every rank, except under `root`, where rank
+0 alone holds it, updates, and `publish`es.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from mpi4py import MPI
 
-from mpidp.comm import tree
-from mpidp.comm.buckets import Bucket, GradientBuffer, slice_bounds
-from mpidp.comm.buffers import buf, bufv, datatype, memory
+from mpidp.comm.buckets import NORM_BLOCK, Bucket, GradientBuffer, squares_of_blocks
+from mpidp.comm.buffers import buf, datatype, memory
+from mpidp.comm.group import Group
 from mpidp.comm.transport import Messages, pieces
 from mpidp.lanes import Lanes
+
+
+class Shares(Protocol):
+    """Which lanes each rank computes in this step (balance.py)."""
+
+    ranges: list[range]
+    settled: bool  # known to all before the step; else lanes change hands within a group, and ranks tell afterwards
+
+
+class Works(Protocol):
+    """A thread that reduces buckets in their order (overlap.py)."""
+
+    def submit(self, bucket: Bucket) -> None:
+        """Its gradients are complete. Independent."""
+
+    def missing(self) -> list[Bucket]:
+        """Not submitted in this step. Independent."""
+
+    def wait(self) -> None:
+        """Until all are reduced. Collective over those who share the work."""
+
+    def close(self) -> None:
+        """No more. Independent."""
+
+
+Look = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
 
 
 class Reducer:
@@ -30,9 +58,11 @@ class Reducer:
 
     everyone_updates = True  # else rank 0 alone
 
-    def __init__(self, comm: MPI.Intracomm, lanes: Lanes, transport: Messages) -> None:
-        self.comm, self.lanes, self.transport = comm, lanes, transport
-        self.num_slots = 1
+    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1) -> None:
+        self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
+        self.comm = group.rail
+        self.wait = group.wait  # inside a reduction
+        self.worker: Works | None = None  # reduces while backward goes on (overlap.py)
         self.holds_sum = True  # does this rank hold the sum after finish()?
         self.buffer: GradientBuffer
         self._fresh = True
@@ -41,8 +71,8 @@ class Reducer:
         """Give it the gradients; the buffer has at least num_slots slots. Independent."""
         self.buffer = buffer
 
-    def open(self, v: int) -> None:
-        """Point .grad to where micro-batch v accumulates. Independent."""
+    def open(self, v: int, last: bool = False) -> None:
+        """Point .grad to where micro-batch v accumulates; last: the rank's last of this step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
@@ -51,23 +81,67 @@ class Reducer:
     def close(self, v: int) -> None:
         """Micro-batch v is in. Independent."""
 
+    def watch(self, looks: Sequence[Look]) -> None:
+        """In the step that begins, show each of these every lane; ValueError where lanes are not kept apart. Independent."""
+        if looks:
+            raise ValueError(f"{type(self).__name__} adds lanes as they come: they cannot be looked at one by one")
+
+    def discard(self) -> None:
+        """Forget the gradients of the step that has begun. Independent."""
+        self._fresh = True
+
+    def may_take(self) -> bool:
+        """Is there room for one more lane, whichever it is? Independent."""
+        return True
+
+    def overlaps(self) -> bool:
+        """May reductions begin in this step before finish? Independent."""
+        return self.worker is not None
+
     def begin(self, bucket: Bucket) -> None:
-        """The rank's own gradients of this bucket are complete: its reduction may start. This family waits for finish."""
+        """The rank's own gradients of this bucket are complete: its reduction starts. Independent."""
+        assert self.worker is not None
+        self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Slot 0 now holds the sum. Collective over comm."""
+        """buffer.total now holds the sum. Collective over all ranks."""
         with self.transport.timed():
-            for bucket in self.buffer.buckets:
-                self.reduce(bucket)
+            if self.worker is not None:
+                for bucket in self.worker.missing():
+                    self.begin(bucket)
+                self.worker.wait()
+            else:
+                for bucket in self.buffer.buckets:
+                    self.reduce(bucket)
         self._fresh = True
         self.buffer.point(0)
 
     def reduce(self, bucket: Bucket) -> None:
-        """Sum one bucket. Collective over comm."""
+        """Sum one bucket. Collective over all ranks."""
         raise NotImplementedError
 
+    def norm(self) -> float:
+        """L2 norm of the sum, from squares of fixed blocks added in order: the same bits whoever computes which blocks.
+        Collective over the group."""
+        total, mine = self.buffer.total, self.group.slice_of(self.buffer.num_elements)
+        squares = torch.zeros(total.numel() // NORM_BLOCK, dtype=torch.float64)
+        if mine.start < mine.stop:
+            squares[mine.start // NORM_BLOCK : mine.stop // NORM_BLOCK] = squares_of_blocks(total[mine]).cpu()
+        if self.group.node.size > 1:
+            with self.transport.timed():
+                self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
+        return math.sqrt(squares.cumsum(0)[-1])
+
+    def scale(self, factor: float) -> None:
+        """Multiply the sum. Collective over the group."""
+        if factor != 1.0 and self.holds_sum:
+            self.buffer.total[self.group.slice_of(self.buffer.num_elements)].mul_(factor)
+            self.group.fence()
+
     def publish(self, tensors: Iterable[torch.Tensor]) -> None:
-        """What the rank that updated must send to the others; nothing where everybody updates. Collective over comm."""
+        """What the ranks that updated wrote is everybody's from here on. Collective over all ranks."""
+        with self.transport.timed():
+            self.group.fence()
 
 
 class Allreduce(Reducer):
@@ -98,9 +172,9 @@ class Root(Reducer):
 
     everyone_updates = False
 
-    def __init__(self, comm: MPI.Intracomm, lanes: Lanes, transport: Messages) -> None:
-        super().__init__(comm, lanes, transport)
-        self.holds_sum = comm.rank == 0
+    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1) -> None:
+        super().__init__(group, lanes, transport, shares, num_slots)
+        self.holds_sum = self.comm.rank == 0
 
     def reduce(self, bucket: Bucket) -> None:
         for start, stop in pieces(bucket.start, bucket.stop):
@@ -117,6 +191,11 @@ class Root(Reducer):
                 self.comm.Gather(buf(wire), None, root=0)
                 self.transport.sent_bytes += wire.nbytes
 
+    def norm(self) -> float:
+        found = torch.tensor([super().norm()], dtype=torch.float64)
+        self.comm.Bcast(buf(found), root=0)
+        return float(found)
+
     def publish(self, tensors: Iterable[torch.Tensor]) -> None:
         with self.transport.timed():
             for tensor in tensors:
@@ -124,74 +203,3 @@ class Root(Reducer):
                 self.comm.Bcast(buf(wire), root=0)
                 self.transport.store(wire, tensor.detach().view(-1))
                 self.transport.sent_bytes += wire.nbytes if self.holds_sum else 0
-
-
-class Tree(Reducer):
-    """The owner of each slice adds what the ranks were left with, in the order of the tree over lanes (see tree.py)."""
-
-    def __init__(self, comm: MPI.Intracomm, lanes: Lanes, transport: Messages) -> None:
-        super().__init__(comm, lanes, transport)
-        mine = lanes.of_rank(comm.rank, comm.size)
-        single = lanes.num_lanes == lanes.num_micro_batches
-        plans, _ = tree.plan(mine, lanes.num_lanes, siblings_share=single)
-        everyone = [tree.plan(lanes.of_rank(r, comm.size), lanes.num_lanes, single)[1] for r in range(comm.size)]
-        self._nodes = [len(nodes) for nodes in everyone]  # how many slots each rank is left with
-        self._program = tree.addition_program(everyone, lanes.num_lanes)
-        self.num_slots = tree.num_slots(plans)
-        self._opens = {lanes.micro_batches(lane)[0]: p for lane, p in zip(mine, plans, strict=True)}
-        self._closes = {lanes.micro_batches(lane)[-1]: p for lane, p in zip(mine, plans, strict=True)}
-
-    def open(self, v: int) -> None:
-        if v in self._opens:
-            plan = self._opens[v]
-            self.buffer.point(plan.slot)
-            if plan.fresh:
-                self.buffer.flat[plan.slot].zero_()
-
-    def close(self, v: int) -> None:
-        if v in self._closes:
-            for into, source in self._closes[v].folds:
-                self.buffer.flat[into] += self.buffer.flat[source]
-
-    def reduce(self, bucket: Bucket) -> None:
-        for start, stop in pieces(bucket.start, bucket.stop):
-            self._reduce_piece(start, stop)
-
-    def _reduce_piece(self, start: int, stop: int) -> None:
-        """Every rank sends each owner its nodes' slices; the owner adds; everybody receives the sums."""
-        comm, wire = self.comm, self.transport
-        bounds = slice_bounds(stop - start, comm.size)
-        lengths = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
-        low, high = bounds[comm.rank], bounds[comm.rank + 1]
-        length = high - low
-        rounds = max(self._nodes)
-        mine = [wire.load(self.buffer.flat[j, start:stop], j) for j in range(self._nodes[comm.rank])]
-        received: list[torch.Tensor] = []
-        for j in range(rounds if comm.size > 1 else 0):
-            sends = [n if j < len(mine) and r != comm.rank else 0 for r, n in enumerate(lengths)]
-            takes = [length if j < self._nodes[r] and r != comm.rank else 0 for r in range(comm.size)]
-            received.append(wire.scratch(("take", j), comm.size * length).view(comm.size, length))
-            source = mine[j] if j < len(mine) else mine[0]
-            comm.Alltoallv(
-                bufv(source, sends, bounds[:-1]), bufv(received[j], takes, [r * length for r in range(comm.size)])
-            )
-            wire.sent_bytes += 4 * sum(sends)
-        stack: list[torch.Tensor] = []
-        for step in self._program:
-            if step is None:
-                right = stack.pop()
-                stack[-1] += right  # in place: the left operand is this rank's own, sent or received, and not needed again
-            else:
-                rank, j = step
-                stack.append(mine[j][low:high] if rank == comm.rank else received[j][rank])
-        total = mine[0]
-        if stack[0].data_ptr() != total[low:high].data_ptr():
-            total[low:high] = stack[0]
-        if comm.size > 1:
-            wire.ready()
-            comm.Allgatherv(MPI.IN_PLACE, bufv(total, lengths, bounds[:-1]))
-            wire.sent_bytes += 4 * length * (comm.size - 1)
-        wire.store(total, self.buffer.flat[0, start:stop])
-
-
-REDUCERS: dict[str, type[Reducer]] = {"tree": Tree, "allreduce": Allreduce, "naive": Naive, "root": Root}

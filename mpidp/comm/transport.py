@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-PIECE_BYTES = 2 << 20  # larger messages make both MPIs allocate a temporary whose pages are faulted in anew each time
+PIECE_BYTES = 4 << 20  # larger messages make both MPIs allocate a temporary whose pages are faulted in anew each time
 
 
 class Messages:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.comm.reducers import Look
 from mpidp.state import Entry
 
 
@@ -22,7 +23,14 @@ class StepStats:
     skipped: bool
 
 
-class Strategy(Protocol):
+class Accumulates(Protocol):
+    """What the engine needs: somewhere for gradients to go."""
+
+    def micro_batch(self, v: int, last: bool) -> AbstractContextManager[None]:
+        """Backward of micro-batch v runs inside; last: the rank's last of this step. Independent."""
+
+
+class Strategy(Accumulates, Protocol):
     """How gradients become updates, together."""
 
     compute_comm: MPI.Intracomm  # the ranks that share the lanes
@@ -30,8 +38,11 @@ class Strategy(Protocol):
     def start(self) -> None:
         """Once, before the first step or after a restore. Collective over compute_comm."""
 
-    def micro_batch(self, v: int, last: bool) -> AbstractContextManager[None]:
-        """Backward of micro-batch v runs inside; last: the rank's last of this step. Independent."""
+    def watch(self, looks: Sequence[Look]) -> None:
+        """In the step that begins, show each of these every lane that this rank computes. Independent."""
+
+    def discard(self) -> None:
+        """Forget the gradients of the step that has begun: it is done again. Independent."""
 
     def step(self, lr: float, tokens: int) -> StepStats:
         """Turn the step's gradients into an update; tokens: target tokens of the global batch. Collective."""
@@ -44,3 +55,6 @@ class Strategy(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Independent."""
+
+    def close(self) -> None:
+        """Give shared memory back: parameters and state are gone with it. Collective over compute_comm."""

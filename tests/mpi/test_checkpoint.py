@@ -128,11 +128,11 @@ def test_resume_never_and_an_empty_folder(shared_tmp: Path) -> None:
 def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two_checkpoints(shared_tmp)
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
         raise OSError("no space left on device")
 
     if WORLD.rank == WORLD.size - 1:
-        monkeypatch.setattr(checkpoint, "write_file", full)
+        monkeypatch.setattr(checkpoint, "_write_tensors", full)
     with pytest.raises(MpidpError, match="no space left"):
         checkpoint.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3)
     monkeypatch.undo()

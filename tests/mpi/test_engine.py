@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -103,16 +104,19 @@ def test_the_engine_gives_loss_sums_and_an_empty_micro_batch_gives_none(shared_f
         loader = job.open_loader(6)  # an epoch's last batch: 4 of 16 sequences
         batch = next(loader)
         loader.close()
-        found = job.engine.run(accumulate(micro_batches_of(job)), 6, batch.micro_batches, job.strategy)
-        model = job.engine.model.double()
-        for mb, loss in zip(batch.micro_batches, found.tolist(), strict=True):
+        found = job.engine.run(accumulate(micro_batches_of(job)), batch, job.strategy)
+        assert found.micro_batches == micro_batches_of(job)
+        model = copy.deepcopy(job.engine.model).double()
+        for v, loss, num_tokens in zip(found.micro_batches, found.losses, found.num_tokens, strict=True):
+            mb = batch[v]
+            assert mb.num_tokens == num_tokens
             if mb.tokens.shape[0] == 0:
-                assert loss == 0.0 and mb.num_tokens == 0
+                assert loss == 0.0 and num_tokens == 0
                 continue
             with torch.no_grad():
                 wanted = F.cross_entropy(model(mb.tokens).flatten(0, 1), mb.targets.flatten(), reduction="sum")
             assert loss == pytest.approx(float(wanted), rel=1e-5)
-        assert sum(comm.allgather(sum(mb.num_tokens == 0 for mb in batch.micro_batches))) == 6
+        assert sum(comm.allgather(found.num_tokens.count(0))) == 6
 
     for n in sizes(1, 2, 3, 4):
         at(n, losses)

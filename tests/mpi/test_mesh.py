@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 
 import pytest
+import torch
 from mpi4py import MPI
 
+import mpidp.comm.group
 from mpidp import resolve
 from mpidp.comm import mesh
-from mpidp.comm.mesh import launched_size, make_mesh, polite_barrier, start_mpi, together
+from mpidp.comm.buckets import NORM_BLOCK
+from mpidp.comm.group import alone, by_node, make_group
+from mpidp.comm.mesh import Mesh, launched_size, make_mesh, polite_barrier, start_mpi, together
+from mpidp.comm.waiting import doze, how_to_wait, spin
 from mpidp.config import Config
 from mpidp.errors import CheckpointError, DataError, MpidpError, Stopped, UsageError
-from tests.tiny import WORLD, everywhere
+from tests.tiny import WORLD, everywhere, pretended
 
 pytestmark = pytest.mark.mpi
 LAST = WORLD.size - 1
@@ -71,18 +78,110 @@ def test_ranks_that_wait_sleep() -> None:
     polite_barrier(WORLD)
 
 
+def seats(found: Mesh) -> list[tuple[int, int, int, int]]:
+    """(rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
+    return found.dp.allgather((WORLD.rank, found.node_index, found.local_rank, found.local_size))
+
+
 def test_who_sits_where() -> None:
     found = make_mesh(WORLD)
-    everywhere(found.dp.size == WORLD.size and found.num_nodes == 1, "one node")
-    everywhere((found.local_rank, found.local_size) == (WORLD.rank, WORLD.size), "local places")
+    everywhere(found.dp == WORLD and found.num_nodes == 1 and found.hosts == [socket.gethostname()], "one node")
+    everywhere(seats(found) == [(rank, 0, rank, WORLD.size) for rank in range(WORLD.size)], "places")
+    everywhere(found.node_sizes == [WORLD.size] and found.host == socket.gethostname(), "the node")
 
 
-def test_hosts_are_told_apart_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher dealt the ranks out over two nodes in turn."""
     monkeypatch.setattr(mesh.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
+    found, size = make_mesh(WORLD), WORLD.size
+    dealt = [list(range(0, size, 2)), list(range(1, size, 2))][: min(2, size)]
+    everywhere(seats(found) == [(r, node, i, len(ranks)) for node, ranks in enumerate(dealt) for i, r in enumerate(ranks)],
+               "node by node, rank 0 first")
+    everywhere(found.hosts == [f"host{node}" for node in range(len(dealt))], "the nodes")
+    everywhere(found.node_sizes == [len(ranks) for ranks in dealt] and found.num_nodes == len(dealt), "and their ranks")
+    everywhere(found.host == f"host{WORLD.rank % 2}", "the own node")
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_one_machine_can_pretend_to_be_several(nodes: int) -> None:
+    if nodes > WORLD.size:
+        pytest.skip("too few ranks")
+    with pretended(nodes):
+        found = make_mesh(WORLD)
+    everywhere(found.dp == WORLD and found.num_nodes == nodes, "so many nodes of consecutive ranks")
+    everywhere(sum(found.node_sizes) == WORLD.size and max(found.node_sizes) - min(found.node_sizes) <= 1, "about equal")
+    everywhere(found.cores == max(1, len(os.sched_getaffinity(0)) // nodes) or nodes > 1, "with their part of the cores")
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_who_shares_memory_with_whom(nodes: int) -> None:
+    if nodes > WORLD.size:
+        pytest.skip("too few ranks")
+    with pretended(nodes):
+        found = make_mesh(WORLD)
+    shared, lone = by_node(found), alone(found)
+    everywhere([len(ranks) for ranks in shared.members] == found.node_sizes, "a group a node")
+    everywhere([rank for ranks in shared.members for rank in ranks] == list(range(WORLD.size)), "of consecutive ranks")
+    everywhere(WORLD.rank in shared.members[shared.index] and shared.node.size == found.local_size, "this one's")
+    everywhere(shared.num_rails == min(found.node_sizes) and shared.owns == (found.local_rank < shared.num_rails), "owners")
+    everywhere((shared.rail.size == nodes) if shared.owns else shared.rail == MPI.COMM_NULL, "a rail over all nodes")
+    slices = WORLD.allgather((shared.index, shared.slice_of(7 * NORM_BLOCK)))
+    for group in range(nodes):
+        of_group = [one for index, one in slices if index == group and one.start < one.stop]
+        everywhere([one.start for one in of_group] == [0, *(one.stop for one in of_group[:-1])], "slices follow each other")
+        everywhere(of_group[-1].stop == 7 * NORM_BLOCK, "and cover all")
+    parts = shared.memory(WORLD.rank + 1, torch.device("cpu"))
+    parts[shared.node.rank].fill_(WORLD.rank + 0.5)
+    common = shared.common(5, torch.device("cpu"))
+    if shared.node.rank == shared.node.size - 1:
+        common.fill_(WORLD.rank)
+    shared.fence()
+    of_node = shared.members[shared.index]
+    everywhere([part.tolist() for part in parts] == [[rank + 0.5] * (rank + 1) for rank in of_node], "all see all parts")
+    everywhere(common.tolist() == [float(of_node[-1])] * 5, "and the common one")
+    everywhere(lone.members == [range(rank, rank + 1) for rank in range(WORLD.size)] and lone.rail.size == WORLD.size, "alone")
+    everywhere(lone.node.size == 1 and lone.owns and lone.index == WORLD.rank and lone.num_rails == 1, "with messages")
+    shared.close()
+    lone.close()
+
+
+def test_the_transport_follows_from_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, found = torch.device("cpu"), make_mesh(WORLD)
+
+    def chosen(wanted: str, needed: int, device: torch.device = cpu) -> tuple[bool, str]:
+        made, words = make_group(found, wanted, needed, device)
+        shares = made.node.size > 1
+        made.close()
+        return shares, words
+
+    several = WORLD.size > 1
+    everywhere(chosen("messages", 1) == (False, "messages"), "as asked for")
+    everywhere(chosen("auto", 1) == (several, "window" if several else "nothing to send"), "a window where ranks share a node")
+    everywhere(chosen("window", 1)[0] == several, "asked for")
+    everywhere(not chosen("auto", 1, torch.device("cuda"))[0], "not for what lies on a GPU")
+    if several:
+        # One rank's need is the node's; there is room for all but one byte.
+        monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size - 1)
+        shares, words = chosen("auto", 1000)
+        everywhere(not shares and "/dev/shm" in words and "--shm-size" in words, "too small: said how to make it larger")
+        monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size)
+        everywhere(chosen("auto", 1000)[0], "just large enough")
+    monkeypatch.setenv("MPIDP_PRETEND_NODES", str(WORLD.size))
     found = make_mesh(WORLD)
-    everywhere(found.local_rank == WORLD.rank // 2, "the place among the ranks of this name")
-    everywhere(found.local_size == (WORLD.size + 1 - WORLD.rank % 2) // 2, "how many there are")
-    everywhere(found.num_nodes == min(2, WORLD.size), "how many nodes")
+    everywhere(not chosen("auto", 1)[0], "one rank a node has nobody to share with")
+
+
+def test_who_waits_spins_where_there_are_cores_and_dozes_where_not() -> None:
+    assert how_to_wait(4, 4) is spin and how_to_wait(5, 4) is doze
+    if WORLD.size > 1:
+        for wait in (spin, doze):
+            WORLD.Barrier()
+            used, began = time.process_time(), time.monotonic()
+            if WORLD.rank == 0:
+                time.sleep(0.5)
+            wait(WORLD.Ibarrier())
+            everywhere(time.monotonic() - began > 0.45, "all wait for rank 0")
+            everywhere(wait is spin or time.process_time() - used < 0.2, "and leave the cores alone")
 
 
 @pytest.mark.parametrize(
@@ -126,13 +225,18 @@ def test_ranks_that_differ_are_told_what_and_where() -> None:
     everywhere("torch" not in str(found.value) and found.value.everywhere, "only what differs, on every rank")
 
 
-def test_threads_are_the_cores_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_threads_are_the_cores_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch, nodes: int) -> None:
+    if nodes > WORLD.size:
+        pytest.skip("too few ranks")
+    monkeypatch.setenv("MPIDP_PRETEND_NODES", str(nodes))
+    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda pid: set(range(8)))
     place = make_mesh(WORLD)
-    monkeypatch.setattr(resolve.os, "sched_getaffinity", lambda pid: set(range(8)))
-    everywhere(resolve.resolve_threads(0, place, WORLD) == max(1, 8 // WORLD.size), "shared cores are shared out")
-    everywhere(resolve.resolve_threads(3, place, WORLD) == 3, "what is asked for is taken")
-    monkeypatch.setattr(resolve.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
-    everywhere(resolve.resolve_threads(0, place, WORLD) == 2, "pinned ranks have their own")
+    everywhere(resolve.resolve_threads(0, place) == max(1, 8 // nodes // place.local_size), "shared cores are shared out")
+    everywhere(resolve.resolve_threads(3, place) == 3, "what is asked for is taken")
+    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
+    if nodes == 1:
+        everywhere(resolve.resolve_threads(0, make_mesh(WORLD)) == 2, "pinned ranks have their own")
 
 
 def test_the_reducer_follows_from_the_config_alone() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,34 @@ import pytest
 import torch
 from mpi4py import MPI
 
+from mpidp.balance import Even, Terms, even
+from mpidp.comm import overlap
 from mpidp.comm.buckets import GradientBuffer
-from mpidp.comm.reducers import REDUCERS
+from mpidp.comm.group import Group, alone, by_node
+from mpidp.comm.mesh import make_mesh
+from mpidp.comm.owners import REDUCERS, slots_needed
 from mpidp.comm.transport import Messages
 from mpidp.engine import weights_sha256
 from mpidp.lanes import Lanes
 from mpidp.strategies.synchronous import Synchronous
-from tests.tiny import WORLD, at, corpus, gradients_of, job_at, sizes, tiny, train_at
+from tests.tiny import (
+    WORLD,
+    at,
+    corpus,
+    gradients_of,
+    job_at,
+    pretended,
+    sizes,
+    small_blocks,
+    summed,
+    tiny,
+    train_at,
+)
 from tests.unit.test_tree import reference
 
 pytestmark = pytest.mark.mpi
 
+CPU = torch.device("cpu")
 SHAPES = {"a": (3, 50), "b": (65,), "c": (1,), "d": (20, 20), "e": (64,)}
 # (global_batch, micro_batch, lanes): V divisible by no number of ranks, short last micro-batches, several a lane
 CUTS = [(8, 1, 0), (7, 1, 0), (11, 1, 0), (12, 1, 4), (13, 2, 5), (4, 1, 0)]
@@ -36,23 +55,60 @@ def contributions(v: int, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def reduced(kind: str, comm: MPI.Intracomm, lanes: Lanes, bucket_bytes: int, steps: int = 2) -> list[dict[str, np.ndarray]]:
-    """The sums of some steps, by parameter, as this rank sees them."""
+@dataclass
+class Anyhow:
+    """Who computes which lanes: a group as in balance.even, but within it whoever, in whatever order."""
+
+    ranges: list[range]
+    settled = False
+
+    def lanes_of(self, group: Group, step: int) -> list[int]:
+        """Of this rank. Some may have none."""
+        members = group.members[group.index]
+        lanes = list(range(self.ranges[members[0]].start, self.ranges[members[-1]].stop))
+        chance = random.Random(f"{step} {group.index}")
+        chance.shuffle(lanes)
+        owner = [chance.randrange(len(members)) for _ in lanes]
+        return [lane for lane, rank in zip(lanes, owner, strict=True) if rank == group.node.rank]
+
+
+def reduced(
+    kind: str, comm: MPI.Intracomm, lanes: Lanes, bucket_bytes: int, steps: int = 2, nodes: int = 0, anyhow: bool = False,
+    way: str = "none",
+) -> list[dict[str, np.ndarray]]:
+    """The sums of some steps, by parameter, as this rank sees them. nodes: pretended; 0: messages alone. anyhow: lanes change
+    hands within a group. way: of overlapping."""
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
-    reducer = REDUCERS[kind](comm, lanes, Messages(torch.device("cpu")))
-    buffer = GradientBuffer(named, reducer.num_slots, bucket_bytes)
-    reducer.attach(buffer)
+    with pretended(nodes):
+        mesh = make_mesh(comm)
+    group = by_node(mesh) if nodes else alone(mesh)
+    ranges = even(lanes.num_lanes, comm.size)
+    shares = Anyhow(ranges) if anyhow else Even(Terms(lanes.num_lanes, comm.size, comm.rank))
+    slots = lanes.num_lanes if anyhow else 1
+    if kind == "tree" and not anyhow:
+        slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=False)
+    reducer = REDUCERS[kind](group, lanes, Messages(CPU), shares, slots)
+    reducer.attach(
+        GradientBuffer(named, slots, bucket_bytes, lambda elements: group.memory(elements, CPU), group.node.rank)
+    )
+    overlap.use(reducer, way)
     found = []
     for step in range(steps):
-        for lane in lanes.of_rank(comm.rank, comm.size):
-            for v in lanes.micro_batches(lane):
-                reducer.open(v)
-                for name, p in named:
-                    assert p.grad is not None
-                    p.grad += contributions(v, step)[name]
-                reducer.close(v)
-        reducer.finish()
-        found.append({name: p.grad.numpy().copy() for name, p in named})
+        mine = shares.lanes_of(group, step) if isinstance(shares, Anyhow) else list(ranges[comm.rank])
+        reducer.watch([])
+        todo = [v for lane in mine for v in lanes.micro_batches(lane)]
+        for v in todo:
+            reducer.open(v, last=v == todo[-1])
+            for name, p in named:
+                assert p.grad is not None
+                p.grad += contributions(v, step)[name]
+            if v == todo[-1] and reducer.overlaps():
+                for bucket in reducer.buffer.buckets[:2]:  # the others come with finish, as those of parameters without gradient
+                    reducer.begin(bucket)
+            reducer.close(v)
+        found.append({name: view.numpy() for name, view in summed(reducer).items()})
+    overlap.use(reducer, "none")
+    group.close()
     return found
 
 
@@ -67,15 +123,36 @@ def expected(lanes: Lanes, step: int, name: str) -> np.ndarray:
     return reference(np.stack(values))
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("bucket_bytes", [1, 600, 10**9])
-def test_the_tree_gives_the_bits_of_its_definition(cut: tuple[int, int, int], bucket_bytes: int) -> None:
+def check_bits(cut: tuple[int, int, int], ranks: tuple[int, ...] = (1, 2, 3, 4), bucket_bytes: int = 600, **how: Any) -> None:
+    """The tree's sums are those of its definition at these numbers of ranks. Collective over WORLD."""
     lanes = Lanes(*cut)
-    for n in sizes(1, 2, 3, 4):
-        for found in at(n, lambda comm: reduced("tree", comm, lanes, bucket_bytes)):
+    for n in sizes(*ranks):
+        with small_blocks():
+            every = at(n, lambda comm: reduced("tree", comm, lanes, bucket_bytes, **how))
+        for found in every:
             for step, sums in enumerate(found):
                 for name in SHAPES:
                     np.testing.assert_array_equal(sums[name].view(np.int32), expected(lanes, step, name).view(np.int32))
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("nodes", [0, 1, 2, 3])  # at 3 and 4 ranks, 2 and 3 nodes are of unequal sizes
+def test_the_tree_gives_the_bits_of_its_definition(cut: tuple[int, int, int], nodes: int) -> None:
+    check_bits(cut, tuple(n for n in (1, 2, 3, 4) if n >= nodes), nodes=nodes)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_lanes_may_change_hands_within_a_group(cut: tuple[int, int, int], nodes: int) -> None:
+    check_bits(cut, tuple(n for n in (1, 2, 3, 4) if n >= nodes), nodes=nodes, anyhow=True, steps=4)
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 2])
+@pytest.mark.parametrize("bucket_bytes", [1, 600, 10**9])
+@pytest.mark.parametrize("way", ["none", "thread", "poll"])
+def test_buckets_that_are_summed_early_have_the_same_bits(way: str, bucket_bytes: int, nodes: int) -> None:
+    for cut in [(11, 1, 0), (13, 2, 5)]:
+        check_bits(cut, tuple(n for n in (2, 3, 4) if n >= nodes), bucket_bytes, nodes=nodes, way=way)
 
 
 def exact(lanes: Lanes, step: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -117,23 +194,105 @@ def test_bucketed_allreduce_is_one_allreduce_a_parameter() -> None:
                     assert np.linalg.norm(a[name] - b[name]) <= 1e-6 * np.linalg.norm(b[name])
 
 
+def sent(comm: MPI.Intracomm, kind: str, nodes: int = 0) -> int:
+    """Bytes that this rank sends for a sum of 8 lanes."""
+    with pretended(nodes):
+        mesh = make_mesh(comm)
+    group, lanes, wire = by_node(mesh) if nodes else alone(mesh), Lanes(8, 1), Messages(CPU)
+    slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, settled=True, kept_apart=False) if kind == "tree" else 1
+    reducer = REDUCERS[kind](group, lanes, wire, Even(Terms(8, comm.size, comm.rank)), slots)
+    named = [("w", torch.nn.Parameter(torch.zeros(200_000)))]
+    reducer.attach(GradientBuffer(named, slots, 10**9, lambda n: group.memory(n, CPU), group.node.rank))
+    reducer.finish()
+    reducer.publish([torch.zeros(10)])
+    group.close()
+    return wire.take()[0]
+
+
 @pytest.mark.parametrize("kind", list(REDUCERS))
 def test_one_rank_sends_nothing_and_more_count_their_bytes(kind: str) -> None:
-    def sent(comm: MPI.Intracomm) -> int:
-        lanes, wire = Lanes(8, 1), Messages(torch.device("cpu"))
-        reducer = REDUCERS[kind](comm, lanes, wire)
-        buffer = GradientBuffer([("w", torch.nn.Parameter(torch.zeros(200_000)))], reducer.num_slots, 10**9)
-        reducer.attach(buffer)
-        reducer.finish()
-        reducer.publish([torch.zeros(10)])
-        return wire.take()[0]
-
-    assert at(1, sent)[0] in ((0,) if kind != "root" else (0, 40))
+    assert at(1, lambda comm: sent(comm, kind))[0] in ((0,) if kind != "root" else (0, 40))
     if WORLD.size > 1:
-        total = sum(at(WORLD.size, sent))
+        total = sum(at(WORLD.size, lambda comm: sent(comm, kind)))
         elements = 4 * 262_144 if kind != "naive" else 4 * 200_000  # buffers are padded to whole blocks
         least = elements * (WORLD.size - 1) * (1 if kind == "root" else 2)
         assert 0.99 * least <= total <= (3 if kind == "tree" else 1.01) * least
+
+
+def test_within_a_node_nothing_is_sent_and_between_nodes_as_much_as_between_so_many_ranks() -> None:
+    assert sum(at(WORLD.size, lambda comm: sent(comm, "tree", nodes=1))) == 0
+    for nodes in (n for n in (2, 4) if WORLD.size % n == 0):
+        assert sum(at(WORLD.size, lambda comm, nodes=nodes: sent(comm, "tree", nodes))) == 2 * 4 * 262_144 * (nodes - 1)
+
+
+def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
+    """Each once, with the gradient of its own, before it is added to any other; the sum has the same bits."""
+    lanes = Lanes(13, 2, 7)
+
+    def look(comm: MPI.Intracomm) -> dict[int, bool]:
+        named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
+        group, ranges = by_node(make_mesh(comm)), even(7, comm.size)
+        slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=True)
+        reducer = REDUCERS["tree"](group, lanes, Messages(CPU), Even(Terms(7, comm.size, comm.rank)), slots)
+        reducer.attach(GradientBuffer(named, slots, 600, lambda n: group.memory(n, CPU), group.node.rank))
+        seen: dict[int, bool] = {}
+
+        def see(lane: int, flat: torch.Tensor) -> None:
+            assert lane not in seen
+            views = dict(zip([n for _, n, _ in reducer.buffer.layout.placed()], reducer.buffer.layout.views(flat), strict=True))
+            seen[lane] = all(torch.equal(views[name], contributions(lane, 0)[name]) for name in SHAPES)
+
+        for step in (0, 1):  # the second is not looked at: siblings share again
+            reducer.watch([see] if step == 0 else [])
+            for lane in ranges[comm.rank]:
+                reducer.open(lane)
+                for name, p in named:
+                    p.grad += contributions(lane, step)[name]
+                reducer.close(lane)
+            for name, total in summed(reducer).items():
+                np.testing.assert_array_equal(total.numpy().view(np.int32), expected(lanes, step, name).view(np.int32))
+        group.close()
+        return seen
+
+    for n in sizes(1, 2, 3):
+        found = at(n, look)
+        assert [list(seen) for seen in found] == [list(lanes) for lanes in even(7, n)]
+        assert all(all(seen.values()) for seen in found)
+
+
+def test_other_reducers_do_not_keep_lanes_apart() -> None:
+    for kind in ("allreduce", "naive", "root"):
+        reducer = REDUCERS[kind](alone(make_mesh(WORLD)), Lanes(8, 1), Messages(CPU), Even(Terms(8, 1, 0)))
+        reducer.watch([])
+        with pytest.raises(ValueError, match="cannot be looked at"):
+            reducer.watch([lambda lane, gradient: None])
+        reducer.group.close()
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 2])
+def test_the_norm_is_the_same_bits_whoever_computes_which_blocks(nodes: int) -> None:
+    def norm(comm: MPI.Intracomm, nodes: int) -> tuple[float, float, float]:
+        with pretended(nodes):
+            mesh = make_mesh(comm)
+        group = by_node(mesh) if nodes else alone(mesh)
+        reducer = REDUCERS["tree"](group, Lanes(8, 1), Messages(CPU), Even(Terms(8, comm.size, comm.rank)), 4)
+        named = [("w", torch.nn.Parameter(torch.zeros(5000)))]
+        reducer.attach(GradientBuffer(named, 4, 600, lambda n: group.memory(n, CPU), group.node.rank))
+        total = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+        if group.node.rank == 0:
+            reducer.buffer.total[:5000] = total
+        group.fence()
+        found = reducer.norm()
+        reducer.scale(0.37)
+        scaled = float(reducer.buffer.total[:5000].sub(total * 0.37).abs().max())
+        group.close()
+        return found, float(torch.linalg.vector_norm(total.double())), scaled
+
+    with small_blocks():
+        one = at(1, lambda comm: norm(comm, 0))[0][0]
+        for n in (n for n in sizes(1, 2, 3, 4) if n >= nodes):
+            for found, exact_norm, scaled in at(n, lambda comm: norm(comm, nodes)):
+                assert found == one == pytest.approx(exact_norm, rel=1e-6) and scaled == 0.0
 
 
 # The same with a model and its training -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from mpi4py import MPI
 
-from mpidp.comm.reducers import REDUCERS
+from mpidp.comm.owners import REDUCERS
 from mpidp.engine import Engine, weights_sha256
-from mpidp.fit import Job
+from mpidp.job import Job
 from mpidp.optim import Optimizer
 from mpidp.schedule import accumulate
 from mpidp.strategies import STRATEGIES
 from mpidp.strategies.protocol import StepStats
-from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, tiny
+from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, pretended, tiny
 
 pytestmark = pytest.mark.mpi
 
@@ -30,8 +31,8 @@ def run_batch(job: Job, number: int, spoil: int = -1) -> int:
     loader.close()
     real, engine = Engine.loss_sum, job.engine
     engine.loss_sum = lambda mb, key: real(engine, mb, key) * (math.nan if mb.v == spoil else 1.0)  # type: ignore[method-assign]
-    engine.run(accumulate(micro_batches_of(job)), number, batch.micro_batches, job.strategy)
-    return job.comm.allreduce(sum(mb.num_tokens for mb in batch.micro_batches))
+    done = engine.run(accumulate(micro_batches_of(job)), batch, job.strategy)
+    return job.comm.allreduce(sum(done.num_tokens))
 
 
 def whole_batch(job: Job, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +40,7 @@ def whole_batch(job: Job, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
-    parts = job.comm.allgather([(mb.tokens, mb.targets) for mb in batch.micro_batches])
+    parts = job.comm.allgather([(batch[v].tokens, batch[v].targets) for v in micro_batches_of(job)])
     tokens, targets = zip(*(pair for part in parts for pair in part), strict=True)
     return torch.cat(tokens), torch.cat(targets)
 
@@ -60,11 +61,11 @@ def test_the_update_is_that_of_the_mean_over_tokens(
         job = job_at(comm, tiny(data, shared_tmp, **sections))
         tokens, targets = whole_batch(job, number)
         before = {name: p.detach().clone() for name, p in job.engine.model.named_parameters()}
-        model = job.engine.model.double()
+        model = copy.deepcopy(job.engine.model).double()
+        model.zero_grad()
         F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
         mean = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = math.sqrt(sum(float(g.square().sum()) for g in mean.values()))
-        job = job_at(comm, tiny(data, shared_tmp, **sections))
         counted = run_batch(job, number)
         assert counted == int((targets != -100).sum())
         stats = job.strategy.step(0.1, counted)
@@ -107,20 +108,50 @@ def test_one_gradient_that_is_not_finite_skips_the_update_everywhere(shared_fold
         assert state == plain_state
 
 
-def test_start_makes_all_replicas_rank_0s(shared_folder: Path, shared_tmp: Path) -> None:
-    config = tiny(corpus(shared_folder), shared_tmp)
+@pytest.mark.parametrize(("copies", "nodes"), [("rank", 1), ("node", 1), ("node", 2), ("node", 3), ("rank", 2)])
+def test_start_makes_all_replicas_rank_0s(shared_folder: Path, shared_tmp: Path, copies: str, nodes: int) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp, comm={"copies": copies})
 
     def start(comm: MPI.Intracomm) -> tuple[str, str]:
         job = job_at(comm, config)
         before = weights_sha256(job.engine.model)
+        comm.Barrier()
         with torch.no_grad():
-            for p in job.engine.model.parameters():
+            for p in job.engine.model.parameters() if copies == "rank" or job.strategy.group.node.rank == 0 else ():
                 p += comm.rank
         job.strategy.start()
         return before, weights_sha256(job.engine.model)
 
-    found = at(WORLD.size, start)
+    with pretended(min(nodes, WORLD.size)):
+        found = at(WORLD.size, start)
     assert len({h for pair in found for h in pair}) == 1
+
+
+@pytest.mark.parametrize(("copies", "nodes"), [("rank", 1), ("node", 1), ("node", 2), ("auto", 2)])
+def test_how_many_copies_there_are(shared_folder: Path, shared_tmp: Path, copies: str, nodes: int) -> None:
+    """What a rank writes into its parameters and moments is seen by those, and only those, that share a copy with it."""
+    config = tiny(corpus(shared_folder), shared_tmp, comm={"copies": copies}, train={"audit_every": 2})
+
+    def seen(comm: MPI.Intracomm) -> list[int]:
+        job = job_at(comm, config)
+        flats = [flat.view(-1) for flat in job.strategy.flats().values()]
+        assert len(flats) == 3 and all(bool(flat.isfinite().all()) for flat in flats)
+        comm.Barrier()
+        for flat in flats:
+            flat[comm.rank] = 1000.0 + comm.rank
+        comm.Barrier()
+        whose = [[r for r in range(comm.size) if float(flat[r]) == 1000.0 + r] for flat in flats]
+        assert whose[0] == whose[1] == whose[2] and [comm.rank in ranks for ranks in job.audit.replicas].count(True) == 1
+        assert whose[0] == next(list(ranks) for ranks in job.audit.replicas if comm.rank in ranks)
+        return whose[0]
+
+    with pretended(min(nodes, WORLD.size)):
+        found = at(WORLD.size, seen)
+    if copies == "rank" or nodes >= WORLD.size:
+        assert found == [[rank] for rank in range(WORLD.size)]
+    else:
+        of_node = [rank * min(nodes, WORLD.size) // WORLD.size for rank in range(WORLD.size)]
+        assert found == [[r for r in range(WORLD.size) if of_node[r] == node] for node in of_node]
 
 
 @pytest.mark.parametrize("kind", list(REDUCERS))
@@ -152,5 +183,7 @@ def test_no_clipping_when_off_or_when_small(shared_folder: Path, shared_tmp: Pat
 
 def test_names_become_classes_in_one_place() -> None:
     assert set(STRATEGIES) == {"synchronous"} and Optimizer.__module__ == "mpidp.optim"
-    needed = {"start", "micro_batch", "step", "finish", "state_dict", "load_state_dict"}
+    needed = {
+        "start", "micro_batch", "watch", "discard", "step", "finish", "state_dict", "load_state_dict", "close", "flats",
+    }
     assert all(needed <= set(dir(kind)) for kind in STRATEGIES.values())

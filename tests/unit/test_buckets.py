@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, GradientBuffer, slice_bounds
+from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, FlatLayout, GradientBuffer, slice_bounds, squares_of_blocks
 from mpidp.comm.buffers import buf, bufv, datatype, memory
 from mpidp.comm.transport import PIECE_BYTES, Messages, pieces
 
@@ -69,6 +70,38 @@ def test_gradients_are_views_of_the_slot_pointed_at() -> None:
     assert all(p.grad is not None and p.grad.untyped_storage().data_ptr() == buffer.flat.data_ptr() for _, p in named)
 
 
+def test_parameters_become_views_and_keep_their_values() -> None:
+    named = parameters()
+    before = {name: p.detach().clone() for name, p in named}
+    layout = FlatLayout(named)
+    flat = torch.full((layout.num_elements,), 7.0)
+    layout.adopt(flat)
+    for (offset, name, p), view in zip(layout.placed(), layout.views(flat), strict=True):
+        assert torch.equal(p, before[name]) and p.data_ptr() == view.data_ptr() == flat[offset:].data_ptr()
+    flat.fill_(2.0)
+    assert all(bool((p == 2.0).all()) for _, p in named)
+
+
+@pytest.mark.parametrize("me", [0, 1, 2])
+def test_ranks_that_share_memory_see_each_others_slots(me: int) -> None:
+    slots = [2, 1, 3]  # ranks may differ in them
+    named = parameters()
+    asked: list[int] = []
+
+    def memory(elements: int) -> list[torch.Tensor]:
+        asked.append(elements)
+        return [torch.zeros(n * elements // slots[me]) for n in slots]
+
+    buffer = GradientBuffer(named, slots[me], 300, memory, me)
+    assert asked == [slots[me] * buffer.num_elements]
+    assert [part.shape for part in buffer.parts] == [(n, buffer.num_elements) for n in slots]
+    assert buffer.flat.data_ptr() == buffer.parts[me].data_ptr()
+    assert buffer.total.data_ptr() == buffer.parts[0][0].data_ptr(), "the sum lies with the first"
+    buffer.point(slots[me] - 1)
+    backward(named)
+    assert all(bool(part.any()) == (rank == me) for rank, part in enumerate(buffer.parts))
+
+
 def test_a_bucket_is_begun_once_when_its_last_gradient_is_in() -> None:
     named = parameters()
     buffer = GradientBuffer(named, 1, 300)
@@ -91,11 +124,23 @@ def test_a_bucket_is_begun_once_when_its_last_gradient_is_in() -> None:
         assert sorted(begun) == [bucket.index for bucket in buffer.buckets]
 
 
-@given(st.integers(0, 5000), st.integers(1, 40))
-def test_slices_are_cut_at_multiples_of_the_alignment(length: int, size: int) -> None:
-    bounds = slice_bounds(length, size)
+@given(st.integers(0, 5000), st.integers(1, 40), st.sampled_from([ALIGN, 256]))
+def test_slices_are_cut_at_multiples(length: int, size: int, multiple: int) -> None:
+    bounds = slice_bounds(length, size, multiple)
     assert len(bounds) == size + 1 and bounds[0] == 0 and bounds[-1] == length
-    assert bounds == sorted(bounds) and all(b % ALIGN == 0 or b == length for b in bounds)
+    assert bounds == sorted(bounds) and all(b % multiple == 0 or b == length for b in bounds)
+    lengths = [b - a for a, b in pairwise(bounds)]
+    assert max(lengths) - min(lengths) <= 2 * multiple
+
+
+def test_squares_of_blocks_are_the_same_bits_whichever_are_computed_together() -> None:
+    flat = torch.randn(5 * NORM_BLOCK, generator=torch.Generator().manual_seed(1))
+    whole = squares_of_blocks(flat)
+    assert whole.dtype == torch.float64 and whole.shape == (5,)
+    torch.testing.assert_close(whole, flat.double().view(5, -1).square().sum(1), rtol=1e-6, atol=0.0)
+    for cuts in ([0, 1, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]):
+        parts = [squares_of_blocks(flat[a * NORM_BLOCK : b * NORM_BLOCK]) for a, b in pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @given(st.integers(0, 3 * PIECE_BYTES), st.integers(0, 3 * PIECE_BYTES), st.sampled_from([1, 4]))

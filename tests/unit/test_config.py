@@ -20,10 +20,10 @@ model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim m
 model.tie_embeddings model.rope_theta
 train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
 train.seed train.device train.dtype train.compile train.deterministic train.threads train.eval_every train.eval_tokens
-train.save_every train.max_skipped
+train.save_every train.balance train.audit_every train.noise_every train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
 strategy.name
-comm.reducer comm.overlap comm.bucket_mb comm.gpu
+comm.reducer comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
 run.dir run.resume run.keep run.hang_seconds
 """
 
@@ -112,6 +112,11 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--train.tokens=5", "--train.epochs=0.5"], ["train.tokens"]),
         (["--optim.lr=1e-3", "--optim.min_lr=1e-2"], ["optim.min_lr=0.01"]),
         (["--train.steps=5", "--optim.warmup_steps=6"], ["optim.warmup_steps=6"]),
+        (["--comm.reducer=root", "--train.balance=measured"], ["train.balance=measured", "comm.reducer=root"]),
+        (["--comm.reducer=naive", "--train.audit_every=3", "--train.noise_every=1"], ["train.audit_every", "train.noise_every"]),
+        (["--comm.reducer=allreduce", "--comm.transport=window", "--comm.copies=node"], ["comm.transport", "comm.copies=node"]),
+        (["--train.balance=steal", "--comm.transport=messages"], ["train.balance=steal", "comm.transport=messages"]),
+        (["--train.balance=steal", "--comm.overlap=thread"], ["comm.overlap", "train.balance=steal"]),
     ],
 )
 def test_contradictions_are_refused_by_name(words: list[str], named: list[str]) -> None:
@@ -173,6 +178,7 @@ FREE = {  # settings that no other contradicts, at any value
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
                                  "epochs", "min_lr", "warmup_steps"}
 }
+TREE_ALONE = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "auto", "comm.copies": "rank"}
 
 
 @st.composite
@@ -187,6 +193,10 @@ def configs(draw: st.DrawFn) -> Config:
         "model.num_kv_heads": draw(st.sampled_from([k for k in range(heads + 1) if k == 0 or heads % k == 0])),
         "optim.warmup_steps": draw(st.integers(-1, chosen["train.steps"])),
     }
+    if chosen["comm.reducer"] not in ("auto", "tree"):
+        chosen |= TREE_ALONE
+    if chosen["train.balance"] == "steal":
+        chosen |= {"comm.transport": "window", "comm.overlap": "none"}
     sections: dict[str, dict[str, Any]] = {}
     for key, value in chosen.items():
         section, _, name = key.partition(".")

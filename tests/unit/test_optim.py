@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mpidp.comm.buckets import NORM_BLOCK
+from mpidp.comm.buckets import NORM_BLOCK, FlatLayout
 from mpidp.optim import Optimizer, Schedule, global_norm
 
 NAMES = ["adamw", "adam", "sgd", "muon"]
@@ -40,90 +40,167 @@ def test_a_run_that_is_all_warm_up() -> None:
     assert Schedule("cosine", 1.0, 0.0, 5, 5).lr_at(5) == 1.0
 
 
-def two_parameters() -> list[tuple[str, torch.nn.Parameter]]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"embedding.weight": (7, 4), "blocks.0.w.weight": (4, 6), "blocks.0.norm.weight": (4,), "head.weight": (7, 4)}
-    return [(name, torch.nn.Parameter(torch.randn(shape, generator=generator))) for name, shape in shapes.items()]
+SHAPES = {  # about a block of the flat layout, so that shares cut through most of them
+    "embedding.weight": (300, 64), "blocks.0.w.weight": (64, 100), "blocks.0.norm.weight": (64,), "blocks.0.v.weight": (128, 130),
+    "blocks.1.w.weight": (7, 11), "norm.weight": (5,), "head.weight": (300, 64),
+}
 
 
-def give_gradients(named: list[tuple[str, torch.nn.Parameter]], step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for _, p in named:
-        p.grad = torch.randn(p.shape, generator=generator)
+class Flat:
+    """Parameters, gradients and moments as ranks that share memory see them: any number of optimizers works on one."""
+
+    def __init__(self, name: str = "adamw", shares: int = 1, weight_decay: float = 0.1, beta1: float = 0.9) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.named = [(n, torch.nn.Parameter(torch.randn(shape, generator=generator))) for n, shape in SHAPES.items()]
+        self.layout = FlatLayout(self.named)
+        self.parameters, self.gradients = torch.zeros(2, self.layout.num_elements)
+        self.layout.adopt(self.parameters)
+        self._memories: list[torch.Tensor] = []
+        self.optimizers = []
+        for share in range(shares):
+            asked = iter(range(10))
+            self.optimizers.append(Optimizer(
+                name, self.layout, self.parameters, self.gradients, weight_decay, beta1, 0.99,
+                memory=lambda elements, asked=asked: self._memory(next(asked), elements), share=(share, shares),
+            ))
+
+    def _memory(self, which: int, elements: int) -> torch.Tensor:
+        """The same to all who ask for their which-th."""
+        if which == len(self._memories):
+            self._memories.append(torch.zeros(elements))
+        return self._memories[which]
+
+    def gradient(self, step: int) -> dict[str, torch.Tensor]:
+        """Put the gradients of a step in place; what lies between parameters is not theirs."""
+        self.gradients.fill_(math.nan)
+        generator = torch.Generator().manual_seed(step)
+        for (_, p), view in zip(self.layout.parameters, self.layout.views(self.gradients), strict=True):
+            view.copy_(torch.randn(p.shape, generator=generator))
+        names = [name for name, _ in self.layout.parameters]
+        return dict(zip(names, self.layout.views(self.gradients), strict=True))
+
+    def steps(self, *steps: int) -> None:
+        for step in steps:
+            self.gradient(step)
+            for optimizer in self.optimizers:
+                optimizer.step(0.01 * step)
+
+    def state(self) -> dict[str, list[float]]:
+        """Parameters and the optimizer's state, which all that share them see alike."""
+        states = [{key: value.tolist() for key, value in o.state_dict().items()} for o in self.optimizers]
+        assert all(state == states[0] for state in states)
+        return states[0] | {name: p.tolist() for name, p in self.named}
 
 
-def test_adamw_is_the_textbooks() -> None:
-    named = two_parameters()
-    optimizer = Optimizer("adamw", named, weight_decay=0.1, beta1=0.9, beta2=0.99)
-    expected = {name: p.detach().double() for name, p in named}
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_adam_is_the_textbooks(name: str) -> None:
+    """adamw decays weights apart from the gradient, adam within it."""
+    flat = Flat(name)
+    expected = {name: p.detach().double() for name, p in flat.named}
     m = {name: torch.zeros_like(p) for name, p in expected.items()}
     v = {name: torch.zeros_like(p) for name, p in expected.items()}
     for step, lr in enumerate([0.1, 0.05, 0.2], start=1):
-        give_gradients(named, step)
-        for name, p in named:
-            g = p.grad.double()
-            m[name] = 0.9 * m[name] + 0.1 * g
-            v[name] = 0.99 * v[name] + 0.01 * g * g
-            decay = 0.1 if p.dim() >= 2 else 0.0  # gains do not decay
-            update = (m[name] / (1 - 0.9**step)) / ((v[name] / (1 - 0.99**step)).sqrt() + 1e-8)
-            expected[name] = expected[name] * (1 - lr * decay) - lr * update
-        optimizer.step(lr)
-    for name, p in named:
-        torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
+        for key, gradient in flat.gradient(step).items():
+            decay = 0.1 if len(SHAPES[key]) >= 2 else 0.0  # gains do not decay
+            g = gradient.double() + (decay * expected[key] if name == "adam" else 0.0)
+            m[key] = 0.9 * m[key] + 0.1 * g
+            v[key] = 0.99 * v[key] + 0.01 * g * g
+            update = (m[key] / (1 - 0.9**step)) / ((v[key] / (1 - 0.99**step)).sqrt() + 1e-8)
+            expected[key] = expected[key] * (1 - (lr * decay if name == "adamw" else 0.0)) - lr * update
+        flat.optimizers[0].step(lr)
+    for key, p in flat.named:
+        torch.testing.assert_close(p.detach().double(), expected[key], rtol=1e-5, atol=1e-5)
 
 
 def test_sgd_is_the_textbooks() -> None:
-    named = two_parameters()
-    optimizer = Optimizer("sgd", named, weight_decay=0.0, beta1=0.5, beta2=0.0)
-    expected = {name: p.detach().double() for name, p in named}
+    flat = Flat("sgd", beta1=0.5)
+    expected = {name: p.detach().double() for name, p in flat.named}
     momentum = {name: torch.zeros_like(p) for name, p in expected.items()}
     for step in (1, 2, 3):
-        give_gradients(named, step)
-        for name, p in named:
-            momentum[name] = 0.5 * momentum[name] + p.grad.double()
+        for name, gradient in flat.gradient(step).items():
+            decay = 0.1 if len(SHAPES[name]) >= 2 else 0.0
+            momentum[name] = 0.5 * momentum[name] + gradient.double() + decay * expected[name]
             expected[name] = expected[name] - 0.1 * momentum[name]
-        optimizer.step(0.1)
-    for name, p in named:
-        torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
+        flat.optimizers[0].step(0.1)
+    for name, p in flat.named:
+        torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_muon_serves_hidden_matrices_alone() -> None:
-    named = two_parameters()
-    muon, adamw = Optimizer("muon", named, 0.1, 0.9, 0.99).parts
-    hidden = [p for group in muon.param_groups for p in group["params"]]
-    assert hidden == [dict(named)["blocks.0.w.weight"]] and type(muon).__name__ == "Muon"
-    assert sum(len(group["params"]) for group in adamw.param_groups) == 3
+def test_muon_is_torchs_for_hidden_matrices_and_adamw_for_the_rest() -> None:
+    flat = Flat("muon")
+    mine = {name: torch.nn.Parameter(p.detach().clone()) for name, p in flat.named}
+    hidden = [p for name, p in mine.items() if name.startswith("blocks") and p.dim() == 2]
+    gains = [p for p in mine.values() if p.dim() == 1]
+    outer = [mine["embedding.weight"], mine["head.weight"]]
+    assert len(hidden) == 3
+    theirs = [
+        torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, betas=(0.9, 0.99), weight_decay=0.1),
+        torch.optim.AdamW(gains, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+    for step in (1, 2, 3):
+        for name, gradient in flat.gradient(step).items():
+            mine[name].grad = gradient.clone()
+        for optimizer in theirs:
+            optimizer.param_groups[0]["lr"] = 0.01 * step
+            optimizer.step()
+        flat.optimizers[0].step(0.01 * step)
+    for name, p in flat.named:
+        torch.testing.assert_close(p, mine[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_can_be_carried_over(name: str) -> None:
-    through, first = two_parameters(), two_parameters()
-    optimizer = Optimizer(name, through, 0.1, 0.9, 0.99)
-    for step in (1, 2, 3, 4):
-        give_gradients(through, step)
-        optimizer.step(0.01 * step)
-    before = Optimizer(name, first, 0.1, 0.9, 0.99)
-    for step in (1, 2):
-        give_gradients(first, step)
-        before.step(0.01 * step)
-    state = {key: value.clone() for key, value in before.state_dict().items()}
-    assert state and all("/" in key for key in state)
-    second = [(n, torch.nn.Parameter(p.detach().clone())) for n, p in first]
-    after = Optimizer(name, second, 0.1, 0.9, 0.99)
-    after.load_state_dict(state)
-    for step in (3, 4):
-        give_gradients(second, step)
-        after.step(0.01 * step)
-    for (n, p), (_, q) in zip(through, second, strict=True):
-        assert torch.equal(p, q), n
-    assert {k: v.tolist() for k, v in after.state_dict().items()} == {k: v.tolist() for k, v in optimizer.state_dict().items()}
+def test_shares_together_are_the_whole_bit_for_bit(name: str) -> None:
+    whole = Flat(name)
+    whole.steps(1, 2, 3)
+    for shares in (2, 3, 4, 5, 8):
+        parts = Flat(name, shares)
+        parts.steps(1, 2, 3)
+        assert parts.state() == whole.state(), f"{shares} shares"
+        parts.gradients.fill_(1.0)
+        before = parts.parameters.clone()
+        moved = []
+        for optimizer in parts.optimizers:
+            optimizer.step(0.1)
+            moved.append(parts.parameters != before)
+            before = parts.parameters.clone()
+        assert int(torch.stack(moved).sum(0).max()) == 1, "an element belongs to one share"
+        assert sum(bool(one.any()) for one in moved) > 1, "and not all to the same"
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_can_be_carried_over(name: str, shares: int) -> None:
+    through, before, after = Flat(name), Flat(name, shares), Flat(name, 4 - shares)
+    through.steps(1, 2, 3, 4)
+    before.steps(1, 2)
+    state = {key: value.clone() for key, value in before.optimizers[0].state_dict().items()}
+    assert {key.rpartition("/")[0] for key in state} == set(SHAPES)
+    after.parameters.copy_(before.parameters)
+    for optimizer in after.optimizers:
+        optimizer.load_state_dict(state)
+    after.steps(3, 4)
+    assert after.state() == through.state()
 
 
 def test_what_no_optimizer_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown optimizer 'adam2'"):
-        Optimizer("adam2", two_parameters(), 0.1, 0.9, 0.99)
-    with pytest.raises(ValueError, match="unknown parameter 'stranger'"):
-        Optimizer("adamw", two_parameters(), 0.1, 0.9, 0.99).load_state_dict({"stranger/exp_avg": torch.zeros(1)})
+        Flat("adam2")
+    with pytest.raises(ValueError, match="'stranger/exp_avg' of no parameter"):
+        Flat("adamw").optimizers[0].load_state_dict({"stranger/exp_avg": torch.zeros(1)})
+
+
+def test_replicas_agree_on_the_flat_moments() -> None:
+    """An audit compares them: all of the state but the number of updates lies there."""
+    for name, count in {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2}.items():
+        flat = Flat(name)
+        flat.steps(1, 2)
+        moments = flat.optimizers[0].moments()
+        assert len(moments) == count and all(m.shape == (flat.layout.num_elements,) for m in moments.values())
+        for m in moments.values():
+            m.zero_()
+        left = {key for key, value in flat.optimizers[0].state_dict().items() if value.any()}
+        assert all(key.endswith("/step") for key in left)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 17])

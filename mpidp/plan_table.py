@@ -1,0 +1,84 @@
+"""What `python -m mpidp.plan` prints for people: a table, what it means, and what it rests on. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """In a unit that people read: 43 s, 12.3 min, 4.1 h, 3.2 d. Pure."""
+    for unit, size, until in (("s", 1, 100), ("min", 60, 90), ("h", 3600, 72)):
+        if seconds < until * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:,.1f} d"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The plan in words and columns. Pure."""
+    noise, ranks, scale = found["noise"], found["columns"], found["noise"]["noise_scale_tokens"]
+    bounds = noise["bounds_tokens"]
+    spread = f"about {bounds[0]:,.0f} to {bounds[1]:,.0f}" if bounds else "too few or scattered to bound: trust its order alone"
+    quarters = ", ".join("?" if one is None else f"{one:,.0f}" for one in noise["quarters_tokens"])
+    loss = "the loss of its end" if found["loss"] is None else f"{found['loss_name']} {found['loss']:.4f}"
+    steps, tokens = f"{found['steps']:,.0f} steps", f"{found['tokens_a_step']:,.0f} tokens"
+    marks = {(1.0, found["ranks"]): "*"}
+    for mark, cell in (("!", found["fastest"]), ("$", found["cheapest"])):
+        place = (cell["multiple"], cell["ranks"])
+        marks[place] = marks.get(place, "") + mark
+    lines = [
+        f"{found['run']}: {loss} after {steps} of {tokens}, on {_ranks(found['ranks'])}",
+        f"noise scale {scale:,.0f} tokens ({spread}), from {noise['measurements']} measurements in the second half",
+        f"  by quarters of the run: {quarters}",
+        "  Batches well below it learn almost as much from every token; of batches well above it, most tokens are wasted.",
+        f"  No batch gets there in fewer than about {found['fewest_steps']:,.0f} steps or {found['fewest_tokens']:,.0f} tokens;"
+        " one of the noise scale needs twice both.",
+        "",
+        f"Time to {loss}: predictions, not measurements",
+        f"{'batch':>7} {'tokens':>12} {'lanes':>6} {'steps':>10}   " + "".join(f"{_ranks(p):>13}" for p in ranks),
+    ]
+    for row in found["rows"]:
+        cells = ""
+        for p in ranks:
+            seconds = row["seconds"].get(str(p))
+            cells += f"{'-' if seconds is None else duration(seconds):>11}{marks.get((row['multiple'], p), ''):<2}"
+        size = f"{row['global_batch']:>7,} {row['tokens']:>12,.0f} {row['lanes']:>6,} {row['steps']:>10,.0f}"
+        lines.append(f"{size}   {cells}".rstrip())
+    took = found["measured_step_seconds"]
+    own = f", whose own steps took {duration(took * found['steps'])}" if took else ""
+    lines += [f"  * this run{own}   ! fastest   $ fewest rank-hours   - fewer lanes than ranks", ""]
+    lines += [f"{'ranks':>7} {'best batch':>12} {'time':>12} {'x fewest rank-hours':>22}"]
+    for cell in found["best"]:
+        batch = next(row["global_batch"] for row in found["rows"] if row["multiple"] == cell["multiple"])
+        dearer = cell["rank_seconds"] / found["cheapest"]["rank_seconds"]
+        lines.append(f"{cell['ranks']:>7} {batch:>12,} {duration(cell['seconds']):>12} {dearer:>22.2f}")
+    if found["worth_ranks"]:
+        lines.append(f"Of these numbers of ranks, {found['worth_ranks']} is the largest within twice the fewest rank-hours.")
+    if found["fastest_bounds_seconds"]:
+        low, high = (duration(one) for one in found["fastest_bounds_seconds"])
+        lines.append(f"The fastest takes {low} to {high} for a noise scale within the bounds above; other errors come on top.")
+    return "\n".join([*lines, "", *_assumed(found)])
+
+
+def _assumed(found: dict[str, Any]) -> list[str]:
+    """What the predictions rest on."""
+    timed = [one["ranks"] for one in found["measured"]]
+    lines = [
+        *(
+            f"Timed on {_ranks(one['ranks'])}: {one['micro_batch']:.3g} s a micro-batch; {one['comm']:.3g} s communication and "
+            f"{one['update']:.3g} s update a step."
+            for one in found["measured"]
+        ),
+        "Assumed: learning rate and schedule suit each batch; every rank is as fast as those timed, with its own cores or GPU;",
+        "communication does not depend on the batch. Evaluations and checkpoints are not counted.",
+    ]
+    if max(timed) == 1:
+        lines.append("Communication was not measured: several ranks will take longer than this. Add a short RUN on several.")
+    elif len(timed) == 1:
+        lines.append("Communication is taken to last as long on any number of ranks above 1. Add a short RUN on more, to know.")
+    if found["ranks_not_said"]:
+        lines += [f"Not said in metrics.jsonl, and taken to be 1: the number of ranks of {', '.join(found['ranks_not_said'])}."]
+    return lines
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number != 1)}"

@@ -1,0 +1,78 @@
+"""Who shares what with whom in a job: lanes among ranks, memory within a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpidp.balance import BALANCES, Balance, Terms, even
+from mpidp.comm.buckets import ALIGN, NORM_BLOCK
+from mpidp.comm.group import Group, make_group
+from mpidp.comm.owners import REDUCERS, slots_needed
+from mpidp.comm.reducers import Reducer
+from mpidp.comm.tickets import Tickets
+from mpidp.comm.transport import Messages
+from mpidp.config import Config
+from mpidp.errors import UsageError
+from mpidp.lanes import Lanes
+
+if TYPE_CHECKING:
+    from mpidp.build import Plan
+
+
+@dataclass
+class Sharing:
+    """The outcome."""
+
+    group: Group
+    balance: Balance
+    reducer: Reducer
+    one_copy: bool  # of parameters and optimizer state in a group
+    replicas: list[range]  # ranks of each copy
+
+
+def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int) -> tuple[int, int]:
+    """(gradient buffers that a rank needs, most lanes that it may get: 0 where it keeps what it begins with). Independent."""
+    mine = even(lanes.num_lanes, size)[rank]
+    kind, most = config.train.balance if size > 1 else "even", 0
+    if kind == "measured":  # up to three times the even share: memory for gradients grows with its logarithm
+        most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))
+    if config.comm.reducer != "tree":
+        return 1, most
+    kept_apart = config.train.audit_every > 0 or config.train.noise_every > 0
+    return slots_needed(lanes, mine, most, kind != "steal", kept_apart), most
+
+
+def share_memory(plan: Plan, transport: Messages, num_parameters: int) -> Sharing:
+    """Groups, balance and reducer as the config asks; rank 0 says what came of it. UsageError when what was asked for cannot be
+    had. Collective over plan.world."""
+    world, mesh, c, lanes = plan.world, plan.mesh, plan.config, plan.lanes
+    tree = c.comm.reducer == "tree"
+    kind = c.train.balance if world.size > 1 else "even"
+    slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size)
+    audited = c.train.audit_every > 0
+    # Replicas are what an audit compares: on one node there must be one a rank.
+    by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
+    copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
+    elements = -(-(num_parameters + ALIGN * 1000) // NORM_BLOCK) * NORM_BLOCK
+    wanted = c.comm.transport if tree else "messages"
+    group, words = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
+    if wanted == "window" and group.node.size == 1 and world.size > 1:
+        raise UsageError.on_every_rank(f"comm.transport=window, but it can only be {words}; comm.transport=auto goes on so")
+    tickets = None
+    if kind == "steal":
+        if group.node.size > 1 or mesh.num_nodes == world.size:
+            tickets = Tickets(group.node)
+        else:
+            kind, words = "even", f"{words}; balance even: lanes are stolen through a window"
+    reducer: Reducer
+    balance = BALANCES[kind](Terms(
+        lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,
+        lambda: reducer.may_take(),
+    ))
+    reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots)
+    one_copy = by_node and group.node.size > 1
+    if world.rank == 0:
+        print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
+    replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
+    return Sharing(group, balance, reducer, one_copy, replicas)

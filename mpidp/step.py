@@ -1,0 +1,129 @@
+"""One step's work before the update: this rank's lanes, looked at where that is due, and the board on which all tell each other
+what they computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpidp.audit import Aside, Finding
+from mpidp.comm.buckets import squares_of_blocks
+from mpidp.data.loader import Batch
+from mpidp.engine import Computed
+from mpidp.errors import MpidpError
+from mpidp.job import Job
+from mpidp.noise import Noise, estimate
+from mpidp.schedule import accumulate, one_by_one
+
+ATTEMPTS = 3  # at a step whose gradients two ranks do not agree on
+
+
+def compute(job: Job, batch: Batch) -> Computed:
+    """Forward and backward of this rank's lanes. In an audited step some lanes are computed by two ranks; where they differ the
+    step is done again, and MpidpError names the suspects when that does not help. Independent, but for audited steps: then
+    collective over job.comm."""
+    step = job.position.step + 1
+    squares: dict[int, float] = {}
+    looks = []
+    if job.noise_every and step % job.noise_every == 0:
+        looks.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
+    if not job.audit.due(step):
+        job.strategy.watch([_spoil, *looks] if job.faults.wrong(step) else looks)
+        return _run(job, batch, squares)
+    finding: Finding | None = None
+    for attempt in range(ATTEMPTS):
+        again, _ = job.audit.begin(step, job.balance.ranges)
+        wrong = job.faults.wrong(step, attempt)
+        job.strategy.watch([*([_spoil] if wrong else []), *looks, job.audit.look])
+        done = _run(job, batch, squares)
+        finding = _compute_again(job, batch, again, job.faults.wrong(step, attempt=1))
+        if finding is None:
+            return done
+        say_finding(job, step, finding, "the step is done again")
+        job.strategy.discard()
+    assert finding is not None
+    raise MpidpError.on_every_rank(
+        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. Take ranks {finding.ranks} out of the job (a core or memory of "
+        "theirs fails) and start again: the last checkpoint is from before"
+    )
+
+
+def _run(job: Job, batch: Batch, squares: dict[int, float]) -> Computed:
+    lanes = job.balance.lanes(batch.batch)
+    if job.balance.settled:
+        schedule = accumulate([v for lane in lanes for v in job.lanes.micro_batches(lane)])
+    else:
+        schedule = one_by_one(v for lane in lanes for v in job.lanes.micro_batches(lane))
+    done = job.engine.run(schedule, batch, job.strategy)
+    done.lane_squares = squares
+    return done
+
+
+def _compute_again(job: Job, batch: Batch, lane: int, wrong: bool) -> Finding | None:
+    """Another rank's lane, in a spare slot; wrong: on purpose, for tests. Collective over job.comm."""
+    aside = Aside(job.audit.buffer, -1)
+    job.engine.run(accumulate(list(job.lanes.micro_batches(lane))), batch, aside)
+    if wrong:
+        _spoil(lane, aside.gradient)
+    return job.audit.compare(lane, aside.gradient)
+
+
+def _spoil(lane: int, gradient: torch.Tensor) -> None:
+    """A wrong gradient, for tests: a core that adds wrongly, at one place."""
+    gradient[0] += 1.0
+
+
+def say_finding(job: Job, step: int, finding: Finding, then: str) -> None:
+    """Of an audit: to people and to metrics.jsonl. Independent."""
+    job.record({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
+                "then": then})
+    job.progress.say(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {then}")
+
+
+@dataclass
+class Board:
+    """What all ranks tell each other of a step; the same on every rank."""
+
+    losses: np.ndarray  # (V,) sums of token losses
+    num_tokens: np.ndarray  # (V,) target tokens
+    seconds: np.ndarray  # (P,) of computing
+    counts: np.ndarray  # (P,) lanes computed
+    lane_squares: np.ndarray  # (L,) squared norms of their gradients, where measured
+    stop: bool
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of the global batch."""
+        return int(self.num_tokens.sum())
+
+    @property
+    def loss(self) -> float:
+        """Mean over tokens. Loss sums of micro-batches are added in their order: the figure does not depend on the number of
+        ranks."""
+        return sum(self.losses.tolist()) / max(1.0, self.tokens)
+
+
+def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
+    """Put what this rank computed on everybody's board. Collective over job.comm."""
+    size, count = job.comm.size, job.lanes.num_micro_batches
+    lengths = [count, count, size, size, job.lanes.num_lanes, 1]
+    flat = np.zeros(sum(lengths))
+    losses, num_tokens, spent, counts, squares, stops = np.split(flat, np.cumsum(lengths)[:-1])
+    losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
+    spent[job.comm.rank], counts[job.comm.rank], stops[0] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches))), stop
+    squares[list(done.lane_squares)] = list(done.lane_squares.values())
+    job.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
+    return Board(losses, num_tokens, spent, counts, squares, bool(stops[0]))
+
+
+def noise_of(job: Job, board: Board, grad_norm: float) -> Noise | None:
+    """The gradient noise of a step in which lanes were measured; None in others, or where it cannot be said. Independent."""
+    if not board.lane_squares.any():
+        return None
+    tokens = [int(board.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]
+    nominal = job.engine.nominal_tokens  # by which losses were divided before backward
+    squares = [s * (nominal / n) ** 2 if n else 0.0 for s, n in zip(board.lane_squares.tolist(), tokens, strict=True)]
+    return estimate(squares, tokens, grad_norm**2)

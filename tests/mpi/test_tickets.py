@@ -1,0 +1,121 @@
+"""Laws of work stealing: every lane is taken once, whoever sleeps; those who sleep lose lanes; nobody waits for anybody."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpidp.comm.tickets import Tickets
+from tests.tiny import WORLD, everywhere
+
+pytestmark = pytest.mark.mpi
+STEPS = 200
+PATIENCE_SECONDS = 30.0  # a sleeper wakes by itself after that, so that a broken law is a failure and no hang
+
+
+def cuts(step: int) -> list[range]:
+    """Ranges of any lengths, also none, after each other: another cut every step, the same on every rank."""
+    lengths = [random.Random(f"{step}/{place}").choice([0, 1, 2, 3, 7]) for place in range(WORLD.size)]
+    starts = [sum(lengths[:place]) for place in range(WORLD.size)]
+    return [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+
+def taken(tickets: Tickets, pause: Callable[[], None]) -> Iterator[int]:
+    """All lanes that this rank gets in a step."""
+    for take in (tickets.own, tickets.steal):
+        while (lane := take()) is not None:
+            yield lane
+            pause()
+
+
+def nap(chance: random.Random, step: int) -> float:
+    """Seconds between two lanes: none, uneven, or rarely and long, by turns."""
+    return [0.0, chance.choice([0.0, 0.0, 1e-5, 3e-4]), 0.01 * (chance.random() < 0.02)][step % 3]
+
+
+def check_many_steps() -> None:
+    """Take the lanes of many steps, then see that each was taken once. Collective over WORLD."""
+    chance, tickets, mine = random.Random(WORLD.rank), Tickets(WORLD), []
+    for step in range(STEPS):
+        tickets.begin(cuts(step))
+        mine.append(list(taken(tickets, lambda step=step: time.sleep(nap(chance, step)))))  # type: ignore[misc]
+        WORLD.Barrier()
+    tickets.close()
+    found = WORLD.allgather(mine)
+    for step in range(STEPS):
+        lanes = sorted(lane for of_rank in found for lane in of_rank[step])
+        assert lanes == list(range(cuts(step)[-1].stop)), f"step {step}"
+
+
+def test_every_lane_is_taken_once() -> None:
+    check_many_steps()
+
+
+def test_every_lane_is_taken_once_when_calls_are_torn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may be stopped between any two operations: after a permission and before its lane, say."""
+    draw, chance = Tickets._draw, random.Random(WORLD.rank)
+
+    def slow(self: Tickets, *about: Any) -> int:
+        time.sleep(chance.choice([0.0, 0.0, 0.0, 2e-4]))
+        return draw(self, *about)
+
+    monkeypatch.setattr(Tickets, "_draw", slow)
+    check_many_steps()
+
+
+def test_who_sleeps_loses_lanes_to_the_others(shared_tmp: Path) -> None:
+    """The sleeper makes no MPI call until the others are done: were its help needed, nobody would get on."""
+    size = WORLD.size
+    ranges = [range(6 * place, 6 * place + 6) for place in range(size)]
+    for sleeper in {0, size - 1}:
+        tickets, mine = Tickets(WORLD), []
+        tickets.begin(ranges)
+        if WORLD.rank == sleeper:
+            mine.append(tickets.own())
+        WORLD.Barrier()
+        if WORLD.rank == sleeper:
+            until = time.monotonic() + PATIENCE_SECONDS
+            while len(list(shared_tmp.glob(f"{sleeper}_*"))) < size - 1 and time.monotonic() < until:
+                time.sleep(0.01)
+        mine += list(taken(tickets, lambda: None))
+        (shared_tmp / f"{sleeper}_{WORLD.rank}").touch()
+        found = WORLD.allgather(mine)
+        tickets.close()
+        everywhere(sorted(lane for lanes in found for lane in lanes) == list(range(6 * size)), "every lane once")
+        everywhere(found[sleeper] == (list(range(6)) if size == 1 else [ranges[sleeper][0]]), "the sleeper has one lane")
+
+
+def test_thieves_take_from_the_right_of_who_has_most() -> None:
+    ranges = [range(10 * place, 10 * place + place + 2) for place in range(WORLD.size)]
+    tickets = Tickets(WORLD)
+    tickets.begin(ranges)
+    stolen = tickets.steal() if WORLD.rank == 0 else None
+    WORLD.Barrier()
+    everywhere(WORLD.bcast(stolen) == ranges[-1][-1], "the rightmost lane of the longest range")
+    everywhere(tickets.own() == ranges[WORLD.rank][0], "owners begin on the left")
+    WORLD.Barrier()
+    tickets.close()
+
+
+def test_a_step_knows_nothing_of_the_one_before() -> None:
+    """What was left of a step is forgotten, in either set of counters."""
+    tickets = Tickets(WORLD)
+    for step in range(6):
+        tickets.begin([range(place, place + 1) for place in range(WORLD.size)])
+        if step % 3:
+            everywhere(tickets.own() == WORLD.rank, f"step {step}: the own lane")
+            everywhere(tickets.steal() is None, f"step {step}: and no other")
+        WORLD.Barrier()
+    tickets.close()
+
+
+def test_a_range_a_rank_is_asked_for() -> None:
+    tickets = Tickets(WORLD)
+    with pytest.raises(ValueError, match=f"{WORLD.size + 1} ranges of lanes for {WORLD.size} ranks"):
+        tickets.begin([range(2)] * (WORLD.size + 1))
+    tickets.close()
