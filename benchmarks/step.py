@@ -1,70 +1,141 @@
-"""Where a step's time goes, at several numbers of ranks: whole training runs, medians over their steps after warm-up.
+"""The training step beside its limit and its peers, on the very same model and batch, in one launch, step by step in turns.
 
-    python benchmarks/step.py --ranks 1,2 --repeats 3 -- --model.model_dim=256 --train.steps=30 ...
+    mpirun -np 2 python benchmarks/step.py [--model 14M] [--global-batch 8] [--micro-batch 1] [--seq-len 128] [--repeats 9]
 
-Prints a table (and a JSON line a row with --json) and whether every run ended with the same weights. Ratios within one call
-are what counts: machines are noisy. Speed is never asserted by tests.
+`limit` is the same step with the reduction left out (each rank updates with its own gradient). What a variant takes more is
+its exposed communication. `ddp gloo` is torch's DistributedDataParallel, `heat` Heat's DataParallel where it is installed.
+`1 rank` and `1 rank, P threads` compute the whole batch alone while the other ranks sleep; `independent` is P ranks that each
+compute what a rank of P computes, without a word to each other and without an update in common: what P pinned processes reach.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
-import tempfile
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
 from pathlib import Path
 
-PHASES = ("step", "data", "compute", "comm_wait", "update")
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from inside import MODELS, WORLD, Stepper, config_of, corpus, in_turns, medians, ratio
+from mpi4py import MPI
+
+from mpidp.model.transformer import Transformer
 
 
-def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        command = [*launcher.split(), str(ranks), sys.executable, "-m", "mpidp.train", f"--run.dir={run_dir}",
-                   "--train.eval_every=0", "--train.eval_tokens=4096", "--train.save_every=0", *settings]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "train_loss" in line][skip:]
-    row = {f"{phase}_seconds": statistics.median(line[f"{phase}_seconds"] for line in steps) for phase in PHASES}
-    tokens = steps[-1]["tokens"] - steps[-2]["tokens"]
-    mfu = [line["mfu"] for line in steps if line.get("mfu") is not None]
-    return {
-        "ranks": ranks, **row, "tokens_per_second": tokens / row["step_seconds"], "comm_bytes": steps[-1]["comm_bytes"],
-        "mfu": statistics.median(mfu) if mfu else None, "weights_sha256": lines[-1]["weights_sha256"],
-    }
+class Limit(Stepper):
+    """Everything but the reduction."""
+
+    def __init__(self, comm, config) -> None:
+        super().__init__(comm, config)
+        reducer = self.job.strategy.reducer
+        reducer.finish = lambda: (reducer.discard(), reducer.buffer.point(0))
+
+
+class Ddp:
+    """torch's own: the mean of ranks' means, gradients averaged in buckets while the last backward runs."""
+
+    def __init__(self, ours: Stepper) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = WORLD.bcast(probe.getsockname()[1])
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo", rank=WORLD.rank, world_size=WORLD.size)
+        job = ours.job
+        self.micro_batches = [ours.batch[v] for lane in job.balance.ranges[WORLD.rank] for v in job.lanes.micro_batches(lane)]
+        self.model = torch.nn.parallel.DistributedDataParallel(Transformer(job.engine.model.shape, 1), gradient_as_bucket_view=True)
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        gains = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
+
+    def __call__(self) -> None:
+        torch.set_num_threads(1)
+        for i, mb in enumerate(self.micro_batches):
+            last = i + 1 == len(self.micro_batches)
+            with contextlib.nullcontext() if last else self.model.no_sync():
+                logits = self.model(mb.tokens)
+                loss = F.cross_entropy(logits.flatten(0, 1), mb.targets.flatten())
+                (loss / len(self.micro_batches)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Heat(Ddp):
+    """Heat's DataParallel, blocking: one Allreduce a parameter."""
+
+    def __init__(self, ours: Stepper) -> None:
+        import heat as ht
+
+        job = ours.job
+        self.micro_batches = [ours.batch[v] for lane in job.balance.ranges[WORLD.rank] for v in job.lanes.micro_batches(lane)]
+        model = Transformer(job.engine.model.shape, 1)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        self.model = ht.nn.DataParallel(model, ht.communication.MPI_WORLD, ht.optim.DataParallelOptimizer(self.optimizer, True))
+        self.model.no_sync = contextlib.nullcontext  # it has none: it averages after every backward
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, measured in turn in every repeat")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip", type=int, default=5, help="first steps that do not count")
-    parser.add_argument("--launcher", default="mpirun -np")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
+    parser.add_argument("--model", default="14M", choices=list(MODELS))
+    parser.add_argument("--global-batch", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--peers", default="ddp,heat,alone", help="which to run beside ours; empty: none")
     options = parser.parse_args()
-    sizes = [int(n) for n in options.ranks.split(",")]
-    rows: dict[int, list[dict]] = {n: [] for n in sizes}
-    for _ in range(options.repeats):
-        for n in sizes:
-            rows[n].append(measure(n, options.launcher, options.settings, options.skip))
-    heads = " ".join(f"{phase + ' ms':>12}" for phase in PHASES)
-    print(f"{'ranks':>5} {heads} {'tokens/s':>12} {'MB sent':>9} {'mfu':>6}")
-    for n, runs in rows.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key.endswith("_seconds")}
-        speed = statistics.median(run["tokens_per_second"] for run in runs)
-        mfu = runs[0]["mfu"]
-        print(f"{n:>5} " + " ".join(f"{1e3 * middle[p + '_seconds']:>12.2f}" for p in PHASES)
-              + f" {speed:>12,.0f} {runs[0]['comm_bytes'] / 1e6:>9.2f} " + (f"{100 * mfu:>5.1f}%" if mfu else "     -"))
-        if options.json:
-            print(json.dumps({"ranks": n, **middle, "tokens_per_second": speed}))
-    hashes = {run["weights_sha256"] for runs in rows.values() for run in runs}
-    print("weights: " + (f"the same in all {sum(map(len, rows.values()))} runs, {hashes.pop()[:16]}" if len(hashes) == 1
-                         else f"{len(hashes)} different hashes"))
+    torch.set_num_threads(1)
+    folder, _ = corpus()
+    peers, batch = options.peers.split(","), options.global_batch
+    first = WORLD.Split(0 if WORLD.rank == 0 else MPI.UNDEFINED)
+
+    def config(**sections):
+        return config_of(folder, options.model, batch, options.micro_batch, options.seq_len, **sections)
+
+    out, held = None, open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.redirect_stdout(held if WORLD.rank == 0 else out or held):
+        ours = Stepper(WORLD, config())
+        variants = {
+            "limit": Limit(WORLD, config(comm={"transport": "messages"})),
+            "tree, window": ours,
+            "tree, window, a copy a rank": Stepper(WORLD, config(comm={"copies": "rank"})),
+            "tree, messages": Stepper(WORLD, config(comm={"transport": "messages"})),
+            "allreduce": Stepper(WORLD, config(comm={"reducer": "allreduce"})),
+        }
+        if "ddp" in peers:
+            variants["ddp gloo"] = Ddp(ours)
+        if "heat" in peers and importlib.util.find_spec("heat"):
+            variants["heat"] = Heat(ours)
+        if "alone" in peers:
+            share_of = config_of(folder, options.model, batch // WORLD.size, options.micro_batch, options.seq_len)
+            variants["independent"] = Stepper(MPI.COMM_SELF, share_of)
+            alone = first != MPI.COMM_NULL
+            variants["1 rank"] = Stepper(first, config()) if alone else None
+            variants[f"1 rank, {WORLD.size} threads"] = (
+                Stepper(first, config(train={"threads": WORLD.size})) if alone else None
+            )
+    found = in_turns(variants, options.repeats)
+    middle, tokens = medians(found), batch * options.seq_len
+    if WORLD.rank == 0:
+        print(f"{WORLD.size} ranks, {options.model}, {batch} sequences of {options.seq_len} a step in micro-batches of "
+              f"{options.micro_batch}; medians of {options.repeats}")
+        print(f"{'variant':<30} {'step ms':>9} {'tokens/s':>10} {'exposed':>9}")
+        for name, seconds in middle.items():
+            exposed = f"{100 * (ratio(found, name, 'limit') - 1):>8.1f}%" if "rank" not in name or "copy" in name else ""
+            print(f"{name:<30} {1e3 * seconds:>9.1f} {tokens / seconds:>10,.0f} {exposed}")
+        if "1 rank" in middle:
+            print(f"strong scaling efficiency 1 -> {WORLD.size}: {ratio(found, '1 rank', 'tree, window') / WORLD.size:.3f}; of what "
+                  f"independent processes reach: {ratio(found, 'independent', 'tree, window'):.3f}")
+        if "heat" in peers and "heat" not in variants:
+            print("heat: skipped, it is not installed (pip install heat)")
+        shutil.rmtree(Path(folder))
+    WORLD.Barrier()
+    os._exit(0)  # windows and gloo threads of many variants: nothing is to be saved
 
 
 if __name__ == "__main__":

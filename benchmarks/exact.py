@@ -1,0 +1,73 @@
+"""What the same bits cost: the tree against MPI_Allreduce, step by step in turns, on one node and on two pretended ones.
+
+    mpirun -np 2 python benchmarks/exact.py [--models 1M,14M,50M] [--micro-batches 8] [--seq-len 128] [--repeats 9]
+
+`cost` is the median over repeats of a step's time over allreduce's in the same repeat, less one. `sent` is what this rank sent
+in the step, beside the ring's 2 n (P-1)/P of n gradient bytes. `extra` is the memory beyond one gradient buffer a rank: the
+tree's other slots and the wire's scratch. Strict BLAS, which makes bits independent of threads, is not in it (see
+docs/results). Pretended nodes share a machine, so messages between them cost what memory costs: bytes are right, times are not
+those of a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+
+import torch
+from inside import MODELS, WORLD, Stepper, config_of, corpus, in_turns, medians, ratio
+
+
+def extra_bytes(stepper: Stepper) -> int:
+    job = stepper.job
+    slots = (job.strategy.reducer.num_slots - 1) * job.strategy.buffer.num_elements * 4
+    return slots + sum(4 * held.numel() for held in job.transport._scratch.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--micro-batches", type=int, default=8, help="a step, of one sequence each")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder, _ = corpus()
+    if WORLD.rank == 0:
+        print(f"{WORLD.size} ranks, {options.micro_batches} micro-batches of 1 x {options.seq_len} tokens a step, medians of "
+              f"{options.repeats}")
+        print(f"{'model':<6} {'nodes':>5} {'variant':<16} {'step ms':>9} {'cost':>7} {'sent MB':>9} {'ring MB':>9} {'extra MB':>9}")
+    for model in options.models.split(","):
+        for nodes in (1, 2):
+            os.environ["MPIDP_PRETEND_NODES"] = str(nodes)
+            with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: SIM115
+                steppers = {
+                    name: Stepper(WORLD, config_of(folder, model, options.micro_batches, 1, options.seq_len, comm=comm))
+                    for name, comm in {
+                        "allreduce": {"reducer": "allreduce", "overlap": "none"},
+                        "tree, messages": {"transport": "messages", "overlap": "none"},
+                        "tree, window": {"overlap": "none"},
+                    }.items()
+                }
+            found = in_turns(dict(steppers), options.repeats)
+            for name, seconds in medians(found).items():
+                stepper = steppers[name]
+                stepper.job.transport.take()
+                stepper()
+                sent = stepper.job.transport.take()[0]
+                ring = 2 * 4 * stepper.job.strategy.buffer.num_elements * (WORLD.size - 1) / WORLD.size
+                if WORLD.rank == 0:
+                    print(f"{model:<6} {nodes:>5} {name:<16} {1e3 * seconds:>9.1f} "
+                          f"{100 * (ratio(found, name, 'allreduce') - 1):>6.1f}% {sent / 1e6:>9.1f} {ring / 1e6:>9.1f} "
+                          f"{extra_bytes(stepper) / 1e6:>9.1f}", flush=True)
+            for stepper in steppers.values():
+                stepper.job.balance.close()
+                stepper.job.strategy.close()
+    if WORLD.rank == 0:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Where a step's time goes, at several numbers of ranks: whole training runs, medians over their steps after warm-up.
+
+    python benchmarks/scaling.py --ranks 1,2 --repeats 3 -- --model.model_dim=256 --train.steps=30 ...
+
+Prints a table (and a JSON line a row with --json) and whether every run ended with the same weights. Ratios within one call
+are what counts: machines are noisy. Speed is never asserted by tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PHASES = ("step", "data", "compute", "comm_wait", "update")
+
+
+def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        command = [*launcher.split(), str(ranks), sys.executable, "-m", "mpidp.train", f"--run.dir={run_dir}",
+                   "--train.eval_every=0", "--train.eval_tokens=4096", "--train.save_every=0", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train_loss" in line][skip:]
+    row = {f"{phase}_seconds": statistics.median(line[f"{phase}_seconds"] for line in steps) for phase in PHASES}
+    tokens = steps[-1]["tokens"] - steps[-2]["tokens"]
+    mfu = [line["mfu"] for line in steps if line.get("mfu") is not None]
+    return {
+        "ranks": ranks, **row, "tokens_per_second": tokens / row["step_seconds"], "comm_bytes": steps[-1]["comm_bytes"],
+        "mfu": statistics.median(mfu) if mfu else None, "weights_sha256": lines[-1]["weights_sha256"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, measured in turn in every repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip", type=int, default=5, help="first steps that do not count")
+    parser.add_argument("--launcher", default="mpirun -np")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
+    options = parser.parse_args()
+    sizes = [int(n) for n in options.ranks.split(",")]
+    rows: dict[int, list[dict]] = {n: [] for n in sizes}
+    for _ in range(options.repeats):
+        for n in sizes:
+            rows[n].append(measure(n, options.launcher, options.settings, options.skip))
+    heads = " ".join(f"{phase + ' ms':>12}" for phase in PHASES)
+    print(f"{'ranks':>5} {heads} {'tokens/s':>12} {'MB sent':>9} {'mfu':>6}")
+    for n, runs in rows.items():
+        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0] if key.endswith("_seconds")}
+        speed = statistics.median(run["tokens_per_second"] for run in runs)
+        mfu = runs[0]["mfu"]
+        print(f"{n:>5} " + " ".join(f"{1e3 * middle[p + '_seconds']:>12.2f}" for p in PHASES)
+              + f" {speed:>12,.0f} {runs[0]['comm_bytes'] / 1e6:>9.2f} " + (f"{100 * mfu:>5.1f}%" if mfu else "     -"))
+        if options.json:
+            print(json.dumps({"ranks": n, **middle, "tokens_per_second": speed}))
+    hashes = {run["weights_sha256"] for runs in rows.values() for run in runs}
+    print("weights: " + (f"the same in all {sum(map(len, rows.values()))} runs, {hashes.pop()[:16]}" if len(hashes) == 1
+                         else f"{len(hashes)} different hashes"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What passes before the line of step 1 on a large set of shards: the parts of a start, and the data alone.
+
+    python benchmarks/startup.py                                   # 10 GB in 8 shards, 1 rank, 3 repeats
+    python benchmarks/startup.py --gigabytes 100 --shards 64 --ranks 4 -- --train.threads=1
+
+The shards are sparse files in a temporary folder: headers and index.json are right, the tokens were never written, read as
+zeros and take no room. That is all the work of a start without data.verify, which reads every byte. Each measurement is a
+new process; the run's clock starts when the launcher is called, and rank 0 reads it. Everything is in the page cache: the
+first start after a boot, or from a shared disk, waits for the disk too. Medians of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.abc
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.time()  # in a child: Python has started
+CHILD = "--measured-run"
+PARTS = ("launcher and Python", "start MPI", "import torch", "other imports", "open the data, agree", "say what runs",
+         "make the parts", "step 1, and the rest", "all", "of these: data, index to batch", "of these: torch's compiler")
+PYTHON, MPI, TORCH, OTHERS, PLAN, SAY, BUILD, STEP, ALL, DATA, COMPILER = PARTS
+SECONDS: dict[str, float] = {}  # in a child: by part
+
+
+def make_shards(folder: Path, gigabytes: float, shards: int) -> None:
+    """Training shards of byte tokens as mpidp.data.shards writes them, without contents and with no true checksum."""
+    import h5py
+    import numpy as np
+
+    from mpidp.data.index import FileRecord, Index, SplitRecord
+    from mpidp.data.shards import SHARD_FORMAT, VERSION
+    from mpidp.data.tokenizer import ByteTokenizer
+
+    tokenizer, tokens, files = ByteTokenizer(), int(gigabytes * 1e9 / 2 / shards), []
+    documents, sha256 = tokens // 5000, hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    for k in range(shards):
+        path = folder / f"train_{k:05d}.h5"
+        with h5py.File(path, "w", libver=("earliest", "v110")) as file:
+            for name, length, dtype in (("doc_offsets", documents, "<u8"), ("tokens", tokens, "<u2")):
+                file.create_dataset(name, shape=(length,), dtype=dtype)[-1:] = 0  # one write claims the room of all
+            file.attrs.update({"format": np.bytes_(SHARD_FORMAT), "version": VERSION, "split": np.bytes_("train"),
+                               "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": np.bytes_(sha256)})
+        files.append(FileRecord(path.name, "train", tokens, documents, tokens, path.stat().st_size, "0" * 8, "0" * 64))
+    split = SplitRecord(shards * tokens, shards * documents, shards * tokens, loss_mask=False)
+    index = Index(tokenizer.vocab_size, tokenizer.eod, tokenizer.kind, sha256, {"train": split}, files, {})
+    (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    (folder / "index.json").write_text(index.to_json())
+    print(f"{shards} shards, {sum(file.size for file in files) / 1e9:.2f} GB, {sum(file.tokens for file in files):,} tokens")
+
+
+def timed(call: Any, name: str) -> Any:
+    """The same call, whose seconds add up under this name."""
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        begin = time.time()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            SECONDS[name] = SECONDS.get(name, 0.0) + time.time() - begin
+
+    return wrapper
+
+
+class CompilerWatch(importlib.abc.MetaPathFinder):  # a run without train.compile does not need what it times
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        spec.loader.exec_module = timed(spec.loader.exec_module, COMPILER)
+        return spec
+
+
+def train_one_step(called_at: float) -> None:
+    """In a child: mpidp.train with a clock around its parts, imported in the order in which it imports them itself."""
+    SECONDS[PYTHON] = BEGAN - called_at
+    del sys.argv[1:3]
+    sys.meta_path.insert(0, CompilerWatch())
+    bring = timed(importlib.import_module, OTHERS)
+    train = bring("mpidp.train")
+    mpi = timed(importlib.import_module, MPI)("mpi4py.MPI")
+    timed(importlib.import_module, TORCH)("torch")
+    build, fit, loader = bring("mpidp.build"), bring("mpidp.fit"), bring("mpidp.data.loader")
+    build.plan = timed(build.plan, PLAN)
+    build.Plan.say_what_runs = timed(build.Plan.say_what_runs, SAY)
+    build.build = timed(build.build, BUILD)
+    for kind, function in ((build.TokenStream, "__init__"), (build.TokenStream, "check"), (build.Sampler, "__post_init__"),
+                           (loader.Loader, "__init__"), (loader.Loader, "__next__")):
+        setattr(kind, function, timed(getattr(kind, function), DATA))
+    log_step = fit.log_step
+
+    def first_logged(*args: Any, **kwargs: Any) -> None:
+        log_step(*args, **kwargs)
+        SECONDS[ALL] = time.time() - called_at
+        if mpi.COMM_WORLD.rank == 0:
+            print(f"\nmeasured {json.dumps(SECONDS)}", flush=True)
+
+    fit.log_step = first_logged
+    train.run_entry(train.main)
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [line.removeprefix("measured ") for line in done.stdout.splitlines() if line.startswith("measured ")]
+    if done.returncode or not found:
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    seconds = dict.fromkeys(PARTS, 0.0) | json.loads(found[0])
+    return seconds | {STEP: seconds[ALL] - sum(seconds[part] for part in PARTS[: PARTS.index(STEP)])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=10.0)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--ranks", default="1", help="numbers of ranks, measured in turn in every repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--launcher", default="mpirun -np")
+    parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
+    options = parser.parse_args()
+    rows: dict[str, list[dict[str, float]]] = {n: [] for n in options.ranks.split(",")}
+    with tempfile.TemporaryDirectory() as folder:
+        (shards := Path(folder) / "shards").mkdir()
+        make_shards(shards, options.gigabytes, options.shards)
+        for repeat in range(options.repeats):
+            for n in rows:
+                rows[n].append(measure([
+                    *options.launcher.split(), n, sys.executable, __file__, CHILD, str(time.time()), f"--data.path={shards}",
+                    f"--run.dir={folder}/run-{repeat}-{n}", "--train.steps=1", *options.settings]))
+    for n, runs in rows.items():
+        print(f"{n} rank{'s' if n != '1' else ''}")
+        for part in PARTS:
+            times = [run[part] for run in runs]
+            print(f"  {part:<32} {statistics.median(times):>7.3f} s   ({min(times):.3f} to {max(times):.3f})")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [CHILD]:
+        train_one_step(float(sys.argv[2]))
+    else:
+        main()
