@@ -38,7 +38,8 @@ def main() -> None:
     if WORLD.rank == 0:
         print(f"{WORLD.size} ranks, {options.micro_batches} micro-batches of 1 x {options.seq_len} tokens a step, medians of "
               f"{options.repeats}")
-        print(f"{'model':<6} {'nodes':>5} {'variant':<16} {'step ms':>9} {'cost':>7} {'sent MB':>9} {'ring MB':>9} {'extra MB':>9}")
+        print(f"{'model':<6} {'nodes':>5} {'variant':<16} {'step ms':>9} {'cost':>7}"
+              f" {'sent MB':>9} {'ring MB':>9} {'extra MB':>9}")
     for model in options.models.split(","):
         for nodes in (1, 2):
             os.environ["MPIDP_PRETEND_NODES"] = str(nodes)

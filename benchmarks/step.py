@@ -47,7 +47,8 @@ class Ddp:
         dist.init_process_group("gloo", rank=WORLD.rank, world_size=WORLD.size)
         job = ours.job
         self.micro_batches = [ours.batch[v] for lane in job.balance.ranges[WORLD.rank] for v in job.lanes.micro_batches(lane)]
-        self.model = torch.nn.parallel.DistributedDataParallel(Transformer(job.engine.model.shape, 1), gradient_as_bucket_view=True)
+        model = Transformer(job.engine.model.shape, 1)
+        self.model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         gains = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -76,7 +77,8 @@ class Heat(Ddp):
         self.micro_batches = [ours.batch[v] for lane in job.balance.ranges[WORLD.rank] for v in job.lanes.micro_batches(lane)]
         model = Transformer(job.engine.model.shape, 1)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        self.model = ht.nn.DataParallel(model, ht.communication.MPI_WORLD, ht.optim.DataParallelOptimizer(self.optimizer, True))
+        averaging = ht.optim.DataParallelOptimizer(self.optimizer, True)
+        self.model = ht.nn.DataParallel(model, ht.communication.MPI_WORLD, averaging, blocking_parameter_updates=True)
         self.model.no_sync = contextlib.nullcontext  # it has none: it averages after every backward
 
 
@@ -129,8 +131,9 @@ def main() -> None:
             exposed = f"{100 * (ratio(found, name, 'limit') - 1):>8.1f}%" if "rank" not in name or "copy" in name else ""
             print(f"{name:<30} {1e3 * seconds:>9.1f} {tokens / seconds:>10,.0f} {exposed}")
         if "1 rank" in middle:
-            print(f"strong scaling efficiency 1 -> {WORLD.size}: {ratio(found, '1 rank', 'tree, window') / WORLD.size:.3f}; of what "
-                  f"independent processes reach: {ratio(found, 'independent', 'tree, window'):.3f}")
+            gain, limit = ratio(found, "1 rank", "tree, window"), ratio(found, "independent", "tree, window")
+            print(f"strong scaling efficiency 1 -> {WORLD.size}: {gain / WORLD.size:.3f}; of what independent processes reach: "
+                  f"{limit:.3f}")
         if "heat" in peers and "heat" not in variants:
             print("heat: skipped, it is not installed (pip install heat)")
         shutil.rmtree(Path(folder))

@@ -89,7 +89,9 @@ class Audit:
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
         """A step's audit begins: (lane that this rank computes a second time, all lanes looked at). Independent."""
         size, round_ = self.comm.size, step // self.every
-        offset = 1 + round_ % max(1, size - 1)
+        # Not half way round: there the same two would check each other twice, and which of them is wrong would not show.
+        offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
+        offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]
         self._lanes = {lane: rank for rank, lane in enumerate(of_rank)}
         self._table[:] = 0

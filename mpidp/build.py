@@ -207,7 +207,7 @@ def build(plan: Plan, faults: Faults | None = None) -> Job:
     if train.compile:
         model.compile_blocks()
     transport = Messages(device, gradient_path(config.comm.gpu, device, world))
-    memory = share_memory(plan, transport, sum(p.numel() for _, p in named))
+    memory = share_memory(plan, transport, sum(p.numel() for _, p in named), looked_at=bool(faults))
     reducer, group = memory.reducer, memory.group
     strategy = STRATEGIES[config.strategy.name](
         world, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,

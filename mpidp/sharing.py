@@ -31,7 +31,7 @@ class Sharing:
     replicas: list[range]  # ranks of each copy
 
 
-def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int) -> tuple[int, int]:
+def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
     """(gradient buffers that a rank needs, most lanes that it may get: 0 where it keeps what it begins with). Independent."""
     mine = even(lanes.num_lanes, size)[rank]
     kind, most = config.train.balance if size > 1 else "even", 0
@@ -39,17 +39,18 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int) -> tuple[
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))
     if config.comm.reducer != "tree":
         return 1, most
-    kept_apart = config.train.audit_every > 0 or config.train.noise_every > 0
+    kept_apart = looked_at or config.train.audit_every > 0 or config.train.noise_every > 0
     return slots_needed(lanes, mine, most, kind != "steal", kept_apart), most
 
 
-def share_memory(plan: Plan, transport: Messages, num_parameters: int) -> Sharing:
-    """Groups, balance and reducer as the config asks; rank 0 says what came of it. UsageError when what was asked for cannot be
+def share_memory(plan: Plan, transport: Messages, num_parameters: int, looked_at: bool = False) -> Sharing:
+    """Groups, balance and reducer as the config asks; rank 0 says what came of it. looked_at: lanes are looked at one by one for
+    other reasons than the config says. UsageError when what was asked for cannot be
     had. Collective over plan.world."""
     world, mesh, c, lanes = plan.world, plan.mesh, plan.config, plan.lanes
     tree = c.comm.reducer == "tree"
     kind = c.train.balance if world.size > 1 else "even"
-    slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size)
+    slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
     # Replicas are what an audit compares: on one node there must be one a rank.
     by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
@@ -57,11 +58,12 @@ def share_memory(plan: Plan, transport: Messages, num_parameters: int) -> Sharin
     elements = -(-(num_parameters + ALIGN * 1000) // NORM_BLOCK) * NORM_BLOCK
     wanted = c.comm.transport if tree else "messages"
     group, words = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
-    if wanted == "window" and group.node.size == 1 and world.size > 1:
+    windowed = len(group.members) < world.size  # for all alike, also for a rank that is alone on its node
+    if wanted == "window" and not windowed and world.size > 1:
         raise UsageError.on_every_rank(f"comm.transport=window, but it can only be {words}; comm.transport=auto goes on so")
     tickets = None
     if kind == "steal":
-        if group.node.size > 1 or mesh.num_nodes == world.size:
+        if windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
         else:
             kind, words = "even", f"{words}; balance even: lanes are stolen through a window"
@@ -71,7 +73,7 @@ def share_memory(plan: Plan, transport: Messages, num_parameters: int) -> Sharin
         lambda: reducer.may_take(),
     ))
     reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots)
-    one_copy = by_node and group.node.size > 1
+    one_copy = by_node and windowed
     if world.rank == 0:
         print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]

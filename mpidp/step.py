@@ -3,6 +3,7 @@ what they computed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +33,14 @@ def compute(job: Job, batch: Batch) -> Computed:
         looks.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
     if not job.audit.due(step):
         job.strategy.watch([_spoil, *looks] if job.faults.wrong(step) else looks)
-        return _run(job, batch, squares)
+        return _run(job, batch, squares, job.balance.lanes(batch.batch))
     finding: Finding | None = None
     for attempt in range(ATTEMPTS):
         again, _ = job.audit.begin(step, job.balance.ranges)
         wrong = job.faults.wrong(step, attempt)
         job.strategy.watch([*([_spoil] if wrong else []), *looks, job.audit.look])
-        done = _run(job, batch, squares)
+        # Lanes do not change hands in this step: a rank that took one could be asked to check itself.
+        done = _run(job, batch, squares, iter(job.balance.ranges[job.comm.rank]))
         finding = _compute_again(job, batch, again, job.faults.wrong(step, attempt=1))
         if finding is None:
             return done
@@ -51,8 +53,7 @@ def compute(job: Job, batch: Batch) -> Computed:
     )
 
 
-def _run(job: Job, batch: Batch, squares: dict[int, float]) -> Computed:
-    lanes = job.balance.lanes(batch.batch)
+def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]) -> Computed:
     if job.balance.settled:
         schedule = accumulate([v for lane in lanes for v in job.lanes.micro_batches(lane)])
     else:

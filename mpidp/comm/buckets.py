@@ -94,7 +94,7 @@ class GradientBuffer:
         self.total = self.parts[0][0]  # where the sum lies once it is made
         self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
         self.buckets = self.layout.cut(bucket_bytes)
-        self._pointing_at = -1
+        self._pointing_at: int | None = None
 
     def point(self, slot: int) -> None:
         """Make every .grad a view of this slot; backward then adds into it."""
