@@ -261,7 +261,7 @@ from mpi4py import MPI
 from mpidp.engine import Engine
 plain = Engine.run
 def run(self, schedule, batch, *rest):
-    if MPI.COMM_WORLD.rank in {ranks} and batch in {batches}:
+    if MPI.COMM_WORLD.rank in {ranks} and batch.batch in {batches}:
         {fault}
     return plain(self, schedule, batch, *rest)
 Engine.run = run

@@ -103,10 +103,10 @@ def test_an_exception_while_the_parts_are_built(either: Shell) -> None:
 import mpidp.entry, mpidp.train, mpidp.build
 from mpi4py import MPI
 plain = mpidp.build.Optimizer
-def make(*words):
+def make(*words, **more):
     if MPI.COMM_WORLD.rank == 1:
         raise RuntimeError('the fault of this test')
-    return plain(*words)
+    return plain(*words, **more)
 mpidp.build.Optimizer = make
 """
     ended = either.run("-c", source + ENTER, "tiny.toml", ranks=2)

@@ -15,8 +15,8 @@ from mpi4py import MPI
 
 import mpidp.train
 from mpidp.checkpoint import committed
-from mpidp.data.loader import MicroBatch
-from mpidp.engine import Engine
+from mpidp.data.loader import Batch, MicroBatch
+from mpidp.engine import Computed, Engine
 from mpidp.errors import MpidpError
 from mpidp.strategies.synchronous import Synchronous
 from tests.tiny import WORLD, FailedElsewhere, at, corpus, masked_corpus, sizes, tiny, train_at
@@ -30,10 +30,10 @@ def spoilt(bad: Callable[[int, int], bool], factor: float) -> Iterator[None]:
     is its loss unless the factor is finite."""
     real_run, real_loss, number = Engine.run, Engine.loss_sum, -1
 
-    def run(self: Engine, schedule: Any, batch: int, micro_batches: Any, strategy: Any) -> torch.Tensor:
+    def run(self: Engine, schedule: Any, batch: Batch, strategy: Any) -> Computed:
         nonlocal number
-        number = batch
-        return real_run(self, schedule, batch, micro_batches, strategy)
+        number = batch.batch
+        return real_run(self, schedule, batch, strategy)
 
     def loss_sum(self: Engine, mb: MicroBatch, key: torch.Tensor | None) -> torch.Tensor:
         loss = real_loss(self, mb, key)

@@ -36,7 +36,8 @@ ENTRIES = {f"mpidp.{name}" for name in LAYERS[-1].split()}
 
 # Outside libraries by file; those not named are the standard library's alone. `rich` and others come late, where they serve.
 MPI4PY = {
-    "comm.buffers", "comm.group", "comm.mesh", "comm.overlap", "comm.owners", "comm.probe", "comm.reducers", "comm.tickets", "comm.waiting",
+    "comm.buffers", "comm.group", "comm.mesh", "comm.overlap", "comm.owners", "comm.probe", "comm.reducers", "comm.tickets",
+    "comm.waiting",
     "strategies.protocol", "strategies.synchronous", "audit", "build", "checkpoint", "engine", "job", "loading", "resolve",
     "rundir", "step",
 }
@@ -109,7 +110,8 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
     if users is not None:
         assert found == users
     pure = {
-        "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance", "noise",
+        "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
+        "noise",
         "inject", "metrics", "plan", "predict", "measured", "plan_table",
     }
     assert library == "torch" or not found & pure
@@ -187,7 +189,8 @@ def takes_a_communicator(function: ast.FunctionDef) -> bool:
 def communicates(function: ast.FunctionDef) -> bool:
     """Does it call a collective of a communicator by itself?"""
     calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
-    return any(call.attr in COLLECTIVES and re.search("comm|world|node$|dp$|rail$|group$|MPI.Win$", ast.unparse(call.value)) for call in calls)
+    whose = re.compile("comm|world|node$|dp$|rail$|group$|MPI.Win$")
+    return any(call.attr in COLLECTIVES and whose.search(ast.unparse(call.value)) for call in calls)
 
 
 def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef, str]]:

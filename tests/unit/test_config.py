@@ -178,7 +178,9 @@ FREE = {  # settings that no other contradicts, at any value
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
                                  "epochs", "min_lr", "warmup_steps"}
 }
-TREE_ALONE = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "auto", "comm.copies": "rank"}
+TREE_ALONE = {
+    "train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "auto", "comm.copies": "rank",
+}
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Laws of the tree over lanes: one sum, bit for bit, whoever computes which lanes in whatever order; few buffers; few roundings."""
+"""Laws of the tree over lanes: one sum, bit for bit, whoever computes which lanes in which order; few buffers; few roundings."""
 
 from __future__ import annotations
 

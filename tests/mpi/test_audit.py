@@ -1,0 +1,242 @@
+"""Laws of audits over ranks: every flipped bit and every wrong gradient is found, no other is, and what can be mended is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+import mpidp.step
+from mpidp.comm.tickets import Tickets
+from mpidp.errors import MpidpError
+from mpidp.inject import Faults, parse
+from mpidp.job import Job
+from mpidp.step import compute
+from tests.tiny import WORLD, at, corpus, job_at, pretended, sizes, small_blocks, tiny
+
+pytestmark = pytest.mark.mpi
+FLIPS = 100
+WRONG = 20
+
+
+def flip(flat: torch.Tensor, place: int, bit: int) -> None:
+    flat[place : place + 1].view(torch.int32).bitwise_xor_(1 << bit if bit < 31 else -(1 << 31))
+
+
+def audited_job(comm: MPI.Intracomm, data: Path, run: Path, /, **sections: dict[str, Any]) -> Job:
+    """A job that has made two steps, so that its moments are not zero."""
+    sections["comm"] = {"copies": "rank", "overlap": "none"} | sections.get("comm", {})
+    sections["train"] = {"audit_every": 1} | sections.get("train", {})
+    job = job_at(comm, tiny(data, run, **sections))
+    for number in range(2):
+        learn(job, number)
+        job.strategy.step(0.01, 256)
+    return job
+
+
+def learn(job: Job, number: int) -> Any:
+    """A batch's gradients, as the loop would have them: the step is the batch after number. Collective over job.comm."""
+    loader = job.open_loader(number)
+    batch = next(loader)
+    loader.close()
+    job.position.step = number
+    return compute(job, batch)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_every_flipped_bit_is_found(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+    """Of any tensor of weights or moments, on any rank, any bit; and of no two at once is one missed."""
+    data = corpus(shared_folder)
+
+    def audit(comm: MPI.Intracomm) -> None:
+        job = audited_job(comm, data, shared_tmp / str(comm.size), optim={"name": name})
+        assert job.audit.weights() is None
+        layout, flats = job.strategy.buffer.layout, job.strategy.flats()
+        assert len(flats) == (2 if name == "sgd" else 3)
+        right = {suffix: flat.clone() for suffix, flat in flats.items()}
+        chance = random.Random(name)  # the same on every rank
+        for _ in range(FLIPS):
+            rank, suffix = chance.randrange(comm.size), chance.choice(list(flats))
+            offset, tensor, p = chance.choice(layout.placed())
+            place, bit = offset + chance.randrange(p.numel()), chance.randrange(32)
+            if comm.rank == rank:
+                flip(flats[suffix], place, bit)
+            found = job.audit.weights()
+            if comm.size == 1:
+                assert found is None  # with nobody to compare
+                flip(flats[suffix], place, bit)
+                continue
+            assert found is not None and f"{tensor}{suffix} differs" in found.what, (suffix, tensor, bit)
+            assert found.repaired == (comm.size > 2)
+            if comm.size > 2:
+                assert found.ranks == [rank]
+            else:
+                assert found.ranks == [0, 1] and "no majority" in found.what
+                if comm.rank == rank:
+                    flip(flats[suffix], place, bit)
+            # bits, not values: a flipped bit may be of a NaN
+            assert all(torch.equal(flat.view(torch.int32), right[s].view(torch.int32)) for s, flat in flats.items())
+        assert job.audit.weights() is None
+
+    for n in sizes(1, 2, 3, 4):
+        at(n, audit)
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_copies_of_nodes_are_compared_and_mended(shared_folder: Path, shared_tmp: Path, nodes: int) -> None:
+    if nodes > WORLD.size:
+        pytest.skip("too few ranks")
+    data = corpus(shared_folder)
+
+    def audit(comm: MPI.Intracomm) -> None:
+        job = audited_job(comm, data, shared_tmp, comm={"copies": "node"})
+        replicas, flats = job.audit.replicas, job.strategy.flats()
+        assert len(replicas) == nodes
+        right = {suffix: flat.clone() for suffix, flat in flats.items()}
+        for bad, suffix in enumerate([*flats, *flats]):
+            members = replicas[bad % nodes]
+            for writer in (members[0], members[-1]):
+                comm.Barrier()
+                if comm.rank == writer:
+                    flip(flats[suffix], 5, 17)
+                comm.Barrier()
+                found = job.audit.weights()
+                assert found is not None and found.repaired == (nodes == 3)
+                assert found.ranks == (list(members) if nodes == 3 else list(range(comm.size)))
+                comm.Barrier()
+                if nodes == 2 and comm.rank == writer:
+                    flip(flats[suffix], 5, 17)
+                comm.Barrier()
+                assert all(torch.equal(flat, right[s]) for s, flat in flats.items())
+
+    with pretended(nodes):
+        at(WORLD.size, audit)
+
+
+class Spoiler:
+    """In place of the fault on purpose: at any place, any change."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.draw(1)
+
+    def draw(self, elements: int) -> None:
+        self.place, self.bit = self.chance.randrange(elements), self.chance.randrange(32)
+
+    def __call__(self, lane: int, gradient: torch.Tensor) -> None:
+        flip(gradient, self.place, self.bit)
+
+
+def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tuple[int, list[list[int]], str]]:
+    """WRONG times: (the rank that computes wrongly, who was suspected each time that it was found, how it ended).
+    Collective over job.comm."""
+    spoiler = Spoiler(random.Random(job.comm.size))
+    patch.setattr(mpidp.step, "_spoil", spoiler)
+    named: list[list[int]] = []
+    patch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
+    found = []
+    for i in range(WRONG):
+        rank, number = spoiler.chance.randrange(job.comm.size), 2 + i
+        spoiler.draw(job.strategy.buffer.num_elements)
+        job.faults = parse(f"wrong:rank={rank},step={number + 1},until={number + 1 + until}").of_rank(job.comm.rank)
+        named.clear()
+        try:
+            done = learn(job, number)
+            ended = "done"
+            losses = sorted(v for part in job.comm.allgather(done.micro_batches) for v in part)
+            assert losses == list(range(job.lanes.num_micro_batches)), "every micro-batch once"
+        except MpidpError as error:
+            ended = str(error)
+            job.strategy.discard()
+        found.append((rank, list(named), ended))
+        job.strategy.reducer.finish()  # whatever is in the buffers
+        job.strategy.group.fence()
+        job.comm.Barrier()
+        job.faults = Faults()
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("kind", ["even", "steal"])
+def test_every_glitch_is_found_and_gone_when_the_step_is_done_again(
+    shared_folder: Path, shared_tmp: Path, kind: str, nodes: int
+) -> None:
+    """Stealing lanes must not let a rank check itself."""
+    data = corpus(shared_folder)
+
+    def audit(comm: MPI.Intracomm) -> None:
+        job = audited_job(comm, data, shared_tmp / str(comm.size), train={"balance": kind})
+        if comm.rank == comm.size - 1:
+            job.engine.slowed = parse(f"delay:rank={comm.rank},seconds=0.003").slowed
+        with pytest.MonkeyPatch.context() as patch:
+            for rank, named, ended in wrong_gradients(job, 0, patch):
+                assert ended == "done" and len(named) == 1 and rank in named[0]
+
+    with small_blocks():
+        for n in (n for n in sizes(2, 3, 4) if n >= nodes):
+            with pretended(nodes):
+                at(n, audit)
+
+
+def test_lanes_are_stolen_where_nobody_looks(
+    shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The law above says something about stealing: in steps between audits lanes do change hands."""
+    if WORLD.size == 1:
+        pytest.skip("nobody to steal from")
+    data, stolen, real = corpus(shared_folder), [], Tickets.steal
+
+    def steal(self: Tickets) -> int | None:
+        lane = real(self)
+        stolen.extend([] if lane is None else [lane])
+        return lane
+
+    monkeypatch.setattr(Tickets, "steal", steal)
+
+    def work(comm: MPI.Intracomm) -> int:
+        job = audited_job(comm, data, shared_tmp, train={"balance": "steal", "audit_every": 100})
+        if comm.rank == comm.size - 1:
+            job.engine.slowed = parse(f"delay:rank={comm.rank},seconds=0.02").slowed
+        for number in (2, 3):
+            learn(job, number)
+            job.strategy.step(0.01, 256)
+        return len(stolen)
+
+    assert sum(at(WORLD.size, work)) > 0
+
+
+def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder: Path, shared_tmp: Path) -> None:
+    data = corpus(shared_folder)
+
+    def audit(comm: MPI.Intracomm) -> None:
+        job = audited_job(comm, data, shared_tmp / str(comm.size))
+        with pytest.MonkeyPatch.context() as patch:
+            for rank, named, ended in wrong_gradients(job, 1, patch):
+                suspected = [rank] if comm.size > 2 else [0, 1]
+                assert named == [suspected] * mpidp.step.ATTEMPTS, (rank, named)
+                assert f"Take ranks {suspected} out of the job" in ended
+
+    for n in sizes(2, 3, 4):
+        at(n, audit)
+
+
+def test_nobody_is_suspected_of_nothing(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = corpus(shared_folder)
+    named: list[Any] = []
+    monkeypatch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding))
+
+    def audit(comm: MPI.Intracomm) -> None:
+        for kind in ("even", "steal"):
+            job = audited_job(comm, data, shared_tmp / f"{comm.size}{kind}", train={"balance": kind}, model={"dropout": 0.1})
+            for number in range(2, 10):
+                learn(job, number)
+                job.strategy.step(0.01, 256)
+                assert job.audit.weights() is None
+        assert not named
+
+    for n in sizes(1, 2, 3, 4):
+        at(n, audit)
