@@ -118,7 +118,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, int]:
     try:
         safetensors.torch.save_file(tensors, path)
     except safetensors.SafetensorError as error:
-        raise OSError(str(error)) from error
+        raise OSError(f"{path.name}: {error}") from error
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
         return path.stat().st_size, _crc32(file)

@@ -150,7 +150,7 @@ def audit_weights(job: Job, now: bool = False) -> None:
     """Where it is due, or now: do all replicas hold the same bits? Damaged when they do not and no majority knows better.
     Collective over job.comm."""
     step = job.position.step
-    for flip in job.faults.flips(step):
+    for flip in () if now else job.faults.flips(step):
         flip_bit(list(job.engine.model.parameters())[flip.tensor], flip.bit)
     if not (job.audit.due(step) or (now and job.audit.every)):
         return
