@@ -1,0 +1,68 @@
+"""What is added how: torch's dtypes and reductions as MPI's, and by hand where MPI has none (bfloat16, float16)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch.distributed import ReduceOp
+
+HALVES = (torch.bfloat16, torch.float16)
+DATATYPES = {
+    torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE, torch.bool: MPI.UINT8_T,
+    torch.int8: MPI.INT8_T, torch.int16: MPI.INT16_T, torch.int32: MPI.INT32_T, torch.int64: MPI.INT64_T,
+    torch.uint8: MPI.UINT8_T, torch.uint16: MPI.UINT16_T, torch.uint32: MPI.UINT32_T, torch.uint64: MPI.UINT64_T,
+    torch.complex64: MPI.C_FLOAT_COMPLEX, torch.complex128: MPI.C_DOUBLE_COMPLEX,
+}
+OPS = {
+    "SUM": MPI.SUM, "AVG": MPI.SUM, "PRODUCT": MPI.PROD, "MIN": MPI.MIN, "MAX": MPI.MAX,
+    "BAND": MPI.BAND, "BOR": MPI.BOR, "BXOR": MPI.BXOR,
+}
+OF_BOOLS = {
+    "SUM": MPI.LOR, "MAX": MPI.LOR, "BOR": MPI.LOR, "PRODUCT": MPI.LAND, "MIN": MPI.LAND, "BAND": MPI.LAND, "BXOR": MPI.LXOR,
+}
+_KINDS = {name: getattr(ReduceOp, name) for name in OPS}
+_BITS = ("BAND", "BOR", "BXOR")
+
+
+def kind_of(op: Any, dtype: torch.dtype) -> str:
+    """The reduction's name, e.g. SUM. TypeError or ValueError, before anything is sent, where there is no such sum. Pure."""
+    name = next((name for name, known in _KINDS.items() if op == known), None)
+    if name is None:
+        raise ValueError(f"mpi4py: no reduction {op}: there are {', '.join(OPS)}")
+    if dtype not in DATATYPES and dtype not in HALVES:
+        raise TypeError(f"mpi4py: nothing adds {dtype} over ranks: convert it, or gather and add")
+    whole = not (dtype.is_floating_point or dtype.is_complex)
+    if name in _BITS and not whole:
+        raise TypeError(f"mpi4py: {name} is of whole numbers, not of {dtype}")
+    if dtype.is_complex and name in ("MIN", "MAX") or dtype == torch.bool and name == "AVG":
+        raise TypeError(f"mpi4py: {name} of {dtype} has no meaning")
+    return name
+
+
+def mpi_op(kind: str, dtype: torch.dtype) -> MPI.Op:
+    """Pure."""
+    return OF_BOOLS[kind] if dtype == torch.bool else OPS[kind]
+
+
+def average(tensor: torch.Tensor, ranks: int) -> None:
+    """Of a sum over ranks, in place; whole numbers towards zero. Pure but for that."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        tensor.div_(ranks)
+    else:
+        tensor.div_(ranks, rounding_mode="trunc")
+
+
+def fold(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
+    """out (n) = blocks (ranks, n) reduced over the ranks, in their order; halves in float32, rounded once. Pure but for out."""
+    blocks = blocks.float()
+    if kind in ("SUM", "AVG"):
+        done = blocks.sum(0)
+        if kind == "AVG":
+            done /= len(blocks)
+    elif kind == "PRODUCT":
+        done = blocks.prod(0)
+    else:
+        done = blocks.amin(0) if kind == "MIN" else blocks.amax(0)
+    out.copy_(done)
