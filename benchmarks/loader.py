@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data_tools.prepare import prepare
-from mpidp.config import from_args
+from mpidp.arguments import from_args
 from mpidp.data.loader import Loader
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream

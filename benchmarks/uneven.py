@@ -42,7 +42,7 @@ def run(folder: Path, balance: str, options: argparse.Namespace, number: int) ->
     ]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     if options.slow == "delay":
-        environment["MPIDP_INJECT"] = "delay:rank=1,factor=2"
+        environment["MPIDP_FAULT"] = "delay:1:1,factor=2"
     burner = None
     if options.slow == "core":
         burner = subprocess.Popen([sys.executable, "-c", BURN, str(sorted(os.sched_getaffinity(0))[1])])

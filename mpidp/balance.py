@@ -61,6 +61,7 @@ class Terms:
     tickets: Tickets | None = None  # of this rank's node (steal)
     first_place: int = 0  # of this rank's node (steal)
     may_steal: Callable[[], bool] = lambda: True  # is there room for the gradient of one more lane? (steal)
+    idle: int = 0  # of the ranks, the last, which compute nothing (even)
 
 
 class Balance(Protocol):
@@ -88,7 +89,7 @@ class Even:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        self.ranges = even(terms.num_lanes, terms.size)
+        self.ranges = even(terms.num_lanes, terms.size - terms.idle) + terms.idle * [range(terms.num_lanes, terms.num_lanes)]
 
     def lanes(self, batch: int) -> Iterator[int]:
         """The own range."""

@@ -1,6 +1,6 @@
-"""Checkpoints: every rank writes its slice, a checksummed manifest is written last, and a rename commits.
+"""Checkpoints on disk: one file a writer, a checksummed manifest that is written last, and a rename that commits.
 
-    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named pieces of global tensors, no pickle
+    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named pieces of global tensors, no pickle; by whom (saver.py)
                                  /manifest.json                 written last: sizes, crc32, which index range lies where
     RUN/latest                                                  the name of the newest committed checkpoint
 
@@ -10,28 +10,35 @@ under its final name, with a manifest whose own crc32 is right and files whose s
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import safetensors
-import safetensors.torch
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.comm.mesh import together
-from mpidp.errors import CheckpointError, MpidpError
+from mpidp.errors import CheckpointError
 from mpidp.files import sync_directory, write_file
 from mpidp.state import Entry
 
 FORMAT = 1
+SYNC_BYTES = 64 << 20  # go to the disk before more is written, so that a long file comes further all the time
+DTYPES = {  # as safetensors calls them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
 _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
 
 
@@ -45,7 +52,8 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Which rows [start, stop) of each replicated tensor this rank writes: about 1/size of all elements, each row once. Pure."""
+    """Which rows [start, stop) of each replicated tensor writer `rank` of `size` writes: about 1/size of all elements, each row
+    once. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     mine, offset = {}, 0
@@ -58,70 +66,95 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
     return mine
 
 
-def _slices(entries: Mapping[str, Entry], comm: MPI.Intracomm) -> dict[str, tuple[Tensor, int, int]]:
-    """This rank's pieces: name -> (tensor, dim, start)."""
+@dataclass(frozen=True)
+class Piece:
+    """An index range along `dim` of a global tensor, [start, start + its length): what one rank writes of it."""
+
+    name: str
+    tensor: Tensor
+    dim: int
+    start: int
+
+    @property
+    def range(self) -> list[int]:
+        """[dim, start, stop], as a manifest has it."""
+        return [self.dim, self.start, self.start + (self.tensor.shape[self.dim] if self.tensor.dim() else 1)]
+
+
+def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
+    """What this rank writes, in the order of its file: part share[0] of share[1] of what all ranks hold (None: nothing of that),
+    and whatever it alone holds. Independent."""
+    found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
-    pieces = {}
-    for name, (start, stop) in share_out(replicated, comm.rank, comm.size).items():
+    for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
         tensor = entries[name].tensor.detach()
-        pieces[name] = ((tensor if tensor.dim() else tensor.view(1))[start:stop], 0, start)
+        found.append(Piece(name, (tensor if tensor.dim() else tensor.view(1))[start:stop], 0, start))
     for name, entry in entries.items():
         if entry.layout != "replicated":
-            pieces[name] = (entry.tensor.detach(), entry.dim, entry.start)
-    return pieces
+            found.append(Piece(name, entry.tensor.detach(), entry.dim, entry.start))
+    return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))  # each at a multiple of its element's size
 
 
-def save(
-    run_dir: Path, step: int, entries: Mapping[str, Entry], meta: Mapping[str, Any], comm: MPI.Intracomm, keep: int
-) -> Path:
-    """Write and commit checkpoints/step_XXXXXXXX; then forget all but the newest `keep`. Collective over comm."""
-    folder = run_dir / "checkpoints"
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".writing_step_{step:08d}"
-    with together(comm), _plain_words(run_dir):
-        if comm.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    record: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    with together(comm), _plain_words(run_dir):
-        pieces = _slices(entries, comm)
-        name = f"rank_{comm.rank:05d}.safetensors"
-        size, crc = _write_tensors(temporary / name, {name: t.cpu().contiguous() for name, (t, _, _) in pieces.items()})
-        ranges = {n: [dim, start, start + (t.shape[dim] if t.dim() else 1)] for n, (t, dim, start) in pieces.items()}
-        record = {"file": name, "bytes": size, "crc32": crc, "pieces": ranges}
-        for n, e in entries.items():
-            shape = list(e.shape if e.shape is not None else e.tensor.shape)
-            tensors[n] = {"shape": shape, "dtype": str(e.tensor.dtype).removeprefix("torch."), "layout": e.layout}
-    records = comm.gather(record, root=0)
-    described = comm.gather(tensors, root=0)
-    with together(comm), _plain_words(run_dir):
-        if comm.rank == 0:
-            assert records is not None and described is not None
-            known = {name: about for part in described for name, about in part.items()}
-            body = {"format": FORMAT, "step": step, **meta, "tensors": dict(sorted(known.items())), "files": records}
-            write_file(temporary / "manifest.json", _seal(body))
-            replaced = folder / f".replaced_{final.name}"
-            if final.exists():  # an invalid one that was passed over, or the same step without its end record
-                shutil.rmtree(replaced, ignore_errors=True)
-                os.rename(final, replaced)
-            os.rename(temporary, final)
-            sync_directory(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-            write_file(run_dir / "latest", final.name.encode())
-            _prune(folder, keep)
-    return final
+def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Entries as a manifest has them. Independent."""
+    return {
+        name: {
+            "shape": list(e.shape if e.shape is not None else e.tensor.shape),
+            "dtype": str(e.tensor.dtype).removeprefix("torch."), "layout": e.layout,
+        }
+        for name, e in entries.items()
+    }
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """(bytes, crc32) of the file. Straight from the tensors' memory: a copy of a large model may not fit beside it."""
+def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
+    """A safetensors file of pieces whose bytes, in their order, are the blocks: (bytes, crc32 of it), once it is on the disk.
+    The interpreter is free for other threads meanwhile. OSError names the file, and nothing is left of it. Independent."""
+    about: dict[str, Any] = {}
+    offset = 0
+    for piece in pieces:
+        dtype, end = DTYPES[piece.tensor.dtype], offset + piece.tensor.nbytes
+        about[piece.name] = {"dtype": dtype, "shape": list(piece.tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(about).encode()
+    text += b" " * (-len(text) % 8)
+    size = crc = 0
     try:
-        safetensors.torch.save_file(tensors, path)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from error
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-        return path.stat().st_size, _crc32(file)
+        with open(path, "wb", buffering=0) as file:
+            for block in itertools.chain([memoryview(len(text).to_bytes(8, "little") + text)], blocks):
+                length = len(block)
+                size, crc = size + length, zlib.crc32(block, crc)
+                while len(block):
+                    block = block[file.write(block) :]
+                if size // SYNC_BYTES > (size - length) // SYNC_BYTES:
+                    os.fdatasync(file.fileno())
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()  # others may need the room
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    return size, crc
+
+
+def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
+    """RUN/checkpoints/`temporary`, with all the files that body["files"] tells of, becomes step_XXXXXXXX; then all but the newest
+    `keep` are forgotten. OSError when it could not; after the rename nothing matters that much. Independent."""
+    for record in body["files"]:
+        with open(temporary / record["file"], "rb") as file:  # opened, since a server is asked anew then
+            if os.fstat(file.fileno()).st_size != record["bytes"]:
+                raise OSError(f"{temporary / record['file']}: not of the {record['bytes']} bytes that were written")
+    write_file(temporary / "manifest.json", _seal({"format": FORMAT, **body}))
+    folder, final = temporary.parent, temporary.with_name(f"step_{body['step']:08d}")
+    replaced = folder / f".replaced_{final.name}"
+    if final.exists():  # an invalid one that was passed over, or the same step without its end record
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    with suppress(OSError):
+        sync_directory(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_file(folder.parent / "latest", final.name.encode())
+        _prune(folder, keep)
+    return final
 
 
 def _crc32(file: IO[bytes]) -> int:
@@ -131,17 +164,6 @@ def _crc32(file: IO[bytes]) -> int:
     return crc
 
 
-@contextmanager
-def _plain_words(run_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MpidpError(
-            f"a checkpoint could not be written in {run_dir} ({error}). Make room there, or choose another --run.dir; the "
-            "checkpoints before it are as they were, and the same command goes on from them"
-        ) from error
-
-
 def _seal(body: Mapping[str, Any]) -> bytes:
     text = json.dumps(body, indent=1)
     return f'{{"crc32": {zlib.crc32(text.encode())}, "body":\n{text}}}\n'.encode()
@@ -149,7 +171,7 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 def _prune(folder: Path, keep: int) -> None:
     """The newest `keep` stay. A directory is renamed before it is emptied, so none is ever half there."""
-    for path in folder.glob(".old_*"):  # of a job that was killed here
+    for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # of jobs that were killed here
         shutil.rmtree(path, ignore_errors=True)
     for path in committed(folder)[keep:]:
         doomed = folder / f".old_{path.name}"
@@ -183,9 +205,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What a checkpoint says is used inside. CheckpointError where that is something else than this mpidp writes: checksums speak
+    of accidents, not of whoever made the file. Independent."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: its checksums are right, but it is no checkpoint of this mpidp ({words})") from error
+
+
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
     """Size and crc32 of one file of a checkpoint. CheckpointError. Independent."""
     file = path / record["file"]
+    if file.parent != path:
+        raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not a file beside it")
     try:
         if file.stat().st_size != record["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {record['bytes']}")
@@ -206,7 +241,7 @@ def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[
     for name in names:
         path = run_dir / "checkpoints" / name
         try:
-            with together(comm):
+            with together(comm), readable(path):
                 for record in read_manifest(path)["files"][comm.rank :: comm.size]:
                     check_file(path, record)
             return path, reasons
@@ -226,10 +261,13 @@ class Reader(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = read_manifest(path)
-        self._pieces: dict[str, list[tuple[str, int, int, int]]] = {name: [] for name in self.meta["tensors"]}
-        for record in self.meta["files"]:
-            for name, (dim, start, stop) in record["pieces"].items():
-                self._pieces[name].append((record["file"], dim, start, stop))
+        self._pieces: dict[str, list[tuple[str, int, int, int]]] = {}
+        with readable(path):
+            self._pieces |= {name: [] for name in self.meta["tensors"]}
+            self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
+            for record in self.meta["files"]:
+                for name, (dim, start, stop) in record["pieces"].items():
+                    self._pieces[name].append((record["file"], dim, start, stop))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -239,11 +277,17 @@ class Reader(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor; of an additive one, the sum of its parts in rank order. CheckpointError when a part is missing."""
+        with readable(self.path):
+            return self._assembled(name, self._pieces[name])
+
+    def _assembled(self, name: str, pieces: Iterable[tuple[str, int, int, int]]) -> Tensor:
         about = self.meta["tensors"][name]
-        shape = tuple(about["shape"])
-        whole = torch.zeros(shape or (1,), dtype=getattr(torch, about["dtype"]))
+        shape, dtype = tuple(about["shape"]), getattr(torch, about["dtype"])
+        if not 0 <= math.prod(shape) * dtype.itemsize <= self._bytes:
+            raise ValueError(f"{name} of shape {list(shape)} in {self._bytes} bytes")
+        whole = torch.zeros(shape or (1,), dtype=dtype)
         filled = 0
-        for file, dim, start, stop in self._pieces[name]:
+        for file, dim, start, stop in pieces:
             with safetensors.safe_open(self.path / file, "pt") as opened:
                 piece = opened.get_tensor(name)
             if about["layout"] == "additive":
@@ -255,6 +299,12 @@ class Reader(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path}: {name} has {filled} of {whole.numel()} elements")
         return whole.view(shape)
 
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names begin with prefix, without it."""
-        return {name.removeprefix(prefix): self[name] for name in self if name.startswith(prefix)}
+    def under(self, prefix: str, rank: int = 0, size: int = 1) -> dict[str, Tensor]:
+        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with."""
+        return {name.removeprefix(prefix): self._part(name, rank, size) for name in self if name.startswith(prefix)}
+
+    def _part(self, name: str, rank: int, size: int) -> Tensor:
+        pieces, additive = self._pieces[name], self.meta["tensors"][name]["layout"] == "additive"
+        if additive:  # written by as many: to each its own; else the sum to rank 0
+            pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
+        return self._assembled(name, pieces)

@@ -1,20 +1,17 @@
 """Every setting: frozen dataclasses, each field with a sentence, a unit and a default with which the command runs.
 
-A TOML file comes first, then `--section.key=value`. An unknown key or value is an error that names the nearest right one,
-before MPI starts. Nothing here imports torch or MPI.
+How they are given is arguments.py's business. Nothing here imports torch or MPI.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from mpidp import methods
 from mpidp.errors import UsageError
 
 FIXED = "fixed"  # on resume: a change is refused
@@ -76,11 +73,12 @@ class Train:
     threads: int = setting(0, "CPU threads a rank; 0: cores / ranks of the node", "threads", low=0)
     eval_every: int = setting(100, "between evaluations on the validation split; 0: at the end alone", "steps", low=0)
     eval_tokens: int = setting(65536, "of the validation split each time; 0: all", "tokens", low=0)
-    save_every: int = setting(100, "between checkpoints; 0: at the end alone", "steps", low=0)
+    save_every: int = setting(100, "between checkpoints; 0: at the end alone; -1: by their cost", "steps", low=-1)
     balance: str = setting("even", "how ranks share out the lanes", "", ("even", "measured", "steal"))
     audit_every: int = setting(0, "between comparisons of replicas and of lanes computed twice; 0: off", "steps", low=0)
     noise_every: int = setting(0, "between measurements of the gradient noise scale; 0: off", "steps", low=0)
-    max_skipped: int = setting(20, "skipped steps in a row (gradients not finite) that end the run", "steps", low=1)
+    spike: float = setting(0.0, "skip a batch whose gradient norm is so many times the usual (median of 32); 0: off", "", low=0.0)
+    max_skipped: int = setting(20, "skipped steps in a row that take the run back to its last checkpoint", "steps", low=1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,38 @@ class Optim:
 class Strategy:
     """How ranks learn together."""
 
-    name: str = setting("synchronous", "how ranks learn together", "", ("synchronous",), resume=FIXED)
+    name: str = setting(
+        "synchronous", "how ranks learn together (docs/methods.md)", "", ("synchronous", "delayed", "local", "server"),
+        resume=FIXED,
+    )
+    quorum: float = setting(
+        1.0, "synchronous: a step goes on when this share has arrived, the rest joins a later one", "of the lanes", low=0.0,
+        high=1.0, resume=FIXED,
+    )
+    sync_every: int = setting(0, "local: between averages; 0: 50, or 1 in a partial group", "steps", low=0, resume=FIXED)
+    meet_every: int = setting(
+        0, "where ranks do not meet at every step: between meetings; 0: automatic", "steps", low=0, resume=FIXED,
+    )
+    staleness: int = setting(
+        1, "delayed, quorum: how late a gradient is applied, at most; server, mode=ssp: how far ahead a worker may be", "steps",
+        low=0, resume=FIXED,
+    )
+    compensation: float = setting(0.0, "delayed: lambda of delay compensation; 0: off", "", low=0.0, resume=FIXED)
+    group: str = setting(
+        "all", "local: who averages with whom", "", ("all", "node", "rotating", "pairs", "exponential"), resume=FIXED,
+    )
+    group_size: int = setting(2, "local, group=rotating", "ranks", low=2, resume=FIXED)
+    outer_lr: float = setting(
+        -1.0, "local, group=all: of the outer step; 1 with outer_momentum=0: plain averaging; -1: by what is sent", "", low=-1.0,
+    )
+    outer_momentum: float = setting(
+        -1.0, "local, group=all: Nesterov momentum of the outer step; -1: by what is sent", "", low=-1.0, high=0.9999999,
+    )
+    overlap: bool = setting(False, "local, group=all: begin an average, and apply it a round later", "bool", resume=FIXED)
+    servers: int = setting(0, "server: ranks that serve, the last of the job; 0: one", "ranks", low=0)
+    mode: str = setting("async", "server: what it waits for", "", ("sync", "async", "ssp"), resume=FIXED)
+    replay: str = setting("", "server, quorum: metrics.jsonl of a run whose order of arrivals is repeated", "path")
+    fragments: int = setting(1, "local, group=all: parts of the model that are averaged in turn", "", low=1, resume=FIXED)
 
 
 @dataclass(frozen=True)
@@ -110,14 +139,25 @@ class Comm:
     """How gradients travel."""
 
     reducer: str = setting(
-        "auto", "how gradients are added; auto: tree, the same bits at any number of ranks", "",
+        "auto", "how gradients are added; auto: tree, the same bits at any number of ranks; allreduce with compression", "",
         ("auto", "tree", "allreduce", "naive", "root"),
     )
+    compress: str = setting(
+        "none", "what is sent of gradients; the rest comes later (error feedback)", "",
+        ("none", "bf16", "fp16", "int8", "int4", "int2", "onebit", "topk", "randomk", "powersgd"),
+    )
+    ratio: float = setting(0.0, "sent by topk and randomk; 0: 0.01 (local: 0.03) and 0.1", "of all values", low=0.0, high=1.0)
+    ratio_warmup: int = setting(0, "in which the ratio falls from 1 to that", "steps", low=0)
+    momentum: float = setting(0.0, "of topk and randomk, on each rank, in place of sgd's; 0: off", "", low=0.0, high=0.9999999)
+    rank: int = setting(4, "of powersgd's matrices", "", low=1)
     transport: str = setting("auto", "on a node; auto: window where there is room", "", ("auto", "window", "messages"))
     copies: str = setting("auto", "of weights and optimizer state; node: in the window", "", ("auto", "node", "rank"))
     overlap: str = setting("auto", "reduce during backward; auto: measured at start", "", ("auto", "thread", "poll", "none"))
     bucket_mb: float = setting(4.0, "gradient bucket", "MiB", low=0.001)
-    gpu: str = setting("auto", "how CUDA gradients reach MPI; auto: by a probe", "", ("auto", "device", "staged"))
+    gpu: str = setting(
+        "auto", "how CUDA gradients reach MPI, auto: by a probe; nccl: between GPUs without it (not yet run on one)", "",
+        ("auto", "device", "staged", "nccl"),
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +167,17 @@ class Run:
     dir: str = setting("runs/default", "where config, metrics and checkpoints go", "path")
     resume: str = setting("auto", "go on from the newest valid checkpoint", "", ("auto", "never", "must"))
     keep: int = setting(3, "checkpoints kept", "", low=1)
-    hang_seconds: float = setting(600.0, "a rank that waits longer prints its stacks and ends the job (6); 0: off", "s", low=0.0)
+    hang_seconds: float = setting(60.0, "longer than this, and than 20 steps, is a hang: the job ends (6); 0: off", "s", low=0.0)
+    tries: int = setting(3, "starts in a row from the same step before the next is refused", "", low=1)
+    stop_early_seconds: float = setting(120.0, "before the job's time limit: checkpoint, then exit 75; 0: off", "s", low=0.0)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What a run does about failures."""
+
+    min_ranks: int = setting(1, "where the job can go on without dead ranks (ULFM): the fewest to go on with", "ranks", low=1)
+    respawn: bool = setting(False, "new ranks take the place of dead ones, where the launcher can start them", "bool")
 
 
 @dataclass(frozen=True)
@@ -141,6 +191,7 @@ class Config:
     strategy: Strategy = field(default_factory=Strategy)
     comm: Comm = field(default_factory=Comm)
     run: Run = field(default_factory=Run)
+    faults: Faults = field(default_factory=Faults)
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """A copy: config.with_values(train={"lanes": 8}). Values are trusted; checks are from_args's."""
@@ -154,96 +205,6 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
         part = getattr(config, section.name)
         for f in dataclasses.fields(part):
             yield f"{section.name}.{f.name}", f, getattr(part, f.name)
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
-    return difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.0)[0]
-
-
-def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
-    """A command-line word or a TOML value as the field's type, within its choices and limits."""
-    meta = about.metadata
-    kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
-    try:
-        if not isinstance(raw, (str, int, float)):
-            raise ValueError
-        if kind is bool:
-            value: Any = {"true": True, "false": False}[str(raw).lower()]
-        elif kind is str:
-            value = str(raw).lower() if isinstance(raw, bool) else str(raw)
-        elif isinstance(raw, bool):
-            raise ValueError
-        elif kind is int:
-            number = float(raw)
-            value = int(raw) if isinstance(raw, int) or str(raw).lstrip("+-").replace("_", "").isdigit() else int(number)
-            if value != number and abs(number) < 2**53:
-                raise ValueError
-        else:
-            value = float(raw)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise ValueError
-    except (ValueError, KeyError, OverflowError) as error:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
-        raise UsageError(f"{where}: {key}={raw!r} must be {wanted}") from error
-    if meta["choices"] and value not in meta["choices"]:
-        near = _nearest(value, meta["choices"])
-        raise UsageError(f"{where}: {key}={value!r} is not one of {', '.join(meta['choices'])}; did you mean {near!r}?")
-    if (meta["low"] is not None and value < meta["low"]) or (meta["high"] is not None and value > meta["high"]):
-        limits = f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
-        raise UsageError(f"{where}: {key}={value} must be {limits}")
-    return value
-
-
-def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
-    known = {name: about for name, about, _ in fields_of()}
-    if key not in known:
-        raise UsageError(f"{where}: there is no setting {key!r}; did you mean {_nearest(key, list(known))!r}? (--help lists all)")
-    chosen[key] = _convert(key, raw, known[key], where)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A configuration file as {section.key: value}, unchecked. UsageError when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            tree = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a configuration that can be read ({error})") from error
-    flat: dict[str, Any] = {}
-    for section, values in tree.items():
-        if not isinstance(values, dict):
-            raise UsageError(f"{path}: {section!r} stands outside a section; write [section] and key = value below it")
-        flat.update({f"{section}.{key}": value for key, value in values.items()})
-    return flat
-
-
-def from_args(arguments: Sequence[str]) -> Config:
-    """CONFIG.toml (at most one), then --section.key=value or --section.key value. UsageError. Independent."""
-    chosen: dict[str, Any] = {}
-    words = list(arguments)
-    files = 0
-    overrides: list[tuple[str, str]] = []
-    while words:
-        word = words.pop(0)
-        if word.startswith("--"):
-            key, equals, raw = word[2:].partition("=")
-            if not equals:
-                if not words:
-                    raise UsageError(f"command line: --{key} has no value; write --{key}=VALUE")
-                raw = words.pop(0)
-            overrides.append((key, raw))
-        else:
-            files += 1
-            if files > 1:
-                raise UsageError(f"command line: a second configuration file {word!r}; give one, then --section.key=value")
-            for key, value in read_toml(Path(word)).items():
-                _assign(chosen, key, value, word)
-    for key, raw in overrides:
-        _assign(chosen, key, raw, "command line")
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in chosen.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return checked(Config().with_values(**sections))
 
 
 def checked(config: Config) -> Config:
@@ -261,15 +222,32 @@ def checked(config: Config) -> Config:
         problems.append(f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}")
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("train.steps, train.tokens and train.epochs: give one of them")
+    problems += methods.problems({key: value for key, _, value in fields_of(config)})
     plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
     needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")
     if needs_tree and comm.reducer not in ("auto", "tree"):
         problems.append(f"{', '.join(needs_tree)}: works with comm.reducer=tree, not with comm.reducer={comm.reducer}")
+    if comm.compress != "none" and (needs_tree or comm.reducer not in ("auto", "allreduce")):
+        wrong = needs_tree + [f"comm.reducer={comm.reducer}"] * (comm.reducer not in ("auto", "allreduce"))
+        problems.append(f"comm.compress={comm.compress} is a sum of messages of its own and works without {', '.join(wrong)}")
+    if comm.compress not in ("topk", "randomk"):
+        sparse = {"comm.ratio": comm.ratio, "comm.ratio_warmup": comm.ratio_warmup, "comm.momentum": comm.momentum}
+        problems += [
+            f"{key}={value} is for comm.compress=topk and randomk, not for comm.compress={comm.compress}"
+            for key, value in sparse.items() if value
+        ]
     if train.balance == "steal" and comm.transport == "messages":
         problems.append("train.balance=steal takes lanes through a shared window, and comm.transport=messages forbids one")
     if train.balance == "steal" and comm.overlap in ("thread", "poll"):
         problems.append("comm.overlap needs to know a rank's last lane, and with train.balance=steal nobody does")
+    if comm.gpu == "nccl":
+        nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
+        others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]
+        if others:
+            problems.append(f"comm.gpu=nccl adds gradients of GPUs in their own stream: not with {', '.join(others)}")
+    if 0 < train.spike <= 1:
+        problems.append(f"train.spike={train.spike} must be more than 1, the usual gradient norm, or 0")
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} is more than optim.lr={optim.lr}")
     if train.steps and optim.warmup_steps > train.steps:
@@ -290,16 +268,3 @@ def to_toml(config: Config) -> str:
             section = name
         lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"
-
-
-def help_text(usage: str) -> str:
-    """Every key with default, unit and meaning."""
-    lines = [usage, "", "settings (--section.key=value; `*`: cannot change on resume)"]
-    for key, about, default in fields_of():
-        meta = about.metadata
-        star = "*" if meta["resume"] == FIXED else " "
-        choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
-        unit = f" [{meta['unit']}]" if meta["unit"] else ""
-        lines.append(f" {star} {key:<22} {json.dumps(default):<16} {meta['text']}{choices}{unit}")
-    return "\n".join(lines)
-

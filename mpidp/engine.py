@@ -47,6 +47,7 @@ class Engine:
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
+        self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -65,6 +66,7 @@ class Engine:
             with self.slowed(), strategy.micro_batch(instruction.v, instruction.last):
                 mb = batch[instruction.v]
                 losses.append(self._learn(mb, batch.batch))
+            self.beat()
             done.append(mb.v)
             num_tokens.append(mb.num_tokens)
         return Computed(done, torch.stack(losses).tolist() if losses else [], num_tokens)
@@ -82,13 +84,14 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0
+        self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0,
+        enter: Callable[[str], None] = lambda phase: None,
     ) -> tuple[float, int]:
         """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
 
         Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
         `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks. DataError
-        for an id beyond the vocabulary, or no target at all. Collective over comm.
+        for an id beyond the vocabulary, or no target at all. enter: is told what this rank does. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -99,6 +102,7 @@ class Engine:
         sums = np.zeros(len(starts))
         counts = np.zeros(len(starts), dtype=np.int64)
         for i in range(comm.rank, len(starts), comm.size):
+            enter("evaluate")
             length = min(span, targets - starts[i])
             read = stream.read(starts[i], length + 1)
             stream.check_ids(starts[i], read)
@@ -110,6 +114,7 @@ class Engine:
                 mb = MicroBatch(i, inputs.to(self.device), outputs.to(self.device), valid)
                 sums[i] += float(self.loss_sum(mb, None))
                 counts[i] += valid
+        enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)
         self.model.train()

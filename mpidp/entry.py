@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 
 PAUSE_SECONDS = 0.3  # for mpirun to pass on the last words before it is told to end
+LEAVE_SECONDS = 5.0  # that a rank waits for the others at the end of a job that may have lost some
+JOIN_SECONDS = 60  # that a new process has to join a job
 T = TypeVar("T")
 
 
@@ -57,6 +61,24 @@ def launched_size() -> int:
     return int(tasks) if tasks.isdigit() else 0
 
 
+def tolerant() -> bool:
+    """Does the launcher let the job outlive its ranks? Open MPI's does under `mpirun --with-ft ulfm`. Independent."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112
+
+
+if tolerant():  # after a failure these two have given wrong sums without a word, over two nodes
+    os.environ.setdefault("OMPI_MCA_coll", "^han,adapt")
+
+
+def newcomer() -> bool:
+    """Was this process started in the place of a rank that died (comm/respawn.py)? Then it is gone in a minute, whatever it waits
+    for, unless it has met the others by then. Independent."""
+    if tolerant() and "OMPI_PARENT_PORT" in os.environ:
+        signal.alarm(JOIN_SECONDS)
+        return True
+    return False
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UsageErrors, and which speaks once under mpirun. Independent."""
 
@@ -90,25 +112,66 @@ def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
     return cast(T, said), world
 
 
+_left: Any = None  # the world of those who are left when others have died
+
+
+def go_on_in(world: MPI.Intracomm) -> None:
+    """Ranks have died: this is the world from here on. Independent."""
+    global _left
+    _left = world
+
+
 def _started_world() -> Any:
-    """COMM_WORLD when MPI runs in this process, else None; never starts MPI."""
+    """The world when MPI runs in this process, else None; never starts MPI."""
     module = sys.modules.get("mpi4py.MPI")
-    return module.COMM_WORLD if module and module.Is_initialized() and not module.Is_finalized() else None
+    return (_left or module.COMM_WORLD) if module and module.Is_initialized() and not module.Is_finalized() else None
 
 
-def _end(code: int, everywhere: bool) -> NoReturn:
-    """Leave: in step when every rank leaves with this code, else by MPI_Abort, which ends the others too."""
+def _end(code: int, everywhere: bool, others_go_on: bool = False) -> NoReturn:
+    """Leave: in step when every rank leaves with this code, else by MPI_Abort, which ends the others too; or by a death that the
+    others see, where they can go on."""
     sys.stdout.flush()
     sys.stderr.flush()
     world = _started_world()
-    if world is not None and world.size > 1:
-        if not everywhere:
+    if world is not None and (world.size > 1 or _left):
+        if not everywhere and world.size > 1:
             time.sleep(PAUSE_SECONDS)
+            if others_go_on and tolerant():
+                _die(world, code)
             world.Abort(code)
+        if tolerant():
+            _leave(world, code)
         if code:  # Open MPI kills slower ranks as soon as the first leaves with an error: leave together, rank 0 first
             world.Barrier()
             time.sleep(PAUSE_SECONDS if world.rank else 0)
     sys.exit(code)
+
+
+def _die(world: Any, code: int) -> NoReturn:
+    """By SIGKILL, since Open MPI sees no other end as a failure. But where all fail alike the last one ends with the code:
+    mpirun's own would be 0."""
+    time.sleep(0 if world.rank else 2 * PAUSE_SECONDS)
+    for _ in range(10):
+        with suppress(Exception):  # the failures themselves: only in a call does MPI hear of them
+            world.Iprobe()
+    if world.Get_failed().size + 1 < world.size:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(code)
+
+
+def _leave(world: Any, code: int) -> NoReturn:
+    """After a failure MPI's own end may hang: those who are left meet, if they can, and are gone."""
+    with suppress(Exception):  # somebody died just now
+        request, began = world.Ibarrier(), time.monotonic()
+        while not request.Test() and time.monotonic() - began < LEAVE_SECONDS:
+            time.sleep(0.001)
+    time.sleep(PAUSE_SECONDS if code and world.rank else 0)
+    os._exit(code)
+
+
+def _fate(world: Any, others_go_on: bool = True) -> str:
+    go_on = others_go_on and tolerant() and world is not None and world.size > 1
+    return "leaves the job to the others" if go_on else "ends the job"
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
@@ -125,14 +188,15 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         _end(error.exit_code, everywhere)
     except SystemExit as leave:
         world = _started_world()
-        if world is None or world.size == 1:
+        if world is None or (world.size == 1 and not _left):
             sys.exit(leave.code)
         code = leave.code if isinstance(leave.code, int) and leave.code else 1
-        print(f"mpidp: rank {world.rank} left by sys.exit({leave.code!r}) and ends the job", file=sys.stderr)
-        _end(code, everywhere=False)
-    except BaseException:
+        print(f"mpidp: rank {world.rank} left by sys.exit({leave.code!r}) and {_fate(world)}", file=sys.stderr)
+        _end(code, everywhere=False, others_go_on=True)
+    except BaseException as error:
         world = _started_world()
         rank = launcher_rank() if world is None else world.rank
-        print(f"mpidp: rank {rank} failed and ends the job:\n{traceback.format_exc()}", file=sys.stderr)
-        _end(1, everywhere=False)
+        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # else others meet it, too
+        print(f"mpidp: rank {rank} failed and {_fate(world, alone)}:\n{traceback.format_exc()}", file=sys.stderr)
+        _end(1, everywhere=False, others_go_on=alone)
     _end(0, everywhere=True)

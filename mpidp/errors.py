@@ -57,4 +57,7 @@ class Stopped(MpidpError):
 
 
 class Damaged(MpidpError):
-    """Replicas differ and nobody knows which is right: only the last checkpoint can be trusted."""
+    """Only the last checkpoint can be trusted, and the run goes back there: replicas differ and nobody knows which is right, or
+    batch after batch makes no update."""
+
+    next_batch = 0  # it goes on with this one, and passes over those before; 0: with the one that came next then

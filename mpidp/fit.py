@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import asdict
+from datetime import datetime
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpidp import checkpoint
+from mpidp.comm.faults import is_failure
+from mpidp.comm.mesh import together
 from mpidp.data.loader import Loader
 from mpidp.engine import weights_sha256
+from mpidp.entry import tolerant
 from mpidp.errors import Damaged, MpidpError, Stopped
 from mpidp.job import Job, Position
-from mpidp.metrics import Clock, MetricsFile
+from mpidp.metrics import MetricsFile, past
 from mpidp.noise import Noise
 from mpidp.state import Entry
 from mpidp.step import Board, compute, noise_of, say_finding, share
-from mpidp.stopping import StopRequest
+from mpidp.stopping import TAKEN_OVER, StopRequest, job_end, stop_time
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
     """Train until the steps are done or a stopping rule holds; returns the end record. Raises Stopped after a checkpoint
     when asked to stop. Collective over job.comm."""
-    at, clock = job.position, Clock()
+    at = job.position
+    if job.went_on:
+        audit_weights(job)
+        settle(job, stop, np.zeros(4), job.comm.size < job.min_ranks)
     while not (reason := ended(job)):
-        job.watchdog.beat(f"step {at.step + 1}")
-        with clock.timed("step"):
-            with clock.timed("data"):
+        with job.clock.timed("step"):
+            with job.phase("data"):
                 batch = next(loader)
-            with clock.timed("compute") as spent:
+            with job.phase("compute") as spent:
                 done = compute(job, batch)
-            with clock.timed("comm_wait"):
+            with job.phase("comm_wait"):
                 board = share(job, done, spent(), stop.wanted())
-            with clock.timed("update"):
+            with job.phase("update"):
                 lr = job.schedule.lr_at(at.step + 1)
-                stats = job.strategy.step(lr, board.tokens)
+                stats = job.strategy.step(lr, board.divisor, at.norm_limit(job.spike))
+        at.count(stats, board.tokens if board.met else 0)
         if stats.skipped:
-            skip(job, batch.batch, stats.grad_norm)
+            skip(job, batch.batch, board.tokens, stats.grad_norm)
         else:
-            at.step, at.tokens, at.skipped_in_a_row = at.step + 1, at.tokens + board.tokens, 0
+            learned: dict[str, Any] = {"train_loss": board.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.told}
+            log_step(job, learned | noise(job, noise_of(job, board, stats.grad_norm)), board, batch.epoch)
             audit_weights(job)
-            learned: dict[str, float | None] = {"train_loss": board.loss, "lr": lr, "grad_norm": stats.grad_norm}
-            log_step(job, learned | noise(job, noise_of(job, board, stats.grad_norm)), board, batch.epoch, clock)
-            if job.eval_every and at.step % job.eval_every == 0:
-                evaluate(job)
-        rebalance(job, board, loader)
-        if (board.stop or (job.save_every and at.step % job.save_every == 0)) and not ended(job):
-            save(job)
-            if board.stop:
-                raise stopped(job, stop)
+        if board.met:
+            rebalance(job, board, loader)
+            settle(job, stop, board.saving, board.stop)
     job.strategy.finish()
-    if job.eval_every == 0 or at.step % job.eval_every:
+    if at.evaluated_step != at.step:
         evaluate(job)
     end = {
         "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped,
@@ -61,11 +67,27 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
     return end
 
 
+def settle(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
+    """What is due after the step that was made last: an evaluation, the end when that was asked for, a checkpoint. What was done
+    of it before others died is not done again. Collective over job.comm."""
+    at = job.position
+    if job.eval_every and at.step % job.eval_every == 0 and at.evaluated_step != at.step:
+        evaluate(job)
+    if must_stop and not ended(job):
+        raise stopped(job, stop)
+    if at.batch and not ended(job) and job.saver.due(at.step, saving):
+        save(job)
+    report_saves(job)
+
+
 def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[str, Any]:
     """fit, with what must be opened before and closed after. events: what led here, for the record. Collective over job.comm."""
-    stop = StopRequest(job.run_dir / "STOP" if job.comm.rank == 0 else None)
+    stop = job.stop = stop_request(job)
     if job.comm.rank == 0:
-        job.metrics = MetricsFile(job.run_dir / "metrics.jsonl", job.position.step, job.position.batch)
+        latest = job.lines if job.went_on else None
+        job.metrics = MetricsFile(job.run_dir / "metrics.jsonl", job.position.step, job.position.batch, latest)
+        if job.saver.every < 0:
+            job.saver.failures, job.saver.trained = past(job.run_dir / "metrics.jsonl")
     job.record({"event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
                 "micro_batches": job.lanes.num_micro_batches})
     if resumed:
@@ -73,6 +95,7 @@ def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[st
     for event in events:
         job.record(event | {"step": job.position.step})
     loader = job.open_loader(job.position.batch)
+    lost = False
     try:
         end = fit(job, loader, stop)
         job.progress.say(f"done: step {end['step']}  val_loss {end['val_loss']}  weights_sha256 {end['weights_sha256']}")
@@ -82,19 +105,30 @@ def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[st
         if error.everywhere:
             close(job)
         raise
+    except Exception as error:
+        lost = is_failure(error)
+        raise
     finally:
         loader.close()
-        stop.close()
         job.progress.close()
-        job.watchdog.close()
         if job.metrics is not None:
             job.metrics.close()
+        if not lost:  # else they serve until those of the next job do
+            stop.close()
+            job.watchdog.close()
 
 
 def close(job: Job) -> None:
-    """Give shared memory back; the model is gone with it. Collective over job.comm."""
-    job.balance.close()
-    job.strategy.close()
+    """Give shared memory back; the model is gone with it. What is being saved is written first: the run may go on from there.
+    Collective over job.comm."""
+    job.saver.finish(enter=partial(job.watchdog.enter, job.position.step))
+    report_saves(job)
+    if not tolerant():  # there no memory is MPI's, and others may die at any moment
+        job.balance.close()
+        job.strategy.close()
+        job.transport.close()
+    else:
+        job.strategy.leave()  # no thread of it goes on
 
 
 def ended(job: Job) -> str:
@@ -107,20 +141,21 @@ def ended(job: Job) -> str:
     return "patience" if job.patience and at.evaluations_since_best >= job.patience else ""
 
 
-def log_step(job: Job, learned: dict[str, float | None], board: Board, epoch: int, clock: Clock) -> None:
+def log_step(job: Job, learned: dict[str, Any], board: Board, epoch: int) -> None:
     """The line of a step. Seconds are this rank's, but for what the slowest rank cost: the mean of the others' wait for it.
     What the strategy spent in communication is not its update. Independent."""
-    at, seconds = job.position, clock.take()
+    at, seconds = job.position, job.clock.take()
     sent_bytes, comm_seconds = job.transport.take()
     seconds["comm_wait_seconds"] += comm_seconds
     seconds["update_seconds"] -= comm_seconds
-    speed = board.tokens / seconds["step_seconds"]
+    speed = board.tokens / (board.steps * seconds["step_seconds"])
     slowest = int(board.seconds.argmax())
     line = {
         "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.mfu(speed), "epoch": epoch,
         **seconds, "slowest_rank": slowest, "slowest_cost_seconds": float(board.seconds[slowest] - board.seconds.mean()),
         "comm_bytes": sent_bytes, "skipped": at.skipped,
     }
+    job.lines.clear()
     job.record(line)
     job.progress.step(line)
 
@@ -150,8 +185,8 @@ def audit_weights(job: Job, now: bool = False) -> None:
     """Where it is due, or now: do all replicas hold the same bits? Damaged when they do not and no majority knows better.
     Collective over job.comm."""
     step = job.position.step
-    for flip in () if now else job.faults.flips(step):
-        flip_bit(list(job.engine.model.parameters())[flip.tensor], flip.bit)
+    if not now:
+        job.faults.flip(step, list(job.engine.model.parameters()))
     if not (job.audit.due(step) or (now and job.audit.every)):
         return
     finding = job.audit.weights()
@@ -162,24 +197,27 @@ def audit_weights(job: Job, now: bool = False) -> None:
         raise Damaged.on_every_rank(f"step {step}: ranks {finding.ranks}: {finding.what}")
 
 
-def flip_bit(p: torch.Tensor, bit: int) -> None:
-    """A fault on purpose. Independent."""
-    with torch.no_grad():
-        first = p.view(-1)[:1].view(torch.int32)
-        first.bitwise_xor_(1 << bit if bit < 31 else -(1 << 31))
-
-
-def skip(job: Job, batch: int, grad_norm: float) -> None:
-    """Count and log a batch that made no update; MpidpError after max_skipped in a row. The same on every rank. Independent."""
+def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
+    """Log a batch that made no update. After max_skipped in a row, Damaged: back to the last checkpoint, and past this batch; an
+    MpidpError where there is none, or none since that was done before. The same on every rank. Independent."""
     at = job.position
-    at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
+    why = "it has no target token" if tokens == 0 else "its gradient is not finite"
+    if tokens and math.isfinite(grad_norm):
+        why = f"its gradient norm {grad_norm:.3g} is more than {job.spike:g} times the usual (train.spike)"
     job.record({"event": "skipped", "step": at.step, "batch": batch, "grad_norm": grad_norm})
-    job.progress.say(f"step {at.step}  batch {batch} skipped: no target token, or a gradient that is not finite")
-    if at.skipped_in_a_row >= job.max_skipped:
-        raise MpidpError.on_every_rank(
-            f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, had gradients that are not finite: "
-            "lower optim.lr, lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
-        )
+    job.progress.say(f"step {at.step}  batch {batch} skipped: {why}")
+    if at.skipped_in_a_row < job.max_skipped:
+        return
+    words = f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, made no update ({why})"
+    if job.saver.step > job.passed_over_at:
+        job.progress.say(f"{words}: back to the last checkpoint, to go on with batch {batch + 1}")
+        damage = Damaged.on_every_rank(words)
+        damage.next_batch = batch + 1
+        raise damage
+    raise MpidpError.on_every_rank(
+        f"{words}, and no checkpoint to go back to was made {'since the last time' if job.passed_over_at >= 0 else 'yet'}: lower "
+        "optim.lr, lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
+    )
 
 
 def evaluate(job: Job) -> None:
@@ -187,44 +225,81 @@ def evaluate(job: Job) -> None:
     if job.validation is None:
         return
     at = job.position
-    job.watchdog.beat(f"evaluation at step {at.step}")
-    loss, tokens = job.engine.evaluate(job.validation, job.comm, job.seq_len, job.lanes.micro_batch, job.eval_tokens)
+    job.enter("evaluate")
+    enter = partial(job.watchdog.enter, at.step)
+    loss, tokens = job.engine.evaluate(job.validation, job.comm, job.seq_len, job.lanes.micro_batch, job.eval_tokens, enter)
     at.val_loss = loss
     better = at.best_val_loss is None or loss < at.best_val_loss
     at.evaluations_since_best = 0 if better else at.evaluations_since_best + 1
     at.best_val_loss = loss if better else at.best_val_loss
+    at.evaluated_step = at.step
     job.record({"step": at.step, "val_loss": loss, "val_tokens": tokens})
     job.progress.say(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
 
 
-def save(job: Job, end: dict[str, Any] | None = None) -> None:
-    """A checkpoint at this step. Collective over job.comm."""
-    at = job.position
-    if job.saved_step == at.step and end is None:
-        return  # batches skipped since then are skipped again by whoever resumes
-    job.watchdog.beat(f"checkpoint at step {at.step}")
-    audit_weights(job, now=True)  # what a run goes back to must be right
-    entries = {f"model/{name}": Entry(p) for name, p in job.engine.model.named_parameters()}
-    entries |= {f"strategy/{name}": entry for name, entry in job.strategy.state_dict().items()}
-    meta = {"position": asdict(at), "end": end, **job.meta}
-    path = checkpoint.save(job.run_dir, at.step, entries, meta, job.comm, job.keep)
-    job.saved_step = at.step
-    job.progress.say(f"step {at.step}  saved {path}")
+def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> None:
+    """A checkpoint of this step, written while training goes on; with `end` or `wait` it is on the disk before this returns, else
+    MpidpError on every rank. Collective over job.comm."""
+    at, wait, enter = job.position, wait or end is not None, partial(job.watchdog.enter, job.position.step)
+    if wait:
+        job.saver.finish(enter=enter)
+    if job.saver.step != at.step or end is not None:  # else batches skipped since then are skipped again by whoever resumes
+        job.enter("checkpoint")
+        audit_weights(job, now=True)  # what a run goes back to must be right
+        entries = {f"model/{name}": Entry(p) for name, p in job.engine.model.named_parameters()}
+        entries |= {f"strategy/{name}": entry for name, entry in job.strategy.state_dict().items()}
+        job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.meta}, wait)
+        if wait:
+            job.saver.finish(must=True, enter=enter)
+    report_saves(job)
+
+
+def report_saves(job: Job) -> None:
+    """What became of checkpoints that were begun. Independent."""
+    for event in job.saver.news():
+        job.record(event)
+        if event["event"] == "saved":
+            job.progress.say(f"step {event['step']}  saved {job.run_dir / 'checkpoints' / 'step_'}{event['step']:08d}")
 
 
 def restore(job: Job, reader: checkpoint.Reader) -> None:
     """Parameters, optimizer and position from a checkpoint of any number of ranks. Collective over job.comm."""
-    with torch.no_grad():
+    with together(job.comm), checkpoint.readable(reader.path), torch.no_grad():
         for name, p in job.engine.model.named_parameters():
-            p.copy_(reader[f"model/{name}"])
-    job.strategy.load_state_dict(reader.under("strategy/"))
-    job.position = Position(**reader.meta["position"])
-    job.saved_step = job.position.step
+            p.copy_(reader[f"model/{name}"].view(p.shape))
+        job.strategy.load_state_dict(reader.under("strategy/", job.comm.rank, job.comm.size))
+        job.position = Position(**reader.meta["position"])
+    job.saver.step = job.position.step
 
 
-def stopped(job: Job, stop: StopRequest) -> Stopped:
-    """The word with which every rank leaves. Collective over job.comm."""
+def stop_request(job: Job) -> StopRequest:
+    """What asks this rank to stop; rank 0 looks at more than signals, and says when the job's time is over. Collective over
+    job.comm."""
+    first, before = job.comm.rank == 0, job.stop
+    if not job.went_on:  # else asking for the time would take some
+        end = job_end() if first else None
+        job.stop_at = job.comm.bcast(stop_time(end, time.time(), job.stop_early_seconds))
+        if end is not None and job.stop_at < math.inf:
+            words = [f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" for moment in (end, job.stop_at)]
+            then = "the run writes a checkpoint and stops (exit code 75)"
+            job.progress.say(f"the job's time ends at {words[0]}: at {words[1]} {then}")
+    stop_file = job.run_dir / "STOP" if first else None
+    stop = StopRequest(stop_file, job.stop_at, lambda: job.lock is not None and job.lock.lost)
+    if before is not None:
+        stop.reason = stop.reason or before.reason
+    if job.went_on and job.comm.size < job.min_ranks:
+        stop.reason = f"{job.comm.size} ranks are left, and faults.min_ranks is {job.min_ranks}"
+    return stop
+
+
+def stopped(job: Job, stop: StopRequest) -> MpidpError:
+    """The word with which every rank leaves, after a checkpoint unless the run is another's now. Collective over job.comm."""
     reasons = [r for r in job.comm.allgather(stop.reason) if r]
+    if TAKEN_OVER in reasons:
+        return MpidpError.on_every_rank(
+            f"{TAKEN_OVER} {job.run_dir}: this one stops at step {job.position.step} and writes nothing more"
+        )
+    save(job, wait=True)
     return Stopped.on_every_rank(
         f"stopped on request ({', '.join(sorted(set(reasons)))}) at step {job.position.step}, checkpoint written; the same "
         "command goes on from here"

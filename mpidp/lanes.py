@@ -42,7 +42,9 @@ class Lanes:
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """The lanes that a rank computes: contiguous, as even as L allows."""
+        """The lanes that a rank computes: contiguous, as even as L allows; of a rank beyond world_size, none."""
+        if rank >= world_size:
+            return range(self.num_lanes, self.num_lanes)
         return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
 
     def sequences(self, v: int) -> range:

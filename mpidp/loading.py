@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp import resolve
-from mpidp.checkpoint import Reader, check_file, newest_valid
+from mpidp.checkpoint import Reader, check_file, newest_valid, readable
 from mpidp.comm.mesh import Mesh, together
 from mpidp.errors import CheckpointError
 from mpidp.model.transformer import MODELS, TransformerShape
@@ -32,7 +32,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
         if not path.is_dir():
             raise CheckpointError(f"{path}: there is no such run")
     if (path / "manifest.json").exists():
-        with together(comm):
+        with together(comm), readable(path):
             reader = Reader(path)
             for record in reader.meta["files"][comm.rank :: comm.size]:
                 check_file(path, record)
@@ -47,13 +47,13 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def load_model(reader: Reader, mesh: Mesh, device: str, threads: int, comm: MPI.Intracomm) -> Loaded:
-    """The checkpoint's model, ready to run. Independent."""
-    torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
+    """The checkpoint's model, ready to run. CheckpointError. Independent."""
     where = resolve.resolve_device(device, mesh)
-    shape = TransformerShape(**reader.meta["shape"])
-    model = MODELS[reader.meta["config"]["model.kind"]](shape).to(where)
-    with torch.no_grad():
+    with readable(reader.path), torch.no_grad():
+        torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
+        shape = TransformerShape(**reader.meta["shape"])
+        model = MODELS[reader.meta["config"]["model.kind"]](shape).to(where)
         for name, p in model.named_parameters():
-            p.copy_(reader[f"model/{name}"])
-    dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
+            p.copy_(reader[f"model/{name}"].view(p.shape))
+        dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     return Loaded(model.eval(), where, dtype)

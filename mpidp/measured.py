@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpidp.config import read_toml
+from mpidp.arguments import read_toml
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 from mpidp.noise import Noise

@@ -8,8 +8,8 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,26 +37,71 @@ class Clock:
         return taken
 
 
+TAIL_BYTES = 1 << 16  # of a file in which the last lines of a rank that died are looked for
+
+
 class MetricsFile:
     """RUN/metrics.jsonl: one JSON object a line, flushed at once, floats in full precision. Rank 0 alone has one."""
 
-    def __init__(self, path: Path, step: int, next_batch: int) -> None:
-        """Lines of later steps and batches, which a resumed run will do again, and a half line are dropped."""
-        if path.exists():
+    def __init__(self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Lines of later steps and batches, which a resumed run will do again, and a half line are dropped. latest: this goes on
+        in the place of one that may have lacked the time to write these, and did not write beyond."""
+        self._path = path
+        if latest is not None:
+            self._mend(latest)
+        elif path.exists():
             kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, step, next_batch)]
             write_file(path, b"".join(line + b"\n" for line in kept))
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._late = b""  # what the disk had no room for
+        self._said = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Numbers that are not finite become null, which every JSON reader takes."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        self._late += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        try:
+            while self._late:
+                self._late = self._late[self._file.write(self._late) :]
+        except OSError as error:  # a full disk does not stop the training
+            if not self._said:
+                print(f"warning: {self._path}: {error}. Its lines wait until there is room", file=sys.stderr, flush=True)
+            self._said = True
+
+    def _mend(self, latest: Sequence[Mapping[str, Any]]) -> None:
+        """Take the end of the run and a half line away again, and put in what is missing of the latest lines."""
+        with open(self._path, "rb+") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines(keepends=True)
+            while lines and (not lines[-1].endswith(b"\n") or b'"event": "end"' in lines[-1]):
+                lines.pop()
+            file.truncate(start + sum(map(len, lines)))
+        known = {_kind(json.loads(line)) for line in lines[bool(start) :]}
+        self._file, self._late, self._said = open(self._path, "ab", buffering=0), b"", False  # noqa: SIM115
+        for line in latest:
+            if _kind(line) not in known:
+                self.write(line)
+        self._file.close()
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """What found no room by now is lost."""
+        with suppress(OSError):
+            self._file.write(self._late)
+            os.fsync(self._file.fileno())
         self._file.close()
+
+
+def past(path: Path) -> tuple[int, float]:
+    """(starts and recoveries after the first start, seconds of training) of which a run's file tells. Independent."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
+    return failures, sum(line.get("step_seconds", 0.0) for line in lines)
+
+
+def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What there is one line of."""
+    return line["step"], line.get("event"), line.get("batch"), "val_loss" in line
 
 
 def _belongs(line: bytes, step: int, next_batch: int) -> bool:

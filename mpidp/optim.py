@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpidp.comm.buckets import FlatLayout, slice_bounds, squares_of_blocks
+from mpidp.comm.buckets import ALIGN, FlatLayout, slice_bounds, squares_of_blocks
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Optimizer:
 
     def __init__(
         self, name: str, layout: FlatLayout, parameters: Tensor, gradients: Tensor, weight_decay: float, beta1: float,
-        beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1),
+        beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), multiple: int = ALIGN,
     ) -> None:
         """Matrices decay, gains do not. name: adamw, adam, sgd (momentum beta1), or muon: torch's Muon on the hidden
         matrices with its update scaled to AdamW's size, so that one learning rate serves both, and AdamW on the rest.
-        parameters, gradients: (num_elements,); share: (index, of how many)."""
+        parameters, gradients: (num_elements,); share: (index, of how many), cut at multiples of `multiple` elements."""
         if name not in (*MOMENTS, "muon"):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -71,7 +71,7 @@ class Optimizer:
         self.updates = 0
         self._steps: list[Tensor] = []  # torch keeps one a piece
         self._matrices = _hidden_matrices(layout) if name == "muon" else {}
-        bounds = slice_bounds(layout.num_elements, share[1])
+        bounds = slice_bounds(layout.num_elements, share[1], multiple)
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
         for offset, what, p in layout.placed():
             low, high = max(offset, bounds[share[0]]), min(offset + p.numel(), bounds[share[0] + 1])
@@ -117,6 +117,12 @@ class Optimizer:
             part.step()
         self.updates += 1
 
+    def go_on_after(self, updates: int) -> None:
+        """So many updates were made."""
+        self.updates = updates
+        for step in self._steps:
+            step.fill_(updates)
+
     def moments(self) -> dict[str, Tensor]:
         """The flat state (num_elements,), by name."""
         return {f"/moment_{i}": flat for i, flat in enumerate(self._moments, 1)}
@@ -139,9 +145,7 @@ class Optimizer:
         views = {f"{what}/{key}": view for what, key, view in self._views()}
         for entry, value in state.items():
             if entry.endswith("/step") and entry.removesuffix("step") + "exp_avg" in views:
-                self.updates = int(value)
-                for step in self._steps:
-                    step.copy_(value)
+                self.go_on_after(int(value))
             elif entry not in views:
                 raise ValueError(f"optimizer state {entry!r} of no parameter of this model")
             else:

@@ -1,4 +1,5 @@
 """`python -m mpidp.plan RUN [RUN ...] [--ranks 1,2,4] [--loss X] [--json]`: how many ranks a run is worth, predicted from it.
+`[mpirun -np N] python -m mpidp.plan methods CONFIG.toml`: which method pays on this cluster (--help after `methods` says more).
 
 The first RUN says what is learned from a batch (its gradient noise scale, measured with --train.noise_every=10); it and runs of
 the same model on other numbers of ranks say what a step costs. docs/plan.md: how to read the table.
@@ -7,23 +8,34 @@ the same model on other numbers of ranks say what a step costs. docs/plan.md: ho
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mpidp import measured, predict
-from mpidp.entry import Parser, launcher_rank, run_entry
+from mpidp.arguments import from_args
+from mpidp.entry import Parser, begin, launcher_rank, run_entry
 from mpidp.errors import UsageError
 from mpidp.noise import interval, mean
-from mpidp.plan_table import table
+from mpidp.plan_table import methods_table, plot, table
 
 SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that seconds depend on
 
 
+METHODS_USAGE = """does another method pay here? For this model on this cluster: what each would send and take, and with
+--run what it learns in the same time. CONFIG.toml and --section.key=value as for mpidp.train. docs/plan.md: how to read it."""
+
+
 def main() -> None:
-    """Command line -> table."""
+    """Command line -> table. Collective over COMM_WORLD with `methods`, else independent."""
+    if sys.argv[1:2] == ["methods"]:
+        which_method(sys.argv[2:])
+        return
     parser = Parser(prog="python -m mpidp.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the one to plan")
     parser.add_argument("--ranks", help="columns of the table, as 1,2,4; default: powers of two and those measured")
@@ -36,6 +48,46 @@ def main() -> None:
     found = plan(options.runs, [int(word) for word in words], options.loss)
     if launcher_rank() == 0:
         print(json.dumps(found, allow_nan=False) if options.json else table(found))
+
+
+def which_method(words: Sequence[str]) -> None:
+    """The command line after `methods` -> table. Collective over COMM_WORLD."""
+    parser = Parser(prog="python -m mpidp.plan methods", usage="%(prog)s [CONFIG.toml] [--section.key=value ...] [options]",
+                    description=METHODS_USAGE, allow_abbrev=False)
+    parser.add_argument("--cluster", default="", metavar="FILE", help="what mpidp.doctor wrote; default: in run.dir, then here")
+    parser.add_argument("--link", default="", metavar="MBIT,MS", help="instead: bandwidth of a node, delay one way")
+    parser.add_argument("--ranks", type=int, help="default: those of this launch, else those of cluster.json")
+    parser.add_argument("--step-seconds", type=float, metavar="S",
+                        help="that a rank computes a step, the ranks sharing its lanes; default: measured on the spot")
+    parser.add_argument("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
+                        help="really train by each method on the ranks of this launch (default: %(const)g s each)")
+    parser.add_argument("--methods", default="", metavar="A,B", help="these alone, and synchronous; default: all")
+    parser.add_argument("--plot", default="", metavar="FILE.png", help="with --run: loss against time and bytes (matplotlib)")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+
+    def read() -> tuple[argparse.Namespace, Any]:
+        options, settings = parser.parse_known_args(words)
+        for name, value in (("ranks", options.ranks), ("step-seconds", options.step_seconds), ("run", options.run)):
+            if value is not None and not 0 < value < math.inf:
+                parser.error(f"--{name}={value:g} must be more than 0")
+        if options.plot and not options.run:
+            parser.error("--plot draws what was learned: it needs --run")
+        if options.plot and importlib.util.find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib, which is not here: pip install matplotlib, or take --json")
+        return options, from_args(settings)
+
+    (options, config), world = begin(read)
+    from mpidp.trials import Options, answer
+
+    asked = Options(
+        options.ranks or 0, options.cluster, options.link, options.step_seconds or 0.0, options.run or 0.0,
+        tuple(filter(None, options.methods.split(","))),
+    )
+    found = answer(config, asked, world)
+    if world.rank == 0:
+        print(json.dumps(found, allow_nan=False) if options.json else methods_table(found), flush=True)
+        if options.plot:
+            plot(found, options.plot)
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:

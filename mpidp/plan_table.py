@@ -1,4 +1,4 @@
-"""What `python -m mpidp.plan` prints for people: a table, what it means, and what it rests on. Pure."""
+"""What `python -m mpidp.plan` prints for people: a table, what it means, and what it rests on. Pure, but for the picture."""
 
 from __future__ import annotations
 
@@ -82,3 +82,60 @@ def _assumed(found: dict[str, Any]) -> list[str]:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' * (number != 1)}"
+
+
+def size(number: float) -> str:
+    """Bytes as people read them. Pure."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= one:
+            return f"{number / one:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def methods_table(found: dict[str, Any]) -> str:
+    """Which method pays, in words and columns. Pure."""
+    tried, rows, nodes = found["tried_seconds"], found["rows"], found["nodes"]
+    link = f"{1e3 * found['latency_seconds']:.3g} ms, {8e-6 * found['bandwidth_bytes_per_second']:,.4g} Mbit/s"
+    how = "given" if found["compute_given"] else "measured"
+    lines = [
+        f"{_ranks(found['ranks'])} on {nodes} node{'s' * (nodes != 1)}; the slowest link: {link} ({found['link_from']}); "
+        f"computing: {found['compute_seconds']:.3g} s a step ({how})",
+        f"Measured, {tried:g} s each:" if tried else "Predictions, not measurements:",
+        "",
+        f"{'method':<14} {'sent a step':>12} {'s/step':>10} {'speed':>7}"
+        + (f" {'foretold':>10} {'took':>8} {found['loss_name']:>10}" if tried else "") + "  settings",
+    ]
+    foretold = {row["method"]: row for row in found["foretold"]}
+    for row in rows:
+        if row["refused"]:
+            lines.append(f"{row['method']:<14} refused: {row['refused']}")
+            continue
+        speed = "-" if row["speed"] is None else f"{row['speed']:.2f}"
+        line = f"{row['method']:<14} {size(row['sent_bytes']):>12} {row['step_seconds']:>10.3g} {speed:>7}"
+        if tried:
+            took = duration(found["took_seconds"][row["method"]])
+            line += f" {foretold[row['method']]['step_seconds']:>10.3g} {took:>8} {row['loss']:>10.4f}"
+        lines.append(f"{line}  {' '.join(row['settings']) or '(as it is)'}")
+    lines += ["", found["why"]]
+    if chosen := next((row["settings"] for row in rows if row["method"] == found["recommended"]), None):
+        lines.append(f"To have it: {' '.join(chosen)}")
+    if not tried:
+        lines.append("Sent: by rank 0. Making and reading codes is not counted. docs/plan.md: what is left out.")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], file: str) -> None:
+    """train_loss of each method that was tried, against time and against bytes. Independent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for name, curve in found["curves"].items():
+        for axis, at, unit in ((axes[0], 0, 1.0), (axes[1], 1, 1e6)):
+            axis.plot([point[at] / unit for point in curve], [point[2] for point in curve], label=name)
+    axes[0].set(xlabel="seconds of steps", ylabel="train_loss")
+    axes[1].set(xlabel="MB sent by rank 0", xscale="symlog")
+    axes[0].legend()
+    figure.savefig(file)

@@ -14,8 +14,9 @@ import torch
 from mpi4py import MPI
 
 import mpidp
+from mpidp import methods
 from mpidp.comm.mesh import Mesh
-from mpidp.config import Config
+from mpidp.config import Config, fields_of
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 from mpidp.model.transformer import TransformerShape, default_hidden_dim
@@ -57,8 +58,27 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
 
 
 def resolve_reducer(config: Config) -> str:
-    """auto depends on the config alone, never on ranks, memory or host: the tree for synchronous. Pure."""
-    return "tree" if config.comm.reducer == "auto" else config.comm.reducer
+    """auto depends on the config alone, never on ranks, memory or host: the tree for synchronous without compression. Pure."""
+    if config.comm.reducer != "auto":
+        return config.comm.reducer
+    plain = kind_of(config) == "synchronous" and config.comm.compress == "none"
+    return "tree" if plain else "allreduce"
+
+
+def kind_of(config: Config) -> str:
+    """The method that section strategy asks for. Pure."""
+    return methods.kind(config.strategy.name, config.strategy.quorum)
+
+
+def workers(config: Config, size: int) -> int:
+    """How many of so many ranks compute gradients: all but those that serve. UsageError when none is left. Pure."""
+    serving = (config.strategy.servers or 1) if config.strategy.name == "server" else 0
+    if serving >= size:
+        raise UsageError(
+            f"strategy.servers={serving} of {size} rank{'s' * (size > 1)}: no rank is left to compute gradients; start more "
+            "ranks than servers"
+        )
+    return size - serving
 
 
 def model_shape(config: Config, vocab_size: int) -> TransformerShape:
@@ -71,7 +91,7 @@ def model_shape(config: Config, vocab_size: int) -> TransformerShape:
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """The config with nothing left open: what is printed, saved and compared on resume. Pure."""
+    """The config with nothing left open: what is printed, saved and compared on resume. UsageError. Pure."""
     t, m = config.train, config.model
     steps = t.steps or 300
     if t.tokens:
@@ -79,14 +99,28 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
     elif t.epochs:
         steps = max(1, round(t.epochs * steps_per_epoch))
     warmup = config.optim.warmup_steps
+    settings = {key: value for key, _, value in fields_of(config)}
+    outer_lr, outer_momentum = methods.outer(settings)
+    try:
+        every, meet = methods.rhythm(settings, steps)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return config.with_values(
+        strategy=methods.own(
+            kind_of(config), sync_every=every, meet_every=meet, servers=config.strategy.servers or 1, outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+        ),
         model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)},
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+            "eval_every": -(-t.eval_every // meet) * meet,  # at a meeting
+            "save_every": -(-t.save_every // meet) * meet if t.save_every > 0 else t.save_every,
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
-        comm={"reducer": resolve_reducer(config)},
+        comm={"reducer": resolve_reducer(config), "ratio": methods.ratio(settings)}
+        # an overlap of its own: a thread that reduced during backward would sum what is not to be summed yet
+        | ({"overlap": "none"} if kind_of(config) != "synchronous" else {}),
     )
 
 
@@ -106,6 +140,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "compile": config.train.compile,
         "deterministic": config.train.deterministic,
         "reducer": config.comm.reducer,
+        "compress": config.comm.compress,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "blas": os.environ.get("MKL_CBWR", ""),

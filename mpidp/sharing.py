@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from mpidp.balance import BALANCES, Balance, Terms, even
 from mpidp.comm.buckets import ALIGN, NORM_BLOCK
-from mpidp.comm.group import Group, make_group
+from mpidp.comm.compressed import Compressed, method_of
+from mpidp.comm.group import Group, make_group, regroup
 from mpidp.comm.owners import REDUCERS, slots_needed
 from mpidp.comm.reducers import Reducer
 from mpidp.comm.tickets import Tickets
 from mpidp.comm.transport import Messages
 from mpidp.config import Config
+from mpidp.entry import tolerant
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 
@@ -43,11 +45,20 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
     return slots_needed(lanes, mine, most, kind != "steal", kept_apart), most
 
 
-def share_memory(plan: Plan, transport: Messages, num_parameters: int, looked_at: bool = False) -> Sharing:
+def held_buffers(config: Config) -> int:
+    """Buffers as large as a gradient that compression needs: what is held back, and what it was before. Pure."""
+    return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
+
+
+def share_memory(
+    plan: Plan, transport: Messages, num_parameters: int, looked_at: bool = False, before: tuple[Group, bool] | None = None
+) -> Sharing:
     """Groups, balance and reducer as the config asks; rank 0 says what came of it. looked_at: lanes are looked at one by one for
-    other reasons than the config says. UsageError when what was asked for cannot be
-    had. Collective over plan.world."""
+    other reasons than the config says. before: the group in whose memory those who are left of it go on, and whether there was
+    one copy in it. UsageError when what was asked for cannot be had. Collective over plan.world."""
     world, mesh, c, lanes = plan.world, plan.mesh, plan.config, plan.lanes
+    if c.comm.compress == "powersgd" and world.size == 1 and before is None:
+        raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or leave it out")
     tree = c.comm.reducer == "tree"
     kind = c.train.balance if world.size > 1 else "even"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
@@ -57,23 +68,34 @@ def share_memory(plan: Plan, transport: Messages, num_parameters: int, looked_at
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
     elements = -(-(num_parameters + ALIGN * 1000) // NORM_BLOCK) * NORM_BLOCK
     wanted = c.comm.transport if tree else "messages"
-    group, words = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
+    if before is not None:
+        group, words, by_node = regroup(mesh, before[0]), "as before", before[1]
+    else:
+        group, words = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
     windowed = len(group.members) < world.size  # for all alike, also for a rank that is alone on its node
-    if wanted == "window" and not windowed and world.size > 1:
+    if wanted == "window" and not windowed and world.size > 1 and before is None:
         raise UsageError.on_every_rank(f"comm.transport=window, but it can only be {words}; comm.transport=auto goes on so")
     tickets = None
     if kind == "steal":
-        if windowed or mesh.num_nodes == world.size:
+        if tolerant():
+            kind, words = "even", f"{words}; balance even: lanes are stolen through a window, which dies with any of its ranks"
+        elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
         else:
             kind, words = "even", f"{words}; balance even: lanes are stolen through a window"
     reducer: Reducer
     balance = BALANCES[kind](Terms(
         lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,
-        lambda: reducer.may_take(),
+        lambda: reducer.may_take(), c.strategy.servers,
     ))
-    reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots)
+    if c.comm.compress == "none":
+        reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots)
+    else:
+        method = method_of(c.comm.compress, c.comm.ratio, c.comm.ratio_warmup, c.comm.rank, c.train.seed)
+        reducer = Compressed(group, lanes, transport, balance, slots, method, c.train.seed, c.comm.momentum)
     one_copy = by_node and windowed
+    if transport.mode != "host":
+        words = f"{words}, {transport.mode}"
     if world.rank == 0:
         print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]

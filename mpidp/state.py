@@ -16,7 +16,8 @@ class Entry:
 
     replicated: every rank holds the same whole; who writes it does not matter.
     sharded: this rank holds [start, start + its length) along `dim` of a tensor of `shape`; None: it holds the whole, alone.
-    additive: the global value is the sum over ranks (residuals of error feedback); loading gives the sum to rank 0.
+    additive: the global value is the sum over ranks (residuals of error feedback); loading gives the sum to rank 0, or
+    to each its own part where as many ranks load as wrote.
     """
 
     tensor: Tensor

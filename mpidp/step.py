@@ -3,15 +3,15 @@ what they computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from mpi4py import MPI
 
 from mpidp.audit import Aside, Finding
 from mpidp.comm.buckets import squares_of_blocks
+from mpidp.comm.reducers import Look
 from mpidp.data.loader import Batch
 from mpidp.engine import Computed
 from mpidp.errors import MpidpError
@@ -32,16 +32,15 @@ def compute(job: Job, batch: Batch) -> Computed:
     if job.noise_every and step % job.noise_every == 0:
         looks.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
     if not job.audit.due(step):
-        job.strategy.watch([_spoil, *looks] if job.faults.wrong(step) else looks)
+        job.strategy.watch([*job.faults.spoils(step), *looks])
         return _run(job, batch, squares, job.balance.lanes(batch.batch))
     finding: Finding | None = None
     for attempt in range(ATTEMPTS):
         again, _ = job.audit.begin(step, job.balance.ranges)
-        wrong = job.faults.wrong(step, attempt)
-        job.strategy.watch([*([_spoil] if wrong else []), *looks, job.audit.look])
+        job.strategy.watch([*job.faults.spoils(step, attempt), *looks, job.audit.look])
         # Lanes do not change hands in this step: a rank that took one could be asked to check itself.
         done = _run(job, batch, squares, iter(job.balance.ranges[job.comm.rank]))
-        finding = _compute_again(job, batch, again, job.faults.wrong(step, attempt=1))
+        finding = _compute_again(job, batch, again, job.faults.spoils(step, attempt=1))
         if finding is None:
             return done
         say_finding(job, step, finding, "the step is done again")
@@ -63,18 +62,13 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
     return done
 
 
-def _compute_again(job: Job, batch: Batch, lane: int, wrong: bool) -> Finding | None:
-    """Another rank's lane, in a spare slot; wrong: on purpose, for tests. Collective over job.comm."""
+def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[Look]) -> Finding | None:
+    """Another rank's lane, in a spare slot; spoils: faults on purpose. Collective over job.comm."""
     aside = Aside(job.audit.buffer, -1)
     job.engine.run(accumulate(list(job.lanes.micro_batches(lane))), batch, aside)
-    if wrong:
-        _spoil(lane, aside.gradient)
+    for spoil in spoils:
+        spoil(lane, aside.gradient)
     return job.audit.compare(lane, aside.gradient)
-
-
-def _spoil(lane: int, gradient: torch.Tensor) -> None:
-    """A wrong gradient, for tests: a core that adds wrongly, at one place."""
-    gradient[0] += 1.0
 
 
 def say_finding(job: Job, step: int, finding: Finding, then: str) -> None:
@@ -86,18 +80,23 @@ def say_finding(job: Job, step: int, finding: Finding, then: str) -> None:
 
 @dataclass
 class Board:
-    """What all ranks tell each other of a step; the same on every rank."""
+    """What all ranks tell each other of the steps since they met last, mostly one; the same on every rank. Between meetings it
+    is what this rank alone knows of its step."""
 
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
     seconds: np.ndarray  # (P,) of computing
     counts: np.ndarray  # (P,) lanes computed
     lane_squares: np.ndarray  # (L,) squared norms of their gradients, where measured
+    saving: np.ndarray  # (4,) ranks that write a checkpoint, or try to; is one due by the clock? (saver.py)
     stop: bool
+    met: bool  # did they?
+    divisor: int  # target tokens of this step, of all ranks, or of this one where each makes a step of its own
+    steps: int  # that it tells of
 
     @property
     def tokens(self) -> int:
-        """Target tokens of the global batch."""
+        """Target tokens of the global batches."""
         return int(self.num_tokens.sum())
 
     @property
@@ -108,16 +107,29 @@ class Board:
 
 
 def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
-    """Put what this rank computed on everybody's board. Collective over job.comm."""
-    size, count = job.comm.size, job.lanes.num_micro_batches
-    lengths = [count, count, size, size, job.lanes.num_lanes, 1]
+    """Put what this rank computed on everybody's board; where the strategy lets ranks meet more seldom, it stays with this rank
+    until then. From here on the state may change: no rank copies it for a checkpoint any more. Collective over job.comm."""
+    job.saver.linger(job.position.step + 1)
+    job.saver.copied()
+    met, size, count = job.strategy.meets(job.position.step + 1), job.comm.size, job.lanes.num_micro_batches
+    lengths = [count, count, size, size, job.lanes.num_lanes, 4, 1, 1]
     flat = np.zeros(sum(lengths))
-    losses, num_tokens, spent, counts, squares, stops = np.split(flat, np.cumsum(lengths)[:-1])
+    losses, num_tokens, spent, counts, squares, saving, stops, steps = np.split(flat, np.cumsum(lengths)[:-1])
     losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
-    spent[job.comm.rank], counts[job.comm.rank], stops[0] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches))), stop
+    spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
+    steps[0] = job.comm.rank == 0
+    if not met:
+        job.untold = flat.copy() if job.untold is None else job.untold + flat
+        spent[:] = seconds  # of the others it knows nothing
+        return Board(losses, num_tokens, spent, counts, squares, saving, False, False, sum(done.num_tokens), 1)
+    if job.untold is not None:
+        flat += job.untold
+        job.untold = None
+    saving[:], stops[0] = job.saver.flags(), stop
     job.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
-    return Board(losses, num_tokens, spent, counts, squares, bool(stops[0]))
+    divisor = int(num_tokens.sum()) if job.strategy.meets_always else sum(done.num_tokens)
+    return Board(losses, num_tokens, spent, counts, squares, saving, bool(stops[0]), True, divisor, int(steps[0]))
 
 
 def noise_of(job: Job, board: Board, grad_norm: float) -> Noise | None:

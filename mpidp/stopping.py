@@ -1,21 +1,33 @@
-"""Being asked to stop: a signal or a file sets a flag; the ranks agree on it in the step. No MPI call in a handler."""
+"""Being asked to stop: a signal, a file or the job's time limit sets a flag; the ranks agree on it in the step. No MPI call in a
+handler."""
 
 from __future__ import annotations
 
+import math
+import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
+TAKEN_OVER = "another copy of this job has taken over"
+
 
 class StopRequest:
-    """Set by SIGUSR1 (the one signal that both mpiruns hand on), SIGTERM, SIGINT, or a file STOP in run.dir. Independent."""
+    """Set by SIGUSR1 (the one signal that both mpiruns hand on), SIGTERM, SIGINT, a file STOP in run.dir, the clock, or the loss
+    of the run's lock. Independent."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, stop_file: Path | None) -> None:
-        """stop_file: looked for by wanted(); None on ranks that need not look."""
+    def __init__(self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False) -> None:
+        """stop_file: looked for by wanted(); None on ranks that need not look. stop_at: seconds since 1970. lost: is the run
+        another's now?"""
         self.reason = ""
-        self._stop_file = stop_file
+        self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -23,13 +35,40 @@ class StopRequest:
 
     def wanted(self) -> bool:
         """Has this rank been asked to stop?"""
-        if not self.reason and self._stop_file is not None and self._stop_file.exists():
+        if self._lost():
+            self.reason = TAKEN_OVER
+        elif not self.reason and self._stop_file is not None and self._stop_file.exists():
             self.reason = f"file {self._stop_file}"
+        elif not self.reason and time.time() >= self._stop_at:
+            self.reason = "the job's time limit"
         return bool(self.reason)
 
     def close(self) -> None:
         """Give the signals back, and take the file away: it was obeyed."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._stop_file is not None and self.reason:
+        if self._stop_file is not None and self.reason not in ("", TAKEN_OVER):
             self._stop_file.unlink(missing_ok=True)
+
+
+def stop_time(end: float | None, now: float, early_seconds: float) -> float:
+    """When to stop for a job that ends then: so much earlier, but at most a tenth of what is left. Never for a job without an
+    end, or one that is past: it belongs to another job. Pure."""
+    if end is None or end <= now or not early_seconds:
+        return math.inf
+    return end - min(early_seconds, (end - now) / 10)
+
+
+def job_end(environment: Mapping[str, str] = os.environ, timeout_seconds: float = 5.0) -> float | None:
+    """When Slurm will end this job, in seconds since 1970: newer versions say it in the environment, others when asked. None
+    where nobody knows. Independent."""
+    job = environment.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    with suppress(ValueError):
+        return float(environment.get("SLURM_JOB_END_TIME", ""))
+    with suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):  # "N/A" is no time either
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, check=True,
+                               timeout=timeout_seconds, stdin=subprocess.DEVNULL, env=dict(environment))
+        return datetime.fromisoformat(asked.stdout.split()[0]).timestamp()
+    return None

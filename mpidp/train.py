@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp import config as configuration
+from mpidp import arguments
 from mpidp.config import Config
-from mpidp.entry import begin, launcher_rank, run_entry
+from mpidp.entry import begin, launcher_rank, newcomer, run_entry
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from mpidp.build import Plan
+    from mpidp.recover import Crew
 
 USAGE = """usage: [mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]
 
 Trains a Transformer language model from HDF5 token shards with data parallelism over MPI. The weights that come out do not
 depend on N. With no arguments it prepares shards of Python's own standard library and trains a small model on them."""
 
-MOST_RETURNS = 3  # to the last checkpoint, in one command: a machine that fails more often is to be mended
 DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:1024", "shards": 4, "val_fraction": 0.05, "seed": 0}
 
 
@@ -27,54 +28,63 @@ def main() -> None:
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
         if launcher_rank() == 0:
-            print(configuration.help_text(USAGE))
+            print(arguments.help_text(USAGE))
+        return
+    if newcomer():
+        from mpidp.comm.respawn import join
+
+        world, crew = join()
+        run(crew.config, world, crew=crew)
         return
     dry = "--dry-run" in words
-    config, world = begin(lambda: configuration.from_args([word for word in words if word != "--dry-run"]))
+    config, world = begin(lambda: arguments.from_args([word for word in words if word != "--dry-run"]))
     run(config, world, dry)
 
 
-def run(config: Config, world: MPI.Intracomm, dry: bool = False) -> dict[str, Any] | None:
-    """Build, restore, fit: one path for a new run and a resumed one. Returns the end record. Collective over world."""
-    from mpidp import build, fit
-    from mpidp.comm.mesh import make_mesh, together
+def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
+    """Plan, then attempts until one reaches the end: one path for a new run, a resumed one, and one that goes on after ranks
+    died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
+    from mpidp.comm.faults import Lost
+    from mpidp.course import Course
     from mpidp.errors import Damaged
-    from mpidp.inject import Faults, asked_for
-    from mpidp.rundir import RunLock, find_checkpoint
+
+    plan = _plan(config, world, dry) if crew is None else None  # newcomers make one with the others
+    if dry:
+        return None
+    course = Course(config, plan, world if plan is None else plan.world, crew)
+    error: BaseException | None = None
+    try:
+        while True:
+            try:
+                if (end := course.attempt()) is not None:
+                    return end
+            except Damaged as damage:
+                course.go_back(damage)
+            except Lost as failure:
+                course.leave_the_dead(failure)
+    except BaseException as failed:
+        error = failed
+        raise
+    finally:
+        course.close(error)
+
+
+def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
+    """What is to be run, checked, said, and with data to run on. Collective over world."""
+    from mpidp import build
+    from mpidp.comm.mesh import make_mesh, together
+    from mpidp.comm.respawn import LAUNCH, why_not
+    from mpidp.errors import UsageError
 
     mesh = make_mesh(world)
+    with together(world):
+        if config.faults.respawn and world.rank == 0 and (reason := why_not(mesh.num_machines)):
+            raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
     if not dry:
         build.prepare_default_corpus(config, world, DEFAULT_CORPUS)
     plan = build.plan(config, mesh)
     plan.say_what_runs()
-    if dry:
-        return None
-    run_dir = Path(config.run.dir)
-    lock: RunLock | None = None
-    with together(world):
-        lock = RunLock(run_dir) if world.rank == 0 else None
-    faults = asked_for()
-    events: list[dict[str, Any]] = []  # of replicas that were found to differ: the run goes back to its last checkpoint
-    try:
-        while True:
-            reader, notes = find_checkpoint(run_dir, "auto" if events else config.run.resume, world)
-            plan = plan.adopt(reader, notes)
-            if reader is not None and (end := plan.has_ended(reader)) is not None:
-                plan.say_ended(end)
-                return end
-            job = build.build(plan, faults)
-            if reader is not None:
-                fit.restore(job, reader)
-            try:
-                return fit.run_to_end(job, resumed=reader is not None, events=events)
-            except Damaged as damage:
-                if len(events) == MOST_RETURNS:
-                    raise
-                events.append({"event": "went_back", "why": str(damage)})
-                faults = Faults()  # those on purpose happen once
-    finally:
-        if lock is not None:
-            lock.release()
+    return plan
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
@@ -20,13 +21,36 @@ HARNESS = WORLD.Dup()  # the tests' own collectives never meet these
 PATIENCE_SECONDS = 30.0  # a rank that failed waits this long for the others before it ends the job
 
 
+LONG = os.environ.get("MPIDP_LONG", "") == "1"
+SAMPLED = (  # tables with many rows of like kind, or one for each MPI
+    "tests/methods/", "tests/mpi/test_nccl.py",
+    *(f"tests/faults/test_{name}.py" for name in (
+        "c10d", "crashes", "disks", "doctor", "hangs", "recovery", "respawn", "stopping", "table", "usage",
+    )),
+)
+EVERY = 3
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """pytest-mpi ignores what it does not know: @pytest.mark.mpi(min_sizes=2) would run at one rank."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """pytest-mpi ignores what it does not know: @pytest.mark.mpi(min_sizes=2) would run at one rank. And of the long tables
+    every third row is run, of short ones at least one, unless MPIDP_LONG=1 (`make long`)."""
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.args or set(mark.kwargs) - {"min_size"}:
                 raise pytest.UsageError(f"{item.nodeid}: mpi marker with {mark.args} {mark.kwargs}: it takes min_size= alone")
+    if LONG or len(items) == 1:
+        return
+    tables: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.nodeid.startswith(SAMPLED):
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {
+        item for test, rows in tables.items() for i, item in enumerate(rows) if (i + sum(map(ord, test))) % min(EVERY, len(rows))
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

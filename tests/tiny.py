@@ -35,11 +35,12 @@ from mpidp.errors import MpidpError
 from mpidp.fit import close
 from mpidp.job import Job
 from mpidp.schedule import accumulate
+from tests.saves import no_thread_is_left
 
 WORLD = MPI.COMM_WORLD
 SEQ_LEN = 16
-MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank")  # and all *_seconds: what may differ between equal runs
-OF_RANKS = ("start", "balance")  # events that tell of ranks, not of what was learned
+MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds")  # and *_seconds: may differ between equal runs
+OF_RANKS = ("start", "balance", "saved", "save_skipped", "save_failed")  # of ranks and disks, not of what was learned
 SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
 
 
@@ -135,6 +136,8 @@ def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
     said = WORLD.allgather((None if mine is None else _portable(mine), found))
     errors = [error for error, _ in said if error is not None]
     if errors:
+        no_thread_is_left()  # as none is once a process has died; what was begun is on the disk now
+        polite_barrier(WORLD)
         raise errors[0] from mine
     while OPEN:
         close(OPEN.pop())

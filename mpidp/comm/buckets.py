@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 ALIGN = 64  # elements: every parameter and every slice begins at a multiple, so kernels see the same alignment everywhere
 NORM_BLOCK = 1 << 16  # elements: the gradient norm is a sum over blocks of this size, in order
@@ -56,7 +57,8 @@ class FlatLayout:
         """Make the parameters views of flat, keeping their values."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
-                view.copy_(p)
+                if view.data_ptr() != p.data_ptr():  # else they are: this goes on in the memory of one before
+                    view.copy_(p)
                 p.data = view
 
     def cut(self, bucket_bytes: int) -> list[Bucket]:
@@ -95,6 +97,7 @@ class GradientBuffer:
         self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
         self.buckets = self.layout.cut(bucket_bytes)
         self._pointing_at: int | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def point(self, slot: int) -> None:
         """Make every .grad a view of this slot; backward then adds into it."""
@@ -117,7 +120,12 @@ class GradientBuffer:
 
             for name, p in self.layout.parameters:
                 if name in waiting:
-                    p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name))
+                    self._hooks.append(p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name)))
+
+    def forget(self) -> None:
+        """Backward has no more to do with it."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def slice_bounds(length: int, size: int, multiple: int = ALIGN) -> list[int]:

@@ -7,10 +7,11 @@ and backward by the same cores. Between nodes it depends on the network, the MPI
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -90,9 +91,10 @@ def use(reducer: Reducer, way: str) -> None:
         reducer.worker.close()
         reducer.worker = None
     wait = WAYS[way]
+    reducer.way = way
     reducer.wait = reducer.group.wait if wait is None else wait
     if wait is not None:
-        reducer.worker = Worker(reducer.buffer.buckets, reducer.reduce)
+        reducer.worker = Worker(reducer.buffer.buckets, reducer.turn)
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, settled: bool) -> str:
@@ -101,16 +103,22 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, settled: bool) ->
     if wanted != "auto":
         use(reducer, wanted)
         return wanted
-    if len(reducer.group.members) == 1 or not settled or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+    alone, in_thread = len(reducer.group.members) == 1, reducer.transport.in_thread
+    if alone or not in_thread or not settled or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         return "none"
-    seconds = measure(reducer, comm)
+    # Between nodes `poll` was seen to hang where ranks bound to one core share it, cause unknown: not offered there.
+    cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
+    # Nor where it would mean another call of MPI, with other bits, than the other ways: a measurement may not choose those.
+    poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
+    seconds = measure(reducer, comm, {way: wait for way, wait in WAYS.items() if way != "poll" or poll})
+    reducer.transport.take()  # what was sent to measure is no step's
     best = min(seconds, key=seconds.__getitem__)
     use(reducer, best)
     compared = ", ".join(f"{way} {one / seconds['none']:.2f}" for way, one in seconds.items())
     return f"{best} (measured, time of computing and reducing: {compared})"
 
 
-def measure(reducer: Reducer, comm: MPI.Intracomm) -> dict[str, float]:
+def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | None] = WAYS) -> dict[str, float]:
     """Seconds, by way, of the slowest rank, for computing that takes as long as reducing does and ends bucket by bucket. The
     gradients are lost. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
@@ -145,10 +153,11 @@ def measure(reducer: Reducer, comm: MPI.Intracomm) -> dict[str, float]:
 
     slowest(reduce_all)  # connections are made, memory is touched
     each = min(slowest(reduce_all) for _ in range(2)) / len(buckets)
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(PROBE_ROUNDS):
-        for way, wait in WAYS.items():
+        for way, wait in ways.items():
             reducer.wait = reducer.group.wait if wait is None else wait
             found[way].append(slowest(partial(plain if wait is None else overlapped, each)))
     reducer.wait = reducer.group.wait
+    reducer.load_state_dict({})  # nothing was summed yet
     return {way: statistics.median(times) for way, times in found.items()}

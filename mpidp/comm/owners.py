@@ -17,7 +17,6 @@ from mpi4py import MPI
 
 from mpidp.comm import tree
 from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, slice_bounds
-from mpidp.comm.buffers import bufv
 from mpidp.comm.group import Group
 from mpidp.comm.reducers import Allreduce, Look, Naive, Reducer, Root, Shares
 from mpidp.comm.transport import Messages, pieces
@@ -183,10 +182,8 @@ class Tree(Reducer):
             takes = [length if j < plan.num_nodes[g] and g != comm.rank else 0 for g in range(comm.size)]
             received.append(wire.scratch(("take", j), comm.size * length).view(comm.size, length))
             source = mine[j] if j < len(mine) else mine[0]
-            wait(comm.Ialltoallv(
-                bufv(source, sends, bounds[:-1]), bufv(received[j], takes, [g * length for g in range(comm.size)])
-            ))
-            wire.sent_bytes += 4 * sum(sends)
+            places = [g * length for g in range(comm.size)]
+            wire.alltoallv(comm, wait, (source, sends, bounds[:-1]), (received[j], takes, places))
 
         def part(place: tuple[int, int]) -> torch.Tensor:
             g, j = place
@@ -199,8 +196,7 @@ class Tree(Reducer):
         if part(plan.sum_at).data_ptr() != total[low:high].data_ptr():
             total[low:high] = part(plan.sum_at)
         wire.ready()
-        wait(comm.Iallgatherv(MPI.IN_PLACE, bufv(total, lengths, bounds[:-1])))
-        wire.sent_bytes += 4 * length * (comm.size - 1)
+        wire.allgatherv(comm, wait, (total, lengths, bounds[:-1]))
         wire.store(total, self.buffer.total[start:stop])
 
 

@@ -40,8 +40,8 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """host for CPU tensors; for CUDA, staged through pinned memory or device pointers: as wanted, or by the probe, which must
-    succeed on every rank. Collective over comm."""
+    """host for CPU tensors; for CUDA as wanted: staged through pinned memory, device pointers, or nccl without MPI; auto: one of
+    the first two, by the probe, which must succeed on every rank. Collective over comm."""
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

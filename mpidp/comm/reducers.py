@@ -3,9 +3,11 @@
 | name | sum | bits depend on | use |
 |---|---|---|---|
 | tree | owners of slices add lanes along a fixed binary tree (owners.py) | the lanes alone | the default |
-| allreduce | MPI_Allreduce, in pieces | ranks, MPI library | least bytes when lanes are uneven over ranks |
-| naive | one blocking MPI_Allreduce a parameter | ranks, MPI library | the oracle of allreduce |
+| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | least bytes when lanes are uneven |
+| naive | one MPI_Allreduce a parameter | the same | the oracle of allreduce |
 | root | gathered, added and applied by rank 0, sent back | ranks | the oldest form; an oracle |
+
+and those of comm.compress, which send less (compressed.py).
 
 After `finish`, `buffer.total` holds the sum over all lanes of the global batch: on every rank, except under `root`, where rank
 0 alone holds it, updates, and `publish`es.
@@ -14,7 +16,7 @@ After `finish`, `buffer.total` holds the sum over all lanes of the global batch:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +26,9 @@ from mpidp.comm.buckets import NORM_BLOCK, Bucket, GradientBuffer, squares_of_bl
 from mpidp.comm.buffers import buf, datatype, memory
 from mpidp.comm.group import Group
 from mpidp.comm.transport import Messages, pieces
+from mpidp.comm.waiting import spin
 from mpidp.lanes import Lanes
+from mpidp.state import Entry
 
 
 class Shares(Protocol):
@@ -57,12 +61,15 @@ class Reducer:
     """A member of the family; this base keeps one gradient buffer into which all micro-batches of the rank accumulate."""
 
     everyone_updates = True  # else rank 0 alone
+    own_order = True  # in which it adds, else MPI's, which is not the same in blocking calls and others (Open MPI)
 
     def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1) -> None:
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.comm = group.rail
         self.wait = group.wait  # inside a reduction
         self.worker: Works | None = None  # reduces while backward goes on (overlap.py)
+        self.way = "none"  # in which it does
+        self.tell: Callable[[int], None] = lambda bucket: None  # which is about to be reduced
         self.holds_sum = True  # does this rank hold the sum after finish()?
         self.buffer: GradientBuffer
         self._fresh = True
@@ -112,9 +119,14 @@ class Reducer:
                 self.worker.wait()
             else:
                 for bucket in self.buffer.buckets:
-                    self.reduce(bucket)
+                    self.turn(bucket)
         self._fresh = True
         self.buffer.point(0)
+
+    def turn(self, bucket: Bucket) -> None:
+        """Say which, and reduce it. Collective over all ranks."""
+        self.tell(bucket.index)
+        self.reduce(bucket)
 
     def reduce(self, bucket: Bucket) -> None:
         """Sum one bucket. Collective over all ranks."""
@@ -143,28 +155,58 @@ class Reducer:
         with self.transport.timed():
             self.group.fence()
 
+    def settle(self, applied: bool) -> None:
+        """The sums since this was last called went into an update, or are as if they had not been. The same on all ranks.
+        Independent."""
 
-class Allreduce(Reducer):
-    """MPI's own sum, in pieces."""
+    def state_dict(self) -> dict[str, Entry]:
+        """What it goes on with besides the gradients of a step: copies. Independent."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on with that; from the beginning without. Independent."""
+        if "residual" in state and self.comm.rank == 0:
+            print("comm.compress was turned off: what had been held back of gradients is dropped", flush=True)
+
+    def go_on_from(self, before: Reducer | None) -> None:
+        """Where another one of the same kind stood, of whose ranks these are left; None: this rank is new, and not rank 0.
+        Collective over all ranks."""
+
+
+class Sums(Reducer):
+    """A reducer of one buffer a rank that can as well sum any other flat tensor of the same layout: what strategies that average
+    at another rhythm need. Whoever sums every bucket once says afterwards what became of it: settle()."""
 
     def reduce(self, bucket: Bucket) -> None:
+        self.sum(self.buffer.flat[0], bucket)
+
+    def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
+        """Sum over the ranks, in place, what flat (num_elements,) holds of this bucket. Collective over all ranks."""
+        raise NotImplementedError
+
+
+class Allreduce(Sums):
+    """The sum of MPI or of NCCL, in pieces."""
+
+    own_order = False
+
+    def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         if self.comm.size > 1:
             for start, stop in pieces(bucket.start, bucket.stop):
-                self._sum(self.buffer.flat[0, start:stop])
+                self._sum(flat[start:stop])
 
     def _sum(self, piece: torch.Tensor) -> None:
         wire = self.transport.load(piece, "allreduce")
-        self.comm.Allreduce(MPI.IN_PLACE, buf(wire))
-        self.transport.sent_bytes += 2 * wire.nbytes * (self.comm.size - 1) // self.comm.size
+        self.transport.allreduce(self.comm, self.wait, wire, blocking=self.wait is spin and self.group.all_spin)
         self.transport.store(wire, piece)
 
 
 class Naive(Allreduce):
-    """One blocking Allreduce a parameter: the form that everybody can check by eye."""
+    """One Allreduce a parameter: the form that everybody can check by eye."""
 
-    def reduce(self, bucket: Bucket) -> None:
+    def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True):
-            self._sum(self.buffer.flat[0, offset : offset + shape.numel()])
+            self._sum(flat[offset : offset + shape.numel()])
 
 
 class Root(Reducer):

@@ -9,66 +9,133 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.comm.buckets import GradientBuffer
+from mpidp.comm.buckets import GradientBuffer, slice_bounds
 from mpidp.comm.buffers import buf
+from mpidp.comm.faults import commit, revoke
 from mpidp.comm.group import Group
 from mpidp.comm.reducers import Look, Reducer
 from mpidp.comm.transport import pieces
+from mpidp.entry import tolerant
 from mpidp.optim import Optimizer
 from mpidp.state import Entry, Layout
-from mpidp.strategies.protocol import StepStats
+from mpidp.strategies.protocol import Options, StepStats
 
 
 class Synchronous:
     """Every step waits for all lanes."""
 
+    goes_on = True
+    meets_always = True
+
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0,
+        spare_slots: int = 0, most_slots: int = 0, options: Options | None = None,
     ) -> None:
         """make_optimizer: all but the memory is given. clip: largest gradient norm, 0 for no clipping; nominal_tokens:
         global_batch x seq_len, by which losses were divided; one_copy: the ranks of a group share parameters and optimizer
-        state, and each updates a part. Collective over comm."""
-        self.compute_comm, self.group, self.reducer = comm, group, reducer
+        state, and each updates a part; most_slots: that this rank may need when others have died. Collective over comm."""
+        self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
+        self.options = options or Options()
+        spare_slots += self.more_slots(self.options)
         self.parameters = [p for _, p in named_parameters]
         self.clip, self.nominal_tokens = clip, nominal_tokens
         device = self.parameters[0].device
+        slots = reducer.num_slots + spare_slots
+        room = max(slots, most_slots if device.type == "cpu" else 0)
 
         def memory(elements: int) -> Tensor:
-            return group.common(elements, device) if one_copy else torch.zeros(elements, device=device)
+            return group.common(elements, device) if one_copy else group.own(elements, device)
 
         self.buffer = GradientBuffer(
-            named_parameters, reducer.num_slots + spare_slots, bucket_bytes, lambda elements: group.memory(elements, device),
+            named_parameters, slots, bucket_bytes, lambda elements: group.memory(elements, device, elements // slots * room),
             group.node.rank,
         )
         reducer.attach(self.buffer)
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
-        share = (group.node.rank, group.node.size) if one_copy else (0, 1)
         self.optimizer: Optimizer | None = None  # under `root`, rank 0 alone has one
-        if reducer.holds_sum:
-            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, share=share)
+        if (updates := self.updates()) is not None:
+            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **updates)
+        self._spare: list[Tensor] = []  # a copy of all that is updated in common, as it was before
+        if one_copy and tolerant():
+            self._spare = [memory(flat.numel()) for flat in self.flats().values()]
+        self.torn = False  # was the last update not finished by all who share it?
+        self._late: MPI.Exception | None = None
+        self.enter: Callable[[str], None] = lambda phase: None
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
+    def updates(self) -> dict[str, Any] | None:
+        """Which share of the parameters this rank updates, as Optimizer wants it; None: nothing of them. Independent."""
+        if not self.reducer.holds_sum:
+            return None
+        return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
+
+    def more_slots(self, options: Options) -> int:
+        """Gradient buffers beyond those of its reducer. Independent."""
+        return 0
+
+    def go_on_from(self, before: Synchronous) -> None:
+        """Also back to the copy where the last update was not finished. Collective over compute_comm."""
+        if before.torn:
+            self._copy_share(before._spare, list(self.flats().values()))
+        if self.optimizer is not None and before.optimizer is not None:
+            self.optimizer.go_on_after(before.optimizer.updates - before.torn)
+        self.reducer.go_on_from(before.reducer)
+        if self.reducer.everyone_updates:
+            self.group.fence()
+        else:
+            self.start()
+
+    def leave(self) -> None:
+        """Backward calls nothing here any more, and no thread reduces. Independent."""
+        self.buffer.forget()
+        if self.reducer.worker is not None:
+            self.reducer.worker.close()
+
+    def meets(self, step: int) -> bool:
+        """Independent."""
+        return self.meets_always or step % self.options.meet_every == 0 or step == self.options.total_steps
+
     def start(self) -> None:
         """Make all replicas equal to rank 0's. Collective over compute_comm."""
+        self._spread([self.flat])
+
+    def take_over(self, before: Synchronous | None) -> None:
+        """Collective over compute_comm."""
+        updates = 0
+        if before is not None and self.compute_comm.rank == 0:
+            for mine, theirs in zip(self.flats().values(), before.flats().values(), strict=True):
+                mine.copy_(theirs)
+            updates = before.optimizer.updates if before.optimizer is not None else 0
+        updates = self.compute_comm.bcast(updates)
+        if self.optimizer is not None:
+            self.optimizer.go_on_after(updates)
+        self._spread(list(self.flats().values()) if self.reducer.everyone_updates else [self.flat])
+        self.reducer.go_on_from(before.reducer if before is not None else None)
+
+    def _spread(self, flats: list[Tensor]) -> None:
+        """Rank 0's to all. Collective over compute_comm."""
         self.group.fence()
-        wire = self.flat.cpu()  # the very memory, on the CPU
-        for start, stop in pieces(0, wire.numel()):
-            self.compute_comm.Bcast(buf(wire[start:stop]), root=0)  # of one copy, all receive the same
-        self.flat.copy_(wire)
+        for flat in flats:
+            wire = flat.cpu()  # the very memory, on the CPU
+            for start, stop in pieces(0, wire.numel()):
+                self.compute_comm.Bcast(buf(wire[start:stop]), root=0)  # of one copy, all receive the same
+            flat.copy_(wire)
         self.group.fence()
 
     @contextmanager
     def micro_batch(self, v: int, last: bool) -> Iterator[None]:
         """Backward of micro-batch v runs inside. Independent."""
+        if self._late is not None:
+            raise self._late
         self._last = last
         self.reducer.open(v, last)
         yield
@@ -83,23 +150,55 @@ class Synchronous:
         """Independent."""
         self.reducer.discard()
 
-    def step(self, lr: float, tokens: int) -> StepStats:
-        """Sum, scale to the mean over `tokens` target tokens, clip, update. A gradient that is not finite in any lane
-        skips the update on every rank alike, because every rank sees the same sum. Collective over compute_comm."""
-        self.reducer.finish()
-        if tokens == 0:  # every target is masked
-            return StepStats(grad_norm=0.0, skipped=True)
-        scale = self.nominal_tokens / tokens
-        norm = self.reducer.norm() * scale
-        if not math.isfinite(norm):
+    def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
+        """Sum, scale to the mean over `tokens` target tokens, clip, update. A gradient that is not finite in any lane, or whose
+        norm is beyond the limit, skips the update on every rank alike, because every rank sees the same norm. Collective over
+        compute_comm."""
+        self.enter("reduce")
+        scale, norm = self.nominal_tokens / max(1, tokens), 0.0
+        with commit(self.compute_comm):  # up to here nobody has updated anything; from here on everybody who is left does
+            self.reducer.finish()
+            if tokens:
+                norm = self.reducer.norm() * scale
+                if self.clip and norm > self.clip:
+                    scale *= self.clip / norm
+            skipped = not (tokens and math.isfinite(norm) and norm <= limit)  # without tokens every target is masked
+            if not skipped:
+                self.reducer.scale(scale)
+                self._copy_share(list(self.flats().values()), self._spare)
+        self.reducer.settle(applied=not skipped)
+        if skipped:
             return StepStats(grad_norm=norm, skipped=True)
-        if self.clip and norm > self.clip:
-            scale *= self.clip / norm
-        self.reducer.scale(scale)
+        self.enter("apply")
         if self.optimizer is not None:
             self.optimizer.step(lr)
-        self.reducer.publish(self.parameters)
+        self.enter("publish")
+        self._publish()
         return StepStats(grad_norm=norm, skipped=False)
+
+    def _publish(self) -> None:
+        """Where parameters are in common a rank that dies in the update tears them: then all go back to the copy. Else the step
+        is made, and what fails here is told when gradients are to be written again, which others may still read."""
+        if self._spare:
+            self.torn = True
+            with commit(self.compute_comm):
+                self.reducer.publish(self.parameters)
+            self.torn = False
+            return
+        try:
+            self.reducer.publish(self.parameters)
+        except MPI.Exception as failure:
+            if not tolerant():
+                raise
+            revoke()
+            self._late = failure
+
+    def _copy_share(self, source: list[Tensor], target: list[Tensor]) -> None:
+        """This rank's share of tensors that the group has in common. Independent."""
+        bounds = slice_bounds(self.flat.numel(), self.group.node.size)
+        mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
+        for one, other in zip(source, target, strict=False):
+            other[mine] = one[mine]
 
     def flats(self) -> dict[str, Tensor]:
         """All that replicas must agree on, by the suffix that tells it apart. Independent."""
@@ -109,16 +208,19 @@ class Synchronous:
         """Nothing is in flight between steps. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Optimizer state; under `root` rank 0 alone holds it. Independent."""
+        """Optimizer state (under `root` rank 0 alone holds it), and what the reducer holds back. Independent."""
         if self.optimizer is None:
             return {}
         layout: Layout = "replicated" if self.reducer.everyone_updates else "sharded"
-        return {name: Entry(tensor, layout) for name, tensor in self.optimizer.state_dict().items()}
+        found = {name: Entry(tensor, layout) for name, tensor in self.optimizer.state_dict().items()}
+        return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Independent."""
+        held = {name: value for name, value in state.items() if name.startswith("reducer/")}
+        self.reducer.load_state_dict({name.removeprefix("reducer/"): value for name, value in held.items()})
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict({name: value for name, value in state.items() if name not in held})
 
     def close(self) -> None:
         """Give shared memory back; parameters, gradients and state are gone with it. Collective over compute_comm."""

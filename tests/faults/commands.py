@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -199,7 +200,9 @@ class Shell:
     def start_command(self, command: list[str], **extra: str) -> Started:
         self._number += 1
         out, err = (self.folder / f".{kind}_{id(self)}_{self._number}" for kind in ("out", "err"))
-        env = environment(PATH=f"{self.bin}:{os.environ['PATH']}", **extra)
+        # A killed mpirun leaves a session folder named after its process; the next that gets this number would not start.
+        sessions = tempfile.mkdtemp(prefix="tmp", dir=self.folder)
+        env = environment(PATH=f"{self.bin}:{os.environ['PATH']}", **{"TMPDIR": sessions} | extra)
         with open(out, "wb") as to_out, open(err, "wb") as to_err:
             process = subprocess.Popen(command, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=to_out,
                                        stderr=to_err, text=True, start_new_session=True)
@@ -268,6 +271,10 @@ Engine.run = run
 """
 ENTER = "mpidp.entry.run_entry(mpidp.train.main)\n"
 SLOWLY = FAULTY.format(ranks=range(99), batches=range(99), fault="time.sleep(0.4)") + ENTER
+
+
+# In front of a fault that a run is to be taken up after: what was begun to be saved is on the disk.
+SAVED = "[thread.join() for thread in __import__('threading').enumerate() if thread.name == 'mpidp-save']; "
 
 
 def faulty(fault: str, ranks: Iterable[int] = (0,), batches: Iterable[int] = (3,)) -> str:

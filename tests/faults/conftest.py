@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.commands import TINY, Forks, Shell, end_record, faulty
+from tests.faults.commands import SAVED, TINY, Forks, Shell, end_record, faulty
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def killed(prepared: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactor
     """A run of tiny.toml killed in step 6: checkpoints of steps 2 and 4, the lock of a dead process, lines beyond step 4."""
     folder = tmp_path_factory.mktemp("killed")
     shutil.copytree(prepared, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
-    ended = forks.run(folder, "mpidp.train", "tiny.toml", inject=faulty("os._exit(9)", batches=[5]))
+    ended = forks.run(folder, "mpidp.train", "tiny.toml", inject=faulty(SAVED + "os._exit(9)", batches=[5]))
     assert ended.code == 9, ended
     return folder / "run"
 

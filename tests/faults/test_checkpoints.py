@@ -7,7 +7,7 @@
 | none, with run.resume=must; evaluate and generate where there is no run | 4 | code, words |
 | unfinished folders of killed writers | ignored, later removed | hash, listing |
 | killed before each rename, mkdir, unlink, fsync of a save, files torn | the same command goes on, same bits | hash, lines |
-| no space left while saving | 1, the file named, no traceback; the earlier checkpoint whole, none half there | words, hash |
+| no space left for the last save | 1, the file named, no traceback; the earlier checkpoint whole, none half there | words, hash |
 | run.dir held by a live process, here or on another host | 2, who holds it | code, words, lock untouched |
 | run.dir held by a dead process, a zombie, one that dies just now, or by a lock cut short | taken over | hash, no lock left |
 | two commands at once in one run.dir | one trains, the other ends with 2 | both codes, hash |
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.commands import ENTER, TINY, Forks, Shell, end_record, expect, faulty, steps_logged
+from tests.faults.commands import ENTER, SAVED, TINY, Forks, Shell, end_record, expect, faulty, steps_logged
 
 
 def goes_on(place: Path, forks: Forks, whole_hash: str, from_step: int | None) -> str:
@@ -137,32 +137,23 @@ def test_what_killed_writers_left_is_ignored(place: Path, half_run: Path, forks:
 
 # --- killed while writing
 
-# Counts the calls that change what is on disk inside checkpoint.save, and leaves before number LAST; a file that is about
-# to be synced is cut in half first, as after a loss of power.
+# Counts the calls of the saving thread that change what is on disk, and leaves before number LAST; a file that is about to be
+# synced is cut in half first, as after a loss of power.
 KILL = """
-import os, mpidp.checkpoint
+import os, threading
 calls = 0
 def before(name, plain):
     def call(*args, **named):
         global calls
-        calls += 1
-        if calls == LAST:
+        calls += threading.current_thread().name == "mpidp-save"
+        if calls == LAST and threading.current_thread().name == "mpidp-save":
             if name == "fsync" and os.path.isfile(f"/proc/self/fd/{args[0]}"):
                 os.truncate(f"/proc/self/fd/{args[0]}", os.fstat(args[0]).st_size // 2)
             os._exit(77)
         return plain(*args, **named)
     return call
-save = mpidp.checkpoint.save
-def counted(*args):
-    plain = {name: getattr(os, name) for name in ("rename", "replace", "mkdir", "fsync", "rmdir", "unlink")}
-    for name, function in plain.items():
-        setattr(os, name, before(name, function))
-    try:
-        return save(*args)
-    finally:
-        for name, function in plain.items():
-            setattr(os, name, function)
-mpidp.checkpoint.save = counted
+for name in ("rename", "replace", "mkdir", "fsync", "rmdir", "unlink"):
+    setattr(os, name, before(name, getattr(os, name)))
 """
 
 
@@ -172,7 +163,8 @@ def test_killed_at_each_write_of_a_checkpoint(tmp_path: Path, prepared: Path, fo
     (tmp_path / "tiny.toml").write_text(TINY + "keep = 1\n")
     expect(forks.run(tmp_path, "mpidp.train", "tiny.toml", "--run.dir=whole"), 0)
     whole_hash = str(end_record(tmp_path / "whole")["weights_sha256"])
-    ended = forks.run(tmp_path, "mpidp.train", "tiny.toml", "--run.dir=begun", inject=faulty("os._exit(9)", batches=[2]))
+    ended = forks.run(tmp_path, "mpidp.train", "tiny.toml", "--run.dir=begun",
+                      inject=faulty(SAVED + "os._exit(9)", batches=[2]))
     assert ended.code == 9
     begun_from = []
     for last in range(1, 60):
@@ -180,7 +172,7 @@ def test_killed_at_each_write_of_a_checkpoint(tmp_path: Path, prepared: Path, fo
         shutil.copytree(tmp_path / "begun", tmp_path / "run")
         (tmp_path / "run" / "config.toml").unlink()
         ended = forks.run(tmp_path, "mpidp.train", "tiny.toml", "--train.steps=6",
-                          inject=KILL.replace("LAST", str(last)) + faulty("os._exit(78)", batches=[4]))
+                          inject=KILL.replace("LAST", str(last)) + faulty(SAVED + "os._exit(78)", batches=[4]))
         if ended.code == 78:  # all of the save is behind
             break
         assert ended.code == 77, ended
@@ -233,10 +225,31 @@ def test_the_lock_of_a_dying_process(place: Path, half_run: Path, forks: Forks, 
     goes_on(place, forks, whole_hash, from_step=4)
 
 
-def test_the_lock_of_another_host(place: Path, half_run: Path, forks: Forks) -> None:
+def test_the_lock_of_another_host(place: Path, half_run: Path, forks: Forks, whole_hash: str) -> None:
+    """Its holder is gone: it does not count in it."""
     (half_run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "7"}))
+    said = goes_on(place, forks, whole_hash, from_step=4)
+    assert "run/lock: held by a job on elsewhere (pid 1, job 7): looking for 10 s whether it is alive" in said
+    assert "run/lock: taken over from a job on elsewhere (pid 1, job 7), which is gone" in said
+
+
+def test_the_lock_of_another_host_where_the_job_lives(place: Path, half_run: Path, forks: Forks) -> None:
+    done = threading.Event()
+
+    def live() -> None:
+        for count in range(10_000):
+            holder = {"host": "elsewhere", "pid": 1, "job": "7", "token": "x", "count": count}
+            (half_run / "new").write_text(json.dumps(holder))
+            os.replace(half_run / "new", half_run / "lock")
+            if done.wait(0.2):
+                return
+
+    thread = threading.Thread(target=live)
+    thread.start()
     ended = forks.run(place, "mpidp.train", "tiny.toml")
-    expect(ended, 2, "run/lock: in use by a job on elsewhere (pid 1)", "If that job is gone, remove the file")
+    done.set()
+    thread.join()
+    expect(ended, 2, "run/lock: in use by a job on elsewhere (pid 1, job 7). If that job is gone, remove the file")
     assert (half_run / "lock").exists()
 
 

@@ -117,7 +117,7 @@ def test_runs_that_settings_did_not_part(run: Path, forks: Forks) -> None:
 
 
 def test_memory_that_failed_in_one_of_two_runs(run: Path, forks: Forks) -> None:
-    fault = {"MPIDP_INJECT": "flip:rank=0,step=3,tensor=2,bit=20"}
+    fault = {"MPIDP_FAULT": "flip:0:3,tensor=2,bit=20"}
     expect(forks.run(run.parent, "mpidp.train", "tiny.toml", "--run.dir=other", **fault), 0)
     ended = forks.run(run.parent, "mpidp.replay", "other", "--against", "run")
     expect(ended, 1, "neither settings nor data parted them", "the record of other is not what its replay gives (step 4: train_")
@@ -138,6 +138,16 @@ def test_a_step_that_was_tried_in_vain(place: Path, forks: Forks) -> None:
     expect(ended, 0)
     assert "step 2  batch 3 skipped: True recorded, True now" in ended.out
     assert "loss not finite, grad_norm not finite; windows [" in ended.out
+
+
+def test_a_run_that_went_back_and_passed_over_batches(place: Path, forks: Forks) -> None:
+    """Back to step 2, and past batches 2 to 5."""
+    fault = {"MPIDP_FAULT": "nan:0:4,times=3"}
+    expect(forks.run(place, "mpidp.train", "tiny.toml", "--train.max_skipped=3", **fault), 0)
+    assert '"event": "rolled_back"' in (place / "run/metrics.jsonl").read_text()
+    for step in (2, 3, 4, 6):
+        found = told(forks, place, "run", "--step", step)
+        assert (found["batch"], found["differences"]) == (step - 1 + 4 * (step > 2), [])
 
 
 def test_sums_that_depend_on_ranks_are_compared_closely(shell: Shell, forks: Forks) -> None:
@@ -161,3 +171,10 @@ def test_what_cannot_be_replayed(run: Path, forks: Forks) -> None:
     index = json.loads((place / "moved/index.json").read_text())
     (place / "moved/index.json").write_text(json.dumps(index, indent=3))
     expect(forks.run(place, "mpidp.replay", "run", "--data", "moved"), 3, "moved holds other data than run was trained on")
+
+
+def test_steps_that_ranks_did_not_make_together(place: Path, forks: Forks) -> None:
+    for run, word in (("run", "name=local"), ("other", "quorum=0.5")):
+        assert forks.run(place, "mpidp.train", "tiny.toml", f"--strategy.{word}", f"--run.dir={run}").code == 0
+        ended = forks.run(place, "mpidp.replay", run, "--step=3")
+        expect(ended, 2, f"trained with strategy.{word}", "only steps that all ranks made together can be replayed")

@@ -7,6 +7,8 @@
 | SIGINT and SIGTERM to mpirun, MPICH; to a process alone | 75, the same | same |
 | SIGUSR1 to one rank | 75, all ranks leave | same |
 | SIGTERM to Open MPI's mpirun, which leaves ranks 0.24 s | not 0; goes on from the newest checkpoint | code, hash |
+| the job's time limit, both MPIs | 75, the same, so long before it | same |
+| a requeued job begins while its old copy runs | the old copy: 1, no checkpoint after that; the new one goes on | codes, hash |
 | SIGKILL to mpirun and all of its ranks, at three random moments | goes on each time | hash, each step logged once |
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.commands import (
+    ENTER,
     SLOWLY,
     Ended,
     Forks,
@@ -30,6 +33,7 @@ from tests.faults.commands import (
     end_record,
     expect,
     family,
+    faulty,
     kill_all,
     steps_logged,
     still_there,
@@ -103,6 +107,35 @@ def test_sigusr1_to_one_rank(place: Path, forks: Forks, whole_hash: str) -> None
     check_goes_on(place / "run", forks.run(place, "mpidp.train", "tiny.toml"), step, whole_hash)
 
 
+def test_the_job_s_time_limit(either: Shell, whole_hash: str) -> None:
+    """Slurm, when it is asked, says that the job ends 6 s from then."""
+    (either.folder / "squeue").write_text("#!/bin/sh\ndate -d '+6 seconds' +%Y-%m-%dT%H:%M:%S\n")
+    (either.folder / "squeue").chmod(0o755)
+    slurm = "import os\nos.environ |= {'SLURM_JOB_ID': '7', 'PATH': os.getcwd() + ':' + os.environ['PATH']}\n"
+    slowly = faulty("time.sleep(2)", ranks=range(99), batches=range(99)) + ENTER
+    ended = either.run("-c", slurm + slowly, "tiny.toml", ranks=2)
+    assert "the job's time ends at " in ended.out and "the run writes a checkpoint and stops (exit code 75)" in ended.out, ended
+    step = check_stopped(either, ended, "the job's time limit")
+    check_goes_on(either.folder / "run", either.train(ranks=2), step, whole_hash)
+
+
+def test_the_old_copy_of_a_requeued_job(place: Path, forks: Forks, whole_hash: str) -> None:
+    """The node's slurmd died, so the job was requeued; the node's processes live."""
+    shell = Shell(place)
+    waits = faulty("while not os.path.exists('go'): time.sleep(0.05)", batches=[2]) + ENTER
+    old = shell.start("-c", waits, "tiny.toml", SLURM_JOB_ID="7")
+    old.until_exists(place / "run" / "checkpoints" / "step_00000002")
+    expect(forks.run(place, "mpidp.train", "tiny.toml", SLURM_JOB_ID="8"), 2, f"in use by process {old.process.pid} on this host")
+    ended = forks.run(place, "mpidp.train", "tiny.toml", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    expect(ended, 0)
+    (place / "go").touch()
+    expect(old.wait(), 1, "another copy of this job has taken over run: this one stops at step ", "and writes nothing more")
+    assert end_record(place / "run")["weights_sha256"] == whole_hash
+    assert steps_logged(place / "run") == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in (place / "run" / "checkpoints").iterdir())[-1] == "step_00000006"
+    assert not (place / "run" / "lock").exists() and not (place / "run" / "tries.json").exists()
+
+
 def test_sigterm_to_open_mpi_s_mpirun(place: Path, forks: Forks, whole_hash: str) -> None:
     shell = Shell(place, "openmpi")
     started = begin(shell)
@@ -134,7 +167,7 @@ def test_killed_three_times_at_random_moments(shell: Shell, forks: Forks, whole_
         time.sleep(moments.uniform(0.0, 0.5))
         kill_all(started.process.pid)
         started.process.wait()
-    ended = forks.run(shell.folder, "mpidp.train", "tiny.toml")
+    ended = forks.run(shell.folder, "mpidp.train", "tiny.toml", "--run.tries=4")
     expect(ended, 0)
     assert end_record(shell.folder / "run")["weights_sha256"] == whole_hash
     assert steps_logged(shell.folder / "run") == [1, 2, 3, 4, 5, 6]

@@ -42,7 +42,7 @@ def train(n: int, data: Path, folder: Path, /, nodes: int = 1, inject: str = "",
     """A run on n ranks of so many pretended nodes, with faults on purpose. Collective over WORLD."""
     merged = {name: BASE.get(name, {}) | sections.get(name, {}) for name in {*BASE, *sections}}
     with pytest.MonkeyPatch.context() as patch, pretended(min(n, nodes)):
-        patch.setenv("MPIDP_INJECT", inject)
+        patch.setenv("MPIDP_FAULT", inject)
         return train_at(n, tiny(data, folder, **merged))
 
 
@@ -93,7 +93,7 @@ def stolen(monkeypatch: pytest.MonkeyPatch) -> Stolen:
     return counted
 
 
-SLOW = "delay:rank=1,seconds=0.01"
+SLOW = "delay:1:1,seconds=0.01"
 PATHS = [("window", "node"), ("window", "rank"), ("messages", "rank"), ("messages", "node"), ("auto", "auto")]
 
 
@@ -195,7 +195,7 @@ def ways(draw: st.DrawFn) -> dict[str, Any]:
         "run": {"global_batch": global_batch, "micro_batch": micro, "lanes": lanes, "steps": 5, "save_every": 0},
         "n": n,
         "nodes": draw(st.integers(1, n)),
-        "inject": "" if delayed is None else f"delay:rank={delayed},seconds=0.004",
+        "inject": "" if delayed is None else f"delay:{delayed}:1,seconds=0.004",
         "train": {
             "balance": kind, "audit_every": draw(st.sampled_from([0, 0, 1, 2])), "noise_every": draw(st.sampled_from([0, 0, 2])),
         },
@@ -243,7 +243,7 @@ def test_a_flipped_bit_is_mended_from_the_majority(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, nodes: int, copies: str, rank: int, seen: list[int]
 ) -> None:
     at_least(n)
-    inject = f"flip:rank={rank},step=4,tensor=3,bit=20 flip:rank={rank},step=6,tensor=0,bit=31"
+    inject = f"flip:{rank}:4,tensor=3,bit=20 flip:{rank}:6,tensor=0,bit=31"
     run = train(n, corpus(shared_folder), shared_tmp, nodes, inject, train={"audit_every": 2}, comm={"copies": copies})
     same(run, alone)
     assert [(e["of_step"], e["ranks"], e["then"]) for e in run.events("audit")] == [(4, seen, "repaired"), (6, seen, "repaired")]
@@ -256,7 +256,7 @@ def test_of_two_replicas_the_run_goes_back_to_its_last_checkpoint(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, nodes: int, copies: str, step: int
 ) -> None:
     at_least(n)
-    inject = f"flip:rank=0,step={step},tensor=3,bit=20"
+    inject = f"flip:0:{step},tensor=3,bit=20"
     run = train(n, corpus(shared_folder), shared_tmp, nodes, inject, train={"audit_every": 2}, comm={"copies": copies})
     same(run, alone)
     back = run.events("went_back")
@@ -266,7 +266,7 @@ def test_of_two_replicas_the_run_goes_back_to_its_last_checkpoint(
 def test_a_checkpoint_is_never_of_replicas_that_differ(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
     """Audits are due at step 5, checkpoints at 3 and 6: a bit that flips in step 6 is found before that is written."""
     at_least(2)
-    run = train(2, corpus(shared_folder), shared_tmp, inject="flip:rank=1,step=6,tensor=3,bit=20", train={"audit_every": 5},
+    run = train(2, corpus(shared_folder), shared_tmp, inject="flip:1:6,tensor=3,bit=20", train={"audit_every": 5},
                 comm={"copies": "rank"})
     same(run, alone)
     assert [(e["step"], "step 6" in e["why"]) for e in run.events("went_back")] == [(3, True)]
@@ -278,7 +278,7 @@ def test_a_glitch_is_found_and_its_step_done_again(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, kind: str
 ) -> None:
     at_least(n)
-    run = train(n, corpus(shared_folder), shared_tmp, inject="wrong:rank=1,step=4",
+    run = train(n, corpus(shared_folder), shared_tmp, inject="wrong:1:4",
                 train={"audit_every": 4, "balance": kind, "noise_every": 4})
     found = run.events("audit")
     assert [(e["of_step"], e["then"]) for e in found] == [(4, "the step is done again")] and 1 in found[0]["ranks"]
@@ -296,7 +296,7 @@ def test_a_rank_that_computes_wrongly_again_and_again_is_named(
     at_least(n)
     data = corpus(shared_folder)
     with pytest.raises(MpidpError, match=r"step 4: .*Take ranks \[1\] out") as caught:
-        train(n, data, shared_tmp, inject="wrong:rank=1,step=4,until=9", train={"audit_every": every})
+        train(n, data, shared_tmp, inject="wrong:1:4,until=9", train={"audit_every": every})
     assert (caught.value.exit_code, caught.value.everywhere) == (1, True)
     run = train(n - 1, data, shared_tmp, train={"audit_every": every})
     same(run, alone)
@@ -306,6 +306,6 @@ def test_a_rank_that_computes_wrongly_again_and_again_is_named(
 def test_without_audits_it_would_not_have_been_seen(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
     """The faults on purpose do change bits."""
     at_least(3)
-    for i, inject in enumerate(["wrong:rank=1,step=4", "flip:rank=1,step=4,tensor=3,bit=20"]):
+    for i, inject in enumerate(["wrong:1:4", "flip:1:4,tensor=3,bit=20"]):
         run = train(3, corpus(shared_folder), shared_tmp / str(i), inject=inject)
         assert run.losses[:4] == alone.losses[:4] and run.losses[4:] != alone.losses[4:]

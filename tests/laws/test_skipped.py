@@ -1,4 +1,5 @@
-"""Law: a gradient that is not finite in one lane skips that batch on every rank alike, is counted, and is not for ever."""
+"""Law: a gradient that is not finite in one lane, or far larger than usual, skips that batch on every rank alike; and after too
+many in a row the run is one in which all batches since the last checkpoint were skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from mpidp.data.loader import Batch, MicroBatch
 from mpidp.engine import Computed, Engine
 from mpidp.errors import MpidpError
 from mpidp.strategies.synchronous import Synchronous
-from tests.tiny import WORLD, FailedElsewhere, at, corpus, masked_corpus, sizes, tiny, train_at
+from tests.tiny import WORLD, FailedElsewhere, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 
@@ -78,12 +79,17 @@ def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_fo
     assert len(hashes) == 1
 
 
-def test_too_many_in_a_row_end_the_run_on_all_ranks(shared_folder: Path, shared_tmp: Path) -> None:
+@pytest.mark.parametrize(("save_every", "last", "words"), [(2, 12, "was made since the last time"), (0, 9, "was made yet")])
+def test_too_many_in_a_row_end_the_run_on_all_ranks(
+    shared_folder: Path, shared_tmp: Path, save_every: int, last: int, words: str
+) -> None:
+    """Where no checkpoint is there, or no other than before, to go back to."""
     data = corpus(shared_folder)
+    sections = SECTIONS | {"train": SECTIONS["train"] | {"save_every": save_every}}
 
     def run(comm: MPI.Intracomm) -> tuple[int, bool, str]:
         with pytest.raises(MpidpError) as caught:
-            mpidp.train.run(tiny(data, shared_tmp / str(comm.size), **SECTIONS), comm)
+            mpidp.train.run(tiny(data, shared_tmp / str(comm.size), **sections), comm)
         assert type(caught.value) is MpidpError
         return caught.value.exit_code, caught.value.everywhere, str(caught.value)
 
@@ -91,20 +97,89 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks(shared_folder: Path, shared_
         for n in sizes(1, 2, 4):
             said = at(n, run)
             assert said == [(1, True, said[0][2])] * n
-            assert "3 batches in a row" in said[0][2] and "batch 9" in said[0][2]
+            assert f"3 batches in a row, up to batch {last}, made no" in said[0][2] and words in said[0][2]
     for n in sizes(1, 2, 4):
-        assert committed(shared_tmp / str(n) / "checkpoints")[0].name == "step_00000004"  # what was learned is kept
+        kept = [path.name for path in committed(shared_tmp / str(n) / "checkpoints")]
+        assert kept == (["step_00000004", "step_00000002"] if save_every else [])  # what was learned is kept
+
+
+ROWS = {5: 8, 13: 15}  # first and last of batches whose gradients are not finite; three in a row are too many
+LONG = SECTIONS | {"train": SECTIONS["train"] | {"steps": 12, "save_every": 3}}
+
+
+def in_rows(batch: int, v: int) -> bool:
+    return v == 0 and any(first <= batch <= last for first, last in ROWS.items())
+
+
+def rolled_back(run: Ran) -> list[tuple[int, int]]:
+    return [(event["step"], event["batch"]) for event in run.events("rolled_back")]
+
+
+def test_the_run_goes_back_and_passes_over_what_was_bad(shared_folder: Path, shared_tmp: Path) -> None:
+    """Step 3 is saved, batches 3 and 4 are learned from, 5 to 7 are bad: back to step 3, and 8 is next, which is bad too. Step 6
+    is saved, batch 12 learned from, 13 to 15 are bad: back to step 6."""
+    data = corpus(shared_folder)
+    with spoilt(in_rows, math.nan):
+        runs = [train_at(n, tiny(data, shared_tmp / str(n), **LONG)) for n in sizes(1, 2, 4, 8)]
+    for run in runs:
+        assert (run.sha256, run.lines) == (runs[0].sha256, runs[0].lines)
+    assert rolled_back(runs[0]) == [(3, 7), (6, 15)] and runs[0].end["skipped"] == 6 + 4
+    assert [line["step"] for line in runs[0].learned if "train_loss" in line] == list(range(1, 13))
+    with spoilt(lambda batch, v: batch in (*range(3, 9), *range(12, 16)), math.nan):
+        plain = train_at(1, tiny(data, shared_tmp / "plain", **LONG | {"train": LONG["train"] | {"max_skipped": 20}}))
+    assert (plain.sha256, plain.learned) == (runs[0].sha256, runs[0].learned)
+
+
+@pytest.mark.parametrize("call", [8, 9, 10, 13, 16, 17, 20])
+def test_a_crash_before_or_after_the_run_went_back(shared_folder: Path, shared_tmp: Path, call: int) -> None:
+    """call: of Strategy.step; the first return is after the 8th, the second after the 16th."""
+    data = corpus(shared_folder)
+    with spoilt(in_rows, math.nan):
+        whole = train_at(1, tiny(data, shared_tmp / "whole", **LONG))
+        patch = crash_in_step(call)
+        with pytest.raises(FailedElsewhere, match="power"):
+            train_at(sizes(1, 2, 3)[-1], tiny(data, shared_tmp / "run", **LONG))
+        patch.undo()
+        run = train_at(sizes(1, 2, 4)[-1], tiny(data, shared_tmp / "run", **LONG))
+    assert run.sha256 == whole.sha256 and run.learned == whole.learned and rolled_back(run) == rolled_back(whole)
+
+
+# Norms that are finite, and far from the usual ------------------------------------------------------------------------------
+
+SPIKES: dict[str, Any] = {"train": {"steps": 30, "save_every": 22, "spike": 8.0, "eval_every": 0}}
+LOUD = {(10, 2), (24, 5), (26, 0), (27, 1)}  # the first before it is known what is usual
+
+
+def test_a_gradient_far_larger_than_usual_is_skipped(shared_folder: Path, shared_tmp: Path) -> None:
+    data = corpus(shared_folder)
+    with spoilt(lambda batch, v: (batch, v) in LOUD, 1e3):
+        runs = [train_at(n, tiny(data, shared_tmp / str(n), **SPIKES)) for n in sizes(1, 2, 4)]
+        patch = crash_in_step(27)  # the 22nd step is saved, batch 24 is skipped
+        with pytest.raises(FailedElsewhere, match="power"):
+            train_at(sizes(1, 2, 3)[-1], tiny(data, shared_tmp / "crashed", **SPIKES))
+        patch.undo()
+        crashed = train_at(1, tiny(data, shared_tmp / "crashed", **SPIKES))
+        off = train_at(1, tiny(data, shared_tmp / "off", train=SPIKES["train"] | {"spike": 0.0}))
+    alone = runs[0]
+    for run in runs[1:]:
+        assert (run.sha256, run.lines) == (alone.sha256, alone.lines)
+    assert (crashed.sha256, crashed.learned, crashed.events("skipped")) == (alone.sha256, alone.learned, alone.events("skipped"))
+    assert [event["batch"] for event in alone.events("skipped")] == [24, 26, 27] and not off.events("skipped")
+    assert all(event["grad_norm"] > 8 * line["grad_norm"] for event in alone.events("skipped") for line in alone.learned[20:30])
+    with spoilt(lambda batch, v: (batch, v) in LOUD, 1e3), spoilt(lambda batch, v: batch in (24, 26, 27), math.nan):
+        plain = train_at(1, tiny(data, shared_tmp / "plain", train=SPIKES["train"] | {"spike": 0.0}))
+    assert (plain.sha256, plain.learned) == (alone.sha256, alone.learned)
 
 
 def crash_in_step(number: int) -> pytest.MonkeyPatch:
     patch, calls, real = pytest.MonkeyPatch(), 0, Synchronous.step
 
-    def step(self: Synchronous, lr: float, tokens: int) -> Any:
+    def step(self: Synchronous, *of: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == number:
             raise RuntimeError("the power went")
-        return real(self, lr, tokens)
+        return real(self, *of)
 
     patch.setattr(Synchronous, "step", step)
     return patch

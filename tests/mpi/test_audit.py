@@ -10,6 +10,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
+import mpidp.inject
 import mpidp.step
 from mpidp.comm.tickets import Tickets
 from mpidp.errors import MpidpError
@@ -135,14 +136,14 @@ def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tup
     """WRONG times: (the rank that computes wrongly, who was suspected each time that it was found, how it ended).
     Collective over job.comm."""
     spoiler = Spoiler(random.Random(job.comm.size))
-    patch.setattr(mpidp.step, "_spoil", spoiler)
+    patch.setattr(mpidp.inject, "make_wrong", spoiler)
     named: list[list[int]] = []
     patch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
     found = []
     for i in range(WRONG):
         rank, number = spoiler.chance.randrange(job.comm.size), 2 + i
         spoiler.draw(job.strategy.buffer.num_elements)
-        job.faults = parse(f"wrong:rank={rank},step={number + 1},until={number + 1 + until}").of_rank(job.comm.rank)
+        job.faults = parse(f"wrong:{rank}:{number + 1},until={number + 1 + until}", job.comm.rank)
         named.clear()
         try:
             done = learn(job, number)
@@ -171,7 +172,7 @@ def test_every_glitch_is_found_and_gone_when_the_step_is_done_again(
     def audit(comm: MPI.Intracomm) -> None:
         job = audited_job(comm, data, shared_tmp / str(comm.size), train={"balance": kind})
         if comm.rank == comm.size - 1:
-            job.engine.slowed = parse(f"delay:rank={comm.rank},seconds=0.003").slowed
+            job.engine.slowed = parse(f"delay:{comm.rank}:1,seconds=0.003", comm.rank).slowed
         with pytest.MonkeyPatch.context() as patch:
             for rank, named, ended in wrong_gradients(job, 0, patch):
                 assert ended == "done" and len(named) == 1 and rank in named[0]
@@ -200,7 +201,7 @@ def test_lanes_are_stolen_where_nobody_looks(
     def work(comm: MPI.Intracomm) -> int:
         job = audited_job(comm, data, shared_tmp, train={"balance": "steal", "audit_every": 100})
         if comm.rank == comm.size - 1:
-            job.engine.slowed = parse(f"delay:rank={comm.rank},seconds=0.02").slowed
+            job.engine.slowed = parse(f"delay:{comm.rank}:1,seconds=0.02", comm.rank).slowed
         for number in (2, 3):
             learn(job, number)
             job.strategy.step(0.01, 256)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp import checkpoint
+from mpidp import saving
 from mpidp.checkpoint import Reader, newest_valid, read_manifest
 from mpidp.errors import CheckpointError, MpidpError
 from mpidp.rundir import find_checkpoint
 from mpidp.state import Entry
+from tests import saves
 from tests.tiny import WORLD, at, sizes
 
 pytestmark = pytest.mark.mpi
@@ -50,12 +51,17 @@ def check(path: Path, writers: int) -> None:
     assert torch.equal(reader["columns"], cut()) and torch.equal(reader["rows"], cut().T)
     assert torch.equal(reader["alone"], value("w"))
     assert torch.equal(reader["residual"], torch.full((3, 2), writers * (writers + 1) / 2))  # the sum is conserved
+    for size in (1, 2, 3, 4):
+        parts = [reader.under("resid", rank, size)["ual"] for rank in range(size)]
+        assert torch.equal(sum(parts, torch.zeros(3, 2)), reader["residual"])
+        own = [float(rank + 1) for rank in range(size)] if size == writers else [writers * (writers + 1) / 2, 0.0, 0.0, 0.0]
+        assert [float(part[0, 0]) for part in parts] == own[:size]  # to each its own, or all to the first
 
 
 def test_what_any_number_of_ranks_wrote_any_other_reads(shared_tmp: Path) -> None:
     for writers in sizes(1, 2, 3, 4):
         run = shared_tmp / str(writers)
-        found = at(writers, lambda comm, run=run: checkpoint.save(run, 7, entries(comm), {"a": 1}, comm, 3))
+        found = at(writers, lambda comm, run=run: saves.save(run, 7, entries(comm), {"a": 1}, comm, 3))
         assert set(found) == {run / "checkpoints/step_00000007"}
         for readers in sizes(1, 2, 3, 4):
             paths = at(readers, lambda comm, run=run: newest_valid(run, comm))
@@ -65,7 +71,7 @@ def test_what_any_number_of_ranks_wrote_any_other_reads(shared_tmp: Path) -> Non
 
 def test_every_rank_writes_about_its_share_and_every_row_once(shared_tmp: Path) -> None:
     big = {f"w{i}": Entry(torch.full((100 + i, 7), float(i))) for i in range(5)}
-    path = at(WORLD.size, lambda comm: checkpoint.save(shared_tmp, 1, big, {}, comm, 3))[0]
+    path = at(WORLD.size, lambda comm: saves.save(shared_tmp, 1, big, {}, comm, 3))[0]
     files = read_manifest(path)["files"]
     assert [record["file"] for record in files] == [f"rank_{r:05d}.safetensors" for r in range(WORLD.size)]
     sizes_of_files = [sum((stop - start) * 7 for _, start, stop in record["pieces"].values()) for record in files]
@@ -79,7 +85,7 @@ def test_every_rank_writes_about_its_share_and_every_row_once(shared_tmp: Path) 
 
 def two_checkpoints(run: Path) -> None:
     for step in (1, 2):
-        at(WORLD.size, lambda comm, step=step: checkpoint.save(run, step, entries(comm), {"end": None}, comm, 3))
+        at(WORLD.size, lambda comm, step=step: saves.save(run, step, entries(comm), {"end": None}, comm, 3))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "lose", "manifest"])
@@ -128,14 +134,14 @@ def test_resume_never_and_an_empty_folder(shared_tmp: Path) -> None:
 def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two_checkpoints(shared_tmp)
 
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
+    def full(path: Path, *content: object) -> tuple[int, int]:
         raise OSError("no space left on device")
 
     if WORLD.rank == WORLD.size - 1:
-        monkeypatch.setattr(checkpoint, "_write_tensors", full)
+        monkeypatch.setattr(saving, "write_pieces", full)
     with pytest.raises(MpidpError, match="no space left"):
-        checkpoint.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3)
+        saves.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3)
     monkeypatch.undo()
     assert newest_valid(shared_tmp, WORLD)[0] == shared_tmp / "checkpoints/step_00000002"
-    assert checkpoint.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3).name == "step_00000003"
+    assert saves.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3).name == "step_00000003"
     assert newest_valid(shared_tmp, WORLD)[0] == shared_tmp / "checkpoints/step_00000003"

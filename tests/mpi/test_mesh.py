@@ -102,23 +102,27 @@ def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pyte
     everywhere(found.host == f"host{WORLD.rank % 2}", "the own node")
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 3])
-def test_one_machine_can_pretend_to_be_several(nodes: int) -> None:
-    if nodes > WORLD.size:
+@pytest.fixture(params=[1, 2, 3])
+def nodes(request: pytest.FixtureRequest) -> int:
+    if request.param > WORLD.size:
         pytest.skip("too few ranks")
+    return int(request.param)
+
+
+@pytest.fixture
+def found(nodes: int) -> Mesh:
+    """One machine pretends to be so many nodes. Collective over WORLD."""
     with pretended(nodes):
-        found = make_mesh(WORLD)
+        return make_mesh(WORLD)
+
+
+def test_one_machine_can_pretend_to_be_several(nodes: int, found: Mesh) -> None:
     everywhere(found.dp == WORLD and found.num_nodes == nodes, "so many nodes of consecutive ranks")
     everywhere(sum(found.node_sizes) == WORLD.size and max(found.node_sizes) - min(found.node_sizes) <= 1, "about equal")
     everywhere(found.cores == max(1, len(os.sched_getaffinity(0)) // nodes) or nodes > 1, "with their part of the cores")
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 3])
-def test_who_shares_memory_with_whom(nodes: int) -> None:
-    if nodes > WORLD.size:
-        pytest.skip("too few ranks")
-    with pretended(nodes):
-        found = make_mesh(WORLD)
+def test_who_shares_memory_with_whom(nodes: int, found: Mesh) -> None:
     shared, lone = by_node(found), alone(found)
     everywhere([len(ranks) for ranks in shared.members] == found.node_sizes, "a group a node")
     everywhere([rank for ranks in shared.members for rank in ranks] == list(range(WORLD.size)), "of consecutive ranks")
@@ -242,3 +246,4 @@ def test_threads_are_the_cores_over_the_ranks_of_a_node(monkeypatch: pytest.Monk
 def test_the_reducer_follows_from_the_config_alone() -> None:
     everywhere(resolve.resolve_reducer(Config()) == "tree", "auto is the tree")
     everywhere(resolve.resolve_reducer(Config().with_values(comm={"reducer": "naive"})) == "naive", "as asked for")
+    everywhere(resolve.resolve_reducer(Config().with_values(comm={"compress": "int8"})) == "allreduce", "the tree sends all")

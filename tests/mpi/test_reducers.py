@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ class Anyhow:
 
 def reduced(
     kind: str, comm: MPI.Intracomm, lanes: Lanes, bucket_bytes: int, steps: int = 2, nodes: int = 0, anyhow: bool = False,
-    way: str = "none",
+    way: str = "none", open_wire: Callable[[MPI.Intracomm], Messages] = lambda comm: Messages(CPU),
 ) -> list[dict[str, np.ndarray]]:
     """The sums of some steps, by parameter, as this rank sees them. nodes: pretended; 0: messages alone. anyhow: lanes change
-    hands within a group. way: of overlapping."""
+    hands within a group. way: of overlapping. open_wire: which way bytes go."""
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
     with pretended(nodes):
         mesh = make_mesh(comm)
@@ -87,7 +88,8 @@ def reduced(
     slots = lanes.num_lanes if anyhow else 1
     if kind == "tree" and not anyhow:
         slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=False)
-    reducer = REDUCERS[kind](group, lanes, Messages(CPU), shares, slots)
+    wire = open_wire(comm)
+    reducer = REDUCERS[kind](group, lanes, wire, shares, slots)
     reducer.attach(
         GradientBuffer(named, slots, bucket_bytes, lambda elements: group.memory(elements, CPU), group.node.rank)
     )
@@ -109,6 +111,7 @@ def reduced(
         found.append({name: view.numpy() for name, view in summed(reducer).items()})
     overlap.use(reducer, "none")
     group.close()
+    wire.close()
     return found
 
 
@@ -326,8 +329,8 @@ def test_losses_are_those_of_one_rank_and_replicas_stay_equal(
     data, hashes = corpus(shared_folder), []
     real_step = Synchronous.step
 
-    def step(self: Synchronous, lr: float, tokens: int) -> Any:
-        stats = real_step(self, lr, tokens)
+    def step(self: Synchronous, *of: Any) -> Any:
+        stats = real_step(self, *of)
         hashes.append(weights_sha256(torch.nn.ParameterList(self.parameters)))
         return stats
 

@@ -182,7 +182,7 @@ def test_no_clipping_when_off_or_when_small(shared_folder: Path, shared_tmp: Pat
 
 
 def test_names_become_classes_in_one_place() -> None:
-    assert set(STRATEGIES) == {"synchronous"} and Optimizer.__module__ == "mpidp.optim"
+    assert set(STRATEGIES) == {"synchronous", "quorum", "delayed", "local", "server"} and Optimizer.__module__ == "mpidp.optim"
     needed = {
         "start", "micro_batch", "watch", "discard", "step", "finish", "state_dict", "load_state_dict", "close", "flats",
     }

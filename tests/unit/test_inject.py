@@ -1,47 +1,86 @@
-"""Laws of faults on purpose: what is written is what happens, and what cannot be read is said with how to write it."""
+"""Laws of faults on purpose: what is written is what happens, once, and what cannot be read is said with how to write it."""
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from mpidp import inject
 from mpidp.errors import UsageError
-from mpidp.inject import EXAMPLE, VARIABLE, Delay, Faults, Flip, Wrong, asked_for, parse
+from mpidp.inject import EXAMPLE, PHASES, VARIABLE, Fault, Faults, asked_for, make_nan, make_wrong, parse
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_example_is_understood() -> None:
+def test_the_example_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     text = EXAMPLE.partition("=")[2].strip('"')
-    assert parse(text).faults == (Delay(1, 0.02), Flip(2, 5, 3, 20), Wrong(1, 7, 9))
-    assert asked_for({VARIABLE: text}) == parse(text)
+    kill, delay = Fault("kill", 1, 5, "reduce", after=0.01), Fault("delay", 2, 1, factor=2.0)
+    flip = Fault("flip", 0, 5, tensor=3, bit=20)
+    assert parse(text).everyones == (kill, delay, flip)
+    assert [parse(text, rank).mine for rank in range(4)] == [[flip], [kill], [delay], []]
+    assert asked_for(1, {VARIABLE: text}).mine == [kill] and not capsys.readouterr().err
+    asked_for(0, {VARIABLE: text})
+    assert capsys.readouterr().err == f"{VARIABLE} is set: THIS RUN HAS FAULTS ON PURPOSE: {text}\n"
 
 
-def test_nothing_is_asked_for_by_default() -> None:
-    assert not asked_for({}) and not parse("  ") and parse("wrong:rank=0,step=1")
+def test_nothing_is_asked_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not asked_for(0, {}) and not parse("  ") and parse("wrong:3:1")
     with Faults().slowed():
-        pass
+        Faults().strike(1, "compute")
+    assert not capsys.readouterr().err
 
 
-def test_faults_are_of_a_rank_and_of_steps() -> None:
-    flips = "flip:rank=1,step=5,tensor=0,bit=31 flip:rank=0,step=5,tensor=1,bit=0"
-    faults = parse(f"wrong:rank=1,step=7,until=9 {flips} wrong:rank=2,step=4")
-    mine = faults.of_rank(1)
-    assert [step for step in range(12) if mine.wrong(step)] == [7, 8, 9]
-    assert [step for step in range(12) if faults.of_rank(2).wrong(step)] == [4]
-    assert mine.flips(5) == [Flip(1, 5, 0, 31)] and mine.flips(6) == [] and len(faults.flips(5)) == 2
-    assert not faults.of_rank(3)
+def test_glitches_and_failed_cores() -> None:
+    faults = parse("wrong:1:7,until=9 wrong:1:4", 1)
+    assert faults.spoil and not parse("kill:1:7 delay:1:1,factor=2 flip:1:1,tensor=0,bit=0").spoil
+    assert [[faults.spoils(step, attempt) for attempt in (0, 1)] for step in (3, 4, 4, 7, 9, 7, 10)] == [
+        [[], []], [[make_wrong], []], [[], []], *[[[make_wrong]] * 2] * 3, [[], []],
+    ]
+    assert not parse("wrong:1:4", 2).spoils(4) and parse("wrong:1:4", 2).spoil
+
+
+def test_so_many_batches_are_not_finite() -> None:
+    faults = parse("nan:0:3,times=2")
+    assert [faults.spoils(step) for step in (2, 3, 3, 3, 4)] == [[], [make_nan], [make_nan], [], []]
+    gradient = torch.zeros(3)
+    make_wrong(0, gradient)
+    assert gradient.tolist() == [1.0, 0.0, 0.0]
+    make_nan(0, gradient)
+    assert math.isnan(gradient[0]) and gradient[1:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bit", [0, 20, 31])
+def test_a_bit_is_flipped_once(bit: int) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    faults = parse(f"flip:0:5,tensor=1,bit={bit}")
+    for step in (4, 5, 5, 6):
+        faults.flip(step, parameters)
+        bits = [p.detach().view(torch.int32).reshape(-1).tolist() for p in parameters]
+        one = torch.ones(1).view(torch.int32).item()
+        flipped = one ^ (1 << bit if bit < 31 else -(1 << 31))
+        assert bits == [[one] * 6, [flipped if step > 4 else one, *[one] * 5], [one] * 6]
 
 
 @pytest.mark.parametrize(
     ("text", "pause"),
-    [("delay:rank=1,seconds=0.5", 0.5), ("delay:rank=1,factor=3", 4.0), ("delay:rank=1,seconds=1,factor=1.5", 2.0),
-     ("delay:rank=1,seconds=0.25 delay:rank=1,factor=2", 2.25), ("delay:rank=0,seconds=9", None), ("wrong:rank=1,step=1", None)],
+    [("delay:1:1,seconds=0.5", 0.5), ("delay:1:1,factor=3", 4.0), ("delay:1:1,seconds=1,factor=1.5", 2.0),
+     ("delay:1:1,seconds=0.25 delay:1:1,factor=2", 2.25), ("delay:0:1,seconds=9", None), ("wrong:1:1", None),
+     ("delay:1:4,seconds=1", None), ("delay:1:1,until=2,seconds=1", None), ("delay:1:3,until=3,seconds=1", 1.0)],
 )
 def test_a_delay_is_slept_after_every_micro_batch(text: str, pause: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The micro-batch takes 2 seconds of a clock that the test moves."""
+    """In step 3; the micro-batch takes 2 seconds of a clock that the test moves."""
     now, slept = [10.0], []
     monkeypatch.setattr(inject.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(inject.time, "sleep", slept.append)
-    faults = parse(text).of_rank(1)
+    faults = parse(text, 1)
+    faults.strike(3, "compute")
     for _ in range(2):
         with faults.slowed():
             now[0] += 2.0
@@ -50,35 +89,96 @@ def test_a_delay_is_slept_after_every_micro_batch(text: str, pause: float | None
 
 def test_an_error_inside_is_no_reason_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inject.time, "sleep", lambda seconds: pytest.fail("slept"))
-    with pytest.raises(KeyError), parse("delay:rank=0,seconds=1").slowed():
+    with pytest.raises(KeyError), parse("delay:0:1,seconds=1").slowed():
         raise KeyError
+
+
+def test_it_strikes_once_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    at, struck = (0, ""), []
+    monkeypatch.setitem(inject.STRIKES, "kill", lambda: struck.append(at))
+    words = ["kill:2:3", "kill:2:4:apply", "kill:2:4:checkpoint"]
+    faults = parse(f"{' '.join(words)} kill:1:2", 2)
+    for at in [(step, phase) for step in (1, 2, 3, 2, 3, 4, 5) for phase in PHASES]:
+        faults.strike(*at)
+    assert struck == [(3, "compute"), (4, "apply"), (5, "checkpoint")]  # the step to be made next; the checkpoint is of the last
+    assert capsys.readouterr().err.splitlines() == [f"{VARIABLE}: rank 2: {word}" for word in words]
+
+
+ENDS: dict[str, tuple[int, str]] = {
+    "kill": (-signal.SIGKILL, ""), "segv": (-signal.SIGSEGV, ""), "exit": (3, ""), "sysexit": (3, "left"), "term": (-15, ""),
+    "usr1": (-signal.SIGUSR1, ""), "raise": (1, "RuntimeError: a fault on purpose (MPIDP_FAULT)"),
+    "kill:0:1:reduce,after=0.05": (-signal.SIGKILL, ""), "exit:0:1:reduce,after=0.05": (3, ""),
+}
+CHILD = """
+import sys, time
+from mpidp.inject import parse
+faults = parse(sys.argv[1])
+try:
+    for phase in ("data", "compute", "reduce"):
+        faults.strike(1, phase)
+    time.sleep(60)
+finally:
+    print("left", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("text", ENDS)
+def test_what_it_does_to_the_process(text: str) -> None:
+    code, said = ENDS[text]
+    word = text if ":" in text else f"{text}:0:1"
+    child = subprocess.run([sys.executable, "-c", CHILD, word], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
+    assert child.returncode == code and f"{VARIABLE}: rank 0: {word}" in child.stderr and said in child.stderr, child
+
+
+@pytest.mark.parametrize("text", ["stop", "hang", "gil", "gil:0:1:reduce,after=0.05"])
+def test_what_never_ends(text: str) -> None:
+    word = text if ":" in text else f"{text}:0:1"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, word], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stderr is not None and word in child.stderr.readline()
+        if text == "stop":
+            assert os.waitid(os.P_PID, child.pid, os.WSTOPPED) is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.3)
+    finally:
+        child.kill()
+        child.communicate()
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dely:rank=1,seconds=1", "'dely' is none of delay, flip, wrong"),
-        ("delay", "delay needs rank"),
-        ("delay:rank=1", "seconds= above 0 or factor= above 1"),
-        ("delay:rank=1,seconds=-1", "seconds=-1.0 must be 0 or more"),
-        ("delay:rank=1,seconds=inf", "seconds=inf must"),
-        ("delay:rank=1,seconds=nan", "seconds=nan must"),
-        ("delay:rank=1,factor=0.5", "factor=0.5 must be 1 or more"),
-        ("delay:rank=1,seconds=fast", "seconds=fast is not a number"),
-        ("delay:rank=1,second=1", "delay takes rank, seconds, factor, not 'second'"),
-        ("delay:rank=1,rank=2,seconds=1", "rank is said twice"),
-        ("delay:rank=-1,seconds=1", "rank=-1 must be 0 or more"),
-        ("delay:rank=1.5,seconds=1", "rank=1.5 is not a whole number"),
-        ("flip:rank=1,step=5", "flip needs tensor, bit"),
-        ("flip:rank=1,step=5,tensor=1,bit=32", "bit=32 must be in 0..31"),
-        ("flip:rank=1,step=0,tensor=1,bit=3", "step=0 must be 1 or more"),
-        ("flip:rank=1,step=1,tensor=-1,bit=3", "tensor=-1 must be 0 or more"),
-        ("wrong:rank=1,step=7,until=6", "until=6 not below it"),
-        ("wrong:rank=1,step=7, until=9", "not ''"),
-        ("wrong:rank=1,step", "step= is not a whole number"),
+        ("dely:1:1,seconds=1", "'dely' is none of kill, segv, stop, term, usr1, exit, gil, sysexit, raise, hang, delay, nan, wr"),
+        ("kill", "kill is written kill:rank:step[:phase]"),
+        ("kill:1", "kill is written kill:rank:step[:phase]"),
+        ("kill:1:2:data:3", "kill is written kill:rank:step[:phase]"),
+        ("kill:1:2:lunch", "phase 'lunch' is none of data, compute, comm_wait, update, reduce"),
+        ("kill:-1:2", "rank -1 must be 0 or more"),
+        ("kill:1.5:2", "rank '1.5' is not a whole number"),
+        ("kill:1:0", "step 0 must be 1 or more"),
+        ("kill:1:x", "step 'x' is not a whole number"),
+        ("kill:1:1,after=-1", "after=-1.0 must be 0 or more"),
+        ("kill:1:1,after=inf", "after=inf must"),
+        ("kill:1:1,seconds=1", "kill takes after, not 'seconds'"),
+        ("raise:1:1,after=1", "raise takes no more, not 'after'"),
+        ("delay:1:1:compute,seconds=1", "delay is written delay:rank:step;"),
+        ("delay:1:1", "seconds= above 0 or factor= above 1"),
+        ("delay:1:1,seconds=-1", "seconds=-1.0 must be 0 or more"),
+        ("delay:1:1,seconds=nan", "seconds=nan must"),
+        ("delay:1:1,factor=0.5", "factor=0.5 must be 1 or more"),
+        ("delay:1:1,seconds=fast", "seconds 'fast' is not a number"),
+        ("delay:1:1,seconds=1,seconds=1", "seconds is said twice"),
+        ("delay:1:3,until=2,seconds=1", "until=2 is before step 3"),
+        ("flip:1:5", "it needs tensor=, 0 or more"),
+        ("flip:1:5,tensor=1,bit=32", "it needs bit=, in 0..31"),
+        ("flip:1:5,tensor=-1,bit=3", "it needs tensor=, 0 or more"),
+        ("nan:1:1,times=0", "times=0 must be 1 or more"),
+        ("wrong:1:7,until=6", "until=6 is before step 7"),
+        ("wrong:1:7, until=9", "wrong takes until, not ''"),
+        ("wrong:1:7,until", "until '' is not a whole number"),
     ],
 )
 def test_what_cannot_be_read_is_said_with_how_to_write_it(text: str, said: str) -> None:
     with pytest.raises(UsageError) as found:
-        parse("wrong:rank=0,step=1 " + text)
+        parse("wrong:0:1 " + text)
     assert said in str(found.value) and EXAMPLE in str(found.value) and str(found.value).startswith(VARIABLE)

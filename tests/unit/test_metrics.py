@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import time
@@ -42,6 +44,34 @@ def test_lines_beyond_the_checkpoint_half_lines_and_ends_are_dropped(tmp_path: P
     metrics.write({"event": "resume", "step": 4})
     metrics.close()
     assert lines(path) == [*whole[:4], *events[:2], {"event": "resume", "step": 4}]
+
+
+def test_lines_wait_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk takes 20 bytes, then nothing, then all."""
+    room = [20]
+
+    class Disk(io.FileIO):
+        def write(self, content: Any) -> int:
+            if room[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = super().write(bytes(content)[: room[0]])
+            room[0] -= taken
+            return taken
+
+    metrics = MetricsFile(tmp_path / "m", 0, 0)
+    monkeypatch.setattr(metrics, "_file", Disk(tmp_path / "m", "a"))
+    for step in (1, 2, 3):
+        metrics.write({"step": step, "train_loss": 0.5})
+    assert (tmp_path / "m").read_text() == '{"step": 1, "train_l'
+    room[0] = 1000
+    metrics.write({"step": 4})
+    room[0] = 0
+    metrics.write({"step": 5})
+    metrics.close()
+    assert lines(tmp_path / "m") == [*({"step": step, "train_loss": 0.5} for step in (1, 2, 3)), {"step": 4}]
+    assert capsys.readouterr().err.count("No space left on device") == 1
 
 
 def test_a_new_run_begins_a_new_file(tmp_path: Path) -> None:
@@ -88,3 +118,22 @@ def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -
 def test_mfu_is_claimed_where_the_peak_is_known() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("Some Other Device") is None
+
+
+@pytest.mark.parametrize(
+    "written", ["", "{step1}", "{step1}{step2}", "{step1}{step2}{val2}", "{step1}{step2}{val2}{end2}", "{step1}{half}"]
+)
+def test_who_goes_on_for_a_dead_rank_writes_what_it_lacked_the_time_for(tmp_path: Path, written: str) -> None:
+    """Whatever the dead rank wrote of its last lines, each is there once; the end, and half a line, are taken back."""
+    lines = {"step1": {"step": 1, "train_loss": 2.0}, "step2": {"step": 2, "train_loss": 1.0},
+             "val2": {"step": 2, "val_loss": 1.5}, "end2": {"event": "end", "step": 2}}
+    path = tmp_path / "metrics.jsonl"
+    texts = {name: json.dumps(line) + "\n" for name, line in lines.items()}
+    begun = texts["step1"] * 5000 if written == "{step1}" else ""  # longer than what is looked at
+    path.write_text(begun + written.format(**texts, half='{"step": 2, "tra'))
+    latest = [lines["step2"], lines["val2"]] if written else [lines["step1"], lines["step2"], lines["val2"]]
+    metrics = MetricsFile(path, 2, 2, latest)
+    metrics.write({"step": 3})
+    metrics.close()
+    expected = texts["step1"] + texts["step2"] + texts["val2"] + '{"step": 3}\n'
+    assert path.read_text() == begun + expected

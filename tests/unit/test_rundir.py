@@ -6,10 +6,14 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,12 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp import checkpoint, rundir
+from mpidp import rundir
 from mpidp.config import FIXED, Config, fields_of
 from mpidp.errors import CheckpointError, UsageError
 from mpidp.rundir import RunLock, find_checkpoint, refuse_changes, set_aside
 from mpidp.state import Entry
+from tests import saves
 
 ALONE = MPI.COMM_SELF
 
@@ -62,11 +67,6 @@ def test_a_dead_holder_gives_way(tmp_path: Path) -> None:
     assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_another_hosts_holder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="elsewhere.*remove the file"):
-        RunLock(held(tmp_path / "run", host="elsewhere", pid=dead_pid()), patience_seconds=0.0)
-
-
 @pytest.mark.parametrize("content", ["", '{"host": "x', "[]", '{"pid": 4}', "null", '{"host": "x", "pid": "me"}', "\x00\x00"])
 def test_a_lock_cut_short_gives_way(tmp_path: Path, content: str) -> None:
     (tmp_path / "lock").write_text(content)
@@ -92,10 +92,10 @@ def test_two_that_find_a_dead_holder_do_not_both_take_over(tmp_path: Path, monke
             RunLock(run, patience_seconds=0.0)
             winners.append(who)
 
-    def slow_look(number: int) -> bool:
-        if number == pid and len(tried) == 1:
+    def slow_look(holder: dict[str, Any]) -> bool:
+        if holder.get("pid") == pid and len(tried) == 1:
             take("the quicker")
-        return alive(number)
+        return alive(holder)
 
     monkeypatch.setattr(rundir, "_alive", slow_look)
     take("the slower")
@@ -111,8 +111,157 @@ def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     child.wait()
 
 
+# --- holders that the kernel of this machine knows nothing of
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder counts ten times a second."""
+    monkeypatch.setattr(rundir, "COUNT_SECONDS", 0.1)
+
+
+ELSEWHERE = """
+import socket, sys, time
+from pathlib import Path
+from mpidp import rundir
+socket.gethostname = lambda: "elsewhere"
+rundir.COUNT_SECONDS = 0.1
+lock = rundir.RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+while not lock.lost:
+    time.sleep(0.02)
+assert not lock.held()
+lock.release()
+print("lost", flush=True)
+"""
+
+
+@contextmanager
+def elsewhere(run: Path, **slurm: str) -> Iterator[subprocess.Popen[str]]:
+    """A job on another host that holds the lock."""
+    command = [sys.executable, "-c", ELSEWHERE, str(run)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | slurm)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def said(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.read()
+
+
+def test_a_holder_counts(tmp_path: Path, quick: None) -> None:
+    lock = RunLock(tmp_path)
+    while json.loads((tmp_path / "lock").read_text())["count"] < 3:
+        time.sleep(0.02)
+    assert lock.held()
+    lock.release()
+
+
+def test_a_job_of_another_host_that_lives_is_refused(tmp_path: Path) -> None:
+    with elsewhere(tmp_path) as child:
+        with pytest.raises(UsageError, match=rf"lock: in use by a job on elsewhere \(pid {child.pid}\).*remove the file"):
+            RunLock(tmp_path, watch_seconds=600.0)
+        assert json.loads((tmp_path / "lock").read_text())["host"] == "elsewhere"
+
+
+def test_a_job_of_another_host_that_is_gone_gives_way(tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]) -> None:
+    lock = RunLock(held(tmp_path / "run", host="elsewhere", job="7"), watch_seconds=0.5)
+    assert lock.held() and json.loads((tmp_path / "run/lock").read_text())["pid"] == os.getpid()
+    words = f"a job on elsewhere (pid {os.getpid()}, job 7)"
+    out = capfd.readouterr().out
+    assert f"held by {words}: looking for 0.5 s whether it is alive" in out and f"taken over from {words}, which is gone" in out
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    lock.release()
+
+
+def test_a_machine_that_was_started_anew_is_another(tmp_path: Path, quick: None) -> None:
+    """Its pids mean other processes now."""
+    RunLock(held(tmp_path / "run", boot="before"), watch_seconds=0.2).release()
+
+
+def test_a_holder_that_was_asleep_and_taken_for_dead_gives_up(tmp_path: Path, quick: None) -> None:
+    with elsewhere(tmp_path) as child:
+        os.kill(child.pid, signal.SIGSTOP)
+        lock = RunLock(tmp_path, watch_seconds=0.5)
+        os.kill(child.pid, signal.SIGCONT)
+        assert said(child) == "lost\n" and child.wait(20) == 0
+        assert lock.held()  # the other's release left it alone
+        lock.release()
+
+
+def slurm(monkeypatch: pytest.MonkeyPatch, job: str, restart: str) -> dict[str, str]:
+    variables = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": restart}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
+def test_a_requeued_job_takes_over_from_its_old_copy(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where slurmd alone died, the old copy still runs."""
+    variables = slurm(monkeypatch, "7", "1")
+    with elsewhere(tmp_path, **variables | {"SLURM_RESTART_COUNT": "0"}) as child:
+        lock = RunLock(tmp_path, watch_seconds=600.0)
+        assert said(child) == "lost\n" and child.wait(20) == 0
+        assert lock.held()
+        lock.release()
+
+
+@pytest.mark.parametrize(("job", "restart"), [("7", "2"), ("7", "3"), ("8", "1"), ("", "")])
+def test_nobody_else_takes_over_from_a_live_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, restart: str
+) -> None:
+    """The same start of the job, an older copy of it, other jobs."""
+    variables = slurm(monkeypatch, "7", "3")
+    with elsewhere(tmp_path, **variables):
+        slurm(monkeypatch, job, restart)
+        with pytest.raises(UsageError, match="in use by a job on elsewhere .*job 7"):
+            RunLock(tmp_path, watch_seconds=600.0)
+
+
+def test_a_survivor_takes_its_job_s_lock_at_once(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, "7", "1")
+    lock = RunLock(held(tmp_path / "run", host="elsewhere", pid=dead_pid(), job="7", restart=1), watch_seconds=600.0, ours=True)
+    assert lock.held() and json.loads((tmp_path / "run/lock").read_text())["pid"] == os.getpid()
+    lock.release()
+    with elsewhere(tmp_path, SLURM_JOB_ID="8"), pytest.raises(UsageError, match="in use"):
+        RunLock(tmp_path, ours=True)
+    with elsewhere(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2"), pytest.raises(UsageError, match="in use"):
+        RunLock(tmp_path, ours=True)
+
+
+def test_a_pid_that_was_given_to_another_process_holds_nothing(tmp_path: Path) -> None:
+    run = held(tmp_path / "run", started=1)
+    RunLock(run, patience_seconds=0.0).release()
+    with pytest.raises(UsageError, match=f"process {os.getpid()}"):
+        RunLock(held(run, started=rundir.process(os.getpid())[1]), patience_seconds=0.0)
+
+
+def test_a_folder_that_vanished_is_nobody_else_s(tmp_path: Path, quick: None) -> None:
+    lock = RunLock(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    time.sleep(0.3)
+    assert lock.held() and not (tmp_path / "run").exists()
+    lock.release()
+
+
+def test_who_removed_the_file_and_began_has_it(tmp_path: Path, quick: None) -> None:
+    first = RunLock(tmp_path)
+    (tmp_path / "lock").unlink()
+    second = RunLock(tmp_path)
+    assert not first.held() and first.lost and second.held()
+    first.release()
+    assert second.held() and (tmp_path / "lock").exists()
+    second.release()
+    assert not (tmp_path / "lock").exists()
+
+
 def save(run: Path, step: int) -> Path:
-    return checkpoint.save(run, step, {"model/w": Entry(torch.arange(4.0))}, {"end": None}, ALONE, keep=5)
+    return saves.save(run, step, {"model/w": Entry(torch.arange(4.0))}, {"end": None}, ALONE, keep=5)
 
 
 def spoil(path: Path) -> None:
@@ -144,14 +293,14 @@ def test_resume_of_a_run_that_never_saved(tmp_path: Path) -> None:
 
 def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
     save(tmp_path, 2)
-    for name in ("metrics.jsonl", "config.toml"):
+    for name in ("metrics.jsonl", "config.toml", "tries.json"):
         (tmp_path / name).write_text(name)
     (tmp_path / "lock").write_text("")
     spoil(tmp_path / "checkpoints/step_00000002")  # not even a valid one is needed
     reader, notes = find_checkpoint(tmp_path, "never", ALONE)
     assert reader is None and "previous_1" in notes[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "previous_1"]
-    moved = ["checkpoints", "config.toml", "latest", "metrics.jsonl"]
+    moved = ["checkpoints", "config.toml", "latest", "metrics.jsonl", "tries.json"]
     assert sorted(p.name for p in (tmp_path / "previous_1").iterdir()) == moved
     assert find_checkpoint(tmp_path, "never", ALONE) == (None, [])
     (tmp_path / "metrics.jsonl").write_text("")
@@ -161,7 +310,9 @@ def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
 FIXED_KEYS = {
     "data.order", "model.kind", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.model_dim",
     "model.hidden_dim", "model.seq_len", "model.dropout", "model.tie_embeddings", "model.rope_theta", "train.global_batch",
-    "train.micro_batch", "train.lanes", "train.seed", "optim.name", "strategy.name",
+    "train.micro_batch", "train.lanes", "train.seed", "optim.name", "strategy.name", "strategy.quorum",
+    "strategy.sync_every", "strategy.meet_every", "strategy.staleness", "strategy.compensation", "strategy.group",
+    "strategy.group_size", "strategy.overlap", "strategy.mode", "strategy.fragments",
 }
 
 
@@ -183,7 +334,7 @@ def test_a_change_is_refused_by_name_or_taken(key: str) -> None:
     if key in FIXED_KEYS:
         with pytest.raises(UsageError, match=rf"{re.escape(key)} was .*, is .*run\.dir.*resume=never") as caught:
             refuse_changes(saved, config)
-        assert not any(name in str(caught.value) for name in FIXED_KEYS - {key})
+        assert not any(f"{name} was" in str(caught.value) for name in FIXED_KEYS - {key})
     else:
         refuse_changes(saved, config)
 

@@ -1,0 +1,156 @@
+"""Which settings go together: one list of rules, for refusals before training and for the table of docs/methods.md. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Settings = Mapping[str, Any]  # by section.key
+OF = {  # settings of section strategy that only these know; quorum: synchronous with strategy.quorum below 1
+    "quorum": ("synchronous",), "sync_every": ("local",), "staleness": ("delayed", "server", "quorum"),
+    "compensation": ("delayed",), "group": ("local",), "group_size": ("local",), "outer_lr": ("local",),
+    "outer_momentum": ("local",), "overlap": ("local",), "fragments": ("local",), "servers": ("server",), "mode": ("server",),
+    "replay": ("server", "quorum"), "meet_every": ("delayed", "local", "server", "quorum"),
+}
+DEFAULTS = {
+    "quorum": 1.0, "sync_every": 0, "meet_every": 0, "staleness": 1, "compensation": 0.0, "group": "all", "group_size": 2,
+    "outer_lr": -1.0, "outer_momentum": -1.0, "overlap": False, "fragments": 1, "servers": 0, "mode": "async", "replay": "",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What does not go together: these two, and why."""
+
+    one: str
+    other: str
+    has_one: Callable[[Settings], bool]
+    has_other: Callable[[Settings], bool]
+    why: str
+
+
+def _is(key: str, *values: object) -> Callable[[Settings], bool]:
+    return lambda settings: settings[key] in values
+
+
+def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
+    return lambda settings: settings[key] != value
+
+
+def kind(name: str, quorum: float) -> str:
+    """The method that strategy.name and strategy.quorum ask for. Pure."""
+    return "quorum" if name == "synchronous" and quorum < 1 else name
+
+
+def asked(name: str, quorum: float) -> str:
+    """The setting that asks for it, as one writes it. Pure."""
+    return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
+
+
+def _kind(settings: Settings) -> str:
+    return kind(settings["strategy.name"], settings["strategy.quorum"])
+
+
+def _other(settings: Settings) -> bool:
+    return _kind(settings) != "synchronous"
+
+
+_OTHERS = "strategy.name=delayed|local|server or quorum<1"
+_partial = _is_not("strategy.group", "all")
+RULES = [
+    Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
+         "it sums one buffer a rank, at its own rhythm: comm.reducer=allreduce or naive"),
+    Rule(_OTHERS, "train.balance=measured|steal", _other, _is_not("train.balance", "even"),
+         "lanes move only where all ranks meet at every step"),
+    Rule(_OTHERS, "train.audit_every", _other, _is_not("train.audit_every", 0),
+         "an audit compares lanes and replicas at every step, and here they differ or are late"),
+    Rule(_OTHERS, "train.noise_every", _other, _is_not("train.noise_every", 0),
+         "it needs every lane's gradient at the same parameters, kept apart by comm.reducer=tree"),
+    Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
+         "it has a rhythm of its own: strategy.overlap, or strategy.name=delayed"),
+    Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
+         "NCCL's sums stand in the stream that computes: nothing would be hidden, and it has not been tried"),
+    Rule("strategy.name=local|server", "train.spike", _is("strategy.name", "local", "server"), _is_not("train.spike", 0.0),
+         "ranks would skip different steps"),
+    Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
+         "a worker's push goes to the servers as it is: compression is of sums over ranks"),
+    Rule("strategy.name=server", "optim.name=muon", _is("strategy.name", "server"), _is("optim.name", "muon"),
+         "servers hold slices of the parameters, and Muon updates whole matrices"),
+    Rule("strategy.group=node|rotating|pairs|exponential", "strategy.overlap=true", _partial, _is("strategy.overlap", True),
+         "there is no outer step to delay: parameters themselves are averaged"),
+    Rule("strategy.group=node|rotating|pairs|exponential", "comm.compress", _partial, _is_not("comm.compress", "none"),
+         "parameters are averaged, and an error in them is no gradient that could be made good for later"),
+    Rule("strategy.group=node|rotating|pairs|exponential", "strategy.fragments", _partial, _is_not("strategy.fragments", 1),
+         "the whole model is averaged within a group"),
+    Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
+         lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
+         "an outer step needs an anchor that all ranks have in common: strategy.group=all"),
+]
+
+
+def problems(settings: Settings) -> Iterator[str]:
+    """What is wrong, a sentence each. Independent."""
+    name = _kind(settings)
+    for key, names in OF.items():
+        value = settings[f"strategy.{key}"]
+        if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
+            those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
+            yield f"strategy.{key}={value} means something with strategy.name={those} alone, not with {name}"
+    if settings["strategy.quorum"] <= 0:
+        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0, and 1 at most: the share of the lanes to wait for"
+    for rule in RULES:
+        if rule.has_one(settings) and rule.has_other(settings):
+            yield f"{rule.one} does not go with {rule.other}: {rule.why}"
+    every, meet = settings["strategy.sync_every"], settings["strategy.meet_every"]
+    if every and meet % every:
+        yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
+    if settings["strategy.fragments"] > (every or 50):
+        yield f"strategy.fragments={settings['strategy.fragments']} is more than the {every or 50} steps between two averages"
+
+
+def rhythm(settings: Settings, steps: int) -> tuple[int, int]:
+    """(sync_every, meet_every) with nothing left open, for a run of so many steps. ValueError when ranks would never average.
+    Independent."""
+    name, every, meet = _kind(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
+    if name == "synchronous":
+        return 1, 1
+    in_turn = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # rounds reach over each other, but at meetings
+    alone = settings["strategy.group"] == "all" and not in_turn
+    if name in ("delayed", "server", "quorum"):
+        return 1, meet or 10
+    if every > steps:
+        raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run: the ranks would never average")
+    every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
+    return every, meet or (every if alone else every * max(4 if in_turn else 1, -(-50 // every)))
+
+
+def outer(settings: Settings) -> tuple[float, float]:
+    """(outer_lr, outer_momentum) with nothing left open where there is an outer step. Momentum repeats a step that is late
+    (overlap), and what was held back of one is late: then less of it, or none (SparseLoCo, Sarfi 2025, section 3). Pure."""
+    lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
+    if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
+        return lr, momentum
+    sparse = settings["comm.compress"] in ("topk", "randomk")
+    usual = (1.0, 0.0) if sparse else (0.7, 0.5 if settings["strategy.overlap"] else 0.7)
+    return lr if lr >= 0 else usual[0], momentum if momentum >= 0 else usual[1]
+
+
+def ratio(settings: Settings) -> float:
+    """comm.ratio with nothing left open. Of an average that is seldom, topk sends more. Pure."""
+    often = settings["strategy.name"] != "local"
+    usual = {"topk": 0.01 if often else 0.03, "randomk": 0.1}
+    return float(settings["comm.ratio"] or usual.get(settings["comm.compress"], 0.0))
+
+
+def own(name: str, **settings: Any) -> dict[str, Any]:
+    """Those of these settings that this strategy knows. Independent."""
+    return {key: value for key, value in settings.items() if name in OF[key]}
+
+
+def table() -> str:
+    """Of docs/methods.md: what does not go together; all else does. Independent."""
+    rows = [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [("this", "does not go with", "because"), *rows]]
+    lines.insert(1, "--- | --- | ---")
+    return "\n".join(f"| {line} |" for line in lines)

@@ -1,0 +1,164 @@
+"""The non-blocking asynchronous update: gradients are summed while the next batches are computed, and applied k steps late.
+
+At step s a rank gives the gradient of its part of batch s to a thread that sums it over the ranks, and applies the sum of batch
+s - k, which was computed at the parameters of k updates ago (staleness k). Every rank applies the same sums in the same order:
+replicas stay equal. At k = 0 it is `synchronous` with a reducer of one buffer. The first k steps make no update; `finish` makes
+those that are left.
+
+Delay compensation (Zheng 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation", eq. 10): the gradient at
+today's parameters is guessed from the late one g by its diagonal second moment, g + lambda g * g * (theta - theta_then).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.background import Background, Task
+from mpidp.comm.buffers import buf
+from mpidp.comm.overlap import WAYS
+from mpidp.comm.reducers import Sums
+from mpidp.optim import global_norm
+from mpidp.state import Entry
+from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.synchronous import Synchronous
+
+
+@dataclass
+class Flight:
+    """A batch whose gradient is on its way."""
+
+    slot: int  # the gradient buffer in which it is summed
+    tokens: Tensor  # (1,) float64: target tokens of this rank's part; of the batch once it is summed
+    limit: float  # of the gradient's norm
+    then: Tensor | None = None  # the parameters at which it was computed, where delay is compensated
+    task: Task | None = None  # None: summed
+
+    def wait(self) -> None:
+        """Until it is summed. Collective over those who sum it."""
+        if self.task is not None:
+            self.task.wait()
+            self.task = None
+
+
+class Delayed(Synchronous):
+    """Slots of the gradient buffer: 0 for what is applied, and k + 1 in turn for what is computed and what is in flight."""
+
+    goes_on = False
+    meets_always = False
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        """As Synchronous, with a reducer of the family Sums. Collective over comm."""
+        super().__init__(*parts, **more)
+        assert isinstance(self.reducer, Sums)
+        self._sums = self.reducer
+        self._sums.wait = WAYS["poll"] or self._sums.wait  # it is in a thread, and the core is wanted
+        self._background = Background()
+        self._in_flight: deque[Flight] = deque()
+        self._slot, self._fresh, self._lr = 1, True, 0.0
+
+    def more_slots(self, options: Options) -> int:
+        """Independent."""
+        return options.staleness + 1
+
+    @contextmanager
+    def micro_batch(self, v: int, last: bool) -> Iterator[None]:
+        """Independent."""
+        if self._fresh:
+            self.buffer.flat[self._slot].zero_()
+            self._fresh = False
+        self.buffer.point(self._slot)
+        yield
+
+    def discard(self) -> None:
+        """Independent."""
+        self._fresh = True
+
+    def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
+        """Send off this batch's gradient, apply that of k batches ago; grad_norm is that one's. tokens: of this rank's part.
+        Collective over compute_comm."""
+        self.enter("reduce")
+        if self._fresh:  # it computed nothing
+            self.buffer.flat[self._slot].zero_()
+        then = self.flat.clone() if self.options.compensation else None
+        flight = Flight(self._slot, torch.tensor([float(tokens)], dtype=torch.float64), limit, then)
+        flight.task = self._background.submit(partial(self._sum, flight))
+        self._in_flight.append(flight)
+        self._slot, self._fresh, self._lr = self._slot % (self.options.staleness + 1) + 1, True, lr
+        if len(self._in_flight) <= self.options.staleness:
+            return StepStats(grad_norm=0.0, skipped=False)
+        return self._apply(lr, self._in_flight.popleft())
+
+    def _sum(self, flight: Flight) -> None:
+        """In the thread. Collective over compute_comm."""
+        self._sums.wait(self._sums.comm.Iallreduce(MPI.IN_PLACE, buf(flight.tokens)))
+        for bucket in self.buffer.buckets:
+            self._sums.tell(bucket.index)
+            self._sums.sum(self.buffer.flat[flight.slot], bucket)
+        self._sums.settle(applied=True)  # what is not finite was left out of residuals already
+
+    def _apply(self, lr: float, flight: Flight) -> StepStats:
+        with self.reducer.transport.timed():
+            flight.wait()
+        self.enter("apply")
+        total, tokens = self.buffer.total, float(flight.tokens)
+        torch.mul(self.buffer.flat[flight.slot], self.nominal_tokens / max(1.0, tokens), out=total)
+        if flight.then is not None:
+            total.addcmul_(total * total, self.flat - flight.then, value=self.options.compensation)
+        norm = float(global_norm(total))
+        if not (tokens and math.isfinite(norm) and norm <= flight.limit):
+            return StepStats(grad_norm=norm, skipped=True)
+        if self.clip and norm > self.clip:
+            total.mul_(self.clip / norm)
+        assert self.optimizer is not None
+        self.optimizer.step(lr)
+        return StepStats(grad_norm=norm, skipped=False)
+
+    def finish(self) -> None:
+        """Apply what is in flight. Collective over compute_comm."""
+        while self._in_flight:
+            self._apply(self._lr, self._in_flight.popleft())
+
+    def state_dict(self) -> dict[str, Entry]:
+        """With the sums that are in flight, for which it waits: a resumed run applies them as this one will. Independent, at the
+        same step on all ranks."""
+        for flight in self._in_flight:
+            flight.wait()
+        found = super().state_dict()
+        for i, flight in enumerate(self._in_flight):
+            parts = {"gradient": self.buffer.flat[flight.slot], "tokens": flight.tokens,
+                     "limit": torch.tensor([flight.limit], dtype=torch.float64)}
+            parts |= {} if flight.then is None else {"then": flight.then}
+            found |= {f"in_flight/{i}/{key}": Entry(tensor) for key, tensor in parts.items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Independent."""
+        late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
+        super().load_state_dict({name: value for name, value in state.items() if name not in late})
+        self._in_flight.clear()
+        for i in range(len({name.split("/")[1] for name in late})):
+            of = {name.rpartition("/")[2]: value for name, value in late.items() if name.startswith(f"in_flight/{i}/")}
+            self.buffer.flat[self._slot].copy_(of["gradient"])
+            then = of["then"].to(self.flat.device) if "then" in of else None
+            self._in_flight.append(Flight(self._slot, of["tokens"].clone(), float(of["limit"]), then))
+            self._slot = self._slot % (self.options.staleness + 1) + 1
+
+    def leave(self) -> None:
+        """Independent."""
+        super().leave()
+        self._in_flight.clear()
+
+    def close(self) -> None:
+        """Collective over compute_comm."""
+        self._background.close()
+        super().close()

@@ -1,0 +1,218 @@
+"""Ranks that learn by themselves and average now and then: local SGD, DiLoCo, partial aggregation and gossip.
+
+A rank updates its own parameters from its own lanes (inner steps). Every `sync_every` steps
+
+- with group=all, the outer gradient anchor - theta_r is averaged over the ranks, weighted by target tokens, and an outer step of
+  SGD with Nesterov momentum is made from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1, outer_momentum=0
+  is local SGD (Stich 2019): the parameters are averaged. `fragments`: parts of the model in turn (Douillard 2025, Streaming
+  DiLoCo, section 2.2). `overlap`: an average is begun, and applied a round later to what was learned meanwhile (Kale 2025).
+- with any other group, parameters themselves are averaged within the round's group (groups.py).
+
+At a meeting everybody averages with everybody, at once: then there is one common model. Memory: anchor and outer momentum, 8
+bytes a parameter, with group=all; 8 more with overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.background import Background, Task
+from mpidp.comm.buckets import Bucket
+from mpidp.comm.buffers import buf
+from mpidp.comm.overlap import WAYS
+from mpidp.comm.peers import Peers
+from mpidp.comm.reducers import Sums
+from mpidp.errors import MpidpError, UsageError
+from mpidp.optim import global_norm
+from mpidp.state import Entry
+from mpidp.strategies.groups import hop, partition
+from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.synchronous import Synchronous
+
+SUM, OWN = 1, 2  # slots: an average in flight; what this rank gave to it
+
+
+class Local(Synchronous):
+    """The gradient buffer's slot 0 holds a step's own gradient, then, between steps, what is being averaged."""
+
+    goes_on = False
+    meets_always = False
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        """As Synchronous, with a reducer of the family Sums. UsageError for more fragments than buckets. Collective."""
+        super().__init__(*parts, **more)
+        options = self.options
+        assert isinstance(self.reducer, Sums)
+        self._sums, self._peers = self.reducer, Peers(self.reducer.comm, self.reducer.transport)
+        self._outer = options.group == "all"
+        buckets = self.buffer.buckets
+        if options.fragments > len(buckets):
+            raise UsageError.on_every_rank(
+                f"strategy.fragments={options.fragments}, but parameters make only {len(buckets)} buckets: lower comm.bucket_mb"
+            )
+        self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
+        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # learned from since each was averaged last
+        self._flying: list[Task | None] = [None] * options.fragments
+        self._background = Background()
+        if options.overlap:
+            self._sums.wait = WAYS["poll"] or self._sums.wait
+        self._steps = 0
+        self._anchor = self.flat.clone() if self._outer else torch.empty(0)
+        self._momentum = torch.zeros_like(self._anchor)
+
+    def more_slots(self, options: Options) -> int:
+        """Independent."""
+        return 2 * options.overlap
+
+    def start(self) -> None:
+        """Collective over compute_comm."""
+        super().start()
+        if self._outer:
+            self._anchor.copy_(self.flat)
+
+    def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
+        """An inner step, and what of averaging is due after it. A gradient that is not finite makes no update on this rank, and
+        the step counts. tokens: of this rank's part. Collective over compute_comm where averaging is due; else independent."""
+        stats = self._inner(lr, tokens, limit)
+        self._steps += 1
+        self.enter("reduce")
+        meets, every = self.meets(self._steps), self.options.sync_every
+        if self._outer:
+            for i, buckets in enumerate(self._fragments):
+                if meets or (self._steps + i * every // len(self._fragments)) % every == 0:
+                    self._average(i, buckets, at_once=meets or not self.options.overlap)
+        elif meets:
+            self._average_all()
+        elif self._steps % every == 0:
+            self._mix(self._steps // every)
+        return stats
+
+    def _inner(self, lr: float, tokens: int, limit: float) -> StepStats:
+        gradient, scale = self.buffer.flat[0], self.nominal_tokens / max(1, tokens)
+        norm = float(global_norm(gradient)) * scale if tokens else 0.0
+        if tokens and math.isfinite(norm) and norm <= limit:
+            gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
+            assert self.optimizer is not None
+            self.optimizer.step(lr)
+            self._tokens += tokens
+        self.reducer.discard()
+        return StepStats(grad_norm=norm, skipped=False)
+
+    def _average(self, i: int, buckets: Sequence[Bucket], at_once: bool) -> None:
+        """Fragment i: apply the average that is in flight, begin the next, and when it must be at once apply that too."""
+        if (task := self._flying[i]) is not None:
+            with self.reducer.transport.timed():
+                task.wait()
+            self._flying[i] = None
+            for part in map(_slice, buckets):
+                self._outer_step(part, self.buffer.flat[SUM, part], self.buffer.flat[OWN, part])
+        share = self._share(i)
+        target = self.buffer.flat[0 if at_once else SUM]
+        for part in map(_slice, buckets):
+            torch.sub(self._anchor[part], self.flat[part], out=target[part])
+            if not at_once:
+                self.buffer.flat[OWN, part] = target[part]
+            target[part].mul_(share)
+        task = self._background.submit(partial(self._sum, target, buckets))  # after those in flight: they use one communicator
+        if not at_once:
+            self._flying[i] = task
+            return
+        with self.reducer.transport.timed():
+            task.wait()
+        for part in map(_slice, buckets):
+            self._outer_step(part, target[part], None)
+
+    def _share(self, i: int) -> float:
+        """This rank's weight in an average: its part of the tokens. MpidpError when nobody learned from any. Collective over
+        compute_comm."""
+        total = self._tokens[i : i + 1].clone()
+        with self.reducer.transport.timed():
+            self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(total)))
+        mine, self._tokens[i] = float(self._tokens[i]), 0.0
+        if not total:
+            raise MpidpError.on_every_rank(
+                f"step {self._steps}: no rank has made an update for strategy.sync_every={self.options.sync_every} steps, "
+                "because its gradient was not finite or its batches had no target token: lower optim.lr, or look at the data "
+                "there; the last checkpoint is kept"
+            )
+        return mine / float(total)
+
+    def _sum(self, flat: Tensor, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            self._sums.tell(bucket.index)
+            self._sums.sum(flat, bucket)
+        self._sums.settle(applied=True)
+
+    def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
+        """Of the anchor, by the averaged outer gradient; parameters become it. own: what this rank gave to that average, a round
+        ago: then they keep what was learned since."""
+        anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
+        momentum.mul_(mu).add_(mean)
+        moved = (mean + mu * momentum).mul_(-self.options.outer_lr)
+        if own is not None:
+            self.flat[part] += moved + own
+        anchor += moved
+        if own is None:
+            self.flat[part] = anchor
+
+    def _average_all(self) -> None:
+        """Parameters, over all ranks alike. Collective over compute_comm."""
+        target = self.buffer.flat[0]
+        torch.div(self.flat, self.compute_comm.size, out=target)
+        with self.reducer.transport.timed():
+            self._sum(target, self.buffer.buckets)
+        self.flat.copy_(target)
+
+    def _mix(self, t: int) -> None:
+        """Parameters, within the group of round t. Collective over that group."""
+        size, options = self.compute_comm.size, self.options
+        with self.reducer.transport.timed():
+            if options.group == "exponential":
+                self._peers.hear(self.flat, hop(t, size), self.buffer.flat[0])
+                return
+            groups = partition(options.group, t, size, options.nodes, options.group_size)
+            mine = next(group for group in groups if self.compute_comm.rank in group)
+            self._peers.average(self.flat, mine, self.buffer.flat[0])
+
+    def state_dict(self) -> dict[str, Entry]:
+        """At a meeting: parameters are the anchor, nothing is in flight; each rank has inner state of its own. Independent."""
+        size, rank = self.compute_comm.size, self.compute_comm.rank
+        assert self.optimizer is not None
+        found = {"steps": Entry(torch.tensor(self._steps))}
+        found |= {f"reducer/{name}": entry for name, entry in self._sums.state_dict().items()}
+        for name, flat in self.optimizer.moments().items():
+            found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", 0, rank, (size, flat.numel()))
+        updates = torch.tensor([self.optimizer.updates])
+        found["inner/updates"] = Entry(updates, "sharded", 0, rank, (size,))
+        return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Of another number of ranks: each takes the inner state of one of them in turn. Independent."""
+        assert self.optimizer is not None
+        self._steps = int(state["steps"])
+        row = self.compute_comm.rank % len(state["inner/updates"])
+        for name, flat in self.optimizer.moments().items():
+            flat.copy_(state[f"inner{name}"][row])
+        self.optimizer.go_on_after(int(state["inner/updates"][row]))
+        held = {name.removeprefix("reducer/"): value for name, value in state.items() if name.startswith("reducer/")}
+        self._sums.load_state_dict(held)
+        if self._outer:
+            self._anchor.copy_(self.flat)
+            self._momentum.copy_(state["outer/momentum"])
+
+    def close(self) -> None:
+        """Collective over compute_comm."""
+        self._background.close()
+        self._peers.close()
+        super().close()
+
+
+def _slice(bucket: Bucket) -> slice:
+    return slice(bucket.start, bucket.stop)

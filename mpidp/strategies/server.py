@@ -1,0 +1,297 @@
+"""The parameter server: N workers compute gradients, M servers hold parameters and optimizer state in slices, and update them.
+
+A worker pushes the slices of its gradient to the servers and waits for theirs of the parameters, without a barrier over all (Li
+2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3). The last M ranks of the job serve: a server
+computes no gradient, a worker holds no optimizer state.
+
+| mode | a server applies | and answers |
+|---|---|---|
+| sync | the sum of all workers' gradients of a batch, added in their order | when it is applied |
+| async | every push as it comes | at once |
+| ssp | every push as it comes | a worker that is at most `staleness` batches ahead of the slowest (Ho 2013) |
+
+A push of n of the batch's |B| target tokens is a step of lr n / |B|: all pushes of a batch make up a step. One that is r whole
+rounds of updates late counts 1 / (1 + r) of that (Zhang 2016, "Staleness-aware Async-SGD", eq. 6, by rounds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.buckets import NORM_BLOCK, slice_bounds, squares_of_blocks
+from mpidp.comm.buffers import buf
+from mpidp.comm.transport import pieces
+from mpidp.errors import MpidpError
+from mpidp.optim import global_norm
+from mpidp.state import Entry
+from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.synchronous import Synchronous
+
+HEADER, GRADIENT, ANSWER, PARAMETERS = range(4)  # tags
+WORKER, BATCH, TOKENS, VERSION, LR = range(5)  # of a header, float64
+Part = tuple[MPI.Request, Tensor | None, Tensor | None]  # what is received, into what, for where
+ANSWERED, NORM, SKIPPED = range(3)  # of an answer: the version of the slice; of `sync`, what came of the step
+
+
+class Server(Synchronous):
+    """On workers, slot 0 of the gradient buffer is what they push; on servers, what arrives (1) and the sum (0)."""
+
+    goes_on = False
+    meets_always = False
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        """As Synchronous, with a reducer of one buffer. Collective over comm."""
+        super().__init__(*parts, **more)
+        self._comm, size = self.reducer.comm, self.compute_comm.size
+        self._workers, self._servers = size - self.options.servers, self.options.servers
+        self._bounds = slice_bounds(self.flat.numel(), self._servers, NORM_BLOCK)
+        me = self.compute_comm.rank - self._workers
+        self._mine = slice(self._bounds[me], self._bounds[me + 1]) if me >= 0 else None
+        among = self.compute_comm.Split(int(me >= 0), self.compute_comm.rank)
+        self._among = among  # the servers, or the workers
+        self._versions = [0] * self._servers  # of the slices that this worker has
+        self._version = 0  # of the slice that this server has: updates of it
+        self._pushed = 0  # batches of which a worker has pushed its part, a server has had all parts
+        self._clocks = [0] * self._workers  # batches of each worker that have arrived
+        self._waiting: dict[int, int] = {}  # workers that have no answer yet, and the batch that they pushed
+        self._steps = 0
+        self._stats = StepStats(0.0, False)
+        self._arrived: list[int] = []  # since the last meeting, in their order
+        self._expected: deque[int] = deque()  # the order to repeat
+
+    def updates(self) -> dict[str, Any] | None:
+        """Independent."""
+        index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
+        return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
+
+    def more_slots(self, options: Options) -> int:
+        """Independent."""
+        return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
+
+    def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
+        """A worker: push, and wait for the answer. A server: serve until every worker's push of this batch is applied. tokens: of
+        this rank's part. Collective over compute_comm at a meeting; else between workers and servers."""
+        meets = self.meets(self._steps + 1)
+        if self._mine is None:
+            stats = self._work(lr, tokens, limit, meets)
+        else:
+            stats = self._serve(limit, meets)
+        self._pushed += 1
+        self._steps += not stats.skipped
+        return replace(stats, told=self._give_all()) if meets else stats
+
+    # A worker
+
+    def _work(self, lr: float, tokens: int, limit: float, meets: bool) -> StepStats:
+        self.enter("reduce")
+        gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
+        scale, norm = self.nominal_tokens / max(1, tokens), 0.0
+        if not sync:  # a step of its own: clipped here, or not made at all
+            norm = float(global_norm(gradient)) * scale if tokens else 0.0
+            if not (math.isfinite(norm) and norm <= limit):
+                tokens = 0
+            gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
+        with self.reducer.transport.timed():
+            # Receives first: a server that answers never waits for a worker that still pushes to another one.
+            pulls = [self._begin_pull(server, parameters=not meets) for server in range(self._servers)]
+            self._push(gradient, lr, tokens)
+            for server, (answer, parts) in enumerate(pulls):
+                self._end_pull(parts)
+                self._versions[server] = int(answer[ANSWERED])
+        self.reducer.discard()
+        return StepStats(float(answer[NORM]), bool(answer[SKIPPED])) if sync else StepStats(norm, False)
+
+    def _push(self, gradient: Tensor, lr: float, tokens: int) -> None:
+        wire = self.reducer.transport
+        for server in range(self._servers):
+            header = np.array([self.compute_comm.rank, self._pushed, tokens, self._versions[server], lr])
+            self._comm.Send(header, self._workers + server, HEADER)
+            for start, stop in pieces(self._bounds[server], self._bounds[server + 1]):
+                piece = wire.load(gradient[start:stop], "push")
+                self._comm.Send(buf(piece), self._workers + server, GRADIENT)
+                wire.sent_bytes += piece.nbytes
+
+    def _begin_pull(self, server: int, parameters: bool) -> tuple[np.ndarray, list[Part]]:
+        answer, rank = np.zeros(3), self._workers + server
+        parts: list[Part] = [(self._comm.Irecv(answer, rank, ANSWER), None, None)]
+        for start, stop in pieces(self._bounds[server], self._bounds[server + 1]) if parameters else ():
+            piece = self.flat[start:stop]
+            wire = self.reducer.transport.load(piece, ("pull", start))
+            parts.append((self._comm.Irecv(buf(wire), rank, PARAMETERS), wire, piece))
+        return answer, parts
+
+    def _end_pull(self, parts: list[Part]) -> None:
+        for request, wire, piece in parts:
+            self.group.wait(request)
+            if wire is not None and piece is not None:
+                self.reducer.transport.store(wire, piece)
+
+    # A server
+
+    def _serve(self, limit: float, meets: bool) -> StepStats:
+        if self.options.mode == "sync":
+            return self._serve_all(limit, meets)
+        while min(self._clocks) <= self._pushed:
+            header = np.zeros(5)
+            self.enter("reduce")
+            with self.reducer.transport.timed():
+                self.group.wait(self._comm.Irecv(header, self._next(), HEADER))
+            self._arrived.append(int(header[WORKER]))
+            self._take(header)
+            self._apply(header)
+            self._waiting[int(header[WORKER])] = int(header[BATCH])
+            self._clocks[int(header[WORKER])] += 1
+            self._answer(meets)
+        return self._stats
+
+    def _next(self) -> int:
+        """From whom the next push is taken: from anybody, or as it was in the run that is repeated."""
+        if not self.options.arrivals:
+            return MPI.ANY_SOURCE
+        if not self._expected:
+            meeting = min((step for step in self.options.arrivals if step > self._steps), default=-1)
+            order = self.options.arrivals.get(meeting, [[]] * self._servers)[self.compute_comm.rank - self._workers]
+            if not order:
+                raise MpidpError(f"strategy.replay: no order of arrivals after step {self._steps}: that run was shorter")
+            self._expected.extend(order)
+        return self._expected.popleft()
+
+    def _take(self, header: np.ndarray) -> None:
+        assert self._mine is not None
+        transport, arrived = self.reducer.transport, self.buffer.flat[1]
+        with transport.timed():
+            for start, stop in pieces(self._mine.start, self._mine.stop):
+                wire = transport.load(arrived[start:stop], "take")
+                self.group.wait(self._comm.Irecv(buf(wire), int(header[WORKER]), GRADIENT))
+                transport.store(wire, arrived[start:stop])
+
+    def _apply(self, header: np.ndarray) -> None:
+        """A push, unless the worker or this server finds that it is not finite: then it changes nothing."""
+        self.enter("apply")
+        arrived = self.buffer.flat[1, self._mine]
+        norm = float(torch.linalg.vector_norm(arrived))
+        if not header[TOKENS] or not math.isfinite(norm):
+            return
+        self.buffer.total[self._mine] = arrived
+        rounds = (self._version - int(header[VERSION])) // self._workers
+        assert self.optimizer is not None
+        self.optimizer.step(float(header[LR]) * min(1.0, header[TOKENS] / self.nominal_tokens) / (1 + max(0, rounds)))
+        self._version += 1
+        self._stats = StepStats(norm, False)
+
+    def _answer(self, meets: bool) -> None:
+        """Those who may go on; all of them after a meeting's batch, for which nobody is given parameters here: all get them
+        together."""
+        slowest = min(self._clocks)
+        for worker, batch in list(self._waiting.items()):
+            last = meets and batch == self._pushed
+            if last or self.options.mode == "async" or batch + 1 - slowest <= self.options.staleness:
+                del self._waiting[worker]
+                self._give(worker, self._stats, parameters=not last)
+
+    def _give(self, worker: int, stats: StepStats, parameters: bool) -> None:
+        assert self._mine is not None
+        wire = self.reducer.transport
+        with wire.timed():
+            self._comm.Send(np.array([self._version, stats.grad_norm, stats.skipped], dtype=np.float64), worker, ANSWER)
+            for start, stop in pieces(self._mine.start, self._mine.stop) if parameters else ():
+                piece = wire.load(self.flat[start:stop], "give")
+                self._comm.Send(buf(piece), worker, PARAMETERS)
+                wire.sent_bytes += piece.nbytes
+
+    def _serve_all(self, limit: float, meets: bool) -> StepStats:
+        """A batch of all workers: added in their order, scaled, clipped by the norm over all servers, applied once."""
+        self.enter("reduce")
+        total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
+        total.zero_()
+        for worker in range(self._workers):
+            with self.reducer.transport.timed():
+                self.group.wait(self._comm.Irecv(header, worker, HEADER))
+            self._take(header)
+            tokens, lr = tokens + header[TOKENS], header[LR]
+            total.copy_(self.buffer.flat[1, self._mine]) if worker == 0 else total.add_(self.buffer.flat[1, self._mine])
+        scale = self.nominal_tokens / max(1.0, tokens)
+        norm = self._norm_over_servers() * scale
+        skipped = not (tokens and math.isfinite(norm) and norm <= limit)
+        if not skipped:
+            if self.clip and norm > self.clip:
+                scale *= self.clip / norm
+            if scale != 1.0:
+                total.mul_(scale)
+            self.enter("apply")
+            assert self.optimizer is not None
+            self.optimizer.step(lr)
+            self._version += 1
+        stats = StepStats(norm, skipped)
+        for worker in range(self._workers):
+            self._give(worker, stats, parameters=not meets)
+        return stats
+
+    def _norm_over_servers(self) -> float:
+        squares = torch.zeros(self.flat.numel() // NORM_BLOCK, dtype=torch.float64)
+        assert self._mine is not None
+        if self._mine.start < self._mine.stop:
+            own = squares_of_blocks(self.buffer.total[self._mine]).cpu()
+            squares[self._mine.start // NORM_BLOCK : self._mine.stop // NORM_BLOCK] = own
+        if self._servers > 1:
+            with self.reducer.transport.timed():
+                self.group.wait(self._among.Iallreduce(MPI.IN_PLACE, buf(squares)))
+        return math.sqrt(squares.cumsum(0)[-1])
+
+    # All
+
+    def _give_all(self) -> dict[str, Any]:
+        """A meeting: every server's slice is everybody's; all know in what order pushes came, where that may be any. Collective
+        over compute_comm."""
+        self.enter("publish")
+        wire = self.reducer.transport
+        with wire.timed():
+            for server in range(self._servers):
+                for start, stop in pieces(self._bounds[server], self._bounds[server + 1]):
+                    piece = wire.load(self.flat[start:stop], "publish")
+                    self.group.wait(self.compute_comm.Ibcast(buf(piece), self._workers + server))
+                    wire.store(piece, self.flat[start:stop])
+                    wire.sent_bytes += piece.nbytes if self.compute_comm.rank == self._workers + server else 0
+        rows = self.compute_comm.allgather((self._version, self._arrived))[self._workers :]
+        self._versions, self._arrived = [version for version, _ in rows], []
+        return {} if self.options.mode == "sync" else {"arrivals": [order for _, order in rows]}
+
+    def state_dict(self) -> dict[str, Entry]:
+        """The servers' slices of the optimizer's state; of the workers nothing. Independent."""
+        steps = {"steps": Entry(torch.tensor([self._steps, self._pushed]))}
+        if self._mine is None:
+            return steps
+        assert self.optimizer is not None
+        index, size = self.compute_comm.rank - self._workers, self.flat.numel()
+        slices = {
+            f"server{name}": Entry(flat[self._mine], "sharded", 0, self._mine.start, (size,))
+            for name, flat in self.optimizer.moments().items() if self._mine.start < self._mine.stop
+        }
+        counts = torch.tensor([[self.optimizer.updates, self._version]])
+        return steps | slices | {"server/updates": Entry(counts, "sharded", 0, index, (self._servers, 2))}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Of any number of servers and workers. Independent."""
+        self._steps, self._pushed = map(int, state["steps"])
+        self._clocks = [self._pushed] * self._workers
+        updates, self._version = (int(one) for one in state["server/updates"].max(0).values)
+        self._versions = [self._version] * self._servers
+        if self._mine is not None:
+            assert self.optimizer is not None
+            self.optimizer.go_on_after(updates)
+            for name, flat in self.optimizer.moments().items():
+                flat[self._mine] = state[f"server{name}"][self._mine].to(flat.device)
+
+    def close(self) -> None:
+        """Collective over compute_comm."""
+        self._among.Free()
+        super().close()

@@ -1,0 +1,120 @@
+"""A rank gets no further: nobody waits for ever, and the words name the rank and the phase that all others wait for.
+
+| fault, on rank 1 of 3 in step 4, run.hang_seconds=4 | expected | judged by |
+|---|---|---|
+| SIGSTOP | 6; rank 1, compute of step 4, stopped; the stacks of a rank that waits | code of both mpiruns, words |
+| it sleeps for ever | 6; rank 1, compute of step 4; its stacks | same |
+| it never leaves a C function, the GIL held | the same: it prints its stacks itself | same |
+| it stops, and is alone on its node | 6; rank 1 is not heard of; ranks of other nodes say so too | words |
+| it sleeps, and is alone on its node | 6; ranks of other nodes name its phase | words |
+| run.dir is removed, and then it stops | 6; rank 1, compute of step 4, stopped | words |
+| each batch of an evaluation takes 3 s, and all of it 12 s | 0: it is slow, it does not hang | code, hash |
+| all ranks are stopped for longer than the deadline, and go on | 0: they were suspended | code, hash |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.commands import ENTER, Ended, Shell, end_record, family, faulty, steps_logged, still_there
+
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+SLEEP = "time.sleep(10000)"
+HOLD = "lock = ctypes.PyDLL(None).pthread_mutex_lock; mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"
+WHERE = "in compute of step 4 since"
+
+
+def hang(shell: Shell, fault: str, ranks: int = 3, **extra: str) -> Ended:
+    """A run in which rank 1 does this; nothing of it is alive afterwards, and it left its words for the next start."""
+    started = shell.start("-c", faulty(fault, ranks=[1]) + ENTER, "tiny.toml", "--run.hang_seconds=4", ranks=ranks, **extra)
+    started.until_exists(shell.folder / "run" / "checkpoints")
+    members = family(started.process.pid)
+    ended = started.wait()
+    assert not still_there(members), f"processes are left\n{ended}"
+    assert ended.code == 6, ended
+    return ended
+
+
+def words(ended: Ended) -> list[str]:
+    """The lines that say for whom all wait."""
+    found = [line for line in ended.err.splitlines() if "no rank has got further for" in line]
+    assert found and all("(run.hang_seconds is 4)" in line and "exit code 6" in line for line in found), ended
+    return [line.partition("(run.hang_seconds is 4): ")[2] for line in found]
+
+
+@pytest.mark.parametrize("fault", [STOP, SLEEP, HOLD], ids=["stopped", "sleeps", "holds the GIL"])
+def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
+    ended = hang(either, fault)
+    (said,) = words(ended)  # once a node
+    assert said.startswith("everybody waits for rank 1 (") and WHERE in said, ended
+    assert "; of the others 2 are in comm_wait" in said, ended
+    assert ("stopped (state T)" in said) == (fault == STOP), ended
+    if fault == STOP:  # it cannot say: the stacks are of one that waits
+        assert "in share" in ended.err, ended
+    else:
+        assert re.search(r'File "<string>", line \d+ in run\b', ended.err), ended
+    left = json.loads((either.folder / "run" / "tries.json").read_text())
+    assert left["tries"] == 1 and left["words"].startswith("everybody waits for rank 1 ("), left
+
+
+def test_a_rank_alone_on_its_node(place: Path) -> None:
+    ended = hang(Shell(place, "mpich"), STOP, ranks=2, MPIDP_PRETEND_NODES="2")
+    (said,) = words(ended)
+    assert said.startswith("everybody waits for rank 1 (") and "not heard of; of the others 1 is in comm_wait" in said, ended
+
+
+def test_a_rank_on_another_node(place: Path) -> None:
+    """Rank 0 tells where rank 1 is by what that one's node wrote into the folder."""
+    said = words(hang(Shell(place, "mpich"), SLEEP, ranks=2, MPIDP_PRETEND_NODES="2"))
+    assert 1 <= len(said) <= 2 and all(one.startswith("everybody waits for rank 1 (") and WHERE in one for one in said), said
+
+
+def test_a_run_dir_that_vanished(place: Path) -> None:
+    source = faulty(f"import os; os.rename('run', 'gone'); {STOP}", ranks=[1]) + ENTER
+    ended = Shell(place, "mpich").run("-c", source, "tiny.toml", "--run.hang_seconds=4", ranks=2)
+    assert ended.code == 6 and "stopped (state T)" in words(ended)[0], ended
+
+
+SLOW_EVALUATION = """
+import time
+import torch
+import mpidp.entry, mpidp.train
+from mpi4py import MPI
+from mpidp.engine import Engine
+plain, calls = Engine.loss_sum, 0
+def loss_sum(self, mb, key):
+    global calls
+    if not torch.is_grad_enabled() and MPI.COMM_WORLD.rank == 0:
+        calls += 1
+        time.sleep(3 * (5 <= calls <= 8))  # the second evaluation: the first may take longer anyway
+    return plain(self, mb, key)
+Engine.loss_sum = loss_sum
+"""
+
+
+def test_an_evaluation_that_is_slow_is_no_hang(place: Path) -> None:
+    shell = Shell(place, "mpich")
+    words = ("--run.hang_seconds=5", "--train.eval_every=2", "--train.eval_tokens=128")
+    ended = shell.run("-c", SLOW_EVALUATION + ENTER, "tiny.toml", *words, ranks=2)
+    assert ended.code == 0 and ended.seconds > 12, ended
+    assert steps_logged(place / "run") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_that_is_suspended_for_a_while(place: Path, whole_hash: str) -> None:
+    slowly = faulty("time.sleep(14)", range(2), batches=[2]) + ENTER  # of which it is stopped for 10
+    started = Shell(place, "mpich").start("-c", slowly, "tiny.toml", "--run.hang_seconds=6", ranks=2)
+    started.until_exists(place / "run" / "checkpoints" / "step_00000002")
+    ranks = started.ranks()
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in ranks:
+            os.kill(pid, number)
+        time.sleep(10 * (number == signal.SIGSTOP))
+    ended = started.wait()
+    assert ended.code == 0 and end_record(place / "run")["weights_sha256"] == whole_hash, ended

@@ -1,0 +1,189 @@
+"""`faults.respawn=true`: new processes take the places of dead ranks, and nothing of it shows in what was learned.
+
+| when | expected | judged by |
+|---|---|---|
+| rank 0; others; two at once; two in a row; all but one; in every kind of job | 0, full size again | as below |
+| a newcomer dies later; all who were there at first die | same | same |
+| anybody dies while newcomers are started, met, or given the state | 0, full size again, or as many as are left | same |
+| no process can be started | 0, the others go on, and that is said once | same |
+| fewer than faults.min_ranks are left for a moment | 0: it counts who goes on | same |
+| a STOP file when newcomers are there | 75; the same command goes on on one rank | code, hash |
+| a launcher that cannot do it | 2 before anything is written | code, words |
+
+Judged by: the final hash, and every line of a step and of an evaluation, once and as in a run that nothing happened to; what
+`recovered` and `respawned` events tell; no process is left behind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpidp.comm.respawn import LAUNCH
+from tests.faults.commands import ENTER, SLOWLY, Shell, Started, expect, family, still_there
+from tests.faults.test_recovery import SETTINGS, SOAK, dead, learned, lines_of, undisturbed  # noqa: F401
+
+Learned = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def shell(place: Path) -> Shell:
+    return Shell(place, "openmpi")
+
+
+def start(
+    shell: Shell, ranks: int, faults: str, *words: str, nodes: int = 1, program: tuple[str, ...] = ("-m", "mpidp.train")
+) -> Started:
+    launch = [word for word in LAUNCH.split() if word not in ("--mca", "coll", "^han,adapt")]  # entry.py sees to these
+    command = [*launch, "-n", str(ranks), "python", *program, "tiny.toml", *SETTINGS, "--faults.respawn=true", *words]
+    return shell.start_command(command, MPIDP_FAULT=faults, MPIDP_PRETEND_NODES=str(nodes))
+
+
+def came(lines: list[dict[str, Any]]) -> list[tuple[list[int], int]]:
+    """Numbers of new ranks, and how many ranks there then were, of each respawn."""
+    return [(line["came"], line["ranks"]) for line in lines if line.get("event") == "respawned"]
+
+
+def check(
+    shell: Shell, undisturbed: Learned, faults: str, *words: str, ranks: int = 4, nodes: int = 1,  # noqa: F811
+    program: tuple[str, ...] = ("-m", "mpidp.train"),
+) -> list[dict[str, Any]]:
+    """It ends as if nothing had happened; returns its record."""
+    started = start(shell, ranks, faults, *words, nodes=nodes, program=program)
+    ended = started.wait()
+    assert ended.code == 0, ended
+    lines = lines_of(shell.folder / "run")
+    assert learned(lines) == undisturbed, f"{lines}\n{ended}"
+    assert ended.out.count("\n rank  host") <= 1 and ended.out.count("done: step") == 1, ended
+    return lines
+
+
+ROWS: dict[str, tuple[str, list[int], list[tuple[list[int], int]], tuple[str, ...], int]] = {
+    "another": ("kill:2:3:apply", [2], [([4], 4)], (), 1),
+    "rank 0": ("kill:0:3:reduce", [0], [([4], 4)], (), 1),
+    "two at once": ("kill:1:2:reduce kill:3:2:reduce", [1, 3], [([4, 5], 4)], (), 1),
+    "two in a row, a newcomer then": ("kill:0:2:compute kill:2:4:apply kill:4:5:publish", [0, 2, 4],
+                                      [([4], 4), ([5], 4), ([6], 4)], (), 1),
+    "all but one": ("kill:0:2:apply kill:1:2:apply kill:3:2:apply", [0, 1, 3], [([4, 5, 6], 4)], (), 1),
+    "two nodes": ("kill:0:3:apply kill:2:5:reduce", [0, 2], [([4], 4), ([5], 4)], (), 2),
+    "messages": ("kill:1:3:reduce", [1], [([4], 4)], ("--comm.transport=messages",), 1),
+    "a copy a rank, in an evaluation": ("kill:1:3:evaluate", [1], [([4], 4)], ("--comm.copies=rank",), 1),
+    "a thread": ("kill:2:3:compute,after=0.01", [2], [([4], 4)], ("--comm.overlap=thread",), 2),
+    "in the last checkpoint": ("kill:3:6:checkpoint", [3], [([4], 4)], (), 1),
+}
+
+
+ALWAYS = ("messages", "rank 0", "two in a row, a newcomer then", "all but one")  # others in the soak alone
+
+
+@pytest.mark.parametrize(("name", "time"), [(n, i) for i in range(SOAK or 1) for n in (ROWS if SOAK else ALWAYS)])
+def test_back_to_full_size(shell: Shell, undisturbed: Learned, name: str, time: int) -> None:  # noqa: F811
+    faults, lost, events, words, nodes = ROWS[name]
+    lines = check(shell, undisturbed, faults, *words, nodes=nodes)
+    assert dead(lines) == lost and came(lines) == events, lines
+    assert all(line["seconds"] > 0 for line in lines if line.get("event") == "respawned")
+
+
+def test_min_ranks_counts_who_goes_on(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
+    lines = check(shell, undisturbed, "kill:0:3:apply", "--faults.min_ranks=3", ranks=3)
+    assert came(lines) == [([3], 3)], lines
+
+
+MEANWHILE = {  # faults, who came when
+    "another, at once": ("kill:1:3:apply kill:2:2:respawn", [1, 2]),
+    "another, while the process starts": ("kill:1:3:apply kill:2:2:respawn,after=0.3", [1, 2]),
+    "rank 0, while the process starts": ("kill:1:3:apply kill:0:2:respawn,after=0.3", [0, 1]),
+    "a newcomer, while others are started": ("kill:1:3:apply kill:2:3:apply kill:4:2:respawn", [1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", MEANWHILE if SOAK else list(MEANWHILE)[:2])
+def test_a_death_while_a_process_is_started(shell: Shell, undisturbed: Learned, name: str) -> None:  # noqa: F811
+    faults, lost = MEANWHILE[name]
+    lines = check(shell, undisturbed, faults)
+    assert set(lost) <= set(dead(lines)) and came(lines)[-1][1] == 4, lines
+
+
+# Rank 0 of those who were there at first, or the first newcomer, dies where it comes by a place, once.
+DIES = """
+import os, pydoc, mpidp.entry, mpidp.train, mpidp.recover, mpidp.comm.respawn
+place, _, name = {place!r}.rpartition('.')
+owner = pydoc.locate(place)
+plain = getattr(owner, name)
+newcomer = 'OMPI_PARENT_PORT' in os.environ
+failed = [newcomer]
+def dies(*words, **more):
+    from mpi4py import MPI
+    if newcomer == {newcomer} and failed[0] and (newcomer or MPI.COMM_WORLD.rank == 0):
+        try:
+            os.close(os.open('died', os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), 9)
+        except FileExistsError:
+            pass
+    return plain(*words, **more)
+setattr(owner, name, dies)
+again = mpidp.comm.respawn.grow
+def grow(*words):
+    failed[0] = True
+    return again(*words)
+mpidp.recover.grow = grow
+"""
+PLACES = {  # and how many ranks there are in the end
+    ("mpidp.comm.respawn._tell", True): 3, ("mpidp.comm.respawn._bridge", False): 4, ("mpidp.comm.respawn._tell", False): 4,
+    ("mpidp.recover.make_mesh", True): 4, ("mpidp.build.Optimizer", True): 4, ("mpidp.build.Optimizer", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.fit.MetricsFile", False): 4,
+    ("mpidp.build.Loader", True): 4,
+}
+
+
+@pytest.mark.parametrize(("where", "newcomer"), PLACES if SOAK else list(PLACES)[0::4])
+def test_a_death_where_both_sides_meet(
+    shell: Shell, undisturbed: Learned, where: str, newcomer: bool  # noqa: F811
+) -> None:
+    program = ("-c", DIES.format(place=where, newcomer=newcomer) + ENTER)
+    lines = check(shell, undisturbed, "kill:1:3:apply", nodes=2, program=program)
+    assert (shell.folder / "died").exists()
+    size = [line["ranks"] for line in lines if line.get("event") in ("recovered", "respawned")][-1]
+    assert size == PLACES[where, newcomer], lines
+
+
+NOTHING = "import sys, mpidp.entry, mpidp.train; sys.executable = '/nonexistent'\n"
+
+
+def test_no_process_can_be_started(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
+    started = start(shell, 3, "kill:1:2:apply kill:2:4:apply", program=("-c", NOTHING + ENTER))
+    ended = started.wait()
+    assert ended.code == 183, ended  # of Open MPI's, which does not forget it
+    lines = lines_of(shell.folder / "run")
+    assert learned(lines) == undisturbed and dead(lines) == [1, 2] and not came(lines), ended
+    assert ended.out.count("no new rank can be started in the place of a dead one: 2 go on") == 1, ended
+
+
+def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
+    started = start(shell, 3, "kill:0:2:reduce", program=("-c", SLOWLY))
+    started.until("new ranks 3: 3 go on")
+    (shell.folder / "run" / "STOP").touch()
+    members = family(started.process.pid)
+    ended = started.wait()
+    assert ended.code == 75, ended
+    assert not still_there(members), ended
+    expect(shell.train(*SETTINGS), 0)
+    assert learned(lines_of(shell.folder / "run")) == undisturbed
+
+
+LAUNCHES = {
+    "mpich": ("mpirun -n 2", "here a rank that dies ends the job"), "openmpi": ("mpirun -n 2", "a rank that dies ends the job"),
+    "alone": ("", "here a rank that dies ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "mpirun's exit code"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launchers_that_cannot(place: Path, name: str) -> None:
+    launch, why = LAUNCHES[name]
+    shell = Shell(place, "mpich" if name in ("mpich", "alone") else "openmpi")  # noqa: F811
+    command = [*launch.split(), "python", "-m", "mpidp.train", "tiny.toml", "--faults.respawn=true"]
+    expect(shell.start_command(command).wait(), 2, why, f"{LAUNCH} on one machine")
+    assert not (shell.folder / "run").exists()

@@ -1,0 +1,217 @@
+"""Laws of the strategies that do not wait for everybody at every step.
+
+What they come to where they are nothing new (staleness 0, averages of plain SGD at every step); one common model at each
+meeting; a resumed run is the run; traffic is what the method promises; what is not finite reaches nobody's parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+import mpidp.train
+from mpidp.engine import Engine
+from mpidp.errors import MpidpError
+from mpidp.strategies.delayed import Delayed
+from mpidp.strategies.local import Local
+from mpidp.strategies.server import Server
+from tests.tiny import FailedElsewhere, Ran, at, corpus, masked_corpus, read_metrics, sizes, tiny, train_at
+
+pytestmark = pytest.mark.mpi
+SGD: dict[str, Any] = {"name": "sgd", "lr": 0.2, "beta1": 0.0, "clip": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
+PLAIN = {"name": "local", "outer_lr": 1.0, "outer_momentum": 0.0}  # averages of parameters
+METHODS: dict[str, dict[str, Any]] = {
+    "delayed": {"strategy": {"name": "delayed", "meet_every": 2}},
+    "delayed by 3, compensated": {"strategy": {"name": "delayed", "staleness": 3, "compensation": 0.5, "meet_every": 4}},
+    "delayed, top 10%": {"strategy": {"name": "delayed", "meet_every": 2}, "comm": {"compress": "topk", "ratio": 0.1}},
+    "DiLoCo in 4 bits": {"strategy": {"name": "local", "sync_every": 4}, "comm": {"compress": "int4"}},
+    "overlapped, PowerSGD": {
+        "strategy": {"name": "local", "sync_every": 2, "meet_every": 6, "overlap": True, "outer_momentum": 0.5},
+        "comm": {"compress": "powersgd"},
+    },
+    "DiLoCo": {"strategy": {"name": "local", "sync_every": 4}},
+    "local SGD": {"strategy": {**PLAIN, "sync_every": 2}},
+    "overlapped": {"strategy": {"name": "local", "sync_every": 2, "meet_every": 6, "overlap": True, "outer_momentum": 0.5}},
+    "in fragments": {
+        "strategy": {"name": "local", "sync_every": 4, "meet_every": 8, "fragments": 2}, "comm": {"bucket_mb": 0.01},
+    },
+    "overlapped fragments": {
+        "strategy": {
+            "name": "local", "sync_every": 2, "meet_every": 6, "fragments": 2, "overlap": True, "outer_momentum": 0.5,
+        },
+        "comm": {"bucket_mb": 0.01},
+    },
+    **{group: {"strategy": {"name": "local", "group": group, "meet_every": 6}} for group in
+       ("node", "rotating", "pairs", "exponential")},
+}
+
+
+def with_train(sections: dict[str, Any], **train: Any) -> dict[str, Any]:
+    return {**sections, "train": {"save_every": 6, "eval_every": 6, **train}}
+
+
+def close_to(run: Ran, other: Ran, tolerance: float = 2e-5) -> None:
+    assert run.end["val_loss"] == pytest.approx(other.end["val_loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_staleness_0_is_synchronous(shared_folder: Path, shared_tmp: Path, n: int) -> None:
+    data = corpus(shared_folder)
+    late = train_at(n, tiny(data, shared_tmp / "late", strategy={"name": "delayed", "staleness": 0, "meet_every": 1}))
+    plain = train_at(n, tiny(data, shared_tmp / "plain", comm={"reducer": "allreduce"}))
+    assert late.sha256 == plain.sha256
+    assert [line["step"] for line in late.learned] == [line["step"] for line in plain.learned]
+    assert late.losses == plain.losses
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_averaging_sgd_every_step_is_synchronous(shared_folder: Path, shared_tmp: Path, n: int, masked: bool) -> None:
+    """Ranks have unequal numbers of lanes (3 ranks of 8) or of targets (masks): a mean over tokens, not of means."""
+    data = (masked_corpus if masked else corpus)(shared_folder)
+    local = train_at(n, tiny(data, shared_tmp / "local", optim=SGD, strategy={**PLAIN, "sync_every": 1}))
+    plain = train_at(n, tiny(data, shared_tmp / "plain", optim=SGD))
+    close_to(local, plain)
+    assert local.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_a_group_of_all_is_full_aggregation(shared_folder: Path, shared_tmp: Path) -> None:
+    """On ranks that learned from equally many tokens, whose parameters are then averaged alike."""
+    data = corpus(shared_folder)
+    for n, group in ((2, "pairs"), (2, "exponential"), (2, "rotating"), (4, "node"), (4, "rotating")):
+        strategy = {"name": "local", "group": group, "sync_every": 1, "meet_every": 6, "group_size": n}
+        part = train_at(n, tiny(data, shared_tmp / f"{group}{n}", strategy=strategy))
+        full = train_at(n, tiny(data, shared_tmp / f"full{group}{n}", strategy={**PLAIN, "sync_every": 1, "meet_every": 6}))
+        close_to(part, full)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_learns_and_ends_with_one_model(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+    data = corpus(shared_folder)
+    whole = train_at(1, tiny(data, shared_tmp / "whole", train={"steps": 24, "eval_every": 0}))
+    for n in sizes(2, 3, 4) if "PowerSGD" in name else sizes(1, 2, 3, 4):
+        config = tiny(data, shared_tmp / f"at{n}", **with_train(METHODS[name], steps=24))
+        ends = at(n, lambda comm, config=config: mpidp.train.run(config, comm))
+        assert len({end["weights_sha256"] for end in ends}) == 1, f"{n} ranks"
+        evaluated = [line for line in read_metrics(config.run.dir) if "val_loss" in line and "event" not in line]
+        meet = config.strategy.meet_every or config.strategy.sync_every
+        every = -(-6 // meet) * meet  # evaluations wait for a meeting
+        assert [line["step"] for line in evaluated] == list(range(every, 25, every)), name
+        assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"] < 5.5
+        assert ends[0]["tokens"] == whole.end["tokens"], "every token of every rank is counted once"
+
+
+class Crash(RuntimeError):
+    """The power went."""
+
+
+@contextmanager
+def crash_in(step: int) -> Iterator[None]:
+    """Every rank dies in front of its step-th update."""
+    patch = pytest.MonkeyPatch()
+    with patch.context() as inside:
+        for kind in (Delayed, Local, Server):
+            calls = [0]
+
+            def counted(self: Any, *words: Any, real: Any = kind.step, calls: list[int] = calls) -> Any:
+                calls[0] += 1
+                if calls[0] == step:
+                    raise Crash
+                return real(self, *words)
+
+            inside.setattr(kind, "step", counted)
+        yield
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_is_the_run(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+    """Crashed a while after a checkpoint, at which some methods have sums in flight or state of each rank."""
+    data, n = corpus(shared_folder), 3
+    sections = with_train(METHODS[name], steps=24, lanes=8)
+    whole = train_at(n, tiny(data, shared_tmp / "whole", **sections))
+    config = tiny(data, shared_tmp / "run", **sections)
+    with crash_in(20), pytest.raises(FailedElsewhere, match="Crash"):
+        train_at(n, config)
+    run = train_at(n, config)
+    assert run.events("resume")[0]["step"] in (12, 16, 18)
+    assert run.sha256 == whole.sha256 and run.learned == whole.learned
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+    """Not the same run, for ranks are what learns; but it goes on from where all stood."""
+    data = corpus(shared_folder)
+    config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24))
+    with crash_in(20), pytest.raises(FailedElsewhere, match="Crash"):
+        train_at(4, config)
+    before = [line["val_loss"] for line in read_metrics(config.run.dir) if "val_loss" in line]
+    run = train_at(2, config)
+    assert run.events("resume") and run.end["step"] == 24 and run.end["val_loss"] < before[0]
+
+
+def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) -> None:
+    """Every sync_every steps what a synchronous step sends, and nothing between; pairs send a model a step."""
+    data, n = corpus(shared_folder), 2
+
+    def sent(folder: str, **strategy: Any) -> list[int]:
+        comm = {"reducer": "allreduce", "overlap": "none", "bucket_mb": 0.01}
+        config = tiny(data, shared_tmp / folder, comm=comm, strategy=strategy, train={"steps": 12})
+        return [line["comm_bytes"] for line in _raw(config, n) if "train_loss" in line]
+
+    (whole,) = set(sent("plain"))
+    assert whole > 0
+    assert sent("local", **PLAIN, sync_every=4) == [0, 0, 0, whole] * 3
+    assert set(sent("pairs", name="local", group="pairs", meet_every=12)) == {whole}
+    assert sum(sent("fragments", name="local", sync_every=4, meet_every=12, fragments=2)[:10]) < 3 * whole
+
+
+def _raw(config: Any, n: int) -> list[dict[str, Any]]:
+    def run(comm: MPI.Intracomm) -> list[dict[str, Any]]:
+        mpidp.train.run(config, comm)
+        comm.Barrier()
+        return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+    return list(at(n, run)[0])
+
+
+@contextmanager
+def spoiled(rank: int, batches: range) -> Iterator[None]:
+    """The losses of this rank in these batches are not finite."""
+    real = Engine._learn
+
+    def learn(self: Engine, mb: Any, batch: int) -> torch.Tensor:
+        if MPI.COMM_WORLD.rank == rank and batch in batches:
+            plain = self.loss_sum
+            self.loss_sum = lambda mb, key: plain(mb, key) * math.nan  # type: ignore[method-assign]
+            try:
+                return real(self, mb, batch)
+            finally:
+                del self.loss_sum
+        return real(self, mb, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_learn", learn)
+        yield
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_not_finite_reaches_nobody(shared_folder: Path, shared_tmp: Path, name: str) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp / "run", **with_train(METHODS[name], steps=24, max_skipped=9))
+    with spoiled(1, range(3, 6)):
+        run = train_at(3, config)
+    assert math.isfinite(run.end["val_loss"])
+    assert run.end["skipped"] == (3 if name.startswith("delayed") else 0)
+
+
+def test_when_nobody_learns_it_is_said(shared_folder: Path, shared_tmp: Path) -> None:
+    config = tiny(corpus(shared_folder), shared_tmp / "run", strategy={"name": "local", "sync_every": 2})
+    with spoiled(0, range(9)), pytest.raises(MpidpError, match="no rank has made an update for"):
+        train_at(1, config)

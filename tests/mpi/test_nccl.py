@@ -1,0 +1,180 @@
+"""Laws of exchanges without MPI: the same bits as over MPI. gloo on the CPU stands in for NCCL, since no GPU was at hand."""
+
+from __future__ import annotations
+
+import socket
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import distributed
+
+import mpidp.build
+import mpidp.train
+from mpidp.comm import nccl
+from mpidp.comm.mesh import make_mesh
+from mpidp.comm.nccl import Nccl, check_nccl
+from mpidp.errors import MpidpError, UsageError
+from mpidp.lanes import Lanes
+from mpidp.replay import look
+from tests.mpi.test_reducers import CPU, CUTS, SHAPES, check_bits, exact, reduced
+from tests.tiny import WORLD, at, corpus, everywhere, sizes, tiny, train_at
+
+pytestmark = pytest.mark.mpi
+
+
+def gloo(comm: MPI.Intracomm) -> Nccl:
+    return Nccl(CPU, comm, "gloo")
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("bucket_bytes", [600, 10**9])
+def test_the_tree_gives_the_bits_of_its_definition(cut: tuple[int, int, int], bucket_bytes: int) -> None:
+    check_bits(cut, bucket_bytes=bucket_bytes, open_wire=gloo)
+
+
+@pytest.mark.parametrize("kind", ["allreduce", "naive"])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_the_others_are_close_to_the_exact_sum(kind: str, cut: tuple[int, int, int]) -> None:
+    lanes = Lanes(*cut)
+    for n in sizes(2, 3, 4):
+        for sums in at(n, lambda comm: reduced(kind, comm, lanes, 600, open_wire=gloo)):
+            for step, of_step in enumerate(sums):
+                for name in SHAPES:
+                    total, absolute = exact(lanes, step, name)
+                    assert (np.abs(of_step[name] - total) <= 2 * lanes.num_micro_batches * 2.0**-24 * absolute).all()
+
+
+def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() -> None:
+    """Rank r sends s a run of 100 r + s, r + 2 s long, from odd places to odd places; some are empty."""
+
+    def exchanged(comm: MPI.Intracomm) -> bool:
+        def length(r: int, s: int) -> int:
+            return 0 if r == s else (r + 2 * s) % 4
+
+        wire, every, me = gloo(comm), range(comm.size), comm.rank
+        source, target = torch.zeros(8 * comm.size), torch.full((8 * comm.size,), -1.0)
+        places = [8 * s + 1 for s in every]
+        wanted = target.clone()
+        for s in every:
+            source[places[s] : places[s] + length(me, s)] = 100 * me + s
+            wanted[places[s] : places[s] + length(s, me)] = 100 * s + me
+        sends, takes = [length(me, s) for s in every], [length(s, me) for s in every]
+        wire.alltoallv(comm, lambda request: None, (source, sends, places), (target, takes, places))
+        ok = torch.equal(target, wanted) and wire.take()[0] == 4 * sum(sends)
+        lengths = [(r + 1) % 3 for r in every]
+        whole, wanted = torch.full((8 * comm.size,), -1.0), torch.full((8 * comm.size,), -1.0)
+        for r in every:
+            wanted[places[r] : places[r] + lengths[r]] = r
+        whole[places[me] : places[me] + lengths[me]] = me
+        wire.allgatherv(comm, lambda request: None, (whole, lengths, places))
+        ok = ok and torch.equal(whole, wanted) and wire.take()[0] == 4 * lengths[me] * (comm.size - 1)
+        wire.close()
+        return ok
+
+    for n in sizes(1, 2, 3, 4):
+        assert all(at(n, exchanged))
+
+
+@pytest.mark.parametrize("kind", ["tree", "allreduce"])
+def test_a_training_is_the_one_over_mpi(
+    shared_folder: Path, shared_tmp: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, opened = corpus(shared_folder), []
+    train = {"global_batch": 13, "save_every": 2}
+    comms = {"reducer": kind, "transport": "messages"}
+    alone = train_at(1, tiny(data, shared_tmp / "1", train=train, comm=comms))
+
+    def open_transport(wanted: str, device: torch.device, comm: MPI.Intracomm) -> Nccl:
+        opened.append(gloo(comm))
+        return opened[-1]
+
+    sections = {"train": train | {"device": "auto"}, "comm": comms | {"gpu": "nccl"}}
+    for n in sizes(2, 3, 4):
+        opened.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(mpidp.build, "open_transport", open_transport)
+            patch.setattr(mpidp.build, "check_nccl", lambda *of: None)
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            run = train_at(n, tiny(data, shared_tmp / str(n), **sections))
+        everywhere(len(opened) == (n > WORLD.rank), "the training opened it")
+        everywhere(not distributed.is_initialized(), "it is closed with the training")
+        assert run.losses == pytest.approx(alone.losses, rel=1e-5)
+        if kind == "tree":
+            assert run.sha256 == alone.sha256 and run.learned == alone.learned
+            options = Namespace(run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None)
+            assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay does without it
+
+
+def test_ranks_that_cannot_meet_say_where_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is sent to a port at which nobody listens."""
+    monkeypatch.setattr(nccl, "MEETING_SECONDS", 2)
+    real = Nccl._store
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        closed = silent.getsockname()[1]
+        monkeypatch.setattr(Nccl, "_store", lambda wire, host, port: real(wire, host, closed if port else 0))
+        for n in sizes(2, 3):
+            with pytest.raises(MpidpError, match=r"did not meet at .*port \d+.*NCCL_SOCKET_IFNAME.*comm.gpu=auto") as caught:
+                at(n, gloo)
+            assert caught.value.exit_code == 1
+    everywhere(not distributed.is_initialized(), "nothing is left of it")
+
+
+def test_where_it_cannot_be_had_no_run_begins(
+    shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = tiny(corpus(shared_folder), shared_tmp / "run", train={"device": "auto"}, comm={"gpu": "nccl"})
+    for dry in (False, True):
+        with pytest.raises(UsageError, match="would train on the CPU"):
+            at(WORLD.size, lambda comm, dry=dry: mpidp.train.run(config, comm, dry))
+    everywhere(not (shared_tmp / "run").exists(), "nothing was written")
+
+
+# Refusals, before anything is made ----------------------------------------------------------------------------------------
+
+
+def refused(device: torch.device = CPU) -> str:
+    """What all ranks are told."""
+    with pytest.raises(UsageError) as caught:
+        at(WORLD.size, lambda comm: check_nccl("nccl", device, make_mesh(comm)))
+    return str(caught.value)
+
+
+def test_where_it_is_not_asked_for_nothing_is_checked() -> None:
+    for wanted in ("auto", "device", "staged"):
+        at(WORLD.size, lambda comm, wanted=wanted: check_nccl(wanted, CPU, make_mesh(comm)))
+
+
+def test_a_rank_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "has_nccl", lambda: True)
+    said = refused(CPU if WORLD.rank == WORLD.size - 1 else torch.device("cuda", 0))
+    assert "would train on the CPU" in said and "comm.gpu=auto" in said
+    assert WORLD.size == 1 or said.startswith(f"rank {WORLD.size - 1}: ")
+
+
+def test_a_torch_without_nccl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "has_nccl", lambda: False)
+    said = refused(torch.device("cuda", 0))
+    assert f"torch {torch.__version__}" in said and "without NCCL" in said and "CUDA build" in said
+
+
+def test_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "has_nccl", lambda: True)
+    monkeypatch.setattr(nccl, "gpu_name", lambda device: f"GPU {WORLD.rank // 2}")
+    if WORLD.size > 1:
+        said = refused(torch.device("cuda", 0))
+        assert f"ranks 0, 1 share GPU 0 on {socket.gethostname()}" in said and "one rank a GPU" in said
+        assert ("ranks 2, 3 share GPU 1" in said) == (WORLD.size == 4) and "ranks 2 share" not in said
+    monkeypatch.setattr(nccl, "gpu_name", lambda device: f"GPU {WORLD.rank}")
+    at(WORLD.size, lambda comm: check_nccl("nccl", torch.device("cuda", 0), make_mesh(comm)))
+
+
+def test_a_job_that_outlives_its_ranks_is_told_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "tolerant", lambda: True)
+    said = refused(torch.device("cuda", 0))
+    assert "do not survive" in said and "without --with-ft ulfm" in said

@@ -1,0 +1,89 @@
+"""Laws of comm.overlap=auto: it takes the way that was measured to be fastest, the same on every rank, and only where one may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+from mpidp.comm import overlap
+from mpidp.comm.reducers import Reducer
+from mpidp.comm.waiting import how_to_wait
+from tests.tiny import WORLD, at, corpus, job_at, pretended, small_blocks, tiny, train_at
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def reducer_at(comm: MPI.Intracomm, folder: Path) -> Reducer:
+    found: Reducer = job_at(comm, tiny(corpus(folder), folder / "run", comm={"overlap": "none"})).strategy.reducer  # type: ignore[attr-defined]
+    return found
+
+
+def fastest(best: str) -> Callable[..., dict[str, float]]:
+    """A measurement that finds this way to be the fastest, where it may be taken."""
+    return lambda reducer, comm, ways: {way: 1.0 if way == best else 2.0 for way in ways}
+
+
+def choose(folder: Path, best: str, settled: bool = True) -> list[tuple[str, bool, bool]]:
+    """Of each rank, where `best` is measured to be fastest: (words, is it in use?, does a thread work?)."""
+
+    def one(comm: MPI.Intracomm) -> tuple[str, bool, bool]:
+        reducer = reducer_at(comm, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(overlap, "measure", fastest(best))
+            words = overlap.choose(reducer, "auto", comm, settled)
+        found = words, reducer.wait is (overlap.WAYS[best] or reducer.group.wait), reducer.worker is not None
+        overlap.use(reducer, "none")
+        return found
+
+    return at(WORLD.size, one)
+
+
+@pytest.mark.parametrize("best", list(overlap.WAYS))
+def test_between_nodes_the_fastest_is_taken(shared_folder: Path, best: str) -> None:
+    corpus(shared_folder)
+    with pretended(2), small_blocks():
+        for words, in_use, threaded in choose(shared_folder, best):
+            assert words.startswith(f"{best} (measured, ") and all(way in words for way in overlap.WAYS)
+            assert in_use and threaded == (best != "none")
+
+
+def test_on_one_node_or_with_stealing_nothing_is_overlapped(shared_folder: Path) -> None:
+    corpus(shared_folder)
+    with small_blocks():
+        with pretended(1):
+            assert all((words, threaded) == ("none", False) for words, _, threaded in choose(shared_folder, "thread"))
+        with pretended(2):
+            found = choose(shared_folder, "thread", settled=False)
+            assert all((words, threaded) == ("none", False) for words, _, threaded in found)
+
+
+def test_the_measurement_is_one_for_all_and_leaves_no_thread(shared_folder: Path) -> None:
+    def one(comm: MPI.Intracomm) -> dict[str, float]:
+        reducer = reducer_at(comm, shared_folder)
+        seconds = overlap.measure(reducer, comm)
+        assert reducer.wait is reducer.group.wait and reducer.worker is None
+        return seconds
+
+    corpus(shared_folder)
+    with pretended(2), small_blocks():
+        found = at(WORLD.size, one)
+    assert all(set(seconds) == set(overlap.WAYS) and min(seconds.values()) > 0 for seconds in found)
+    assert all(seconds == found[0] for seconds in found)  # the slowest rank's seconds: all choose alike
+
+
+@pytest.mark.parametrize("cores", [1, 64])  # ranks of one node share them, or all have one each
+@pytest.mark.parametrize("kind", ["allreduce", "naive", "tree"])
+def test_what_was_measured_changes_no_bit(shared_folder: Path, shared_tmp: Path, kind: str, cores: int) -> None:
+    """Open MPI adds in another order in a blocking call than in others. And ranks of uneven nodes make the same calls."""
+    data, found = corpus(shared_folder), {}
+    with pytest.MonkeyPatch.context() as patch, pretended(2):
+        patch.setattr("mpidp.comm.group.how_to_wait", lambda ranks, _: how_to_wait(ranks, cores))
+        for best in overlap.WAYS:
+            patch.setattr(overlap, "measure", fastest(best))
+            comm = {"reducer": kind, "bucket_mb": 0.01}
+            config = tiny(data, shared_tmp / best, comm=comm, model={"model_dim": 64}, train={"steps": 2})
+            found[best] = train_at(WORLD.size, config).learned
+    assert found["thread"] == found["none"] and found["poll"] == found["none"]

@@ -1,0 +1,38 @@
+"""Checkpoints that tests write without a run around them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+
+from mpidp.saver import Saver
+from mpidp.saving import THREAD
+from mpidp.state import Entry
+
+
+def saver_of(comm: MPI.Intracomm, run: Path, keep: int = 3, nodes: int = 0, every: int = 1) -> Saver:
+    """Of ranks that sit on so many nodes, the same number on each; 0: a rank a node. The last rank may hold entries of its own.
+    Collective over comm."""
+    a_node = comm.size // (nodes or comm.size)
+    node, place = divmod(comm.rank, a_node)
+    return Saver(comm, run, every, keep, None if place else (node, comm.size // a_node), alone=comm.rank == comm.size - 1)
+
+
+def save(run: Path, step: int, entries: Mapping[str, Entry], meta: Mapping[str, Any], comm: MPI.Intracomm, keep: int) -> Path:
+    """A checkpoint, one file a rank, that is there when this returns. Collective over comm."""
+    saver = saver_of(comm, run, keep)
+    saver.begin(step, entries, meta, wait=True)
+    saver.finish(must=True)
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def no_thread_is_left(seconds: float = 60.0) -> None:
+    """Wait for the savers of jobs that died in this process, as they do not when a process dies. Independent."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join(seconds)
+            assert not thread.is_alive(), "a save did not end"

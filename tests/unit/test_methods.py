@@ -1,0 +1,117 @@
+"""What does not go together is refused before training, with the reason; what the docs say of it is what the code does."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpidp import methods
+from mpidp.arguments import from_args
+from mpidp.config import Config, fields_of
+from mpidp.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN: dict[str, Any] = {key: value for key, _, value in fields_of(Config())}
+WORDS = {  # an example of each side of a rule
+    "strategy.name=delayed|local|server or quorum<1": (
+        "strategy.name=delayed", "strategy.name=local", "strategy.name=server", "strategy.quorum=0.5",
+    ),
+    "strategy.name=local|server": ("strategy.name=local", "strategy.name=server"),
+    "strategy.name=server": ("strategy.name=server",),
+    "optim.name=muon": ("optim.name=muon",),
+    "comm.reducer=tree|root": ("comm.reducer=tree", "comm.reducer=root"),
+    "train.balance=measured|steal": ("train.balance=measured", "train.balance=steal"),
+    "train.audit_every": ("train.audit_every=5",),
+    "train.noise_every": ("train.noise_every=5",),
+    "comm.overlap=thread|poll": ("comm.overlap=thread", "comm.overlap=poll"),
+    "comm.compress": ("comm.compress=int8", "comm.compress=topk"),
+    "comm.gpu=nccl": ("comm.gpu=nccl",),
+    "train.spike": ("train.spike=3",),
+    "strategy.group=node|rotating|pairs|exponential": tuple(
+        f"strategy.name=local strategy.group={group}" for group in ("node", "rotating", "pairs", "exponential")
+    ),
+    "strategy.overlap=true": ("strategy.overlap=true",),
+    "strategy.fragments": ("strategy.fragments=2 strategy.sync_every=4 strategy.meet_every=4",),
+    "strategy.outer_lr|outer_momentum": ("strategy.outer_lr=0.5", "strategy.outer_momentum=0.5"),
+}
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        from_args([f"--{word}" for part in words for word in part.split()])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("rule", methods.RULES, ids=lambda rule: f"{rule.one}, {rule.other}")
+def test_each_rule_refuses(rule: methods.Rule) -> None:
+    for one, other in itertools.product(WORDS[rule.one], WORDS[rule.other]):
+        assert f"{rule.one} does not go with {rule.other}: {rule.why}" in refused(one, other)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("strategy.staleness=2",), "means something with strategy.name=delayed or server or strategy.quorum below 1 alone, not"),
+    (("strategy.name=delayed", "strategy.quorum=0.5"), "with strategy.name=synchronous alone, not with delayed"),
+    (("strategy.quorum=0.5", "strategy.group=pairs"), "with strategy.name=local alone, not with quorum"),
+    (("strategy.quorum=0",), "strategy.quorum=0.0 must be above 0"), (("strategy.quorum=1.1",), "must be from 0.0 to 1.0"),
+    (("strategy.quorum=nan",), "must be a number"), (("strategy.quorum=-0.5",), "must be from 0.0 to 1.0"),
+    (("strategy.name=delayed", "strategy.group=pairs"), "with strategy.name=local alone, not with delayed"),
+    (("strategy.name=delayed", "strategy.staleness=-1"), "must be at least 0"),
+    (("strategy.name=local", "strategy.sync_every=4", "strategy.meet_every=6"), "must be a multiple of strategy.sync_every=4"),
+    (("strategy.name=local", "strategy.sync_every=4", "strategy.fragments=5"), "more than the 4 steps between two averages"),
+    (("strategy.name=locl",), "did you mean 'local'"),
+])  # fmt: skip
+def test_what_means_nothing_is_refused(words: tuple[str, ...], said: str) -> None:
+    assert said in refused(*words)
+
+
+def test_ranks_that_would_never_average() -> None:
+    settings = PLAIN | {"strategy.name": "local", "strategy.sync_every": 50}
+    with pytest.raises(ValueError, match="more than the 49 steps of the run"):
+        methods.rhythm(settings, 49)
+    assert methods.rhythm(settings, 50) == (50, 50)
+
+
+@pytest.mark.parametrize(("settings", "found"), [
+    ({"quorum": 0.5}, (1, 10)), ({"quorum": 0.5, "meet_every": 3}, (1, 3)),
+    ({"name": "synchronous"}, (1, 1)), ({"name": "delayed"}, (1, 10)), ({"name": "local"}, (50, 50)),
+    ({"name": "local", "group": "pairs"}, (1, 50)), ({"name": "local", "group": "pairs", "sync_every": 8}, (8, 56)),
+    ({"name": "local", "overlap": True, "sync_every": 20}, (20, 80)), ({"name": "local", "meet_every": 150}, (50, 150)),
+])  # fmt: skip
+def test_what_is_left_open(settings: dict[str, Any], found: tuple[int, int]) -> None:
+    assert methods.rhythm(PLAIN | {f"strategy.{key}": value for key, value in settings.items()}, 300) == found
+
+
+def test_a_short_run_averages_at_its_end() -> None:
+    assert methods.rhythm(PLAIN | {"strategy.name": "local"}, 20) == (20, 20)
+
+
+@pytest.mark.parametrize(("settings", "found"), [
+    ({"strategy.name": "synchronous"}, (-1, -1)), ({"strategy.name": "local", "strategy.group": "pairs"}, (-1, -1)),
+    ({"strategy.name": "local"}, (0.7, 0.7)), ({"strategy.name": "local", "strategy.overlap": True}, (0.7, 0.5)),
+    ({"strategy.name": "local", "comm.compress": "int2"}, (0.7, 0.7)),
+    ({"strategy.name": "local", "comm.compress": "topk", "strategy.overlap": True}, (1, 0)),
+    ({"strategy.name": "local", "comm.compress": "randomk", "strategy.outer_momentum": 0.9}, (1, 0.9)),
+    ({"strategy.name": "local", "strategy.outer_lr": 0.0, "strategy.outer_momentum": 0.0}, (0, 0)),
+])  # fmt: skip
+def test_an_outer_step_repeats_less_of_what_is_late(settings: dict[str, Any], found: tuple[float, float]) -> None:
+    assert methods.outer(PLAIN | settings) == found
+
+
+def test_the_ratio_is_the_method_s_unless_it_was_given() -> None:
+    found = {(kind, name): methods.ratio(PLAIN | {"comm.compress": kind, "strategy.name": name})
+             for kind in ("topk", "randomk", "int8") for name in ("synchronous", "local")}
+    assert list(found.values()) == [0.01, 0.03, 0.1, 0.1, 0.0, 0.0]
+    assert methods.ratio(PLAIN | {"comm.compress": "topk", "comm.ratio": 0.5, "strategy.name": "local"}) == 0.5
+
+
+def test_the_table_in_the_docs_is_the_code_s() -> None:
+    assert methods.table() in (ROOT / "docs/methods.md").read_text()
+
+
+def test_every_setting_of_the_section_is_somebody_s() -> None:
+    keys = {key.partition(".")[2] for key in PLAIN if key.startswith("strategy.")} - {"name"}
+    assert keys == set(methods.OF) == set(methods.DEFAULTS)
+    assert all(PLAIN[f"strategy.{key}"] == value for key, value in methods.DEFAULTS.items())

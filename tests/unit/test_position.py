@@ -1,0 +1,57 @@
+"""Laws of where a run stands: every batch is counted once, and what gradient norm is usual is not moved by a few odd ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpidp.job import KNOWN_AFTER, REMEMBERED, Position
+from mpidp.strategies.protocol import StepStats
+
+NORMS = st.floats(1e-6, 1e6)
+
+
+@given(st.lists(st.tuples(st.booleans(), NORMS, st.integers(1, 100))))
+def test_every_batch_is_counted_once(batches: list[tuple[bool, float, int]]) -> None:
+    at = Position()
+    for number, (skipped, norm, tokens) in enumerate(batches):
+        assert at.batch == number
+        at.count(StepStats(norm, skipped), tokens)
+    learned = [one for one in batches if not one[0]]
+    assert (at.step, at.tokens) == (len(learned), sum(tokens for _, _, tokens in learned))
+    assert at.norms == [norm for _, norm, _ in learned][-REMEMBERED:]
+    in_a_row = next((i for i, (skipped, _, _) in enumerate(reversed(batches)) if not skipped), len(batches))
+    assert at.skipped_in_a_row == in_a_row and at.skipped == len(batches) - len(learned)
+
+
+@given(st.lists(NORMS, max_size=60), st.floats(1.5, 100.0))
+def test_a_limit_is_set_by_the_middle_of_the_last_norms(norms: list[float], spike: float) -> None:
+    at = Position()
+    for norm in norms:
+        at.count(StepStats(norm, skipped=False), 1)
+    last = sorted(norms[-REMEMBERED:])
+    assert at.norm_limit(0.0) == math.inf
+    if len(norms) < KNOWN_AFTER:
+        assert at.norm_limit(spike) == math.inf
+        return
+    assert at.norm_limit(spike) == spike * last[(len(last) - 1) // 2]
+    assert Position(**json.loads(json.dumps(asdict(at)))).norm_limit(spike) == at.norm_limit(spike)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 15])
+def test_a_few_odd_ones_do_not_move_it(odd: int) -> None:
+    at = Position()
+    for number in range(REMEMBERED):
+        at.count(StepStats(1e9 if number < odd else 2.0, skipped=False), 1)
+    assert at.norm_limit(3.0) == 6.0
+
+
+def test_batches_that_are_passed_over() -> None:
+    at = Position(step=5, skipped=2, skipped_in_a_row=2)
+    at.go_on_with(11)
+    assert (at.batch, at.step, at.skipped, at.skipped_in_a_row) == (11, 5, 6, 0)

@@ -1,0 +1,54 @@
+"""Laws of coming back to full size: asked for only where it can be had, and not for ever at one step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpidp import entry, recover
+from mpidp.comm import respawn
+
+
+@pytest.mark.parametrize(
+    ("tolerant", "machines", "words", "why"),
+    [
+        (False, 1, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "a rank that dies ends the job"),
+        (True, 2, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "on 2 machines"),
+        (True, 1, [b"bash", b"mpirun\0--with-ft\0ulfm"], "exit code"),
+        (True, 1, [b"bash", b"mpirun\0--prtemca\0state_base_recoverable\0001"], ""),
+    ],
+)
+def test_why_not(monkeypatch: pytest.MonkeyPatch, tolerant: bool, machines: int, words: list[bytes], why: str) -> None:
+    monkeypatch.setattr(respawn, "tolerant", lambda: tolerant)
+    monkeypatch.setattr(respawn, "_launchers_words", lambda: words)
+    assert why in respawn.why_not(machines) and bool(why) == bool(respawn.why_not(machines))
+
+
+def test_a_newcomer_is_one_by_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry.signal, "alarm", lambda seconds: None)
+    for enabled, port, is_one in [("1", "1.0:5", True), ("0", "1.0:5", False), ("1", None, False)]:
+        monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", enabled)
+        monkeypatch.delenv("OMPI_PARENT_PORT", raising=False)
+        if port:
+            monkeypatch.setenv("OMPI_PARENT_PORT", port)
+        assert entry.newcomer() is is_one
+
+
+def job(size: int, step: int, said: list[str]) -> Any:
+    return SimpleNamespace(
+        comm=SimpleNamespace(size=size), position=SimpleNamespace(step=step), progress=SimpleNamespace(say=said.append)
+    )
+
+
+def test_three_attempts_at_a_step() -> None:
+    said: list[str] = []
+    crew = recover.Crew(None, 0, full=4, number=4, respawn=True)
+    assert not recover.wanting(crew, job(4, 1, said))
+    for step in (1, 1, 1, 2, 2, 2):
+        assert recover.wanting(crew, job(3, step, said)), step
+    assert not said
+    assert not recover.wanting(crew, job(3, 2, said)) and not recover.wanting(crew, job(3, 3, said))
+    assert said == ["new ranks died 3 times at step 2: 3 go on without more"]
+    assert not recover.wanting(recover.Crew(None, 0, full=4, number=4, respawn=False), job(3, 1, said))

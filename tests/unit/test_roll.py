@@ -1,0 +1,97 @@
+"""Laws of who is in a round of a quorum, whatever the order in which ranks come: each contribution joins one round, none later
+than the bound; no round waits for ever; and the log of a run is read as what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpidp.arrivals import read_arrivals
+from mpidp.errors import MpidpError, UsageError
+from mpidp.strategies.roll import Roll
+
+
+def run(roll: Roll, chance: st.DataObject, rounds: int) -> list[list[int]]:
+    """Ranks that contribute a batch whenever chance lets them, and not before the round of the batch before is closed; the last
+    round meets. Gives the counts of each round; AssertionError when nobody can go on."""
+    ranks, found = len(roll.lanes), list[list[int]]()
+    while len(found) < rounds:
+        able = [rank for rank in range(ranks) if roll.given[rank] <= len(found)]
+        while (closed := roll.close()) is None:
+            assert able, "all have given what they can, and the round does not close"
+            rank = able.pop(chance.draw(st.integers(0, len(able) - 1)))
+            roll.hear(rank, 10.0**rank, roll.given[rank] + 1 == rounds)
+            if roll.given[rank] <= len(found):
+                able.append(rank)
+        joined, tokens, meets = closed
+        assert tokens == sum(count * 10.0**rank for rank, count in enumerate(joined)) and meets == (len(found) + 1 == rounds)
+        found.append(joined)
+    return found
+
+
+@given(st.data(), st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 7))
+def test_each_joins_once_and_in_time(data: st.DataObject, lanes: list[int], staleness: int, rounds: int) -> None:
+    needed = data.draw(st.integers(1, sum(lanes)))
+    found = run(Roll(lanes, needed, staleness), data, rounds)
+    had = [0] * len(lanes)
+    for i, joined in enumerate(found, 1):
+        had = [one + count for one, count in zip(had, joined, strict=True)]
+        assert i - staleness <= min(had) and max(had) == i
+        assert sum(lane for lane, count in zip(lanes, had, strict=True) if count == i) >= needed
+    assert had == [rounds] * len(lanes)
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 6))
+def test_another_order_of_coming_repeats_the_rounds(data: st.DataObject, ranks: int, staleness: int, rounds: int) -> None:
+    found = run(Roll([1] * ranks, 1, staleness), data, rounds)
+    order = [[rank for rank, count in enumerate(joined) for _ in range(count)] for joined in found]
+    assert run(Roll([1] * ranks, 1, staleness, order), data, rounds) == found
+
+
+def test_a_round_without_a_target_waits_for_all() -> None:
+    roll = Roll([1, 1], 1, 1)
+    roll.hear(0, 0.0, False)
+    assert roll.close() is None
+    roll.hear(1, 0.0, False)
+    assert roll.close() == ([1, 1], 0.0, False)
+
+
+@pytest.mark.parametrize("order", [[[0, 1]], [[0], [0, 1]]])
+def test_meetings_elsewhere_than_in_the_run_that_is_repeated(order: list[list[int]]) -> None:
+    roll = Roll([1, 1], 1, 1, order)
+    for rank in range(2):
+        roll.hear(rank, 1.0, len(order) > 1)
+    with pytest.raises(MpidpError, match="strategy.replay"):
+        list(iter(roll.close, None))
+
+
+LINES = [{"step": 1}, {"step": 2, "arrivals": [[0], [0, 1, 1]]}, {"step": 4, "arrivals": [[0, 1], [1], [0, 0, 1]]}]
+
+
+def read(folder: Path, *lines: object, ranks: int = 2, staleness: int = 1) -> object:
+    (folder / "log").write_text("\n".join(map(json.dumps, lines)))
+    return read_arrivals(str(folder / "log"), ranks, 0, staleness)
+
+
+def test_the_log_is_read(tmp_path: Path) -> None:
+    assert read(tmp_path, *LINES) == {2: LINES[1]["arrivals"], 4: LINES[2]["arrivals"]}
+    assert read_arrivals("", 2, 0, 1) == {}
+
+
+@pytest.mark.parametrize(("rounds", "said"), [
+    ([[0, 1], [0, 2]], "of more than 2 ranks"), ([[0], [0, 1]], "not all that 2 ranks computed"),
+    ([[0], [0], [0, 1, 1, 1]], "none is later than strategy.staleness=1"), ([[0, 0, 1], [1]], "no order of 2 ranks"),
+    ([[], [0, 0, 1, 1]], "no order of 2 ranks"),
+])  # fmt: skip
+def test_what_could_not_have_been_is_refused(tmp_path: Path, rounds: list[list[int]], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read(tmp_path, {"step": 9, "arrivals": rounds})
+
+
+def test_a_log_without_arrivals(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="without a quorum"):
+        read(tmp_path, LINES[0])

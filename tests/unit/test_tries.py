@@ -1,0 +1,89 @@
+"""Laws of the crash loop: so many starts in a row from one checkpoint, and no more until somebody has looked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpidp.errors import DataError, MpidpError, Stopped, UsageError
+from mpidp.tries import Tries
+
+
+def start(run: Path, step: int, most: int = 3, error: BaseException | None = None, rank: int = 0, killed: bool = False) -> None:
+    tries = Tries(run)
+    tries.begin(step, most, rank=0)
+    if not killed:
+        tries.ended(error, rank)
+
+
+@pytest.mark.parametrize("step", [-1, 40])
+def test_the_fourth_start_from_one_checkpoint_is_refused(tmp_path: Path, step: int) -> None:
+    for _ in range(3):
+        start(tmp_path, step, error=DataError("train.h5 is damaged"), rank=1)
+    where = "the checkpoint of step 40" if step == 40 else "the beginning"
+    words = f"3 starts in a row from {where} ended .*said: rank 1: train.h5 is damaged.*--run.tries=4"
+    for _ in range(2):  # and again
+        with pytest.raises(UsageError, match=words):
+            start(tmp_path, step)
+    start(tmp_path, step, most=4, killed=True)
+    (tmp_path / "tries.json").unlink()
+    start(tmp_path, step)
+
+
+def test_a_refusal_is_no_reason_of_its_own(tmp_path: Path) -> None:
+    start(tmp_path, 4, error=ValueError("x"))
+    tries = Tries(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        tries.begin(4, 1, rank=0)
+    tries.ended(caught.value, 0)
+    with pytest.raises(UsageError, match="said: rank 0: ValueError: x"):
+        start(tmp_path, 4, most=1)
+
+
+def test_who_was_killed_left_no_word(tmp_path: Path) -> None:
+    start(tmp_path, 4, error=ValueError("an older word"))
+    start(tmp_path, 4, killed=True)
+    with pytest.raises(UsageError, match="2 starts .* left no word: it was killed"):
+        start(tmp_path, 4, most=2)
+
+
+def test_progress_counts_anew(tmp_path: Path) -> None:
+    for step in (0, 0, 2, 2, 4, 4, 4):
+        start(tmp_path, step, killed=True)
+    with pytest.raises(UsageError, match="3 starts in a row from the checkpoint of step 4"):
+        start(tmp_path, 4)
+
+
+@pytest.mark.parametrize("end", [None, Stopped.on_every_rank("at step 4"), KeyboardInterrupt()])
+def test_a_clean_end_is_no_try(tmp_path: Path, end: BaseException | None) -> None:
+    for _ in range(9):
+        start(tmp_path, 4, error=end)
+    assert not (tmp_path / "tries.json").exists()
+
+
+def test_one_rank_tells_of_an_error_that_all_have(tmp_path: Path) -> None:
+    others = Tries(tmp_path)
+    others.begin(4, 3, rank=1)
+    others.ended(MpidpError.on_every_rank("alike"), rank=1)
+    assert not (tmp_path / "tries.json").exists()
+    start(tmp_path, 4, error=MpidpError.on_every_rank("alike"))
+    with pytest.raises(UsageError, match="said: alike"):
+        start(tmp_path, 4, most=1)
+
+
+def test_before_it_begins_nothing_counts(tmp_path: Path) -> None:
+    Tries(tmp_path).ended(UsageError("train.seed was 0, is 1"), 0)
+    assert not (tmp_path / "tries.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"step": 4}', '{"step": "x", "tries": 3, "words": ""}', "\x00"])
+def test_a_file_cut_short_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tries.json").write_text(content)
+    start(tmp_path, 4, most=1, killed=True)
+
+
+def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    start(tmp_path / "absent", 4, error=ValueError("x"))
+    start(tmp_path / "absent", 4)
