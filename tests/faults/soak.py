@@ -4,8 +4,8 @@ steps that count, over seconds from the first command to the end.
     python -m tests.faults.soak [--short] [--ranks 8] [--kills 6] [--every 30] [--seed 1] [--way ulfm|restart]
 
 ulfm: one job of Open MPI, whose other ranks go on. restart: MPICH's job dies with a rank, and mpirun is started again, from the
-last checkpoint. Who is killed, and when, follows from the seed; a kill may meet a rank that starts. On a machine that trains faster
-than it did when the steps were counted, kills come earlier: each once its share of the steps is done.
+last checkpoint. Who is killed, and when, follows from the seed; a kill may meet a rank that starts. On a machine that trains
+faster than it did when the steps were counted, kills come earlier: each once its share of the steps is done.
 """
 
 from __future__ import annotations
