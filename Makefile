@@ -43,9 +43,10 @@ laws: $(VENV)/.test ## the same bits at 1 to 8 ranks, exact resume: toy runs of 
 
 # Most of them wait: for starts, ends, deadlines. So three at a time; and as whole commands under load can be late, what failed is run once
 # more, alone, and must pass there. The laws under mpirun get no second try.
-AGAIN = { echo "failed beside others, now once more, alone:"; MPIDP_LONG=1 python -m pytest -q -rA --timeout=600 --lf --lfnf=none
+REMEMBER = -o addopts=-ra -o cache_dir=.pytest_cache/$@
+AGAIN = { echo "failed beside others, now once more, alone:"; MPIDP_LONG=1 python -m pytest -q -rA --timeout=600 $(REMEMBER) --lf --lfnf=none
 faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signals, kills
-	python -m pytest -q --timeout=300 -n 3 --dist worksteal tests/faults || $(AGAIN) tests/faults; }
+	python -m pytest -q $(REMEMBER) --timeout=300 -n 3 --dist worksteal tests/faults || $(AGAIN) tests/faults; }
 	python -m tests.faults.soak --short
 
 methods: $(VENV)/.test ## laws of compression, and of strategies that do not wait for all: at 1 to 4 ranks, every third row (`make long`: all)
@@ -68,7 +69,7 @@ slurm: .venv-openmpi/.ready ## the templates of jobs/ on a throw-away Slurm of v
 
 SLURM_SHORT := short or wrong or single_node or environment4 or success or pmi2 or node_is_lost or node_crashes or rank_dies or cray
 slurm-short: .venv-openmpi/.ready ## the same in short: each launcher, a requeue, a lost node, a lost rank
-	python -m pytest -q -rs --timeout=600 tests/slurm -k "$(SLURM_SHORT)" || $(AGAIN) tests/slurm; }
+	python -m pytest -q -rs $(REMEMBER) --timeout=600 tests/slurm -k "$(SLURM_SHORT)" || $(AGAIN) tests/slurm; }
 
 soak: $(VENV)/.test ## a hundred runs in shared memory under load, one hash
 	MPIDP_SOAK=100 $(MPICH_TEST) 4 $(PYTEST_MPI) tests/laws/test_fences.py
