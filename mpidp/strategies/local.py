@@ -188,9 +188,9 @@ class Local(Synchronous):
         found = {"steps": Entry(torch.tensor(self._steps))}
         found |= {f"reducer/{name}": entry for name, entry in self._sums.state_dict().items()}
         for name, flat in self.optimizer.moments().items():
-            found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", 0, rank, (size, flat.numel()))
+            found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", (rank, 0), (size, flat.numel()))
         updates = torch.tensor([self.optimizer.updates])
-        found["inner/updates"] = Entry(updates, "sharded", 0, rank, (size,))
+        found["inner/updates"] = Entry(updates, "sharded", (rank,), (size,))
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

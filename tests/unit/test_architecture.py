@@ -22,7 +22,7 @@ LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.transformer",
-    "comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
+    "boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
     "c10d.calls "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
@@ -57,7 +57,7 @@ TORCH = MPI4PY - {
     "comm.background", "comm.faults", "comm.mesh", "comm.respawn", "comm.tickets", "comm.waiting", "doctor", "job", "rundir",
     "saver", "step", "trials", "c10d.group", "c10d.monitored",
 } | {
-    "c10d.hosted", "c10d.moves", "c10d.profiled", "c10d.reductions",
+    "boxes", "c10d.hosted", "c10d.moves", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
     "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
 }
