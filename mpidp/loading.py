@@ -14,7 +14,8 @@ from mpidp import resolve
 from mpidp.checkpoint import Reader, check_file, newest_valid, readable
 from mpidp.comm.mesh import Mesh, together
 from mpidp.errors import CheckpointError
-from mpidp.model.transformer import MODELS, TransformerShape
+from mpidp.model.shape import TransformerShape
+from mpidp.model.transformer import MODELS
 
 
 @dataclass

@@ -19,7 +19,7 @@ from mpidp.comm.mesh import Mesh
 from mpidp.config import Config, fields_of
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
-from mpidp.model.transformer import TransformerShape, default_hidden_dim
+from mpidp.model.shape import TransformerShape, default_hidden_dim
 
 
 def resolve_threads(wanted: int, mesh: Mesh) -> int:

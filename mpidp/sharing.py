@@ -19,7 +19,7 @@ from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 
 if TYPE_CHECKING:
-    from mpidp.build import Plan
+    from mpidp.planned import Plan
 
 
 @dataclass
@@ -55,8 +55,9 @@ def share_memory(
 ) -> Sharing:
     """Groups, balance and reducer as the config asks; rank 0 says what came of it. looked_at: lanes are looked at one by one for
     other reasons than the config says. before: the group in whose memory those who are left of it go on, and whether there was
-    one copy in it. UsageError when what was asked for cannot be had. Collective over plan.world."""
-    world, mesh, c, lanes = plan.world, plan.mesh, plan.config, plan.lanes
+    one copy in it. UsageError when what was asked for cannot be had. Collective over plan.mesh.dp."""
+    mesh, c, lanes = plan.mesh, plan.config, plan.lanes
+    world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
         raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or leave it out")
     tree = c.comm.reducer == "tree"
@@ -66,7 +67,7 @@ def share_memory(
     # Replicas are what an audit compares: on one node there must be one a rank.
     by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
-    elements = -(-(num_parameters + ALIGN * 1000) // NORM_BLOCK) * NORM_BLOCK
+    elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with what fills gaps
     wanted = c.comm.transport if tree else "messages"
     if before is not None:
         group, words, by_node = regroup(mesh, before[0]), "as before", before[1]
@@ -96,7 +97,7 @@ def share_memory(
     one_copy = by_node and windowed
     if transport.mode != "host":
         words = f"{words}, {transport.mode}"
-    if world.rank == 0:
+    if plan.world.rank == 0:
         print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
     return Sharing(group, balance, reducer, one_copy, replicas)

@@ -73,6 +73,7 @@ class Strategy(Accumulates, Protocol):
     one_copy: bool  # of parameters and state in a group
     reducer: Reducer
     enter: Callable[[str], None]  # told of each phase of step(): reduce, apply, publish
+    complete: Callable[[], None]  # the sum of gradients, where ranks with other parts of the model add to it
     goes_on: bool  # after a death, in the same memory; else from the last checkpoint
 
     def meets(self, step: int) -> bool:

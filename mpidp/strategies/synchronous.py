@@ -69,6 +69,7 @@ class Synchronous:
         self.torn = False  # was the last update not finished by all who share it?
         self._late: MPI.Exception | None = None
         self.enter: Callable[[str], None] = lambda phase: None
+        self.complete: Callable[[], None] = lambda: None  # the sum, where ranks with other parts of the model add to it
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
@@ -158,6 +159,7 @@ class Synchronous:
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         with commit(self.compute_comm):  # up to here nobody has updated anything; from here on everybody who is left does
             self.reducer.finish()
+            self.complete()
             if tokens:
                 norm = self.reducer.norm() * scale
                 if self.clip and norm > self.clip:

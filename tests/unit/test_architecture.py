@@ -21,9 +21,9 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
-    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.transformer",
-    "boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
-    "c10d.calls "
+    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
+    "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
+    "model.transformer c10d.calls "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
     "c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
@@ -128,7 +128,7 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         assert found == users
     pure = {
         "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
-        "noise", "strategies.roll",
+        "noise", "strategies.roll", "model.shape", "model.part",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
         "plan_table", "board", "watchdog", "tries",
     }
