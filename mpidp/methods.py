@@ -56,6 +56,11 @@ def _other(settings: Settings) -> bool:
     return _kind(settings) != "synchronous"
 
 
+def _cut(settings: Settings) -> bool:
+    return bool(settings["mesh.tp"] * settings["mesh.pp"] > 1)
+
+
+_CUT = "mesh.tp or mesh.pp above 1"
 _OTHERS = "strategy.name=delayed|local|server or quorum<1"
 _partial = _is_not("strategy.group", "all")
 RULES = [
@@ -86,6 +91,24 @@ RULES = [
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
          "an outer step needs an anchor that all ranks have in common: strategy.group=all"),
+    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: _kind(s) in ("server", "quorum"),
+         "the parts of one replica would apply what arrives in different orders"),
+    Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
+         "they are oracles of the others, for whole models"),
+    Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
+         "lanes would have to move in all parts of a replica at once"),
+    Rule(_CUT, "train.audit_every", _cut, _is_not("train.audit_every", 0), "an audit compares whole replicas"),
+    Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "a lane's gradient lies in several ranks"),
+    Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
+         "the ranks of a replica talk to each other during backward already"),
+    Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "it knows of replicas alone"),
+    Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),
+         "Muon updates whole matrices, and each rank has a part of them: mesh.pp cuts between layers"),
+    Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
+         "sums over ranks stand in the middle of a block"),
+    Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
+         lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
+         "the first and the last stage share the embedding, and add its gradients at every step"),
 ]
 
 

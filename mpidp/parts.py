@@ -50,7 +50,7 @@ class Parts:
             return None
         box, size = self.part.box(whole, self.sizes[whole]), self.sizes[whole]
         if tuple(entry.tensor.shape) != tuple(s.stop - s.start for s in box) or not self.part.is_cut(what):
-            return f"{whole}{slash}{key}", entry  # the whole of it; or the number of its updates
+            return (f"{whole}{slash}{key}", entry) if self.part.index == 0 else None  # whole; or the number of its updates
         return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, tuple(s.start for s in box), size)
 
     def entries(self, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -80,7 +80,8 @@ class Plan:
         whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
         print(
             f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}; "
-            f"{4 * (3 + slots) * count / 2**20:,.0f} MiB a rank for weights, optimizer state (12 bytes a parameter, or once a node) and {slots} gradient buffer{'s' * (slots > 1)}, "
+            f"{4 * (3 + slots) * count / 2**20:,.0f} MiB a rank for weights, optimizer state (12 bytes a parameter, or once a "
+            f"node) and {slots} gradient buffer{'s' * (slots > 1)}, "
             f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
             f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
             f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "

@@ -22,6 +22,13 @@ WORDS = {  # an example of each side of a rule
     "strategy.name=local|server": ("strategy.name=local", "strategy.name=server"),
     "strategy.name=server": ("strategy.name=server",),
     "optim.name=muon": ("optim.name=muon",),
+    "mesh.tp or mesh.pp above 1": ("mesh.tp=2", "mesh.pp=2", "mesh.tp=2 mesh.pp=2"),
+    "mesh.tp above 1": ("mesh.tp=2",), "mesh.pp above 1": ("mesh.pp=2",), "train.compile": ("train.compile=true",),
+    "strategy.name=server or quorum<1": ("strategy.name=server", "strategy.quorum=0.5"),
+    "comm.reducer=naive|root": ("comm.reducer=naive", "comm.reducer=root"),
+    "model.tie_embeddings with strategy.name=delayed|local": tuple(
+        f"model.tie_embeddings=true strategy.name={name}" for name in ("delayed", "local")
+    ),
     "comm.reducer=tree|root": ("comm.reducer=tree", "comm.reducer=root"),
     "train.balance=measured|steal": ("train.balance=measured", "train.balance=steal"),
     "train.audit_every": ("train.audit_every=5",),
