@@ -91,9 +91,8 @@ class Engine:
             self.beat()
             done.append(flight.mb.v)
             num_tokens.append(flight.mb.num_tokens)
-        if self.stages is not None:
-            self.stages.settle()
-        return Computed(done, torch.stack(losses).tolist() if losses else [], num_tokens)
+        told = torch.stack(losses).tolist() if losses else []
+        return Computed(done, told if self.stages is None else self.stages.settle(told), num_tokens)
 
     def _forward(self, mb: MicroBatch, batch: int) -> Flight:
         if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
@@ -164,7 +163,7 @@ class Engine:
                     sums[i] += float(found.left)
                     counts[i] += valid
         if self.stages is not None:
-            self.stages.settle()
+            self.stages.settle([])
         enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)

@@ -116,13 +116,15 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     lengths = [count, count, size, size, job.lanes.num_lanes, 4, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, counts, squares, saving, stops, steps = np.split(flat, np.cumsum(lengths)[:-1])
-    if job.engine.tells:
+    tells = job.engine.tells  # else another rank of this replica does
+    if tells or not met:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
     spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
     steps[0] = job.comm.rank == 0
     if not met:
-        job.untold = flat.copy() if job.untold is None else job.untold + flat
+        job.untold = (0.0 if job.untold is None else job.untold) + flat
+        job.untold[: 2 * count * (not tells)] = 0.0
         spent[:] = seconds  # of the others it knows nothing
         return Board(losses, num_tokens, spent, counts, squares, saving, False, False, sum(done.num_tokens), 1)
     if job.untold is not None:

@@ -3,6 +3,7 @@ micro-batch. Sends do not wait for whoever receives them; a step ends when all h
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
@@ -41,9 +42,12 @@ class Stages:
             self._sent.append((self.comm.Isend([memory(wire), MPI.BYTE], dest=target, tag=2 * v + kind), wire))
         self._transport.sent_bytes += wire.nbytes
 
-    def settle(self) -> None:
-        """Until all that was sent is taken. Independent, once the neighbours have come so far."""
+    def settle(self, losses: list[float]) -> list[float]:
+        """Until all that was sent is taken; all stages have the losses of the last one then. Collective over comm."""
+        told = np.array(losses)
         with self._transport.timed():
             for request, _ in self._sent:
                 self.wait(request)
+            self.wait(self.comm.Ibcast(told, root=self.count - 1))
         self._sent.clear()
+        return told.tolist()  # type: ignore[no-any-return]

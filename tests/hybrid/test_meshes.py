@@ -112,7 +112,7 @@ def test_a_run_goes_on_on_any_other_mesh(shared_folder: Path, shared_tmp: Path) 
             run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, train={"steps": steps}))
             assert run.end["step"] == steps
     run = on((1, 1, 1), with_mesh(data, shared_tmp / "run", (1, 1, 1)))
-    assert_close(run, alone, "resumed")
+    assert run.losses == pytest.approx(alone.losses, rel=CLOSE) and run.end["val_loss"] == pytest.approx(alone.end["val_loss"])
 
 
 def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_tmp: Path) -> None:
