@@ -3,6 +3,7 @@ and the number of replicas changes nothing."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from mpi4py import MPI
 
+import mpidp.evaluate
+import mpidp.generate
 from mpidp.comm.grid import make_grid
 from mpidp.config import Config
 from mpidp.errors import UsageError
@@ -151,6 +154,26 @@ def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how:
         run = on(mesh, with_mesh(data, shared_tmp / str(mesh), mesh, **how))
         near = 1e-2 if how.get("comm", {}).get("compress") == "int8" else 2e-4 if "compress" in how.get("comm", {}) else CLOSE
         assert_close(run, plain, f"{mesh} {how}", near)
+
+
+def test_evaluate_and_generate_on_a_mesh(shared_folder: Path, shared_tmp: Path) -> None:
+    """The loss and the text of one rank; replicas beyond the first wait."""
+    data, run = corpus(shared_folder), shared_tmp / "run"
+    on((1, 1, 1), with_mesh(data, run, (1, 1, 1), train={"steps": 12}))
+    words = argparse.Namespace(
+        run=str(run), prompt="the ", tokens=12, temperature=0.7, top_k=9, seed=3, data=None, device="cpu", threads=1
+    )
+
+    def use(comm: MPI.Intracomm, pp: int, tp: int) -> tuple[float, int, str]:
+        found = mpidp.evaluate.evaluate(str(run), str(data), comm, device="cpu", threads=1, tp=tp, pp=pp)
+        said = argparse.Namespace(**vars(words), tp=tp, pp=pp)
+        return found["loss"], found["tokens"], mpidp.generate.generate(comm, said)
+
+    loss, tokens, text = at(1, lambda comm: use(comm, 1, 1))[0]
+    for mesh in [mesh for mesh in MESHES if fits(mesh) and 4 % mesh[2] == 0]:
+        found = at(mesh[0] * mesh[1] * mesh[2], lambda comm, mesh=mesh: use(comm, *mesh[1:]))
+        assert found[0] == (pytest.approx(loss, rel=CLOSE), tokens, text), mesh
+        assert {one[0] for one in found} == {found[0][0]}
 
 
 def test_ranks_that_have_the_same_hold_the_same_bits(shared_folder: Path, shared_tmp: Path) -> None:
