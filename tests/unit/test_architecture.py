@@ -22,11 +22,11 @@ LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.transformer",
-    "comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
-    "c10d.calls "
+    "comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
+    "c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
-    "c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
+    "c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
     "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.group comm.nccl data.loader checkup.network checkup.storage",
     "c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
@@ -51,13 +51,14 @@ MPI4PY = {
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "audit", "build", "checkpoint", "engine", "job", "loading", "resolve",
     "doctor", "rundir", "saver", "step", "trials",
-    "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.works",
+    "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.waiting",
+    "c10d.works",
 }
 TORCH = MPI4PY - {
     "comm.background", "comm.faults", "comm.mesh", "comm.respawn", "comm.tickets", "comm.waiting", "doctor", "job", "rundir",
-    "saver", "step", "trials", "c10d.group", "c10d.monitored",
+    "saver", "step", "trials", "c10d.group", "c10d.monitored", "c10d.waiting",
 } | {
-    "c10d.hosted", "c10d.moves", "c10d.profiled", "c10d.reductions",
+    "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
     "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
 }
