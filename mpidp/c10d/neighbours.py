@@ -2,8 +2,8 @@
 operating system's (Linux: process_vm_readv), and adds its own slice.
 
 The ranks meet at the beginning, where they tell their tensors' addresses, between adding and handing round, and at the end:
-nobody's tensor may change while others read it. A window of shared memory was slower (docs/results/2026-11-27-c10d.md): each value
-is copied once more, and the ranks meet at each piece. Here there is no memory to make, to free or to find too small.
+nobody's tensor may change while others read it. A window of shared memory was slower (docs/results/2026-11-27-c10d.md): each
+value is copied once more, and the ranks meet at each piece. Here there is no memory to make, to free or to find too small.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a call waits for the others: it looks, and leaves its core to those that compute.
 
 Measured (docs/results/2026-11-27-c10d.md): sleeping at once, spinning on, and choosing by whether the process computes otherwise
-were no faster in DDP's step, whose main thread computes meanwhile, and slower alone.
+were no faster in DDP's step, whose main thread computes meanwhile; sleeping at once is slower for a small call.
 """
 
 from __future__ import annotations
