@@ -19,18 +19,18 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 
 # A file imports from layers below its own, never from its own or from above. A new file gets a place here.
 LAYERS = [
-    "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
-    "checkup.__init__ checkup.findings methods strategies.groups comm.background "
+    "__init__ errors files lanes schedule state stopping balance noise plan_table mesh_memory comm.__init__ data.__init__ "
+    "model.__init__ checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.transformer",
-    "comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
+    "mesh_table mesh_time comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
     "c10d.calls "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
     "c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
     "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.group comm.nccl data.loader checkup.network checkup.storage",
-    "c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
-    "c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
+    "plan_mesh c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
+    "mesh_ask c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
     "c10d.meeting engine sharing strategies.synchronous plan_sums",
     "c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server plan_methods",
     "job strategies.__init__",
@@ -130,7 +130,7 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
         "noise", "strategies.roll",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
-        "plan_table", "board", "watchdog", "tries",
+        "plan_table", "board", "watchdog", "tries", "mesh_memory", "mesh_time", "mesh_table", "mesh_ask", "plan_mesh",
     }
     assert library == "torch" or not found & pure
     assert not found & (pure - {"model.transformer"})
@@ -203,7 +203,7 @@ def test_what_training_runs_is_small() -> None:
             rest += [part for what, _ in imports(names[module]) for part in (what, what.rpartition(".")[0])]
     assert not {module for module in seen if module.startswith("mpidp.c10d")}
     assert sum(lines_of_code(names[module]) for module in seen) < 8500
-    assert sum(map(lines_of_code, MPIDP)) < 11500
+    assert sum(map(lines_of_code, MPIDP)) < 12000
 
 
 COLLECTIVES = {
