@@ -83,7 +83,8 @@ SOURCES: dict[str, tuple[Machine, list[Row]]] = {
             Work(512, 16, recompute=1.0, sequence=True), 597.3, "tokens/s"),
     ]),
     "Llama 3, Dubey 2024, table 4 (H100, pp interleaved)": (h100(3.35e12), [
-        Row("405B, 8,192 GPUs, tp 8 pp 16", LLAMA_405B, Shape(64, 16, 8, 1), Work(2048, 1, sequence=True), 430, "TFLOP/s", False, True),
+        Row("405B, 8,192 GPUs, tp 8 pp 16", LLAMA_405B, Shape(64, 16, 8, 1), Work(2048, 1, sequence=True), 430,
+            "TFLOP/s", calibrates=True),
         Row("405B, 16,384 GPUs, tp 8 pp 16", LLAMA_405B, Shape(128, 16, 8, 1), Work(2048, 1, sequence=True), 400, "TFLOP/s"),
     ]),
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """Bytes that each rank of a mesh holds, by part, from the sizes of the model alone. Pure; no torch, no MPI.
 
-With p the parameters of a rank (its stage's layers, matrices over tp), w the bytes of a product's number, n = micro_batch x
-seq_len tokens, f = min(M, pp - stage) micro-batches between their forward and their backward (1F1B, Narayanan 2021, section 2.2.1):
+With p the parameters of a rank (its stage's layers, matrices over tp), w the bytes of a product's number, n =
+micro_batch x seq_len tokens, f = min(M, pp - stage) micro-batches between their forward and their backward (1F1B,
+Narayanan 2021, section 2.2.1):
 
 | part | bytes | over dp at |
 |---|---|---|
@@ -14,8 +15,8 @@ seq_len tokens, f = min(M, pp - stage) micro-batches between their forward and t
 | logits | last stage: n V / tp times 8 (16 bits: 10): values, their logarithms, gradients | |
 
 W is what norms and residuals keep, which every rank of tp holds whole; S what lies between matrices that are cut. They are
-counted from what autograd saves of mpidp.model.transformer (tests/unit/test_mesh_formulas.py does so again). Embedding and head are
-cut over tp by the vocabulary. Layers that pp does not divide go to the first stages.
+counted from what autograd saves of mpidp.model.transformer (tests/unit/test_mesh_formulas.py does so again). Embedding and head
+are cut over tp by the vocabulary. Layers that pp does not divide go to the first stages.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def mesh_table(found: dict[str, Any]) -> str:
     """Which mesh fits, in words and columns. Pure."""
     model, limit, ways = found["model"], found["memory_limit_bytes"], found["three_ways"]
     lines = [
-        f"{many(found['parameters_asked'])} parameters on {found['ranks']:,} ranks of {size(limit)}: predictions, nothing measured",
+        f"{many(found['parameters_asked'])} parameters on {found['ranks']:,} ranks of {size(limit)}: predicted, not measured",
         f"model: {model['num_layers']} layers, width {model['model_dim']}, SwiGLU {model['hidden_dim']}, {model['num_heads']} "
         f"heads ({model['num_kv_heads']} key-value), vocabulary {model['vocab_size']:,}: {many(found['parameters'])} parameters "
         f"({found['model_from']})",

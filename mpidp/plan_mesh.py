@@ -75,11 +75,11 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
-    """Of the data that {section.key: value} names, or what is assumed where they are not here. Independent."""
+    """Of the data that {section.key: value} names. UsageError where they are not here. Independent."""
     try:
-        return read_index(Path(values["data.path"])).vocab_size
-    except DataError:
-        return VOCAB
+        return read_index(Path(str(values.get("data.path")))).vocab_size
+    except DataError as error:
+        raise UsageError(f"--vocab says how many tokens there are; the data do not: {error}") from error
 
 
 def model_of_config(values: Mapping[str, Any], vocab_size: int) -> Model:
@@ -230,7 +230,8 @@ def plan_mesh(
     if not rows:
         raise UsageError(
             f"--ranks={ranks}: no mesh of so many has a part for each: tp divides {model.num_heads} heads, "
-            f"{model.num_kv_heads} of keys; pp is at most {model.num_layers} layers, dp {base.global_batch // min(micro)} micro-batches. "
+            f"{model.num_kv_heads} of keys; pp is at most {model.num_layers} layers, dp {base.global_batch // min(micro)} "
+            "micro-batches. "
             "Take another number, or a larger --global-batch"
         )
     fits = [row for row in rows if row.memory.total <= ROOM * limit]

@@ -10,6 +10,7 @@ import pytest
 
 from mpidp import mesh_ask
 from mpidp import plan as planning
+from mpidp.config import Config, to_toml
 from mpidp.errors import UsageError
 from mpidp.mesh_memory import Model
 from mpidp.mesh_table import mesh_table
@@ -76,6 +77,24 @@ def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pyt
     assert found["model"] == {"num_layers": 6, "model_dim": 256, "hidden_dim": 704, "num_heads": 8, "num_kv_heads": 8,
                               "vocab_size": 256, "seq_len": 128, "tie_embeddings": False}
     assert (found["global_batch"], found["number_bytes"], found["parameters_asked"]) == (32, 4, found["parameters"])
+
+
+def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own step is then what is predicted."""
+    monkeypatch.chdir(tmp_path)
+    config = Config().with_values(train={"dtype": "float32", "lanes": 8}, run={"dir": "run"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text(to_toml(config))
+    times = {"compute_seconds": 0.4, "update_seconds": 0.002, "data_seconds": 0.0, "step_seconds": 0.41, "comm_wait_seconds": 0.0}
+    lines = [{"event": "start", "step": 0, "ranks": 1}, *({"step": s, "tokens": 2048 * s, **times} for s in range(1, 21))]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = ask("--config", "run/config.toml", "--calibrate", "run", "--vocab", "300", "--ranks", "1", "--micro-batch", "2",
+                "--recompute", "false")
+    (row,) = found["rows"]
+    assert (row["compute_seconds"], row["update_seconds"]) == pytest.approx((0.4, 0.002))
+    assert [said for said in found["machine"] if "measured" in said] == found["machine"][:2]
+    with pytest.raises(UsageError, match="--vocab says how many tokens there are"):
+        ask("--params", "1b", "--ranks", "1", "--calibrate", "run")
 
 
 def test_figures_are_given_or_the_doctors_or_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
