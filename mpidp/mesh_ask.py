@@ -30,7 +30,8 @@ USAGE = """which mesh of ranks (dp x pp x tp, and what dp shares out) holds a mo
 Figures that are not given are assumed, and the table says so. docs/plan.md: how to read it, how far it was right."""
 NUMBERS = (  # option, what it says, what one of it is in bytes, operations, seconds
     ("params", "of a LLaMA-like model, as 7b; or --config", 1.0), ("memory", "GB of each rank (80)", 1e9),
-    ("samples", "in the data, as 100m: how many each rank has", 1.0), ("vocab", "tokens; default: the published model's, 32,000, or of the config's data", 1.0),
+    ("samples", "in the data, as 100m: how many each rank has", 1.0),
+    ("vocab", "tokens; default: the published model's, 32,000, or of the config's data", 1.0),
     ("seq-len", "tokens; default: the model's", 1.0), ("global-batch", "sequences a step; default: of 4 M tokens", 1.0),
     ("micro-batch", "sequences; default: 1 to 16, the best", 1.0),
     ("flops", "operations a second of a rank in products, measured, as 450t", 1.0),

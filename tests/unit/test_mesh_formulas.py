@@ -161,7 +161,7 @@ def one_f_one_b(stages: int, count: int, forward: float, backward: float, late: 
 
 
 @pytest.mark.parametrize(("stages", "count"), [(1, 4), (2, 2), (2, 8), (4, 4), (4, 16), (8, 32)])
-@pytest.mark.parametrize("late", [0.0, 1e-5])
+@pytest.mark.parametrize("late", [0.0, 0.02])
 def test_a_pipeline_takes_what_its_schedule_takes(stages: int, count: int, late: float) -> None:
     """Equal stages: a model without a vocabulary to speak of."""
     model = replace(BIG, vocab_size=0)
@@ -169,7 +169,8 @@ def test_a_pipeline_takes_what_its_schedule_takes(stages: int, count: int, late:
     step = step_of(model, Shape(1, stages, 1), Work(count, 1), machine)
     each = step.compute_seconds / count
     seconds = step.compute_seconds + step.pipeline_seconds
-    assert seconds == pytest.approx(one_f_one_b(stages, count, each / 3, each * 2 / 3, late), rel=2e-3)
+    took = one_f_one_b(stages, count, each / 3, each * 2 / 3, late)
+    assert took * (1 - 1e-3) <= seconds <= took * (1 + 1e-3) + 1.1 * late  # exact where pp divides M - 1, else a message more
     if not late:
         assert step.pipeline_seconds / seconds == pytest.approx((stages - 1) / (count + stages - 1), rel=1e-2, abs=1e-4)
 

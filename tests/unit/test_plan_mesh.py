@@ -51,6 +51,9 @@ def test_what_fits_comes_first_and_the_fastest_of_it(tmp_path: Path, monkeypatch
         assert row["dp"] * row["pp"] * row["tp"] == 64
         assert sum(row["memory_bytes"][part] for part in PARTS) == pytest.approx(row["memory_bytes"]["total"])
         assert row["memory_bytes"]["total"] <= 0.9 * 80e9
+    one = ("--params", "1b", "--ranks", "1", "--micro-batch", "1", "--recompute", "true", "--memory")
+    needs = ask(*one, "99")["rows"][0]["memory_bytes"]["total"] / 1e9
+    assert [ask(*one, str(needs / share))["fitting"] for share in (0.89, 0.91)] == [1, 0]  # a tenth is left free
     small = ask("--params", "7b", "--ranks", "2", "--memory", "16")
     assert not small["fitting"] and "NONE" in mesh_table(small)
     assert ask("--params", "70b", "--ranks", "16384", "--global-batch", "2048")["fitting"]
