@@ -16,12 +16,13 @@ Narayanan 2021, section 2.2.1):
 
 W is what norms and residuals keep, which every rank of tp holds whole; S what lies between matrices that are cut. They are
 counted from what autograd saves of mpidp.model.transformer (tests/unit/test_mesh_formulas.py does so again). Embedding and head
-are cut over tp by the vocabulary. Layers that pp does not divide go to the first stages.
+are cut over tp by the vocabulary. Stages have layers such that the slowest, the last with its head, is as fast as can be.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 MASTER, MOMENTS = 4, 8  # bytes a parameter
 
@@ -91,6 +92,7 @@ class Work:
     number_bytes: int = 2  # of products: 2 for bfloat16, 4 for float32
     slots: int = 1  # gradient buffers
     fused: bool = True  # attention whose T x T scores never reach memory
+    wire_bytes: int = 4  # of a number between ranks of tp and of pp: mpidp.train sends float32
     sequence: bool = False  # sequence parallel: norms and residuals cut over tp, too; not in mpidp.train
 
     def micro_batches(self, shape: Shape) -> int:
@@ -114,9 +116,29 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
+@lru_cache(maxsize=4096)
+def _layers(model: Model, pp: int) -> list[int]:
+    if pp == 1:
+        return [model.num_layers]
+    block, count = model.matrices + 2 * model.seq_len * model.model_dim, model.num_layers
+
+    def slowest(last: int) -> int:
+        return max(last * block + model.table, -(-(count - last) // (pp - 1)) * block)
+
+    rest = count - min(range(1, count - pp + 2), key=slowest)
+    bounds = [i * rest // (pp - 1) for i in range(pp)]
+    return [*(b - a for a, b in zip(bounds, bounds[1:], strict=False)), count - rest]
+
+
 def layers_of(model: Model, shape: Shape, stage: int) -> int:
-    """Blocks of a stage: as even as can be, the first ones have more. Pure."""
-    return model.num_layers // shape.pp + (stage < model.num_layers % shape.pp)
+    """Blocks of a stage: the last has fewer for its head's operations, the others are even. Pure."""
+    return _layers(model, shape.pp)[stage]
+
+
+def stages_of(model: Model, shape: Shape) -> set[int]:
+    """Those of which one holds most, takes longest: the first, the first with most blocks, the last. Pure."""
+    layers = _layers(model, shape.pp)
+    return {0, layers.index(max(layers)), shape.pp - 1}
 
 
 def parameters_of(model: Model, shape: Shape, stage: int) -> float:
@@ -166,6 +188,6 @@ def memory_of(model: Model, shape: Shape, work: Work, stage: int) -> Memory:
 
 
 def largest(model: Model, shape: Shape, work: Work) -> Memory:
-    """Of the stage that holds most: the first, which has most layers and micro-batches in flight, or the last with its logits.
+    """Of the stage that holds most: one of the first, which have most micro-batches in flight, or the last with its logits.
     Pure."""
-    return max((memory_of(model, shape, work, stage) for stage in {0, shape.pp - 1}), key=lambda one: one.total)
+    return max((memory_of(model, shape, work, stage) for stage in stages_of(model, shape)), key=lambda one: one.total)

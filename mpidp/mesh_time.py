@@ -6,8 +6,8 @@ M micro-batches a replica:
 | what | seconds |
 |---|---|
 | computing | operations / flops + bytes that pass by memory / memory's bandwidth; a stage's micro-batch takes c |
-| tp | a block: 2 allreduces of (B, T, D) forward, 2 backward, 2 more with recompute; 1 after the embedding, 1 below the head |
-| pp | a message of (B, T, D) each way, m; a micro-batch takes max c + 2 m (pp - 1) / pp, since only pp are in flight |
+| tp | float32; a block: 2 allreduces of (B, T, D) forward, 2 backward, 2 with recompute; 1 for the embedding, 1 for the head |
+| pp | a float32 message of (B, T, D) each way, m; a micro-batch takes max c + 2 m (pp - 1) / pp, since only pp are in flight |
 | pipeline | (M - 1) of these, and all stages' c + 2 m (pp - 1): with equal stages, a bubble of (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, behind 2/3 of a micro-batch (its backward) |
 | dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, behind a micro-batch |
@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mpidp.mesh_memory import MASTER, Model, Shape, Work, kept_of_block, layers_of, logits_bytes, parameters_of
+from mpidp.mesh_memory import MASTER, Model, Shape, Work, kept_of_block, layers_of, logits_bytes, parameters_of, stages_of
 
 BACKWARD = 2 / 3  # of computing
 PASSES = 4  # each byte that is kept is written and read, and so is its gradient
@@ -117,7 +117,7 @@ def _parts(model: Model, shape: Shape, work: Work, machine: Machine) -> tuple[Fl
     """(a block, the embedding, norm and head): forward and backward of a micro-batch."""
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
-    wire = half_allreduce(machine, shape.tp, 1, tokens * model.model_dim * work.number_bytes).times(2)
+    wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
     numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # the loss: largest, sum, target
     forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
@@ -150,7 +150,7 @@ class Step:
 
 def data_parallel(model: Model, shape: Shape, work: Work, machine: Machine) -> Traffic:
     """Of a step, on the stage with most parameters. Pure."""
-    p = max(parameters_of(model, shape, stage) for stage in {0, shape.pp - 1})
+    p = max(parameters_of(model, shape, stage) for stage in stages_of(model, shape))
     m = work.micro_batches(shape)
 
     def half(bytes_each: float) -> Traffic:
@@ -166,14 +166,14 @@ def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
     block, embedding, head = _parts(model, shape, work, machine)
     stages = {
         stage: block.times(layers_of(model, shape, stage)) + embedding.times(stage == 0) + head.times(stage == shape.pp - 1)
-        for stage in {0, shape.pp - 1}
+        for stage in stages_of(model, shape)
     }
     whole = block.times(model.num_layers) + embedding + head  # the sum over stages
     slowest = max(stages.values(), key=lambda flow: flow.seconds(machine) + flow.tp.seconds)
     m, pp = work.micro_batches(shape), shape.pp
     between = Traffic()
     if pp > 1:
-        between = message(machine, shape, float(work.micro_batch * model.seq_len * model.model_dim * work.number_bytes))
+        between = message(machine, shape, float(work.micro_batch * model.seq_len * model.model_dim * work.wire_bytes))
     compute, one = m * slowest.seconds(machine), slowest.seconds(machine) + slowest.tp.seconds
     path = (m - 1) * (one + 2 * between.seconds * (pp - 1) / pp)
     path += whole.seconds(machine) + whole.tp.seconds + 2 * (pp - 1) * between.seconds
@@ -182,7 +182,7 @@ def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
     path = max(path, shared)
     dp = data_parallel(model, shape, work, machine)
     behind = {0: BACKWARD, 1: 1.0}.get(shape.shard, float(m)) * slowest.seconds(machine)
-    p = max(parameters_of(model, shape, stage) for stage in {0, pp - 1})
+    p = max(parameters_of(model, shape, stage) for stage in stages_of(model, shape))
     update = crowd * UPDATE * p / shape.over_dp(1) / machine.memory_bytes_per_second
     tp_bytes, pp_bytes = m * slowest.tp.sent_bytes, m * between.sent_bytes * (2 if pp > 2 else 1)
     return Step(

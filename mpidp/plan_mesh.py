@@ -169,9 +169,9 @@ class Row:
 
 
 def shapes(model: Model, ranks: int, most_dp: int) -> Iterator[Shape]:
-    """All that can be: tp divides heads and SwiGLU, a stage has a layer, a replica a micro-batch. Pure."""
-    for tp in range(1, min(ranks, model.num_heads) + 1):
-        if ranks % tp or model.num_heads % tp or model.num_kv_heads % tp or model.hidden_dim % tp:
+    """All that can be: tp divides key-value heads, a stage has a layer, a replica a micro-batch. Pure."""
+    for tp in range(1, min(ranks, model.num_kv_heads) + 1):
+        if ranks % tp or model.num_kv_heads % tp:
             continue
         for pp in range(1, min(ranks // tp, model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
@@ -229,8 +229,8 @@ def plan_mesh(
     rows = rows_of(model, ranks, machine, base, limit, micro, again)
     if not rows:
         raise UsageError(
-            f"--ranks={ranks}: no mesh of so many has a part for each: tp divides {model.num_heads} heads, "
-            f"{model.num_kv_heads} of keys; pp is at most {model.num_layers} layers, dp {base.global_batch // min(micro)} "
+            f"--ranks={ranks}: no mesh of so many has a part for each: tp divides {model.num_kv_heads} "
+            f"key-value heads; pp is at most {model.num_layers} layers, dp {base.global_batch // min(micro)} "
             "micro-batches. "
             "Take another number, or a larger --global-batch"
         )
