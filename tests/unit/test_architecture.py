@@ -23,14 +23,15 @@ LAYERS = [
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
     "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
-    "model.transformer c10d.neighbours "
+    "mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
     "c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
     "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
-    "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage",
-    "comm.parallel_layers comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
-    "c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
+    "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
+    "mesh_table mesh_time",
+    "plan_mesh comm.parallel_layers comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
+    "mesh_ask c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
     "c10d.meeting engine sharing strategies.synchronous plan_sums",
     "planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server plan_methods",
     "job strategies.__init__",
@@ -63,7 +64,9 @@ TORCH = MPI4PY - {
     "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
-SEES_CONFIG = {"arguments", "train", "course", "build", "planned", "resolve", "rundir", "sharing", "plan_methods", "plan_sums", "trials"}
+SEES_CONFIG = {
+    "arguments", "train", "course", "build", "planned", "resolve", "rundir", "sharing", "plan_methods", "plan_sums", "trials",
+}
 
 
 def module_of(name: str) -> str:
@@ -131,7 +134,7 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
         "noise", "strategies.roll", "model.shape", "model.part",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
-        "plan_table", "board", "watchdog", "tries",
+        "plan_table", "board", "watchdog", "tries", "mesh_memory", "mesh_time", "mesh_table", "mesh_ask", "plan_mesh",
     }
     assert library == "torch" or not found & pure
     assert not found & (pure - {"model.transformer"})
@@ -204,7 +207,7 @@ def test_what_training_runs_is_small() -> None:
             rest += [part for what, _ in imports(names[module]) for part in (what, what.rpartition(".")[0])]
     assert not {module for module in seen if module.startswith("mpidp.c10d")}
     assert sum(lines_of_code(names[module]) for module in seen) < 8500
-    assert sum(map(lines_of_code, MPIDP)) < 11500
+    assert sum(map(lines_of_code, MPIDP)) < 13500
 
 
 COLLECTIVES = {
