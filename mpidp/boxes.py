@@ -99,7 +99,7 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
         tensor, at = entries[name].tensor.detach(), entries[name].place
         found.append(Piece(name, tensor[start:stop], (at[0] + start, *at[1:])) if at else Piece(name, tensor, at))
     for name, entry in entries.items():
-        if entry.layout != "replicated":
+        if entry.layout != "replicated" and (entry.shape is None or entry.tensor.numel()):
             found.append(Piece(name, entry.tensor.detach(), entry.place))
     return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))  # each at a multiple of its element's size
 

@@ -187,6 +187,14 @@ class Reader(Mapping[str, Tensor]):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """What this entry holds of the tensor. CheckpointError when the tensor is of another shape, or something is missing."""
+        with readable(self.path):
+            there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
+            if there != tuple(shape):
+                raise CheckpointError(f"{self.path}: {name} has shape {there}, this model's has {tuple(shape)}")
+        return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
+
     def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
         about = self.meta["tensors"][name]
         dtype = getattr(torch, about["dtype"])
@@ -229,7 +237,7 @@ class Reader(Mapping[str, Tensor]):
             if held is None:
                 found[name.removeprefix(prefix)] = self.own(name, rank, size)
             else:
-                found |= {key: self.part(name, entry.place, entry.tensor.shape) for key, entry in held.items()}
+                found |= {key: self.box(name, entry) for key, entry in held.items()}
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:

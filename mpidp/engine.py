@@ -17,6 +17,7 @@ from torch import Tensor
 from mpidp.data.loader import Batch, MicroBatch
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
+from mpidp.parts import at_rest, whole
 from mpidp.schedule import Instruction
 from mpidp.strategies.protocol import Accumulates
 
@@ -48,6 +49,7 @@ class Engine:
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
         self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
+        self.fill: Callable[[int], None] = lambda forwards: None  # so many more, where all ranks must make as many as any does
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -114,6 +116,9 @@ class Engine:
                 mb = MicroBatch(i, inputs.to(self.device), outputs.to(self.device), valid)
                 sums[i] += float(self.loss_sum(mb, None))
                 counts[i] += valid
+        forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
+        of_ranks = [sum(forwards[rank :: comm.size]) for rank in range(comm.size)]
+        self.fill(max(of_ranks) - of_ranks[comm.rank])
         enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)
@@ -125,6 +130,11 @@ class Engine:
                 "evaluate on more of it (train.eval_tokens), or prepare it again"
             )
         return float(sum(sums.tolist())) / counted, counted
+
+
+def _num_pairs(length: int, seq_len: int) -> int:
+    """How many pairs _windows makes of so many inputs."""
+    return (length >= seq_len) + (length % seq_len > 0)
 
 
 def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:
@@ -139,8 +149,10 @@ def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """sha256 over the float32 parameters in name order, little-endian bytes. Independent."""
+    """sha256 over the float32 parameters in name order, little-endian bytes; of shards too, a parameter at a time. Collective
+    over the ranks that hold shards, if there are any."""
+    at_rest(model)  # numpy's view of a gathered parameter would keep its memory
     digest = hashlib.sha256()
     for _, p in sorted(model.named_parameters()):
-        digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

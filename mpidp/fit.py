@@ -22,7 +22,7 @@ from mpidp.errors import Damaged, MpidpError, Stopped
 from mpidp.job import Job, Position
 from mpidp.metrics import MetricsFile, past
 from mpidp.noise import Noise
-from mpidp.state import Entry
+from mpidp.parts import boxes_held, parameters_of
 from mpidp.step import Board, compute, noise_of, say_finding, share
 from mpidp.stopping import TAKEN_OVER, StopRequest, job_end, stop_time
 
@@ -246,7 +246,7 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
     if job.saver.step != at.step or end is not None:  # else batches skipped since then are skipped again by whoever resumes
         job.enter("checkpoint")
         audit_weights(job, now=True)  # what a run goes back to must be right
-        entries = {f"model/{name}": Entry(p) for name, p in job.engine.model.named_parameters()}
+        entries = {f"model/{name}": entry for name, entry in parameters_of(job.engine.model).items()}
         entries |= {f"strategy/{name}": entry for name, entry in job.strategy.state_dict().items()}
         job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.meta}, wait)
         if wait:
@@ -265,9 +265,10 @@ def report_saves(job: Job) -> None:
 def restore(job: Job, reader: checkpoint.Reader) -> None:
     """Parameters, optimizer and position from a checkpoint of any number of ranks. Collective over job.comm."""
     with together(job.comm), checkpoint.readable(reader.path), torch.no_grad():
-        for name, p in job.engine.model.named_parameters():
-            p.copy_(reader[f"model/{name}"].view(p.shape))
-        job.strategy.load_state_dict(reader.under("strategy/", job.comm.rank, job.comm.size))
+        for name, entry in parameters_of(job.engine.model).items():
+            entry.tensor.copy_(reader.box(f"model/{name}", entry))
+        held = boxes_held(job.strategy.state_dict())
+        job.strategy.load_state_dict(reader.under("strategy/", job.comm.rank, job.comm.size, held))
         job.position = Position(**reader.meta["position"])
     job.saver.step = job.position.step
 

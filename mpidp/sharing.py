@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from mpidp.build import Plan
 
 
+SHARED = (  # by mesh.shard, what replicas hold of the state
+    "{}", "{}; where there are several, each has a slice of the state", "a shard a rank, and whole parameters in a step",
+    "a shard a rank",
+)
+
+
 @dataclass
 class Sharing:
     """The outcome."""
@@ -97,6 +103,7 @@ def share_memory(
     if transport.mode != "host":
         words = f"{words}, {transport.mode}"
     if world.rank == 0:
-        print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
+        held = f"one copy a {'node' if one_copy else 'rank'}"
+        print(f"transport {words}; parameters and optimizer state: {SHARED[c.mesh.shard].format(held)}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
     return Sharing(group, balance, reducer, one_copy, replicas)
