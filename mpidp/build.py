@@ -41,7 +41,6 @@ from mpidp.saver import Saver
 from mpidp.sharing import gradient_slots, held_buffers, share_memory
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import Options
-from mpidp.strategies.sliced import has_slices
 from mpidp.watchdog import Watchdog
 
 
@@ -200,7 +199,6 @@ def plan(config: Config, mesh: Mesh) -> Plan:
         )
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
     check_nccl(config.comm.gpu, device, mesh)
-    resolve.check_shards(config.mesh.shard)
     shape = resolve.model_shape(resolved, training.vocab_size)
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
@@ -232,15 +230,11 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         before=None if before is None else (earlier.group, earlier.one_copy),
     )
     reducer, group = memory.reducer, memory.group
-    level = config.mesh.shard
-    if level == 1 and not has_slices(group, memory.one_copy, mesh.dp.size):
-        level = 0  # there once already
-    strategy = strategy_of(config.strategy.name, config.strategy.quorum, level)(
+    strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model)(
         mesh.dp, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,
         beta2=optim.beta2), optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20), memory.one_copy,
         spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
         options=Options.of(asdict(config.strategy), train.steps, mesh.node_sizes, arrivals=plan.arrivals),
-        **({"model": model, "level": level} if level >= 2 else {}),
     )
     if before is None:
         strategy.start()
@@ -269,9 +263,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         # beside the weights, so that the run can be used without its data
         write_file(run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens)
-    engine.slowed = faults.slowed
-    if level >= 2:  # every forward is collective
-        engine.fill = strategy.fill
+    engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)
     hang_seconds = config.run.hang_seconds
     board = open_board(world, plan.mesh.host, run_dir) if hang_seconds else None
     watchdog = Watchdog(board, hang_seconds, first_times=10.0 if train.compile else 3.0)

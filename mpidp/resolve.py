@@ -59,10 +59,9 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
 
 
 def check_shards(level: int) -> None:
-    """UsageError where ranks may die and the others are to go on: what a dead rank alone held is gone. The same on every rank.
-    Independent."""
+    """UsageError where ranks may die and the others are to go on: what a dead rank alone held is gone. Independent."""
     if level and tolerant():
-        raise UsageError.on_every_rank(
+        raise UsageError(
             f"mesh.shard={level} under mpirun --with-ft ulfm: a rank that dies takes its shard of the state with it, and the "
             "others could not go on. Start without --with-ft (the same command goes on from the last checkpoint), or set "
             "mesh.shard=0"
@@ -104,6 +103,7 @@ def model_shape(config: Config, vocab_size: int) -> TransformerShape:
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
     """The config with nothing left open: what is printed, saved and compared on resume. UsageError. Pure."""
+    check_shards(config.mesh.shard)
     t, m = config.train, config.model
     steps = t.steps or 300
     if t.tokens:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mpidp.build import Plan
 
 
-SHARED = (  # by mesh.shard, what replicas hold of the state
-    "{}", "{}; where there are several, each has a slice of the state", "a shard a rank, and whole parameters in a step",
+SHARED = (  # by mesh.shard, what replicas hold; of one copy there is nothing to share out
+    "{}", "{}, which has a slice of the state where there are several", "a shard a rank, and whole parameters in a step",
     "a shard a rank",
 )
 
@@ -37,6 +37,7 @@ class Sharing:
     reducer: Reducer
     one_copy: bool  # of parameters and optimizer state in a group
     replicas: list[range]  # ranks of each copy
+    level: int  # mesh.shard; 0 where there is one copy alone, and nothing to deal out
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
@@ -106,4 +107,5 @@ def share_memory(
         held = f"one copy a {'node' if one_copy else 'rank'}"
         print(f"transport {words}; parameters and optimizer state: {SHARED[c.mesh.shard].format(held)}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
-    return Sharing(group, balance, reducer, one_copy, replicas)
+    level = c.mesh.shard if c.mesh.shard > 1 or len(replicas) > 1 else 0
+    return Sharing(group, balance, reducer, one_copy, replicas, level)

@@ -1,5 +1,6 @@
 """Strategies by name: the only place where a name becomes a class."""
 
+from functools import partial
 from typing import Any
 
 from mpidp import methods
@@ -16,6 +17,9 @@ STRATEGIES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def strategy_of(name: str, quorum: float, shard: int = 0) -> Any:
-    """The class that strategy.name and strategy.quorum ask for; shard: mesh.shard, 1 where there are slices to deal out. Pure."""
-    return (STRATEGIES[methods.kind(name, quorum)], Sliced, Sharded, Sharded)[shard]
+def strategy_of(name: str, quorum: float, level: int = 0, model: Any = None) -> Any:
+    """What makes the strategy that strategy.name, strategy.quorum and mesh.shard ask for; level: 1 where there are slices to deal
+    out (sharing.py), 2 and 3: of this model. Pure."""
+    if level >= 2:
+        return partial(Sharded, model=model, level=level)
+    return Sliced if level else STRATEGIES[methods.kind(name, quorum)]

@@ -16,16 +16,10 @@ from torch import Tensor
 
 from mpidp.boxes import boxes_of_run
 from mpidp.comm.buckets import slice_bounds
-from mpidp.comm.group import Group
 from mpidp.comm.transport import PIECE_BYTES
 from mpidp.parts import load_boxes
 from mpidp.state import Entry
 from mpidp.strategies.synchronous import Synchronous
-
-
-def has_slices(group: Group, one_copy: bool, size: int) -> bool:
-    """Are there several copies of the parameters, whose holders can share out the state? Pure."""
-    return size > 1 and not (one_copy and len(group.members) == 1)
 
 
 class Sliced(Synchronous):

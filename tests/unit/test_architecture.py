@@ -22,18 +22,18 @@ LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.transformer",
-    "boxes parts comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
-    "c10d.calls "
+    "boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored",
+    "parts c10d.calls "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
-    "comm.exchange strategies.roll holding",
-    "c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
+    "comm.exchange strategies.roll",
+    "holding c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory checkup.sessions",
     "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.group comm.nccl data.loader checkup.network checkup.storage",
     "c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
     "c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
     "c10d.meeting engine sharing strategies.synchronous plan_sums",
-    "c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced strategies.sharded "
-    "plan_methods",
+    "c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced plan_methods",
+    "strategies.sharded",
     "job strategies.__init__",
     "build step",
     "fit recover",
