@@ -38,7 +38,7 @@ from mpidp.model.transformer import MODELS, TransformerShape, flops_per_token, n
 from mpidp.optim import Optimizer, Schedule
 from mpidp.rundir import refuse_changes
 from mpidp.saver import Saver
-from mpidp.sharing import gradient_slots, held_buffers, share_memory
+from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats, share_memory
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import Options
 from mpidp.watchdog import Watchdog
@@ -96,8 +96,8 @@ class Plan:
         for rank, (host, bound, where, threads, num_lanes) in enumerate(rows):
             print(f"{rank:>5}  {host:<20} {bound:<12} {where:<24} {threads:>7} {num_lanes:>6}")
         print(
-            f"\n{count:,} parameters; {4 * (3 + slots) * count / 2**20:,.0f} MiB a rank for weights, optimizer "
-            f"state (12 bytes a parameter, or once a node) and {slots} gradient buffer{'s' * (slots > 1)}, "
+            f"\n{count:,} parameters; {held_floats(c, slots, self.mesh.dp.size) * count / 2**18:,.0f} MiB a rank for weights, "
+            f"optimizer state ({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
             f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
             f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
             f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "

@@ -57,6 +57,14 @@ def held_buffers(config: Config) -> int:
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
+SAID = ("12 bytes a parameter, or once a node", "by mesh.shard a part of it")  # of optimizer state: whole; not
+
+
+def held_floats(config: Config, slots: int, size: int) -> float:
+    """A rank's float32 for each parameter, between steps: it, two moments, gradients; by mesh.shard on so many replicas. Pure."""
+    return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
+
+
 def share_memory(
     plan: Plan, transport: Messages, num_parameters: int, looked_at: bool = False, before: tuple[Group, bool] | None = None
 ) -> Sharing:

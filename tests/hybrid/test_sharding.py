@@ -87,8 +87,8 @@ TIED = {"optim": {"name": "adam"}, "model": {"tie_embeddings": True, "num_kv_hea
 
 
 @pytest.mark.parametrize(("level", "ranks", "sections"), [
-    (2, (1, 3, 4), {}), (3, (2, 3), {}), (2, (3,), {"optim": {"name": "sgd", "lr": 0.1, "clip": 0.0}, "train": {"steps": 9}}),
-    (3, (4,), TIED),
+    (2, (1, 3, 4), {}), (3, (2, 3), {}), (2, (2, 3), {"optim": {"name": "sgd", "lr": 0.1, "clip": 0.0}, "train": {"steps": 9}}),
+    (3, (2, 4), TIED),
 ])  # fmt: skip
 def test_levels_2_and_3_are_level_0(
     shared_folder: Path, shared_tmp: Path, level: int, ranks: tuple[int, ...], sections: dict[str, Any]
