@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,31 @@ DTYPES = {  # as safetensors calls them
 }
 
 Box = list[list[int]]  # [start, stop) along each dimension; nothing of a scalar
+
+
+def tensor_of(key: str) -> str:
+    """The tensor of which `key` is a box: where a rank holds several boxes of one tensor they are name#0, name#1, ... Pure."""
+    return key.partition("#")[0]
+
+
+def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The elements [low, high) of a tensor of this shape, in row-major order, as boxes (from which indices on, how large) in that
+    order: of a matrix a first row in part, whole rows, a last row in part, where there are such. Pure."""
+    if low >= high:
+        return []
+    if len(shape) <= 1:
+        return [((low,), (high - low,)) if shape else ((), ())]
+    row = math.prod(shape[1:])
+    first, last = -(-low // row), high // row  # whole rows
+
+    def inside(number: int, start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        found = boxes_of_run(shape[1:], start - number * row, stop - number * row)
+        return [((number, *at), (1, *size)) for at, size in found]
+
+    if first > last:
+        return inside(last, low, high)
+    rows = [((first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]))] if first < last else []
+    return [*inside(first - 1, low, first * row), *rows, *inside(last, last * row, high)]
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -54,7 +80,7 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
 class Piece:
     """A box of a global tensor, from the indices `at` on, as large as `tensor`: what one rank writes of it."""
 
-    name: str
+    name: str  # in its file: the tensor's, or tensor#0, tensor#1, ... where the rank writes several boxes of it
     tensor: Tensor
     at: tuple[int, ...]
 
@@ -73,15 +99,15 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
         tensor, at = entries[name].tensor.detach(), entries[name].place
         found.append(Piece(name, tensor[start:stop], (at[0] + start, *at[1:])) if at else Piece(name, tensor, at))
     for name, entry in entries.items():
-        if entry.layout != "replicated":
+        if entry.layout != "replicated" and (entry.shape is None or entry.tensor.numel()):
             found.append(Piece(name, entry.tensor.detach(), entry.place))
     return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))  # each at a multiple of its element's size
 
 
 def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Entries as a manifest has them. Independent."""
+    """The tensors of entries as a manifest has them. Independent."""
     return {
-        name: {
+        tensor_of(name): {
             "shape": list(e.shape if e.shape is not None else e.tensor.shape),
             "dtype": str(e.tensor.dtype).removeprefix("torch."), "layout": e.layout,
         }

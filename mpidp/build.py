@@ -155,7 +155,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         before=None if before is None else (earlier.group, earlier.one_copy),
     )
     reducer, group = memory.reducer, memory.group
-    strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
+    strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model)(
         dp, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,
         beta2=optim.beta2), optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20), memory.one_copy,
         spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
@@ -193,7 +193,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     stages = Stages(grid, transport, device) if grid.pp.size > 1 else None
     tells = parts.part.speaks and grid.tp.rank == 0
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
-    engine.slowed = faults.slowed
+    engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)
     hang_seconds = config.run.hang_seconds
     board = open_board(world, grid.everyone.host, run_dir) if hang_seconds else None
     watchdog = Watchdog(board, hang_seconds, first_times=10.0 if train.compile else 3.0)

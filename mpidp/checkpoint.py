@@ -26,10 +26,11 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.boxes import Box
+from mpidp.boxes import Box, tensor_of
 from mpidp.comm.mesh import together
 from mpidp.errors import CheckpointError
 from mpidp.files import sync_directory, write_file
+from mpidp.state import Entry
 
 FORMAT = 2
 _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
@@ -161,13 +162,13 @@ class Reader(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = read_manifest(path)
-        self._pieces: dict[str, list[tuple[str, Box]]] = {}
+        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # of a tensor: in which file, by which name there, which box
         with readable(path):
             self._pieces |= {name: [] for name in self.meta["tensors"]}
             self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
             for record in self.meta["files"]:
-                for name, box in record["pieces"].items():
-                    self._pieces[name].append((record["file"], box))
+                for key, box in record["pieces"].items():
+                    self._pieces[tensor_of(key)].append((record["file"], key, box))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -186,14 +187,22 @@ class Reader(Mapping[str, Tensor]):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
-    def _assembled(self, name: str, pieces: Iterable[tuple[str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """What this entry holds of the tensor. CheckpointError when the tensor is of another shape, or something is missing."""
+        with readable(self.path):
+            there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
+            if there != tuple(shape):
+                raise CheckpointError(f"{self.path}: {name} has shape {there}, this model's has {tuple(shape)}")
+        return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
+
+    def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
         about = self.meta["tensors"][name]
         dtype = getattr(torch, about["dtype"])
         if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self._bytes:
             raise ValueError(f"{name} of shape {about['shape']} in {self._bytes} bytes")
         found = torch.zeros(tuple(shape), dtype=dtype)
         filled = 0
-        for file, box in pieces:
+        for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
                 raise ValueError(f"{name} of shape {about['shape']} from {box}")
             ranges = [
@@ -203,10 +212,10 @@ class Reader(Mapping[str, Tensor]):
                 continue
             with safetensors.safe_open(self.path / file, "pt") as opened:
                 if box == [list(one) for one in ranges]:
-                    piece = opened.get_tensor(name)
+                    piece = opened.get_tensor(key)
                 else:
                     inside = [slice(low - start, high - start) for (low, high), (start, _) in zip(ranges, box, strict=True)]
-                    piece = opened.get_slice(name)[tuple(inside)]
+                    piece = opened.get_slice(key)[tuple(inside)]
             place = found[tuple(slice(low - a, high - a) for (low, high), a in zip(ranges, at, strict=True))]
             if about["layout"] == "additive":
                 place += piece
@@ -217,9 +226,19 @@ class Reader(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path}: {name} has {filled} of {found.numel()} elements")
         return found
 
-    def under(self, prefix: str, rank: int = 0, size: int = 1) -> dict[str, Tensor]:
-        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with."""
-        return {name.removeprefix(prefix): self.own(name, rank, size) for name in self if name.startswith(prefix)}
+    def under(
+        self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
+    ) -> dict[str, Tensor]:
+        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with.
+        boxes: by tensor, those that this rank holds of it, which alone are then read, and given by the boxes' names."""
+        found = {}
+        for name in (name for name in self if name.startswith(prefix)):
+            held = (boxes or {}).get(name.removeprefix(prefix))
+            if held is None:
+                found[name.removeprefix(prefix)] = self.own(name, rank, size)
+            else:
+                found |= {key: self.box(name, entry) for key, entry in held.items()}
+        return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
         """The whole tensor; of an additive one, what this rank of `size` goes on with."""

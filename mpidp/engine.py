@@ -62,6 +62,7 @@ class Engine:
         self.stages, self.token_losses, self.tells = stages, token_losses or plain_losses, tells
         self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
         self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
+        self.fill: Callable[[int], None] = lambda forwards: None  # so many more, where all ranks must make as many as any does
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -164,6 +165,9 @@ class Engine:
                     counts[i] += valid
         if self.stages is not None:
             self.stages.settle([])
+        forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
+        of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
+        self.fill(max(of_ranks) - of_ranks[among.rank])
         enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)
@@ -180,6 +184,11 @@ class Engine:
 def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of cross entropies in nats: logits (N, V), targets (N,), of which -100 does not count. Pure."""
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def _num_pairs(length: int, seq_len: int) -> int:
+    """How many pairs _windows makes of so many inputs."""
+    return (length >= seq_len) + (length % seq_len > 0)
 
 
 def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:

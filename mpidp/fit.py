@@ -264,9 +264,8 @@ def report_saves(job: Job) -> None:
 def restore(job: Job, reader: checkpoint.Reader) -> None:
     """Parameters, optimizer and position from a checkpoint of any number of ranks. Collective over job.comm."""
     with together(job.comm), checkpoint.readable(reader.path), torch.no_grad():
-        dp, model = job.mesh.dp, job.engine.model
-        job.parts.load(reader, model)
-        job.strategy.load_state_dict(job.parts.strategy_state(reader, dp.rank, dp.size, model))
+        job.parts.load(reader, job.engine.model)
+        job.strategy.load_state_dict(job.parts.strategy_state(reader, job.engine.model, job.strategy.state_dict()))
         job.position = Position(**reader.meta["position"])
     job.saver.step = job.position.step
 

@@ -62,6 +62,8 @@ def _cut(settings: Settings) -> bool:
 
 _CUT = "mesh.tp or mesh.pp above 1"
 _OTHERS = "strategy.name=delayed|local|server or quorum<1"
+_SHARDS, _FSDP = "mesh.shard=1|2|3", "mesh.shard=2|3"
+_shards, _fsdp = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _partial = _is_not("strategy.group", "all")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
@@ -109,6 +111,27 @@ RULES = [
     Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
          lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
          "the first and the last stage share the embedding, and add its gradients at every step"),
+    Rule(_SHARDS, _OTHERS, _shards, _other, "slices and shards are of one model that all ranks update together at every step"),
+    Rule(_SHARDS, "optim.name=muon", _shards, _is("optim.name", "muon"),
+         "Muon updates whole matrices, and a slice or a shard ends within one"),
+    Rule(_SHARDS, "comm.compress", _shards, _is_not("comm.compress", "none"),
+         "what is held back is as large as the gradients that sharding is to share out, and it has not been tried"),
+    Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
+         "an audit compares replicas, and nobody else holds the same state"),
+    Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "it has not been tried"),
+    Rule(_FSDP, "mesh.tp or mesh.pp above 1", _fsdp, _cut, "FSDP2 knows of replicas alone: mesh.shard=1"),
+    Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"), "rank 0 alone updates"),
+    Rule(_FSDP, "comm.reducer=tree|naive|root", _fsdp, _is("comm.reducer", "tree", "naive", "root"),
+         "each rank receives the sum of its rows alone, from MPI's own reduce_scatter: comm.reducer=auto"),
+    Rule(_FSDP, "train.noise_every", _fsdp, _is_not("train.noise_every", 0),
+         "gradients are summed micro-batch by micro-batch: there is none of a lane"),
+    Rule(_FSDP, "train.balance=measured|steal", _fsdp, _is_not("train.balance", "even"),
+         "all ranks run as many micro-batches as any: nobody is faster"),
+    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "it has not been tried"),
+    Rule(_FSDP, "comm.overlap=thread|poll", _fsdp, _is("comm.overlap", "thread", "poll"),
+         "FSDP2 begins its sums in backward by itself"),
+    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards go by messages"),
+    Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"), "no rank or node has a copy"),
 ]
 
 

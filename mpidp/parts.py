@@ -19,6 +19,7 @@ from mpidp.comm.grid import Grid
 from mpidp.comm.group import Group
 from mpidp.comm.transport import pieces
 from mpidp.errors import UsageError
+from mpidp.held import at_rest, boxes_held, parameters_of, whole
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.state import Entry
@@ -40,69 +41,68 @@ class Parts:
         elsewhere = part.tied and name == "head.weight" and not part.embeds
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
-    def _entry(self, name: str, entry: Entry) -> tuple[str, Entry] | None:
-        """name: PARAMETER or PARAMETER/KEY of this part."""
+    def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
+        """Of PARAMETER[/KEY] of this part: what the whole model calls it, and which box of the whole's tensor it is. What belongs
+        to no parameter is called after this part."""
         what, slash, key = name.partition("/")
         whole = self.part.global_name(what)
         if whole not in self.sizes:
             return f"{self.grid.label}/{name}", entry
-        if not self._counts(self.part, what):
-            return None
         box, size = self.part.box(whole, self.sizes[whole]), self.sizes[whole]
-        if tuple(entry.tensor.shape) != tuple(s.stop - s.start for s in box) or not self.part.is_cut(what):
-            return (f"{whole}{slash}{key}", entry) if self.part.index == 0 else None  # whole; or the number of its updates
-        return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, tuple(s.start for s in box), size)
+        here = tuple(s.stop - s.start for s in box)
+        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # the number of its updates
+            return f"{whole}{slash}{key}", entry
+        at = tuple(s.start + inside for s, inside in zip(box, entry.place, strict=True))
+        return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, at, size)
+
+    def _saves(self, name: str, entry: Entry) -> bool:
+        """Does this rank give it to a checkpoint? Else another one does, which has the same."""
+        what = name.partition("/")[0]
+        if self.part.global_name(what) not in self.sizes:
+            return True
+        return self._counts(self.part, what) and (self.part.index == 0 or entry.tensor.dim() > 0)
 
     def entries(self, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Entry]:
         """What a checkpoint is made of, as far as this rank has it."""
         found: dict[str, Entry] = {}
-        held = {f"model/{name}": Entry(p) for name, p in model.named_parameters()}
-        for name, entry in (held | {f"strategy/{name}": entry for name, entry in strategy.items()}).items():
-            if self.grid.parts == 1:
-                found[name] = entry
-                continue
-            where, _, rest = name.partition("/")
-            if (one := self._entry(rest, entry)) is not None:
-                found[f"{where}/{one[0]}"] = one[1]
+        for where, held in (("model", parameters_of(model)), ("strategy", strategy)):
+            for name, entry in held.items():
+                if self.grid.parts == 1:
+                    found[f"{where}/{name}"] = entry
+                elif self._saves(name, entry):
+                    whole, placed = self._placed(name, entry)
+                    found[f"{where}/{whole}"] = placed
         return found
-
-    def _read(self, reader: Reader, prefix: str, what: str, key: str = "") -> Tensor:
-        """A parameter's part of PREFIX/parameter[/KEY], or what has no parts."""
-        whole = self.part.global_name(what)
-        name, size = f"{prefix}/{whole}{key}", self.sizes[whole]
-        if tuple(reader.meta["tensors"][name]["shape"]) != size:
-            return reader[name]
-        box = self.part.box(whole, size)
-        return reader.part(name, [s.start for s in box], [s.stop - s.start for s in box])
 
     @torch.no_grad()
     def load(self, reader: Reader, model: nn.Module) -> None:
         """The parameters of this part, from a checkpoint of any mesh."""
-        for name, p in model.named_parameters():
-            p.copy_(self._read(reader, "model", name).view(p.shape))
+        for name, entry in parameters_of(model).items():
+            whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
+            entry.tensor.copy_(reader.box(f"model/{whole}", placed))
 
-    def strategy_state(self, reader: Reader, rank: int, size: int, model: nn.Module) -> dict[str, Tensor]:
-        """What the strategy's load_state_dict is given; rank, size: of the replicas. UsageError where it was written for parts
-        that are cut in another way."""
+    def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
+        """What the strategy's load_state_dict is given; strategy: what it has now. UsageError where it was written for parts that
+        are cut in another way."""
+        dp = self.grid.replicas.dp
         if self.grid.parts == 1 and not any(name.startswith("strategy/part_") for name in reader):
-            return reader.under("strategy/", rank, size)
+            return reader.under("strategy/", dp.rank, dp.size, boxes_held(strategy))
         of_whole = {self.part.global_name(name): name for name, _ in model.named_parameters()}
-        found: dict[str, Tensor] = {}
-        label = f"strategy/{self.grid.label}/"
+        boxes, label, found = boxes_held(strategy), f"strategy/{self.grid.label}/", {}
         for name in reader:
             where, _, rest = name.partition("/")
             what, slash, key = rest.partition("/")
-            if where != "strategy":
+            if where != "strategy" or what in self.sizes and what not in of_whole:
                 continue
             if name.startswith(label):
-                found[name.removeprefix(label)] = reader.own(name, rank, size)
-            elif what.startswith("part_"):
-                if not any(other.startswith(label) for other in reader):
+                found[name.removeprefix(label)] = reader.own(name, dp.rank, dp.size)
+            elif what not in of_whole:
+                if not what.startswith("part_") or not any(other.startswith(label) for other in reader):
                     self._refuse(reader)
-            elif what in of_whole:
-                found[f"{of_whole[what]}{slash}{key}"] = self._read(reader, "strategy", of_whole[what], slash + key)
-            elif what not in self.sizes:
-                self._refuse(reader)
+            else:
+                mine = f"{of_whole[what]}{slash}{key}"
+                held = boxes.get(mine) or {mine: strategy[mine]}
+                found |= {box: reader.box(name, self._placed(mine, entry)[1]) for box, entry in held.items()}
         return found
 
     def _refuse(self, reader: Reader) -> None:
@@ -140,16 +140,17 @@ class Parts:
 
     def sha256(self, model: nn.Module) -> str:
         """sha256 over the whole model's float32 parameters in name order, little-endian bytes. Collective over grid.world."""
-        digest, mine = hashlib.sha256(), {self.part.global_name(name): p for name, p in model.named_parameters()}
-        grid = self.grid
+        digest, grid = hashlib.sha256(), self.grid
+        at_rest(model)  # numpy's view of a gathered parameter would keep its memory
+        mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         if grid.parts == 1:
             for _, p in sorted(model.named_parameters()):
-                digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
+                digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
             return digest.hexdigest()
         if grid.world.rank < grid.parts:  # the first replica, whose rank 0 is rank 0 of all
             holders = [self._part_of(rank) for rank in range(grid.parts)]
             for name, size in sorted(self.sizes.items()):
-                whole = torch.empty(size) if grid.model.rank == 0 else torch.empty(0)
+                gathered = torch.empty(size) if grid.model.rank == 0 else torch.empty(0)
                 for rank, part in enumerate(holders):
                     elsewhere = name == "embedding.weight" and not part.embeds or part.index and not part.is_cut(name)
                     if elsewhere or not part.has(name):
@@ -160,9 +161,9 @@ class Parts:
                         if rank:
                             self._pass(tensor, target=0)
                     if grid.model.rank == 0:
-                        whole[box] = tensor if rank == 0 else self._take([s.stop - s.start for s in box], rank)
+                        gathered[box] = tensor if rank == 0 else self._take([s.stop - s.start for s in box], rank)
                 if grid.model.rank == 0:
-                    digest.update(whole.numpy().tobytes())
+                    digest.update(gathered.numpy().tobytes())
         return str(grid.world.bcast(digest.hexdigest() if grid.world.rank == 0 else None))
 
     def _pass(self, tensor: Tensor, target: int) -> None:

@@ -26,7 +26,7 @@ from mpidp.metrics import MetricsFile
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
 from mpidp.rundir import refuse_changes
-from mpidp.sharing import gradient_slots, held_buffers
+from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Plan:
         whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
         print(
             f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}; "
-            f"{4 * (3 + slots) * count / 2**20:,.0f} MiB a rank for weights, optimizer state (12 bytes a parameter, or once a "
-            f"node) and {slots} gradient buffer{'s' * (slots > 1)}, "
+            f"{held_floats(c, slots, dp.size) * count / 2**18:,.0f} MiB a rank for weights, optimizer state "
+            f"({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
             f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
             f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
             f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "

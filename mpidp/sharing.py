@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from mpidp.planned import Plan
 
 
+SHARED = (  # by mesh.shard, what replicas hold; of one copy there is nothing to share out
+    "{}", "{}, which has a slice of the state where there are several", "a shard a rank, and whole parameters in a step",
+    "a shard a rank",
+)
+
+
 @dataclass
 class Sharing:
     """The outcome."""
@@ -31,6 +37,7 @@ class Sharing:
     reducer: Reducer
     one_copy: bool  # of parameters and optimizer state in a group
     replicas: list[range]  # ranks of each copy
+    level: int  # mesh.shard; 0 where there is one copy alone, and nothing to deal out
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
@@ -48,6 +55,14 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 def held_buffers(config: Config) -> int:
     """Buffers as large as a gradient that compression needs: what is held back, and what it was before. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
+
+
+SAID = ("12 bytes a parameter, or once a node", "by mesh.shard a part of it")  # of optimizer state: whole; not
+
+
+def held_floats(config: Config, slots: int, size: int) -> float:
+    """A rank's float32 for each parameter, between steps: it, two moments, gradients; by mesh.shard on so many replicas. Pure."""
+    return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
 
 
 def share_memory(
@@ -98,6 +113,8 @@ def share_memory(
     if transport.mode != "host":
         words = f"{words}, {transport.mode}"
     if plan.world.rank == 0:
-        print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
+        held = f"one copy a {'node' if one_copy else 'rank'}"
+        print(f"transport {words}; parameters and optimizer state: {SHARED[c.mesh.shard].format(held)}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
-    return Sharing(group, balance, reducer, one_copy, replicas)
+    level = c.mesh.shard if c.mesh.shard > 1 or len(replicas) > 1 else 0
+    return Sharing(group, balance, reducer, one_copy, replicas, level)

@@ -22,6 +22,7 @@ from mpidp.comm.group import Group
 from mpidp.comm.reducers import Look, Reducer
 from mpidp.comm.transport import pieces
 from mpidp.entry import tolerant
+from mpidp.holding import counted
 from mpidp.optim import Optimizer
 from mpidp.state import Entry, Layout
 from mpidp.strategies.protocol import Options, StepStats
@@ -205,6 +206,11 @@ class Synchronous:
     def flats(self) -> dict[str, Tensor]:
         """All that replicas must agree on, by the suffix that tells it apart. Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
+
+    def held(self) -> dict[str, int]:
+        """Bytes by what they are for; in a window, the node's. Independent."""
+        moments = self.optimizer.moments().values() if self.optimizer is not None else []
+        return counted(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
     def finish(self) -> None:
         """Nothing is in flight between steps. Independent."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpidp import methods
 from mpidp.arguments import from_args, help_text, read_toml
 from mpidp.config import FIXED, Config, checked, fields_of, to_toml
 from mpidp.errors import UsageError
@@ -233,6 +234,9 @@ def configs(draw: st.DrawFn) -> Config:
         chosen |= {"comm.transport": "window", "comm.overlap": "none"}
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
+    settings = {key: value for key, _, value in fields_of()} | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
+    if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in methods.RULES):
+        chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():
         section, _, name = key.partition(".")

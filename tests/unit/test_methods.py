@@ -42,6 +42,11 @@ WORDS = {  # an example of each side of a rule
     ),
     "strategy.overlap=true": ("strategy.overlap=true",),
     "strategy.fragments": ("strategy.fragments=2 strategy.sync_every=4 strategy.meet_every=4",),
+    "mesh.shard=1|2|3": ("mesh.shard=1", "mesh.shard=2", "mesh.shard=3"), "mesh.shard=1": ("mesh.shard=1",),
+    "mesh.shard=2|3": ("mesh.shard=2", "mesh.shard=3"),
+    "comm.reducer=root": ("comm.reducer=root",),
+    "comm.reducer=tree|naive|root": ("comm.reducer=tree", "comm.reducer=naive", "comm.reducer=root"),
+    "comm.transport=window": ("comm.transport=window",), "comm.copies=node": ("comm.copies=node",),
     "strategy.outer_lr|outer_momentum": ("strategy.outer_lr=0.5", "strategy.outer_momentum=0.5"),
 }
 
