@@ -34,7 +34,8 @@ def with_mesh(data: Path, run: Path, mesh: tuple[int, int, int], **sections: dic
     found = {"model": MODEL, "train": TRAIN, "optim": {"clip": 0.5, "warmup_steps": 2, "schedule": "constant", "lr": 3e-3}}
     for name, values in sections.items():
         found[name] = found.get(name, {}) | values
-    return tiny(data, run, **found | {"mesh": {"dp": mesh[0], "pp": mesh[1], "tp": mesh[2]}})
+    found["mesh"] = {"dp": mesh[0], "pp": mesh[1], "tp": mesh[2]} | found.get("mesh", {})
+    return tiny(data, run, **found)
 
 
 def on(mesh: tuple[int, int, int], config: Config) -> Ran:
@@ -143,6 +144,7 @@ def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_
     {"strategy": {"name": "local", "sync_every": 5}}, {"strategy": {"name": "delayed"}}, {"comm": {"compress": "int8"}},
     {"comm": {"compress": "fp16"}}, {"comm": {"reducer": "allreduce"}}, {"optim": {"name": "sgd"}},
     {"train": {"recompute": True}}, {"comm": {"transport": "messages"}}, {"train": {"lanes": 3}},
+    {"mesh": {"shard": 1}, "comm": {"transport": "messages"}},
 ], ids=str)
 def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
     """Two replicas of two parts learn what two whole ones learn with the same method; codes round by bucket, so nearly."""
