@@ -162,8 +162,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         options=Options.of(asdict(config.strategy), train.steps, mesh.node_sizes, arrivals=plan.arrivals),
     )
     if grid.parts > 1:
-        reducer.over_parts = partial(parts.norm, strategy.buffer.layout)
-        strategy.complete = partial(parts.tie, strategy.buffer, group)
+        strategy.share_model(parts)
     if before is None:
         strategy.start()
         said = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.settled)

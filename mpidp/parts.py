@@ -36,8 +36,9 @@ class Parts:
         stage, number = divmod(rank, self.grid.tp.size)
         return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size)
 
-    def _counts(self, part: Part, name: str) -> bool:
-        """Is a parameter saved and counted by the ranks that have this part, not by others that have it too? Pure."""
+    def counts(self, name: str) -> bool:
+        """Is a parameter saved and counted here, and not by others that have it too? Pure."""
+        part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.embeds
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
@@ -60,7 +61,7 @@ class Parts:
         what = name.partition("/")[0]
         if self.part.global_name(what) not in self.sizes:
             return True
-        return self._counts(self.part, what) and (self.part.index == 0 or entry.tensor.dim() > 0)
+        return self.counts(what) and (self.part.index == 0 or entry.tensor.dim() > 0)
 
     def entries(self, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Entry]:
         """What a checkpoint is made of, as far as this rank has it."""
@@ -116,7 +117,7 @@ class Parts:
         twice = 0.0
         if self.grid.parts > 1:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
-                if not self._counts(self.part, name):
+                if not self.counts(name):
                     twice += float(torch.linalg.vector_norm(view.double()).square())
         return self.grid.norm(squares, twice)
 
@@ -147,23 +148,21 @@ class Parts:
             for _, p in sorted(model.named_parameters()):
                 digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
             return digest.hexdigest()
-        if grid.world.rank < grid.parts:  # the first replica, whose rank 0 is rank 0 of all
-            holders = [self._part_of(rank) for rank in range(grid.parts)]
-            for name, size in sorted(self.sizes.items()):
-                gathered = torch.empty(size) if grid.model.rank == 0 else torch.empty(0)
-                for rank, part in enumerate(holders):
-                    elsewhere = name == "embedding.weight" and not part.embeds or part.index and not part.is_cut(name)
-                    if elsewhere or not part.has(name):
-                        continue
-                    box = part.box(name, size)
-                    if rank == grid.model.rank:
-                        tensor = mine[name].detach().float().cpu().contiguous()
-                        if rank:
-                            self._pass(tensor, target=0)
-                    if grid.model.rank == 0:
-                        gathered[box] = tensor if rank == 0 else self._take([s.stop - s.start for s in box], rank)
-                if grid.model.rank == 0:
-                    digest.update(gathered.numpy().tobytes())
+        holders = [self._part_of(rank) for rank in range(grid.parts)]
+        gathers = grid.world.rank == 0  # from the ranks of the first replica
+        for name, size in sorted(self.sizes.items()):
+            held = whole(mine[name]).float().cpu().contiguous() if name in mine else torch.empty(0)
+            gathered = torch.empty(size if gathers else 0)
+            for rank, part in enumerate(holders if grid.world.rank < grid.parts else []):
+                elsewhere = name == "embedding.weight" and not part.embeds or part.index and not part.is_cut(name)
+                if elsewhere or not part.has(name):
+                    continue
+                box = part.box(name, size)
+                if rank == grid.model.rank and rank:
+                    self._pass(held, target=0)
+                elif gathers:
+                    gathered[box] = self._take([s.stop - s.start for s in box], rank) if rank else held
+            digest.update(gathered.numpy().tobytes())
         return str(grid.world.bcast(digest.hexdigest() if grid.world.rank == 0 else None))
 
     def _pass(self, tensor: Tensor, target: int) -> None:

@@ -176,7 +176,7 @@ def shapes(model: Model, ranks: int, most_dp: int) -> Iterator[Shape]:
         for pp in range(1, min(ranks // tp, model.num_layers) + 1):
             dp, rest = divmod(ranks // tp, pp)
             if rest == 0 and dp <= most_dp:
-                yield from (Shape(dp, pp, tp, shard) for shard in range(4 if dp > 1 else 1))
+                yield from (Shape(dp, pp, tp, shard) for shard in range(1 if dp == 1 else 2 if pp > 1 else 4))
 
 
 def rows_of(

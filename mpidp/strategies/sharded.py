@@ -28,6 +28,7 @@ from mpidp.errors import UsageError
 from mpidp.held import at_rest, load_boxes, shard_of
 from mpidp.holding import counted
 from mpidp.optim import Optimizer, Pieces
+from mpidp.parts import Parts
 from mpidp.state import Entry
 from mpidp.strategies.protocol import Options, StepStats
 
@@ -79,6 +80,7 @@ class Sharded:
         self.model: Any = model
         self.clip, self.nominal_tokens = clip, nominal_tokens
         self.enter: Callable[[str], None] = lambda phase: None
+        self._parts: Parts | None = None
         lanes, shares = reducer.lanes, reducer.shares
         self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)  # of any rank
         self._made = self._open = 0  # forwards of this step; of them those whose backward is not counted yet
@@ -163,12 +165,18 @@ class Sharded:
         self.enter("publish")
         return StepStats(grad_norm=norm, skipped=skipped)
 
+    def share_model(self, parts: Parts) -> None:
+        """This rank has a part of the model. Independent."""
+        self._parts = parts
+
     def _norm(self, gradients: list[Tensor]) -> float:
-        mine = sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in gradients if one.numel())
+        counted = [one for (name, _), one in zip(self.named, gradients, strict=True) if not self._parts or self._parts.counts(name)]
+        mine = sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in counted if one.numel())
         rows = np.zeros(self.compute_comm.size)
         rows[self.compute_comm.rank] = mine
         self.group.wait(self.compute_comm.Iallgather(MPI.IN_PLACE, rows))
-        return math.sqrt(sum(rows.tolist()))
+        squares = sum(rows.tolist())
+        return self._parts.grid.norm(torch.tensor([squares], dtype=torch.float64)) if self._parts else math.sqrt(squares)
 
     def finish(self) -> None:
         """Nothing is in flight between steps. Independent."""

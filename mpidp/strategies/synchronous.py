@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from mpidp.comm.transport import pieces
 from mpidp.entry import tolerant
 from mpidp.holding import counted
 from mpidp.optim import Optimizer
+from mpidp.parts import Parts
 from mpidp.state import Entry, Layout
 from mpidp.strategies.protocol import Options, StepStats
 
@@ -73,6 +75,11 @@ class Synchronous:
         self.complete: Callable[[], None] = lambda: None  # the sum, where ranks with other parts of the model add to it
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
+
+    def share_model(self, parts: Parts) -> None:
+        """This rank has a part of the model. Independent."""
+        self.reducer.over_parts = partial(parts.norm, self.buffer.layout)
+        self.complete = partial(parts.tie, self.buffer, self.group)
 
     def updates(self) -> dict[str, Any] | None:
         """Which share of the parameters this rank updates, as Optimizer wants it; None: nothing of them. Independent."""
