@@ -170,8 +170,9 @@ class Sharded:
         self._parts = parts
 
     def _norm(self, gradients: list[Tensor]) -> float:
-        counted = [one for (name, _), one in zip(self.named, gradients, strict=True) if not self._parts or self._parts.counts(name)]
-        mine = sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in counted if one.numel())
+        here = self._parts.counts if self._parts else lambda name: True
+        known = [one for (name, _), one in zip(self.named, gradients, strict=True) if one.numel() and here(name)]
+        mine = sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in known)
         rows = np.zeros(self.compute_comm.size)
         rows[self.compute_comm.rank] = mine
         self.group.wait(self.compute_comm.Iallgather(MPI.IN_PLACE, rows))
