@@ -12,13 +12,13 @@ OPENMPI_TEST = env PATH="$(OPENMPI_BIN):$(PATH)" TMPDIR="$$(mktemp -d)" OMPI_ALL
 	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_osc=^ucx mpirun -n
 PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-method=thread
 
-.PHONY: train test setup unit mpi c10d peer peer-short laws methods openmpi long faults slurm slurm-short soak soak-faults bench bench-short network tokens lint types clean help
+.PHONY: train test setup unit mpi c10d peer peer-short laws methods hybrid openmpi long faults slurm slurm-short soak soak-faults bench bench-short network tokens lint types clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-test: $(VENV)/.test unit mpi c10d laws methods openmpi faults bench-short ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs; benchmarks in short
+test: $(VENV)/.test unit mpi c10d laws methods hybrid openmpi faults bench-short ## all tests: unit, under mpirun at 2, 3 and 4 ranks, laws, both MPIs; benchmarks in short
 
 setup: $(VENV)/.runtime ## only the environment
 
@@ -52,10 +52,14 @@ faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signa
 methods: $(VENV)/.test ## laws of compression, and of strategies that do not wait for all: at 1 to 4 ranks, every third row (`make long`: all)
 	$(MPICH_TEST) 4 $(PYTEST_MPI) tests/methods
 
+hybrid: $(VENV)/.test ## laws of one model on several ranks: sharding, at 1 to 4 ranks
+	$(MPICH_TEST) 4 $(PYTEST_MPI) tests/hybrid
+
 openmpi: .venv-openmpi/.ready ## the tests under mpirun once more, under Open MPI (of tests/methods a part)
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/mpi
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/c10d
 	$(OPENMPI_TEST) 8 $(PYTEST_MPI) tests/laws
+	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/hybrid
 	$(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods -k "resumed_run or in_step or nothing_is_lost or same_order or bytes_are"
 
 long: .venv-openmpi/.ready ## the tables of which `make test` runs every third row, whole and under both MPIs (half an hour)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from mpidp.arguments import from_args
-from mpidp.build import Plan, plan
-from mpidp.comm.mesh import make_mesh
+from mpidp.build import plan
+from mpidp.comm.grid import make_grid
 from mpidp.data.loader import Batch, Loader
 from mpidp.engine import Engine
 from mpidp.entry import begin, run_entry
@@ -38,6 +38,7 @@ from mpidp.inject import asked_for
 from mpidp.metrics import MetricsFile
 from mpidp.model.transformer import Transformer
 from mpidp.optim import Schedule
+from mpidp.planned import Plan
 
 HOOKS = ("none", "fp16", "powersgd")
 RANK, EXACT_STEPS = 4, 10  # of PowerSGD: of its factors, and steps before it begins (torch's default of 1,000 is for long runs)
@@ -113,7 +114,7 @@ def main() -> None:
     config, world = begin(lambda: from_args([word for word in words if word != "--hook"]))
     if hook not in HOOKS or config.optim.name not in ("adam", "adamw", "sgd"):
         raise UsageError(f"--hook is one of {', '.join(HOOKS)}, optim.name adam, adamw or sgd")
-    planned = plan(config, make_mesh(world))
+    planned = plan(config, make_grid(world))
     world, lanes, t, o = planned.world, planned.lanes, planned.config.train, planned.config.optim
     run_dir = Path(config.run.dir)
     mine = [v for lane in lanes.of_rank(world.rank, world.size) for v in lanes.micro_batches(lane)]

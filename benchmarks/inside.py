@@ -15,7 +15,8 @@ from mpi4py import MPI
 import mpidp.entry  # noqa: F401  (sets what MPI and BLAS read from the environment)
 from data_tools.prepare import prepare
 from mpidp.build import build, plan
-from mpidp.comm.mesh import make_mesh, polite_barrier
+from mpidp.comm.grid import make_grid
+from mpidp.comm.mesh import polite_barrier
 from mpidp.config import Config, checked
 from mpidp.data.loader import Batch
 from mpidp.job import Job
@@ -58,7 +59,7 @@ class Stepper:
         """Collective over comm."""
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         self.comm, self.threads = comm, config.train.threads
-        self.job: Job = build(plan(config, make_mesh(comm)))
+        self.job: Job = build(plan(config, make_grid(comm)))
         loader = self.job.open_loader(0)
         self.batch: Batch = next(loader)
         loader.close()

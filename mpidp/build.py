@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,35 @@ import torch
 from mpi4py import MPI
 
 from mpidp import resolve
-from mpidp.arrivals import Order, read_arrivals
+from mpidp.arrivals import read_arrivals
 from mpidp.audit import Audit
 from mpidp.board import open_board
-from mpidp.checkpoint import Reader, readable
-from mpidp.checkup.findings import numbers
 from mpidp.comm import overlap
-from mpidp.comm.mesh import Mesh, together
+from mpidp.comm.grid import Grid
+from mpidp.comm.mesh import together
 from mpidp.comm.nccl import check_nccl, open_transport
+from mpidp.comm.parallel_layers import Ring, loss_over, share_layers
+from mpidp.comm.stages import Stages
 from mpidp.config import Config, fields_of, to_toml
 from mpidp.data.loader import Loader
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.engine import Engine
+from mpidp.entry import tolerant
 from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
 from mpidp.inject import Faults
 from mpidp.job import Job
 from mpidp.lanes import Lanes
-from mpidp.metrics import MetricsFile, Progress, peak_flops
-from mpidp.model.transformer import MODELS, TransformerShape, flops_per_token, num_parameters
+from mpidp.metrics import Progress, peak_flops
+from mpidp.model.part import refuse
+from mpidp.model.shape import flops_per_token, num_parameters
+from mpidp.model.transformer import MODELS
 from mpidp.optim import Optimizer, Schedule
-from mpidp.rundir import refuse_changes
+from mpidp.parts import Parts
+from mpidp.planned import Plan
 from mpidp.saver import Saver
-from mpidp.sharing import gradient_slots, held_buffers, share_memory
+from mpidp.sharing import share_memory
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import Options
 from mpidp.watchdog import Watchdog
@@ -61,115 +65,20 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
             prepare(**corpus, out=str(path))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A resolved run, before anything large is made."""
-
-    config: Config  # nothing left open
-    asked_threads: int  # as the user gave it; 0: automatic
-    mesh: Mesh
-    device: torch.device
-    training: TokenStream
-    validation: TokenStream | None
-    sampler: Sampler
-    lanes: Lanes
-    shape: TransformerShape
-    arrivals: Order  # at parameter servers or in a quorum, to be repeated
-
-    @property
-    def world(self) -> MPI.Intracomm:
-        return self.mesh.dp
-
-    def say_what_runs(self) -> None:
-        """Configuration, model and ranks, on rank 0. Collective over world."""
-        lanes = self.lanes.of_rank(self.world.rank, self.world.size - self.config.strategy.servers)
-        device = f"{self.device} {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else "cpu"
-        cores = numbers(sorted(os.sched_getaffinity(0)))
-        rows = self.world.gather((self.mesh.host, cores, device, self.config.train.threads, len(lanes)), root=0)
-        if rows is None:
-            return
-        count = num_parameters(self.shape)
-        slots = gradient_slots(self.config, self.lanes, 0, self.world.size)[0] + held_buffers(self.config)
-        c, t = self.config, self.config.train
-        print(to_toml(c))
-        print(f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}")
-        for rank, (host, bound, where, threads, num_lanes) in enumerate(rows):
-            print(f"{rank:>5}  {host:<20} {bound:<12} {where:<24} {threads:>7} {num_lanes:>6}")
-        print(
-            f"\n{count:,} parameters; {4 * (3 + slots) * count / 2**20:,.0f} MiB a rank for weights, optimizer "
-            f"state (12 bytes a parameter, or once a node) and {slots} gradient buffer{'s' * (slots > 1)}, "
-            f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
-            f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
-            f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
-            f"{t.steps / self.sampler.steps_per_epoch:.2f} epochs of {self.training.num_tokens:,} tokens; "
-            f"reducer {c.comm.reducer}, compress {c.comm.compress}, strategy {c.strategy.name}\n",
-            flush=True,
-        )
-
-    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
-        """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
-        when a setting that must not change has changed. Collective over world."""
-        plan = self
-        if reader is not None:
-            with together(self.world), readable(reader.path):
-                saved = reader.meta["fingerprint"]
-                if not self.asked_threads:
-                    plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
-                refuse_changes(reader.meta["config"], plan.config)
-                if reader.meta["data"] != self.training.index_sha256:
-                    raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
-            now = resolve.fingerprint(plan.config, self.device)
-            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
-            notes = [*notes, f"resuming from {reader.path}"]
-            if changed:
-                notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
-        if self.world.rank == 0:
-            for note in notes:
-                print(note, flush=True)
-        return plan
-
-    def has_ended(self, reader: Reader) -> dict[str, Any] | None:
-        """The end record when the run is over and nothing that decides its end has changed since. Independent."""
-        with readable(reader.path):
-            end: dict[str, Any] | None = reader.meta["end"]
-            if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
-                return end
-            rules = ("train.steps", "train.target_loss", "train.patience")
-            now = {key: value for key, _, value in fields_of(self.config)}
-            return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
-
-    def say_ended(self, end: dict[str, Any]) -> None:
-        """On rank 0; also mends a metrics file whose last line was lost. Independent."""
-        if self.world.rank:
-            return
-        file = Path(self.config.run.dir) / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        if not lines or '"event": "end"' not in lines[-1]:
-            metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
-            metrics.write(end)
-            metrics.close()
-        print(
-            f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
-            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
-            "start anew with --run.resume=never",
-            flush=True,
-        )
-
-
 def _open(path: str, split: str) -> TokenStream | None:
     stream = TokenStream(path, split)
     return stream if stream.num_tokens > 1 else None
 
 
-def plan(config: Config, mesh: Mesh) -> Plan:
+def plan(config: Config, grid: Grid) -> Plan:
     """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
-    mesh.dp."""
-    world = mesh.dp
-    threads = resolve.resolve_threads(config.train.threads, mesh)
+    grid.world."""
+    world, replicas = grid.world, grid.replicas.dp.size
+    threads = resolve.resolve_threads(config.train.threads, grid.everyone)
     torch.set_num_threads(threads)
     validation: TokenStream | None = None
     with together(world):
-        device = resolve.resolve_device(config.train.device, mesh)
+        device = resolve.resolve_device(config.train.device, grid.everyone)
         dtype = resolve.resolve_dtype(config.train.dtype, device)
         resolve.check_compiler(config.train.compile, device)
         resolve.set_determinism(device, config.train.deterministic)
@@ -182,12 +91,13 @@ def plan(config: Config, mesh: Mesh) -> Plan:
         if world.rank == 0:
             training.index.tokenizer_bytes(training.path)
         lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
-        workers = resolve.workers(config, world.size)
-        order = read_arrivals(config.strategy.replay, workers, world.size - workers, config.strategy.staleness)
+        workers = resolve.workers(config, replicas)
+        order = read_arrivals(config.strategy.replay, workers, replicas - workers, config.strategy.staleness)
         if workers > lanes.num_lanes:
             raise UsageError(
-                f"{workers} ranks, but the global batch has {lanes.num_lanes} lanes, and a rank computes whole lanes: start "
-                f"at most {lanes.num_lanes} ranks, or raise train.lanes or train.global_batch, or lower train.micro_batch"
+                f"{workers} {'ranks' if grid.parts == 1 else 'replicas'}, but the global batch has {lanes.num_lanes} lanes, and "
+                f"each computes whole lanes: start at most {lanes.num_lanes * grid.parts} ranks, or raise train.lanes or "
+                "train.global_batch, or lower train.micro_batch"
             )
         if training.num_tokens <= config.model.seq_len:
             raise DataError(
@@ -198,57 +108,74 @@ def plan(config: Config, mesh: Mesh) -> Plan:
             training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
         )
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
-    check_nccl(config.comm.gpu, device, mesh)
+    check_nccl(config.comm.gpu, device, grid.replicas)
     shape = resolve.model_shape(resolved, training.vocab_size)
+    with together(world):
+        refuse(shape, grid.tp.size, grid.pp.size)
+        if grid.parts > 1 and tolerant():
+            raise UsageError(
+                "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
+                "no other in its replica has. Start without it: when a rank dies the job ends, and the same command goes on "
+                "from the last checkpoint"
+            )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     resolve.agree(world, facts | resolve.versions())
-    return Plan(resolved, config.train.threads, mesh, device, training, validation, sampler, lanes, shape, order)
+    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order)
 
 
 def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -> Job:
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
-    config, mesh, world, device = plan.config, plan.mesh, plan.world, plan.device
+    config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
+    dp, parts = mesh.dp, Parts(grid, plan.shape)
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
     if before is None:
-        model: torch.nn.Module = MODELS[config.model.kind](plan.shape, train.seed).to(device)
+        model: Any = MODELS[config.model.kind](plan.shape, train.seed, parts.part).to(device)
+        model.recompute = train.recompute
         named = list(model.named_parameters())
         shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
-        resolve.agree(world, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
+        resolve.agree(dp, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
         if train.compile:
-            model.compile_blocks()  # type: ignore[operator]
+            model.compile_blocks()
     else:
         model, earlier = before.engine.model, before.strategy
         named = list(model.named_parameters())
         earlier.leave()
-    transport = open_transport(config.comm.gpu, device, world)
+    transport = open_transport(config.comm.gpu, device, dp)
+    losses = None
+    if grid.tp.size > 1:
+        ring = Ring(grid, transport)
+        share_layers(model, ring)
+        named, losses = list(model.named_parameters()), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(
         plan, transport, sum(p.numel() for _, p in named), looked_at=faults.spoil,
         before=None if before is None else (earlier.group, earlier.one_copy),
     )
     reducer, group = memory.reducer, memory.group
-    strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
-        world, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,
+    strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model)(
+        dp, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,
         beta2=optim.beta2), optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20), memory.one_copy,
         spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
         options=Options.of(asdict(config.strategy), train.steps, mesh.node_sizes, arrivals=plan.arrivals),
     )
+    if grid.parts > 1:
+        strategy.share_model(parts)
     if before is None:
         strategy.start()
-        said = overlap.choose(reducer, config.comm.overlap, world, memory.balance.settled)
+        said = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.settled)
     else:  # measuring would take a while
         overlap.use(reducer, said := earlier.reducer.way)
     if world.rank == 0 and world.size > 1:
         print(f"overlap {said}", flush=True)
     dtype = getattr(torch, train.dtype)
     run_dir = Path(config.run.dir)
-    mine = [v for lane in memory.balance.ranges[world.rank] for v in plan.lanes.micro_batches(lane)]
-    flops = flops_per_token(plan.shape, sum(p.numel() for _, p in named))
+    mine = [v for lane in memory.balance.ranges[dp.rank] for v in plan.lanes.micro_batches(lane)]
+    flops = flops_per_token(plan.shape, num_parameters(plan.shape))
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    devices = len(set(world.allgather((plan.mesh.host, str(device)))))
+    devices = len(set(world.allgather((grid.everyone.host, str(device)))))
     meta = {
         "config": {key: value for key, _, value in fields_of(config)},
         "fingerprint": resolve.fingerprint(config, device),
@@ -262,21 +189,25 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         write_file(run_dir / "config.toml", to_toml(config).encode())
         # beside the weights, so that the run can be used without its data
         write_file(run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
-    engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens)
-    engine.slowed = faults.slowed
+    stages = Stages(grid, transport, device) if grid.pp.size > 1 else None
+    tells = parts.part.speaks and grid.tp.rank == 0
+    engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
+    engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)
     hang_seconds = config.run.hang_seconds
-    board = open_board(world, plan.mesh.host, run_dir) if hang_seconds else None
+    board = open_board(world, grid.everyone.host, run_dir) if hang_seconds else None
     watchdog = Watchdog(board, hang_seconds, first_times=10.0 if train.compile else 3.0)
     if world.size > 1:  # after a failure mpirun takes the last rank's abort for a success
         watchdog.abort = world.Abort
     engine.beat, reducer.tell = watchdog.beat, watchdog.reduces
     saver = Saver(
         world, run_dir, train.save_every, config.run.keep, (mesh.node_index, mesh.num_nodes) if mesh.local_rank == 0 else None,
-        alone=any(entry.layout != "replicated" for entry in strategy.state_dict().values()),
+        alone=any(entry.layout != "replicated" for entry in parts.entries(model, strategy.state_dict()).values()),
     )
     job = Job(
         comm=world,
         mesh=mesh,
+        grid=grid,
+        parts=parts,
         engine=engine,
         strategy=strategy,
         saver=saver,
@@ -284,7 +215,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         lanes=plan.lanes,
         balance=memory.balance,
         wait=group.wait,
-        audit=Audit(world, train.audit_every, memory.replicas, strategy.buffer, strategy.flats()),
+        audit=Audit(dp, train.audit_every, memory.replicas, strategy.buffer, strategy.flats()),
         noise_every=train.noise_every,
         faults=faults,
         schedule=Schedule(optim.schedule, optim.lr, optim.min_lr, optim.warmup_steps, train.steps),

@@ -1,16 +1,15 @@
 """Checkpoints on disk: one file a writer, a checksummed manifest that is written last, and a rename that commits.
 
-    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named pieces of global tensors, no pickle; by whom (saver.py)
-                                 /manifest.json                 written last: sizes, crc32, which index range lies where
+    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, no pickle; by whom (saver.py)
+                                 /manifest.json                 written last: sizes, crc32, which box lies where
     RUN/latest                                                  the name of the newest committed checkpoint
 
-Pieces are index ranges of *global* tensors, so what N ranks wrote loads onto any other number. A directory counts only
+Pieces are boxes of *global* tensors, so what N ranks wrote loads onto any other number. A directory counts only
 under its final name, with a manifest whose own crc32 is right and files whose sizes and crc32 are the manifest's.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,111 +26,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.boxes import Box, tensor_of
 from mpidp.comm.mesh import together
 from mpidp.errors import CheckpointError
 from mpidp.files import sync_directory, write_file
 from mpidp.state import Entry
 
-FORMAT = 1
-SYNC_BYTES = 64 << 20  # go to the disk before more is written, so that a long file comes further all the time
-DTYPES = {  # as safetensors calls them
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}
+FORMAT = 2
 _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
-
-
-def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows along dim 0, elements a row); a scalar is one row."""
-    rows = shape[0] if shape else 1
-    elements = 1
-    for length in shape[1:]:
-        elements *= length
-    return rows, elements
-
-
-def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Which rows [start, stop) of each replicated tensor writer `rank` of `size` writes: about 1/size of all elements, each row
-    once. Pure."""
-    total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
-    low, high = rank * total // size, (rank + 1) * total // size
-    mine, offset = {}, 0
-    for name in sorted(shapes):
-        rows, elements = _rows(shapes[name])
-        start, stop = (min(rows, max(0, -(-(edge - offset) // max(1, elements)))) for edge in (low, high))
-        if start < stop:
-            mine[name] = (start, stop)
-        offset += rows * elements
-    return mine
-
-
-@dataclass(frozen=True)
-class Piece:
-    """An index range along `dim` of a global tensor, [start, start + its length): what one rank writes of it."""
-
-    name: str
-    tensor: Tensor
-    dim: int
-    start: int
-
-    @property
-    def range(self) -> list[int]:
-        """[dim, start, stop], as a manifest has it."""
-        return [self.dim, self.start, self.start + (self.tensor.shape[self.dim] if self.tensor.dim() else 1)]
-
-
-def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
-    """What this rank writes, in the order of its file: part share[0] of share[1] of what all ranks hold (None: nothing of that),
-    and whatever it alone holds. Independent."""
-    found = []
-    replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
-    for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
-        tensor = entries[name].tensor.detach()
-        found.append(Piece(name, (tensor if tensor.dim() else tensor.view(1))[start:stop], 0, start))
-    for name, entry in entries.items():
-        if entry.layout != "replicated":
-            found.append(Piece(name, entry.tensor.detach(), entry.dim, entry.start))
-    return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))  # each at a multiple of its element's size
-
-
-def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Entries as a manifest has them. Independent."""
-    return {
-        name: {
-            "shape": list(e.shape if e.shape is not None else e.tensor.shape),
-            "dtype": str(e.tensor.dtype).removeprefix("torch."), "layout": e.layout,
-        }
-        for name, e in entries.items()
-    }
-
-
-def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
-    """A safetensors file of pieces whose bytes, in their order, are the blocks: (bytes, crc32 of it), once it is on the disk.
-    The interpreter is free for other threads meanwhile. OSError names the file, and nothing is left of it. Independent."""
-    about: dict[str, Any] = {}
-    offset = 0
-    for piece in pieces:
-        dtype, end = DTYPES[piece.tensor.dtype], offset + piece.tensor.nbytes
-        about[piece.name] = {"dtype": dtype, "shape": list(piece.tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(about).encode()
-    text += b" " * (-len(text) % 8)
-    size = crc = 0
-    try:
-        with open(path, "wb", buffering=0) as file:
-            for block in itertools.chain([memoryview(len(text).to_bytes(8, "little") + text)], blocks):
-                length = len(block)
-                size, crc = size + length, zlib.crc32(block, crc)
-                while len(block):
-                    block = block[file.write(block) :]
-                if size // SYNC_BYTES > (size - length) // SYNC_BYTES:
-                    os.fdatasync(file.fileno())
-            os.fsync(file.fileno())
-    except OSError as error:
-        with suppress(OSError):
-            path.unlink()  # others may need the room
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    return size, crc
 
 
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
@@ -261,13 +162,13 @@ class Reader(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = read_manifest(path)
-        self._pieces: dict[str, list[tuple[str, int, int, int]]] = {}
+        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # of a tensor: in which file, by which name there, which box
         with readable(path):
             self._pieces |= {name: [] for name in self.meta["tensors"]}
             self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
             for record in self.meta["files"]:
-                for name, (dim, start, stop) in record["pieces"].items():
-                    self._pieces[name].append((record["file"], dim, start, stop))
+                for key, box in record["pieces"].items():
+                    self._pieces[tensor_of(key)].append((record["file"], key, box))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -277,34 +178,72 @@ class Reader(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor; of an additive one, the sum of its parts in rank order. CheckpointError when a part is missing."""
+        return self.part(name)
+
+    def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
+        """The box from `at` on, of this shape; the whole when it is left out. Only what lies in it is read. CheckpointError when
+        something of it is missing."""
         with readable(self.path):
-            return self._assembled(name, self._pieces[name])
+            whole = tuple(self.meta["tensors"][name]["shape"])
+            return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
-    def _assembled(self, name: str, pieces: Iterable[tuple[str, int, int, int]]) -> Tensor:
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """What this entry holds of the tensor. CheckpointError when the tensor is of another shape, or something is missing."""
+        with readable(self.path):
+            there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
+            if there != tuple(shape):
+                raise CheckpointError(f"{self.path}: {name} has shape {there}, this model's has {tuple(shape)}")
+        return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
+
+    def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
         about = self.meta["tensors"][name]
-        shape, dtype = tuple(about["shape"]), getattr(torch, about["dtype"])
-        if not 0 <= math.prod(shape) * dtype.itemsize <= self._bytes:
-            raise ValueError(f"{name} of shape {list(shape)} in {self._bytes} bytes")
-        whole = torch.zeros(shape or (1,), dtype=dtype)
+        dtype = getattr(torch, about["dtype"])
+        if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self._bytes:
+            raise ValueError(f"{name} of shape {about['shape']} in {self._bytes} bytes")
+        found = torch.zeros(tuple(shape), dtype=dtype)
         filled = 0
-        for file, dim, start, stop in pieces:
+        for file, key, box in pieces:
+            if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
+                raise ValueError(f"{name} of shape {about['shape']} from {box}")
+            ranges = [
+                (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
+            ]
+            if any(low >= high for low, high in ranges) and found.numel():
+                continue
             with safetensors.safe_open(self.path / file, "pt") as opened:
-                piece = opened.get_tensor(name)
+                if box == [list(one) for one in ranges]:
+                    piece = opened.get_tensor(key)
+                else:
+                    inside = [slice(low - start, high - start) for (low, high), (start, _) in zip(ranges, box, strict=True)]
+                    piece = opened.get_slice(key)[tuple(inside)]
+            place = found[tuple(slice(low - a, high - a) for (low, high), a in zip(ranges, at, strict=True))]
             if about["layout"] == "additive":
-                whole += piece
+                place += piece
             else:
-                whole.narrow(dim, start, stop - start).copy_(piece)
+                place.copy_(piece)
             filled += piece.numel()
-        if about["layout"] != "additive" and filled != whole.numel():
-            raise CheckpointError(f"{self.path}: {name} has {filled} of {whole.numel()} elements")
-        return whole.view(shape)
+        if about["layout"] != "additive" and filled != found.numel():
+            raise CheckpointError(f"{self.path}: {name} has {filled} of {found.numel()} elements")
+        return found
 
-    def under(self, prefix: str, rank: int = 0, size: int = 1) -> dict[str, Tensor]:
-        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with."""
-        return {name.removeprefix(prefix): self._part(name, rank, size) for name in self if name.startswith(prefix)}
+    def under(
+        self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
+    ) -> dict[str, Tensor]:
+        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with.
+        boxes: by tensor, those that this rank holds of it, which alone are then read, and given by the boxes' names."""
+        found = {}
+        for name in (name for name in self if name.startswith(prefix)):
+            held = (boxes or {}).get(name.removeprefix(prefix))
+            if held is None:
+                found[name.removeprefix(prefix)] = self.own(name, rank, size)
+            else:
+                found |= {key: self.box(name, entry) for key, entry in held.items()}
+        return found
 
-    def _part(self, name: str, rank: int, size: int) -> Tensor:
-        pieces, additive = self._pieces[name], self.meta["tensors"][name]["layout"] == "additive"
-        if additive:  # written by as many: to each its own; else the sum to rank 0
+    def own(self, name: str, rank: int, size: int) -> Tensor:
+        """The whole tensor; of an additive one, what this rank of `size` goes on with."""
+        pieces, about = self._pieces[name], self.meta["tensors"][name]
+        if about["layout"] == "additive":  # written by as many: to each its own; else the sum to rank 0
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
-        return self._assembled(name, pieces)
+        with readable(self.path):
+            return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

@@ -69,6 +69,7 @@ class Train:
     device: str = setting("auto", "auto: cuda where there is one", "", ("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "of matrix products; auto: bfloat16 on CUDA that has it", "", ("auto", "float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile each block (needs a C++ compiler)", "bool")
+    recompute: bool = setting(False, "keep only what goes into a block, and compute the rest again in backward", "bool")
     deterministic: bool = setting(True, "on CUDA, only kernels that repeat their bits", "bool")
     threads: int = setting(0, "CPU threads a rank; 0: cores / ranks of the node", "threads", low=0)
     eval_every: int = setting(100, "between evaluations on the validation split; 0: at the end alone", "steps", low=0)
@@ -161,6 +162,18 @@ class Comm:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How the ranks share one model: dp x pp x tp of them (docs/parallel.md)."""
+
+    tp: int = setting(1, "ranks that compute every layer together, each a part of it (tensor parallelism)", "ranks", low=1)
+    pp: int = setting(1, "stages of whole layers, one after the other (pipeline parallelism)", "stages", low=1)
+    dp: int = setting(0, "replicas, of pp x tp ranks each; 0: as many as there are ranks for", "replicas", low=0)
+    shard: int = setting(
+        0, "what replicas hold a part of: 1: optimizer state; 2: and gradients; 3: and parameters", "level", low=0, high=3,
+    )
+
+
+@dataclass(frozen=True)
 class Run:
     """Where the run lives."""
 
@@ -190,6 +203,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     strategy: Strategy = field(default_factory=Strategy)
     comm: Comm = field(default_factory=Comm)
+    mesh: Mesh = field(default_factory=Mesh)
     run: Run = field(default_factory=Run)
     faults: Faults = field(default_factory=Faults)
 

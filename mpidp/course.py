@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidp import fit, recover
-from mpidp.build import Plan, build
+from mpidp.build import build
 from mpidp.comm.faults import Lost, commit
 from mpidp.comm.mesh import together
 from mpidp.config import Config
@@ -20,6 +20,7 @@ from mpidp.errors import Damaged
 from mpidp.inject import Faults, asked_for
 from mpidp.job import Job
 from mpidp.methods import asked
+from mpidp.planned import Plan
 from mpidp.recover import Crew
 from mpidp.rundir import RunLock, find_checkpoint
 from mpidp.tries import Tries

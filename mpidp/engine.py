@@ -14,16 +14,26 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.comm.stages import BACKWARD, FORWARD, Stages
 from mpidp.data.loader import Batch, MicroBatch
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
-from mpidp.schedule import Instruction
+from mpidp.schedule import Forward, Instruction
 from mpidp.strategies.protocol import Accumulates
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
     """A 32-bit key of (seed, batch, micro-batch): randomness belongs to the data, not to a rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
+
+
+@dataclass
+class Flight:
+    """A micro-batch between its forward and its backward."""
+
+    mb: MicroBatch
+    entered: Tensor | None  # hidden states from the stage before, where there is one
+    left: Tensor | None  # the loss sum, or hidden states for the stage after; None: it has no sequence
 
 
 @dataclass
@@ -40,58 +50,95 @@ class Engine:
     """A model on a device with a precision. Independent, except where a method says otherwise."""
 
     def __init__(
-        self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int
+        self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
+        stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, tells: bool = True,
     ) -> None:
         """dtype: of matrix products under autocast (master weights stay float32); nominal_tokens: what every loss is divided
-        by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires)."""
+        by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires). stages: this rank's
+        place in a pipeline; token_losses: logits, targets -> their sum; tells: losses of this rank count, else another has
+        them too."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
+        self.stages, self.token_losses, self.tells = stages, token_losses or plain_losses, tells
         self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
         self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
+        self.fill: Callable[[int], None] = lambda forwards: None  # so many more, where all ranks must make as many as any does
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def loss_sum(self, mb: MicroBatch, key: Tensor | None) -> Tensor:
-        """Sum of token losses of a micro-batch in nats, float32 scalar on the device."""
+    def hidden(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None) -> Tensor:
+        """What this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
         with self._autocast():
-            logits = self.model(mb.tokens, mb.positions, mb.doc_ids, key)
-        return F.cross_entropy(logits.float().flatten(0, 1), mb.targets.flatten(), ignore_index=-100, reduction="sum")
+            return self.model(mb.tokens if entered is None else entered, mb.positions, mb.doc_ids, key)  # type: ignore[no-any-return]
+
+    def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None) -> Tensor:
+        """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""
+        return self.token_losses(self.hidden(mb, key, entered).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: Accumulates) -> Computed:
-        """Walk the schedule over micro-batches of a global batch."""
+        """Walk the schedule over micro-batches of a global batch. Independent; in a pipeline all its stages must."""
         self.model.train()
         done, losses, num_tokens = [], [], []
+        flights: dict[int, Flight] = {}
         for instruction in schedule:
-            with self.slowed(), strategy.micro_batch(instruction.v, instruction.last):
-                mb = batch[instruction.v]
-                losses.append(self._learn(mb, batch.batch))
+            with self.slowed():
+                if isinstance(instruction, Forward):
+                    flights[instruction.v] = self._forward(batch[instruction.v], batch.batch)
+                    continue
+                flight = flights.pop(instruction.v)
+                with strategy.micro_batch(instruction.v, instruction.last):
+                    losses.append(self._backward(flight))
             self.beat()
-            done.append(mb.v)
-            num_tokens.append(mb.num_tokens)
-        return Computed(done, torch.stack(losses).tolist() if losses else [], num_tokens)
+            done.append(flight.mb.v)
+            num_tokens.append(flight.mb.num_tokens)
+        told = torch.stack(losses).tolist() if losses else []
+        return Computed(done, told if self.stages is None else self.stages.settle(told), num_tokens)
 
-    def _learn(self, mb: MicroBatch, batch: int) -> Tensor:
-        """Forward and backward; the loss sum, on the device and not waited for."""
+    def _forward(self, mb: MicroBatch, batch: int) -> Flight:
         if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
-            return torch.zeros((), device=self.device)
+            return Flight(mb, None, None)
         key = None
         if self.dropout:
             key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
-        loss = self.loss_sum(mb, key)
-        (loss / self.nominal_tokens).backward()
-        return loss.detach()
+        return self._pass_on(mb, key)
+
+    def _pass_on(self, mb: MicroBatch, key: Tensor | None) -> Flight:
+        """Take hidden states from the stage before, where there is one; give the stage after what becomes of them."""
+        entered = None
+        if self.stages is not None and not self.stages.first:
+            entered = self.stages.receive(FORWARD, mb.v, (*mb.tokens.shape, self.model.shape.model_dim)).requires_grad_()
+        if self.stages is None or self.stages.last:
+            return Flight(mb, entered, self.loss_sum(mb, key, entered) if entered is not None else self.loss_sum(mb, key))
+        left = self.hidden(mb, key, entered)
+        self.stages.send(FORWARD, mb.v, left)
+        return Flight(mb, entered, left)
+
+    def _backward(self, flight: Flight) -> Tensor:
+        """The loss sum, on the device and not waited for; nothing from stages that do not know it."""
+        nothing = torch.zeros((), device=self.device)
+        if flight.left is None:
+            return nothing
+        if self.stages is None or self.stages.last:
+            (flight.left / self.nominal_tokens).backward()
+        else:
+            flight.left.backward(self.stages.receive(BACKWARD, flight.mb.v, tuple(flight.left.shape)))
+        if flight.entered is not None and self.stages is not None:
+            assert flight.entered.grad is not None
+            self.stages.send(BACKWARD, flight.mb.v, flight.entered.grad)
+        return flight.left.detach() if self.stages is None or self.stages.last else nothing
 
     @torch.no_grad()
     def evaluate(
         self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0,
-        enter: Callable[[str], None] = lambda phase: None,
+        enter: Callable[[str], None] = lambda phase: None, replicas: MPI.Intracomm | None = None,
     ) -> tuple[float, int]:
         """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
 
         Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
         `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks. DataError
-        for an id beyond the vocabulary, or no target at all. enter: is told what this rank does. Collective over comm.
+        for an id beyond the vocabulary, or no target at all. enter: is told what this rank does; replicas: among whom the batches
+        are dealt out, where several ranks of comm compute one together. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -101,7 +148,8 @@ class Engine:
         starts = list(range(0, targets, span))
         sums = np.zeros(len(starts))
         counts = np.zeros(len(starts), dtype=np.int64)
-        for i in range(comm.rank, len(starts), comm.size):
+        among = replicas or comm
+        for i in range(among.rank, len(starts), among.size):
             enter("evaluate")
             length = min(span, targets - starts[i])
             read = stream.read(starts[i], length + 1)
@@ -111,9 +159,15 @@ class Engine:
             wanted = tokens[1:] if mask is None else tokens[1:].masked_fill(~torch.from_numpy(mask[1:]), -100)
             for inputs, outputs in _windows(tokens[:-1], wanted, seq_len):
                 valid = int((outputs != -100).sum())
-                mb = MicroBatch(i, inputs.to(self.device), outputs.to(self.device), valid)
-                sums[i] += float(self.loss_sum(mb, None))
-                counts[i] += valid
+                found = self._pass_on(MicroBatch(i % 1000, inputs.to(self.device), outputs.to(self.device), valid), None)
+                if self.tells and found.left is not None:
+                    sums[i] += float(found.left)
+                    counts[i] += valid
+        if self.stages is not None:
+            self.stages.settle([])
+        forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
+        of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
+        self.fill(max(of_ranks) - of_ranks[among.rank])
         enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)
@@ -127,6 +181,16 @@ class Engine:
         return float(sum(sums.tolist())) / counted, counted
 
 
+def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of cross entropies in nats: logits (N, V), targets (N,), of which -100 does not count. Pure."""
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def _num_pairs(length: int, seq_len: int) -> int:
+    """How many pairs _windows makes of so many inputs."""
+    return (length >= seq_len) + (length % seq_len > 0)
+
+
 def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:
     """The full windows as one (n, T) pair, and a short rest as one (1, rest) pair."""
     full = len(inputs) // seq_len * seq_len
@@ -136,11 +200,3 @@ def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor
     if full < len(inputs):
         parts.append((inputs[full:].view(1, -1), outputs[full:].view(1, -1)))
     return parts
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """sha256 over the float32 parameters in name order, little-endian bytes. Independent."""
-    digest = hashlib.sha256()
-    for _, p in sorted(model.named_parameters()):
-        digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -16,13 +16,11 @@ from mpidp import checkpoint
 from mpidp.comm.faults import is_failure
 from mpidp.comm.mesh import together
 from mpidp.data.loader import Loader
-from mpidp.engine import weights_sha256
 from mpidp.entry import tolerant
 from mpidp.errors import Damaged, MpidpError, Stopped
 from mpidp.job import Job, Position
 from mpidp.metrics import MetricsFile, past
 from mpidp.noise import Noise
-from mpidp.state import Entry
 from mpidp.step import Board, compute, noise_of, say_finding, share
 from mpidp.stopping import TAKEN_OVER, StopRequest, job_end, stop_time
 
@@ -60,7 +58,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
         evaluate(job)
     end = {
         "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped,
-        "val_loss": at.val_loss, "weights_sha256": weights_sha256(job.engine.model),
+        "val_loss": at.val_loss, "weights_sha256": job.parts.sha256(job.engine.model),
     }
     save(job, end)
     job.record(end)
@@ -175,7 +173,7 @@ def rebalance(job: Job, board: Board, loader: Loader) -> None:
     """Perhaps share the lanes out anew from here on. The same on every rank. Independent."""
     words = job.balance.observe(board.seconds.tolist(), [int(n) for n in board.counts])
     if words:
-        mine = job.balance.ranges[job.comm.rank]
+        mine = job.balance.ranges[job.mesh.dp.rank]
         loader.expect([v for lane in mine for v in job.lanes.micro_batches(lane)])
         job.record({"event": "balance", "step": job.position.step, "lanes": [len(lanes) for lanes in job.balance.ranges]})
         job.progress.say(f"step {job.position.step}  {words}")
@@ -227,7 +225,9 @@ def evaluate(job: Job) -> None:
     at = job.position
     job.enter("evaluate")
     enter = partial(job.watchdog.enter, at.step)
-    loss, tokens = job.engine.evaluate(job.validation, job.comm, job.seq_len, job.lanes.micro_batch, job.eval_tokens, enter)
+    loss, tokens = job.engine.evaluate(
+        job.validation, job.comm, job.seq_len, job.lanes.micro_batch, job.eval_tokens, enter, job.mesh.dp
+    )
     at.val_loss = loss
     better = at.best_val_loss is None or loss < at.best_val_loss
     at.evaluations_since_best = 0 if better else at.evaluations_since_best + 1
@@ -246,8 +246,7 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
     if job.saver.step != at.step or end is not None:  # else batches skipped since then are skipped again by whoever resumes
         job.enter("checkpoint")
         audit_weights(job, now=True)  # what a run goes back to must be right
-        entries = {f"model/{name}": Entry(p) for name, p in job.engine.model.named_parameters()}
-        entries |= {f"strategy/{name}": entry for name, entry in job.strategy.state_dict().items()}
+        entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
         job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.meta}, wait)
         if wait:
             job.saver.finish(must=True, enter=enter)
@@ -265,9 +264,8 @@ def report_saves(job: Job) -> None:
 def restore(job: Job, reader: checkpoint.Reader) -> None:
     """Parameters, optimizer and position from a checkpoint of any number of ranks. Collective over job.comm."""
     with together(job.comm), checkpoint.readable(reader.path), torch.no_grad():
-        for name, p in job.engine.model.named_parameters():
-            p.copy_(reader[f"model/{name}"].view(p.shape))
-        job.strategy.load_state_dict(reader.under("strategy/", job.comm.rank, job.comm.size))
+        job.parts.load(reader, job.engine.model)
+        job.strategy.load_state_dict(job.parts.strategy_state(reader, job.engine.model, job.strategy.state_dict()))
         job.position = Position(**reader.meta["position"])
     job.saver.step = job.position.step
 

@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="where tokenizer.json is; default: RUN's own copy")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads a rank; 0: as in training")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that compute every layer together, as mesh.tp in training")
+    parser.add_argument("--pp", type=int, default=1, help="stages of layers, as mesh.pp in training")
     options, world = begin(lambda: _checked(parser))
     text = generate(world, options)
     if world.rank == 0:
@@ -35,46 +37,48 @@ def _checked(parser: Parser) -> argparse.Namespace:
 
 
 def generate(world: Any, options: argparse.Namespace) -> str:
-    """Prompt and continuation. Rank 0 computes, the others sleep meanwhile: the text does not depend on their number.
-    Collective over world."""
-    from mpidp.comm.mesh import make_mesh, together
+    """Prompt and continuation. Rank 0 computes, or the first replica of the mesh; the others sleep meanwhile: the text does not
+    depend on their number. Collective over world."""
+    from mpidp.comm.grid import make_grid
+    from mpidp.comm.mesh import polite_barrier, together
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import DataError
     from mpidp.loading import load_model, open_run
 
-    mesh = make_mesh(world)
+    grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
     text = ""
-    with together(world):
-        if world.rank == 0:
-            loaded = load_model(reader, mesh, options.device, options.threads, world)
+    with together(grid.world):
+        if grid.world.rank < grid.parts:
+            loaded = load_model(reader, grid, options.device, options.threads)
             tokenizer = load_tokenizer(options.data or reader.path.parent.parent, reader.meta["eod"])
             if tokenizer.vocab_size != loaded.model.shape.vocab_size:
                 raise DataError(
                     f"the tokenizer has {tokenizer.vocab_size} tokens, the model {loaded.model.shape.vocab_size}: give --data"
                 )
-            ids = tokenizer.encode(options.prompt).tolist() or [tokenizer.eod]
-            new = sample(loaded, ids, options.tokens, options.temperature, options.top_k, options.seed)
-            text = options.prompt + tokenizer.decode(new)
+    if grid.world.rank < grid.parts:
+        ids = tokenizer.encode(options.prompt).tolist() or [tokenizer.eod]
+        new = sample(loaded, ids, options.tokens, options.temperature, options.top_k, options.seed)
+        text = options.prompt + tokenizer.decode(new)
+    polite_barrier(grid.world)
     return text
 
 
 def sample(loaded: Any, ids: list[int], tokens: int, temperature: float, top_k: int, seed: int) -> list[int]:
-    """`tokens` ids that go on from ids, drawn on the CPU so that every device draws alike. Independent."""
+    """`tokens` ids that go on from ids, drawn on the CPU so that every device draws alike. Collective over the ranks that have a
+    part of the model."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     ids, begin = list(ids), len(ids)
-    with torch.inference_mode(), torch.autocast(loaded.device.type, loaded.dtype, enabled=loaded.dtype != torch.float32):
-        for _ in range(tokens):
-            window = torch.tensor([ids[-loaded.model.shape.seq_len :]], device=loaded.device)
-            logits = loaded.model(window)[0, -1].float().cpu()
-            if temperature == 0:
-                ids.append(int(logits.argmax()))
-                continue
-            if 0 < top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
-            ids.append(int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)))
+    for _ in range(tokens):
+        logits = loaded.last_logits(torch.tensor([ids[-loaded.model.shape.seq_len :]], device=loaded.device))
+        if temperature == 0:
+            ids.append(int(logits.argmax()))
+            continue
+        if 0 < top_k < len(logits):
+            logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
+        ids.append(int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)))
     return ids[begin:]
 
 

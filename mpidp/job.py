@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from mpidp.audit import Audit
 from mpidp.balance import Balance
+from mpidp.comm.grid import Grid
 from mpidp.comm.mesh import Mesh
 from mpidp.comm.transport import Messages
 from mpidp.comm.waiting import Wait
@@ -26,6 +27,7 @@ from mpidp.lanes import Lanes
 from mpidp.metrics import Clock, MetricsFile, Progress
 from mpidp.noise import NoiseAverage
 from mpidp.optim import Schedule
+from mpidp.parts import Parts
 from mpidp.rundir import RunLock
 from mpidp.saver import Saver
 from mpidp.stopping import StopRequest
@@ -83,7 +85,9 @@ class Job:
     """Everything the loop needs, as plain values and parts."""
 
     comm: MPI.Intracomm
-    mesh: Mesh
+    mesh: Mesh  # the replicas of this rank's part of the model
+    grid: Grid
+    parts: Parts
     engine: Engine
     strategy: Strategy
     saver: Saver

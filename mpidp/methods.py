@@ -56,7 +56,14 @@ def _other(settings: Settings) -> bool:
     return _kind(settings) != "synchronous"
 
 
+def _cut(settings: Settings) -> bool:
+    return bool(settings["mesh.tp"] * settings["mesh.pp"] > 1)
+
+
+_CUT = "mesh.tp or mesh.pp above 1"
 _OTHERS = "strategy.name=delayed|local|server or quorum<1"
+_SHARDS, _FSDP = "mesh.shard=1|2|3", "mesh.shard=2|3"
+_shards, _fsdp = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _partial = _is_not("strategy.group", "all")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
@@ -86,6 +93,46 @@ RULES = [
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
          "an outer step needs an anchor that all ranks have in common: strategy.group=all"),
+    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: _kind(s) in ("server", "quorum"),
+         "the parts of one replica would apply what arrives in different orders"),
+    Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
+         "they are oracles of the others, for whole models"),
+    Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
+         "lanes would have to move in all parts of a replica at once"),
+    Rule(_CUT, "train.audit_every", _cut, _is_not("train.audit_every", 0), "an audit compares whole replicas"),
+    Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "a lane's gradient lies in several ranks"),
+    Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
+         "the ranks of a replica talk to each other during backward already"),
+    Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "it knows of replicas alone"),
+    Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),
+         "Muon updates whole matrices, and each rank has a part of them: mesh.pp cuts between layers"),
+    Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
+         "sums over ranks stand in the middle of a block"),
+    Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
+         lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
+         "the first and the last stage share the embedding, and add its gradients at every step"),
+    Rule(_SHARDS, _OTHERS, _shards, _other, "slices and shards are of one model that all ranks update together at every step"),
+    Rule(_SHARDS, "optim.name=muon", _shards, _is("optim.name", "muon"),
+         "Muon updates whole matrices, and a slice or a shard ends within one"),
+    Rule(_SHARDS, "comm.compress", _shards, _is_not("comm.compress", "none"),
+         "what is held back is as large as the gradients that sharding is to share out, and it has not been tried"),
+    Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
+         "an audit compares replicas, and nobody else holds the same state"),
+    Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "it has not been tried"),
+    Rule(_FSDP, "mesh.pp above 1", _fsdp, _is_not("mesh.pp", 1),
+         "every forward and backward is collective over the replicas, and stages run several ahead: mesh.shard=1"),
+    Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"), "rank 0 alone updates"),
+    Rule(_FSDP, "comm.reducer=tree|naive|root", _fsdp, _is("comm.reducer", "tree", "naive", "root"),
+         "each rank receives the sum of its rows alone, from MPI's own reduce_scatter: comm.reducer=auto"),
+    Rule(_FSDP, "train.noise_every", _fsdp, _is_not("train.noise_every", 0),
+         "gradients are summed micro-batch by micro-batch: there is none of a lane"),
+    Rule(_FSDP, "train.balance=measured|steal", _fsdp, _is_not("train.balance", "even"),
+         "all ranks run as many micro-batches as any: nobody is faster"),
+    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "it has not been tried"),
+    Rule(_FSDP, "comm.overlap=thread|poll", _fsdp, _is("comm.overlap", "thread", "poll"),
+         "FSDP2 begins its sums in backward by itself"),
+    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards go by messages"),
+    Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"), "no rank or node has a copy"),
 ]
 
 

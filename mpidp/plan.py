@@ -1,5 +1,6 @@
 """`python -m mpidp.plan RUN [RUN ...] [--ranks 1,2,4] [--loss X] [--json]`: how many ranks a run is worth, predicted from it.
 `[mpirun -np N] python -m mpidp.plan methods CONFIG.toml`: which method pays on this cluster (--help after `methods` says more).
+`python -m mpidp.plan mesh --params 7b --ranks 64`: which mesh (dp x pp x tp) holds a model that one device does not.
 
 The first RUN says what is learned from a batch (its gradient noise scale, measured with --train.noise_every=10); it and runs of
 the same model on other numbers of ranks say what a step costs. docs/plan.md: how to read the table.
@@ -17,10 +18,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpidp import measured, predict
+from mpidp import measured, mesh_ask, predict
 from mpidp.arguments import from_args
 from mpidp.entry import Parser, begin, launcher_rank, run_entry
 from mpidp.errors import UsageError
+from mpidp.mesh_table import mesh_table
 from mpidp.noise import interval, mean
 from mpidp.plan_table import methods_table, plot, table
 
@@ -35,6 +37,9 @@ def main() -> None:
     """Command line -> table. Collective over COMM_WORLD with `methods`, else independent."""
     if sys.argv[1:2] == ["methods"]:
         which_method(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["mesh"]:
+        which_mesh(sys.argv[2:])
         return
     parser = Parser(prog="python -m mpidp.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the one to plan")
@@ -88,6 +93,13 @@ def which_method(words: Sequence[str]) -> None:
         print(json.dumps(found, allow_nan=False) if options.json else methods_table(found), flush=True)
         if options.plot:
             plot(found, options.plot)
+
+
+def which_mesh(words: Sequence[str]) -> None:
+    """The command line after `mesh` -> table. Independent."""
+    found, as_json = mesh_ask.answer(words)
+    if launcher_rank() == 0:
+        print(json.dumps(found, allow_nan=False) if as_json else mesh_table(found))
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpidp import entry
-from mpidp.build import Plan, build
+from mpidp.build import build
 from mpidp.build import plan as make_plan
 from mpidp.checkpoint import committed
 from mpidp.comm.faults import commit, shrink
+from mpidp.comm.grid import whole
 from mpidp.comm.mesh import make_mesh
 from mpidp.comm.respawn import grow
 from mpidp.errors import Damaged, MpidpError
 from mpidp.inject import Faults
 from mpidp.job import Job
+from mpidp.planned import Plan
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -97,8 +99,8 @@ def regroup(plan: Plan | None, world: MPI.Intracomm, crew: Crew, number: int) ->
     known = all(world.allgather(plan is not None))
     mesh = make_mesh(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:
-        return replace(plan, mesh=mesh)
-    return replace(make_plan(crew.config, mesh), asked_threads=crew.asked_threads)
+        return replace(plan, grid=whole(mesh))
+    return replace(make_plan(crew.config, whole(mesh)), asked_threads=crew.asked_threads)
 
 
 def rebuild(plan: Plan, faults: Faults, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:

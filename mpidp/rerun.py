@@ -21,7 +21,8 @@ from mpidp.errors import CheckpointError, DataError, UsageError
 CLOSE = 1e-5  # relative, where the same bits cannot be had
 FIGURES = ("train_loss", "grad_norm", "lr")  # of a line of metrics.jsonl
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
-         "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "run.hang_seconds": 0.0}  # none of it changes a bit
+         "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
+         "run.hang_seconds": 0.0}  # none of it changes a bit, but for shards, whose reducer says so
 
 
 def say(world: Any, words: str) -> None:
@@ -80,7 +81,8 @@ class Replay:
     def __init__(self, record: Record, last: int, options: Namespace, world: Any) -> None:
         """UsageError for a step that the run did not get to, DataError without its data. Collective over world."""
         from mpidp import arguments, build, checkpoint, fit, methods
-        from mpidp.comm.mesh import make_mesh, together
+        from mpidp.comm.grid import make_grid
+        from mpidp.comm.mesh import together
         from mpidp.loading import open_run
 
         if not 1 <= last <= record.last:
@@ -111,7 +113,7 @@ class Replay:
             settings["run.dir"] = world.bcast(scratch, root=0)
             plain = arguments.from_args([f"--{key}={value}" for key, value in settings.items()])
             # An audit that is never due: there is room for the gradient of a micro-batch aside.
-            self.plan = build.plan(plain.with_values(train={"audit_every": 1 << 62}), make_mesh(world))
+            self.plan = build.plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
             if meta and meta["data"] != self.plan.training.index_sha256:
                 raise DataError.on_every_rank(f"{data} holds other data than {record.path} was trained on: give --data DIR")
             self.job = build.build(self.plan)
@@ -165,12 +167,12 @@ class Replay:
         """Each micro-batch by itself, in a spare slot: its mean loss, and the norm of that one's gradient. Collective."""
         from mpidp.audit import Aside
         from mpidp.optim import global_norm
-        from mpidp.schedule import accumulate
+        from mpidp.schedule import one_f_one_b
 
         job, rows = self.job, []
-        for v in [v for lane in job.balance.ranges[job.comm.rank] for v in job.lanes.micro_batches(lane)]:
+        for v in [v for lane in job.balance.ranges[job.mesh.dp.rank] for v in job.lanes.micro_batches(lane)]:
             aside = Aside(job.audit.buffer, len(job.audit.buffer.flat) - 1)
-            done = job.engine.run(accumulate([v]), batch, aside)
+            done = job.engine.run(one_f_one_b([v]), batch, aside)
             tokens = max(1, done.num_tokens[0])
             norm = float(global_norm(aside.gradient)) * job.engine.nominal_tokens / tokens
             rows.append({"micro_batch": v, "lane": job.lanes.lane_of(v), "loss": _finite(done.losses[0] / tokens),

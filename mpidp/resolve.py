@@ -17,9 +17,10 @@ import mpidp
 from mpidp import methods
 from mpidp.comm.mesh import Mesh
 from mpidp.config import Config, fields_of
+from mpidp.entry import tolerant
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
-from mpidp.model.transformer import TransformerShape, default_hidden_dim
+from mpidp.model.shape import TransformerShape, default_hidden_dim
 
 
 def resolve_threads(wanted: int, mesh: Mesh) -> int:
@@ -57,11 +58,21 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
         )
 
 
+def check_shards(level: int) -> None:
+    """UsageError where ranks may die and the others are to go on: what a dead rank alone held is gone. Independent."""
+    if level and tolerant():
+        raise UsageError(
+            f"mesh.shard={level} under mpirun --with-ft ulfm: a rank that dies takes its shard of the state with it, and the "
+            "others could not go on. Start without --with-ft (the same command goes on from the last checkpoint), or set "
+            "mesh.shard=0"
+        )
+
+
 def resolve_reducer(config: Config) -> str:
     """auto depends on the config alone, never on ranks, memory or host: the tree for synchronous without compression. Pure."""
     if config.comm.reducer != "auto":
         return config.comm.reducer
-    plain = kind_of(config) == "synchronous" and config.comm.compress == "none"
+    plain = kind_of(config) == "synchronous" and config.comm.compress == "none" and config.mesh.shard < 2  # there MPI sums
     return "tree" if plain else "allreduce"
 
 
@@ -92,6 +103,7 @@ def model_shape(config: Config, vocab_size: int) -> TransformerShape:
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
     """The config with nothing left open: what is printed, saved and compared on resume. UsageError. Pure."""
+    check_shards(config.mesh.shard)
     t, m = config.train, config.model
     steps = t.steps or 300
     if t.tokens:
@@ -120,7 +132,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
         comm={"reducer": resolve_reducer(config), "ratio": methods.ratio(settings)}
         # an overlap of its own: a thread that reduced during backward would sum what is not to be summed yet
-        | ({"overlap": "none"} if kind_of(config) != "synchronous" else {}),
+        | ({"overlap": "none"} if kind_of(config) != "synchronous" or config.mesh.shard >= 2 else {}),
     )
 
 

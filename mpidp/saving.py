@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpidp.checkpoint import Piece, commit, describe, pieces_of, write_pieces
+from mpidp.boxes import Piece, describe, pieces_of, write_pieces
+from mpidp.checkpoint import commit
 from mpidp.files import write_file
 from mpidp.state import Entry
 
@@ -168,9 +169,10 @@ class Save:
         name = f"rank_{self.rank:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
-        ranges = {piece.name: piece.range for piece in self._pieces}
+        ranges = {piece.name: piece.box for piece in self._pieces}
         file = {"file": f"{name}.safetensors", "bytes": size, "crc32": crc, "pieces": ranges}
-        told = {n: e for n, e in self.entries.items() if self.rank == 0 or e.layout != "replicated"}
+        first = self.share is not None and self.share[0] == 0  # of those that hold the same
+        told = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
         self._records[self.rank] = {"file": file, "tensors": describe(told)}  # once each
         if self.rank:
             write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode())

@@ -19,7 +19,13 @@ from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 
 if TYPE_CHECKING:
-    from mpidp.build import Plan
+    from mpidp.planned import Plan
+
+
+SHARED = (  # by mesh.shard, what replicas hold; of one copy there is nothing to share out
+    "{}", "{}, which has a slice of the state where there are several", "a shard a rank, and whole parameters in a step",
+    "a shard a rank",
+)
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Sharing:
     reducer: Reducer
     one_copy: bool  # of parameters and optimizer state in a group
     replicas: list[range]  # ranks of each copy
+    level: int  # mesh.shard; 0 where there is one copy alone, and nothing to deal out
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
@@ -50,13 +57,22 @@ def held_buffers(config: Config) -> int:
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
+SAID = ("12 bytes a parameter, or once a node", "by mesh.shard a part of it")  # of optimizer state: whole; not
+
+
+def held_floats(config: Config, slots: int, size: int) -> float:
+    """A rank's float32 for each parameter, between steps: it, two moments, gradients; by mesh.shard on so many replicas. Pure."""
+    return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
+
+
 def share_memory(
     plan: Plan, transport: Messages, num_parameters: int, looked_at: bool = False, before: tuple[Group, bool] | None = None
 ) -> Sharing:
     """Groups, balance and reducer as the config asks; rank 0 says what came of it. looked_at: lanes are looked at one by one for
     other reasons than the config says. before: the group in whose memory those who are left of it go on, and whether there was
-    one copy in it. UsageError when what was asked for cannot be had. Collective over plan.world."""
-    world, mesh, c, lanes = plan.world, plan.mesh, plan.config, plan.lanes
+    one copy in it. UsageError when what was asked for cannot be had. Collective over plan.mesh.dp."""
+    mesh, c, lanes = plan.mesh, plan.config, plan.lanes
+    world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
         raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or leave it out")
     tree = c.comm.reducer == "tree"
@@ -66,7 +82,7 @@ def share_memory(
     # Replicas are what an audit compares: on one node there must be one a rank.
     by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
-    elements = -(-(num_parameters + ALIGN * 1000) // NORM_BLOCK) * NORM_BLOCK
+    elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with what fills gaps
     wanted = c.comm.transport if tree else "messages"
     if before is not None:
         group, words, by_node = regroup(mesh, before[0]), "as before", before[1]
@@ -96,7 +112,9 @@ def share_memory(
     one_copy = by_node and windowed
     if transport.mode != "host":
         words = f"{words}, {transport.mode}"
-    if world.rank == 0:
-        print(f"transport {words}; parameters and optimizer state: one copy a {'node' if one_copy else 'rank'}", flush=True)
+    if plan.world.rank == 0:
+        held = f"one copy a {'node' if one_copy else 'rank'}"
+        print(f"transport {words}; parameters and optimizer state: {SHARED[c.mesh.shard].format(held)}", flush=True)
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
-    return Sharing(group, balance, reducer, one_copy, replicas)
+    level = c.mesh.shard if c.mesh.shard > 1 or len(replicas) > 1 else 0
+    return Sharing(group, balance, reducer, one_copy, replicas, level)

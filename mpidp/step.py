@@ -17,7 +17,7 @@ from mpidp.engine import Computed
 from mpidp.errors import MpidpError
 from mpidp.job import Job
 from mpidp.noise import Noise, estimate
-from mpidp.schedule import accumulate, one_by_one
+from mpidp.schedule import one_by_one, one_f_one_b
 
 ATTEMPTS = 3  # at a step whose gradients two ranks do not agree on
 
@@ -39,7 +39,7 @@ def compute(job: Job, batch: Batch) -> Computed:
         again, _ = job.audit.begin(step, job.balance.ranges)
         job.strategy.watch([*job.faults.spoils(step, attempt), *looks, job.audit.look])
         # Lanes do not change hands in this step: a rank that took one could be asked to check itself.
-        done = _run(job, batch, squares, iter(job.balance.ranges[job.comm.rank]))
+        done = _run(job, batch, squares, iter(job.balance.ranges[job.mesh.dp.rank]))
         finding = _compute_again(job, batch, again, job.faults.spoils(step, attempt=1))
         if finding is None:
             return done
@@ -54,7 +54,8 @@ def compute(job: Job, batch: Batch) -> Computed:
 
 def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]) -> Computed:
     if job.balance.settled:
-        schedule = accumulate([v for lane in lanes for v in job.lanes.micro_batches(lane)])
+        mine = [v for lane in lanes for v in job.lanes.micro_batches(lane)]
+        schedule = one_f_one_b(mine, job.grid.pp.rank, job.grid.pp.size)
     else:
         schedule = one_by_one(v for lane in lanes for v in job.lanes.micro_batches(lane))
     done = job.engine.run(schedule, batch, job.strategy)
@@ -65,7 +66,7 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[Look]) -> Finding | None:
     """Another rank's lane, in a spare slot; spoils: faults on purpose. Collective over job.comm."""
     aside = Aside(job.audit.buffer, -1)
-    job.engine.run(accumulate(list(job.lanes.micro_batches(lane))), batch, aside)
+    job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane))), batch, aside)
     for spoil in spoils:
         spoil(lane, aside.gradient)
     return job.audit.compare(lane, aside.gradient)
@@ -115,12 +116,15 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     lengths = [count, count, size, size, job.lanes.num_lanes, 4, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, counts, squares, saving, stops, steps = np.split(flat, np.cumsum(lengths)[:-1])
-    losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
+    tells = job.engine.tells  # else another rank of this replica does
+    if tells or not met:
+        losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
     spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
     steps[0] = job.comm.rank == 0
     if not met:
-        job.untold = flat.copy() if job.untold is None else job.untold + flat
+        job.untold = (0.0 if job.untold is None else job.untold) + flat
+        job.untold[: 2 * count * (not tells)] = 0.0
         spent[:] = seconds  # of the others it knows nothing
         return Board(losses, num_tokens, spent, counts, squares, saving, False, False, sum(done.num_tokens), 1)
     if job.untold is not None:

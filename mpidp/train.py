@@ -12,7 +12,7 @@ from mpidp.entry import begin, launcher_rank, newcomer, run_entry
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpidp.build import Plan
+    from mpidp.planned import Plan
     from mpidp.recover import Crew
 
 USAGE = """usage: [mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]
@@ -72,17 +72,18 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
     """What is to be run, checked, said, and with data to run on. Collective over world."""
     from mpidp import build
-    from mpidp.comm.mesh import make_mesh, together
+    from mpidp.comm.grid import make_grid
+    from mpidp.comm.mesh import together
     from mpidp.comm.respawn import LAUNCH, why_not
     from mpidp.errors import UsageError
 
-    mesh = make_mesh(world)
+    grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with together(world):
-        if config.faults.respawn and world.rank == 0 and (reason := why_not(mesh.num_machines)):
+        if config.faults.respawn and world.rank == 0 and (reason := why_not(grid.everyone.num_machines)):
             raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
     if not dry:
         build.prepare_default_corpus(config, world, DEFAULT_CORPUS)
-    plan = build.plan(config, mesh)
+    plan = build.plan(config, grid)
     plan.say_what_runs()
     return plan
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidp import build, fit
 from mpidp.checkup import network
+from mpidp.comm.grid import make_grid
 from mpidp.comm.mesh import make_mesh, polite_barrier, together
 from mpidp.config import Config
 from mpidp.data.index import read_index
@@ -216,7 +217,7 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
             run_dir.mkdir()
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            job = build.build(build.plan(config, make_mesh(world)))
+            job = build.build(build.plan(config, make_grid(world)))
             end = fit.run_to_end(job, False, [])
     except Stopped as stop:
         raise Stopped.on_every_rank("stopped on request; nothing of the trials is kept") from stop

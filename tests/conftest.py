@@ -14,7 +14,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp.model.transformer import TransformerShape, num_parameters
+from mpidp.model.shape import TransformerShape, num_parameters
 
 WORLD = MPI.COMM_WORLD
 HARNESS = WORLD.Dup()  # the tests' own collectives never meet these

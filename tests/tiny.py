@@ -26,7 +26,8 @@ from mpi4py import MPI
 import mpidp.train
 from data_tools.prepare import prepare
 from mpidp.build import build, plan
-from mpidp.comm.mesh import make_mesh, polite_barrier
+from mpidp.comm.grid import make_grid
+from mpidp.comm.mesh import polite_barrier
 from mpidp.comm.reducers import Reducer
 from mpidp.config import Config, checked
 from mpidp.data.index import FileRecord, SplitRecord, read_index
@@ -34,7 +35,7 @@ from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import MpidpError
 from mpidp.fit import close
 from mpidp.job import Job
-from mpidp.schedule import accumulate
+from mpidp.schedule import one_f_one_b
 from tests.saves import no_thread_is_left
 
 WORLD = MPI.COMM_WORLD
@@ -224,7 +225,7 @@ def small_blocks(elements: int = 256) -> Iterator[None]:
 def job_at(comm: MPI.Intracomm, config: Config) -> Job:
     """The parts of a training before its first step; closed when the work of `at` is done. Collective over comm."""
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    OPEN.append(build(plan(config, make_mesh(comm))))
+    OPEN.append(build(plan(config, make_grid(comm, config.mesh.tp, config.mesh.pp, config.mesh.dp))))
     return OPEN[-1]
 
 
@@ -239,7 +240,7 @@ def gradients_of(job: Job, batch: int = 0) -> dict[str, torch.Tensor]:
     loader = job.open_loader(batch)
     found = next(loader)
     loader.close()
-    job.engine.run(accumulate(micro_batches_of(job)), found, job.strategy)
+    job.engine.run(one_f_one_b(micro_batches_of(job)), found, job.strategy)
     return summed(job.strategy.reducer)
 
 

@@ -7,40 +7,21 @@ large messages make both MPIs allocate (comm/transport.py).
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
-from mpidp.c10d.sums import DATATYPES, average, fold, mpi_op
+from mpidp.c10d.neighbours import Neighbours
+from mpidp.c10d.sums import ADDED, DATATYPES, HALVES, average, fold, mpi_op
+from mpidp.c10d.waiting import until
 from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # up to here a collective is polled for, whatever `blocking` says
+NEAR_BYTES = 1 << 20  # from here on reading the others' memory is faster than messages; sooner for halves, which MPI cannot add
 LARGEST_BYTES = 1 << 30  # of one call, all ranks' parts together
-YIELDS, FIRST_SECONDS, LONGEST_SECONDS = 1000, 2e-5, 5e-4
-
-
-class GivenUp(Exception):
-    """Somebody decided that this exchange will not end."""
-
-
-def until(request: MPI.Request, given_up: Callable[[], bool]) -> None:
-    """Wait by looking: for about a millisecond at once again, then with pauses, so that ranks that compute have the core.
-    Independent."""
-    looks, pause = 0, FIRST_SECONDS
-    while not request.Test():
-        looks += 1
-        if looks <= YIELDS:
-            os.sched_yield()
-            continue
-        if given_up():
-            raise GivenUp
-        time.sleep(pause)
-        pause = min(LONGEST_SECONDS, 1.5 * pause)
 
 
 def octets(tensor: torch.Tensor) -> list[Any]:
@@ -90,6 +71,8 @@ class Calls:
         self.blocking = blocking
         self.given_up: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
+        self._neighbours: Neighbours | None = None
+        self._asked = comm.size == 1  # is it settled whether there are any?
 
     def wait(self, request: MPI.Request) -> None:
         """Independent."""
@@ -101,6 +84,23 @@ class Calls:
         if held is None or held.numel() < needed:
             held = self._space[name] = torch.empty(needed, dtype=torch.uint8)
         return held[:needed].view(like.dtype)
+
+    def neighbours(self, added: torch.Tensor) -> Neighbours | None:
+        """Where it pays and all ranks can read the others' memory, which the first large reduction settles."""
+        if added.nbytes < (SMALL_BYTES if added.dtype in HALVES else NEAR_BYTES) or added.dtype not in ADDED:
+            return None
+        if not self._asked:
+            found = Neighbours(self.tell, self.comm.rank, self.comm.size)
+            self._neighbours = found if found.are_near() else None
+            self._asked = True
+        return self._neighbours
+
+    def tell(self, numbers: list[int]) -> list[list[int]]:
+        """All ranks' numbers; everybody has come."""
+        table = torch.empty(self.comm.size, len(numbers), dtype=torch.int64)
+        table[self.comm.rank] = torch.tensor(numbers)
+        self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(table), 8 * len(numbers), MPI.BYTE]))
+        return table.tolist()
 
     def barrier(self) -> None:
         """Everybody has come."""
@@ -116,6 +116,8 @@ class Calls:
         """In place."""
         flat = tensor.view(-1)
         if self.comm.size == 1:
+            return
+        if (near := self.neighbours(flat)) and near.allreduce(flat, kind):
             return
         for begin, end in pieces(0, flat.numel(), flat.element_size()):
             piece = flat[begin:end]
@@ -164,6 +166,12 @@ class Calls:
     def reduce_scatter(self, source: torch.Tensor, target: torch.Tensor, kind: str) -> None:
         """source (ranks x n) reduced; rank r has the r-th run of n in target. They may overlap."""
         ranks, rows, out = self.comm.size, source.view(self.comm.size, -1), target.view(-1)
+        if near := self.neighbours(source):
+            result = self.scratch("kept", source, out.numel()) if overlap(source, target) else out
+            if near.reduce_scatter(rows, result, kind):
+                if result is not out:
+                    out.copy_(result)
+                return
         for begin, end in pieces(0, out.numel(), out.element_size() * ranks):
             piece, got = self.scratch("piece", source, ranks * (end - begin)), self.scratch("sum", source, end - begin)
             piece.view(ranks, -1).copy_(rows[:, begin:end])

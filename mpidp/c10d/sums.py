@@ -22,6 +22,14 @@ OPS = {
 OF_BOOLS = {
     "SUM": MPI.LOR, "MAX": MPI.LOR, "BOR": MPI.LOR, "PRODUCT": MPI.LAND, "MIN": MPI.LAND, "BAND": MPI.LAND, "BXOR": MPI.LXOR,
 }
+ADDERS: dict[str, Any] = {
+    "SUM": torch.add, "AVG": torch.add, "PRODUCT": torch.mul, "MIN": torch.minimum, "MAX": torch.maximum,
+    "BAND": torch.bitwise_and, "BOR": torch.bitwise_or, "BXOR": torch.bitwise_xor,
+}
+ADDED = (  # by torch; MPI alone adds the others: bool by logic, and unsigned ones
+    torch.float32, torch.float64, *HALVES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+    torch.complex64, torch.complex128,
+)
 _KINDS = {name: getattr(ReduceOp, name) for name in OPS}
 _BITS = ("BAND", "BOR", "BXOR")
 

@@ -14,8 +14,8 @@ from mpi4py import MPI
 from torch.distributed import DistBackendError
 from torch.distributed.distributed_c10d import Work
 
-from mpidp.c10d.calls import LONGEST_SECONDS, YIELDS
 from mpidp.c10d.hosted import Hosted, device_of
+from mpidp.c10d.waiting import LONGEST_SECONDS, YIELDS
 
 FOREVER = timedelta(0)  # torch's word for: no time of its own
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 ALIGN = 64  # elements: every parameter and every slice begins at a multiple, so kernels see the same alignment everywhere
-NORM_BLOCK = 1 << 16  # elements: the gradient norm is a sum over blocks of this size, in order
+NORM_BLOCK = 1 << 12  # elements: the gradient norm is a sum over blocks of this size, in order
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,26 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def unit_of(name: str) -> str:
+    """The part of the model that is never cut between two stages of a pipeline: `blocks.3` of blocks.3.attention.q.weight, else
+    the first word. Pure."""
+    words = name.split(".")
+    numbers = [i for i, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
+
+
 class FlatLayout:
-    """Where each parameter lies in a flat tensor of num_elements, a multiple of NORM_BLOCK. Independent."""
+    """Where each parameter lies in a flat tensor of num_elements, a multiple of NORM_BLOCK. Units begin at multiples of it: a
+    pipeline stage has the blocks that the whole model has. Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))
         self.device = self.parameters[0][1].device
         self.offsets: list[int] = []
-        offset = 0
-        for _, p in self.parameters:
+        offset, unit = 0, ""
+        for name, p in self.parameters:
+            if unit_of(name) != unit:
+                offset, unit = _round_up(offset, NORM_BLOCK), unit_of(name)
             self.offsets.append(offset)
             offset += _round_up(p.numel(), ALIGN)
         self.num_elements = _round_up(offset, NORM_BLOCK)

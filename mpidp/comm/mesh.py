@@ -66,7 +66,7 @@ def together(comm: MPI.Intracomm) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Who takes part, and where. Today the mesh is one axis: every rank is a replica (dp)."""
+    """Who takes part, and where: the replicas of one part of the model, or of all of it (grid.py has the other axes)."""
 
     dp: MPI.Intracomm  # ranks that average gradients with each other, node by node
     hosts: list[str]  # of each node

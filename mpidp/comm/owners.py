@@ -22,6 +22,7 @@ from mpidp.comm.reducers import Allreduce, Look, Naive, Reducer, Root, Shares
 from mpidp.comm.transport import Messages, pieces
 from mpidp.lanes import Lanes
 
+CACHED = 1 << 16  # elements that stay in the cache between two additions
 Slot = tuple[int, int]  # (rank in the group, slot)
 Held = tuple[tuple[tree.Node, Slot], ...]
 
@@ -158,8 +159,8 @@ class Tree(Reducer):
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
             return  # it lies there already
-        for start in range(low, high, NORM_BLOCK):
-            block = slice(start, min(start + NORM_BLOCK, high))
+        for start in range(low, high, CACHED):
+            block = slice(start, min(start + CACHED, high))
             for i, ((r, j), (s, k)) in enumerate(plan.additions):
                 into = self.buffer.parts[r][j, block]
                 last = alone and i + 1 == len(plan.additions)

@@ -71,6 +71,8 @@ class Reducer:
         self.way = "none"  # in which it does
         self.tell: Callable[[int], None] = lambda bucket: None  # which is about to be reduced
         self.holds_sum = True  # does this rank hold the sum after finish()?
+        # (squares of blocks, the flat gradient) -> its norm over the whole model, where this rank has a part of it
+        self.over_parts: Callable[[torch.Tensor, torch.Tensor], float] | None = None
         self.buffer: GradientBuffer
         self._fresh = True
 
@@ -142,7 +144,17 @@ class Reducer:
         if self.group.node.size > 1:
             with self.transport.timed():
                 self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        return math.sqrt(squares.cumsum(0)[-1])
+        if self.over_parts is None:
+            return math.sqrt(squares.cumsum(0)[-1])
+        norm = self.over_parts(squares, total)
+        self.group.fence()  # it has read all of the sum, which others are about to scale
+        return norm
+
+    def norm_of(self, flat: torch.Tensor) -> float:
+        """L2 norm of any flat gradient that this rank holds, (num_elements,). Independent, but where the model is cut: then
+        collective over the ranks that have its parts."""
+        squares = squares_of_blocks(flat).cpu()
+        return math.sqrt(squares.cumsum(0)[-1]) if self.over_parts is None else self.over_parts(squares, flat)
 
     def scale(self, factor: float) -> None:
         """Multiply the sum. Collective over the group."""

@@ -8,31 +8,14 @@ K: key-value heads, E: head_dim = D / H, V: vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class TransformerShape:
-    """Everything that decides the parameters' names and shapes."""
-
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    model_dim: int
-    hidden_dim: int  # of the SwiGLU
-    seq_len: int
-    dropout: float = 0.0
-    tie_embeddings: bool = False
-    rope_theta: float = 10000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+from mpidp.model.part import Part, whole
+from mpidp.model.shape import TransformerShape, shapes_of
 
 
 def _hash32(x: Tensor) -> Tensor:
@@ -73,9 +56,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.num_heads, self.num_kv_heads = len(part.share(shape.num_heads)), len(part.share(shape.num_kv_heads))
+        self.head_dim = shape.head_dim
         self.q = nn.Linear(shape.model_dim, self.num_heads * self.head_dim, bias=False)
         self.k = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
         self.v = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
@@ -98,11 +82,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
-        self.gate = nn.Linear(shape.model_dim, shape.hidden_dim, bias=False)
-        self.up = nn.Linear(shape.model_dim, shape.hidden_dim, bias=False)
-        self.down = nn.Linear(shape.hidden_dim, shape.model_dim, bias=False)
+        hidden_dim = len(part.share(shape.hidden_dim))
+        self.gate = nn.Linear(shape.model_dim, hidden_dim, bias=False)
+        self.up = nn.Linear(shape.model_dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, shape.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -112,13 +97,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each with dropout on what is added."""
 
-    def __init__(self, shape: TransformerShape, layer: int) -> None:
+    def __init__(self, shape: TransformerShape, layer: int, part: Part) -> None:
         super().__init__()
         self.layer, self.dropout = layer, shape.dropout
         self.attention_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
-        self.attention = Attention(shape)
+        self.attention = Attention(shape, part)
         self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
-        self.feed_forward = FeedForward(shape)
+        self.feed_forward = FeedForward(shape, part)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -129,80 +114,81 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model: tokens (B, T) -> logits (B, T, V)."""
+    """The language model: tokens (B, T) -> logits (B, T, V). Of a part that does not embed: hidden states (B, T, D) -> ..., of
+    one that does not speak: ... -> hidden states (B, T, D)."""
 
-    def __init__(self, shape: TransformerShape, seed: int = 0) -> None:
-        """The same seed gives the same float32 parameters on every device: they are drawn on the CPU."""
+    def __init__(self, shape: TransformerShape, seed: int = 0, part: Part | None = None) -> None:
+        """The same seed gives the same float32 parameters on every device, and in every part: they are drawn on the CPU."""
         super().__init__()
-        self.shape = shape
-        self.embedding = nn.Embedding(shape.vocab_size, shape.model_dim)
-        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
-        self.norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
-        self.head = nn.Linear(shape.model_dim, shape.vocab_size, bias=False)
-        if shape.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.shape, self.part = shape, part or whole(shape)
+        self.recompute = False  # in training, what lies inside blocks is not kept for backward
+        vocabulary = len(self.part.share(shape.vocab_size))
+        self.embedding: nn.Module | None = None
+        self.norm: nn.Module | None = None
+        self.head: nn.Module | None = None
+        if self.part.embeds:
+            self.embedding = nn.Embedding(vocabulary, shape.model_dim)
+        self.blocks = nn.ModuleDict({str(layer): Block(shape, layer, self.part) for layer in self.part.layers})
+        if self.part.speaks:
+            self.norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+            self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
+            if shape.tie_embeddings and self.embedding is not None:
+                self.head.weight = self.embedding.weight
         cos, sin = rope_table(shape.head_dim, shape.seq_len, shape.rope_theta)
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        if self.embedding.weight.device.type != "meta":
+        if not next(self.parameters()).is_meta:
             self._initialise(seed)
 
+    @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Normal with std 1/sqrt(width), narrower by sqrt(2 layers) where a residual branch ends (GPT-2)."""
+        """Normal with std 1/sqrt(width), narrower by sqrt(2 layers) where a residual branch ends (GPT-2). A part draws what
+        others have too, a tensor at a time, and takes its own."""
         generator = torch.Generator().manual_seed(seed)
-        for name, p in sorted(self.named_parameters()):
-            if p.dim() == 2:
+        mine = {self.part.global_name(name): p for name, p in self.named_parameters()}
+        for name, size in sorted(shapes_of(self.shape).items()):
+            if len(size) == 2:
                 std = 1.0 / math.sqrt(self.shape.model_dim)
                 if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
                     std /= math.sqrt(2 * self.shape.num_layers)
-                nn.init.normal_(p, std=std, generator=generator)
+                p = mine.get(name)
+                drawn = p if p is not None and p.shape == size else torch.empty(size)
+                nn.init.normal_(drawn, std=std, generator=generator)
+                if p is not None and p is not drawn:
+                    p.copy_(drawn[self.part.box(name, size)])
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
+        self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
     ) -> Tensor:
         """Logits (B, T, V) of the next token.
 
-        tokens: (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
+        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
         ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
         """
-        t = tokens.shape[1]
+        t = x.shape[1]
         if positions is None:
             cos, sin = self.cos[:t], self.sin[:t]
         else:
             cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # (B, 1, T, E)
         mask = None
         if doc_ids is not None:
-            causal = torch.ones(t, t, dtype=torch.bool, device=tokens.device).tril()
+            causal = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
             mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
-        x = keyed_dropout(self.embedding(tokens), self.shape.dropout, key, 0)
-        for block in self.blocks:
-            x = block(x, cos, sin, mask, key)
-        return self.head(self.norm(x))
+        if self.embedding is not None:
+            x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0)
+        for block in self.blocks.values():
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, key, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, mask, key)
+        return x if self.norm is None or self.head is None else self.head(self.norm(x))
 
     def compile_blocks(self) -> None:
         """torch.compile, block by block: one graph serves all layers and logits stay eager."""
-        for block in self.blocks:
+        for block in self.blocks.values():
             block.compile(dynamic=False)
-
-
-def default_hidden_dim(model_dim: int) -> int:
-    """8/3 of the width, which gives SwiGLU the parameters of a 4x MLP, rounded up to a multiple of 64."""
-    return -(-(8 * model_dim) // (3 * 64)) * 64
-
-
-def num_parameters(shape: TransformerShape) -> int:
-    """Counted without a model: on torch's meta device, initialisation would import torch._dynamo."""
-    d, heads = shape.model_dim, 2 * shape.num_heads + 2 * shape.num_kv_heads
-    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * d
-    return shape.num_layers * block + d + shape.vocab_size * d * (1 if shape.tie_embeddings else 2)
-
-
-def flops_per_token(shape: TransformerShape, parameters: int) -> float:
-    """Forward and backward floating-point operations a token: 6 N + 12 layers T D (Chowdhery 2022, appendix B)."""
-    embedding = 0 if shape.tie_embeddings else shape.vocab_size * shape.model_dim
-    return 6.0 * (parameters - embedding) + 12.0 * shape.num_layers * shape.seq_len * shape.model_dim
 
 
 MODELS = {"transformer": Transformer}

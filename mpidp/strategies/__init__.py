@@ -1,5 +1,6 @@
 """Strategies by name: the only place where a name becomes a class."""
 
+from functools import partial
 from typing import Any
 
 from mpidp import methods
@@ -7,6 +8,8 @@ from mpidp.strategies.delayed import Delayed
 from mpidp.strategies.local import Local
 from mpidp.strategies.quorum import Quorum
 from mpidp.strategies.server import Server
+from mpidp.strategies.sharded import Sharded
+from mpidp.strategies.sliced import Sliced
 from mpidp.strategies.synchronous import Synchronous
 
 STRATEGIES: dict[str, Any] = {
@@ -14,6 +17,9 @@ STRATEGIES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def strategy_of(name: str, quorum: float) -> Any:
-    """The class that strategy.name and strategy.quorum ask for. Pure."""
-    return STRATEGIES[methods.kind(name, quorum)]
+def strategy_of(name: str, quorum: float, level: int = 0, model: Any = None) -> Any:
+    """What makes the strategy that strategy.name, strategy.quorum and mesh.shard ask for; level: 1 where there are slices to deal
+    out (sharing.py), 2 and 3: of this model. Pure."""
+    if level >= 2:
+        return partial(Sharded, model=model, level=level)
+    return Sliced if level else STRATEGIES[methods.kind(name, quorum)]

@@ -27,7 +27,6 @@ from mpidp.comm.background import Background, Task
 from mpidp.comm.buffers import buf
 from mpidp.comm.overlap import WAYS
 from mpidp.comm.reducers import Sums
-from mpidp.optim import global_norm
 from mpidp.state import Entry
 from mpidp.strategies.protocol import Options, StepStats
 from mpidp.strategies.synchronous import Synchronous
@@ -114,7 +113,7 @@ class Delayed(Synchronous):
         torch.mul(self.buffer.flat[flight.slot], self.nominal_tokens / max(1.0, tokens), out=total)
         if flight.then is not None:
             total.addcmul_(total * total, self.flat - flight.then, value=self.options.compensation)
-        norm = float(global_norm(total))
+        norm = self.reducer.norm_of(total)
         if not (tokens and math.isfinite(norm) and norm <= flight.limit):
             return StepStats(grad_norm=norm, skipped=True)
         if self.clip and norm > self.clip:

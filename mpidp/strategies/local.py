@@ -30,7 +30,6 @@ from mpidp.comm.overlap import WAYS
 from mpidp.comm.peers import Peers
 from mpidp.comm.reducers import Sums
 from mpidp.errors import MpidpError, UsageError
-from mpidp.optim import global_norm
 from mpidp.state import Entry
 from mpidp.strategies.groups import hop, partition
 from mpidp.strategies.protocol import Options, StepStats
@@ -96,7 +95,7 @@ class Local(Synchronous):
 
     def _inner(self, lr: float, tokens: int, limit: float) -> StepStats:
         gradient, scale = self.buffer.flat[0], self.nominal_tokens / max(1, tokens)
-        norm = float(global_norm(gradient)) * scale if tokens else 0.0
+        norm = self.reducer.norm_of(gradient) * scale if tokens else 0.0
         if tokens and math.isfinite(norm) and norm <= limit:
             gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
             assert self.optimizer is not None
@@ -188,9 +187,9 @@ class Local(Synchronous):
         found = {"steps": Entry(torch.tensor(self._steps))}
         found |= {f"reducer/{name}": entry for name, entry in self._sums.state_dict().items()}
         for name, flat in self.optimizer.moments().items():
-            found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", 0, rank, (size, flat.numel()))
+            found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", (rank, 0), (size, flat.numel()))
         updates = torch.tensor([self.optimizer.updates])
-        found["inner/updates"] = Entry(updates, "sharded", 0, rank, (size,))
+        found["inner/updates"] = Entry(updates, "sharded", (rank,), (size,))
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

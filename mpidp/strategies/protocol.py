@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpidp.comm.group import Group
 from mpidp.comm.reducers import Look, Reducer
+from mpidp.parts import Parts
 from mpidp.state import Entry
 
 
@@ -74,6 +75,9 @@ class Strategy(Accumulates, Protocol):
     reducer: Reducer
     enter: Callable[[str], None]  # told of each phase of step(): reduce, apply, publish
     goes_on: bool  # after a death, in the same memory; else from the last checkpoint
+
+    def share_model(self, parts: Parts) -> None:
+        """This rank has a part of the model, and others the rest: norms are of the whole. Once, before start(). Independent."""
 
     def meets(self, step: int) -> bool:
         """Do all ranks tell each other at this step (from 1) what they computed, and hold one common model after it? Only then is

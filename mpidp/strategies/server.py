@@ -273,11 +273,11 @@ class Server(Synchronous):
         assert self.optimizer is not None
         index, size = self.compute_comm.rank - self._workers, self.flat.numel()
         slices = {
-            f"server{name}": Entry(flat[self._mine], "sharded", 0, self._mine.start, (size,))
+            f"server{name}": Entry(flat[self._mine], "sharded", (self._mine.start,), (size,))
             for name, flat in self.optimizer.moments().items() if self._mine.start < self._mine.stop
         }
         counts = torch.tensor([[self.optimizer.updates, self._version]])
-        return steps | slices | {"server/updates": Entry(counts, "sharded", 0, index, (self._servers, 2))}
+        return steps | slices | {"server/updates": Entry(counts, "sharded", (index, 0), (self._servers, 2))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Of any number of servers and workers. Independent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from mpidp.comm.group import Group
 from mpidp.comm.reducers import Look, Reducer
 from mpidp.comm.transport import pieces
 from mpidp.entry import tolerant
+from mpidp.holding import counted
 from mpidp.optim import Optimizer
+from mpidp.parts import Parts
 from mpidp.state import Entry, Layout
 from mpidp.strategies.protocol import Options, StepStats
 
@@ -69,8 +72,14 @@ class Synchronous:
         self.torn = False  # was the last update not finished by all who share it?
         self._late: MPI.Exception | None = None
         self.enter: Callable[[str], None] = lambda phase: None
+        self.complete: Callable[[], None] = lambda: None  # the sum, where ranks with other parts of the model add to it
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
+
+    def share_model(self, parts: Parts) -> None:
+        """This rank has a part of the model. Independent."""
+        self.reducer.over_parts = partial(parts.norm, self.buffer.layout)
+        self.complete = partial(parts.tie, self.buffer, self.group)
 
     def updates(self) -> dict[str, Any] | None:
         """Which share of the parameters this rank updates, as Optimizer wants it; None: nothing of them. Independent."""
@@ -158,6 +167,7 @@ class Synchronous:
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         with commit(self.compute_comm):  # up to here nobody has updated anything; from here on everybody who is left does
             self.reducer.finish()
+            self.complete()
             if tokens:
                 norm = self.reducer.norm() * scale
                 if self.clip and norm > self.clip:
@@ -203,6 +213,11 @@ class Synchronous:
     def flats(self) -> dict[str, Tensor]:
         """All that replicas must agree on, by the suffix that tells it apart. Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
+
+    def held(self) -> dict[str, int]:
+        """Bytes by what they are for; in a window, the node's. Independent."""
+        moments = self.optimizer.moments().values() if self.optimizer is not None else []
+        return counted(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
     def finish(self) -> None:
         """Nothing is in flight between steps. Independent."""

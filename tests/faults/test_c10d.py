@@ -3,6 +3,7 @@
 | fault | expected | judged by |
 |---|---|---|
 | rank 1 comes to no all_reduce, timeout 2 s | an error that names all_reduce and rank 1, then the end | words, code |
+| the same, of so much that ranks read each other's memory | the same | words, code |
 | the same, waited for by DDP's backward | an error of backward, not a crash | words, code |
 | rank 1 is in a broadcast while the others add | both are named | words, code |
 | a message that nobody sends | an error that names the rank and tag | words, code |
@@ -32,6 +33,13 @@ dist.barrier()
 if rank == 1:
     time.sleep(60)
 dist.all_reduce(torch.ones(3))
+"""
+LATE_FOR_MUCH = BEGIN + """
+much = torch.ones(1 << 20)
+dist.all_reduce(much)
+if rank == 1:
+    time.sleep(60)
+dist.all_reduce(much)
 """
 DDP = BEGIN + """
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
@@ -108,11 +116,12 @@ dist.init_process_group("mpi4py", store=dist.HashStore(), rank=world.size - 1 - 
 
 @pytest.mark.parametrize(("program", "words"), [
     (LATE, ["Timed out after 2 s in all_reduce of 3 elements", "rank 1 did not come"]),
+    (LATE_FOR_MUCH, ["Timed out after 2 s in all_reduce of 1048576 elements", "rank 1 did not come"]),
     (DDP, ["Timed out after 2 s in all_reduce", "rank 1 did not come"]),
     (UNSENT, ["Timed out after 2 s in recv from rank 1, tag 7"]),
     (RAISES, ["ValueError: on purpose"]),
     (WRONG, ["torch was told that this is rank", "mpi://"]),
-], ids=["late", "ddp", "unsent", "raises", "wrong"])
+], ids=["late", "late-for-much", "ddp", "unsent", "raises", "wrong"])
 def test_nobody_waits_for_ever(either: Shell, program: str, words: list[str]) -> None:
     ended = either.run("-c", program, ranks=3 if program != WRONG else 2)
     assert ended.code != 0, ended

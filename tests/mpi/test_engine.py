@@ -13,8 +13,9 @@ from mpi4py import MPI
 
 from mpidp.data.shards import TokenStream
 from mpidp.engine import Engine, dropout_key, weights_sha256
-from mpidp.model.transformer import Transformer, TransformerShape
-from mpidp.schedule import accumulate
+from mpidp.model.shape import TransformerShape
+from mpidp.model.transformer import Transformer
+from mpidp.schedule import one_f_one_b
 from tests.tiny import SEQ_LEN, at, corpus, gradients_of, job_at, masked_corpus, micro_batches_of, sizes, tiny
 
 pytestmark = pytest.mark.mpi
@@ -104,7 +105,7 @@ def test_the_engine_gives_loss_sums_and_an_empty_micro_batch_gives_none(shared_f
         loader = job.open_loader(6)  # an epoch's last batch: 4 of 16 sequences
         batch = next(loader)
         loader.close()
-        found = job.engine.run(accumulate(micro_batches_of(job)), batch, job.strategy)
+        found = job.engine.run(one_f_one_b(micro_batches_of(job)), batch, job.strategy)
         assert found.micro_batches == micro_batches_of(job)
         model = copy.deepcopy(job.engine.model).double()
         for v, loss, num_tokens in zip(found.micro_batches, found.losses, found.num_tokens, strict=True):

@@ -16,7 +16,7 @@ from mpidp.comm.owners import REDUCERS
 from mpidp.engine import Engine, weights_sha256
 from mpidp.job import Job
 from mpidp.optim import Optimizer
-from mpidp.schedule import accumulate
+from mpidp.schedule import one_f_one_b
 from mpidp.strategies import STRATEGIES
 from mpidp.strategies.protocol import StepStats
 from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, pretended, tiny
@@ -31,7 +31,7 @@ def run_batch(job: Job, number: int, spoil: int = -1) -> int:
     loader.close()
     real, engine = Engine.loss_sum, job.engine
     engine.loss_sum = lambda mb, key: real(engine, mb, key) * (math.nan if mb.v == spoil else 1.0)  # type: ignore[method-assign]
-    done = engine.run(accumulate(micro_batches_of(job)), batch, job.strategy)
+    done = engine.run(one_f_one_b(micro_batches_of(job)), batch, job.strategy)
     return job.comm.allreduce(sum(done.num_tokens))
 
 

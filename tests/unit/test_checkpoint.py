@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from mpidp import checkpoint
-from mpidp.checkpoint import Reader, check_file, committed, newest_valid, read_manifest, share_out
+from mpidp.boxes import share_out
+from mpidp.checkpoint import Reader, check_file, committed, newest_valid, read_manifest
 from mpidp.errors import CheckpointError, MpidpError
 from mpidp.files import write_file
 from mpidp.state import Entry
@@ -121,9 +122,9 @@ def test_what_is_no_manifest_is_refused(run: Path, text: str) -> None:
 
 def test_another_format_is_refused(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
-    body = read_manifest(path) | {"format": 2}
+    body = read_manifest(path) | {"format": 1}
     (path / "manifest.json").write_bytes(checkpoint._seal(body))
-    with pytest.raises(CheckpointError, match="format 2, this mpidp reads format 1"):
+    with pytest.raises(CheckpointError, match="format 1, this mpidp reads format 2"):
         read_manifest(path)
 
 

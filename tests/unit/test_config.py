@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpidp import methods
 from mpidp.arguments import from_args, help_text, read_toml
 from mpidp.config import FIXED, Config, checked, fields_of, to_toml
 from mpidp.errors import UsageError
@@ -20,14 +21,15 @@ data.path data.verify data.order data.resident
 model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
 model.tie_embeddings model.rope_theta
 train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
-train.seed train.device train.dtype train.compile train.deterministic train.threads train.eval_every train.eval_tokens
-train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
+train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
+train.eval_tokens train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
 strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
 strategy.group_size strategy.outer_lr strategy.outer_momentum strategy.overlap strategy.servers
 strategy.mode strategy.replay strategy.fragments
 comm.reducer comm.compress comm.ratio comm.ratio_warmup comm.momentum comm.rank
 comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
+mesh.tp mesh.pp mesh.dp mesh.shard
 run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
 faults.min_ranks faults.respawn
 """
@@ -232,6 +234,9 @@ def configs(draw: st.DrawFn) -> Config:
         chosen |= {"comm.transport": "window", "comm.overlap": "none"}
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
+    settings = {key: value for key, _, value in fields_of()} | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
+    if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in methods.RULES):
+        chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():
         section, _, name = key.partition(".")

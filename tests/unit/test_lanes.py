@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpidp.lanes import MAX_DEFAULT_LANES, Lanes
-from mpidp.schedule import Instruction, accumulate
+from mpidp.schedule import Backward, Forward, one_f_one_b
 
 
 @st.composite
@@ -48,5 +48,5 @@ def test_cuts_that_cannot_be_are_refused(wrong: tuple[int, int, int]) -> None:
 
 
 def test_accumulation_marks_the_last_backward() -> None:
-    assert list(accumulate([4, 5, 6])) == [Instruction(4, False), Instruction(5, False), Instruction(6, True)]
-    assert list(accumulate([])) == []
+    assert list(one_f_one_b([4, 5])) == [Forward(4), Backward(4, False), Forward(5), Backward(5, True)]
+    assert list(one_f_one_b([])) == []

@@ -22,6 +22,13 @@ WORDS = {  # an example of each side of a rule
     "strategy.name=local|server": ("strategy.name=local", "strategy.name=server"),
     "strategy.name=server": ("strategy.name=server",),
     "optim.name=muon": ("optim.name=muon",),
+    "mesh.tp or mesh.pp above 1": ("mesh.tp=2", "mesh.pp=2", "mesh.tp=2 mesh.pp=2"),
+    "mesh.tp above 1": ("mesh.tp=2",), "mesh.pp above 1": ("mesh.pp=2",), "train.compile": ("train.compile=true",),
+    "strategy.name=server or quorum<1": ("strategy.name=server", "strategy.quorum=0.5"),
+    "comm.reducer=naive|root": ("comm.reducer=naive", "comm.reducer=root"),
+    "model.tie_embeddings with strategy.name=delayed|local": tuple(
+        f"model.tie_embeddings=true strategy.name={name}" for name in ("delayed", "local")
+    ),
     "comm.reducer=tree|root": ("comm.reducer=tree", "comm.reducer=root"),
     "train.balance=measured|steal": ("train.balance=measured", "train.balance=steal"),
     "train.audit_every": ("train.audit_every=5",),
@@ -35,6 +42,11 @@ WORDS = {  # an example of each side of a rule
     ),
     "strategy.overlap=true": ("strategy.overlap=true",),
     "strategy.fragments": ("strategy.fragments=2 strategy.sync_every=4 strategy.meet_every=4",),
+    "mesh.shard=1|2|3": ("mesh.shard=1", "mesh.shard=2", "mesh.shard=3"), "mesh.shard=1": ("mesh.shard=1",),
+    "mesh.shard=2|3": ("mesh.shard=2", "mesh.shard=3"),
+    "comm.reducer=root": ("comm.reducer=root",),
+    "comm.reducer=tree|naive|root": ("comm.reducer=tree", "comm.reducer=naive", "comm.reducer=root"),
+    "comm.transport=window": ("comm.transport=window",), "comm.copies=node": ("comm.copies=node",),
     "strategy.outer_lr|outer_momentum": ("strategy.outer_lr=0.5", "strategy.outer_momentum=0.5"),
 }
 

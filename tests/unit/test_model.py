@@ -9,17 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpidp.model.transformer import (
-    Attention,
-    Transformer,
-    TransformerShape,
-    default_hidden_dim,
-    flops_per_token,
-    keyed_dropout,
-    num_parameters,
-    rope_table,
-    rotate,
-)
+from mpidp.model.part import whole
+from mpidp.model.shape import TransformerShape, default_hidden_dim, flops_per_token, num_parameters
+from mpidp.model.transformer import Attention, Transformer, keyed_dropout, rope_table, rotate
 
 SHAPE = TransformerShape(
     vocab_size=50, num_layers=2, num_heads=4, num_kv_heads=4, model_dim=32, hidden_dim=48, seq_len=24, dropout=0.3
@@ -57,7 +49,8 @@ def formula(module: Attention, x: Tensor, mask: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_the_formula(kv_heads: int, masked: bool) -> None:
     torch.manual_seed(1)
-    module = Attention(replace(SHAPE, num_kv_heads=kv_heads))
+    shape = replace(SHAPE, num_kv_heads=kv_heads)
+    module = Attention(shape, whole(shape))
     x = 2 * rand(3, 10, 32)
     nowhere = torch.ones(10, module.head_dim), torch.zeros(10, module.head_dim)  # cos, sin at position 0: no rotation
     mask = None
@@ -206,9 +199,9 @@ def test_initial_sizes() -> None:
     model = Transformer(replace(SHAPE, vocab_size=500, model_dim=128, hidden_dim=256), seed=1)
     std, narrow = 1 / math.sqrt(128), 1 / math.sqrt(128 * 4)
     assert float(model.embedding.weight.detach().std()) == pytest.approx(std, rel=0.05)
-    assert float(model.blocks[0].attention.q.weight.detach().std()) == pytest.approx(std, rel=0.05)
-    assert float(model.blocks[1].feed_forward.down.weight.detach().std()) == pytest.approx(narrow, rel=0.05)
-    assert float(model.blocks[0].attention.o.weight.detach().std()) == pytest.approx(narrow, rel=0.05)
+    assert float(model.blocks["0"].attention.q.weight.detach().std()) == pytest.approx(std, rel=0.05)
+    assert float(model.blocks["1"].feed_forward.down.weight.detach().std()) == pytest.approx(narrow, rel=0.05)
+    assert float(model.blocks["0"].attention.o.weight.detach().std()) == pytest.approx(narrow, rel=0.05)
     assert all(torch.equal(p, torch.ones_like(p)) for p in model.parameters() if p.dim() == 1)
 
 

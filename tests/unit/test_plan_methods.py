@@ -15,7 +15,7 @@ from mpidp import plan as planning
 from mpidp.arguments import from_args
 from mpidp.config import Config, checked, fields_of
 from mpidp.errors import DataError, UsageError
-from mpidp.model.transformer import TransformerShape, num_parameters
+from mpidp.model.shape import TransformerShape, num_parameters
 from mpidp.plan_methods import METHODS, Row, predict, recommend, sent_bytes, step_seconds, to_paste, variant, with_speeds
 from mpidp.plan_sums import Cluster, cluster_of, link_of, one_sum, sizes_of
 from mpidp.plan_table import methods_table

@@ -18,7 +18,8 @@ from mpi4py import MPI
 from safetensors.torch import load_file, save_file
 
 from mpidp import saver as saver_module
-from mpidp.checkpoint import DTYPES, Piece, Reader, committed, write_pieces
+from mpidp.boxes import DTYPES, Piece, write_pieces
+from mpidp.checkpoint import Reader, committed
 from mpidp.saver import NODE_SECONDS, Saver, best_interval
 from mpidp.state import Entry
 from tests.saves import saver_of
@@ -74,7 +75,7 @@ def test_the_files_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) 
     """Every dtype and kind of shape, also in blocks that end anywhere, reads back by the library."""
     tensors = {"a/b": torch.arange(24).view(2, 3, 4), "none": torch.zeros(0, 3), "ü": torch.ones(1)}
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    pieces = [Piece(name, tensor, 0, 0) for name, tensor in tensors.items()]
+    pieces = [Piece(name, tensor, (0,) * tensor.dim()) for name, tensor in tensors.items()]
     whole = b"".join(piece.tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for piece in pieces)
     blocks = [memoryview(whole[at : at + 7]) for at in range(0, len(whole), 7)]
     size, _ = write_pieces(tmp_path / "ours", pieces, blocks)
@@ -124,7 +125,7 @@ def test_what_lies_on_a_gpu_is_copied_before_it_changes(tmp_path: Path, wait: bo
         state = torch.zeros(4 << 20, device="cuda")
         for _ in range(50):
             state += step
-        columns = Entry(state.view(2, -1).T[:, :1], "sharded", 1)
+        columns = Entry(state.view(2, -1).T[:, :1], "sharded")
         entries = {"w": Entry(state), "columns": columns, "step": Entry(torch.ones(()))}
         saver.begin(step, entries, {}, wait)
         if wait:

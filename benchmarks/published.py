@@ -1,0 +1,129 @@
+"""What others measured at 8 to 16,384 GPUs beside what `python -m mpidp.plan mesh` predicts for the same shapes.
+
+    python benchmarks/published.py
+
+Of each source one row (*) says how many operations a second a GPU makes in products; all others are predicted with it. Memory and
+links are those of datasheets and of the sources. docs/plan.md has the table and what it says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mpidp.mesh_memory import Model, Shape, Work, largest
+from mpidp.mesh_time import Link, Machine, step_of
+from mpidp.plan_mesh import KNOWN
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    name: str
+    model: Model
+    shape: Shape
+    work: Work
+    published: float
+    unit: str  # TFLOP/s: of a GPU; tokens/s: of a GPU
+    counts_again: bool = False  # operations of recomputing are counted
+    calibrates: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "work", replace(self.work, wire_bytes=2))  # theirs
+
+
+def a100(network: float, overlap: float) -> Machine:
+    """8 with NVLink; network: bytes/s of a node."""
+    return Machine(1.0, 2.0e12, Link(5e-6, 300e9), Link(1e-5, network), 8, 8, overlap)
+
+
+def h100(memory: float, overlap: float = 1.0) -> Machine:
+    """8 with NVLink and 400 Gbit/s each."""
+    return Machine(1.0, memory, Link(5e-6, 450e9), Link(1e-5, 400e9), 8, 8, overlap)
+
+
+def gpt(layers: int, width: int, heads: int, vocab_size: int = 51200) -> Model:
+    """Four times as wide between two matrices: as many parameters and operations as SwiGLU of 8/3."""
+    return Model(layers, width, 8 * width // 3, heads, heads, vocab_size, 2048)
+
+
+MEGATRON = [  # 1 per row: B parameters, heads, width, layers, tp, pp, GPUs, batch, TFLOP/s a GPU
+    (1.7, 24, 2304, 24, 1, 1, 32, 512, 137), (3.6, 32, 3072, 30, 2, 1, 64, 512, 138), (7.5, 32, 4096, 36, 4, 1, 128, 512, 142),
+    (18.4, 48, 6144, 40, 8, 1, 256, 1024, 135), (39.1, 64, 8192, 48, 8, 2, 512, 1536, 138),
+    (76.1, 80, 10240, 60, 8, 4, 1024, 1792, 140),
+    (145.6, 96, 12288, 80, 8, 8, 1536, 2304, 148), (310.1, 128, 16384, 96, 8, 16, 1920, 2160, 155),
+    (529.6, 128, 20480, 105, 8, 35, 2520, 2520, 163), (1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 163),
+]  # fmt: skip
+_, LLAMA_8B = KNOWN[8.03e9]
+_, LLAMA_13B = KNOWN[13.02e9]
+_, LLAMA_70B = KNOWN[70.55e9]
+_, LLAMA_405B = KNOWN[405.85e9]
+LLAMA2_70B = replace(LLAMA_70B, vocab_size=32000, seq_len=4096)
+
+SOURCES: dict[str, tuple[Machine, list[Row]]] = {
+    "Megatron-LM, Narayanan 2021, table 1 (A100; micro-batch taken to be 1 with pp, else 4)": (a100(200e9, 0.0), [
+        Row(f"{b:g} B, {gpus} GPUs", gpt(layers, width, heads), Shape(gpus // (tp * pp), pp, tp),
+            Work(batch, 1 if pp > 1 else 4, recompute=1.0, fused=False), tflops, "TFLOP/s", True, gpus == 32)
+        for b, heads, width, layers, tp, pp, gpus, batch, tflops in MEGATRON
+    ]),
+    "PyTorch FSDP, Zhao 2023, section 5.4 (A100, 2 Tbit/s a node)": (a100(250e9, 1.0), [
+        Row(f"GPT 175 B, {gpus} GPUs, batch {batch}", gpt(96, 12288, 96, 50000), Shape(gpus, 1, 1, 3),
+            Work(batch * gpus, batch, recompute=1.0), tflops, "TFLOP/s", counts_again=True, calibrates=batch == 2 and gpus == 128)
+        for gpus, batch, tflops in ((128, 2, 186), (128, 1, 173))
+    ]),
+    "torchtitan, docs/performance.md of 2024 (64 A100, FSDP2)": (a100(200e9, 1.0), [
+        Row("Llama 3 8B, recompute selective", LLAMA_8B, Shape(64, 1, 1, 3), Work(64, 1, recompute=0.5), 2973, "tokens/s"),
+        Row("Llama 3 70B, recompute", LLAMA_70B, Shape(64, 1, 1, 3), Work(64, 1, recompute=1.0), 331, "tokens/s"),
+        Row("Llama 2 13B", LLAMA_13B, Shape(64, 1, 1, 3), Work(128, 2), 2162, "tokens/s", calibrates=True),
+        Row("Llama 2 70B, recompute", LLAMA2_70B, Shape(64, 1, 1, 3), Work(128, 2, recompute=1.0), 353, "tokens/s"),
+    ]),
+    "torchtitan, benchmarks/ 2024-12 and 2025-06 (H100 of 500 W, 2.4 TB/s, torch.compile, bfloat16)": (h100(2.4e12), [
+        Row("Llama 3.1 8B, 8 GPUs", LLAMA_8B, Shape(8, 1, 1, 3), Work(16, 2, recompute=0.5), 6667, "tokens/s", calibrates=True),
+        Row("Llama 3.1 8B, 128 GPUs", LLAMA_8B, Shape(128, 1, 1, 3), Work(256, 2, recompute=0.5), 6514, "tokens/s"),
+        Row("Llama 3 8B, 64 GPUs, tp 8", LLAMA_8B, Shape(8, 1, 8, 3),
+            Work(96, 12, recompute=0.5, sequence=True), 4378, "tokens/s"),
+        Row("Llama 3 70B, 256 GPUs, tp 8, recompute", LLAMA_70B, Shape(32, 1, 8, 3),
+            Work(512, 16, recompute=1.0, sequence=True), 597.3, "tokens/s"),
+    ]),
+    "Llama 3, Dubey 2024, table 4 (H100, pp interleaved)": (h100(3.35e12), [
+        Row("405B, 8,192 GPUs, tp 8 pp 16", LLAMA_405B, Shape(64, 16, 8, 1), Work(2048, 1, sequence=True), 430,
+            "TFLOP/s", calibrates=True),
+        Row("405B, 16,384 GPUs, tp 8 pp 16", LLAMA_405B, Shape(128, 16, 8, 1), Work(2048, 1, sequence=True), 400, "TFLOP/s"),
+    ]),
+}  # fmt: skip
+
+
+def predicted(row: Row, machine: Machine) -> float:
+    """In the row's unit."""
+    step, model = step_of(row.model, row.shape, row.work, machine), row.model
+    tokens = row.work.global_batch * model.seq_len
+    if row.unit == "tokens/s":
+        return tokens / step.seconds / row.shape.ranks
+    block = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim)
+    again = block * model.num_layers if row.counts_again and row.work.recompute else 0.0
+    return (step.flops + again / row.shape.ranks) / step.seconds / 1e12
+
+
+def calibrated(row: Row, machine: Machine) -> Machine:
+    """With the speed in products that makes this row right, by halving."""
+    low, high = 1e12, 1e17
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if predicted(row, replace(machine, flops=middle)) < row.published else (low, middle)
+    return replace(machine, flops=low)
+
+
+def main() -> None:
+    for source, (machine, rows) in SOURCES.items():
+        fitted = calibrated(next(row for row in rows if row.calibrates), machine)
+        print(f"\n{source}; {fitted.flops / 1e12:.0f} TFLOP/s in products\n")
+        print("| row | mesh | memory, predicted | published | predicted | off |\n|---|---|---|---|---|---|")
+        for row in rows:
+            found = predicted(row, fitted)
+            memory = largest(row.model, row.shape, row.work).total / 1e9
+            off = "*" if row.calibrates else f"{100 * (found / row.published - 1):+.0f}%"
+            print(f"| {row.name} | {row.shape} | {memory:.0f} GB | {row.published:,g} {row.unit} | {found:,.4g} | {off} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Between the stages of a pipeline: hidden states go forward, their gradients back, each a message that is named after its
+micro-batch. Sends do not wait for whoever receives them; a step ends when all have been taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.buffers import memory
+from mpidp.comm.grid import Grid
+from mpidp.comm.transport import Messages
+
+FORWARD, BACKWARD = 0, 1
+
+
+class Stages:
+    """This rank's place among the stages of its replica; of one stage alone, which sends nothing."""
+
+    def __init__(self, grid: Grid, transport: Messages, device: torch.device) -> None:
+        self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
+        self.index, self.count = self.comm.rank, self.comm.size
+        self.first, self.last = self.index == 0, self.index == self.count - 1
+        self._sent: list[tuple[MPI.Request, Tensor]] = []
+
+    def receive(self, kind: int, v: int, shape: tuple[int, ...]) -> Tensor:
+        """What the stage before (FORWARD) or after (BACKWARD) sent of micro-batch v, float32: residual streams are, whatever the
+        layers compute in. Independent, once that stage has come so far."""
+        source = self.index - 1 if kind == FORWARD else self.index + 1
+        wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
+        with self._transport.timed():
+            self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=2 * v + kind))
+        return wire.to(self._device)
+
+    def send(self, kind: int, v: int, x: Tensor) -> None:
+        """Hidden states on to the next stage, or their gradient back to the one before. Independent."""
+        target = self.index + 1 if kind == FORWARD else self.index - 1
+        with self._transport.timed():
+            wire = x.detach().float().contiguous().cpu()
+            self._sent = [(request, held) for request, held in self._sent if not request.Test()]
+            self._sent.append((self.comm.Isend([memory(wire), MPI.BYTE], dest=target, tag=2 * v + kind), wire))
+        self._transport.sent_bytes += wire.nbytes
+
+    def settle(self, losses: list[float]) -> list[float]:
+        """Until all that was sent is taken; all stages have the losses of the last one then. Collective over comm."""
+        told = np.array(losses)
+        with self._transport.timed():
+            for request, _ in self._sent:
+                self.wait(request)
+            self.wait(self.comm.Ibcast(told, root=self.count - 1))
+        self._sent.clear()
+        return told.tolist()  # type: ignore[no-any-return]

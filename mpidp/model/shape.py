@@ -1,0 +1,56 @@
+"""The shape of the Transformer: everything that decides the parameters' names, shapes and cost. Pure, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """Everything that decides the parameters' names and shapes."""
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    model_dim: int
+    hidden_dim: int  # of the SwiGLU
+    seq_len: int
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+
+def default_hidden_dim(model_dim: int) -> int:
+    """8/3 of the width, which gives SwiGLU the parameters of a 4x MLP, rounded up to a multiple of 64."""
+    return -(-(8 * model_dim) // (3 * 64)) * 64
+
+
+def num_parameters(shape: TransformerShape) -> int:
+    """Counted without a model: on torch's meta device, initialisation would import torch._dynamo."""
+    d, heads = shape.model_dim, 2 * shape.num_heads + 2 * shape.num_kv_heads
+    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * d
+    return shape.num_layers * block + d + shape.vocab_size * d * (1 if shape.tie_embeddings else 2)
+
+
+def flops_per_token(shape: TransformerShape, parameters: int) -> float:
+    """Forward and backward floating-point operations a token: 6 N + 12 layers T D (Chowdhery 2022, appendix B)."""
+    embedding = 0 if shape.tie_embeddings else shape.vocab_size * shape.model_dim
+    return 6.0 * (parameters - embedding) + 12.0 * shape.num_layers * shape.seq_len * shape.model_dim
+
+
+def shapes_of(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+    """Of every parameter of the whole model, by name. Pure."""
+    d, h, heads, kv = shape.model_dim, shape.hidden_dim, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    block = {
+        "attention_norm": (d,), "attention.q": (heads, d), "attention.k": (kv, d), "attention.v": (kv, d),
+        "attention.o": (d, heads), "feed_forward_norm": (d,),
+        "feed_forward.gate": (h, d), "feed_forward.up": (h, d), "feed_forward.down": (d, h),
+    }
+    found: dict[str, tuple[int, ...]] = {"embedding.weight": (shape.vocab_size, d), "norm.weight": (d,)}
+    found |= {f"blocks.{layer}.{name}.weight": size for layer in range(shape.num_layers) for name, size in block.items()}
+    return found if shape.tie_embeddings else found | {"head.weight": (shape.vocab_size, d)}

@@ -1,0 +1,140 @@
+"""A resolved run, before anything large is made: what is said of it, and what it demands of a checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpidp import resolve
+from mpidp.arrivals import Order
+from mpidp.checkpoint import Reader, readable
+from mpidp.checkup.findings import numbers
+from mpidp.comm.grid import Grid
+from mpidp.comm.mesh import Mesh, together
+from mpidp.config import Config, fields_of, to_toml
+from mpidp.data.sampler import Sampler
+from mpidp.data.shards import TokenStream
+from mpidp.errors import UsageError
+from mpidp.lanes import Lanes
+from mpidp.metrics import MetricsFile
+from mpidp.model.part import Part, part_of
+from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
+from mpidp.rundir import refuse_changes
+from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run, before anything large is made."""
+
+    config: Config  # nothing left open
+    asked_threads: int  # as the user gave it; 0: automatic
+    grid: Grid
+    device: torch.device
+    training: TokenStream
+    validation: TokenStream | None
+    sampler: Sampler
+    lanes: Lanes
+    shape: TransformerShape
+    arrivals: Order  # at parameter servers or in a quorum, to be repeated
+
+    @property
+    def world(self) -> MPI.Intracomm:
+        return self.grid.world
+
+    @property
+    def mesh(self) -> Mesh:
+        """The replicas of this rank's part of the model, which is all of it unless mesh.tp or mesh.pp say otherwise."""
+        return self.grid.replicas
+
+    @property
+    def part(self) -> Part:
+        grid = self.grid
+        return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size)
+
+    def say_what_runs(self) -> None:
+        """Configuration, model and ranks, on rank 0. Collective over world."""
+        dp, grid = self.mesh.dp, self.grid
+        lanes = self.lanes.of_rank(dp.rank, dp.size - self.config.strategy.servers)
+        device = f"{self.device} {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else "cpu"
+        cores = numbers(sorted(os.sched_getaffinity(0)))
+        count = sum(math.prod(size) for size in self.part.sizes(shapes_of(self.shape)).values())
+        rows = self.world.gather((grid.everyone.host, cores, device, self.config.train.threads, len(lanes), count), root=0)
+        if rows is None:
+            return
+        slots = gradient_slots(self.config, self.lanes, 0, dp.size)[0] + held_buffers(self.config)
+        c, t = self.config, self.config.train
+        print(to_toml(c))
+        cut = grid.parts > 1
+        places = "  dp pp tp   parameters" * cut
+        print(f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}{places}")
+        for rank, (host, bound, where, threads, num_lanes, mine) in enumerate(rows):
+            place = "  {:>2} {:>2} {:>2} ".format(*grid.coordinates(rank)) + f"{mine:>12,}" if cut else ""
+            print(f"{rank:>5}  {host:<20} {bound:<12} {where:<24} {threads:>7} {num_lanes:>6}{place}")
+        whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
+        print(
+            f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}; "
+            f"{held_floats(c, slots, dp.size) * count / 2**18:,.0f} MiB a rank for weights, optimizer state "
+            f"({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
+            f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
+            f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
+            f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
+            f"{t.steps / self.sampler.steps_per_epoch:.2f} epochs of {self.training.num_tokens:,} tokens; "
+            f"reducer {c.comm.reducer}, compress {c.comm.compress}, strategy {c.strategy.name}\n",
+            flush=True,
+        )
+
+    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
+        """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
+        when a setting that must not change has changed. Collective over world."""
+        plan = self
+        if reader is not None:
+            with together(self.world), readable(reader.path):
+                saved = reader.meta["fingerprint"]
+                if not self.asked_threads:
+                    plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
+                refuse_changes(reader.meta["config"], plan.config)
+                if reader.meta["data"] != self.training.index_sha256:
+                    raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
+            now = resolve.fingerprint(plan.config, self.device)
+            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+            notes = [*notes, f"resuming from {reader.path}"]
+            if changed:
+                notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
+        if self.world.rank == 0:
+            for note in notes:
+                print(note, flush=True)
+        return plan
+
+    def has_ended(self, reader: Reader) -> dict[str, Any] | None:
+        """The end record when the run is over and nothing that decides its end has changed since. Independent."""
+        with readable(reader.path):
+            end: dict[str, Any] | None = reader.meta["end"]
+            if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
+                return end
+            rules = ("train.steps", "train.target_loss", "train.patience")
+            now = {key: value for key, _, value in fields_of(self.config)}
+            return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
+
+    def say_ended(self, end: dict[str, Any]) -> None:
+        """On rank 0; also mends a metrics file whose last line was lost. Independent."""
+        if self.world.rank:
+            return
+        file = Path(self.config.run.dir) / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        if not lines or '"event": "end"' not in lines[-1]:
+            metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
+            metrics.write(end)
+            metrics.close()
+        print(
+            f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
+            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
+            "start anew with --run.resume=never",
+            flush=True,
+        )

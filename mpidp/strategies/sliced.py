@@ -1,0 +1,100 @@
+"""Synchronous with the optimizer's state in slices (mesh.shard=1; ZeRO-1, Rajbhandari 2020): who holds a copy of the parameters
+holds the state of its slice alone, updates that, and hears the other slices from those who updated them.
+
+No sum changes, and the update works element by element: the weights are those of level 0, bit for bit. Where the ranks of one
+node share their copy there is nothing to do: the state is there once already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.boxes import boxes_of_run
+from mpidp.comm.buckets import slice_bounds
+from mpidp.comm.transport import PIECE_BYTES
+from mpidp.held import load_boxes
+from mpidp.state import Entry
+from mpidp.strategies.synchronous import Synchronous
+
+
+class Sliced(Synchronous):
+    """The slices are cut by rank; a node that has one copy holds those of its ranks, which update one each."""
+
+    goes_on = False  # a slice dies with its holder
+
+    def updates(self) -> dict[str, Any] | None:
+        rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
+        return {"share": (rank, size), "holds": members if self.one_copy else range(rank, rank + 1)}
+
+    def _publish(self) -> None:
+        """Each copy hears the slices of the others: by messages along rails where ranks of a node share a copy."""
+        transport = self.reducer.transport
+        with transport.timed():
+            self.group.fence()
+            if self.one_copy and self.group.owns:
+                self._exchange(self.group.rail, self._of_nodes())
+            elif not self.one_copy:
+                bounds = slice_bounds(self.flat.numel(), self.compute_comm.size)
+                self._exchange(self.compute_comm, [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)])
+            self.group.fence()
+
+    def _of_nodes(self) -> list[range]:
+        """What this rank's rail carries of each node's slices: an equal part."""
+        bounds, rail, found = slice_bounds(self.flat.numel(), self.compute_comm.size), self.group.node.rank, []
+        for members in self.group.members:
+            start, stop = bounds[members.start], bounds[members.stop]
+            cuts = slice_bounds(stop - start, self.group.num_rails)
+            found.append(range(start + cuts[rail], start + cuts[rail + 1]))
+        return found
+
+    def _exchange(self, comm: MPI.Intracomm, parts: list[range]) -> None:
+        """Of the parameters each rank of comm has written its part; then all have all parts."""
+        transport, step = self.reducer.transport, max(1, PIECE_BYTES // 4 // comm.size)
+        for low in range(0, max(map(len, parts)), step):
+            now = [part[low : low + step] for part in parts]
+            lengths, starts = [len(part) for part in now], [part.start for part in now]
+            if transport.mode == "staged":  # one after the other, in pinned memory
+                places = [comm_rank * step for comm_rank in range(comm.size)]
+                wire = transport.scratch("slices", step * comm.size)
+                wire[places[comm.rank] :][: lengths[comm.rank]] = self.flat[now[comm.rank].start : now[comm.rank].stop].cpu()
+                transport.allgatherv(comm, self.group.wait, (wire, lengths, places))
+                for part, at in zip(now, places, strict=True):
+                    self.flat[part.start : part.stop] = wire[at : at + len(part)].to(self.flat.device)
+            else:
+                transport.ready()
+                transport.allgatherv(comm, self.group.wait, (self.flat, lengths, starts))
+
+    def flats(self) -> dict[str, Tensor]:
+        """Replicas agree on the parameters; nobody else has this one's state."""
+        return {"": self.flat}
+
+    def state_dict(self) -> dict[str, Entry]:
+        """Boxes of the state that this rank updates, an empty one where that is nothing. Independent."""
+        assert self.optimizer is not None
+        optimizer, found = self.optimizer, {}
+        for key, flat in zip(optimizer.keys, optimizer.moments().values(), strict=True):
+            for offset, what, p in self.buffer.layout.placed():
+                low, high = max(offset, optimizer.mine.start), min(offset + p.numel(), optimizer.mine.stop)
+                rest = flat[max(0, low - optimizer.held.start) :]
+                boxes = boxes_of_run(tuple(p.shape), low - offset, high - offset)
+                for i, (at, shape) in enumerate(boxes or [((0,) * p.dim(), (0, *p.shape[1:]))]):
+                    box, rest = rest[: torch.Size(shape).numel()].view(shape), rest[torch.Size(shape).numel() :]
+                    found[f"{what}/{key}#{i}"] = Entry(box, "sharded", at, tuple(p.shape))
+        if "exp_avg" in optimizer.keys:
+            steps = {f"{what}/step": torch.tensor(float(optimizer.updates)) for _, what, _ in self.buffer.layout.placed()}
+            found |= {name: Entry(step) for name, step in steps.items()}
+        return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Of boxes: those that state_dict has. ValueError for any other. Independent."""
+        assert self.optimizer is not None
+        self.reducer.load_state_dict({
+            name.removeprefix("reducer/"): value for name, value in state.items() if name.startswith("reducer/")
+        })
+        mine = self.state_dict()
+        load_boxes({name: value for name, value in state.items() if not name.startswith("reducer/")}, mine, self.optimizer)

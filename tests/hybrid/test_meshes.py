@@ -1,0 +1,249 @@
+"""Laws of mesh.tp and mesh.pp: every mesh learns what one rank learns. Stages change no bit, cut layers change sums by rounding,
+and the number of replicas changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+import mpidp.evaluate
+import mpidp.generate
+from mpidp.comm.grid import make_grid
+from mpidp.config import Config
+from mpidp.errors import UsageError
+from mpidp.model.shape import shapes_of
+from mpidp.step import compute
+from tests.tiny import WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
+
+pytestmark = pytest.mark.mpi
+CLOSE = 1e-5  # relative
+MESHES = [  # (dp, pp, tp)
+    (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 3, 1), (1, 4, 1), (1, 1, 4),
+    (2, 2, 2), (1, 4, 2), (1, 2, 4), (4, 1, 2),
+]
+MODEL: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "dropout": 0.1}
+TRAIN: dict[str, Any] = {"steps": 20, "global_batch": 13, "eval_every": 8, "eval_tokens": 150}
+
+
+def with_mesh(data: Path, run: Path, mesh: tuple[int, int, int], /, **sections: dict[str, Any]) -> Config:
+    optim = {"clip": 0.5, "warmup_steps": 2, "schedule": "constant", "lr": 3e-3}
+    found: dict[str, Any] = {"model": MODEL, "train": TRAIN, "optim": optim}
+    for name, values in sections.items():
+        found[name] = found.get(name, {}) | values
+    found["mesh"] = {"dp": mesh[0], "pp": mesh[1], "tp": mesh[2]} | found.get("mesh", {})
+    return tiny(data, run, **found)
+
+
+def on(mesh: tuple[int, int, int], config: Config) -> Ran:
+    return train_at(mesh[0] * mesh[1] * mesh[2], config)
+
+
+def assert_close(run: Ran, alone: Ran, what: str, rel: float = CLOSE) -> None:
+    """Losses of every step and evaluation, and norms."""
+    assert len(run.learned) == len(alone.learned), what
+    for mine, line in zip(run.learned, alone.learned, strict=True):
+        for key in ("train_loss", "val_loss", "grad_norm"):
+            if key in line:
+                near = pytest.approx(line[key], rel=rel if key != "grad_norm" else 100 * rel)
+                assert mine[key] == near, f"{what}: {key}, {line}"
+
+
+def fits(mesh: tuple[int, int, int]) -> bool:
+    return mesh[0] * mesh[1] * mesh[2] <= WORLD.size
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_every_mesh_learns_what_one_rank_learns(
+    shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], tied: bool
+) -> None:
+    """With dropout, clipping, a short last micro-batch, grouped heads; stages alone to the bit, but for a tied embedding."""
+    if not fits(mesh):
+        pytest.skip("more ranks than there are")
+    data, model = corpus(shared_folder), {"tie_embeddings": tied, "num_kv_heads": 4 if mesh[2] == 4 else 2}
+    alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1), model=model))
+    run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, model=model))
+    assert_close(run, alone, str(mesh))
+    if mesh[2] == 1 and not tied:
+        assert (run.sha256, run.learned) == (alone.sha256, alone.learned)
+    if mesh[0] > 1:  # whatever the number of replicas
+        assert run.sha256 == on((1, *mesh[1:]), with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model)).sha256
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[0] == 1], ids=lambda mesh: "x".join(map(str, mesh)))
+def test_gradients_are_those_of_one_rank(shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int]) -> None:
+    """Of every parameter, each in its box, and their norm over the whole model."""
+    if not fits(mesh):
+        pytest.skip("more ranks than there are")
+    data = corpus(shared_folder)
+
+    def gradients(comm: MPI.Intracomm, mesh: tuple[int, int, int]) -> tuple[dict[str, tuple[Any, torch.Tensor]], float]:
+        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}))
+        loader = job.open_loader(0)
+        compute(job, next(loader))
+        loader.close()
+        reducer = job.strategy.reducer
+        reducer.finish()
+        layout, part, whole = reducer.buffer.layout, job.parts.part, shapes_of(job.parts.shape)
+        views = zip(layout.placed(), layout.views(reducer.buffer.total), strict=True)
+        found = {part.global_name(name): (part.box(part.global_name(name), whole[part.global_name(name)]), view.clone())
+                 for (_, name, _), view in views}
+        return found, reducer.norm()
+
+    alone, norm = at(1, lambda comm: gradients(comm, (1, 1, 1)))[0]
+    seen = set()
+    for found, its_norm in at(mesh[1] * mesh[2], lambda comm: gradients(comm, mesh)):
+        assert its_norm == pytest.approx(norm, rel=CLOSE)
+        for name, (box, gradient) in found.items():
+            wanted = alone[name][1][box]
+            assert float((gradient - wanted).norm()) <= CLOSE * float(alone[name][1].norm()), name
+            seen.add(name)
+    assert seen == set(alone)
+
+
+def test_a_run_goes_on_on_any_other_mesh(shared_folder: Path, shared_tmp: Path) -> None:
+    """dp4 -> dp2 x tp2, sharded -> pp2 x tp2 -> one rank -> pp2: as if nothing had happened."""
+    data = corpus(shared_folder)
+    alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1)))
+    steps = 0
+    for mesh, level in [((4, 1, 1), 1), ((2, 1, 2), 3), ((1, 2, 2), 0), ((1, 1, 1), 0), ((1, 2, 1), 0)]:
+        steps += 4
+        if fits(mesh):
+            run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, train={"steps": steps}, mesh={"shard": level}))
+            assert run.end["step"] == steps
+    run = on((1, 1, 1), with_mesh(data, shared_tmp / "run", (1, 1, 1)))
+    assert run.losses == pytest.approx(alone.losses, rel=CLOSE) and run.end["val_loss"] == pytest.approx(alone.end["val_loss"])
+
+
+def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_tmp: Path) -> None:
+    """One rank that goes on for no step at all has the hash that the mesh told."""
+    data = corpus(shared_folder)
+    for mesh in [mesh for mesh in ((1, 2, 2), (1, 1, 2), (2, 2, 1), (1, 2, 1)) if fits(mesh)]:
+        run = on(mesh, with_mesh(data, shared_tmp / str(mesh), mesh, train={"steps": 3}))
+        again = on((1, 1, 1), with_mesh(data, shared_tmp / str(mesh), (1, 1, 1), train={"steps": 3, "patience": 9}))
+        assert again.sha256 == run.sha256
+
+        def loaded(comm: MPI.Intracomm, mesh: tuple[int, int, int] = mesh) -> str:
+            import mpidp.fit
+            from mpidp.rundir import find_checkpoint
+
+            job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), (1, 1, 1), train={"steps": 3}))
+            reader, _ = find_checkpoint(job.run_dir, "must", comm)
+            assert reader is not None
+            mpidp.fit.restore(job, reader)
+            return job.parts.sha256(job.engine.model)
+
+        assert at(1, loaded) == [run.sha256]
+
+
+@pytest.mark.parametrize("how", [
+    {"strategy": {"name": "local", "sync_every": 5}}, {"strategy": {"name": "delayed"}}, {"comm": {"compress": "int8"}},
+    {"comm": {"compress": "fp16"}}, {"comm": {"reducer": "allreduce"}}, {"optim": {"name": "sgd"}},
+    {"train": {"recompute": True}}, {"comm": {"transport": "messages"}}, {"train": {"lanes": 3}},
+    {"mesh": {"shard": 1}, "comm": {"transport": "messages"}}, {"mesh": {"shard": 2}}, {"mesh": {"shard": 3}},
+], ids=str)
+def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
+    """Two replicas of two parts learn what two whole ones learn with the same method; codes round by bucket, so nearly."""
+    if not fits((2, 2, 1)):
+        pytest.skip("needs four ranks")
+    data = corpus(shared_folder)
+    plain = on((2, 1, 1), with_mesh(data, shared_tmp / "plain", (2, 1, 1), **how))
+    for mesh in ((2, 2, 1), (2, 1, 2)) if how.get("mesh", {}).get("shard", 0) < 2 else ((2, 1, 2),):
+        run = on(mesh, with_mesh(data, shared_tmp / str(mesh), mesh, **how))
+        near = 1e-2 if how.get("comm", {}).get("compress") == "int8" else 2e-4 if "compress" in how.get("comm", {}) else CLOSE
+        assert_close(run, plain, f"{mesh} {how}", near)
+
+
+def test_evaluate_and_generate_on_a_mesh(shared_folder: Path, shared_tmp: Path) -> None:
+    """The loss and the text of one rank; replicas beyond the first wait."""
+    data, run = corpus(shared_folder), shared_tmp / "run"
+    on((1, 1, 1), with_mesh(data, run, (1, 1, 1), train={"steps": 12}))
+    words = argparse.Namespace(
+        run=str(run), prompt="the ", tokens=12, temperature=0.7, top_k=9, seed=3, data=None, device="cpu", threads=1
+    )
+
+    def use(comm: MPI.Intracomm, pp: int, tp: int) -> tuple[float, int, str]:
+        found = mpidp.evaluate.evaluate(str(run), str(data), comm, device="cpu", threads=1, tp=tp, pp=pp)
+        said = argparse.Namespace(**vars(words), tp=tp, pp=pp)
+        return found["loss"], found["tokens"], mpidp.generate.generate(comm, said)
+
+    loss, tokens, text = at(1, lambda comm: use(comm, 1, 1))[0]
+    for mesh in [mesh for mesh in MESHES if fits(mesh) and 4 % mesh[2] == 0]:
+        found = at(mesh[0] * mesh[1] * mesh[2], lambda comm, mesh=mesh: use(comm, *mesh[1:]))
+        assert found[0] == (pytest.approx(loss, rel=CLOSE), tokens, text), mesh
+        assert {one[0] for one in found} == {found[0][0]}
+
+
+def test_ranks_that_have_the_same_hold_the_same_bits(shared_folder: Path, shared_tmp: Path) -> None:
+    """Norms are whole on every rank of a stage, and stay equal."""
+    if not fits((1, 1, 2)):
+        pytest.skip("needs two ranks")
+    data = corpus(shared_folder)
+
+    def norms(comm: MPI.Intracomm) -> list[list[float]]:
+        job = job_at(comm, with_mesh(data, shared_tmp / "run", (1, 1, 2)))
+        loader = job.open_loader(0)
+        for _ in range(5):
+            compute(job, next(loader))
+            job.strategy.step(1e-2, 13 * 16)
+        loader.close()
+        return [p.tolist() for name, p in job.engine.model.named_parameters() if not job.parts.part.is_cut(name)]
+
+    first, second = at(2, norms)
+    assert first == second and first
+
+
+def test_memory_falls_with_the_number_of_parts(shared_folder: Path, shared_tmp: Path) -> None:
+    """Parameters over the parts are those of the model, and those that every rank of a stage has once more each."""
+    data = corpus(shared_folder)
+    for mesh in [mesh for mesh in MESHES if mesh[0] == 1 and fits(mesh)]:
+
+        def count(comm: MPI.Intracomm, mesh: tuple[int, int, int] = mesh) -> tuple[int, int]:
+            job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}))
+            named = list(job.engine.model.named_parameters())
+            return sum(p.numel() for _, p in named), sum(p.numel() for n, p in named if not job.parts.part.is_cut(n))
+
+        rows = at(mesh[1] * mesh[2], count)
+        whole = at(1, lambda comm: count(comm, (1, 1, 1)))[0][0]
+        twice = sum(norms for i, (_, norms) in enumerate(rows) if i % mesh[2])
+        assert sum(total for total, _ in rows) - twice == whole
+        assert max(total for total, _ in rows) <= 0.75 * whole
+
+
+@pytest.mark.parametrize(("mesh", "model", "said"), [
+    ((1, 1, 2), {"num_heads": 3, "model_dim": 36, "num_kv_heads": 3}, r"the 3 key-value heads .* mesh.tp=1 or 3 would do"),
+    ((1, 2, 1), {"num_layers": 1}, "mesh.pp=2: the model has 1 layers.*mesh.pp=1 is the most"),
+])
+def test_a_cut_that_is_not_to_be_had_is_refused(
+    shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], model: dict[str, Any], said: str
+) -> None:
+    if not fits(mesh):
+        pytest.skip("needs two ranks")
+    data = corpus(shared_folder)
+    with pytest.raises(UsageError, match=said):
+        on(mesh, with_mesh(data, shared_tmp / "run", mesh, model=model))
+
+
+def test_ranks_that_make_no_mesh_are_told_how_many_would() -> None:
+    if WORLD.size < 3:
+        pytest.skip("needs three ranks")
+    with pytest.raises(UsageError, match=r"mesh.tp=2 x mesh.pp=1 does not make up the 3 ranks of this job: start 2 or 4"):
+        at(3, lambda comm: make_grid(comm, 2))
+
+
+def test_everybody_has_a_place() -> None:
+    for n in sizes(2, 4, 8):
+
+        def place(comm: MPI.Intracomm, n: int = n) -> tuple[Any, ...]:
+            grid = make_grid(comm, 2, max(1, n // 4))
+            dp, pp, tp = grid.coordinates(grid.world.rank)
+            return (dp, pp, tp) == (grid.replicas.dp.rank, grid.pp.rank, grid.tp.rank), grid.world.rank, (dp, pp, tp)
+
+        found = at(n, place)
+        assert all(same for same, _, _ in found)
+        assert len({coordinates for _, _, coordinates in found}) == n

@@ -1,0 +1,252 @@
+"""Laws of what a mesh holds, takes and sends: bytes are those of a real model, seconds those of its schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpidp.mesh_memory import (
+    Memory,
+    Model,
+    Shape,
+    Work,
+    kept_of_block,
+    largest,
+    layers_of,
+    logits_bytes,
+    memory_of,
+    parameters_of,
+)
+from mpidp.mesh_time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
+from mpidp.model.transformer import Transformer
+from mpidp.plan_mesh import KNOWN
+
+SMALL = Model(3, 64, 192, 4, 2, 512, 32)
+BIG = KNOWN[6.74e9][1]
+FAST = Machine(5e14, 2e12, Link(0.0, 3e11), Link(0.0, 4e11), 8, 8, 0.0)
+
+
+def torch_shape(model: Model) -> TransformerShape:
+    return TransformerShape(
+        model.vocab_size, model.num_layers, model.num_heads, model.num_kv_heads, model.model_dim, model.hidden_dim, model.seq_len,
+        tie_embeddings=model.tie_embeddings,
+    )
+
+
+@pytest.mark.parametrize("model", [SMALL, replace(SMALL, tie_embeddings=True), replace(SMALL, num_kv_heads=4)])
+def test_parameters_are_those_of_the_model(model: Model) -> None:
+    real = Transformer(torch_shape(model))
+    assert model.parameters == sum(p.numel() for p in real.parameters()) == num_parameters(torch_shape(model))
+    assert parameters_of(model, Shape(1, 1, 1), 0) == model.parameters
+    assert model.block == sum(p.numel() for p in real.blocks["0"].parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KNOWN.values()])
+def test_published_models_have_their_published_sizes(name: str) -> None:
+    (parameters, model), = [(known, model) for known, (said, model) in KNOWN.items() if said == name]
+    assert model.parameters == pytest.approx(parameters, rel=2e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pp", [1, 2, 3])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_no_parameter_is_lost(tp: int, pp: int, tied: bool) -> None:
+    """All ranks of a replica together hold the model once: but gains of norms on every rank of tp, and a tied table twice."""
+    model, shape = replace(SMALL, tie_embeddings=tied), Shape(1, pp, tp)
+    assert sum(layers_of(model, shape, stage) for stage in range(pp)) == model.num_layers
+    held = tp * sum(parameters_of(model, shape, stage) for stage in range(pp))
+    gains = (2 * model.num_layers + 1) * model.model_dim
+    assert held == model.parameters + (tp - 1) * gains + (tied and pp > 1) * model.table
+
+
+def test_stages_are_cut_for_the_slowest() -> None:
+    """No other number of blocks on the last stage, with its head, makes the slowest stage faster; none is left empty."""
+    for model, pp in ((BIG, 4), (BIG, 32), (replace(BIG, vocab_size=500000), 8), (SMALL, 3)):
+        shape = Shape(1, pp, 1)
+        layers = [layers_of(model, shape, stage) for stage in range(pp)]
+        assert sum(layers) == model.num_layers and min(layers) >= 1 and max(layers[:-1]) - min(layers[:-1]) <= 1
+        block, head = model.matrices + 2 * model.seq_len * model.model_dim, model.table
+        took = max(max(layers[:-1]) * block, layers[-1] * block + head)
+        others = range(1, model.num_layers - pp + 2)
+        assert took == min(max(-(-(model.num_layers - n) // (pp - 1)) * block, n * block + head) for n in others)
+        most = max((memory_of(model, shape, Work(64, 1), stage) for stage in range(pp)), key=lambda one: one.total)
+        assert largest(model, shape, Work(64, 1)).total >= 0.99 * most.total
+
+
+def saved_bytes(model: Model, dtype: torch.dtype, part: str) -> float:
+    """A token, that autograd keeps of one block or of all after the blocks, without parameters and what is cast of them."""
+    real = Transformer(torch_shape(model))
+    b, t = 3, model.seq_len
+    found: dict[int, int] = {}
+    weights = {shape for p in real.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape) not in weights and x.untyped_storage().data_ptr() not in buffers:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+
+    alive: list[torch.Tensor] = []
+    buffers = {x.untyped_storage().data_ptr() for x in (real.cos, real.sin)}
+    x = torch.randn(b, t, model.model_dim, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = real.blocks["0"](x, real.cos, real.sin, None, None) if part == "block" else real.head(real.norm(x))
+        if part != "block":
+            F.cross_entropy(y.float().flatten(0, 1), torch.zeros(b * t, dtype=torch.int64), reduction="sum")
+    return sum(found.values()) / (b * t)
+
+
+@pytest.mark.parametrize("kv", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, kv: int) -> None:
+    model, size = replace(SMALL, num_kv_heads=kv, seq_len=24), dtype.itemsize
+    work = Work(1, 1, number_bytes=size)
+    assert kept_of_block(model, Shape(1, 1, 1), work) == pytest.approx(saved_bytes(model, dtype, "block"), rel=0.02)
+    logarithms = 4 * model.vocab_size  # of the logits are kept; the formula also has what lives beside them at the peak
+    assert logits_bytes(model, Shape(1, 1, 1), size) >= 2 * logarithms
+    assert saved_bytes(model, dtype, "head") == pytest.approx(logarithms + (12 if size == 4 else 10) * model.model_dim, rel=0.03)
+
+
+def total(shape: Shape, recompute: bool = False, model: Model = BIG) -> Memory:
+    return largest(model, shape, Work(64, 1, float(recompute)))
+
+
+def test_a_parameter_takes_sixteen_bytes() -> None:
+    alone = memory_of(SMALL, Shape(1, 1, 1), Work(8, 1, number_bytes=4), 0)
+    n = SMALL.parameters
+    assert (alone.parameters, alone.gradients, alone.optimizer) == (4 * n, 4 * n, 8 * n)
+    slots = memory_of(SMALL, Shape(1, 1, 1), Work(8, 1, number_bytes=4, slots=3), 0)
+    assert slots.gradients == 3 * alone.gradients
+
+
+def test_memory_falls_with_every_axis_and_level() -> None:
+    for shard in range(4):
+        for more in ("tp", "pp"):
+            series = [total(replace(Shape(8, 1, 1, shard), **{more: n})).total for n in (1, 2, 4, 8)]
+            assert series == sorted(series, reverse=True) and len(set(series)) == 4, (shard, more)
+    levels = [total(Shape(8, 1, 1, shard)) for shard in range(4)]
+    n = BIG.parameters
+    assert [one.optimizer for one in levels] == [8 * n, n, n, n]
+    assert [one.gradients for one in levels] == [4 * n, 4 * n, n / 2, n / 2]
+    assert [one.parameters for one in levels] == [4 * n, 4 * n, 4 * n, n / 2]
+    assert len({one.activations for one in levels}) == 1
+    assert [one.total for one in levels] == sorted((one.total for one in levels), reverse=True)
+
+
+def test_micro_batches_in_flight_are_those_of_1f1b() -> None:
+    """A stage keeps as many micro-batches as there are stages from it on, and never more than there are."""
+    each = memory_of(BIG, Shape(1, 8, 1), Work(1, 1), 0).activations
+    assert [memory_of(BIG, Shape(1, 8, 1), Work(m, 1), 0).activations / each for m in (2, 8, 64)] == [2, 8, 8]
+    assert memory_of(BIG, Shape(1, 8, 1), Work(64, 1), 6).activations == pytest.approx(2 * each)
+    most = max((memory_of(BIG, Shape(1, 8, 1), Work(64, 1), stage) for stage in range(8)), key=lambda one: one.total)
+    assert largest(BIG, Shape(1, 8, 1), Work(64, 1)) == most
+    kept = [total(Shape(1, 4, 1), recompute).activations for recompute in (False, True)]
+    assert kept[1] < kept[0] / 4
+
+
+def one_f_one_b(stages: int, count: int, forward: float, backward: float, late: float) -> float:
+    """Seconds of 1F1B, event by event."""
+    order = []
+    for s in range(stages):
+        warm = min(count, stages - s)
+        mine = [("F", v) for v in range(warm)]
+        for v in range(count):
+            mine += [("B", v)] + ([("F", v + warm)] if v + warm < count else [])
+        order.append(mine)
+    done: dict[tuple[str, int, int], float] = {}
+    clock, at = [0.0] * stages, [0] * stages
+    while any(at[s] < len(order[s]) for s in range(stages)):
+        for s in range(stages):
+            while at[s] < len(order[s]):
+                what, v = order[s][at[s]]
+                before = ("F", s - 1, v) if what == "F" else ("B", s + 1, v)
+                if 0 <= before[1] < stages and before not in done:
+                    break
+                ready = done[before] + late if 0 <= before[1] < stages else 0.0
+                clock[s] = max(clock[s], ready) + (forward if what == "F" else backward)
+                done[what, s, v] = clock[s]
+                at[s] += 1
+    return max(clock)
+
+
+@pytest.mark.parametrize(("stages", "count"), [(1, 4), (2, 2), (2, 8), (4, 4), (4, 16), (8, 32)])
+@pytest.mark.parametrize("late", [0.0, 0.02])
+def test_a_pipeline_takes_what_its_schedule_takes(stages: int, count: int, late: float) -> None:
+    """Equal stages: a model without a vocabulary to speak of."""
+    model = replace(BIG, vocab_size=0)
+    machine = replace(FAST, ranks_a_node=1, devices_a_node=1, between=Link(late, math.inf))
+    step = step_of(model, Shape(1, stages, 1), Work(count, 1), machine)
+    each = step.compute_seconds / count
+    seconds = step.compute_seconds + step.pipeline_seconds
+    took = one_f_one_b(stages, count, each / 3, each * 2 / 3, late)
+    assert took * (1 - 1e-3) <= seconds <= took * (1 + 1e-3) + 1.1 * late  # exact where pp divides M - 1, else a message more
+    if not late:
+        assert step.pipeline_seconds / seconds == pytest.approx((stages - 1) / (count + stages - 1), rel=1e-2, abs=1e-4)
+
+
+def test_operations_are_those_of_mfu() -> None:
+    for recompute in (0.0, 1.0):
+        for shape in (Shape(1, 1, 1), Shape(2, 2, 2), Shape(4, 1, 4, 3)):
+            step = step_of(BIG, shape, Work(16, 1, recompute), FAST)
+            wanted = flops_per_token(torch_shape(BIG), BIG.parameters) * 16 * BIG.seq_len
+            assert step.flops * shape.ranks == pytest.approx(wanted, rel=1e-3)  # gains of norms are no products
+    again = step_of(BIG, Shape(1, 1, 1), Work(16, 1, 1.0), FAST).compute_seconds
+    assert 1.25 < again / step_of(BIG, Shape(1, 1, 1), Work(16, 1), FAST).compute_seconds < 1.45
+
+
+def test_bytes_follow_the_formulas() -> None:
+    n, d, t, L = BIG.parameters, BIG.model_dim, BIG.seq_len, BIG.num_layers
+    sent = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1), FAST).sent_bytes for shard in range(4)]  # M = 4
+    assert [one / (n * 7 / 8) for one in sent] == pytest.approx([8, 8, 4 * 4 + 4, 4 * (4 + 2 * 2)])
+    step = step_of(BIG, Shape(1, 1, 4), Work(3, 1), FAST)
+    small = 6 * 4 * t * 3 / 4
+    assert step.tp_bytes == pytest.approx(3 * ((4 * L + 2) * 2 * 3 / 4 * 4 * t * d + small))
+    assert step.tp_seconds == pytest.approx(step.tp_bytes / 3e11)
+    assert (step.pp_bytes, step.dp_bytes, step.between_bytes) == (0, 0, 0)
+    wide = step_of(BIG, Shape(1, 4, 1), Work(3, 1), FAST)
+    assert wide.pp_bytes == 2 * 3 * 4 * t * d and wide.between_bytes == 0
+    away = step_of(BIG, Shape(4, 4, 1), Work(12, 1), FAST)
+    assert away.between_bytes == away.pp_bytes  # dp's four ranks lie in one node, stages do not
+
+
+def test_links_are_shared_as_ranks_lie() -> None:
+    one = 8e9
+    assert half_allreduce(FAST, 1, 1, one).seconds == 0
+    assert half_allreduce(FAST, 8, 1, one).seconds == pytest.approx(7e9 / 3e11)
+    whole = half_allreduce(FAST, 16, 1, one)  # one ring through both nodes
+    assert whole.between and whole.seconds == pytest.approx(max(7.5e9 / 4e11, 7.5e9 / 3e11))
+    rails = half_allreduce(FAST, 4, 8, one)  # eight rings, one of each rank
+    assert rails.between and rails.seconds == pytest.approx(8 * 6e9 / 4e11)
+    assert message(FAST, Shape(1, 2, 8), one).seconds == pytest.approx(8 * one / 4e11)
+    assert not message(FAST, Shape(1, 2, 4), one).between
+
+
+def test_hidden_traffic_is_not_waited_for() -> None:
+    slow = replace(FAST, between=Link(0.0, 1e10))
+    steps = [step_of(BIG, Shape(64, 1, 1, 3), Work(64, 1), replace(slow, overlap=share)) for share in (0.0, 0.5, 1.0)]
+    hidden = [steps[0].dp_seconds - one.dp_seconds for one in steps]
+    assert hidden == pytest.approx([0, 0.5 * steps[0].compute_seconds, steps[0].compute_seconds])
+
+
+def test_ranks_that_share_devices_take_as_long_as_all_their_work() -> None:
+    crowded = replace(FAST, devices_a_node=2, inside=Link(0.0, math.inf))
+    free = [step_of(BIG, Shape(dp, 1, 1), Work(64, 1), crowded) for dp in (1, 2, 4, 8)]
+    path = [one.compute_seconds + one.pipeline_seconds for one in free]
+    assert path == pytest.approx([path[0], path[0] / 2, path[0] / 2, path[0] / 2])
+
+
+def test_a_measured_run_is_predicted_exactly() -> None:
+    for machine in (FAST, replace(FAST, flops=3e10, memory_bytes_per_second=8e9)):
+        work = Work(8, 2, number_bytes=4)
+        step = step_of(SMALL, Shape(1, 1, 1), work, machine)
+        flops, memory = measured_machine(SMALL, 2, step.compute_seconds, step.update_seconds, 4, 4)
+        if machine.flops < 1e12:
+            assert (flops, memory) == pytest.approx((machine.flops, machine.memory_bytes_per_second))
+        else:  # a small model on this machine is memory's alone: products are not told apart, but nothing is negative
+            assert flops > 0

@@ -1,0 +1,152 @@
+"""Laws of `mpidp.plan mesh`: what fits comes first, every figure says where it is from, bad input is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpidp import mesh_ask
+from mpidp import plan as planning
+from mpidp.config import Config, to_toml
+from mpidp.errors import UsageError
+from mpidp.mesh_memory import Model
+from mpidp.mesh_table import mesh_table
+from mpidp.plan_mesh import model_of, number, shapes
+
+SMALL = Model(3, 64, 192, 4, 2, 512, 32)
+PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logits")
+
+
+def ask(*words: str) -> dict[str, Any]:
+    return mesh_ask.answer(words)[0]
+
+
+def test_the_sample_of_the_issue(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = ask("--params", "2b", "--samples", "100m", "--ranks", "16")
+    data, model, hybrid = found["three_ways"]
+    assert (data["samples"], data["parameters"]) == (6.25e6, 2e9)
+    assert (model["samples"], model["parameters"]) == (1e8, 125e6)
+    assert hybrid["samples"] == 1e8 / hybrid["dp"] and 1 < hybrid["dp"] < 16
+    assert hybrid["samples"] / 1e8 * hybrid["parameters"] / 2e9 == pytest.approx(1 / 16)
+    assert found["parameters"] == pytest.approx(2e9, rel=0.05)
+    monkeypatch.setattr("sys.argv", ["plan", "mesh", "--params", "2b", "--samples", "100m", "--ranks", "16"])
+    planning.main()
+    said = capsys.readouterr().out
+    assert "6.25 M" in said and "125 M" in said and "assumed" in said and "--mesh.dp=" in said
+    monkeypatch.setattr("sys.argv", ["plan", "mesh", "--params", "2b", "--ranks", "16", "--json"])
+    planning.main()
+    assert json.loads(capsys.readouterr().out)["ranks"] == 16
+
+
+def test_what_fits_comes_first_and_the_fastest_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = ask("--params", "7b", "--ranks", "64", "--top", "99")
+    took = [row["step_seconds"] for row in found["rows"]]
+    assert took == sorted(took) and len(took) == found["fitting"]
+    for row in found["rows"]:
+        assert row["dp"] * row["pp"] * row["tp"] == 64
+        assert sum(row["memory_bytes"][part] for part in PARTS) == pytest.approx(row["memory_bytes"]["total"])
+        assert row["memory_bytes"]["total"] <= 0.9 * 80e9
+    one = ("--params", "1b", "--ranks", "1", "--micro-batch", "1", "--recompute", "true", "--memory")
+    needs = ask(*one, "99")["rows"][0]["memory_bytes"]["total"] / 1e9
+    assert [ask(*one, str(needs / share))["fitting"] for share in (0.89, 0.91)] == [1, 0]  # a tenth is left free
+    small = ask("--params", "7b", "--ranks", "2", "--memory", "16")
+    assert not small["fitting"] and "NONE" in mesh_table(small)
+    assert ask("--params", "70b", "--ranks", "16384", "--global-batch", "2048")["fitting"]
+
+
+def test_meshes_are_all_and_only_those_that_can_be() -> None:
+    found = list(shapes(SMALL, 12, 99))
+    assert all(one.ranks == 12 and one.tp in (1, 2) and one.pp <= 3 for one in found)
+    assert {(one.dp, one.pp, one.tp) for one in found} == {(12, 1, 1), (6, 2, 1), (4, 3, 1), (6, 1, 2), (3, 2, 2), (2, 3, 2)}
+    assert not [one for one in shapes(SMALL, 12, 3) if one.dp > 3]
+
+
+@pytest.mark.parametrize("asked", [1e7, 1.3e8, 3.5e8, 2e9, 3e10, 1.75e11, 1e12])
+def test_a_model_of_so_many_parameters(asked: float) -> None:
+    model, _ = model_of(asked, 1000 if asked < 1e8 else 0)
+    assert model.parameters == pytest.approx(asked, rel=0.1)
+    assert model.model_dim % model.num_heads == 0 and model.model_dim // model.num_heads % 2 == 0
+
+
+def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text("[model]\nmodel_dim = 256\nnum_heads = 8\n[train]\nglobal_batch = 32\ndtype = 'float32'\n")
+    found = ask("--config", "my.toml", "--ranks", "8", "--vocab", "256", "--model.num_layers=6")
+    assert found["model"] == {"num_layers": 6, "model_dim": 256, "hidden_dim": 704, "num_heads": 8, "num_kv_heads": 8,
+                              "vocab_size": 256, "seq_len": 128, "tie_embeddings": False}
+    assert (found["global_batch"], found["number_bytes"], found["parameters_asked"]) == (32, 4, found["parameters"])
+
+
+def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own step is then what is predicted."""
+    monkeypatch.chdir(tmp_path)
+    config = Config().with_values(train={"dtype": "float32", "lanes": 8}, run={"dir": "run"})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text(to_toml(config))
+    times = {"compute_seconds": 0.4, "update_seconds": 0.002, "data_seconds": 0.0, "step_seconds": 0.41, "comm_wait_seconds": 0.0}
+    lines = [{"event": "start", "step": 0, "ranks": 1}, *({"step": s, "tokens": 2048 * s, **times} for s in range(1, 21))]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = ask("--config", "run/config.toml", "--calibrate", "run", "--vocab", "300", "--ranks", "1", "--micro-batch", "2",
+                "--recompute", "false")
+    (row,) = found["rows"]
+    assert (row["compute_seconds"], row["update_seconds"]) == pytest.approx((0.4, 0.002))
+    assert [said for said in found["machine"] if "measured" in said] == found["machine"][:2]
+    with pytest.raises(UsageError, match="--vocab says how many tokens there are"):
+        ask("--params", "1b", "--ranks", "1", "--calibrate", "run")
+
+
+def test_figures_are_given_or_the_doctors_or_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster = {"ranks": 8, "ranks_per_node": [4, 4], "gpus_per_node": [4, 4], "cores_per_node": [64, 64],
+               "gpu": "NVIDIA A100-SXM4", "between": "nodes", "latency_seconds": 2e-6, "bandwidth_bytes_per_second": 2.5e9}
+    (tmp_path / "cluster.json").write_text(json.dumps(cluster))
+    said = ask("--params", "1b", "--ranks", "8", "--link-gbit", "600")["machine"]
+    assert "network of a node: 20 Gbit/s (cluster.json)" in said and "ranks a node: 4 (cluster.json)" in said
+    assert "link within a node: 600 Gbit/s a rank (given)" in said and "latency: 2 us (cluster.json)" in said
+    assert "products: 156 TFLOP/s a rank (assumed: half of what NVIDIA A100-SXM4 is sold for)" in said
+    said = ask("--params", "1b", "--ranks", "8", "--flops", "99t", "--node-gbit", "10")["machine"]
+    assert "products: 99 TFLOP/s a rank (given)" in said and "network of a node: 10 Gbit/s (given)" in said
+
+
+WRONG = {  # words: what is said
+    "--ranks 8": "give --params N",
+    "--params 7b --config x.toml --ranks 8": "one of them",
+    "--params seven --ranks 8": "--params=seven: give a number above 0",
+    "--params -7b --ranks 8": "--params",
+    "--params 7b": "--ranks",
+    "--params 7b --ranks 1.5": "--ranks=1.5 must be a whole number",
+    "--params 7b --ranks 0": "--ranks=0",
+    "--params 7b --ranks 8 --global-batch 2.5": "--global-batch=2.5 must be a whole number",
+    "--params 7b --ranks 8 --overlap 2": "--overlap=2 must be from 0 to 1",
+    "--params 7b --ranks 8 --top 0": "--top=0",
+    "--params 7b --ranks 8 --dtype fp8": "fp8",
+    "--params 7b --ranks 8 --model.model_dim=3": "--model.model_dim=3: no such option",
+    "--params 7b --ranks 7919": "no mesh of so many",
+    "--params 1000 --ranks 8": "--params=1000: a vocabulary of 32,000",
+    "--params 7b --ranks 8 --cluster nowhere.json": "nowhere.json: no such file",
+    "--config nowhere.toml --ranks 8": "nowhere.toml",
+    "--params 7b --ranks 8 --cluster bad.json": "bad.json is not what mpidp.doctor writes",
+    "--params 7b --ranks 8 --calibrate nowhere": "nowhere: no metrics.jsonl",
+    "--params 7b --ranks 8 --global-batch 2 --micro-batch 4": "more than the global batch of 2",
+}
+
+
+@pytest.mark.parametrize("words", list(WRONG))
+def test_bad_input_is_named(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text('{"bandwidth_bytes_per_second": "fast"}')
+    with pytest.raises(UsageError) as caught:
+        ask(*words.split())
+    assert WRONG[words] in str(caught.value)
+
+
+def test_numbers() -> None:
+    assert [number(word, "x") for word in ("7b", "100M", "1.5k", "4e9", "2t")] == [7e9, 1e8, 1500, 4e9, 2e12]
+    for wrong in ("", "b", "nan", "inf", "0", "-1k", "7bb"):
+        with pytest.raises(UsageError, match="--x"):
+            number(wrong, "x")
