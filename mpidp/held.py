@@ -3,6 +3,7 @@ DTensors cut along dim 0. Nothing here imports torch.distributed."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,16 @@ def whole(p: Tensor) -> Tensor:
     """All of a parameter. Collective over the ranks that hold shards of it."""
     parted: Any = p.detach()
     return parted.full_tensor() if hasattr(parted, "full_tensor") else parted  # type: ignore[no-any-return]
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """sha256 over the float32 parameters in name order, little-endian bytes; of shards too, a parameter at a time. Collective
+    over the ranks that hold shards, if there are any."""
+    at_rest(model)  # numpy's view of a gathered parameter would keep its memory
+    digest = hashlib.sha256()
+    for _, p in sorted(model.named_parameters()):
+        digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:

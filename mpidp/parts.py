@@ -19,7 +19,7 @@ from mpidp.comm.grid import Grid
 from mpidp.comm.group import Group
 from mpidp.comm.transport import pieces
 from mpidp.errors import UsageError
-from mpidp.held import at_rest, boxes_held, parameters_of, whole
+from mpidp.held import at_rest, boxes_held, parameters_of, weights_sha256, whole
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.state import Entry
@@ -85,11 +85,11 @@ class Parts:
     def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
         """What the strategy's load_state_dict is given; strategy: what it has now. UsageError where it was written for parts that
         are cut in another way."""
-        dp = self.grid.replicas.dp
+        dp, of_whole = self.grid.replicas.dp, {self.part.global_name(name): name for name, _ in model.named_parameters()}
+        boxes = boxes_held({name: entry for name, entry in strategy.items() if name.partition("/")[0] in of_whole.values()})
         if self.grid.parts == 1 and not any(name.startswith("strategy/part_") for name in reader):
-            return reader.under("strategy/", dp.rank, dp.size, boxes_held(strategy))
-        of_whole = {self.part.global_name(name): name for name, _ in model.named_parameters()}
-        boxes, label, found = boxes_held(strategy), f"strategy/{self.grid.label}/", {}
+            return reader.under("strategy/", dp.rank, dp.size, boxes)
+        label, found = f"strategy/{self.grid.label}/", {}
         for name in reader:
             where, _, rest = name.partition("/")
             what, slash, key = rest.partition("/")
@@ -142,12 +142,10 @@ class Parts:
     def sha256(self, model: nn.Module) -> str:
         """sha256 over the whole model's float32 parameters in name order, little-endian bytes. Collective over grid.world."""
         digest, grid = hashlib.sha256(), self.grid
-        at_rest(model)  # numpy's view of a gathered parameter would keep its memory
-        mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         if grid.parts == 1:
-            for _, p in sorted(model.named_parameters()):
-                digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
-            return digest.hexdigest()
+            return weights_sha256(model)
+        at_rest(model)
+        mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
         gathers = grid.world.rank == 0  # from the ranks of the first replica
         for name, size in sorted(self.sizes.items()):

@@ -20,8 +20,8 @@ from mpidp.comm.mesh import make_mesh
 from mpidp.comm.sparse import count
 from mpidp.comm.transport import Messages
 from mpidp.config import fields_of
-from mpidp.engine import weights_sha256
 from mpidp.errors import UsageError
+from mpidp.held import weights_sha256
 from mpidp.lanes import Lanes
 from mpidp.strategies.synchronous import Synchronous
 from tests.mpi.test_strategy import run_batch
@@ -139,7 +139,7 @@ def test_as_much_less_is_sent_as_the_code_is_smaller(name: str) -> None:
               "randomk": 0.1, "powersgd": 0.0175}  # topk and randomk at a ratio of 0.1; powersgd of rank 2
 
     def sent(comm: MPI.Intracomm) -> tuple[int, int]:
-        reducer = reducer_of(comm, name, bucket_bytes=10**9, shapes={"w": (256, 256), "v": (100,)})
+        reducer = reducer_of(comm, name, bucket_bytes=10**9, shapes={"one.w": (256, 256), "one.v": (100,)})
         summed(reducer, gradient(reducer, 0))
         size = 4 * (256 * 256 + 128)
         reducer.group.close()

@@ -185,9 +185,9 @@ def _raw(config: Any, n: int) -> list[dict[str, Any]]:
 @contextmanager
 def spoiled(rank: int, batches: range) -> Iterator[None]:
     """The losses of this rank in these batches are not finite."""
-    real = Engine._learn
+    real = Engine._forward
 
-    def learn(self: Engine, mb: Any, batch: int) -> torch.Tensor:
+    def learn(self: Engine, mb: Any, batch: int) -> Any:
         if MPI.COMM_WORLD.rank == rank and batch in batches:
             plain = self.loss_sum
             self.loss_sum = lambda mb, key: plain(mb, key) * math.nan  # type: ignore[method-assign]
@@ -198,7 +198,7 @@ def spoiled(rank: int, batches: range) -> Iterator[None]:
         return real(self, mb, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_learn", learn)
+        patch.setattr(Engine, "_forward", learn)
         yield
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from mpi4py import MPI
 
 from mpidp.data.shards import TokenStream
-from mpidp.engine import Engine, dropout_key, weights_sha256
+from mpidp.engine import Engine, dropout_key
+from mpidp.held import weights_sha256
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
 from mpidp.schedule import one_f_one_b

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from mpi4py import MPI
 
 from mpidp.comm.owners import REDUCERS
-from mpidp.engine import Engine, weights_sha256
+from mpidp.engine import Engine
+from mpidp.held import weights_sha256
 from mpidp.job import Job
 from mpidp.optim import Optimizer
 from mpidp.schedule import one_f_one_b
