@@ -152,6 +152,8 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "compile": config.train.compile,
         "deterministic": config.train.deterministic,
         "reducer": config.comm.reducer,
+        "tp": config.mesh.tp,
+        "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings else 1,
         "compress": config.comm.compress,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
