@@ -12,7 +12,7 @@ OPENMPI_TEST = env PATH="$(OPENMPI_BIN):$(PATH)" TMPDIR="$$(mktemp -d)" OMPI_ALL
 	PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_osc=^ucx mpirun -n
 PYTEST_MPI := python -m mpi4py -m pytest -q --with-mpi --timeout=120 --timeout-method=thread
 
-.PHONY: train test setup unit mpi c10d peer peer-short laws methods hybrid openmpi long faults slurm slurm-short soak soak-faults bench bench-short network tokens lint types clean help
+.PHONY: train test setup unit mpi gpu c10d peer peer-short laws methods hybrid openmpi long faults slurm slurm-short soak soak-faults bench bench-short network tokens lint types clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
@@ -77,6 +77,9 @@ slurm: .venv-openmpi/.ready ## the templates of jobs/ on a throw-away Slurm of v
 SLURM_SHORT := short or wrong or single_node or environment4 or success or pmi2 or node_is_lost or node_crashes or rank_dies or cray
 slurm-short: .venv-openmpi/.ready ## the same in short: each launcher, a requeue, a lost node, a lost rank
 	python -m pytest -q -rs $(REMEMBER) --timeout=600 tests/slurm -k "$(SLURM_SHORT)" || $(AGAIN) tests/slurm; }
+
+gpu: $(VENV)/.test ## on a machine with a GPU: the laws there, torch.distributed with its tensors, and 1 B parameters in four shards
+	tests/gpu/check.sh
 
 soak: $(VENV)/.test ## a hundred runs in shared memory under load, one hash
 	MPIDP_SOAK=100 $(MPICH_TEST) 4 $(PYTEST_MPI) tests/laws/test_fences.py

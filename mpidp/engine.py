@@ -64,6 +64,10 @@ class Engine:
         self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
         self.fill: Callable[[int], None] = lambda forwards: None  # so many more, where all ranks must make as many as any does
 
+    def peak_bytes(self) -> int | None:
+        """What torch had allocated at most on this CUDA device. Independent."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 

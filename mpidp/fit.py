@@ -58,7 +58,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
         evaluate(job)
     end = {
         "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped,
-        "val_loss": at.val_loss, "weights_sha256": job.parts.sha256(job.engine.model),
+        "val_loss": at.val_loss, "weights_sha256": job.parts.sha256(job.engine.model), **job.gpu_memory(),
     }
     save(job, end)
     job.record(end)

@@ -132,6 +132,11 @@ class Job:
         if self.metrics is not None:
             self.metrics.write(line)
 
+    def gpu_memory(self) -> dict[str, list[int]]:
+        """On CUDA, the bytes that torch had allocated at most, by rank. Collective over comm."""
+        peak = self.engine.peak_bytes()
+        return {} if peak is None else {"gpu_peak_bytes": self.comm.allgather(peak)}
+
     def enter(self, phase: str) -> None:
         """What this rank does from here on: the watchdog is told, and faults on purpose strike. Independent."""
         step = self.position.step + 1

@@ -40,7 +40,8 @@ from tests.saves import no_thread_is_left
 
 WORLD = MPI.COMM_WORLD
 SEQ_LEN = 16
-MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds")  # and *_seconds: may differ between equal runs
+DEVICE = os.environ.get("MPIDP_TEST_DEVICE", "cpu")  # cuda: `make gpu` runs the laws there
+MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds", "gpu_peak_bytes")  # and *_seconds: may differ between equal runs
 OF_RANKS = ("start", "balance", "saved", "save_skipped", "save_failed")  # of ranks and disks, not of what was learned
 SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
 
@@ -96,9 +97,10 @@ def tiny(shards: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
         data={"path": str(shards)},
         model={"num_layers": 2, "num_heads": 4, "model_dim": 32, "hidden_dim": 64, "seq_len": SEQ_LEN},
         train={
-            "steps": 6, "global_batch": 16, "micro_batch": 2, "threads": 1, "device": "cpu", "eval_every": 3,
-            "eval_tokens": 200, "save_every": 0,
+            "steps": 6, "global_batch": 16, "micro_batch": 2, "threads": 1, "device": DEVICE, "eval_every": 3,
+            "eval_tokens": 200, "save_every": 0, "dtype": "float32",
         },
+        comm={"gpu": "auto" if DEVICE == "cpu" else "staged"},  # a probe a run would take seconds
         optim={"lr": 1e-2, "warmup_steps": 2},
         run={"dir": str(run_dir), "hang_seconds": 0.0},
     )

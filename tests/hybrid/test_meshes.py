@@ -18,7 +18,7 @@ from mpidp.config import Config
 from mpidp.errors import UsageError
 from mpidp.model.shape import shapes_of
 from mpidp.step import compute
-from tests.tiny import WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
+from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 CLOSE = 1e-5  # relative
@@ -164,11 +164,11 @@ def test_evaluate_and_generate_on_a_mesh(shared_folder: Path, shared_tmp: Path) 
     data, run = corpus(shared_folder), shared_tmp / "run"
     on((1, 1, 1), with_mesh(data, run, (1, 1, 1), train={"steps": 12}))
     words = argparse.Namespace(
-        run=str(run), prompt="the ", tokens=12, temperature=0.7, top_k=9, seed=3, data=None, device="cpu", threads=1
+        run=str(run), prompt="the ", tokens=12, temperature=0.7, top_k=9, seed=3, data=None, device=DEVICE, threads=1
     )
 
     def use(comm: MPI.Intracomm, pp: int, tp: int) -> tuple[float, int, str]:
-        found = mpidp.evaluate.evaluate(str(run), str(data), comm, device="cpu", threads=1, tp=tp, pp=pp)
+        found = mpidp.evaluate.evaluate(str(run), str(data), comm, device=DEVICE, threads=1, tp=tp, pp=pp)
         said = argparse.Namespace(**vars(words), tp=tp, pp=pp)
         return found["loss"], found["tokens"], mpidp.generate.generate(comm, said)
 

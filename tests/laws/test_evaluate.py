@@ -13,7 +13,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import CheckpointError, DataError
 from mpidp.evaluate import evaluate
 from mpidp.generate import generate
-from tests.tiny import WORLD, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
+from tests.tiny import DEVICE, WORLD, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_evaluated_is_refused_on_all_ranks(trained: tuple[Path, R
 
 def test_the_same_text_at_any_number_of_ranks(trained: tuple[Path, Ran]) -> None:
     options = argparse.Namespace(
-        run=str(trained[0]), prompt="the rank", tokens=20, temperature=0.8, top_k=20, seed=3, data=None, device="cpu", threads=1,
+        run=str(trained[0]), prompt="the rank", tokens=20, temperature=0.8, top_k=20, seed=3, data=None, device=DEVICE, threads=1,
         tp=1, pp=1,
     )
     found = [text for n in sizes(1, 2, 4) for text in at(n, lambda comm: generate(comm, options))[:1]]
