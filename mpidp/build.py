@@ -133,7 +133,9 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
     if before is None:
-        model: Any = MODELS[config.model.kind](plan.shape, train.seed, parts.part).to(device)
+        model: Any = MODELS[config.model.kind](plan.shape, train.seed, parts.part)
+        if config.mesh.shard < 2:  # FSDP2 moves what it shards, a block at a time: no device ever holds the whole
+            model.to(device)
         model.recompute = train.recompute
         named = list(model.named_parameters())
         shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])

@@ -58,8 +58,8 @@ part doctor 60 mpirun -np 2 python -m mpidp.doctor --gpu
 part ranks 120 bash -c ranks
 part c10d 60 mpirun -np 4 $pytest tests/gpu
 part big 120 bash -c big
-part hybrid 120 mpirun -np 4 $pytest tests/hybrid
+part hybrid 240 mpirun -np 4 $pytest --maxfail=3 tests/hybrid
 part speed 80 bash -c speed
-part laws 150 mpirun -np 4 $pytest tests/laws/test_ranks.py tests/laws/test_resume.py tests/laws/test_evaluate.py
-part methods 150 mpirun -np 4 $pytest tests/methods
+part laws 150 mpirun -np 4 $pytest --maxfail=3 tests/laws/test_ranks.py tests/laws/test_resume.py tests/laws/test_evaluate.py
+part methods 150 mpirun -np 4 $pytest --maxfail=3 tests/methods
 exit $status
