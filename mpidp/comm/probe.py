@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -31,12 +32,17 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
     """Send, receive and reduce device memory in a child process, small and large, and compare. Independent."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD], env=environment, capture_output=True, timeout=timeout_seconds, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        child = subprocess.Popen([sys.executable, "-c", _CHILD], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
         return False
-    return child.returncode == 0 and b"device buffers work" in child.stdout
+    try:
+        said, _ = child.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        said, _ = child.communicate()
+    for left in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH's, when it died
+        left.unlink(missing_ok=True)
+    return child.returncode == 0 and b"device buffers work" in said
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:

@@ -18,6 +18,7 @@ import pytest
 from mpidp.checkup import hardware, launch, memory, network, storage
 from mpidp.checkup.facts import Facts
 from mpidp.checkup.findings import VERDICTS, Finding, attempt, numbers, ranks, size, table, worst
+from mpidp.comm import probe
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
 ONE = Facts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
@@ -412,3 +413,16 @@ def test_leases_do_not_kill_who_takes_them(tmp_path: Path) -> None:
     assert child.communicate(timeout=20)[0] == b"x" * 4096
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 4096), pytest.raises(BlockingIOError), memory._leased(path):
         pass
+
+
+def test_a_probe_that_dies_leaves_no_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It dies where MPI takes a device pointer for one of the host."""
+    told = tmp_path / "pid"
+    child = f"import os\nfrom mpi4py import MPI\nopen({str(told)!r}, 'w').write(str(os.getpid()))\nos.kill(os.getpid(), 11)"
+    monkeypatch.setattr(probe, "_CHILD", child)
+    assert not probe.device_buffers_work()
+    assert not list(Path("/dev/shm").glob(f"mpich_shm_{int(told.read_text()):x}_*"))
+    monkeypatch.setattr(probe, "_CHILD", "import time; print('device buffers work', flush=True); time.sleep(99)")
+    assert not probe.device_buffers_work(timeout_seconds=0.5)
+    monkeypatch.setattr(probe, "_CHILD", "print('device buffers work')")
+    assert probe.device_buffers_work()
