@@ -32,7 +32,9 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
     """Send, receive and reduce device memory in a child process, small and large, and compare. Independent."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
     try:
-        child = subprocess.Popen([sys.executable, "-c", _CHILD], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
     except OSError:
         return False
     try:
