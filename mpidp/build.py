@@ -128,7 +128,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
-    dp, parts = mesh.dp, Parts(grid, plan.shape)
+    dp, parts = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence)
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -147,7 +147,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     transport = open_transport(config.comm.gpu, device, dp)
     losses = None
     if grid.tp.size > 1:
-        ring = Ring(grid, transport)
+        ring = Ring(grid, transport, config.mesh.sequence)
         share_layers(model, ring)
         named, losses = list(model.named_parameters()), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(

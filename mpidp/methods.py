@@ -104,6 +104,8 @@ RULES = [
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
          "the ranks of a replica talk to each other during backward already"),
     Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "it knows of replicas alone"),
+    Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
+         "positions are shared out over the ranks that share a layer, and there is one"),
     Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),
          "Muon updates whole matrices, and each rank has a part of them: mesh.pp cuts between layers"),
     Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),

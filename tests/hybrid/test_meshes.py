@@ -75,15 +75,35 @@ def test_every_mesh_learns_what_one_rank_learns(
         assert run.sha256 == on((1, *mesh[1:]), with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model)).sha256
 
 
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[2] > 1], ids=lambda mesh: "x".join(map(str, mesh)))
+def test_positions_in_parts_teach_what_whole_ones_do(shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int]) -> None:
+    """With dropout, recompute, packed documents, windows that do not divide: evaluation ends with a short one."""
+    if not fits(mesh):
+        pytest.skip("more ranks than there are")
+    data, model, steps = corpus(shared_folder), {"seq_len": 15, "num_kv_heads": 4}, {"steps": 8, "recompute": mesh[1] > 1}
+    alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1), model=model, train=steps))
+    run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, model=model, train=steps, mesh={"sequence": True}))
+    assert_close(run, alone, str(mesh))
+    if mesh[0] > 1:  # whatever the number of replicas
+        fewer = with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model, train=steps, mesh={"sequence": True})
+        assert run.sha256 == on((1, *mesh[1:]), fewer).sha256
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[0] == 1], ids=lambda mesh: "x".join(map(str, mesh)))
-def test_gradients_are_those_of_one_rank(shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int]) -> None:
+def test_gradients_are_those_of_one_rank(
+    shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], sequence: bool
+) -> None:
     """Of every parameter, each in its box, and their norm over the whole model."""
     if not fits(mesh):
         pytest.skip("more ranks than there are")
+    if sequence and mesh[2] == 1:
+        pytest.skip("nobody to share positions with")
     data = corpus(shared_folder)
 
     def gradients(comm: MPI.Intracomm, mesh: tuple[int, int, int]) -> tuple[dict[str, tuple[Any, torch.Tensor]], float]:
-        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}))
+        cut = {"sequence": sequence and mesh[2] > 1}
+        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}, mesh=cut))
         loader = job.open_loader(0)
         compute(job, next(loader))
         loader.close()
@@ -146,16 +166,21 @@ def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_
     {"comm": {"compress": "fp16"}}, {"comm": {"reducer": "allreduce"}}, {"optim": {"name": "sgd"}},
     {"train": {"recompute": True}}, {"comm": {"transport": "messages"}}, {"train": {"lanes": 3}},
     {"mesh": {"shard": 1}, "comm": {"transport": "messages"}}, {"mesh": {"shard": 2}}, {"mesh": {"shard": 3}},
+    {"mesh": {"sequence": True}, "strategy": {"name": "local", "sync_every": 5}, "train": {"dtype": "bfloat16"}},
+    {"mesh": {"sequence": True}, "comm": {"compress": "fp16"}}, {"mesh": {"sequence": True, "shard": 3}, "train": {"lanes": 3, "steps": 6}},
 ], ids=str)
 def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
     """Two replicas of two parts learn what two whole ones learn with the same method; codes round by bucket, so nearly."""
     if not fits((2, 2, 1)):
         pytest.skip("needs four ranks")
     data = corpus(shared_folder)
-    plain = on((2, 1, 1), with_mesh(data, shared_tmp / "plain", (2, 1, 1), **how))
-    for mesh in ((2, 2, 1), (2, 1, 2)) if how.get("mesh", {}).get("shard", 0) < 2 else ((2, 1, 2),):
+    cut = how.get("mesh", {})
+    whole = how | {"mesh": cut | {"sequence": False}}
+    plain = on((2, 1, 1), with_mesh(data, shared_tmp / "plain", (2, 1, 1), **whole))
+    for mesh in ((2, 1, 2),) if cut.get("shard", 0) > 1 or "sequence" in cut else ((2, 2, 1), (2, 1, 2)):
         run = on(mesh, with_mesh(data, shared_tmp / str(mesh), mesh, **how))
-        near = 1e-2 if how.get("comm", {}).get("compress") == "int8" else 2e-4 if "compress" in how.get("comm", {}) else CLOSE
+        rounds = how.get("comm", {}).get("compress") == "int8" or "dtype" in how.get("train", {})
+        near = 1e-2 if rounds else 2e-4 if "compress" in how.get("comm", {}) else CLOSE
         assert_close(run, plain, f"{mesh} {how}", near)
 
 
