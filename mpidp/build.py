@@ -21,7 +21,8 @@ from mpidp.comm import overlap
 from mpidp.comm.grid import Grid
 from mpidp.comm.mesh import together
 from mpidp.comm.nccl import check_nccl, open_transport
-from mpidp.comm.parallel_layers import Ring, loss_over, share_layers
+from mpidp.comm.parallel_layers import loss_over, share_layers
+from mpidp.comm.ring import Ring
 from mpidp.comm.stages import Stages
 from mpidp.config import Config, fields_of, to_toml
 from mpidp.data.loader import Loader

@@ -2,8 +2,9 @@
 the vocabulary (tensor parallelism: Shoeybi 2019, Megatron-LM, section 3). Pure.
 
 What is cut is cut where the cut costs least: query, key, value, gate and up by rows, what follows them (o, down) by columns, so
-that one sum over the ranks a branch makes it whole. Embedding and head are cut by vocabulary. Norms are whole on every rank; between
-branches each rank has all positions of a sequence, or its share of them (sequence parallelism: Korthikanti 2022, section 4.2.2).
+that one sum over the ranks a branch makes it whole. Embedding and head are cut by vocabulary. Norms are whole on every rank;
+between branches a rank has all positions of a sequence, or its share of them (sequence parallelism: Korthikanti 2022, section
+4.2.2).
 """
 
 from __future__ import annotations
