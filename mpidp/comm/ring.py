@@ -123,7 +123,7 @@ class _Scatter(torch.autograd.Function):
 
 
 def begin(x: Tensor, ring: Ring) -> Tensor:
-    """f: (B, T, D), or this rank's positions of it -> (B, T, D). Backward is collective over ring.comm, and where positions are in
+    """f: (B, T, D), or this rank's positions of it -> (B, T, D). Backward is collective over ring.comm; where positions are in
     parts this is, too."""
     return (_Gather if ring.sequence else Begin).apply(x, ring)  # type: ignore[no-any-return, no-untyped-call]
 

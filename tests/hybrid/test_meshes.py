@@ -16,7 +16,9 @@ import mpidp.generate
 from mpidp.comm.grid import make_grid
 from mpidp.config import Config
 from mpidp.errors import UsageError
-from mpidp.model.shape import shapes_of
+from mpidp.mesh_memory import Model, Shape, Work
+from mpidp.mesh_time import Link, Machine, step_of
+from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.step import compute
 from tests.tiny import WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
@@ -273,3 +275,29 @@ def test_everybody_has_a_place() -> None:
         found = at(n, place)
         assert all(same for same, _, _ in found)
         assert len({coordinates for _, _, coordinates in found}) == n
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+def test_sent_bytes_are_those_foretold(
+    shared_folder: Path, shared_tmp: Path, sequence: bool, dtype: str, recompute: bool
+) -> None:
+    """Of `mpidp.plan mesh`, between the ranks of a stage."""
+    if not fits((1, 1, 2)):
+        pytest.skip("needs two ranks")
+    data, train = corpus(shared_folder), {"global_batch": 2, "dtype": dtype, "recompute": recompute}
+
+    def sent(comm: MPI.Intracomm) -> tuple[int, TransformerShape]:
+        job = job_at(comm, with_mesh(data, shared_tmp / "run", (1, 1, 2), train=train, mesh={"sequence": sequence}))
+        loader = job.open_loader(0)
+        batch = next(loader)
+        loader.close()
+        job.transport.take()
+        compute(job, batch)
+        return job.transport.take()[0], job.parts.shape
+
+    (found, s), _ = at(2, sent)
+    model = Model(s.num_layers, s.model_dim, s.hidden_dim, s.num_heads, s.num_kv_heads, s.vocab_size, s.seq_len)
+    work = Work(2, 2, float(recompute), 2 if dtype == "bfloat16" else 4, sequence=sequence)
+    assert found == step_of(model, Shape(1, 1, 2), work, Machine(1.0, 1.0, Link(0.0, 1.0), Link(0.0, 1.0), 8, 8)).tp_bytes
