@@ -216,7 +216,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         lanes=plan.lanes,
         balance=memory.balance,
         wait=group.wait,
-        audit=Audit(dp, train.audit_every, memory.replicas, strategy.buffer, strategy.flats()),
+        audit=Audit(grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), parts.part.is_cut),
         noise_every=train.noise_every,
         faults=faults,
         schedule=Schedule(optim.schedule, optim.lr, optim.min_lr, optim.warmup_steps, train.steps),

@@ -99,7 +99,6 @@ RULES = [
          "they are oracles of the others, for whole models"),
     Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
          "lanes would have to move in all parts of a replica at once"),
-    Rule(_CUT, "train.audit_every", _cut, _is_not("train.audit_every", 0), "an audit compares whole replicas"),
     Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "a lane's gradient lies in several ranks"),
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
          "the ranks of a replica talk to each other during backward already"),
