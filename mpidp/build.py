@@ -21,7 +21,8 @@ from mpidp.comm import overlap
 from mpidp.comm.grid import Grid
 from mpidp.comm.mesh import together
 from mpidp.comm.nccl import check_nccl, open_transport
-from mpidp.comm.parallel_layers import Ring, loss_over, share_layers
+from mpidp.comm.parallel_layers import loss_over, share_layers
+from mpidp.comm.ring import Ring
 from mpidp.comm.stages import Stages
 from mpidp.config import Config, fields_of, to_toml
 from mpidp.data.loader import Loader
@@ -128,7 +129,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
-    dp, parts = mesh.dp, Parts(grid, plan.shape)
+    dp, parts = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence)
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -149,7 +150,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     transport = open_transport(config.comm.gpu, device, dp)
     losses = None
     if grid.tp.size > 1:
-        ring = Ring(grid, transport)
+        ring = Ring(grid, transport, config.mesh.sequence)
         share_layers(model, ring)
         named, losses = list(model.named_parameters()), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(
@@ -217,7 +218,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         lanes=plan.lanes,
         balance=memory.balance,
         wait=group.wait,
-        audit=Audit(dp, train.audit_every, memory.replicas, strategy.buffer, strategy.flats()),
+        audit=Audit(grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), parts.part.is_cut),
         noise_every=train.noise_every,
         faults=faults,
         schedule=Schedule(optim.schedule, optim.lr, optim.min_lr, optim.warmup_steps, train.steps),

@@ -74,7 +74,8 @@ class Engine:
     def hidden(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None) -> Tensor:
         """What this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
         with self._autocast():
-            return self.model(mb.tokens if entered is None else entered, mb.positions, mb.doc_ids, key)  # type: ignore[no-any-return]
+            x = mb.tokens if entered is None else entered
+            return self.model(x, mb.positions, mb.doc_ids, key, mb.tokens.shape[1])  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None) -> Tensor:
         """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""
@@ -111,7 +112,9 @@ class Engine:
         """Take hidden states from the stage before, where there is one; give the stage after what becomes of them."""
         entered = None
         if self.stages is not None and not self.stages.first:
-            entered = self.stages.receive(FORWARD, mb.v, (*mb.tokens.shape, self.model.shape.model_dim)).requires_grad_()
+            b, t = mb.tokens.shape
+            size = (b, len(self.model.part.positions(t)), self.model.shape.model_dim)
+            entered = self.stages.receive(FORWARD, mb.v, size).requires_grad_()
         if self.stages is None or self.stages.last:
             return Flight(mb, entered, self.loss_sum(mb, key, entered) if entered is not None else self.loss_sum(mb, key))
         left = self.hidden(mb, key, entered)

@@ -17,7 +17,8 @@ from mpidp import resolve
 from mpidp.checkpoint import Reader, check_file, newest_valid, readable
 from mpidp.comm.grid import Grid
 from mpidp.comm.mesh import together
-from mpidp.comm.parallel_layers import Ring, loss_over, share_layers
+from mpidp.comm.parallel_layers import loss_over, share_layers
+from mpidp.comm.ring import Ring
 from mpidp.comm.stages import FORWARD, Stages
 from mpidp.comm.transport import Messages
 from mpidp.errors import CheckpointError

@@ -54,6 +54,7 @@ def answer(words: Sequence[str]) -> tuple[dict[str, Any], bool]:
     parser.add_argument("--calibrate", metavar="RUN", help="a run of one rank on such a device: how fast it computes")
     parser.add_argument("--dtype", choices=list(BYTES), help="of products (bfloat16)")
     parser.add_argument("--recompute", choices=["true", "false"], help="default: where it helps")
+    parser.add_argument("--sequence", choices=["true", "false"], help="default: where it helps")
     parser.add_argument("--overlap", type=float, help="share of dp traffic that hides behind computing, of what could (0.8)")
     parser.add_argument("--top", type=int, default=5, help="how many meshes to show (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
@@ -90,8 +91,8 @@ def answer(words: Sequence[str]) -> tuple[dict[str, Any], bool]:
     run = machine_of_run(Path(options.calibrate), whole["vocab"]) if options.calibrate else None
     machine, said = machine_of(figures, _cluster(options.cluster), run, number_bytes)
     micro = [whole["micro-batch"]] if whole["micro-batch"] else MICRO_BATCHES
-    again = [options.recompute == "true"] if options.recompute else (False, True)
-    found = plan_mesh(model, taken, parameters, int(ranks), given.get("memory", 80e9), machine, said, base, micro, again,
+    again, parts = ([said == "true"] if said else [False, True] for said in (options.recompute, options.sequence))
+    found = plan_mesh(model, taken, parameters, int(ranks), given.get("memory", 80e9), machine, said, base, micro, again, parts,
                       given.get("samples"), options.top)
     return found, options.json
 

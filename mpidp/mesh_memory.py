@@ -14,9 +14,11 @@ Narayanan 2021, section 2.2.1):
 | with recompute | f n layers 4 D, and one block's as above | |
 | logits | last stage: n V / tp times 8 (16 bits: 10): values, their logarithms, gradients | |
 
-W is what norms and residuals keep, which every rank of tp holds whole; S what lies between matrices that are cut. They are
-counted from what autograd saves of mpidp.model.transformer (tests/unit/test_mesh_formulas.py does so again). Embedding and head
-are cut over tp by the vocabulary. Stages have layers such that the slowest, the last with its head, is as fast as can be.
+W is what norms and residuals keep, which every rank of tp holds whole; S what lies between matrices that are cut. With
+mesh.sequence W and what is kept with recompute are 1 / tp (in 16 bits W = 20 D + 8 then: what products gather is kept once).
+They are counted from what autograd saves of mpidp.model.transformer (tests/unit/test_mesh_formulas.py does so again). Embedding
+and head are cut over tp by the vocabulary. Stages have layers such that the slowest, the last with its head, is as fast as can
+be.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ class Work:
     slots: int = 1  # gradient buffers
     fused: bool = True  # attention whose T x T scores never reach memory
     wire_bytes: int = 4  # of a number between ranks of tp and of pp: mpidp.train sends float32
-    sequence: bool = False  # sequence parallel: norms and residuals cut over tp, too; not in mpidp.train
+    sequence: bool = False  # mesh.sequence: norms and residuals cut over tp, too
 
     def micro_batches(self, shape: Shape) -> int:
         """Of one replica: M."""
@@ -149,7 +151,7 @@ def kept_of_block(model: Model, shape: Shape, work: Work) -> float:
     """Bytes a token that one block keeps for its backward. Not fused: scores, their dropout and its mask, 5 bytes each in 16 bits
     (Korthikanti 2022, section 4.1). Pure."""
     d, w = model.model_dim, work.number_bytes
-    whole = ((24 if w == 4 else 26) * d + 8) / (shape.tp if work.sequence else 1)
+    whole = ((24 if w == 4 else 26) * d + 8) if not work.sequence else ((24 if w == 4 else 20) * d + 8) / shape.tp
     scores = 0 if work.fused else (2 * w + 1) * model.num_heads * model.seq_len
     return whole + (w * (4 * d + 4 * model.hidden_dim) + 4 * model.num_heads + scores) / shape.tp
 
@@ -173,9 +175,10 @@ def memory_of(model: Model, shape: Shape, work: Work, stage: int) -> Memory:
         working += min(p, 2 * largest) * MASTER
     in_flight = min(work.micro_batches(shape), shape.pp - stage)
     block, layers = kept_of_block(model, shape, work), layers_of(model, shape, stage)
-    entry = 4 * model.model_dim / (shape.tp if work.sequence else 1)
+    share = shape.tp if work.sequence else 1
+    entry = 4 * model.model_dim / share
     kept = in_flight * layers * (work.recompute * entry + (1 - work.recompute) * block) + (work.recompute > 0) * block
-    final_norm = last * (12 if work.number_bytes == 4 else 10) * model.model_dim
+    final_norm = last * (12 if work.number_bytes == 4 else 10) * model.model_dim / share
     return Memory(
         MASTER * p / shape.over_dp(3), MASTER * work.slots * p / shape.over_dp(2), MOMENTS * p / shape.over_dp(1), working,
         tokens * (kept + final_norm), tokens * logits_bytes(model, shape, work.number_bytes) * last,

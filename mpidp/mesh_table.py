@@ -53,6 +53,7 @@ def mesh_table(found: dict[str, Any]) -> str:
     if found["fitting"]:
         per_rank = found["tokens_a_step"] / best["step_seconds"] / found["ranks"]
         settings = [f"--mesh.{axis}={best[axis]}" for axis in ("dp", "pp", "tp", "shard")]
+        settings += ["--mesh.sequence=true"] * best["sequence"]
         settings += [f"--train.micro_batch={best['micro_batch']}", f"--train.recompute={str(best['recompute']).lower()}"]
         useful = best["flops"] / best["step_seconds"] / 1e12
         lines += ["", f"The first: {many(per_rank)} tokens/s and {useful:.4g} TFLOP/s a rank. To have it: {' '.join(settings)}"]
@@ -71,7 +72,7 @@ def _rows(found: dict[str, Any]) -> list[str]:
         ("mesh", heads),
         ("shard", [str(row["shard"]) for row in rows]),
         ("micro-batch", [f"{row['micro_batch']} x {row['micro_batches']}" for row in rows]),
-        ("recompute", ["yes" if row["recompute"] else "no" for row in rows]),
+        *((way, ["yes" if row[way] else "no" for row in rows]) for way in ("recompute", "sequence")),
         *((f"  {part}", [size(row["memory_bytes"][part]) for row in rows]) for part in PARTS),
         ("memory a rank", [size(row["memory_bytes"]["total"]) for row in rows]),
         *((f"  {phase}", [seconds(row[f"{phase}_seconds"]) for row in rows]) for phase in PHASES),

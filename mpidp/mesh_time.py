@@ -7,7 +7,8 @@ M micro-batches a replica:
 |---|---|
 | computing | operations / flops + bytes that pass by memory / memory's bandwidth; a stage's micro-batch takes c |
 | tp | float32; a block: 2 allreduces of (B, T, D) forward, 2 backward, 2 with recompute; 1 for the embedding, 1 for the head |
-| pp | a float32 message of (B, T, D) each way, m; a micro-batch takes max c + 2 m (pp - 1) / pp, since only pp are in flight |
+| tp, sequence | as many reduce_scatters, float32; 6 allgathers a block and 2 for the head, of w bytes; gains of norms |
+| pp | a float32 message of (B, T, D) each way (1 / tp of it with sequence), m; a micro-batch takes max c + 2 m (pp - 1) / pp |
 | pipeline | (M - 1) of these, and all stages' c + 2 m (pp - 1): with equal stages, a bubble of (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, behind 2/3 of a micro-batch (its backward) |
 | dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, behind a micro-batch |
@@ -121,10 +122,17 @@ def _parts(model: Model, shape: Shape, work: Work, machine: Machine) -> tuple[Fl
     numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # the loss: largest, sum, target
     forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
-    block = Flow((3 + again) * forward, kept + weights * model.block / shape.tp, wire.times(4 + 2 * again))
+    block_wire, head_wire = wire.times(4 + 2 * again), wire
+    if work.sequence:
+        size = tokens * model.model_dim
+        gather = half_allreduce(machine, shape.tp, 1, float(size * min(work.number_bytes, work.wire_bytes)))
+        scatter = half_allreduce(machine, shape.tp, 1, float(size * work.wire_bytes))
+        gains = half_allreduce(machine, shape.tp, 1, 4.0 * model.model_dim).times(2)
+        block_wire, head_wire = gather.times(6) + scatter.times(4 + 2 * again) + gains.times(2), gather.times(2) + scatter + gains
+    block = Flow((3 + again) * forward, kept + weights * model.block / shape.tp, block_wire)
     embedding = Flow(0.0, 3 * 4.0 * tokens * model.model_dim + weights * model.table / shape.tp, wire)
     logits = PASSES / 2 * tokens * logits_bytes(model, shape, work.number_bytes)  # counted with their gradients already
-    head = Flow(6.0 * tokens * model.table / shape.tp, logits + weights * model.table / shape.tp, wire + numbers)
+    head = Flow(6.0 * tokens * model.table / shape.tp, logits + weights * model.table / shape.tp, head_wire + numbers)
     return block, embedding, head
 
 
@@ -173,7 +181,8 @@ def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
     m, pp = work.micro_batches(shape), shape.pp
     between = Traffic()
     if pp > 1:
-        between = message(machine, shape, float(work.micro_batch * model.seq_len * model.model_dim * work.wire_bytes))
+        share = shape.tp if work.sequence else 1
+        between = message(machine, shape, work.micro_batch * model.seq_len * model.model_dim * work.wire_bytes / share)
     compute, one = m * slowest.seconds(machine), slowest.seconds(machine) + slowest.tp.seconds
     path = (m - 1) * (one + 2 * between.seconds * (pp - 1) / pp)
     path += whole.seconds(machine) + whole.tp.seconds + 2 * (pp - 1) * between.seconds

@@ -28,13 +28,14 @@ from mpidp.state import Entry
 class Parts:
     """Independent, but for what says otherwise."""
 
-    def __init__(self, grid: Grid, shape: TransformerShape) -> None:
-        self.grid, self.shape, self.sizes = grid, shape, shapes_of(shape)
+    def __init__(self, grid: Grid, shape: TransformerShape, sequence: bool = False) -> None:
+        """sequence: are positions shared out between branches?"""
+        self.grid, self.shape, self.sizes, self.sequence = grid, shape, shapes_of(shape), sequence
         self.part = self._part_of(grid.model.rank)
 
     def _part_of(self, rank: int) -> Part:
         stage, number = divmod(rank, self.grid.tp.size)
-        return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size)
+        return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence)
 
     def counts(self, name: str) -> bool:
         """Is a parameter saved and counted here, and not by others that have it too? Pure."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ class Row:
     def plain(self) -> dict[str, Any]:
         return {
             **asdict(self.shape), "micro_batch": self.work.micro_batch, "micro_batches": self.work.micro_batches(self.shape),
-            "recompute": self.work.recompute > 0, "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "recompute": self.work.recompute > 0, "sequence": self.work.sequence,
+            "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
             **asdict(self.step), "step_seconds": self.step.seconds,
         }  # fmt: skip
 
@@ -180,19 +182,20 @@ def shapes(model: Model, ranks: int, most_dp: int) -> Iterator[Shape]:
 
 
 def rows_of(
-    model: Model, ranks: int, machine: Machine, base: Work, limit: float, micro: Sequence[int], again: Sequence[bool]
+    model: Model, ranks: int, machine: Machine, base: Work, limit: float, micro: Sequence[int], again: Sequence[bool],
+    parts: Sequence[bool],
 ) -> list[Row]:
     """Of each mesh the fastest cut that fits, else the smallest; those that fit first, then by seconds. Pure."""
-    best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool], Row]] = {}
+    best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool, bool], Row]] = {}
     for shape in shapes(model, ranks, base.global_batch // min(micro)):
         for size in micro:
             if size * shape.dp > base.global_batch:
                 continue
-            for recompute in again:
-                work = replace(base, micro_batch=size, recompute=float(recompute))
+            for recompute, sequence in product(again, sorted({shape.tp > 1 and one for one in parts})):
+                work = replace(base, micro_batch=size, recompute=float(recompute), sequence=sequence)
                 row = Row(shape, work, largest(model, shape, work), step_of(model, shape, work, machine))
                 over = row.memory.total > ROOM * limit
-                key = (over, row.memory.total if over else row.step.seconds, shape.shard, recompute)
+                key = (over, row.memory.total if over else row.step.seconds, shape.shard, recompute, sequence)
                 mesh = (shape.dp, shape.pp, shape.tp)
                 if mesh not in best or key < best[mesh][0]:
                     best[mesh] = key, row
@@ -220,13 +223,14 @@ def three_ways(rows: Sequence[Row], ranks: int, parameters: float, samples: floa
 
 def plan_mesh(
     model: Model, taken: str, parameters: float, ranks: int, limit: float, machine: Machine, said: Sequence[str], base: Work,
-    micro: Sequence[int] = MICRO_BATCHES, again: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
+    micro: Sequence[int] = MICRO_BATCHES, again: Sequence[bool] = (False, True),
+    parts: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
 ) -> dict[str, Any]:
     """What is printed, as plain values. parameters: as asked for; limit: bytes a rank. UsageError. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
         raise UsageError(f"a micro-batch is more than the global batch of {base.global_batch} sequences: raise --global-batch")
-    rows = rows_of(model, ranks, machine, base, limit, micro, again)
+    rows = rows_of(model, ranks, machine, base, limit, micro, again, parts)
     if not rows:
         raise UsageError(
             f"--ranks={ranks}: no mesh of so many has a part for each: tp divides {model.num_kv_heads} "

@@ -153,6 +153,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "deterministic": config.train.deterministic,
         "reducer": config.comm.reducer,
         "tp": config.mesh.tp,
+        "sequence": config.mesh.sequence,
         "stages of tied embeddings": config.mesh.pp if config.model.tie_embeddings else 1,
         "compress": config.comm.compress,
         "torch": torch.__version__,

@@ -66,7 +66,7 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[Look]) -> Finding | None:
     """Another rank's lane, in a spare slot; spoils: faults on purpose. Collective over job.comm."""
     aside = Aside(job.audit.buffer, -1)
-    job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane))), batch, aside)
+    job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:
         spoil(lane, aside.gradient)
     return job.audit.compare(lane, aside.gradient)

@@ -4,6 +4,12 @@ Megatron-LM (Shoeybi 2019, section 3): where a branch begins its input is everyb
 where it ends what each rank has of it is summed in forward, and its gradient is everybody's (g). The vocabulary is cut too: rows
 of the embedding that are elsewhere add zero, and the loss is computed from each rank's own logits (section 3, "parallel
 cross-entropy"): a maximum, a sum and the target's logit are all that is sent. Sums are float32, whatever the layers compute in.
+
+Sequence parallelism (Korthikanti 2022, section 4.2.2): between branches a rank has its positions alone. f gathers them, and adds
+and shares out their gradients in backward; g adds and shares out, and gathers gradients. Products keep this rank's positions,
+and gather them anew in backward. Norms see a part of the positions: their gains pass through the first f, which adds what
+each rank has of their gradients, micro-batch by micro-batch, so that they are equal for all that comes after: lanes, replicas,
+optimizers.
 """
 
 from __future__ import annotations
@@ -16,53 +22,20 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from mpidp.comm.buffers import buf
-from mpidp.comm.grid import Grid
-from mpidp.comm.transport import Messages
+from mpidp.comm.ring import Begin, Ring, begin, end
 
 
-class Ring:
-    """The ranks of a stage, and how a tensor is summed over them. The same bits on all of them."""
+class Norm(nn.Module):
+    """An RMSNorm of this rank's positions."""
 
-    def __init__(self, grid: Grid, transport: Messages) -> None:
-        self.comm, self._wait, self._transport = grid.tp, grid.wait, transport
+    def __init__(self, norm: nn.RMSNorm, ring: Ring) -> None:
+        super().__init__()
+        self.weight, self.eps, self._ring = norm.weight, norm.eps, ring
 
-    def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Of every rank's x, of any shape: a new tensor of its dtype. Collective over comm."""
-        with torch.no_grad():
-            total = x.detach().to(torch.float32, copy=True).contiguous()
-            flat = total.view(-1)
-            with self._transport.timed():
-                wire = self._transport.load(flat, "tensor_parallel")
-                self._wait(self.comm.Iallreduce(MPI.IN_PLACE, buf(wire), op=op))
-                self._transport.store(wire, flat)
-            self._transport.sent_bytes += 2 * flat.nbytes * (self.comm.size - 1) // self.comm.size
-            return total.to(x.dtype)
-
-
-class _Begin(torch.autograd.Function):
-    """f: the identity; in backward a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        ctx.ring = ring
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.ring.sum(grads[0]), None
-
-
-class _End(torch.autograd.Function):
-    """g: a sum; in backward the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        return ring.sum(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, t, D) -> (B, t, D)."""
+        gain = Begin.apply(self.weight, self._ring)  # type: ignore[no-untyped-call]
+        return F.rms_norm(x, self.weight.shape, gain, self.eps)
 
 
 class Rows(nn.Module):
@@ -77,7 +50,7 @@ class Rows(nn.Module):
         local = tokens - self.first
         here = (local >= 0) & (local < len(self.weight))
         found = F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
-        return _End.apply(found, self._ring)  # type: ignore[no-any-return, no-untyped-call]
+        return end(found, self._ring)
 
 
 class _Loss(torch.autograd.Function):
@@ -115,20 +88,70 @@ def loss_over(ring: Ring, first: int) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
+class Again:
+    """What products keep of gathered positions for backward: this rank's, of which the whole is gathered again, once for all."""
+
+    def __init__(self, part: Tensor, whole: Tensor, ring: Ring) -> None:
+        """part: (B, t, D), of which whole (B, T, D) was gathered."""
+        self.part, self._ring, self._length = part.detach(), ring, whole.shape[1]
+        self._place, self._numel = whole.data_ptr(), whole.numel()
+        self._kept = self._left = 0  # how often it is kept, and not yet asked for again
+        self._whole: Tensor | None = None
+
+    def pack(self, x: Tensor) -> Any:
+        """Of saved_tensors_hooks, while the whole lives."""
+        if x.data_ptr() != self._place or x.numel() != self._numel or not x.is_contiguous():
+            return x
+        self._kept += 1
+        return x.shape
+
+    def unpack(self, packed: Any) -> Tensor:
+        """Collective over the ring's comm: backward comes to the same on all ranks in the same order."""
+        if isinstance(packed, Tensor):
+            return packed
+        if self._whole is None:
+            self._whole, self._left = self._ring.gather(self.part, self._length), self._kept
+        whole, self._left = self._whole, self._left - 1
+        if not self._left:
+            self._whole = None
+        return whole.view(packed)
+
+
+def _between(module: Any, ring: Ring, keep: bool, ends: bool = True) -> None:
+    """Put f before a module and, if it ends a branch, g after it. keep: the whole of what f gathered, for backward."""
+    inner = module.forward
+
+    def forward(x: Tensor, *args: Any) -> Tensor:
+        if ring.sequence and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the products would: half as much to send and to keep
+        whole = begin(x, ring)
+        if keep:
+            y = inner(whole, *args)
+        else:
+            again = Again(x, whole, ring)
+            with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+                y = inner(whole, *args)
+        return end(y, ring) if ends else y
+
+    module.forward = forward
+
+
 def share_layers(model: Any, ring: Ring) -> None:
     """Make a part of a Transformer compute its share of every layer together with the other ranks of its stage. Independent."""
+    keep = not ring.sequence
 
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _Begin.apply(args[0], ring), *args[1:]  # type: ignore[no-untyped-call]
-
-    def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _End.apply(output, ring)  # type: ignore[no-any-return, no-untyped-call]
+    def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+        ring.length = args[1].shape[-2]  # of the rotary table: x may have a part of the positions
 
     for block in model.blocks.values():
+        block.register_forward_pre_hook(enter)
         for branch in (block.attention, block.feed_forward):
-            branch.register_forward_pre_hook(begin)
-            branch.register_forward_hook(end)
+            _between(branch, ring, keep or model.recompute)  # a block that is computed again gathers again
+        if ring.sequence:
+            block.attention_norm, block.feed_forward_norm = Norm(block.attention_norm, ring), Norm(block.feed_forward_norm, ring)
     if model.embedding is not None:
         model.embedding = Rows(model.embedding, model.part.share(model.shape.vocab_size).start, ring)
     if model.head is not None:
-        model.head.register_forward_pre_hook(begin)
+        if ring.sequence:
+            model.norm = Norm(model.norm, ring)
+        _between(model.head, ring, keep, ends=False)

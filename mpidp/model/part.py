@@ -2,7 +2,9 @@
 the vocabulary (tensor parallelism: Shoeybi 2019, Megatron-LM, section 3). Pure.
 
 What is cut is cut where the cut costs least: query, key, value, gate and up by rows, what follows them (o, down) by columns, so
-that one sum over the ranks a branch makes it whole. Embedding and head are cut by vocabulary. Norms are whole on every rank.
+that one sum over the ranks a branch makes it whole. Embedding and head are cut by vocabulary. Norms are whole on every rank;
+between branches a rank has all positions of a sequence, or its share of them (sequence parallelism: Korthikanti 2022, section
+4.2.2).
 """
 
 from __future__ import annotations
@@ -27,10 +29,15 @@ class Part:
     size: int = 1
     tied: bool = False  # embedding and head are one tensor
     head_dim: int = 1
+    sequence: bool = False  # between branches positions are shared out, too
 
     def share(self, count: int) -> range:
         """Of so many rows, channels or heads, this rank's: as even as they go. Pure."""
         return range(self.index * count // self.size, (self.index + 1) * count // self.size)
+
+    def positions(self, count: int) -> range:
+        """Of so many positions of a sequence, those whose hidden states are here between branches. Pure."""
+        return self.share(count) if self.sequence else range(count)
 
     def global_name(self, name: str) -> str:
         """What the whole model calls a parameter of this part: tied, a last stage's head is the embedding. Pure."""
@@ -67,10 +74,10 @@ def whole(shape: TransformerShape) -> Part:
     return Part(range(shape.num_layers), tied=shape.tie_embeddings, head_dim=shape.head_dim)
 
 
-def part_of(shape: TransformerShape, stage: int, stages: int, index: int, size: int) -> Part:
-    """Of a rank in stage `stage` of `stages`, number `index` of the `size` that share its layers. Pure."""
+def part_of(shape: TransformerShape, stage: int, stages: int, index: int, size: int, sequence: bool = False) -> Part:
+    """Of a rank in stage `stage` of `stages`, number `index` of the `size` that share its layers, and sequences if so. Pure."""
     layers = stage_layers(shape, stages)[stage]
-    return Part(layers, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim)
+    return Part(layers, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
 
 
 def stage_layers(shape: TransformerShape, stages: int) -> list[range]:

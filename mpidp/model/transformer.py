@@ -25,15 +25,22 @@ def _hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def keyed_dropout(x: Tensor, p: float, key: Tensor | None, site: int) -> Tensor:
+def keyed_dropout(
+    x: Tensor, p: float, key: Tensor | None, site: int, here: range | None = None, length: int = 0
+) -> Tensor:
     """Dropout whose mask is a pure function of (key, site, position in x): no generator, hence no state to carry.
 
-    x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: which dropout of the model it is.
+    x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: which dropout of the model it is. here: x
+    (B, len(here), D) has these positions of `length`, and the mask is that part of the mask of all.
     """
     if p == 0.0 or key is None:
         return x
     stream = _hash32((key + site * 0x9E3779B9) & 0xFFFFFFFF)
-    bits = _hash32((torch.arange(x.numel(), device=x.device) + stream) & 0xFFFFFFFF)
+    places = torch.arange(x.numel(), device=x.device)
+    if here is not None and len(here) != length:
+        span = len(here) * x.shape[-1]  # of one sequence, here
+        places += (places // max(1, span)) * (length * x.shape[-1] - span) + here.start * x.shape[-1]
+    bits = _hash32((places + stream) & 0xFFFFFFFF)
     bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # else two masks could be shifted windows of one sequence
     keep = bits >= round(p * 2**32)
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
@@ -99,18 +106,20 @@ class Block(nn.Module):
 
     def __init__(self, shape: TransformerShape, layer: int, part: Part) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, shape.dropout
+        self.layer, self.dropout, self.part = layer, shape.dropout, part
         self.attention_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
         self.attention = Attention(shape, part)
         self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
         self.feed_forward = FeedForward(shape, part)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(B, T, D) -> (B, T, D); where positions are shared out, x has this part's of the T of cos."""
+        length = cos.shape[-2]
+        here = self.part.positions(length)
         y = self.attention(self.attention_norm(x), cos, sin, mask)
-        x = x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 1)
+        x = x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 1, here, length)
         y = self.feed_forward(self.feed_forward_norm(x))
-        return x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 2)
+        return x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 2, here, length)
 
 
 class Transformer(nn.Module):
@@ -160,14 +169,16 @@ class Transformer(nn.Module):
                     p.copy_(drawn[self.part.box(name, size)])
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
+        self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None,
+        length: int = 0,
     ) -> Tensor:
         """Logits (B, T, V) of the next token.
 
         x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
         ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
+        length: T, where x is hidden states of which this part has its positions alone.
         """
-        t = x.shape[1]
+        t = length or x.shape[1]
         if positions is None:
             cos, sin = self.cos[:t], self.sin[:t]
         else:
@@ -177,7 +188,7 @@ class Transformer(nn.Module):
             causal = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
             mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
         if self.embedding is not None:
-            x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0)
+            x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0, self.part.positions(t), t)
         for block in self.blocks.values():
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, key, use_reentrant=False, preserve_rng_state=False)

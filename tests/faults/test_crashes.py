@@ -8,6 +8,7 @@
 | os._exit(9), a segmentation fault | not 0 | same |
 | os._exit(0) | Open MPI: not 0; MPICH: any code, but the job ends at once and does not say that it is done | same |
 | SIGKILL to the rank from outside | not 0 | same |
+| the same, and the rank has a stage of the model that nobody else has | not 0; the same command goes on | hash of one rank |
 | an exception while the parts are built | 1, its traceback and rank | same |
 | it gets no further | 6 | test_hangs.py |
 """
@@ -95,6 +96,20 @@ def test_a_rank_is_killed_from_outside(either: Shell, forks: Forks, whole_hash: 
     ended = end_of(started)
     assert ended.code in ((137,) if either.mpi == "openmpi" else (9, 137)), ended
     check_goes_on(either, forks, whole_hash)
+
+
+def test_a_rank_of_a_mesh_is_killed(either: Shell, forks: Forks) -> None:
+    """It takes a stage of the model along: the job ends, and its last checkpoint has all parts."""
+    words = ("tiny.toml", "--model.num_layers=2", "--mesh.pp=2")
+    started = either.start("-c", SLOWLY, *words, ranks=2)
+    started.until_exists(either.folder / "run" / "checkpoints" / "step_00000002")
+    os.kill(started.ranks()[-1], signal.SIGKILL)
+    ended = end_of(started)
+    assert ended.code in ((137,) if either.mpi == "openmpi" else (9, 137)), ended
+    again = either.run("-m", "mpidp.train", *words, ranks=2)
+    assert again.code == 0 and "resuming from run/checkpoints/step_0000000" in again.out, again
+    expect(forks.run(either.folder, "mpidp.train", *words[:2], "--run.dir=alone"), 0)
+    assert end_record(either.folder / "run")["weights_sha256"] == end_record(either.folder / "alone")["weights_sha256"]
 
 
 def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:

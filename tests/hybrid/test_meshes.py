@@ -16,7 +16,9 @@ import mpidp.generate
 from mpidp.comm.grid import make_grid
 from mpidp.config import Config
 from mpidp.errors import UsageError
-from mpidp.model.shape import shapes_of
+from mpidp.mesh_memory import Model, Shape, Work
+from mpidp.mesh_time import Link, Machine, step_of
+from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.step import compute
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
@@ -75,15 +77,35 @@ def test_every_mesh_learns_what_one_rank_learns(
         assert run.sha256 == on((1, *mesh[1:]), with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model)).sha256
 
 
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[2] > 1], ids=lambda mesh: "x".join(map(str, mesh)))
+def test_positions_in_parts_teach_what_whole_ones_do(shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int]) -> None:
+    """With dropout, windows that do not divide, and recompute: also where evaluation ends with a short window."""
+    if not fits(mesh):
+        pytest.skip("more ranks than there are")
+    data, model, steps = corpus(shared_folder), {"seq_len": 15, "num_kv_heads": 4}, {"steps": 8, "recompute": mesh[1] > 1}
+    alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1), model=model, train=steps))
+    run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, model=model, train=steps, mesh={"sequence": True}))
+    assert_close(run, alone, str(mesh))
+    if mesh[0] > 1:  # whatever the number of replicas
+        fewer = with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model, train=steps, mesh={"sequence": True})
+        assert run.sha256 == on((1, *mesh[1:]), fewer).sha256
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[0] == 1], ids=lambda mesh: "x".join(map(str, mesh)))
-def test_gradients_are_those_of_one_rank(shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int]) -> None:
+def test_gradients_are_those_of_one_rank(
+    shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], sequence: bool
+) -> None:
     """Of every parameter, each in its box, and their norm over the whole model."""
     if not fits(mesh):
         pytest.skip("more ranks than there are")
+    if sequence and mesh[2] == 1:
+        pytest.skip("nobody to share positions with")
     data = corpus(shared_folder)
 
     def gradients(comm: MPI.Intracomm, mesh: tuple[int, int, int]) -> tuple[dict[str, tuple[Any, torch.Tensor]], float]:
-        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}))
+        cut = {"sequence": sequence and mesh[2] > 1}
+        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}, mesh=cut))
         loader = job.open_loader(0)
         compute(job, next(loader))
         loader.close()
@@ -146,16 +168,22 @@ def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_
     {"comm": {"compress": "fp16"}}, {"comm": {"reducer": "allreduce"}}, {"optim": {"name": "sgd"}},
     {"train": {"recompute": True}}, {"comm": {"transport": "messages"}}, {"train": {"lanes": 3}},
     {"mesh": {"shard": 1}, "comm": {"transport": "messages"}}, {"mesh": {"shard": 2}}, {"mesh": {"shard": 3}},
+    {"mesh": {"sequence": True}, "strategy": {"name": "local", "sync_every": 5}, "train": {"dtype": "bfloat16"}},
+    {"mesh": {"sequence": True}, "comm": {"compress": "fp16"}},
+    {"mesh": {"sequence": True, "shard": 3}, "train": {"lanes": 3, "steps": 6}},
 ], ids=str)
 def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
     """Two replicas of two parts learn what two whole ones learn with the same method; codes round by bucket, so nearly."""
     if not fits((2, 2, 1)):
         pytest.skip("needs four ranks")
     data = corpus(shared_folder)
-    plain = on((2, 1, 1), with_mesh(data, shared_tmp / "plain", (2, 1, 1), **how))
-    for mesh in ((2, 2, 1), (2, 1, 2)) if how.get("mesh", {}).get("shard", 0) < 2 else ((2, 1, 2),):
+    cut = how.get("mesh", {})
+    whole = how | {"mesh": cut | {"sequence": False}}
+    plain = on((2, 1, 1), with_mesh(data, shared_tmp / "plain", (2, 1, 1), **whole))
+    for mesh in ((2, 1, 2),) if cut.get("shard", 0) > 1 or "sequence" in cut else ((2, 2, 1), (2, 1, 2)):
         run = on(mesh, with_mesh(data, shared_tmp / str(mesh), mesh, **how))
-        near = 1e-2 if how.get("comm", {}).get("compress") == "int8" else 2e-4 if "compress" in how.get("comm", {}) else CLOSE
+        rounds = how.get("comm", {}).get("compress") == "int8" or "dtype" in how.get("train", {})
+        near = 1e-2 if rounds else 2e-4 if "compress" in how.get("comm", {}) else CLOSE
         assert_close(run, plain, f"{mesh} {how}", near)
 
 
@@ -247,3 +275,29 @@ def test_everybody_has_a_place() -> None:
         found = at(n, place)
         assert all(same for same, _, _ in found)
         assert len({coordinates for _, _, coordinates in found}) == n
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+def test_sent_bytes_are_those_foretold(
+    shared_folder: Path, shared_tmp: Path, sequence: bool, dtype: str, recompute: bool
+) -> None:
+    """Of `mpidp.plan mesh`, between the ranks of a stage."""
+    if not fits((1, 1, 2)):
+        pytest.skip("needs two ranks")
+    data, train = corpus(shared_folder), {"global_batch": 2, "dtype": dtype, "recompute": recompute}
+
+    def sent(comm: MPI.Intracomm) -> tuple[int, TransformerShape]:
+        job = job_at(comm, with_mesh(data, shared_tmp / "run", (1, 1, 2), train=train, mesh={"sequence": sequence}))
+        loader = job.open_loader(0)
+        batch = next(loader)
+        loader.close()
+        job.transport.take()
+        compute(job, batch)
+        return job.transport.take()[0], job.parts.shape
+
+    (found, s), _ = at(2, sent)
+    model = Model(s.num_layers, s.model_dim, s.hidden_dim, s.num_heads, s.num_kv_heads, s.vocab_size, s.seq_len)
+    work = Work(2, 2, float(recompute), 2 if dtype == "bfloat16" else 4, sequence=sequence)
+    assert found == step_of(model, Shape(1, 1, 2), work, Machine(1.0, 1.0, Link(0.0, 1.0), Link(0.0, 1.0), 8, 8)).tp_bytes

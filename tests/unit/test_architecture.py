@@ -24,16 +24,16 @@ LAYERS = [
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
     "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
-    "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
+    "arrivals config entry watchdog optim inject predict tries data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
     "holding c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory "
     "checkup.sessions",
     "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
     "mesh_table mesh_time",
-    "plan_mesh comm.parallel_layers comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
-    "mesh_ask c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
-    "c10d.meeting engine sharing strategies.synchronous plan_sums",
+    "plan_mesh audit comm.ring comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
+    "mesh_ask c10d.group comm.parallel_layers saver comm.compressed comm.owners comm.overlap strategies.protocol",
+    "c10d.meeting engine loading sharing strategies.synchronous plan_sums",
     "planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
     "plan_methods",
     "strategies.sharded",
@@ -52,7 +52,7 @@ ENTRIES = {f"mpidp.{name}" for name in LAYERS[-1].split()}
 MPI4PY = {
     "comm.buffers", "comm.exchange", "comm.faults", "comm.group", "comm.mesh", "comm.overlap", "comm.owners", "comm.probe",
     "comm.reducers", "comm.nccl", "comm.tickets", "comm.transport", "comm.waiting", "comm.background", "comm.peers",
-    "comm.respawn", "comm.grid", "comm.parallel_layers", "comm.stages", "planned",
+    "comm.respawn", "comm.grid", "comm.parallel_layers", "comm.ring", "comm.stages", "planned",
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "strategies.sliced", "strategies.sharded",
     "audit", "build", "checkpoint", "engine", "job", "loading", "resolve",

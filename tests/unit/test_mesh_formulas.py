@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mpidp.comm.parallel_layers import Again, share_layers
 from mpidp.mesh_memory import (
     Memory,
     Model,
@@ -22,6 +24,7 @@ from mpidp.mesh_memory import (
     parameters_of,
 )
 from mpidp.mesh_time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
 from mpidp.plan_mesh import KNOWN
@@ -111,6 +114,62 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, kv: int) 
     logarithms = 4 * model.vocab_size  # of the logits are kept; the formula also has what lives beside them at the peak
     assert logits_bytes(model, Shape(1, 1, 1), size) >= 2 * logarithms
     assert saved_bytes(model, dtype, "head") == pytest.approx(logarithms + (12 if size == 4 else 10) * model.model_dim, rel=0.03)
+
+
+class Mirror:
+    """A ring of ranks that all have what this one has."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.sequence, self.length = size, True, 0
+
+    def gather(self, x: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.cat([x.detach()] * self.size, dim=1)[:, :length]
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        return self.size * x.detach()[:, : x.shape[1] // self.size]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return self.size * x.detach()
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And backward has the whole again: the gradient is that of products which keep all."""
+    model, b = replace(SMALL, num_kv_heads=4, seq_len=24, model_dim=128), 3
+    shape = torch_shape(model)
+    t, found, alive = model.seq_len, {}, []
+    real = Transformer(shape, 1, part_of(shape, 0, 1, 0, tp, sequence=True))
+    weights = {tuple(p.shape)[::turn] for p in real.parameters() for turn in (1, -1)}
+    share_layers(real, cast(Any, Mirror(tp)))
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape) not in weights and x.untyped_storage().data_ptr() not in buffers:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+
+    inside = Again.pack
+
+    def pack_inside(self: Again, x: torch.Tensor) -> Any:
+        packed = inside(self, x)
+        pack(packed if isinstance(packed, torch.Tensor) else self.part)
+        return packed
+
+    def gradients() -> list[torch.Tensor]:
+        x = torch.randn(b, t // tp, model.model_dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        cast_to = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), cast_to:
+            y = real.blocks["0"](x, real.cos, real.sin, None, None)
+        return list(torch.autograd.grad(y.square().sum(), [x, *real.blocks["0"].parameters()]))
+
+    buffers = {x.untyped_storage().data_ptr() for x in (real.cos, real.sin)}
+    monkeypatch.setattr(Again, "pack", pack_inside)
+    mine = gradients()
+    kept = kept_of_block(model, Shape(1, 1, tp), Work(1, 1, number_bytes=dtype.itemsize, sequence=True))
+    assert kept == pytest.approx(sum(found.values()) / (b * t), rel=0.02)
+    monkeypatch.setattr(Again, "pack", lambda self, x: x)
+    assert all(torch.equal(one, other) for one, other in zip(mine, gradients(), strict=True))
 
 
 def total(shape: Shape, recompute: bool = False, model: Model = BIG) -> Memory:
