@@ -18,6 +18,9 @@ from mpidp.model.part import Part, whole
 from mpidp.model.shape import TransformerShape, shapes_of
 
 
+SITE = 0x9E3779B9  # between the keys of two sites
+
+
 def _hash32(x: Tensor) -> Tensor:
     """A 32-bit integer mixer (Wellons' lowbias32), on int64 so that it is the same on every device."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
@@ -35,7 +38,7 @@ def keyed_dropout(
     """
     if p == 0.0 or key is None:
         return x
-    stream = _hash32((key + site * 0x9E3779B9) & 0xFFFFFFFF)
+    stream = _hash32((key + site * SITE) & 0xFFFFFFFF)
     places = torch.arange(x.numel(), device=x.device)
     if here is not None and len(here) != length:
         span = len(here) * x.shape[-1]  # of one sequence, here
@@ -104,9 +107,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each with dropout on what is added."""
 
-    def __init__(self, shape: TransformerShape, layer: int, part: Part) -> None:
+    def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
-        self.layer, self.dropout, self.part = layer, shape.dropout, part
+        self.dropout, self.part = shape.dropout, part
         self.attention_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
         self.attention = Attention(shape, part)
         self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
@@ -117,9 +120,9 @@ class Block(nn.Module):
         length = cos.shape[-2]
         here = self.part.positions(length)
         y = self.attention(self.attention_norm(x), cos, sin, mask)
-        x = x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 1, here, length)
+        x = x + keyed_dropout(y, self.dropout, key, 1, here, length)
         y = self.feed_forward(self.feed_forward_norm(x))
-        return x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 2, here, length)
+        return x + keyed_dropout(y, self.dropout, key, 2, here, length)
 
 
 class Transformer(nn.Module):
@@ -137,7 +140,7 @@ class Transformer(nn.Module):
         self.head: nn.Module | None = None
         if self.part.embeds:
             self.embedding = nn.Embedding(vocabulary, shape.model_dim)
-        self.blocks = nn.ModuleDict({str(layer): Block(shape, layer, self.part) for layer in self.part.layers})
+        self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part) for layer in self.part.layers})
         if self.part.speaks:
             self.norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
             self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
@@ -189,11 +192,12 @@ class Transformer(nn.Module):
             mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
         if self.embedding is not None:
             x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0, self.part.positions(t), t)
-        for block in self.blocks.values():
+        for layer, block in zip(self.part.layers, self.blocks.values(), strict=True):
+            mine = None if key is None else key + 2 * layer * SITE  # a block that knew its number would compile to its own graph
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, key, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, mask, mine, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, mask, key)
+                x = block(x, cos, sin, mask, mine)
         return x if self.norm is None or self.head is None else self.head(self.norm(x))
 
     def compile_blocks(self) -> None:

@@ -218,3 +218,15 @@ def test_counts() -> None:
     assert num_parameters(SHAPE) == expected == sum(p.numel() for p in Transformer(SHAPE).parameters())
     assert flops_per_token(SHAPE, expected) == 6 * (expected - 50 * 32) + 12 * 2 * 24 * 32
     assert [default_hidden_dim(d) for d in (24, 128, 384, 768)] == [64, 384, 1024, 2048]
+
+
+def test_one_graph_serves_all_blocks() -> None:
+    """torch.compile gives up after 8 of one function, and then runs it as it is written."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, counter = Transformer(replace(SHAPE, num_layers=10, dropout=0.1), seed=0), CompileCounter()
+    for block in model.blocks.values():
+        block.compile(dynamic=False, backend=counter)
+    model(torch.zeros(2, SHAPE.seq_len, dtype=torch.int64), key=torch.tensor(5)).sum().backward()
+    assert counter.frame_count == 1
