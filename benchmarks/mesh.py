@@ -1,11 +1,12 @@
 """What `python -m mpidp.plan mesh` predicts beside what mpidp.train takes here, on shapes that it was not fitted to.
 
-    python benchmarks/mesh.py [--shapes "dp=1;dp=2;pp=2;tp=2;dp=2,pp=2"] [--link dp=2] [--repeats 3] [-- --train.steps=40 ...]
+    python benchmarks/mesh.py [--shapes "dp=2;pp=2;tp=2;dp=2,pp=2"] [--repeats 3] [-- --model.num_layers=6 ...]
 
-Two runs calibrate: one rank (`dp=1`) says how fast products and memory are (mesh_time.measured_machine) and what a step takes
-beside; two ranks (`--link`) say how many bytes a second go between ranks. All else is predicted. Runs go in turns; of all steps
-of a shape the fastest quarter counts, since others use the machine, too; `spread` is the middle step over it. On a machine with
-other load the table means nothing: more ranks then simply get more of it.
+Of one model (SETTINGS), four runs measure the links: one rank; two replicas, which say how many bytes a second go between ranks;
+a stage of two, how late a message is; and two of shard 3, what a gather costs the host. Of another model (OTHER, or as given
+after --) one rank says how fast products and memory are (mesh_time.measured_machine) and what a step takes beside. All its other
+meshes are predicted. Runs go in turns; of all steps of a shape the fastest quarter counts, since others use the machine, too;
+`spread` is the middle step over it. On a machine with other load the table means nothing: more ranks then get more of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpidp.arguments import from_args
@@ -31,8 +33,10 @@ SETTINGS = [  # a copy a rank, as in a mesh of several nodes; nothing is hidden
     "--train.micro_batch=2", "--train.steps=24", "--train.threads=1", "--train.device=cpu", "--train.dtype=float32",
     "--train.eval_every=0", "--train.eval_tokens=1024", "--train.save_every=0", "--comm.copies=rank", "--comm.overlap=none",
 ]  # fmt: skip
+OTHER = ["--model.num_layers=6", "--model.seq_len=96", "--train.global_batch=12"]
 PHASES = ("step", "compute", "comm_wait", "update")
 ONE = Shape(1, 1, 1)
+LINKS = (ONE, Shape(2, 1, 1), Shape(1, 1, 2), Shape(2, 1, 1, 3))
 
 
 def shape_of(words: str) -> Shape:
@@ -58,68 +62,102 @@ def fastest(steps: list[dict[str, float]]) -> dict[str, float]:
     return {phase: statistics.fmean(step[phase] for step in best) for phase in PHASES}
 
 
-def calibrated(
-    model: Model, work: Work, one: dict[str, float], two: dict[str, float], link: Shape, cores: int, late: float
-) -> Machine:
-    """From a run on one rank and one on two."""
-    flops, memory = measured_machine(
-        model, work.micro_batch, one["compute"], one["update"], work.micro_batches(ONE), work.number_bytes
-    )
+@dataclass(frozen=True)
+class Subject:
+    """A model, its batch and precision."""
+
+    settings: list[str]
+    model: Model
+    work: Work
+
+    @classmethod
+    def of(cls, settings: list[str]) -> Subject:
+        values = {key: value for key, _, value in fields_of(from_args(settings))}
+        size = 4 if values["train.dtype"] == "float32" else 2
+        return cls(settings, model_of_config(values, vocab_size_of(values)), Work(
+            values["train.global_batch"], values["train.micro_batch"], float(values["train.recompute"]), size))
+
+    def computing(self, machine: Machine, one: dict[str, float]) -> Machine:
+        """The machine as a run on one rank found it."""
+        flops, memory = measured_machine(
+            self.model, self.work.micro_batch, one["compute"], one["update"], self.work.micro_batches(ONE), self.work.number_bytes
+        )
+        return replace(machine, flops=flops, memory_bytes_per_second=memory)
+
+    def told(self, shape: Shape, machine: Machine, one: dict[str, float]) -> float:
+        """Seconds a step."""
+        return one["step"] - one["compute"] - one["update"] + step_of(self.model, shape, self.work, machine).seconds
+
+
+def linear(seconds: Callable[[float], float], wanted: float, unit: float) -> float:
+    """Where a straight line has this height; 0 where that would be below."""
+    low, high = seconds(0.0), seconds(unit)
+    return max(0.0, (wanted - low) / (high - low) * unit)
+
+
+def links(subject: Subject, found: dict[Shape, dict[str, float]], cores: int) -> Machine:
+    """From its runs on LINKS."""
+    one, two, tp, gathered = (found[shape] for shape in LINKS)
     free = Link(0.0, float("inf"))
-    machine = Machine(flops, memory, free, free, 1 << 20, max(cores, 1), 0.0)
-    step = step_of(model, link, work, machine)
-    rest = one["step"] - one["compute"] - one["update"]
-    seconds = max(two["step"] - rest - step.seconds, 1e-6)
-    sent = step.tp_bytes + step.pp_bytes + step.dp_bytes
-    return replace(machine, inside=Link(late, sent / seconds))
+    machine = subject.computing(Machine(1.0, 1.0, free, free, 1 << 20, max(cores, 1), 0.0), one)
+
+    def with_link(bandwidth: float, late: float = 0.0) -> Machine:
+        return replace(machine, inside=Link(late, bandwidth))
+
+    slow = 1e9
+    share = linear(lambda x: subject.told(LINKS[1], with_link(slow / x if x else float("inf")), one), two["step"], 1.0)
+    bandwidth = slow / max(share, 1e-3)
+    late = linear(lambda x: subject.told(LINKS[2], with_link(bandwidth, x), one), tp["step"], 1e-3)
+    machine = with_link(bandwidth, late)
+    each = linear(lambda x: subject.told(LINKS[3], replace(machine, gather_seconds=x), one), gathered["step"], 1e-3)
+    return replace(machine, gather_seconds=each)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="dp=1;dp=2;tp=2;pp=2;dp=4;dp=2,pp=2;dp=2,tp=2;pp=2,tp=2;dp=2,pp=2,tp=2;dp=2,shard=3")
-    parser.add_argument("--link", default="dp=2", help="the run on two ranks that says how fast they talk")
+    parser.add_argument("--shapes", default="dp=2;pp=2;tp=2;dp=2,shard=1;dp=2,shard=3;dp=4;dp=2,pp=2;dp=2,tp=2;pp=2,tp=2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", type=int, default=4, help="first steps that do not count")
-    parser.add_argument("--latency-us", type=float, default=0.0, help="of a message, which two runs do not tell from bandwidth")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--launcher", default="mpirun -np")
     parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
     options = parser.parse_args()
-    settings, link = [*SETTINGS, *options.settings], shape_of(options.link)
-    wanted = list(dict.fromkeys([ONE, link, *map(shape_of, options.shapes.split(";"))]))
-    found: dict[Shape, list[dict[str, float]]] = {shape: [] for shape in wanted}
-    refused: dict[Shape, str] = {}
+    subjects = Subject.of(SETTINGS), Subject.of([*SETTINGS, *(options.settings or OTHER)])
+    wanted = [(subjects[0], shape) for shape in LINKS]
+    wanted += [(subjects[1], shape) for shape in dict.fromkeys([ONE, *map(shape_of, options.shapes.split(";"))])]
+    steps: list[list[dict[str, float]]] = [[] for _ in wanted]
+    refused: dict[int, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
-            for i, shape in enumerate(wanted):
-                if shape not in refused:
-                    said = run(shape, settings, options.launcher, options.skip, Path(folder) / f"{repeat}-{i}")
+            for i, (subject, shape) in enumerate(wanted):
+                if i not in refused:
+                    said = run(shape, subject.settings, options.launcher, options.skip, Path(folder) / f"{repeat}-{i}")
                     if isinstance(said, str):
-                        refused[shape] = said
+                        refused[i] = said
                     else:
-                        found[shape] += said
-    if ONE in refused or link in refused:
-        sys.exit(f"the runs that calibrate failed: {refused}")
-    middle = {shape: fastest(steps) for shape, steps in found.items() if steps}
-    values = {key: value for key, _, value in fields_of(from_args(settings))}
-    model = model_of_config(values, vocab_size_of(values))
-    recompute = float(values["train.recompute"])
-    size = 4 if values["train.dtype"] == "float32" else 2
-    work = Work(values["train.global_batch"], values["train.micro_batch"], recompute, size)
-    machine = calibrated(model, work, middle[ONE], middle[link], link, options.cores, options.latency_us / 1e6)
-    rest = middle[ONE]["step"] - middle[ONE]["compute"] - middle[ONE]["update"]
-    print(f"{model.parameters:,} parameters, {options.cores} cores: {machine.flops / 1e9:.3g} GFLOP/s in products, memory "
-          f"{machine.memory_bytes_per_second / 1e9:.3g} GB/s, link {machine.inside.bandwidth_bytes_per_second / 1e9:.3g} GB/s")
-    print(f"{'mesh':<36} {'measured ms':>12} {'spread':>8} {'predicted':>10} {'off':>7}")
-    for shape in wanted:
-        name = f"{shape}, {shape.ranks} rank{'s' * (shape.ranks > 1)}"
-        if shape in refused:
-            print(f"{name:<36} refused: {refused[shape][:90]}")
+                        steps[i] += said
+    if set(refused) & set(range(len(LINKS) + 1)):
+        sys.exit(f"the runs that measure failed: {refused}")
+    found = [fastest(those) if those else {} for those in steps]
+    machine = links(subjects[0], dict(zip(LINKS, found, strict=False)), options.cores)
+    print(f"links: {machine.inside.bandwidth_bytes_per_second / 1e9:.3g} GB/s, {1e6 * machine.inside.latency_seconds:.0f} us a "
+          f"message; a gather of a sharded block {1e6 * machine.gather_seconds:.0f} us of the host")
+    one = found[len(LINKS)]
+    machine = subjects[1].computing(machine, one)
+    print(f"{subjects[1].model.parameters:,} parameters, {options.cores} cores: {machine.flops / 1e9:.3g} GFLOP/s in products, "
+          f"memory {machine.memory_bytes_per_second / 1e9:.3g} GB/s")
+    print(f"{'mesh':<42} {'measured ms':>12} {'spread':>8} {'predicted':>10} {'off':>7}")
+    for i, (subject, shape) in enumerate(wanted):
+        name = f"{shape}, {shape.ranks} rank{'s' * (shape.ranks > 1)}" + ", links" * (i < len(LINKS))
+        if i in refused:
+            print(f"{name:<42} refused: {refused[i][:84]}")
             continue
-        took, told = middle[shape]["step"], rest + step_of(model, shape, work, machine).seconds
-        off = "fitted" if shape in (ONE, link) else f"{100 * (told / took - 1):+.1f}%"
-        spread = statistics.median(step["step"] for step in found[shape]) / took - 1
-        print(f"{name:<36} {1e3 * took:>12.1f} {100 * spread:>7.0f}% {1e3 * told:>10.1f} {off:>7}")
+        base = found[0] if i < len(LINKS) else one
+        at = subject.computing(machine, base)
+        took, told = found[i]["step"], subject.told(shape, at, base)
+        off = "fitted" if i <= len(LINKS) else f"{100 * (told / took - 1):+.1f}%"
+        spread = statistics.median(step["step"] for step in steps[i]) / took - 1
+        print(f"{name:<42} {1e3 * took:>12.1f} {100 * spread:>7.0f}% {1e3 * told:>10.1f} {off:>7}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ M micro-batches a replica:
 | dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, behind a micro-batch |
 | dp, shard 2 | a reduce_scatter of 4 p a micro-batch and an allgather of 4 p, behind all micro-batches |
 | dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p a micro-batch, behind all micro-batches (Zhao 2023) |
+| dp, shard 2 and 3 | `gather_seconds` for each of these of each block, too: the host's, which nothing hides |
 | update | 28 bytes a parameter that a rank updates / memory's bandwidth |
 
 An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, an allreduce twice that. A group whose members fill nodes
@@ -54,6 +55,7 @@ class Machine:
     ranks_a_node: int
     devices_a_node: int
     overlap: float = 1.0  # of data parallel traffic with computing, where there is something to hide behind
+    gather_seconds: float = 0.0  # of a rank for each gather or scatter of one sharded block, beside its bytes: copies, hooks
 
 
 @dataclass(frozen=True)
@@ -156,17 +158,20 @@ class Step:
         return self.compute_seconds + self.tp_seconds + self.pipeline_seconds + self.dp_seconds + self.update_seconds
 
 
-def data_parallel(model: Model, shape: Shape, work: Work, machine: Machine) -> Traffic:
-    """Of a step, on the stage with most parameters. Pure."""
-    p = max(parameters_of(model, shape, stage) for stage in stages_of(model, shape))
-    m = work.micro_batches(shape)
+def data_parallel(model: Model, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
+    """Of a step, on the stage with most parameters; and the host's seconds beside it. Pure."""
+    p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
+    m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 
-    def half(bytes_each: float) -> Traffic:
-        return half_allreduce(machine, shape.dp, shape.tp, bytes_each * p)
+    def half(bytes_each: float, count: int, pieces: int = units) -> Traffic:
+        return half_allreduce(machine, shape.dp, shape.tp, bytes_each * p / pieces).times(count * pieces)
 
-    if shape.shard == 3:
-        return half(MASTER).times(m) + half(work.number_bytes).times(2 * m)
-    return half(MASTER).times((m if shape.shard == 2 else 1) + 1)
+    if shape.shard < 2:
+        return half(MASTER, 2, 1), 0.0
+    scatters, gathers = m, 2 * m if shape.shard == 3 else 1
+    each = machine.gather_seconds * (shape.dp > 1)
+    traffic = half(MASTER, scatters) + half(work.number_bytes if shape.shard == 3 else MASTER, gathers)
+    return traffic, each * units * (scatters + gathers)
 
 
 def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
@@ -189,13 +194,14 @@ def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
     crowd = max(1.0, min(machine.ranks_a_node, shape.ranks) / machine.devices_a_node)  # ranks a device
     shared = m * (crowd * whole.seconds(machine) + whole.tp.seconds) / pp
     path = max(path, shared)
-    dp = data_parallel(model, shape, work, machine)
+    dp, hosts = data_parallel(model, shape, work, machine)
     behind = {0: BACKWARD, 1: 1.0}.get(shape.shard, float(m)) * slowest.seconds(machine)
     p = max(parameters_of(model, shape, stage) for stage in stages_of(model, shape))
     update = crowd * UPDATE * p / shape.over_dp(1) / machine.memory_bytes_per_second
     tp_bytes, pp_bytes = m * slowest.tp.sent_bytes, m * between.sent_bytes * (2 if pp > 2 else 1)
     return Step(
-        compute, m * slowest.tp.seconds, path - m * one, max(0.0, dp.seconds - machine.overlap * behind), update, tp_bytes,
+        compute, m * slowest.tp.seconds, path - m * one, max(0.0, dp.seconds - machine.overlap * behind) + hosts, update,
+        tp_bytes,
         pp_bytes, dp.sent_bytes,
         tp_bytes * slowest.tp.between + pp_bytes * between.between + dp.sent_bytes * dp.between,
         m * (whole.flops - work.recompute / (3 + work.recompute) * block.flops * model.num_layers) / pp,

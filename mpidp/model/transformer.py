@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import TransformerShape, shapes_of
 
-
 SITE = 0x9E3779B9  # between the keys of two sites
 
 

@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-gpu-check}
-PARTS=${*:-doctor ranks c10d laws hybrid methods speed big}
+PARTS=${*:-doctor ranks c10d recompute speed big hybrid laws methods}
 mkdir -p "$OUT"
 export MPIDP_TEST_DEVICE=cuda OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 pytest="python -m mpi4py -m pytest -q --with-mpi --timeout=150 --timeout-method=thread -p no:cacheprovider"
@@ -57,9 +57,10 @@ export quickstart OUT
 part doctor 60 mpirun -np 2 python -m mpidp.doctor --gpu
 part ranks 120 bash -c ranks
 part c10d 60 mpirun -np 4 $pytest tests/gpu
+MPIDP_LONG=1 part recompute 60 mpirun -np 4 $pytest tests/hybrid -k "compose and recompute"
+part speed 90 bash -c speed
 part big 120 bash -c big
-part hybrid 240 mpirun -np 4 $pytest --maxfail=3 tests/hybrid
-part speed 80 bash -c speed
-part laws 150 mpirun -np 4 $pytest --maxfail=3 tests/laws/test_ranks.py tests/laws/test_resume.py tests/laws/test_evaluate.py
-part methods 150 mpirun -np 4 $pytest --maxfail=3 tests/methods
+part hybrid ${HYBRID:-300} mpirun -np 4 $pytest --maxfail=3 tests/hybrid
+part laws 300 mpirun -np 4 $pytest --maxfail=3 tests/laws/test_ranks.py tests/laws/test_resume.py tests/laws/test_evaluate.py
+part methods 300 mpirun -np 4 $pytest --maxfail=3 tests/methods
 exit $status

@@ -261,7 +261,7 @@ def test_operations_are_those_of_mfu() -> None:
 
 def test_bytes_follow_the_formulas() -> None:
     n, d, t, L = BIG.parameters, BIG.model_dim, BIG.seq_len, BIG.num_layers
-    sent = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1), FAST).sent_bytes for shard in range(4)]  # M = 4
+    sent = [data_parallel(BIG, Shape(8, 1, 1, shard), Work(32, 1), FAST)[0].sent_bytes for shard in range(4)]  # M = 4
     assert [one / (n * 7 / 8) for one in sent] == pytest.approx([8, 8, 4 * 4 + 4, 4 * (4 + 2 * 2)])
     step = step_of(BIG, Shape(1, 1, 4), Work(3, 1), FAST)
     small = 6 * 4 * t * 3 / 4
