@@ -156,7 +156,7 @@ class Comm:
     overlap: str = setting("auto", "reduce during backward; auto: measured at start", "", ("auto", "thread", "poll", "none"))
     bucket_mb: float = setting(4.0, "gradient bucket", "MiB", low=0.001)
     gpu: str = setting(
-        "auto", "how CUDA gradients reach MPI, auto: by a probe; nccl: between GPUs without it (not yet run on one)", "",
+        "auto", "how CUDA gradients reach MPI, auto: by a probe; nccl: between GPUs without it (run on one alone)", "",
         ("auto", "device", "staged", "nccl"),
     )
 

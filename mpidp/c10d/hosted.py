@@ -1,7 +1,7 @@
 """The seam between tensors as the caller has them and contiguous tensors on the host, which MPI reads and writes.
 
 A CUDA tensor goes through pinned memory: its values are copied once what the caller's stream has written is written, and come
-back before the work is done, so that any stream may read them. (Not yet run on a GPU.)
+back before the work is done, so that any stream may read them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from mpidp.state import Entry
 from mpidp.strategies.protocol import Options, StepStats
 
 
-def shard(model: Any, comm: MPI.Intracomm, level: int) -> None:
+def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
     """Each rank keeps its rows of every parameter. UsageError when torch.distributed is in use. Collective over comm."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,7 +46,7 @@ def shard(model: Any, comm: MPI.Intracomm, level: int) -> None:
     mpidp.c10d.use(comm)
     dist.init_process_group("mpi4py", init_method="mpi://")
     world: Any = dist.group.WORLD
-    mesh = DeviceMesh.from_group(world, next(model.parameters()).device.type)
+    mesh = DeviceMesh.from_group(world, device.type)
     for module in [*model.blocks.children(), model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=level == 3)
         module.set_gradient_divide_factor(1.0)  # a sum: losses were divided by all ranks' tokens
@@ -84,7 +84,7 @@ class Sharded:
         lanes, shares = reducer.lanes, reducer.shares
         self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)  # of any rank
         self._made = self._open = 0  # forwards of this step; of them those whose backward is not counted yet
-        shard(model, comm, level)
+        shard(model, comm, level, reducer.transport.device)
         self.named = list(model.named_parameters())
         self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # when all are gathered once
         pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
