@@ -19,9 +19,9 @@ from mpidp.errors import UsageError
 KEYS = """
 data.path data.verify data.order data.resident
 model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
-model.tie_embeddings model.rope_theta
-train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
-train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
+model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
+train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
+train.lanes train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
 train.eval_tokens train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
 strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
@@ -195,6 +195,7 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
+                                 "head_dim", "rope_scaling",
                                  "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([
