@@ -116,7 +116,7 @@ def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str
             "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
             "high_freq_factor": scaling.high, "original_max_position_embeddings": int(scaling.original),
         }
-    usual = {
+    usual: dict[str, Any] = {
         "architectures": [ARCHITECTURES[0]], "model_type": MODEL_TYPES[0], "bos_token_id": None, "eos_token_id": eod,
         "pad_token_id": None, "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
         "max_position_embeddings": shape.seq_len,
