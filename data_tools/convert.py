@@ -109,8 +109,8 @@ def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: in
     splits = {}
     for split in dict.fromkeys(plan.split for plan in plans):
         of_split = [f for f in files if f.split == split]
-        totals = [sum(getattr(f, key) for f in of_split) for key in ("tokens", "documents", "text_bytes")]
-        splits[split] = SplitRecord(*totals, loss_mask=False)
+        tokens, documents, text = (sum(getattr(f, key) for f in of_split) for key in ("tokens", "documents", "text_bytes"))
+        splits[split] = SplitRecord(tokens, documents, text, loss_mask=False)
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, {"kind": "megatron", "path": str(prefix)})
     write_atomically(out / "tokenizer.json", stored)
     write_atomically(out / "index.json", index.to_json())
