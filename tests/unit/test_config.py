@@ -116,6 +116,10 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--model.model_dim=100", "--model.num_heads=8"], ["model.model_dim=100", "model.num_heads=8"]),
         (["--model.model_dim=12", "--model.num_heads=4"], ["model.model_dim=12"]),  # 3 channels a head: no pairs to rotate
         (["--model.num_heads=4", "--model.num_kv_heads=3"], ["model.num_kv_heads=3"]),
+        (["--model.head_dim=3"], ["model.head_dim=3 must be even"]),
+        (["--model.rope_scaling=yarn:2"], ["model.rope_scaling='yarn:2'", "llama3:8,1,4,8192"]),
+        (["--model.rope_scaling=llama3:8,4,1,8192"], ["model.rope_scaling="]),
+        (["--model.rope_scaling=llama3:8,1,x,8192"], ["model.rope_scaling="]),
         (["--train.steps=5", "--train.epochs=1"], ["train.steps", "train.epochs"]),
         (["--train.tokens=5", "--train.epochs=0.5"], ["train.tokens"]),
         (["--optim.lr=1e-3", "--optim.min_lr=1e-2"], ["optim.min_lr=0.01"]),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from data_tools.prepare import prepare
 from mpidp.checkpoint import Reader
@@ -38,6 +38,7 @@ LLAMA3 = {
 KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the second as SmolLM2, the third as Llama 3.2
     "untied": {"rms_norm_eps": 1e-6},
     "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    "mistral": {"sliding_window": None, "max_position_embeddings": 64},
     "llama3": {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 16},
 }
 
@@ -50,11 +51,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def llama(kind: str = "untied", **more: Any) -> LlamaForCausalLM:
+def llama(kind: str = "untied") -> Any:
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     rest = {"num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": 288, "bos_token_id": None, "eos_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **rest, **KINDS[kind], **more))
+    made, config = (MistralForCausalLM, MistralConfig) if kind == "mistral" else (LlamaForCausalLM, LlamaConfig)
+    model: Any = made(config(**sizes, **rest | KINDS[kind]))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.2) if p.dim() > 1 else p.normal_(1, 0.1)
@@ -141,6 +143,7 @@ def test_transformers_reads_what_was_exported(
     assert (len(weights) > 3) == (max_bytes == 30_000) and not list(tmp_path.glob(".out*"))
     model, said = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not any(said.values()), said
+    assert type(model) is type(llama(kind))
     ours = load_model(reader_of(run), make_grid(WORLD), "cpu", 1).model
     ids = torch.from_numpy(TokenStream(shards, "val").read(0, 3 * T).astype(np.int64)).view(3, T)
     with torch.no_grad():
@@ -328,10 +331,12 @@ def test_small_tokenizers_give_the_same_ids_in_transformers(ours: Any, tmp_path:
 
 
 def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
-    """With the defaults of config.json: an ordinary run of ours, that never saw Hugging Face."""
+    """An ordinary run of ours, that never saw Hugging Face."""
     (tmp_path / "text.txt").write_text(text(3000))
     prepare(str(tmp_path / "text.txt"), "byte", tmp_path / "shards", shards=1, say=False)
-    ran = train_at(1, tiny(tmp_path / "shards", tmp_path / "run", train={"steps": 1}, optim={"warmup_steps": 0}))
+    ran = train_at(1, tiny(tmp_path / "shards", tmp_path / "run", model={"vocab_size": 264}, train={"steps": 1},
+                           optim={"warmup_steps": 0}))
+    assert Reader(tmp_path / "run/checkpoints/step_00000001")["model/head.weight"].shape == (264, 32)  # padded
     export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Ü").input_ids == list("Ü".encode())
     again = begun(tmp_path / "shards", tmp_path / "out", tmp_path / "again", train={"steps": 1})
