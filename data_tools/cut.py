@@ -36,7 +36,11 @@ class RawWriter:
 
     def end_document(self, eod: int) -> None:
         """Close the document under way."""
-        self.add(np.array([eod]))
+        self.end_document_with(np.array([eod]))
+
+    def end_document_with(self, ids: np.ndarray) -> None:
+        """A whole document as it is, with or without an end-of-document token."""
+        self.add(ids)
         self._inside = False
 
     def close(self) -> Raw:

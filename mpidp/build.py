@@ -24,7 +24,7 @@ from mpidp.comm.nccl import check_nccl, open_transport
 from mpidp.comm.parallel_layers import loss_over, share_layers
 from mpidp.comm.ring import Ring
 from mpidp.comm.stages import Stages
-from mpidp.config import Config, fields_of, to_toml
+from mpidp.config import Config, checked, fields_of, to_toml
 from mpidp.data.loader import Loader
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
@@ -40,6 +40,7 @@ from mpidp.model.part import refuse
 from mpidp.model.shape import flops_per_token, num_parameters
 from mpidp.model.transformer import MODELS
 from mpidp.optim import Optimizer, Schedule
+from mpidp.origin import open_origin
 from mpidp.parts import Parts
 from mpidp.planned import Plan
 from mpidp.saver import Saver
@@ -75,6 +76,9 @@ def plan(config: Config, grid: Grid) -> Plan:
     """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
     grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
+    origin = open_origin(config, world)
+    with together(world):
+        config = config if origin is None else checked(origin.completed(config))
     threads = resolve.resolve_threads(config.train.threads, grid.everyone)
     torch.set_num_threads(threads)
     validation: TokenStream | None = None
@@ -90,7 +94,9 @@ def plan(config: Config, grid: Grid) -> Plan:
             if stream is not None:
                 stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
         if world.rank == 0:
-            training.index.tokenizer_bytes(training.path)
+            used = training.index.tokenizer_bytes(training.path)
+            if origin is not None:
+                origin.check_tokenizer(training.path, used)
         lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
         workers = resolve.workers(config, replicas)
         order = read_arrivals(config.strategy.replay, workers, replicas - workers, config.strategy.staleness)
@@ -110,8 +116,8 @@ def plan(config: Config, grid: Grid) -> Plan:
         )
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
     check_nccl(config.comm.gpu, device, grid.replicas)
-    shape = resolve.model_shape(resolved, training.vocab_size)
     with together(world):
+        shape = resolve.model_shape(resolved, training.vocab_size)
         refuse(shape, grid.tp.size, grid.pp.size)
         if grid.parts > 1 and tolerant():
             raise UsageError(
@@ -122,14 +128,14 @@ def plan(config: Config, grid: Grid) -> Plan:
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     resolve.agree(world, facts | resolve.versions())
-    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order)
+    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
 
 
 def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -> Job:
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
-    dp, parts = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence)
+    dp, parts, origin = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence), plan.origin
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -138,13 +144,15 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         if config.mesh.shard < 2:  # FSDP2 moves what it shards, a block at a time: no device ever holds the whole
             model.to(device)
         model.recompute = train.recompute
+        if origin is not None and origin.weights is not None:
+            origin = origin.load(parts, model)
         named = list(model.named_parameters())
         shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
         resolve.agree(dp, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
         if train.compile:
             model.compile_blocks()
     else:
-        model, earlier = before.engine.model, before.strategy
+        model, earlier, origin = before.engine.model, before.strategy, None
         named = list(model.named_parameters())
         earlier.leave()
     transport = open_transport(config.comm.gpu, device, dp)
@@ -188,10 +196,17 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         "shape": asdict(plan.shape),
         "ranks": world.size,
     }
+    if origin is not None:
+        meta["init_from"] = {"path": origin.path, "weights_sha256": origin.weights_sha256}
+    elif before is not None and "init_from" in before.meta:
+        meta["init_from"] = before.meta["init_from"]
     if world.rank == 0 and before is None:
         write_file(run_dir / "config.toml", to_toml(config).encode())
         # beside the weights, so that the run can be used without its data
         write_file(run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
+        if origin is not None and origin.weights is not None:
+            origin.keep(run_dir)
+            print(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}", flush=True)
     stages = Stages(grid, transport, device) if grid.pp.size > 1 else None
     tells = parts.part.speaks and grid.tp.rank == 0
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)

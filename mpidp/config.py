@@ -13,6 +13,7 @@ from typing import Any
 
 from mpidp import methods
 from mpidp.errors import UsageError
+from mpidp.model.shape import rope_scaling
 
 FIXED = "fixed"  # on resume: a change is refused
 FREE = "free"  # on resume: a change is taken
@@ -51,12 +52,20 @@ class Model:
     dropout: float = setting(0.0, "share dropped of embeddings and branches", "", low=0.0, high=0.99, resume=FIXED)
     tie_embeddings: bool = setting(False, "one matrix for embedding and head", "bool", resume=FIXED)
     rope_theta: float = setting(10000.0, "base of the rotary angles", "", low=1.0, resume=FIXED)
+    rope_scaling: str = setting("", "llama3:FACTOR,LOW,HIGH,ORIGINAL: slower rotations for longer contexts", "", resume=FIXED)
+    norm_eps: float = setting(1e-5, "added to the mean square in norms", "", low=0.0, resume=FIXED)
+    head_dim: int = setting(0, "width of a head; 0: model_dim / num_heads", "channels", low=0, resume=FIXED)
+    vocab_size: int = setting(0, "rows of embedding and head; 0: as many as the tokenizer has", "tokens", low=0, resume=FIXED)
 
 
 @dataclass(frozen=True)
 class Train:
     """How long, in which pieces, on what."""
 
+    init_from: str = setting(
+        "", "start with the weights of a run or of a Hugging Face folder, and have its model (docs/huggingface.md)", "path",
+        resume=FIXED,
+    )
     steps: int = setting(0, "parameter updates; 0: by tokens or epochs, else 300", "steps", low=0)
     tokens: int = setting(0, "stop after this many instead of steps; 0: off", "tokens", low=0)
     epochs: float = setting(0.0, "stop after this many passes over the data instead of steps; 0: off", "epochs", low=0.0)
@@ -222,6 +231,19 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
             yield f"{section.name}.{f.name}", f, getattr(part, f.name)
 
 
+def _misshapen(model: Model) -> Iterator[str]:
+    if model.head_dim % 2:
+        yield f"model.head_dim={model.head_dim} must be even"
+    elif not model.head_dim and (model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2):
+        yield f"model.model_dim={model.model_dim} must be an even multiple of model.num_heads={model.num_heads}"
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
+    try:
+        rope_scaling(model.rope_scaling)
+    except ValueError as error:
+        yield f"model.rope_scaling={error}"
+
+
 def checked(config: Config) -> Config:
     """The same config once no setting contradicts another. UsageError. Independent."""
     model, train, optim, comm = config.model, config.train, config.optim, config.comm
@@ -231,10 +253,8 @@ def checked(config: Config) -> Config:
     num_micro_batches = -(-train.global_batch // train.micro_batch)
     if train.lanes > num_micro_batches:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
-    if model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2:
-        problems.append(f"model.model_dim={model.model_dim} must be an even multiple of model.num_heads={model.num_heads}")
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-        problems.append(f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}")
+    if not train.init_from or model.vocab_size:  # else most of the model is still to be learned from there
+        problems += _misshapen(model)
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("train.steps, train.tokens and train.epochs: give one of them")
     problems += methods.problems({key: value for key, _, value in fields_of(config)})

@@ -52,7 +52,7 @@ def generate(world: Any, options: argparse.Namespace) -> str:
         if grid.world.rank < grid.parts:
             loaded = load_model(reader, grid, options.device, options.threads)
             tokenizer = load_tokenizer(options.data or reader.path.parent.parent, reader.meta["eod"])
-            if tokenizer.vocab_size != loaded.model.shape.vocab_size:
+            if tokenizer.vocab_size > loaded.model.shape.vocab_size:
                 raise DataError(
                     f"the tokenizer has {tokenizer.vocab_size} tokens, the model {loaded.model.shape.vocab_size}: give --data"
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ from mpidp.held import at_rest, boxes_held, parameters_of, weights_sha256, whole
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.state import Entry
+
+
+class Boxes(Protocol):
+    """Where parameters are read from."""
+
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """What this entry holds of model/PARAMETER. Independent."""
 
 
 class Parts:
@@ -77,8 +85,8 @@ class Parts:
         return found
 
     @torch.no_grad()
-    def load(self, reader: Reader, model: nn.Module) -> None:
-        """The parameters of this part, from a checkpoint of any mesh."""
+    def load(self, reader: Boxes, model: nn.Module) -> None:
+        """The parameters of this part, from a checkpoint of any mesh, or from a folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
             entry.tensor.copy_(reader.box(f"model/{whole}", placed))

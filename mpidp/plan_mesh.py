@@ -78,7 +78,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 def vocab_size_of(values: Mapping[str, Any]) -> int:
     """Of the data that {section.key: value} names. UsageError where they are not here. Independent."""
     try:
-        return read_index(Path(str(values.get("data.path")))).vocab_size
+        return int(values.get("model.vocab_size", 0)) or read_index(Path(str(values.get("data.path")))).vocab_size
     except DataError as error:
         raise UsageError(f"--vocab says how many tokens there are; the data do not: {error}") from error
 

@@ -25,6 +25,7 @@ from mpidp.lanes import Lanes
 from mpidp.metrics import MetricsFile
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
+from mpidp.origin import Origin
 from mpidp.rundir import refuse_changes
 from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats
 
@@ -43,6 +44,7 @@ class Plan:
     lanes: Lanes
     shape: TransformerShape
     arrivals: Order  # at parameter servers or in a quorum, to be repeated
+    origin: Origin | None = None  # of the first weights, where they are not drawn
 
     @property
     def world(self) -> MPI.Intracomm:

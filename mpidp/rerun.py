@@ -106,6 +106,8 @@ class Replay:
                     f"{record.path} was trained with {methods.asked(name, quorum)}: its steps are its ranks' own, "
                     "and only steps that all ranks made together can be replayed"
                 )
+            if reader is not None:
+                settings["train.init_from"] = ""  # all that it gave is in the checkpoint
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
             if not (Path(data) / "index.json").exists():
@@ -121,6 +123,10 @@ class Replay:
         if reader is not None:
             fit.restore(self.job, reader)
             self.source = str(reader.path)
+        elif (begun := self.job.meta.get("init_from")) is not None:
+            self.source = f"the weights of {begun['path']}"
+            if begun != meta.get("init_from", begun):
+                raise DataError.on_every_rank(f"{begun['path']} has other weights now than {record.path} began with")
         self.start = self.job.position.step
         saved, now = meta.get("fingerprint", {}), self.job.meta["fingerprint"]
         self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]

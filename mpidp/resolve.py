@@ -93,11 +93,17 @@ def workers(config: Config, size: int) -> int:
 
 
 def model_shape(config: Config, vocab_size: int) -> TransformerShape:
-    """The model's shape with its defaults filled in. Pure."""
+    """The model's shape with its defaults filled in; vocab_size: of the tokenizer. UsageError where the model has fewer. Pure."""
     m = config.model
+    if m.vocab_size and m.vocab_size < vocab_size:
+        raise UsageError(
+            f"model.vocab_size={m.vocab_size}, but the tokenizer of {config.data.path} has {vocab_size} tokens: some would have "
+            "no row in the embedding. Prepare the text with the model's own tokenizer, or leave model.vocab_size out"
+        )
     return TransformerShape(
-        vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
+        m.vocab_size or vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
         m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
+        m.norm_eps, m.head_dim, m.rope_scaling,
     )
 
 

@@ -27,6 +27,7 @@ from mpidp.config import Config
 from mpidp.data.index import read_index
 from mpidp.entry import tolerant
 from mpidp.errors import MpidpError, Stopped, UsageError
+from mpidp.origin import open_origin
 from mpidp.plan_methods import Row, predict, recommend, variant, with_speeds
 from mpidp.plan_sums import Cluster, cluster_of, lanes_of, link_of
 from mpidp.predict import most_micro_batches
@@ -82,6 +83,9 @@ def answer(config: Config, options: Options, world: MPI.Intracomm) -> dict[str, 
             "--run trains one method after the other, and where jobs outlive their ranks the memory of a run is kept to the end: "
             "start without --with-ft ulfm"
         )
+    origin = open_origin(config, world)
+    with together(world):
+        config = config if origin is None else origin.completed(config)
     cluster, where = find_cluster(config, options, world)
     with together(world):
         vocab_size = read_index(Path(config.data.path)).vocab_size

@@ -85,7 +85,7 @@ def stage_layers(shape: TransformerShape, stages: int) -> list[range]:
     among them. Contiguous, at least one each. Pure."""
     d, t = shape.model_dim, shape.seq_len
     heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
-    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * t * d
+    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * t * shape.num_heads * shape.head_dim
     head, count = shape.vocab_size * d, shape.num_layers
     if stages == 1:
         return [range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,33 @@ class TransformerShape:
     dropout: float = 0.0
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    head_size: int = 0  # 0: model_dim / num_heads
+    rope_scaling: str = ""  # as rope_scaling() reads it
 
     @property
     def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
+        return self.head_size or self.model_dim // self.num_heads
+
+
+class RopeScaling(NamedTuple):
+    """Of Llama 3.1: slow rotations are slower by `factor`, fast ones stay, between them it goes over."""
+
+    factor: float
+    low: float  # wavelengths above original / low are slow
+    high: float  # those below original / high are fast
+    original: float  # positions of the training before
+
+
+def rope_scaling(text: str) -> RopeScaling | None:
+    """Of "llama3:FACTOR,LOW,HIGH,ORIGINAL"; None of "". ValueError. Pure."""
+    if not text:
+        return None
+    kind, _, numbers = text.partition(":")
+    found = RopeScaling(*map(float, numbers.split(","))) if kind == "llama3" and numbers.count(",") == 3 else None
+    if found is None or not found.factor >= 1 or not 0 < found.low < found.high or not found.original >= 1:
+        raise ValueError(f"{text!r} must be llama3:FACTOR,LOW,HIGH,ORIGINAL, as in llama3:8,1,4,8192")
+    return found
 
 
 def default_hidden_dim(model_dim: int) -> int:
@@ -38,9 +62,10 @@ def num_parameters(shape: TransformerShape) -> int:
 
 
 def flops_per_token(shape: TransformerShape, parameters: int) -> float:
-    """Forward and backward floating-point operations a token: 6 N + 12 layers T D (Chowdhery 2022, appendix B)."""
+    """Forward and backward floating-point operations a token: 6 N + 12 layers T H E (Chowdhery 2022, appendix B)."""
+    width = shape.num_heads * shape.head_dim
     embedding = 0 if shape.tie_embeddings else shape.vocab_size * shape.model_dim
-    return 6.0 * (parameters - embedding) + 12.0 * shape.num_layers * shape.seq_len * shape.model_dim
+    return 6.0 * (parameters - embedding) + 12.0 * shape.num_layers * shape.seq_len * width
 
 
 def shapes_of(shape: TransformerShape) -> dict[str, tuple[int, ...]]:

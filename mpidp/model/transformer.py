@@ -2,7 +2,7 @@
 
 RMSNorm (Zhang 2019), rotary positions in the half-split layout (Su 2021), SwiGLU (Shazeer 2020), grouped-query attention
 (Ainslie 2023), pre-norm residual blocks, optionally tied embeddings. B: batch, T: positions, D: model_dim, H: heads,
-K: key-value heads, E: head_dim = D / H, V: vocabulary.
+K: key-value heads, E: head_dim (D / H unless said), V: vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mpidp.model.part import Part, whole
-from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shapes_of
 
 SITE = 0x9E3779B9  # between the keys of two sites
 
@@ -48,9 +48,13 @@ def keyed_dropout(
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
 
 
-def rope_table(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (length, head_dim), the second half of a row repeating the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is not None:  # how fast, from 0 (slow) to 1, by rotations in the positions of the training before
+        turns = scaling.original * frequency / (2 * math.pi)
+        fast = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        frequency = frequency * (fast + (1 - fast) / scaling.factor)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
@@ -109,9 +113,9 @@ class Block(nn.Module):
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
         self.dropout, self.part = shape.dropout, part
-        self.attention_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+        self.attention_norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
         self.attention = Attention(shape, part)
-        self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+        self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
         self.feed_forward = FeedForward(shape, part)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
@@ -141,11 +145,11 @@ class Transformer(nn.Module):
             self.embedding = nn.Embedding(vocabulary, shape.model_dim)
         self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part) for layer in self.part.layers})
         if self.part.speaks:
-            self.norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
+            self.norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
             self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
             if shape.tie_embeddings and self.embedding is not None:
                 self.head.weight = self.embedding.weight
-        cos, sin = rope_table(shape.head_dim, shape.seq_len, shape.rope_theta)
+        cos, sin = rope_table(shape.head_dim, shape.seq_len, shape.rope_theta, rope_scaling(shape.rope_scaling))
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)

@@ -19,9 +19,9 @@ from mpidp.errors import UsageError
 KEYS = """
 data.path data.verify data.order data.resident
 model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
-model.tie_embeddings model.rope_theta
-train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
-train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
+model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
+train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
+train.lanes train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
 train.eval_tokens train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
 strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
@@ -116,6 +116,10 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--model.model_dim=100", "--model.num_heads=8"], ["model.model_dim=100", "model.num_heads=8"]),
         (["--model.model_dim=12", "--model.num_heads=4"], ["model.model_dim=12"]),  # 3 channels a head: no pairs to rotate
         (["--model.num_heads=4", "--model.num_kv_heads=3"], ["model.num_kv_heads=3"]),
+        (["--model.head_dim=3"], ["model.head_dim=3 must be even"]),
+        (["--model.rope_scaling=yarn:2"], ["model.rope_scaling='yarn:2'", "llama3:8,1,4,8192"]),
+        (["--model.rope_scaling=llama3:8,4,1,8192"], ["model.rope_scaling="]),
+        (["--model.rope_scaling=llama3:8,1,x,8192"], ["model.rope_scaling="]),
         (["--train.steps=5", "--train.epochs=1"], ["train.steps", "train.epochs"]),
         (["--train.tokens=5", "--train.epochs=0.5"], ["train.tokens"]),
         (["--optim.lr=1e-3", "--optim.min_lr=1e-2"], ["optim.min_lr=0.01"]),
@@ -195,6 +199,7 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
+                                 "head_dim", "rope_scaling",
                                  "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([

@@ -1,0 +1,62 @@
+"""`python -m mpidp.export RUN OUT --format hf [--dtype bfloat16]`: a trained model as others read it (docs/huggingface.md)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mpidp.entry import Parser, begin, run_entry
+
+
+def main() -> None:
+    """Command line -> a folder."""
+    parser = Parser(prog="python -m mpidp.export", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
+    parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist")
+    parser.add_argument("--format", default="hf", choices=("hf",), help="hf: for transformers, vLLM, llama.cpp (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
+    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest file of weights, in 10^9 bytes (%(default)s)")
+    options, world = begin(lambda: _checked(parser))
+    said = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9))
+    if world.rank == 0:
+        print(said)
+
+
+def _checked(parser: Parser) -> argparse.Namespace:
+    options = parser.parse_args()
+    if not options.max_file_gb > 0:
+        parser.error("--max-file-gb must be more than 0")
+    return options
+
+
+def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9) -> str:
+    """Make the folder `out` of the newest valid checkpoint of a run, and say what it is. Rank 0 writes, the others sleep.
+    CheckpointError, UsageError. Collective over world."""
+    from mpidp.comm.mesh import together
+    from mpidp.data.tokenizer import load_tokenizer
+    from mpidp.errors import UsageError
+    from mpidp.hf.tokens import huggingface_json
+    from mpidp.hf.write import write_folder
+    from mpidp.loading import open_run
+    from mpidp.model.shape import TransformerShape, num_parameters
+
+    reader = open_run(Path(run), world)
+    said, folder = "", reader.path.parent.parent
+    with together(world):
+        kind = reader.meta["config"]["model.kind"]
+        if kind != "transformer":
+            raise UsageError(f"{run} has model.kind={kind}: only a transformer has its like among Hugging Face's (Llama)")
+        if world.rank == 0:
+            shape = TransformerShape(**reader.meta["shape"])
+            tokenizer, eod = huggingface_json(load_tokenizer(folder, reader.meta["eod"])), reader.meta["eod"]
+            write_folder(
+                Path(out), shape, lambda name: reader[f"model/{name}"], tokenizer, eod, dtype, max_file_bytes, folder / "hf"
+            )
+            step, count = reader.meta["step"], num_parameters(shape)
+            said = f"{out}: LlamaForCausalLM of {count:,} parameters in {dtype}, step {step} of {run}"
+    return said
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,102 @@
+"""A model of ours as a Hugging Face folder: what transformers, vLLM and llama.cpp's converter read. All of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpidp.errors import UsageError
+from mpidp.files import sync_directory, write_file
+from mpidp.hf.folder import COME_ALONG, read_object
+from mpidp.hf.names import config_of, theirs
+from mpidp.hf.tokens import eod_name
+from mpidp.model.shape import TransformerShape, shapes_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def write_folder(
+    out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, eod: int, dtype: str = "float32",
+    max_file_bytes: int = 5 * 10**9, before: Path | None = None,
+) -> None:
+    """Make the folder `out`. weight: gives a parameter by our name; tokenizer: a Hugging Face tokenizer.json; eod: its id that
+    ends a document; before: a folder with what belonged to the model that this one was made from, and stays. One file of weights
+    is in memory at a time. UsageError when out exists or cannot be written. Independent."""
+    if out.exists():
+        raise UsageError(f"{out} exists, and nothing is overwritten: choose another folder, or remove it yourself")
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        temporary.mkdir(parents=True)
+        _write_weights(temporary, shape, weight, DTYPES[dtype], max_file_bytes)
+        for name, content in _words(shape, tokenizer, eod, dtype, before).items():
+            write_file(temporary / name, content.encode())
+        os.rename(temporary, out)
+        sync_directory(out.parent)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error}); choose another folder") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary)
+
+
+def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Which tensors go into which file: in order, each file as full as max_bytes allows, at least one tensor in each. Pure."""
+    files: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not files or size > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def _write_weights(
+    folder: Path, shape: TransformerShape, weight: Callable[[str], Tensor], dtype: torch.dtype, max_bytes: int
+) -> None:
+    sizes = {name: dtype.itemsize * int(torch.Size(size).numel()) for name, size in shapes_of(shape).items()}
+    files = files_of(sizes, max_bytes)
+    place: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(
+            {theirs(name): weight(name).to(dtype).contiguous() for name in names}, folder / file, metadata={"format": "pt"}
+        )
+        with open(folder / file, "rb") as written:
+            os.fsync(written.fileno())
+        place |= {theirs(name): file for name in names}
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(place.items()))}
+        write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def _words(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, str]:
+    """By name, the files that are not weights."""
+    kept = {name: before / name for name in COME_ALONG if (before / name).is_file()} if before is not None else {}
+    config = config_of(shape, dtype, eod, read_object(kept["config.json"]) if "config.json" in kept else {})
+    name, longest = eod_name(tokenizer, eod), config["max_position_embeddings"]
+    found: dict[str, Any] = {
+        "config.json": config,
+        "generation_config.json": {"_from_model_config": True, "eos_token_id": eod},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "model_max_length": longest,
+            "clean_up_tokenization_spaces": False,
+        },
+        "special_tokens_map.json": {"eos_token": name},
+    }
+    if "tokenizer_config.json" in kept:
+        del found["special_tokens_map.json"]
+    texts = {what: json.dumps(content, indent=2) + "\n" for what, content in found.items()}
+    texts |= {what: path.read_text() for what, path in kept.items() if what != "config.json"}
+    return texts | {"tokenizer.json": tokenizer}

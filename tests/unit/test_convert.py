@@ -1,0 +1,134 @@
+"""Laws of data_tools.convert: the same tokens and documents there and back; files that do not agree are refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.convert import from_megatron, to_megatron
+from data_tools.megatron import MAGIC, Reader, dtype_code
+from data_tools.prepare import prepare
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError, UsageError
+from tests.tiny import masked_corpus
+
+
+def documents_of(path: Path, split: str) -> list[list[int]]:
+    """A first document may have begun before the split."""
+    stream = TokenStream(path, split)
+    bases = np.cumsum([0, *(record.tokens for record in stream.files)])
+    starts = {0, *(int(at) + int(base) for i, base in enumerate(bases[:-1]) for at in stream.doc_offsets(i))}
+    ids = stream.read(0, stream.num_tokens).tolist()
+    edges = [*sorted(starts), len(ids)]
+    return [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def independent(prefix: Path) -> list[list[int]]:
+    """As the format is described, without our Reader; documents of one sequence."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\x00\x00"
+    version, code, sequences, bounds = struct.unpack_from("<QBQQ", raw, 9)
+    assert (version, bounds) == (1, sequences + 1)
+    lengths = struct.unpack_from(f"<{sequences}i", raw, 34)
+    pointers = struct.unpack_from(f"<{sequences}q", raw, 34 + 4 * sequences)
+    assert struct.unpack_from(f"<{bounds}q", raw, 34 + 12 * sequences) == tuple(range(bounds))
+    assert len(raw) == 34 + 12 * sequences + 8 * bounds
+    ids = np.fromfile(f"{prefix}.bin", {8: "<u2", 4: "<i4"}[code])
+    assert sum(lengths) == len(ids)
+    size = ids.itemsize
+    return [ids[at // size : at // size + length].tolist() for at, length in zip(pointers, lengths, strict=True)]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_text(f"text {i} " * (i * i % 17 + 1))
+    prepare(str(folder), "byte", tmp_path / "shards", shards=3, val_fraction=0.3, say=False)
+    return tmp_path / "shards"
+
+
+def test_there_and_back(shards: Path, tmp_path: Path) -> None:
+    said = to_megatron(shards, tmp_path / "deep/it")
+    assert len(said) == 2 and f"it_train: {TokenStream(shards).num_tokens:,} tokens" in said[0]
+    for split in ("train", "val"):
+        assert independent(tmp_path / f"deep/it_{split}") == documents_of(shards, split)
+        assert [ids.tolist() for ids in Reader(tmp_path / f"deep/it_{split}").documents()] == documents_of(shards, split)
+    from_megatron(tmp_path / "deep/it", tmp_path / "back", str(shards / "tokenizer.json"), 5, 0.0, None)
+    for split in ("train", "val"):
+        assert documents_of(tmp_path / "back", split) == documents_of(shards, split)
+        TokenStream(tmp_path / "back", split).check(contents=True)
+    back, first = TokenStream(tmp_path / "back").index, TokenStream(shards).index
+    assert back.tokenizer_sha256 == first.tokenizer_sha256
+    assert {k: s.text_bytes for k, s in back.splits.items()} == {k: s.text_bytes for k, s in first.splits.items()}
+    to_megatron(tmp_path / "back", tmp_path / "again")
+    for end in ("train.bin", "train.idx", "val.bin", "val.idx"):
+        assert (tmp_path / f"again_{end}").read_bytes() == (tmp_path / f"deep/it_{end}").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def write(prefix: Path, code: int, lengths: list[int], bounds: list[int], ids: np.ndarray, modes: bytes = b"") -> None:
+    pointers = np.cumsum([0, *lengths])[:-1] * ids.itemsize
+    Path(f"{prefix}.bin").write_bytes(ids.tobytes())
+    Path(f"{prefix}.idx").write_bytes(
+        MAGIC + struct.pack("<QBQQ", 1, code, len(lengths), len(bounds)) + np.array(lengths, "<i4").tobytes()
+        + pointers.astype("<i8").tobytes() + np.array(bounds, "<i8").tobytes() + modes
+    )
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+def test_files_of_others(tmp_path: Path, code: int, dtype: str) -> None:
+    """Of all integer types, documents of several sequences and of none, with modes; the end is validation."""
+    ids = (np.arange(40) * 7 % 120).astype(dtype)
+    write(tmp_path / "it", code, [5, 0, 10, 5, 20], [0, 2, 2, 4, 5], ids, b"\0" * 5)
+    said = from_megatron(tmp_path / "it", tmp_path / "out", "byte", 2, 0.25, None)
+    assert said[-1] == "1 documents without a token were left out"
+    assert documents_of(tmp_path / "out", "train") == [ids[:5].tolist(), ids[5:20].tolist(), ids[20:30].tolist()]
+    assert documents_of(tmp_path / "out", "val") == [ids[30:].tolist()]
+    assert TokenStream(tmp_path / "out", "val").num_documents == 0
+
+
+def test_the_type_is_that_of_megatron() -> None:
+    assert [dtype_code(n) for n in (257, 65499, 65500, 128256)] == [8, 8, 4, 4]
+
+
+def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
+    ids = np.arange(20, dtype="<u2")
+
+    def refused(words: str, prefix: str = "it", tokenizer: str = "byte") -> None:
+        with pytest.raises(DataError, match=words):
+            from_megatron(tmp_path / prefix, tmp_path / "out", tokenizer, 1, 0.0, None)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+    refused("none_train.idx: cannot be read", "none")
+    write(tmp_path / "it", 8, [10, 10], [0, 1, 2], ids + 300)
+    refused("document 0 has the id 309, and the tokenizer's are 0..256")
+    write(tmp_path / "it", 4, [10, 10], [0, 1, 2], (ids.astype("<i4") - 3))
+    refused("document 0 has the id -3")
+    for lengths, bounds in (([10, 11], [0, 1, 2]), ([30, -10], [0, 1, 2]), ([-1, 3], [0, 2])):
+        write(tmp_path / "it", 8, lengths, bounds, ids)
+        refused("outside the 40 bytes")
+    for bounds in ([0, 1], [0, 3, 2], [-1, 2]):
+        write(tmp_path / "it", 8, [10, 10], bounds, ids)
+        refused("bounds of documents do not ascend")
+    write(tmp_path / "it", 7, [10, 10], [0, 1, 2], ids)
+    refused("version 1, type 7")
+    index = tmp_path / "it.idx"
+    write(tmp_path / "it", 8, [10, 10], [0, 1, 2], ids)
+    index.write_bytes(index.read_bytes()[:-3])
+    refused("2 sequences and 3 bounds of documents need")
+    index.write_bytes(b"MMIDIDX")
+    refused("not an index of Megatron-LM")
+    index.unlink()
+    refused("it_train.idx: cannot be read")
+    with pytest.raises(DataError, match="loss mask"):
+        to_megatron(masked_corpus(tmp_path), tmp_path / "new")
+    to_megatron(shards, tmp_path / "there")
+    for again in (lambda: to_megatron(shards, tmp_path / "there"),
+                  lambda: from_megatron(tmp_path / "there", shards, "byte", 1, 0.0, None)):
+        with pytest.raises(UsageError, match="exists, and nothing is overwritten"):
+            again()
