@@ -1,0 +1,262 @@
+"""What the report says of one run. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from mpidp.config import Config, fields_of
+from mpidp.metrics import number
+from mpidp.reporting.charts import MOST_COLUMNS, Curve, cascade, curves, duration, field, figure, short, stacks
+from mpidp.reporting.costs import Costs, joules_until, machines
+from mpidp.reporting.page import cards, charts, folded, note, section, table, words
+from mpidp.reporting.read import Run
+from mpidp.reporting.waterfall import PARTS, Waterfall
+
+MOST_ROWS = 32  # ranks by name: the slowest and the fastest of more
+MOST_EVENTS = 200
+QUIET = ("start", "end")
+
+
+def of_run(run: Run, fall: Waterfall, spent: Costs) -> str:
+    """All sections. Pure."""
+    return "".join([state(run, fall), figures(run, fall, spent), what_ran(run), learning(run), speed(run), time_spent(run, fall),
+                    ranks(run), sent(run), energy(run, spent), events(run), settings(run)])
+
+
+def state(run: Run, fall: Waterfall) -> str:
+    """What to know first: not at its end, or records of an older kind. Pure."""
+    last, of = run.steps[-1]["step"], run.config.get("train.steps")
+    parts = []
+    if run.going:
+        parts.append(note(f"This run is still going: step {last} of {of}. The report tells of what was there when it was made."))
+    elif run.end is None:
+        parts.append(note(f"This run has not come to its end: its last step is {last} of {of}, and no job works on it now. The same "
+                          "command that started it goes on from its last checkpoint."))
+    if not fall.dated:
+        parts.append(note("Its lines have no times (an older version wrote them): what lay between steps is not known, and shares are "
+                          "of the time of steps alone."))
+    return "".join(parts)
+
+
+def usual_speed(run: Run) -> float:
+    """Median tokens a second of steps, after the first few. Pure."""
+    steps = run.steps[3:] if len(run.steps) > 9 else run.steps
+    speeds = [speed for line in steps if (speed := number(line, "tokens_per_second"))]
+    return statistics.median(speeds) if speeds else 0.0
+
+
+def figures(run: Run, fall: Waterfall, spent: Costs) -> str:
+    """The few that are looked for. Pure."""
+    losses = [number(line, "val_loss") for line in run.evaluations]
+    mfu = [one for line in run.steps if (one := number(line, "mfu")) is not None]
+    rows = [
+        (f"{run.steps[-1]['step']:,}", "steps"), (short(run.tokens), "tokens learned from"),
+        (f"{losses[-1]:.4f}" if losses else "-", "validation loss, nats a token"),
+        (f"{usual_speed(run):,.0f}", "tokens a second, median of steps"),
+        (f"{100 * statistics.median(mfu):.1f}%" if mfu else "not known", "MFU: of the devices' peak"),
+        (f"{100 * fall.goodput:.1f}%", "goodput: time of steps that count, of all"),
+        (duration(fall.whole), "of all jobs that worked on it"),
+        (f"{spent.joules / run.tokens:.3g} J" if spent.joules is not None and run.tokens else "not available", "energy a token"),
+    ]
+    return cards(rows)
+
+
+def what_ran(run: Run) -> str:
+    """Model, data, machines, versions. Pure."""
+    config, facts = run.config, run.facts
+    said = facts.get("fingerprint") or {}
+    data = facts.get("data") or {}
+    nodes = facts.get("nodes") or {}
+    hosts = ", ".join(f"{host} ({count})" for host, count in list(nodes.items())[:16]) + (", ..." if len(nodes) > 16 else "")
+    batch, length = config.get("train.global_batch", "?"), config.get("model.seq_len", "?")
+    mesh = " x ".join(f"{name} {config[f'mesh.{name}']}" for name in ("tp", "pp") if config.get(f"mesh.{name}", 1) != 1)
+    device = f"{config.get('train.device', '?')}, {config.get('train.dtype', '?')}" + (
+        f", {said['device']}" if said.get("device") not in (None, "cpu") else "")
+    unknown = "not recorded"
+    rows = [
+        ("Model", f"{config.get('model.kind', '?')}, {config.get('model.num_layers', '?')} layers x {config.get('model.model_dim', '?')}"
+         + (f", {facts['parameters']:,} parameters" if "parameters" in facts else "")),
+        ("Batch", f"{batch} sequences x {length} tokens, {facts.get('micro_batches', '?')} micro-batches in {facts.get('lanes', '?')} lanes"),
+        ("Method", f"{config.get('strategy.name', '?')}, reducer {config.get('comm.reducer', '?')}, "
+         f"compression {config.get('comm.compress', 'none')}{f', mesh {mesh}' if mesh else ''}"),
+        ("Ranks", f"{run.ranks}" + (f" on {machines(facts)} machine{'s' * (machines(facts) != 1)}: {hosts}" if nodes else "")),
+        ("Device", f"{device}, {config.get('train.threads', '?')} threads a rank"),
+        ("Data", f"{data.get('path', config.get('data.path', '?'))}"
+         + (f", {data['train_tokens']:,} training and {data.get('val_tokens', 0):,} validation tokens" if "train_tokens" in data else "")
+         + (f", index {str(data['index_sha256'])[:12]}" if "index_sha256" in data else "")),
+        ("Versions", ", ".join(f"{name} {' '.join(str(version).split())}" for name, version in (facts.get("versions") or said).items()
+                               if facts.get("versions") or name in ("torch", "cpu")) or unknown),
+    ]
+    ended = run.end or {}
+    if "weights_sha256" in ended:
+        rows.append(("Result", f"ended by {ended.get('reason')}, weights {str(ended['weights_sha256'])[:16]}"))
+    return section("What was run", table(("", ""), rows))
+
+
+def learning(run: Run) -> str:
+    """Loss against tokens, time and energy. Pure."""
+    spent, joules = dict_by_line(run.worked()), dict_by_line(list(joules_until(run)))
+    hours = max(spent.values(), default=0.0)
+    unit, name = (3600.0, "hours") if hours > 7200 else (60.0, "minutes") if hours > 120 else (1.0, "seconds")
+    tokens_at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}
+
+    def lines(place: Any) -> list[Curve]:
+        return [
+            Curve("training", [(place(line), number(line, "train_loss") or 0.0) for line in run.steps]),
+            Curve("validation", [(place(line), number(line, "val_loss") or 0.0) for line in run.evaluations], dots=True),
+        ]
+
+    against = [curves("Loss against tokens", lines(lambda line: tokens_at.get(line["step"], 0.0)), "tokens", "nats a token")]
+    if spent:
+        against.append(curves("Loss against time", lines(lambda line: spent[id(line)] / unit), f"{name} of work on the run", "nats a token"))
+    if max(joules.values(), default=0.0) > 0:
+        against.append(curves("Loss against energy", lines(lambda line: joules[id(line)] / 1e3), "kJ", "nats a token"))
+    return section("Learning", charts(*against))
+
+
+def dict_by_line(rows: Sequence[tuple[dict[str, Any], float]]) -> dict[int, float]:
+    """By the identity of the line. Pure."""
+    return {id(line): value for line, value in rows}
+
+
+def of_steps(run: Run, name: str) -> list[tuple[float, float]]:
+    """(step, figure). Pure."""
+    return [(line["step"], value) for line in run.steps if (value := number(line, name)) is not None]
+
+
+def speed(run: Run) -> str:
+    """Tokens a second and MFU. Pure."""
+    parts = [curves("Throughput", [Curve("tokens a second", of_steps(run, "tokens_per_second"))], "step", "tokens/s", zero=True)]
+    mfu = [(step, 100 * value) for step, value in of_steps(run, "mfu")]
+    parts.append(curves("Model FLOPs utilisation", [Curve("MFU", mfu)], "step", "% of peak", zero=True))
+    told = "" if mfu else words("MFU is not claimed: the peak of this device is not known to mpidp.", "soft")
+    return section("Throughput", charts(*parts), told)
+
+
+def time_spent(run: Run, fall: Waterfall) -> str:
+    """The waterfall, as picture and table. Pure."""
+    speeds, shares, rows, so_far = fall.speeds(), fall.shares, [], 0.0
+    kept = [part for part in PARTS if fall.seconds[part] > 0 or part == "ideal"]
+    for part in kept:
+        begin, so_far = so_far, so_far + shares[part]
+        rows.append((part, begin, so_far, f"{100 * shares[part]:.1f}%, then {short(speeds[part])} tokens/s"))
+    told = [(part, PARTS[part], duration(fall.seconds[part]), f"{100 * shares[part]:.2f}%", f"{speeds[part]:,.0f}") for part in kept]
+    told.append(("all", "", duration(fall.whole), "100.00%", f"{fall.tokens / fall.whole:,.0f}" if fall.whole else "-"))
+    return section(
+        "Where the time went",
+        words(f"From ideal, {speeds['ideal']:,.0f} tokens a second, to measured, {fall.tokens / fall.whole if fall.whole else 0:,.0f}, "
+              "over the whole run. Each bar is a share of all time; the figure behind it is the speed if this and what stands above it "
+              "were all that takes time."),
+        cascade(rows), table(("part", "what it is", "time", "share", "tokens/s so far"), told, numbers=(2, 3, 4)),
+    )
+
+
+def per_rank(run: Run) -> tuple[list[int], list[tuple[int, list[float], list[float]]]]:
+    """(steps, rows of (rank, compute seconds, data seconds) at them), since the last change of ranks. Pure."""
+    count = run.ranks
+    lines = [line for line in run.steps if isinstance(line.get("rank_compute_seconds"), list)
+             and len(line["rank_compute_seconds"]) == count == len(line.get("rank_data_seconds") or [])]
+    first = run.starts[-1]["step"] if run.starts and len(run.starts) > 1 else 0
+    lines = [line for line in lines if line["step"] > first] or lines
+    rows = [(rank, [line["rank_compute_seconds"][rank] for line in lines], [line["rank_data_seconds"][rank] for line in lines])
+            for rank in range(count)] if lines else []
+    return [line["step"] for line in lines], rows
+
+
+def ranks(run: Run) -> str:
+    """Lanes of ranks: what each does in a step, and when it was slow. Pure."""
+    steps, rows = per_rank(run)
+    if not rows:
+        return section("Ranks", words("What each rank computed was not recorded.", "soft"))
+    mean = {rank: (statistics.fmean(compute), statistics.fmean(data)) for rank, compute, data in rows}
+    longest = [max(a[i] + b[i] for _, a, b in rows) for i in range(len(steps))]
+    waits = {rank: statistics.fmean(longest[i] - compute[i] - data[i] for i in range(len(steps))) for rank, compute, data in rows}
+    slowest = max(mean, key=lambda rank: sum(mean[rank]))
+    shown = [row[0] for row in rows]
+    if len(rows) > MOST_ROWS:
+        order = sorted(mean, key=lambda rank: -sum(mean[rank]))
+        shown = sorted([*order[: MOST_ROWS // 2], *order[-MOST_ROWS // 2 :]])
+    names = {rank: f"rank {rank}" + (" (slowest)" if rank == slowest and len(rows) > 1 else "") for rank in mean}
+    times = sum(max(rows, key=lambda row: row[1][i] + row[2][i])[0] == slowest for i in range(len(steps)))
+    lost = statistics.fmean(waits.values())
+    told = (f"Rank {slowest} took longest in {times} of {len(steps)} steps; on average a rank waited {duration(lost)} a step for the "
+            f"slowest." if len(rows) > 1 else "One rank waits for nobody.")
+    if len(rows) > MOST_ROWS:
+        told += f" Of {len(rows)} ranks the {MOST_ROWS // 2} slowest and the {MOST_ROWS // 2} fastest are shown."
+    bins = min(MOST_COLUMNS, len(steps))
+    cuts = [(i * len(steps) // bins, (i + 1) * len(steps) // bins) for i in range(bins)]
+    usual = statistics.median(value for _, compute, _ in rows for value in compute)
+    cells = [(names[rank], [statistics.fmean(rows[rank][1][a:b]) for a, b in cuts]) for rank in shown]
+    return section(
+        "Ranks", words(told),
+        figure("Mean step by rank", stacks([(names[rank], (*mean[rank], waits[rank])) for rank in shown],
+                                           ("computing", "waiting for data", "waiting for the slowest rank"))),
+        figure(f"Computing over time: darker, longer than usual ({duration(usual)})",
+               field(cells, [steps[a] for a, _ in cuts], duration, usual)),
+    )
+
+
+def sent(run: Run) -> str:
+    """Bytes of rank 0. Pure."""
+    each = of_steps(run, "comm_bytes")
+    if not each:
+        return ""
+    total = sum(value for _, value in each)
+    if not total:
+        return section("Bytes sent", words("Rank 0 sent no message: gradients went through memory that the ranks of its node share, or "
+                                           "there was one rank.", "soft"))
+    return section("Bytes sent", words(f"Rank 0 sent {short(total)}B in steps that count, {short(total / len(each))}B a step."),
+                   charts(curves("Sent by rank 0", [Curve("bytes", each)], "step", "bytes a step", zero=True)))
+
+
+def energy(run: Run, spent: Costs) -> str:
+    """Joules, and what they stand for. Pure."""
+    rows = []
+    if spent.joules is None:
+        rows.append(("energy", f"not available: {spent.why}"))
+    else:
+        kwh = spent.joules / 3.6e6
+        rows += [("energy", f"{short(spent.joules)}J = {kwh:.4g} kWh, of {spent.of}{f' alone ({spent.why})' if spent.why else ''}"),
+                 ("a token", f"{spent.joules / max(1, run.tokens):.4g} J")]
+        rows.append(("CO2e", f"{spent.grams:.4g} g at the stated factor" if spent.grams is not None
+                     else "not available: no factor was stated (energy.grams_per_kwh)"))
+    hours = spent.node_hours
+    rows.append(("node-hours", f"{hours:.4g}" if hours is not None else "not available: times and hosts were not recorded"))
+    rows.append(("price", f"{spent.price:.4g} at the stated rate" if spent.price is not None
+                 else "not available: no rate was stated (energy.price_per_node_hour)" if hours is not None else "not available"))
+    return section("Energy and cost", table(("", ""), rows))
+
+
+def events(run: Run) -> str:
+    """What happened besides steps. Pure."""
+    told = [line for line in run.lines if "event" in line and line["event"] not in QUIET[1:]]
+    worked = dict_by_line(run.worked())
+    rows = []
+    for line in told[-MOST_EVENTS:]:
+        known = {"event", "step", "unix_seconds", *run.facts} - {"ranks", "seconds", "lost_seconds", "lost_steps"}
+        if line["event"] == "skipped":
+            known |= {key for key in line if key.endswith("_seconds") or key == "comm_bytes"}
+        more = ", ".join(f"{key} {_said(key, value)}" for key, value in line.items() if key not in known and value not in (0, 0.0, [], ""))
+        moment = number(line, "unix_seconds")
+        when = f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
+        rows.append((when, duration(worked[id(line)]) if id(line) in worked else "", str(line["step"]), str(line["event"]), more))
+    cut = words(f"The last {MOST_EVENTS} of {len(told)}.", "soft") if len(told) > MOST_EVENTS else ""
+    return section("Events", cut, table(("when", "into the run", "step", "event", "more"), rows, numbers=(1, 2)) if rows else "")
+
+
+def _said(key: str, value: Any) -> str:
+    if key.endswith("seconds") and isinstance(value, (int, float)):
+        return duration(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def settings(run: Run) -> str:
+    """The config: what is not the default, then all. Pure."""
+    defaults = {key: value for key, _, value in fields_of(Config())}
+    rows = [(key, str(value)) for key, value in run.config.items()]
+    other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]
+    return section("Settings", words("Those that are not the defaults:"), table(("setting", "value"), other),
+                   folded("all settings", table(("setting", "value"), rows)))
