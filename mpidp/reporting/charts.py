@@ -184,7 +184,7 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], sa
 
 
 def field(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], said: Callable[[float], str], usual: float) -> str:
-    """A row of cells a rank, from light to dark by how much longer than usual it took (twice: darkest). rows: as many values as
+    """A row of cells a rank, of a stronger colour the longer than usual it took (twice: full). rows: as many values as
     columns, the steps. Pure."""
     row, left, width = 18, 120, 760
     wide = (width - left - 12) / len(columns)
@@ -202,4 +202,4 @@ def field(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float],
         at = min(range(len(columns)), key=lambda j: abs(columns[j] - value))
         body.append(text(left + wide * (at + 0.5), y + 10, f"{value:g}", "tick", "middle"))
     body.append(text(left - 8, y + 10, "step", "tick", "end"))
-    return svg(width, y + 16, "Computing by rank over steps, darker: longer than usual", body)
+    return svg(width, y + 16, "Computing by rank over steps; a stronger colour: longer than usual", body)

@@ -28,7 +28,7 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 h1{font-size:1.6rem;margin:0 0 2px}h1.next{margin-top:56px}h2{font-size:1.2rem;margin:34px 0 10px;padding-bottom:4px;border-bottom:1px solid var(--edge)}
 h3{font-size:1.02rem;margin:18px 0 6px}p{margin:6px 0;max-width:78ch}.soft,.under{color:var(--soft)}.under{margin-top:0}
 .note{background:var(--note);border-left:4px solid var(--loss);padding:8px 12px;margin:12px 0}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:10px;margin:14px 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:10px;margin:14px 0}
 .card{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:8px 12px;break-inside:avoid}
 .card b{display:block;font-size:1.22rem;font-variant-numeric:tabular-nums}.card span{color:var(--soft);font-size:.84rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:14px 22px}
@@ -93,11 +93,11 @@ def note(text: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """numbers: columns of figures. Pure."""
     kinds = [' class="n"' if i in numbers else "" for i in range(len(head))]
-    top = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True))
+    top = "" if not any(head) else "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table>{f"<thead><tr>{top}</tr></thead>" if top else ""}<tbody>{body}</tbody></table></div>'
 
 
 def folded(title: str, *parts: str) -> str:

@@ -23,7 +23,7 @@ QUIET = ("start", "end")
 def of_run(run: Run, fall: Waterfall, spent: Costs) -> str:
     """All sections. Pure."""
     return "".join([state(run, fall), figures(run, fall, spent), what_ran(run), learning(run), speed(run), time_spent(run, fall),
-                    ranks(run), sent(run), energy(run, spent), events(run), settings(run)])
+                    ranks(run), energy(run, spent), events(run), settings(run)])
 
 
 def state(run: Run, fall: Waterfall) -> str:
@@ -128,12 +128,20 @@ def of_steps(run: Run, name: str) -> list[tuple[float, float]]:
 
 
 def speed(run: Run) -> str:
-    """Tokens a second and MFU. Pure."""
+    """Tokens a second, MFU, bytes of rank 0. Pure."""
     parts = [curves("Throughput", [Curve("tokens a second", of_steps(run, "tokens_per_second"))], "step", "tokens/s", zero=True)]
     mfu = [(step, 100 * value) for step, value in of_steps(run, "mfu")]
     parts.append(curves("Model FLOPs utilisation", [Curve("MFU", mfu)], "step", "% of peak", zero=True))
     told = "" if mfu else words("MFU is not claimed: the peak of this device is not known to mpidp.", "soft")
-    return section("Throughput", charts(*parts), told)
+    each = of_steps(run, "comm_bytes")
+    total = sum(value for _, value in each)
+    if each and not total:
+        told += words("Rank 0 sent no message: gradients went through memory that the ranks of its node share, or there was one rank.")
+    elif each:
+        told += words(f"Rank 0 sent {short(total)}B in steps that count, {short(total / len(each))}B a step.")
+        if len({value for _, value in each}) > 1:
+            parts.append(curves("Bytes sent by rank 0", [Curve("bytes", each)], "step", "bytes a step", zero=True))
+    return section("Throughput and bytes sent", charts(*parts), told)
 
 
 def time_spent(run: Run, fall: Waterfall) -> str:
@@ -194,22 +202,9 @@ def ranks(run: Run) -> str:
         "Ranks", words(told),
         figure("Mean step by rank", stacks([(names[rank], (*mean[rank], waits[rank])) for rank in shown],
                                            ("computing", "waiting for data", "waiting for the slowest rank"))),
-        figure(f"Computing over time: darker, longer than usual ({duration(usual)})",
+        figure(f"Computing over time: a stronger colour, longer than usual ({duration(usual)})",
                field(cells, [steps[a] for a, _ in cuts], duration, usual)),
     )
-
-
-def sent(run: Run) -> str:
-    """Bytes of rank 0. Pure."""
-    each = of_steps(run, "comm_bytes")
-    if not each:
-        return ""
-    total = sum(value for _, value in each)
-    if not total:
-        return section("Bytes sent", words("Rank 0 sent no message: gradients went through memory that the ranks of its node share, or "
-                                           "there was one rank.", "soft"))
-    return section("Bytes sent", words(f"Rank 0 sent {short(total)}B in steps that count, {short(total / len(each))}B a step."),
-                   charts(curves("Sent by rank 0", [Curve("bytes", each)], "step", "bytes a step", zero=True)))
 
 
 def energy(run: Run, spent: Costs) -> str:
