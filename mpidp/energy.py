@@ -132,9 +132,11 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
 
 
 def agreed(said: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """(what all machines measure of cpu and gpu, why not more), from what each said. Only what all have is a sum of the job. Pure."""
+    """(what all machines measure of cpu and gpu, why not more), from what each said. Only what all have sums up. Pure."""
     told = [one for one in said if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
                 if any(part in one for one in told) and all(one.get(part, by) == by for one in told)]
-    reasons = dict.fromkeys(why for one in told for part, why in one.items() if part not in measured and why not in ("RAPL", "NVML"))
+    reasons = dict.fromkeys(
+        why for one in told for part, why in one.items() if part not in measured and why not in ("RAPL", "NVML")
+    )
     return measured, "; ".join(reasons) or ("" if told else "metrics.energy=false")

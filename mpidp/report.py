@@ -1,7 +1,7 @@
 """`python -m mpidp.report RUN [RUN ...] [--out report.html] [--png DIR]`: what runs did, and where their time and energy went.
 
-One file that needs no network and no script: losses, speed, the waterfall from ideal to measured, ranks, energy, events; several runs
-are compared. docs/report.md: how to read it.
+One file that needs no network and no script: losses, speed, the waterfall from ideal to measured, ranks, energy, events; several
+runs are compared. docs/report.md: how to read it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--png", type=Path, metavar="DIR", help="the charts as pictures, too (pip install 'mpidp[report]')")
-    parser.add_argument("--grams-per-kwh", type=float, default=0.0, help="CO2e of the electricity; default: energy.grams_per_kwh of the run")
+    parser.add_argument(
+        "--grams-per-kwh", type=float, default=0.0, help="CO2e of the electricity; default: energy.grams_per_kwh of the run"
+    )
     parser.add_argument("--price-per-node-hour", type=float, default=0.0, help="default: energy.price_per_node_hour of the run")
     options = parser.parse_args()
     if min(options.grams_per_kwh, options.price_per_node_hour) < 0:
@@ -73,8 +75,12 @@ def report(runs: Sequence[Run], grams_per_kwh: float = 0.0, price_per_node_hour:
         inner = [f"<h1 class='next'>Run {escape(run.name)}</h1>{said}" for run, said in zip(runs, sections, strict=True)]
         sections = [compare(runs, falls, spent), *inner]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
-    return page(title, f"mpidp report, {datetime.now():%Y-%m-%d %H:%M}. Made from metrics.jsonl alone; seconds and bytes are rank 0's unless it is said otherwise.",
-                sections)
+    return page(
+        title,
+        f"mpidp report, {datetime.now():%Y-%m-%d %H:%M}. Made from metrics.jsonl alone; seconds and bytes are rank 0's unless "
+        "it is said otherwise.",
+        sections,
+    )
 
 
 def write(path: Path, content: str) -> None:

@@ -42,10 +42,13 @@ class Told:
 class Timeline:
     """Of one rank; without steps it does nothing."""
 
-    def __init__(self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False) -> None:
+    def __init__(
+        self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False
+    ) -> None:
         """steps: first and last, both included; (0, 0): none. Independent."""
         self.first, self.last = steps
-        self._run_dir, self._kernels, self._profiler = run_dir, kernels, None
+        self._run_dir, self._kernels = run_dir, kernels
+        self._profiler: Any = None
         self._told, self._on, self._idents = Told(host, [], []), False, dict[int, int]()
 
     def attach(self, job: Any, comm: MPI.Intracomm) -> None:

@@ -1,7 +1,7 @@
 """Charts as SVG in text, for a page that needs no network and no script: curves, bars, and a field of ranks over time. Pure.
 
-Colours are the page's (CSS classes s0, s1, ...): one set for light, one for dark, told apart by people who see few colours; curves
-differ in their dashes, too. Points carry their figures as a <title>, which browsers show under the pointer.
+Colours are the page's (CSS classes s0, s1, ...): one set for light, one for dark, told apart by people who see few colours;
+curves differ in their dashes, too. Points carry their figures as a <title>, which browsers show under the pointer.
 """
 
 from __future__ import annotations
@@ -83,10 +83,13 @@ def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") 
 
 def curves(
     title: str, lines: Sequence[Curve], x_name: str, y_name: str, x_said: Callable[[float], str] = short,
-    y_said: Callable[[float], str] = short, zero: bool = False,
+    y_said: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
 ) -> str:
-    """A chart of curves; nothing where no curve has a point. zero: the y axis begins there. Pure."""
-    lines = [Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines]
+    """A chart of curves; nothing where no curve has a point. zero: the y axis begins there; x_ticks: else round
+    numbers. Pure."""
+    lines = [
+        Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines
+    ]
     everything = [point for line in lines for point in line.points]
     if not everything:
         return ""
@@ -106,7 +109,7 @@ def curves(
         y = place(x0, value)[1]
         body.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         body.append(text(LEFT - 6, y + 4, y_said(value), "tick", "end"))
-    for value in ticks(x0, x1):
+    for value in x_ticks or ticks(x0, x1):
         x = place(value, y0)[0]
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}" class="axis"/>')
         body.append(text(x, HEIGHT - BOTTOM + 16, x_said(value), "tick", "middle"))
@@ -130,7 +133,10 @@ def curves(
 
 def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
     """Names beside their colours. Pure."""
-    marks = {"line": '<line x1="1" x2="25" y1="6" y2="6" class="line {0}"/>', "bar": '<rect width="12" height="12" class="bar {0}"/>'}
+    marks = {
+        "line": '<line x1="1" x2="25" y1="6" y2="6" class="line {0}"/>',
+        "bar": '<rect width="12" height="12" class="bar {0}"/>',
+    }
     width = 26 if kind == "line" else 12
     return '<ul class="legend">' + "".join(
         f'<li><svg width="{width}" height="12" aria-hidden="true">{marks[kind].format(colour)}</svg>{escape(name)}</li>'
@@ -157,8 +163,10 @@ def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
         y = 22 + row * i
         body.append(text(left - 8, y + 13, name, "label", "end"))
         kind = "ideal" if i == 0 else "loss"
-        body.append(f'<rect x="{left + span * begin:.1f}" y="{y}" width="{max(0.8, span * (end - begin)):.1f}" height="{row - 8}" '
-                    f'class="{kind}"><title>{escape(f"{name}: {words}")}</title></rect>')
+        body.append(
+            f'<rect x="{left + span * begin:.1f}" y="{y}" width="{max(0.8, span * (end - begin)):.1f}" height="{row - 8}" '
+            f'class="{kind}"><title>{escape(f"{name}: {words}")}</title></rect>'
+        )
         body.append(text(left + span + 10, y + 13, words, "tick"))
     return svg(width, 26 + row * len(rows), "Waterfall: where the time went", body)
 
@@ -183,7 +191,9 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], sa
     )
 
 
-def field(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], said: Callable[[float], str], usual: float) -> str:
+def field(
+    rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], said: Callable[[float], str], usual: float
+) -> str:
     """A row of cells a rank, of a stronger colour the longer than usual it took (twice: full). rows: as many values as
     columns, the steps. Pure."""
     row, left, width = 18, 120, 760
@@ -194,9 +204,11 @@ def field(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float],
         body.append(text(left - 8, y + 12, name, "label", "end"))
         for j, value in enumerate(values):
             shade = min(1.0, max(0.0, (value / usual - 1.0) if usual else 0.0))
-            body.append(f'<rect x="{left + wide * j:.2f}" y="{y}" width="{wide + 0.3:.2f}" height="{row - 3}" class="cell" '
-                        f'style="--shade:{0.08 + 0.92 * shade:.3f}"><title>{escape(f"{name}, step {columns[j]:g}: {said(value)}")}'
-                        "</title></rect>")
+            body.append(
+                f'<rect x="{left + wide * j:.2f}" y="{y}" width="{wide + 0.3:.2f}" height="{row - 3}" class="cell" '
+                f'style="--shade:{0.08 + 0.92 * shade:.3f}"><title>{escape(f"{name}, step {columns[j]:g}: {said(value)}")}'
+                "</title></rect>"
+            )
     y = 8 + row * len(rows)
     for value in ticks(columns[0], columns[-1], 8) if len(columns) > 1 else columns:
         at = min(range(len(columns)), key=lambda j: abs(columns[j] - value))

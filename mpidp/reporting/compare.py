@@ -7,16 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpidp.metrics import number
+from mpidp.reporting.about import dict_by_line
 from mpidp.reporting.charts import Curve, curves, duration, short
 from mpidp.reporting.costs import Costs, machines
 from mpidp.reporting.page import charts, note, section, table, words
 from mpidp.reporting.read import Run
-from mpidp.reporting.sections import dict_by_line, usual_speed
+from mpidp.reporting.sections import usual_speed
 from mpidp.reporting.waterfall import Waterfall
 
 # of these runs must have the same, or no scaling is told of them; a batch of another size is told as what it is
-SAME = ("model.", "mesh.", "strategy.", "comm.compress", "comm.reducer", "optim.name", "train.device", "train.dtype", "train.compile",
-        "train.recompute", "data.path", "train.micro_batch")
+SAME = (
+    "model.",
+    "mesh.",
+    "strategy.",
+    "comm.compress",
+    "comm.reducer",
+    "optim.name",
+    "train.device",
+    "train.dtype",
+    "train.compile",
+    "train.recompute",
+    "data.path",
+    "train.micro_batch",
+)
 FREE = ("strategy.servers",)
 OWN = ("run.", "faults.", "metrics.", "energy.")  # settings of which a table of differences is silent
 
@@ -55,7 +68,8 @@ def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scalin
     why = {
         "strong": f"strong scaling: the same global batch of {max(sizes)} sequences on all numbers of ranks",
         "weak": f"weak scaling: more ranks, more batch: {max(each):g} sequences a rank",
-        "": f"neither strong nor weak scaling: global batches {sorted(sizes)} neither stay nor grow as the ranks do: no efficiency is told",
+        "": f"neither strong nor weak scaling: global batches {sorted(sizes)} neither stay nor grow as the ranks do: no "
+        "efficiency is told",
     }[kind]
     first = min(speeds)
     alone = speeds[first] / first
@@ -82,8 +96,12 @@ def scaling_chart(found: Scaling) -> str:
         return ""
     first = found.rows[0]
     ideal = [(float(row.ranks), first.speed * row.ranks / first.ranks) for row in found.rows]
-    lines = [Curve("measured", [(float(row.ranks), row.speed) for row in found.rows], dots=True), Curve("without loss", ideal, dots=True)]
-    return curves(f"{found.kind.capitalize() or 'No'} scaling", lines, "ranks", "tokens/s", zero=True)
+    lines = [
+        Curve("measured", [(float(row.ranks), row.speed) for row in found.rows], dots=True),
+        Curve("without loss", ideal, dots=True),
+    ]
+    return curves(f"{found.kind.capitalize() or 'No'} scaling", lines, "ranks", "tokens/s", zero=True,
+                  x_ticks=[row.ranks for row in found.rows])
 
 
 def scaling_section(found: Scaling) -> str:
@@ -102,20 +120,30 @@ def compare(runs: Sequence[Run], falls: Mapping[str, Waterfall], spent: Mapping[
     for run in runs:
         fall, cost = falls[run.name], spent[run.name]
         losses = [number(line, "val_loss") for line in run.evaluations]
-        rows.append((
-            run.name, str(run.ranks), str(machines(run.facts) or "?"), str(run.config.get("train.global_batch", "?")), str(run.steps[-1]["step"]),
-            short(run.tokens), f"{losses[-1]:.4f}" if losses else "-", duration(fall.whole), f"{usual_speed(run):,.0f}",
-            f"{100 * fall.goodput:.1f}%", f"{cost.joules / run.tokens:.3g}" if cost.joules is not None and run.tokens else "n/a",
-            "ended" if run.end else "going" if run.going else "not ended",
-        ))
+        rows.append(
+            (
+                run.name,
+                str(run.ranks),
+                str(machines(run.facts) or "?"),
+                str(run.config.get("train.global_batch", "?")),
+                str(run.steps[-1]["step"]),
+                short(run.tokens),
+                f"{losses[-1]:.4f}" if losses else "-",
+                duration(fall.whole),
+                f"{usual_speed(run):,.0f}",
+                f"{100 * fall.goodput:.1f}%",
+                f"{cost.joules / run.tokens:.3g}" if cost.joules is not None and run.tokens else "n/a",
+                "ended" if run.end else "going" if run.going else "not ended",
+            )
+        )
     head = ("run", "ranks", "machines", "batch", "steps", "tokens", "val loss", "time", "tokens/s", "goodput", "J/token", "state")
     changed = [(key, *(str(run.config.get(key, "-")) for run in runs)) for key in differences(runs)]
     by_tokens, by_time, speeds = [], [], []
     for run in runs:
-        losses = run.evaluations if len(run.evaluations) > 1 else run.steps
+        told = run.evaluations if len(run.evaluations) > 1 else run.steps
         name = "val_loss" if len(run.evaluations) > 1 else "train_loss"
         at, spent_at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}, dict_by_line(run.worked())
-        values = [(line, number(line, name) or 0.0) for line in losses]
+        values = [(line, number(line, name) or 0.0) for line in told]
         by_tokens.append(Curve(run.name, [(at.get(line["step"], 0.0), value) for line, value in values]))
         if spent_at:
             by_time.append(Curve(run.name, [(spent_at[id(line)], value) for line, value in values]))

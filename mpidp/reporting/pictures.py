@@ -16,8 +16,8 @@ from mpidp.reporting.waterfall import PARTS, waterfall
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png where runs scale. UsageError where they cannot be
-    written. Independent."""
+    """loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png where runs scale. UsageError where they cannot
+    be written. Independent."""
     made = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,9 @@ def _style(i: int) -> dict[str, Any]:
 def _loss(axes: Any, runs: Sequence[Run]) -> None:
     for i, run in enumerate(runs):
         at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}
-        axes.plot(list(at.values()), [number(line, "train_loss") for line in run.steps], **_style(i) | {"linewidth": 0.7}, alpha=0.5)
+        axes.plot(
+            list(at.values()), [number(line, "train_loss") for line in run.steps], **_style(i) | {"linewidth": 0.7}, alpha=0.5
+        )
         held = [(at.get(line["step"], 0.0), number(line, "val_loss")) for line in run.evaluations]
         if held:
             axes.plot(*zip(*held, strict=True), **_style(i), marker="o", markersize=3, label=f"{run.name}, validation")
@@ -99,15 +101,32 @@ def _waterfall(axes: Any, run: Run) -> None:
     for i, part in enumerate(kept):
         axes.barh(i, 100 * shares[part], left=so_far, color="#1f7a55" if i == 0 else "#c2560c")
         so_far += 100 * shares[part]
-        axes.annotate(f"{100 * shares[part]:.1f}%, then {speeds[part]:,.0f} tokens/s", (102, i), va="center", fontsize=8, annotation_clip=False)
-    axes.set(yticks=range(len(kept)), yticklabels=kept, xlim=(0, 100), xlabel="% of the time", title=f"{run.name}: from ideal to measured")
+        axes.annotate(
+            f"{100 * shares[part]:.1f}%, then {speeds[part]:,.0f} tokens/s",
+            (102, i),
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
+    axes.set(
+        yticks=range(len(kept)),
+        yticklabels=kept,
+        xlim=(0, 100),
+        xlabel="% of the time",
+        title=f"{run.name}: from ideal to measured",
+    )
     axes.invert_yaxis()
 
 
 def _ranks(axes: Any, run: Run) -> None:
     steps, rows = per_rank(run)
-    image = axes.imshow([[1e3 * value for value in compute] for _, compute, _ in rows], aspect="auto", interpolation="nearest", cmap="cividis",
-                        extent=(steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5))
+    image = axes.imshow(
+        [[1e3 * value for value in compute] for _, compute, _ in rows],
+        aspect="auto",
+        interpolation="nearest",
+        cmap="cividis",
+        extent=(steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5),
+    )
     axes.figure.colorbar(image, label="ms of computing")
     axes.set(xlabel="step", ylabel="rank", title=f"{run.name}: computing by rank")
     axes.yaxis.get_major_locator().set_params(integer=True)

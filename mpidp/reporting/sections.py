@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
-from mpidp.config import Config, fields_of
 from mpidp.metrics import number
+from mpidp.reporting.about import dict_by_line, energy, events, settings, what_ran
 from mpidp.reporting.charts import MOST_COLUMNS, Curve, cascade, curves, duration, field, figure, short, stacks
-from mpidp.reporting.costs import Costs, joules_until, machines
-from mpidp.reporting.page import cards, charts, folded, note, section, table, words
+from mpidp.reporting.costs import Costs, joules_until
+from mpidp.reporting.page import cards, charts, note, section, table, words
 from mpidp.reporting.read import Run
 from mpidp.reporting.waterfall import PARTS, Waterfall
 
 MOST_ROWS = 32  # ranks by name: the slowest and the fastest of more
-MOST_EVENTS = 200
-QUIET = ("start", "end")
 
 
 def of_run(run: Run, fall: Waterfall, spent: Costs) -> str:
@@ -33,11 +29,19 @@ def state(run: Run, fall: Waterfall) -> str:
     if run.going:
         parts.append(note(f"This run is still going: step {last} of {of}. The report tells of what was there when it was made."))
     elif run.end is None:
-        parts.append(note(f"This run has not come to its end: its last step is {last} of {of}, and no job works on it now. The same "
-                          "command that started it goes on from its last checkpoint."))
+        parts.append(
+            note(
+                f"This run has not come to its end: its last step is {last} of {of}, and no job works on it now. The same "
+                "command that started it goes on from its last checkpoint."
+            )
+        )
     if not fall.dated:
-        parts.append(note("Its lines have no times (an older version wrote them): what lay between steps is not known, and shares are "
-                          "of the time of steps alone."))
+        parts.append(
+            note(
+                "Its lines have no times (an older version wrote them): what lay between steps is not known, and shares are "
+                "of the time of steps alone."
+            )
+        )
     return "".join(parts)
 
 
@@ -64,38 +68,6 @@ def figures(run: Run, fall: Waterfall, spent: Costs) -> str:
     return cards(rows)
 
 
-def what_ran(run: Run) -> str:
-    """Model, data, machines, versions. Pure."""
-    config, facts = run.config, run.facts
-    said = facts.get("fingerprint") or {}
-    data = facts.get("data") or {}
-    nodes = facts.get("nodes") or {}
-    hosts = ", ".join(f"{host} ({count})" for host, count in list(nodes.items())[:16]) + (", ..." if len(nodes) > 16 else "")
-    batch, length = config.get("train.global_batch", "?"), config.get("model.seq_len", "?")
-    mesh = " x ".join(f"{name} {config[f'mesh.{name}']}" for name in ("tp", "pp") if config.get(f"mesh.{name}", 1) != 1)
-    device = f"{config.get('train.device', '?')}, {config.get('train.dtype', '?')}" + (
-        f", {said['device']}" if said.get("device") not in (None, "cpu") else "")
-    unknown = "not recorded"
-    rows = [
-        ("Model", f"{config.get('model.kind', '?')}, {config.get('model.num_layers', '?')} layers x {config.get('model.model_dim', '?')}"
-         + (f", {facts['parameters']:,} parameters" if "parameters" in facts else "")),
-        ("Batch", f"{batch} sequences x {length} tokens, {facts.get('micro_batches', '?')} micro-batches in {facts.get('lanes', '?')} lanes"),
-        ("Method", f"{config.get('strategy.name', '?')}, reducer {config.get('comm.reducer', '?')}, "
-         f"compression {config.get('comm.compress', 'none')}{f', mesh {mesh}' if mesh else ''}"),
-        ("Ranks", f"{run.ranks}" + (f" on {machines(facts)} machine{'s' * (machines(facts) != 1)}: {hosts}" if nodes else "")),
-        ("Device", f"{device}, {config.get('train.threads', '?')} threads a rank"),
-        ("Data", f"{data.get('path', config.get('data.path', '?'))}"
-         + (f", {data['train_tokens']:,} training and {data.get('val_tokens', 0):,} validation tokens" if "train_tokens" in data else "")
-         + (f", index {str(data['index_sha256'])[:12]}" if "index_sha256" in data else "")),
-        ("Versions", ", ".join(f"{name} {' '.join(str(version).split())}" for name, version in (facts.get("versions") or said).items()
-                               if facts.get("versions") or name in ("torch", "cpu")) or unknown),
-    ]
-    ended = run.end or {}
-    if "weights_sha256" in ended:
-        rows.append(("Result", f"ended by {ended.get('reason')}, weights {str(ended['weights_sha256'])[:16]}"))
-    return section("What was run", table(("", ""), rows))
-
-
 def learning(run: Run) -> str:
     """Loss against tokens, time and energy. Pure."""
     spent, joules = dict_by_line(run.worked()), dict_by_line(list(joules_until(run)))
@@ -111,15 +83,12 @@ def learning(run: Run) -> str:
 
     against = [curves("Loss against tokens", lines(lambda line: tokens_at.get(line["step"], 0.0)), "tokens", "nats a token")]
     if spent:
-        against.append(curves("Loss against time", lines(lambda line: spent[id(line)] / unit), f"{name} of work on the run", "nats a token"))
+        against.append(
+            curves("Loss against time", lines(lambda line: spent[id(line)] / unit), f"{name} of work on the run", "nats a token")
+        )
     if max(joules.values(), default=0.0) > 0:
         against.append(curves("Loss against energy", lines(lambda line: joules[id(line)] / 1e3), "kJ", "nats a token"))
     return section("Learning", charts(*against))
-
-
-def dict_by_line(rows: Sequence[tuple[dict[str, Any], float]]) -> dict[int, float]:
-    """By the identity of the line. Pure."""
-    return {id(line): value for line, value in rows}
 
 
 def of_steps(run: Run, name: str) -> list[tuple[float, float]]:
@@ -136,7 +105,9 @@ def speed(run: Run) -> str:
     each = of_steps(run, "comm_bytes")
     total = sum(value for _, value in each)
     if each and not total:
-        told += words("Rank 0 sent no message: gradients went through memory that the ranks of its node share, or there was one rank.")
+        told += words(
+            "Rank 0 sent no message: gradients went through memory that the ranks of its node share, or there was one rank."
+        )
     elif each:
         told += words(f"Rank 0 sent {short(total)}B in steps that count, {short(total / len(each))}B a step.")
         if len({value for _, value in each}) > 1:
@@ -151,14 +122,19 @@ def time_spent(run: Run, fall: Waterfall) -> str:
     for part in kept:
         begin, so_far = so_far, so_far + shares[part]
         rows.append((part, begin, so_far, f"{100 * shares[part]:.1f}%, then {short(speeds[part])} tokens/s"))
-    told = [(part, PARTS[part], duration(fall.seconds[part]), f"{100 * shares[part]:.2f}%", f"{speeds[part]:,.0f}") for part in kept]
+    told = [
+        (part, PARTS[part], duration(fall.seconds[part]), f"{100 * shares[part]:.2f}%", f"{speeds[part]:,.0f}") for part in kept
+    ]
     told.append(("all", "", duration(fall.whole), "100.00%", f"{fall.tokens / fall.whole:,.0f}" if fall.whole else "-"))
     return section(
         "Where the time went",
-        words(f"From ideal, {speeds['ideal']:,.0f} tokens a second, to measured, {fall.tokens / fall.whole if fall.whole else 0:,.0f}, "
-              "over the whole run. Each bar is a share of all time; the figure behind it is the speed if this and what stands above it "
-              "were all that takes time."),
-        cascade(rows), table(("part", "what it is", "time", "share", "tokens/s so far"), told, numbers=(2, 3, 4)),
+        words(
+            f"From ideal, {speeds['ideal']:,.0f} tokens a second, to measured, {speeds['other']:,.0f}, over the whole run. "
+            "Each bar is a share of all time; the figure behind it is the speed if this and what stands above it "
+            "were all that takes time."
+        ),
+        cascade(rows),
+        table(("part", "what it is", "time", "share", "tokens/s so far"), told, numbers=(2, 3, 4)),
     )
 
 
@@ -190,8 +166,12 @@ def ranks(run: Run) -> str:
     names = {rank: f"rank {rank}" + (" (slowest)" if rank == slowest and len(rows) > 1 else "") for rank in mean}
     times = sum(max(rows, key=lambda row: row[1][i] + row[2][i])[0] == slowest for i in range(len(steps)))
     lost = statistics.fmean(waits.values())
-    told = (f"Rank {slowest} took longest in {times} of {len(steps)} steps; on average a rank waited {duration(lost)} a step for the "
-            f"slowest." if len(rows) > 1 else "One rank waits for nobody.")
+    told = (
+        f"Rank {slowest} took longest in {times} of {len(steps)} steps; on average a rank waited {duration(lost)} a step for the "
+        f"slowest."
+        if len(rows) > 1
+        else "One rank waits for nobody."
+    )
     if len(rows) > MOST_ROWS:
         told += f" Of {len(rows)} ranks the {MOST_ROWS // 2} slowest and the {MOST_ROWS // 2} fastest are shown."
     bins = min(MOST_COLUMNS, len(steps))
@@ -205,53 +185,3 @@ def ranks(run: Run) -> str:
         figure(f"Computing over time: a stronger colour, longer than usual ({duration(usual)})",
                field(cells, [steps[a] for a, _ in cuts], duration, usual)),
     )
-
-
-def energy(run: Run, spent: Costs) -> str:
-    """Joules, and what they stand for. Pure."""
-    rows = []
-    if spent.joules is None:
-        rows.append(("energy", f"not available: {spent.why}"))
-    else:
-        kwh = spent.joules / 3.6e6
-        rows += [("energy", f"{short(spent.joules)}J = {kwh:.4g} kWh, of {spent.of}{f' alone ({spent.why})' if spent.why else ''}"),
-                 ("a token", f"{spent.joules / max(1, run.tokens):.4g} J")]
-        rows.append(("CO2e", f"{spent.grams:.4g} g at the stated factor" if spent.grams is not None
-                     else "not available: no factor was stated (energy.grams_per_kwh)"))
-    hours = spent.node_hours
-    rows.append(("node-hours", f"{hours:.4g}" if hours is not None else "not available: times and hosts were not recorded"))
-    rows.append(("price", f"{spent.price:.4g} at the stated rate" if spent.price is not None
-                 else "not available: no rate was stated (energy.price_per_node_hour)" if hours is not None else "not available"))
-    return section("Energy and cost", table(("", ""), rows))
-
-
-def events(run: Run) -> str:
-    """What happened besides steps. Pure."""
-    told = [line for line in run.lines if "event" in line and line["event"] not in QUIET[1:]]
-    worked = dict_by_line(run.worked())
-    rows = []
-    for line in told[-MOST_EVENTS:]:
-        known = {"event", "step", "unix_seconds", *run.facts} - {"ranks", "seconds", "lost_seconds", "lost_steps"}
-        if line["event"] == "skipped":
-            known |= {key for key in line if key.endswith("_seconds") or key == "comm_bytes"}
-        more = ", ".join(f"{key} {_said(key, value)}" for key, value in line.items() if key not in known and value not in (0, 0.0, [], ""))
-        moment = number(line, "unix_seconds")
-        when = f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
-        rows.append((when, duration(worked[id(line)]) if id(line) in worked else "", str(line["step"]), str(line["event"]), more))
-    cut = words(f"The last {MOST_EVENTS} of {len(told)}.", "soft") if len(told) > MOST_EVENTS else ""
-    return section("Events", cut, table(("when", "into the run", "step", "event", "more"), rows, numbers=(1, 2)) if rows else "")
-
-
-def _said(key: str, value: Any) -> str:
-    if key.endswith("seconds") and isinstance(value, (int, float)):
-        return duration(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def settings(run: Run) -> str:
-    """The config: what is not the default, then all. Pure."""
-    defaults = {key: value for key, _, value in fields_of(Config())}
-    rows = [(key, str(value)) for key, value in run.config.items()]
-    other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]
-    return section("Settings", words("Those that are not the defaults:"), table(("setting", "value"), other),
-                   folded("all settings", table(("setting", "value"), rows)))

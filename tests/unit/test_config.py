@@ -133,6 +133,11 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--comm.compress=int4", "--comm.momentum=0.9"], ["comm.momentum=0.9", "topk and randomk", "comm.compress=int4"]),
         (["--comm.compress=powersgd", "--comm.ratio=0.1"], ["comm.ratio=0.1", "topk and randomk"]),
         (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk and randomk", "comm.compress=none"]),
+        (["--metrics.timeline=12"], ["metrics.timeline=12", "as in 10:12"]),
+        (["--metrics.timeline=3:x"], ["metrics.timeline=3:x", "as in 10:12"]),
+        (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "count from 1"]), (["--metrics.timeline=5:4"], ["not before the first"]),
+        (["--metrics.timeline=1:101"], ["at most 100"]), (["--metrics.kernels=true"], ["metrics.kernels=true", "say which"]),
+        (["--train.steps=11", "--metrics.timeline=10:12"], ["metrics.timeline=10:12", "train.steps=11"]),
         (["--train.spike=0.5"], ["train.spike=0.5 must be more than 1"]),
         (["--train.balance=steal", "--comm.transport=messages"], ["train.balance=steal", "comm.transport=messages"]),
         (["--train.balance=steal", "--comm.overlap=thread"], ["comm.overlap", "train.balance=steal"]),
@@ -197,7 +202,7 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
-                                 "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
+                                 "epochs", "min_lr", "warmup_steps", "timeline", "kernels"} and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([
     {}, {"name": "delayed", "staleness": 3, "compensation": 0.5}, {"name": "local", "sync_every": 7, "outer_lr": 0.3},
