@@ -40,7 +40,8 @@ from tests.saves import no_thread_is_left
 
 WORLD = MPI.COMM_WORLD
 SEQ_LEN = 16
-MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds", "energy_joules")  # and *_seconds: may differ between equal runs
+# and *_seconds: may differ between equal runs
+MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds", "energy_joules")
 OF_RANKS = ("start", "balance", "saved", "save_skipped", "save_failed")  # of ranks and disks, not of what was learned
 SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
 

@@ -3,8 +3,8 @@
 All seconds are those of whole jobs: from the start of the process to the last line, with what was lost since the checkpoint that
 a restart went back to, and without the time in which no job worked on the run. Of a step, rank 0's line tells: its phases, and
 what each rank computed. The mean of the ranks' computing is split into what it would have taken at the speed of the fastest tenth
-of all steps (the ideal) and the rest; the slowest rank's over the mean is what others waited for; what rank 0 waited beyond that is
-communication which nothing hid.
+of all steps (the ideal) and the rest; the slowest rank's over the mean is what others waited for; what rank 0 waited beyond that
+is communication which nothing hid.
 """
 
 from __future__ import annotations
