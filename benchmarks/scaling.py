@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --ranks 1,2,4 --repeats 3 --plot scaling.html -- --model.model_dim=256 --train.steps=30 ...
 
-Scaling is strong, the same global batch for all; with --weak the batch grows with the ranks. Prints which, a table, the efficiency
-(a JSON line a row with --json, a picture with --plot) and whether runs of one batch ended with the same weights. Ratios within one
-call are what counts: machines are noisy. Speed is never asserted by tests.
+Scaling is strong, the same global batch for all; with --weak the batch grows with the ranks. Prints which, a table, the
+efficiency (a JSON line a row with --json, a picture with --plot) and whether runs of one batch end with the same weights. Ratios
+within one call are what counts: machines are noisy. Speed is never asserted by tests.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
     tokens = steps[-1]["tokens"] - steps[-2]["tokens"]
     mfu = [line["mfu"] for line in steps if line.get("mfu") is not None]
     return {
-        "ranks": ranks, "batch": batch, **row, "tokens_per_second": tokens / row["step_seconds"], "comm_bytes": steps[-1]["comm_bytes"],
-        "mfu": statistics.median(mfu) if mfu else None, "weights_sha256": lines[-1]["weights_sha256"],
+        "ranks": ranks, "batch": batch, **row, "tokens_per_second": tokens / row["step_seconds"],
+        "comm_bytes": steps[-1]["comm_bytes"], "mfu": statistics.median(mfu) if mfu else None,
+        "weights_sha256": lines[-1]["weights_sha256"],
     }
 
 
