@@ -76,6 +76,13 @@ def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
     assert speeds == sorted(speeds, reverse=True)
 
 
+def test_a_slow_step_is_told_apart_from_a_usual_one(tmp_path: Path) -> None:
+    """Of 12 steps one computes 0.2 s longer, on all ranks; ideal are the fastest tenth."""
+    lines = [start(), *(step(n, 1000.0 + n, (0.5, 0.5) if n == 7 else (0.3, 0.3)) for n in range(1, 13))]
+    fall = waterfall(read(write(tmp_path / "run", lines)))
+    assert fall.seconds["ideal"] == pytest.approx(12 * 0.3) and fall.seconds["slowdown"] == pytest.approx(0.2)
+
+
 SECONDS = st.floats(0, 1e4) | st.sampled_from([0.0, 1e-9])
 
 
