@@ -1,9 +1,10 @@
 """Where a step's time goes, at several numbers of ranks: whole training runs, medians over their steps after warm-up.
 
-    python benchmarks/scaling.py --ranks 1,2 --repeats 3 -- --model.model_dim=256 --train.steps=30 ...
+    python benchmarks/scaling.py --ranks 1,2,4 --repeats 3 --plot scaling.html -- --model.model_dim=256 --train.steps=30 ...
 
-Prints a table (and a JSON line a row with --json) and whether every run ended with the same weights. Ratios within one call
-are what counts: machines are noisy. Speed is never asserted by tests.
+Scaling is strong, the same global batch for all; with --weak the batch grows with the ranks. Prints which, a table, the
+efficiency (a JSON line a row with --json, a picture with --plot) and whether runs of one batch end with the same weights. Ratios
+within one call are what counts: machines are noisy. Speed is never asserted by tests.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
+
+from mpidp.config import Config
+from mpidp.reporting.compare import scaling_of, scaling_section
+from mpidp.reporting.page import page
+from mpidp.reporting.pictures import draw_scaling
 
 PHASES = ("step", "data", "compute", "comm_wait", "update")
 
@@ -28,14 +35,25 @@ def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
         if done.returncode:
             sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        batch = tomllib.loads((run_dir / "config.toml").read_text())["train"]["global_batch"]
     steps = [line for line in lines if "train_loss" in line][skip:]
     row = {f"{phase}_seconds": statistics.median(line[f"{phase}_seconds"] for line in steps) for phase in PHASES}
     tokens = steps[-1]["tokens"] - steps[-2]["tokens"]
     mfu = [line["mfu"] for line in steps if line.get("mfu") is not None]
     return {
-        "ranks": ranks, **row, "tokens_per_second": tokens / row["step_seconds"], "comm_bytes": steps[-1]["comm_bytes"],
-        "mfu": statistics.median(mfu) if mfu else None, "weights_sha256": lines[-1]["weights_sha256"],
+        "ranks": ranks, "batch": batch, **row, "tokens_per_second": tokens / row["step_seconds"],
+        "comm_bytes": steps[-1]["comm_bytes"], "mfu": statistics.median(mfu) if mfu else None,
+        "weights_sha256": lines[-1]["weights_sha256"],
     }
+
+
+def settings_of(options: argparse.Namespace, ranks: int, fewest: int) -> list[str]:
+    """Those that were given; for weak scaling the global batch grows with the ranks."""
+    if not options.weak:
+        return options.settings
+    given = [word.partition("=")[2] for word in options.settings if word.startswith("--train.global_batch=")]
+    batch = int(given[-1]) if given else Config().train.global_batch
+    return [*options.settings, f"--train.global_batch={batch * ranks // fewest}"]
 
 
 def main() -> None:
@@ -45,13 +63,17 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=5, help="first steps that do not count")
     parser.add_argument("--launcher", default="mpirun -np")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--weak", action="store_true", help="more ranks, more batch: train.global_batch is that of the fewest")
+    parser.add_argument("--plot", type=Path, metavar="FILE.html|FILE.png")
     parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
     options = parser.parse_args()
+    if options.plot and options.plot.suffix not in (".html", ".png"):
+        parser.error(f"--plot {options.plot}: give a file that ends in .html or .png")
     sizes = [int(n) for n in options.ranks.split(",")]
     rows: dict[int, list[dict]] = {n: [] for n in sizes}
     for _ in range(options.repeats):
         for n in sizes:
-            rows[n].append(measure(n, options.launcher, options.settings, options.skip))
+            rows[n].append(measure(n, options.launcher, settings_of(options, n, min(sizes)), options.skip))
     heads = " ".join(f"{phase + ' ms':>12}" for phase in PHASES)
     print(f"{'ranks':>5} {heads} {'tokens/s':>12} {'MB sent':>9} {'mfu':>6}")
     for n, runs in rows.items():
@@ -62,9 +84,20 @@ def main() -> None:
               + f" {speed:>12,.0f} {runs[0]['comm_bytes'] / 1e6:>9.2f} " + (f"{100 * mfu:>5.1f}%" if mfu else "     -"))
         if options.json:
             print(json.dumps({"ranks": n, **middle, "tokens_per_second": speed}))
-    hashes = {run["weights_sha256"] for runs in rows.values() for run in runs}
-    print("weights: " + (f"the same in all {sum(map(len, rows.values()))} runs, {hashes.pop()[:16]}" if len(hashes) == 1
-                         else f"{len(hashes)} different hashes"))
+    found = scaling_of([(n, run["batch"], run["tokens_per_second"]) for n, runs in rows.items() for run in runs])
+    print(found.why)
+    for row in found.rows:
+        if row.efficiency is not None:
+            print(f"{row.ranks:>5} ranks: {100 * row.efficiency:.1f}% {found.kind} efficiency")
+    if options.plot and options.plot.suffix == ".png":
+        draw_scaling(found, options.plot)
+    elif options.plot:
+        words = " ".join([f"{options.repeats} runs each", *options.settings])
+        options.plot.write_text(page("Scaling", words, [scaling_section(found)]))
+    for batch in sorted({run["batch"] for runs in rows.values() for run in runs}):
+        hashes = [run["weights_sha256"] for runs in rows.values() for run in runs if run["batch"] == batch]
+        same = f"the same in all {len(hashes)} runs, {hashes[0][:16]}"
+        print(f"weights at a batch of {batch}: {same if len(set(hashes)) == 1 else f'{len(set(hashes))} different hashes'}")
 
 
 if __name__ == "__main__":

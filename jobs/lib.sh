@@ -2,6 +2,7 @@
 #
 #   launch COMMAND...         run it; a USR1 to this script (time is nearly up) goes on to it; its exit code is in $code
 #   bound_mpirun -n N ...     the same under the mpirun of either MPI, every rank on cores of its own
+#   energy                    what Slurm says that the job's steps used, where its accounting has it
 #   finish SCRIPT [WORDS]     is the run done? Else put the job back into the queue, or fail. SCRIPT: what to submit when chaining
 #
 # RUN is the run's folder. NEXT says how to go on: requeue, chain (a new job, where `scontrol requeue` is forbidden) or stop.
@@ -83,7 +84,18 @@ again() {
     exit 75
 }
 
+energy() { # of steps that are over; the figure of the whole job comes after its end: `sacct -j JOB -o JobID,ConsumedEnergy`
+    local said
+    said=$(timeout 15 sacct -n -P -j "${SLURM_JOB_ID:-0}" -o JobID,ConsumedEnergy 2>/dev/null | awk -F'|' '$2 != "" && $2 != "0"')
+    if [ "$said" ]; then
+        echo "jobs: energy by Slurm's accounting (step|J): $(echo $said)"
+    else
+        echo "jobs: energy: not available from Slurm's accounting"
+    fi
+}
+
 finish() {
+    energy
     if run_ended; then
         echo "jobs: the run in $RUN has ended (the last exit code was $code)"
         exit 0

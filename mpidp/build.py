@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpidp import resolve
+from mpidp import methods, resolve
 from mpidp.arrivals import read_arrivals
 from mpidp.audit import Audit
 from mpidp.board import open_board
@@ -28,6 +28,7 @@ from mpidp.config import Config, checked, fields_of, to_toml
 from mpidp.data.loader import Loader
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
+from mpidp.energy import Meter, agreed, open_meter
 from mpidp.engine import Engine
 from mpidp.entry import tolerant
 from mpidp.errors import DataError, UsageError
@@ -44,9 +45,11 @@ from mpidp.origin import open_origin
 from mpidp.parts import Parts
 from mpidp.planned import Plan
 from mpidp.saver import Saver
+from mpidp.scalars import Scalars, check_tensorboard
 from mpidp.sharing import share_memory
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import Options
+from mpidp.timeline import Timeline
 from mpidp.watchdog import Watchdog
 
 
@@ -86,6 +89,7 @@ def plan(config: Config, grid: Grid) -> Plan:
         device = resolve.resolve_device(config.train.device, grid.everyone)
         dtype = resolve.resolve_dtype(config.train.dtype, device)
         resolve.check_compiler(config.train.compile, device)
+        check_tensorboard(config.metrics.tensorboard)
         resolve.set_determinism(device, config.train.deterministic)
         training = TokenStream(config.data.path, "train")
         if "val" in training.index.splits:
@@ -186,7 +190,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     mine = [v for lane in memory.balance.ranges[dp.rank] for v in plan.lanes.micro_batches(lane)]
     flops = flops_per_token(plan.shape, num_parameters(plan.shape))
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    devices = len(set(world.allgather((grid.everyone.host, str(device)))))
+    meter, machines = watch_energy(config.metrics.energy, grid.everyone.host, device, world)
     meta = {
         "config": {key: value for key, _, value in fields_of(config)},
         "fingerprint": resolve.fingerprint(config, device),
@@ -252,8 +256,33 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         stop_early_seconds=config.run.stop_early_seconds,
         min_ranks=config.faults.min_ranks,
         watchdog=watchdog,
-        mfu=lambda tokens_per_second: tokens_per_second * flops / (peak * devices) if peak else None,
+        mfu=lambda tokens_per_second: tokens_per_second * flops / (peak * machines["devices"]) if peak else None,
+        meter=meter,
+        facts=machines | {
+            "nodes": dict(zip(grid.everyone.hosts, grid.everyone.node_sizes, strict=True)), "versions": resolve.versions(),
+            "fingerprint": meta["fingerprint"], "parameters": num_parameters(plan.shape), "flops_per_token": flops,
+            "peak_flops_per_second": peak and peak * machines["devices"],
+            "data": {"path": config.data.path, "index_sha256": meta["data"], "train_tokens": plan.training.num_tokens,
+                     "val_tokens": plan.validation.num_tokens if plan.validation else 0, "vocab_size": plan.training.vocab_size},
+        },
+        open_scalars=lambda step: Scalars(run_dir / "tensorboard", step) if config.metrics.tensorboard else None,
+        timeline=Timeline(
+            methods.steps_of(config.metrics.timeline), run_dir, grid.everyone.host.partition("#")[0], config.metrics.kernels
+        ),
     )
     strategy.enter = job.enter
     saver.may_commit = lambda: job.lock is None or job.lock.held()
     return job
+
+
+def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
+    """(this rank's meter, what the `start` line says: devices, what is measured on all machines, why not more). The first rank of
+    a machine reads, also where nodes are pretended. Collective over world."""
+    cuda = device.type == "cuda"
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
+    machine = host.partition("#")[0]
+    rows = world.allgather((machine, str(device) if cuda else host, uuid))
+    reads = [row[0] for row in rows].index(machine) == world.rank
+    meter, said = open_meter(wanted, reads, sorted({row[2] for row in rows if row[0] == machine and row[2]}))
+    measured, why = agreed(world.allgather(said))
+    return meter, {"devices": len({row[:2] for row in rows}), "energy_of": measured, "energy_not": why}

@@ -204,6 +204,24 @@ class Faults:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """What is recorded besides a line a step (docs/report.md)."""
+
+    timeline: str = setting("", "steps FIRST:LAST whose spans on all ranks go to RUN/timeline.json; empty: none", "steps")
+    kernels: bool = setting(False, "of these steps also torch.profiler's kernels, a file a rank", "bool")
+    tensorboard: bool = setting(False, "scalars to RUN/tensorboard too (pip install 'mpidp[tensorboard]')", "bool")
+    energy: bool = setting(True, "read the energy counters of CPUs (RAPL) and GPUs (NVML), where they can be read", "bool")
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What joules and hours stand for; only you know."""
+
+    grams_per_kwh: float = setting(0.0, "CO2e of your electricity, for mpidp.report; 0: not said", "g/kWh", low=0.0)
+    price_per_node_hour: float = setting(0.0, "for mpidp.report, in your currency; 0: not said", "", low=0.0)
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections. `Config()` is a run of the embedded corpus."""
 
@@ -216,6 +234,8 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
     run: Run = field(default_factory=Run)
     faults: Faults = field(default_factory=Faults)
+    metrics: Metrics = field(default_factory=Metrics)
+    energy: Energy = field(default_factory=Energy)
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """A copy: config.with_values(train={"lanes": 8}). Values are trusted; checks are from_args's."""

@@ -68,6 +68,10 @@ class Engine:
         """What torch had allocated at most on this CUDA device. Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
+    def watched(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """From here on every forward and backward goes through around(its name, it): a timeline's. Independent."""
+        self._forward, self._backward = around("forward", self._forward), around("backward", self._backward)  # type: ignore[method-assign]
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+BEGAN = time.time()  # about when this process did
 PAUSE_SECONDS = 0.3  # for mpirun to pass on the last words before it is told to end
 LEAVE_SECONDS = 5.0  # that a rank waits for the others at the end of a job that may have lost some
 JOIN_SECONDS = 60  # that a new process has to join a job

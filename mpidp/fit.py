@@ -19,10 +19,10 @@ from mpidp.data.loader import Loader
 from mpidp.entry import tolerant
 from mpidp.errors import Damaged, MpidpError, Stopped
 from mpidp.job import Job, Position
-from mpidp.metrics import MetricsFile, past
-from mpidp.noise import Noise
+from mpidp.metrics import past
 from mpidp.step import Board, compute, noise_of, say_finding, share
 from mpidp.stopping import TAKEN_OVER, StopRequest, job_end, stop_time
+from mpidp.telling import log_skipped, log_step, noise, open_metrics, record_end, record_start
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
         "val_loss": at.val_loss, "weights_sha256": job.parts.sha256(job.engine.model), **job.gpu_memory(),
     }
     save(job, end)
-    job.record(end)
+    record_end(job, end)
     return end
 
 
@@ -69,6 +69,7 @@ def settle(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> 
     """What is due after the step that was made last: an evaluation, the end when that was asked for, a checkpoint. What was done
     of it before others died is not done again. Collective over job.comm."""
     at = job.position
+    job.timeline.settle(job.comm, at.step)
     if job.eval_every and at.step % job.eval_every == 0 and at.evaluated_step != at.step:
         evaluate(job)
     if must_stop and not ended(job):
@@ -81,13 +82,11 @@ def settle(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> 
 def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[str, Any]:
     """fit, with what must be opened before and closed after. events: what led here, for the record. Collective over job.comm."""
     stop = job.stop = stop_request(job)
-    if job.comm.rank == 0:
-        latest = job.lines if job.went_on else None
-        job.metrics = MetricsFile(job.run_dir / "metrics.jsonl", job.position.step, job.position.batch, latest)
-        if job.saver.every < 0:
-            job.saver.failures, job.saver.trained = past(job.run_dir / "metrics.jsonl")
-    job.record({"event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
-                "micro_batches": job.lanes.num_micro_batches})
+    open_metrics(job)
+    job.timeline.attach(job, job.comm)
+    if job.comm.rank == 0 and job.saver.every < 0:
+        job.saver.failures, job.saver.trained = past(job.run_dir / "metrics.jsonl")
+    record_start(job)
     if resumed:
         job.record({"event": "resume", "step": job.position.step})
     for event in events:
@@ -108,6 +107,7 @@ def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[st
         raise
     finally:
         loader.close()
+        job.meter.close()
         job.progress.close()
         if job.metrics is not None:
             job.metrics.close()
@@ -137,36 +137,6 @@ def ended(job: Job) -> str:
     if job.target_loss and at.val_loss is not None and at.val_loss <= job.target_loss:
         return "target_loss"
     return "patience" if job.patience and at.evaluations_since_best >= job.patience else ""
-
-
-def log_step(job: Job, learned: dict[str, Any], board: Board, epoch: int) -> None:
-    """The line of a step. Seconds are this rank's, but for what the slowest rank cost: the mean of the others' wait for it.
-    What the strategy spent in communication is not its update. Independent."""
-    at, seconds = job.position, job.clock.take()
-    sent_bytes, comm_seconds = job.transport.take()
-    seconds["comm_wait_seconds"] += comm_seconds
-    seconds["update_seconds"] -= comm_seconds
-    speed = board.tokens / (board.steps * seconds["step_seconds"])
-    slowest = int(board.seconds.argmax())
-    line = {
-        "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.mfu(speed), "epoch": epoch,
-        **seconds, "slowest_rank": slowest, "slowest_cost_seconds": float(board.seconds[slowest] - board.seconds.mean()),
-        "comm_bytes": sent_bytes, "skipped": at.skipped,
-    }
-    job.lines.clear()
-    job.record(line)
-    job.progress.step(line)
-
-
-def noise(job: Job, measured: Noise | None) -> dict[str, float | None]:
-    """What the step's line says of the gradient noise scale; nothing when it was not measured. Independent."""
-    if measured is None:
-        return {}
-    job.position.noise.add(measured)
-    return {
-        "noise_signal_square": measured.signal_square, "noise_trace": measured.trace,
-        "noise_scale_tokens": job.position.noise.noise_scale_tokens,
-    }
 
 
 def rebalance(job: Job, board: Board, loader: Loader) -> None:
@@ -202,7 +172,7 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"
     if tokens and math.isfinite(grad_norm):
         why = f"its gradient norm {grad_norm:.3g} is more than {job.spike:g} times the usual (train.spike)"
-    job.record({"event": "skipped", "step": at.step, "batch": batch, "grad_norm": grad_norm})
+    log_skipped(job, batch, grad_norm)
     job.progress.say(f"step {at.step}  batch {batch} skipped: {why}")
     if at.skipped_in_a_row < job.max_skipped:
         return
@@ -223,11 +193,11 @@ def evaluate(job: Job) -> None:
     if job.validation is None:
         return
     at = job.position
-    job.enter("evaluate")
     enter = partial(job.watchdog.enter, at.step)
-    loss, tokens = job.engine.evaluate(
-        job.validation, job.comm, job.seq_len, job.lanes.micro_batch, job.eval_tokens, enter, job.mesh.dp
-    )
+    with job.phase("evaluate"):
+        loss, tokens = job.engine.evaluate(
+            job.validation, job.comm, job.seq_len, job.lanes.micro_batch, job.eval_tokens, enter, job.mesh.dp
+        )
     at.val_loss = loss
     better = at.best_val_loss is None or loss < at.best_val_loss
     at.evaluations_since_best = 0 if better else at.evaluations_since_best + 1
@@ -242,14 +212,15 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
     MpidpError on every rank. Collective over job.comm."""
     at, wait, enter = job.position, wait or end is not None, partial(job.watchdog.enter, job.position.step)
     if wait:
-        job.saver.finish(enter=enter)
+        with job.clock.timed("checkpoint"):
+            job.saver.finish(enter=enter)
     if job.saver.step != at.step or end is not None:  # else batches skipped since then are skipped again by whoever resumes
-        job.enter("checkpoint")
-        audit_weights(job, now=True)  # what a run goes back to must be right
-        entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
-        job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.meta}, wait)
-        if wait:
-            job.saver.finish(must=True, enter=enter)
+        with job.phase("checkpoint"):
+            audit_weights(job, now=True)  # what a run goes back to must be right
+            entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
+            job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.meta}, wait)
+            if wait:
+                job.saver.finish(must=True, enter=enter)
     report_saves(job)
 
 

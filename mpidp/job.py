@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from mpidp.comm.transport import Messages
 from mpidp.comm.waiting import Wait
 from mpidp.data.loader import Loader
 from mpidp.data.shards import TokenStream
+from mpidp.energy import Meter
 from mpidp.engine import Engine
 from mpidp.inject import Faults
 from mpidp.lanes import Lanes
@@ -30,8 +32,10 @@ from mpidp.optim import Schedule
 from mpidp.parts import Parts
 from mpidp.rundir import RunLock
 from mpidp.saver import Saver
+from mpidp.scalars import Scalars
 from mpidp.stopping import StopRequest
 from mpidp.strategies.protocol import StepStats, Strategy
+from mpidp.timeline import Timeline
 from mpidp.watchdog import Watchdog
 
 REMEMBERED = 32  # gradient norms, of which the usual one is the median
@@ -114,11 +118,15 @@ class Job:
     progress: Progress
     watchdog: Watchdog
     mfu: Callable[[float], float | None]  # of tokens a second
+    facts: dict[str, Any]  # what the `start` line says of who runs where, and on what
+    meter: Meter
+    open_scalars: Callable[[int], Scalars | None]  # that go on after this step; on rank 0, where they are wanted
     position: Position = field(default_factory=Position)
     passed_over_at: int = -1  # the step of the checkpoint from which batches were passed over last
     metrics: MetricsFile | None = None  # on rank 0, while it runs
     lock: RunLock | None = None  # on rank 0
     clock: Clock = field(default_factory=Clock)
+    timeline: Timeline = field(default_factory=Timeline)
     lines: list[dict[str, Any]] = field(default_factory=list)  # recorded since the last update, on every rank
     min_ranks: int = 1  # to go on with when others have died
     went_on: bool = False  # ranks have died, and this job goes on with the state of the one before
@@ -127,7 +135,8 @@ class Job:
     untold: np.ndarray | None = None  # what this rank computed since the ranks met last (step.py)
 
     def record(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl. Independent."""
+        """A line of metrics.jsonl, and when. Independent."""
+        line = line | {"unix_seconds": round(time.time(), 3)}
         self.lines.append(line)
         if self.metrics is not None:
             self.metrics.write(line)

@@ -7,7 +7,6 @@ writes, are left out.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 from mpidp.arguments import read_toml
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
+from mpidp.metrics import number
 from mpidp.noise import Noise
 from mpidp.predict import Seconds, most_micro_batches
 
@@ -36,14 +36,6 @@ class Facts:
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, val_loss)
     noises: list[tuple[int, Noise]] = field(default_factory=list)  # (step, measured in that step alone)
     starts: list[tuple[int | None, list[dict[str, Any]]]] = field(default_factory=list)  # (ranks, lines of steps) of each job
-
-
-def number(line: dict[str, Any], name: str) -> float | None:
-    """A finite number of a line, or None. Pure."""
-    value = line.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def read(run: Path) -> Facts:

@@ -155,6 +155,30 @@ def problems(settings: Settings) -> Iterator[str]:
         yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
     if settings["strategy.fragments"] > (every or 50):
         yield f"strategy.fragments={settings['strategy.fragments']} is more than the {every or 50} steps between two averages"
+    try:
+        first, last = steps_of(settings["metrics.timeline"])
+        if settings["metrics.kernels"] and not last:
+            yield "metrics.kernels=true is about the steps of a timeline: say which, as in metrics.timeline=10:12"
+        if 0 < settings["train.steps"] < last:
+            yield f"metrics.timeline={first}:{last} ends beyond the run's train.steps={settings['train.steps']}"
+    except ValueError as error:
+        yield f"metrics.timeline={settings['metrics.timeline']}: {error}"
+
+
+LONGEST = 100  # steps of a timeline
+
+
+def steps_of(timeline: str) -> tuple[int, int]:
+    """(first, last) step of a timeline, from 1 on, both included; (0, 0) of none. ValueError. Pure."""
+    if not timeline:
+        return 0, 0
+    words = timeline.split(":")
+    if len(words) != 2 or not all(word.isascii() and word.isdecimal() for word in words):
+        raise ValueError("give the first and the last step, as in 10:12")
+    first, last = map(int, words)
+    if not 1 <= first <= last < first + LONGEST:
+        raise ValueError(f"steps count from 1, the last is not before the first, and at most {LONGEST} can be looked at")
+    return first, last
 
 
 def rhythm(settings: Settings, steps: int) -> tuple[int, int]:

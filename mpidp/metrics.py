@@ -8,13 +8,14 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from mpidp.entry import launched_size
 from mpidp.files import write_file
+from mpidp.scalars import Scalars
 
 
 class Clock:
@@ -29,6 +30,10 @@ class Clock:
         begin = time.perf_counter()
         yield lambda: time.perf_counter() - begin
         self._seconds[phase] += time.perf_counter() - begin
+
+    def so_far(self, phase: str) -> float:
+        """Seconds spent in it since the last take()."""
+        return self._seconds[phase]
 
     def take(self) -> dict[str, float]:
         """{phase_seconds: ...}, and start anew."""
@@ -47,10 +52,14 @@ class MetricsFile:
         """Lines of later steps and batches, which a resumed run will do again, and a half line are dropped. latest: this goes on
         in the place of one that may have lacked the time to write these, and did not write beyond."""
         self._path = path
+        self.also: Scalars | None = None  # is told of each line, too
+        self.lost: dict[str, float] = {}  # what was spent on the lines that are dropped
         if latest is not None:
             self._mend(latest)
         elif path.exists():
-            kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, step, next_batch)]
+            lines = path.read_bytes().split(b"\n")
+            kept = [line for line in lines if _belongs(line, step, next_batch)]
+            self.lost = lost(list(parsed(lines)), list(parsed(kept)))
             write_file(path, b"".join(line + b"\n" for line in kept))
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         self._late = b""  # what the disk had no room for
@@ -59,6 +68,8 @@ class MetricsFile:
     def write(self, record: Mapping[str, Any]) -> None:
         """Numbers that are not finite become null, which every JSON reader takes."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        if self.also is not None:
+            self.also.write(plain)
         self._late += json.dumps(plain, allow_nan=False).encode() + b"\n"
         try:
             while self._late:
@@ -90,6 +101,8 @@ class MetricsFile:
             self._file.write(self._late)
             os.fsync(self._file.fileno())
         self._file.close()
+        if self.also is not None:
+            self.also.close()
 
 
 def past(path: Path) -> tuple[int, float]:
@@ -97,6 +110,55 @@ def past(path: Path) -> tuple[int, float]:
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
     return failures, sum(line.get("step_seconds", 0.0) for line in lines)
+
+
+def parsed(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
+    """The records among these lines; what is cut off or is none is left out. Pure."""
+    for line in lines:
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+def number(line: Mapping[str, Any], name: str) -> float | None:
+    """A finite number of a line, or None. Pure."""
+    value = line.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
+    """Seconds of work since the line before, for each. Before a `start` no more counts than its process is old, and nothing that
+    is counted as lost: the rest nobody worked. Lines without a time take none. Pure."""
+    before = None
+    for line in lines:
+        if (now := number(line, "unix_seconds")) is None:
+            yield 0.0
+            continue
+        gap = now - before if before is not None else math.inf
+        if line.get("event") == "start":
+            gap = min(gap - (number(line, "lost_seconds") or 0.0), number(line, "setup_seconds") or 0.0)
+        yield max(0.0, gap) if gap < math.inf else 0.0
+        before = now
+
+
+def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What was spent on the lines that are not kept, and what was lost before already and is told in them. Pure."""
+    known = {id_of(line) for line in kept}
+    dropped = [line for line in lines if id_of(line) not in known]
+    totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}
+    return {
+        "lost_seconds": totals["lost_seconds"] + max(0.0, sum(took(lines)) - sum(took(kept))),
+        "lost_steps": int(totals["lost_steps"]) + sum("train_loss" in line for line in dropped),
+        "lost_joules": totals["lost_joules"] + sum(number(line, "energy_joules") or 0.0 for line in dropped),
+    }
+
+
+def id_of(line: Mapping[str, Any]) -> str:
+    """The line itself, to be looked up. Pure."""
+    return json.dumps(line, sort_keys=True)
 
 
 def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -195,7 +195,8 @@ def _alive(holder: Mapping[str, Any]) -> bool:
 
 def set_aside(run_dir: Path) -> Path | None:
     """Move an earlier run's files into RUN/previous_N, so that resume=never loses nothing. Independent."""
-    names = [n for n in ("checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json") if (run_dir / n).exists()]
+    names = ["checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json", "timeline.json", "tensorboard"]
+    names = [n for n in names if (run_dir / n).exists()]
     if not names:
         return None
     number = 1

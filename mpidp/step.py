@@ -87,6 +87,7 @@ class Board:
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
     seconds: np.ndarray  # (P,) of computing
+    data_seconds: np.ndarray  # (P,) of waiting for data
     counts: np.ndarray  # (P,) lanes computed
     lane_squares: np.ndarray  # (L,) squared norms of their gradients, where measured
     saving: np.ndarray  # (4,) ranks that write a checkpoint, or try to; is one due by the clock? (saver.py)
@@ -94,6 +95,7 @@ class Board:
     met: bool  # did they?
     divisor: int  # target tokens of this step, of all ranks, or of this one where each makes a step of its own
     steps: int  # that it tells of
+    joules: float = 0.0  # of all machines since this was last told
 
     @property
     def tokens(self) -> int:
@@ -110,15 +112,17 @@ class Board:
 def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     """Put what this rank computed on everybody's board; where the strategy lets ranks meet more seldom, it stays with this rank
     until then. From here on the state may change: no rank copies it for a checkpoint any more. Collective over job.comm."""
-    job.saver.linger(job.position.step + 1)
-    job.saver.copied()
+    with job.clock.timed("stall"):  # inside comm_wait, and no communication
+        job.saver.linger(job.position.step + 1)
+        job.saver.copied()
     met, size, count = job.strategy.meets(job.position.step + 1), job.comm.size, job.lanes.num_micro_batches
-    lengths = [count, count, size, size, job.lanes.num_lanes, 4, 1, 1]
+    lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
-    losses, num_tokens, spent, counts, squares, saving, stops, steps = np.split(flat, np.cumsum(lengths)[:-1])
+    losses, num_tokens, spent, data, counts, squares, saving, stops, steps, joules = np.split(flat, np.cumsum(lengths)[:-1])
     tells = job.engine.tells  # else another rank of this replica does
     if tells or not met:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
+    data[job.comm.rank], joules[0] = job.clock.so_far("data"), job.meter.take()
     spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
     steps[0] = job.comm.rank == 0
@@ -126,14 +130,15 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
         job.untold = (0.0 if job.untold is None else job.untold) + flat
         job.untold[: 2 * count * (not tells)] = 0.0
         spent[:] = seconds  # of the others it knows nothing
-        return Board(losses, num_tokens, spent, counts, squares, saving, False, False, sum(done.num_tokens), 1)
+        return Board(losses, num_tokens, spent, data, counts, squares, saving, False, False, sum(done.num_tokens), 1)
     if job.untold is not None:
         flat += job.untold
         job.untold = None
     saving[:], stops[0] = job.saver.flags(), stop
     job.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
     divisor = int(num_tokens.sum()) if job.strategy.meets_always else sum(done.num_tokens)
-    return Board(losses, num_tokens, spent, counts, squares, saving, bool(stops[0]), True, divisor, int(steps[0]))
+    stop, told = bool(stops[0]), (int(steps[0]), float(joules[0]))
+    return Board(losses, num_tokens, spent, data, counts, squares, saving, stop, True, divisor, *told)
 
 
 def noise_of(job: Job, board: Board, grad_norm: float) -> Noise | None:

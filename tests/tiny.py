@@ -42,7 +42,7 @@ WORLD = MPI.COMM_WORLD
 SEQ_LEN = 16
 DEVICE = os.environ.get("MPIDP_TEST_DEVICE", "cpu")  # cuda: `make gpu` runs the laws there
 # and *_seconds: may differ between equal runs
-MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds", "gpu_peak_bytes")
+MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds", "gpu_peak_bytes", "energy_joules")
 OF_RANKS = ("start", "balance", "saved", "save_skipped", "save_failed")  # of ranks and disks, not of what was learned
 SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
 

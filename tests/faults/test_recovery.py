@@ -143,7 +143,7 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
 
 PLACES = (  # in a recovery: what communicates, and the files of rank 0
     "mpidp.recover.make_mesh", "mpidp.sharing.regroup", "mpidp.build.Optimizer", "mpidp.build.open_board",
-    "mpidp.recover.committed", "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.fit.MetricsFile",
+    "mpidp.recover.committed", "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.telling.MetricsFile",
     "mpidp.build.Loader",
 )
 DIES = """

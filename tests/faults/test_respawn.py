@@ -134,7 +134,7 @@ PLACES = {  # and how many ranks there are in the end
     ("mpidp.comm.respawn._tell", True): 3, ("mpidp.comm.respawn._bridge", False): 4, ("mpidp.comm.respawn._tell", False): 4,
     ("mpidp.recover.make_mesh", True): 4, ("mpidp.build.Optimizer", True): 4, ("mpidp.build.Optimizer", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.fit.MetricsFile", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.telling.MetricsFile", False): 4,
     ("mpidp.build.Loader", True): 4,
 }
 

@@ -15,7 +15,7 @@ import torch
 from mpi4py import MPI
 
 import mpidp.train
-from mpidp import fit
+from mpidp import telling
 from mpidp.checkpoint import Reader, committed
 from mpidp.config import Config
 from mpidp.errors import MpidpError, Stopped, UsageError
@@ -84,7 +84,7 @@ def stopped_after(step: int, n: int, config: Config) -> None:
         return caught.value.exit_code, caught.value.everywhere, str(caught.value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "MetricsFile", Watched)
+        patch.setattr(telling, "MetricsFile", Watched)
         said = at(n, run)
     assert said == [(75, True, said[0][2])] * n  # on every rank alike
     assert f"at step {step}" in said[0][2] and "STOP" in said[0][2]

@@ -21,8 +21,9 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings hf.__init__ methods strategies.groups comm.background "
+    "energy reporting.__init__ reporting.page reporting.charts "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
-    "model.part boxes hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
+    "scalars model.part boxes hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll hf.folder",
@@ -30,19 +31,21 @@ LAYERS = [
     "checkup.memory checkup.sessions",
     "hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
-    "mesh_table mesh_time",
+    "mesh_table mesh_time timeline reporting.read",
+    "reporting.waterfall reporting.costs "
     "plan_mesh audit comm.ring comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
-    "mesh_ask c10d.group comm.parallel_layers saver comm.compressed comm.owners comm.overlap strategies.protocol",
-    "c10d.meeting engine loading sharing strategies.synchronous plan_sums",
-    "origin",
+    "reporting.about mesh_ask c10d.group comm.parallel_layers saver comm.compressed comm.owners comm.overlap strategies.protocol",
+    "reporting.sections c10d.meeting engine loading sharing strategies.synchronous plan_sums",
+    "origin reporting.compare",
     "planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
     "plan_methods",
-    "strategies.sharded",
+    "strategies.sharded reporting.pictures",
     "job strategies.__init__",
     "build step",
+    "telling",
     "fit recover",
     "course rerun trials",
-    "train evaluate generate export plan replay doctor",
+    "train evaluate generate export plan replay doctor report",
 ]
 LAYER = {f"mpidp.{name}".removesuffix(".__init__"): i for i, names in enumerate(LAYERS) for name in names.split()}
 LATE = {("mpidp.entry", "mpidp.comm.mesh")}  # inside a function: it starts MPI once the command line is read
@@ -67,7 +70,8 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "fit", "generate", "hf.folder", "hf.write", "model.transformer", "optim", "plan_sums", "saving", "state",
+    "data.loader", "scalars", "timeline", "fit", "generate", "hf.folder", "hf.write", "model.transformer", "optim", "plan_sums",
+    "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
@@ -142,6 +146,7 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         "noise", "strategies.roll", "hf.names", "hf.tokens", "model.shape", "model.part",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
         "plan_table", "board", "watchdog", "tries", "mesh_memory", "mesh_time", "mesh_table", "mesh_ask", "plan_mesh",
+        "energy", "report", *(name for name in {module_of(name).removeprefix("mpidp.") for name in MPIDP} if "reporting" in name),
     }
     assert library == "torch" or not found & pure
     assert not found & (pure - {"model.transformer"})
@@ -168,8 +173,7 @@ def test_only_entry_side_files_see_the_config() -> None:
 
 QUIET = ["mpidp", "mpidp.config", "mpidp.entry", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.export",
          "mpidp.errors", "mpidp.lanes", "mpidp.comm.tree", "mpidp.schedule", "mpidp.balance", "mpidp.inject", "mpidp.plan",
-         "mpidp.doctor",
-         "data_tools.prepare"]
+         "mpidp.doctor", "mpidp.report", "data_tools.prepare"]
 
 
 def test_importing_the_entry_points_starts_neither_mpi_nor_torch() -> None:

@@ -32,6 +32,8 @@ comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
 mesh.tp mesh.pp mesh.dp mesh.sequence mesh.shard
 run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
 faults.min_ranks faults.respawn
+metrics.timeline metrics.kernels metrics.tensorboard metrics.energy
+energy.grams_per_kwh energy.price_per_node_hour
 """
 
 
@@ -135,6 +137,12 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--comm.compress=int4", "--comm.momentum=0.9"], ["comm.momentum=0.9", "topk and randomk", "comm.compress=int4"]),
         (["--comm.compress=powersgd", "--comm.ratio=0.1"], ["comm.ratio=0.1", "topk and randomk"]),
         (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk and randomk", "comm.compress=none"]),
+        (["--metrics.timeline=12"], ["metrics.timeline=12", "as in 10:12"]),
+        (["--metrics.timeline=3:x"], ["metrics.timeline=3:x", "as in 10:12"]),
+        (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "count from 1"]),
+        (["--metrics.timeline=5:4"], ["not before the first"]),
+        (["--metrics.timeline=1:101"], ["at most 100"]), (["--metrics.kernels=true"], ["metrics.kernels=true", "say which"]),
+        (["--train.steps=11", "--metrics.timeline=10:12"], ["metrics.timeline=10:12", "train.steps=11"]),
         (["--train.spike=0.5"], ["train.spike=0.5 must be more than 1"]),
         (["--train.balance=steal", "--comm.transport=messages"], ["train.balance=steal", "comm.transport=messages"]),
         (["--train.balance=steal", "--comm.overlap=thread"], ["comm.overlap", "train.balance=steal"]),
@@ -199,7 +207,7 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
-                                 "head_dim", "rope_scaling",
+                                 "head_dim", "rope_scaling", "timeline", "kernels",
                                  "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([
