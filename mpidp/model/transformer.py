@@ -8,14 +8,19 @@ K: key-value heads, E: head_dim = D / H, V: vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mpidp.model.cache import Cache, attend, positions_of
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import TransformerShape, shapes_of
+
+Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of new positions (q, k, v) over those of a cache as well
 
 
 def _hash32(x: Tensor) -> Tensor:
@@ -65,13 +70,15 @@ class Attention(nn.Module):
         self.v = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
         self.o = nn.Linear(self.num_heads * self.head_dim, shape.model_dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) of bools, or None for plain causal."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None = None) -> Tensor:
+        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) of bools, or None for plain causal; past: instead of both."""
         b, t, _ = x.shape
         q = self.q(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.v(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if past is not None:
+            return self.o(past(q, k, v).transpose(1, 2).reshape(b, t, -1))
         if self.num_kv_heads < self.num_heads:
             group = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -105,9 +112,11 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=1e-5)
         self.feed_forward = FeedForward(shape, part)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None, past: Past | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        y = self.attention(self.attention_norm(x), cos, sin, mask)
+        y = self.attention(self.attention_norm(x), cos, sin, mask, past)
         x = x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 1)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + keyed_dropout(y, self.dropout, key, 2 * self.layer + 2)
@@ -160,14 +169,18 @@ class Transformer(nn.Module):
                     p.copy_(drawn[self.part.box(name, size)])
 
     def forward(
-        self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
+        self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None,
+        caches: list[Cache] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the next token.
 
         x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
-        ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
+        ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout; caches: one a row, of
+        what came before x, which they have too afterwards.
         """
         t = x.shape[1]
+        if caches is not None:
+            positions = positions_of(caches, t, x.device)
         if positions is None:
             cos, sin = self.cos[:t], self.sin[:t]
         else:
@@ -178,12 +191,18 @@ class Transformer(nn.Module):
             mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
         if self.embedding is not None:
             x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0)
-        for block in self.blocks.values():
+        for layer, block in self.blocks.items():
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, key, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, mask, key)
+                x = block(x, cos, sin, mask, key, None if caches is None else partial(attend, caches, int(layer)))
+        for cache in caches or ():
+            cache.length += t
         return x if self.norm is None or self.head is None else self.head(self.norm(x))
+
+    def new_cache(self, positions: int) -> Cache | None:
+        """An empty one of a sequence of so many positions, at most seq_len."""
+        return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:
         """torch.compile, block by block: one graph serves all layers and logits stay eager."""

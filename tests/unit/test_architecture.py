@@ -21,20 +21,21 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
-    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
+    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape model.cache speech",
     "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
+    "rows sampling "
     "comm.exchange strategies.roll",
     "holding c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory "
     "checkup.sessions",
-    "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
+    "choices c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
     "mesh_table mesh_time",
     "plan_mesh comm.parallel_layers comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
     "mesh_ask c10d.group loading saver comm.compressed comm.owners comm.overlap strategies.protocol",
-    "c10d.meeting engine sharing strategies.synchronous plan_sums",
-    "planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
+    "decode c10d.meeting engine sharing strategies.synchronous plan_sums",
+    "scoring planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
     "plan_methods",
     "strategies.sharded",
     "job strategies.__init__",
@@ -56,7 +57,7 @@ MPI4PY = {
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "strategies.sliced", "strategies.sharded",
     "audit", "build", "checkpoint", "engine", "job", "loading", "resolve",
-    "doctor", "rundir", "saver", "step", "trials",
+    "doctor", "rundir", "scoring", "saver", "step", "trials",
     "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.waiting",
     "c10d.works",
 }
@@ -66,7 +67,7 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
+    "data.loader", "decode", "fit", "model.cache", "model.transformer", "sampling", "optim", "plan_sums", "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
