@@ -88,6 +88,7 @@ def generate(world: Any, options: argparse.Namespace, say: Callable[[str], None]
     from mpidp.comm.mesh import polite_barrier, together
     from mpidp.decode import go_on
     from mpidp.loading import load_model, load_tokenizer_for, open_run
+    from mpidp.model.rowwise import by_rows
     from mpidp.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -105,6 +106,7 @@ def generate(world: Any, options: argparse.Namespace, say: Callable[[str], None]
         if firsts:
             loaded = load_model(reader, grid, options.device, options.threads)
             tokenizer = load_tokenizer_for(loaded, reader, options.data)
+            by_rows(loaded.model)
         for first in firsts:
             places = range(first, min(first + options.batch, len(rows)))
             groups.append({i: _encoded(tokenizer, rows[i]["prompt"], seq_len, i) for i in places})

@@ -43,7 +43,7 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor) -> 
     """Causal attention of T new positions over all so far: q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E). Row by row:
     there is neither padding nor a mask, and nothing that a row's neighbours could change."""
     rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i])) for i, cache in enumerate(caches)]
-    return torch.stack(rows)
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
-    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape model.cache speech",
+    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape "
+    "model.cache model.rowwise speech",
     "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
@@ -67,7 +68,8 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "decode", "fit", "model.cache", "model.transformer", "sampling", "optim", "plan_sums", "saving", "state",
+    "data.loader", "decode", "fit", "model.cache", "model.rowwise", "model.transformer", "sampling",
+    "optim", "plan_sums", "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
