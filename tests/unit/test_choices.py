@@ -103,12 +103,12 @@ def test_likelihoods_are_those_of_a_plain_computation() -> None:
 
 
 def test_accuracies_divide_by_what_they_say() -> None:
-    """" 4" is likeliest as a whole, " five" by the byte, "é" by the token."""
     one = item(choices=[" 4", " five", "é"], label=1)
     tokens = [row.counted for row in encode(BYTES, one, 24)]
     assert tokens == [2, 5, 2]
     for label, scores, right in [
         (0, [-4.0, -5.0, -9.0], (1, 0, 0)), (1, [-4.0, -5.0, -9.0], (0, 1, 1)), (0, [-4.0, -10.0, -9.0], (1, 1, 1)),
+        (1, [-4.0, -9.0, -9.0], (0, 1, 1)),  # and nothing of the context counts
     ]:
         found = counted([item(choices=one.choices, label=label)], [encode(BYTES, one, 24)], np.array([scores]))
         assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == right
