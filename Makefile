@@ -95,6 +95,7 @@ bench-short: $(VENV)/.test ## every benchmark in its shortest form: that they ru
 	$(MPICH_TEST) 2 python benchmarks/checkpoint.py --layers 1 --steps 1 --repeats 1 --global-batch 2
 	python benchmarks/uneven.py --repeats 1 -- --model.num_layers=1 --model.model_dim=32
 	python benchmarks/loader.py --repeats 1 --seconds 0.2 --steps 4 --skip 1 --seq-lens 128
+	python benchmarks/generate.py --model 1M --seq-len 64 --prompts 4,32 --tokens 24 --repeats 1
 	python benchmarks/startup.py --repeats 1 --ranks 1 -- --train.threads=1
 	python benchmarks/memory.py --ranks 1,2 --sizes 1M
 	python benchmarks/scaling.py --ranks 1,2 --repeats 1 --skip 1 -- --train.steps=4
@@ -112,6 +113,7 @@ bench: $(VENV)/.test ## the benchmarks of docs/results (half an hour, on a quiet
 	python benchmarks/loader.py
 	python benchmarks/startup.py --ranks 1,2 -- --train.threads=1
 	python benchmarks/memory.py
+	python benchmarks/generate.py
 	$(MPICH_TEST) 2 python benchmarks/checkpoint.py
 	$(MPICH_TEST) 2 python benchmarks/c10d.py
 	python benchmarks/shakespeare.py --text $(or $(TEXT),tinyshakespeare.txt) $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from mpidp import resolve
 from mpidp.checkpoint import Reader, check_file, newest_valid, readable
-from mpidp.comm.grid import Grid
+from mpidp.comm.grid import Grid, make_grid
 from mpidp.comm.mesh import together
 from mpidp.comm.parallel_layers import loss_over, share_layers
 from mpidp.comm.ring import Ring
 from mpidp.comm.stages import FORWARD, Stages
 from mpidp.comm.transport import Messages
-from mpidp.errors import CheckpointError
+from mpidp.data.tokenizer import Tokenizer, load_tokenizer
+from mpidp.errors import CheckpointError, DataError
 from mpidp.model.part import refuse
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import MODELS
@@ -40,26 +41,33 @@ class Loaded:
     losses: Callable[[Tensor, Tensor], Tensor] | None = None  # from logits of a part of the vocabulary
 
     @torch.no_grad()
-    def last_logits(self, window: Tensor) -> Tensor:
-        """Of the token after a window (1, T): (V,) float32 on the CPU, the same on all ranks of a replica. Collective over
-        grid.model."""
-        stages, tp = self.stages, self.grid.tp
+    def through(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
+        """What the model makes of tokens (B, T) that go on from what its caches hold: logits (B, T, V of this rank) where the
+        last layer is, None on other stages. Collective over grid.model."""
+        stages, tokens = self.stages, tokens.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            entered = window if stages is None or stages.first else stages.receive(
-                FORWARD, 0, (*window.shape, self.model.shape.model_dim)
+            entered = tokens if stages is None or stages.first else stages.receive(
+                FORWARD, 0, (*tokens.shape, self.model.shape.model_dim)
             )
-            left = self.model(entered)
-        found = np.zeros(self.model.shape.vocab_size, dtype=np.float32)
+            left: Tensor = self.model(entered) if caches is None else self.model(entered, caches=caches)
         if stages is None or stages.last:
-            mine = self.model.part.share(len(found))
-            found[mine.start : mine.stop] = left[0, -1].float().cpu().numpy()
+            return left
+        stages.send(FORWARD, 0, left)
+        return None
+
+    def last_logits(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor:
+        """Of the token after tokens (B, T): (B, V) float32 on the CPU, the same on all ranks of a replica. Collective over
+        grid.model."""
+        logits, tp = self.through(tokens, caches), self.grid.tp
+        found = np.zeros((len(tokens), self.model.shape.vocab_size), dtype=np.float32)
+        if logits is not None:
+            mine = self.model.part.share(found.shape[1])
+            found[:, mine.start : mine.stop] = logits[:, -1].float().cpu().numpy()
             if tp.size > 1:
                 tp.Allreduce(MPI.IN_PLACE, found)  # each entry has one writer
-        else:
-            stages.send(FORWARD, 0, left)
-        if stages is not None:
-            stages.settle([])
-            self.grid.pp.Bcast(found, root=stages.count - 1)
+        if self.stages is not None:
+            self.stages.settle([])
+            self.grid.pp.Bcast(found, root=self.stages.count - 1)
         return torch.from_numpy(found)
 
 
@@ -81,6 +89,27 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint: train first, with --run.dir={path}")
         return Reader(found)
+
+
+def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Tokenizer:
+    """The run's own, or that of a folder of shards or a tokenizer.json. DataError when missing or of another size.
+    Independent."""
+    tokenizer = load_tokenizer(data or reader.path.parent.parent, reader.meta["eod"])
+    if tokenizer.vocab_size > loaded.model.shape.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {loaded.model.shape.vocab_size}: give --data"
+        )
+    return tokenizer
+
+
+def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Tokenizer]:
+    """RUN's newest checkpoint, its model or this rank's part of it, and its tokenizer, as a command's options (run, data, tp, pp,
+    device, threads) name them. UsageError, DataError, CheckpointError. Collective over world."""
+    grid = make_grid(world, options.tp, options.pp)
+    reader = open_run(Path(options.run), world)
+    with together(world):
+        loaded = load_model(reader, grid, options.device, options.threads)
+        return reader, loaded, load_tokenizer_for(loaded, reader, options.data)
 
 
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:

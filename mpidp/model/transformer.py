@@ -8,16 +8,21 @@ K: key-value heads, E: head_dim (D / H unless said), V: vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mpidp.model.cache import Cache, attend, positions_of
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shapes_of
 
 SITE = 0x9E3779B9  # between the keys of two sites
+
+Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of new positions (q, k, v) over those of a cache as well
 
 
 def _hash32(x: Tensor) -> Tensor:
@@ -78,13 +83,15 @@ class Attention(nn.Module):
         self.v = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
         self.o = nn.Linear(self.num_heads * self.head_dim, shape.model_dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) of bools, or None for plain causal."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None = None) -> Tensor:
+        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) of bools, or None for plain causal; past: instead of both."""
         b, t, _ = x.shape
         q = self.q(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.v(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if past is not None:
+            return self.o(past(q, k, v).transpose(1, 2).reshape(b, t, -1))
         if self.num_kv_heads < self.num_heads:
             group = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -118,11 +125,13 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
         self.feed_forward = FeedForward(shape, part)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None, past: Past | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D); where positions are shared out, x has this part's of the T of cos."""
         length = cos.shape[-2]
         here = self.part.positions(length)
-        y = self.attention(self.attention_norm(x), cos, sin, mask)
+        y = self.attention(self.attention_norm(x), cos, sin, mask, past)
         x = x + keyed_dropout(y, self.dropout, key, 1, here, length)
         y = self.feed_forward(self.feed_forward_norm(x))
         return x + keyed_dropout(y, self.dropout, key, 2, here, length)
@@ -177,14 +186,18 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None,
         length: int = 0,
+        caches: list[Cache] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the next token.
 
         x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
         ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
-        length: T, where x is hidden states of which this part has its positions alone.
+        length: T, where x is hidden states of which this part has its positions alone; caches: one a row, of what came before x,
+        which they have too afterwards.
         """
         t = length or x.shape[1]
+        if caches is not None:
+            positions = positions_of(caches, t, x.device)
         if positions is None:
             cos, sin = self.cos[:t], self.sin[:t]
         else:
@@ -200,8 +213,14 @@ class Transformer(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, mine, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, mask, mine)
+                x = block(x, cos, sin, mask, mine, None if caches is None else partial(attend, caches, layer))
+        for cache in caches or ():
+            cache.length += t
         return x if self.norm is None or self.head is None else self.head(self.norm(x))
+
+    def new_cache(self, positions: int) -> Cache | None:
+        """An empty one of a sequence of so many positions, at most seq_len."""
+        return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:
         """torch.compile, block by block: one graph serves all layers and logits stay eager."""

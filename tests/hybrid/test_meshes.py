@@ -3,7 +3,6 @@ and the number of replicas changes nothing."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -188,23 +187,32 @@ def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how:
 
 
 def test_evaluate_and_generate_on_a_mesh(shared_folder: Path, shared_tmp: Path) -> None:
-    """The loss and the text of one rank; replicas beyond the first wait."""
+    """The loss of shards and of a text, the answers and the texts of one rank; replicas share them out."""
     data, run = corpus(shared_folder), shared_tmp / "run"
     on((1, 1, 1), with_mesh(data, run, (1, 1, 1), train={"steps": 12}))
-    words = argparse.Namespace(
-        run=str(run), prompt="the ", tokens=12, temperature=0.7, top_k=9, seed=3, data=None, device=DEVICE, threads=1
-    )
+    prompts, questions = shared_tmp / "prompts.txt", shared_tmp / "questions.jsonl"
+    if WORLD.rank == 0:
+        prompts.write_text("the \nrank of\nin order so th\n")
+        questions.write_text('{"context": "the ", "choices": ["rank of", "zqx", "when it"], "label": 0}\n' * 2)
+    WORLD.barrier()
 
-    def use(comm: MPI.Intracomm, pp: int, tp: int) -> tuple[float, int, str]:
+    def use(comm: MPI.Intracomm, pp: int, tp: int) -> tuple[float, int, list[str], float, float]:
         found = mpidp.evaluate.evaluate(str(run), str(data), comm, device=DEVICE, threads=1, tp=tp, pp=pp)
-        said = argparse.Namespace(**vars(words), tp=tp, pp=pp)
-        return found["loss"], found["tokens"], mpidp.generate.generate(comm, said)
+        how = [f"--device={DEVICE}", "--threads=1", f"--tp={tp}", f"--pp={pp}"]
+        given = ["--tokens=12", "--temperature=0.7", "--top-k=9", "--seed=3", "--batch=2", f"--prompts={prompts}"]
+        rows = mpidp.generate.generate(comm, mpidp.generate.read_options([str(run), *given, *how]))
+        options = mpidp.evaluate.read_options([str(run), f"--text={prompts}", *how])
+        text = mpidp.evaluate.evaluate_text(options, comm)
+        options = mpidp.evaluate.read_options([str(run), f"--choices={questions}", *how])
+        choices = mpidp.evaluate.evaluate_choices(options, comm)
+        return found["loss"], found["tokens"], [row["text"] for row in rows], text["loss"], choices["accuracy"]
 
-    loss, tokens, text = at(1, lambda comm: use(comm, 1, 1))[0]
+    loss, tokens, texts, of_text, accuracy = at(1, lambda comm: use(comm, 1, 1))[0]
     for mesh in [mesh for mesh in MESHES if fits(mesh) and 4 % mesh[2] == 0]:
         found = at(mesh[0] * mesh[1] * mesh[2], lambda comm, mesh=mesh: use(comm, *mesh[1:]))
-        assert found[0] == (pytest.approx(loss, rel=CLOSE), tokens, text), mesh
-        assert {one[0] for one in found} == {found[0][0]}
+        near = pytest.approx(loss, rel=CLOSE), tokens, texts, pytest.approx(of_text, rel=CLOSE), accuracy
+        assert found[0] == near, mesh
+        assert {(one[0], *one[3:]) for one in found} == {(found[0][0], *found[0][3:])}
 
 
 def test_ranks_that_have_the_same_hold_the_same_bits(shared_folder: Path, shared_tmp: Path) -> None:

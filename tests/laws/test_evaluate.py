@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import pytest
 from mpidp.data.shards import TokenStream
 from mpidp.errors import CheckpointError, DataError
 from mpidp.evaluate import evaluate
-from mpidp.generate import generate
-from tests.tiny import DEVICE, WORLD, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
+from tests.tiny import WORLD, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 
@@ -76,12 +74,3 @@ def test_what_cannot_be_evaluated_is_refused_on_all_ranks(trained: tuple[Path, R
         at(n, lambda comm: evaluate(str(shared_tmp), None, comm))
     with pytest.raises(DataError, match="no split 'test'"):
         at(n, lambda comm: evaluate(str(trained[0]), None, comm, "test"))
-
-
-def test_the_same_text_at_any_number_of_ranks(trained: tuple[Path, Ran]) -> None:
-    options = argparse.Namespace(
-        run=str(trained[0]), prompt="the rank", tokens=20, temperature=0.8, top_k=20, seed=3, data=None, device=DEVICE, threads=1,
-        tp=1, pp=1,
-    )
-    found = [text for n in sizes(1, 2, 4) for text in at(n, lambda comm: generate(comm, options))[:1]]
-    assert len(set(found)) == 1 and found[0].startswith("the rank") and len(found[0]) > len("the rank")

@@ -22,22 +22,23 @@ LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings hf.__init__ methods strategies.groups comm.background "
     "energy reporting.__init__ reporting.page reporting.charts "
-    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
+    "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape "
+    "model.cache model.rowwise speech",
     "scalars model.part boxes hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries data.sampler data.tokenizer data.index checkup.facts "
-    "comm.exchange strategies.roll hf.folder",
+    "comm.exchange strategies.roll hf.folder rows sampling",
     "holding hf.tokens c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware "
     "checkup.memory checkup.sessions",
-    "hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
+    "choices hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
     "mesh_table mesh_time timeline reporting.read",
     "reporting.waterfall reporting.costs "
     "plan_mesh audit comm.ring comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
     "reporting.about mesh_ask c10d.group comm.parallel_layers saver comm.compressed comm.owners comm.overlap strategies.protocol",
     "reporting.sections c10d.meeting engine loading sharing strategies.synchronous plan_sums",
-    "origin reporting.compare",
-    "planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
+    "origin decode reporting.compare",
+    "scoring planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
     "plan_methods",
     "strategies.sharded reporting.pictures",
     "job strategies.__init__",
@@ -60,7 +61,7 @@ MPI4PY = {
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "strategies.sliced", "strategies.sharded",
     "audit", "build", "checkpoint", "engine", "job", "loading", "origin", "resolve",
-    "doctor", "rundir", "saver", "step", "trials",
+    "doctor", "rundir", "scoring", "saver", "step", "trials",
     "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.waiting",
     "c10d.works",
 }
@@ -70,8 +71,8 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "scalars", "timeline", "fit", "generate", "hf.folder", "hf.write", "model.transformer", "optim", "plan_sums",
-    "saving", "state",
+    "data.loader", "decode", "scalars", "timeline", "fit", "hf.folder", "hf.write", "model.cache", "model.rowwise",
+    "model.transformer", "optim", "plan_sums", "sampling", "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {

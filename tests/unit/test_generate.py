@@ -1,0 +1,291 @@
+"""Laws of going on from a prompt: a cache changes nothing, nor do neighbours; what is drawn; what is said, and when."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.grid import make_grid
+from mpidp.data.tokenizer import ByteTokenizer
+from mpidp.decode import Row, decode, go_on
+from mpidp.errors import DataError, UsageError
+from mpidp.evaluate import read_options as evaluate_options
+from mpidp.generate import read_options
+from mpidp.loading import Loaded
+from mpidp.model.cache import Cache
+from mpidp.model.rowwise import by_rows
+from mpidp.model.shape import TransformerShape
+from mpidp.model.transformer import Transformer
+from mpidp.rows import read_prompts, read_rows
+from mpidp.sampling import Sampling, nucleus, seed_of
+from mpidp.speech import Speech
+
+SHAPE = TransformerShape(
+    vocab_size=257, num_layers=2, num_heads=4, num_kv_heads=2, model_dim=32, hidden_dim=48, seq_len=24, dropout=0.3
+)
+GREEDY = Sampling(temperature=0)
+
+
+class Forgetful(Transformer):
+    """Has no cache."""
+
+    def new_cache(self, positions: int) -> None:
+        return None
+
+
+def loaded(kind: type[Transformer] = Transformer, **changes: int) -> Loaded:
+    model = kind(replace(SHAPE, **changes), seed=1).eval()
+    return Loaded(model, torch.device("cpu"), torch.float32, make_grid(MPI.COMM_SELF))
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def grown(model: Loaded, prompts: list[list[int]], tokens: int, how: Sampling = GREEDY) -> list[list[int]]:
+    rows = [Row(model.model, prompt, tokens, seed_of(5, i), lambda token: False) for i, prompt in enumerate(prompts)]
+    decode(model, rows, how, eod=-1)
+    return [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("cuts", [[1] * 20, [7] + [1] * 13, [5, 8, 1, 6], [20]], ids=str)
+@torch.no_grad()
+def test_logits_with_a_cache_are_those_without(kv_heads: int, cuts: list[int]) -> None:
+    """In whatever pieces the sequence comes, and beside one that is elsewhere."""
+    model = loaded(num_kv_heads=kv_heads).model
+    one, other = torch.tensor([ids(20, 1)]), torch.tensor([ids(20, 2)])
+    caches, done, found = [Cache(24), Cache(24)], 0, []
+    model(other[:, :4], caches=caches[1:])
+    for cut in cuts:
+        beside = torch.cat([one[:, done : done + cut], other[:, :1].expand(1, cut)])
+        if caches[1].length + cut > 24:
+            caches[1] = Cache(24)
+        found.append(model(beside, caches=caches)[:1])
+        done += cut
+    torch.testing.assert_close(torch.cat(found, dim=1), model(one), rtol=0, atol=1e-5)
+    assert caches[0].length == 20
+
+
+def test_a_cache_is_no_longer_than_was_said() -> None:
+    model = loaded().model
+    assert model.new_cache(10).capacity == 10 and model.new_cache(1000).capacity == 24
+    with pytest.raises(ValueError, match="position 4 of a cache for 4"):
+        model(torch.tensor([ids(5)]), caches=[Cache(4)])
+
+
+@pytest.mark.parametrize("how", [GREEDY, Sampling(), Sampling(0.9, 0, 0.8)], ids=str)
+def test_tokens_with_a_cache_are_those_without(how: Sampling) -> None:
+    """Within the model's window and far beyond it."""
+    prompts = [ids(n, n) for n in (1, 5, 24, 9)]
+    with_cache, without = loaded(), loaded(Forgetful)
+    by_rows(with_cache.model)
+    assert grown(with_cache, prompts, 60, how) == grown(without, prompts, 60, how)
+
+
+def test_beyond_the_window_the_last_half_is_seen() -> None:
+    model, prompt = loaded(), ids(20)
+    new = grown(model, [prompt], 40)[0]
+    whole = prompt + new
+    start = 0
+    for place in range(20, 60):
+        if place - start > 24:
+            start = place - 12
+        assert whole[place] == int(model.last_logits(torch.tensor([whole[start:place]])).argmax())
+
+
+@pytest.mark.parametrize("how", [GREEDY, Sampling()], ids=str)
+def test_neighbours_change_no_token(how: Sampling) -> None:
+    """Of any number of rows, of which some end sooner."""
+    model = loaded()
+    by_rows(model.model)
+    prompts = [ids(n, n) for n in (3, 9, 1, 14, 9, 2, 20)]
+    seeds = [seed_of(5, i) for i in range(len(prompts))]
+
+    def rows(places: list[int]) -> list[Row]:
+        return [Row(model.model, prompts[i], 10 + i, seeds[i], lambda token: False) for i in places]
+
+    alone = []
+    for i in range(len(prompts)):
+        decode(model, (one := rows([i])), how, eod=-1)
+        alone.append(one[0].ids)
+    for size in (2, 3, 7):
+        for first in range(0, len(prompts), size):
+            decode(model, (some := rows(list(range(len(prompts)))[first : first + size])), how, eod=-1)
+            assert [row.ids for row in some] == alone[first : first + size]
+
+
+def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:
+    model = loaded(hidden_dim=64)  # of another width the vector units' leftovers are rounded otherwise, in silu
+    by_rows(model.model)
+    by_rows(model.model)
+    hidden = torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(1))
+    layer = model.model.blocks["0"].feed_forward
+    together = layer(hidden)
+    assert all(torch.equal(layer(hidden[i : i + n]), together[i : i + n]) for n in (1, 3) for i in range(6))
+    torch.testing.assert_close(together, loaded(hidden_dim=64).model.blocks["0"].feed_forward(hidden))
+
+
+def softmax(*logits: float) -> Tensor:
+    return torch.softmax(torch.tensor(logits), dim=0)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.77, 0.9, 0.999, 1.0])
+def test_top_p_keeps_the_smallest_set_that_has_it(top_p: float) -> None:
+    for seed in range(20):
+        p = torch.softmax(3 * torch.randn(30, generator=torch.Generator().manual_seed(seed)), dim=0)
+        kept = nucleus(p, top_p)
+        held = kept > 0
+        assert torch.equal(kept[held], p[held]) and p[held].min() >= p[~held].max() if (~held).any() else True
+        assert float(p[held].double().sum()) >= top_p - 1e-6
+        assert float(p[held].double().sum() - p[held].min()) < top_p
+
+
+def test_of_equals_top_p_keeps_the_first() -> None:
+    assert nucleus(torch.tensor([0.25, 0.25, 0.25, 0.25]), 0.5).tolist() == [0.25, 0.25, 0, 0]
+    assert nucleus(torch.tensor([0.25, 0.25, 0.25, 0.25]), 0.51).tolist() == [0.25, 0.25, 0.25, 0]
+
+
+def test_only_what_is_kept_is_drawn() -> None:
+    logits, generator = torch.tensor([0.0, 3.0, 2.0, 1.0, -1.0]), torch.Generator().manual_seed(0)
+
+    def drawn(how: Sampling) -> set[int]:
+        return {how.draw(logits, generator) for _ in range(300)}
+
+    assert drawn(GREEDY) == drawn(Sampling(1.0, 1)) == drawn(Sampling(1.0, 0, 0.1)) == {1}
+    assert drawn(Sampling(2.0, 3)) == {1, 2, 3}
+    assert drawn(Sampling(2.0, 0)) == {0, 1, 2, 3, 4}
+    assert drawn(Sampling(1.0, 0, 0.8)) == {1, 2}
+    assert drawn(Sampling(5.0, 3, 0.6)) == {1, 2}  # of the three that are left
+    assert logits.tolist() == [0.0, 3.0, 2.0, 1.0, -1.0]
+
+
+def test_draws_have_the_probabilities() -> None:
+    generator, logits = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0, 2.0])
+    counts = torch.bincount(torch.tensor([Sampling(0.5, 0).draw(logits, generator) for _ in range(4000)]), minlength=3)
+    torch.testing.assert_close(counts / 4000, softmax(0.0, 2.0, 4.0), atol=0.03, rtol=0)
+
+
+def test_every_prompt_has_a_seed_of_its_own() -> None:
+    assert seed_of(7, 0) == 7
+    assert len({seed_of(s, i) for s in range(20) for i in range(50)}) == 20 * 50
+
+
+BYTES = ByteTokenizer()
+TEXT = "naïve 日本語 🙂 \ufffd end"
+
+
+def spoken(data: bytes, stops: list[str] | None = None) -> tuple[str, str, list[str], bool]:
+    """(what was said, what was returned, the pieces, did it stop?)."""
+    pieces: list[str] = []
+    speech = Speech(BYTES.decode, [65], stops or (), pieces.append)
+    stopped = any(speech.add(token) for token in data)
+    text = speech.end()
+    return "".join(pieces), text, pieces, stopped
+
+
+@pytest.mark.parametrize("data", [TEXT.encode(), b"ab\xf0\x9f", b"\xff\xfe a\xe6\x97", b"", "🙂".encode()[1:] + b"x"], ids=repr)
+def test_what_is_said_piece_by_piece_is_what_is_returned(data: bytes) -> None:
+    said, returned, pieces, _ = spoken(data)
+    assert said == returned == data.decode(errors="replace")
+    assert all(pieces)
+
+
+def test_half_a_character_is_never_said() -> None:
+    _, _, pieces, _ = spoken("日本語🙂".encode())
+    assert pieces == ["日", "本", "語", "🙂"]
+
+
+@pytest.mark.parametrize(("stops", "text"), [
+    (["lo w"], "hel"), (["zz", "world"], "hello "), (["d!"], "hello worl"), (["h"], ""), (["lower"], "hello world!"),
+    (["o w", "lo"], "hel"), (["ll", "l"], "he"),
+])
+def test_nothing_of_a_stop_is_said(stops: list[str], text: str) -> None:
+    said, returned, _, stopped = spoken(b"hello world!", stops)
+    assert said == returned == text
+    assert stopped == (text != "hello world!")
+
+
+class Metaspace(ByteTokenizer):
+    """Like SentencePiece's: a text's first space is not written."""
+
+    def decode(self, ids: list[int]) -> str:
+        return super().decode(ids).removeprefix(" ")
+
+
+def test_a_first_space_is_not_lost() -> None:
+    speech = Speech(Metaspace().decode, list(b"a word"))
+    for token in b" more":
+        speech.add(token)
+    assert speech.end() == " more"
+
+
+def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
+    model, prompt = loaded(), ids(6)
+    new = grown(model, [prompt], 15)[0]
+
+    class Ends(ByteTokenizer):
+        eod = new[8]
+
+    first = new.index(new[8])
+    (_, found), = go_on(model, Ends(), {0: prompt}, GREEDY, 15, 0)
+    assert (found.ended, found.tokens, found.text) == ("eod", first, Ends().decode(new[:first]))
+    (_, found), = go_on(model, BYTES, {0: prompt}, GREEDY, 15, 0)
+    assert (found.ended, found.tokens, found.text, found.cut) == ("tokens", 15, BYTES.decode(new), False)
+    stop = BYTES.decode(new)[4]
+    pieces: list[str] = []
+    (_, found), = go_on(model, BYTES, {0: prompt}, GREEDY, 15, 0, [stop], pieces.append)
+    assert found.ended == "stop" and found.text == BYTES.decode(new).partition(stop)[0] == "".join(pieces)
+    (_, found), = go_on(model, BYTES, {0: prompt}, GREEDY, 0, 0)
+    assert (found.ended, found.tokens, found.text) == ("tokens", 0, "")
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("one\r\n\n two\u2028 \nthree".encode())
+    assert [row["prompt"] for row in read_prompts(tmp_path / "p.txt")] == ["one", " two\u2028 ", "three"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a\nb", "id": 3}, {"prompt": ""}]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("p.txt", b"", "is empty"), ("p.txt", b"\n \n", "only blank lines; each line is a prompt"),
+    ("p.txt", b"ab\xff", r"not UTF-8 text \(byte 2\)"), ("p.jsonl", b"\n\n", "only blank lines"),
+    ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"line 3: not JSON .* like \{\"prompt\""),
+    ("p.jsonl", b"[1]", "line 1: not an object"), ("p.jsonl", b'{"text": "a"}', 'line 1: no text "prompt", but text'),
+    ("p.jsonl", b'{"prompt": 3}', 'line 1: no text "prompt"'), ("absent.txt", None, "cannot read .*absent.txt: No such file"),
+])
+def test_bad_files_of_prompts(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_prompts(tmp_path / name)
+
+
+def test_a_hostile_line_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        read_rows(tmp_path / "p.jsonl", "{}")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--top-p=0"], "--top-p 0.0 is a share"), (["--top-p=1.01"], "--top-p 1.01"), (["--top-p=nan"], "--top-p nan"),
+    (["--temperature=-1"], "--temperature"), (["--temperature=nan"], "--temperature"), (["--temperature=inf"], "--temperature"),
+    (["--top-k=-1"], "--top-k"), (["--tokens=-1"], "--tokens"), (["--batch=0"], "--batch 0"), (["--stop="], "--stop ''"),
+    (["--prompt=a", "--prompts=b"], "give one of them"), (["--stream", "--prompts=b"], "--stream"),
+])
+def test_wrong_options_of_generate(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_options(["run", *words])
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--text=a", "--choices=b"], "give one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
+])
+def test_wrong_options_of_evaluate(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        evaluate_options(["run", *words])
