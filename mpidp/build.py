@@ -35,9 +35,10 @@ from mpidp.inject import Faults
 from mpidp.job import Job
 from mpidp.lanes import Lanes
 from mpidp.metrics import Progress, peak_flops
+from mpidp.model.frozen import trained
 from mpidp.model.part import refuse
 from mpidp.model.shape import flops_per_token, num_parameters
-from mpidp.model.transformer import MODELS
+from mpidp.model.starting import starting_model
 from mpidp.optim import Optimizer, Schedule
 from mpidp.parts import Parts
 from mpidp.planned import Plan
@@ -131,25 +132,26 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     dp, parts = mesh.dp, Parts(grid, plan.shape)
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
-    nominal_tokens = train.global_batch * config.model.seq_len
+    nominal_tokens, settings = train.global_batch * config.model.seq_len, {key: value for key, _, value in fields_of(config)}
     if before is None:
-        model: Any = MODELS[config.model.kind](plan.shape, train.seed, parts.part).to(device)
+        with together(world):
+            model: Any = starting_model(settings, plan.shape, parts.part).to(device)
         model.recompute = train.recompute
-        named = list(model.named_parameters())
+        named = trained(model)
         shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
         resolve.agree(dp, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
         if train.compile:
             model.compile_blocks()
     else:
         model, earlier = before.engine.model, before.strategy
-        named = list(model.named_parameters())
+        named = trained(model)
         earlier.leave()
     transport = open_transport(config.comm.gpu, device, dp)
     losses = None
     if grid.tp.size > 1:
         ring = Ring(grid, transport)
         share_layers(model, ring)
-        named, losses = list(model.named_parameters()), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
+        named, losses = trained(model), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(
         plan, transport, sum(p.numel() for _, p in named), looked_at=faults.spoil,
         before=None if before is None else (earlier.group, earlier.one_copy),
@@ -174,10 +176,11 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     run_dir = Path(config.run.dir)
     mine = [v for lane in memory.balance.ranges[dp.rank] for v in plan.lanes.micro_batches(lane)]
     flops = flops_per_token(plan.shape, num_parameters(plan.shape))
+    flops -= 2.0 * sum(p.numel() for _, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad)  # their gradients
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     devices = len(set(world.allgather((grid.everyone.host, str(device)))))
     meta = {
-        "config": {key: value for key, _, value in fields_of(config)},
+        "config": settings,
         "fingerprint": resolve.fingerprint(config, device),
         "data": plan.training.index_sha256,
         "tokenizer": plan.training.tokenizer_sha256,

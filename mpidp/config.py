@@ -35,6 +35,10 @@ class Data:
     verify: bool = setting(False, "check every checksum before step 1, not only existence, size and header", "bool")
     order: str = setting("shuffled", "order of training windows", "", ("shuffled", "sequential"), resume=FIXED)
     resident: str = setting("auto", "keep this rank's tokens on the GPU", "", ("auto", "true", "false"))
+    documents: str = setting(
+        "auto", "apart: attention stays inside each document; auto: apart in shards whose rows were packed, else joined", "",
+        ("auto", "joined", "apart"), resume=FIXED,
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Model:
     dropout: float = setting(0.0, "share dropped of embeddings and branches", "", low=0.0, high=0.99, resume=FIXED)
     tie_embeddings: bool = setting(False, "one matrix for embedding and head", "bool", resume=FIXED)
     rope_theta: float = setting(10000.0, "base of the rotary angles", "", low=1.0, resume=FIXED)
+    lora_rank: int = setting(0, "train low-rank adapters of this rank, and nothing else; 0: off", "", low=0, resume=FIXED)
+    lora_alpha: float = setting(16.0, "what an adapter adds is multiplied by this / lora_rank", "", low=0.0, resume=FIXED)
+    lora_targets: str = setting("q,k,v,o,gate,up,down", "the layers that have adapters", "names", resume=FIXED)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Optim:
     beta1: float = setting(0.9, "first moment; momentum of sgd", "", low=0.0, high=0.9999999)
     beta2: float = setting(0.99, "second moment", "", low=0.0, high=0.9999999)
     clip: float = setting(1.0, "largest norm of the gradient; 0: off", "", low=0.0)
+    freeze: str = setting("", "parameters that stay as they are: embedding.*,blocks.0.*", "patterns", resume=FIXED)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mpidp.comm.transport import Messages
 from mpidp.errors import CheckpointError
 from mpidp.model.part import refuse
 from mpidp.model.shape import TransformerShape
-from mpidp.model.transformer import MODELS
+from mpidp.model.starting import starting_model
 from mpidp.parts import Parts
 
 
@@ -89,8 +89,8 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = TransformerShape(**reader.meta["shape"])
         refuse(shape, grid.tp.size, grid.pp.size)
-        parts, kind = Parts(grid, shape), reader.meta["config"]["model.kind"]
-        model = MODELS[kind](shape, part=parts.part).to(where)
+        parts = Parts(grid, shape)
+        model = starting_model(reader.meta["config"], shape, parts.part).to(where)
         parts.load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(model.eval(), where, dtype, grid)

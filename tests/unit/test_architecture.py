@@ -22,10 +22,11 @@ LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
-    "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
+    "model.part model.lora model.frozen boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
+    "model.starting "
     "holding c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory "
     "checkup.sessions",
     "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
@@ -66,7 +67,8 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
+    "data.loader", "fit", "generate", "model.transformer", "optim", "saving", "state",
+    "model.lora", "model.frozen", "model.starting",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
@@ -137,12 +139,12 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         assert found == users
     pure = {
         "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
-        "noise", "strategies.roll", "model.shape", "model.part",
+        "noise", "strategies.roll", "model.shape", "model.part", "model.lora", "model.frozen", "model.starting",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
         "plan_table", "board", "watchdog", "tries", "mesh_memory", "mesh_time", "mesh_table", "mesh_ask", "plan_mesh",
     }
     assert library == "torch" or not found & pure
-    assert not found & (pure - {"model.transformer"})
+    assert not found & (pure - {"model.transformer", "model.lora", "model.frozen", "model.starting"})
 
 
 def test_the_data_layer_and_the_model_know_nothing_of_mpi() -> None:
