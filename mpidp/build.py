@@ -88,6 +88,7 @@ def plan(config: Config, grid: Grid) -> Plan:
             validation = _open(config.data.path, "val")
         for stream in (training, validation):
             if stream is not None:
+                stream.keep_apart(config.data.documents, config.model.seq_len)
                 stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
         if world.rank == 0:
             training.index.tokenizer_bytes(training.path)
