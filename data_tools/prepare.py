@@ -234,8 +234,9 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
 def _summary(out: Path, index: Index, counts: Counts, options: Options, seconds: float, ranks: int) -> str:
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
+    documents = sum(s.documents for s in index.splits.values())
     lines = [
-        f"{out}: {len(index.files)} shards of {counts.documents:,} documents from {counts.files:,} files",
+        f"{out}: {len(index.files)} shards of {documents:,} documents from {counts.files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in in_words(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in counts.complaints()),

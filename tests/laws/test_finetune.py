@@ -11,13 +11,16 @@ import pytest
 import torch
 from mpi4py import MPI
 
+from data_tools.prepare import prepare
 from mpidp.checkpoint import Reader
 from mpidp.comm.grid import make_grid
+from mpidp.comm.mesh import polite_barrier
+from mpidp.data.shards import TokenStream
 from mpidp.errors import UsageError
 from mpidp.evaluate import evaluate
 from mpidp.loading import load_model, open_run
 from mpidp.model.lora import is_adapter
-from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
+from tests.tiny import SENTENCE, WORLD, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 LORA = {"lora_rank": 2, "lora_targets": "q,v,down"}
@@ -147,3 +150,49 @@ def test_freezing_on_a_mesh_is_freezing(shared_folder: Path, shared_tmp: Path, m
     parted = train_at(2, tiny(data, shared_tmp / "parted", **sections, mesh=mesh))
     assert parted.losses == pytest.approx(alone.losses, rel=1e-5)
     assert parted.sha256 == alone.sha256 or "tp" in mesh
+
+
+def rows(folder: Path) -> Path:
+    """Shards of rows, made once by rank 0. Collective over WORLD."""
+    out = folder / "rows"
+    if WORLD.rank == 0 and not out.exists():
+        words = SENTENCE.split()
+        pairs = [{"prompt": " ".join(words[i % 7 : i % 11 + 2]) + "?", "completion": words[i * i % 20]} for i in range(150)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        prepare(str(folder / "rows.jsonl"), out=out, form="prompt_completion", seq_len=64, shards=3, val_fraction=0.1, say=False)
+    polite_barrier(WORLD)
+    return out
+
+
+def test_rows_are_learned_alike_by_any_number_of_ranks(shared_folder: Path, shared_tmp: Path) -> None:
+    """Averaged over what is learned of the whole global batch, of which each rank's part has another number of tokens."""
+    data, model = rows(shared_folder), {"seq_len": 64, **LORA}
+    more: dict[str, Any] = {"model": model, "optim": {"lr": 0.03}, "train": {"eval_tokens": 0}}
+    runs = [train_at(n, tiny(data, shared_tmp / f"at{n}", **more)) for n in sizes(1, 3, 8)]
+    assert all((run.sha256, run.lines) == (runs[0].sha256, runs[0].lines) for run in runs)
+    assert runs[0].losses[-1] < runs[0].losses[0]
+    end, stream = runs[0].end, TokenStream(data)
+    mask = stream.read_mask(0, stream.num_tokens)
+    assert mask is not None and runs[0].lines[0]["tokens"] < int(mask.sum()) < stream.num_tokens / 2
+    found = at(sizes(1, 2)[-1], lambda comm: evaluate(str(shared_tmp / "at1"), None, comm))[0]
+    assert found["loss"] == end["val_loss"]  # documents apart there too
+
+
+def test_documents_of_text_may_be_kept_apart(shared_folder: Path, shared_tmp: Path) -> None:
+    """By a setting, in training and afterwards: another loss than joined, and fewer targets, for none begins a document."""
+    lines, data = shared_folder / "lines.jsonl", shared_folder / "lines"
+    if WORLD.rank == 0:
+        lines.write_text("".join(json.dumps({"text": SENTENCE[i % 60 : i % 60 + 9]}) + "\n" for i in range(300)))
+        prepare(str(lines), out=data, val_fraction=0.2, say=False)
+    polite_barrier(WORLD)
+    ends = {}
+    for documents in ("joined", "apart"):
+        config = tiny(data, shared_tmp / documents, data={"path": str(data), "documents": documents}, train={"eval_tokens": 0})
+        ends[documents] = train_at(sizes(1, 2)[-1], config).end
+        found = at(1, lambda comm, run=documents: evaluate(str(shared_tmp / run), None, comm))[0]
+        assert found["loss"] == ends[documents]["val_loss"]
+        ends[documents]["counted"] = found["tokens"]
+    stream = TokenStream(data, "val")
+    begins = int(stream.read_starts(1, stream.num_tokens - 1).sum())
+    assert ends["joined"]["counted"] - ends["apart"]["counted"] == begins > 20
+    assert ends["joined"]["val_loss"] != ends["apart"]["val_loss"]
