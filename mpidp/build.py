@@ -36,9 +36,9 @@ from mpidp.job import Job
 from mpidp.lanes import Lanes
 from mpidp.metrics import Progress, peak_flops
 from mpidp.model.frozen import trained
-from mpidp.model.part import refuse
+from mpidp.model.part import part_of, refuse
 from mpidp.model.shape import flops_per_token, num_parameters
-from mpidp.model.starting import starting_model
+from mpidp.model.starting import starting_model, trained_sizes
 from mpidp.optim import Optimizer, Schedule
 from mpidp.parts import Parts
 from mpidp.planned import Plan
@@ -121,6 +121,8 @@ def plan(config: Config, grid: Grid) -> Plan:
                 "from the last checkpoint"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
+    with together(world):
+        trained_sizes(settings, shape, part_of(shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size))
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     resolve.agree(world, facts | resolve.versions())
     return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order)

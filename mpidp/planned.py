@@ -25,7 +25,7 @@ from mpidp.lanes import Lanes
 from mpidp.metrics import MetricsFile
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
-from mpidp.model.starting import trained_on_paper
+from mpidp.model.starting import trained_sizes
 from mpidp.rundir import refuse_changes
 from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats
 
@@ -82,7 +82,7 @@ class Plan:
         trained, asked = count, bool(c.model.lora_rank or c.optim.freeze)
         if asked:
             settings = {key: value for key, _, value in fields_of(c)}
-            trained = sum(p.numel() for _, p in trained_on_paper(settings, self.shape, self.part))
+            trained = sum(map(math.prod, trained_sizes(settings, self.shape, self.part).values()))
         floats = held_floats(c, slots, dp.size) * trained + max(0, count - trained)
         print(
             f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}{f', {trained:,} of them trained here' * asked}; "

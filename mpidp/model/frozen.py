@@ -5,7 +5,7 @@ What is not trained has no gradient, no optimizer state and no place in what ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -15,21 +15,17 @@ from mpidp.errors import UsageError
 SHOWN = 6  # names, where a pattern matches none
 
 
-def freeze(parameters: Mapping[str, nn.Parameter], patterns: str, names: Sequence[str]) -> None:
-    """Let the parameters stay as they are whose names match one of the patterns ("embedding.*,blocks.0.*": fnmatch). names: of
-    the whole model, where parameters are a part of it. UsageError for a pattern that matches none, and when nothing is left to
-    train, here or at all. Independent."""
-    wanted = [word.strip() for word in patterns.split(",") if word.strip()]
-    for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in names):
+def frozen(names: Sequence[str], patterns: str) -> set[str]:
+    """Those of a model's parameters that match one of the patterns ("embedding.*,blocks.0.*": fnmatch). UsageError for a pattern
+    that matches none. Pure."""
+    found: set[str] = set()
+    for pattern in (word.strip() for word in patterns.split(",") if word.strip()):
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
             some = ", ".join(names[:: max(1, len(names) // SHOWN)][:SHOWN])
             raise UsageError(f"optim.freeze: {pattern} matches no parameter; there are, for example, {some}")
-    for name, p in parameters.items():
-        if any(fnmatchcase(name, pattern) for pattern in wanted):
-            p.requires_grad_(False)
-    if not any(p.requires_grad for p in parameters.values()):
-        where = "that there is to train" if len(parameters) == len(names) else "of a stage of the pipeline"
-        raise UsageError(f"optim.freeze={patterns} freezes every parameter {where}: leave something to train")
+        found.update(matching)
+    return found
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -32,32 +32,39 @@ def saved_names(names: Sequence[str]) -> list[str]:
     return [name for name in names if is_adapter(name)] or list(names)
 
 
-def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Put adapters on the layers whose last name is among targets ("q,v"), and train nothing else. UsageError when there is no
-    such layer, or the rank is more than the smaller side of one. Independent."""
-    wanted = {word.strip() for word in targets.split(",") if word.strip()}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    known = {name.rpartition(".")[2] for name in layers}
+def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
+    """Of layers (outputs, inputs) by name those that have adapters: whose last name is among targets ("q,v"). UsageError when
+    there is no such layer, or the rank is more than the smaller side of one. Pure."""
+    wanted, known = {word.strip() for word in targets.split(",") if word.strip()}, {name.rpartition(".")[2] for name in layers}
     if not wanted or wanted - known:
         what = ", ".join(sorted(wanted - known)) or "nothing"
         raise UsageError(f"model.lora_targets={targets} names {what}: this model's layers are {', '.join(sorted(known))}")
+    found = [name for name in layers if name.rpartition(".")[2] in wanted]
+    for name in found:
+        if rank > min(layers[name]):
+            raise UsageError(
+                f"model.lora_rank={rank} is more than the smaller side of {name} ({' x '.join(map(str, layers[name]))}): an "
+                f"adapter would be larger than the layer; give {min(layers[name])} at most, or other model.lora_targets"
+            )
+    return found
+
+
+def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
+    """Put adapters on layers, and train nothing else. UsageError (adapters_of). Independent."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        if name.rpartition(".")[2] in wanted:
-            outputs, inputs = layer.weight.shape
-            if rank > min(outputs, inputs):
-                raise UsageError(
-                    f"model.lora_rank={rank} is more than the smaller side of {name} ({outputs} x {inputs}): an adapter would be "
-                    f"larger than the layer; give {min(outputs, inputs)} at most, or other model.lora_targets"
-                )
-            where = layer.weight.device
-            a = torch.empty(rank, inputs)
-            if not layer.weight.is_meta:
-                key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-                nn.init.uniform_(a, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
-            layer.lora_a, layer.lora_b = nn.Parameter(a.to(where)), nn.Parameter(torch.zeros(outputs, rank, device=where))
-            layer.register_forward_hook(_Add(alpha / rank))
+    for name in names:
+        layer = layers[name]
+        outputs, inputs = layer.weight.shape
+        a = torch.empty(rank, inputs)
+        if not layer.weight.is_meta:
+            key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            nn.init.uniform_(a, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+        where = layer.weight.device
+        layer.lora_a, layer.lora_b = nn.Parameter(a.to(where)), nn.Parameter(torch.zeros(outputs, rank, device=where))
+        layer.register_forward_hook(_Add(alpha / rank))
 
 
 class _Add:

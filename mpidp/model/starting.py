@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from mpidp.model.frozen import freeze, trained
-from mpidp.model.lora import attach
+from mpidp.errors import UsageError
+from mpidp.model.frozen import frozen, trained
+from mpidp.model.lora import A, B, adapters_of, attach
 from mpidp.model.part import Part
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.model.transformer import MODELS
@@ -33,11 +34,32 @@ def starting_model(settings: Settings, shape: TransformerShape, part: Part) -> A
     if patterns := settings.get("optim.freeze", ""):
         parameters = {part.global_name(name): p for name, p in model.named_parameters()}
         is_whole = part.embeds and part.speaks and len(part.layers) == shape.num_layers
-        freeze(parameters, patterns, list(parameters if is_whole else shapes_of(shape)))
+        for name in frozen(list(parameters if is_whole else shapes_of(shape)), patterns) & set(parameters):
+            parameters[name].requires_grad_(False)
     return model
 
 
+def trained_sizes(settings: Settings, shape: TransformerShape, part: Part) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is trained of a Transformer, or of this part of it. UsageError for what cannot be, such as a part of
+    which nothing is trained. Pure."""
+    sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
+    if rank := settings.get("model.lora_rank", 0):
+        layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
+        layers.pop("embedding", None)
+        found = {name: layers[name] for name in adapters_of(layers, rank, settings["model.lora_targets"])}
+        sizes = {name + A: (rank, size[1]) for name, size in found.items()}
+        sizes |= {name + B: (size[0], rank) for name, size in found.items()}
+        names += list(sizes)
+    patterns = settings.get("optim.freeze", "")
+    still = frozen(names, patterns)
+    left = {name: size for name, size in sizes.items() if name not in still}
+    if not left:
+        where = "of a stage of the pipeline" if len(part.layers) < shape.num_layers else "that there is to train"
+        raise UsageError(f"optim.freeze={patterns} freezes every parameter {where}: leave something to train")
+    return left
+
+
 def trained_on_paper(settings: Settings, shape: TransformerShape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
-    """What of the model is trained, without the memory of one. UsageError. Independent."""
+    """(name, parameter) of what is trained, without the memory of a model, but with torch's meta device. Independent."""
     with torch.device("meta"):
         return trained(starting_model(settings, shape, part))

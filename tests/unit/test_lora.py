@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from mpidp.model.frozen import trained
 from mpidp.model.lora import attach, is_adapter, merged, saved_names
 from mpidp.model.part import part_of, whole
 from mpidp.model.shape import TransformerShape
-from mpidp.model.starting import starting_model, trained_on_paper
+from mpidp.model.starting import starting_model, trained_on_paper, trained_sizes
 from mpidp.model.transformer import Transformer
 
 SHAPE = TransformerShape(50, 2, 4, 2, 32, 64, 16)
@@ -106,8 +107,12 @@ def test_an_adapter_of_no_layer_is_not_merged() -> None:
     ("blocks.*,embedding.weight,head.weight", 1),
 ])  # fmt: skip
 def test_patterns_freeze_what_they_match(patterns: str, left: int) -> None:
-    model = starting_model(settings(optim__freeze=patterns), SHAPE, whole(SHAPE))
-    assert len(trained(model)) == left == len(trained_on_paper(settings(optim__freeze=patterns), SHAPE, whole(SHAPE)))
+    for shape in (SHAPE, replace(SHAPE, tie_embeddings=True)) if "head" not in patterns else (SHAPE,):
+        found = dict(trained(starting_model(settings(optim__freeze=patterns), shape, whole(shape))))
+        sizes = trained_sizes(settings(optim__freeze=patterns), shape, whole(shape))
+        assert {name: tuple(p.shape) for name, p in found.items()} == sizes
+        assert len(found) == left - (shape != SHAPE)
+    assert len(trained_on_paper(settings(optim__freeze=patterns), SHAPE, whole(SHAPE))) == left
 
 
 @pytest.mark.parametrize(("changed", "words"), [
@@ -119,13 +124,14 @@ def test_patterns_freeze_what_they_match(patterns: str, left: int) -> None:
 ])  # fmt: skip
 def test_freezing_nothing_or_all_is_refused(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        starting_model(settings(**changed), SHAPE, whole(SHAPE))
+        trained_sizes(settings(**changed), SHAPE, whole(SHAPE))
 
 
 def test_a_stage_of_a_pipeline_must_have_something_to_train() -> None:
     first, last = (part_of(SHAPE, stage, 2, 0, 1) for stage in (0, 1))
     with pytest.raises(UsageError, match="of a stage of the pipeline"):
-        starting_model(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, first)
+        trained_sizes(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, first)
+    assert list(trained_sizes(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, last)) == ["norm.weight", "head.weight"]
     assert [name for name, _ in trained(starting_model(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, last))] == [
         "norm.weight", "head.weight",
     ]
@@ -134,3 +140,5 @@ def test_a_stage_of_a_pipeline_must_have_something_to_train() -> None:
 def test_adapters_of_some_layers_may_be_frozen() -> None:
     model = starting_model(settings(optim__freeze="blocks.0.*", model__lora_rank=2), SHAPE, whole(SHAPE))
     assert {name.split(".")[1] for name, _ in trained(model)} == {"1"} and len(trained(model)) == 14
+    sizes = trained_sizes(settings(optim__freeze="blocks.0.*", model__lora_rank=2), SHAPE, whole(SHAPE))
+    assert {name: tuple(p.shape) for name, p in trained(model)} == sizes
