@@ -53,7 +53,7 @@ def test_the_number_of_ranks_changes_no_bit(shared_folder: Path, shared_tmp: Pat
 
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "synchronous": {}, "allreduce": {"comm": {"reducer": "allreduce"}}, "int8": {"comm": {"compress": "int8"}},
+    "synchronous": {}, "int8": {"comm": {"compress": "int8"}},
     "local": {"strategy": {"name": "local", "sync_every": 2, "meet_every": 6}},
     "delayed": {"strategy": {"name": "delayed", "meet_every": 3}},
 }
