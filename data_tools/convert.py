@@ -105,7 +105,7 @@ def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: in
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     share = val_fraction if "val" not in streams else 0.5  # anything but none: validation is there
     plans = plan_shards(streams, shards, share)
-    files = [cut_shard(plan, streams[plan.stream], out, encoder, sha256) for plan in plans]
+    files = [cut_shard(plan, streams[plan.stream], out, encoder, sha256)[0] for plan in plans]
     splits = {}
     for split in dict.fromkeys(plan.split for plan in plans):
         of_split = [f for f in files if f.split == split]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,13 +18,15 @@ PIECE_TOKENS = 2**20
 
 
 class RawWriter:
-    """A stream under way: FOLDER/NAME.tokens (ids) and FOLDER/NAME.documents (uint64, where each document starts)."""
+    """A stream under way: FOLDER/NAME.tokens (ids), FOLDER/NAME.documents (uint64, where each document starts) and, where only
+    some are learned, FOLDER/NAME.mask (uint8)."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
         self.path, self.tokens, self.documents = folder / name, 0, 0
         self._dtype, self._inside = dtype, False
         self._ids = open(f"{self.path}.tokens", "wb", buffering=PIECE_TOKENS)  # noqa: SIM115 - close() closes
         self._starts = open(f"{self.path}.documents", "wb", buffering=PIECE_TOKENS)  # noqa: SIM115
+        self._mask = open(f"{self.path}.mask", "wb", buffering=PIECE_TOKENS) if masked else None  # noqa: SIM115
 
     def add(self, ids: np.ndarray) -> None:
         """More of the document under way, or the start of the next."""
@@ -43,11 +45,20 @@ class RawWriter:
         self.add(ids)
         self._inside = False
 
+    def add_document(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        """A whole document, and which of its tokens are learned."""
+        assert self._mask is not None
+        self.add(ids)
+        self._mask.write(mask.astype(np.uint8).tobytes())
+        self._inside = False
+
     def close(self) -> Raw:
         """Flush; returns how to find it again."""
         self._ids.close()
         self._starts.close()
-        return Raw(self.path, self._dtype.itemsize, self.tokens, self.documents)
+        if self._mask is not None:
+            self._mask.close()
+        return Raw(self.path, self._dtype.itemsize, self.tokens, self.documents, self._mask is not None)
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,12 @@ class Raw:
     token_bytes: int
     tokens: int
     documents: int
+    masked: bool = False
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop)."""
+    def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
+        """Tokens [start, stop); or which of them are learned."""
+        if mask:
+            return np.fromfile(f"{self.path}.mask", np.uint8, count=stop - start, offset=start)
         dtype = f"<u{self.token_bytes}"
         return np.fromfile(f"{self.path}.tokens", dtype, count=stop - start, offset=start * self.token_bytes)
 
@@ -86,10 +100,25 @@ class Stream:
         object.__setattr__(self, "bases", [0, *ends[:-1]])
         object.__setattr__(self, "tokens", ends[-1])
 
+    @property
+    def masked(self) -> bool:
+        """Are only some tokens learned?"""
+        return all(raw.masked for raw in self.raws)
+
+    def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
+        """Tokens [start, stop), wherever the ranks' parts end; or which of them are learned."""
+        found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Tokens [start, stop) in pieces of PIECE_TOKENS, wherever the ranks' parts end."""
+        """Tokens [start, stop) in pieces of PIECE_TOKENS."""
         for at in range(start, stop, PIECE_TOKENS):
-            yield np.concatenate([raw.read(a, b) for raw, _, a, b in self._overlaps(at, min(at + PIECE_TOKENS, stop))])
+            yield self.read(at, min(at + PIECE_TOKENS, stop))
+
+    def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Which of them are learned, uint8, in the same pieces."""
+        for at in range(start, stop, PIECE_TOKENS):
+            yield self.read(at, min(at + PIECE_TOKENS, stop), mask=True)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The document starts in [start, stop), counted from start, uint64."""
@@ -120,7 +149,23 @@ class ShardPlan:
         return f"{self.split}_{self.shard:05d}.h5"
 
 
-def plan_shards(streams: dict[str, Stream], shards: int, val_fraction: float) -> list[ShardPlan]:
+class Tokens(Protocol):
+    """What shards are cut from: a Stream, or documents of several in another order (arrange.py)."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def masked(self) -> bool: ...
+
+    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]: ...
+
+    def masks(self, start: int, stop: int) -> Iterator[np.ndarray]: ...
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray: ...
+
+
+def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
     """Where shards are cut: at k N // K. streams: {"train"} or, split by document, {"train", "val"}.
 
     A validation split cut from "train" is its end, at least 2 tokens, and has as many shards as its share asks for.
@@ -147,9 +192,11 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
     return [ShardPlan(split, k, num, stream, cuts[k], cuts[k + 1]) for k in range(num)]
 
 
-def cut_shard(plan: ShardPlan, stream: Stream, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str) -> FileRecord:
-    """Write one shard into folder. Independent."""
-    text_bytes = 0
+def cut_shard(
+    plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
+) -> tuple[FileRecord, int]:
+    """Write one shard into folder; its record, and how many tokens of it are learned. Independent."""
+    text_bytes = learned = 0
 
     def pieces() -> Iterator[np.ndarray]:
         nonlocal text_bytes
@@ -157,10 +204,16 @@ def cut_shard(plan: ShardPlan, stream: Stream, folder: Path, tokenizer: Tokenize
             text_bytes += tokenizer.count_bytes(piece)
             yield piece
 
+    def masks() -> Iterator[np.ndarray]:
+        nonlocal learned
+        for piece in stream.masks(plan.start, plan.stop):
+            learned += int(np.count_nonzero(piece))
+            yield piece
+
     starts, tokens = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start
     attributes: dict[str, int | str] = {
         "split": plan.split, "shard": plan.shard, "num_shards": plan.num_shards, "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod, "tokenizer_sha256": tokenizer_sha256,
     }
-    said = write_shard(folder / plan.name, pieces(), tokens, starts, attributes)
-    return FileRecord(plan.name, plan.split, tokens, len(starts), text_bytes, said.size, said.crc32, said.sha256)
+    said = write_shard(folder / plan.name, pieces(), tokens, starts, attributes, masks() if stream.masked else None)
+    return FileRecord(plan.name, plan.split, tokens, len(starts), text_bytes, said.size, said.crc32, said.sha256), learned

@@ -12,16 +12,21 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from data_tools.chat import Template, find_template
 from data_tools.counts import Counts
-from data_tools.cut import Raw, RawWriter, ShardPlan, Stream, cut_shard, plan_shards
+from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
+from data_tools.encode import Routing, encode_rows, encode_text
+from data_tools.mixture import in_words, lay_out, parse_sources, shares
+from data_tools.options import Options, check_options
+from data_tools.rows import RowReader
 from data_tools.sources import Reader, SourceFile, find_files
 from data_tools.team import Team
-from data_tools.vocabulary import check_tokenizer, make_tokenizer
+from data_tools.vocabulary import make_tokenizer
 from mpidp.data.index import (
     FileRecord,
     Index,
@@ -29,50 +34,60 @@ from mpidp.data.index import (
     read_index,
     write_atomically,
 )
-from mpidp.data.tokenizer import Tokenizer, token_dtype
+from mpidp.data.tokenizer import Tokenizer
 from mpidp.entry import Parser, begin, run_entry
 from mpidp.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-BATCH_CHARACTERS = 2**20  # encoded at once
+Found = tuple[list[SourceFile], dict[str, Any]]  # the files of a source, and what index.json says of it
 SCRATCH = ".prepare"  # the temporary folder in OUT
 
 
 def prepare(
-    source: str = "stdlib", tokenizer: str = "byte", out: str | Path = "shards/stdlib", shards: int = 4,
-    val_fraction: float = 0.05, seed: int = 0, split: str = "text", bad_utf8: str = "replace", strict: bool = False,
-    eod: str | None = None, comm: MPI.Intracomm | None = None, say: bool = True,
+    source: str | Sequence[str] = "stdlib", tokenizer: str = "byte", out: str | Path = "shards/stdlib", shards: int = 4,
+    val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
+    eod: str | None = None, comm: MPI.Intracomm | None = None, say: bool = True, form: str = "text",
+    chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
 ) -> Index:
     """Make shards of a source; returns their index on every rank. Collective over comm (None: this process alone).
 
-    split: "text" (the last val_fraction of the stream is validation) or "document" (whole documents by a hash of seed,
-    file name and number in the file; seed has no other use). eod: the end-of-document token of a given tokenizer.json.
-    say: print a summary on rank 0. UsageError for options that cannot be, DataError for sources that cannot be read:
-    the shards of OUT are then as they were.
+    source: one, or several of a mixture as PATH:WEIGHT, of `tokens` in all (0: until a source has run out; repeat: it begins
+    again). form: "text", or rows of which a part is learned (rows.py): "prompt_completion", "chat"; rows are packed so that none
+    crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream is validation) or "document" (whole
+    documents by a hash of seed, file name and number in the file; seed has no other use); rows are split by document. eod: the
+    end-of-document token of a given tokenizer.json. say: print a summary on rank 0. UsageError for options that cannot be,
+    DataError for sources that cannot be read: the shards of OUT are then as they were.
     """
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
-    found = None
+    found: tuple[list[Found], Template | None] | None = None
     with team.together():
-        check_options(shards, val_fraction, split, bad_utf8, tokenizer)
+        options = Options(
+            parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
+            bad_utf8, strict, form, seq_len, truncate, tokens, repeat,
+        )
+        check_options(options, chat_template)
         if team.rank == 0:
             ours = _names_in(out)
-            found = find_files(source, leave_out=out)
+            template = find_template(chat_template, tokenizer) if form == "chat" else None
+            found = [find_files(one.path, leave_out=out) for one in options.sources], template
             _make_scratch(out, ours)
-    files, about = team.bcast(found)
+    corpora, template = team.bcast(found)
     try:
-        reader = Reader(bad_utf8, strict, alone=about["kind"] == "file")
-        mine = _share(files, team.rank, team.size)
-        encoder = make_tokenizer(tokenizer, eod, files, mine, reader, team)
+        mine = [_share(files, team.rank, team.size) for files, _ in corpora]
+        readers = [_reader(options, template, about["kind"] == "file") for _, about in corpora]
+        encoder = make_tokenizer(
+            tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in mine for f in files], readers[0], team
+        )
         with team.together():
-            val_share = val_fraction if split == "document" else 0.0
-            raws = _encode(mine, reader, encoder, scratch, team.rank, val_share, seed)
-        all_raws, counts = team.allgather(raws), Counts()
-        for other in team.allgather(reader.counts):
-            counts.add(other)
-        index = _write(all_raws, counts, encoder, about | counts.left_out(), shards, val_fraction, out, team)
+            encoded = [_encode(options, s, mine[s], readers[s], encoder, scratch, team.rank) for s in range(len(mine))]
+        all_raws, counts = team.allgather(encoded), Counts()
+        for other in team.allgather([reader.counts for reader in readers]):
+            for of_source in other:
+                counts.add(of_source)
+        index = _write(all_raws, counts, encoder, [about for _, about in corpora], options, out, team)
     finally:
         if team.rank == 0 and not _is_half_replaced(out):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -80,21 +95,24 @@ def prepare(
                 with suppress(OSError):  # only when nothing came of it
                     out.rmdir()
     if say and team.rank == 0:
-        print(_summary(out, index, counts, time.monotonic() - began, team.size), flush=True)
+        print(_summary(out, index, counts, options, time.monotonic() - began, team.size), flush=True)
     return index
 
 
-def check_options(shards: int, val_fraction: float, split: str, bad_utf8: str, tokenizer: str) -> None:
-    """UsageError for what cannot be, before anything is read. Independent."""
-    if shards < 1:
-        raise UsageError(f"--shards {shards} must be at least 1")
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction} must be in [0, 1)")
-    if split not in ("text", "document"):
-        raise UsageError(f"--split {split} must be text or document")
-    if bad_utf8 not in ("replace", "skip"):
-        raise UsageError(f"--bad-utf8 {bad_utf8} must be replace or skip")
-    check_tokenizer(tokenizer)
+def _reader(options: Options, template: Template | None, alone: bool) -> Reader:
+    if options.form == "text":
+        return Reader(options.bad_utf8, options.strict, alone)
+    return RowReader(options.bad_utf8, options.strict, alone, template=template)
+
+
+def _encode(
+    options: Options, source: int, files: list[SourceFile], reader: Reader, encoder: Tokenizer, scratch: Path, rank: int
+) -> dict[str, Raw]:
+    """A rank's files of one source as raw files, by stream."""
+    routing = Routing(scratch, source, rank, options.val_fraction if options.split == "document" else 0.0, options.seed)
+    if isinstance(reader, RowReader):
+        return encode_rows(files, reader, encoder, routing, options.seq_len, options.truncate)
+    return encode_text(files, reader, encoder, routing)
 
 
 def _names_in(out: Path) -> set[str]:
@@ -143,78 +161,59 @@ def _share(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
     return mine
 
 
-def _encode(
-    files: list[SourceFile], reader: Reader, encoder: Tokenizer, scratch: Path, rank: int, val_share: float, seed: int
-) -> dict[str, Raw]:
-    """Encode a rank's files into its raw files, by stream."""
-    dtype = token_dtype(encoder.vocab_size)
-    names = ("train", "val") if val_share else ("train",)
-    writers = {name: RawWriter(scratch, f"{name}-{rank}", dtype) for name in names}
-    for batch in _batches(_routed(files, reader, val_share, seed)):
-        encoded = iter(encoder.encode_batch([text for _, text in batch if text is not None]))
-        for name, text in batch:
-            if text is None:
-                writers[name].end_document(encoder.eod)
-            else:
-                writers[name].add(next(encoded))
-    return {name: writer.close() for name, writer in writers.items()}
-
-
-def _routed(files: list[SourceFile], reader: Reader, val_share: float, seed: int) -> Iterator[tuple[str, str | None]]:
-    """Each piece of text (None: the end of a document) with the stream that it belongs to."""
-    for file in files:
-        number = 0
-        for text in reader.pieces(file):
-            yield "val" if val_share and _drawn(seed, file.name, number) < val_share else "train", text
-            number += text is None
-
-
-def _drawn(seed: int, name: str, number: int) -> float:
-    """A number in [0, 1) for a document, whatever else is in the corpus."""
-    digest = hashlib.blake2b(f"{seed}\0{name}\0{number}".encode("utf-8", "surrogateescape"), digest_size=6).digest()
-    return int.from_bytes(digest) / 2**48
-
-
-def _batches(pieces: Iterator[tuple[str, str | None]]) -> Iterator[list[tuple[str, str | None]]]:
-    batch, characters = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[1] or "") + 1
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
-
-
 def _write(
-    raws: list[dict[str, Raw]], counts: Counts, encoder: Tokenizer, about: dict[str, object], shards: int,
-    val_fraction: float, out: Path, team: Team,
+    raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, abouts: list[dict[str, Any]], options: Options,
+    out: Path, team: Team,
 ) -> Index:
-    """Cut the shards, each rank some, and put them in place. Collective."""
-    streams = {name: Stream([raw[name] for raw in raws]) for name in raws[0]}
+    """Cut the shards, each rank some, and put them in place. raws: by rank, source and stream. Collective."""
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
     with team.together():
         if not counts.documents:
             raise DataError(f"the source has no text at all ({counts}); give --source a file or folder with text")
-        plans = plan_shards(streams, shards, val_fraction)
+        streams, told = _streams(raws, encoder.eod, options)
+        plans = plan_shards(streams, options.shards, options.val_fraction)
         mine = {i: cut_shard(plan, streams[plan.stream], out / SCRATCH, encoder, sha256)
                 for i, plan in enumerate(plans) if i % team.size == team.rank}
-    by_number: dict[int, FileRecord] = {}
+    by_number: dict[int, tuple[FileRecord, int]] = {}
     for other in team.allgather(mine):
         by_number |= other
-    files = [by_number[i] for i in range(len(plans))]
-    splits = {}
+    files, learned = [by_number[i][0] for i in range(len(plans))], sum(count for _, count in by_number.values())
+    rows, splits = options.form != "text", {}
     for split in dict.fromkeys(plan.split for plan in plans):
         of_split = [f for f in files if f.split == split]
         splits[split] = SplitRecord(sum(f.tokens for f in of_split), sum(f.documents for f in of_split),
-                                    sum(f.text_bytes for f in of_split), loss_mask=False)
-    index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about)
+                                    sum(f.text_bytes for f in of_split), loss_mask=rows)
+    about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, told, strict=True)]} if told else abouts[0]
+    about = about | ({"format": options.form, "learned_tokens": learned} if rows else {}) | counts.left_out()
+    index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len)
     with team.together():
         if team.rank == 0:
             _put_in_place(out, index, stored)
     return index
+
+
+def _streams(
+    raws: list[list[dict[str, Raw]]], eod: int, options: Options
+) -> tuple[dict[str, Tokens], list[dict[str, Any]]]:
+    """What is cut, by split, and of a mixture what index.json says of each source."""
+    parts = {name: [Stream([of_rank[s][name] for of_rank in raws]) for s in range(len(options.sources))] for name in raws[0][0]}
+    if not options.arranged:
+        return {name: streams[0] for name, streams in parts.items()}, []
+    found: dict[str, Tokens] = {}
+    given = [(0, 0)] * len(options.sources)
+    for name, streams in parts.items():
+        if any(stream.tokens for stream in streams) or name == "train":
+            found[name], taken = lay_out(
+                name, streams, options.sources, options.tokens_of(name), options.repeat, options.seq_len, eod
+            )
+            given = [(a + c, b + d) for (a, b), (c, d) in zip(given, taken, strict=True)]
+        else:
+            found[name] = streams[0]
+    there = [sum(raw[s][name].documents for raw in raws for name in parts) for s in range(len(options.sources))]
+    mixed = len(options.sources) > 1 or options.tokens > 0
+    return found, shares(options.sources, given, there) if mixed else []
 
 
 def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
@@ -232,15 +231,21 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks go on
 
 
-def _summary(out: Path, index: Index, counts: Counts, seconds: float, ranks: int) -> str:
+def _summary(out: Path, index: Index, counts: Counts, options: Options, seconds: float, ranks: int) -> str:
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
+    documents = sum(s.documents for s in index.splits.values())
     lines = [
-        f"{out}: {len(index.files)} shards of {counts.documents:,} documents from {counts.files:,} files",
+        f"{out}: {len(index.files)} shards of {documents:,} documents from {counts.files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
+        *(f"  {line}" for line in in_words(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in counts.complaints()),
         f"  {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}",
     ]
+    if index.window:
+        learned = index.source["learned_tokens"]
+        share = learned / sum(s.tokens for s in index.splits.values())
+        lines[2:2] = [f"  {learned:,} tokens are learned ({share:.0%}); rows lie whole in windows: model.seq_len={index.window}"]
     return "\n".join(lines)
 
 
@@ -249,18 +254,27 @@ def main() -> None:
     parser = Parser(prog="python -m data_tools.prepare", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--source", default="stdlib", help="stdlib (Python's own standard library: .py files without site-packages, "
-        "dist-packages, __pycache__, test and tests folders), a file, or a folder: text, .jsonl[.gz|.zst], .parquet")
+    add("--source", action="append", help="stdlib (Python's own standard library: .py files without site-packages, "
+        "dist-packages, __pycache__, test and tests folders), a file, or a folder: text, .jsonl[.gz|.zst], .parquet; several as "
+        "PATH:WEIGHT are a mixture (stdlib)")
+    add("--format", dest="form", default="text", help="text, or rows of .jsonl of which a part is learned: prompt_completion "
+        "(fields prompt, completion), chat (messages of role, content) (%(default)s)")
+    add("--chat-template", metavar="FILE", help="of --format chat, where there is none beside the tokenizer.json")
+    add("--seq-len", type=int, default=0, help="of rows: none crosses a multiple of so many tokens; train with the same")
+    add("--truncate", action="store_true", help="cut rows of more than --seq-len tokens instead of leaving them out")
+    add("--tokens", type=int, default=0, help="so many in all, by the weights of the sources; 0: until one has run out")
+    add("--repeat", action="store_true", help="a source that has run out begins again")
     add("--tokenizer", default="byte", help="byte, char, bpe:VOCAB (trained here) or a tokenizer.json (%(default)s)")
     add("--out", default="shards/stdlib", help="the folder to write (%(default)s)")
     add("--shards", type=int, default=4, help="training files (%(default)s)")
     add("--val-fraction", type=float, default=0.05, help="of the tokens or documents; 0: no validation (%(default)s)")
-    add("--split", default="text", help="text: the stream's end is validation; document: whole documents (%(default)s)")
+    add("--split", default="", help="text: the stream's end is validation; document: whole documents (text; of rows document)")
     add("--seed", type=int, default=0, help="of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="replace or skip documents that are not UTF-8 (%(default)s)")
-    add("--strict", action="store_true", help="a malformed .jsonl line is an error instead of skipped")
+    add("--strict", action="store_true", help="a malformed, empty or too long .jsonl line is an error instead of skipped")
     add("--eod", help="the end-of-document token of a given tokenizer.json, when it has no usual name")
     options, world = begin(lambda: vars(parser.parse_args()))
+    options["source"] = options["source"] or "stdlib"
     if world.size > 1:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the ranks take the cores
     prepare(**options, comm=world if world.size > 1 else None)

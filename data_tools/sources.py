@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,22 +92,29 @@ class Reader:
         """The text of a file; None ends a document. DataError naming the file when it cannot be read."""
         self.counts.files += 1
         lower = file.name.lower()
-        try:
+        with self.names(file):
             if not os.path.isfile(file.path):
-                self._leave_out("binary", file, "is not a regular file")
+                self.leave_out("binary", file, "is not a regular file")
             elif file.size == 0:
-                self._leave_out("empty", file, "is empty")
+                self.leave_out("empty", file, "is empty")
             elif lower.endswith(LINE_SUFFIXES):
                 yield from self._documents(self._lines(file))
             elif lower.endswith(".parquet"):
                 yield from self._documents(self._rows(file))
             else:
                 yield from self._text(file)
+
+    @contextmanager
+    def names(self, file: SourceFile) -> Iterator[None]:
+        """What fails inside is a DataError that names the file."""
+        try:
+            yield
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read {file.path}: {reason}; mend or remove the file") from None
 
-    def _leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
+    def leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
+        """Count a file that is not read; DataError where it is the whole source."""
         if self.alone:
             raise DataError(f"{file.path} {reason}; give --source a file or folder with text")
         self.counts.note(kind, file.path)
@@ -114,16 +122,16 @@ class Reader:
     def _text(self, file: SourceFile) -> Iterator[str | None]:
         with open(file.path, "rb") as stream:
             if b"\0" in stream.read(BINARY_PROBE_BYTES):
-                self._leave_out("binary", file, "looks binary (a NUL byte near its start)")
+                self.leave_out("binary", file, "looks binary (a NUL byte near its start)")
                 return
             stream.seek(0)
             bad = False
             if self.bad_utf8 == "skip":
-                bad = any(_decode(raw)[1] for raw in _cut(stream))
+                bad = any(decoded(raw)[1] for raw in _cut(stream))
                 stream.seek(0)
             if not bad:
                 for raw in _cut(stream):
-                    text, replaced = _decode(raw)
+                    text, replaced = decoded(raw)
                     bad = bad or replaced
                     yield text
                 self.counts.documents += 1
@@ -152,7 +160,7 @@ class Reader:
             yield None
 
     def _lines(self, file: SourceFile) -> Iterator[tuple[str, str | bytes | None, str]]:
-        for number, line in enumerate(_raw_lines(file), 1):
+        for number, line in enumerate(raw_lines(file), 1):
             if line.strip():
                 yield (f"{file.path}:{number}", *_text_of_line(line))
 
@@ -195,8 +203,8 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _decode(raw: bytes) -> tuple[str, bool]:
-    """(text, whether something had to be replaced)."""
+def decoded(raw: bytes) -> tuple[str, bool]:
+    """(text, whether something had to be replaced). Pure."""
     try:
         return raw.decode(), False
     except UnicodeDecodeError:
@@ -205,7 +213,7 @@ def _decode(raw: bytes) -> tuple[str, bool]:
 
 def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
     """The text of a JSON line; bytes when not all is UTF-8 (lone surrogates too); None and why when malformed."""
-    text, replaced = _decode(line)
+    text, replaced = decoded(line)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -220,7 +228,8 @@ def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
     return (encoded if replaced else found), ""
 
 
-def _raw_lines(file: SourceFile) -> Iterator[bytes]:
+def raw_lines(file: SourceFile) -> Iterator[bytes]:
+    """The lines of a .jsonl, plain or packed. UsageError without the library that unpacks. Independent."""
     lower = file.name.lower()
     if lower.endswith(".zst"):
         yield from _split_lines(_zst_chunks(file))

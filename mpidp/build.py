@@ -37,9 +37,10 @@ from mpidp.inject import Faults
 from mpidp.job import Job
 from mpidp.lanes import Lanes
 from mpidp.metrics import Progress, peak_flops
-from mpidp.model.part import refuse
+from mpidp.model.frozen import trained
+from mpidp.model.part import part_of, refuse
 from mpidp.model.shape import flops_per_token, num_parameters
-from mpidp.model.transformer import MODELS
+from mpidp.model.starting import base_weights, prepared, trained_sizes
 from mpidp.optim import Optimizer, Schedule
 from mpidp.origin import open_origin
 from mpidp.parts import Parts
@@ -96,6 +97,7 @@ def plan(config: Config, grid: Grid) -> Plan:
             validation = _open(config.data.path, "val")
         for stream in (training, validation):
             if stream is not None:
+                stream.keep_apart(config.data.documents, config.model.seq_len)
                 stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
         if world.rank == 0:
             used = training.index.tokenizer_bytes(training.path)
@@ -130,6 +132,8 @@ def plan(config: Config, grid: Grid) -> Plan:
                 "from the last checkpoint"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
+    with together(world):
+        trained_sizes(settings, shape, part_of(shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size))
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     resolve.agree(world, facts | resolve.versions())
     return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
@@ -142,29 +146,31 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     dp, parts, origin = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence), plan.origin
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
-    nominal_tokens = train.global_batch * config.model.seq_len
+    nominal_tokens, settings = train.global_batch * config.model.seq_len, {key: value for key, _, value in fields_of(config)}
     if before is None:
-        model: Any = MODELS[config.model.kind](plan.shape, train.seed, parts.part)
+        base = base_weights(settings, plan.shape, parts.part)
+        if origin is not None and origin.weights is not None:
+            origin = origin.load(parts, base)
+        with together(world):
+            model: Any = prepared(base, settings, plan.shape, parts.part)
         if config.mesh.shard < 2:  # FSDP2 moves what it shards, a block at a time: no device ever holds the whole
             model.to(device)
         model.recompute = train.recompute
-        if origin is not None and origin.weights is not None:
-            origin = origin.load(parts, model)
-        named = list(model.named_parameters())
+        named = trained(model)
         shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
         resolve.agree(dp, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
         if train.compile:
             model.compile_blocks()
     else:
         model, earlier, origin = before.engine.model, before.strategy, None
-        named = list(model.named_parameters())
+        named = trained(model)
         earlier.leave()
     transport = open_transport(config.comm.gpu, device, dp)
     losses = None
     if grid.tp.size > 1:
         ring = Ring(grid, transport, config.mesh.sequence)
         share_layers(model, ring)
-        named, losses = list(model.named_parameters()), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
+        named, losses = trained(model), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(
         plan, transport, sum(p.numel() for _, p in named), looked_at=faults.spoil,
         before=None if before is None else (earlier.group, earlier.one_copy),
@@ -189,10 +195,11 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     run_dir = Path(config.run.dir)
     mine = [v for lane in memory.balance.ranges[dp.rank] for v in plan.lanes.micro_batches(lane)]
     flops = flops_per_token(plan.shape, num_parameters(plan.shape))
+    flops -= 2.0 * sum(p.numel() for _, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad)  # their gradients
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     meter, machines = watch_energy(config.metrics.energy, grid.everyone.host, device, world)
     meta = {
-        "config": {key: value for key, _, value in fields_of(config)},
+        "config": settings,
         "fingerprint": resolve.fingerprint(config, device),
         "data": plan.training.index_sha256,
         "tokenizer": plan.training.tokenizer_sha256,

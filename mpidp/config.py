@@ -36,6 +36,10 @@ class Data:
     verify: bool = setting(False, "check every checksum before step 1, not only existence, size and header", "bool")
     order: str = setting("shuffled", "order of training windows", "", ("shuffled", "sequential"), resume=FIXED)
     resident: str = setting("auto", "keep this rank's tokens on the GPU", "", ("auto", "true", "false"))
+    documents: str = setting(
+        "auto", "apart: attention stays inside each document; auto: apart in shards whose rows were packed, else joined", "",
+        ("auto", "joined", "apart"), resume=FIXED,
+    )
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Model:
     norm_eps: float = setting(1e-5, "added to the mean square in norms", "", low=0.0, resume=FIXED)
     head_dim: int = setting(0, "width of a head; 0: model_dim / num_heads", "channels", low=0, resume=FIXED)
     vocab_size: int = setting(0, "rows of embedding and head; 0: as many as the tokenizer has", "tokens", low=0, resume=FIXED)
+    lora_rank: int = setting(0, "train low-rank adapters of this rank, and nothing else; 0: off", "", low=0, resume=FIXED)
+    lora_alpha: float = setting(16.0, "what an adapter adds is multiplied by this / lora_rank", "", low=0.0, resume=FIXED)
+    lora_targets: str = setting("q,k,v,o,gate,up,down", "the layers that have adapters", "names", resume=FIXED)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Optim:
     beta1: float = setting(0.9, "first moment; momentum of sgd", "", low=0.0, high=0.9999999)
     beta2: float = setting(0.99, "second moment", "", low=0.0, high=0.9999999)
     clip: float = setting(1.0, "largest norm of the gradient; 0: off", "", low=0.0)
+    freeze: str = setting("", "parameters that stay as they are: embedding.*,blocks.0.*", "patterns", resume=FIXED)
 
 
 @dataclass(frozen=True)

@@ -165,15 +165,16 @@ class Engine:
             length = min(span, targets - starts[i])
             read = stream.read(starts[i], length + 1)
             stream.check_ids(starts[i], read)
-            tokens = torch.from_numpy(read.astype(np.int64))
             mask = stream.read_mask(starts[i], length + 1)
-            wanted = tokens[1:] if mask is None else tokens[1:].masked_fill(~torch.from_numpy(mask[1:]), -100)
-            for inputs, outputs in _windows(tokens[:-1], wanted, seq_len):
-                valid = int((outputs != -100).sum())
-                found = self._pass_on(MicroBatch(i % 1000, inputs.to(self.device), outputs.to(self.device), valid), None)
+            begins = stream.read_starts(starts[i], length + 1) if stream.apart else None
+            tokens = read.astype(np.int64)
+            for places in _windows(length, seq_len):
+                counted, begun = (None if one is None else one[places] for one in (mask, begins))
+                mb = MicroBatch.of(i % 1000, tokens[places], counted, begun)
+                found = self._pass_on(mb.to(self.device), None)
                 if self.tells and found.left is not None:
                     sums[i] += float(found.left)
-                    counts[i] += valid
+                    counts[i] += mb.num_tokens
         if self.stages is not None:
             self.stages.settle([])
         forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
@@ -202,12 +203,9 @@ def _num_pairs(length: int, seq_len: int) -> int:
     return (length >= seq_len) + (length % seq_len > 0)
 
 
-def _windows(inputs: Tensor, outputs: Tensor, seq_len: int) -> list[tuple[Tensor, Tensor]]:
-    """The full windows as one (n, T) pair, and a short rest as one (1, rest) pair."""
-    full = len(inputs) // seq_len * seq_len
-    parts = []
-    if full:
-        parts.append((inputs[:full].view(-1, seq_len), outputs[:full].view(-1, seq_len)))
-    if full < len(inputs):
-        parts.append((inputs[full:].view(1, -1), outputs[full:].view(1, -1)))
-    return parts
+def _windows(length: int, seq_len: int) -> list[np.ndarray]:
+    """Of so many inputs the places of the full windows, (n, T + 1), and of a short rest, (1, rest + 1): inputs and their targets.
+    Pure."""
+    full = length // seq_len
+    parts = [np.arange(full)[:, None] * seq_len + np.arange(seq_len + 1)] if full else []
+    return parts + ([np.arange(full * seq_len, length + 1)[None]] if length % seq_len else [])

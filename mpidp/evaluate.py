@@ -142,6 +142,8 @@ def evaluate(
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         if stream.tokenizer_sha256 != reader.meta["tokenizer"]:
             raise DataError(f"{stream.path} was prepared with another tokenizer than {run}: the ids would mean other text")
+        config = reader.meta["config"]
+        stream.keep_apart(config.get("data.documents", "joined"), config["model.seq_len"])
         stream.check(range(world.rank, len(stream.files), world.size))
         if stream.num_tokens < 2:
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens, too few to predict one")
@@ -149,7 +151,6 @@ def evaluate(
         loaded.model, loaded.device, loaded.dtype, seed=0, dropout=0.0, nominal_tokens=1, stages=loaded.stages,
         token_losses=loaded.losses, tells=loaded.model.part.speaks and grid.tp.rank == 0,
     )
-    config = reader.meta["config"]
     loss, tokens = engine.evaluate(stream, world, config["model.seq_len"], config["train.micro_batch"], replicas=grid.replicas.dp)
     return _figures(loss, tokens, stream.text_bytes) | {"step": reader.meta["step"]}
 

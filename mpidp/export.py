@@ -33,15 +33,17 @@ def _checked(parser: Parser) -> argparse.Namespace:
 def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9) -> str:
     """Make the folder `out` of the newest valid checkpoint of a run, and say what it is. Rank 0 writes, the others sleep.
     CheckpointError, UsageError. Collective over world."""
+    from mpidp.comm.grid import make_grid
     from mpidp.comm.mesh import together
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import UsageError
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
-    from mpidp.loading import open_run
+    from mpidp.loading import load_model, open_run
+    from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
 
-    reader = open_run(Path(run), world)
+    reader, grid = open_run(Path(run), world), make_grid(world)
     said, folder = "", reader.path.parent.parent
     with together(world):
         kind = reader.meta["config"]["model.kind"]
@@ -50,8 +52,12 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
         if world.rank == 0:
             shape = TransformerShape(**reader.meta["shape"])
             tokenizer, eod = huggingface_json(load_tokenizer(folder, reader.meta["eod"])), reader.meta["eod"]
+            weight = lambda name: reader[f"model/{name}"]  # noqa: E731
+            if reader.meta["config"].get("model.lora_rank", 0):
+                model = load_model(reader, grid, "cpu", 0).model
+                weight = merged(model.state_dict(), reader.meta["config"]["model.lora_alpha"]).__getitem__
             write_folder(
-                Path(out), shape, lambda name: reader[f"model/{name}"], tokenizer, eod, dtype, max_file_bytes, folder / "hf"
+                Path(out), shape, weight, tokenizer, eod, dtype, max_file_bytes, folder / "hf"
             )
             step, count = reader.meta["step"], num_parameters(shape)
             said = f"{out}: LlamaForCausalLM of {count:,} parameters in {dtype}, step {step} of {run}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpidp.boxes import tensor_of
+from mpidp.model.lora import saved_names
 from mpidp.state import Entry
 
 
@@ -39,9 +40,10 @@ def shard_of(p: Tensor) -> Entry:
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
-    """By name. Independent."""
+    """By name; of a model with adapters these alone: its base never changes, and is not saved again. Independent."""
     at_rest(model)
-    return {name: shard_of(p) for name, p in model.named_parameters()}
+    found = dict(model.named_parameters())
+    return {name: shard_of(found[name]) for name in saved_names(list(found))}
 
 
 def whole(p: Tensor) -> Tensor:

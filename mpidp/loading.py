@@ -14,7 +14,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp import resolve
-from mpidp.checkpoint import Reader, check_file, newest_valid, readable
+from mpidp.checkpoint import Reader, check_file, committed, newest_valid, readable
 from mpidp.comm.grid import Grid, make_grid
 from mpidp.comm.mesh import together
 from mpidp.comm.parallel_layers import loss_over, share_layers
@@ -22,10 +22,11 @@ from mpidp.comm.ring import Ring
 from mpidp.comm.stages import FORWARD, Stages
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
-from mpidp.errors import CheckpointError, DataError
+from mpidp.errors import CheckpointError, DataError, UsageError
+from mpidp.hf.folder import Folder
 from mpidp.model.part import refuse
 from mpidp.model.shape import TransformerShape
-from mpidp.model.transformer import MODELS
+from mpidp.model.starting import base_weights, prepared
 from mpidp.parts import Parts
 
 
@@ -112,6 +113,31 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
         return reader, loaded, load_tokenizer_for(loaded, reader, options.data)
 
 
+def weights_at(path: Path) -> Reader | Folder:
+    """Those of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
+    if (path / "config.json").is_file():
+        return Folder(path)
+    found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
+    if not found:
+        raise DataError(f"{path} is neither a run nor a Hugging Face folder now: put it back, or give its new place")
+    return Reader(found[0])
+
+
+def load_base(reader: Reader, parts: Parts, model: Any) -> None:
+    """What a run's adapters lie on, where it began with weights that were there (train.init_from); a checkpoint of adapters has
+    no copy of it. DataError when they are gone or others by now. Independent, of a model that is not cut."""
+    if "init_from" not in reader.meta:
+        return
+    path, wanted = Path(reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
+    with readable(path):
+        parts.load(weights_at(path), model)
+    if (found := parts.sha256(model)) != wanted:
+        raise DataError(
+            f"{path} has other weights (weights_sha256 {found}) than those on which the adapters of {reader.path} were trained "
+            f"({wanted}): put these back"
+        )
+
+
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     """The checkpoint's model, or this rank's part of it, ready to run. CheckpointError, UsageError. Independent."""
     where = resolve.resolve_device(device, grid.everyone)
@@ -119,8 +145,14 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = TransformerShape(**reader.meta["shape"])
         refuse(shape, grid.tp.size, grid.pp.size)
-        parts, kind = Parts(grid, shape), reader.meta["config"]["model.kind"]
-        model = MODELS[kind](shape, part=parts.part).to(where)
+        parts = Parts(grid, shape)
+        settings = reader.meta["config"]
+        model = base_weights(settings, shape, parts.part)
+        if settings.get("model.lora_rank", 0):
+            if grid.parts > 1:
+                raise UsageError(f"{reader.path} holds adapters, which are not cut: leave --tp and --pp out")
+            load_base(reader, parts, model)
+        model = prepared(model, settings, shape, parts.part).to(where)
         parts.load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(model.eval(), where, dtype, grid)

@@ -64,6 +64,7 @@ _CUT = "mesh.tp or mesh.pp above 1"
 _OTHERS = "strategy.name=delayed|local|server or quorum<1"
 _SHARDS, _FSDP = "mesh.shard=1|2|3", "mesh.shard=2|3"
 _shards, _fsdp = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
+_lora = _is_not("model.lora_rank", 0)
 _partial = _is_not("strategy.group", "all")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
@@ -134,6 +135,10 @@ RULES = [
          "FSDP2 begins its sums in backward by itself"),
     Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards go by messages"),
     Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"), "no rank or node has a copy"),
+    Rule(_FSDP, "optim.freeze", _fsdp, _is_not("optim.freeze", ""), "it has not been tried"),
+    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are small and are not cut: replicas alone, mesh.dp"),
+    Rule(_FSDP, "model.lora_rank", _fsdp, _lora,
+         "what is trained is small: there is nothing to share out but a base that never changes"),
 ]
 
 

@@ -98,7 +98,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
                     "model of the Hub is fetched before: hf download NAME --local-dir DIR"
                 )
     kept, is_run = world.bcast((kept, is_run))
-    if kept is not None:
+    if kept is not None and not config.model.lora_rank:  # adapters are saved without what they lie on
         return kept
     if is_run:
         return _of_run(str(path), open_run(path, world))
@@ -126,6 +126,10 @@ def _kept(config: Config) -> Origin | None:
 
 def _of_run(path: str, reader: Reader) -> Origin:
     run = reader.path.parent.parent
+    if reader.meta["config"].get("model.lora_rank", 0):
+        raise UsageError.on_every_rank(
+            f"train.init_from={path} is a run of adapters: export it (python -m mpidp.export), and begin with that folder"
+        )
     with readable(reader.path):
         saved, plain = reader.meta["config"], {key: value for key, _, value in fields_of()}
         settings = {key: saved.get(f"model.{key}", plain[f"model.{key}"]) for key in KEYS}

@@ -138,7 +138,10 @@ class Parts:
             return
         layout, other = buffer.layout, pp.size - 1 - pp.rank
         name = "embedding.weight" if self.part.embeds else "head.weight"
-        view = next(v for (_, n, _), v in zip(layout.placed(), layout.views(buffer.total), strict=True) if n == name)
+        found = [v for (_, n, _), v in zip(layout.placed(), layout.views(buffer.total), strict=True) if n == name]
+        if not found:  # it is frozen, in both
+            return
+        view = found[0]
         mine = view.view(-1).cpu()
         group.fence()  # all have read theirs before one of them writes
         theirs = torch.empty_like(mine)

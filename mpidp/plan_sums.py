@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from mpidp import methods
 from mpidp.comm import tree
 from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, FlatLayout, slice_bounds
@@ -29,7 +27,8 @@ from mpidp.comm.transport import PIECE_BYTES, pieces
 from mpidp.config import Config, fields_of
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
-from mpidp.model.transformer import MODELS
+from mpidp.model.part import whole
+from mpidp.model.starting import trained_on_paper
 from mpidp.resolve import model_shape, resolve_reducer
 
 
@@ -98,8 +97,8 @@ class Sizes:
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
     """Without the memory of a model. Independent."""
-    with torch.device("meta"):
-        layout = FlatLayout(list(MODELS[config.model.kind](model_shape(config, vocab_size)).named_parameters()))
+    shape, settings = model_shape(config, vocab_size), {key: value for key, _, value in fields_of(config)}
+    layout = FlatLayout(trained_on_paper(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
 

@@ -25,6 +25,7 @@ from mpidp.lanes import Lanes
 from mpidp.metrics import MetricsFile
 from mpidp.model.part import Part, part_of
 from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
+from mpidp.model.starting import trained_sizes
 from mpidp.origin import Origin
 from mpidp.rundir import refuse_changes
 from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats
@@ -80,9 +81,14 @@ class Plan:
             place = "  {:>2} {:>2} {:>2} ".format(*grid.coordinates(rank)) + f"{mine:>12,}" if cut else ""
             print(f"{rank:>5}  {host:<20} {bound:<12} {where:<24} {threads:>7} {num_lanes:>6}{place}")
         whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
+        trained, asked = count, bool(c.model.lora_rank or c.optim.freeze)
+        if asked:
+            settings = {key: value for key, _, value in fields_of(c)}
+            trained = sum(map(math.prod, trained_sizes(settings, self.shape, self.part).values()))
+        floats = held_floats(c, slots, dp.size) * trained + max(0, count - trained)
         print(
-            f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}; "
-            f"{held_floats(c, slots, dp.size) * count / 2**18:,.0f} MiB a rank for weights, optimizer state "
+            f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}{f', {trained:,} of them trained here' * asked}; "
+            f"{floats / 2**18:,.0f} MiB a rank for weights, optimizer state "
             f"({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
             f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
             f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "

@@ -55,6 +55,7 @@ class Index:
     files: list[FileRecord]
     source: dict[str, Any]
     sha256: str = ""  # of index.json itself
+    window: int = 0  # documents were packed so that none crosses a multiple of so many tokens; 0: they follow each other
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
         """tokenizer.json as the index knows it, or DataError."""
@@ -70,9 +71,10 @@ class Index:
     def to_json(self) -> str:
         """What index.json holds: the same for the same shards, whoever wrote them and when."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
+        packed = {"window": self.window} if self.window else {}
         return json.dumps({
             "format": INDEX_FORMAT, "version": VERSION, "vocab_size": self.vocab_size, "eod": self.eod,
-            "tokenizer": tokenizer, "source": self.source, "splits": {k: asdict(v) for k, v in self.splits.items()},
+            **packed, "tokenizer": tokenizer, "source": self.source, "splits": {k: asdict(v) for k, v in self.splits.items()},
             "files": [asdict(record) for record in self.files],
         }, indent=1) + "\n"
 
@@ -113,7 +115,8 @@ def _parse(raw: Any, sha256: str) -> Index:
         for f in raw["files"]
     ]
     index = Index(_count(raw, "vocab_size", 1, 2**32), _count(raw, "eod"), _text(tokenizer, "kind"),
-                  _text(tokenizer, "sha256"), splits, files, dict(raw.get("source") or {}), sha256)
+                  _text(tokenizer, "sha256"), splits, files, dict(raw.get("source") or {}), sha256,
+                  _count(raw, "window") if "window" in raw else 0)
     if index.eod >= index.vocab_size:
         raise ValueError(f"eod {index.eod} is not below vocab_size {index.vocab_size}")
     names = [record.name for record in files]

@@ -32,8 +32,36 @@ class MicroBatch:
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, -100 where a target does not count
     num_tokens: int  # targets that count
-    positions: Tensor | None = None
-    doc_ids: Tensor | None = None
+    positions: Tensor | None = None  # (b, T) int64, within each document
+    doc_ids: Tensor | None = None  # (b, T) int64
+
+    @classmethod
+    def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
+        """Of windows (b, T + 1) int64, on the host. counts: which of them count as targets, all by default; starts: which begin a
+        document, (b, T + 1) bools, where documents are kept apart: then these are no targets, for nothing foretells them. What
+        goes before the first start of a window is the rest of a document. Pure."""
+        targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
+        if counts is not None:
+            targets[~counts[:, 1:]] = IGNORED
+        if starts is not None:
+            targets[starts[:, 1:]] = IGNORED
+            begins, places = starts[:, :-1], np.arange(targets.shape[1])
+            doc_ids = torch.from_numpy(np.cumsum(begins, axis=1))
+            positions = torch.from_numpy(places - np.maximum.accumulate(np.where(begins, places, 0), axis=1))
+        num_tokens = targets.size if counts is None and starts is None else int(np.count_nonzero(targets != IGNORED))
+        return cls(v, torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), num_tokens, positions, doc_ids)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        positions, doc_ids = (None if t is None else change(t) for t in (self.positions, self.doc_ids))
+        return MicroBatch(self.v, change(self.tokens), change(self.targets), self.num_tokens, positions, doc_ids)
+
+    def pinned(self) -> MicroBatch:
+        """In memory that a GPU can read by itself. Independent."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """On the device, some time soon. Independent."""
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass
@@ -60,8 +88,8 @@ class Loader:
 
     micro_batches: the v that this rank is expected to compute. prefetch: batches read ahead. resident: "auto", "true" or
     "false"; on CUDA, keep the tokens that these v read on the device ("auto": when they take under a quarter of its free
-    memory); no effect elsewhere or with a loss mask. Errors of the thread (DataError: an id outside the vocabulary) are
-    raised by next(), and again by every later one.
+    memory); no effect elsewhere, with a loss mask, or where documents are kept apart. Errors of the thread (DataError: an id
+    outside the vocabulary) are raised by next(), and again by every later one.
     """
 
     def __init__(
@@ -148,19 +176,16 @@ class Loader:
             return MicroBatch(v, ids, ids, len(windows) * seq_len)
         block = np.empty((len(windows), seq_len + 1), dtype=np.int64)
         counts = None if not stream.has_loss_mask else np.empty(block.shape, dtype=np.bool_)
+        starts = None if not stream.apart else np.empty(block.shape, dtype=np.bool_)
         for row, window in enumerate(windows.tolist()):
             block[row] = tokens = stream.read(window * seq_len, seq_len + 1)
             stream.check_ids(window * seq_len, tokens)
             if counts is not None:
                 counts[row] = stream.read_mask(window * seq_len, seq_len + 1)
-        targets = block[:, 1:].copy()
-        if counts is not None:
-            targets[~counts[:, 1:]] = IGNORED
-        num_tokens = targets.size if counts is None else int(np.count_nonzero(counts[:, 1:]))
-        inputs, outputs = torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(targets)
-        if self._device.type == "cuda":
-            inputs, outputs = inputs.pin_memory(), outputs.pin_memory()
-        return MicroBatch(v, inputs, outputs, num_tokens)
+            if starts is not None:
+                starts[row] = stream.read_starts(window * seq_len, seq_len + 1)
+        found = MicroBatch.of(v, block, counts, starts)
+        return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
         """Ask for each pool's blocks once, a pool ahead. Only in the thread: a lane read on demand was asked for by the rank
@@ -181,11 +206,8 @@ class Loader:
     def _on_device(self, host: MicroBatch) -> MicroBatch:
         if self._resident is not None and self._is_resident(host.v):
             tokens, targets = self._resident.gather(host.tokens)
-        elif self._device.type == "cpu":
-            return host
-        else:
-            tokens, targets = (t.to(self._device, non_blocking=True) for t in (host.tokens, host.targets))
-        return MicroBatch(host.v, tokens, targets, host.num_tokens)
+            return MicroBatch(host.v, tokens, targets, host.num_tokens)
+        return host.to(self._device)
 
 
 class _Resident:
@@ -208,7 +230,7 @@ class _Resident:
     ) -> _Resident | None:
         """None where the tokens are streamed."""
         windows = sampler.extent(micro_batches)
-        if device.type != "cuda" or resident == "false" or stream.has_loss_mask or not windows:
+        if device.type != "cuda" or resident == "false" or stream.has_loss_mask or stream.apart or not windows:
             return None
         size = len(windows) * sampler.seq_len * stream.token_bytes
         if resident == "auto" and size >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:

@@ -8,7 +8,8 @@ A shard holds, contiguous and unfiltered, so that it can be mapped into memory:
   loss_mask    (n,)  uint8, optional: 0 where a token is no target
 and the scalar attributes format, version, split, shard, num_shards, vocab_size, eod, tokenizer_sha256.
 
-index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (free),
+index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (free), window (optional:
+no document crosses a multiple of so many tokens, each split ends with one more, and documents are to be kept apart),
 splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size,
 crc32, sha256}] where text_bytes are the UTF-8 bytes that the tokens stand for, size is in bytes, and checksums are of
 the file. All tokens of a split, over its files in the order of the index, are one stream.
@@ -35,7 +36,7 @@ import numpy as np
 
 from mpidp.data.index import FileRecord, read_index, write_atomically
 from mpidp.data.tokenizer import token_dtype
-from mpidp.errors import DataError
+from mpidp.errors import DataError, UsageError
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
@@ -72,6 +73,7 @@ class TokenStream:
         self.text_bytes: int = totals.text_bytes
         self.has_loss_mask: bool = totals.loss_mask
         self.vocab_size, self.eod = index.vocab_size, index.eod
+        self.apart: bool = index.window > 0  # attention stays inside each document, and no target begins one
         self.tokenizer_sha256, self.index_sha256 = index.tokenizer_sha256, index.sha256
         self.dtype = token_dtype(self.vocab_size)
         self.token_bytes: int = self.dtype.itemsize
@@ -79,7 +81,19 @@ class TokenStream:
         self.bytes_fetched = 0  # announced by advise()
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
         self._mapped: dict[int, _Mapped] = {}
+        self._checked: dict[int, np.ndarray] = {}  # document starts
         self._lock = threading.Lock()  # a loader's thread reads, and the training loop too where lanes change hands
+
+    def keep_apart(self, documents: str, seq_len: int) -> None:
+        """Decide by data.documents (auto, joined, apart) whether documents are kept apart. UsageError where rows were packed for
+        other windows. Independent."""
+        packed = self.index.window
+        self.apart = documents == "apart" or documents == "auto" and packed > 0
+        if packed and seq_len % packed:
+            raise UsageError(
+                f"model.seq_len={seq_len}, but {self.path} was packed so that no row crosses a multiple of {packed} tokens: rows "
+                f"would be cut in two. Use model.seq_len={packed} (or a multiple), or prepare it with --seq-len {seq_len}"
+            )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
         """Existence, size and header of those files (default all); with contents, checksums. DataError names the file.
@@ -112,6 +126,16 @@ class TokenStream:
             out[at : at + n] = mask[first : first + n] != 0
         with self._lock:
             self.bytes_read += out.nbytes
+        return out
+
+    def read_starts(self, start: int, count: int) -> np.ndarray:
+        """Which of the tokens [start, start + count) begin a document, (count,) bool."""
+        out = np.zeros(count, dtype=np.bool_)
+        for i, first, n, at in self._pieces(start, count):
+            if i not in self._checked:
+                self._checked[i] = self.doc_offsets(i)
+            low, high = np.searchsorted(self._checked[i], np.array([first, first + n], dtype=np.uint64))
+            out[at + (self._checked[i][low:high].astype(np.int64) - first)] = True
         return out
 
     def advise(self, start: int, count: int) -> None:

@@ -53,6 +53,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"tokenizer": "byte"}, {"tokenizer": "char", "shards": 7}, {"tokenizer": "bpe:300", "shards": 1},
     {"tokenizer": "byte", "split": "document", "val_fraction": 0.3, "bad_utf8": "skip"},
 ]
+MIXED: list[dict[str, Any]] = [
+    {"tokens": 9000, "repeat": True, "shards": 3}, {"form": "prompt_completion", "seq_len": 40, "tokenizer": "bpe:300"},
+    {"form": "chat", "seq_len": 48, "chat_template": "{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
+     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}", "truncate": True, "val_fraction": 0.3},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
@@ -106,3 +111,39 @@ def test_more_ranks_than_files(shared: Path) -> None:
     prepare(str(source), out=shared / "all", say=False, shards=2, comm=WORLD)
     WORLD.Barrier()
     assert contents(shared / "alone") == contents(shared / "all")
+
+
+@pytest.mark.parametrize("options", MIXED, ids=["text", "prompt_completion", "chat"])
+def test_the_number_of_ranks_changes_no_byte_of_rows_and_mixtures(
+    shared: Path, teams: list[tuple[int, Any]], options: dict[str, Any]
+) -> None:
+    """Sources of several files, so that each rank has some of each."""
+    form, more = options.get("form", "text"), dict(options)
+    if "chat_template" in more:
+        more["chat_template"] = str(shared / "t.jinja")
+    if WORLD.rank == 0:
+        (shared / "t.jinja").write_text(options.get("chat_template", ""))
+        for source, count in (("one", 40), ("two", 15)):
+            (shared / source).mkdir()
+            for i in range(5):
+                rows = [f"{source} {i} {k} " * (k % 4) for k in range(count + 7 * i)]
+                lines = [{"text": row} if form == "text" else {"prompt": row, "completion": f"{row[:9]}!"} for row in rows]
+                if form == "chat":
+                    said = [[("user", row), ("assistant", row[:9])] for row in rows]
+                    lines = [{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in said]
+                (shared / source / f"{i}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    WORLD.Barrier()
+    sources = [f"{shared}/one:0.6", f"{shared}/two:0.4"]
+    for n, comm in teams:
+        if comm != MPI.COMM_NULL:
+            prepare(sources, out=shared / f"at{n}", say=False, comm=comm if n > 1 else None, **more)
+    WORLD.Barrier()
+    for n, _ in teams:
+        assert contents(shared / f"at{n}") == contents(shared / "at1"), f"{n} ranks"
+
+
+def test_a_template_that_is_missing_is_told_by_all(shared: Path) -> None:
+    with pytest.raises(UsageError, match="--chat-template FILE"):
+        prepare(str(shared / "corpus/a.jsonl"), out=shared / "none", form="chat", seq_len=8, comm=WORLD)
+    with pytest.raises(DataError, match="no text at all"):
+        prepare(str(shared / "corpus/a.jsonl"), out=shared / "none", form="prompt_completion", seq_len=8, comm=WORLD)

@@ -24,11 +24,13 @@ LAYERS = [
     "energy reporting.__init__ reporting.page reporting.charts "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape "
     "model.cache model.rowwise speech",
-    "scalars model.part boxes hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
+    "scalars model.part model.lora model.frozen boxes "
+    "hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
     "held mesh_memory model.transformer c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll hf.folder rows sampling",
-    "holding hf.tokens c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware "
+    "model.starting holding hf.tokens "
+    "c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware "
     "checkup.memory checkup.sessions",
     "choices hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
@@ -72,7 +74,7 @@ TORCH = MPI4PY - {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
     "data.loader", "decode", "scalars", "timeline", "fit", "hf.folder", "hf.write", "model.cache", "model.rowwise",
-    "model.transformer", "optim", "plan_sums", "sampling", "saving", "state",
+    "model.transformer", "optim", "sampling", "saving", "state", "model.lora", "model.frozen", "model.starting",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
@@ -144,13 +146,14 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         assert found == users
     pure = {
         "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
-        "noise", "strategies.roll", "hf.names", "hf.tokens", "model.shape", "model.part",
+        "noise", "strategies.roll", "hf.names", "hf.tokens", "model.shape", "model.part", "model.lora", "model.frozen",
+        "model.starting",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
         "plan_table", "board", "watchdog", "tries", "mesh_memory", "mesh_time", "mesh_table", "mesh_ask", "plan_mesh",
         "energy", "report", *(name for name in {module_of(name).removeprefix("mpidp.") for name in MPIDP} if "reporting" in name),
     }
     assert library == "torch" or not found & pure
-    assert not found & (pure - {"model.transformer"})
+    assert not found & (pure - {"model.transformer", "model.lora", "model.frozen", "model.starting"})
 
 
 def test_the_data_layer_and_the_model_know_nothing_of_mpi() -> None:

@@ -17,13 +17,15 @@ from mpidp.errors import UsageError
 
 # Whoever adds, renames or removes an option edits this list too, on purpose: people's files and scripts hold these names.
 KEYS = """
-data.path data.verify data.order data.resident
+data.path data.verify data.order data.resident data.documents
 model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
 model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
+model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
 train.lanes train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
 train.eval_tokens train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
+optim.freeze
 strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
 strategy.group_size strategy.outer_lr strategy.outer_momentum strategy.overlap strategy.servers
 strategy.mode strategy.replay strategy.fragments

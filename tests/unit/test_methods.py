@@ -48,6 +48,7 @@ WORDS = {  # an example of each side of a rule
     "comm.reducer=root": ("comm.reducer=root",),
     "comm.reducer=tree|naive|root": ("comm.reducer=tree", "comm.reducer=naive", "comm.reducer=root"),
     "comm.transport=window": ("comm.transport=window",), "comm.copies=node": ("comm.copies=node",),
+    "model.lora_rank": ("model.lora_rank=4",), "optim.freeze": ("optim.freeze=embedding.*",),
     "strategy.outer_lr|outer_momentum": ("strategy.outer_lr=0.5", "strategy.outer_momentum=0.5"),
 }
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from data_tools import sources
-from data_tools.prepare import check_options, prepare
+from data_tools.mixture import Source
+from data_tools.options import Options, check_options
+from data_tools.prepare import prepare
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
 from mpidp.errors import DataError, UsageError
@@ -177,7 +179,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_touched(corpus: P
     with pytest.raises(UsageError, match="not a folder"):
         prepare(str(corpus), out=tmp_path / "file")
     assert not (tmp_path / "out").exists()
-    check_options(1, 0.0, "text", "skip", "bpe:257")
+    check_options(Options([Source("x", 1.0)], "bpe:257", 1, 0.0, bad_utf8="skip"))
 
 
 def test_a_corpus_too_small_to_split(tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_a_given_tokenizer_is_stored_as_it_is(corpus: Path, tmp_path: Path) -> N
 def test_the_sizes_of_pieces_change_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(str(corpus), out=tmp_path / "whole")
     monkeypatch.setattr("data_tools.sources.PIECE_BYTES", 100)
-    monkeypatch.setattr("data_tools.prepare.BATCH_CHARACTERS", 10)
+    monkeypatch.setattr("data_tools.encode.BATCH_CHARACTERS", 10)
     monkeypatch.setattr("data_tools.cut.PIECE_TOKENS", 77)
     prepare(str(corpus), out=tmp_path / "pieces")
     for path in (tmp_path / "whole").iterdir():

@@ -1,0 +1,131 @@
+"""In which order documents of one or several sources follow each other, and where they lie. The same for any number of ranks.
+
+A mixture takes the next document from the source that is furthest behind its share, so any beginning of it has about these
+shares. Packing puts documents into windows of so many tokens, in order, each into the first of the last few windows that has
+room: none crosses the end of a window, and what is left of one is filled with end-of-document tokens that nobody learns. This and
+the order are known once all lengths are; that takes some 100 bytes of memory a document.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_tools.cut import PIECE_TOKENS, Stream
+
+OPEN = 64  # windows that are looked at for room
+
+
+def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
+    """(where each document of a stream begins, its tokens), int64 (d,) each. Independent."""
+    starts = stream.document_starts(0, stream.tokens).astype(np.int64) if stream.tokens else np.empty(0, dtype=np.int64)
+    return starts, np.diff(starts, append=stream.tokens)
+
+
+def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(source, number of the document in it) of each place of a mixture, int64 (n,) each: until there are `tokens` (0: no such
+    end), or until the source whose turn it is has run out; repeat: then that one begins again. Each source has a document.
+    Pure."""
+    if len(lengths) == 1 and not tokens:
+        return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
+    which: list[int] = []
+    numbers: list[int] = []
+    turns = [(0.0, source) for source in range(len(lengths))]
+    got, taken, total = [0] * len(lengths), [0] * len(lengths), 0
+    counts = [one.tolist() for one in lengths]
+    while not tokens or total < tokens:
+        _, source = heapq.heappop(turns)
+        if taken[source] >= len(counts[source]) and not repeat:
+            break
+        number = taken[source] % len(counts[source])
+        which.append(source)
+        numbers.append(number)
+        taken[source] += 1
+        got[source] += counts[source][number]
+        total += counts[source][number]
+        heapq.heappush(turns, (got[source] / weights[source], source))
+    return np.array(which, dtype=np.int64), np.array(numbers, dtype=np.int64)
+
+
+def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
+    """(where each document lies, tokens in all): windows, and one token more, so that the last one has all its targets. Pure."""
+    places = np.empty(len(lengths), dtype=np.int64)
+    rooms: list[list[int]] = []  # [where the rest begins, its tokens] of the last windows
+    windows = 0
+    for i, length in enumerate(lengths.tolist()):
+        room = next((one for one in rooms if one[1] >= length), None)
+        if room is None:
+            room = [windows * window, window]
+            windows += 1
+            rooms = [*rooms, room][-OPEN:]
+        places[i] = room[0]
+        room[0], room[1] = room[0] + length, room[1] - length
+    return places, windows * window + 1
+
+
+@dataclass
+class Laid:
+    """Documents of several streams at places of one, by which it is read like any Stream."""
+
+    streams: Sequence[Stream]
+    which: np.ndarray  # (n,) the stream of each document, in order of places
+    starts: np.ndarray  # (n,) where it begins in its stream
+    lengths: np.ndarray  # (n,) tokens
+    places: np.ndarray  # (n,) where it lies here, ascending
+    tokens: int
+    eod: int  # lies between them
+    masked: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.masked = all(stream.masked for stream in self.streams)
+
+    @classmethod
+    def of(
+        cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
+    ) -> Laid:
+        """A mixture, packed if window is not 0. Independent."""
+        found = [lengths_of(stream) for stream in streams]
+        which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
+        starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)
+        for source, (begins, sizes) in enumerate(found):
+            mine = which == source
+            starts[mine], lengths[mine] = begins[numbers[mine]], sizes[numbers[mine]]
+        if window:
+            places, total = pack(lengths, window)
+            order = np.argsort(places, kind="stable")
+        else:
+            places, total, order = np.cumsum(lengths) - lengths, int(lengths.sum()), np.arange(len(lengths))
+        return cls(streams, which[order], starts[order], lengths[order], places[order], total, eod)
+
+    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Tokens [start, stop) in pieces of PIECE_TOKENS."""
+        return self._read(start, stop, mask=False)
+
+    def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Which of them are learned, uint8, in the same pieces."""
+        return self._read(start, stop, mask=True)
+
+    def _read(self, start: int, stop: int, mask: bool) -> Iterator[np.ndarray]:
+        for at in range(start, stop, PIECE_TOKENS):
+            end = min(at + PIECE_TOKENS, stop)
+            piece = np.full(end - at, 0 if mask else self.eod, dtype=np.int64)
+            first = max(0, int(np.searchsorted(self.places, at, side="right")) - 1)
+            for i in range(first, int(np.searchsorted(self.places, end))):
+                place, length = int(self.places[i]), int(self.lengths[i])
+                low, high = max(at, place), min(end, place + length)
+                if low < high:
+                    begin = int(self.starts[i]) - place
+                    piece[low - at : high - at] = self.streams[self.which[i]].read(begin + low, begin + high, mask)
+            yield piece
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The document starts in [start, stop), counted from start, uint64."""
+        low, high = np.searchsorted(self.places, [start, stop])
+        return (self.places[low:high] - start).astype(np.uint64)
+
+    def taken(self) -> list[tuple[int, int]]:
+        """(documents, tokens) of each stream."""
+        return [(int((self.which == s).sum()), int(self.lengths[self.which == s].sum())) for s in range(len(self.streams))]

@@ -1,0 +1,50 @@
+"""Ids of a text together with the character at which each begins: by it one knows which tokens belong to a part of the text.
+
+Special tokens that the text names ("<|im_end|>") become ids: it was written by a chat template. As with transformers, a template
+decides what else is in the text, so whoever writes a message can name them too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+
+Placed = tuple[np.ndarray, np.ndarray]  # ids, and the characters they begin at: int64 (n,) each
+
+
+def placer(tokenizer: Tokenizer) -> Callable[[list[str]], list[Placed]]:
+    """What encodes several texts with this tokenizer. Independent."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return lambda texts: [(tokenizer.encode(text), _of_bytes(text)) for text in texts]
+    if isinstance(tokenizer, CharTokenizer):
+        return lambda texts: [(tokenizer.encode(text), np.arange(len(text))) for text in texts]
+    return _hugging_face(tokenizer.to_json())
+
+
+def _of_bytes(text: str) -> np.ndarray:
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    lengths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.repeat(np.arange(len(text)), lengths)
+
+
+def _hugging_face(stored: str) -> Callable[[list[str]], list[Placed]]:
+    from tokenizers import Tokenizer as Library
+
+    about = json.loads(stored)
+    about["post_processor"] = None  # it adds BOS, which templates write themselves, and may cut blanks off the places
+    library: Any = Library.from_str(json.dumps(about))
+    library.no_truncation()
+    library.no_padding()
+
+    def encode(texts: list[str]) -> list[Placed]:
+        found = library.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.array(one.ids, dtype=np.int64), np.array([start for start, _ in one.offsets], dtype=np.int64)) for one in found
+        ]
+
+    return encode
