@@ -112,7 +112,7 @@ def plan(config: Config, grid: Grid) -> Plan:
     check_nccl(config.comm.gpu, device, grid.replicas)
     shape = resolve.model_shape(resolved, training.vocab_size)
     with together(world):
-        refuse(shape, grid.tp.size, grid.pp.size)
+        refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if grid.parts > 1 and tolerant():
             raise UsageError(
                 "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
@@ -129,7 +129,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
-    dp, parts = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence)
+    dp, parts = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence, config.mesh.interleave)
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -190,7 +190,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         write_file(run_dir / "config.toml", to_toml(config).encode())
         # beside the weights, so that the run can be used without its data
         write_file(run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
-    stages = Stages(grid, transport, device) if grid.pp.size > 1 else None
+    stages = Stages(grid, transport, device, config.mesh.interleave) if grid.pp.size > 1 else None
     tells = parts.part.speaks and grid.tp.rank == 0
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
     engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)

@@ -170,13 +170,13 @@ class Transformer(nn.Module):
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None,
-        length: int = 0,
+        length: int = 0, chunk: int = 0,
     ) -> Tensor:
         """Logits (B, T, V) of the next token.
 
         x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
         ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
-        length: T, where x is hidden states of which this part has its positions alone.
+        length: T, where x is hidden states of which this part has its positions alone; chunk: of the part's layers.
         """
         t = length or x.shape[1]
         if positions is None:
@@ -187,14 +187,16 @@ class Transformer(nn.Module):
         if doc_ids is not None:
             causal = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
             mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
-        if self.embedding is not None:
+        if self.embedding is not None and chunk == 0:
             x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0, self.part.positions(t), t)
-        for block in self.blocks.values():
+        for layer in self.part.chunks[chunk]:
+            block = self.blocks[str(layer)]
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, key, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, mask, key)
-        return x if self.norm is None or self.head is None else self.head(self.norm(x))
+        speaks = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
+        return self.head(self.norm(x)) if speaks else x  # type: ignore[misc]
 
     def compile_blocks(self) -> None:
         """torch.compile, block by block: one graph serves all layers and logits stay eager."""

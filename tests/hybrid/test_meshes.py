@@ -24,7 +24,8 @@ from tests.tiny import WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
 CLOSE = 1e-5  # relative
-MESHES = [  # (dp, pp, tp)
+Mesh = tuple[int, int, int]
+MESHES: list[Mesh] = [  # (dp, pp, tp)
     (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 3, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4),
     (2, 2, 2), (1, 4, 2), (1, 2, 4), (4, 1, 2),
 ]
