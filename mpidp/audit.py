@@ -57,7 +57,7 @@ class Aside:
         self.gradient.zero_()
 
     @contextmanager
-    def micro_batch(self, v: int, last: bool) -> Iterator[None]:
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Backward of micro-batch v runs inside. Independent."""
         self._buffer.point(self._slot)
         yield

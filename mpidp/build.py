@@ -38,7 +38,7 @@ from mpidp.job import Job
 from mpidp.lanes import Lanes
 from mpidp.metrics import Progress, peak_flops
 from mpidp.model.frozen import trained
-from mpidp.model.part import part_of, refuse
+from mpidp.model.part import refuse
 from mpidp.model.shape import flops_per_token, num_parameters
 from mpidp.model.starting import base_weights, prepared, trained_sizes
 from mpidp.optim import Optimizer, Schedule
@@ -124,7 +124,7 @@ def plan(config: Config, grid: Grid) -> Plan:
     check_nccl(config.comm.gpu, device, grid.replicas)
     with together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)
-        refuse(shape, grid.tp.size, grid.pp.size)
+        refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if grid.parts > 1 and tolerant():
             raise UsageError(
                 "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
@@ -133,7 +133,7 @@ def plan(config: Config, grid: Grid) -> Plan:
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     with together(world):
-        trained_sizes(settings, shape, part_of(shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size))
+        trained_sizes(settings, shape, Parts(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     resolve.agree(world, facts | resolve.versions())
     return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
@@ -143,7 +143,8 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
-    dp, parts, origin = mesh.dp, Parts(grid, plan.shape, config.mesh.sequence), plan.origin
+    parts = Parts(grid, plan.shape, config.mesh.sequence, config.mesh.interleave)
+    dp, origin = mesh.dp, plan.origin
     train, optim, faults = config.train, config.optim, faults or Faults()
     torch.set_num_threads(train.threads)
     nominal_tokens, settings = train.global_batch * config.model.seq_len, {key: value for key, _, value in fields_of(config)}
@@ -218,7 +219,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         if origin is not None and origin.weights is not None:
             origin.keep(run_dir)
             print(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}", flush=True)
-    stages = Stages(grid, transport, device) if grid.pp.size > 1 else None
+    stages = Stages(grid, transport, device, config.mesh.interleave) if grid.pp.size > 1 else None
     tells = parts.part.speaks and grid.tp.rank == 0
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
     engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)

@@ -185,6 +185,7 @@ class Mesh:
     tp: int = setting(1, "ranks that compute every layer together, each a part of it (tensor parallelism)", "ranks", low=1)
     pp: int = setting(1, "stages of whole layers, one after the other (pipeline parallelism)", "stages", low=1)
     dp: int = setting(0, "replicas, of pp x tp ranks each; 0: as many as there are ranks for", "replicas", low=0)
+    interleave: int = setting(1, "times that each stage comes, with fewer layers each time: a smaller bubble", "chunks", low=1)
     sequence: bool = setting(False, "share out positions over the tp ranks, too, between branches: less memory")
     shard: int = setting(
         0, "what replicas hold a part of: 1: optimizer state; 2: and gradients; 3: and parameters", "level", low=0, high=3,

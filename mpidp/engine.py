@@ -34,6 +34,7 @@ class Flight:
     mb: MicroBatch
     entered: Tensor | None  # hidden states from the stage before, where there is one
     left: Tensor | None  # the loss sum, or hidden states for the stage after; None: it has no sequence
+    chunk: int = 0  # of the stage's layers
 
 
 @dataclass
@@ -75,69 +76,77 @@ class Engine:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def hidden(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None) -> Tensor:
-        """What this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
+    def hidden(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """What a chunk of this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
         with self._autocast():
             x = mb.tokens if entered is None else entered
-            return self.model(x, mb.positions, mb.doc_ids, key, mb.tokens.shape[1])  # type: ignore[no-any-return]
+            return self.model(x, mb.positions, mb.doc_ids, key, mb.tokens.shape[1], chunk)  # type: ignore[no-any-return]
 
-    def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None) -> Tensor:
+    def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""
-        return self.token_losses(self.hidden(mb, key, entered).float().flatten(0, 1), mb.targets.flatten())
+        return self.token_losses(self.hidden(mb, key, entered, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: Accumulates) -> Computed:
         """Walk the schedule over micro-batches of a global batch. Independent; in a pipeline all its stages must."""
         self.model.train()
         done, losses, num_tokens = [], [], []
-        flights: dict[int, Flight] = {}
+        loss_of: dict[int, Tensor] = {}
+        flights: dict[tuple[int, int], Flight] = {}
         for instruction in schedule:
             with self.slowed():
+                v, chunk = instruction.v, instruction.chunk
                 if isinstance(instruction, Forward):
-                    flights[instruction.v] = self._forward(batch[instruction.v], batch.batch)
+                    flights[v, chunk] = self._forward(batch[v], batch.batch, chunk)
                     continue
-                flight = flights.pop(instruction.v)
-                with strategy.micro_batch(instruction.v, instruction.last):
-                    losses.append(self._backward(flight))
+                flight = flights.pop((v, chunk))
+                with strategy.micro_batch(v, instruction.last, chunk):
+                    loss = self._backward(flight)
             self.beat()
-            done.append(flight.mb.v)
+            if chunk:
+                loss_of.setdefault(v, loss)  # that of the last chunk, which comes first
+                continue
+            losses.append(loss_of.pop(v, loss))
+            done.append(v)
             num_tokens.append(flight.mb.num_tokens)
         told = torch.stack(losses).tolist() if losses else []
         return Computed(done, told if self.stages is None else self.stages.settle(told), num_tokens)
 
-    def _forward(self, mb: MicroBatch, batch: int) -> Flight:
+    def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> Flight:
         if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
-            return Flight(mb, None, None)
+            return Flight(mb, None, None, chunk)
         key = None
         if self.dropout:
             key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
-        return self._pass_on(mb, key)
+        return self._pass_on(mb, key, chunk)
 
-    def _pass_on(self, mb: MicroBatch, key: Tensor | None) -> Flight:
+    def _pass_on(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> Flight:
         """Take hidden states from the stage before, where there is one; give the stage after what becomes of them."""
         entered = None
-        if self.stages is not None and not self.stages.first:
+        if self.stages is not None and not self.stages.begins(chunk):
             b, t = mb.tokens.shape
             size = (b, len(self.model.part.positions(t)), self.model.shape.model_dim)
-            entered = self.stages.receive(FORWARD, mb.v, size).requires_grad_()
-        if self.stages is None or self.stages.last:
-            return Flight(mb, entered, self.loss_sum(mb, key, entered) if entered is not None else self.loss_sum(mb, key))
-        left = self.hidden(mb, key, entered)
-        self.stages.send(FORWARD, mb.v, left)
-        return Flight(mb, entered, left)
+            entered = self.stages.receive(FORWARD, mb.v, size, chunk).requires_grad_()
+        if self.stages is None or self.stages.ends(chunk):
+            rest = () if entered is None else (entered, chunk)
+            return Flight(mb, entered, self.loss_sum(mb, key, *rest), chunk)
+        left = self.hidden(mb, key, entered, chunk)
+        self.stages.send(FORWARD, mb.v, left, chunk)
+        return Flight(mb, entered, left, chunk)
 
     def _backward(self, flight: Flight) -> Tensor:
         """The loss sum, on the device and not waited for; nothing from stages that do not know it."""
         nothing = torch.zeros((), device=self.device)
         if flight.left is None:
             return nothing
-        if self.stages is None or self.stages.last:
+        ends = self.stages is None or self.stages.ends(flight.chunk)
+        if self.stages is None or ends:
             (flight.left / self.nominal_tokens).backward()
         else:
-            flight.left.backward(self.stages.receive(BACKWARD, flight.mb.v, tuple(flight.left.shape)))
+            flight.left.backward(self.stages.receive(BACKWARD, flight.mb.v, tuple(flight.left.shape), flight.chunk))
         if flight.entered is not None and self.stages is not None:
             assert flight.entered.grad is not None
-            self.stages.send(BACKWARD, flight.mb.v, flight.entered.grad)
-        return flight.left.detach() if self.stages is None or self.stages.last else nothing
+            self.stages.send(BACKWARD, flight.mb.v, flight.entered.grad, flight.chunk)
+        return flight.left.detach() if ends else nothing
 
     @torch.no_grad()
     def evaluate(
@@ -170,8 +179,8 @@ class Engine:
             tokens = read.astype(np.int64)
             for places in _windows(length, seq_len):
                 counted, begun = (None if one is None else one[places] for one in (mask, begins))
-                mb = MicroBatch.of(i % 1000, tokens[places], counted, begun)
-                found = self._pass_on(mb.to(self.device), None)
+                mb = MicroBatch.of(i % 1000, tokens[places], counted, begun).to(self.device)
+                found = [self._pass_on(mb, None, chunk) for chunk in range(self.stages.chunks if self.stages else 1)][-1]
                 if self.tells and found.left is not None:
                     sums[i] += float(found.left)
                     counts[i] += mb.num_tokens

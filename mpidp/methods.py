@@ -65,6 +65,7 @@ _OTHERS = "strategy.name=delayed|local|server or quorum<1"
 _SHARDS, _FSDP = "mesh.shard=1|2|3", "mesh.shard=2|3"
 _shards, _fsdp = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _lora = _is_not("model.lora_rank", 0)
+_TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
@@ -104,6 +105,10 @@ RULES = [
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
          "the ranks of a replica talk to each other during backward already"),
     Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "it knows of replicas alone"),
+    Rule(_TIMES, "mesh.pp=1", _times, _is("mesh.pp", 1), "a stage comes again after the others, and there is one"),
+    Rule(_TIMES, _OTHERS, _times, _other, "it has not been tried"),
+    Rule(_TIMES, "comm.compress", _times, _is_not("comm.compress", "none"), "it has not been tried"),
+    Rule(_TIMES, "train.audit_every", _times, _is_not("train.audit_every", 0), "a lane's gradient is never there as a whole"),
     Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
          "positions are shared out over the ranks that share a layer, and there is one"),
     Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.checkpoint import Reader
-from mpidp.comm.buckets import FlatLayout, GradientBuffer
+from mpidp.comm.buckets import NORM_BLOCK, GradientBuffer
 from mpidp.comm.buffers import buf
 from mpidp.comm.grid import Grid
 from mpidp.comm.group import Group
@@ -36,14 +36,14 @@ class Boxes(Protocol):
 class Parts:
     """Independent, but for what says otherwise."""
 
-    def __init__(self, grid: Grid, shape: TransformerShape, sequence: bool = False) -> None:
-        """sequence: are positions shared out between branches?"""
-        self.grid, self.shape, self.sizes, self.sequence = grid, shape, shapes_of(shape), sequence
+    def __init__(self, grid: Grid, shape: TransformerShape, sequence: bool = False, chunks: int = 1) -> None:
+        """sequence: are positions shared out between branches? chunks: how often each stage comes."""
+        self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
         self.part = self._part_of(grid.model.rank)
 
     def _part_of(self, rank: int) -> Part:
         stage, number = divmod(rank, self.grid.tp.size)
-        return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence)
+        return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence, self.chunks)
 
     def counts(self, name: str) -> bool:
         """Is a parameter saved and counted here, and not by others that have it too? Pure."""
@@ -121,14 +121,14 @@ class Parts:
             "synchronous, or of comm.compress): go on with the mesh.tp and mesh.pp that it was trained with"
         )
 
-    def norm(self, layout: FlatLayout, squares: Tensor, flat: Tensor) -> float:
+    def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
         """Of a flat gradient of this part over the whole model; squares: of its blocks. Collective over grid.model."""
-        twice = 0.0
+        twice, layout = 0.0, buffer.layout
         if self.grid.parts > 1:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
                 if not self.counts(name):
                     twice += float(torch.linalg.vector_norm(view.double()).square())
-        return self.grid.norm(squares, twice)
+        return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in buffer.spans], twice)
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
         """Where embedding and head are one tensor and lie in two stages, their gradients are added: both have the sum. Collective

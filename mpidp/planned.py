@@ -59,7 +59,7 @@ class Plan:
     @property
     def part(self) -> Part:
         grid = self.grid
-        return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size)
+        return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
     def say_what_runs(self) -> None:
         """Configuration, model and ranks, on rank 0. Collective over world."""

@@ -22,7 +22,7 @@ CLOSE = 1e-5  # relative, where the same bits cannot be had
 FIGURES = ("train_loss", "grad_norm", "lr")  # of a line of metrics.jsonl
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
-         "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False,
+         "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
          "run.hang_seconds": 0.0}  # none of it changes a bit, but for what the fingerprint has
 
 

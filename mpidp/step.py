@@ -17,7 +17,7 @@ from mpidp.engine import Computed
 from mpidp.errors import MpidpError
 from mpidp.job import Job
 from mpidp.noise import Noise, estimate
-from mpidp.schedule import one_by_one, one_f_one_b
+from mpidp.schedule import interleaved, one_by_one, one_f_one_b
 
 ATTEMPTS = 3  # at a step whose gradients two ranks do not agree on
 
@@ -55,7 +55,8 @@ def compute(job: Job, batch: Batch) -> Computed:
 def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]) -> Computed:
     if job.balance.settled:
         mine = [v for lane in lanes for v in job.lanes.micro_batches(lane)]
-        schedule = one_f_one_b(mine, job.grid.pp.rank, job.grid.pp.size)
+        place, chunks = (job.grid.pp.rank, job.grid.pp.size), len(job.parts.part.chunks)
+        schedule = one_f_one_b(mine, *place) if chunks == 1 else interleaved(mine, *place, chunks)
     else:
         schedule = one_by_one(v for lane in lanes for v in job.lanes.micro_batches(lane))
     done = job.engine.run(schedule, batch, job.strategy)

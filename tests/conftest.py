@@ -23,8 +23,8 @@ PATIENCE_SECONDS = 30.0  # a rank that failed waits this long for the others bef
 
 LONG = os.environ.get("MPIDP_LONG", "") == "1"
 SAMPLED = (  # tables with many rows of like kind, or one for each MPI
-    "tests/methods/", "tests/hybrid/test_meshes.py", "tests/mpi/test_nccl.py", "tests/laws/test_elastic.py",
-    "tests/laws/test_skipped.py",
+    "tests/methods/", "tests/mpi/test_nccl.py", "tests/laws/test_elastic.py", "tests/laws/test_skipped.py",
+    *(f"tests/hybrid/test_{name}.py" for name in ("meshes", "interleave", "whole_replicas")),
     *(f"tests/faults/test_{name}.py" for name in (
         "c10d", "crashes", "disks", "doctor", "hangs", "recovery", "respawn", "stopping", "table", "usage",
     )),

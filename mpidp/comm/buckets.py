@@ -107,15 +107,25 @@ class GradientBuffer:
         self.total = self.parts[0][0]  # where the sum lies once it is made
         self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
         self.buckets = self.layout.cut(bucket_bytes)
-        self._pointing_at: int | None = None
+        self.cut_chunks(lambda name: 0, 1)
         self._hooks: list[RemovableHandle] = []
 
-    def point(self, slot: int) -> None:
-        """Make every .grad a view of this slot; backward then adds into it."""
-        if slot != self._pointing_at:
-            for (_, p), views in zip(self.layout.parameters, self.views, strict=True):
-                p.grad = views[slot]
-            self._pointing_at = slot
+    def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
+        """From here on parameters are pointed chunk by chunk: chunk_of(name) of `count`, later ones first in flat order."""
+        chunks = [chunk_of(name) for name, _ in self.layout.parameters]
+        starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
+                  for chunk in range(count)]
+        self.spans = [(start, stop) for start, stop in zip(starts, [self.num_elements, *starts], strict=False)]
+        self._members = [[i for i, mine in enumerate(chunks) if mine == chunk] for chunk in range(count)]
+        self._pointing_at: list[int | None] = [None] * count
+
+    def point(self, slot: int, chunk: int | None = None) -> None:
+        """Make every .grad, or those of a chunk, a view of this slot; backward then adds into it."""
+        for one in range(len(self.spans)) if chunk is None else [chunk]:
+            if slot != self._pointing_at[one]:
+                for i in self._members[one]:
+                    self.layout.parameters[i][1].grad = self.views[i][slot]
+                self._pointing_at[one] = slot
 
     def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
         """While armed(), call begin(bucket) from backward as soon as all gradients of a bucket are in."""

@@ -44,22 +44,24 @@ class Grid:
         """(replica, stage, number in the stage) of a rank of world. Pure."""
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
-    def norm(self, squares: Tensor, twice: float = 0.0) -> float:
-        """L2 norm over the whole model. squares: (blocks,) float64 of this part, in flat order; twice: the squares among them
-        that another part counts. Summed in the order of the whole model's flat tensor, last stage first: where stages alone are
-        cut, the bits of one rank. Collective over model."""
+    def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
+        """L2 norm over the whole model. squares: of each chunk of this part (blocks,) float64, in flat order; twice: the squares
+        among them that another part counts. Summed in the order of the whole model's flat tensor, last chunks of last stages
+        first: where stages alone are cut, the bits of one rank. Collective over model."""
         if self.model.size == 1:
-            return float(squares.cumsum(0)[-1].sqrt())
-        row = torch.cat([squares, torch.tensor([-twice], dtype=torch.float64)])
-        counts = np.zeros(self.model.size, dtype=np.int64)
-        counts[self.model.rank] = row.numel()
-        self.wait(self.model.Iallreduce(MPI.IN_PLACE, counts))
+            return float(torch.cat(squares[::-1]).cumsum(0)[-1].sqrt())
+        row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
+        sizes = np.zeros((self.model.size, len(squares) + 1), dtype=np.int64)
+        sizes[self.model.rank] = [1, *(s.numel() for s in squares)]
+        self.wait(self.model.Iallreduce(MPI.IN_PLACE, sizes))
+        counts = sizes.sum(1)
         everything = torch.empty(int(counts.sum()), dtype=torch.float64)
         places = np.cumsum([0, *counts[:-1]]).tolist()
         self.wait(self.model.Iallgatherv(buf(row), [buf(everything)[0], (counts.tolist(), places), MPI.DOUBLE]))
-        stages = everything.split(counts.tolist())
+        parts = [piece.split(size.tolist()) for piece, size in zip(everything.split(counts.tolist()), sizes, strict=True)]
         order = [stage * self.tp.size + i for stage in reversed(range(self.pp.size)) for i in range(self.tp.size)]
-        return float(torch.cat([stages[place] for place in order]).cumsum(0)[-1].clamp(min=0.0).sqrt())
+        in_order = [parts[place][1 + chunk] for chunk in reversed(range(len(squares))) for place in order]
+        return float(torch.cat([*in_order, *(part[0] for part in parts)]).cumsum(0)[-1].clamp(min=0.0).sqrt())
 
 
 def whole(mesh: Mesh) -> Grid:

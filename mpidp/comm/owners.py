@@ -16,7 +16,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.comm import tree
-from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, slice_bounds
+from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, GradientBuffer, slice_bounds
 from mpidp.comm.group import Group
 from mpidp.comm.reducers import Allreduce, Look, Naive, Reducer, Root, Shares
 from mpidp.comm.transport import Messages, pieces
@@ -67,22 +67,36 @@ class Tree(Reducer):
     def discard(self) -> None:
         self._folds: list[tuple[int, int]] | None = None  # of the last lane, where backward's end is overlapped
         self._held: Held | None = None
-        self._folder = tree.Folder(self.lanes.num_lanes, self._share)
+        # A chunk's micro-batches come in order, and so do its folds; at the end all chunks lie in the same slots.
+        self._folders = [tree.Folder(self.lanes.num_lanes, self._share) for _ in self.spans]
+        self._slots = [0 for _ in self.spans]
 
-    def open(self, v: int, last: bool = False) -> None:
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Elements of each chunk; before there is a buffer, of one."""
+        return self.buffer.spans if hasattr(self, "buffer") else [(0, 0)]
+
+    def attach(self, buffer: GradientBuffer) -> None:
+        super().attach(buffer)
+        self.discard()
+
+    def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
+        folder = self._folders[chunk]
         if v in self._first:
-            self._slot, fresh = self._folder.open(self._first[v])
-            self.buffer.point(self._slot)
+            slot, fresh = folder.open(self._first[v])
+            self._slots[chunk] = slot
+            self.buffer.point(slot, chunk)
             if fresh:
-                self.buffer.flat[self._slot].zero_()
+                start, stop = self.spans[chunk]
+                self.buffer.flat[slot, start:stop].zero_()
         if last and self.overlaps():
-            self._folds = self._folder.close(self._last[v])  # bucket by bucket, as backward fills them
+            self._folds = folder.close(self._last[v])  # bucket by bucket, as backward fills them
 
-    def close(self, v: int) -> None:
+    def close(self, v: int, chunk: int = 0) -> None:
         if v in self._last and self._folds is None:
             for look in self._looks:
-                look(self._last[v], self.buffer.flat[self._slot])
-            self._fold(self._folder.close(self._last[v]), 0, self.buffer.num_elements)
+                look(self._last[v], self.buffer.flat[self._slots[chunk]])
+            self._fold(self._folders[chunk].close(self._last[v]), *self.spans[chunk])
 
     def _fold(self, folds: list[tuple[int, int]], start: int, stop: int) -> None:
         for into, source in folds:
@@ -96,7 +110,7 @@ class Tree(Reducer):
         super().begin(bucket)
 
     def may_take(self) -> bool:
-        return len(self._folder.nodes) < self.num_slots
+        return len(self._folders[0].nodes) < self.num_slots
 
     def finish(self) -> None:
         """buffer.total now holds the sum, for all of the group to read. Collective over all ranks."""
@@ -130,7 +144,7 @@ class Tree(Reducer):
     def _tell(self) -> Held:
         """What every rank of the group holds, where lanes may have changed hands. Collective over the group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
-        for node, slot in self._folder.nodes.items():
+        for node, slot in self._folders[0].nodes.items():
             table[self.group.node.rank, slot] = node
         self.group.wait(self.group.node.Iallgather(MPI.IN_PLACE, table))
         return tuple(

@@ -80,15 +80,15 @@ class Reducer:
         """Give it the gradients; the buffer has at least num_slots slots. Independent."""
         self.buffer = buffer
 
-    def open(self, v: int, last: bool = False) -> None:
-        """Point .grad to where micro-batch v accumulates; last: the rank's last of this step. Independent."""
+    def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
+        """Point .grad of a chunk to where micro-batch v accumulates; last: the rank's last of this step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
             self._fresh = False
 
-    def close(self, v: int) -> None:
-        """Micro-batch v is in. Independent."""
+    def close(self, v: int, chunk: int = 0) -> None:
+        """Micro-batch v is in, as far as it is this chunk's. Independent."""
 
     def watch(self, looks: Sequence[Look]) -> None:
         """In the step that begins, show each of these every lane; ValueError where lanes are not kept apart. Independent."""

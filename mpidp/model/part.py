@@ -22,7 +22,7 @@ COLUMNS = ("attention.o.weight", "feed_forward.down.weight")
 class Part:
     """What one rank has of a model."""
 
-    layers: range
+    chunks: tuple[range, ...]  # of layers; of a stage that comes several times, one each time
     embeds: bool = True  # has the embedding: the first stage
     speaks: bool = True  # has the last norm and the head: the last stage
     index: int = 0  # of `size` ranks that share each layer
@@ -30,6 +30,17 @@ class Part:
     tied: bool = False  # embedding and head are one tensor
     head_dim: int = 1
     sequence: bool = False  # between branches positions are shared out, too
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for chunk in self.chunks for layer in chunk]
+
+    def chunk_of(self, name: str) -> int:
+        """In which chunk a parameter of this part is. Pure."""
+        words = name.split(".")
+        if words[0] == "blocks":
+            return next(i for i, layers in enumerate(self.chunks) if int(words[1]) in layers)
+        return 0 if words[0] == "embedding" else len(self.chunks) - 1
 
     def share(self, count: int) -> range:
         """Of so many rows, channels or heads, this rank's: as even as they go. Pure."""
@@ -71,13 +82,16 @@ class Part:
 
 def whole(shape: TransformerShape) -> Part:
     """All of it. Pure."""
-    return Part(range(shape.num_layers), tied=shape.tie_embeddings, head_dim=shape.head_dim)
+    return Part((range(shape.num_layers),), tied=shape.tie_embeddings, head_dim=shape.head_dim)
 
 
-def part_of(shape: TransformerShape, stage: int, stages: int, index: int, size: int, sequence: bool = False) -> Part:
-    """Of a rank in stage `stage` of `stages`, number `index` of the `size` that share its layers, and sequences if so. Pure."""
-    layers = stage_layers(shape, stages)[stage]
-    return Part(layers, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
+def part_of(
+    shape: TransformerShape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1
+) -> Part:
+    """Of a rank in stage `stage` of `stages`, number `index` of the `size` that share its layers, and sequences if so; chunks:
+    how often the stage comes. Pure."""
+    runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
+    return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
 
 
 def stage_layers(shape: TransformerShape, stages: int) -> list[range]:
@@ -98,7 +112,7 @@ def stage_layers(shape: TransformerShape, stages: int) -> list[range]:
     return [*(range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)), range(rest, count)]
 
 
-def refuse(shape: TransformerShape, tp: int, pp: int) -> None:
+def refuse(shape: TransformerShape, tp: int, pp: int, chunks: int = 1) -> None:
     """UsageError for a cut that is not to be had, with the nearest that are. Pure."""
     heads = shape.num_kv_heads
     if heads % tp:
@@ -112,4 +126,9 @@ def refuse(shape: TransformerShape, tp: int, pp: int) -> None:
         raise UsageError(
             f"mesh.pp={pp}: the model has {shape.num_layers} layers, and a stage has one at least: mesh.pp={shape.num_layers} "
             "is the most"
+        )
+    if pp * chunks > shape.num_layers:
+        raise UsageError(
+            f"mesh.pp={pp} x mesh.interleave={chunks}: the model has {shape.num_layers} layers, and a chunk of a stage has one "
+            f"at least: mesh.interleave={shape.num_layers // pp} is the most"
         )

@@ -185,15 +185,14 @@ class Transformer(nn.Module):
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None,
-        length: int = 0,
-        caches: list[Cache] | None = None,
+        length: int = 0, chunk: int = 0, caches: list[Cache] | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the next token.
 
         x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
         ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
-        length: T, where x is hidden states of which this part has its positions alone; caches: one a row, of what came before x,
-        which they have too afterwards.
+        length: T, where x is hidden states of which this part has its positions alone; chunk: of the part's layers; caches: one a
+        row, of what came before x, which they have too afterwards.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -206,9 +205,10 @@ class Transformer(nn.Module):
         if doc_ids is not None:
             causal = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
             mask = (causal & (doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2))).unsqueeze(1)  # (B, 1, T, T)
-        if self.embedding is not None:
+        if self.embedding is not None and chunk == 0:
             x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0, self.part.positions(t), t)
-        for layer, block in zip(self.part.layers, self.blocks.values(), strict=True):
+        for layer in self.part.chunks[chunk]:
+            block = self.blocks[str(layer)]
             mine = None if key is None else key + 2 * layer * SITE  # a block that knew its number would compile to its own graph
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, mine, use_reentrant=False, preserve_rng_state=False)
@@ -216,7 +216,8 @@ class Transformer(nn.Module):
                 x = block(x, cos, sin, mask, mine, None if caches is None else partial(attend, caches, layer))
         for cache in caches or ():
             cache.length += t
-        return x if self.norm is None or self.head is None else self.head(self.norm(x))
+        speaks = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
+        return self.head(self.norm(x)) if speaks else x  # type: ignore[misc]
 
     def new_cache(self, positions: int) -> Cache | None:
         """An empty one of a sequence of so many positions, at most seq_len."""

@@ -70,7 +70,7 @@ class Delayed(Synchronous):
         return options.staleness + 1
 
     @contextmanager
-    def micro_batch(self, v: int, last: bool) -> Iterator[None]:
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Independent."""
         if self._fresh:
             self.buffer.flat[self._slot].zero_()

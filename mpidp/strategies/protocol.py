@@ -61,8 +61,8 @@ class Options:
 class Accumulates(Protocol):
     """What the engine needs: somewhere for gradients to go."""
 
-    def micro_batch(self, v: int, last: bool) -> AbstractContextManager[None]:
-        """Backward of micro-batch v runs inside; last: the rank's last of this step. Independent."""
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
+        """Backward of micro-batch v through a chunk of layers runs inside; last: the rank's last of this step. Independent."""
 
 
 class Strategy(Accumulates, Protocol):

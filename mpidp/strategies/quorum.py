@@ -101,7 +101,7 @@ class Quorum(Synchronous):
             )
 
     @contextmanager
-    def micro_batch(self, v: int, last: bool) -> Iterator[None]:
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Independent."""
         self._begin()
         self.buffer.point(self._slot)

@@ -96,7 +96,7 @@ class Sharded:
             self._open += 1
 
     @contextmanager
-    def micro_batch(self, v: int, last: bool) -> Iterator[None]:
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Backward of micro-batch v runs inside; after the last one those that this rank lacks. Collective over compute_comm,
         but for v."""
         self._keep(last and self._made + 1 >= self._most)
@@ -177,7 +177,7 @@ class Sharded:
         rows[self.compute_comm.rank] = mine
         self.group.wait(self.compute_comm.Iallgather(MPI.IN_PLACE, rows))
         squares = sum(rows.tolist())
-        return self._parts.grid.norm(torch.tensor([squares], dtype=torch.float64)) if self._parts else math.sqrt(squares)
+        return self._parts.grid.norm([torch.tensor([squares], dtype=torch.float64)]) if self._parts else math.sqrt(squares)
 
     def finish(self) -> None:
         """Nothing is in flight between steps. Independent."""

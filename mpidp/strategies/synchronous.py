@@ -78,7 +78,8 @@ class Synchronous:
 
     def share_model(self, parts: Parts) -> None:
         """This rank has a part of the model. Independent."""
-        self.reducer.over_parts = partial(parts.norm, self.buffer.layout)
+        self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
+        self.reducer.over_parts = partial(parts.norm, self.buffer)
         self.complete = partial(parts.tie, self.buffer, self.group)
 
     def updates(self) -> dict[str, Any] | None:
@@ -141,14 +142,14 @@ class Synchronous:
         self.group.fence()
 
     @contextmanager
-    def micro_batch(self, v: int, last: bool) -> Iterator[None]:
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Backward of micro-batch v runs inside. Independent."""
         if self._late is not None:
             raise self._late
         self._last = last
-        self.reducer.open(v, last)
+        self.reducer.open(v, last, chunk)
         yield
-        self.reducer.close(v)
+        self.reducer.close(v, chunk)
         self._last = False
 
     def watch(self, looks: Sequence[Look]) -> None:

@@ -23,7 +23,8 @@ from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, trai
 
 pytestmark = pytest.mark.mpi
 CLOSE = 1e-5  # relative
-MESHES = [  # (dp, pp, tp)
+Mesh = tuple[int, int, int]
+MESHES: list[Mesh] = [  # (dp, pp, tp)
     (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 3, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4),
     (2, 2, 2), (1, 4, 2), (1, 2, 4), (4, 1, 2),
 ]

@@ -31,7 +31,7 @@ strategy.group_size strategy.outer_lr strategy.outer_momentum strategy.overlap s
 strategy.mode strategy.replay strategy.fragments
 comm.reducer comm.compress comm.ratio comm.ratio_warmup comm.momentum comm.rank
 comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
-mesh.tp mesh.pp mesh.dp mesh.sequence mesh.shard
+mesh.tp mesh.pp mesh.dp mesh.interleave mesh.sequence mesh.shard
 run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
 faults.min_ranks faults.respawn
 metrics.timeline metrics.kernels metrics.tensorboard metrics.energy
@@ -251,7 +251,7 @@ def configs(draw: st.DrawFn) -> Config:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
     settings = {key: value for key, _, value in fields_of()} | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
     if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in methods.RULES):
-        chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False}
+        chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():
         section, _, name = key.partition(".")

@@ -23,6 +23,7 @@ WORDS = {  # an example of each side of a rule
     "strategy.name=server": ("strategy.name=server",),
     "optim.name=muon": ("optim.name=muon",),
     "mesh.tp or mesh.pp above 1": ("mesh.tp=2", "mesh.pp=2", "mesh.tp=2 mesh.pp=2"),
+    "mesh.interleave above 1": ("mesh.interleave=2",), "mesh.pp=1": ("mesh.pp=1",),
     "mesh.sequence=true": ("mesh.sequence=true",), "mesh.tp=1": ("mesh.tp=1", "mesh.pp=2"),
     "mesh.tp above 1": ("mesh.tp=2",), "mesh.pp above 1": ("mesh.pp=2",), "train.compile": ("train.compile=true",),
     "strategy.name=server or quorum<1": ("strategy.name=server", "strategy.quorum=0.5"),
