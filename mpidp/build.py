@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -31,13 +29,14 @@ from mpidp.engine import Engine
 from mpidp.entry import tolerant
 from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
+from mpidp.held import weights_sha256
 from mpidp.inject import Faults
 from mpidp.job import Job
 from mpidp.lanes import Lanes
 from mpidp.metrics import Progress, peak_flops
+from mpidp.model.kinds import make_model
 from mpidp.model.part import refuse
-from mpidp.model.shape import flops_per_token, num_parameters
-from mpidp.model.transformer import MODELS
+from mpidp.model.shape import OwnShape, flops_per_token, num_parameters
 from mpidp.optim import Optimizer, Schedule
 from mpidp.parts import Parts
 from mpidp.planned import Plan
@@ -109,8 +108,8 @@ def plan(config: Config, grid: Grid) -> Plan:
         )
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
     check_nccl(config.comm.gpu, device, grid.replicas)
-    shape = resolve.model_shape(resolved, training.vocab_size)
     with together(world):
+        shape = resolve.model_shape(resolved, training.vocab_size)
         refuse(shape, grid.tp.size, grid.pp.size)
         if grid.parts > 1 and tolerant():
             raise UsageError(
@@ -133,11 +132,12 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     torch.set_num_threads(train.threads)
     nominal_tokens = train.global_batch * config.model.seq_len
     if before is None:
-        model: Any = MODELS[config.model.kind](plan.shape, train.seed, parts.part).to(device)
+        model: Any = make_model(plan.shape, train.seed, parts.part).to(device)
         model.recompute = train.recompute
         named = list(model.named_parameters())
-        shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
-        resolve.agree(dp, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
+        resolve.agree(dp, resolve.parameters_told(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
+        if isinstance(plan.shape, OwnShape):
+            resolve.say_unequal(dp, weights_sha256(model))
         if train.compile:
             model.compile_blocks()
     else:

@@ -41,7 +41,8 @@ class Data:
 class Model:
     """What is trained."""
 
-    kind: str = setting("transformer", "architecture", "", ("transformer",), resume=FIXED)
+    kind: str = setting("transformer", "transformer, lstm, or your own: MODULE:FACTORY (docs/library.md)", resume=FIXED)
+    options: str = setting("", "your own model's further arguments: NAME=VALUE,...", resume=FIXED)
     num_layers: int = setting(4, "blocks", "layers", low=1, resume=FIXED)
     num_heads: int = setting(4, "attention heads; must divide model_dim", "heads", low=1, resume=FIXED)
     num_kv_heads: int = setting(0, "key-value heads; must divide num_heads; 0: num_heads", "heads", low=0, resume=FIXED)
@@ -230,9 +231,10 @@ def checked(config: Config) -> Config:
     num_micro_batches = -(-train.global_batch // train.micro_batch)
     if train.lanes > num_micro_batches:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
-    if model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2:
+    heads = model.kind == "transformer"
+    if heads and (model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2):
         problems.append(f"model.model_dim={model.model_dim} must be an even multiple of model.num_heads={model.num_heads}")
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+    if heads and model.num_kv_heads and model.num_heads % model.num_kv_heads:
         problems.append(f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}")
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("train.steps, train.tokens and train.epochs: give one of them")

@@ -21,9 +21,8 @@ from mpidp.comm.parallel_layers import Ring, loss_over, share_layers
 from mpidp.comm.stages import FORWARD, Stages
 from mpidp.comm.transport import Messages
 from mpidp.errors import CheckpointError
+from mpidp.model.kinds import make_model, saved_shape
 from mpidp.model.part import refuse
-from mpidp.model.shape import TransformerShape
-from mpidp.model.transformer import MODELS
 from mpidp.parts import Parts
 
 
@@ -87,10 +86,10 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     where = resolve.resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
-        shape = TransformerShape(**reader.meta["shape"])
+        shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])
         refuse(shape, grid.tp.size, grid.pp.size)
-        parts, kind = Parts(grid, shape), reader.meta["config"]["model.kind"]
-        model = MODELS[kind](shape, part=parts.part).to(where)
+        parts = Parts(grid, shape)
+        model = make_model(shape, part=parts.part).to(where)
         parts.load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(model.eval(), where, dtype, grid)

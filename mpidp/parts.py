@@ -21,14 +21,14 @@ from mpidp.comm.transport import pieces
 from mpidp.errors import UsageError
 from mpidp.held import at_rest, boxes_held, parameters_of, weights_sha256, whole
 from mpidp.model.part import Part, part_of
-from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.model.shape import Shape, shapes_of
 from mpidp.state import Entry
 
 
 class Parts:
     """Independent, but for what says otherwise."""
 
-    def __init__(self, grid: Grid, shape: TransformerShape) -> None:
+    def __init__(self, grid: Grid, shape: Shape) -> None:
         self.grid, self.shape, self.sizes = grid, shape, shapes_of(shape)
         self.part = self._part_of(grid.model.rank)
 

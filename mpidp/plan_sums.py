@@ -29,7 +29,7 @@ from mpidp.comm.transport import PIECE_BYTES, pieces
 from mpidp.config import Config, fields_of
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
-from mpidp.model.transformer import MODELS
+from mpidp.model.kinds import make_model
 from mpidp.resolve import model_shape, resolve_reducer
 
 
@@ -98,8 +98,9 @@ class Sizes:
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
     """Without the memory of a model. Independent."""
+    shape = model_shape(config, vocab_size)
     with torch.device("meta"):
-        layout = FlatLayout(list(MODELS[config.model.kind](model_shape(config, vocab_size)).named_parameters()))
+        layout = FlatLayout(list(make_model(shape).named_parameters()))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
 

@@ -24,7 +24,7 @@ from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 from mpidp.metrics import MetricsFile
 from mpidp.model.part import Part, part_of
-from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
+from mpidp.model.shape import Shape, num_parameters, shapes_of
 from mpidp.rundir import refuse_changes
 from mpidp.sharing import SAID, gradient_slots, held_buffers, held_floats
 
@@ -41,7 +41,7 @@ class Plan:
     validation: TokenStream | None
     sampler: Sampler
     lanes: Lanes
-    shape: TransformerShape
+    shape: Shape
     arrivals: Order  # at parameter servers or in a quorum, to be repeated
 
     @property

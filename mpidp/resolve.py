@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from typing import Any
 
 import h5py
@@ -20,7 +21,8 @@ from mpidp.config import Config, fields_of
 from mpidp.entry import tolerant
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
-from mpidp.model.shape import TransformerShape, default_hidden_dim
+from mpidp.model import own
+from mpidp.model.shape import LSTMShape, Shape, TransformerShape, default_hidden_dim
 
 
 def resolve_threads(wanted: int, mesh: Mesh) -> int:
@@ -92,9 +94,15 @@ def workers(config: Config, size: int) -> int:
     return size - serving
 
 
-def model_shape(config: Config, vocab_size: int) -> TransformerShape:
-    """The model's shape with its defaults filled in. Pure."""
+def model_shape(config: Config, vocab_size: int) -> Shape:
+    """The model's shape with its defaults filled in. A user's own model is made and tried: UsageError for one that cannot be
+    trained. Independent."""
     m = config.model
+    if m.kind == "lstm":
+        return LSTMShape(vocab_size, m.num_layers, m.model_dim, m.seq_len, m.dropout, m.tie_embeddings)
+    if m.kind != "transformer":
+        plain, settings = asdict(Config().model), asdict(m)
+        return own.shape_of(m.kind, settings, {k: v for k, v in settings.items() if v != plain[k]}, vocab_size, config.train.seed)
     return TransformerShape(
         vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
         m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
@@ -122,7 +130,8 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
             kind_of(config), sync_every=every, meet_every=meet, servers=config.strategy.servers or 1, outer_lr=outer_lr,
             outer_momentum=outer_momentum,
         ),
-        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)},
+        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)}
+        if m.kind == "transformer" else {},
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
@@ -172,6 +181,24 @@ def versions() -> dict[str, str]:
         "mpi4py": mpi4py.__version__,
         "MPI": MPI.Get_library_version().split("\n")[0].strip("\x00 "),
     }
+
+
+def parameters_told(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
+    """What every rank's parameters must have in common. Independent."""
+    told = {f"parameter {i}": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named)}
+    return {"parameters": str(len(named)), **told}
+
+
+def say_unequal(comm: MPI.Intracomm, hashes: str) -> None:
+    """Before all ranks get rank 0's weights, say who had others: that happens to a user's own model that does not draw them from
+    torch's generator. Collective over comm."""
+    everyone = comm.gather(hashes, root=0)
+    if everyone is not None and (others := [rank for rank, one in enumerate(everyone) if one != everyone[0]]):
+        print(
+            f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run will differ, too: "
+            "draw them by torch's generator, which is set to train.seed. All ranks begin with rank 0's",
+            flush=True,
+        )
 
 
 def agree(comm: MPI.Intracomm, facts: dict[str, str]) -> None:

@@ -1,0 +1,1 @@
+from mpidp.data.dataset import from_dataset as from_dataset
