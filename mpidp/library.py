@@ -40,6 +40,7 @@ from mpidp.engine import dropout_key
 from mpidp.errors import UsageError
 from mpidp.held import weights_sha256
 from mpidp.lanes import Lanes
+from mpidp.model.own import set_generator
 from mpidp.model.shape import OwnShape
 from mpidp.sharing import share_memory
 from mpidp.strategies import strategy_of
@@ -106,7 +107,7 @@ class DataParallel:
         comm: MPI.Intracomm | None = None,
     ) -> None:
         """optimizer: of torch.optim or like it, or what makes one of model.parameters(). items: from_dataset's, whose seed is
-        that of what forward draws, too. settings: of sections strategy and comm, as mpidp.train has them: {"strategy.name": "local"}.
+        that of what forward draws, too. settings: of sections strategy and comm, as mpidp.train has them.
         steps: updates in all, which strategies need whose ranks do not meet at every step: at the last one there is one common
         model. clip: largest gradient norm, 0: off. threads: as train.threads. All ranks get rank 0's parameters and buffers.
         UsageError. Collective over comm (COMM_WORLD)."""
@@ -185,8 +186,8 @@ class DataParallel:
 
     def micro_batches(self) -> Iterator[Any]:
         """What is left of the epoch, this rank's part: micro-batches as collate gives them. torch's generator is at a place of
-        its own in each, so dropout and masks belong to the data and not to a rank. UsageError in a loop that leaves out backward or
-        step. Collective over comm: every rank must go through all of them."""
+        its own in each, so dropout and masks belong to the data and not to a rank. UsageError in a loop that leaves out backward
+        or step. Collective over comm: every rank must go through all of them."""
         items = self.items
         epoch = items.next_batch // len(items)
         while items.next_batch // len(items) == epoch:
@@ -197,18 +198,18 @@ class DataParallel:
             while self._pass_empty():
                 left, v = len(self._left), self._left[0]
                 _, found = items.read(batch, v)
-                torch.manual_seed(dropout_key(items.seed, batch, v))
+                set_generator(dropout_key(items.seed, batch, v), self.strategy.flat.device)
                 yield found
                 if len(self._left) == left:
                     raise UsageError("a micro-batch went by without backward(): its items would be left out")
             if not self._updated:
-                if any(items.indices(batch, v) for v in self._mine):
+                if any(items.count(batch, v) for v in self._mine):
                     raise UsageError("the batch went by without step(): call it after every backward()")
                 self.step()  # none of its items was this rank's
 
     def _pass_empty(self) -> bool:
         """Past micro-batches without items, of an epoch's last batch. Is there another one?"""
-        while not self._updated and self._left and not self.items.indices(self.items.next_batch, self._left[0]):
+        while not self._updated and self._left and not self.items.count(self.items.next_batch, self._left[0]):
             with self.strategy.micro_batch(self._left[0], len(self._left) == 1):
                 self._left.pop(0)
         return bool(self._left)
@@ -222,7 +223,7 @@ class DataParallel:
         if not self._left:
             raise UsageError("backward() a second time for one micro-batch: add the losses, and call it once")
         v, batch = self._left[0], self.items.next_batch
-        count, parameters = len(self.items.indices(batch, v)) if count is None else count, self.strategy.parameters
+        count, parameters = self.items.count(batch, v) if count is None else count, self.strategy.parameters
         with self.strategy.micro_batch(v, len(self._left) == 1):
             self._left.pop(0)
             if count:

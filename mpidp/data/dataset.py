@@ -27,20 +27,28 @@ class Items:
         self.dataset, self.lanes, self.seed, self.shuffle = dataset, lanes, seed, shuffle
         self.num_items, self.next_batch = len(dataset), 0
         self._collate = collate
+        self._order: tuple[int, list[int]] = (-1, [])  # of the last batch asked for
 
     def __len__(self) -> int:
         """Global batches an epoch."""
         return -(-self.num_items // self.lanes.global_batch)
 
+    def count(self, batch: int, v: int) -> int:
+        """How many items micro-batch v of a global batch has; fewer or none in an epoch's last batch."""
+        places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
+        return max(0, min(places.stop, rest) - places.start)
+
     def indices(self, batch: int, v: int) -> list[int]:
-        """The items of micro-batch v of a global batch, in order; fewer or none in an epoch's last batch. Pure."""
-        epoch, step = divmod(batch, len(self))
+        """Those items, in order."""
+        if self._order[0] != batch:
+            epoch, step = divmod(batch, len(self))
+            start = step * self.lanes.global_batch
+            at = np.arange(start, min(self.num_items, start + self.lanes.global_batch), dtype=np.uint64)
+            if self.shuffle:
+                at = permute(at, self.num_items, keys_of(self.seed, "item", epoch))
+            self._order = (batch, at.tolist())
         places = self.lanes.sequences(v)
-        start, stop = (min(self.num_items, step * self.lanes.global_batch + at) for at in (places.start, places.stop))
-        at = np.arange(start, stop, dtype=np.uint64)
-        if self.shuffle and start < stop:
-            at = permute(at, self.num_items, keys_of(self.seed, "item", epoch))
-        return [int(i) for i in at]
+        return self._order[1][places.start : places.stop]
 
     def read(self, batch: int, v: int) -> tuple[int, Any]:
         """(number of items, they collated) of a micro-batch; (0, None) where it has none. DataError names the item that the

@@ -49,7 +49,7 @@ class Own(nn.Module):
                 "without packing"
             )
         if key is not None:
-            torch.manual_seed(int(key))
+            set_generator(int(key), x.device)
         return self.own(x)
 
     def facts(self) -> dict[str, str]:
@@ -58,6 +58,13 @@ class Own(nn.Module):
         for name, buffer in self.own.named_buffers():
             found[f"buffer {name}"] = hashlib.sha256(repr(buffer.tolist()).encode()).hexdigest()[:16]
         return found
+
+
+def set_generator(key: int, device: torch.device) -> None:
+    """torch's, of the CPU and of this device: torch.manual_seed would keep a call for every device that is never used. Independent."""
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(key)
 
 
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> OwnShape:
