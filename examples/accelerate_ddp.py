@@ -49,7 +49,7 @@ def main() -> None:
     right = 0
     with torch.no_grad():
         for x, y in held_out:
-            right += int(accelerator.gather_for_metrics((model(x).argmax(1) == y)).sum())
+            right += int(accelerator.gather_for_metrics(model(x).argmax(1) == y).sum())
     mean = accelerator.reduce(loss.detach(), "mean").item()
     weights = accelerator.unwrap_model(model)[0].weight.detach()
     same = all(torch.equal(weights, other) for other in accelerator.gather(weights.unsqueeze(0)))

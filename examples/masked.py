@@ -45,15 +45,14 @@ class Encoder(nn.Module):
         self.head = nn.Linear(dim, vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Every position sees all others."""
         return self.head(self.layers(self.embedding(tokens) + self.places))
 
 
 def masked(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """(tokens as the model sees them, targets: -100 where nothing is to be guessed)."""
-    guessed, how = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape)
-    other = torch.where(how < 0.9, torch.randint(vocab_size, tokens.shape), tokens)
-    return torch.where(guessed, torch.where(how < 0.8, vocab_size, other), tokens), torch.where(guessed, tokens, -100)
+    guessed, how, other = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape), torch.randint(vocab_size, tokens.shape)
+    seen = torch.where(how < 0.8, vocab_size, torch.where(how < 0.9, other, tokens))
+    return torch.where(guessed, seen, tokens), torch.where(guessed, tokens, -100)
 
 
 def train(path: str, comm: Any = None, steps: int = 300, batch: int = 16, dim: int = 64, layers: int = 2) -> dict[str, Any]:
@@ -66,7 +65,8 @@ def train(path: str, comm: Any = None, steps: int = 300, batch: int = 16, dim: i
         for tokens in optimizer.micro_batches():
             seen, targets = masked(tokens, vocab_size)
             optimizer.backward(F.cross_entropy(model(seen).flatten(0, 1), targets.flatten()), int((targets >= 0).sum()))
-            losses += [optimizer.loss] * optimizer.step()
+            if optimizer.step():
+                losses.append(optimizer.loss)
             if optimizer.steps == steps:
                 break
     return {"losses": losses, "sha256": optimizer.sha256(), "rank": optimizer.rank}
@@ -75,5 +75,5 @@ def train(path: str, comm: Any = None, steps: int = 300, batch: int = 16, dim: i
 if __name__ == "__main__":
     found = train(sys.argv[1] if len(sys.argv) > 1 else "shards/stdlib")
     if found["rank"] == 0:
-        first, last = (sum(part) / len(part) for part in (found["losses"][:20], found["losses"][-20:]))
+        first, last = (sum(part) / 20 for part in (found["losses"][:20], found["losses"][-20:]))
         print(f"loss of masked tokens {first:.3f} at first, {last:.3f} at last; weights {found['sha256'][:16]}")

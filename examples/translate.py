@@ -2,8 +2,8 @@
 
     mpirun -np 2 python -m mpi4py examples/translate.py
 
-The parallel text is in Python: unicodedata spells all 11,172 syllables of Hangul in jamo (NFD), and names them by their romanisation:
-HANGUL SYLLABLE HAN is U+1112 U+1161 U+11AB. Those that are held out must be read by rules that were learned from the others.
+The parallel text is in Python: unicodedata spells all 11,172 syllables of Hangul in jamo (NFD), and names them by their
+romanisation: HANGUL SYLLABLE HAN is U+1112 U+1161 U+11AB. Those held out must be read by rules learned from the others.
 """
 
 from __future__ import annotations

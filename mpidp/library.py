@@ -16,6 +16,7 @@ settings, since lanes are added in an order of their own (comm/tree.py). docs/li
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -266,7 +267,7 @@ class DataParallel:
         """Go on from there, before the first micro-batch. UsageError. Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would go on in the very tensors
         self.strategy.load_state_dict(state["strategy"])
         self.steps = state["steps"]
 

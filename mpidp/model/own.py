@@ -61,7 +61,8 @@ class Own(nn.Module):
 
 
 def set_generator(key: int, device: torch.device) -> None:
-    """torch's, of the CPU and of this device: torch.manual_seed would keep a call for every device that is never used. Independent."""
+    """torch's, of the CPU and of this device: torch.manual_seed would keep a call for every device that is not used.
+    Independent."""
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)

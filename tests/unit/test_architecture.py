@@ -19,16 +19,16 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 
 # A file imports from layers below its own, never from its own or from above. A new file gets a place here.
 LAYERS = [
-    "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
+    "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ model.__init__ "
     "checkup.__init__ checkup.findings methods strategies.groups comm.background "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape",
     "model.part boxes comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
-    "held mesh_memory model.transformer c10d.neighbours "
+    "held mesh_memory model.transformer model.own c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries audit data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll",
-    "holding c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware checkup.memory "
-    "checkup.sessions",
-    "c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
+    "model.lstm data.dataset holding c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch "
+    "checkup.hardware checkup.memory checkup.sessions",
+    "model.kinds data.__init__ c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
     "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
     "mesh_table mesh_time",
     "plan_mesh comm.parallel_layers comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
@@ -38,7 +38,7 @@ LAYERS = [
     "plan_methods",
     "strategies.sharded",
     "job strategies.__init__",
-    "build step",
+    "build step library",
     "fit recover",
     "course rerun trials",
     "train evaluate generate plan replay doctor",
@@ -55,7 +55,7 @@ MPI4PY = {
     "comm.respawn", "comm.grid", "comm.parallel_layers", "comm.stages", "planned",
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "strategies.sliced", "strategies.sharded",
-    "audit", "build", "checkpoint", "engine", "job", "loading", "resolve",
+    "audit", "build", "checkpoint", "engine", "job", "library", "loading", "resolve", "sharing",
     "doctor", "rundir", "saver", "step", "trials",
     "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.waiting",
     "c10d.works",
@@ -66,11 +66,13 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "fit", "generate", "model.transformer", "optim", "plan_sums", "saving", "state",
+    "data.dataset", "data.loader", "fit", "generate", "model.transformer", "model.lstm", "model.own", "optim", "plan_sums",
+    "saving", "state",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
     "arguments", "train", "course", "build", "planned", "resolve", "rundir", "sharing", "plan_methods", "plan_sums", "trials",
+    "library",
 }
 
 
@@ -215,7 +217,7 @@ def test_what_training_runs_is_small() -> None:
     for module in C10D:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
-    assert sum(lines_of_code(names[module]) for module in seen) < 9000
+    assert sum(lines_of_code(names[module]) for module in seen) < 9200
     assert sum(map(lines_of_code, MPIDP)) < 13500
 
 

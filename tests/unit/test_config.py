@@ -18,8 +18,8 @@ from mpidp.errors import UsageError
 # Whoever adds, renames or removes an option edits this list too, on purpose: people's files and scripts hold these names.
 KEYS = """
 data.path data.verify data.order data.resident
-model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
-model.tie_embeddings model.rope_theta
+model.kind model.options model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len
+model.dropout model.tie_embeddings model.rope_theta
 train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch train.lanes
 train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
 train.eval_tokens train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped

@@ -308,7 +308,7 @@ def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
 
 
 FIXED_KEYS = {
-    "data.order", "model.kind", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.model_dim",
+    "data.order", "model.kind", "model.options", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.model_dim",
     "model.hidden_dim", "model.seq_len", "model.dropout", "model.tie_embeddings", "model.rope_theta", "train.global_batch",
     "train.micro_batch", "train.lanes", "train.seed", "optim.name", "strategy.name", "strategy.quorum",
     "strategy.sync_every", "strategy.meet_every", "strategy.staleness", "strategy.compensation", "strategy.group",
