@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidp.data import from_dataset
@@ -20,6 +20,7 @@ def of_ranks(items: Items, batch: int, ranks: int) -> list[list[int]]:
     return [[i for lane in mine for v in items.lanes.micro_batches(lane) for i in items.indices(batch, v)] for mine in lanes]
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 70), batch=st.integers(1, 20), micro=st.integers(0, 20), ranks=st.integers(1, 5), seed=st.integers(0, 3))
 def test_every_item_once_an_epoch(n: int, batch: int, micro: int, ranks: int, seed: int) -> None:
     items = from_dataset(range(n), batch, min(micro, batch), seed)
