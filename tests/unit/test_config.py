@@ -195,7 +195,7 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
-                                 "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
+                                 "epochs", "min_lr", "warmup_steps", "kind", "options"} and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([
     {}, {"name": "delayed", "staleness": 3, "compensation": 0.5}, {"name": "local", "sync_every": 7, "outer_lr": 0.3},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mpidp.arguments import from_args
+from mpidp.config import to_toml
 from mpidp.errors import UsageError
 from mpidp.model.kinds import make_model, saved_shape
 from mpidp.model.lstm import LSTM
@@ -99,6 +101,15 @@ def test_a_factory_gets_what_it_names() -> None:
                        ("--model.options=model_dim=3", "which is a setting"), ("--model.options=depth", "not NAME=VALUE")]:
         with pytest.raises(UsageError, match=said):
             own("Gru", word)
+
+
+@pytest.mark.parametrize("words", [
+    ("--model.kind=lstm", "--model.model_dim=6"), ("--model.kind=a.b:make", "--model.options=x=1,y=é \\"),
+])  # fmt: skip
+def test_kinds_come_back_from_a_file(words: tuple[str, ...], tmp_path: Path) -> None:
+    config = from_args(words)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert from_args([str(tmp_path / "run.toml")]) == config
 
 
 def test_options() -> None:
