@@ -52,6 +52,8 @@ def whole(settings: dict[str, Any] | None = None, **more: Any) -> Callable[[MPI.
     def work(comm: MPI.Intracomm) -> tuple[str, list[float]]:
         optimizer = begun(comm, settings, **more)
         losses = epochs(optimizer)
+        updates = getattr(optimizer.strategy.optimizer, "updates", 12)  # under `root` rank 0 alone makes them
+        assert updates == 12, "what was in flight at the end was applied"
         optimizer.close()
         return optimizer.sha256(), losses
 
