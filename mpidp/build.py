@@ -29,7 +29,6 @@ from mpidp.engine import Engine
 from mpidp.entry import tolerant
 from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
-from mpidp.held import weights_sha256
 from mpidp.inject import Faults
 from mpidp.job import Job
 from mpidp.lanes import Lanes
@@ -136,8 +135,11 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         model.recompute = train.recompute
         named = list(model.named_parameters())
         resolve.agree(dp, resolve.parameters_told(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
-        if isinstance(plan.shape, OwnShape):
-            resolve.say_unequal(dp, weights_sha256(model))
+        if isinstance(plan.shape, OwnShape) and (others := parts.begin_alike(model)) and world.rank == 0:
+            print(
+                f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run may differ, too: "
+                "draw them by torch's generator, which is set to train.seed. All ranks begin with rank 0's", flush=True,
+            )
         if train.compile:
             model.compile_blocks()
     else:

@@ -76,6 +76,20 @@ class Parts:
         return found
 
     @torch.no_grad()
+    def begin_alike(self, model: nn.Module) -> list[int]:
+        """Give all replicas rank 0's parameters, while each rank has memory of its own: in what a node shares, all would write
+        theirs. Returns the ranks that had others. Collective over grid.replicas.dp."""
+        dp = self.grid.replicas.dp
+        hashes = dp.allgather(weights_sha256(model))
+        others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
+        for p in model.parameters() if others else ():
+            wire = p.cpu().contiguous().view(-1)
+            for start, stop in pieces(0, wire.numel()):
+                dp.Bcast(buf(wire[start:stop]), root=0)
+            p.copy_(wire.view_as(p))
+        return others
+
+    @torch.no_grad()
     def load(self, reader: Reader, model: nn.Module) -> None:
         """The parameters of this part, from a checkpoint of any mesh."""
         for name, entry in parameters_of(model).items():

@@ -189,18 +189,6 @@ def parameters_told(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, st
     return {"parameters": str(len(named)), **told}
 
 
-def say_unequal(comm: MPI.Intracomm, hashes: str) -> None:
-    """Before all ranks get rank 0's weights, say who had others: that happens to a user's own model that does not draw them from
-    torch's generator. Collective over comm."""
-    everyone = comm.gather(hashes, root=0)
-    if everyone is not None and (others := [rank for rank, one in enumerate(everyone) if one != everyone[0]]):
-        print(
-            f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run will differ, too: "
-            "draw them by torch's generator, which is set to train.seed. All ranks begin with rank 0's",
-            flush=True,
-        )
-
-
 def agree(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
     """UsageError on every rank, naming what differs and where, unless all ranks hold the same facts. Collective over comm."""
     everyone = comm.allgather(facts)
