@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpidp.config import FIXED, Config, checked, fields_of
+from mpidp.config import Config, checked, fields_of
 from mpidp.errors import UsageError
+from mpidp.settings import FIXED
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

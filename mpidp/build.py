@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -39,7 +37,7 @@ from mpidp.lanes import Lanes
 from mpidp.metrics import Progress, peak_flops
 from mpidp.model.frozen import trained
 from mpidp.model.part import refuse
-from mpidp.model.shape import flops_per_token, num_parameters
+from mpidp.model.shape import OwnShape, TransformerShape, flops_per_token, num_parameters
 from mpidp.model.starting import base_weights, prepared, trained_sizes
 from mpidp.optim import Optimizer, Schedule
 from mpidp.origin import open_origin
@@ -125,6 +123,11 @@ def plan(config: Config, grid: Grid) -> Plan:
     with together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)
         refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
+        if training.apart and not isinstance(shape, TransformerShape):
+            raise UsageError(
+                f"model.kind={config.model.kind} on documents that are kept apart ({config.data.path}): it is not told where one "
+                "ends. Use model.kind=transformer, or data.documents=joined"
+            )
         if grid.parts > 1 and tolerant():
             raise UsageError(
                 "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
@@ -158,8 +161,12 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
             model.to(device)
         model.recompute = train.recompute
         named = trained(model)
-        shapes = json.dumps([(name, list(p.shape), str(p.dtype)) for name, p in named])
-        resolve.agree(dp, {"parameters": hashlib.sha256(shapes.encode()).hexdigest()})
+        resolve.agree(dp, resolve.parameters_told(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
+        if isinstance(plan.shape, OwnShape) and (others := parts.begin_alike(model)) and world.rank == 0:
+            print(
+                f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run may differ, too: "
+                "draw them by torch's generator, which is set to train.seed. All ranks begin with rank 0's", flush=True,
+            )
         if train.compile:
             model.compile_blocks()
     else:

@@ -80,7 +80,8 @@ class Engine:
         """What a chunk of this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
         with self._autocast():
             x = mb.tokens if entered is None else entered
-            return self.model(x, mb.positions, mb.doc_ids, key, mb.tokens.shape[1], chunk)  # type: ignore[no-any-return]
+            place = () if self.stages is None else (mb.tokens.shape[1], chunk)
+            return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""

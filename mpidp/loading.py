@@ -24,8 +24,8 @@ from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import CheckpointError, DataError, UsageError
 from mpidp.hf.folder import Folder
+from mpidp.model.kinds import saved_shape
 from mpidp.model.part import refuse
-from mpidp.model.shape import TransformerShape
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parts import Parts
 
@@ -143,7 +143,7 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     where = resolve.resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
-        shape = TransformerShape(**reader.meta["shape"])
+        shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])
         refuse(shape, grid.tp.size, grid.pp.size)
         parts = Parts(grid, shape)
         settings = reader.meta["config"]

@@ -17,6 +17,8 @@ DEFAULTS = {
     "quorum": 1.0, "sync_every": 0, "meet_every": 0, "staleness": 1, "compensation": 0.0, "group": "all", "group_size": 2,
     "outer_lr": -1.0, "outer_momentum": -1.0, "overlap": False, "fragments": 1, "servers": 0, "mode": "async", "replay": "",
 }
+KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
+TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM has not
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def _cut(settings: Settings) -> bool:
     return bool(settings["mesh.tp"] * settings["mesh.pp"] > 1)
 
 
+_NOT = "model.kind=lstm|MODULE:FACTORY"
+_not = _is_not("model.kind", "transformer")
 _CUT = "mesh.tp or mesh.pp above 1"
 _OTHERS = "strategy.name=delayed|local|server or quorum<1"
 _SHARDS, _FSDP = "mesh.shard=1|2|3", "mesh.shard=2|3"
@@ -144,6 +148,13 @@ RULES = [
     Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are small and are not cut: replicas alone, mesh.dp"),
     Rule(_FSDP, "model.lora_rank", _fsdp, _lora,
          "what is trained is small: there is nothing to share out but a base that never changes"),
+    Rule(_NOT, "model.lora_rank", _not, _lora, "adapters stand on the Transformer's layers"),
+    Rule(_NOT, _CUT, _not, _cut, "of the Transformer alone it is known how to cut it into parts"),
+    Rule(_NOT, _FSDP, _not, _fsdp, "of the Transformer alone it is known what to gather at once: mesh.shard=1"),
+    Rule(_NOT, "train.recompute", _not, _is("train.recompute", True), "it is of the Transformer's blocks"),
+    Rule(_NOT, "train.compile", _not, _is("train.compile", True), "it is of the Transformer's blocks"),
+    Rule("model.kind=MODULE:FACTORY", "optim.name=muon", lambda s: s["model.kind"] not in KINDS, _is("optim.name", "muon"),
+         "Muon is for hidden matrices, and of your own model it is not known which those are"),
 ]
 
 
@@ -155,6 +166,7 @@ def problems(settings: Settings) -> Iterator[str]:
         if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
             those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
             yield f"strategy.{key}={value} means something with strategy.name={those} alone, not with {name}"
+    yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
         yield f"strategy.quorum={settings['strategy.quorum']} must be above 0, and 1 at most: the share of the lanes to wait for"
     for rule in RULES:
@@ -189,6 +201,19 @@ def steps_of(timeline: str) -> tuple[int, int]:
     if not 1 <= first <= last < first + LONGEST:
         raise ValueError(f"steps count from 1, the last is not before the first, and at most {LONGEST} can be looked at")
     return first, last
+
+
+def _kind_problems(settings: Settings) -> Iterator[str]:
+    """Of model.kind, and of what goes with one kind alone."""
+    model = settings["model.kind"]
+    module, colon, factory = model.partition(":")
+    if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY of your own, as in models.rnn:make"
+    if model in KINDS and settings["model.options"]:
+        yield f"model.options={settings['model.options']} means something with a model.kind of your own alone, not with {model}"
+    for key, value in TRANSFORMERS.items() if model == "lstm" else ():
+        if settings[f"model.{key}"] != value:
+            yield f"model.{key}={settings[f'model.{key}']} means something with model.kind=transformer alone, not with lstm"
 
 
 def rhythm(settings: Settings, steps: int) -> tuple[int, int]:

@@ -25,8 +25,8 @@ from mpidp.loading import open_run
 from mpidp.parts import Parts
 
 KEYS = (  # of section model: what decides its weights and what they compute
-    "kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta", "rope_scaling",
-    "norm_eps", "head_dim", "vocab_size",
+    "kind", "options", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
+    "rope_scaling", "norm_eps", "head_dim", "vocab_size",
 )
 
 

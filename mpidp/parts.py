@@ -22,7 +22,7 @@ from mpidp.comm.transport import pieces
 from mpidp.errors import UsageError
 from mpidp.held import at_rest, boxes_held, parameters_of, weights_sha256, whole
 from mpidp.model.part import Part, part_of
-from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.model.shape import Shape, shapes_of
 from mpidp.state import Entry
 
 
@@ -36,7 +36,7 @@ class Boxes(Protocol):
 class Parts:
     """Independent, but for what says otherwise."""
 
-    def __init__(self, grid: Grid, shape: TransformerShape, sequence: bool = False, chunks: int = 1) -> None:
+    def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
         """sequence: are positions shared out between branches? chunks: how often each stage comes."""
         self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
         self.part = self._part_of(grid.model.rank)
@@ -83,6 +83,20 @@ class Parts:
                     whole, placed = self._placed(name, entry)
                     found[f"{where}/{whole}"] = placed
         return found
+
+    @torch.no_grad()
+    def begin_alike(self, model: nn.Module) -> list[int]:
+        """Give all replicas rank 0's parameters, while each rank has memory of its own: in what a node shares, all would write
+        theirs. Returns the ranks that had others. Collective over grid.replicas.dp."""
+        dp = self.grid.replicas.dp
+        hashes = dp.allgather(weights_sha256(model))
+        others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
+        for p in model.parameters() if others else ():
+            wire = p.cpu().contiguous().view(-1)
+            for start, stop in pieces(0, wire.numel()):
+                dp.Bcast(buf(wire[start:stop]), root=0)
+            p.copy_(wire.view_as(p))
+        return others
 
     @torch.no_grad()
     def load(self, reader: Boxes, model: nn.Module) -> None:

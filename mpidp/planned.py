@@ -24,7 +24,7 @@ from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 from mpidp.metrics import MetricsFile
 from mpidp.model.part import Part, part_of
-from mpidp.model.shape import TransformerShape, num_parameters, shapes_of
+from mpidp.model.shape import Shape, num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.origin import Origin
 from mpidp.rundir import refuse_changes
@@ -43,7 +43,7 @@ class Plan:
     validation: TokenStream | None
     sampler: Sampler
     lanes: Lanes
-    shape: TransformerShape
+    shape: Shape
     arrivals: Order  # at parameter servers or in a quorum, to be repeated
     origin: Origin | None = None  # of the first weights, where they are not drawn
 

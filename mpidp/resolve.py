@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from typing import Any
 
 import h5py
@@ -20,7 +21,8 @@ from mpidp.config import Config, fields_of
 from mpidp.entry import tolerant
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
-from mpidp.model.shape import TransformerShape, default_hidden_dim
+from mpidp.model import own
+from mpidp.model.shape import LSTMShape, Shape, TransformerShape, default_hidden_dim
 
 
 def resolve_threads(wanted: int, mesh: Mesh) -> int:
@@ -92,16 +94,23 @@ def workers(config: Config, size: int) -> int:
     return size - serving
 
 
-def model_shape(config: Config, vocab_size: int) -> TransformerShape:
-    """The model's shape with its defaults filled in; vocab_size: of the tokenizer. UsageError where the model has fewer. Pure."""
+def model_shape(config: Config, vocab_size: int) -> Shape:
+    """The model's shape with its defaults filled in; vocab_size: of the tokenizer. A user's own model is made and tried.
+    UsageError where the model has fewer tokens, and for one that cannot be trained. Independent."""
     m = config.model
     if m.vocab_size and m.vocab_size < vocab_size:
         raise UsageError(
             f"model.vocab_size={m.vocab_size}, but the tokenizer of {config.data.path} has {vocab_size} tokens: some would have "
             "no row in the embedding. Prepare the text with the model's own tokenizer, or leave model.vocab_size out"
         )
+    vocab_size = m.vocab_size or vocab_size
+    if m.kind == "lstm":
+        return LSTMShape(vocab_size, m.num_layers, m.model_dim, m.seq_len, m.dropout, m.tie_embeddings)
+    if m.kind != "transformer":
+        plain, settings = asdict(Config().model), asdict(m)
+        return own.shape_of(m.kind, settings, {k: v for k, v in settings.items() if v != plain[k]}, vocab_size, config.train.seed)
     return TransformerShape(
-        m.vocab_size or vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
+        vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
         m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
         m.norm_eps, m.head_dim, m.rope_scaling,
     )
@@ -128,7 +137,8 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
             kind_of(config), sync_every=every, meet_every=meet, servers=config.strategy.servers or 1, outer_lr=outer_lr,
             outer_momentum=outer_momentum,
         ),
-        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)},
+        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)}
+        if m.kind == "transformer" else {},
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
@@ -179,6 +189,12 @@ def versions() -> dict[str, str]:
         "mpi4py": mpi4py.__version__,
         "MPI": MPI.Get_library_version().split("\n")[0].strip("\x00 "),
     }
+
+
+def parameters_told(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
+    """What every rank's parameters must have in common. Independent."""
+    told = {f"parameter {i}": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named)}
+    return {"parameters": str(len(named)), **told}
 
 
 def agree(comm: MPI.Intracomm, facts: dict[str, str]) -> None:

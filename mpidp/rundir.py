@@ -19,8 +19,9 @@ from mpi4py import MPI
 from mpidp import checkpoint
 from mpidp.board import process
 from mpidp.comm.mesh import together
-from mpidp.config import FIXED, Config, fields_of
+from mpidp.config import Config, fields_of
 from mpidp.errors import CheckpointError, UsageError
+from mpidp.settings import FIXED
 
 COUNT_SECONDS = 1.0  # between two signs of life in the lock
 LOCK_BYTES = 512  # always written whole

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
+
+import torch
+from mpi4py import MPI
 
 from mpidp.balance import BALANCES, Balance, Terms, even
 from mpidp.comm.buckets import ALIGN, NORM_BLOCK
 from mpidp.comm.compressed import Compressed, method_of
 from mpidp.comm.group import Group, make_group, regroup
+from mpidp.comm.mesh import Mesh
 from mpidp.comm.owners import REDUCERS, slots_needed
 from mpidp.comm.reducers import Reducer
 from mpidp.comm.tickets import Tickets
@@ -18,8 +22,33 @@ from mpidp.entry import tolerant
 from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 
-if TYPE_CHECKING:
-    from mpidp.planned import Plan
+
+class Asked(Protocol):
+    """Who wants memory: a plan (planned.py), or a loop of the user's own (library.py)."""
+
+    @property
+    def config(self) -> Config:
+        """Nothing left open."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The replicas."""
+
+    @property
+    def world(self) -> MPI.Intracomm:
+        """Everybody."""
+
+    @property
+    def lanes(self) -> Lanes:
+        """Of a batch."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+
+    @property
+    def shape(self) -> Any:
+        """Of the model: num_layers is how many units of it begin a block of the norm."""
 
 
 SHARED = (  # by mesh.shard, what replicas hold; of one copy there is nothing to share out
@@ -66,7 +95,7 @@ def held_floats(config: Config, slots: int, size: int) -> float:
 
 
 def share_memory(
-    plan: Plan, transport: Messages, num_parameters: int, looked_at: bool = False, before: tuple[Group, bool] | None = None
+    plan: Asked, transport: Messages, num_parameters: int, looked_at: bool = False, before: tuple[Group, bool] | None = None
 ) -> Sharing:
     """Groups, balance and reducer as the config asks; rank 0 says what came of it. looked_at: lanes are looked at one by one for
     other reasons than the config says. before: the group in whose memory those who are left of it go on, and whether there was

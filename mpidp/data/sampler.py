@@ -177,7 +177,7 @@ class Sampler:
         """The windows at these positions, all in this pool, of its lane's part."""
         extent, part = self._extent(pool), self.part(pool.lane)
         at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
-        mixed = permute(at, len(extent), _keys(self.seed, "window", *pool)).astype(np.int64) + extent.start
+        mixed = permute(at, len(extent), keys_of(self.seed, "window", *pool)).astype(np.int64) + extent.start
         mixed = self._skip_gap(part, pool, mixed)
         slots = mixed // self.block_windows - pool.number * POOL_BLOCKS
         return part.start + self._blocks(pool)[slots] * self.block_windows + mixed % self.block_windows
@@ -195,17 +195,17 @@ def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _slot_of(block: int, num_blocks: int, seed: int, epoch: int, lane: int) -> int:
-    return int(unpermute(np.array([block], dtype=np.uint64), num_blocks, _keys(seed, "block", lane, epoch))[0])
+    return int(unpermute(np.array([block], dtype=np.uint64), num_blocks, keys_of(seed, "block", lane, epoch))[0])
 
 
 @lru_cache(maxsize=1024)
 def _blocks_of(num_blocks: int, seed: int, pool: Pool) -> np.ndarray:
     slots = np.arange(pool.number * POOL_BLOCKS, min((pool.number + 1) * POOL_BLOCKS, num_blocks), dtype=np.uint64)
-    return permute(slots, num_blocks, _keys(seed, "block", pool.lane, pool.epoch)).astype(np.int64)
+    return permute(slots, num_blocks, keys_of(seed, "block", pool.lane, pool.epoch)).astype(np.int64)
 
 
 @lru_cache(maxsize=1024)
-def _keys(*key: object) -> np.ndarray:
+def keys_of(*key: object) -> np.ndarray:
     """ROUNDS independent round keys (ROUNDS, 1) uint64 of anything with a stable repr."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpidp.errors import UsageError
-from mpidp.model.shape import TransformerShape
+from mpidp.model.shape import Shape, TransformerShape
 
 ROWS = ("embedding.weight", "head.weight", "q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")
 COLUMNS = ("attention.o.weight", "feed_forward.down.weight")
@@ -80,13 +80,13 @@ class Part:
         return self.size > 1 and name.endswith((*ROWS, *COLUMNS))
 
 
-def whole(shape: TransformerShape) -> Part:
+def whole(shape: Shape) -> Part:
     """All of it. Pure."""
     return Part((range(shape.num_layers),), tied=shape.tie_embeddings, head_dim=shape.head_dim)
 
 
 def part_of(
-    shape: TransformerShape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1
+    shape: Shape, stage: int, stages: int, index: int, size: int, sequence: bool = False, chunks: int = 1
 ) -> Part:
     """Of a rank in stage `stage` of `stages`, number `index` of the `size` that share its layers, and sequences if so; chunks:
     how often the stage comes. Pure."""
@@ -94,15 +94,15 @@ def part_of(
     return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
 
 
-def stage_layers(shape: TransformerShape, stages: int) -> list[range]:
+def stage_layers(shape: Shape, stages: int) -> list[range]:
     """Layers of each stage, such that the slowest stage is as fast as can be: by floating-point operations a token, the head's
     among them. Contiguous, at least one each. Pure."""
+    if not isinstance(shape, TransformerShape) or stages == 1:
+        return [range(shape.num_layers)]
     d, t = shape.model_dim, shape.seq_len
     heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
     block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * t * shape.num_heads * shape.head_dim
     head, count = shape.vocab_size * d, shape.num_layers
-    if stages == 1:
-        return [range(count)]
 
     def slowest(last: int) -> int:
         return max(last * block + head, -(-(count - last) // (stages - 1)) * block)
@@ -112,8 +112,12 @@ def stage_layers(shape: TransformerShape, stages: int) -> list[range]:
     return [*(range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)), range(rest, count)]
 
 
-def refuse(shape: TransformerShape, tp: int, pp: int, chunks: int = 1) -> None:
+def refuse(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
     """UsageError for a cut that is not to be had, with the nearest that are. Pure."""
+    if not isinstance(shape, TransformerShape):
+        if tp * pp > 1:
+            raise UsageError(f"tp={tp}, pp={pp}: of model.kind=transformer alone it is known how to cut it: leave them 1")
+        return
     heads = shape.num_kv_heads
     if heads % tp:
         fit = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -12,21 +12,21 @@ import torch
 
 from mpidp.errors import UsageError
 from mpidp.model.frozen import frozen, trained
+from mpidp.model.kinds import make_model
 from mpidp.model.lora import A, B, adapters_of, attach
 from mpidp.model.part import Part
-from mpidp.model.shape import TransformerShape, shapes_of
-from mpidp.model.transformer import MODELS
+from mpidp.model.shape import Shape, shapes_of
 
 Settings = Mapping[str, Any]  # of the run, by section.key; those of earlier versions lack some
 
 
-def base_weights(settings: Settings, shape: TransformerShape, part: Part) -> Any:
+def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
     """The model, or this part of it, before its first step and without adapters: drawn by the seed. On the CPU, the same on every
     rank. Independent."""
-    return MODELS[settings["model.kind"]](shape, settings["train.seed"], part)
+    return make_model(shape, settings["train.seed"], part)
 
 
-def prepared(model: Any, settings: Settings, shape: TransformerShape, part: Part) -> Any:
+def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
     """The same model with adapters on its weights, and with what is not trained frozen. UsageError for what cannot be.
     Independent."""
     if rank := settings.get("model.lora_rank", 0):
@@ -39,8 +39,8 @@ def prepared(model: Any, settings: Settings, shape: TransformerShape, part: Part
     return model
 
 
-def trained_sizes(settings: Settings, shape: TransformerShape, part: Part) -> dict[str, tuple[int, ...]]:
-    """The shapes of what is trained of a Transformer, or of this part of it. UsageError for what cannot be, such as a part of
+def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is trained of a model, or of this part of it. UsageError for what cannot be, such as a part of
     which nothing is trained. Pure."""
     sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
     if rank := settings.get("model.lora_rank", 0):
@@ -59,7 +59,7 @@ def trained_sizes(settings: Settings, shape: TransformerShape, part: Part) -> di
     return left
 
 
-def trained_on_paper(settings: Settings, shape: TransformerShape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
+def trained_on_paper(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of what is trained, without the memory of a model, but with torch's meta device. Independent."""
     with torch.device("meta"):
         return trained(prepared(base_weights(settings, shape, part), settings, shape, part))

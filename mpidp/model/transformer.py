@@ -227,6 +227,3 @@ class Transformer(nn.Module):
         """torch.compile, block by block: one graph serves all layers and logits stay eager."""
         for block in self.blocks.values():
             block.compile(dynamic=False)
-
-
-MODELS = {"transformer": Transformer}

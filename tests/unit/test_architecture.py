@@ -19,21 +19,21 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 
 # A file imports from layers below its own, never from its own or from above. A new file gets a place here.
 LAYERS = [
-    "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ data.__init__ model.__init__ "
+    "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ model.__init__ "
     "checkup.__init__ checkup.findings hf.__init__ methods strategies.groups comm.background "
     "energy reporting.__init__ reporting.page reporting.charts "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape "
     "model.cache model.rowwise speech",
-    "scalars model.part model.lora model.frozen boxes "
+    "settings scalars model.part model.lora model.frozen boxes "
     "hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
-    "held mesh_memory model.transformer c10d.neighbours "
+    "held mesh_memory model.transformer model.own c10d.neighbours "
     "arrivals config entry watchdog optim inject predict tries data.sampler data.tokenizer data.index checkup.facts "
     "comm.exchange strategies.roll hf.folder rows sampling",
-    "model.starting holding hf.tokens "
+    "model.lstm data.dataset holding hf.tokens "
     "c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware "
     "checkup.memory checkup.sessions",
-    "choices hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
-    "c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
+    "model.kinds data.__init__ choices hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
+    "model.starting c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
     "mesh_table mesh_time timeline reporting.read",
     "reporting.waterfall reporting.costs "
     "plan_mesh audit comm.ring comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
@@ -44,7 +44,7 @@ LAYERS = [
     "plan_methods",
     "strategies.sharded reporting.pictures",
     "job strategies.__init__",
-    "build step",
+    "build step library",
     "telling",
     "fit recover",
     "course rerun trials",
@@ -62,7 +62,7 @@ MPI4PY = {
     "comm.respawn", "comm.grid", "comm.parallel_layers", "comm.ring", "comm.stages", "planned",
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "strategies.sliced", "strategies.sharded",
-    "audit", "build", "checkpoint", "engine", "job", "loading", "origin", "resolve",
+    "audit", "build", "checkpoint", "engine", "job", "library", "loading", "origin", "resolve", "sharing",
     "doctor", "rundir", "scoring", "saver", "step", "trials",
     "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.waiting",
     "c10d.works",
@@ -73,13 +73,14 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.loader", "decode", "scalars", "timeline", "fit", "hf.folder", "hf.write", "model.cache", "model.rowwise",
-    "model.transformer", "optim", "sampling", "saving", "state", "model.lora", "model.frozen", "model.starting",
+    "data.dataset", "data.loader", "decode", "scalars", "timeline", "fit", "hf.folder", "hf.write", "model.cache",
+    "model.rowwise", "model.transformer", "model.lstm", "model.own", "optim", "sampling", "saving", "state", "model.lora",
+    "model.frozen", "model.starting",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
     "arguments", "train", "course", "build", "origin", "planned", "resolve", "rundir", "sharing", "plan_methods", "plan_sums",
-    "trials",
+    "trials", "library",
 }
 
 
@@ -145,7 +146,8 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
     if users is not None:
         assert found == users
     pure = {
-        "lanes", "schedule", "config", "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
+        "settings", "lanes", "schedule", "config",
+        "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
         "noise", "strategies.roll", "hf.names", "hf.tokens", "model.shape", "model.part", "model.lora", "model.frozen",
         "model.starting",
         "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
@@ -226,7 +228,7 @@ def test_what_training_runs_is_small() -> None:
     for module in C10D:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
-    assert sum(lines_of_code(names[module]) for module in seen) < 10500
+    assert sum(lines_of_code(names[module]) for module in seen) < 11000
     assert sum(map(lines_of_code, MPIDP)) < 17500
 
 

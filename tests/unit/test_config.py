@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from mpidp import methods
 from mpidp.arguments import from_args, help_text, read_toml
-from mpidp.config import FIXED, Config, checked, fields_of, to_toml
+from mpidp.config import Config, checked, fields_of, to_toml
 from mpidp.errors import UsageError
+from mpidp.settings import FIXED
 
 # Whoever adds, renames or removes an option edits this list too, on purpose: people's files and scripts hold these names.
 KEYS = """
 data.path data.verify data.order data.resident data.documents
-model.kind model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len model.dropout
+model.kind model.options model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len
+model.dropout
 model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
 model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
@@ -209,7 +211,7 @@ FREE = {  # settings that no other contradicts, at any value
     else numbers(about)
     for key, about, _ in fields_of()
     if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
-                                 "head_dim", "rope_scaling", "timeline", "kernels",
+                                 "head_dim", "rope_scaling", "timeline", "kernels", "kind", "options",
                                  "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([

@@ -39,6 +39,8 @@ WORDS = {  # an example of each side of a rule
     "comm.compress": ("comm.compress=int8", "comm.compress=topk"),
     "comm.gpu=nccl": ("comm.gpu=nccl",),
     "train.spike": ("train.spike=3",),
+    "model.kind=lstm|MODULE:FACTORY": ("model.kind=lstm", "model.kind=mine:make"),
+    "model.kind=MODULE:FACTORY": ("model.kind=mine:make",), "train.recompute": ("train.recompute=true",),
     "strategy.group=node|rotating|pairs|exponential": tuple(
         f"strategy.name=local strategy.group={group}" for group in ("node", "rotating", "pairs", "exponential")
     ),

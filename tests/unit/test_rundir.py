@@ -22,9 +22,10 @@ import torch
 from mpi4py import MPI
 
 from mpidp import rundir
-from mpidp.config import FIXED, Config, fields_of
+from mpidp.config import Config, fields_of
 from mpidp.errors import CheckpointError, UsageError
 from mpidp.rundir import RunLock, find_checkpoint, refuse_changes, set_aside
+from mpidp.settings import FIXED
 from mpidp.state import Entry
 from tests import saves
 
@@ -308,7 +309,7 @@ def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
 
 
 FIXED_KEYS = {
-    "data.order", "model.kind", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.model_dim",
+    "data.order", "model.kind", "model.options", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.model_dim",
     "model.hidden_dim", "model.seq_len", "model.dropout", "model.tie_embeddings", "model.rope_theta",
     "model.rope_scaling", "model.norm_eps", "model.head_dim", "model.vocab_size", "train.init_from", "train.global_batch",
     "data.documents", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "optim.freeze",

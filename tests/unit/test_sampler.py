@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpidp.data import sampler as module
-from mpidp.data.sampler import Sampler, _keys, permute, unpermute
+from mpidp.data.sampler import Sampler, keys_of, permute, unpermute
 from mpidp.errors import DataError
 from mpidp.lanes import Lanes
 
@@ -53,7 +53,7 @@ def test_every_window_once_an_epoch(sampler: Sampler, epoch: int) -> None:
 @given(samplers(), st.integers(0, 2), st.randoms(use_true_random=False))
 def test_windows_depend_on_nothing_but_the_arguments(sampler: Sampler, epoch: int, random) -> None:
     expected = of_epoch(sampler, epoch)
-    for cached in (module._keys, module._blocks_of, module._slot_of):
+    for cached in (module.keys_of, module._blocks_of, module._slot_of):
         cached.cache_clear()
     calls = [(batch, v) for batch in range(len(expected)) for v in range(len(expected[0]))]
     random.shuffle(calls)
@@ -128,7 +128,7 @@ def test_a_corpus_of_a_hundred_billion_tokens_starts_at_once() -> None:
 @given(st.integers(1, 5000), st.integers())
 @settings(max_examples=60, deadline=None)
 def test_permutations_are_permutations(n: int, key: int) -> None:
-    keys, x = _keys(key), np.arange(n, dtype=np.uint64)
+    keys, x = keys_of(key), np.arange(n, dtype=np.uint64)
     y = permute(x, n, keys)
     assert sorted(y) == list(range(n))
     np.testing.assert_array_equal(unpermute(y, n, keys), x)
@@ -136,7 +136,7 @@ def test_permutations_are_permutations(n: int, key: int) -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 5, 7])
 def test_small_permutations_are_about_uniform(n: int) -> None:
-    where = np.array([permute(np.zeros(1, dtype=np.uint64), n, _keys(i))[0] for i in range(3000)])
+    where = np.array([permute(np.zeros(1, dtype=np.uint64), n, keys_of(i))[0] for i in range(3000)])
     share = np.bincount(where.astype(int), minlength=n) / 3000
     assert share.min() > 0.8 / n and share.max() < 1.2 / n
 

@@ -1,0 +1,79 @@
+"""A masked language model (Devlin 2018, BERT, section 3.1) on the same shards of tokens that mpidp.train reads.
+
+    mpirun -np 2 python -m mpi4py examples/masked.py shards/stdlib
+
+15% of the tokens are to be guessed: 80% of those are masked, 10% are another token, 10% stay. What is masked is drawn anew in
+every epoch, and belongs to the micro-batch, not to a rank; the mean is over the guessed tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mpidp.library as mpidp
+from mpidp.data.shards import TokenStream
+
+LENGTH = 64
+
+
+class Windows:
+    """Training shards as a map-style dataset: windows (LENGTH,) of consecutive tokens."""
+
+    def __init__(self, path: str) -> None:
+        self.stream = TokenStream(path, "train")
+
+    def __len__(self) -> int:
+        return self.stream.num_tokens // LENGTH
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(self.stream.read(i * LENGTH, LENGTH).astype("int64"))
+
+
+class Encoder(nn.Module):
+    """Tokens (B, LENGTH) of which some are masked -> logits (B, LENGTH, V). The mask is token V."""
+
+    def __init__(self, vocab_size: int, dim: int, layers: int) -> None:
+        super().__init__()
+        self.embedding, self.places = nn.Embedding(vocab_size + 1, dim), nn.Parameter(torch.randn(LENGTH, dim) / dim**0.5)
+        layer = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.1, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(dim, vocab_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.embedding(tokens) + self.places))
+
+
+def masked(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(tokens as the model sees them, targets: -100 where nothing is to be guessed)."""
+    guessed, how, other = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape), torch.randint(vocab_size, tokens.shape)
+    seen = torch.where(how < 0.8, vocab_size, torch.where(how < 0.9, other, tokens))
+    return torch.where(guessed, seen, tokens), torch.where(guessed, tokens, -100)
+
+
+def train(path: str, comm: Any = None, steps: int = 300, batch: int = 16, dim: int = 64, layers: int = 2) -> dict[str, Any]:
+    """{losses, sha256}. Collective over comm."""
+    torch.manual_seed(0)
+    vocab_size = (windows := Windows(path)).stream.vocab_size
+    model, losses, items = Encoder(vocab_size, dim, layers), [], mpidp.from_dataset(windows, batch=batch, seed=0)
+    optimizer = mpidp.DataParallel(model, torch.optim.AdamW(model.parameters(), 1e-3), items, clip=1.0, threads=1, comm=comm)
+    while optimizer.steps < steps:
+        for tokens in optimizer.micro_batches():
+            seen, targets = masked(tokens, vocab_size)
+            optimizer.backward(F.cross_entropy(model(seen).flatten(0, 1), targets.flatten()), int((targets >= 0).sum()))
+            if optimizer.step():
+                losses.append(optimizer.loss)
+            if optimizer.steps == steps:
+                break
+    return {"losses": losses, "sha256": optimizer.sha256(), "rank": optimizer.rank}
+
+
+if __name__ == "__main__":
+    found = train(sys.argv[1] if len(sys.argv) > 1 else "shards/stdlib")
+    if found["rank"] == 0:
+        first, last = (sum(part) / 20 for part in (found["losses"][:20], found["losses"][-20:]))
+        print(f"loss of masked tokens {first:.3f} at first, {last:.3f} at last; weights {found['sha256'][:16]}")

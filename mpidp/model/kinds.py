@@ -1,0 +1,25 @@
+"""Models by the kind of their shape: the only place where model.kind becomes a class. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpidp.model.lstm import LSTM
+from mpidp.model.own import Own
+from mpidp.model.part import Part
+from mpidp.model.shape import LSTMShape, OwnShape, Shape, TransformerShape
+from mpidp.model.transformer import Transformer
+
+SHAPES: dict[str, Any] = {"transformer": TransformerShape, "lstm": LSTMShape}
+MODELS: dict[type, Any] = {TransformerShape: Transformer, LSTMShape: LSTM, OwnShape: Own}
+
+
+def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
+    """The model, or a part of it, with parameters drawn from the seed. UsageError from a user's own. Pure."""
+    return MODELS[type(shape)](shape, seed, part)
+
+
+def saved_shape(kind: str, saved: Mapping[str, Any]) -> Shape:
+    """The shape that a checkpoint tells of a run with this model.kind. TypeError when it is another kind's. Pure."""
+    return SHAPES.get(kind, OwnShape)(**saved)  # type: ignore[no-any-return]
