@@ -19,12 +19,12 @@ from inside import MODELS
 from mpi4py import MPI
 
 from mpidp.comm.grid import make_grid
-from mpidp.decode import Row, decode
-from mpidp.loading import Loaded
+from mpidp.inference.decode import Row, decode
+from mpidp.inference.loading import Loaded
+from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape, default_hidden_dim, num_parameters
 from mpidp.model.transformer import Transformer
-from mpidp.sampling import Sampling, seed_of
 
 
 class Forgetful(Transformer):

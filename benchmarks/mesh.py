@@ -24,9 +24,9 @@ from pathlib import Path
 
 from mpidp.arguments import from_args
 from mpidp.config import fields_of
-from mpidp.mesh_memory import Model, Shape, Work
-from mpidp.mesh_time import Link, Machine, measured_machine, step_of
-from mpidp.plan_mesh import model_of_config, vocab_size_of
+from mpidp.planning.mesh import model_of_config, vocab_size_of
+from mpidp.planning.mesh_memory import Model, Shape, Work
+from mpidp.planning.mesh_time import Link, Machine, measured_machine, step_of
 
 SETTINGS = [  # a copy a rank, as in a mesh of several nodes; nothing is hidden
     "--model.num_layers=4", "--model.model_dim=256", "--model.num_heads=8", "--model.seq_len=64", "--train.global_batch=16",

@@ -77,9 +77,9 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
     from mpidp.comm.mesh import together
     from mpidp.errors import UsageError
-    from mpidp.loading import open_model
-    from mpidp.rows import read_text
-    from mpidp.scoring import text_loss
+    from mpidp.inference.loading import open_model
+    from mpidp.inference.rows import read_text
+    from mpidp.inference.scoring import text_loss
 
     reader, loaded, tokenizer = open_model(options, world)
     config, told = reader.meta["config"], None
@@ -96,12 +96,12 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """{accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see mpidp/choices.py. The same
+    """{accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see inference/choices.py. The same
     figures at any number of ranks. DataError, CheckpointError. Collective over world."""
-    from mpidp.choices import counted, encode, read_choices
     from mpidp.comm.mesh import together
-    from mpidp.loading import open_model
-    from mpidp.scoring import log_likelihoods
+    from mpidp.inference.choices import counted, encode, read_choices
+    from mpidp.inference.loading import open_model
+    from mpidp.inference.scoring import log_likelihoods
 
     reader, loaded, tokenizer = open_model(options, world)
     seq_len, told = reader.meta["config"]["model.seq_len"], None
@@ -132,7 +132,7 @@ def evaluate(
     from mpidp.data.shards import TokenStream
     from mpidp.engine import Engine
     from mpidp.errors import DataError
-    from mpidp.loading import load_model, open_run
+    from mpidp.inference.loading import load_model, open_run
 
     grid = make_grid(world, tp, pp)
     world = grid.world

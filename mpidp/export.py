@@ -39,7 +39,7 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
     from mpidp.errors import UsageError
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
-    from mpidp.loading import load_model, open_run
+    from mpidp.inference.loading import load_model, open_run
     from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
 

@@ -86,10 +86,10 @@ def generate(world: Any, options: argparse.Namespace, say: Callable[[str], None]
     Collective over world."""
     from mpidp.comm.grid import make_grid
     from mpidp.comm.mesh import polite_barrier, together
-    from mpidp.decode import go_on
-    from mpidp.loading import load_model, load_tokenizer_for, open_run
+    from mpidp.inference.decode import go_on
+    from mpidp.inference.loading import load_model, load_tokenizer_for, open_run
+    from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
-    from mpidp.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     rows: list[dict[str, Any]] = []
@@ -130,7 +130,7 @@ def generate(world: Any, options: argparse.Namespace, say: Callable[[str], None]
 
 def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
     from mpidp.errors import UsageError
-    from mpidp.rows import read_prompts
+    from mpidp.inference.rows import read_prompts
 
     if options.out is not None:  # before there is work to lose
         folder = Path(options.out).absolute().parent

@@ -21,7 +21,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
 from mpidp.hf import tokens
 from mpidp.hf.folder import COME_ALONG, Folder
-from mpidp.loading import open_run
+from mpidp.inference.loading import open_run
 from mpidp.parts import Parts
 
 KEYS = (  # of section model: what decides its weights and what they compute

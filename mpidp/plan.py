@@ -18,13 +18,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpidp import measured, mesh_ask, predict
 from mpidp.arguments import from_args
 from mpidp.entry import Parser, begin, launcher_rank, run_entry
 from mpidp.errors import UsageError
-from mpidp.mesh_table import mesh_table
 from mpidp.noise import interval, mean
-from mpidp.plan_table import methods_table, plot, table
+from mpidp.planning import measured, mesh_ask, predict
+from mpidp.planning.mesh_table import mesh_table
+from mpidp.planning.table import methods_table, plot, table
 
 SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that seconds depend on
 

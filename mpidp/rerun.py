@@ -84,7 +84,7 @@ class Replay:
         from mpidp import arguments, build, checkpoint, fit, methods
         from mpidp.comm.grid import make_grid
         from mpidp.comm.mesh import together
-        from mpidp.loading import open_run
+        from mpidp.inference.loading import open_run
 
         if not 1 <= last <= record.last:
             raise UsageError.on_every_rank(f"{record.path}: step {last} cannot be replayed; steps 1 to {record.last} can")
@@ -207,7 +207,7 @@ class Replay:
         return found
 
     def _compare_tensors(self, path: Path) -> tuple[bool, str]:
-        from mpidp.loading import open_run
+        from mpidp.inference.loading import open_run
 
         try:
             reader = open_run(path, self.job.comm)

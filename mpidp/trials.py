@@ -28,9 +28,9 @@ from mpidp.data.index import read_index
 from mpidp.entry import tolerant
 from mpidp.errors import MpidpError, Stopped, UsageError
 from mpidp.origin import open_origin
-from mpidp.plan_methods import Row, predict, recommend, variant, with_speeds
-from mpidp.plan_sums import Cluster, cluster_of, lanes_of, link_of
-from mpidp.predict import most_micro_batches
+from mpidp.planning.methods import Row, predict, recommend, variant, with_speeds
+from mpidp.planning.predict import most_micro_batches
+from mpidp.planning.sums import Cluster, cluster_of, lanes_of, link_of
 from mpidp.resolve import resolve_threads
 
 if TYPE_CHECKING:

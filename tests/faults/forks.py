@@ -26,7 +26,7 @@ from mpi4py import MPI  # noqa: E402
 
 import data_tools.prepare  # noqa: E402, F401
 import mpidp.build  # noqa: E402, F401
-import mpidp.loading  # noqa: E402, F401
+import mpidp.inference.loading  # noqa: E402, F401
 import mpidp.saver  # noqa: E402
 
 mpidp.saver.YOUNG_SECONDS = 60.0  # on a busy machine no checkpoint of a toy run is left out

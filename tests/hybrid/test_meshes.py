@@ -15,9 +15,9 @@ import mpidp.generate
 from mpidp.comm.grid import make_grid
 from mpidp.config import Config
 from mpidp.errors import UsageError
-from mpidp.mesh_memory import Model, Shape, Work
-from mpidp.mesh_time import Link, Machine, step_of
 from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.planning.mesh_memory import Model, Shape, Work
+from mpidp.planning.mesh_time import Link, Machine, step_of
 from mpidp.step import compute
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 

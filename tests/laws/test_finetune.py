@@ -18,7 +18,7 @@ from mpidp.comm.mesh import polite_barrier
 from mpidp.data.shards import TokenStream
 from mpidp.errors import UsageError
 from mpidp.evaluate import evaluate
-from mpidp.loading import load_model, open_run
+from mpidp.inference.loading import load_model, open_run
 from mpidp.model.lora import is_adapter
 from tests.tiny import SENTENCE, WORLD, at, corpus, job_at, sizes, tiny, train_at
 

@@ -10,8 +10,8 @@ import pytest
 
 from mpidp.config import checked
 from mpidp.data.index import read_index
-from mpidp.plan_methods import METHODS, sent_bytes, sizes_of, variant
-from mpidp.plan_sums import Cluster
+from mpidp.planning.methods import METHODS, sent_bytes, sizes_of, variant
+from mpidp.planning.sums import Cluster
 from tests.tiny import WORLD, corpus, everywhere, tiny, train_at
 
 pytestmark = pytest.mark.mpi

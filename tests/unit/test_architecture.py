@@ -19,29 +19,32 @@ MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 
 # A file imports from layers below its own, never from its own or from above. A new file gets a place here.
 LAYERS = [
-    "__init__ errors files lanes schedule state stopping balance noise plan_table comm.__init__ model.__init__ "
-    "checkup.__init__ checkup.findings hf.__init__ methods strategies.groups comm.background "
-    "energy reporting.__init__ reporting.page reporting.charts "
+    "__init__ errors files lanes schedule state stopping balance noise planning.table comm.__init__ model.__init__ "
+    "checkup.__init__ checkup.findings hf.__init__ planning.__init__ inference.__init__ methods strategies.groups "
+    "comm.background energy reporting.__init__ reporting.page reporting.charts "
     "board comm.codes comm.tree comm.buffers comm.buckets comm.probe comm.tickets comm.waiting model.shape "
-    "model.cache model.rowwise speech",
+    "model.cache model.rowwise inference.speech",
     "settings scalars model.part model.lora model.frozen boxes "
     "hf.names comm.transport c10d.sums c10d.hosted c10d.profiled c10d.monitored c10d.waiting",
-    "held mesh_memory model.transformer model.own c10d.neighbours "
-    "arrivals config entry watchdog optim inject predict tries data.sampler data.tokenizer data.index checkup.facts "
-    "comm.exchange strategies.roll hf.folder rows sampling",
+    "held planning.mesh_memory model.transformer model.own c10d.neighbours "
+    "arrivals config entry watchdog optim inject planning.predict tries data.sampler data.tokenizer data.index checkup.facts "
+    "comm.exchange strategies.roll hf.folder inference.rows inference.sampling",
     "model.lstm data.dataset holding hf.tokens "
     "c10d.calls c10d.works comm.faults comm.powersgd comm.sparse checkup.launch checkup.hardware "
     "checkup.memory checkup.sessions",
-    "model.kinds data.__init__ choices hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
-    "model.starting c10d.base checkpoint measured comm.grid comm.group comm.nccl data.loader checkup.network checkup.storage "
-    "mesh_table mesh_time timeline reporting.read",
+    "model.kinds data.__init__ inference.choices hf.write c10d.turns arguments metrics comm.mesh comm.respawn data.shards",
+    "model.starting c10d.base checkpoint planning.measured comm.grid comm.group comm.nccl data.loader checkup.network "
+    "checkup.storage "
+    "planning.mesh_table planning.mesh_time timeline reporting.read",
     "reporting.waterfall reporting.costs "
-    "plan_mesh audit comm.ring comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
-    "reporting.about mesh_ask c10d.group comm.parallel_layers saver comm.compressed comm.owners comm.overlap strategies.protocol",
-    "reporting.sections c10d.meeting engine loading sharing strategies.synchronous plan_sums",
-    "origin decode reporting.compare",
-    "scoring planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server strategies.sliced "
-    "plan_methods",
+    "planning.mesh audit comm.ring comm.stages parts c10d.moves c10d.reductions resolve rundir saving comm.reducers comm.peers",
+    "reporting.about planning.mesh_ask c10d.group comm.parallel_layers saver comm.compressed comm.owners comm.overlap "
+    "strategies.protocol",
+    "reporting.sections c10d.meeting engine inference.loading sharing strategies.synchronous planning.sums",
+    "origin inference.decode reporting.compare",
+    "inference.scoring planned c10d.__init__ strategies.delayed strategies.local strategies.quorum strategies.server "
+    "strategies.sliced "
+    "planning.methods",
     "strategies.sharded reporting.pictures",
     "job strategies.__init__",
     "build step library",
@@ -62,8 +65,8 @@ MPI4PY = {
     "comm.respawn", "comm.grid", "comm.parallel_layers", "comm.ring", "comm.stages", "planned",
     "strategies.delayed", "strategies.local", "strategies.quorum", "strategies.server",
     "strategies.protocol", "strategies.synchronous", "strategies.sliced", "strategies.sharded",
-    "audit", "build", "checkpoint", "engine", "job", "library", "loading", "origin", "resolve", "sharing",
-    "doctor", "rundir", "scoring", "saver", "step", "trials",
+    "audit", "build", "checkpoint", "engine", "job", "library", "inference.loading", "origin", "resolve", "sharing",
+    "doctor", "rundir", "inference.scoring", "saver", "step", "trials",
     "c10d.base", "c10d.calls", "c10d.group", "c10d.turns", "c10d.meeting", "c10d.monitored", "c10d.sums", "c10d.waiting",
     "c10d.works",
 }
@@ -73,13 +76,15 @@ TORCH = MPI4PY - {
 } | {
     "boxes", "parts", "held", "holding", "c10d.hosted", "c10d.moves", "c10d.neighbours", "c10d.profiled", "c10d.reductions",
     "comm.buckets", "comm.codes", "comm.compressed", "comm.powersgd", "comm.sparse",
-    "data.dataset", "data.loader", "decode", "scalars", "timeline", "fit", "hf.folder", "hf.write", "model.cache",
-    "model.rowwise", "model.transformer", "model.lstm", "model.own", "optim", "sampling", "saving", "state", "model.lora",
+    "data.dataset", "data.loader", "inference.decode", "scalars", "timeline", "fit", "hf.folder", "hf.write", "model.cache",
+    "model.rowwise", "model.transformer", "model.lstm", "model.own", "optim", "inference.sampling", "saving", "state",
+    "model.lora",
     "model.frozen", "model.starting",
 }
 H5PY = {"data.shards", "resolve"}  # resolve tells its version
 SEES_CONFIG = {
-    "arguments", "train", "course", "build", "origin", "planned", "resolve", "rundir", "sharing", "plan_methods", "plan_sums",
+    "arguments", "train", "course", "build", "origin", "planned", "resolve", "rundir", "sharing", "planning.methods",
+    "planning.sums",
     "trials", "library",
 }
 
@@ -150,8 +155,10 @@ def test_libraries_stay_where_they_belong(library: str, users: set[str] | None) 
         "errors", "files", "stopping", "comm.tree", "model.transformer", "model", "balance",
         "noise", "strategies.roll", "hf.names", "hf.tokens", "model.shape", "model.part", "model.lora", "model.frozen",
         "model.starting",
-        "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "predict", "arguments", "measured",
-        "plan_table", "board", "watchdog", "tries", "mesh_memory", "mesh_time", "mesh_table", "mesh_ask", "plan_mesh",
+        "arrivals", "methods", "strategies.groups", "inject", "metrics", "plan", "planning.predict", "arguments",
+        "planning.measured",
+        "planning.table", "board", "watchdog", "tries", "planning.mesh_memory", "planning.mesh_time", "planning.mesh_table",
+        "planning.mesh_ask", "planning.mesh",
         "energy", "report", *(name for name in {module_of(name).removeprefix("mpidp.") for name in MPIDP} if "reporting" in name),
     }
     assert library == "torch" or not found & pure

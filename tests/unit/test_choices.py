@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpidp.choices import Item, counted, encode, read_choices
 from mpidp.data.tokenizer import ByteTokenizer, train_bpe
 from mpidp.errors import DataError
-from mpidp.scoring import log_likelihoods, row_losses, text_loss, windows
+from mpidp.inference.choices import Item, counted, encode, read_choices
+from mpidp.inference.scoring import log_likelihoods, row_losses, text_loss, windows
 from tests.unit.test_generate import ids, loaded
 
 BYTES = ByteTokenizer()

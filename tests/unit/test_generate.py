@@ -12,18 +12,18 @@ from torch import Tensor
 
 from mpidp.comm.grid import make_grid
 from mpidp.data.tokenizer import ByteTokenizer
-from mpidp.decode import Row, decode, go_on
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.generate import read_options
-from mpidp.loading import Loaded
+from mpidp.inference.decode import Row, decode, go_on
+from mpidp.inference.loading import Loaded
+from mpidp.inference.rows import read_prompts, read_rows
+from mpidp.inference.sampling import Sampling, nucleus, seed_of
+from mpidp.inference.speech import Speech
 from mpidp.model.cache import Cache
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
-from mpidp.rows import read_prompts, read_rows
-from mpidp.sampling import Sampling, nucleus, seed_of
-from mpidp.speech import Speech
 
 SHAPE = TransformerShape(
     vocab_size=257, num_layers=2, num_heads=4, num_kv_heads=2, model_dim=32, hidden_dim=48, seq_len=24, dropout=0.3

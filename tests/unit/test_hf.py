@@ -135,7 +135,7 @@ def test_transformers_reads_what_was_exported(
 ) -> None:
     """The same logits, the same ids; and it comes back bit for bit."""
     from mpidp.comm.grid import make_grid
-    from mpidp.loading import load_model
+    from mpidp.inference.loading import load_model
 
     run, ran = trained[kind]
     assert f"{tmp_path / 'out'}: LlamaForCausalLM" in export(WORLD, str(run), str(tmp_path / "out"), max_file_bytes=max_bytes)

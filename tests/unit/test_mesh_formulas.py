@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from mpidp.comm.parallel_layers import Again, share_layers
-from mpidp.mesh_memory import (
+from mpidp.model.part import part_of
+from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
+from mpidp.model.transformer import Transformer
+from mpidp.planning.mesh import KNOWN
+from mpidp.planning.mesh_memory import (
     Memory,
     Model,
     Shape,
@@ -23,11 +27,7 @@ from mpidp.mesh_memory import (
     memory_of,
     parameters_of,
 )
-from mpidp.mesh_time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
-from mpidp.model.part import part_of
-from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
-from mpidp.model.transformer import Transformer
-from mpidp.plan_mesh import KNOWN
+from mpidp.planning.mesh_time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
 
 SMALL = Model(3, 64, 192, 4, 2, 512, 32)
 BIG = KNOWN[6.74e9][1]

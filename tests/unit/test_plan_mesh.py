@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from mpidp import mesh_ask
 from mpidp import plan as planning
 from mpidp.config import Config, to_toml
 from mpidp.errors import UsageError
-from mpidp.mesh_memory import Model
-from mpidp.mesh_table import mesh_table
-from mpidp.plan_mesh import model_of, number, shapes
+from mpidp.planning import mesh_ask
+from mpidp.planning.mesh import model_of, number, shapes
+from mpidp.planning.mesh_memory import Model
+from mpidp.planning.mesh_table import mesh_table
 
 SMALL = Model(3, 64, 192, 4, 2, 512, 32)
 PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logits")

@@ -16,9 +16,9 @@ from mpidp.arguments import from_args
 from mpidp.config import Config, checked, fields_of
 from mpidp.errors import DataError, UsageError
 from mpidp.model.shape import TransformerShape, num_parameters
-from mpidp.plan_methods import METHODS, Row, predict, recommend, sent_bytes, step_seconds, to_paste, variant, with_speeds
-from mpidp.plan_sums import Cluster, cluster_of, link_of, one_sum, sizes_of
-from mpidp.plan_table import methods_table
+from mpidp.planning.methods import METHODS, Row, predict, recommend, sent_bytes, step_seconds, to_paste, variant, with_speeds
+from mpidp.planning.sums import Cluster, cluster_of, link_of, one_sum, sizes_of
+from mpidp.planning.table import methods_table
 from mpidp.resolve import model_shape
 from mpidp.trials import Options, answer, find_cluster
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpidp.plan_table import size
+from mpidp.planning.table import size
 
 PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logits")
 PHASES = ("compute", "tp", "pipeline", "dp", "update")

@@ -13,12 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpidp import measured
 from mpidp.data.index import read_index
 from mpidp.errors import DataError, UsageError
-from mpidp.mesh_memory import Memory, Model, Shape, Work, largest
-from mpidp.mesh_time import Link, Machine, Step, measured_machine, step_of
 from mpidp.metrics import peak_flops
+from mpidp.planning import measured
+from mpidp.planning.mesh_memory import Memory, Model, Shape, Work, largest
+from mpidp.planning.mesh_time import Link, Machine, Step, measured_machine, step_of
 
 KNOWN = {  # parameters: (name, sizes), as published
     1.10e9: ("TinyLlama 1.1B", Model(22, 2048, 5632, 32, 4, 32000, 2048)),

@@ -21,8 +21,8 @@ from typing import Any
 from mpidp import methods
 from mpidp.config import Config, checked, fields_of
 from mpidp.errors import UsageError
-from mpidp.plan_sums import Cluster, Sizes, lanes_of, one_sum, sizes_of
-from mpidp.predict import most_micro_batches
+from mpidp.planning.predict import most_micro_batches
+from mpidp.planning.sums import Cluster, Sizes, lanes_of, one_sum, sizes_of
 from mpidp.resolve import workers
 from mpidp.strategies.groups import partition
 

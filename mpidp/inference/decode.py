@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mpidp.data.tokenizer import Tokenizer
-from mpidp.loading import Loaded
-from mpidp.sampling import Sampling, seed_of
-from mpidp.speech import Speech
+from mpidp.inference.loading import Loaded
+from mpidp.inference.sampling import Sampling, seed_of
+from mpidp.inference.speech import Speech
 
 
 class Row:

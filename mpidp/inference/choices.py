@@ -16,7 +16,7 @@ import numpy as np
 
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError
-from mpidp.rows import read_rows
+from mpidp.inference.rows import read_rows
 
 EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
 

@@ -18,7 +18,7 @@ from mpidp.errors import UsageError
 from mpidp.lanes import Lanes
 from mpidp.metrics import number
 from mpidp.noise import Noise
-from mpidp.predict import Seconds, most_micro_batches
+from mpidp.planning.predict import Seconds, most_micro_batches
 
 WARM_UP = 3  # steps after a start that are not timed, where there are more than three times as many
 

@@ -11,8 +11,7 @@ from mpidp.arguments import from_args
 from mpidp.config import fields_of
 from mpidp.entry import Parser
 from mpidp.errors import UsageError
-from mpidp.mesh_memory import Work
-from mpidp.plan_mesh import (
+from mpidp.planning.mesh import (
     MICRO_BATCHES,
     Given,
     machine_of,
@@ -23,6 +22,7 @@ from mpidp.plan_mesh import (
     plan_mesh,
     vocab_size_of,
 )
+from mpidp.planning.mesh_memory import Work
 
 TOKENS = {True: 4 << 20, False: 1 << 19}  # a step, assumed, where the model has 1 B parameters or more, or fewer
 BYTES = {"bfloat16": 2, "float32": 4}

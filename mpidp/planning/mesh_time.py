@@ -27,7 +27,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mpidp.mesh_memory import MASTER, Model, Shape, Work, kept_of_block, layers_of, logits_bytes, parameters_of, stages_of
+from mpidp.planning.mesh_memory import (
+    MASTER,
+    Model,
+    Shape,
+    Work,
+    kept_of_block,
+    layers_of,
+    logits_bytes,
+    parameters_of,
+    stages_of,
+)
 
 BACKWARD = 2 / 3  # of computing
 PASSES = 4  # each byte that is kept is written and read, and so is its gradient

@@ -1,0 +1,1 @@
+"""How many ranks, which mesh, which method: formulas and tables behind `python -m mpidp.plan`. No training here."""
