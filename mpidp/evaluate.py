@@ -70,9 +70,9 @@ def _said(found: dict[str, Any]) -> str:
 
 
 def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """{loss, perplexity, bits_per_byte, tokens, step} of --text, as one document that begins after an end of document. Every
-    token is a target once, after at least seq_len - stride others where there are so many. The same figures at any number of
-    ranks. UsageError, DataError, CheckpointError. Collective over world."""
+    """{loss, perplexity, bits_per_byte, tokens, step} of --text, as one document that begins after an end of document, or BOS.
+    Every token is a target once, after at least seq_len - stride others where there are so many. The same figures at any number
+    of ranks. UsageError, DataError, CheckpointError. Collective over world."""
     import numpy as np
 
     from mpidp.comm.mesh import together
@@ -89,7 +89,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
             raise UsageError(f"--stride {options.stride}: windows have {seq_len} tokens (model.seq_len), some would be left out")
         if world.rank == 0:
             text = read_text(options.text)
-            told = (np.concatenate([[tokenizer.eod], tokenizer.encode(text)]), len(text.encode()))
+            told = (np.concatenate([[tokenizer.begin], tokenizer.encode(text)]), len(text.encode()))
     ids, text_bytes = world.bcast(told)
     loss = text_loss(loaded, ids, seq_len, options.stride or max(1, seq_len // 2), config["train.micro_batch"])
     return _figures(loss / (len(ids) - 1), len(ids) - 1, text_bytes) | {"step": reader.meta["step"]}

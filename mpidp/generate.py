@@ -140,11 +140,13 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _encoded(tokenizer: Any, prompt: str, seq_len: int, index: int) -> list[int]:
-    """The ids to go on from; of an empty prompt, the end of the document before. DataError for one that the model cannot see."""
+    """The ids to go on from: after BOS where the model knows it; of an empty prompt, that or the end of the document before.
+    DataError for one that the model cannot see."""
     from mpidp.errors import DataError
 
     try:
-        ids = tokenizer.encode(prompt).tolist() or [tokenizer.eod]
+        ids = tokenizer.encode(prompt).tolist()
+        ids = [tokenizer.begin, *ids] if tokenizer.bos is not None or not ids else ids
     except (DataError, UnicodeEncodeError) as error:  # the latter: half a surrogate pair
         raise DataError(f"prompt {index + 1}: {error}") from None
     if len(ids) > seq_len:

@@ -21,7 +21,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
 from mpidp.hf import tokens
 from mpidp.hf.folder import COME_ALONG, Folder
-from mpidp.inference.loading import open_run
+from mpidp.inference.loading import open_run, others_there
 from mpidp.parts import Parts
 
 KEYS = (  # of section model: what decides its weights and what they compute
@@ -40,6 +40,7 @@ class Origin:
     tokenizer: Path | None = None  # its tokenizer.json, where it has one
     come_along: tuple[Path, ...] = ()  # files to be kept in RUN/hf
     weights_sha256: str = ""  # once they were loaded
+    wanted_sha256: str = ""  # by a run that goes on with them; "": any will do
 
     def completed(self, config: Config) -> Config:
         """The config with the model that is there. UsageError for one that says otherwise. Pure."""
@@ -63,11 +64,14 @@ class Origin:
 
     def load(self, parts: Parts, model: Any) -> Origin:
         """This rank's part of the weights, into a model that is whole on its replica's ranks. Afterwards their hash is known, by
-        which they are the same on any mesh. Collective over parts.grid.world."""
+        which they are the same on any mesh. DataError for others than wanted. Collective over parts.grid.world."""
         assert self.weights is not None
         with together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
-        return replace(self, weights_sha256=parts.sha256(model))
+        found = parts.sha256(model)
+        if self.wanted_sha256 not in ("", found):
+            raise DataError.on_every_rank(others_there(self.path, found, self.wanted_sha256))
+        return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path) -> None:
         """RUN/init.json, and in RUN/hf what belongs to the model besides. Independent."""
@@ -88,7 +92,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     kept, is_run, path = None, False, Path(config.train.init_from)
     with together(world):
         if world.rank == 0:
-            kept = _kept(config)
+            kept = None if config.model.lora_rank else _kept(config)  # adapters are saved without what they lie on
             is_run = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
             if path.exists() and path.resolve() == Path(config.run.dir).resolve():
                 raise UsageError(f"train.init_from={path} is run.dir itself: to go on with a run, leave train.init_from out")
@@ -98,7 +102,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
                     "model of the Hub is fetched before: hf download NAME --local-dir DIR"
                 )
     kept, is_run = world.bcast((kept, is_run))
-    if kept is not None and not config.model.lora_rank:  # adapters are saved without what they lie on
+    if kept is not None:
         return kept
     if is_run:
         return _of_run(str(path), open_run(path, world))

@@ -110,6 +110,9 @@ class Plan:
                 refuse_changes(reader.meta["config"], plan.config)
                 if reader.meta["data"] != self.training.index_sha256:
                     raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
+            if self.origin is not None and self.origin.weights is not None:  # of adapters; all else is in the checkpoint
+                wanted = reader.meta.get("init_from", {}).get("weights_sha256", "")
+                plan = replace(plan, origin=replace(self.origin, wanted_sha256=wanted))
             now = resolve.fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
             notes = [*notes, f"resuming from {reader.path}"]

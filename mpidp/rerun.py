@@ -106,8 +106,8 @@ class Replay:
                     f"{record.path} was trained with {methods.asked(name, quorum)}: its steps are its ranks' own, "
                     "and only steps that all ranks made together can be replayed"
                 )
-            if reader is not None:
-                settings["train.init_from"] = ""  # all that it gave is in the checkpoint
+            if reader is not None and not settings.get("model.lora_rank", 0):
+                settings["train.init_from"] = ""  # all that it gave is in the checkpoint, but for what adapters lie on
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
             if not (Path(data) / "index.json").exists():
@@ -120,13 +120,13 @@ class Replay:
             if meta and meta["data"] != self.plan.training.index_sha256:
                 raise DataError.on_every_rank(f"{data} holds other data than {record.path} was trained on: give --data DIR")
             self.job = build.build(self.plan)
-        if reader is not None:
-            fit.restore(self.job, reader)
-            self.source = str(reader.path)
-        elif (begun := self.job.meta.get("init_from")) is not None:
+        if (begun := self.job.meta.get("init_from")) is not None:
             self.source = f"the weights of {begun['path']}"
             if begun != meta.get("init_from", begun):
                 raise DataError.on_every_rank(f"{begun['path']} has other weights now than {record.path} began with")
+        if reader is not None:
+            fit.restore(self.job, reader)
+            self.source = str(reader.path)
         self.start = self.job.position.step
         saved, now = meta.get("fingerprint", {}), self.job.meta["fingerprint"]
         self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]
@@ -188,7 +188,9 @@ class Replay:
 
     def tensors(self) -> dict[str, Any]:
         """Parameters in model order, then optimizer state, by their names in a checkpoint. Independent."""
-        found = {f"model/{name}": p.detach() for name, p in self.job.engine.model.named_parameters()}
+        from mpidp.held import parameters_of
+
+        found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}
         return found | {f"strategy/{name}": entry.tensor for name, entry in self.job.strategy.state_dict().items()}
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:

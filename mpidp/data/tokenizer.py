@@ -38,6 +38,12 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int  # ids are below this; EOD counts
     eod: int
+    bos: int | None = None  # that a text begins with besides, by the tokenizer's own account; encode() leaves it out
+
+    @property
+    def begin(self) -> int:
+        """The id after which a text stands that is alone."""
+        return self.eod if self.bos is None else self.bos
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -140,6 +146,8 @@ class HFTokenizer(Tokenizer):
         self.eod = _find_eod(vocab, eod)
         self._eod_text: str = tokenizer.id_to_token(self.eod)
         self._byte_counts = self._count_table(vocab)
+        plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self.bos = whole[0] if len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

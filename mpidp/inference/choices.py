@@ -70,9 +70,9 @@ def _problem(row: dict[str, Any]) -> str:
 
 
 def encode(tokenizer: Tokenizer, item: Item, seq_len: int, path: str | Path = "choices") -> list[Scored]:
-    """Each choice after its context, as a document of its own: it begins after an end of document. They are encoded as one text,
-    since that is how it would stand in a corpus; the choice's are the tokens that the context alone does not have. Contexts that
-    do not fit lose their beginning. DataError for a choice that does not fit. Independent."""
+    """Each choice after its context, as a document of its own: it begins after an end of document, or BOS. They are encoded as
+    one text, since that is how it would stand in a corpus; the choice's are the tokens that the context alone does not have.
+    Contexts that do not fit lose their beginning. DataError for a choice that does not fit. Independent."""
     found = []
     try:
         context = tokenizer.encode(item.context.rstrip()).tolist()  # spaces before a choice belong to its first token
@@ -81,7 +81,7 @@ def encode(tokenizer: Tokenizer, item: Item, seq_len: int, path: str | Path = "c
             counted = len(ids) - _common(context, ids)
             if not 0 < counted <= seq_len:
                 raise DataError(f"choice {place} has {counted} tokens, and the model sees {seq_len} (model.seq_len)")
-            whole = [tokenizer.eod, *ids]
+            whole = [tokenizer.begin, *ids]
             found.append(Scored(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
     except (DataError, UnicodeEncodeError) as error:  # the latter: half a surrogate pair
         raise DataError(f"{path}, line {item.line}: {error}") from None

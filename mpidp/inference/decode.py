@@ -48,9 +48,10 @@ class Row:
 
 
 @torch.no_grad()
-def decode(loaded: Loaded, rows: list[Row], sampling: Sampling, eod: int) -> None:
+def decode(loaded: Loaded, rows: list[Row], sampling: Sampling, eod: int, vocab_size: int | None = None) -> None:
     """Let all rows grow to their ends. Rows that need one position go through the model together, longer beginnings alone: no row
-    is padded. eod: that ends a row; -1 for none. Collective over loaded.grid.model."""
+    is padded. eod: that ends a row; -1 for none. vocab_size: of the tokenizer: a model whose vocabulary is padded has more
+    ids, which mean nothing and are never drawn. Collective over loaded.grid.model."""
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
         together = [row for row in live if row.cache is not None and len(unseen[row]) == 1]
@@ -59,7 +60,7 @@ def decode(loaded: Loaded, rows: list[Row], sampling: Sampling, eod: int) -> Non
             tokens = torch.tensor([unseen[row] for row in group])
             caches = None if group[0].cache is None else [row.cache for row in group]
             for row, logits in zip(group, loaded.last_logits(tokens, caches), strict=True):
-                row.add(sampling.draw(logits, row.generator), eod)
+                row.add(sampling.draw(logits[:vocab_size], row.generator), eod)
 
 
 @dataclass(frozen=True)
@@ -80,5 +81,5 @@ def go_on(
     prompt 0, piece by piece. Collective over loaded.grid.model."""
     speeches = {i: Speech(tokenizer.decode, ids, stops, say if i == 0 else None) for i, ids in prompts.items()}
     rows = {i: Row(loaded.model, ids, tokens, seed_of(seed, i), speeches[i].add) for i, ids in prompts.items()}
-    decode(loaded, list(rows.values()), sampling, tokenizer.eod)
+    decode(loaded, list(rows.values()), sampling, tokenizer.eod, tokenizer.vocab_size)
     return [(i, Continuation(speech.end(), len(speech.ids), rows[i].ended, rows[i].start > 0)) for i, speech in speeches.items()]

@@ -93,13 +93,14 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Tokenizer:
-    """The run's own, or that of a folder of shards or a tokenizer.json. DataError when missing or of another size.
-    Independent."""
+    """The run's own, or that of a folder of shards or a tokenizer.json; its BOS counts for a model that began with weights that
+    were there, since no other has ever seen it. DataError when missing or of another size. Independent."""
     tokenizer = load_tokenizer(data or reader.path.parent.parent, reader.meta["eod"])
-    if tokenizer.vocab_size > loaded.model.shape.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {loaded.model.shape.vocab_size}: give --data"
-        )
+    rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
+    if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: give --data")
+    if "init_from" not in reader.meta:
+        tokenizer.bos = None
     return tokenizer
 
 
@@ -119,8 +120,17 @@ def weights_at(path: Path) -> Reader | Folder:
         return Folder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
-        raise DataError(f"{path} is neither a run nor a Hugging Face folder now: put it back, or give its new place")
+        raise DataError(f"{path} is neither a run nor a Hugging Face folder now: put back what was there "
+                        "(a relative path is seen from where the command starts)")
     return Reader(found[0])
+
+
+def others_there(path: Path | str, found: str, wanted: str) -> str:
+    """What is wrong with a base that has changed since adapters were trained on it. Pure."""
+    return (
+        f"{path} has other weights now (weights_sha256 {found}) than those on which the adapters were trained ({wanted}): put "
+        "these back. Adapters hold no copy of them, so let nobody train or change what they lie on"
+    )
 
 
 def load_base(reader: Reader, parts: Parts, model: Any) -> None:
@@ -132,10 +142,7 @@ def load_base(reader: Reader, parts: Parts, model: Any) -> None:
     with readable(path):
         parts.load(weights_at(path), model)
     if (found := parts.sha256(model)) != wanted:
-        raise DataError(
-            f"{path} has other weights (weights_sha256 {found}) than those on which the adapters of {reader.path} were trained "
-            f"({wanted}): put these back"
-        )
+        raise DataError(others_there(path, found, wanted))
 
 
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:

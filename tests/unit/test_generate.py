@@ -245,6 +245,19 @@ def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
     assert (found.ended, found.tokens, found.text) == ("tokens", 0, "")
 
 
+def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
+    """Of a vocabulary that is padded, however likely; what a model without padding would draw is drawn."""
+    plain, padded = loaded(), loaded(vocab_size=300)
+    with torch.no_grad():
+        for name, p in padded.model.named_parameters():
+            mine = plain.model.get_parameter(name)
+            p[: len(mine)].copy_(mine) if len(p) > len(mine) else p.copy_(mine)
+        padded.model.head.weight[257:].copy_(padded.model.head.weight[:43] * 20)
+    prompts = {i: ids(5, i) for i in range(3)}
+    for how in (GREEDY, Sampling(2.0, 0), Sampling(2.0, 10, 0.9)):
+        assert go_on(padded, BYTES, prompts, how, 20, 3) == go_on(plain, BYTES, prompts, how, 20, 3)
+
+
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("one\r\n\n two\u2028 \nthree".encode())
     assert [row["prompt"] for row in read_prompts(tmp_path / "p.txt")] == ["one", " two\u2028 ", "three"]

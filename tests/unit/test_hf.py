@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Theirs
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from data_tools.prepare import prepare
@@ -21,11 +23,16 @@ from mpidp.config import Config
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from mpidp.errors import CheckpointError, DataError, MpidpError, UsageError
+from mpidp.evaluate import evaluate_text
+from mpidp.evaluate import read_options as evaluate_options
 from mpidp.export import export
+from mpidp.generate import _encoded
 from mpidp.hf import tokens
 from mpidp.hf.folder import Folder
 from mpidp.hf.names import config_of, settings_of, shape_of, theirs
 from mpidp.hf.write import files_of
+from mpidp.inference.choices import Item, encode
+from mpidp.inference.loading import load_tokenizer_for, open_model
 from mpidp.model.shape import shapes_of
 from mpidp.origin import open_origin
 from tests.tiny import WORLD, Ran, text, tiny, train_at
@@ -157,6 +164,49 @@ def test_transformers_reads_what_was_exported(
     again = train_at(1, begun(shards, tmp_path / "out", tmp_path / "again", train={"steps": 1}))
     assert again.end["step"] == 1
     assert reader_of(tmp_path / "again").meta["init_from"]["weights_sha256"] == ran.sha256
+
+
+def theirs_with_bos(given: Path, made: Path, bos: int) -> None:
+    """A tokenizer.json that puts a token before every text."""
+    theirs = Theirs.from_str(given.read_text())
+    name = theirs.id_to_token(bos)
+    theirs.post_processor = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, bos)])
+    theirs.save(str(made))
+
+
+def test_a_text_begins_as_in_transformers(
+    trained: dict[str, tuple[Path, Ran]], folders: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    """After the BOS that a Llama's tokenizer.json puts before every text, where the weights have seen it: for prompts, texts and
+    choices; and export keeps it. The vocabulary is padded."""
+    source = tmp_path / "source"
+    shutil.copytree(folders["untied"], source)
+    theirs_with_bos(shards / "tokenizer.json", source / "tokenizer.json", 7)
+    prepare(str(shards.parent / "text.txt"), str(source / "tokenizer.json"), tmp_path / "shards", shards=2, val_fraction=0.2,
+            say=False)
+    run = tmp_path / "run"
+    train_at(1, begun(tmp_path / "shards", source, run, train={"steps": 1}))
+    reader, loaded, tokenizer = open_model(evaluate_options([str(run), "--threads=1"]), WORLD)
+    model = AutoTokenizer.from_pretrained(_with_config(source / "tokenizer.json", tmp_path / "it"))
+    for words in (text(60)[:9], "Ü", " a"):
+        ids = _encoded(tokenizer, words, T, 0)
+        assert ids == model(words).input_ids and ids[0] == 7
+    assert _encoded(tokenizer, "", T, 0) == [7] == model("").input_ids
+    item = Item(1, "the ", ["rank", "tree"], 0)
+    assert [one.ids for one in encode(tokenizer, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
+    alone = load_tokenizer(run)
+    assert alone.bos == 7 and alone.encode("a b").tolist() == model("a b").input_ids[1:]
+    ours, _ = trained["untied"]  # a run whose tokenizer has none
+    assert open_model(evaluate_options([str(ours)]), WORLD)[2].bos is None
+    del reader.meta["init_from"]  # a model that was trained on these shards alone has never seen one
+    assert load_tokenizer_for(loaded, reader, None) is not None and load_tokenizer_for(loaded, reader, str(run)).bos is None
+    export(WORLD, str(run), str(tmp_path / "out"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids == model("a b").input_ids
+    (tmp_path / "some.txt").write_text(words := text(40)[:13])
+    found = evaluate_text(evaluate_options([str(run), "--text", str(tmp_path / "some.txt"), "--threads=1"]), WORLD)
+    ids = torch.tensor([model(words).input_ids])
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert found["loss"] == pytest.approx(float(hf(input_ids=ids, labels=ids).loss.detach()), rel=1e-5)
 
 
 def test_half_precision_becomes_float32_masters(shards: Path, folders: dict[str, Path], tmp_path: Path) -> None:
