@@ -29,10 +29,9 @@ class Ring:
         with torch.no_grad():
             total = x.detach().to(torch.float32, copy=True).contiguous()
             flat = total.view(-1)
-            with self._transport.timed():
-                wire = self._transport.load(flat, "tensor_parallel")
-                self._wait(self.comm.Iallreduce(MPI.IN_PLACE, buf(wire), op=op))
-                self._transport.store(wire, flat)
+            wire = self._transport.load(flat, "tensor_parallel")
+            self._wait(self.comm.Iallreduce(MPI.IN_PLACE, buf(wire), op=op))
+            self._transport.store(wire, flat)
             self._transport.sent_bytes += 2 * flat.nbytes * (self.comm.size - 1) // self.comm.size
             return total.to(x.dtype)
 
@@ -50,10 +49,9 @@ class Ring:
             start = starts[self.comm.rank]
             flat = whole.view(-1).view(torch.uint8)
             flat[start : start + counts[self.comm.rank]] = x.detach().transpose(0, 1).reshape(-1).view(torch.uint8)
-            with self._transport.timed():
-                wire = self._transport.load(flat, "gather")
-                self._transport.allgatherv(self.comm, self._wait, (wire, counts, starts))
-                self._transport.store(wire, flat)
+            wire = self._transport.load(flat, "gather")
+            self._transport.allgatherv(self.comm, self._wait, (wire, counts, starts))
+            self._transport.store(wire, flat)
             return whole.transpose(0, 1).contiguous()
 
     def scatter(self, x: Tensor) -> Tensor:
@@ -63,10 +61,9 @@ class Ring:
             counts, _ = self._cut(length, b * d)
             flat = x.detach().transpose(0, 1).float().reshape(-1)
             mine = torch.empty(counts[self.comm.rank], device=x.device)
-            with self._transport.timed():
-                wire, out = self._transport.load(flat, "scatter"), self._transport.load(mine, "scattered")
-                self._wait(self.comm.Ireduce_scatter(buf(wire), buf(out), counts))
-                self._transport.store(out, mine)
+            wire, out = self._transport.load(flat, "scatter"), self._transport.load(mine, "scattered")
+            self._wait(self.comm.Ireduce_scatter(buf(wire), buf(out), counts))
+            self._transport.store(out, mine)
             self._transport.sent_bytes += flat.nbytes - mine.nbytes
             return mine.view(-1, b, d).transpose(0, 1).to(x.dtype).contiguous()
 

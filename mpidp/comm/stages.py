@@ -39,18 +39,16 @@ class Stages:
         whatever the layers compute in. Independent, once that stage has come so far."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
-        with self._transport.timed():
-            self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))
+        self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))
         return wire.to(self._device)
 
     def send(self, kind: int, v: int, x: Tensor, chunk: int = 0) -> None:
         """Hidden states of a chunk on to the next stage, or their gradient back to the one before. Independent."""
         target, to = (self.index + 1, chunk + self.last) if kind == FORWARD else (self.index - 1, chunk - self.first)
-        with self._transport.timed():
-            wire = x.detach().float().contiguous().cpu()
-            self._sent = [(request, held) for request, held in self._sent if not request.Test()]
-            tag = self._tag(kind, v, to)
-            self._sent.append((self.comm.Isend([memory(wire), MPI.BYTE], dest=target % self.count, tag=tag), wire))
+        wire = x.detach().float().contiguous().cpu()
+        self._sent = [(request, held) for request, held in self._sent if not request.Test()]
+        tag = self._tag(kind, v, to)
+        self._sent.append((self.comm.Isend([memory(wire), MPI.BYTE], dest=target % self.count, tag=tag), wire))
         self._transport.sent_bytes += wire.nbytes
 
     def _tag(self, kind: int, v: int, chunk: int) -> int:
@@ -60,9 +58,8 @@ class Stages:
     def settle(self, losses: list[float]) -> list[float]:
         """Until all that was sent is taken; all stages have the losses of the last one then. Collective over comm."""
         told = np.array(losses)
-        with self._transport.timed():
-            for request, _ in self._sent:
-                self.wait(request)
-            self.wait(self.comm.Ibcast(told, root=self.count - 1))
+        for request, _ in self._sent:
+            self.wait(request)
+        self.wait(self.comm.Ibcast(told, root=self.count - 1))
         self._sent.clear()
         return told.tolist()  # type: ignore[no-any-return]

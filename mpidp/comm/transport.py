@@ -23,7 +23,8 @@ Parts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # a tensor of which e
 
 
 class Messages:
-    """Independent; it counts the bytes this rank sent and the seconds it spent in communication, until take()."""
+    """Independent; it counts the bytes this rank sent, and the seconds it spent in exchanges of the strategy, until take(). What
+    the ranks of one replica send each other in the middle of computing is a part of that."""
 
     in_thread = True  # may a thread exchange while backward goes on?
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpidp.arguments import from_args
+from mpidp.arguments import from_args, read_toml
 from mpidp.config import fields_of
 from mpidp.entry import Parser
 from mpidp.errors import UsageError
+<<<<<<< HEAD:mpidp/planning/mesh_ask.py
 from mpidp.planning.mesh import (
+=======
+from mpidp.hf.names import settings_of
+from mpidp.planning.mesh_memory import Work
+from mpidp.planning.mesh import (
+>>>>>>> combos:mpidp/mesh_ask.py
     MICRO_BATCHES,
     Given,
     machine_of,
@@ -26,6 +32,8 @@ from mpidp.planning.mesh_memory import Work
 
 TOKENS = {True: 4 << 20, False: 1 << 19}  # a step, assumed, where the model has 1 B parameters or more, or fewer
 BYTES = {"bfloat16": 2, "float32": 4}
+OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
+                                             "tie_embeddings", "head_dim", "vocab_size")]
 USAGE = """which mesh of ranks (dp x pp x tp, and what dp shares out) holds a model, and how long a step takes on it.
 Figures that are not given are assumed, and the table says so. docs/plan.md: how to read it, how far it was right."""
 NUMBERS = (  # option, what it says, what one of it is in bytes, operations, seconds
@@ -76,6 +84,8 @@ def answer(words: Sequence[str]) -> tuple[dict[str, Any], bool]:
     values = {key: value for key, _, value in fields_of(from_args([options.config, *settings]))} if options.config else {}
     whole = {name: int(given.get(name, 0)) for name in WHOLE}
     if values:
+        values |= _begun_with(values["train.init_from"])
+        _refuse_whole(values)
         values["model.seq_len"] = whole["seq-len"] or values["model.seq_len"]
         model, taken = model_of_config(values, whole["vocab"] or vocab_size_of(values)), options.config
         parameters = float(model.parameters)
@@ -95,6 +105,30 @@ def answer(words: Sequence[str]) -> tuple[dict[str, Any], bool]:
     found = plan_mesh(model, taken, parameters, int(ranks), given.get("memory", 80e9), machine, said, base, micro, again, parts,
                       given.get("samples"), options.top)
     return found, options.json
+
+
+def _refuse_whole(values: Mapping[str, Any]) -> None:
+    """UsageError for a model that every rank has whole: there is no mesh to choose. Pure."""
+    kind, rank = values["model.kind"], values["model.lora_rank"]
+    if kind != "transformer" or rank:
+        why = f"model.lora_rank={rank}: adapters are" if kind == "transformer" else f"model.kind={kind}: it is"
+        raise UsageError(f"{why} not cut, so that each rank has a whole replica: `python -m mpidp.plan methods` plans for those")
+
+
+def _begun_with(path: str) -> dict[str, Any]:
+    """{section.key: value} of the model that train.init_from names: a Hugging Face folder, or a run of ours. UsageError,
+    DataError. Independent."""
+    if not path:
+        return {}
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        run = next((one for one in (Path(path), *Path(path).parents[1:2]) if (one / "config.toml").is_file()), Path(path))
+        return {key: value for key, value in read_toml(run / "config.toml").items() if key in OF_THE_WEIGHTS}
+    try:
+        said = json.loads(config.read_text(errors="replace"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"train.init_from={path}: config.json cannot be read ({error})") from error
+    return {f"model.{key}": value for key, value in settings_of(said if isinstance(said, dict) else {}, config).items()}
 
 
 def _cluster(file: str | None) -> dict[str, Any]:

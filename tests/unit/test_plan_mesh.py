@@ -82,6 +82,33 @@ def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pyt
     assert (found["global_batch"], found["number_bytes"], found["parameters_asked"]) == (32, 4, found["parameters"])
 
 
+def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the default, which they stand in for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    said = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 6, "vocab_size": 1000,
+            "num_key_value_heads": 2, "tie_word_embeddings": True, "model_type": "llama"}
+    (tmp_path / "hf/config.json").write_text(json.dumps(said))
+    made = {"num_layers": 5, "model_dim": 96, "hidden_dim": 160, "num_heads": 6, "num_kv_heads": 2, "vocab_size": 1000,
+            "tie_embeddings": True}
+    (tmp_path / "my.toml").write_text("[model]\nseq_len = 64\n")
+    wanted = {**made, "seq_len": 64}
+    assert ask("--config", "my.toml", "--ranks", "2", "--train.init_from=hf")["model"] == wanted
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={**made, "seq_len": 32})))
+    for place in ("run", "run/checkpoints/step_00000001"):
+        assert ask("--config", "my.toml", "--ranks", "2", f"--train.init_from={place}")["model"] == wanted
+    (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={"kind": "lstm"})))
+    for words, why in [("--train.init_from=run", "model.kind=lstm: it is not cut"), ("--model.kind=lstm", "it is not cut"),
+                       ("--model.kind=a:b", "model.kind=a:b: it is not cut"), ("--train.init_from=none", "none/config.toml"),
+                       ("--model.lora_rank=4", "model.lora_rank=4: adapters are not cut, so that each rank has a whole")]:
+        with pytest.raises(UsageError, match=why):
+            ask("--config", "my.toml", "--ranks", "2", "--vocab", "256", words)
+    (tmp_path / "hf/config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"train\.init_from=hf: config\.json cannot be read"):
+        ask("--config", "my.toml", "--ranks", "2", "--train.init_from=hf")
+
+
 def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own step is then what is predicted."""
     monkeypatch.chdir(tmp_path)
