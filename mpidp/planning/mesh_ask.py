@@ -11,13 +11,8 @@ from mpidp.arguments import from_args, read_toml
 from mpidp.config import fields_of
 from mpidp.entry import Parser
 from mpidp.errors import UsageError
-<<<<<<< HEAD:mpidp/planning/mesh_ask.py
-from mpidp.planning.mesh import (
-=======
 from mpidp.hf.names import settings_of
-from mpidp.planning.mesh_memory import Work
 from mpidp.planning.mesh import (
->>>>>>> combos:mpidp/mesh_ask.py
     MICRO_BATCHES,
     Given,
     machine_of,

@@ -186,15 +186,15 @@ def spoiled(rank: int, batches: range) -> Iterator[None]:
     """The losses of this rank in these batches are not finite."""
     real = Engine._forward
 
-    def learn(self: Engine, mb: Any, batch: int) -> Any:
+    def learn(self: Engine, mb: Any, batch: int, chunk: int) -> Any:
         if MPI.COMM_WORLD.rank == rank and batch in batches:
             plain = self.loss_sum
-            self.loss_sum = lambda mb, key: plain(mb, key) * math.nan  # type: ignore[method-assign]
+            self.loss_sum = lambda *what: plain(*what) * math.nan  # type: ignore[method-assign]
             try:
-                return real(self, mb, batch)
+                return real(self, mb, batch, chunk)
             finally:
                 del self.loss_sum
-        return real(self, mb, batch)
+        return real(self, mb, batch, chunk)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_forward", learn)
