@@ -52,8 +52,8 @@ def late(rank: int, until: float = math.inf) -> Iterator[None]:
     real = Quorum.micro_batch
 
     @contextmanager
-    def waits(self: Quorum, v: int, last: bool) -> Iterator[None]:
-        with real(self, v, last):
+    def waits(self: Quorum, v: int, last: bool, *chunk: int) -> Iterator[None]:
+        with real(self, v, last, *chunk):
             yield
         step = self._steps + 1
         meeting = next(one for one in itertools.count(step) if self.meets(one))
