@@ -23,7 +23,7 @@ from mpidp.comm.parallel_layers import loss_over, share_layers
 from mpidp.comm.ring import Ring
 from mpidp.comm.stages import Stages
 from mpidp.config import Config, checked, fields_of, to_toml
-from mpidp.data.loader import Loader
+from mpidp.data.loader import Loader, check_targets
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.energy import Meter, agreed, open_meter
@@ -98,6 +98,10 @@ def plan(config: Config, grid: Grid) -> Plan:
                 stream.keep_apart(config.data.documents, config.model.seq_len)
                 stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
         if world.rank == 0:
+            check_targets(training, training.num_tokens)
+            if validation is not None:
+                evaluated = config.train.eval_tokens or validation.num_tokens
+                check_targets(validation, max(config.model.seq_len, evaluated))
             used = training.index.tokenizer_bytes(training.path)
             if origin is not None:
                 origin.check_tokenizer(training.path, used)

@@ -93,7 +93,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     with together(world):
         if world.rank == 0:
             kept = None if config.model.lora_rank else _kept(config)  # adapters are saved without what they lie on
-            is_run = (path / "checkpoints").is_dir() or (path / "manifest.json").exists()
+            is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
             if path.exists() and path.resolve() == Path(config.run.dir).resolve():
                 raise UsageError(f"train.init_from={path} is run.dir itself: to go on with a run, leave train.init_from out")
             if kept is None and not is_run and not (path / "config.json").is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpidp.data.sampler import Pool, Sampler
 from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError
 
 IGNORED = -100  # a target that does not count, by torch's convention
 RESIDENT_SHARE = 0.25  # of the device's free memory, at most, under resident="auto"
@@ -81,6 +82,21 @@ class Batch:
         if found is None:
             found = self.micro_batches[v] = self.read(self.batch, v)
         return found
+
+
+def check_targets(stream: TokenStream, first: int) -> None:
+    """DataError where none of the first targets counts by the loss mask, before work is lost on them. Reads no further than to
+    one that does. Independent."""
+    if not stream.has_loss_mask:
+        return
+    first = min(first, stream.num_tokens - 1)
+    for at in range(1, first + 1, PIECE_TOKENS):
+        if np.any(stream.read_mask(at, min(PIECE_TOKENS, first + 1 - at))):
+            return
+    raise DataError(
+        f"{stream.path}: none of the first {first:,} targets of split {stream.split!r} counts by its loss mask, so there is no "
+        "loss: prepare it again" + ", or evaluate on more of it (train.eval_tokens)" * (stream.split != "train")
+    )
 
 
 class Loader:

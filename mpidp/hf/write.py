@@ -73,6 +73,7 @@ def _write_weights(
         save_file(
             {theirs(name): weight(name).to(dtype).contiguous() for name in names}, folder / file, metadata={"format": "pt"}
         )
+        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read it, whatever the umask
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
         place |= {theirs(name): file for name in names}

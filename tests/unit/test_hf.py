@@ -388,6 +388,8 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
                            optim={"warmup_steps": 0}))
     assert Reader(tmp_path / "run/checkpoints/step_00000001")["model/head.weight"].shape == (264, 32)  # padded
     export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
+    modes = {file.name: oct(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, modes  # who may read config.json may read the weights
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Ü").input_ids == list("Ü".encode())
     again = begun(tmp_path / "shards", tmp_path / "out", tmp_path / "again", train={"steps": 1})
     train_at(1, again)  # on the same shards
