@@ -179,6 +179,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a command's main and exit with its code (the table is in errors.py). Collective over COMM_WORLD."""
     try:
         main()
+        sys.stdout.flush()
     except MpidpError as error:
         world = _started_world()
         everywhere = error.everywhere or world is None or world.size == 1
@@ -196,6 +197,9 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         _end(code, everywhere=False, others_go_on=True)
     except BaseException as error:
         world = _started_world()
+        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # as of `| head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _end(1, everywhere=True)
         rank = launcher_rank() if world is None else world.rank
         alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # else others meet it, too
         print(f"mpidp: rank {rank} failed and {_fate(world, alone)}:\n{traceback.format_exc()}", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,13 @@ def test_numbers() -> None:
     for wrong in ("", "b", "nan", "inf", "0", "-1k", "7bb"):
         with pytest.raises(UsageError, match="--x"):
             number(wrong, "x")
+
+
+def test_who_reads_no_further_gets_no_traceback() -> None:
+    """`python -m mpidp.plan mesh ... | head -1`"""
+    command = [sys.executable, "-m", "mpidp.plan", "mesh", "--params=7b", "--ranks=64"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as plan:
+        assert plan.stdout is not None and plan.stderr is not None
+        plan.stdout.close()
+        assert plan.stderr.read() == ""
+    assert plan.returncode == 1
