@@ -106,10 +106,10 @@ def bad_uses(place: Path) -> list[tuple[type[MpidpError], str, Any]]:
         (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}/no/out.jsonl")),
         (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}")),
         (DataError, "cannot read .*none.txt", lambda n: told(place, n, f"--text={place}/none.txt")),
-        (UsageError, "--stride 17: windows have 16 tokens", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
+        (UsageError, "--stride 17: must be at most 16", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
         (DataError, "line 1: not JSON", lambda n: told(place, n, f"--choices={place / 'some.txt'}")),
         (DataError, "cannot read", lambda n: told(place, n, f"--choices={place}")),
-        (CheckpointError, "holds no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),
+        (CheckpointError, "contains no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),
     ]
 
 
