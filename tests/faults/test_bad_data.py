@@ -117,7 +117,7 @@ def test_a_damaged_shard(place: Path, forks: Forks, name: str) -> None:
 def test_a_shard_that_one_rank_of_several_finds_damaged(either: Shell) -> None:
     path = either.folder / "shards" / SHARD
     path.write_bytes(path.read_bytes()[:-100])
-    expect(either.train(ranks=3), 3, f"rank 1: shards/{SHARD}: it has", "cut off")
+    expect(either.train(ranks=3), 3, f"rank 1: shards/{SHARD}: it has", "truncated")
     assert not (either.folder / "run").exists()
 
 
