@@ -3,7 +3,7 @@
 | what the page shows | expected | judged by |
 |---|---|---|
 | a block | exit code 0 | bash -eo pipefail's, python's |
-| ```text under it | each line is printed, in this order; figures and the model's answers may differ, exit codes may not | the block's words |
+| ```text under it | each line is printed, in this order; figures and answers of the model may differ | the words of the block |
 | weights_sha256 | equal where the page's are equal, other where they are other | hashes printed |
 | answers before and after the fine-tune | far better after it | accuracies printed |
 | report.html | one file with charts, of all runs | its bytes |
