@@ -74,4 +74,4 @@ def train(comm: Any = None, epochs: int = 6) -> dict[str, Any]:
 if __name__ == "__main__":
     found = train()
     if found["rank"] == 0:
-        print(f"{100 * found['right']:.1f}% of held-out lines are right, {len(PACKAGES)} packages; weights {found['sha256'][:16]}")
+        print(f"{100 * found['right']:.1f}% of lines are right ({len(PACKAGES)} packages); weights {found['sha256'][:16]}")
