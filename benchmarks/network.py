@@ -1,8 +1,8 @@
 """Compare all methods on a slow network: the same model and initial weights, the same time, over a link of given speed.
 
-    python benchmarks/network.py --text tinyshakespeare.txt                            # all methods; needs root to create
-    networks python benchmarks/network.py --methods synchronous,local,ddp --mbit 1000 --ms 1 --seconds 30 --seeds 3 python
-    benchmarks/network.py --slow 2 --nodes 4 --out network.json --plot network.png -- --optim.lr=2e-3
+    python benchmarks/network.py --text tinyshakespeare.txt                            # all methods; needs root
+    python benchmarks/network.py --methods synchronous,local,ddp --mbit 1000 --ms 1 --seconds 30 --seeds 3
+    python benchmarks/network.py --slow 2 --nodes 4 --out network.json --plot network.png -- --optim.lr=2e-3
 
 Nodes are network namespaces (link.py), between which MPI and gloo use TCP. --mbit is the bandwidth of a node in each direction,
 --ms the one-way delay: 100 and 20 correspond to two sites, 1000 and 1 to a campus, 10000 and 0 to a machine room. The time of an
