@@ -21,7 +21,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.files import write_file
 from mpidp.hf import tokens
 from mpidp.hf.folder import COME_ALONG, Folder
-from mpidp.inference.loading import open_run, others_there
+from mpidp.inference.loading import changed_base_message, open_run
 from mpidp.parts import Parts
 
 KEYS = (  # of section model: what decides its weights and what they compute
@@ -70,7 +70,7 @@ class Origin:
             parts.load(self.weights, model)
         found = parts.sha256(model)
         if self.wanted_sha256 not in ("", found):
-            raise DataError.on_every_rank(others_there(self.path, found, self.wanted_sha256))
+            raise DataError.on_every_rank(changed_base_message(self.path, found, self.wanted_sha256))
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path) -> None:
