@@ -173,10 +173,13 @@ def execute(command: Command, level: str, log: Path, show: bool, words: Sequence
         out.write(f"$ {' '.join(line)}\n".encode())
         out.flush()
         began = out.tell()
-        process = subprocess.Popen(
-            line, cwd=ROOT, env=command.environment(level, reports), stdin=subprocess.DEVNULL, start_new_session=True,
-            stdout=None if show else out, stderr=None if show else subprocess.STDOUT,
-        )
+        try:
+            process = subprocess.Popen(
+                line, cwd=ROOT, env=command.environment(level, reports), stdin=subprocess.DEVNULL, start_new_session=True,
+                stdout=None if show else out, stderr=None if show else subprocess.STDOUT,
+            )
+        except FileNotFoundError:
+            return Result(failed=[f"{' '.join(line)}: there is no command {line[0]!r}; run this by make, or activate .venv"])
         RUNNING.add(process)
         try:
             code = process.wait(LIMIT_SECONDS)
