@@ -51,7 +51,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: cannot be read as safetensors ({error}); fetch it again") from None
 
 
-class Folder:
+class ModelFolder:
     """The model in it. DataError says what is wrong, before any weight is read. Independent."""
 
     def __init__(self, path: Path) -> None:

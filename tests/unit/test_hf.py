@@ -28,7 +28,7 @@ from mpidp.evaluate import read_options as evaluate_options
 from mpidp.export import export
 from mpidp.generate import _encoded
 from mpidp.hf import tokens
-from mpidp.hf.folder import Folder
+from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import config_of, settings_of, shape_of, theirs
 from mpidp.hf.write import files_of
 from mpidp.inference.choices import Question, encode
@@ -216,7 +216,7 @@ def test_half_precision_becomes_float32_masters(shards: Path, folders: dict[str,
         llama("tied").to(dtype).save_pretrained(folder)
         train_at(1, begun(shards, folder, folder / "run", train={"steps": 1}, optim={"lr": 0.0}))
         reader, wanted = reader_of(folder / "run"), llama("tied").to(dtype).float().state_dict()
-        for name in shapes_of(shape_of(Folder(folder).settings)):
+        for name in shapes_of(shape_of(ModelFolder(folder).settings)):
             assert torch.equal(reader[f"model/{name}"], wanted[theirs(name)]), name
         out = folder / "out"
         export(WORLD, str(folder / "run"), str(out), str(dtype).removeprefix("torch."))
@@ -297,7 +297,7 @@ def test_another_config_is_refused_by_name(folders: dict[str, Path], tmp_path: P
     config = json.loads((tmp_path / "it/config.json").read_text()) | change
     (tmp_path / "it/config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     with pytest.raises(DataError, match=said):
-        Folder(tmp_path / "it")
+        ModelFolder(tmp_path / "it")
 
 
 def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -331,7 +331,7 @@ def test_a_damaged_folder_is_refused_with_the_reason(folders: dict[str, Path], t
     shutil.copytree(folders["untied"], tmp_path / "it")
     FAULTS[fault][0](tmp_path / "it")
     with pytest.raises(DataError, match=FAULTS[fault][1]) as caught:
-        Folder(tmp_path / "it")
+        ModelFolder(tmp_path / "it")
     assert str(tmp_path / "it") in str(caught.value) and caught.value.exit_code == 3
 
 
