@@ -52,7 +52,7 @@ class Own(nn.Module):
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(
-                f"model.kind={self.shape.factory}: custom models do not support packed documents: prepare the data without packing"
+                f"model.kind={self.shape.factory}: custom models do not support packed documents: prepare data without packing"
             )
         if key is not None:
             set_generator(int(key), x.device)
