@@ -43,10 +43,11 @@ def train_and_tell() -> None:
     """In a child: mpidp.train, whose ranks stop between two barriers to read their memory."""
     from mpi4py import MPI
 
-    from mpidp import build, fit, train
+    from mpidp import train
+    from mpidp.training import build, loop
 
     world, found = MPI.COMM_WORLD, {}
-    make, log_step = build.build, fit.log_step
+    make, log_step = build.build, loop.log_step
 
     def everyone(value: Any) -> list[Any]:
         world.Barrier()
@@ -71,7 +72,7 @@ def train_and_tell() -> None:
         if world.rank == 0:
             print(f"\nmeasured {json.dumps(found)}", flush=True)
 
-    build.build, fit.log_step = made, logged
+    build.build, loop.log_step = made, logged
     train.run_entry(main)
 
 

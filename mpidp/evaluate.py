@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
+from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -75,11 +75,11 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     of ranks. UsageError, DataError, CheckpointError. Collective over world."""
     import numpy as np
 
-    from mpidp.comm.mesh import together
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import read_text
     from mpidp.inference.scoring import text_loss
+    from mpidp.runtime.world import together
 
     reader, loaded, tokenizer = open_model(options, world)
     config, told = reader.meta["config"], None
@@ -98,10 +98,10 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """{accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see inference/choices.py. The same
     figures at any number of ranks. DataError, CheckpointError. Collective over world."""
-    from mpidp.comm.mesh import together
     from mpidp.inference.choices import counted, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.scoring import log_likelihoods
+    from mpidp.runtime.world import together
 
     reader, loaded, tokenizer = open_model(options, world)
     seq_len, told = reader.meta["config"]["model.seq_len"], None
@@ -127,12 +127,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """{loss, perplexity, bits_per_byte, tokens, step}; every token of the split but its first is a target once, in windows of
     the run's seq_len. The same figures at any number of ranks. DataError for data of another tokenizer. Collective over world."""
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import together
+    from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream
-    from mpidp.engine import Engine
     from mpidp.errors import DataError
-    from mpidp.inference.loading import load_model, open_run
+    from mpidp.inference.loading import load_model
+    from mpidp.parallel.engine import Engine
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import together
 
     grid = make_grid(world, tp, pp)
     world = grid.world

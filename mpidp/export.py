@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
+from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -33,15 +33,16 @@ def _checked(parser: Parser) -> argparse.Namespace:
 def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9) -> str:
     """Make the folder `out` of the newest valid checkpoint of a run, and say what it is. Rank 0 writes, the others sleep.
     CheckpointError, UsageError. Collective over world."""
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import together
+    from mpidp.checkpoint.resume import open_run
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import UsageError
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
-    from mpidp.inference.loading import load_model, open_run
+    from mpidp.inference.loading import load_model
     from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import together
 
     reader, grid = open_run(Path(run), world), make_grid(world)
     said, folder = "", reader.path.parent.parent

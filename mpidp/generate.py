@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
+from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -84,12 +84,13 @@ def generate(world: Any, options: argparse.Namespace, say: Callable[[str], None]
     (how many), ended (tokens, eod or stop). Groups of --batch prompts are dealt out over the replicas; who computes with whom
     changes no text. say: is given the first prompt and its text piece by piece. UsageError, DataError, CheckpointError.
     Collective over world."""
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import polite_barrier, together
+    from mpidp.checkpoint.resume import open_run
     from mpidp.inference.decode import go_on
-    from mpidp.inference.loading import load_model, load_tokenizer_for, open_run
+    from mpidp.inference.loading import load_model, load_tokenizer_for
     from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import polite_barrier, together
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     rows: list[dict[str, Any]] = []
@@ -155,9 +156,9 @@ def _encoded(tokenizer: Any, prompt: str, seq_len: int, index: int) -> list[int]
 
 
 def _write(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
-    from mpidp.comm.mesh import together
     from mpidp.errors import UsageError
-    from mpidp.files import write_file
+    from mpidp.runtime.files import write_file
+    from mpidp.runtime.world import together
 
     with together(world):
         try:

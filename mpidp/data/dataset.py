@@ -2,8 +2,8 @@
 place in it that is one integer. Independent: it reads what it is asked for, and knows nothing of ranks.
 
 Place k of epoch e is item permute(k) of a Feistel permutation keyed by (seed, e): nothing is held in memory, nothing is
-remembered. A global batch is the next `batch` places, cut into micro-batches and lanes as a run's is (mpidp/lanes.py); the last
-one of an epoch may be short.
+remembered. A global batch is the next `batch` places, cut into micro-batches and lanes as a run's is (mpidp/data/lanes.py); the
+last one of an epoch may be short.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mpidp.data.sampler import keys_of, permute
+from mpidp.data.lanes import Lanes
+from mpidp.data.permutation import keys_of, permute
 from mpidp.errors import DataError, UsageError
-from mpidp.lanes import Lanes
 
 
 class Items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,23 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp import resolve
-from mpidp.checkpoint import Reader, check_file, committed, newest_valid, readable
-from mpidp.comm.grid import Grid, make_grid
-from mpidp.comm.mesh import together
-from mpidp.comm.parallel_layers import loss_over, share_layers
-from mpidp.comm.ring import Ring
-from mpidp.comm.stages import FORWARD, Stages
+from mpidp.checkpoint.manifest import committed, readable
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.resume import open_run, others_there
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
-from mpidp.errors import CheckpointError, DataError, UsageError
+from mpidp.errors import DataError, UsageError
 from mpidp.hf.folder import Folder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import refuse
 from mpidp.model.starting import base_weights, prepared
-from mpidp.parts import Parts
+from mpidp.parallel.grid import Grid, make_grid
+from mpidp.parallel.model_part import Parts
+from mpidp.parallel.pipeline import FORWARD, Stages
+from mpidp.parallel.tensor import loss_over, share_layers
+from mpidp.parallel.tensor_comm import Ring
+from mpidp.runtime.device import resolve_device
+from mpidp.runtime.world import together
 
 
 @dataclass
@@ -72,26 +73,6 @@ class Loaded:
         return torch.from_numpy(found)
 
 
-def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """The newest valid checkpoint of RUN, or the checkpoint whose folder `path` is. CheckpointError. Collective over comm."""
-    with together(comm):
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: there is no such run")
-    if (path / "manifest.json").exists():
-        with together(comm), readable(path):
-            reader = Reader(path)
-            for record in reader.meta["files"][comm.rank :: comm.size]:
-                check_file(path, record)
-        return reader
-    found, passed_over = newest_valid(path, comm)
-    for reason in passed_over if comm.rank == 0 else ():
-        print(f"passed over an invalid checkpoint: {reason}", file=sys.stderr)
-    with together(comm):
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint: train first, with --run.dir={path}")
-        return Reader(found)
-
-
 def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Tokenizer:
     """The run's own, or that of a folder of shards or a tokenizer.json; its BOS counts for a model that began with weights that
     were there, since no other has ever seen it. DataError when missing or of another size. Independent."""
@@ -125,14 +106,6 @@ def weights_at(path: Path) -> Reader | Folder:
     return Reader(found[0])
 
 
-def others_there(path: Path | str, found: str, wanted: str) -> str:
-    """What is wrong with a base that has changed since adapters were trained on it. Pure."""
-    return (
-        f"{path} has other weights now (weights_sha256 {found}) than those on which the adapters were trained ({wanted}): put "
-        "these back. Adapters hold no copy of them, so let nobody train or change what they lie on"
-    )
-
-
 def load_base(reader: Reader, parts: Parts, model: Any) -> None:
     """What a run's adapters lie on, where it began with weights that were there (train.init_from); a checkpoint of adapters has
     no copy of it. DataError when they are gone or others by now. Independent, of a model that is not cut."""
@@ -147,7 +120,7 @@ def load_base(reader: Reader, parts: Parts, model: Any) -> None:
 
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     """The checkpoint's model, or this rank's part of it, ready to run. CheckpointError, UsageError. Independent."""
-    where = resolve.resolve_device(device, grid.everyone)
+    where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])

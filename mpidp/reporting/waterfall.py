@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import Run
 
 IDEAL_SHARE = 0.1  # of steps, the fastest: what is ideal takes the longest of these

@@ -17,8 +17,9 @@ import pytest
 
 from mpidp.checkup import hardware, launch, memory, network, storage
 from mpidp.checkup.facts import Facts
-from mpidp.checkup.findings import VERDICTS, Finding, attempt, numbers, ranks, size, table, worst
+from mpidp.checkup.findings import VERDICTS, Finding, attempt, ranks, size, table, worst
 from mpidp.comm import probe
+from mpidp.runtime.environment import numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
 ONE = Facts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
