@@ -18,7 +18,7 @@ import torch
 from inside import MODELS
 from mpi4py import MPI
 
-from mpidp.inference.decode import Row, decode
+from mpidp.inference.decode import DecodedText, decode
 from mpidp.inference.loading import Loaded
 from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.model.rowwise import by_rows
@@ -36,7 +36,7 @@ class Forgetful(Transformer):
 
 def grow(loaded: Loaded, prompts: list[list[int]], tokens: int) -> tuple[float, float, list[list[int]]]:
     """(seconds, seconds of CPU, what there is then)."""
-    rows = [Row(loaded.model, ids, tokens, seed_of(0, i), lambda token: False) for i, ids in enumerate(prompts)]
+    rows = [DecodedText(loaded.model, ids, tokens, seed_of(0, i), lambda token: False) for i, ids in enumerate(prompts)]
     began, busy = time.perf_counter(), time.process_time()
     decode(loaded, rows, Sampling(), eod=-1)
     return time.perf_counter() - began, time.process_time() - busy, [row.ids for row in rows]

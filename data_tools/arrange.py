@@ -1,9 +1,9 @@
-"""In which order documents of one or several sources follow each other, and where they lie. The same for any number of ranks.
+"""The order of documents from one or more sources, and their positions in the output. It does not depend on the number of ranks.
 
-A mixture takes the next document from the source that is furthest behind its share, so any beginning of it has about these
-shares. Packing puts documents into windows of so many tokens, in order, each into the first of the last few windows that has
-room: none crosses the end of a window, and what is left of one is filled with end-of-document tokens that nobody learns. This and
-the order are known once all lengths are; that takes some 100 bytes of memory a document.
+A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
+about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Each document goes
+into the first of the last few windows with enough room, so no document crosses a window boundary. The rest of a window is filled
+with end-of-document tokens that are excluded from the loss. Packing needs all document lengths: about 100 bytes of memory each.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ import numpy as np
 
 from data_tools.cut import PIECE_TOKENS, Stream
 
-OPEN = 64  # windows that are looked at for room
+OPEN = 64  # windows that are searched for room
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
-    """(where each document of a stream begins, its tokens), int64 (d,) each. Independent."""
+    """Return the start of each document of a stream and its number of tokens, int64 (d,) each. Independent."""
     starts = stream.document_starts(0, stream.tokens).astype(np.int64) if stream.tokens else np.empty(0, dtype=np.int64)
     return starts, np.diff(starts, append=stream.tokens)
 
 
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(source, number of the document in it) of each place of a mixture, int64 (n,) each: until there are `tokens` (0: no such
-    end), or until the source whose turn it is has run out; repeat: then that one begins again. Each source has a document.
-    Pure."""
+    """Return (source, index of the document within the source) for each document of a mixture, int64 (n,) each.
+
+    Stops after `tokens` tokens (0: no limit) or when the next source is exhausted; with `repeat`, that source starts over. Each
+    source must have a document. Pure."""
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
     which: list[int] = []
     numbers: list[int] = []
-    turns = [(0.0, source) for source in range(len(lengths))]
+    queue = [(0.0, source) for source in range(len(lengths))]
     got, taken, total = [0] * len(lengths), [0] * len(lengths), 0
     counts = [one.tolist() for one in lengths]
     while not tokens or total < tokens:
-        _, source = heapq.heappop(turns)
+        _, source = heapq.heappop(queue)
         if taken[source] >= len(counts[source]) and not repeat:
             break
         number = taken[source] % len(counts[source])
@@ -46,14 +47,15 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
         taken[source] += 1
         got[source] += counts[source][number]
         total += counts[source][number]
-        heapq.heappush(turns, (got[source] / weights[source], source))
+        heapq.heappush(queue, (got[source] / weights[source], source))
     return np.array(which, dtype=np.int64), np.array(numbers, dtype=np.int64)
 
 
 def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """(where each document lies, tokens in all): windows, and one token more, so that the last one has all its targets. Pure."""
+    """Return (start of each document, total number of tokens). The total is whole windows plus one token, because the last window
+    needs a target for its last token. Pure."""
     places = np.empty(len(lengths), dtype=np.int64)
-    rooms: list[list[int]] = []  # [where the rest begins, its tokens] of the last windows
+    rooms: list[list[int]] = []  # [start of the free space, free tokens] of the last windows
     windows = 0
     for i, length in enumerate(lengths.tolist()):
         room = next((one for one in rooms if one[1] >= length), None)
@@ -67,16 +69,16 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
 
 
 @dataclass
-class Laid:
-    """Documents of several streams at places of one, by which it is read like any Stream."""
+class Arrangement:
+    """Documents of several streams, arranged as one stream. Read like any Stream."""
 
     streams: Sequence[Stream]
-    which: np.ndarray  # (n,) the stream of each document, in order of places
-    starts: np.ndarray  # (n,) where it begins in its stream
+    which: np.ndarray  # (n,) the stream of each document, in output order
+    starts: np.ndarray  # (n,) start of each document in its stream
     lengths: np.ndarray  # (n,) tokens
-    places: np.ndarray  # (n,) where it lies here, ascending
+    places: np.ndarray  # (n,) start of each document in the output, ascending
     tokens: int
-    eod: int  # lies between them
+    eod: int  # fills the gaps between documents
     masked: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,14 +87,14 @@ class Laid:
     @classmethod
     def of(
         cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
-    ) -> Laid:
-        """A mixture, packed if window is not 0. Independent."""
+    ) -> Arrangement:
+        """Build a mixture. It is packed if window is not 0. Independent."""
         found = [lengths_of(stream) for stream in streams]
         which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
         starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)
         for source, (begins, sizes) in enumerate(found):
-            mine = which == source
-            starts[mine], lengths[mine] = begins[numbers[mine]], sizes[numbers[mine]]
+            selected = which == source
+            starts[selected], lengths[selected] = begins[numbers[selected]], sizes[numbers[selected]]
         if window:
             places, total = pack(lengths, window)
             order = np.argsort(places, kind="stable")
@@ -101,11 +103,11 @@ class Laid:
         return cls(streams, which[order], starts[order], lengths[order], places[order], total, eod)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Tokens [start, stop) in pieces of PIECE_TOKENS."""
+        """Yield tokens [start, stop) in pieces of PIECE_TOKENS."""
         return self._read(start, stop, mask=False)
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Which of them are learned, uint8, in the same pieces."""
+        """Yield the loss mask (uint8) of tokens [start, stop) in the same pieces."""
         return self._read(start, stop, mask=True)
 
     def _read(self, start: int, stop: int, mask: bool) -> Iterator[np.ndarray]:
@@ -122,10 +124,10 @@ class Laid:
             yield piece
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The document starts in [start, stop), counted from start, uint64."""
+        """Return the document starts in [start, stop), relative to start, uint64."""
         low, high = np.searchsorted(self.places, [start, stop])
         return (self.places[low:high] - start).astype(np.uint64)
 
     def taken(self) -> list[tuple[int, int]]:
-        """(documents, tokens) of each stream."""
+        """Return (documents, tokens) for each stream."""
         return [(int((self.which == s).sum()), int(self.lengths[self.which == s].sum())) for s in range(len(self.streams))]

@@ -1,9 +1,9 @@
-"""Chat templates: a conversation to text, and which of the text the assistant says. Pure, but for the files that are read.
+"""Chat templates: render a conversation to text and locate the assistant's parts of the text. Pure, apart from reading files.
 
-Rendered as transformers does: jinja2's immutable sandbox (templates come from strangers) with trim_blocks, lstrip_blocks and
-loop controls; raise_exception, tojson and strftime_now; the tokenizer's special tokens by name (bos_token); no tools.
-What the assistant says is what a template marks by {% generation %}; else, of each turn of the assistant's, what comes between
-the text that asks for it (the messages before it, add_generation_prompt) and the text that ends with it.
+Templates are rendered as in transformers: jinja2's immutable sandbox (templates are untrusted input) with trim_blocks,
+lstrip_blocks and loop controls; raise_exception, tojson and strftime_now; the tokenizer's special tokens by name (bos_token); no
+tools. The assistant's parts are those that the template marks with {% generation %}. A template without these marks is rendered
+up to each assistant turn (with add_generation_prompt) and again with the turn included; the part is the difference.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from typing import Any
 
 from mpidp.errors import DataError, UsageError
 
-BEGIN, END = "\ufdd0", "\ufdd1"  # around what is generated: no characters, so no text has them
+BEGIN, END = "\ufdd0", "\ufdd1"  # around the assistant's parts; both are noncharacters, which no text contains
 MAX_BYTES = 2**24
 Spans = list[tuple[int, int]]  # characters [start, stop) of a text
 
 
-class Refused(ValueError):  # noqa: N818
-    """The template says no to a conversation, in its own words."""
+class TemplateRejection(ValueError):  # noqa: N818
+    """The template raised an error for a conversation."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and what it is given. DataError when it is no template at all, UsageError without jinja2."""
+    """A chat template and its inputs. Raises DataError if the template is invalid and UsageError if jinja2 is missing."""
 
     text: str
-    specials: Mapping[str, str]  # bos_token and the like
-    moment: float  # seconds since 1970 that strftime_now tells, the same on all ranks
+    specials: Mapping[str, str]  # special tokens by name, such as bos_token
+    moment: float  # the time that strftime_now returns, in seconds since 1970; the same on all ranks
 
-    def __getstate__(self) -> dict[str, Any]:  # ranks tell each other of it: what is compiled stays
+    def __getstate__(self) -> dict[str, Any]:  # the template is sent to other ranks; the compiled form cannot be pickled
         return {"text": self.text, "specials": self.specials, "moment": self.moment}
 
     @cached_property
@@ -52,16 +52,18 @@ class Template:
         try:
             return environment.from_string(self.text)
         except jinja2.TemplateSyntaxError as error:
-            words = f"line {error.lineno} of the chat template: {error.message}; mend it, or give another by --chat-template"
-            raise DataError(words) from None
+            where = f"line {error.lineno} of the chat template: {error.message}"
+            raise DataError(f"{where}; correct it, or give another template with --chat-template") from None
 
     def check(self) -> None:
-        """UsageError or DataError where it cannot be used."""
+        """Raise UsageError or DataError if the template cannot be used."""
         assert self._compiled is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, Spans]:
-        """The text of a conversation, and what of it the assistant says. Refused; DataError for a template that renders a
-        beginning otherwise when more follows: then nobody can say where a turn begins."""
+        """Return the text of a conversation and the spans of the assistant's parts.
+
+        Raises TemplateRejection if the template rejects the conversation, and DataError if the text of the first messages changes
+        when more messages follow: the start of a turn is then unknown."""
         if self._marks:
             return self._marked(self._render(messages, False))
         text = self._render(messages, False)
@@ -72,20 +74,21 @@ class Template:
                 after = text if i + 1 == len(messages) else self._render(messages[: i + 1], False)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise DataError(
-                        f"the chat template renders the first {i + 1} messages otherwise when others follow, or what asks for an "
-                        "answer otherwise than what is answered, so what the assistant says cannot be told apart: mark it by "
+                        f"the chat template renders the first {i + 1} messages differently when more messages follow, or its "
+                        "generation prompt differs from the start of the answer, so the assistant's part cannot be located: "
+                        "mark it with "
                         "{% generation %} ... {% endgeneration %} in the template (--chat-template FILE)"
                     )
                 spans.append((len(before), len(after)))
         return text, spans
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], asks: bool) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
         jinja2 = _library()
-        given = {**self.specials, "messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": asks}
+        given = {**self.specials, "messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": prompt}
         try:
             return str(self._compiled.render(**given))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise Refused(f"the chat template refuses it ({str(error) or type(error).__name__})") from None
+            raise TemplateRejection(f"rejected by the chat template ({str(error) or type(error).__name__})") from None
 
     def _marked(self, text: str) -> tuple[str, Spans]:
         parts = re.split(f"([{BEGIN}{END}])", text)
@@ -101,8 +104,8 @@ class Template:
 
 
 def find_template(file: str | None, tokenizer: str) -> Template:
-    """The template of --chat-template, else the one beside a given tokenizer.json: chat_template.jinja, or `chat_template` in
-    tokenizer_config.json. UsageError when there is none, DataError when it cannot be read. Independent."""
+    """Find the template: --chat-template, else chat_template.jinja or the key `chat_template` of tokenizer_config.json, both
+    in the folder of the tokenizer.json. Raises UsageError if there is none and DataError if it cannot be read. Independent."""
     path = Path(tokenizer)
     folder = path if path.is_dir() else path.parent if path.exists() else None
     about = _read_json(folder / "tokenizer_config.json") if folder is not None else {}
@@ -111,11 +114,11 @@ def find_template(file: str | None, tokenizer: str) -> Template:
     if text is None and folder is not None and (folder / "chat_template.jinja").exists():
         text = _read(folder / "chat_template.jinja")
     if text is None and (found := about.get("chat_template")):
-        if isinstance(found, list):  # several, by name
+        if isinstance(found, list):  # several named templates
             found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None)
         text = found if isinstance(found, str) else None
     if text is None:
-        where = f"beside the tokenizer {tokenizer} there is none" if folder is not None else f"the tokenizer {tokenizer} has none"
+        where = f"there is none in the folder of {tokenizer}" if folder is not None else f"the tokenizer {tokenizer} has none"
         raise UsageError(
             f"--format chat needs a chat template, and {where} (chat_template.jinja, or `chat_template` in "
             "tokenizer_config.json): give --chat-template FILE"
@@ -145,12 +148,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); mend or remove it") from None
+        raise DataError(f"{path} is not valid JSON ({error}); correct or remove it") from None
     return found if isinstance(found, dict) else {}
 
 
 def _content(value: Any) -> str | None:
-    """Of a special token: its text, or an object that holds it."""
+    """Return the text of a special token, which is stored as a string or as an object with `content`."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
@@ -170,7 +173,7 @@ def _environment(moment: float) -> Any:
     from jinja2.utils import Namespace as Plain
 
     class Generation(Extension):
-        """{% generation %}: what the assistant says."""
+        """{% generation %}: marks the assistant's parts."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -183,14 +186,14 @@ def _environment(moment: float) -> Any:
             return f"{BEGIN}{caller()}{END}"
 
     class Namespace(Plain):
-        """Without names that lead into the interpreter."""
+        """Rejects attributes that give access to the interpreter."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if name.startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a template may not set {name}")
             super().__setitem__(name, value)
 
-    def refuse(message: str) -> None:
+    def reject(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def tojson(
@@ -203,7 +206,7 @@ def _environment(moment: float) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {
-        "raise_exception": refuse, "namespace": Namespace,
+        "raise_exception": reject, "namespace": Namespace,
         "strftime_now": lambda form: datetime.fromtimestamp(moment, UTC).strftime(form),
     }
     return environment

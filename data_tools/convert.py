@@ -1,9 +1,10 @@
-"""Shards from and to Megatron-LM's .bin and .idx: the same tokens and documents.
+"""Convert shards to and from Megatron-LM's .bin and .idx files. Tokens and documents stay the same.
 
-  python -m data_tools.convert --to megatron SHARDS PREFIX                     PREFIX_train.bin, .idx; PREFIX_val where there is
-  python -m data_tools.convert --from megatron PREFIX OUT --tokenizer FILE     of PREFIX, or of PREFIX_train and PREFIX_val
+  python -m data_tools.convert --to megatron SHARDS PREFIX                     writes PREFIX_train.bin, .idx (and PREFIX_val)
+  python -m data_tools.convert --from megatron PREFIX OUT --tokenizer FILE     reads PREFIX, or PREFIX_train and PREFIX_val
 
-Ids are ids: the tokenizer that gave them is told with --tokenizer (byte, a tokenizer.json, or a folder with one).
+The Megatron-LM files contain only token ids. Give the tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a
+folder that contains one).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.cut import RawWriter, Stream, cut_shard, plan_shards
-from data_tools.megatron import PIECE_TOKENS, Reader, Writer
+from data_tools.megatron import PIECE_TOKENS, MegatronReader, MegatronWriter
 from mpidp.data.index import Index, SplitRecord
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
@@ -28,16 +29,18 @@ from mpidp.runtime.files import write_atomically
 
 
 def to_megatron(shards: Path, prefix: Path) -> list[str]:
-    """Every split as PREFIX_SPLIT.bin and .idx; what is said of each. The rest of a document that was cut by the end of training
-    is the first document of validation. UsageError, DataError. Independent."""
+    """Write every split as PREFIX_SPLIT.bin and .idx; return a line about each.
+
+    If the end of training cuts a document in two, the rest becomes the first document of validation. Raises UsageError or
+    DataError. Independent."""
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]
     if any(stream.has_loss_mask for stream in streams):
-        raise DataError(f"{shards} has a loss mask, and .bin and .idx have no place for one: what is not to be learned would be")
-    said = []
+        raise DataError(f"{shards} has a loss mask, which .bin and .idx cannot store: the masked tokens would be trained on")
+    lines = []
     for stream in streams:
         try:
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            writer = Writer(Path(f"{prefix}_{stream.split}"), stream.vocab_size)
+            writer = MegatronWriter(Path(f"{prefix}_{stream.split}"), stream.vocab_size)
         except OSError as error:
             raise UsageError(f"cannot write {prefix}_{stream.split}.bin: {error.strerror}; choose another prefix") from None
         try:
@@ -52,19 +55,19 @@ def to_megatron(shards: Path, prefix: Path) -> list[str]:
         except BaseException:
             writer.abandon()
             raise
-        said.append(f"{prefix}_{stream.split}: {stream.num_tokens:,} tokens, {len(starts):,} documents")
-    return said
+        lines.append(f"{prefix}_{stream.split}: {stream.num_tokens:,} tokens, {len(starts):,} documents")
+    return lines
 
 
 def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_fraction: float, eod: str | None) -> list[str]:
-    """Shards of PREFIX, whose end is validation by val_fraction, or of PREFIX_train and PREFIX_val; what is said of each split.
-    Documents without a token are left out. UsageError, DataError. Independent."""
+    """Write shards from PREFIX (its last val_fraction becomes validation) or from PREFIX_train and PREFIX_val; return a line
+    about each split. Documents without tokens are skipped. Raises UsageError or DataError. Independent."""
     if out.exists():
-        raise UsageError(f"{out} exists, and nothing is overwritten: choose another folder, or remove it yourself")
+        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
     if shards < 1 or not 0 <= val_fraction < 1:
         raise UsageError(f"--shards {shards} must be at least 1, and --val-fraction {val_fraction} in [0, 1)")
-    sources = {"train": Reader(prefix)} if Path(f"{prefix}.idx").exists() else {
-        split: Reader(Path(f"{prefix}_{split}")) for split in ("train", "val")
+    sources = {"train": MegatronReader(prefix)} if Path(f"{prefix}.idx").exists() else {
+        split: MegatronReader(Path(f"{prefix}_{split}")) for split in ("train", "val")
         if split == "train" or Path(f"{prefix}_{split}.idx").exists()
     }
     encoder = ByteTokenizer() if tokenizer == "byte" else load_tokenizer(tokenizer, eod)
@@ -75,11 +78,11 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
         raise UsageError(f"cannot write to {out}: {error.strerror}; choose another folder") from None
     try:
         (scratch / "new").mkdir()
-        left_out, streams = 0, {}
+        skipped, streams = 0, {}
         for split, source in sources.items():
             writer = RawWriter(scratch, split, token_dtype(encoder.vocab_size))
             for number, ids in enumerate(source.documents()):
-                left_out += not len(ids)
+                skipped += not len(ids)
                 if len(ids):
                     _check(ids, encoder, source, number)
                     writer.end_document_with(ids)
@@ -88,23 +91,23 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
         os.rename(scratch / "new", out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    said = [f"{out}: {split} {of.tokens:,} tokens, {of.documents:,} documents" for split, of in index.splits.items()]
-    return said + [f"{left_out:,} documents without a token were left out"] * (left_out > 0)
+    lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
+    return lines + [f"{skipped:,} documents without tokens were skipped"] * (skipped > 0)
 
 
-def _check(ids: np.ndarray, encoder: Tokenizer, source: Reader, number: int) -> None:
+def _check(ids: np.ndarray, encoder: Tokenizer, source: MegatronReader, number: int) -> None:
     if ids.min() < 0 or ids.max() >= encoder.vocab_size:
         bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise DataError(
-            f"{source.path}: document {number} has the id {bad}, and the tokenizer's are 0..{encoder.vocab_size - 1}: give the "
-            "one that the data were made with, --tokenizer FILE"
+            f"{source.path}: document {number} contains the id {bad}, but the tokenizer's ids are 0..{encoder.vocab_size - 1}: "
+            "give the tokenizer that the data were made with, --tokenizer FILE"
         )
 
 
 def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: int, val_fraction: float, prefix: Path) -> Index:
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
-    share = val_fraction if "val" not in streams else 0.5  # anything but none: validation is there
+    share = val_fraction if "val" not in streams else 0.5  # any value above 0: a validation split exists
     plans = plan_shards(streams, shards, share)
     files = [cut_shard(plan, streams[plan.stream], out, encoder, sha256)[0] for plan in plans]
     splits = {}
@@ -119,29 +122,30 @@ def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: in
 
 
 def main() -> None:
-    """The command line. Independent."""
+    """Command-line entry point. Independent."""
     parser = Parser(prog="python -m data_tools.convert", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=("megatron",))
-    way.add_argument("--from", choices=("megatron",), dest="source")
-    add("what", metavar="SHARDS|PREFIX", type=Path, help="what is read")
-    add("out", metavar="PREFIX|OUT", type=Path, help="what is made; it must not exist")
-    add("--tokenizer", help="from: byte, a tokenizer.json, or a folder with one")
-    add("--eod", help="from: the end-of-document token of a given tokenizer.json, when it has no usual name")
-    add("--shards", type=int, default=4, help="from: training files (%(default)s)")
-    add("--val-fraction", type=float, default=0.05, help="from a single PREFIX: its end is validation; 0: none (%(default)s)")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=("megatron",), help="write the shards in this format")
+    direction.add_argument("--from", choices=("megatron",), dest="source", help="read this format and write shards")
+    add("input", metavar="SHARDS|PREFIX", type=Path, help="what to read: a folder of shards, or a Megatron-LM prefix")
+    add("out", metavar="PREFIX|OUT", type=Path, help="what to write; it must not exist")
+    add("--tokenizer", help="with --from: byte, a tokenizer.json, or a folder that contains one")
+    add("--eod", help="with --from: the end-of-document token of the tokenizer.json, if it has an unusual name")
+    add("--shards", type=int, default=4, help="with --from: number of training files (%(default)s)")
+    add("--val-fraction", type=float, default=0.05,
+        help="with --from and a single PREFIX: this fraction at its end becomes validation; 0: none (%(default)s)")
     options = parser.parse_args()
     if options.source and not options.tokenizer:
-        parser.error("--from megatron needs --tokenizer: its files hold ids, and nothing of what they mean")
+        parser.error("--from megatron needs --tokenizer: the files hold token ids only")
     if options.to:
-        said = to_megatron(options.what, options.out)
+        lines = to_megatron(options.input, options.out)
     else:
-        said = from_megatron(
-            options.what, options.out, options.tokenizer, options.shards, options.val_fraction, options.eod
+        lines = from_megatron(
+            options.input, options.out, options.tokenizer, options.shards, options.val_fraction, options.eod
         )
-    print("\n".join(said))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

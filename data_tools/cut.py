@@ -1,4 +1,4 @@
-"""From raw streams to shards: where the splits and shards are cut, and how one is read out of the ranks' raw files."""
+"""From raw streams to shards: choose the shard boundaries, then write each shard from the raw files of the ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PIECE_TOKENS = 2**20
 
 
 class RawWriter:
-    """A stream under way: FOLDER/NAME.tokens (ids), FOLDER/NAME.documents (uint64, where each document starts) and, where only
-    some are learned, FOLDER/NAME.mask (uint8)."""
+    """Writes a stream: FOLDER/NAME.tokens (ids), FOLDER/NAME.documents (uint64, the start of each document) and, with a loss
+    mask, FOLDER/NAME.mask (uint8)."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
         self.path, self.tokens, self.documents = folder / name, 0, 0
@@ -29,7 +29,7 @@ class RawWriter:
         self._mask = open(f"{self.path}.mask", "wb", buffering=PIECE_TOKENS) if masked else None  # noqa: SIM115
 
     def add(self, ids: np.ndarray) -> None:
-        """More of the document under way, or the start of the next."""
+        """Append to the current document, or start the next one."""
         if not self._inside:
             self._starts.write(np.array([self.tokens], dtype="<u8").tobytes())
             self.documents, self._inside = self.documents + 1, True
@@ -37,23 +37,23 @@ class RawWriter:
         self.tokens += len(ids)
 
     def end_document(self, eod: int) -> None:
-        """Close the document under way."""
+        """End the current document."""
         self.end_document_with(np.array([eod]))
 
     def end_document_with(self, ids: np.ndarray) -> None:
-        """A whole document as it is, with or without an end-of-document token."""
+        """Append the last ids of a document and end it. No end-of-document token is added."""
         self.add(ids)
         self._inside = False
 
     def add_document(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        """A whole document, and which of its tokens are learned."""
+        """Append a whole document and its loss mask."""
         assert self._mask is not None
         self.add(ids)
         self._mask.write(mask.astype(np.uint8).tobytes())
         self._inside = False
 
     def close(self) -> Raw:
-        """Flush; returns how to find it again."""
+        """Close the files; return their description."""
         self._ids.close()
         self._starts.close()
         if self._mask is not None:
@@ -63,7 +63,7 @@ class RawWriter:
 
 @dataclass(frozen=True)
 class Raw:
-    """What one rank encoded of one stream."""
+    """The part of a stream that one rank encoded."""
 
     path: Path
     token_bytes: int
@@ -72,14 +72,14 @@ class Raw:
     masked: bool = False
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Tokens [start, stop); or which of them are learned."""
+        """Return tokens [start, stop), or their loss mask."""
         if mask:
             return np.fromfile(f"{self.path}.mask", np.uint8, count=stop - start, offset=start)
         dtype = f"<u{self.token_bytes}"
         return np.fromfile(f"{self.path}.tokens", dtype, count=stop - start, offset=start * self.token_bytes)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The document starts in [start, stop), uint64."""
+        """Return the document starts in [start, stop), uint64."""
         if not self.documents:
             return np.empty(0, dtype="<u8")
         starts = np.memmap(f"{self.path}.documents", dtype="<u8", mode="r")
@@ -89,7 +89,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Stream:
-    """The ranks' raw files as one stream of tokens, the same for any number of ranks."""
+    """The raw files of all ranks as one stream of tokens, the same for any number of ranks."""
 
     raws: list[Raw]
     bases: list[int] = field(init=False)
@@ -102,26 +102,26 @@ class Stream:
 
     @property
     def masked(self) -> bool:
-        """Are only some tokens learned?"""
+        """True if the stream has a loss mask."""
         return all(raw.masked for raw in self.raws)
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Tokens [start, stop), wherever the ranks' parts end; or which of them are learned."""
+        """Return tokens [start, stop), across the files of several ranks, or their loss mask."""
         found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Tokens [start, stop) in pieces of PIECE_TOKENS."""
+        """Yield tokens [start, stop) in pieces of PIECE_TOKENS."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop))
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Which of them are learned, uint8, in the same pieces."""
+        """Yield the loss mask (uint8) in the same pieces."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop), mask=True)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The document starts in [start, stop), counted from start, uint64."""
+        """Return the document starts in [start, stop), relative to start, uint64."""
         found = [raw.document_starts(a, b) + np.uint64(base) for raw, base, a, b in self._overlaps(start, stop)]
         return np.concatenate(found) - np.uint64(start)
 
@@ -145,12 +145,12 @@ class ShardPlan:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The file name."""
         return f"{self.split}_{self.shard:05d}.h5"
 
 
 class Tokens(Protocol):
-    """What shards are cut from: a Stream, or documents of several in another order (arrange.py)."""
+    """The source of shards: a Stream, or an Arrangement of the documents of several streams (arrange.py)."""
 
     @property
     def tokens(self) -> int: ...
@@ -166,10 +166,11 @@ class Tokens(Protocol):
 
 
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
-    """Where shards are cut: at k N // K. streams: {"train"} or, split by document, {"train", "val"}.
+    """Plan the shards of each split. Shard k of K starts at token k N // K. streams: {"train"}, or {"train", "val"} when
+    documents are split.
 
-    A validation split cut from "train" is its end, at least 2 tokens, and has as many shards as its share asks for.
-    DataError when a split would be too small, UsageError for more shards than tokens.
+    A validation split cut from "train" takes its end, at least 2 tokens. Its number of shards is proportional to its size.
+    Raises DataError if a split is too small and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams
@@ -195,7 +196,7 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
 def cut_shard(
     plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
 ) -> tuple[FileRecord, int]:
-    """Write one shard into folder; its record, and how many tokens of it are learned. Independent."""
+    """Write one shard into folder; return its record and its number of tokens in the loss mask. Independent."""
     text_bytes = learned = 0
 
     def pieces() -> Iterator[np.ndarray]:
@@ -215,5 +216,5 @@ def cut_shard(
         "split": plan.split, "shard": plan.shard, "num_shards": plan.num_shards, "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod, "tokenizer_sha256": tokenizer_sha256,
     }
-    said = write_shard(folder / plan.name, pieces(), tokens, starts, attributes, masks() if stream.masked else None)
-    return FileRecord(plan.name, plan.split, tokens, len(starts), text_bytes, said.size, said.crc32, said.sha256), learned
+    info = write_shard(folder / plan.name, pieces(), tokens, starts, attributes, masks() if stream.masked else None)
+    return FileRecord(plan.name, plan.split, tokens, len(starts), text_bytes, info.size, info.crc32, info.sha256), learned

@@ -1,4 +1,4 @@
-"""From files to raw streams of tokens: the documents of text, or rows of which a part is learned."""
+"""Encode files into raw streams of tokens: text documents, or training rows with a loss mask."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ import numpy as np
 
 from data_tools.cut import Raw, RawWriter
 from data_tools.places import placer
-from data_tools.rows import Row, RowReader
-from data_tools.sources import Reader, SourceFile
+from data_tools.rows import RowReader, TrainingRow
+from data_tools.sources import SourceFile, SourceReader
 from mpidp.data.tokenizer import Tokenizer, token_dtype
 
 T = TypeVar("T")
-BATCH_CHARACTERS = 2**20  # encoded at once
+BATCH_CHARACTERS = 2**20  # number of characters encoded at once
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where a rank's documents of one source go."""
+    """Assigns the documents of one source to streams, and names the raw files of a rank."""
 
     scratch: Path
     source: int
     rank: int
-    val_share: float  # of the documents; 0: all go to one stream
+    val_share: float  # share of the documents that goes to validation; 0: all go to one stream
     seed: int
 
     def writers(self, dtype: np.dtype[Any], masked: bool) -> dict[str, RawWriter]:
-        """By stream. Independent."""
+        """Return a writer for each stream. Independent."""
         names = ("train", "val") if self.val_share else ("train",)
         return {name: RawWriter(self.scratch, f"{name}-{self.source}-{self.rank}", dtype, masked) for name in names}
 
     def stream(self, file: SourceFile, number: int) -> str:
-        """Of document `number` of a file, whatever else is in the corpus. Pure."""
+        """Return the stream of document `number` of a file. It does not depend on the rest of the corpus. Pure."""
         return "val" if self.val_share and _drawn(self.seed, file.name, number) < self.val_share else "train"
 
 
 def _drawn(seed: int, name: str, number: int) -> float:
-    """A number in [0, 1) for a document."""
+    """Return a pseudorandom number in [0, 1) for a document."""
     digest = hashlib.blake2b(f"{seed}\0{name}\0{number}".encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48
 
 
-def encode_text(files: list[SourceFile], reader: Reader, encoder: Tokenizer, routing: Routing) -> dict[str, Raw]:
-    """A rank's files as raw files, by stream. Independent."""
+def encode_text(files: list[SourceFile], reader: SourceReader, encoder: Tokenizer, routing: Routing) -> dict[str, Raw]:
+    """Encode a rank's files into raw files, one for each stream. Independent."""
     writers = routing.writers(token_dtype(encoder.vocab_size), masked=False)
     for batch in _batches(_routed(files, reader, routing), lambda piece: len(piece[1] or "")):
         encoded = iter(encoder.encode_batch([text for _, text in batch if text is not None]))
@@ -59,8 +59,8 @@ def encode_text(files: list[SourceFile], reader: Reader, encoder: Tokenizer, rou
     return {name: writer.close() for name, writer in writers.items()}
 
 
-def _routed(files: list[SourceFile], reader: Reader, routing: Routing) -> Iterator[tuple[str, str | None]]:
-    """Each piece of text (None: the end of a document) with the stream that it belongs to."""
+def _routed(files: list[SourceFile], reader: SourceReader, routing: Routing) -> Iterator[tuple[str, str | None]]:
+    """Yield the stream of each piece of text with the piece. None ends a document."""
     for file in files:
         number = 0
         for text in reader.pieces(file):
@@ -81,9 +81,10 @@ def _batches(pieces: Iterator[T], characters_of: Callable[[T], int]) -> Iterator
 
 
 def encode_rows(
-    files: list[SourceFile], reader: RowReader, encoder: Tokenizer, routing: Routing, most: int, truncate: bool
+    files: list[SourceFile], reader: RowReader, encoder: Tokenizer, routing: Routing, max_tokens: int, truncate: bool
 ) -> dict[str, Raw]:
-    """The same of rows, each a document of at most `most` tokens; longer ones are cut, or left out. Independent."""
+    """Encode a rank's rows. Each row is a document of at most max_tokens tokens; longer rows are truncated or skipped.
+    Independent."""
     writers = routing.writers(token_dtype(encoder.vocab_size), masked=True)
     encode = placer(encoder) if reader.template is not None else None
     rows = ((routing.stream(file, number), row) for file in files for number, row in enumerate(reader.rows(file)))
@@ -91,28 +92,30 @@ def encode_rows(
         texts = [text for _, row in batch for text, _ in row.parts]
         if encode is not None:
             encoded = iter(encode(texts))
-        else:  # a part is learned as a whole, or not at all
+        else:  # each part is in the loss mask as a whole or not at all
             encoded = ((ids, np.zeros(len(ids), dtype=np.int64)) for ids in encoder.encode_batch(texts))
         for name, row in batch:
             ids, mask = _tokens(row, encoded, encoder.eod)
-            if len(ids) > most and truncate:
+            if len(ids) > max_tokens and truncate:
                 reader.counts.note("long", f"{row.place}: {len(ids)} tokens")
-                ids, mask = ids[:most], mask[:most]
-            if len(ids) > most:
-                reader.bad("long", row.place, f"{len(ids)} tokens, more than --seq-len {most}; or --truncate")
+                ids, mask = ids[:max_tokens], mask[:max_tokens]
+            if len(ids) > max_tokens:
+                reader.skip("long", row.place, f"{len(ids)} tokens, more than --seq-len {max_tokens}; see --truncate")
             elif not mask.any():
-                reader.bad("empty", row.place, f"no token to learn among its first {most}")
+                reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
             else:
                 writers[name].add_document(ids, mask)
                 reader.counts.documents += 1
     return {name: writer.close() for name, writer in writers.items()}
 
 
-def _tokens(row: Row, encoded: Iterator[tuple[np.ndarray, np.ndarray]], eod: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, which of them are learned) of a row, with an end-of-document token where it has none. It is learned after what is
-    learned, unless a template has said the end there already. A first token has nothing that foretells it."""
+def _tokens(row: TrainingRow, encoded: Iterator[tuple[np.ndarray, np.ndarray]], eod: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, loss mask) of a row. Appends an end-of-document token if the row does not end with one.
+
+    The appended token is in the loss mask if the row ends with a trained part, unless that part already contains the token. The
+    first token is never in the mask: nothing precedes it."""
     ids, masks = [], []
-    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest is other rows'
+    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest belongs to other rows
         ids.append(found)
         masks.append(np.zeros(len(found), dtype=np.uint8))
         for start, stop in spans:

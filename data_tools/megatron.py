@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed dataset: PREFIX.bin (ids of all sequences, one after the other) and PREFIX.idx, read with suspicion.
+"""Megatron-LM's indexed dataset: PREFIX.bin (the ids of all sequences, concatenated) and PREFIX.idx. Both are checked when read.
 
 PREFIX.idx, little-endian: b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S uint64, number of
 document bounds uint64; then S lengths int32 (tokens), S offsets int64 (bytes in .bin), and the bounds int64: document d is the
@@ -18,36 +18,36 @@ import numpy as np
 from mpidp.errors import DataError, UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<QBQQ")  # version, type, sequences, bounds
+HEADER = struct.Struct("<QBQQ")  # version, type, sequences, document bounds
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
 PIECE_TOKENS = 2**20
 
 
 def dtype_code(vocab_size: int) -> int:
-    """What Megatron-LM itself takes for a vocabulary: uint16, or int32. Pure."""
+    """Return the type of ids that Megatron-LM uses: uint16 for small vocabularies, else int32. Pure."""
     return 8 if vocab_size < 65500 else 4
 
 
-class Writer:
-    """PREFIX.bin and PREFIX.idx under way: one sequence a document. UsageError where they exist. Independent."""
+class MegatronWriter:
+    """Writes PREFIX.bin and PREFIX.idx, one sequence per document. Raises UsageError if they exist. Independent."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
         if there := [str(path) for path in self._files if path.exists()]:
-            raise UsageError(f"{there[0]} exists, and nothing is overwritten: choose another prefix, or remove it yourself")
+            raise UsageError(f"{there[0]} exists and is not overwritten: choose another prefix, or remove it yourself")
         self._code = dtype_code(vocab_size)
         self._parts = [path.with_name(f".{path.name}.part") for path in self._files]
         self._tokens = open(self._parts[0], "wb", buffering=PIECE_TOKENS)  # noqa: SIM115 - close() closes
 
     def add(self, ids: np.ndarray) -> None:
-        """More ids, wherever their documents begin."""
+        """Append ids. The document boundaries are given to close()."""
         self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
-        """starts: (d,) where documents begin, the first 0; tokens: how many there are. The files are there from now on."""
+        """Write the index and move both files to their final names. starts: (d,) document starts, the first 0; tokens: total."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
-            raise UsageError(f"a document has {lengths.max()} tokens, and the format counts them in 31 bits")
+            raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
         size = np.dtype(DTYPES[self._code]).itemsize
         with open(self._parts[1], "wb") as index:
             index.write(MAGIC + HEADER.pack(1, self._code, len(lengths), len(lengths) + 1))
@@ -63,14 +63,14 @@ class Writer:
             os.replace(part, path)
 
     def abandon(self) -> None:
-        """Nothing is left of it."""
+        """Remove the temporary files."""
         self._tokens.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
 
 
-class Reader:
-    """The documents of PREFIX. DataError where the files do not agree with each other. Independent."""
+class MegatronReader:
+    """Reads the documents of PREFIX. Raises DataError if the two files are inconsistent. Independent."""
 
     def __init__(self, prefix: Path) -> None:
         self.path, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -78,34 +78,34 @@ class Reader:
             data = index.read_bytes()
             size = self.path.stat().st_size
         except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); a prefix stands for PREFIX.bin and PREFIX.idx"
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); PREFIX stands for PREFIX.bin and PREFIX.idx"
                             ) from None
 
-        def wrong(words: str) -> DataError:
-            return DataError(f"{index}: {words}; copy PREFIX.bin and PREFIX.idx again, both of one dataset")
+        def wrong(problem: str) -> DataError:
+            return DataError(f"{index}: {problem}; copy PREFIX.bin and PREFIX.idx again, both from the same dataset")
 
         begin = len(MAGIC) + HEADER.size
         if data[: len(MAGIC)] != MAGIC or len(data) < begin:
-            raise wrong("not an index of Megatron-LM (it does not begin with MMIDIDX)")
+            raise wrong("not a Megatron-LM index (it does not begin with MMIDIDX)")
         version, code, sequences, bounds = HEADER.unpack_from(data, len(MAGIC))
         if version != 1 or code not in DTYPES:
-            raise wrong(f"version {version}, type {code}: known are version 1 and types {', '.join(map(str, DTYPES))}")
+            raise wrong(f"version {version}, type {code}: supported are version 1 and types {', '.join(map(str, DTYPES))}")
         ends = np.cumsum([begin, 4 * sequences, 8 * sequences, 8 * bounds])
-        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:  # the latter with modes of multimodal data
-            raise wrong(f"it has {len(data)} bytes, {sequences} sequences and {bounds} bounds of documents need {ends[-1]}")
+        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:  # the second size: one mode byte per sequence
+            raise wrong(f"it has {len(data)} bytes, but {sequences} sequences and {bounds} document bounds need {ends[-1]}")
         self._dtype: np.dtype[Any] = np.dtype(DTYPES[code])
         self._lengths = np.frombuffer(data, "<i4", sequences, ends[0]).astype(np.int64)
         self._offsets = np.frombuffer(data, "<i8", sequences, ends[1])
         self._bounds = np.frombuffer(data, "<i8", bounds, ends[2])
         last = self._offsets + self._lengths * self._dtype.itemsize
         if sequences and (self._lengths.min() < 0 or self._offsets.min() < 0 or last.max() > size):
-            raise wrong(f"sequences lie outside the {size} bytes of {self.path}")
+            raise wrong(f"some sequences lie outside the {size} bytes of {self.path}")
         if self._bounds[0] < 0 or self._bounds[-1] != sequences or (np.diff(self._bounds) < 0).any():
-            raise wrong("the bounds of documents do not ascend to the number of sequences")
+            raise wrong("the document bounds do not ascend to the number of sequences")
         self._bytes = np.memmap(self.path, dtype="u1", mode="r") if size else np.empty(0, dtype="u1")
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The ids of each document, its sequences joined; sequences before the first bound are one more."""
+        """Yield the ids of each document, its sequences joined. Sequences before the first bound form one more document."""
         edges = [0, *self._bounds.tolist()]
         for low, high in zip(edges, edges[1:], strict=False):
             if low < high or low != 0:

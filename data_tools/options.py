@@ -1,4 +1,4 @@
-"""What a preparation is asked for, and what cannot be."""
+"""The options of a preparation and their checks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mpidp.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line, or prepare(), says; `split` with nothing left open."""
+class PrepareOptions:
+    """The options of the command line or of prepare(). `split` is resolved: never empty."""
 
     sources: list[Source]
     tokenizer: str = "byte"
@@ -30,17 +30,17 @@ class Options:
 
     @property
     def arranged(self) -> bool:
-        """Are documents put in another order than that of the files?"""
+        """True if documents are reordered relative to the files."""
         return self.form != "text" or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Of --tokens, those of a split; 0: no such limit."""
+        """Return the token limit of a split, a part of --tokens; 0: no limit."""
         val = round(self.tokens * self.val_fraction) if self.split == "document" else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
 
-def check_options(options: Options, chat_template: str | None = None) -> None:
-    """UsageError for what cannot be, before anything is read. Independent."""
+def check_options(options: PrepareOptions, chat_template: str | None = None) -> None:
+    """Raise UsageError for invalid options, before any input is read. Independent."""
     rows = options.form != "text"
     if options.shards < 1:
         raise UsageError(f"--shards {options.shards} must be at least 1")
@@ -57,9 +57,9 @@ def check_options(options: Options, chat_template: str | None = None) -> None:
     if rows and options.seq_len < 2:
         raise UsageError(f"--format {options.form} packs whole rows into windows: give --seq-len N, the model.seq_len to use")
     if not rows and (options.seq_len or options.truncate):
-        raise UsageError("--seq-len and --truncate are for --format prompt_completion and chat: text follows on without end")
+        raise UsageError("--seq-len and --truncate apply to --format prompt_completion and chat only: plain text is not packed")
     if chat_template and options.form != "chat":
-        raise UsageError("--chat-template is for --format chat")
+        raise UsageError("--chat-template applies to --format chat only")
     if options.tokens < 0 or options.repeat and not options.tokens:
-        raise UsageError("--tokens N must be above 0, and --repeat needs it: a mixture that begins again has no other end")
+        raise UsageError("--tokens N must be above 0, and --repeat needs it: sources that start over never end")
     check_tokenizer(options.tokenizer)

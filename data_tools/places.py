@@ -1,7 +1,7 @@
-"""Ids of a text together with the character at which each begins: by it one knows which tokens belong to a part of the text.
+"""Encode text and return, for each token, the character at which it begins. This maps spans of characters to tokens.
 
-Special tokens that the text names ("<|im_end|>") become ids: it was written by a chat template. As with transformers, a template
-decides what else is in the text, so whoever writes a message can name them too.
+Special tokens in the text ("<|im_end|>") become ids, because a chat template wrote the text. As in transformers, a message that
+contains such a token is encoded the same way: only the template can prevent this.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
-Placed = tuple[np.ndarray, np.ndarray]  # ids, and the characters they begin at: int64 (n,) each
+Placed = tuple[np.ndarray, np.ndarray]  # ids, and the character at which each begins: int64 (n,) each
 
 
 def placer(tokenizer: Tokenizer) -> Callable[[list[str]], list[Placed]]:
-    """What encodes several texts with this tokenizer. Independent."""
+    """Return a function that encodes several texts with this tokenizer. Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return lambda texts: [(tokenizer.encode(text), _of_bytes(text)) for text in texts]
     if isinstance(tokenizer, CharTokenizer):
@@ -36,7 +36,7 @@ def _hugging_face(stored: str) -> Callable[[list[str]], list[Placed]]:
     from tokenizers import Tokenizer as Library
 
     about = json.loads(stored)
-    about["post_processor"] = None  # it adds BOS, which templates write themselves, and may cut blanks off the places
+    about["post_processor"] = None  # it adds BOS, which templates write themselves, and may exclude spaces from the offsets
     library: Any = Library.from_str(json.dumps(about))
     library.no_truncation()
     library.no_padding()

@@ -1,8 +1,8 @@
-"""Text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
+"""Convert text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
 
-The same bytes for any number of ranks. Each rank encodes a run of whole files (about equal in bytes) into raw temporary
-files in OUT, which together are the token stream; then each rank cuts some of the shards from these. Memory does not
-grow with the corpus. The old shards of OUT stay whole until the new ones are.
+The shards are identical for any number of ranks. Each rank encodes whole files, about the same number of bytes per rank, into raw
+temporary files in OUT. Together these files form the token stream. Each rank then writes some of the shards from it. Memory use
+does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from data_tools.chat import Template, find_template
 from data_tools.counts import Counts
 from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
 from data_tools.encode import Routing, encode_rows, encode_text
-from data_tools.mixture import in_words, lay_out, parse_sources, shares
-from data_tools.options import Options, check_options
+from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
+from data_tools.options import PrepareOptions, check_options
 from data_tools.rows import RowReader
-from data_tools.sources import Reader, SourceFile, find_files
+from data_tools.sources import SourceFile, SourceReader, find_files
 from data_tools.team import Team
 from data_tools.vocabulary import make_tokenizer
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
@@ -36,7 +36,7 @@ from mpidp.runtime.files import write_atomically
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Found = tuple[list[SourceFile], dict[str, Any]]  # the files of a source, and what index.json says of it
+Found = tuple[list[SourceFile], dict[str, Any]]  # the files of a source, and its description for index.json
 SCRATCH = ".prepare"  # the temporary folder in OUT
 
 
@@ -46,20 +46,20 @@ def prepare(
     eod: str | None = None, comm: MPI.Intracomm | None = None, say: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
 ) -> Index:
-    """Make shards of a source; returns their index on every rank. Collective over comm (None: this process alone).
+    """Prepare shards from a source; return their index on every rank. Collective over comm (None: this process alone).
 
-    source: one, or several of a mixture as PATH:WEIGHT, of `tokens` in all (0: until a source has run out; repeat: it begins
-    again). form: "text", or rows of which a part is learned (rows.py): "prompt_completion", "chat"; rows are packed so that none
-    crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream is validation) or "document" (whole
-    documents by a hash of seed, file name and number in the file; seed has no other use); rows are split by document. eod: the
-    end-of-document token of a given tokenizer.json. say: print a summary on rank 0. UsageError for options that cannot be,
-    DataError for sources that cannot be read: the shards of OUT are then as they were.
+    source: a path, or several PATH:WEIGHT for a mixture. tokens: total size of the mixture (0: stop when a source is exhausted).
+    repeat: an exhausted source starts over. form: "text", or training rows with a loss mask (rows.py): "prompt_completion",
+    "chat". Rows are packed so that none crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream
+    becomes validation) or "document" (whole documents, chosen by a hash of seed, file name and index in the file; the seed has no
+    other use). Rows are always split by document. eod: the end-of-document token of a given tokenizer.json. say: print a summary
+    on rank 0. Raises UsageError for invalid options and DataError for unreadable sources; OUT is then unchanged.
     """
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
     found: tuple[list[Found], Template | None] | None = None
     with team.together():
-        options = Options(
+        options = PrepareOptions(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
             bad_utf8, strict, form, seq_len, truncate, tokens, repeat,
         )
@@ -71,39 +71,43 @@ def prepare(
             _make_scratch(out, ours)
     corpora, template = team.bcast(found)
     try:
-        mine = [_share(files, team.rank, team.size) for files, _ in corpora]
+        own_files = [_files_of_rank(files, team.rank, team.size) for files, _ in corpora]
         readers = [_reader(options, template, about["kind"] == "file") for _, about in corpora]
         encoder = make_tokenizer(
-            tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in mine for f in files], readers[0], team
+            tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in own_files for f in files], readers[0],
+            team,
         )
         with team.together():
-            encoded = [_encode(options, s, mine[s], readers[s], encoder, scratch, team.rank) for s in range(len(mine))]
+            encoded = [
+                _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
+            ]
         all_raws, counts = team.allgather(encoded), Counts()
-        for other in team.allgather([reader.counts for reader in readers]):
-            for of_source in other:
+        for of_rank in team.allgather([reader.counts for reader in readers]):
+            for of_source in of_rank:
                 counts.add(of_source)
         index = _write(all_raws, counts, encoder, [about for _, about in corpora], options, out, team)
     finally:
         if team.rank == 0 and not _is_half_replaced(out):
             shutil.rmtree(scratch, ignore_errors=True)
             if is_new:
-                with suppress(OSError):  # only when nothing came of it
+                with suppress(OSError):  # succeeds only if OUT is empty
                     out.rmdir()
     if say and team.rank == 0:
         print(_summary(out, index, counts, options, time.monotonic() - began, team.size), flush=True)
     return index
 
 
-def _reader(options: Options, template: Template | None, alone: bool) -> Reader:
+def _reader(options: PrepareOptions, template: Template | None, alone: bool) -> SourceReader:
     if options.form == "text":
-        return Reader(options.bad_utf8, options.strict, alone)
+        return SourceReader(options.bad_utf8, options.strict, alone)
     return RowReader(options.bad_utf8, options.strict, alone, template=template)
 
 
 def _encode(
-    options: Options, source: int, files: list[SourceFile], reader: Reader, encoder: Tokenizer, scratch: Path, rank: int
+    options: PrepareOptions, source: int, files: list[SourceFile], reader: SourceReader, encoder: Tokenizer, scratch: Path,
+    rank: int,
 ) -> dict[str, Raw]:
-    """A rank's files of one source as raw files, by stream."""
+    """Encode a rank's files of one source into raw files, one per stream."""
     routing = Routing(scratch, source, rank, options.val_fraction if options.split == "document" else 0.0, options.seed)
     if isinstance(reader, RowReader):
         return encode_rows(files, reader, encoder, routing, options.seq_len, options.truncate)
@@ -111,7 +115,7 @@ def _encode(
 
 
 def _names_in(out: Path) -> set[str]:
-    """The shards in OUT, all of our own making (a killed run's too), or UsageError."""
+    """Return the shards in OUT that this program wrote, also in a killed run. Raises UsageError if there are other shards."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is not a folder; choose another")
     ours: set[str] = set()
@@ -125,13 +129,13 @@ def _names_in(out: Path) -> set[str]:
                                      "choose another folder, or remove its files yourself") from None
     if foreign := sorted(path.name for path in out.glob("*.h5") if path.name not in ours):
         more = " and others" if foreign[1:] else ""
-        raise UsageError(f"--out {out} holds {foreign[0]}{more}, which no index.json lists; nothing was touched: "
+        raise UsageError(f"--out {out} holds {foreign[0]}{more}, which no index.json lists; nothing was changed: "
                          "choose another folder, or remove these files yourself")
     return {name for name in ours if (out / name).exists()}
 
 
 def _is_half_replaced(out: Path) -> bool:
-    """Whether a run stopped between the old index and the new: its scratch folder then knows whose the shards are."""
+    """True if a run was interrupted while it replaced the index. Its scratch folder then lists the shards."""
     return (out / SCRATCH / "new.json").exists() and not (out / "index.json").exists()
 
 
@@ -140,47 +144,47 @@ def _make_scratch(out: Path, ours: set[str]) -> None:
         if _is_half_replaced(out):
             for name in ours:
                 (out / name).unlink()
-        shutil.rmtree(out / SCRATCH, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(out / SCRATCH, ignore_errors=True)  # left by a killed run
         (out / SCRATCH).mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
 
 
-def _share(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
-    """A rank's run of files: those whose middle byte falls into its part of all bytes."""
-    total, before, mine = sum(f.size for f in files) or 1, 0, []
+def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
+    """Return a rank's files: those whose middle byte lies in the rank's part of all bytes."""
+    total, before, selected = sum(f.size for f in files) or 1, 0, []
     for f in files:
         if min(size - 1, (2 * before + f.size) * size // (2 * total)) == rank:
-            mine.append(f)
+            selected.append(f)
         before += f.size
-    return mine
+    return selected
 
 
 def _write(
-    raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, abouts: list[dict[str, Any]], options: Options,
+    raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, abouts: list[dict[str, Any]], options: PrepareOptions,
     out: Path, team: Team,
 ) -> Index:
-    """Cut the shards, each rank some, and put them in place. raws: by rank, source and stream. Collective."""
+    """Write the shards, each rank some of them, and move them into place. raws: by rank, source and stream. Collective."""
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
     with team.together():
         if not counts.documents:
             raise DataError(f"the source has no text at all ({counts}); give --source a file or folder with text")
-        streams, told = _streams(raws, encoder.eod, options)
+        streams, mixture = _streams(raws, encoder.eod, options)
         plans = plan_shards(streams, options.shards, options.val_fraction)
-        mine = {i: cut_shard(plan, streams[plan.stream], out / SCRATCH, encoder, sha256)
-                for i, plan in enumerate(plans) if i % team.size == team.rank}
+        written = {i: cut_shard(plan, streams[plan.stream], out / SCRATCH, encoder, sha256)
+                   for i, plan in enumerate(plans) if i % team.size == team.rank}
     by_number: dict[int, tuple[FileRecord, int]] = {}
-    for other in team.allgather(mine):
-        by_number |= other
+    for of_rank in team.allgather(written):
+        by_number |= of_rank
     files, learned = [by_number[i][0] for i in range(len(plans))], sum(count for _, count in by_number.values())
     rows, splits = options.form != "text", {}
     for split in dict.fromkeys(plan.split for plan in plans):
         of_split = [f for f in files if f.split == split]
         splits[split] = SplitRecord(sum(f.tokens for f in of_split), sum(f.documents for f in of_split),
                                     sum(f.text_bytes for f in of_split), loss_mask=rows)
-    about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, told, strict=True)]} if told else abouts[0]
+    about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, mixture, strict=True)]} if mixture else abouts[0]
     about = about | ({"format": options.form, "learned_tokens": learned} if rows else {}) | counts.left_out()
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len)
     with team.together():
@@ -190,29 +194,30 @@ def _write(
 
 
 def _streams(
-    raws: list[list[dict[str, Raw]]], eod: int, options: Options
+    raws: list[list[dict[str, Raw]]], eod: int, options: PrepareOptions
 ) -> tuple[dict[str, Tokens], list[dict[str, Any]]]:
-    """What is cut, by split, and of a mixture what index.json says of each source."""
+    """Return the tokens of each split and, for a mixture, the record of each source for index.json."""
     parts = {name: [Stream([of_rank[s][name] for of_rank in raws]) for s in range(len(options.sources))] for name in raws[0][0]}
     if not options.arranged:
         return {name: streams[0] for name, streams in parts.items()}, []
     found: dict[str, Tokens] = {}
-    given = [(0, 0)] * len(options.sources)
+    taken = [(0, 0)] * len(options.sources)
     for name, streams in parts.items():
         if any(stream.tokens for stream in streams) or name == "train":
-            found[name], taken = lay_out(
+            found[name], of_split = lay_out(
                 name, streams, options.sources, options.tokens_of(name), options.repeat, options.seq_len, eod
             )
-            given = [(a + c, b + d) for (a, b), (c, d) in zip(given, taken, strict=True)]
+            taken = [(a + c, b + d) for (a, b), (c, d) in zip(taken, of_split, strict=True)]
         else:
             found[name] = streams[0]
-    there = [sum(raw[s][name].documents for raw in raws for name in parts) for s in range(len(options.sources))]
+    available = [sum(raw[s][name].documents for raw in raws for name in parts) for s in range(len(options.sources))]
     mixed = len(options.sources) > 1 or options.tokens > 0
-    return found, shares(options.sources, given, there) if mixed else []
+    return found, mixture_record(options.sources, taken, available) if mixed else []
 
 
 def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
-    """Old index away, new shards in, stale ones out, new index last; _names_in knows every state in between."""
+    """Move the old index away and the new shards in, remove stale shards, write the new index. _names_in handles a run that was
+    interrupted at any point."""
     scratch, stale = out / SCRATCH, _names_in(out) - {record.name for record in index.files}
     write_atomically(scratch / "new.json", index.to_json())
     if (out / "index.json").exists():
@@ -223,55 +228,55 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
         (out / name).unlink()
     write_atomically(out / "tokenizer.json", tokenizer)
     write_atomically(out / "index.json", index.to_json())
-    shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks go on
+    shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks continue
 
 
-def _summary(out: Path, index: Index, counts: Counts, options: Options, seconds: float, ranks: int) -> str:
+def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, seconds: float, ranks: int) -> str:
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
     lines = [
         f"{out}: {len(index.files)} shards of {documents:,} documents from {counts.files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
-        *(f"  {line}" for line in in_words(options.sources, index.source.get("sources", []))),
+        *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in counts.complaints()),
         f"  {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}",
     ]
     if index.window:
         learned = index.source["learned_tokens"]
         share = learned / sum(s.tokens for s in index.splits.values())
-        lines[2:2] = [f"  {learned:,} tokens are learned ({share:.0%}); rows lie whole in windows: model.seq_len={index.window}"]
+        lines[2:2] = [f"  loss on {learned:,} tokens ({share:.0%}); rows are packed: train with model.seq_len={index.window}"]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """The command line. Collective over COMM_WORLD."""
+    """Command-line entry point. Collective over COMM_WORLD."""
     parser = Parser(prog="python -m data_tools.prepare", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--source", action="append", help="stdlib (Python's own standard library: .py files without site-packages, "
-        "dist-packages, __pycache__, test and tests folders), a file, or a folder: text, .jsonl[.gz|.zst], .parquet; several as "
-        "PATH:WEIGHT are a mixture (stdlib)")
-    add("--format", dest="form", default="text", help="text, or rows of .jsonl of which a part is learned: prompt_completion "
-        "(fields prompt, completion), chat (messages of role, content) (%(default)s)")
-    add("--chat-template", metavar="FILE", help="of --format chat, where there is none beside the tokenizer.json")
-    add("--seq-len", type=int, default=0, help="of rows: none crosses a multiple of so many tokens; train with the same")
-    add("--truncate", action="store_true", help="cut rows of more than --seq-len tokens instead of leaving them out")
-    add("--tokens", type=int, default=0, help="so many in all, by the weights of the sources; 0: until one has run out")
-    add("--repeat", action="store_true", help="a source that has run out begins again")
+    add("--source", action="append", help="a file, a folder (text, .jsonl[.gz|.zst], .parquet), or stdlib: the .py files of "
+        "Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a mixture (stdlib)")
+    add("--format", dest="form", default="text", help="text, or .jsonl rows with a loss mask: prompt_completion (fields prompt, "
+        "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
+    add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
+    add("--seq-len", type=int, default=0, help="for rows: the window length in tokens; train with the same model.seq_len")
+    add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
+    add("--tokens", type=int, default=0, help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
+    add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
     add("--tokenizer", default="byte", help="byte, char, bpe:VOCAB (trained here) or a tokenizer.json (%(default)s)")
     add("--out", default="shards/stdlib", help="the folder to write (%(default)s)")
-    add("--shards", type=int, default=4, help="training files (%(default)s)")
-    add("--val-fraction", type=float, default=0.05, help="of the tokens or documents; 0: no validation (%(default)s)")
-    add("--split", default="", help="text: the stream's end is validation; document: whole documents (text; of rows document)")
-    add("--seed", type=int, default=0, help="of --split document (%(default)s)")
-    add("--bad-utf8", default="replace", help="replace or skip documents that are not UTF-8 (%(default)s)")
-    add("--strict", action="store_true", help="a malformed, empty or too long .jsonl line is an error instead of skipped")
-    add("--eod", help="the end-of-document token of a given tokenizer.json, when it has no usual name")
+    add("--shards", type=int, default=4, help="number of training files (%(default)s)")
+    add("--val-fraction", type=float, default=0.05, help="validation share of tokens or documents; 0: none (%(default)s)")
+    add("--split", default="", help="text: the end of the stream becomes validation; document: whole documents do (text; for "
+        "rows document)")
+    add("--seed", type=int, default=0, help="seed of --split document (%(default)s)")
+    add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
+    add("--strict", action="store_true", help="fail on malformed, empty or too long .jsonl lines instead of skipping them")
+    add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")
     options, world = begin(lambda: vars(parser.parse_args()))
     options["source"] = options["source"] or "stdlib"
     if world.size > 1:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the ranks take the cores
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the ranks already use all cores
     prepare(**options, comm=world if world.size > 1 else None)
 
 

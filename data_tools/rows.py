@@ -1,6 +1,6 @@
-"""Rows to be learned from in part: .jsonl of {"prompt", "completion"}, or of {"messages": [{"role", "content"}, ...]}.
+"""Training rows with a loss mask: .jsonl lines {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
-Of a row the completion, or what the assistant says, is learned; the rest is its context.
+The loss is on the completion or on the assistant's turns. The rest of a row is context.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.chat import BEGIN, END, Refused, Spans, Template
-from data_tools.sources import LINE_SUFFIXES, Reader, SourceFile, decoded, raw_lines
+from data_tools.chat import BEGIN, END, Spans, Template, TemplateRejection
+from data_tools.sources import LINE_SUFFIXES, SourceFile, SourceReader, decoded, raw_lines
 from mpidp.errors import DataError
 
 FORMATS = ("text", "prompt_completion", "chat")
 
 
-class Left(ValueError):  # noqa: N818
-    """A row that is left out, and is counted as of this kind."""
+class RowSkipped(ValueError):  # noqa: N818
+    """Raised for a row that is skipped. `kind` is the counter of Counts to increase."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -26,32 +26,32 @@ class Left(ValueError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line: texts that are encoded each for itself, with the characters of each that are learned."""
+class TrainingRow:
+    """One line: texts that are encoded separately, each with the spans of characters that are in the loss."""
 
     place: str
     parts: list[tuple[str, Spans]]
-    ends: bool  # it ends with what is learned, so that the end is learned too
+    ends: bool  # the row ends with a part in the loss, so the end-of-document token is in the loss too
 
 
 @dataclass
-class RowReader(Reader):
-    """Reads rows, and counts what it meets. Independent."""
+class RowReader(SourceReader):
+    """Reads training rows and counts problems. Independent."""
 
-    template: Template | None = None  # of conversations
+    template: Template | None = None  # chat template; None for prompt/completion rows
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """The text of the rows, for a tokenizer that is made from it; None ends a row."""
+        """Yield the text of the rows, to train a tokenizer; None ends a row."""
         for row in self.rows(file):
             for text, _ in row.parts:
                 yield text
             yield None
 
-    def rows(self, file: SourceFile) -> Iterator[Row]:
-        """The rows of a file in order. DataError when it cannot be read, or holds what --strict forbids."""
+    def rows(self, file: SourceFile) -> Iterator[TrainingRow]:
+        """Yield the rows of a file in order. Raises DataError for an unreadable file, and for a bad row with --strict."""
         self.counts.files += 1
         if not file.name.lower().endswith(LINE_SUFFIXES):
-            self.leave_out("binary", file, "is no .jsonl, .jsonl.gz or .jsonl.zst, which hold rows")
+            self.leave_out("binary", file, "is not a .jsonl, .jsonl.gz or .jsonl.zst file, which rows need")
             return
         if file.size == 0:
             self.leave_out("empty", file, "is empty")
@@ -63,66 +63,66 @@ class RowReader(Reader):
                     continue
                 try:
                     row = self._row(place, line)
-                except Left as left:
-                    self.bad(left.kind, place, str(left))
-                except Refused as refusal:
-                    self.bad("malformed", place, str(refusal))
+                except RowSkipped as skipped:
+                    self.skip(skipped.kind, place, str(skipped))
+                except TemplateRejection as rejection:
+                    self.skip("malformed", place, str(rejection))
                 except DataError as error:
                     raise DataError(f"{place}: {error}") from None
                 else:
                     if row is not None:
                         yield row
 
-    def bad(self, kind: str, place: str, reason: str) -> None:
-        """Count a row that is left out; DataError where that is forbidden."""
+    def skip(self, kind: str, place: str, reason: str) -> None:
+        """Count a skipped row. Raises DataError with --strict."""
         if self.strict:
-            raise DataError(f"{place}: {reason}; mend the line, or leave out --strict to skip such lines")
+            raise DataError(f"{place}: {reason}; correct the line, or omit --strict to skip such lines")
         self.counts.note(kind, f"{place}: {reason}")
 
-    def _row(self, place: str, line: bytes) -> Row | None:
+    def _row(self, place: str, line: bytes) -> TrainingRow | None:
         text, replaced = decoded(line)
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Left("malformed", f"not valid JSON ({error})") from None
-        value, mended = _mended(value)
-        if replaced or mended:
+            raise RowSkipped("malformed", f"not valid JSON ({error})") from None
+        value, had_surrogates = _replace_surrogates(value)
+        if replaced or had_surrogates:
             self.counts.note("bad_utf8", place)
             if self.bad_utf8 == "skip":
                 return None
         if not isinstance(value, dict):
-            raise Left("malformed", "not an object")
+            raise RowSkipped("malformed", "not a JSON object")
         return self._conversation(place, value) if self.template is not None else self._pair(place, value)
 
-    def _pair(self, place: str, value: dict[str, Any]) -> Row:
+    def _pair(self, place: str, value: dict[str, Any]) -> TrainingRow:
         prompt, completion = value.get("prompt"), value.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise Left("malformed", "no fields `prompt` and `completion` that are strings")
+            raise RowSkipped("malformed", "no string fields `prompt` and `completion`")
         if not completion:
-            raise Left("empty", "its completion is empty")
-        return Row(place, [(prompt, []), (completion, [(0, len(completion))])], ends=True)
+            raise RowSkipped("empty", "its completion is empty")
+        return TrainingRow(place, [(prompt, []), (completion, [(0, len(completion))])], ends=True)
 
-    def _conversation(self, place: str, value: dict[str, Any]) -> Row:
+    def _conversation(self, place: str, value: dict[str, Any]) -> TrainingRow:
         messages = value.get("messages")
         if not isinstance(messages, list) or not messages:
-            raise Left("malformed", "no field `messages` that is a list of messages")
+            raise RowSkipped("malformed", "no field `messages` with a list of messages")
         for message in messages:
-            said = message if isinstance(message, dict) else {}
-            if not isinstance(said.get("role"), str) or not isinstance(said.get("content"), str):
-                raise Left("malformed", "a message without `role` and `content` that are strings")
-            if BEGIN in said["content"] or END in said["content"]:
-                raise Left("malformed", "a message with U+FDD0 or U+FDD1, which are no characters")
+            fields = message if isinstance(message, dict) else {}
+            if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
+                raise RowSkipped("malformed", "a message without string fields `role` and `content`")
+            if BEGIN in fields["content"] or END in fields["content"]:
+                raise RowSkipped("malformed", "a message with the noncharacter U+FDD0 or U+FDD1")
         assert self.template is not None
         if not any(message["role"] == "assistant" for message in messages):
-            raise Left("empty", "no turn of the assistant's")
+            raise RowSkipped("empty", "no assistant turn")
         text, spans = self.template.render(messages)
         if not any(start < stop for start, stop in spans):
-            raise Left("empty", "the chat template lets the assistant say nothing")
-        return Row(place, [(text, spans)], ends=messages[-1]["role"] == "assistant")
+            raise RowSkipped("empty", "the chat template renders empty assistant turns")
+        return TrainingRow(place, [(text, spans)], ends=messages[-1]["role"] == "assistant")
 
 
-def _mended(value: Any) -> tuple[Any, bool]:
-    """With what is no Unicode (lone surrogates) replaced; was there any?"""
+def _replace_surrogates(value: Any) -> tuple[Any, bool]:
+    """Replace lone surrogates in all strings of a JSON value; return (value, whether there were any)."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -130,9 +130,9 @@ def _mended(value: Any) -> tuple[Any, bool]:
             return value.encode(errors="surrogatepass").decode(errors="replace"), True
         return value, False
     if isinstance(value, list):
-        found = [_mended(one) for one in value]
+        found = [_replace_surrogates(one) for one in value]
         return [one for one, _ in found], any(bad for _, bad in found)
     if isinstance(value, dict):
-        pairs = {key: _mended(one) for key, one in value.items()}
+        pairs = {key: _replace_surrogates(one) for key, one in value.items()}
         return {key: one for key, (one, _) in pairs.items()}, any(bad for _, bad in pairs.values())
     return value, False

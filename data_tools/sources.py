@@ -1,7 +1,7 @@
-"""Where text comes from: files found in a fixed order, read in pieces of bounded size, whatever is wrong with them.
+"""Find the files of a source in a fixed order and read them in pieces of bounded size. Bad input is counted and skipped.
 
-A file is a stream of pieces of text in which None ends a document. Text files are one document each; .jsonl (also .gz
-and .zst) has one a line in the field `text`; .parquet one a row in the column `text`.
+A file is a stream of pieces of text in which None ends a document. A text file is one document. A .jsonl file (also .gz and .zst)
+has one document per line in the field `text`, a .parquet file one per row in the column `text`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from data_tools.counts import Counts
 from mpidp.errors import DataError, UsageError
 
-PIECE_BYTES = 2**20  # a text file is read, and its document encoded, in pieces of about this size, cut after a newline
+PIECE_BYTES = 2**20  # approximate size of the pieces in which a text file is read and encoded; each ends after a newline
 BINARY_PROBE_BYTES = 8192
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -30,7 +30,7 @@ LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a corpus."""
+    """A file of a source."""
 
     name: str  # relative to the source, with "/"
     path: str
@@ -38,10 +38,10 @@ class SourceFile:
 
 
 def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str, Any]]:
-    """The files of a source in their fixed order, and a description for index.json. Independent.
+    """Return the files of a source in a fixed order, and a description for index.json. Independent.
 
-    source: "stdlib", a file or a folder (recursive; hidden names and leave_out are skipped). DataError when it is
-    missing, unreadable or holds no file.
+    source: "stdlib", a file or a folder (recursive; hidden files and leave_out are skipped). Raises DataError if it is missing,
+    unreadable or empty.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
     try:
@@ -80,16 +80,16 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str] = frozenset()) ->
 
 
 @dataclass
-class Reader:
-    """Reads files into documents and counts what it meets. Independent."""
+class SourceReader:
+    """Reads files into documents and counts problems. Independent."""
 
-    bad_utf8: str = "replace"  # or "skip": leave such documents out
-    strict: bool = False  # a malformed line is an error
-    alone: bool = False  # the source is one file: leaving it out is an error
+    bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
+    strict: bool = False  # raise DataError for a malformed line
+    alone: bool = False  # the source is a single file: skipping it is an error
     counts: Counts = field(default_factory=Counts)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """The text of a file; None ends a document. DataError naming the file when it cannot be read."""
+        """Yield the text of a file; None ends a document. Raises DataError that names the file if it cannot be read."""
         self.counts.files += 1
         lower = file.name.lower()
         with self.names(file):
@@ -106,15 +106,15 @@ class Reader:
 
     @contextmanager
     def names(self, file: SourceFile) -> Iterator[None]:
-        """What fails inside is a DataError that names the file."""
+        """Convert read errors into a DataError that names the file."""
         try:
             yield
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"cannot read {file.path}: {reason}; mend or remove the file") from None
+            raise DataError(f"cannot read {file.path}: {reason}; replace or remove the file") from None
 
     def leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
-        """Count a file that is not read; DataError where it is the whole source."""
+        """Count a skipped file. Raises DataError if it is the whole source."""
         if self.alone:
             raise DataError(f"{file.path} {reason}; give --source a file or folder with text")
         self.counts.note(kind, file.path)
@@ -140,11 +140,11 @@ class Reader:
             self.counts.note("bad_utf8", file.path)
 
     def _documents(self, found: Iterator[tuple[str, str | bytes | None, str]]) -> Iterator[str | None]:
-        """Documents of (place, text or undecodable bytes or None, what is wrong if None)."""
+        """Yield the documents of (place, text, reason): text is bytes if undecodable, None if malformed for that reason."""
         for place, text, reason in found:
             if text is None:
                 if self.strict:
-                    raise DataError(f"{place}: {reason}; mend the line, or leave out --strict to skip such lines")
+                    raise DataError(f"{place}: {reason}; correct the line, or omit --strict to skip such lines")
                 self.counts.note("malformed", f"{place}: {reason}")
                 continue
             if isinstance(text, bytes):
@@ -175,25 +175,25 @@ class Reader:
             with pyarrow.parquet.ParquetFile(file.path) as table:
                 if "text" not in table.schema_arrow.names:
                     names = ", ".join(table.schema_arrow.names)
-                    raise DataError(f"{file.path} has no column `text`, only {names}; rename one")
+                    raise DataError(f"{file.path} has no column `text`, only {names}; rename one of them to `text`")
                 for batch in table.iter_batches(batch_size=256, columns=["text"]):
                     for value in batch.column(0).to_pylist():
                         number += 1
                         text = value if isinstance(value, str) else None
                         yield f"{file.path}: row {number}", text, "`text` is not a string"
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{file.path} is not a readable parquet file ({error}); mend or remove it") from None
+            raise DataError(f"{file.path} is not a readable parquet file ({error}); replace or remove it") from None
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
-    """Pieces of about PIECE_BYTES that end after a newline where there is one, else between two characters."""
+    """Yield pieces of about PIECE_BYTES. Each ends after a newline if it has one, else between two characters."""
     rest = b""
     while data := stream.read(PIECE_BYTES):
         data = rest + data
         end = data.rfind(b"\n") + 1
         if not end:
             end = len(data)
-            while end > len(data) - 4 and end > 1 and data[end - 1] & 0xC0 == 0x80:  # bytes inside a character
+            while end > len(data) - 4 and end > 1 and data[end - 1] & 0xC0 == 0x80:  # continuation bytes of a character
                 end -= 1
             end -= 1  # and its first byte
         rest = data[end:]
@@ -204,7 +204,7 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def decoded(raw: bytes) -> tuple[str, bool]:
-    """(text, whether something had to be replaced). Pure."""
+    """Return (text, whether invalid bytes were replaced). Pure."""
     try:
         return raw.decode(), False
     except UnicodeDecodeError:
@@ -212,7 +212,7 @@ def decoded(raw: bytes) -> tuple[str, bool]:
 
 
 def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
-    """The text of a JSON line; bytes when not all is UTF-8 (lone surrogates too); None and why when malformed."""
+    """Return (text, "") of a JSON line; bytes instead of text if it is not valid Unicode; (None, reason) if malformed."""
     text, replaced = decoded(line)
     try:
         value = json.loads(text)
@@ -220,7 +220,7 @@ def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
         return None, f"not valid JSON ({error})"
     found = value.get("text") if isinstance(value, dict) else None
     if not isinstance(found, str):
-        return None, "no field `text` that is a string"
+        return None, "no string field `text`"
     try:
         encoded = found.encode()
     except UnicodeEncodeError:
@@ -229,7 +229,7 @@ def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
 
 
 def raw_lines(file: SourceFile) -> Iterator[bytes]:
-    """The lines of a .jsonl, plain or packed. UsageError without the library that unpacks. Independent."""
+    """Yield the lines of a .jsonl, plain or compressed. Raises UsageError if the decompressor is missing. Independent."""
     lower = file.name.lower()
     if lower.endswith(".zst"):
         yield from _split_lines(_zst_chunks(file))
@@ -266,5 +266,5 @@ def _zst_chunks(file: SourceFile) -> Iterator[bytes]:
                     raise OSError(f"damaged zstandard data ({error})") from None
                 data = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
-        if frame is not None:  # the library's own reader passes over this in silence
+        if frame is not None:  # the library's own reader does not report this
             raise OSError("the compressed data ends too early")

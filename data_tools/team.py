@@ -1,4 +1,4 @@
-"""The ranks that prepare a corpus together, or one process alone without MPI."""
+"""The ranks that prepare a corpus together, or a single process without MPI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Team:
-    """comm, or None for one process alone."""
+    """A communicator, or None for a single process."""
 
     def __init__(self, comm: MPI.Intracomm | None) -> None:
         self.comm = comm
@@ -21,7 +21,7 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An exception on one rank is one on all; ranks that are done sooner sleep. Collective."""
+        """Raise an exception on all ranks if one rank raises one. Ranks that finish early sleep. Collective."""
         if self.comm is None:
             yield
             return
@@ -31,9 +31,9 @@ class Team:
             yield
 
     def bcast(self, value: T | None) -> T:
-        """Rank 0's value. Collective."""
+        """Broadcast rank 0's value. Collective."""
         return value if self.comm is None else self.comm.bcast(value)  # type: ignore[return-value]
 
     def allgather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order. Collective."""
+        """Gather every rank's value, in rank order. Collective."""
         return [value] if self.comm is None else self.comm.allgather(value)

@@ -1,4 +1,4 @@
-"""Whether a folder of shards is whole: `python -m data_tools.verify DIR`; exit code 3 and the file's name when not."""
+"""Check a folder of shards: `python -m data_tools.verify DIR`. If a file is damaged, print its name and exit with code 3."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PIECE_TOKENS = 2**22
 
 
 def verify(folder: str | Path) -> str:
-    """Check headers, checksums, ids, offsets and tokenizer; one line when fine, else DataError. Independent."""
+    """Check headers, checksums, ids, offsets and tokenizer; return a summary. Raises DataError on damage. Independent."""
     index = TokenStream(folder).index
     index.tokenizer_bytes(Path(folder))
     tokenizer = load_tokenizer(folder)
     if (tokenizer.vocab_size, tokenizer.eod) != (index.vocab_size, index.eod):
         raise DataError(f"{Path(folder) / 'tokenizer.json'}: vocabulary {tokenizer.vocab_size} and end of document "
-                        f"{tokenizer.eod} are not what "
-                        f"index.json says ({index.vocab_size}, {index.eod}); prepare {folder} again")
+                        f"{tokenizer.eod} differ from "
+                        f"index.json ({index.vocab_size}, {index.eod}); prepare {folder} again")
     streams = [TokenStream(folder, name) for name in index.splits]
     for stream in streams:
         stream.check(contents=True)
@@ -31,11 +31,11 @@ def verify(folder: str | Path) -> str:
                 stream.check_ids(start, stream.read(start, min(PIECE_TOKENS, at + record.tokens - start)))
             at += record.tokens
     tokens, size = sum(s.num_tokens for s in streams), sum(record.size for record in index.files)
-    return f"{folder}: {len(index.files)} files, {tokens:,} tokens, {size:,} bytes: all as index.json says"
+    return f"{folder}: {len(index.files)} files, {tokens:,} tokens, {size:,} bytes: all match index.json"
 
 
 def main() -> None:
-    """The command line. Independent."""
+    """Command-line entry point. Independent."""
     parser = Parser(prog="python -m data_tools.verify", description=__doc__)
     parser.add_argument("folder", metavar="DIR")
     print(verify(parser.parse_args().folder))

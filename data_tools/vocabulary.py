@@ -1,4 +1,4 @@
-"""Which tokenizer a preparation uses: given, or made from the corpus."""
+"""Make the tokenizer of a preparation: load a given one, or build one from the corpus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_tools.counts import Counts
-from data_tools.sources import Reader, SourceFile
+from data_tools.sources import SourceFile, SourceReader
 from data_tools.team import Team
 from mpidp.data.tokenizer import (
     ByteTokenizer,
@@ -21,11 +21,11 @@ from mpidp.data.tokenizer import (
 )
 from mpidp.errors import DataError, UsageError
 
-BPE_TRAINING_CHARACTERS = 64 * 2**20  # of text, from files in an order given by a hash of their names
+BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; its files are taken in the order of a hash of their names
 
 
 def check_tokenizer(spec: str) -> None:
-    """UsageError unless spec is byte, char, bpe:VOCAB or an existing path. Independent."""
+    """Raise UsageError unless spec is byte, char, bpe:VOCAB or an existing path. Independent."""
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and colon:
         check_bpe_size(int(size) if size.isascii() and size.isdigit() else 0, spec)
@@ -34,18 +34,18 @@ def check_tokenizer(spec: str) -> None:
 
 
 def make_tokenizer(
-    spec: str, eod: str | None, files: list[SourceFile], mine: list[SourceFile], reader: Reader, team: Team
+    spec: str, eod: str | None, files: list[SourceFile], own_files: list[SourceFile], reader: SourceReader, team: Team
 ) -> Tokenizer:
-    """The tokenizer of a corpus, the same on every rank. Collective.
+    """Return the tokenizer of a corpus, the same on every rank. Collective.
 
-    files: all; mine: this rank's. bpe is trained by rank 0 on at most BPE_TRAINING_CHARACTERS.
+    files: all files; own_files: those of this rank. Rank 0 trains BPE on at most BPE_TRAINING_CHARACTERS.
     """
-    reader = replace(reader, counts=Counts())  # this pass counts nothing
+    reader = replace(reader, counts=Counts())  # do not count problems in this pass
     characters: set[str] = set()
     stored: tuple[str, int | None] | None = None
     with team.together():
         if spec == "char":
-            for f in mine:
+            for f in own_files:
                 for text in reader.pieces(f):
                     characters.update(text or "")
         elif spec.startswith("bpe:") and team.rank == 0:
@@ -65,7 +65,7 @@ def make_tokenizer(
     return tokenizer_from_json(text, eod_id)
 
 
-def _training_text(files: list[SourceFile], reader: Reader) -> Iterator[str]:
+def _training_text(files: list[SourceFile], reader: SourceReader) -> Iterator[str]:
     left = BPE_TRAINING_CHARACTERS
     for f in sorted(files, key=lambda f: hashlib.blake2b(f.name.encode("utf-8", "surrogateescape")).digest()):
         for text in reader.pieces(f):

@@ -1,5 +1,5 @@
-"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE] [--json]`: how good a trained model
-is: its loss over a validation split or a text, or how often it finds the right answer; shared over ranks."""
+"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE] [--json]`: evaluate a trained model:
+its loss on a validation split or a text, or its accuracy on multiple-choice questions. Ranks share the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
-    """Command line -> figures on rank 0."""
+    """Evaluate a model and print the figures on rank 0."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     if options.text is not None:
         found = evaluate_text(options, world)
@@ -26,42 +26,44 @@ def main() -> None:
         )
     if world.rank == 0:
         step = found.pop("step")
-        print(f"step {step}: {_said(found)}", file=sys.stderr if options.json else sys.stdout)
+        print(f"step {step}: {_summary(found)}", file=sys.stderr if options.json else sys.stdout)
         if options.json:
             print(json.dumps(found))
 
 
-def read_options(words: list[str]) -> argparse.Namespace:
-    """What a command line says. UsageError. Pure."""
+def read_options(arguments: list[str]) -> argparse.Namespace:
+    """Parse and check the command line. UsageError. Pure."""
     parser = Parser(prog="python -m mpidp.evaluate", description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
-    add("--data", metavar="DIR", help="shards (default: those the run was trained on); with --text and --choices where "
-        "tokenizer.json is (default: RUN's own copy)")
-    add("--split", default="val", help="val or train")
-    add("--text", metavar="FILE", help="a text in UTF-8 instead of shards")
-    add("--stride", type=int, default=0, help="tokens from one window of --text to the next; default: half of model.seq_len")
-    add("--choices", metavar="FILE", help="questions: .jsonl with context, choices and label (an index from 0, or the right "
-        "text) a line")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--threads", type=int, default=0, help="CPU threads a rank; 0: as in training")
-    add("--tp", type=int, default=1, help="ranks that compute every layer together, as mesh.tp in training")
-    add("--pp", type=int, default=1, help="stages of layers, as mesh.pp in training")
-    add("--json", action="store_true", help="one JSON line on standard output, everything else on standard error")
-    options = parser.parse_args(words)
+    add("--data", metavar="DIR", help="folder of shards (default: the run's training data); with --text or --choices: folder of "
+        "tokenizer.json (default: RUN's copy)")
+    add("--split", default="val", help="val or train (%(default)s)")
+    add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file instead of shards")
+    add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
+    add("--choices", metavar="FILE", help="multiple-choice questions: .jsonl with context, choices and label (index from 0, or "
+        "the right choice's text) per line")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (%(default)s)")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (%(default)s)")
+    add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (%(default)s)")
+    add("--json", action="store_true", help="print one JSON line to standard output and everything else to standard error")
+    options = parser.parse_args(arguments)
     if options.text is not None and options.choices is not None:
-        parser.error("--text and --choices: give one of them")
-    if options.stride < 0 or (options.stride and options.text is None):
-        parser.error("--stride is a number of tokens, from one window of --text to the next")
+        parser.error("--text and --choices: give only one of them")
+    if options.stride < 0:
+        parser.error(f"--stride {options.stride}: must not be negative")
+    if options.stride and options.text is None:
+        parser.error("--stride works only with --text")
     return options
 
 
-def _said(found: dict[str, Any]) -> str:
+def _summary(found: dict[str, Any]) -> str:
     if "accuracy" in found:
         return (
-            f"accuracy {found['accuracy']:.4f}, by bytes {found['accuracy_norm']:.4f}, by tokens {found['accuracy_token']:.4f} "
+            f"accuracy {found['accuracy']:.4f}, per byte {found['accuracy_norm']:.4f}, per token {found['accuracy_token']:.4f} "
             f"over {found['items']:,} items (chance {found['chance']:.4f})"
-            + (f"; of {found['cut_items']} the context's beginning did not fit" if found["cut_items"] else "")
+            + (f"; {found['cut_items']} contexts were truncated on the left" if found["cut_items"] else "")
         )
     return (
         f"loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f}, "
@@ -70,9 +72,11 @@ def _said(found: dict[str, Any]) -> str:
 
 
 def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """{loss, perplexity, bits_per_byte, tokens, step} of --text, as one document that begins after an end of document, or BOS.
-    Every token is a target once, after at least seq_len - stride others where there are so many. The same figures at any number
-    of ranks. UsageError, DataError, CheckpointError. Collective over world."""
+    """Return {loss, perplexity, bits_per_byte, tokens, step} of --text, as one document after BOS or an end-of-document token.
+
+    Each token is a target once, with at least seq_len - stride tokens of context if the text has so many before it. The number of
+    ranks does not change the figures. UsageError, DataError, CheckpointError. Collective over world.
+    """
     import numpy as np
 
     from mpidp.errors import UsageError
@@ -82,35 +86,39 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     from mpidp.runtime.world import together
 
     reader, loaded, tokenizer = open_model(options, world)
-    config, told = reader.meta["config"], None
+    config, encoded = reader.meta["config"], None
     seq_len = config["model.seq_len"]
     with together(world):
         if options.stride > seq_len:
-            raise UsageError(f"--stride {options.stride}: windows have {seq_len} tokens (model.seq_len), some would be left out")
+            raise UsageError(
+                f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger one would skip tokens"
+            )
         if world.rank == 0:
             text = read_text(options.text)
-            told = (np.concatenate([[tokenizer.begin], tokenizer.encode(text)]), len(text.encode()))
-    ids, text_bytes = world.bcast(told)
+            encoded = (np.concatenate([[tokenizer.begin], tokenizer.encode(text)]), len(text.encode()))
+    ids, text_bytes = world.bcast(encoded)
     loss = text_loss(loaded, ids, seq_len, options.stride or max(1, seq_len // 2), config["train.micro_batch"])
     return _figures(loss / (len(ids) - 1), len(ids) - 1, text_bytes) | {"step": reader.meta["step"]}
 
 
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
-    """{accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see inference/choices.py. The same
-    figures at any number of ranks. DataError, CheckpointError. Collective over world."""
-    from mpidp.inference.choices import counted, encode, read_choices
+    """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see inference/choices.py.
+
+    The number of ranks does not change the figures. DataError, CheckpointError. Collective over world.
+    """
+    from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.scoring import log_likelihoods
     from mpidp.runtime.world import together
 
     reader, loaded, tokenizer = open_model(options, world)
-    seq_len, told = reader.meta["config"]["model.seq_len"], None
+    seq_len, questions = reader.meta["config"]["model.seq_len"], None
     with together(world):
         if world.rank == 0:
             items = read_choices(options.choices)
-            told = (items, [encode(tokenizer, item, seq_len, options.choices) for item in items])
-    items, encoded = world.bcast(told)
-    return counted(items, encoded, log_likelihoods(loaded, encoded)) | {"step": reader.meta["step"]}
+            questions = (items, [encode(tokenizer, item, seq_len, options.choices) for item in items])
+    items, encoded = world.bcast(questions)
+    return accuracies(items, encoded, log_likelihoods(loaded, encoded)) | {"step": reader.meta["step"]}
 
 
 def _figures(loss: float, tokens: int, text_bytes: int) -> dict[str, Any]:
@@ -125,8 +133,11 @@ def _figures(loss: float, tokens: int, text_bytes: int) -> dict[str, Any]:
 def evaluate(
     run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1
 ) -> dict[str, Any]:
-    """{loss, perplexity, bits_per_byte, tokens, step}; every token of the split but its first is a target once, in windows of
-    the run's seq_len. The same figures at any number of ranks. DataError for data of another tokenizer. Collective over world."""
+    """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
+
+    Each token except the first is a target once. The number of ranks does not change the figures. DataError if the data was
+    prepared with another tokenizer. Collective over world.
+    """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError
@@ -142,12 +153,12 @@ def evaluate(
         loaded = load_model(reader, grid, device, threads)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         if stream.tokenizer_sha256 != reader.meta["tokenizer"]:
-            raise DataError(f"{stream.path} was prepared with another tokenizer than {run}: the ids would mean other text")
+            raise DataError(f"{stream.path} was prepared with another tokenizer than {run}'s: prepare it with that tokenizer")
         config = reader.meta["config"]
         stream.keep_apart(config.get("data.documents", "joined"), config["model.seq_len"])
         stream.check(range(world.rank, len(stream.files), world.size))
         if stream.num_tokens < 2:
-            raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens, too few to predict one")
+            raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
     engine = Engine(
         loaded.model, loaded.device, loaded.dtype, seed=0, dropout=0.0, nominal_tokens=1, stages=loaded.stages,
         token_losses=loaded.losses, tells=loaded.model.part.speaks and grid.tp.rank == 0,

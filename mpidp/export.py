@@ -1,4 +1,5 @@
-"""`python -m mpidp.export RUN OUT --format hf [--dtype bfloat16]`: a trained model as others read it (docs/huggingface.md)."""
+"""`python -m mpidp.export RUN OUT --format hf [--dtype bfloat16]`: export a model in Hugging Face's format (docs/huggingface.md).
+"""
 
 from __future__ import annotations
 
@@ -10,29 +11,31 @@ from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
-    """Command line -> a folder."""
+    """Export a model and print a summary on rank 0."""
     parser = Parser(prog="python -m mpidp.export", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
-    parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist")
+    parser.add_argument("out", metavar="OUT", help="folder to create; it must not exist")
     parser.add_argument("--format", default="hf", choices=("hf",), help="hf: for transformers, vLLM, llama.cpp (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
-    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest file of weights, in 10^9 bytes (%(default)s)")
+    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
     options, world = begin(lambda: _checked(parser))
-    said = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9))
+    summary = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9))
     if world.rank == 0:
-        print(said)
+        print(summary)
 
 
 def _checked(parser: Parser) -> argparse.Namespace:
     options = parser.parse_args()
     if not options.max_file_gb > 0:
-        parser.error("--max-file-gb must be more than 0")
+        parser.error("--max-file-gb: must be above 0")
     return options
 
 
 def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9) -> str:
-    """Make the folder `out` of the newest valid checkpoint of a run, and say what it is. Rank 0 writes, the others sleep.
-    CheckpointError, UsageError. Collective over world."""
+    """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
+
+    CheckpointError, UsageError. Collective over world.
+    """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import UsageError
@@ -45,11 +48,11 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
     from mpidp.runtime.world import together
 
     reader, grid = open_run(Path(run), world), make_grid(world)
-    said, folder = "", reader.path.parent.parent
+    summary, folder = "", reader.path.parent.parent
     with together(world):
         kind = reader.meta["config"]["model.kind"]
         if kind != "transformer":
-            raise UsageError(f"{run} has model.kind={kind}: only a transformer has its like among Hugging Face's (Llama)")
+            raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported (as Llama)")
         if world.rank == 0:
             shape = TransformerShape(**reader.meta["shape"])
             tokenizer, eod = huggingface_json(load_tokenizer(folder, reader.meta["eod"])), reader.meta["eod"]
@@ -61,8 +64,8 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
                 Path(out), shape, weight, tokenizer, eod, dtype, max_file_bytes, folder / "hf"
             )
             step, count = reader.meta["step"], num_parameters(shape)
-            said = f"{out}: LlamaForCausalLM of {count:,} parameters in {dtype}, step {step} of {run}"
-    return said
+            summary = f"{out}: LlamaForCausalLM with {count:,} parameters in {dtype}, from step {step} of {run}"
+    return summary
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     import mpidp.c10d
     torch.distributed.init_process_group("mpi4py", init_method="mpi://")
 
-under mpirun or srun: no MASTER_ADDR, no port. docs/c10d.md says what it can and cannot.
+Run the program under mpirun or srun. MASTER_ADDR and MASTER_PORT are not needed. docs/c10d.md lists features and limits.
 """
 
 from mpidp.c10d.meeting import register, use

@@ -1,4 +1,4 @@
-"""A process group as torch.distributed knows one: its names, its end, and how a call is begun."""
+"""The base class of the process group: torch.distributed's queries, shutdown, and the start of each call."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ from torch.distributed import DistBackendError, ProcessGroup, ReduceOp
 from mpidp.c10d.calls import SMALL_BYTES, Calls
 from mpidp.c10d.profiled import recorded
 from mpidp.c10d.turns import Turns
-from mpidp.c10d.works import All, Message, Promise, Queued
+from mpidp.c10d.works import Coalesced, Message, Promise, Queued
 
 NAME = "mpi4py"
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
 
-def several(tensors: Tensors) -> list[torch.Tensor]:
-    """One tensor is a list of one. Pure."""
+def as_list(tensors: Tensors) -> list[torch.Tensor]:
+    """Return the tensors as a list; a single tensor becomes a list of one. Pure."""
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
 def op_of(opts: Any) -> Any:
-    """Pure."""
+    """Return the reduction in a call's options; SUM without options. Pure."""
     return getattr(opts, "reduceOp", ReduceOp.SUM if opts is None else opts)
 
 
 def root_of(opts: Any) -> int:
-    """Pure."""
+    """Return the root rank in a call's options; 0 without options. Pure."""
     return int(getattr(opts, "rootRank", opts or 0))
 
 
-def check(right: bool, name: str, words: str) -> None:
-    """ValueError on this rank, before anything is sent."""
-    if not right:
-        raise ValueError(f"mpi4py: {name}: {words}")
+def check(valid: bool, name: str, message: str) -> None:
+    """Raise ValueError unless the arguments of call `name` are valid. Nothing has been sent yet."""
+    if not valid:
+        raise ValueError(f"mpi4py: {name}: {message}")
 
 
-_ProcessGroup: Any = ProcessGroup  # whose overloads no method of Python's can repeat
+_ProcessGroup: Any = ProcessGroup  # typed as Any: Python methods cannot match its C++ overloads
 
 
 class Base(_ProcessGroup):
-    """Over a communicator of its own, which it frees. Independent, but for shutdown, which is Collective over the group."""
+    """A process group that owns its communicator and frees it. Independent, except shutdown: Collective over the group."""
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
-        """timeout: of each call that has none of its own; store: of this group alone, or None."""
+        """timeout: default for calls without their own; store: a store used by this group only, or None."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
         self.seconds = timeout.total_seconds()
         self._calls = Calls(comm, blocking)
         self._turns = Turns(self._calls, name, store)
-        self._name, self._said = name, ""
-        self._open: list[Message] = []  # their memory must live until they are done
-        self._together: list[Promise] | None = None
+        self._name, self._description = name, ""
+        self._messages: list[Message] = []  # keeps buffers alive until their messages complete
+        self._coalesced: list[Promise] | None = None
         self._barriers = 0
         self._sequence = 0
 
-    label = NAME  # of its calls in the profiler
+    label = NAME  # prefix of this group's calls in the profiler
 
-    # What torch asks about it. The base class keeps this in its Backends, of which this group has none.
+    # Queries by torch. The C++ base class answers them from its Backend objects; this group has none.
 
     def getBackendName(self) -> str:
         return NAME
@@ -80,11 +80,11 @@ class Base(_ProcessGroup):
     def getGroupName(self) -> str:
         return self._name
 
-    def setGroupDesc(self, words: str) -> None:
-        self._said = words
+    def setGroupDesc(self, description: str) -> None:
+        self._description = description
 
     def getGroupDesc(self) -> str:
-        return self._said
+        return self._description
 
     def get_group_store(self) -> Any:
         return self.store
@@ -120,26 +120,26 @@ class Base(_ProcessGroup):
     getSequenceNumberForGroup = _get_sequence_number_for_group
 
     def shutdown(self) -> None:
-        """Once all that was begun is done; its communicator is freed. A second time: nothing. A group in which a call was not
-        done in time stays as it is."""
-        if self.comm != MPI.COMM_NULL and self._turns.close() and all(message.settle() for message in self._open):
+        """Wait for all started calls, then free the communicator. A second call does nothing. A group with a call that timed out
+        keeps its communicator."""
+        if self.comm != MPI.COMM_NULL and self._turns.close() and all(message.close() for message in self._messages):
             self.comm.Free()
 
     def abort(self) -> None:
-        """What is under way ends with an error, here and, where MPI can (ULFM), on the others."""
-        self._turns.break_off(DistBackendError(f"mpi4py: group {self._name} was aborted"))
+        """End running calls with an error: on this rank and, if MPI supports ULFM, on all ranks of the group."""
+        self._turns.abort(DistBackendError(f"mpi4py: group {self._name} was aborted"))
         with suppress(MPI.Exception, NotImplementedError):
             self.comm.Revoke()
 
-    # How a call is begun.
+    # Starting a call.
 
     def _seconds(self, opts: Any, timeout: timedelta | None = None) -> float:
-        said = timeout or getattr(opts, "timeout", None)
-        return said.total_seconds() if said and said.total_seconds() > 0 else self.seconds
+        chosen = timeout or getattr(opts, "timeout", None)
+        return chosen.total_seconds() if chosen and chosen.total_seconds() > 0 else self.seconds
 
     def _begin(self, name: str, work: Callable[[], None], inputs: list[torch.Tensor], result: Any, opts: Any,
                timeout: Any = None) -> Promise:
-        """name: what torch calls it, and more words after a space."""
+        """Queue a collective. name: torch's name of the call, optionally followed by a space and details for messages."""
         if self.comm == MPI.COMM_NULL:
             raise DistBackendError(f"mpi4py: {name}: group {self._name} was destroyed")
         self._sequence += 1
@@ -147,13 +147,13 @@ class Base(_ProcessGroup):
         queued = Queued(work, result, name, self._seconds(opts, timeout))
         queued.record = recorded(f"{self.label}:{name.partition(' ')[0]}", inputs)
         self._turns.submit(queued, at_once=small and not getattr(opts, "asyncOp", True))
-        if self._together is not None:
-            self._together.append(queued)
+        if self._coalesced is not None:
+            self._coalesced.append(queued)
         return queued
 
     def _start_coalescing(self, device: torch.device) -> None:
-        self._together = []
+        self._coalesced = []
 
     def _end_coalescing(self, device: torch.device) -> Promise:
-        works, self._together = self._together or [], None
-        return All(works)
+        works, self._coalesced = self._coalesced or [], None
+        return Coalesced(works)

@@ -1,8 +1,8 @@
-"""The collectives themselves, over contiguous tensors on the host: which MPI calls, in pieces of which size.
+"""The collectives over contiguous host tensors: which MPI functions they call, and in pieces of which size.
 
-Whoever calls whom must not depend on one rank's state: which MPI function is called follows from sizes, types and `blocking`,
-which are the same on all ranks. Large messages go in pieces, because MPI's counts are ints and because reductions of
-large messages make both MPIs allocate (comm/transport.py).
+All ranks must call the same MPI functions. The choice depends only on sizes, dtypes and `blocking`, which are the same on all
+ranks. Large messages are split, because MPI counts are ints and because both MPI libraries allocate memory when they reduce
+large messages (comm/transport.py).
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ from mpi4py import MPI
 
 from mpidp.c10d.neighbours import Neighbours
 from mpidp.c10d.sums import ADDED, DATATYPES, HALVES, average, fold, mpi_op
-from mpidp.c10d.waiting import until
+from mpidp.c10d.waiting import wait_for
 from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
-SMALL_BYTES = 1 << 16  # up to here a collective is polled for, whatever `blocking` says
-NEAR_BYTES = 1 << 20  # from here on reading the others' memory is faster than messages; sooner for halves, which MPI cannot add
-LARGEST_BYTES = 1 << 30  # of one call, all ranks' parts together
+SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
+NEAR_BYTES = 1 << 20  # from this size on, reading other ranks' memory is faster than messages (half precision: from SMALL_BYTES)
+LARGEST_BYTES = 1 << 30  # per MPI call, over all ranks
 
 
 def octets(tensor: torch.Tensor) -> list[Any]:
-    """The whole tensor as bytes. Independent."""
+    """Return an MPI buffer of the whole tensor as bytes. Independent."""
     return [memory(tensor), tensor.nbytes, MPI.BYTE]
 
 
 def numbers(tensor: torch.Tensor) -> list[Any]:
-    """The whole tensor as what MPI can add. Independent."""
+    """Return an MPI buffer of the whole tensor with an MPI datatype that MPI can reduce. Independent."""
     return [memory(tensor), tensor.numel(), DATATYPES[tensor.dtype]]
 
 
 def parts(tensor: torch.Tensor, lengths: Sequence[int]) -> list[Any]:
-    """The tensor in parts of these bytes, one a rank, one after another. Independent."""
+    """Return an MPI buffer that splits the tensor into one part per rank; lengths: in bytes. Independent."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [memory(tensor), (list(lengths), starts), MPI.BYTE]
 
 
 def private_tag(which: int) -> int:
-    """Of messages that are not the user's. Pure."""
+    """Return a tag for internal messages, at the top of the tag range. Pure."""
     return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0) - which
 
 
 def send(comm: MPI.Intracomm, tensor: torch.Tensor, to: int, tag: int) -> list[MPI.Request]:
-    """In as many messages as it takes. Independent."""
+    """Start sending a tensor, in pieces of at most LARGEST_BYTES. Independent."""
     flat = tensor.view(-1).view(torch.uint8)
     return [comm.Isend(octets(piece), to, tag) for piece in flat.split(LARGEST_BYTES)] if len(flat) else [
         comm.Isend(octets(flat), to, tag)
     ]
 
 
-def take(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) -> list[MPI.Request]:
-    """Independent."""
+def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) -> list[MPI.Request]:
+    """Start receiving a tensor, in the same pieces as send. Independent."""
     flat = tensor.view(-1).view(torch.uint8)
     return [comm.Irecv(octets(piece), source, tag) for piece in flat.split(LARGEST_BYTES)] if len(flat) else [
         comm.Irecv(octets(flat), source, tag)
@@ -62,58 +62,63 @@ def take(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) -> li
 
 
 class Calls:
-    """Over one communicator, by one thread at a time. Each method but `wait` is Collective over comm; tensors are contiguous,
-    on the host; kind is a name of sums.OPS."""
+    """Collectives over one communicator, for one thread at a time. Each method except `wait` is Collective over comm.
+
+    Tensors are contiguous and on the host; kind is a key of sums.OPS.
+    """
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
-        """blocking: large reductions by MPI's blocking calls (up to 2.7 times as fast, Open MPI), which spin."""
+        """blocking: use MPI's blocking calls for large reductions. They are up to 2.7x as fast (Open MPI), but spin."""
         self.comm = comm
         self.blocking = blocking
-        self.given_up: Callable[[], bool] = lambda: False
+        self.aborted: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
         self._neighbours: Neighbours | None = None
-        self._asked = comm.size == 1  # is it settled whether there are any?
+        self._searched = comm.size == 1  # whether _neighbours is final
 
     def wait(self, request: MPI.Request) -> None:
-        """Independent."""
-        until(request, self.given_up)
+        """Wait for a request; raises Aborted. Independent."""
+        wait_for(request, self.aborted)
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """A kept buffer, shape (elements,): fresh memory costs more than a sum. Independent."""
+        """Return a reused buffer, shape (elements,): new memory costs more than a sum. Independent."""
         held, needed = self._space.get(name), elements * like.element_size()
         if held is None or held.numel() < needed:
             held = self._space[name] = torch.empty(needed, dtype=torch.uint8)
         return held[:needed].view(like.dtype)
 
     def neighbours(self, added: torch.Tensor) -> Neighbours | None:
-        """Where it pays and all ranks can read the others' memory, which the first large reduction settles."""
+        """Return the reader of other ranks' memory, or None where it is slower or not possible.
+
+        The first large reduction tests whether all ranks can read each other's memory.
+        """
         if added.nbytes < (SMALL_BYTES if added.dtype in HALVES else NEAR_BYTES) or added.dtype not in ADDED:
             return None
-        if not self._asked:
-            found = Neighbours(self.tell, self.comm.rank, self.comm.size)
-            self._neighbours = found if found.are_near() else None
-            self._asked = True
+        if not self._searched:
+            found = Neighbours(self.exchange, self.comm.rank, self.comm.size)
+            self._neighbours = found if found.can_read_all() else None
+            self._searched = True
         return self._neighbours
 
-    def tell(self, numbers: list[int]) -> list[list[int]]:
-        """All ranks' numbers; everybody has come."""
+    def exchange(self, numbers: list[int]) -> list[list[int]]:
+        """Return the numbers of all ranks, shape (ranks, numbers). Synchronizes the ranks."""
         table = torch.empty(self.comm.size, len(numbers), dtype=torch.int64)
         table[self.comm.rank] = torch.tensor(numbers)
         self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(table), 8 * len(numbers), MPI.BYTE]))
         return table.tolist()
 
     def barrier(self) -> None:
-        """Everybody has come."""
+        """Wait until all ranks have called it."""
         self.wait(self.comm.Ibarrier())
 
     def bcast(self, tensor: torch.Tensor, root: int) -> None:
-        """In place."""
+        """Broadcast root's tensor, in place."""
         flat = tensor.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size()):
             self.wait(self.comm.Ibcast(octets(flat[begin:end]), root))
 
     def allreduce(self, tensor: torch.Tensor, kind: str) -> None:
-        """In place."""
+        """Reduce over all ranks, in place."""
         flat = tensor.view(-1)
         if self.comm.size == 1:
             return
@@ -131,15 +136,15 @@ class Calls:
             average(flat, self.comm.size)
 
     def _allreduce_by_hand(self, piece: torch.Tensor, kind: str) -> None:
-        """Each rank adds its share of all ranks' values, in float32, and hands it round."""
+        """Reduce a dtype that MPI cannot reduce: each rank reduces its share in float32, then all gather the shares."""
         ranks, length = self.comm.size, piece.numel()
         share = -(-length // ranks)
         padded = self.scratch("padded", piece, share * ranks)
         padded[:length].copy_(piece)
         padded[length:].zero_()
-        mine = self.scratch("mine", piece, share)
-        self._reduce_scatter_by_hand(padded, mine, kind)
-        self.allgather(mine, padded)
+        reduced = self.scratch("reduced", piece, share)
+        self._reduce_scatter_by_hand(padded, reduced, kind)
+        self.allgather(reduced, padded)
         piece.copy_(padded[:length])
 
     def _reduce_scatter_by_hand(self, source: torch.Tensor, target: torch.Tensor, kind: str) -> None:
@@ -148,7 +153,7 @@ class Calls:
         fold(got.view(self.comm.size, -1), kind, target.view(-1))
 
     def reduce(self, tensor: torch.Tensor, kind: str, root: int) -> None:
-        """In place at the root; elsewhere the tensor keeps its values."""
+        """Reduce to the root, in place. On other ranks the tensor is unchanged."""
         flat = tensor.view(-1)
         if self.comm.size > 1 and tensor.dtype not in DATATYPES:
             whole = flat if self.comm.rank == root else flat.clone()
@@ -164,7 +169,7 @@ class Calls:
             average(flat, self.comm.size)
 
     def reduce_scatter(self, source: torch.Tensor, target: torch.Tensor, kind: str) -> None:
-        """source (ranks x n) reduced; rank r has the r-th run of n in target. They may overlap."""
+        """Reduce source (ranks x n) and store row r in target (n) on rank r. source and target may overlap."""
         ranks, rows, out = self.comm.size, source.view(self.comm.size, -1), target.view(-1)
         if near := self.neighbours(source):
             result = self.scratch("kept", source, out.numel()) if overlap(source, target) else out
@@ -181,7 +186,7 @@ class Calls:
                 self._reduce_scatter_by_hand(piece, got, kind)
             else:
                 self._reduce_scatter(piece, got, mpi_op(kind, source.dtype))
-            if overlap(source, target):  # later pieces are still to be read
+            if overlap(source, target):  # writing to target now would overwrite source's next pieces
                 self.scratch("kept", source, out.numel())[begin:end].copy_(got)
             else:
                 out[begin:end].copy_(got)
@@ -198,12 +203,12 @@ class Calls:
             self.wait(self.comm.Ireduce_scatter_block(source, numbers(got), op))
 
     def allgather(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """target (ranks x n) = each rank's source (n), which may lie in the target."""
+        """Gather each rank's source (n) into target (ranks x n). source may be a part of target."""
         ranks, flat, rows = self.comm.size, source.view(-1), target.view(self.comm.size, -1)
         if target.nbytes <= LARGEST_BYTES:
-            mine = rows[self.comm.rank]
-            if flat.data_ptr() != mine.data_ptr():
-                mine.copy_(flat.clone() if overlap(source, target) else flat)
+            own = rows[self.comm.rank]
+            if flat.data_ptr() != own.data_ptr():
+                own.copy_(flat.clone() if overlap(source, target) else flat)
             self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(target), source.nbytes, MPI.BYTE]))
             return
         flat = flat.clone() if overlap(source, target) else flat
@@ -213,7 +218,7 @@ class Calls:
             rows[:, begin:end].copy_(got.view(ranks, -1))
 
     def allgatherv(self, source: torch.Tensor, target: torch.Tensor, lengths: Sequence[int]) -> None:
-        """target = all ranks' sources one after another, of these bytes."""
+        """Concatenate all ranks' sources into target; lengths: bytes of each rank's source."""
         if target.nbytes <= LARGEST_BYTES:
             self.wait(self.comm.Iallgatherv(octets(source), parts(target, lengths)))
             return
@@ -223,7 +228,7 @@ class Calls:
             self.bcast(part, rank)
 
     def gather(self, source: torch.Tensor, target: torch.Tensor | None, root: int) -> None:
-        """target (ranks x n), at the root alone, = each rank's source (n)."""
+        """Gather each rank's source (n) into the root's target (ranks x n). target is None on other ranks."""
         flat = source.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size() * self.comm.size):
             piece = octets(flat[begin:end])
@@ -235,7 +240,7 @@ class Calls:
             target.view(self.comm.size, -1)[:, begin:end].copy_(got.view(self.comm.size, -1))
 
     def scatter(self, source: torch.Tensor | None, target: torch.Tensor, root: int) -> None:
-        """target (n) = this rank's run of the root's source (ranks x n)."""
+        """Scatter the root's source (ranks x n): rank r gets row r in target (n). source is None on other ranks."""
         flat = target.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size() * self.comm.size):
             piece = flat[begin:end]
@@ -246,20 +251,23 @@ class Calls:
             sent.view(self.comm.size, -1).copy_(source.view(self.comm.size, -1)[:, begin:end])
             self.wait(self.comm.Iscatter([memory(sent), piece.nbytes, MPI.BYTE], octets(piece), root))
 
-    def alltoall(self, source: torch.Tensor, target: torch.Tensor, sent: Sequence[int], taken: Sequence[int]) -> None:
-        """Each rank's parts of the source to the others; sent, taken: bytes to and from each rank, one part after another."""
+    def alltoall(self, source: torch.Tensor, target: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
+        """Send part r of source to rank r, and store the parts received in target, ordered by rank.
+
+        sent, received: bytes to and from each rank.
+        """
         most = LARGEST_BYTES // self.comm.size
-        if max(*sent, *taken) <= most:
-            self.wait(self.comm.Ialltoallv(parts(source, sent), parts(target, taken)))
+        if max(*sent, *received) <= most:
+            self.wait(self.comm.Ialltoallv(parts(source, sent), parts(target, received)))
             return
-        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ends of a pair know that its part is large
-        incoming = target.view(-1).view(torch.uint8).split(list(taken))
+        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know whether its part is large
+        incoming = target.view(-1).view(torch.uint8).split(list(received))
         packed = torch.cat([part for part in outgoing if len(part) <= most] or [source.new_empty(0, dtype=torch.uint8)])
-        short_sent, short_taken = ([n if n <= most else 0 for n in lengths] for lengths in (sent, taken))
+        short_sent, short_taken = ([n if n <= most else 0 for n in lengths] for lengths in (sent, received))
         got = torch.empty(sum(short_taken), dtype=torch.uint8)
         requests = [self.comm.Ialltoallv(parts(packed, short_sent), parts(got, short_taken))]
         for rank in range(self.comm.size):
-            requests += take(self.comm, incoming[rank], rank, private_tag(1)) if taken[rank] > most else []
+            requests += receive(self.comm, incoming[rank], rank, private_tag(1)) if received[rank] > most else []
         for rank in range(self.comm.size):
             requests += send(self.comm, outgoing[rank], rank, private_tag(1)) if sent[rank] > most else []
         for request in requests:
@@ -268,7 +276,7 @@ class Calls:
             part[: len(new)].copy_(new)
 
     def sparse_allreduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of COO tensors: all ranks' entries, those at one place added."""
+        """Return the sum of all ranks' sparse COO tensors. Entries with equal indices are added."""
         tensor = tensor.coalesce()
         counts = torch.zeros(self.comm.size, dtype=torch.int64)
         self.allgather(torch.tensor([tensor._nnz()], dtype=torch.int64), counts)
@@ -276,13 +284,13 @@ class Calls:
         indices, values = tensor.indices().t().contiguous(), tensor.values().contiguous()
         every = torch.empty((sum(entries), *indices.shape[1:]), dtype=indices.dtype)
         total = torch.empty((sum(entries), *values.shape[1:]), dtype=values.dtype)
-        for mine, whole in ((indices, every), (values, total)):
-            row = mine[0].nbytes if len(mine) else whole[0].nbytes if len(whole) else 0
-            self.allgatherv(mine, whole, [n * row for n in entries])
+        for local, whole in ((indices, every), (values, total)):
+            row = local[0].nbytes if len(local) else whole[0].nbytes if len(whole) else 0
+            self.allgatherv(local, whole, [n * row for n in entries])
         return torch.sparse_coo_tensor(every.t(), total, tensor.shape).coalesce()
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Do two contiguous tensors share memory? Pure."""
+    """Return whether two contiguous tensors share memory. Pure."""
     a, b = one.data_ptr(), other.data_ptr()
     return a < b + other.nbytes and b < a + one.nbytes

@@ -1,7 +1,7 @@
-"""The seam between tensors as the caller has them and contiguous tensors on the host, which MPI reads and writes.
+"""Host buffers: contiguous host copies of the caller's tensors, for MPI to read and write.
 
-A CUDA tensor goes through pinned memory: its values are copied once what the caller's stream has written is written, and come
-back before the work is done, so that any stream may read them.
+A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current stream. The copy back finishes
+before the work is complete, so any stream may read the result.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 
-class Hosted:
-    """One tensor of a call. Independent."""
+class HostBuffer:
+    """The host buffer of one tensor of a call. Independent."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """By the caller's thread, on whose current stream the tensor is written."""
+        """Must run in the caller's thread: it records an event on the stream that writes the tensor."""
         self.tensor = tensor.detach()
         self._host: torch.Tensor | None = None
         self._written: Any = None
@@ -24,7 +24,7 @@ class Hosted:
             self._written = torch.cuda.current_stream(self.tensor.device).record_event()
 
     def empty(self) -> torch.Tensor:
-        """Contiguous memory on the host, of its shape, to be written: its own where it can be."""
+        """Return a contiguous host tensor of the same shape, to be written. It is the tensor itself where possible."""
         if self._host is None:
             plain = self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
             cuda = self.tensor.device.type == "cuda"
@@ -34,7 +34,7 @@ class Hosted:
         return self._host
 
     def load(self) -> torch.Tensor:
-        """The same with the tensor's values."""
+        """Return the host tensor, filled with the tensor's values."""
         host = self.empty()
         if self._written is not None:
             self._written.synchronize()
@@ -43,7 +43,7 @@ class Hosted:
         return host
 
     def store(self) -> None:
-        """What was written to the host, into the tensor."""
+        """Copy the host tensor back into the tensor."""
         if self._host is not None and self._host.data_ptr() != self.tensor.data_ptr():
             self.tensor.copy_(self._host)
             if self.tensor.device.type == "cuda":
@@ -51,5 +51,5 @@ class Hosted:
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
-    """The first that is not the host. Pure."""
+    """Return the device of the first tensor that is not on the CPU, or None. Pure."""
     return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)

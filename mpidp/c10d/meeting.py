@@ -1,7 +1,7 @@
-"""How a job's ranks become torch.distributed's: `init_method="mpi://"` says who is here, and every group is made of MPI's world.
+"""Registration with torch.distributed: the `mpi://` rendezvous, the creation of groups, and the end of the process.
 
-Functional collectives find a group's calls through torch's own dispatch, but for one (all_gather_into_tensor_out), which torch
-sends to the base class: it gets a kernel here.
+Ranks and sizes come from MPI, and each group gets a communicator made from MPI's world. torch dispatches functional collectives
+to the group's methods, except all_gather_into_tensor_out, which goes to the C++ base class. This file registers a kernel for it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from torch import distributed
 from mpidp.c10d.base import NAME
 from mpidp.c10d.group import MpiGroup
 
-dist: Any = distributed  # much of it is not in its stubs
+dist: Any = distributed  # typed as Any: its stubs are incomplete
 distributed_c10d: Any = distributed.distributed_c10d
 MEETING_TIMEOUT = timedelta(minutes=30)
-PAUSE_SECONDS = 0.3  # for mpirun to pass on the last words before it is told to end
-HOST = "MPIDP_C10D_HOST"  # rank 0's name or address for the others, where its host name does not lead there
-WAIT = "MPIDP_C10D_WAIT"  # block or poll; by itself: block where all ranks of the group are on one node and have a core each
+PAUSE_SECONDS = 0.3  # before Abort: lets mpirun forward the last output
+HOST = "MPIDP_C10D_HOST"  # name or address of rank 0's host, if other nodes cannot reach it by its host name
+WAIT = "MPIDP_C10D_WAIT"  # block or poll; default: block if all ranks of the group are on one node with a core each
 _world: MPI.Intracomm | None = None
-_server: Any = None  # others may ask it until the next meeting
+_server: Any = None  # keeps rank 0's store alive until the next rendezvous
 _library: Any = None
 _failed = False
 
 
 def use(comm: MPI.Intracomm) -> None:
-    """Groups to come are made of this communicator instead of COMM_WORLD: for those who are left after a failure. Independent."""
+    """Make later groups from this communicator instead of COMM_WORLD, e.g. from the ranks left after a failure. Independent."""
     global _world
     _world = comm
 
 
 def world() -> MPI.Intracomm:
-    """Independent."""
+    """Return the communicator that groups are made from. Independent."""
     if _world is not None:
         return _world
     if MPI.COMM_WORLD.size == 1:
@@ -54,8 +54,10 @@ def world() -> MPI.Intracomm:
 
 
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """(store, rank, size): torch's handler of mpi:// . The store is a TCPStore at rank 0, at a free port that MPI tells the
-    others. RuntimeError on all ranks where they cannot reach it. Collective over the world."""
+    """Yield (store, rank, size): torch's rendezvous handler for mpi:// . Collective over the world.
+
+    The store is a TCPStore on rank 0 at a free port, which is broadcast by MPI. RuntimeError on all ranks if one cannot connect.
+    """
     global _server
     comm, here, failed = world(), socket.gethostname(), ""
     store: Any = None
@@ -70,21 +72,23 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
             store = dist.TCPStore("127.0.0.1" if there == here else host, port, None, False, timeout, wait_for_workers=False)
         except RuntimeError as error:
             failed = str(error)
-    wrong = [f"rank {rank}: {words}" for rank, words in enumerate(comm.allgather(failed)) if words]
-    if wrong:
-        raise RuntimeError(f"mpi://: the store of rank 0 was not reached at {host}, port {port} ({HOST}= another): {wrong[0]}")
+    errors = [f"rank {rank}: {error}" for rank, error in enumerate(comm.allgather(failed)) if error]
+    if errors:
+        raise RuntimeError(
+            f"mpi://: cannot connect to rank 0's store at {host}, port {port} (set {HOST} to another address of rank 0's host): "
+            f"{errors[0]}"
+        )
     yield store, comm.rank, comm.size
 
 
 def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
-    """torch's way to a group. Collective over its members alone."""
+    """Create a group; torch calls it. Collective over the group's members only."""
     comm, ranks = world(), list(opts.global_ranks_in_group)
     ranks = ranks or list(range(opts.group_size))
     if comm.rank != ranks[opts.group_rank] or max(ranks) >= comm.size:
         raise RuntimeError(
-            f"mpi4py: torch was told that this is rank {ranks[opts.group_rank]}, and MPI that it is rank {comm.rank} of "
-            f"{comm.size}: "
-            'start it with mpirun or srun, and say init_method="mpi://"'
+            f"mpi4py: torch was initialized as rank {ranks[opts.group_rank]}, but MPI reports rank {comm.rank} of {comm.size}: "
+            'start the program with mpirun or srun, and pass init_method="mpi://"'
         )
     members = comm.Get_group()
     chosen = members.Incl(ranks)
@@ -96,12 +100,11 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
 
 
 def _blocking(comm: MPI.Intracomm) -> bool:
-    """May ranks spin in MPI's blocking calls? The same answer on all. Collective over comm."""
-    said = os.environ.get(WAIT, "")
-    rows = comm.allgather((socket.gethostname(), sorted(os.sched_getaffinity(0)), said))
-    words = {word for _, _, word in rows if word}
-    if words:
-        return words == {"block"}
+    """Return whether ranks may spin in MPI's blocking calls; the same on all ranks. Collective over comm."""
+    rows = comm.allgather((socket.gethostname(), sorted(os.sched_getaffinity(0)), os.environ.get(WAIT, "")))
+    choices = {choice for _, _, choice in rows if choice}
+    if choices:
+        return choices == {"block"}
     cores = {core for _, allowed, _ in rows for core in allowed}
     return len({host for host, _, _ in rows}) == 1 and comm.size <= len(cores) and MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
@@ -117,7 +120,7 @@ def _all_gather_out(input: torch.Tensor, group_size: int, group_name: Any, *, ou
 
 
 def _prepare() -> None:
-    """Once, when the first group is made."""
+    """Register the kernel and the exit handlers, when the first group is made."""
     global _library
     if _library is not None:
         return
@@ -133,21 +136,24 @@ def _notice_failure() -> None:
 
     def noticed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         global _failed
-        _failed = True  # torch's own hook prints after this one: the end must wait
+        _failed = True  # do not abort here: torch's own hook still has to print the traceback
         before(kind, error, trace)
 
     sys.excepthook = noticed
 
 
 def _leave() -> None:
-    """At the end of the process. An error that nobody caught ends all ranks: MPI's own end would wait for those that wait for
-    this one. Else threads leave MPI before it ends; where one cannot, since others did not come, the job ends here."""
+    """Shut down the groups at the end of the process.
+
+    After an uncaught error this aborts all ranks: MPI_Finalize would wait for ranks that wait for this one. It also aborts if a
+    group's thread is still inside MPI because other ranks did not join a call.
+    """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]
     for group in groups if not _failed else ():
         group.shutdown()
     stuck = any(group.comm != MPI.COMM_NULL for group in groups)
     if stuck and not _failed:
-        print("mpi4py: ends without ranks that did not come", file=sys.stderr)
+        print("mpi4py: aborting: other ranks did not join a call", file=sys.stderr)
     if MPI.COMM_WORLD.size > 1 and (stuck or _failed):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -156,7 +162,7 @@ def _leave() -> None:
 
 
 def register() -> None:
-    """torch.distributed learns of the backend and of mpi:// . Independent."""
+    """Register the backend and mpi:// with torch.distributed. Independent."""
     dist.Backend.register_backend(NAME, make_group, extended_api=True, devices=["cpu", "cuda"])
     dist.register_rendezvous_handler("mpi", rendezvous)
 

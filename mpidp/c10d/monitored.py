@@ -1,4 +1,4 @@
-"""A barrier that says who did not come, as gloo has it (torch.distributed.monitored_barrier): everybody reports to rank 0."""
+"""A barrier that identifies missing ranks, like gloo's torch.distributed.monitored_barrier: all ranks report to rank 0."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from mpi4py import MPI
 
 
 def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all_ranks: bool, tag: int) -> None:
-    """number: of this barrier in the group; tag: of no other messages. RuntimeError at rank 0, which names a rank that has not
-    come after that time, or with wait_all_ranks all of them; and then at the others, which rank 0 lets wait. Collective over
-    comm."""
+    """Wait for all ranks; raise RuntimeError after `seconds`. Collective over comm.
+
+    Rank 0's error names the first missing rank; with wait_all_ranks, all of them. Rank 0 does not answer the other ranks then, so
+    they time out and raise, too. number: counts the group's barriers; tag: used by no other messages.
+    """
     end = time.monotonic() + seconds
-    word, milliseconds = np.array([number]), round(1000 * seconds)
+    message, milliseconds = np.array([number]), round(1000 * seconds)
     if comm.rank:
-        requests = [comm.Isend(word, 0, tag)]
-        heard = np.zeros_like(word)
-        while heard[0] < number:  # answers to barriers that were given up may lie before it
-            answer = comm.Irecv(heard, 0, tag)
-            if not _done(answer, end):
+        requests = [comm.Isend(message, 0, tag)]
+        received = np.zeros_like(message)
+        while received[0] < number:  # skips late answers to earlier barriers that timed out
+            answer = comm.Irecv(received, 0, tag)
+            if not _wait_for(answer, end):
                 answer.Cancel()
                 answer.Wait()
                 raise RuntimeError(
@@ -30,29 +32,29 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
         return
     if seconds <= 0:
         raise RuntimeError(f"[Rank 0]: Rank 0 timed out in monitoredBarrier after {milliseconds} ms")
-    missing = [rank for rank in range(1, comm.size) if not _came(comm, rank, number, end, tag)] if wait_all_ranks else next(
-        ([rank] for rank in range(1, comm.size) if not _came(comm, rank, number, end, tag)), []
+    missing = [rank for rank in range(1, comm.size) if not _reported(comm, rank, number, end, tag)] if wait_all_ranks else next(
+        ([rank] for rank in range(1, comm.size) if not _reported(comm, rank, number, end, tag)), []
     )
     if missing:
         whom = f"Ranks {', '.join(map(str, missing))}" if wait_all_ranks else f"Rank {missing[0]}"
         raise RuntimeError(f"[Rank 0]: {whom} failed to pass monitoredBarrier in {milliseconds} ms")
-    MPI.Request.Waitall([comm.Isend(word, rank, tag) for rank in range(1, comm.size)])
+    MPI.Request.Waitall([comm.Isend(message, rank, tag) for rank in range(1, comm.size)])
 
 
-def _came(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
-    """Has this rank reported to this barrier? Collective over the two."""
-    heard = np.zeros(1, dtype=int)
-    while heard[0] < number:
-        report = comm.Irecv(heard, rank, tag)
-        if not _done(report, end):
+def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
+    """Return whether the rank reports to this barrier in time. Collective over the two ranks."""
+    received = np.zeros(1, dtype=int)
+    while received[0] < number:
+        report = comm.Irecv(received, rank, tag)
+        if not _wait_for(report, end):
             report.Cancel()
             report.Wait()
             return False
     return True
 
 
-def _done(request: MPI.Request, end: float) -> bool:
-    """Independent."""
+def _wait_for(request: MPI.Request, end: float) -> bool:
+    """Return whether the request completes before the time `end`. Independent."""
     pause = 2e-5
     while not request.Test():
         if time.monotonic() > end:

@@ -1,9 +1,8 @@
-"""Large reductions of ranks on one node without messages: a rank reads the others' tensors where they lie, by one copy of the
-operating system's (Linux: process_vm_readv), and adds its own slice.
+"""Large reductions within a node, without messages: each rank reads the other ranks' tensors and reduces its own slice.
 
-The ranks meet at the beginning, where they tell their tensors' addresses, between adding and handing round, and at the end:
-nobody's tensor may change while others read it. A window of shared memory was slower (docs/results/2026-11-27-c10d.md): each
-value is copied once more, and the ranks meet at each piece. Here there is no memory to make, to free or to find too small.
+Linux's process_vm_readv copies from another process's memory. The ranks synchronize three times, because a tensor must not change
+while another rank reads it: at the start, when they exchange addresses; between reduction and gathering; and at the end. A shared
+memory window was slower (docs/results/2026-11-27-c10d.md): it needs one more copy of each value and synchronizes for each piece.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import torch
 
 from mpidp.c10d.sums import ADDERS, HALVES, average
 
-BLOCK_BYTES = 1 << 19  # read and added at a time: it stays in a core's cache
-READ_BYTES = 1 << 26  # of one copy: the operating system's own limit is 2 GiB
-ALIGN = 64  # elements, at which slices are cut
-HOW = "MPIDP_C10D_NEAR"  # messages: large reductions go as those between nodes do; on a rank it is enough
-ALLOW, ANYBODY = 0x59616D61, ctypes.c_ulong(-1)  # prctl's PR_SET_PTRACER, of the Yama module
-TOKEN = 2  # numbers
-FOUND, REFUSED, NEVER = range(3)
-Tell = Callable[[list[int]], list[list[int]]]  # numbers of this rank -> of all ranks
+BLOCK_BYTES = 1 << 19  # read and reduced at a time; fits in a core's cache
+READ_BYTES = 1 << 26  # per system call; Linux's limit is 2 GiB
+ALIGN = 64  # slices start at multiples of this many elements
+NEAR = "MPIDP_C10D_NEAR"  # "messages" on any rank: use messages for large reductions within a node, too
+SET_PTRACER, ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # PR_SET_PTRACER for prctl (Linux's Yama module)
+TOKEN = 2  # random numbers that identify a process
+FOUND, DENIED, IMPOSSIBLE = range(3)
+Exchange = Callable[[list[int]], list[list[int]]]  # an allgather: this rank's numbers -> all ranks' numbers
 
 
 class _Vector(ctypes.Structure):
@@ -34,7 +33,7 @@ class _Vector(ctypes.Structure):
 
 
 def _reader() -> Any:
-    """The C function; None where there is none."""
+    """Return the C function process_vm_readv, or None if the system does not have it."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
     if function is not None:
         function.restype = ctypes.c_ssize_t
@@ -44,77 +43,86 @@ def _reader() -> Any:
 
 
 class Neighbours:
-    """Of one group. Public methods are Collective over it; tensors are flat, contiguous and on the host, of sums.ADDED; kind is a
-    name of sums.OPS. RuntimeError on all ranks where they do not call the same, or memory cannot be read after all."""
+    """Reductions of one group by reading other ranks' memory. Public methods are Collective over the group.
 
-    def __init__(self, tell: Tell, rank: int, ranks: int) -> None:
+    Tensors are flat, contiguous, on the host, with a dtype of sums.ADDED; kind is a key of sums.OPS. Raises RuntimeError on all
+    ranks if their calls differ, or if reading memory fails.
+    """
+
+    def __init__(self, exchange: Exchange, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
-        self._tell = tell
+        self._exchange = exchange
         self._function = _reader()
         self._failed = ""
-        self._blocks = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)  # of other ranks; a sum grows in the first
-        self._wide = torch.empty(BLOCK_BYTES // 2)  # of halves
+        self._blocks = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)  # data read; partial sums are kept in the first
+        self._wide = torch.empty(BLOCK_BYTES // 2)  # float32 sums of half-precision values
         self._pids: list[int] = []
 
-    def are_near(self) -> bool:
-        """May all ranks read all others' memory? Where only permission is missing (the Yama module's ptrace_scope 1), each gives
-        it, as MPI libraries do, and they try again."""
+    def can_read_all(self) -> bool:
+        """Return whether all ranks can read each other's memory.
+
+        If only permission is missing (Yama's ptrace_scope 1), each rank grants it, as MPI libraries do, and tries again.
+        """
         token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
-        table = self._tell([os.getpid(), token.data_ptr(), *token.tolist()])
+        table = self._exchange([os.getpid(), token.data_ptr(), *token.tolist()])
         self._pids = [row[0] for row in table]
         for _ in range(2):
-            worst = max(self._finds(rank, table[rank]) for rank in range(self.ranks))
-            worst = max(row[0] for row in self._tell([worst]))
-            if worst != REFUSED:
+            worst = max(self._probe(rank, table[rank]) for rank in range(self.ranks))
+            worst = max(row[0] for row in self._exchange([worst]))
+            if worst != DENIED:
                 break
-            ctypes.CDLL(None).prctl(ALLOW, ANYBODY, 0, 0, 0)
+            ctypes.CDLL(None).prctl(SET_PTRACER, ANY_PROCESS, 0, 0, 0)
         return worst == FOUND
 
-    def _finds(self, rank: int, row: list[int]) -> int:
-        """Is this other process the one that said so? One of another node may have its number."""
-        if self._function is None or os.environ.get(HOW) == "messages":
-            return NEVER
+    def _probe(self, rank: int, row: list[int]) -> int:
+        """Try to read another rank's token. On another node, its process id may belong to an unrelated process here."""
+        if self._function is None or os.environ.get(NEAR) == "messages":
+            return IMPOSSIBLE
         found = torch.zeros(TOKEN, dtype=torch.int64)
         self._read(rank, row[1], found)
         failed, self._failed = self._failed, ""
         if failed:
-            return REFUSED if ctypes.get_errno() == errno.EPERM else NEVER
-        return FOUND if found.tolist() == row[2:] else NEVER
+            return DENIED if ctypes.get_errno() == errno.EPERM else IMPOSSIBLE
+        return FOUND if found.tolist() == row[2:] else IMPOSSIBLE
 
     def _read(self, rank: int, address: int, into: torch.Tensor) -> None:
-        """What fails is told at the next meeting."""
+        """Read another rank's memory. Failures are raised by the next _synchronize."""
         for begin in range(0, into.nbytes, READ_BYTES):
             length = min(READ_BYTES, into.nbytes - begin)
             here, there = _Vector(into.data_ptr() + begin, length), _Vector(address + begin, length)
             if self._function(self._pids[rank], here, 1, there, 1, 0) != length:
                 self._failed = self._failed or f"rank {rank}'s memory: {os.strerror(ctypes.get_errno())}"
 
-    def _begin(self, tensor: torch.Tensor, what: str) -> list[int] | None:
-        """Everybody's address; None on all ranks where one of them lies in memory that only its process can read."""
-        mine = [tensor.nbytes, zlib.crc32(f"{what} {tensor.dtype}".encode())]
-        table = self._tell([tensor.data_ptr(), int(tensor.is_pinned()), *mine])
-        for rank, (_, _, *theirs) in enumerate(table):
-            if theirs != table[0][2:]:
+    def _begin(self, tensor: torch.Tensor, call: str) -> list[int] | None:
+        """Return all ranks' addresses; None on all ranks if a tensor is in pinned memory, which other processes cannot read."""
+        signature = [tensor.nbytes, zlib.crc32(f"{call} {tensor.dtype}".encode())]
+        table = self._exchange([tensor.data_ptr(), int(tensor.is_pinned()), *signature])
+        for rank, (_, _, *found) in enumerate(table):
+            if found != table[0][2:]:
                 raise RuntimeError(
-                    f"mpi4py: {what}: rank {rank} has {theirs[0]} bytes and rank 0 has {table[0][2]}"
-                    + (", of another dtype or reduction" if theirs[1] != table[0][3] else "")
+                    f"mpi4py: {call}: rank {rank} has {found[0]} bytes and rank 0 has {table[0][2]}"
+                    + (", and another dtype or reduction" if found[1] != table[0][3] else "")
                 )
         return None if any(row[1] for row in table) else [row[0] for row in table]
 
-    def _meet(self) -> None:
-        bad = [rank for rank, (failed,) in enumerate(self._tell([bool(self._failed)])) if failed]
-        words, self._failed = self._failed, ""
+    def _synchronize(self) -> None:
+        bad = [rank for rank, (failed,) in enumerate(self._exchange([bool(self._failed)])) if failed]
+        details, self._failed = self._failed, ""
         if bad:
-            raise RuntimeError(f"mpi4py: rank {bad[0]} could not read its neighbours' memory {words}".rstrip())
+            raise RuntimeError(
+                f"mpi4py: rank {bad[0]} could not read the memory of ranks on its node" + (f": {details}" if details else "")
+            )
 
-    def _add(self, mine: torch.Tensor, places: list[int], kind: str, out: torch.Tensor) -> None:
-        """out, which may be mine, = mine and what lies at the others' places, in the order of ranks; halves in float32, rounded
-        once."""
-        add, half = ADDERS[kind], mine.dtype in HALVES
-        step, last = BLOCK_BYTES // mine.element_size(), self.ranks - 1
-        blocks = self._blocks.view(mine.dtype)
-        for begin in range(0, mine.numel(), step):
-            own, into = mine[begin : begin + step], out[begin : begin + step]
+    def _add(self, local: torch.Tensor, places: list[int], kind: str, out: torch.Tensor) -> None:
+        """Reduce `local` and the tensors at the other ranks' addresses into out, in rank order. out may be `local`.
+
+        Half-precision values are added in float32 and rounded once.
+        """
+        add, half = ADDERS[kind], local.dtype in HALVES
+        step, last = BLOCK_BYTES // local.element_size(), self.ranks - 1
+        blocks = self._blocks.view(local.dtype)
+        for begin in range(0, local.numel(), step):
+            own, into = local[begin : begin + step], out[begin : begin + step]
             total = own
             for rank in range(self.ranks):
                 source = own
@@ -133,24 +141,27 @@ class Neighbours:
                 into.copy_(total)
 
     def allreduce(self, flat: torch.Tensor, kind: str) -> bool:
-        """In place. False: not done, nor begun."""
+        """Reduce over all ranks, in place. Returns False, without any change, if it is not possible."""
         places, size = self._begin(flat, f"all_reduce {kind}"), flat.element_size()
         if places is None:
             return False
         share = -(-len(flat) // (self.ranks * ALIGN)) * ALIGN
         low, high = (min(rank * share, len(flat)) for rank in (self.rank, self.rank + 1))
         self._add(flat[low:high], [place + low * size for place in places], kind, flat[low:high])
-        self._meet()
+        self._synchronize()
         for i in range(1, self.ranks):
-            rank = (self.rank + i) % self.ranks  # each begins with another
+            rank = (self.rank + i) % self.ranks  # each rank starts with a different one
             self._read(rank, places[rank] + rank * share * size, flat[rank * share : (rank + 1) * share])
-        self._meet()
+        self._synchronize()
         return True
 
     def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor, kind: str) -> bool:
-        """rows (ranks, n) reduced; rank r has the r-th row in out (n), which lies elsewhere. False: not done, nor begun."""
+        """Reduce rows (ranks, n) and store row r in out (n) on rank r. out must not overlap rows.
+
+        Returns False, without any change, if it is not possible.
+        """
         places = self._begin(rows, f"reduce_scatter {kind}")
         if places is not None:
             self._add(rows[self.rank], [place + self.rank * out.nbytes for place in places], kind, out)
-            self._meet()
+            self._synchronize()
         return places is not None

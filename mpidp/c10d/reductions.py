@@ -1,4 +1,4 @@
-"""Reductions: old names of torch.distributed's and new, shapes and meanings as there. Collective over the group."""
+"""Reductions, under torch.distributed's old and new names. Collective over the group."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import Any
 
 import torch
 
-from mpidp.c10d.base import Base, Tensors, check, op_of, root_of, several
-from mpidp.c10d.hosted import Hosted
+from mpidp.c10d.base import Base, Tensors, as_list, check, op_of, root_of
+from mpidp.c10d.hosted import HostBuffer
 from mpidp.c10d.sums import kind_of
 from mpidp.c10d.works import Promise
 
 
 class Reductions(Base):
-    """What adds."""
+    """Collectives that reduce. Shapes and semantics are those of torch.distributed."""
 
     def allreduce(self, tensors: Tensors, opts: Any = None, timeout: timedelta | None = None) -> Promise:
-        """In place."""
-        given, op = several(tensors), op_of(opts)
+        """Reduce over all ranks, in place."""
+        given, op = as_list(tensors), op_of(opts)
         if any(tensor.is_sparse for tensor in given):
             return self._sparse_allreduce(given, op, opts)
-        kinds, hosted = [kind_of(op, tensor.dtype) for tensor in given], [Hosted(tensor) for tensor in given]
+        kinds, hosted = [kind_of(op, tensor.dtype) for tensor in given], [HostBuffer(tensor) for tensor in given]
 
         def work() -> None:
             for kind, tensor in zip(kinds, hosted, strict=True):
                 self._calls.allreduce(tensor.load(), kind)
                 tensor.store()
 
-        said = f"all_reduce of {sum(t.numel() for t in given)} elements" if given else "all_reduce"
-        return self._begin(said, work, given, given, opts, timeout)
+        name = f"all_reduce of {sum(t.numel() for t in given)} elements" if given else "all_reduce"
+        return self._begin(name, work, given, given, opts, timeout)
 
     allreduce_coalesced = allreduce
 
     def _sparse_allreduce(self, given: list[torch.Tensor], op: Any, opts: Any) -> Promise:
         if any(kind_of(op, tensor.dtype) != "SUM" or tensor.layout != torch.sparse_coo for tensor in given):
-            raise ValueError("mpi4py: sparse tensors are summed, in the COO layout alone")
+            raise ValueError("mpi4py: all_reduce of sparse tensors supports only SUM and the COO layout")
 
         def work() -> None:
             for tensor in given:
@@ -45,10 +45,10 @@ class Reductions(Base):
         return self._begin("all_reduce of sparse tensors", work, given, given, opts)
 
     def reduce(self, tensors: Tensors, opts: Any = None, *, op: Any = None) -> Promise:
-        """In place at the root."""
-        given, root = several(tensors), root_of(opts)
+        """Reduce to the root, in place."""
+        given, root = as_list(tensors), root_of(opts)
         kinds = [kind_of(op_of(opts) if op is None else op, tensor.dtype) for tensor in given]
-        hosted = [Hosted(tensor) for tensor in given]
+        hosted = [HostBuffer(tensor) for tensor in given]
 
         def work() -> None:
             for kind, tensor in zip(kinds, hosted, strict=True):
@@ -59,18 +59,18 @@ class Reductions(Base):
         return self._begin("reduce", work, given, given, opts)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Promise:
-        """From one tensor to one."""
+        """Reduce the input; rank r gets the r-th part of the result as output."""
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     _reduce_scatter_base = reduce_scatter_single
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Promise:
-        """Several of them."""
-        outs, ins = several(outputs), several(inputs)
+        """reduce_scatter_single for several tensors."""
+        outs, ins = as_list(outputs), as_list(inputs)
         kinds = [kind_of(op_of(opts), tensor.dtype) for tensor in ins]
         check(all(o.numel() * self.comm.size == i.numel() and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
-               "reduce_scatter", "the input must be the output's size times the number of ranks, of its dtype")
-        pairs = [(Hosted(i), Hosted(o)) for i, o in zip(ins, outs, strict=True)]
+               "reduce_scatter", "the input must have the output's dtype and (number of ranks) times its elements")
+        pairs = [(HostBuffer(i), HostBuffer(o)) for i, o in zip(ins, outs, strict=True)]
 
         def work() -> None:
             for kind, (source, target) in zip(kinds, pairs, strict=True):
@@ -82,10 +82,10 @@ class Reductions(Base):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def reduce_scatter(self, outputs: Tensors, inputs: Any, opts: Any = None) -> Promise:
-        """From a list a tensor; a rank's parts may be longer than another's."""
-        outs, lists = several(outputs), [inputs] if isinstance(outputs, torch.Tensor) else list(inputs)
+        """Reduce a list of inputs, one per rank; rank r gets the r-th result. Sizes may differ between ranks."""
+        outs, lists = as_list(outputs), [inputs] if isinstance(outputs, torch.Tensor) else list(inputs)
         kind = kind_of(op_of(opts), outs[0].dtype)
-        rows = [([Hosted(i) for i in every], Hosted(o)) for every, o in zip(lists, outs, strict=True)]
+        rows = [([HostBuffer(i) for i in every], HostBuffer(o)) for every, o in zip(lists, outs, strict=True)]
 
         def work() -> None:
             for every, target in rows:

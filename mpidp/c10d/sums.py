@@ -1,4 +1,4 @@
-"""What is added how: torch's dtypes and reductions as MPI's, and by hand where MPI has none (bfloat16, float16)."""
+"""MPI's counterparts of torch's dtypes and reductions. bfloat16 and float16 have none and are reduced in Python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADDERS: dict[str, Any] = {
     "SUM": torch.add, "AVG": torch.add, "PRODUCT": torch.mul, "MIN": torch.minimum, "MAX": torch.maximum,
     "BAND": torch.bitwise_and, "BOR": torch.bitwise_or, "BXOR": torch.bitwise_xor,
 }
-ADDED = (  # by torch; MPI alone adds the others: bool by logic, and unsigned ones
+ADDED = (  # dtypes that torch can reduce, for neighbours.py; bool and larger unsigned integers are left to MPI
     torch.float32, torch.float64, *HALVES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
     torch.complex64, torch.complex128,
 )
@@ -35,27 +35,27 @@ _BITS = ("BAND", "BOR", "BXOR")
 
 
 def kind_of(op: Any, dtype: torch.dtype) -> str:
-    """The reduction's name, e.g. SUM. TypeError or ValueError, before anything is sent, where there is no such sum. Pure."""
+    """Return the reduction's name, e.g. SUM. TypeError or ValueError if it is not supported for the dtype. Pure."""
     name = next((name for name, known in _KINDS.items() if op == known), None)
     if name is None:
-        raise ValueError(f"mpi4py: no reduction {op}: there are {', '.join(OPS)}")
+        raise ValueError(f"mpi4py: reduction {op} is not supported: use one of {', '.join(OPS)}")
     if dtype not in DATATYPES and dtype not in HALVES:
-        raise TypeError(f"mpi4py: nothing adds {dtype} over ranks: convert it, or gather and add")
+        raise TypeError(f"mpi4py: reductions of {dtype} are not supported: convert the tensor, or gather it and reduce locally")
     whole = not (dtype.is_floating_point or dtype.is_complex)
     if name in _BITS and not whole:
-        raise TypeError(f"mpi4py: {name} is of whole numbers, not of {dtype}")
+        raise TypeError(f"mpi4py: {name} needs an integer dtype, not {dtype}")
     if dtype.is_complex and name in ("MIN", "MAX") or dtype == torch.bool and name == "AVG":
-        raise TypeError(f"mpi4py: {name} of {dtype} has no meaning")
+        raise TypeError(f"mpi4py: {name} is not defined for {dtype}")
     return name
 
 
 def mpi_op(kind: str, dtype: torch.dtype) -> MPI.Op:
-    """Pure."""
+    """Return MPI's operation for a reduction; for bool, a logical one. Pure."""
     return OF_BOOLS[kind] if dtype == torch.bool else OPS[kind]
 
 
 def average(tensor: torch.Tensor, ranks: int) -> None:
-    """Of a sum over ranks, in place; whole numbers towards zero. Pure but for that."""
+    """Divide a sum over ranks by the number of ranks, in place. Integers round toward zero. Independent."""
     if tensor.is_floating_point() or tensor.is_complex():
         tensor.div_(ranks)
     else:
@@ -63,7 +63,7 @@ def average(tensor: torch.Tensor, ranks: int) -> None:
 
 
 def fold(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """out (n) = blocks (ranks, n) reduced over the ranks, in their order; halves in float32, rounded once. Pure but for out."""
+    """Reduce blocks (ranks, n) into out (n), in rank order. Adds in float32 and rounds once. Independent."""
     blocks = blocks.float()
     if kind in ("SUM", "AVG"):
         done = blocks.sum(0)

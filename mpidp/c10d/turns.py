@@ -1,8 +1,8 @@
-"""The order of a group's collectives: one after another, in a thread or, when nobody else is under way, by the caller itself;
-and the watch over them: what takes too long ends with an error that says what it was and which ranks did not come.
+"""Order and timeouts of a group's collectives.
 
-A rank that has waited for a while says so in the group's store (its number, its call), once. Nobody needs to answer: when time
-is up the others' words are read there, and a rank without one is missing.
+Collectives of a group run one after another, in the group's thread or, if the group is idle, in the caller's thread. A watch
+thread ends a call that takes too long with an error that names the call and the missing ranks. To find them, each rank that has
+waited for a while writes its rank and call to the group's store, once. A rank without an entry at the timeout is missing.
 """
 
 from __future__ import annotations
@@ -22,33 +22,36 @@ from torch.distributed import DistBackendError
 from mpidp.c10d.calls import Calls
 from mpidp.c10d.works import Queued
 
-LOOK_SECONDS = 0.1  # between looks of the watch
-TELL_SECONDS = 1.0  # that a rank waits before it says so; a third of the time it has, where that is less
-STORE_TIMEOUT = timedelta(seconds=10)  # nobody may hold up the watch
-NAMED = 8  # ranks by name in one message
+CHECK_SECONDS = 0.1  # between checks by the watch thread
+REPORT_SECONDS = 1.0  # a rank that has waited this long writes to the store (or a third of the timeout, if shorter)
+STORE_TIMEOUT = timedelta(seconds=10)  # keeps the store from blocking the watch thread
+NAMED = 8  # most ranks listed in one message
 
 
 class Turns:
-    """Of one group. Independent; what is given to it is collective, in the same order on all ranks."""
+    """The queue of one group's collectives. Independent, but all ranks must submit the same collectives in the same order."""
 
     def __init__(self, calls: Calls, name: str, store: Any) -> None:
-        """store: torch.distributed's, of this group alone."""
+        """store: a torch.distributed store used by this group only, or None."""
         self.calls = calls
         self.name = name
         self.broken: BaseException | None = None
         self.running: Queued | None = None
         self.number = 0
         self._store = store
-        self._last: threading.Event | None = None  # of the last call: not the call, which holds tensors
+        self._last: threading.Event | None = None  # of the last call; the call itself would keep its tensors alive
         self._waiting: queue.SimpleQueue[Queued | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._turn = threading.RLock()
-        calls.given_up = lambda: self.broken is not None
-        _watch.see(self)
+        calls.aborted = lambda: self.broken is not None
+        _watch.add(self)
 
     def submit(self, work: Queued, at_once: bool) -> Queued:
-        """at_once: the caller will wait for it anyway, and it may be run here. A call out of a future's callback is run where
-        that is, within the call that it belongs to."""
+        """Queue a collective, or run it at once if `at_once` is true and the group is idle.
+
+        at_once: the caller would wait for it anyway. A call made in a future's callback runs at once, inside the call whose
+        future it is.
+        """
         if self.broken is not None:
             work.drop(self.broken)
             return work
@@ -57,10 +60,10 @@ class Turns:
         within = self._thread is threading.current_thread()
         idle = self._last is None or self._last.is_set()
         if within or (at_once and idle) or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            self._last = work.ending if not within else self._last
+            self._last = work.finished if not within else self._last
             self._run(work)
             return work
-        self._last = work.ending
+        self._last = work.finished
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=f"mpidp-c10d-{self.name}", daemon=True)
             self._thread.start()
@@ -83,11 +86,11 @@ class Turns:
             finally:
                 self.running = outer
             if work.error is not None and isinstance(work.error.__cause__, MPI.Exception):
-                self.break_off(work.error)
+                self.abort(work.error)
 
     def close(self) -> bool:
-        """No more after it; is it at rest? A broken one may have a thread in MPI for ever."""
-        _watch.leave(self)
+        """Finish the queued calls and stop the thread. Returns False if the group is broken: its thread may never leave MPI."""
+        _watch.remove(self)
         if self.broken is not None:
             return False
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -96,13 +99,13 @@ class Turns:
         self._thread = None
         return True
 
-    def break_off(self, error: BaseException) -> None:
-        """What is under way and all that comes ends with this error."""
+    def abort(self, error: BaseException) -> None:
+        """End the running call, the queued calls and all later ones with this error."""
         self.broken = self.broken or error
         work = self.running
         if work is not None:
             work.end(self.broken)
-        while True:  # the thread may be in MPI for ever
+        while True:  # empty the queue here: the thread may never leave MPI
             try:
                 waiting = self._waiting.get_nowait()
             except queue.Empty:
@@ -110,56 +113,56 @@ class Turns:
             if waiting is not None:
                 waiting.drop(self.broken)
 
-    def look(self) -> None:
-        """By the watch."""
+    def check_timeout(self) -> None:
+        """Report a long wait, and abort after the timeout. Called by the watch thread."""
         work = self.running
         if work is None or work.ended or work.began == 0.0 or self.broken is not None:
             return
-        waited, patience = time.monotonic() - work.began, min(TELL_SECONDS, work.seconds / 3)
-        if waited > patience and not work.told:
-            work.told = True
-            self._tell(work)
-        if waited > work.seconds + patience:  # others had as much time to say that they are here
-            self.break_off(DistBackendError(self._accusation(work)))
+        waited, grace = time.monotonic() - work.began, min(REPORT_SECONDS, work.seconds / 3)
+        if waited > grace and not work.reported:
+            work.reported = True
+            self._report_waiting(work)
+        if waited > work.seconds + grace:  # other ranks have had time to write to the store
+            self.abort(DistBackendError(self._timeout_message(work)))
 
     def _key(self, number: int) -> str:
         return f"mpidp_waiting/{number}"
 
-    def _tell(self, work: Queued) -> None:
+    def _report_waiting(self, work: Queued) -> None:
         if self._store is not None:
             with suppress(Exception):
-                self._store = self._store.clone()  # with a connection of its own: another thread may wait in the first
+                self._store = self._store.clone()  # a new connection: another thread may wait in the first one
                 self._store.set_timeout(STORE_TIMEOUT)
             _quietly(lambda: self._store.append(self._key(work.number), f"{self.calls.comm.rank} {work.name};"))
 
-    def _accusation(self, work: Queued) -> str:
-        """Who is missing, and who is elsewhere."""
+    def _timeout_message(self, work: Queued) -> str:
+        """Name the call, the ranks that did not join it, and the ranks that are in another call."""
         size = self.calls.comm.size
-        said = _quietly(lambda: self._store.get(self._key(work.number)).decode()) if self._store is not None else None
-        words = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (number {work.number} of group {self.name})"
-        if said is None:
-            return f"{words}; which ranks are missing is not known"
-        here: dict[int, str] = {}
-        for row in filter(None, said.split(";")):
-            rank, _, doing = row.partition(" ")
-            here[int(rank)] = doing
-        missing = [rank for rank in range(size) if rank not in here]
-        elsewhere = [f"rank {rank} is in {doing}" for rank, doing in sorted(here.items()) if doing != work.name]
+        entries = _quietly(lambda: self._store.get(self._key(work.number)).decode()) if self._store is not None else None
+        message = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (number {work.number} of group {self.name})"
+        if entries is None:
+            return f"{message}; the missing ranks are unknown"
+        waiting: dict[int, str] = {}
+        for entry in filter(None, entries.split(";")):
+            rank, _, name = entry.partition(" ")
+            waiting[int(rank)] = name
+        missing = [rank for rank in range(size) if rank not in waiting]
+        elsewhere = [f"rank {rank} is in {name}" for rank, name in sorted(waiting.items()) if name != work.name]
         if missing:
-            words += f": {ranks_in_words(missing)} did not come"
+            message += f": {format_ranks(missing)} did not join"
         elif not elsewhere:
-            words += ": all ranks have come, and the exchange did not end"
-        return words + (f": {', '.join(elsewhere[:NAMED])}" if elsewhere else "")
+            message += ": all ranks joined, but the call did not complete"
+        return message + (f": {', '.join(elsewhere[:NAMED])}" if elsewhere else "")
 
 
-def ranks_in_words(ranks: list[int]) -> str:
-    """Pure."""
+def format_ranks(ranks: list[int]) -> str:
+    """Return e.g. "rank 3" or "ranks 1, 2 and 5 more". Pure."""
     more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
 def _quietly(work: Callable[[], Any]) -> Any:
-    """None where the store is gone."""
+    """Return work(), or None if it raises, e.g. because the store's server has exited."""
     try:
         return work()
     except Exception:
@@ -167,36 +170,36 @@ def _quietly(work: Callable[[], Any]) -> Any:
 
 
 class Watch:
-    """One thread for all groups of the process."""
+    """One thread that checks the timeouts of all groups of the process."""
 
     def __init__(self) -> None:
         self._all: weakref.WeakSet[Turns] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def see(self, turns: Turns) -> None:
-        """Look after this one too."""
+    def add(self, turns: Turns) -> None:
+        """Start checking a group's timeouts."""
         with self._lock:
             self._all.add(turns)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="mpidp-c10d-watch", daemon=True)
                 self._thread.start()
 
-    def leave(self, turns: Turns) -> None:
-        """No more."""
+    def remove(self, turns: Turns) -> None:
+        """Stop checking a group's timeouts."""
         with self._lock:
             self._all.discard(turns)
 
     def _loop(self) -> None:
         while True:
-            time.sleep(LOOK_SECONDS)
-            self._look()
+            time.sleep(CHECK_SECONDS)
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         with self._lock:
             every = list(self._all)
         for turns in every:
-            _quietly(turns.look)
+            _quietly(turns.check_timeout)
 
 
 _watch = Watch()

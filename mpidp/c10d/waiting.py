@@ -1,7 +1,7 @@
-"""How a call waits for the others: it looks, and leaves its core to those that compute.
+"""Waiting for other ranks: poll the request, and leave the core to processes that compute.
 
-Measured (docs/results/2026-11-27-c10d.md): sleeping at once, spinning on, and choosing by whether the process computes otherwise
-were no faster in DDP's step, whose main thread computes meanwhile; sleeping at once is slower for a small call.
+Alternatives were no faster in DDP's step, where the main thread computes during communication: sleeping at once, spinning, or
+choosing by whether the process computes. Sleeping at once is slower for small calls (docs/results/2026-11-27-c10d.md).
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from mpi4py import MPI
 YIELDS, FIRST_SECONDS, LONGEST_SECONDS = 1000, 2e-5, 5e-4
 
 
-class GivenUp(Exception):
-    """Somebody decided that this exchange will not end."""
+class Aborted(Exception):
+    """The group was aborted while a call waited."""
 
 
-def until(request: MPI.Request, given_up: Callable[[], bool]) -> None:
-    """Wait by looking: for about a millisecond at once again, then with pauses, so that ranks that compute have the core.
-    Independent."""
-    looks, pause = 0, FIRST_SECONDS
+def wait_for(request: MPI.Request, aborted: Callable[[], bool]) -> None:
+    """Poll until the request completes: for about 1 ms without pauses, then with growing ones. Raises Aborted. Independent."""
+    polls, pause = 0, FIRST_SECONDS
     while not request.Test():
-        looks += 1
-        if looks <= YIELDS:
+        polls += 1
+        if polls <= YIELDS:
             os.sched_yield()
             continue
-        if given_up():
-            raise GivenUp
+        if aborted():
+            raise Aborted
         time.sleep(pause)
         pause = min(LONGEST_SECONDS, 1.5 * pause)

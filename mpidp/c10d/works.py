@@ -1,4 +1,4 @@
-"""What torch.distributed hands out for a call under way: a Work to wait for, and its future."""
+"""The torch.distributed Work objects of running calls, and their futures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mpi4py import MPI
 from torch.distributed import DistBackendError
 from torch.distributed.distributed_c10d import Work
 
-from mpidp.c10d.hosted import Hosted, device_of
+from mpidp.c10d.hosted import HostBuffer, device_of
 from mpidp.c10d.waiting import LONGEST_SECONDS, YIELDS
 
-FOREVER = timedelta(0)  # torch's word for: no time of its own
+FOREVER = timedelta(0)  # in torch, zero means: no timeout given
 
 
 def tensors_in(result: Any) -> Iterator[torch.Tensor]:
-    """Pure."""
+    """Yield the tensors of a nested list. Pure."""
     if isinstance(result, torch.Tensor):
         yield result
     else:
@@ -30,38 +30,38 @@ def tensors_in(result: Any) -> Iterator[torch.Tensor]:
 
 
 class Promise(Work):
-    """A Work that ends once, with a result or an error. Independent."""
+    """A Work that completes once, with a result or an error. Independent."""
 
     def __init__(self, result: Any, name: str) -> None:
         super().__init__()
         self.name = name
         self.error: BaseException | None = None
         self._result = result
-        self.ending = threading.Event()
+        self.finished = threading.Event()
         self._lock = threading.Lock()
-        self._bell: Any = None
+        self._trigger: Any = None
         self._future: Any = None
-        self.record: Callable[[], None] | None = None  # to be ended with it
+        self.record: Callable[[], None] | None = None  # ends the profiler's record
 
     def end(self, error: BaseException | None = None) -> None:
-        """The first word counts."""
+        """Complete the work. Only the first call has an effect."""
         with self._lock:
-            if self.ending.is_set():
+            if self.finished.is_set():
                 return
             self.error = error
-            self.ending.set()
-            bell = self._bell
+            self.finished.set()
+            trigger = self._trigger
         if self.record is not None:
             self.record()
-        if bell is not None:
-            bell.set_result(None)
+        if trigger is not None:
+            trigger.set_result(None)
 
     @property
     def ended(self) -> bool:
-        return self.ending.is_set()
+        return self.finished.is_set()
 
     def wait(self, timeout: timedelta = FOREVER) -> bool:
-        """Raises what went wrong."""
+        """Wait for completion. Raises the call's error, or DistBackendError after the timeout."""
         seconds = timeout.total_seconds() if timeout else 0.0
         if not self._wait(seconds if seconds > 0 else None):
             raise DistBackendError(f"mpi4py: Timed out after {seconds:g} s, waiting for {self.name}")
@@ -70,10 +70,10 @@ class Promise(Work):
         return True
 
     def _wait(self, seconds: float | None) -> bool:
-        return self.ending.wait(seconds)
+        return self.finished.wait(seconds)
 
     def synchronize(self) -> None:
-        """On the host all is done when wait() returns."""
+        """Same as wait(): results are on the host when it returns."""
         self.wait()
 
     def is_completed(self) -> bool:
@@ -89,17 +89,20 @@ class Promise(Work):
         return list(tensors_in(self._result))
 
     def get_future(self) -> Any:
-        """An error is raised in a callback, which makes it one in C++ too: Future.set_exception would store it as a value, at
-        which DDP's reducer crashes."""
+        """Return a future of the result.
+
+        Errors are raised in a callback, so that C++ sees them, too. Future.set_exception would store the error as a value, which
+        crashes DDP's reducer.
+        """
         with self._lock:
             if self._future is not None:
                 return self._future
             device = device_of(tensors_in(self._result))
-            self._bell = torch.futures.Future(devices=[device]) if device is not None else torch.futures.Future()
-            self._future = self._bell.then(self._value)
-            ended = self.ending.is_set()
+            self._trigger = torch.futures.Future(devices=[device]) if device is not None else torch.futures.Future()
+            self._future = self._trigger.then(self._value)
+            ended = self.finished.is_set()
         if ended:
-            self._bell.set_result(None)
+            self._trigger.set_result(None)
         return self._future
 
     def _value(self, _: Any) -> Any:
@@ -109,19 +112,19 @@ class Promise(Work):
 
 
 class Queued(Promise):
-    """A collective that waits for its turn (turns.py)."""
+    """A collective in a group's queue (turns.py)."""
 
     def __init__(self, work: Callable[[], None], result: Any, name: str, seconds: float) -> None:
-        """seconds: that it may take."""
+        """work: runs the collective; seconds: timeout."""
         super().__init__(result, name)
         self.seconds = seconds
-        self.number = 0  # among its group's
+        self.number = 0  # counts the group's collectives
         self.began = 0.0
-        self.told = False  # has it said that it waits?
+        self.reported = False  # whether it wrote to the store
         self._work: Callable[[], None] | None = work
 
     def run(self) -> None:
-        """By turns.py."""
+        """Run the collective and complete the work. Called by turns.py."""
         work, self._work = self._work, None
         if self.ended or work is None:
             return
@@ -129,43 +132,43 @@ class Queued(Promise):
         try:
             work()
         except MPI.Exception as error:
-            told = DistBackendError(f"mpi4py: {self.name}: {error}")
-            told.__cause__ = error
-            self.end(told)
+            wrapped = DistBackendError(f"mpi4py: {self.name}: {error}")
+            wrapped.__cause__ = error
+            self.end(wrapped)
         except BaseException as error:
             self.end(error)
         else:
             self.end()
 
     def drop(self, error: BaseException) -> None:
-        """It will not be run."""
+        """Complete with an error, without running."""
         self._work = None
         self.end(error)
 
 
 class Message(Promise):
-    """A send or a receive, which MPI carries by itself; whoever asks looks."""
+    """A nonblocking send or receive. Its methods test MPI's requests."""
 
-    def __init__(self, requests: list[MPI.Request], hosted: Hosted, taken: bool, name: str, seconds: float) -> None:
+    def __init__(self, requests: list[MPI.Request], hosted: HostBuffer, receives: bool, name: str, seconds: float) -> None:
         super().__init__([hosted.tensor], name)
         self.seconds = seconds
         self._requests = requests
         self._hosted = hosted
-        self._taken = taken
+        self._receives = receives
         self._source = -1
         self._began = time.monotonic()
-        self._looking = threading.Lock()
+        self._testing = threading.Lock()
 
-    def look(self) -> bool:
-        """Is it done? It ends it, if so."""
-        with self._looking:
+    def progress(self) -> bool:
+        """Test the requests and complete the work if they are done. Returns whether it is complete."""
+        with self._testing:
             if self.ended:
                 return True
             statuses = [MPI.Status() for _ in self._requests]
             try:
                 if not MPI.Request.Testall(self._requests, statuses):
                     return False
-                if self._taken:
+                if self._receives:
                     self._arrive(statuses)
             except BaseException as error:
                 self.end(error)
@@ -177,15 +180,15 @@ class Message(Promise):
         self._source = statuses[0].Get_source()
         got, wanted = sum(status.Get_count(MPI.BYTE) for status in statuses), self._hosted.tensor.nbytes
         if got != wanted:
-            raise DistBackendError(f"mpi4py: {self.name}: {got} bytes came from rank {self._source} for a tensor of {wanted}")
+            raise DistBackendError(f"mpi4py: {self.name}: {got} bytes from rank {self._source} for a tensor of {wanted} bytes")
         self._hosted.store()
 
     def _wait(self, seconds: float | None) -> bool:
-        looks, pause = 0, 2e-5
+        polls, pause = 0, 2e-5
         end = time.monotonic() + (self.seconds if seconds is None else seconds)
-        while not self.look():
-            looks += 1
-            if looks <= YIELDS:
+        while not self.progress():
+            polls += 1
+            if polls <= YIELDS:
                 os.sched_yield()
                 continue
             time.sleep(pause)
@@ -196,41 +199,41 @@ class Message(Promise):
                 raise DistBackendError(f"mpi4py: Timed out after {self.seconds:g} s in {self.name}")
         return True
 
-    def settle(self) -> bool:
-        """Is nothing of it under way? A receive that nobody met is taken back."""
-        if not self.look() and self._taken:
-            with self._looking:
+    def close(self) -> bool:
+        """Cancel a receive that has no matching send. Returns whether nothing is pending."""
+        if not self.progress() and self._receives:
+            with self._testing:
                 for request in self._requests:
                     request.Cancel()
                     request.Wait()
-                self.end(DistBackendError(f"mpi4py: {self.name}: the group was destroyed before"))
+                self.end(DistBackendError(f"mpi4py: {self.name}: the group was destroyed before a message arrived"))
         return self.ended
 
     def is_completed(self) -> bool:
-        return self.look()
+        return self.progress()
 
     def get_future(self) -> Any:
-        """Somebody must look for it: a thread, until it is done."""
+        """Return a future of the result. A thread polls the requests until they complete."""
         future = super().get_future()
-        if not self.look():
-            threading.Thread(target=self._see_to_it, name="mpidp-c10d-message", daemon=True).start()
+        if not self.progress():
+            threading.Thread(target=self._poll, name="mpidp-c10d-message", daemon=True).start()
         return future
 
-    def _see_to_it(self) -> None:
+    def _poll(self) -> None:
         try:
             self._wait(None)
         except BaseException as error:
             self.end(error)
 
     def source_rank(self) -> int:
-        """Of the group, once it has come."""
+        """Return the sender's rank in the group; -1 before completion."""
         return self._source
 
     _source_rank = source_rank
 
 
-class All(Promise):
-    """Several as one: coalesced calls."""
+class Coalesced(Promise):
+    """Several coalesced calls as one Work."""
 
     def __init__(self, works: list[Promise]) -> None:
         super().__init__([work.result() for work in works], " + ".join(work.name for work in works) or "nothing")
@@ -248,5 +251,5 @@ class All(Promise):
         return self.ended
 
     def get_future(self) -> Any:
-        """Done with the last of them."""
+        """Return a future that completes with the last call."""
         return torch.futures.collect_all([work.get_future() for work in self._works]).then(lambda _: self._result)

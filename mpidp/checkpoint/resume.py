@@ -21,10 +21,11 @@ from mpidp.runtime.world import together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """The newest valid checkpoint of RUN, or the checkpoint whose folder `path` is. CheckpointError. Collective over comm."""
+    """Open the newest valid checkpoint of a run's folder, or the checkpoint in `path` itself. CheckpointError. Collective over
+    comm."""
     with together(comm):
         if not path.is_dir():
-            raise CheckpointError(f"{path}: there is no such run")
+            raise CheckpointError(f"{path}: no such folder")
     if (path / "manifest.json").exists():
         with together(comm), readable(path):
             reader = Reader(path)
@@ -33,18 +34,18 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
         return reader
     found, passed_over = newest_valid(path, comm)
     for reason in passed_over if comm.rank == 0 else ():
-        print(f"passed over an invalid checkpoint: {reason}", file=sys.stderr)
+        print(f"skipped an invalid checkpoint: {reason}", file=sys.stderr)
     with together(comm):
         if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint: train first, with --run.dir={path}")
+            raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")
         return Reader(found)
 
 
-def others_there(path: Path | str, found: str, wanted: str) -> str:
-    """What is wrong with a base that has changed since adapters were trained on it. Pure."""
+def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
+    """Return the error message for a base model that changed after LoRA adapters were trained on it. Pure."""
     return (
-        f"{path} has other weights now (weights_sha256 {found}) than those on which the adapters were trained ({wanted}): put "
-        "these back. Adapters hold no copy of them, so let nobody train or change what they lie on"
+        f"the weights in {path} have changed: the adapters were trained on weights_sha256 {wanted}, found {found}. Restore the "
+        "original weights. A LoRA run does not store its base model, so do not train or modify the base model"
     )
 
 

@@ -1,4 +1,4 @@
-"""What one rank can say of itself and its machine; the checks judge what all ranks said."""
+"""Facts about one rank and its machine. The checks compare the facts of all ranks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of one rank. Plain values alone: they travel."""
+class MachineFacts:
+    """Facts of one rank. Plain values only, because ranks exchange them."""
 
     rank: int
     host: str
-    cores: tuple[int, ...]  # that it may use
-    host_cores: int  # of the machine
-    threads: dict[str, str] = field(default_factory=dict)  # environment
+    cores: tuple[int, ...]  # cores that the rank may use
+    host_cores: int  # number of cores of the machine
+    threads: dict[str, str] = field(default_factory=dict)  # the variables in THREADS that are set
     versions: dict[str, str] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)  # what cannot be imported or used, and why
-    gpus: tuple[tuple[str, str], ...] = ()  # (UUID, name) of those that it sees
-    shm: tuple[int, int] = (0, 0)  # bytes of /dev/shm, and those that are free
+    broken: dict[str, str] = field(default_factory=dict)  # modules that cannot be imported or used, and the error
+    gpus: tuple[tuple[str, str], ...] = ()  # (UUID, name) of visible GPUs
+    shm: tuple[int, int] = (0, 0)  # size and free bytes of /dev/shm
 
 
-def gather(rank: int, library: str) -> Facts:
-    """Of this process. Imports torch. Independent."""
+def gather(rank: int, library: str) -> MachineFacts:
+    """Return the facts of this process. Imports torch. Independent."""
     versions = {"mpidp": mpidp.__version__, "python": platform.python_version(), "MPI": library}
     broken, gpus = {}, []
     for name in ("torch", "numpy", "h5py", "mpi4py"):
@@ -41,27 +41,28 @@ def gather(rank: int, library: str) -> Facts:
             module: Any = importlib.import_module(name)
             versions[name] = str(module.__version__)
             if name == "torch" and module.cuda.is_available():
-                name = "torch.cuda"  # that may fail too
+                name = "torch.cuda"  # for the error message: the calls below may fail
                 seen = [module.cuda.get_device_properties(index) for index in range(module.cuda.device_count())]
                 gpus = [(str(one.uuid), str(one.name)) for one in seen]
         except Exception as error:
             broken[name] = f"{type(error).__name__}: {error}"
     threads = {name: os.environ[name] for name in THREADS if name in os.environ}
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    return Facts(rank, socket.gethostname(), cores, os.cpu_count() or 1, threads, versions, broken, tuple(gpus), shared_memory())
+    host, host_cores = socket.gethostname(), os.cpu_count() or 1
+    return MachineFacts(rank, host, cores, host_cores, threads, versions, broken, tuple(gpus), shared_memory())
 
 
 def shared_memory() -> tuple[int, int]:
-    """(bytes, those that are free) of /dev/shm; 0 without one. Independent."""
+    """Return (size, free bytes) of /dev/shm; zeros if there is none. Independent."""
     with suppress(OSError):
-        told = os.statvfs(SHARED_MEMORY)
-        return told.f_blocks * told.f_frsize, told.f_bavail * told.f_frsize
+        status = os.statvfs(SHARED_MEMORY)
+        return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
     return 0, 0
 
 
-def nodes(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
-    """Ranks by host, in order. Pure."""
-    found: dict[str, list[Facts]] = {}
+def nodes(facts: Sequence[MachineFacts]) -> dict[str, list[MachineFacts]]:
+    """Group facts by host, in rank order. Pure."""
+    found: dict[str, list[MachineFacts]] = {}
     for one in facts:
         found.setdefault(one.host, []).append(one)
     return found

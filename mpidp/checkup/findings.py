@@ -1,4 +1,4 @@
-"""What a check found: a verdict, the words, how to mend it; and the table of all. Pure."""
+"""Results of checks (verdict, text, fix) and the table that shows them. Pure."""
 
 from __future__ import annotations
 
@@ -8,66 +8,66 @@ from dataclasses import dataclass
 
 from mpidp.runtime.environment import numbers
 
-VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # ever worse; `wrong` makes the command fail
+VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # in order of severity; `wrong` makes the command fail
 WIDTH = 130
-MOST_LINES = 8  # of a list within a finding
+MOST_LINES = 8  # lines shown of a list within a result
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the table."""
+class CheckResult:
+    """One row of the table. The field names are the keys of --json."""
 
-    what: str
+    what: str  # name of the check
     verdict: str
-    words: str
-    fix: str = ""
+    words: str  # what was found
+    fix: str = ""  # how to correct it
 
 
-def worst(findings: Sequence[Finding]) -> Finding:
-    """The first of the worst. Pure."""
-    return max(findings, key=lambda finding: VERDICTS.index(finding.verdict))
+def worst(results: Sequence[CheckResult]) -> CheckResult:
+    """Return the first of the most severe results. Pure."""
+    return max(results, key=lambda result: VERDICTS.index(result.verdict))
 
 
-def could_not(what: str, error: Exception) -> Finding:
-    """Of a check that failed. Pure."""
-    return Finding(what, "warning", f"could not be checked: {error!r}")
+def failed_check(what: str, error: Exception) -> CheckResult:
+    """Return the result of a check that raised an exception. Pure."""
+    return CheckResult(what, "warning", f"could not be checked: {error!r}")
 
 
-def attempt(what: str, check: Callable[..., Finding | list[Finding]], *given: object) -> list[Finding]:
-    """What the check finds; that it failed is a finding too. Independent."""
+def run_check(what: str, check: Callable[..., CheckResult | list[CheckResult]], *given: object) -> list[CheckResult]:
+    """Run a check and return its results. An exception becomes a result. Independent."""
     try:
         found = check(*given)
     except Exception as error:
-        found = could_not(what, error)
+        found = failed_check(what, error)
     return found if isinstance(found, list) else [found]
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """A line each, and below it how to mend it. Pure."""
-    name = max(len(finding.what) for finding in findings)
+def table(results: Sequence[CheckResult]) -> str:
+    """Format the results: one row each, and below it the fix. Pure."""
+    name = max(len(result.what) for result in results)
     lines = []
-    for finding in findings:
-        lines += _wrapped(f"{finding.verdict:<8} {finding.what:<{name}}  ", finding.words)
-        lines += _wrapped(" " * (name + 11) + "-> ", finding.fix)
+    for result in results:
+        lines += _wrapped(f"{result.verdict:<8} {result.what:<{name}}  ", result.words)
+        lines += _wrapped(" " * (name + 11) + "-> ", result.fix)
     return "\n".join(lines)
 
 
-def _wrapped(start: str, words: str) -> list[str]:
+def _wrapped(start: str, text: str) -> list[str]:
     lines: list[str] = []
     wrapper = textwrap.TextWrapper(WIDTH - len(start), break_long_words=False, break_on_hyphens=False)
-    for row in words.splitlines():
+    for row in text.splitlines():
         lines += wrapper.wrap(row)
     return [(" " * len(start) if i else start) + line for i, line in enumerate(lines)]
 
 
 def listed(lines: Sequence[str]) -> str:
-    """The first of them, one a line. Pure."""
+    """Return the first MOST_LINES lines and the number of the others. Pure."""
     more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return "\n".join([*lines[:MOST_LINES], *more])
 
 
 def size(number: float) -> str:
-    """Bytes in a unit that people read. Pure."""
+    """Format a number of bytes. Pure."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.{0 if number >= 100 else 3}{'f' if number >= 100 else 'g'}} {unit}"
@@ -76,11 +76,11 @@ def size(number: float) -> str:
 
 
 def ranks(found: Sequence[int]) -> str:
-    """rank 0, or ranks 0-3. Pure."""
+    """Format ranks: "rank 0" or "ranks 0-3". Pure."""
     return f"rank{'s' * (len(found) > 1)} {numbers(found)}"
 
 
 def where(found: Sequence[tuple[int, str]]) -> str:
-    """ranks 0-1 on n1, n2: of (rank, host). Pure."""
+    """Format (rank, host) pairs: "ranks 0-1 on n1, n2". Pure."""
     hosts = list(dict.fromkeys(host for _, host in found))
     return f"{ranks([rank for rank, _ in found])} on {', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)}"

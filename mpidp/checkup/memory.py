@@ -1,4 +1,4 @@
-"""/dev/shm: its size, and what dead jobs left in it. A killed job cannot remove its segments, and they are memory lost."""
+"""/dev/shm: its size, and the segments that killed jobs left in it. They occupy memory until they are removed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpidp.checkup.facts import SHARED_MEMORY
-from mpidp.checkup.findings import Finding, listed, size
+from mpidp.checkup.findings import CheckResult, listed, size
 
-# MPICH and its kin; Open MPI's windows and its messages (5, 4); UCX; PSM
+# MPICH and its derivatives; windows and messages of Open MPI 5 and 4; UCX; PSM
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
 SMALL = 64 << 20  # docker's default
-OF_A_RANK = 5 << 18  # MPICH 5 takes 1.02 MiB of each when it starts, and dies of a bus error without
+OF_A_RANK = 5 << 18  # MPICH 5 needs 1.02 MiB per rank at start, and crashes with a bus error without it
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A file of some MPI job in /dev/shm."""
+    """A file of an MPI job in /dev/shm."""
 
     host: str
     name: str
     bytes: int
     owner: str
-    mine: bool
+    own: bool  # it belongs to this user
     age_seconds: float
-    state: str  # used; gone: nothing has it open; unknown
+    state: str  # "used"; "gone": no process has it open; "unknown"
 
     def __str__(self) -> str:
         hours, minutes = divmod(int(max(0.0, self.age_seconds)) // 60, 60)
@@ -40,33 +40,33 @@ class Segment:
 
 
 def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """All there. Independent."""
-    held, found = _held(folder), []
+    """Return all segments of MPI jobs. Independent."""
+    in_use, found = _in_use(folder), []
     for path in sorted(folder.iterdir()):
-        with suppress(OSError):  # removed meanwhile
+        with suppress(OSError):  # removed in the meantime
             about = path.lstat()
             if OF_MPI.match(path.name) and path.is_file() and not path.is_symlink():
-                state, owner = "used" if path.name in held else _lease(path), str(about.st_uid)
+                state, owner = "used" if path.name in in_use else _state_by_lease(path), str(about.st_uid)
                 with suppress(KeyError):
                     owner = pwd.getpwuid(about.st_uid).pw_name
-                age, mine = time.time() - about.st_mtime, about.st_uid == os.getuid()
-                found.append(Segment(host, path.name, about.st_blocks * 512, owner, mine, age, state))
+                age, own = time.time() - about.st_mtime, about.st_uid == os.getuid()
+                found.append(Segment(host, path.name, about.st_blocks * 512, owner, own, age, state))
     return found
 
 
 def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Remove those of this user that nothing has open, each looked at once more; which those were. Independent."""
-    held, removed = _held(folder), []
+    """Remove this user's segments that no process has open, after a second check. Return the removed ones. Independent."""
+    in_use, removed = _in_use(folder), []
     for one in segments:
-        if one.mine and one.state == "gone" and one.name not in held:
+        if one.own and one.state == "gone" and one.name not in in_use:
             with suppress(OSError), _leased(folder / one.name):
                 os.unlink(folder / one.name)
                 removed.append(one)
     return removed
 
 
-def _held(folder: Path) -> set[str]:
-    """Names that some process of this machine maps or has open, as far as this user may see."""
+def _in_use(folder: Path) -> set[str]:
+    """Return the names that a process of this machine maps or has open, as far as this user can see."""
     start, found = f"{folder.resolve()}/", set[str]()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -81,8 +81,9 @@ def _held(folder: Path) -> set[str]:
 
 @contextmanager
 def _leased(path: Path) -> Iterator[None]:
-    """The kernel lends a file only while nobody else has it open or mapped, in whatever container. OSError when it does not."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent, and deadly, should anybody open it meanwhile
+    """Hold a lease on a file. The kernel grants it only if no other process has the file open or mapped, in any container. Raises
+    OSError otherwise."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent if another process opens the file; by default it kills
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -92,7 +93,7 @@ def _leased(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGIO, before)
 
 
-def _lease(path: Path) -> str:
+def _state_by_lease(path: Path) -> str:
     try:
         with _leased(path):
             return "gone"
@@ -102,22 +103,22 @@ def _lease(path: Path) -> str:
         return "unknown"
 
 
-def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> list[Finding]:
-    """What is left of dead jobs. Pure."""
+def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> list[CheckResult]:
+    """Report segments that ended jobs left behind. Pure."""
     left = [one for one in segments if one.state != "used" and one not in removed]
-    mine = [one for one in left if one.mine and one.state == "gone"]
-    others = [one for one in left if one not in mine]
+    own = [one for one in left if one.own and one.state == "gone"]
+    others = [one for one in left if one not in own]
     found = []
     if removed:
-        found.append(Finding("old segments", "ok", f"removed {_these(removed)}"))
-    if mine:  # Open MPI 5 leaves 72 KiB of every process that was started without mpirun
-        verdict = "warning" if sum(one.bytes for one in mine) > 1 << 20 else "note"
-        words = f"of dead jobs of yours: {_these(mine)}"
-        found.append(Finding("old segments", verdict, words, "--clean removes them; nothing has them open"))
+        found.append(CheckResult("old segments", "ok", f"removed {_these(removed)}"))
+    if own:  # Open MPI 5 leaves 72 KiB for every process that was started without mpirun
+        verdict = "warning" if sum(one.bytes for one in own) > 1 << 20 else "note"
+        words = f"left by ended jobs of yours: {_these(own)}"
+        found.append(CheckResult("old segments", verdict, words, "--clean removes them; no process has them open"))
     if others:
-        words = f"others' dead jobs, or what cannot be told: {_these(others)}"
-        found.append(Finding("old segments", "note", words, "ask their owners; look with `fuser` before removing any"))
-    return found or [Finding("old segments", "ok", f"none of dead jobs; {len(segments)} in use")]
+        words = f"of other users, or of unknown state: {_these(others)}"
+        found.append(CheckResult("old segments", "note", words, "ask their owners; check with `fuser` before you remove any"))
+    return found or [CheckResult("old segments", "ok", f"none left by ended jobs; {len(segments)} in use")]
 
 
 def _these(segments: Sequence[Segment]) -> str:
@@ -125,14 +126,15 @@ def _these(segments: Sequence[Segment]) -> str:
     return total + listed([str(one) for one in sorted(segments, key=lambda one: -one.bytes)])
 
 
-def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> Finding:
-    """Is there room for a shared window, and for MPI to start so many ranks of a node? rooms: (bytes, free) by host. Pure."""
+def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
+    """Check for enough space for a shared window and for MPI to start `starting` ranks on a node. rooms: (size, free) by host.
+    Pure."""
     host = min(rooms, key=lambda name: rooms[name][1])
     total, free = rooms[host]
     words = f"{SHARED_MEMORY} on {host}: {size(free)} free of {size(total)}"
     fix = "docker run --shm-size=8g, or mount -o remount,size=50% /dev/shm (a container's default is 64 MiB)"
     if free < OF_A_RANK * starting:
-        return Finding("shared memory", "wrong", f"{words}: too little for MPI to start in, it may die of a bus error", fix)
+        return CheckResult("shared memory", "wrong", f"{words}: too little for MPI to start, it may crash with a bus error", fix)
     if free < SMALL:
-        return Finding("shared memory", "warning", f"{words}: gradients will go as messages instead of a shared window", fix)
-    return Finding("shared memory", "ok", words)
+        return CheckResult("shared memory", "warning", f"{words}: gradients will be sent as messages, not shared", fix)
+    return CheckResult("shared memory", "ok", words)

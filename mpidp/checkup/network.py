@@ -1,4 +1,4 @@
-"""What travels between ranks: latency, bandwidth, which interface it takes; and how far clocks are apart."""
+"""Measure the network between ranks: latency, bandwidth, the interface in use; and the offsets of clocks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp.checkup.findings import Finding
+from mpidp.checkup.findings import CheckResult
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 TAG = 7
-SMALL = 256 << 10  # bytes of a message that says how large one can be measured in time
-SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s: of memory that is shared by too many; what 1 Gbit/s carries
+SMALL = 256 << 10  # bytes of a first message, which decides how large the next ones can be
+SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s: memory with too many users; a 1 Gbit/s network
 SETTINGS = ("FI_", "UCX_", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_CH4_OFI", "MPICH_OFI_", "HYDRA_IFACE", "PRTE_MCA_prte_if",
             "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
 HOW = {
@@ -27,13 +27,13 @@ HOW = {
 
 
 @dataclass(frozen=True)
-class Link:
-    """Measured between two ranks."""
+class NetworkLink:
+    """A measurement between two ranks."""
 
     ends: tuple[str, str]  # hosts
     latency_seconds: float
     bandwidth_bytes_per_second: float
-    interface: str  # of the first host, that carried it; "" when none did
+    interface: str  # interface of the first host that carried the messages; "" if unknown
 
     def __str__(self) -> str:
         a, b = self.ends
@@ -46,8 +46,8 @@ def _speed(bandwidth: float) -> str:
 
 
 def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs that measure at the same time: neighbours among the nodes, by their first ranks; ranks 0 and 1 where there
-    is one node. hosts: of each rank. Pure."""
+    """Return rounds of pairs of ranks that measure at the same time: the first ranks of neighbouring nodes, or ranks 0 and 1 of a
+    single node. hosts: by rank. Pure."""
     firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(firsts) == 1:
         return [[(0, 1)]] if len(hosts) > 1 else []
@@ -55,12 +55,12 @@ def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
     return [part for part in (links[::2], links[1::2]) if part]
 
 
-def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[Link]:
-    """Every pair; a second or so each round. Collective over world."""
+def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[NetworkLink]:
+    """Measure every pair, about a second per round. Collective over world."""
     from mpidp.runtime.world import polite_barrier
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
-    mine: list[Link] = []
+    own: list[NetworkLink] = []
     for these in pairs(hosts):
         polite_barrier(world)
         for a, b in these:
@@ -69,20 +69,20 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
                 large = min(largest, max(SMALL, int(seconds / 4 * SMALL / min(ping(world, b, SMALL, 5, 0.2)))))
                 times = ping(world, b, large, 50, seconds)
                 carried = _busiest(before, _sent(), large * len(times) / 2)
-                mine = [*mine, Link((hosts[a], hosts[b]), statistics.median(latency), large / min(times), carried)]
+                own = [*own, NetworkLink((hosts[a], hosts[b]), statistics.median(latency), large / min(times), carried)]
             elif world.rank == b:
                 for _ in range(3):
                     pong(world, a)
     polite_barrier(world)
-    return [link for links in world.allgather(mine) for link in links]
+    return [link for links in world.allgather(own) for link in links]
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Half the round trips, the first left out: at least one, then as many as fit. Collective over the two."""
+    """Return half of each round-trip time, without the first: at least one, then as many as fit. Collective over the two."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()
-    while not out[0]:  # each message says whether it is the last
+    while not out[0]:  # the first byte of each message is 1 in the last one
         out[0] = len(times) >= most or (len(times) > 0 and time.perf_counter() - began > seconds)
         start = time.perf_counter()
         comm.Send(out, other, TAG)
@@ -92,7 +92,7 @@ def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) 
 
 
 def pong(comm: MPI.Intracomm, other: int) -> None:
-    """The other side of ping. Collective over the two."""
+    """Answer ping. Collective over the two."""
     back = bytearray(comm.recv(source=other, tag=TAG))
     while not back[0]:
         comm.Recv(back, other, TAG)
@@ -100,7 +100,7 @@ def pong(comm: MPI.Intracomm, other: int) -> None:
 
 
 def _sent() -> dict[str, int]:
-    """Bytes that left by each interface of this machine, so far."""
+    """Return the bytes sent by each interface of this machine so far."""
     found = {}
     with suppress(OSError):
         for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
@@ -113,44 +113,45 @@ def _sent() -> dict[str, int]:
 
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
-    """The interface by which at least so many bytes left. Pure."""
+    """Return the interface that sent the most, if it sent at least this many bytes, else "". Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
 
 
-def check_links(links: Sequence[Link], library: str, environ: Mapping[str, str]) -> list[Finding]:
-    """How fast ranks talk, and through what. Pure."""
+def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str, str]) -> list[CheckResult]:
+    """Check the bandwidth between ranks and the interface in use. Pure."""
     if not links:
-        return [Finding("network", "skipped", "one rank sends nothing")]
-    choose = f"to choose: {HOW.get(library.rpartition(' ')[0], 'see the manual of this MPI')}"
+        return [CheckResult("network", "skipped", "needs two ranks")]
+    choose = f"to choose an interface: {HOW.get(library.rpartition(' ')[0], 'see the manual of this MPI')}"
     slowest = min(links, key=lambda link: link.bandwidth_bytes_per_second)
     speed, usual = slowest.bandwidth_bytes_per_second, statistics.median(link.bandwidth_bytes_per_second for link in links)
     if slowest.ends[0] == slowest.ends[1]:
-        slow = "are its cores shared? Ranks of a node talk through memory" if speed < SLOW_NODE else ""
-        return [Finding("network", "warning" if slow else "ok", f"{slowest}; one node, so no network was measured", slow)]
-    words = str(slowest) + (f", the slowest of {len(links)} links; usual are {_speed(usual)}" if len(links) > 1 else "")
-    fix = f"mend or leave out one of {' and '.join(slowest.ends)}" if speed < 0.5 * usual else choose if speed < SLOW_LINK else ""
-    names = sorted({link.interface or "none that the kernel counts (shared memory, or a fabric of its own)" for link in links})
-    said = ", ".join(f"{name}={value}" for name, value in environ.items() if name.startswith(SETTINGS)) or "nothing is set"
+        slow = "are its cores shared? Ranks of a node communicate through memory" if speed < SLOW_NODE else ""
+        return [CheckResult("network", "warning" if slow else "ok", f"{slowest}; one node, so no network was measured", slow)]
+    words = str(slowest) + (f", the slowest of {len(links)} links (median {_speed(usual)})" if len(links) > 1 else "")
+    fix = f"repair or exclude one of {' and '.join(slowest.ends)}" if speed < 0.5 * usual else choose if speed < SLOW_LINK else ""
+    names = sorted({link.interface or "none that the kernel counts (shared memory, or another fabric)" for link in links})
+    given = ", ".join(f"{name}={value}" for name, value in environ.items() if name.startswith(SETTINGS)) or "no variable is set"
     verdict = "warning" if len(names) > 1 else "ok"
-    interface = Finding("interface", verdict, f"messages between nodes went by {', '.join(names)}; {said}", choose)
-    return [Finding("network", "warning" if fix else "ok", words, fix), interface]
+    interface = CheckResult("interface", verdict, f"used between nodes: {', '.join(names)}; {given}", choose)
+    return [CheckResult("network", "warning" if fix else "ok", words, fix), interface]
 
 
-def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> Finding:
-    """Locks, logs and time limits compare the times of nodes. times: of each rank, right after a barrier. Pure."""
+def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
+    """Compare the clocks of nodes, which locks, logs and time limits rely on. times: by rank, right after a barrier. Pure."""
     if len(set(hosts)) == 1:
-        return Finding("clocks", "skipped", "one node has one")
+        return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))
     apart = times[late] - times[0]
     if abs(apart) < 0.5:
-        return Finding("clocks", "ok", f"all within {abs(apart):.2g} s")
-    return Finding("clocks", "warning", f"{hosts[late]} is {apart:+.3g} s from {hosts[0]}", "synchronise its time (chrony, ntpd)")
+        return CheckResult("clocks", "ok", f"all within {abs(apart):.2g} s")
+    words = f"{hosts[late]} is {apart:+.3g} s from {hosts[0]}"
+    return CheckResult("clocks", "warning", words, "synchronize the clocks (chrony, ntpd)")
 
 
-def summary(links: Sequence[Link]) -> dict[str, Any]:
-    """For cluster.json: the slowest of all. Pure."""
+def summary(links: Sequence[NetworkLink]) -> dict[str, Any]:
+    """Return the entries of cluster.json about the network: the slowest link. Pure."""
     return {
         "between": None if not links else "ranks of one node" if links[0].ends[0] == links[0].ends[1] else "nodes",
         "latency_seconds": max((link.latency_seconds for link in links), default=None),

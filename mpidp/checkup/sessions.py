@@ -1,5 +1,5 @@
-"""What killed mpiruns of Open MPI left behind: a session folder named after the process. The next mpirun that gets the same
-number does not start in it ("The PMIx server's listener thread failed to start")."""
+"""Session folders that killed mpiruns of Open MPI left behind. Each is named after its process id. A later mpirun with the same
+process id fails to start ("The PMIx server's listener thread failed to start")."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpidp.checkup.findings import Finding, listed
+from mpidp.checkup.findings import CheckResult, listed
 
 OF_MPIRUN = re.compile(r"(?:ompi|prte\..*)\.(\d+)")
 
 
 @dataclass(frozen=True)
 class Session:
-    """A folder of an mpirun of this user that is not there any more."""
+    """A session folder of an mpirun of this user that has ended."""
 
     host: str
     path: str
@@ -29,19 +29,19 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Those of this user whose process is gone; folder: where temporary files go, by default. Independent."""
+    """Return this user's session folders without a process. folder: the temporary folder by default. Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
-        with suppress(OSError):  # removed meanwhile
+        with suppress(OSError):  # removed in the meantime
             named = OF_MPIRUN.fullmatch(path.name)
-            mine = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
-            if named and mine and not Path(f"/proc/{named[1]}").exists():
+            own = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
+            if named and own and not Path(f"/proc/{named[1]}").exists():
                 found.append(Session(host, str(path)))
     return found
 
 
 def clean(sessions: Sequence[Session]) -> list[Session]:
-    """Remove them, where their processes are still gone; which those were. Independent."""
+    """Remove the sessions whose processes are still gone. Return the removed ones. Independent."""
     removed = []
     for one in sessions:
         path = Path(one.path)
@@ -52,13 +52,13 @@ def clean(sessions: Sequence[Session]) -> list[Session]:
     return removed
 
 
-def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> Finding:
-    """What is left of them. Pure."""
+def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> CheckResult:
+    """Report session folders left by killed mpiruns. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:
-        words = f"of mpiruns of yours that were killed: {len(left)}\n{listed([str(one) for one in left])}"
-        fix = "--clean removes them: an mpirun that gets one of these process numbers would not start"
-        return Finding("old sessions", "note", words, fix)
+        words = f"left by killed mpiruns of yours: {len(left)}\n{listed([str(one) for one in left])}"
+        fix = "--clean removes them: an mpirun that gets the same process id would not start"
+        return CheckResult("old sessions", "note", words, fix)
     if removed:
-        return Finding("old sessions", "ok", f"removed {len(removed)}\n{listed([str(one) for one in removed])}")
-    return Finding("old sessions", "ok", "none of mpiruns that were killed")
+        return CheckResult("old sessions", "ok", f"removed {len(removed)}\n{listed([str(one) for one in removed])}")
+    return CheckResult("old sessions", "ok", "none left by killed mpiruns")

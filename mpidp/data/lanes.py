@@ -1,8 +1,8 @@
-"""Lanes: how a global batch is cut, independently of how many ranks compute it. Pure.
+"""Lanes: a partition of the global batch that does not depend on the number of ranks. Pure.
 
-A global batch of G sequences is cut into V = ceil(G / micro_batch) micro-batches (the last may be short), and these into
-L lanes: lane l is the run of micro-batches [l V // L, (l + 1) V // L), whose gradients are accumulated in order. V and L
-belong to the run; which rank computes a lane belongs to the cluster and never changes a bit of the result.
+A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter), and
+these into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are accumulated in order. V and L
+are fixed for a run. Any rank may compute a lane; the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ MAX_DEFAULT_LANES = 64
 
 @dataclass(frozen=True)
 class Lanes:
-    """The cut of one global batch. Independent (no communication)."""
+    """The partition of one global batch. Independent (no communication)."""
 
-    global_batch: int  # sequences a step
-    micro_batch: int  # sequences a forward pass
-    num_lanes: int = 0  # 0: one lane a micro-batch, up to 64
+    global_batch: int  # sequences per step
+    micro_batch: int  # sequences per forward pass
+    num_lanes: int = 0  # 0: one lane per micro-batch, up to 64
 
     def __post_init__(self) -> None:
         if not 1 <= self.micro_batch <= self.global_batch:
@@ -26,27 +26,27 @@ class Lanes:
         if self.num_lanes == 0:
             object.__setattr__(self, "num_lanes", min(self.num_micro_batches, MAX_DEFAULT_LANES))
         if not 1 <= self.num_lanes <= self.num_micro_batches:
-            raise ValueError(f"lanes {self.num_lanes} must be in 1..{self.num_micro_batches} micro-batches")
+            raise ValueError(f"num_lanes {self.num_lanes} must be in 1..{self.num_micro_batches} (the number of micro-batches)")
 
     @property
     def num_micro_batches(self) -> int:
-        """V."""
+        """V, the number of micro-batches."""
         return -(-self.global_batch // self.micro_batch)
 
     def micro_batches(self, lane: int) -> range:
-        """The micro-batches of a lane, in the order in which their gradients accumulate."""
+        """Return the micro-batches of a lane, in the order of gradient accumulation."""
         return range(lane * self.num_micro_batches // self.num_lanes, (lane + 1) * self.num_micro_batches // self.num_lanes)
 
     def lane_of(self, v: int) -> int:
-        """The lane of a micro-batch."""
+        """Return the lane of micro-batch v."""
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """The lanes that a rank computes: contiguous, as even as L allows; of a rank beyond world_size, none."""
+        """Return the lanes of a rank: contiguous and as equal in number as possible. A rank >= world_size has none."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
         return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
 
     def sequences(self, v: int) -> range:
-        """The places of micro-batch v in the global batch."""
+        """Return the positions of micro-batch v's sequences in the global batch."""
         return range(v * self.micro_batch, min((v + 1) * self.micro_batch, self.global_batch))

@@ -1,1 +1,1 @@
-"""What a trained model is used for: its loading, text that goes on, questions that are scored."""
+"""Inference: load a trained model, generate text, score texts and multiple-choice questions."""

@@ -1,4 +1,4 @@
-"""A trained model goes on from prompts, several at a time, each as if it were alone."""
+"""Generate text from prompts, several at a time. Batching does not change any text."""
 
 from __future__ import annotations
 
@@ -11,47 +11,52 @@ import torch
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.inference.loading import Loaded
 from mpidp.inference.sampling import Sampling, seed_of
-from mpidp.inference.speech import Speech
+from mpidp.inference.speech import StreamedText
 
 
-class Row:
-    """One sequence that grows, and the window of it that the model sees."""
+class DecodedText:
+    """A sequence during generation, and its window: the part that the model sees."""
 
-    def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, hear: Callable[[int], bool]) -> None:
-        """tokens: to add at most; hear: is told each one, and says whether it was the last."""
-        self.ids, self.hear = list(ids), hear
+    def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
+        """ids: the prompt; tokens: at most so many are added; on_token: called with each new token, returns True to stop."""
+        self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
         self.start = 0  # of the window
-        self.ended = "tokens" if tokens == 0 else ""  # or eod, or stop: why
+        self.ended = "tokens" if tokens == 0 else ""  # why it ended: tokens, eod or stop; "" while it grows
         self.generator = torch.Generator().manual_seed(seed)
         self._model, self._seq_len = model, model.shape.seq_len
         self.cache = model.new_cache(self.limit)
 
     def unseen(self) -> list[int]:
-        """What the model must see now. A window beyond seq_len begins anew with its last half: the cache holds keys that are
-        turned by their position, and none can move."""
+        """Return the ids to pass to the model next: those that are not in the cache.
+
+        If the window exceeds seq_len, it shrinks to its last half and the cache is rebuilt: cached keys are rotated by their
+        position in the window and cannot be shifted.
+        """
         if len(self.ids) - self.start > self._seq_len:
             self.start = len(self.ids) - max(1, self._seq_len // 2)
             self.cache = self._model.new_cache(self.limit)
         return self.ids[self.start + (0 if self.cache is None else self.cache.length) :]
 
     def add(self, token: int, eod: int) -> None:
-        """One more token; eod ends the sequence and is not part of it."""
+        """Append a token. eod ends the sequence and is not appended."""
         if token == eod:
             self.ended = "eod"
             return
         self.ids.append(token)
-        if self.hear(token):
+        if self.on_token(token):
             self.ended = "stop"
         elif len(self.ids) == self.limit:
             self.ended = "tokens"
 
 
 @torch.no_grad()
-def decode(loaded: Loaded, rows: list[Row], sampling: Sampling, eod: int, vocab_size: int | None = None) -> None:
-    """Let all rows grow to their ends. Rows that need one position go through the model together, longer beginnings alone: no row
-    is padded. eod: that ends a row; -1 for none. vocab_size: of the tokenizer: a model whose vocabulary is padded has more
-    ids, which mean nothing and are never drawn. Collective over loaded.grid.model."""
+def decode(loaded: Loaded, rows: list[DecodedText], sampling: Sampling, eod: int, vocab_size: int | None = None) -> None:
+    """Generate until all sequences have ended. Collective over loaded.grid.model.
+
+    Sequences that need one position run as a batch; longer inputs run one at a time, so nothing is padded. eod: the id that ends
+    a sequence, -1 for none. vocab_size: the tokenizer's; the additional ids of a padded vocabulary are never drawn.
+    """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
         together = [row for row in live if row.cache is not None and len(unseen[row]) == 1]
@@ -65,21 +70,24 @@ def decode(loaded: Loaded, rows: list[Row], sampling: Sampling, eod: int, vocab_
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was added to a prompt."""
+    """The text generated for a prompt."""
 
     text: str
     tokens: int
-    ended: str  # tokens, eod or stop: why
-    cut: bool  # it grew beyond what the model sees
+    ended: str  # why: tokens, eod or stop
+    cut: bool  # whether it exceeded the model's context
 
 
-def go_on(
+def continue_prompts(
     loaded: Loaded, tokenizer: Tokenizer, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
-    stops: Sequence[str] = (), say: Callable[[str], None] | None = None,
+    stops: Sequence[str] = (), write: Callable[[str], None] | None = None,
 ) -> list[tuple[int, Continuation]]:
-    """(number, continuation) of prompts, ids by their number in the file, computed together. say: is given what is added to
-    prompt 0, piece by piece. Collective over loaded.grid.model."""
-    speeches = {i: Speech(tokenizer.decode, ids, stops, say if i == 0 else None) for i, ids in prompts.items()}
-    rows = {i: Row(loaded.model, ids, tokens, seed_of(seed, i), speeches[i].add) for i, ids in prompts.items()}
+    """Generate continuations of prompts as one batch; return (prompt number, continuation) pairs.
+
+    prompts: token ids by prompt number; write: called with prompt 0's new text, piece by piece. Collective over
+    loaded.grid.model.
+    """
+    streams = {i: StreamedText(tokenizer.decode, ids, stops, write if i == 0 else None) for i, ids in prompts.items()}
+    rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), streams[i].add) for i, ids in prompts.items()}
     decode(loaded, list(rows.values()), sampling, tokenizer.eod, tokenizer.vocab_size)
-    return [(i, Continuation(speech.end(), len(speech.ids), rows[i].ended, rows[i].start > 0)) for i, speech in speeches.items()]
+    return [(i, Continuation(stream.end(), len(stream.ids), rows[i].ended, rows[i].start > 0)) for i, stream in streams.items()]

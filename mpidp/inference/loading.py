@@ -1,4 +1,4 @@
-"""A trained model from a run's folder: what evaluate and generate begin with."""
+"""Load a trained model from a run's folder, for evaluate and generate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
-from mpidp.checkpoint.resume import open_run, others_there
+from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
@@ -33,40 +33,44 @@ from mpidp.runtime.world import together
 
 @dataclass
 class Loaded:
-    """A model on its device, or this rank's part of one, and the precision of its matrix products."""
+    """A model, or this rank's part of it, on its device, with the dtype of its matrix products."""
 
     model: Any
     device: torch.device
     dtype: torch.dtype
     grid: Grid
     stages: Stages | None = None  # this rank's place in a pipeline
-    losses: Callable[[Tensor, Tensor], Tensor] | None = None  # from logits of a part of the vocabulary
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None  # losses from this rank's part of the logits; None: plain
 
     @torch.no_grad()
-    def through(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
-        """What the model makes of tokens (B, T) that go on from what its caches hold: logits (B, T, V of this rank) where the
-        last layer is, None on other stages. Collective over grid.model."""
+    def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
+        """Run the model on tokens (B, T), which continue the sequences in the caches.
+
+        Returns logits (B, T, V of this rank) on the last pipeline stage, None on other stages. Collective over grid.model.
+        """
         stages, tokens = self.stages, tokens.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            entered = tokens if stages is None or stages.first else stages.receive(
+            inputs = tokens if stages is None or stages.first else stages.receive(
                 FORWARD, 0, (*tokens.shape, self.model.shape.model_dim)
             )
-            left: Tensor = self.model(entered) if caches is None else self.model(entered, caches=caches)
+            outputs: Tensor = self.model(inputs) if caches is None else self.model(inputs, caches=caches)
         if stages is None or stages.last:
-            return left
-        stages.send(FORWARD, 0, left)
+            return outputs
+        stages.send(FORWARD, 0, outputs)
         return None
 
     def last_logits(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor:
-        """Of the token after tokens (B, T): (B, V) float32 on the CPU, the same on all ranks of a replica. Collective over
-        grid.model."""
-        logits, tp = self.through(tokens, caches), self.grid.tp
+        """Return the next token's logits after tokens (B, T): (B, V) float32 on the CPU, the same on all ranks of a replica.
+
+        Collective over grid.model.
+        """
+        logits, tp = self.forward(tokens, caches), self.grid.tp
         found = np.zeros((len(tokens), self.model.shape.vocab_size), dtype=np.float32)
         if logits is not None:
-            mine = self.model.part.share(found.shape[1])
-            found[:, mine.start : mine.stop] = logits[:, -1].float().cpu().numpy()
+            columns = self.model.part.share(found.shape[1])
+            found[:, columns.start : columns.stop] = logits[:, -1].float().cpu().numpy()
             if tp.size > 1:
-                tp.Allreduce(MPI.IN_PLACE, found)  # each entry has one writer
+                tp.Allreduce(MPI.IN_PLACE, found)  # exact: each entry is nonzero on one rank only
         if self.stages is not None:
             self.stages.settle([])
             self.grid.pp.Bcast(found, root=self.stages.count - 1)
@@ -74,20 +78,26 @@ class Loaded:
 
 
 def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Tokenizer:
-    """The run's own, or that of a folder of shards or a tokenizer.json; its BOS counts for a model that began with weights that
-    were there, since no other has ever seen it. DataError when missing or of another size. Independent."""
+    """Load the run's tokenizer, or the one in `data`: a folder of shards, or a tokenizer.json.
+
+    Its BOS token is used only for fine-tuned models (train.init_from): others were trained without one. DataError if the
+    tokenizer is missing or its size does not match the model. Independent.
+    """
     tokenizer = load_tokenizer(data or reader.path.parent.parent, reader.meta["eod"])
     rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
     if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: give --data")
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: pass the right --data")
     if "init_from" not in reader.meta:
         tokenizer.bos = None
     return tokenizer
 
 
 def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Tokenizer]:
-    """RUN's newest checkpoint, its model or this rank's part of it, and its tokenizer, as a command's options (run, data, tp, pp,
-    device, threads) name them. UsageError, DataError, CheckpointError. Collective over world."""
+    """Open a run's newest checkpoint, its model (this rank's part) and its tokenizer.
+
+    options: a command's, with run, data, tp, pp, device and threads. UsageError, DataError, CheckpointError. Collective over
+    world.
+    """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
     with together(world):
@@ -96,30 +106,32 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
 
 
 def weights_at(path: Path) -> Reader | Folder:
-    """Those of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
+    """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
     if (path / "config.json").is_file():
         return Folder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
-        raise DataError(f"{path} is neither a run nor a Hugging Face folder now: put back what was there "
-                        "(a relative path is seen from where the command starts)")
+        raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "
+                        "(a relative path is relative to the current directory)")
     return Reader(found[0])
 
 
 def load_base(reader: Reader, parts: Parts, model: Any) -> None:
-    """What a run's adapters lie on, where it began with weights that were there (train.init_from); a checkpoint of adapters has
-    no copy of it. DataError when they are gone or others by now. Independent, of a model that is not cut."""
+    """Load the base model of a LoRA run (train.init_from), which its checkpoints do not contain.
+
+    Does nothing if the run has no init_from. DataError if the base is missing or has changed. Independent; whole models only.
+    """
     if "init_from" not in reader.meta:
         return
     path, wanted = Path(reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
     with readable(path):
         parts.load(weights_at(path), model)
     if (found := parts.sha256(model)) != wanted:
-        raise DataError(others_there(path, found, wanted))
+        raise DataError(changed_base_message(path, found, wanted))
 
 
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
-    """The checkpoint's model, or this rank's part of it, ready to run. CheckpointError, UsageError. Independent."""
+    """Load the checkpoint's model (this rank's part), ready for inference. CheckpointError, UsageError. Independent."""
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
@@ -130,7 +142,7 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
         model = base_weights(settings, shape, parts.part)
         if settings.get("model.lora_rank", 0):
             if grid.parts > 1:
-                raise UsageError(f"{reader.path} holds adapters, which are not cut: leave --tp and --pp out")
+                raise UsageError(f"{reader.path} contains LoRA adapters, which do not support --tp and --pp: omit these options")
             load_base(reader, parts, model)
         model = prepared(model, settings, shape, parts.part).to(where)
         parts.load(reader, model)

@@ -1,4 +1,4 @@
-"""Files of one item a line, read with suspicion: every fault is named by file and line. Pure."""
+"""Read and validate text files and .jsonl files. Errors name the file and line. Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from mpidp.errors import DataError
 
 
 def read_text(path: str | Path) -> str:
-    """DataError for what is no text file, or an empty one. Independent."""
+    """Return the text of a UTF-8 file. DataError if it cannot be read, is not UTF-8, or is empty. Independent."""
     try:
         text = Path(path).read_bytes().decode()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give a text file in UTF-8") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; a UTF-8 text file is needed") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
     if not text:
         raise DataError(f"{path} is empty")
     return text
 
 
 def read_rows(path: str | Path, wanted: str) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line of a .jsonl that is not blank. wanted: an example of a row, for DataErrors.
-    Independent."""
+    """Return (line number from 1, object) for each nonblank line of a .jsonl file. wanted: an example row, for error messages.
+
+    DataError. Independent.
+    """
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -34,24 +36,26 @@ def read_rows(path: str | Path, wanted: str) -> list[tuple[int, dict[str, Any]]]
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}); each line is an object like {wanted}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not an object; each line is one like {wanted}")
+            raise DataError(f"{path}, line {number}: not an object; each line is an object like {wanted}")
         found.append((number, row))
     if not found:
-        raise DataError(f"{path} has only blank lines; each line is an object like {wanted}")
+        raise DataError(f"{path} has only blank lines; each line must be an object like {wanted}")
     return found
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Of a .jsonl its rows, each with a text `prompt` and whatever else; of any other file one prompt a line. Blank lines are
-    passed over. DataError. Independent."""
+    """Read prompts: from a .jsonl file the rows, each with a string "prompt" and any other keys; else one prompt per line.
+
+    Blank lines are skipped. DataError. Independent.
+    """
     if Path(path).suffix == ".jsonl":
         rows = read_rows(path, '{"prompt": "Once upon"}')
         for number, row in rows:
             if not isinstance(row.get("prompt"), str):
-                raise DataError(f'{path}, line {number}: no text "prompt", but {", ".join(row) or "nothing"}')
+                raise DataError(f'{path}, line {number}: no string "prompt"; its keys are: {", ".join(row) or "none"}')
         return [row for _, row in rows]
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     found = [{"prompt": line} for line in lines if line.strip()]
     if not found:
-        raise DataError(f"{path} has only blank lines; each line is a prompt")
+        raise DataError(f"{path} has only blank lines; each line must be a prompt")
     return found

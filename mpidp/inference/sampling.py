@@ -1,4 +1,4 @@
-"""How the next token is chosen from its logits. Pure; drawn on the CPU, so that every device and every rank draws alike."""
+"""Sample the next token from its logits. Pure. Runs on the CPU, so that all devices and ranks draw the same tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """Divide by the temperature (0: the likeliest token), keep the top_k likeliest (0: all), of these the fewest that have top_p
-    of the probability (1: all; Holtzman 2020, nucleus sampling), and draw."""
+    """Sampling parameters.
+
+    temperature: divides the logits; 0 selects the likeliest token. top_k: sample from the k likeliest tokens; 0: all. top_p: of
+    these, sample from the smallest set with this total probability; 1: all (nucleus sampling, Holtzman 2020).
+    """
 
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 1.0
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """An id, from logits (V,) on the CPU."""
+        """Return a token id sampled from logits (V,) on the CPU."""
         if self.temperature == 0:
             return int(logits.argmax())
         if 0 < self.top_k < len(logits):
@@ -31,8 +34,10 @@ class Sampling:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Those of the fewest likeliest tokens that together have top_p at least, zero elsewhere: (V,) -> (V,), not scaled to 1. Of
-    equals, the lower id comes first. Pure."""
+    """Keep the smallest set of the likeliest tokens with a total probability of at least top_p; set the others to zero.
+
+    (V,) -> (V,), not rescaled. Ties are broken by the lower id. Pure.
+    """
     ordered, ids = probabilities.sort(descending=True, stable=True)
     before = ordered.double().cumsum(0) - ordered
     kept = ids[before < top_p]
@@ -40,8 +45,10 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """Of a prompt's draws: by its place in the file alone, so that neither ranks nor batches change what is drawn. The first
-    one's is the seed itself. Pure."""
+    """Return a prompt's seed. It depends on the prompt's index only, so ranks and batches do not change the output.
+
+    The first prompt's seed is `seed` itself. Pure.
+    """
     if index == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little") >> 1

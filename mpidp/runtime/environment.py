@@ -68,7 +68,7 @@ def newcomer() -> bool:
 
 
 def numbers(found: Sequence[int]) -> str:
-    """0-3,8 for 0, 1, 2, 3, 8. Pure."""
+    """Format integers as ranges: 0-3,8 for 0, 1, 2, 3, 8. Pure."""
     ranges: list[list[int]] = []
     for one in sorted(set(found)):
         if ranges and one == ranges[-1][1] + 1:

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
-from mpidp.checkpoint.resume import open_run, others_there
+from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.config.schema import Config, fields_of
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
@@ -71,7 +71,7 @@ class Origin:
             parts.load(self.weights, model)
         found = parts.sha256(model)
         if self.wanted_sha256 not in ("", found):
-            raise DataError.on_every_rank(others_there(self.path, found, self.wanted_sha256))
+            raise DataError.on_every_rank(changed_base_message(self.path, found, self.wanted_sha256))
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path) -> None:

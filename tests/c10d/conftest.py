@@ -1,4 +1,4 @@
-"""One process group of ours and one of gloo's beside it, for all tests of a file."""
+"""Fixtures: an mpi4py process group and a gloo process group, shared by the tests of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Both = Callable[[Callable[[Any], Any]], None]
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[tuple[Any, Any]]:
-    """(ours, gloo's) of all ranks. Collective over WORLD."""
+    """(mpi4py group, gloo group) over all ranks. Collective over WORLD."""
     dist.init_process_group("mpi4py", init_method="mpi://", timeout=timedelta(seconds=60))
     yield dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
     dist.destroy_process_group()
@@ -32,7 +32,7 @@ def flat(found: Any) -> list[torch.Tensor]:
 
 @pytest.fixture
 def both(groups: tuple[Any, Any]) -> Both:
-    """A function of a group gives with ours what it gives with gloo's: the same numbers, to the rounding of their dtype."""
+    """Run a function with each group and compare the results, up to rounding of their dtype."""
 
     def compare(work: Callable[[Any], Any]) -> None:
         found = []

@@ -1,4 +1,4 @@
-"""Every collective gives what gloo gives, for every dtype and reduction that gloo has; and what gloo lacks, by its definition."""
+"""Collectives match gloo for each dtype and reduction that gloo supports; others are checked against their definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ids = {"ids": lambda value: str(value).rpartition(".")[2]}
 
 
 def values(length: int, dtype: torch.dtype, rank: int = RANK) -> torch.Tensor:
-    """Some, other ones on each rank; small, so that no product leaves int8."""
+    """Values that differ between ranks, small enough that products fit into int8."""
     made = torch.rand(length, generator=torch.Generator().manual_seed(rank)) * 2 + 0.5
     return made.to(dtype)
 
@@ -57,7 +57,7 @@ def test_bits(both: Both, dtype: torch.dtype, op: str) -> None:
 @pytest.mark.parametrize("op", ["SUM", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "AVG"])
 @pytest.mark.parametrize("dtype", [*ALL, torch.bool, torch.int16, torch.complex64, torch.complex128], **ids)
 def test_every_reduction_is_its_definition(groups: Any, dtype: torch.dtype, op: str) -> None:
-    """Where there is no such one, it is refused before anything is sent, and the group goes on."""
+    """Unsupported reductions raise before anything is sent; the group stays usable."""
     def raw(rank: int) -> torch.Tensor:
         return values(50, dtype, rank) if dtype != torch.bool else torch.arange(50) % (rank + 2) == 0
 
@@ -201,7 +201,7 @@ def test_objects(groups: Any) -> None:
 
 
 def test_pieces(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is larger than a piece, or than one call may be, gives the same."""
+    """Tensors larger than a piece, or than the limit of one MPI call, give the same results."""
     monkeypatch.setattr(calls, "LARGEST_BYTES", 1000)
     monkeypatch.setattr("mpidp.comm.transport.PIECE_BYTES", 256)
 

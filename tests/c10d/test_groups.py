@@ -1,4 +1,4 @@
-"""Messages, works and futures, coalesced and functional collectives, groups within groups."""
+"""Point-to-point messages, works and futures, coalesced and functional collectives, subgroups."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_receive_that_nobody_meets_does_not_outlive_its_group(groups: Any) -> 
 
 
 def test_futures(groups: Any) -> None:
-    """Of a collective the tensors; callbacks may begin others; an error in one is an error of the future."""
+    """A future holds the call's tensors. Callbacks may start other calls; an error in a callback is the future's error."""
     tensor = torch.ones(4)
     future = dist.all_reduce(tensor, async_op=True).get_future()
     assert future.then(lambda done: done.value()[0] / SIZE).wait().tolist() == [1.0] * 4
@@ -199,7 +199,7 @@ def test_a_monitored_barrier_passes(groups: Any) -> None:
 
 
 def test_a_second_job_in_the_same_process() -> None:
-    """Destroyed and made again."""
+    """Groups can be destroyed and created again."""
     dist.destroy_process_group()
     dist.init_process_group("mpi4py", init_method="mpi://", timeout=timedelta(seconds=60))
     tensor = torch.ones(2)

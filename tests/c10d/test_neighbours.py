@@ -1,5 +1,4 @@
-"""Reductions that read the other ranks' memory give what messages give, the same bits on all ranks, in the order of ranks; and
-where memory cannot be read, or ranks do not call the same, all ranks do the same."""
+"""Reductions that read other ranks' memory match those by messages, bit for bit on all ranks. Errors are raised on all ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ CASES = [
 
 @pytest.fixture
 def near(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Our group, in which all that adds goes this way, a few elements at a time, whatever its size."""
+    """The mpi4py group, with limits so small that every reduction reads memory, a few elements at a time."""
     monkeypatch.setattr(calls, "NEAR_BYTES", 0)
     monkeypatch.setattr(calls, "SMALL_BYTES", 0)
     monkeypatch.setattr(neighbours, "BLOCK_BYTES", 256)
@@ -75,7 +74,7 @@ def test_where_one_cannot_all_send_messages(near: Any, monkeypatch: pytest.Monke
     group = dist.new_group()
     if RANK == SIZE - 1:
         if why == "told":
-            monkeypatch.setenv(neighbours.HOW, "messages")
+            monkeypatch.setenv(neighbours.NEAR, "messages")
         elif why == "another process":
             monkeypatch.setattr(neighbours.Neighbours, "_read", lambda *_: None)  # what lies there is not what was told
         else:
@@ -109,7 +108,7 @@ def test_who_does_not_call_the_same_is_told(near: Any) -> None:
     last = RANK == SIZE - 1
     with pytest.raises(RuntimeError, match=f"rank {SIZE - 1} has 404 bytes and rank 0 has 400"):
         dist.all_reduce(torch.ones(101 if last else 100))
-    with pytest.raises(RuntimeError, match="another dtype or reduction"):
+    with pytest.raises(RuntimeError, match="and another dtype or reduction"):
         dist.all_reduce(torch.ones(100), ReduceOp.MAX if last else ReduceOp.SUM)
     tensor = torch.ones(100)
     dist.all_reduce(tensor)
@@ -120,9 +119,9 @@ def test_memory_that_cannot_be_read_is_an_error_on_all_ranks(near: Any, monkeypa
     with monkeypatch.context() as patched:
         if RANK == 0:
             patched.setattr(near._calls._neighbours, "_function", lambda *_: -1)
-        with pytest.raises(RuntimeError, match="rank 0 could not read its neighbours' memory"):
+        with pytest.raises(RuntimeError, match="rank 0 could not read the memory of ranks on its node"):
             dist.all_reduce(torch.ones(100))
-        with pytest.raises(RuntimeError, match="rank 0 could not read its neighbours' memory"):
+        with pytest.raises(RuntimeError, match="rank 0 could not read the memory of ranks on its node"):
             dist.reduce_scatter_tensor(torch.ones(10), torch.ones(10 * SIZE))
     tensor = torch.ones(100)
     dist.all_reduce(tensor)
@@ -130,7 +129,7 @@ def test_memory_that_cannot_be_read_is_an_error_on_all_ranks(near: Any, monkeypa
 
 
 def test_nobody_goes_on_while_others_read(near: Any) -> None:
-    """What is written at once after a call is not what others get."""
+    """A tensor overwritten right after a call does not change other ranks' results."""
     for i in range(30):
         tensor, part, whole = torch.full((40_000,), float(i)), torch.empty(10_000), torch.full((10_000 * SIZE,), float(i))
         dist.all_reduce(tensor)

@@ -1,5 +1,5 @@
-"""What torch builds on a process group gives over ours what it gives over gloo: DDP and its hooks, FSDP2, tensor parallelism,
-pipelining, sharded optimizers, checkpoints. Losses and parameters after some steps, from the same data."""
+"""torch features on top of a process group give the same losses and parameters as over gloo: DDP and its hooks, FSDP2, tensor
+parallelism, pipelining, sharded optimizers, checkpoints."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_the_same_as_over_gloo(groups: Any, kind: str) -> None:
 
 
 def test_distributed_checkpoint(groups: Any, shared_tmp: Path) -> None:
-    """FSDP2's state, written over ours and read back, goes on as if nothing had been."""
+    """FSDP2 training continues unchanged after saving and loading its state."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -232,7 +232,7 @@ def test_distributed_checkpoint(groups: Any, shared_tmp: Path) -> None:
 
 
 def test_a_callback_that_fails_is_an_error_of_backward(groups: Any) -> None:
-    """On every rank, and not the end of the process."""
+    """The error is raised on every rank and does not end the process."""
     model = DistributedDataParallel(Net())
 
     def hook(_, bucket):  # type: ignore[no-untyped-def]  # DDP does not read annotations that are words

@@ -70,7 +70,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, forks: Forks) -> None:
     for choice, documents in (("replace", 2), ("skip", 1)):
         ended = prepare(tmp_path, forks, "--bad-utf8", choice)
         expect(ended, 0)
-        assert "1 documents that were not UTF-8: source/latin.txt" in ended.out, ended
+        assert "1 documents with invalid UTF-8: source/latin.txt" in ended.out, ended
         assert f"shards of {documents} documents" in ended.out and about(tmp_path)["bad_utf8"] == 1, ended
         expect(forks.run(tmp_path, "data_tools.verify", "out"), 0)
 
@@ -89,7 +89,7 @@ def test_binary_and_empty_files_among_good_ones(tmp_path: Path, forks: Forks) ->
     (source / "nothing.txt").touch()
     ended = prepare(tmp_path, forks)
     expect(ended, 0)
-    assert "binary or special files left out: source/program" in ended.out, ended
+    assert "binary or special files skipped: source/program" in ended.out, ended
     assert (about(tmp_path)["binary"], about(tmp_path)["empty"]) == (1, 1)
 
 
@@ -103,10 +103,10 @@ def test_malformed_jsonl(tmp_path: Path, forks: Forks) -> None:
     (source / "text.jsonl").write_text("\n".join(lines))
     ended = prepare(tmp_path, forks)
     expect(ended, 0)
-    assert f"{len(MALFORMED)} malformed lines or rows left out: source/text.jsonl:2: not valid JSON" in ended.out, ended
+    assert f"{len(MALFORMED)} malformed lines or rows skipped: source/text.jsonl:2: not valid JSON" in ended.out, ended
     assert (about(tmp_path)["malformed"], about(tmp_path)["bad_utf8"]) == (len(MALFORMED), 1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    expect(prepare(tmp_path, forks, "--strict"), 3, "source/text.jsonl:2: not valid JSON", "leave out --strict")
+    expect(prepare(tmp_path, forks, "--strict"), 3, "source/text.jsonl:2: not valid JSON", "omit --strict")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

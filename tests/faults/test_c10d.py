@@ -1,16 +1,16 @@
-"""A program of torch's over backend mpi4py in which a rank fails or does not come: nobody waits for ever, and the words say who.
+"""torch programs with backend mpi4py in which a rank fails or is late: no rank waits forever, and errors name the rank.
 
 | fault | expected | judged by |
 |---|---|---|
-| rank 1 comes to no all_reduce, timeout 2 s | an error that names all_reduce and rank 1, then the end | words, code |
-| the same, of so much that ranks read each other's memory | the same | words, code |
-| the same, waited for by DDP's backward | an error of backward, not a crash | words, code |
-| rank 1 is in a broadcast while the others add | both are named | words, code |
-| a message that nobody sends | an error that names the rank and tag | words, code |
-| rank 1 raises what nobody catches | its traceback, and the job ends | words, code |
+| rank 1 does not join an all_reduce, timeout 2 s | an error that names all_reduce and rank 1, then the end | output, code |
+| the same with a tensor so large that ranks read each other's memory | the same | output, code |
+| the same inside DDP's backward | an exception in backward, not a crash | output, code |
+| rank 1 calls broadcast while the other ranks call all_reduce | the error names both calls | output, code |
+| a receive without a matching send | an error that names the rank and tag | output, code |
+| rank 1 raises an uncaught exception | its traceback, and the job ends | output, code |
 | the program ends without destroying its groups | 0 | code |
-| a rank of DDP is killed, under `mpirun --with-ft ulfm` | the others go on as 3 ranks in the same processes | words |
-| a second program's rank number is not MPI's | an error that says how to start it | words, code |
+| a DDP rank is killed, under `mpirun --with-ft ulfm` | the other ranks continue as 3 ranks in the same processes | output |
+| the rank passed to torch differs from MPI's rank | an error that says how to start the program | output, code |
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ dist.init_process_group("mpi4py", store=dist.HashStore(), rank=world.size - 1 - 
 
 
 @pytest.mark.parametrize(("program", "words"), [
-    (LATE, ["Timed out after 2 s in all_reduce of 3 elements", "rank 1 did not come"]),
-    (LATE_FOR_MUCH, ["Timed out after 2 s in all_reduce of 1048576 elements", "rank 1 did not come"]),
-    (DDP, ["Timed out after 2 s in all_reduce", "rank 1 did not come"]),
+    (LATE, ["Timed out after 2 s in all_reduce of 3 elements", "rank 1 did not join"]),
+    (LATE_FOR_MUCH, ["Timed out after 2 s in all_reduce of 1048576 elements", "rank 1 did not join"]),
+    (DDP, ["Timed out after 2 s in all_reduce", "rank 1 did not join"]),
     (UNSENT, ["Timed out after 2 s in recv from rank 1, tag 7"]),
     (RAISES, ["ValueError: on purpose"]),
-    (WRONG, ["torch was told that this is rank", "mpi://"]),
+    (WRONG, ["torch was initialized as rank", "mpi://"]),
 ], ids=["late", "late-for-much", "ddp", "unsent", "raises", "wrong"])
 def test_nobody_waits_for_ever(either: Shell, program: str, words: list[str]) -> None:
     ended = either.run("-c", program, ranks=3 if program != WRONG else 2)

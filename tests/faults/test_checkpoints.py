@@ -111,9 +111,9 @@ def test_must_resume_and_cannot(either: Shell) -> None:
 def test_runs_that_are_not_there(place: Path, forks: Forks) -> None:
     (place / "bare").mkdir()
     for module in ("mpidp.evaluate", "mpidp.generate"):
-        expect(forks.run(place, module, "absent"), 4, "absent: there is no such run")
-        expect(forks.run(place, module, "tiny.toml"), 4, "tiny.toml: there is no such run")
-        expect(forks.run(place, module, "bare"), 4, "bare holds no checkpoint: train first, with --run.dir=bare")
+        expect(forks.run(place, module, "absent"), 4, "absent: no such folder")
+        expect(forks.run(place, module, "tiny.toml"), 4, "tiny.toml: no such folder")
+        expect(forks.run(place, module, "bare"), 4, "bare contains no checkpoint: train first, with --run.dir=bare")
 
 
 def test_one_checkpoint_by_its_own_name(place: Path, half_run: Path, forks: Forks) -> None:

@@ -59,7 +59,7 @@ def test_a_healthy_job(either: Shell, ranks: int) -> None:
 
 def test_the_table_is_for_people(shell: Shell) -> None:
     ended = shell.run(*DOCTOR, "--data", "absent", ranks=2)
-    expect(ended, 1, "data: absent holds no index.json and *.h5 (ranks 0-1 on", "-> prepare it")
+    expect(ended, 1, "data: absent holds no index.json and *.h5 (ranks 0-1 on", "-> prepare shards")
     assert ended.out.count("launch") == 1 and "\nwrong    data" in ended.out and (shell.folder / "cluster.json").exists()
 
 
@@ -68,7 +68,7 @@ def test_the_mpirun_of_another_mpi(either: Shell) -> None:
     python = either.bin / "python"
     started = either.start_command([str(other.bin / "mpirun"), "-n", "3", str(python), *DOCTOR, "--json"])
     ended = started.wait()
-    expect(ended, 1, "started 3 ranks, and each is alone")
+    expect(ended, 1, "started 3 ranks, but each is alone")
     found = findings(ended)
     right = "srun --mpi=pmi2" if either.mpi == "mpich" else "srun --mpi=pmix"
     assert found["launch"]["verdict"] == "wrong" and right in found["launch"]["fix"]
@@ -80,7 +80,7 @@ def test_srun_without_mpi(either: Shell) -> None:
     """It starts N jobs of one rank, and sets these variables."""
     step = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     first, second = (either.run(*DOCTOR, "--json", SLURM_PROCID=rank, **step) for rank in "01")
-    expect(first, 1, "launch: srun started 2 ranks, and each is alone", "srun --mpi=pm")
+    expect(first, 1, "launch: srun started 2 ranks, but each is alone", "srun --mpi=pm")
     expect(second, 0)
     assert second.said == "" and not (either.folder / "cluster.json").exists()
 
@@ -89,7 +89,7 @@ def test_too_many_threads(either: Shell) -> None:
     ended = either.run(*DOCTOR, "--json", ranks=2, OMP_NUM_THREADS="64")
     expect(ended, 0)
     threads = findings(ended)["threads"]
-    assert threads["verdict"] == "warning" and "OMP_NUM_THREADS=64 means 128 threads of 2 ranks" in threads["words"]
+    assert threads["verdict"] == "warning" and "OMP_NUM_THREADS=64 gives 128 threads for 2 ranks" in threads["words"]
     assert threads["fix"] == f"export OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 2)}"
 
 
@@ -116,7 +116,7 @@ def test_libraries_that_differ(either: Shell) -> None:
 
 def test_a_run_folder_that_cannot_be_written(shell: Shell) -> None:
     ended = shell.run(*DOCTOR, "--json", "--run", "tiny.toml/run", ranks=2)
-    expect(ended, 1, "run.dir: nothing can be written there")
+    expect(ended, 1, "run.dir: cannot be written")
     assert findings(ended)["cluster.json"]["verdict"] == "warning"
 
 
@@ -124,7 +124,7 @@ def test_a_run_folder_that_is_read_only(shell: Shell) -> None:
     (shell.folder / "run").mkdir()
     mounts = "mount --bind run run && mount -o remount,bind,ro run"
     ended = with_mounts(shell, mounts, "python", *DOCTOR, "--json", "--run", "run")
-    expect(ended, 1, "run.dir: nothing can be written there", "Read-only file system")
+    expect(ended, 1, "run.dir: cannot be written", "Read-only file system")
 
 
 def test_a_check_that_raises(shell: Shell) -> None:
@@ -220,7 +220,7 @@ def test_segments_of_dead_jobs_go_and_those_of_live_ones_stay(either: Shell) -> 
 def test_a_dev_shm_of_a_megabyte(either: Shell, ranks: str) -> None:
     words = ["mpirun", "-n", ranks, "python", *DOCTOR, "--json"]
     ended = with_mounts(either, "mount -t tmpfs -o size=1m tmpfs /dev/shm", *words)
-    expect(ended, 1, "shared memory", "too little for MPI to start in", "--shm-size")
+    expect(ended, 1, "shared memory", "too little for MPI to start", "--shm-size")
     assert findings(ended)["shared memory"]["verdict"] == "wrong"
 
 

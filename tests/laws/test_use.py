@@ -100,16 +100,16 @@ def test_a_text_at_any_number_of_ranks(place: Path) -> None:
 
 def bad_uses(place: Path) -> list[tuple[type[MpidpError], str, Any]]:
     return [
-        (DataError, r"prompt 2 has 17 tokens, and the model sees 16", lambda n: written(place, n, f"--prompts={place}/long.txt")),
+        (DataError, r"prompt 2 has 17 tokens; the model's context", lambda n: written(place, n, f"--prompts={place}/long.txt")),
         (DataError, "cannot read .*none.txt", lambda n: written(place, n, f"--prompts={place}/none.txt")),
         (DataError, "prompt 1: .*surrogates not allowed", lambda n: written(place, n, "--prompt=\udcff")),
-        (UsageError, "--out .* no file can be written there", lambda n: written(place, n, f"--out={place}/no/out.jsonl")),
-        (UsageError, "--out .* no file can be written there", lambda n: written(place, n, f"--out={place}")),
+        (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}/no/out.jsonl")),
+        (UsageError, "--out .* cannot be written", lambda n: written(place, n, f"--out={place}")),
         (DataError, "cannot read .*none.txt", lambda n: told(place, n, f"--text={place}/none.txt")),
-        (UsageError, "--stride 17: windows have 16 tokens", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
+        (UsageError, "--stride 17: must be at most 16", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
         (DataError, "line 1: not JSON", lambda n: told(place, n, f"--choices={place / 'some.txt'}")),
         (DataError, "cannot read", lambda n: told(place, n, f"--choices={place}")),
-        (CheckpointError, "holds no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),
+        (CheckpointError, "contains no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),
     ]
 
 

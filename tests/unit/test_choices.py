@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from mpidp.data.tokenizer import ByteTokenizer, train_bpe
 from mpidp.errors import DataError
-from mpidp.inference.choices import Item, counted, encode, read_choices
+from mpidp.inference.choices import Question, accuracies, encode, read_choices
 from mpidp.inference.scoring import log_likelihoods, row_losses, text_loss, windows
 from tests.unit.test_generate import ids, loaded
 
@@ -23,8 +23,8 @@ BYTES = ByteTokenizer()
 ROW: dict[str, Any] = {"context": "2 + 2 =", "choices": [" 4", " five", " 22"], "label": 0}
 
 
-def item(**changes: Any) -> Item:
-    return Item(**({"line": 1} | ROW | changes))
+def item(**changes: Any) -> Question:
+    return Question(**({"line": 1} | ROW | changes))
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -38,11 +38,11 @@ def test_a_label_is_a_place_or_a_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"context": 3}, '"context" must be a text'), ({"choices": []}, "at least two texts"), ({"choices": ["a"]}, "at least two"),
-    ({"choices": "ab"}, "must be a list"), ({"choices": ["a", 3]}, "two texts"), ({"choices": ["a", ""]}, "choice 1 is empty"),
-    ({"choices": ["a", "a"]}, "two choices are the same"), ({"label": 3}, r'"label" 3 is outside 0\.\.2'),
-    ({"label": -1}, "outside"), ({"label": True}, '"label" must be an index'), ({"label": None}, '"label" must be an index'),
-    ({"label": 1.0}, "must be an index"), ({"label": "4"}, "'4' is none of the choices"),
+    ({"context": 3}, '"context" must be a string'), ({"choices": []}, "two strings"), ({"choices": ["a"]}, "at least two"),
+    ({"choices": "ab"}, "must be a list"), ({"choices": ["a", 3]}, "two strings"), ({"choices": ["a", ""]}, "choice 1 is empty"),
+    ({"choices": ["a", "a"]}, "two choices are equal"), ({"label": 3}, r'"label" 3 is not in 0\.\.2'),
+    ({"label": -1}, "is not in"), ({"label": True}, '"label" must be an index'), ({"label": None}, '"label" must be an index'),
+    ({"label": 1.0}, "must be an index"), ({"label": "4"}, "'4' is not one of the choices"),
 ])
 def test_bad_questions_are_named_by_their_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=f"c.jsonl, line 2: .*{said}.*each line is like"):
@@ -74,7 +74,7 @@ def test_tokens_that_span_the_border_are_the_choices() -> None:
 def test_a_context_loses_its_beginning_a_choice_nothing() -> None:
     long, short = encode(BYTES, item(context="x" * 30, choices=["abc", "d" * 24]), 24)
     assert len(long.ids) == len(short.ids) == 25 and (long.counted, short.counted) == (3, 24) and long.cut and short.cut
-    with pytest.raises(DataError, match=r"c.jsonl, line 1: choice 1 has 25 tokens, and the model sees 24 \(model.seq_len\)"):
+    with pytest.raises(DataError, match=r"c.jsonl, line 1: choice 1 has 25 tokens; the model's context is 24 tokens"):
         encode(BYTES, item(context="x", choices=["abc", "d" * 25]), 24, "c.jsonl")
     with pytest.raises(DataError, match="line 1: .*surrogates"):
         encode(BYTES, item(context="\ud800"), 24)
@@ -110,11 +110,11 @@ def test_accuracies_divide_by_what_they_say() -> None:
         (0, [-4.0, -5.0, -9.0], (1, 0, 0)), (1, [-4.0, -5.0, -9.0], (0, 1, 1)), (0, [-4.0, -10.0, -9.0], (1, 1, 1)),
         (1, [-4.0, -9.0, -9.0], (0, 1, 1)),  # and nothing of the context counts
     ]:
-        found = counted([item(choices=one.choices, label=label)], [encode(BYTES, one, 24)], np.array([scores]))
+        found = accuracies([item(choices=one.choices, label=label)], [encode(BYTES, one, 24)], np.array([scores]))
         assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == right
     tokenizer = train_bpe(iter(["hello hello hello"] * 50), 300)
     asked = item(context="x", choices=["hello", "ab"], label=0)  # 5 bytes and 1 token; 2 bytes and 2 tokens
-    found = counted([asked], [encode(tokenizer, asked, 24)], np.array([[-3.0, -2.0]]))
+    found = accuracies([asked], [encode(tokenizer, asked, 24)], np.array([[-3.0, -2.0]]))
     assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == (0, 1, 0)
     assert found["chance"] == 0.5 and found["items"] == 1 and found["cut_items"] == 0
 
@@ -122,7 +122,7 @@ def test_accuracies_divide_by_what_they_say() -> None:
 def test_of_equals_the_first_wins_and_padding_never_does() -> None:
     asked = [item(label=0), item(choices=["a", "b"], label=0)]
     encoded = [encode(BYTES, one, 24) for one in asked]
-    assert counted(asked, encoded, np.array([[-1.0, -9.0, -9.0], [-2.0, -2.0, 0.0]]))["accuracy"] == 1.0
+    assert accuracies(asked, encoded, np.array([[-1.0, -9.0, -9.0], [-2.0, -2.0, 0.0]]))["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(("targets", "seq_len", "stride"), [(1, 8, 4), (8, 8, 4), (9, 8, 4), (50, 8, 1), (50, 8, 8), (23, 8, 3)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.convert import from_megatron, to_megatron
-from data_tools.megatron import MAGIC, Reader, dtype_code
+from data_tools.megatron import MAGIC, MegatronReader, dtype_code
 from data_tools.prepare import prepare
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
@@ -27,7 +27,7 @@ def documents_of(path: Path, split: str) -> list[list[int]]:
 
 
 def independent(prefix: Path) -> list[list[int]]:
-    """As the format is described, without our Reader; documents of one sequence."""
+    """As the format is described, without our reader; documents of one sequence."""
     raw = Path(f"{prefix}.idx").read_bytes()
     assert raw[:9] == b"MMIDIDX\x00\x00"
     version, code, sequences, bounds = struct.unpack_from("<QBQQ", raw, 9)
@@ -57,7 +57,7 @@ def test_there_and_back(shards: Path, tmp_path: Path) -> None:
     assert len(said) == 2 and f"it_train: {TokenStream(shards).num_tokens:,} tokens" in said[0]
     for split in ("train", "val"):
         assert independent(tmp_path / f"deep/it_{split}") == documents_of(shards, split)
-        assert [ids.tolist() for ids in Reader(tmp_path / f"deep/it_{split}").documents()] == documents_of(shards, split)
+        assert [ids.tolist() for ids in MegatronReader(tmp_path / f"deep/it_{split}").documents()] == documents_of(shards, split)
     from_megatron(tmp_path / "deep/it", tmp_path / "back", str(shards / "tokenizer.json"), 5, 0.0, None)
     for split in ("train", "val"):
         assert documents_of(tmp_path / "back", split) == documents_of(shards, split)
@@ -86,7 +86,7 @@ def test_files_of_others(tmp_path: Path, code: int, dtype: str) -> None:
     ids = (np.arange(40) * 7 % 120).astype(dtype)
     write(tmp_path / "it", code, [5, 0, 10, 5, 20], [0, 2, 2, 4, 5], ids, b"\0" * 5)
     said = from_megatron(tmp_path / "it", tmp_path / "out", "byte", 2, 0.25, None)
-    assert said[-1] == "1 documents without a token were left out"
+    assert said[-1] == "1 documents without tokens were skipped"
     assert documents_of(tmp_path / "out", "train") == [ids[:5].tolist(), ids[5:20].tolist(), ids[20:30].tolist()]
     assert documents_of(tmp_path / "out", "val") == [ids[30:].tolist()]
     assert TokenStream(tmp_path / "out", "val").num_documents == 0
@@ -106,23 +106,23 @@ def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
 
     refused("none_train.idx: cannot be read", "none")
     write(tmp_path / "it", 8, [10, 10], [0, 1, 2], ids + 300)
-    refused("document 0 has the id 309, and the tokenizer's are 0..256")
+    refused("document 0 contains the id 309, but the tokenizer's ids are 0..256")
     write(tmp_path / "it", 4, [10, 10], [0, 1, 2], (ids.astype("<i4") - 3))
-    refused("document 0 has the id -3")
+    refused("document 0 contains the id -3")
     for lengths, bounds in (([10, 11], [0, 1, 2]), ([30, -10], [0, 1, 2]), ([-1, 3], [0, 2])):
         write(tmp_path / "it", 8, lengths, bounds, ids)
         refused("outside the 40 bytes")
     for bounds in ([0, 1], [0, 3, 2], [-1, 2]):
         write(tmp_path / "it", 8, [10, 10], bounds, ids)
-        refused("bounds of documents do not ascend")
+        refused("document bounds do not ascend")
     write(tmp_path / "it", 7, [10, 10], [0, 1, 2], ids)
     refused("version 1, type 7")
     index = tmp_path / "it.idx"
     write(tmp_path / "it", 8, [10, 10], [0, 1, 2], ids)
     index.write_bytes(index.read_bytes()[:-3])
-    refused("2 sequences and 3 bounds of documents need")
+    refused("2 sequences and 3 document bounds need")
     index.write_bytes(b"MMIDIDX")
-    refused("not an index of Megatron-LM")
+    refused("not a Megatron-LM index")
     index.unlink()
     refused("it_train.idx: cannot be read")
     with pytest.raises(DataError, match="loss mask"):
@@ -130,5 +130,5 @@ def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
     to_megatron(shards, tmp_path / "there")
     for again in (lambda: to_megatron(shards, tmp_path / "there"),
                   lambda: from_megatron(tmp_path / "there", shards, "byte", 1, 0.0, None)):
-        with pytest.raises(UsageError, match="exists, and nothing is overwritten"):
+        with pytest.raises(UsageError, match="exists and is not overwritten"):
             again()

@@ -16,36 +16,36 @@ from typing import Any
 import pytest
 
 from mpidp.checkup import hardware, launch, memory, network, storage
-from mpidp.checkup.facts import Facts
-from mpidp.checkup.findings import VERDICTS, Finding, attempt, ranks, size, table, worst
+from mpidp.checkup.facts import MachineFacts
+from mpidp.checkup.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.comm import probe
 from mpidp.runtime.environment import numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
-ONE = Facts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
+ONE = MachineFacts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
 
 
-def job(*places: tuple[str, str], host_cores: int = 4, **more: Any) -> list[Facts]:
-    """Facts of ranks given as (host, cores), cores as "0,1"."""
+def job(*places: tuple[str, str], host_cores: int = 4, **more: Any) -> list[MachineFacts]:
+    """MachineFacts of ranks given as (host, cores), cores as "0,1"."""
     return [
         replace(ONE, rank=rank, host=host, cores=tuple(map(int, cores.split(","))), host_cores=host_cores, **more)
         for rank, (host, cores) in enumerate(places)
     ]
 
 
-def verdicts(found: Finding | list[Finding]) -> list[str]:
+def verdicts(found: CheckResult | list[CheckResult]) -> list[str]:
     return [one.verdict for one in (found if isinstance(found, list) else [found])]
 
 
 LAUNCHES = {  # (size, launched, library, launcher, mpirun on the PATH) -> verdict, in the words, in the fix
-    "one job": ((4, 4, "MPICH 5.0.2", "MPICH", ("", "")), "ok", "4 ranks by the mpirun of MPICH", ""),
+    "one job": ((4, 4, "MPICH 5.0.2", "MPICH", ("", "")), "ok", "4 ranks, started by the mpirun of MPICH", ""),
     "one job by an unknown launcher": ((4, 0, "Cray MPICH 8.1", "", ("", "")), "ok", "4 ranks", ""),
-    "alone": ((1, 0, "MPICH 5.0.2", "", ("/m/mpirun", "MPICH")), "ok", "/m/mpirun belongs to it", ""),
+    "alone": ((1, 0, "MPICH 5.0.2", "", ("/m/mpirun", "MPICH")), "ok", "matching mpirun /m/mpirun", ""),
     "alone, one meant": ((1, 1, "MPICH 5.0.2", "MPICH", ("/m/mpirun", "MPICH")), "ok", "one rank", ""),
-    "alone, no mpirun": ((1, 0, "MPICH 5.0.2", "", ("", "")), "note", "no mpirun is on the PATH", "srun"),
+    "alone, no mpirun": ((1, 0, "MPICH 5.0.2", "", ("", "")), "note", "no mpirun on the PATH", "srun"),
     "alone, another's mpirun": ((1, 0, "MPICH 5.0.2", "", ("/o/mpirun", "Open MPI")), "warning", "is Open MPI's", "first on"),
     "alone, mpirun unknown": ((1, 0, "Intel MPI 2021.1", "", ("/i/mpirun", "other")), "ok", "", ""),
-    "singletons": ((1, 4, "Open MPI 5.0.11", "MPICH", ("/o/mpirun", "Open MPI")), "wrong", "started 4 ranks, and each is alone",
+    "singletons": ((1, 4, "Open MPI 5.0.11", "MPICH", ("/o/mpirun", "Open MPI")), "wrong", "started 4 ranks, but each is alone",
                    "srun --mpi=pmix -n 4"),
     "singletons of srun": ((1, 4, "MPICH 5.0.2", "srun", ("", "")), "wrong", "srun started 4 ranks", "srun --mpi=pmi2 -n 4"),
     "one, by a stranger": ((1, 1, "MPICH 5.0.2", "Open MPI", ("", "")), "wrong", "the mpirun of Open MPI started 1", "MPICH"),
@@ -114,11 +114,11 @@ def test_versions_that_differ_are_named_with_ranks_and_hosts() -> None:
 
 
 CORES = {  # ranks, verdict, in the words
-    "unbound, room for all": (job(("n1", "0,1,2,3"), ("n1", "0,1,2,3")), "ok", "n1 (of 4): ranks 0-1 on 0-3"),
+    "unbound, room for all": (job(("n1", "0,1,2,3"), ("n1", "0,1,2,3")), "ok", "n1 (4 cores): ranks 0-1 on 0-3"),
     "bound": (job(("n1", "0,1"), ("n1", "2,3")), "ok", "rank 0 on 0-1; rank 1 on 2-3"),
     "two on one core": (job(("n1", "2"), ("n1", "2"), ("n1", "0,1,2,3")), "wrong", "ranks 0-1 share core 2"),
     "three on two cores": (job(("n1", "0,1"), ("n1", "1"), ("n1", "0,1")), "wrong", "ranks 0-2 share core 0-1"),
-    "the same core of two nodes": (job(("n1", "0"), ("n2", "0"), host_cores=1), "ok", "n2 (of 1): rank 1 on 0"),
+    "the same core of two nodes": (job(("n1", "0"), ("n2", "0"), host_cores=1), "ok", "n2 (1 core): rank 1 on 0"),
     "more ranks than cores": (job(*[("n1", "0,1,2,3")] * 5), "warning", "5 ranks share its 4 cores"),
     "more ranks than it was given": (job(*[("n1", "0,1")] * 3), "wrong", "ranks 0-2 share core 0-1"),
     "half of the node": (job(("n1", "0"), ("n1", "1")), "note", "may use 2 of 4 cores"),
@@ -127,7 +127,7 @@ CORES = {  # ranks, verdict, in the words
 
 
 @pytest.mark.parametrize("case", CORES.values(), ids=CORES)
-def test_cores(case: tuple[list[Facts], str, str]) -> None:
+def test_cores(case: tuple[list[MachineFacts], str, str]) -> None:
     facts, verdict, words = case
     found = hardware.check_cores(facts, "MPICH")
     assert found.verdict == verdict and words in found.words, found
@@ -146,7 +146,7 @@ def test_threads_against_cores(threads: dict[str, str], expected: list[str]) -> 
 
 
 def test_nodes() -> None:
-    assert hardware.check_nodes([ONE]).words == "1 with 1 rank each: n1"
+    assert hardware.check_nodes([ONE]).words == "1 node, 1 rank: n1"
     assert hardware.check_nodes(job(("n1", "0"), ("n2", "0"))).verdict == "ok"
     uneven = hardware.check_nodes(job(("n1", "0"), ("n2", "0"), ("n2", "1")))
     assert uneven.verdict == "note" and "n1 1\nn2 2" in uneven.words
@@ -158,12 +158,12 @@ A, B = ("GPU-a", "H200"), ("GPU-b", "H200")
 @pytest.mark.parametrize(
     ("gpus", "wanted", "verdict", "words"),
     [
-        ([(), ()], False, "skipped", "no rank's torch sees one"),
-        ([(), ()], True, "wrong", "no rank's torch sees one"),
+        ([(), ()], False, "skipped", "torch finds no GPU"),
+        ([(), ()], True, "wrong", "torch finds no GPU"),
         ([(A, B), (A, B)], False, "ok", "n1: rank 1 on H200 GPU-b"),
         ([(A,), (B,)], False, "ok", "n1: rank 1 on H200 GPU-b"),  # each rank is shown its own
         ([(A,), (A,)], False, "warning", "ranks 0-1 share GPU-a"),
-        ([(A, B), ()], False, "wrong", "rank 1 see none"),
+        ([(A, B), ()], False, "wrong", "rank 1 without a GPU"),
     ],
 )
 def test_gpus_by_uuid(gpus: list[tuple[tuple[str, str], ...]], wanted: bool, verdict: str, words: str) -> None:
@@ -174,7 +174,7 @@ def test_gpus_by_uuid(gpus: list[tuple[tuple[str, str], ...]], wanted: bool, ver
 
 def test_cuda_aware_mpi() -> None:
     with_gpu = [replace(ONE, gpus=(A,)), replace(ONE, rank=1, gpus=(A,))]
-    assert "no GPU here" in hardware.check_probe([ONE], [None]).words
+    assert "no GPU" in hardware.check_probe([ONE], [None]).words
     assert hardware.check_probe(with_gpu, [None, None]).verdict == "skipped"
     assert hardware.check_probe(with_gpu, [True, None]).verdict == "ok"
     assert hardware.check_probe(with_gpu, [True, False]).verdict == "note"
@@ -201,7 +201,7 @@ def test_segments_of_any_mpi_are_found_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "mpich_shm_folder").mkdir()
     found = memory.find("n1", tmp_path)
     assert sorted(one.name for one in found) == sorted(NAMES)
-    assert all(one.state == "gone" and one.mine and one.bytes >= 4096 and one.age_seconds < 600 for one in found)
+    assert all(one.state == "gone" and one.own and one.bytes >= 4096 and one.age_seconds < 600 for one in found)
     assert [one.name for one in memory.clean(found, tmp_path)] == sorted(NAMES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mpich_shm_folder", "mpich_shm_link", *others]
 
@@ -220,7 +220,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("how", ["mapped", "open"])
-@pytest.mark.parametrize("blind", ["", "_held", "_leased"])
+@pytest.mark.parametrize("blind", ["", "_in_use", "_leased"])
 def test_what_a_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, blind: str) -> None:
     """Two proofs, either of which is enough: what /proc tells, and the kernel's lease, which sees into containers too."""
     path = tmp_path / NAMES[0]
@@ -229,7 +229,7 @@ def test_what_a_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     try:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         if blind:
-            monkeypatch.setattr(memory, blind, lambda _: set() if blind == "_held" else nullcontext())
+            monkeypatch.setattr(memory, blind, lambda _: set() if blind == "_in_use" else nullcontext())
         [found] = memory.find("n1", tmp_path)
         assert found.state == "used"
         assert memory.clean([replace(found, state="gone")], tmp_path) == [] and path.exists()  # opened since it was looked at
@@ -238,7 +238,7 @@ def test_what_a_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         child.communicate()
     [found] = memory.find("n1", tmp_path)
     assert found.state == "gone"
-    assert memory.clean([replace(found, mine=False)], tmp_path) == [] and path.exists()
+    assert memory.clean([replace(found, own=False)], tmp_path) == [] and path.exists()
     assert memory.clean([found], tmp_path) == [found] and not path.exists()
 
 
@@ -250,7 +250,7 @@ def test_segments_are_judged_by_whose_they_are() -> None:
     assert verdicts(memory.check_segments([replace(gone, bytes=72 << 10)], [])) == ["note"]
     [found] = memory.check_segments([gone], [gone])
     assert found.verdict == "ok" and "removed 1 segment, 3 MiB\n" in found.words
-    assert verdicts(memory.check_segments([replace(gone, mine=False)], [])) == ["note"]
+    assert verdicts(memory.check_segments([replace(gone, own=False)], [])) == ["note"]
     assert verdicts(memory.check_segments([replace(gone, state="unknown")], [])) == ["note"]
     assert verdicts(memory.check_segments([replace(gone, state="used")], [])) == ["ok"]
     [found] = memory.check_segments([replace(gone, name=f"{i}") for i in range(20)], [])
@@ -274,8 +274,8 @@ def test_neighbours_are_measured_and_no_rank_twice_at_a_time(hosts: list[str], e
         assert len(ends) == len(set(ends))
 
 
-def link(a: str, b: str, bandwidth: float, interface: str = "ib0") -> network.Link:
-    return network.Link((a, b), 2e-6, bandwidth, interface)
+def link(a: str, b: str, bandwidth: float, interface: str = "ib0") -> network.NetworkLink:
+    return network.NetworkLink((a, b), 2e-6, bandwidth, interface)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def link(a: str, b: str, bandwidth: float, interface: str = "ib0") -> network.Li
         ([link("a", "b", 8e9), link("b", "c", 8e9, "eth0")], ["ok", "warning"], "a - b"),
     ],
 )
-def test_links(links: list[network.Link], expected: list[str], words: str) -> None:
+def test_links(links: list[network.NetworkLink], expected: list[str], words: str) -> None:
     found = network.check_links(links, "MPICH 5.0.2", {"FI_PROVIDER": "tcp", "HOME": "/"})
     assert verdicts(found) == expected and words in found[0].words, found
     if len(found) > 1:
@@ -326,11 +326,11 @@ def test_no_byte_of_the_shards_is_read_twice(tmp_path: Path, monkeypatch: pytest
 
 
 def test_data_that_are_not_there_are_wrong_and_say_where(tmp_path: Path) -> None:
-    there = storage.Read("n1", 9 << 20, 0.01)
+    there = storage.ReadTest("n1", 9 << 20, 0.01)
     absent = storage.read(tmp_path / "absent", "n2", 1, 2, 9.0)
     found = storage.check_read([there, absent], "shards")
     assert found.verdict == "wrong" and "(rank 1 on n2)" in found.words
-    slow = storage.check_read([there, storage.Read("n2", 9 << 20, 2.0)], "shards")
+    slow = storage.check_read([there, storage.ReadTest("n2", 9 << 20, 2.0)], "shards")
     assert slow.verdict == "warning" and "n2" in slow.words
 
 
@@ -338,7 +338,7 @@ def test_data_that_are_not_there_are_wrong_and_say_where(tmp_path: Path) -> None
     ("met", "verdict", "words"),
     [
         ([{"flock": True, "fcntl": True}], "ok", "1 tried"),
-        ([{"flock": True, "fcntl": True}, {"flock": True, "fcntl": False}], "warning", "fcntl: does not keep others out"),
+        ([{"flock": True, "fcntl": True}, {"flock": True, "fcntl": False}], "warning", "fcntl: does not exclude other processes"),
         ([{"flock": "not supported", "fcntl": True}], "warning", "flock: not supported; fcntl: works"),
     ],
 )
@@ -348,17 +348,17 @@ def test_locks(met: list[dict[str, bool | str]], verdict: str, words: str) -> No
 
 
 def test_a_lock_that_another_process_holds_is_met(tmp_path: Path) -> None:
-    handle = storage.hold(tmp_path / "run")
+    handle = storage.make_locked_file(tmp_path / "run")
     assert isinstance(handle, int)
-    assert storage.refused_to_a_child(tmp_path / "run") == {"flock": True, "fcntl": True}
+    assert storage.lock_states_in_child(tmp_path / "run") == {"flock": True, "fcntl": True}
     os.close(handle)
-    assert storage.refused_to_a_child(tmp_path / "run") == {"flock": False, "fcntl": False}
+    assert storage.lock_states_in_child(tmp_path / "run") == {"flock": False, "fcntl": False}
 
 
 def test_a_run_folder_must_be_one_and_be_writable(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for found in (storage.hold(tmp_path / "file" / "run"), storage.refused(tmp_path / "absent")):
-        assert isinstance(found, Finding) and (found.what, found.verdict) == ("run.dir", "wrong") and found.fix
+    for found in (storage.make_locked_file(tmp_path / "file" / "run"), storage.lock_states(tmp_path / "absent")):
+        assert isinstance(found, CheckResult) and (found.what, found.verdict) == ("run.dir", "wrong") and found.fix
 
 
 @pytest.mark.parametrize(
@@ -381,21 +381,21 @@ def test_room_for_the_checkpoints_to_come(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_check_that_fails_is_a_finding() -> None:
-    def check() -> Finding:
+    def check() -> CheckResult:
         raise OSError("no such thing")
 
-    [found] = attempt("cores", check)
-    assert found == Finding("cores", "warning", "could not be checked: OSError('no such thing')")
+    [found] = run_check("cores", check)
+    assert found == CheckResult("cores", "warning", "could not be checked: OSError('no such thing')")
 
 
 def test_the_table_shows_everything_and_the_worst_is_the_first_of_the_worst() -> None:
-    found = [Finding("a", "ok", "x"), Finding("b", "wrong", "y\nz", "mend it"), Finding("c", "wrong", "w"),
-             Finding("d", "warning", "v")]  # fmt: skip
+    found = [CheckResult("a", "ok", "x"), CheckResult("b", "wrong", "y\nz", "mend it"), CheckResult("c", "wrong", "w"),
+             CheckResult("d", "warning", "v")]  # fmt: skip
     assert worst(found) == found[1]
-    assert [worst(found[:1] + [Finding("e", verdict, "")]).verdict for verdict in VERDICTS] == list(VERDICTS)
+    assert [worst(found[:1] + [CheckResult("e", verdict, "")]).verdict for verdict in VERDICTS] == list(VERDICTS)
     rows = ["ok       a  x", "wrong    b  y", "            z", "            -> mend it", "wrong    c  w", "warning  d  v"]
     assert table(found).splitlines() == rows
-    long = table([Finding("a", "ok", "word " * 100)]).splitlines()
+    long = table([CheckResult("a", "ok", "word " * 100)]).splitlines()
     assert len(long) > 3 and all(len(line) <= 130 for line in long)
 
 

@@ -14,11 +14,11 @@ from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.generate import read_options
-from mpidp.inference.decode import Row, decode, go_on
+from mpidp.inference.decode import DecodedText, continue_prompts, decode
 from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
-from mpidp.inference.speech import Speech
+from mpidp.inference.speech import StreamedText
 from mpidp.model.cache import Cache
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape
@@ -48,7 +48,7 @@ def ids(length: int, seed: int = 0) -> list[int]:
 
 
 def grown(model: Loaded, prompts: list[list[int]], tokens: int, how: Sampling = GREEDY) -> list[list[int]]:
-    rows = [Row(model.model, prompt, tokens, seed_of(5, i), lambda token: False) for i, prompt in enumerate(prompts)]
+    rows = [DecodedText(model.model, prompt, tokens, seed_of(5, i), lambda token: False) for i, prompt in enumerate(prompts)]
     decode(model, rows, how, eod=-1)
     return [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -107,8 +107,8 @@ def test_neighbours_change_no_token(how: Sampling) -> None:
     prompts = [ids(n, n) for n in (3, 9, 1, 14, 9, 2, 20)]
     seeds = [seed_of(5, i) for i in range(len(prompts))]
 
-    def rows(places: list[int]) -> list[Row]:
-        return [Row(model.model, prompts[i], 10 + i, seeds[i], lambda token: False) for i in places]
+    def rows(places: list[int]) -> list[DecodedText]:
+        return [DecodedText(model.model, prompts[i], 10 + i, seeds[i], lambda token: False) for i in places]
 
     alone = []
     for i in range(len(prompts)):
@@ -183,9 +183,9 @@ TEXT = "naïve 日本語 🙂 \ufffd end"
 def spoken(data: bytes, stops: list[str] | None = None) -> tuple[str, str, list[str], bool]:
     """(what was said, what was returned, the pieces, did it stop?)."""
     pieces: list[str] = []
-    speech = Speech(BYTES.decode, [65], stops or (), pieces.append)
-    stopped = any(speech.add(token) for token in data)
-    text = speech.end()
+    stream = StreamedText(BYTES.decode, [65], stops or (), pieces.append)
+    stopped = any(stream.add(token) for token in data)
+    text = stream.end()
     return "".join(pieces), text, pieces, stopped
 
 
@@ -219,10 +219,10 @@ class Metaspace(ByteTokenizer):
 
 
 def test_a_first_space_is_not_lost() -> None:
-    speech = Speech(Metaspace().decode, list(b"a word"))
+    stream = StreamedText(Metaspace().decode, list(b"a word"))
     for token in b" more":
-        speech.add(token)
-    assert speech.end() == " more"
+        stream.add(token)
+    assert stream.end() == " more"
 
 
 def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
@@ -233,15 +233,15 @@ def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
         eod = new[8]
 
     first = new.index(new[8])
-    (_, found), = go_on(model, Ends(), {0: prompt}, GREEDY, 15, 0)
+    (_, found), = continue_prompts(model, Ends(), {0: prompt}, GREEDY, 15, 0)
     assert (found.ended, found.tokens, found.text) == ("eod", first, Ends().decode(new[:first]))
-    (_, found), = go_on(model, BYTES, {0: prompt}, GREEDY, 15, 0)
+    (_, found), = continue_prompts(model, BYTES, {0: prompt}, GREEDY, 15, 0)
     assert (found.ended, found.tokens, found.text, found.cut) == ("tokens", 15, BYTES.decode(new), False)
     stop = BYTES.decode(new)[4]
     pieces: list[str] = []
-    (_, found), = go_on(model, BYTES, {0: prompt}, GREEDY, 15, 0, [stop], pieces.append)
+    (_, found), = continue_prompts(model, BYTES, {0: prompt}, GREEDY, 15, 0, [stop], pieces.append)
     assert found.ended == "stop" and found.text == BYTES.decode(new).partition(stop)[0] == "".join(pieces)
-    (_, found), = go_on(model, BYTES, {0: prompt}, GREEDY, 0, 0)
+    (_, found), = continue_prompts(model, BYTES, {0: prompt}, GREEDY, 0, 0)
     assert (found.ended, found.tokens, found.text) == ("tokens", 0, "")
 
 
@@ -255,7 +255,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
         padded.model.head.weight[257:].copy_(padded.model.head.weight[:43] * 20)
     prompts = {i: ids(5, i) for i in range(3)}
     for how in (GREEDY, Sampling(2.0, 0), Sampling(2.0, 10, 0.9)):
-        assert go_on(padded, BYTES, prompts, how, 20, 3) == go_on(plain, BYTES, prompts, how, 20, 3)
+        assert continue_prompts(padded, BYTES, prompts, how, 20, 3) == continue_prompts(plain, BYTES, prompts, how, 20, 3)
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
@@ -266,11 +266,11 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("p.txt", b"", "is empty"), ("p.txt", b"\n \n", "only blank lines; each line is a prompt"),
+    ("p.txt", b"", "is empty"), ("p.txt", b"\n \n", "only blank lines; each line must be a prompt"),
     ("p.txt", b"ab\xff", r"not UTF-8 text \(byte 2\)"), ("p.jsonl", b"\n\n", "only blank lines"),
     ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"line 3: not JSON .* like \{\"prompt\""),
-    ("p.jsonl", b"[1]", "line 1: not an object"), ("p.jsonl", b'{"text": "a"}', 'line 1: no text "prompt", but text'),
-    ("p.jsonl", b'{"prompt": 3}', 'line 1: no text "prompt"'), ("absent.txt", None, "cannot read .*absent.txt: No such file"),
+    ("p.jsonl", b"[1]", "line 1: not an object"), ("p.jsonl", b'{"text": "a"}', 'line 1: no string "prompt"; its keys are: text'),
+    ("p.jsonl", b'{"prompt": 3}', 'line 1: no string "prompt"'), ("absent.txt", None, "cannot read .*absent.txt: No such file"),
 ])
 def test_bad_files_of_prompts(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
     if content is not None:
@@ -286,10 +286,10 @@ def test_a_hostile_line_is_no_crash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--top-p=0"], "--top-p 0.0 is a share"), (["--top-p=1.01"], "--top-p 1.01"), (["--top-p=nan"], "--top-p nan"),
+    (["--top-p=0"], "--top-p 0.0: must be above 0"), (["--top-p=1.01"], "--top-p 1.01"), (["--top-p=nan"], "--top-p nan"),
     (["--temperature=-1"], "--temperature"), (["--temperature=nan"], "--temperature"), (["--temperature=inf"], "--temperature"),
     (["--top-k=-1"], "--top-k"), (["--tokens=-1"], "--tokens"), (["--batch=0"], "--batch 0"), (["--stop="], "--stop ''"),
-    (["--prompt=a", "--prompts=b"], "give one of them"), (["--stream", "--prompts=b"], "--stream"),
+    (["--prompt=a", "--prompts=b"], "give only one of them"), (["--stream", "--prompts=b"], "--stream"),
 ])
 def test_wrong_options_of_generate(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
@@ -297,7 +297,7 @@ def test_wrong_options_of_generate(words: list[str], said: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--text=a", "--choices=b"], "give one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
+    (["--text=a", "--choices=b"], "only one of them"), (["--stride=3"], "--stride"), (["--text=a", "--stride=-1"], "--stride"),
 ])
 def test_wrong_options_of_evaluate(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -31,7 +31,7 @@ from mpidp.hf import tokens
 from mpidp.hf.folder import Folder
 from mpidp.hf.names import config_of, settings_of, shape_of, theirs
 from mpidp.hf.write import files_of
-from mpidp.inference.choices import Item, encode
+from mpidp.inference.choices import Question, encode
 from mpidp.inference.loading import load_tokenizer_for, open_model
 from mpidp.model.shape import shapes_of
 from mpidp.training.initial_weights import open_origin
@@ -192,7 +192,7 @@ def test_a_text_begins_as_in_transformers(
         ids = _encoded(tokenizer, words, T, 0)
         assert ids == model(words).input_ids and ids[0] == 7
     assert _encoded(tokenizer, "", T, 0) == [7] == model("").input_ids
-    item = Item(1, "the ", ["rank", "tree"], 0)
+    item = Question(1, "the ", ["rank", "tree"], 0)
     assert [one.ids for one in encode(tokenizer, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
     alone = load_tokenizer(run)
     assert alone.bos == 7 and alone.encode("a b").tolist() == model("a b").input_ids[1:]
@@ -400,7 +400,7 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "text.txt" / "out"))
     (tmp_path / "empty").mkdir()
     for run, error in ((tmp_path / "empty", CheckpointError), (tmp_path / "none", MpidpError)):
-        with pytest.raises(error, match="holds no checkpoint|no such run"):
+        with pytest.raises(error, match="contains no checkpoint|no such folder"):
             export(WORLD, str(run), str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 

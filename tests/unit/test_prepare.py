@@ -14,7 +14,7 @@ import pytest
 
 from data_tools import sources
 from data_tools.mixture import Source
-from data_tools.options import Options, check_options
+from data_tools.options import PrepareOptions, check_options
 from data_tools.prepare import prepare
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
@@ -179,7 +179,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_touched(corpus: P
     with pytest.raises(UsageError, match="not a folder"):
         prepare(str(corpus), out=tmp_path / "file")
     assert not (tmp_path / "out").exists()
-    check_options(Options([Source("x", 1.0)], "bpe:257", 1, 0.0, bad_utf8="skip"))
+    check_options(PrepareOptions([Source("x", 1.0)], "bpe:257", 1, 0.0, bad_utf8="skip"))
 
 
 def test_a_corpus_too_small_to_split(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_foreign_files_are_not_touched(corpus: Path, tmp_path: Path) -> None:
     prepare(str(corpus), out=out)
     (out / "mine.h5").write_text("precious")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(UsageError, match="mine.h5.*nothing was touched"):
+    with pytest.raises(UsageError, match="mine.h5.*nothing was changed"):
         prepare(str(corpus), out=out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     (out / "mine.h5").unlink()

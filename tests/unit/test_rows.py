@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.arrange import pack
-from data_tools.chat import Refused, Template, find_template
+from data_tools.chat import Template, TemplateRejection, find_template
 from data_tools.places import placer
 from data_tools.prepare import prepare
 from mpidp.data.lanes import Lanes
@@ -153,14 +153,14 @@ def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("form", "row", "kind", "words"), [
-    ("prompt_completion", "{", "malformed", "not valid JSON"), ("prompt_completion", "[1]", "malformed", "not an object"),
-    ("prompt_completion", {"prompt": "a", "completion": 3}, "malformed", "no fields `prompt` and `completion`"),
+    ("prompt_completion", "{", "malformed", "not valid JSON"), ("prompt_completion", "[1]", "malformed", "not a JSON object"),
+    ("prompt_completion", {"prompt": "a", "completion": 3}, "malformed", "no string fields `prompt` and `completion`"),
     ("prompt_completion", pair("a", ""), "empty", "its completion is empty"),
     ("prompt_completion", pair("a" * 90, "b"), "long", "92 tokens, more than --seq-len 80"),
     ("chat", {"messages": []}, "malformed", "no field `messages`"), ("chat", {"text": "x"}, "malformed", "no field `messages`"),
-    ("chat", {"messages": [{"role": "user"}]}, "malformed", "without `role` and `content` that are strings"),
-    ("chat", chat("alone"), "empty", "no turn of the assistant's"),
-    ("chat", chat("a", "b", first="assistant"), "malformed", r"refuses it \(roles must alternate\)"),
+    ("chat", {"messages": [{"role": "user"}]}, "malformed", "without string fields `role` and `content`"),
+    ("chat", chat("alone"), "empty", "no assistant turn"),
+    ("chat", chat("a", "b", first="assistant"), "malformed", r"rejected by the chat template \(roles must alternate\)"),
     ("chat", chat("a\ufdd0", "b"), "malformed", "U\\+FDD0"),
 ])  # fmt: skip
 def test_bad_rows_are_told_and_skipped_or_refused(
@@ -194,9 +194,9 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"form": "chat", "seq_len": 8}, UsageError, "needs a chat template, and the tokenizer byte has none.*--chat-template FILE"),
     ({"form": "chat", "seq_len": 8, "chat_template": "gone"}, DataError, "cannot read gone"),
     ({"form": "chat", "seq_len": 8, "chat_template": "bad.jinja"}, DataError, "line 2 of the chat template"),
-    ({"form": "chat", "seq_len": 99, "chat_template": "turns.jinja"}, DataError, r"a.jsonl:1: .*otherwise when others follow"),
+    ({"form": "chat", "seq_len": 99, "chat_template": "turns.jinja"}, DataError, r"a.jsonl:1: .*differently when more"),
     ({"form": "prompt_completion", "seq_len": 8, "split": "text"}, UsageError, "would cut rows in two"),
-    ({"seq_len": 8}, UsageError, "--seq-len and --truncate are for"), ({"chat_template": "x"}, UsageError, "for --format chat"),
+    ({"seq_len": 8}, UsageError, "--seq-len and --truncate"), ({"chat_template": "x"}, UsageError, "applies to --format chat"),
     ({"repeat": True}, UsageError, "--repeat needs it"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused(
 def test_hostile_templates_stay_in_their_sandbox() -> None:
     for text in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}x", "{% set n = namespace() %}{% set n.__class__ = 1 %}",
                  "{{ messages[0].content.__class__.__subclasses__() }}"):
-        with pytest.raises(Refused, match="refuses"):
+        with pytest.raises(TemplateRejection, match="rejected"):
             Template(text, {}, 0.0).render([{"role": "user", "content": "a"}])
     assert Template("{{ strftime_now('%Y') }}{{ {'a': '<é>'} | tojson }}", {}, 0.0).render([])[0] == '1970{"a": "<é>"}'
 

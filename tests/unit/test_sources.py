@@ -11,7 +11,7 @@ import pytest
 
 from data_tools import sources
 from data_tools.counts import Counts
-from data_tools.sources import Reader, SourceFile
+from data_tools.sources import SourceFile, SourceReader
 from mpidp.errors import DataError
 
 TEXTS = ["first", "sécond\nwith two lines", "third " * 1000] * 20
@@ -20,7 +20,7 @@ ARCHIVES = [".jsonl.gz", ".jsonl.zst", ".parquet"]
 
 def read(path: Path, **options: Any) -> tuple[list[str], Counts]:
     """The documents of a file and what was counted."""
-    reader, found, under_way = Reader(**options), [], ""
+    reader, found, under_way = SourceReader(**options), [], ""
     for piece in reader.pieces(SourceFile(path.name, str(path), path.stat().st_size)):
         under_way += piece or ""
         if piece is None:
@@ -92,7 +92,7 @@ def test_long_files_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         path = tmp_path / name
         path.write_bytes(text.encode())
         assert read(path) == ([text], Counts(files=1, documents=1))
-        pieces = Reader().pieces(SourceFile(name, str(path), 1))
+        pieces = SourceReader().pieces(SourceFile(name, str(path), 1))
         assert max(len((piece or "").encode()) for piece in pieces) < 2010
 
 
