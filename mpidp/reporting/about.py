@@ -30,7 +30,7 @@ def what_ran(run: RecordedRun) -> str:
     cut = [f"mesh {name} {config[f'mesh.{name}']}" for name in ("tp", "pp", "shard") if config.get(f"mesh.{name}", 1) > 1]
     name, device = str(prints.get("device", "")), ", ".join(setting("train.device", "train.dtype"))
     versions = facts.get("versions") or {key: prints[key] for key in ("torch", "cpu") if key in prints}
-    model = "{}, {} layers x {}".format(*setting("model.kind", "model.num_layers", "model.model_dim"))
+    model = "{}, num_layers {}, model_dim {}".format(*setting("model.kind", "model.num_layers", "model.model_dim"))
     batch = "{} sequences x {} tokens".format(*setting("train.global_batch", "model.seq_len"))
     method = "{}, reducer {}, compression {}".format(*setting("strategy.name", "comm.reducer", "comm.compress"))
     where, index = data.get("path", setting("data.path")[0]), str(data.get("index_sha256", "?"))[:12]
