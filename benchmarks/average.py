@@ -1,11 +1,11 @@
-"""Averaging gradient buckets: mpidp's reducers beside torch's gloo and a plain copy, in one launch, repeat by repeat.
+"""Compare the time to average gradient buckets: mpidp's reducers, torch's gloo and a plain memory copy.
 
     mpirun -np 2 python benchmarks/average.py [--mb 1,16,64] [--repeats 15] [--json]
 
-Every method gets the same float32 gradients of that many MB on every rank; what is timed is from all gradients being there to
-every rank being able to read the sum. `memcpy` is the limit: every rank copies as many bytes once. Medians over repeats in
-which the methods take turns; ratios are what counts. `wrong` must be 0: how many elements differ from the sum by more than
-rounding allows.
+Every method averages the same float32 gradients (size in MB). The time runs from the moment when all gradients are written until
+every rank can read the sum. `memcpy` is the lower limit: every rank copies as many bytes once. Methods run in turn within each
+repeat, and medians over the repeats are printed; compare ratios rather than times. `wrong` is the number of elements that differ
+from the exact sum by more than rounding allows. It must be 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-import mpidp.runtime.command  # noqa: F401  (sets what MPI and BLAS read from the environment)
+import mpidp.runtime.command  # noqa: F401  (sets environment variables that MPI and BLAS read)
 from mpidp.comm.group import alone, by_node
 from mpidp.comm.transport import Messages
 from mpidp.data.lanes import Lanes
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def join_gloo(world: MPI.Intracomm) -> None:
-    """torch.distributed over the same processes."""
+    """Start torch.distributed with gloo in the same processes. Collective over world."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = world.bcast(probe.getsockname()[1])
@@ -44,7 +44,7 @@ def join_gloo(world: MPI.Intracomm) -> None:
 
 
 class Method:
-    """fill() puts the gradients in, run() averages them, total is where the sum can be read."""
+    """A reducer of mpidp. fill() writes the gradients, run() averages them, `total` is a view of the sum."""
 
     def __init__(self, kind: str, world: MPI.Intracomm, window: bool, elements: int) -> None:
         mesh, lanes = make_mesh(world), Lanes(world.size, 1)
@@ -91,7 +91,7 @@ class Copy:
 
 
 def seconds(work: Callable[[], None], world: MPI.Intracomm) -> float:
-    """Of the slowest rank, all starting together."""
+    """Return the time of the slowest rank after a common start. Collective over world."""
     world.Barrier()
     began = time.perf_counter()
     work()

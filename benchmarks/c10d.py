@@ -1,10 +1,10 @@
-"""torch.distributed over backend mpi4py beside gloo, in one launch, turn by turn.
+"""Compare torch.distributed over the backend mpi4py with gloo, in turn within one launch.
 
     mpirun -np 2 python benchmarks/c10d.py [--kib 1,64,1024,16384,65536] [--models 14M,50M] [--repeats 15] [--json]
 
-`all_reduce` of float32 buffers of that many KiB, begun and waited for; and a step (forward, backward, SGD) of stock
-DistributedDataParallel on MLPs of that many parameters, with a small batch. Medians over repeats in which the two take turns;
-ratios (gloo's time over ours) are what counts.
+Measures `all_reduce` of float32 buffers (sizes in KiB), and a step (forward, backward, SGD) of stock DistributedDataParallel on
+MLPs (number of parameters) with a small batch. The two backends run in turn; medians over the repeats are printed. The ratio is
+gloo's time divided by mpi4py's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpidp.c10d  # noqa: F401
 
-WIDTHS = {"1M": 360, "14M": 1365, "50M": 2580}  # of 8 square layers
+WIDTHS = {"1M": 360, "14M": 1365, "50M": 2580}  # width of each of 8 square layers, by number of parameters
 LAYERS, BATCH = 8, 8
 
 
 def in_turns(works: dict[str, Callable[[], Any]], repeats: int, before: Callable[[str], Any] = str) -> dict[str, float]:
-    """Median seconds of each, of the slowest rank. before: what is not timed, of the one named."""
+    """Return the median seconds of each work on the slowest rank. before(name) runs first and is not timed. Collective."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
@@ -38,7 +38,7 @@ def in_turns(works: dict[str, Callable[[], Any]], repeats: int, before: Callable
             work()
             seconds = torch.tensor([time.perf_counter() - began])
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
-            if repeat:  # the first connects
+            if repeat:  # the first repeat opens connections
                 taken[name].append(seconds.item())
     return {name: statistics.median(times) for name, times in taken.items()}
 
@@ -63,23 +63,23 @@ def main() -> None:
     parser.add_argument("--models", default="14M,50M")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true")
-    said = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("mpi4py", init_method="mpi://")
     groups = {"mpi4py": dist.group.WORLD, "gloo": dist.new_group(backend="gloo")}
     rows = []
-    for kib in filter(None, said.kib.split(",")):
+    for kib in filter(None, options.kib.split(",")):
         buffers = {name: torch.ones(int(kib) * 256) for name in groups}
         works = {name: (lambda b=buffers[name], g=groups[name]: dist.all_reduce(b, group=g)) for name in groups}
-        rows.append((f"all_reduce {kib} KiB", in_turns(works, said.repeats, lambda name, b=buffers: b[name].fill_(1.0))))
+        rows.append((f"all_reduce {kib} KiB", in_turns(works, options.repeats, lambda name, b=buffers: b[name].fill_(1.0))))
         assert all(float(buffer[-1]) == dist.get_world_size() for buffer in buffers.values())
-    for name in filter(None, said.models.split(",")):
+    for name in filter(None, options.models.split(",")):
         rows.append((f"DDP step {name}", in_turns({kind: stepper(group, WIDTHS[name]) for kind, group in groups.items()},
-                                                  said.repeats)))
+                                                  options.repeats)))
     if dist.get_rank() == 0:
         for what, seconds in rows:
             ratio = seconds["gloo"] / seconds["mpi4py"]
-            if said.json:
+            if options.json:
                 print(json.dumps({"what": what, "ranks": dist.get_world_size(), "ratio": round(ratio, 3)} | seconds))
             else:
                 ours, theirs = 1e3 * seconds["mpi4py"], 1e3 * seconds["gloo"]

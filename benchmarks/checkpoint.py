@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training, in one launch, way by way in turns.
+"""Measure how much time a checkpoint costs the training, for several ways of saving.
 
     mpirun -np 2 python benchmarks/checkpoint.py [--layers 9] [--global-batch 16] [--seq-len 128] [--steps 10] [--repeats 7]
 
-The default model has 16 M parameters: 64 MB of them, 193 MB a checkpoint with the optimizer's moments. `stall` is how long
-training stands still for a save: all of it, or noting what to copy and waiting for the copy before the next update. `lost` is
-what the `--steps` steps that begin with a save take longer than as many without one: it counts the cores that copying and
-writing take away, too. Both of the slowest rank; medians.
+The default model has 16 M parameters: 64 MB, and 193 MB per checkpoint with the optimizer's moments. `stall` is the time for
+which a save stops the training: the whole save, or (for `beside training`) only its start and the wait for the copy before the
+next update. `lost` is the additional time of `--steps` steps that begin with a save, compared with as many steps without one. It
+includes the cores that copying and writing take away from training. Both are medians over the repeats, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpidp.training.checkpoints import save
 
 
 class Saving(Stepper):
-    """Steps, with a save before the first of them or without."""
+    """Runs steps, with or without a save before the first one."""
 
     def __init__(self, config) -> None:
         super().__init__(WORLD, config)
@@ -46,7 +46,8 @@ class Saving(Stepper):
         beside.copied = copied
 
     def run(self, way: str, steps: int) -> tuple[float, float]:
-        """(seconds of so many steps, seconds for which training stood still), of the slowest rank."""
+        """Return (seconds of `steps` steps, seconds for which training was stopped) on the slowest rank. Collective over
+        WORLD."""
         self.stalled = 0.0
         WORLD.Barrier()
         began = time.perf_counter()
@@ -58,7 +59,7 @@ class Saving(Stepper):
             self()
             self.job.position.step += 1
         spent = time.perf_counter() - began
-        self.job.saver.finish(must=True)  # outside: where it takes longer than these steps, more of them would be in between
+        self.job.saver.finish(must=True)  # not timed: in training more steps would run meanwhile
         return WORLD.allreduce(spent, op=MPI.MAX), WORLD.allreduce(self.stalled, op=MPI.MAX)
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     config = config_of(folder, "14M", options.global_batch, 1, options.seq_len).with_values(
         model={"num_layers": options.layers}, run={"keep": 1}
     )
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
         training = Saving(config)
         ways = ["no save", *training.savers]
         found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}

@@ -1,14 +1,15 @@
-"""torch's DistributedDataParallel over gloo on the model, the batches and the held-out tokens of a run of mpidp.train.
+"""Train with torch's DistributedDataParallel over gloo, on the model, batches and held-out tokens of a run of mpidp.train.
 
     mpirun -np 2 python benchmarks/ddp.py --hook fp16 --train.steps=100 --run.dir=runs/ddp ...
 
-Settings are mpidp.train's (adam, adamw and sgd; float32 on the CPU); the lines of RUN/metrics.jsonl have the same names. MPI cuts
-the data and evaluates as it does there, and is silent in a step: what a step sends, gloo sends, through GLOO_SOCKET_IFNAME where
-that is set, and MASTER_ADDR is rank 0's address there. `--hook none` is what DDP does by itself, fp16 sends halves, powersgd
-sends factors of rank 4 (torch.distributed.algorithms.ddp_comm_hooks). A file RUN/STOP ends it at the next evaluation.
+Settings are those of mpidp.train (adam, adamw and sgd; float32 on the CPU), and RUN/metrics.jsonl has the same names. MPI is used
+to distribute the data and for evaluation, as in mpidp.train, but not within a step: all messages of a step are gloo's. gloo uses
+the interface GLOO_SOCKET_IFNAME if it is set, and MASTER_ADDR as rank 0's address. `--hook none` is DDP's default, fp16 sends
+float16, powersgd sends factors of rank 4 (torch.distributed.algorithms.ddp_comm_hooks). A file RUN/STOP ends the run at the next
+evaluation.
 
-The loss of a rank is divided by the tokens of the global batch, as there: with `--hook none` the losses are those of
-strategy.name=synchronous but for rounding.
+As in mpidp.train, the loss of a rank is divided by the tokens of the global batch. So with `--hook none` the losses equal those
+of strategy.name=synchronous up to rounding.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from mpidp.training.lr_schedule import Schedule
 from mpidp.training.run_plan import Plan, plan
 
 HOOKS = ("none", "fp16", "powersgd")
-RANK, EXACT_STEPS = 4, 10  # of PowerSGD: of its factors, and steps before it begins (torch's default of 1,000 is for long runs)
+RANK, EXACT_STEPS = 4, 10  # PowerSGD: rank of the factors, and steps before it starts (torch's default of 1,000 is for long runs)
 
 
 class Ddp:
-    """Model, optimizer and what a step sent and waited for."""
+    """Model and optimizer, with the bytes sent and the wait time of each step."""
 
     def __init__(self, planned: Plan, hook: str) -> None:
         """Collective over planned.world."""
@@ -57,7 +58,7 @@ class Ddp:
         dist.init_process_group("gloo", init_method="env://")
         self.size, self.clip, self.slowed = world.size, optim.clip, asked_for(world.rank).slowed
         self.plain = Transformer(planned.shape, planned.config.train.seed)
-        # the hook of PowerSGD reduces twice a bucket, from callbacks in no fixed order, which gloo takes for one another's
+        # PowerSGD's hook reduces twice per bucket, from callbacks in no fixed order: with several buckets gloo could mix them up
         one_bucket = sum(4 * p.numel() for p in self.plain.parameters()) / 2**20 + 1 if hook == "powersgd" else None
         self.model = torch.nn.parallel.DistributedDataParallel(self.plain, bucket_cap_mb=one_bucket, gradient_as_bucket_view=True)
         self.last_bucket, self.sent_bytes, self.waited = 0.0, 0, 0.0
@@ -67,7 +68,7 @@ class Ddp:
             "powersgd": (state, powerSGD_hook.powerSGD_hook),
         }
         state, send = hooks[hook]
-        width = {"none": 4, "fp16": 2, "powersgd": 0}[hook]  # what PowerSGD sends, only the wire knows
+        width = {"none": 4, "fp16": 2, "powersgd": 0}[hook]  # bytes per value; unknown for PowerSGD
 
         def watched(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             self.last_bucket = time.perf_counter()  # all gradients are computed when the last one is full

@@ -1,11 +1,10 @@
-"""Text with a key-value cache beside text without one: the same model, prompts and draws, in turns.
+"""Measure the speedup of generation by the key-value cache: the same model, prompts and samples with and without it.
 
     python benchmarks/generate.py [--model 14M] [--seq-len 512] [--prompts 16,256] [--tokens 256] [--batch 8] [--repeats 3]
 
-`gain` is the median over repeats of the time without over the time with the cache in the same repeat, once of time that passed
-and once of CPU time, which other work on the machine disturbs less. What the cache saves grows with the context, so it is
-measured after a short prompt and after a long one. `batch` goes on from so many prompts at the same time; its tokens a second are
-those of all.
+`gain` is the median over repeats of the time without the cache divided by the time with it, both for wall time and for CPU time,
+which is less disturbed by other load. The gain grows with the context, so it is measured after a short and after a long prompt.
+`batch` generates from --batch prompts at the same time; its tokens per second are the total.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from mpidp.parallel.grid import make_grid
 
 
 class Forgetful(Transformer):
-    """Has no cache: every token is computed from the whole window."""
+    """A Transformer without a cache: every token is computed from the whole context."""
 
     def new_cache(self, positions: int) -> None:
         return None
 
 
 def grow(loaded: Loaded, prompts: list[list[int]], tokens: int) -> tuple[float, float, list[list[int]]]:
-    """(seconds, seconds of CPU, what there is then)."""
+    """Return (wall seconds, CPU seconds, token ids of each prompt with its continuation)."""
     rows = [DecodedText(loaded.model, ids, tokens, seed_of(0, i), lambda token: False) for i, ids in enumerate(prompts)]
     began, busy = time.perf_counter(), time.process_time()
     decode(loaded, rows, Sampling(), eod=-1)
@@ -52,12 +51,12 @@ def measure(plain: Loaded, cached: Loaded, prompts: list[list[int]], options: ar
         *seconds, several = grow(cached, prompts, options.tokens)
         times["batch"].append(tuple(seconds))
         if several[:1] != fast or slow != fast:
-            print(f"texts differ: {'not ' * (slow == fast)}by the cache, {'not ' * (several[:1] == fast)}by the batch")
-    print(f"prompts of {len(prompts[0])} tokens, {options.tokens} added")
+            print(f"texts differ: with cache {slow != fast}, in a batch {several[:1] != fast}")
+    print(f"prompts of {len(prompts[0])} tokens, {options.tokens} generated")
     for name, found in times.items():
         made = options.tokens * (options.batch if name == "batch" else 1)
         seconds, busy = (statistics.median(one[i] for one in found) for i in (0, 1))
-        print(f"  {name:<8} {seconds:8.2f} s {made / seconds:9.1f} tokens/s {1e3 * busy / made:9.2f} ms of CPU a token")
+        print(f"  {name:<8} {seconds:8.2f} s {made / seconds:9.1f} tokens/s {1e3 * busy / made:9.2f} ms CPU per token")
     for i, what in enumerate(("time", "CPU time")):
         gains = sorted(slow[i] / fast[i] for slow, fast in zip(times["without"], times["with"], strict=True))
         print(f"  gain in {what}: {statistics.median(gains):.1f} (from {gains[0]:.1f} to {gains[-1]:.1f})")
@@ -67,8 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="14M", choices=list(MODELS))
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--prompts", default="16,256", help="their tokens")
-    parser.add_argument("--tokens", type=int, default=256, help="to add")
+    parser.add_argument("--prompts", default="16,256", help="lengths of the prompts in tokens")
+    parser.add_argument("--tokens", type=int, default=256, help="number of tokens to generate")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,4 +1,4 @@
-"""What benchmarks share that train inside one mpirun: a corpus, models by size, jobs, steps taken in turns."""
+"""Shared code of benchmarks that train several variants within one mpirun: corpus, models by size, jobs, alternating steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-import mpidp.runtime.command  # noqa: F401  (sets what MPI and BLAS read from the environment)
+import mpidp.runtime.command  # noqa: F401  (sets environment variables that MPI and BLAS read)
 from data_tools.prepare import prepare
 from mpidp.config.schema import Config, checked
 from mpidp.data.loader import Batch
@@ -25,7 +25,7 @@ from mpidp.training.step import compute
 from mpidp.training.step_report import share
 
 WORLD = MPI.COMM_WORLD
-MODELS = {  # of about that many parameters, with a byte vocabulary
+MODELS = {  # by approximate number of parameters with a byte vocabulary
     "1M": {"num_layers": 4, "num_heads": 4, "model_dim": 128},
     "14M": {"num_layers": 8, "num_heads": 6, "model_dim": 384, "hidden_dim": 1024},
     "50M": {"num_layers": 10, "num_heads": 10, "model_dim": 640, "hidden_dim": 1728},
@@ -33,7 +33,7 @@ MODELS = {  # of about that many parameters, with a byte vocabulary
 
 
 def corpus() -> tuple[Path, Path]:
-    """(a temporary folder, shards in it), made by rank 0. Collective over WORLD."""
+    """Return (a temporary folder, shards in it), created by rank 0. Collective over WORLD."""
     folder = Path(WORLD.bcast(tempfile.mkdtemp(prefix="mpidp-bench-") if WORLD.rank == 0 else None))
     if WORLD.rank == 0:
         source = folder / "text.txt"
@@ -44,7 +44,7 @@ def corpus() -> tuple[Path, Path]:
 
 
 def config_of(folder: Path, model: str, global_batch: int, micro_batch: int, seq_len: int, **sections: dict[str, Any]) -> Config:
-    """A run that only steps."""
+    """Return the settings of a run that only makes steps. Independent."""
     return checked(Config().with_values(
         data={"path": str(folder / "shards")}, run={"dir": str(folder / "run"), "hang_seconds": 0.0},
         model=MODELS[model] | {"seq_len": seq_len},
@@ -55,7 +55,7 @@ def config_of(folder: Path, model: str, global_batch: int, micro_batch: int, seq
 
 
 class Stepper:
-    """Takes steps of one job on one batch, again and again."""
+    """Repeats the training step of one job on one batch."""
 
     def __init__(self, comm: MPI.Intracomm, config: Config) -> None:
         """Collective over comm."""
@@ -74,8 +74,8 @@ class Stepper:
 
 
 def in_turns(variants: dict[str, Callable[[], None] | None], repeats: int, skip: int = 2) -> dict[str, list[float]]:
-    """Seconds of each variant's step on the slowest rank, variants in turn in every repeat; None on ranks that do not take
-    part: they sleep. Collective over WORLD."""
+    """Return the seconds of each variant's step on the slowest rank. Variants run in turn in every repeat. A variant is None on
+    ranks that do not take part; these sleep. Collective over WORLD."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + skip):
         for name, step in variants.items():
@@ -96,5 +96,5 @@ def medians(found: dict[str, list[float]]) -> dict[str, float]:
 
 
 def ratio(found: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over repeats of name's time over base's in the same repeat."""
+    """Return the median over repeats of (time of name / time of base in the same repeat)."""
     return statistics.median(a / b for a, b in zip(found[name], found[base], strict=True))

@@ -1,12 +1,12 @@
-"""Virtual nodes on this machine, joined by a link of a given bandwidth and delay: network namespaces and tc, as root on Linux.
+"""Create virtual nodes on this machine, connected by a link of given bandwidth and delay (network namespaces, tc; root, Linux).
 
-Every node has an interface `data` (10.10.0.1, .2, ...), whose way out and way in have the link's bandwidth (tc tbf), and an
-interface `control`, unshaped, by which ranks reach their mpirun. Without a delay the cables end in a bridge. A delay is made by a
-process that carries packets from node to node when their time has come: kernels of virtual machines often lack tc's netem. TCP,
-its windows and its slow start are the kernel's in both cases.
+Every node has an interface `data` (10.10.0.1, .2, ...), limited to the link's bandwidth in both directions (tc tbf), and an
+interface `control` without limit, through which ranks reach their mpirun. Without a delay the data interfaces are connected by a
+bridge. With a delay, a process forwards packets from node to node after the delay, because kernels of virtual machines often lack
+tc's netem. TCP with its windows and slow start is the kernel's in both cases.
 
-All of it, with a /run, a /dev/shm and process numbers of its own, lies inside one `unshare`: nothing of the machine's own network
-is touched, and nothing is left once that process has ended, however it ended.
+Everything runs inside one `unshare` with its own /run, /dev/shm and process ids. The machine's own network is not changed, and
+nothing remains after that process has ended.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ INSIDE = "MPIDP_BENCHMARK_LINK"
 UNSHARE = ["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
 TRY = ("mount -t tmpfs tmpfs /run && ip link add switch type bridge && "
        "tc qdisc add dev switch root tbf rate 1mbit burst 10kb limit 10kb")
-SCRATCH = Path("/run/mpidp")  # inside: in memory, and gone with the namespaces
+SCRATCH = Path("/run/mpidp")  # inside the namespaces: in memory, removed with them
 SET_IFF, SET_OFFLOAD = 0x400454CA, 0x400454D0  # ioctls TUNSETIFF and TUNSETOFFLOAD
 TUN, NO_PI, VNET_HDR = 0x1, 0x1000, 0x4000
 CHECKSUM_AND_TSO = 0x1 | 0x2
 HEADER = 10  # bytes of a virtio_net_hdr before the packet
-LAUNCH = {  # Hydra starts its own daemon on each node; of Open MPI every rank goes to its node by itself
+LAUNCH = {  # Hydra starts a daemon on each node; with Open MPI each rank enters its node by itself
     "mpich": "-launcher rsh -localhost 10.9.0.254 -genv MPIR_CVAR_CH4_NETMOD ofi -genv FI_PROVIDER tcp -genv FI_TCP_IFACE data",
     "openmpi": "--pmixmca ptl_base_if_include 10.9.0.0/16 --pmixmca ptl_base_remote_connections 1 --mca pml ob1 "
                "--mca btl self,tcp --mca btl_tcp_if_include 10.10.0.0/24",
@@ -70,22 +70,22 @@ if world.rank == 0:
 
 
 def impossible(ms: float) -> str:
-    """Why there can be no such link here; nothing when there can."""
+    """Return why such a link cannot be created here, or an empty string. Independent."""
     missing = [tool for tool in ("unshare", "nsenter", "ip", "tc", "mpirun") if shutil.which(tool) is None]
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need root on Linux"
     if missing:
-        return f"there is no {', no '.join(missing)} here (iproute2, util-linux and an MPI bring them)"
+        return f"missing programs: {', '.join(missing)} (they are part of iproute2, util-linux and MPI)"
     tried = subprocess.run([*UNSHARE, "sh", "-c", TRY], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if tried.returncode:
-        return f"this machine does not let networks be made ({' '.join(tried.stderr.split()) or tried.returncode})"
+        return f"this machine does not allow creating networks ({' '.join(tried.stderr.split()) or tried.returncode})"
     if ms and not os.path.exists("/dev/net/tun"):
-        return "a delay needs /dev/net/tun, which is not here; --ms 0 does without"
+        return "a delay needs /dev/net/tun, which does not exist here; use --ms 0"
     return ""
 
 
 def go_inside() -> None:
-    """Run this very command in namespaces of its own, and end with it; returns where it already does."""
+    """Run this command again in new namespaces and exit with it. Returns at once if already inside them."""
     if os.environ.get(INSIDE):
         return
 
@@ -94,13 +94,13 @@ def go_inside() -> None:
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     child = subprocess.Popen([*UNSHARE, sys.executable, *sys.argv], env=os.environ | {INSIDE: "1"}, preexec_fn=die_with_parent,
-                             start_new_session=True)  # Ctrl-C is for this process alone
+                             start_new_session=True)  # so that only this process receives Ctrl-C
     try:
         sys.exit(child.wait())
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        child.kill()  # and with it, by the kernel, all that it started
+        child.kill()  # the kernel then ends all of its children
         child.wait()
 
 
@@ -112,7 +112,7 @@ def shell(line: str) -> str:
 
 
 def make_tun(name: str) -> int:
-    """The file of a new interface. It takes up to 64 KiB in one piece, to be cut into packets beyond, as a network card does."""
+    """Create a tun interface; return its file descriptor. It accepts pieces of up to 64 KiB, as a card with TSO does."""
     file = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(file, SET_IFF, struct.pack("16sH22x", name.encode(), TUN | NO_PI | VNET_HDR))
     fcntl.ioctl(file, SET_OFFLOAD, CHECKSUM_AND_TSO)
@@ -120,12 +120,12 @@ def make_tun(name: str) -> int:
 
 
 class Link:
-    """Nodes node0, node1, ... Inside the namespaces of go_inside() only."""
+    """The nodes node0, node1, ... Only for use inside the namespaces of go_inside()."""
 
     def __init__(self, nodes: int, ranks_per_node: int, mbit: float, ms: float, mpi: str) -> None:
-        """mbit: of each node, each way; ms: from a node to any other, one way."""
+        """mbit: bandwidth of each node in each direction; ms: one-way delay between any two nodes."""
         self.nodes, self.ranks, self.mbit, self.ms, self.mpi = nodes, nodes * ranks_per_node, mbit, ms, mpi
-        beside = Path(shutil.which("mpirun") or "").with_name("python")  # of the environment that mpirun comes from
+        beside = Path(shutil.which("mpirun") or "").with_name("python")  # of mpirun's environment
         self._python = str(beside) if beside.exists() else sys.executable
         self._carrier: subprocess.Popen | None = None
         shell("ip link set lo up")
@@ -156,7 +156,7 @@ class Link:
             shell(f"tc -n node{i} qdisc add dev data {rate}")
         if ms:
             self._carrier = subprocess.Popen([sys.executable, __file__, str(mbit), str(ms), *map(str, tuns)], pass_fds=tuns)
-        # by Hydra's remote shell, whose words are to be read once more, or by sh -c in front of a rank's command
+        # used by Hydra's remote shell, whose arguments need another evaluation, or by sh -c before a rank's command
         enter = "exec nsenter --net=/run/netns/$node unshare --uts sh -c 'hostname $0; {} \"$@\"' $node \"$@\"\n"
         (SCRATCH / "rsh").write_text("#!/bin/sh\nnode=$1\nshift\n" + enter.format("eval"))
         (SCRATCH / "rsh").chmod(0o755)
@@ -166,9 +166,9 @@ class Link:
             "openmpi": ["sh", "-c", f"node=node$((OMPI_COMM_WORLD_RANK / {ranks_per_node}))\n{enter.format('exec')}", "sh"],
         }[mpi]]
 
-    def start(self, words: list[str], said: Path, **environment: str) -> subprocess.Popen:
-        """`python WORDS` on every rank, each on its node; what they print goes to the file `said`."""
-        with open(said, "wb") as file:
+    def start(self, words: list[str], log: Path, **environment: str) -> subprocess.Popen:
+        """Start `python WORDS` on every rank, each on its node. Their output is written to the file `log`."""
+        with open(log, "wb") as file:
             return subprocess.Popen(
                 [*self._launch, self._python, *words],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
@@ -176,13 +176,13 @@ class Link:
             )
 
     def sent_bytes(self) -> list[int]:
-        """By every node into the link; of packets that leave the kernel in one piece, up to 64 KiB, the headers count once."""
-        told = [json.loads(shell(f"ip -n node{i} -json -statistics link show dev data")) for i in range(self.nodes)]
-        return [int(of[0]["stats64"]["tx"]["bytes"]) for of in told]
+        """Return the bytes that each node has sent. A piece of up to 64 KiB that leaves the kernel at once counts one header."""
+        statistics = [json.loads(shell(f"ip -n node{i} -json -statistics link show dev data")) for i in range(self.nodes)]
+        return [int(of[0]["stats64"]["tx"]["bytes"]) for of in statistics]
 
     def sweep(self) -> None:
-        """End all processes but this one and the carrier: what a run may have left."""
-        assert os.environ.get(INSIDE) and os.getpid() == 1, "this would end other people's processes"
+        """Kill all processes that a run may have left: all except this one and the packet carrier."""
+        assert os.environ.get(INSIDE) and os.getpid() == 1, "refusing to kill processes outside the namespaces"
         keep = {1, self._carrier.pid if self._carrier else 1}
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             if pid not in keep:
@@ -190,40 +190,41 @@ class Link:
                     os.kill(pid, signal.SIGKILL)
 
     def check(self) -> dict[str, float]:
-        """Prints what an Allreduce and a byte there and back take; exits when that is less than it can be, or nothing comes."""
+        """Measure and print the time of an Allreduce and of a round trip. Exit if they fail or are faster than the link
+        allows."""
         size = int(2**20 * max(1.0, self.mbit / 100))
         least = 2 * (self.nodes - 1) / self.nodes * size * 8 / (self.mbit * 1e6)
-        said, before = SCRATCH / "allreduce.txt", self.sent_bytes()
-        process = self.start(["-c", ALLREDUCE, str(size), str(REPEATS)], said)
+        log, before = SCRATCH / "allreduce.txt", self.sent_bytes()
+        process = self.start(["-c", ALLREDUCE, str(size), str(REPEATS)], log)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=60 + 60 * least)
         self.sweep()
         process.wait()
-        found = [float(word) for line in said.read_text().splitlines() if line.startswith("took ") for word in line.split()[1:]]
+        found = [float(word) for line in log.read_text().splitlines() if line.startswith("took ") for word in line.split()[1:]]
         if not found:
-            sys.exit(f"an Allreduce over the link failed:\n{said.read_text()[-2000:]}")
+            sys.exit(f"an Allreduce over the link failed:\n{log.read_text()[-2000:]}")
         sent = max(b - a for a, b in zip(before, self.sent_bytes(), strict=True)) / REPEATS
-        print(f"an Allreduce of {size / 2**20:g} MiB takes {1e3 * found[0]:.0f} ms (the bytes alone: {1e3 * least:.0f}); "
-              f"a node sends {sent / 2**20:.2f} MiB for it; a byte there and back {1e3 * found[1]:.2f} ms", flush=True)
+        print(f"an Allreduce of {size / 2**20:g} MiB takes {1e3 * found[0]:.0f} ms (its bytes alone need {1e3 * least:.0f} ms)"
+              f"; a node sends {sent / 2**20:.2f} MiB for it; round trip of a byte: {1e3 * found[1]:.2f} ms", flush=True)
         if found[0] < 0.8 * least or sent < 0.5 * size or found[1] < 2e-3 * self.ms:
-            sys.exit("that is faster than the link: it is not the path that MPI takes, and nothing was measured")
+            sys.exit("this is faster than the link, so MPI does not use it; nothing was measured")
         return {"bytes": size, "seconds": found[0], "least_seconds": least, "round_trip_seconds": found[1]}
 
 
 def carry(mbit: float, ms: float, tuns: list[int]) -> None:
-    """For ever: each packet to the node whose number its destination ends in, after the delay, and no faster than that node's
-    way in allows. The way out was limited before it came here."""
+    """Forward each packet, forever, to the node given by the last byte of its address, after the delay and within the bandwidth
+    of that node's incoming direction. The outgoing direction is limited by tc."""
     os.setpriority(os.PRIO_PROCESS, 0, -10)
-    under_way: list[tuple[float, int, int, bytes]] = []
-    free = [0.0] * len(tuns)  # when each node's way in has passed what goes there
+    in_flight: list[tuple[float, int, int, bytes]] = []
+    free = [0.0] * len(tuns)  # time at which each node's incoming direction is free
     count = 0
     while True:
         now = time.monotonic()
-        while under_way and under_way[0][0] <= now:
-            _, _, to, packet = heapq.heappop(under_way)
-            with suppress(OSError):  # a cable that is down loses it
+        while in_flight and in_flight[0][0] <= now:
+            _, _, to, packet = heapq.heappop(in_flight)
+            with suppress(OSError):  # an interface that is down loses the packet
                 os.write(tuns[to], packet)
-        wait = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+        wait = max(0.0, in_flight[0][0] - time.monotonic()) if in_flight else None
         ready = select.select(tuns, [], [], wait)[0]
         now = time.monotonic()
         for tun in ready:
@@ -232,7 +233,7 @@ def carry(mbit: float, ms: float, tuns: list[int]) -> None:
             if packet[HEADER] >> 4 == 4 and packet[HEADER + 16] == 10 and 0 <= to < len(tuns):  # not multicast, not IPv6
                 arrives, count = max(now + ms / 1e3, free[to]), count + 1
                 free[to] = arrives + (len(packet) - HEADER) * 8 / (mbit * 1e6)
-                heapq.heappush(under_way, (arrives, count, to, packet))
+                heapq.heappush(in_flight, (arrives, count, to, packet))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How fast the loader delivers tokens, beside how fast training takes them: it should never be what a step waits for.
+"""Compare the loader's throughput with the throughput of training: a step should never wait for data.
 
     python benchmarks/loader.py                              # seq_len 128 and 1024, the default model, 1 rank, 1 thread
     python benchmarks/loader.py --seq-lens 256 --repeats 5 -- --model.model_dim=64 --train.micro_batch=4
 
-Shards of the standard library's source are prepared in a temporary folder and stay in the page cache, so this measures the
-order of windows, the reads and the copies, not a disk. In every repeat a short training run comes first, then the loader
-alone with the same settings. Medians of the repeats; the ratio is what counts: machines are noisy. Aim: 100 and more.
+Shards of the standard library's source are prepared in a temporary folder and stay in the page cache. So this measures the
+computation of the order of windows, the reads and the copies, not a disk. Every repeat consists of a short training run, then the
+loader alone with the same settings. Medians of the repeats are printed. `ratio` is the loader's throughput divided by training's;
+the aim is 100 or more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mpidp.data.shards import TokenStream
 
 
 def delivered(settings: list[str], seconds: float) -> float:
-    """Tokens a second out of next(loader), as the only rank of a run with these settings."""
+    """Return tokens per second of next(loader), as the only rank of a run with these settings."""
     config = from_args(settings)
     train, seq_len = config.train, config.model.seq_len
     stream = TokenStream(config.data.path)
@@ -38,7 +39,7 @@ def delivered(settings: list[str], seconds: float) -> float:
     sampler = Sampler(stream.num_tokens, seq_len, lanes, train.seed, config.data.order, stream.token_bytes)
     loader = Loader(stream, sampler, range(lanes.num_micro_batches), torch.device("cpu"))
     try:
-        for _ in range(10):  # maps the files and empties what was read ahead
+        for _ in range(10):  # opens the files and uses up what was read ahead
             next(loader)
         tokens, begin = 0, time.perf_counter()
         while (spent := time.perf_counter() - begin) < seconds:
@@ -49,7 +50,7 @@ def delivered(settings: list[str], seconds: float) -> float:
 
 
 def consumed(settings: list[str], launcher: str, skip: int, run_dir: Path) -> tuple[float, float]:
-    """(tokens a second, seconds a step spent in next(loader)) of a short training run."""
+    """Return (tokens per second, seconds per step in next(loader)) of a short training run."""
     command = [*launcher.split(), "1", sys.executable, "-m", "mpidp.train", f"--run.dir={run_dir}", "--train.eval_every=0",
                "--train.eval_tokens=128", "--train.save_every=0", *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -63,12 +64,12 @@ def consumed(settings: list[str], launcher: str, skip: int, run_dir: Path) -> tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-lens", default="128,1024", help="lengths of a window, measured in turn in every repeat")
-    parser.add_argument("--tokenizer", default="byte", help="byte, or bpe:1024, that of a first run")
+    parser.add_argument("--seq-lens", default="128,1024", help="sequence lengths, measured in turn in every repeat")
+    parser.add_argument("--tokenizer", default="byte", help="byte, or bpe:1024 as in the quickstart")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of the loader alone, each time")
-    parser.add_argument("--steps", type=int, default=10, help="of each training run")
-    parser.add_argument("--skip", type=int, default=3, help="first steps that do not count")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for the loader alone, per measurement")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each training run")
+    parser.add_argument("--skip", type=int, default=3, help="number of first steps to ignore")
     parser.add_argument("--launcher", default="mpirun -np")
     parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
     options = parser.parse_args()

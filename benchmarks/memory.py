@@ -1,17 +1,18 @@
-"""What memory a run takes, beside the formula: several model sizes and numbers of ranks, and settings side by side.
+"""Compare the memory of a run with the formula, for several model sizes, numbers of ranks and settings.
 
     python benchmarks/memory.py --ranks 1,2,4 --sizes 1M,14M,50M
     python benchmarks/memory.py --ranks 2,4 --sizes 14M --compare comm.reducer=tree "comm.reducer=naive comm.bucket_mb=1"
 
-MiB of all ranks together, by proportional set size (PSS: a page that k processes map counts 1/k in each), so that libraries and
-windows of shared memory count once:
-  fixed       when the parts are about to be made: Python, torch, MPI, and what was read of the data
-  formula     n parameters, with a copy a rank: 4 n parameters + 8 n optimizer + 4 n x slots gradients, summed over ranks;
-              (a node): the same with parameters and optimizer state once
+Columns are MiB, summed over all ranks as proportional set size (PSS: a page mapped by k processes counts 1/k in each), so that
+libraries and shared-memory windows count once:
+  fixed       before the model is built: Python, torch, MPI, and the data read so far
+  formula     for n parameters and one copy per rank: 4 n parameters + 8 n optimizer state + 4 n x slots gradients
+  (a node)    the same with one copy of parameters and optimizer state
   training    at the end of the last step
-  rest        training - fixed - formula: activations, communication, scratch, the allocator's slack
-and a rank's largest resident set (RSS, where shared pages count in each rank) until the last step ends, and until the run does
-(evaluation, checkpoint). Runs are short and batches small. Memory hardly varies between runs, so one run a row is the default.
+  rest        training - fixed - formula: activations, communication, scratch, memory held by the allocator
+The last two columns are the largest resident set of a rank (RSS, shared pages count in each rank) up to the last step, and up to
+the end of the run (evaluation, checkpoint). Runs are short and batches small. Memory hardly varies between runs, so the default
+is one run per row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 CHILD = "--measured-run"
-SHAPES = {  # layers, width, heads; with the byte tokenizer about that many parameters
+SHAPES = {  # layers, width, heads, by approximate number of parameters with the byte tokenizer
     "1M": (4, 128, 4), "14M": (8, 384, 6), "50M": (16, 512, 8), "125M": (12, 896, 14),
 }
 SUMS = ("fixed", "formula", "(a node)", "training", "rest")
@@ -34,13 +35,13 @@ PEAKS = ("RSS, steps", "RSS, run")
 
 
 def own_memory() -> dict[str, int]:
-    """This process's memory in bytes: Pss, and the largest resident set so far (VmHWM)."""
+    """Return this process's memory in bytes: Pss, and the largest resident set so far (VmHWM)."""
     lines = [line for name in ("smaps_rollup", "status") for line in Path(f"/proc/self/{name}").read_text().splitlines()]
     return {key: int(line.split()[1]) * 1024 for line in lines for key in ("Pss", "VmHWM") if line.startswith(f"{key}:")}
 
 
-def train_and_tell() -> None:
-    """In a child: mpidp.train, whose ranks stop between two barriers to read their memory."""
+def train_measured() -> None:
+    """Run mpidp.train in a child process; its ranks read their memory between two barriers."""
     from mpi4py import MPI
 
     from mpidp import train
@@ -77,7 +78,7 @@ def train_and_tell() -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """A row: bytes by column, and slots of the rank that has most."""
+    """Return a row: bytes by column, and the largest number of slots of a rank."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.removeprefix("measured ") for line in done.stdout.splitlines() if line.startswith("measured ")]
     if done.returncode or not lines:
@@ -94,12 +95,12 @@ def measure(command: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="1,2,4")
-    parser.add_argument("--sizes", default="1M,14M,50M", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--sizes", default="1M,14M,50M", help=f"any of {', '.join(SHAPES)}")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--launcher", default="mpirun -np")
-    parser.add_argument("--compare", nargs="+", default=[""], metavar="KEY=VALUE", help="measured in turn, without --; "
-                        "settings that belong together in one word, with spaces between")
-    parser.add_argument("settings", nargs="*", help="settings of mpidp.train for all, after --")
+    parser.add_argument("--compare", nargs="+", default=[""], metavar="KEY=VALUE", help="settings to measure in turn, "
+                        "without --; several settings that belong together are one quoted word, separated by spaces")
+    parser.add_argument("settings", nargs="*", help="settings of mpidp.train for all runs, after --")
     options = parser.parse_args()
     print(f"{'model':>6} {'parameters':>11} {'ranks':>5} {'slots':>5} " + " ".join(f"{name:>10}" for name in (*SUMS, *PEAKS))
           + "   settings")
@@ -125,6 +126,6 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == [CHILD]:
         sys.argv.pop(1)
-        train_and_tell()
+        train_measured()
     else:
         main()

@@ -1,19 +1,20 @@
-"""Every method on a slow network: the same model from the same start, for the same time, over a link that is really that slow.
+"""Compare all methods on a slow network: the same model and initial weights, the same time, over a link of given speed.
 
-    python benchmarks/network.py --text tinyshakespeare.txt                            # all methods; as root: it makes networks
+    python benchmarks/network.py --text tinyshakespeare.txt                            # all methods; needs root
     python benchmarks/network.py --methods synchronous,local,ddp --mbit 1000 --ms 1 --seconds 30 --seeds 3
     python benchmarks/network.py --slow 2 --nodes 4 --out network.json --plot network.png -- --optim.lr=2e-3
 
-Nodes are network namespaces (link.py); MPI and gloo talk TCP between them. --mbit is each node's bandwidth each way, --ms the
-delay one way: 100 and 20 are two sites, 1000 and 1 a campus, 10000 and 0 a machine room. What an Allreduce takes over the link is
-printed first; when that is less than the link can take, the link is not the path, and nothing is measured.
+Nodes are network namespaces (link.py), between which MPI and gloo use TCP. --mbit is the bandwidth of a node in each direction,
+--ms the one-way delay: 100 and 20 correspond to two sites, 1000 and 1 to a campus, 10000 and 0 to a machine room. The time of an
+Allreduce over the link is printed first. If it is shorter than the link allows, MPI does not use the link, and the benchmark
+exits.
 
-A method is a name and settings of mpidp.train; `ddp` is torch's over gloo (ddp.py). The learning rate is constant after its
-warm-up, so that no method is favoured by where its time ends. Time is that of steps alone, without start-up and evaluations.
-Losses are nats a token on held-out text, between two evaluations by a straight line, and before the first unknown: a time to a
-loss that was there already at the first evaluation is that evaluation's, at the latest. `counted` is what rank 0 says that it
-sent a step, `on the wire` what left a node through its interface, both in MB a step; `waits` is the share of the time in which
-rank 0 waited for messages. With several seeds: medians, and half the range. All nodes share this machine's cores and memory.
+A method is a name with settings of mpidp.train; `ddp` is torch's DDP over gloo (ddp.py). The learning rate is constant after its
+warm-up, so that no method benefits from a schedule that ends at its time. Time counts steps only, without start-up and
+evaluations. Losses are nats per token on held-out text, interpolated linearly between evaluations, and unknown before the first.
+If a loss is reached by the first evaluation, the time of that evaluation is printed. `counted` is the number of bytes that rank 0
+counted, `on the wire` the number that left a node's interface, both in MB per step. `waits` is the share of time in which rank 0
+waited for messages. With several seeds medians and half the range are printed. All nodes share this machine's cores and memory.
 """
 
 from __future__ import annotations
@@ -57,17 +58,17 @@ METHODS: dict[str, list[str]] = {
     "quorum": ["--strategy.quorum=0.5"],
     "local": LOCAL,
     "local+topk": [*LOCAL, "--comm.compress=topk"],
-    "local+int2": [*LOCAL, "--comm.compress=int2", "--strategy.sync_every=70"],  # a thousandth of synchronous' bytes
+    "local+int2": [*LOCAL, "--comm.compress=int2", "--strategy.sync_every=70"],  # a thousandth of the bytes of synchronous
     "local-overlap": [*LOCAL, "--strategy.overlap=true"],
     **{f"local-{group}": [*LOCAL, f"--strategy.group={group}"] for group in ("pairs", "exponential", "rotating", "node")},
     **{f"server-{mode}": ["--strategy.name=server", f"--strategy.mode={mode}"] for mode in ("sync", "async", "ssp")},
 }
 PEERS = {"ddp": "none", "ddp-fp16": "fp16", "ddp-powersgd": "powersgd"}  # ddp.py's --hook
-START_SECONDS, STOP_SECONDS = 180.0, 60.0  # after which a run that does not step, or end, is given up
+START_SECONDS, STOP_SECONDS = 180.0, 60.0  # a run that does not step, or end, within this time is killed
 
 
 class Watch:
-    """metrics.jsonl of a run as it grows: its steps, and its loss by time and tokens."""
+    """Reads a run's metrics.jsonl while it grows: its steps, and its loss by time and tokens."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, 0
@@ -75,7 +76,8 @@ class Watch:
         self.curve: list[tuple[float, int, float]] = []  # (seconds, tokens, held-out loss)
         self.seconds = 0.0
 
-    def look(self) -> None:
+    def poll(self) -> None:
+        """Read the lines that were completed since the last call."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
@@ -92,28 +94,28 @@ class Watch:
                 self.curve.append((self.seconds, self.steps[-1]["tokens"], loss))
 
 
-def refused(settings: list[str]) -> str:
-    """What the installed mpidp says against these settings, before anything is started."""
+def rejection(settings: list[str]) -> str:
+    """Return why the installed mpidp rejects these settings, or an empty string. Independent."""
     try:
         from_args(settings)
     except UsageError as error:
         unknown = "there is no setting" in str(error) or "is not one of" in str(error)
-        return "not there" if unknown else f"refused: {error}"
+        return "not supported by this version" if unknown else f"rejected: {error}"
     return ""
 
 
 def train(link: Link, name: str, seed: int, settings: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """One run until the first evaluation after its time."""
-    run_dir, said = SCRATCH / f"{name}-{seed}", SCRATCH / f"{name}-{seed}.txt"
+    """Run one method until the first evaluation after its time."""
+    run_dir, log = SCRATCH / f"{name}-{seed}", SCRATCH / f"{name}-{seed}.txt"
     program = [str(ROOT / "benchmarks" / "ddp.py"), "--hook", PEERS[name]] if name in PEERS else ["-m", "mpidp.train"]
     fault = {"MPIDP_FAULT": f"delay:1:1,factor={options.slow}"} if options.slow > 1 else {}
     watch, before, after = Watch(run_dir / "metrics.jsonl"), None, None
     deadline = time.monotonic() + START_SECONDS
-    process = link.start([*program, *settings, f"--train.seed={seed}", f"--run.dir={run_dir}"], said, **fault)
+    process = link.start([*program, *settings, f"--train.seed={seed}", f"--run.dir={run_dir}"], log, **fault)
     try:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-            watch.look()
+            watch.poll()
             if watch.steps and before is None:
                 before = len(watch.steps), link.sent_bytes()
                 deadline = time.monotonic() + START_SECONDS + 5 * options.seconds
@@ -126,10 +128,10 @@ def train(link: Link, name: str, seed: int, settings: list[str], options: argpar
         link.sweep()
         process.wait()
     if before is None or after is None or code not in (0, 75):
-        lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if "rror" in line or line.startswith("mpidp: ")] or lines or ["it said nothing"]
-        ended = f"ended with {code}" if code is not None else "did not stop when asked to" if after else "hung"
-        return {"problem": f"failed, {ended} after {len(watch.steps)} steps: {told[0].strip()[:200]}", "said": lines[-100:]}
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if "rror" in line or line.startswith("mpidp: ")] or lines or ["no output"]
+        ended = f"ended with {code}" if code is not None else "did not stop at its STOP file" if after else "hung"
+        return {"problem": f"failed, {ended} after {len(watch.steps)} steps: {errors[0].strip()[:200]}", "said": lines[-100:]}
     steps = watch.steps
     counted = [line["comm_bytes"] for line in steps[before[0] : after[0]]]
     waited = sum(line["comm_wait_seconds"] for line in steps)
@@ -144,12 +146,12 @@ def train(link: Link, name: str, seed: int, settings: list[str], options: argpar
 
 
 def at(curve: list[tuple[float, int, float]], axis: int, where: float) -> float:
-    """The loss after so many seconds (axis 0) or tokens (axis 1); not a number before the first evaluation."""
+    """Return the loss after `where` seconds (axis 0) or tokens (axis 1); NaN before the first evaluation."""
     return float(np.interp(where, [point[axis] for point in curve], [point[2] for point in curve], left=math.nan))
 
 
 def seconds_to(curve: list[tuple[float, int, float]], target: float) -> float:
-    """When the loss first was there; infinite when it never was."""
+    """Return the time at which the loss was first reached; infinite if it was not."""
     before = None
     for seconds, _, loss in curve:
         if loss <= target:
@@ -160,7 +162,7 @@ def seconds_to(curve: list[tuple[float, int, float]], target: float) -> float:
 
 
 def middle(values: list[float], digits: int) -> str:
-    """Median, and half the range of several."""
+    """Format the median, and half the range if there are several values."""
     if not all(map(math.isfinite, values)):
         return "-"
     spread = f" ±{(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
@@ -213,39 +215,39 @@ def plot(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) ->
 
 
 def mpi_of_path() -> str:
-    said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False, env=os.environ | OF_RANKS)
-    return "mpich" if "HYDRA" in said.stdout else "openmpi"
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False, env=os.environ | OF_RANKS)
+    return "mpich" if "HYDRA" in version.stdout else "openmpi"
 
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--text", type=Path, default=Path("tinyshakespeare.txt"), help="a file or a folder; its last tenth is held out")
-    add("--tokenizer", default="char", help="as of data_tools.prepare")
-    add("--methods", help=f"of {', '.join([*METHODS, *PEERS])}; the first one's final loss is the target (all)")
+    add("--text", type=Path, default=Path("tinyshakespeare.txt"), help="a file or folder; the last tenth is held out")
+    add("--tokenizer", default="char", help="as for data_tools.prepare")
+    add("--methods", help=f"any of {', '.join([*METHODS, *PEERS])} (default: all); the final loss of the first is the target")
     add("--nodes", type=int, default=2)
     add("--ranks-per-node", type=int, default=1)
-    add("--mbit", type=float, default=100, help="of each node, each way (%(default)s)")
-    add("--ms", type=float, default=20, help="from node to node, one way (%(default)s)")
-    add("--seconds", type=float, default=60, help="of training, a run (%(default)s)")
+    add("--mbit", type=float, default=100, help="bandwidth of a node in each direction (%(default)s)")
+    add("--ms", type=float, default=20, help="one-way delay between nodes (%(default)s)")
+    add("--seconds", type=float, default=60, help="training time of a run (%(default)s)")
     add("--seeds", type=int, default=1, help="runs of each method (%(default)s)")
-    add("--slow", type=float, default=1, help="rank 1 takes so many times as long for its micro-batches (%(default)s)")
-    add("--target", type=float, default=0, help="the loss to which times are told (the first method's at the end)")
-    add("--eval-every", type=int, default=10, help="steps (%(default)s)")
-    add("--mpi", choices=("mpich", "openmpi"), help="the one on the PATH, or that of .venv and .venv-openmpi")
-    add("--short", action="store_true", help="that it runs, not how fast: a tiny model, two methods, 4 s each, 1 Gbit/s and 1 ms")
-    add("--out", type=Path, help="all that was found, as JSON")
-    add("--plot", type=Path, help="loss by time, as PNG (needs matplotlib)")
-    add("settings", nargs="*", help="more settings of mpidp.train, for all methods, after --")
+    add("--slow", type=float, default=1, help="factor by which rank 1 is slowed down (%(default)s)")
+    add("--target", type=float, default=0, help="report times to this loss (default: the first method's final loss)")
+    add("--eval-every", type=int, default=10, help="steps between evaluations (%(default)s)")
+    add("--mpi", choices=("mpich", "openmpi"), help="MPI to use, from .venv or .venv-openmpi (default: the mpirun on PATH)")
+    add("--short", action="store_true", help="only test that it runs: a tiny model, two methods, 4 s each, 1 Gbit/s, 1 ms")
+    add("--out", type=Path, help="write all results as JSON")
+    add("--plot", type=Path, help="plot the loss by time as PNG (needs matplotlib)")
+    add("settings", nargs="*", help="more settings of mpidp.train for all methods, after --")
     options = parser.parse_args()
     if options.short:
         options.mbit, options.ms, options.seconds, options.settings = 1000, 1, 4, [*SHORT, *options.settings]
         options.methods = options.methods or "synchronous,ddp"
     options.methods = options.methods.split(",") if options.methods else [*METHODS, *PEERS]
     if options.nodes < 2 or options.ranks_per_node < 1 or options.mbit <= 0 or options.ms < 0:
-        parser.error("a link has at least two nodes with a rank each, a bandwidth, and a delay of 0 or more")
+        parser.error("needs --nodes >= 2, --ranks-per-node >= 1, --mbit > 0 and --ms >= 0")
     if wrong := [name for name in options.methods if name not in METHODS and name not in PEERS]:
-        parser.error(f"--methods: {', '.join(wrong)}: there is {', '.join([*METHODS, *PEERS])}")
+        parser.error(f"--methods: unknown: {', '.join(wrong)}; choose from {', '.join([*METHODS, *PEERS])}")
     return options
 
 
@@ -256,15 +258,15 @@ def main() -> None:
         os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
     reason = impossible(options.ms)
     if not reason and not options.text.exists():
-        reason = f"there is no {options.text}; give --text FILE, for example the tinyshakespeare text of char-rnn"
+        reason = f"{options.text} does not exist; give --text FILE, for example the tinyshakespeare text of char-rnn"
     if reason:
         print(f"skipped: {reason}")
         return
     go_inside()
     link = Link(options.nodes, options.ranks_per_node, options.mbit, options.ms, options.mpi or mpi_of_path())
-    print(f"{options.nodes} nodes of {options.ranks_per_node}, {options.mbit:g} Mbit/s, {options.ms:g} ms one way, {link.mpi}, "
-          f"{options.seconds:g} s a run, seeds {options.seeds}, rank 1 slowed by {options.slow:g}, {os.cpu_count()} cores, "
-          f"load {os.getloadavg()[0]:.1f}")
+    print(f"{options.nodes} nodes with {options.ranks_per_node} ranks each, {options.mbit:g} Mbit/s, {options.ms:g} ms one way, "
+          f"{link.mpi}, {options.seconds:g} s per run, {options.seeds} seeds, rank 1 slowed by {options.slow:g}, "
+          f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     allreduce = link.check()
     prepare(str(options.text), options.tokenizer, SCRATCH / "shards", shards=1, val_fraction=0.1, say=False)
     common = [f"--data.path={SCRATCH / 'shards'}", f"--train.eval_every={options.eval_every}", *SETTING, *options.settings]
@@ -272,13 +274,13 @@ def main() -> None:
     for seed in range(1, options.seeds + 1):
         for name in options.methods:
             settings = [*common, *METHODS.get(name, [])]
-            problem = refused(settings)
+            problem = rejection(settings)
             if seed > 1 and "problem" in found[name][0]:
                 continue
             run = {"problem": problem} if problem else train(link, name, seed, settings, options)
             found[name].append(run)
-            words = problem or run.get("problem") or f"{run['final_loss']:.3f} at {options.seconds:g} s, {run['steps']} steps"
-            print(f"seed {seed}  {name}: {words}", flush=True)
+            result = problem or run.get("problem") or f"{run['final_loss']:.3f} at {options.seconds:g} s, {run['steps']} steps"
+            print(f"seed {seed}  {name}: {result}", flush=True)
     table(found, options)
     if options.out:
         setting = {key: str(value) for key, value in vars(options).items()}

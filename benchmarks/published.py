@@ -1,9 +1,9 @@
-"""What others measured at 8 to 16,384 GPUs beside what `python -m mpidp.plan mesh` predicts for the same shapes.
+"""Compare published measurements on 8 to 16,384 GPUs with the predictions of `python -m mpidp.plan mesh`.
 
     python benchmarks/published.py
 
-Of each source one row (*) says how many operations a second a GPU makes in products; all others are predicted with it. Memory and
-links are those of datasheets and of the sources. docs/plan.md has the table and what it says.
+In each source one row (*) fixes the rate of a GPU in matrix products; all other rows are predicted with this rate. Memory and
+link speeds are those of data sheets and of the sources. docs/plan.md has the tables and a discussion.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from mpidp.planning.mesh.time import Link, Machine, step_of
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement."""
+    """A published measurement."""
 
     name: str
     model: Model
     shape: Shape
     work: Work
     published: float
-    unit: str  # TFLOP/s: of a GPU; tokens/s: of a GPU
-    counts_again: bool = False  # operations of recomputing are counted
-    calibrates: bool = False
+    unit: str  # TFLOP/s or tokens/s, per GPU
+    counts_again: bool = False  # the published figure includes recomputed operations
+    calibrates: bool = False  # this row fixes the rate in matrix products
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "work", replace(self.work, wire_bytes=2))  # theirs
+        object.__setattr__(self, "work", replace(self.work, wire_bytes=2))  # the sources send activations in 16 bits
 
 
 def a100(network: float, overlap: float) -> Machine:
-    """8 with NVLink; network: bytes/s of a node."""
+    """A machine with 8 A100 and NVLink. network: bytes per second of a node."""
     return Machine(1.0, 2.0e12, Link(5e-6, 300e9), Link(1e-5, network), 8, 8, overlap)
 
 
 def h100(memory: float, overlap: float = 1.0) -> Machine:
-    """8 with NVLink and 400 Gbit/s each."""
+    """A machine with 8 H100, NVLink and 400 Gbit/s per GPU. memory: bytes per second."""
     return Machine(1.0, memory, Link(5e-6, 450e9), Link(1e-5, 400e9), 8, 8, overlap)
 
 
 def gpt(layers: int, width: int, heads: int, vocab_size: int = 51200) -> Model:
-    """Four times as wide between two matrices: as many parameters and operations as SwiGLU of 8/3."""
+    """A GPT. Its hidden layer with two matrices of 4 x width counts as SwiGLU of 8/3 x width: equal parameters and operations."""
     return Model(layers, width, 8 * width // 3, heads, heads, vocab_size, 2048)
 
 
@@ -94,7 +94,7 @@ SOURCES: dict[str, tuple[Machine, list[Row]]] = {
 
 
 def predicted(row: Row, machine: Machine) -> float:
-    """In the row's unit."""
+    """Return the prediction in the row's unit."""
     step, model = step_of(row.model, row.shape, row.work, machine), row.model
     tokens = row.work.global_batch * model.seq_len
     if row.unit == "tokens/s":
@@ -105,7 +105,7 @@ def predicted(row: Row, machine: Machine) -> float:
 
 
 def calibrated(row: Row, machine: Machine) -> Machine:
-    """With the speed in products that makes this row right, by halving."""
+    """Return the machine with the rate in matrix products that reproduces this row, by bisection."""
     low, high = 1e12, 1e17
     for _ in range(100):
         middle = (low * high) ** 0.5

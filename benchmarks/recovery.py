@@ -1,12 +1,14 @@
-"""What a death costs those who go on: from the kill to the first survivor that knows, to the first step completed without it.
+"""Measure the cost of a failed rank: time until the first survivor detects it, and until the first step without it.
 
     python benchmarks/recovery.py [--ranks 4] [--phase reduce,after=0.01] [--repeats 5] [-- SETTINGS of mpidp.train]
 
-Open MPI with `mpirun --with-ft ulfm`; a model of 16 M parameters (64 MB of gradients), short sequences, so that a step is mostly
-communication. Rank 1 kills itself in step 6. Each repeat is a new mpirun; medians, and the slowest. `step` is the median of the
-steps before the death, `step after` of those after it, with one rank less: the last part of a recovery is such a step.
+Needs Open MPI with `mpirun --with-ft ulfm`. The model has 16 M parameters (64 MB of gradients) and short sequences, so that a
+step is mostly communication. Rank 1 kills itself in step 6. Each repeat is a new mpirun; medians and maxima are printed. `step`
+is the median time of the steps before the failure, `step after` of those after it, with one rank less. A recovery ends with such
+a step.
 
-A death is seen when the kernel has taken the dead process's memory apart, 5 to 20 ms for 100 MB here: larger models, later seen.
+A failure is detected after the kernel has freed the process's memory, which took 5 to 20 ms for 100 MB. So it takes longer for
+larger models.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MODEL = {"num_layers": 9, "num_heads": 6, "model_dim": 384, "hidden_dim": 1024, 
 
 
 def train_measured(folder: Path) -> None:
-    """In a child: mpidp.train that writes down when things happen, by the clock that all processes share."""
+    """Run mpidp.train in a child process; record the times of events by the clock that all processes share."""
     from mpi4py import MPI
 
     import mpidp.runtime.command
@@ -59,7 +61,7 @@ def train_measured(folder: Path) -> None:
 
 
 def times(folder: Path, what: str) -> list[list[float]]:
-    """By rank, of those that wrote any."""
+    """Return the recorded times, one list per rank that recorded any."""
     return [[float(line) for line in path.read_text().split()] for path in sorted(folder.glob(f"{what}_*"))]
 
 
@@ -74,7 +76,7 @@ def measure(shards: Path, options: argparse.Namespace) -> dict[str, float]:
         done = subprocess.run([*launch, *settings], capture_output=True, text=True, check=False,
                               env=os.environ | {"MPIDP_FAULT": f"kill:1:{STEP}:{options.phase}"})
         if not (folder / "run" / "metrics.jsonl").exists():
-            sys.exit(f"it did not begin ({done.returncode}): is this the python of Open MPI?\n{done.stderr[-4000:]}")
+            sys.exit(f"the run did not start ({done.returncode}): is this Open MPI's Python environment?\n{done.stderr[-4000:]}")
         died, knew, steps = (times(folder, what) for what in ("died", "knew", "step"))
         ends = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         if done.returncode or not died or ends[-1].get("event") != "end":
@@ -85,9 +87,9 @@ def measure(shards: Path, options: argparse.Namespace) -> dict[str, float]:
         before = [b - a for a, b in zip(survivor, survivor[1:], strict=False) if b < at]
         after = [b - a for a, b in zip(survivor, survivor[1:], strict=False) if a > at]
         return {
-            "death -> a survivor knows": min(map(min, knew)) - at, "death -> all know": max(map(min, knew)) - at,
-            "failure -> the job is rebuilt": recovered["seconds"],
-            "death -> first completed step": min(one for one in survivor if one > at) - at,
+            "failure -> first detection": min(map(min, knew)) - at, "failure -> detected by all": max(map(min, knew)) - at,
+            "detection -> job is rebuilt": recovered["seconds"],
+            "failure -> first completed step": min(one for one in survivor if one > at) - at,
             "step": statistics.median(before[1:]), "step after": statistics.median(after[1:]),
         }
 
@@ -95,7 +97,7 @@ def measure(shards: Path, options: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--phase", default="reduce,after=0.01", help="where rank 1 dies, as in MPIDP_FAULT")
+    parser.add_argument("--phase", default="reduce,after=0.01", help="phase in which rank 1 fails, as in MPIDP_FAULT")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
     options = parser.parse_args()
@@ -105,7 +107,7 @@ def main() -> None:
         (Path(name) / "text.txt").write_text("".join(p.read_text() for p in sorted(Path(__file__).parents[1].glob("mpidp/*.py"))))
         prepare(str(Path(name) / "text.txt"), "byte", Path(name) / "shards", shards=1, val_fraction=0.1, say=False)
         found = [measure(Path(name) / "shards", options) for _ in range(options.repeats)]
-    print(f"{options.ranks} ranks, 16 M parameters (64 MB of gradients), death in {options.phase}; {options.repeats} runs")
+    print(f"{options.ranks} ranks, 16 M parameters (64 MB of gradients), failure in {options.phase}; {options.repeats} runs")
     for what in found[0]:
         seconds = [1e3 * one[what] for one in found]
         print(f"  {what:<32} median {statistics.median(seconds):>7.1f} ms   slowest {max(seconds):>7.1f}")

@@ -1,10 +1,10 @@
-"""Where a step's time goes, at several numbers of ranks: whole training runs, medians over their steps after warm-up.
+"""Measure the phases of a step at several numbers of ranks: complete training runs, medians over the steps after warm-up.
 
     python benchmarks/scaling.py --ranks 1,2,4 --repeats 3 --plot scaling.html -- --model.model_dim=256 --train.steps=30 ...
 
-Scaling is strong, the same global batch for all; with --weak the batch grows with the ranks. Prints which, a table, the
-efficiency (a JSON line a row with --json, a picture with --plot) and whether runs of one batch end with the same weights. Ratios
-within one call are what counts: machines are noisy. Speed is never asserted by tests.
+By default this is strong scaling, with the same global batch for all runs; with --weak the batch grows with the ranks. Prints a
+table, the efficiency (JSON lines with --json, a plot with --plot), and whether runs with the same batch end with the same
+weights. Only compare times measured within one call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
 
 
 def settings_of(options: argparse.Namespace, ranks: int, fewest: int) -> list[str]:
-    """Those that were given; for weak scaling the global batch grows with the ranks."""
+    """Return the given settings; for weak scaling with a global batch proportional to the ranks."""
     if not options.weak:
         return options.settings
     given = [word.partition("=")[2] for word in options.settings if word.startswith("--train.global_batch=")]
@@ -60,15 +60,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, measured in turn in every repeat")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip", type=int, default=5, help="first steps that do not count")
+    parser.add_argument("--skip", type=int, default=5, help="number of first steps to ignore")
     parser.add_argument("--launcher", default="mpirun -np")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--weak", action="store_true", help="more ranks, more batch: train.global_batch is that of the fewest")
+    parser.add_argument("--weak", action="store_true", help="weak scaling: train.global_batch is for the fewest ranks")
     parser.add_argument("--plot", type=Path, metavar="FILE.html|FILE.png")
     parser.add_argument("settings", nargs="*", help="settings of mpidp.train, after --")
     options = parser.parse_args()
     if options.plot and options.plot.suffix not in (".html", ".png"):
-        parser.error(f"--plot {options.plot}: give a file that ends in .html or .png")
+        parser.error(f"--plot {options.plot}: the file name must end in .html or .png")
     sizes = [int(n) for n in options.ranks.split(",")]
     rows: dict[int, list[dict]] = {n: [] for n in sizes}
     for _ in range(options.repeats):
@@ -96,8 +96,8 @@ def main() -> None:
         options.plot.write_text(page("Scaling", words, [scaling_section(found)]))
     for batch in sorted({run["batch"] for runs in rows.values() for run in runs}):
         hashes = [run["weights_sha256"] for runs in rows.values() for run in runs if run["batch"] == batch]
-        same = f"the same in all {len(hashes)} runs, {hashes[0][:16]}"
-        print(f"weights at a batch of {batch}: {same if len(set(hashes)) == 1 else f'{len(set(hashes))} different hashes'}")
+        same = f"equal in all {len(hashes)} runs, {hashes[0][:16]}"
+        print(f"weights with global batch {batch}: {same if len(set(hashes)) == 1 else f'{len(set(hashes))} different hashes'}")
 
 
 if __name__ == "__main__":

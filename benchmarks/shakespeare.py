@@ -1,14 +1,14 @@
-"""nanoGPT's CPU setting: the loss after 2,000 steps, the time it takes, and what nanoGPT needs for the same.
+"""Compare mpidp with nanoGPT in nanoGPT's CPU setting: loss after 2,000 steps, and the time to reach nanoGPT's loss.
 
-    python benchmarks/shakespeare.py --text tinyshakespeare.txt                      # ours alone: losses, hashes, times
+    python benchmarks/shakespeare.py --text tinyshakespeare.txt                      # mpidp only: losses, hashes, times
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/shakespeare.py --text tinyshakespeare.txt --nanogpt nanoGPT    # and nanoGPT in the same call
+    python benchmarks/shakespeare.py --text tinyshakespeare.txt --nanogpt nanoGPT    # mpidp and nanoGPT
 
-4 layers, 4 heads, 128 wide, context 64, 12 sequences a step, characters, no dropout; the last 10% of the characters are held
-out. Ours runs at several numbers of ranks with one thread each. Loss is nats a character over the whole held-out part in
-windows of 64, computed the same way for both. "train s" is the time of the steps alone, without start-up and evaluations;
-"command s" is everything. Losses repeat to the bit on one machine. Times are of one run each: only ratios within one call
-count, and only on a machine that is otherwise quiet. About 20 minutes on 2 cores with nanoGPT.
+The model has 4 layers, 4 heads, width 128 and context 64, with 12 sequences per step, characters as tokens and no dropout. The
+last 10% of the text are held out. mpidp runs at several numbers of ranks with one thread each. The loss is in nats per character
+over the whole held-out part in windows of 64, computed in the same way for both. "train s" is the time of the steps, without
+start-up and evaluations; "command s" is the total. mpidp's losses repeat bit for bit on one machine. Times are from one run each:
+compare only ratios within one call, on an idle machine. Takes about 20 minutes on 2 cores with nanoGPT.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SETTING = [
     "--train.global_batch=12", "--train.micro_batch=3", "--train.threads=1", "--train.device=cpu", "--train.dtype=float32",
     "--train.eval_tokens=0", "--train.save_every=0", "--optim.warmup_steps=100", "--optim.beta2=0.99", "--optim.clip=1",
 ]
-# adamw is what nanoGPT's config/train_shakespeare_char.py asks for, so that what is left against nanoGPT is the architecture.
-# Higher rates were no better for it: 2e-3 and 3e-3 down to 0.
+# adamw has the settings of nanoGPT's config/train_shakespeare_char.py, so that only the architecture differs from nanoGPT.
+# Higher learning rates (2e-3 and 3e-3 down to 0) were not better for it.
 OPTIMIZERS = {
     "adamw": ["--optim.name=adamw", "--optim.lr=1e-3", "--optim.min_lr=1e-4", "--optim.weight_decay=0.1"],
     "muon": ["--optim.name=muon", "--optim.lr=3e-3", "--optim.min_lr=0", "--optim.weight_decay=0.1"],
@@ -44,7 +44,7 @@ NANOGPT = [
     "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0",
     "--always_save_checkpoint=True",
 ]
-# Runs in nanoGPT's folder, on a checkpoint of its train.py: the windows and the mean of mpidp's own evaluation.
+# Run in nanoGPT's folder on a checkpoint of its train.py. Uses the windows and the mean of mpidp's evaluation.
 SCORE = """
 import sys, numpy as np, torch
 from model import GPT, GPTConfig
@@ -66,7 +66,7 @@ print(saved["iter_num"], total / targets)
 
 
 def run(command: list[str], cwd: Path, threads: int = 0) -> tuple[str, float]:
-    """(What it printed, its seconds.)"""
+    """Run a command. Return (its standard output, its seconds)."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {})
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cwd)
@@ -76,7 +76,7 @@ def run(command: list[str], cwd: Path, threads: int = 0) -> tuple[str, float]:
 
 
 def prepare(text: Path, folder: Path) -> str:
-    """folder/shards for ours, train.bin, val.bin and meta.pkl in folder for nanoGPT; returns what is in them."""
+    """Write folder/shards for mpidp, and train.bin, val.bin and meta.pkl for nanoGPT. Return a description of the data."""
     characters = text.read_bytes().decode()
     number = {c: i for i, c in enumerate(sorted(set(characters)))}
     ids = np.array([number[c] for c in characters], dtype=np.uint16)
@@ -85,12 +85,12 @@ def prepare(text: Path, folder: Path) -> str:
     ids[:num_train].tofile(folder / "train.bin")
     ids[num_train:].tofile(folder / "val.bin")
     (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(number)}))
-    # The shards end with an end-of-document token: ours is asked for that one too, which it never saw (0.0002 of its loss).
+    # The shards end with an end-of-document token, which mpidp predicts too without having trained on it (0.0002 of its loss).
     run([sys.executable, "-m", "data_tools.prepare", "--source", str(text.resolve()), "--tokenizer", "char", "--shards", "1",
          "--val-fraction", repr((num_val + 1) / (len(ids) + 1)), "--out", str(folder / "shards")], ROOT)
     held_out = json.loads((folder / "shards" / "index.json").read_text())["splits"]["val"]["tokens"]
     assert held_out == num_val + 1, f"{held_out} tokens are held out, not {num_val} characters and an end"
-    return f"{text.name}: {num_train:,} characters to learn from, {num_val:,} held out, {len(number)} different ones"
+    return f"{text.name}: {num_train:,} training characters, {num_val:,} held out, {len(number)} distinct"
 
 
 def ours(folder: Path, name: str, ranks: int, eval_every: int, options: argparse.Namespace) -> dict:
@@ -108,10 +108,10 @@ def ours(folder: Path, name: str, ranks: int, eval_every: int, options: argparse
 
 def nanogpt(folder: Path, threads: int, options: argparse.Namespace) -> dict:
     steps, out = options.steps, folder / f"nanogpt-{threads}"
-    said, seconds = run([sys.executable, "train.py", *NANOGPT, f"--max_iters={steps}", f"--lr_decay_iters={steps}",
+    output, seconds = run([sys.executable, "train.py", *NANOGPT, f"--max_iters={steps}", f"--lr_decay_iters={steps}",
                          f"--eval_interval={steps}", f"--dataset={folder}", f"--out_dir={out}"], options.nanogpt, threads)
-    # It evaluates within iterations 0 and `steps`, the latter after the checkpoint: neither time counts.
-    times = [float(ms) / 1e3 for ms in re.findall(r"^iter \d+: loss .*?, time ([\d.]+)ms", said, re.MULTILINE)][1:steps]
+    # Iterations 0 and `steps` include an evaluation (the last one after the checkpoint), so their times are ignored.
+    times = [float(ms) / 1e3 for ms in re.findall(r"^iter \d+: loss .*?, time ([\d.]+)ms", output, re.MULTILINE)][1:steps]
     scored, _ = run([sys.executable, "-c", SCORE, str(out / "ckpt.pt"), str(folder / "val.bin")], options.nanogpt)
     last_step, loss = scored.splitlines()[-1].split()
     assert int(last_step) == steps and len(times) == steps - 1, f"nanoGPT ended at {last_step} with {len(times)} timed steps"
@@ -128,47 +128,47 @@ def show(r: dict) -> None:
 
 
 def compare(results: dict[str, list[dict]], theirs: list[dict]) -> None:
-    """When ours first passed nanoGPT's final loss, in steps and in time, and the factors of that."""
+    """Print when mpidp first reached nanoGPT's final loss, in steps and in time, and the contributing factors."""
     final, steps, base = theirs[-1]["val_loss"], len(theirs[-1]["step_seconds"]), sum(theirs[-1]["step_seconds"])
-    print(f"\nnanoGPT took {steps} steps and {base:.1f} s ({theirs[-1]['cores']} threads) to {final:.4f}. Ours was there at")
+    print(f"\nnanoGPT took {steps} steps and {base:.1f} s ({theirs[-1]['cores']} threads) to reach {final:.4f}. mpidp took")
     passed: dict[str, int] = {}
-    for name, runs in results.items():  # the curve of the first is that of all: it is the same at any number of ranks
+    for name, runs in results.items():  # the curve is the same at any number of ranks, so the first run's is used
         reached = [step for step, loss in runs[0]["curve"] if loss <= final]
         if not reached:
-            print(f"  {name:<11} no step")
+            print(f"  {name:<11} not reached")
             continue
         passed[name] = reached[0]
         for r in runs:
             seconds = sum(r["step_seconds"][: reached[0]])
-            print(f"  {name:<11} step {reached[0]:>5}, {r['cores']} ranks: {seconds:>6.1f} s, {seconds / base:.3f} of its time")
-    print("\nThe factors of that (architecture x optimizer x system):")
+            print(f"  {name:<11} step {reached[0]:>5}, {r['cores']} ranks: {seconds:>6.1f} s, {seconds / base:.3f} x nanoGPT")
+    print("\nFactors of this time (architecture x optimizer x system):")
     if plain := passed.get("adamw"):
-        print(f"  architecture  {plain / steps:.3f}  our model with its optimizer and schedule: {plain} steps for {steps}")
+        print(f"  architecture  {plain / steps:.3f}  mpidp's model, nanoGPT's optimizer: {plain} steps instead of {steps}")
         for name in passed:
-            print(f"  optimizer     {passed[name] / plain:.3f}  {name}, its learning rate: {passed[name]} steps for {plain}")
+            print(f"  optimizer     {passed[name] / plain:.3f}  {name}: {passed[name]} steps instead of {plain}")
     for t in theirs:
         for r in [r for runs in results.values() for r in runs if r["cores"] == t["cores"]]:
-            mine, other = (1e3 * statistics.median(x["step_seconds"]) for x in (r, t))
-            print(f"  system        {mine / other:.3f}  {r['name']}, {r['cores']} threads: {mine:.1f} ms, not {other:.1f}")
+            mpidp_ms, other = (1e3 * statistics.median(x["step_seconds"]) for x in (r, t))
+            print(f"  system        {mpidp_ms / other:.3f}  {r['name']}, {r['cores']} cores: {mpidp_ms:.1f} ms, not {other:.1f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path("tinyshakespeare.txt"))
-    parser.add_argument("--ranks", default="2,1,4", help="numbers of ranks; the first one's run evaluates on the way")
+    parser.add_argument("--ranks", default="2,1,4", help="numbers of ranks; only the first also evaluates during training")
     parser.add_argument("--optimizers", default="adamw,muon")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--eval-every", type=int, default=50, help="how finely the moment of passing nanoGPT is known")
-    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT, to run it too")
+    parser.add_argument("--eval-every", type=int, default=50, help="steps between evaluations")
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT, to run it as well")
     parser.add_argument("--launcher", default="mpirun -np")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("settings", nargs="*", help="more settings of mpidp.train, after --")
     options = parser.parse_args()
     if not options.text.is_file():
-        print(f"skipped: there is no file {options.text}; give --text FILE, for example the tinyshakespeare text of char-rnn")
+        print(f"skipped: {options.text} does not exist; give --text FILE, for example the tinyshakespeare text of char-rnn")
         return
     if options.nanogpt and not (options.nanogpt / "train.py").is_file():
-        sys.exit(f"there is no train.py in --nanogpt {options.nanogpt}")
+        sys.exit(f"--nanogpt {options.nanogpt} contains no train.py")
     sizes = [int(n) for n in options.ranks.split(",")]
     theirs: list[dict] = []
     results: dict[str, list[dict]] = {}

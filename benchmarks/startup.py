@@ -1,12 +1,12 @@
-"""What passes before the line of step 1 on a large set of shards: the parts of a start, and the data alone.
+"""Measure the time from launch to the log line of step 1 on a large set of shards, by phase.
 
     python benchmarks/startup.py                                   # 10 GB in 8 shards, 1 rank, 3 repeats
     python benchmarks/startup.py --gigabytes 100 --shards 64 --ranks 4 -- --train.threads=1
 
-The shards are sparse files in a temporary folder: headers and index.json are right, the tokens were never written, read as
-zeros and take no room. That is all the work of a start without data.verify, which reads every byte. Each measurement is a
-new process; the run's clock starts when the launcher is called, and rank 0 reads it. Everything is in the page cache: the
-first start after a boot, or from a shared disk, waits for the disk too. Medians of the repeats.
+The shards are sparse files in a temporary folder: headers and index.json are valid; the tokens were never written, read as zeros
+and take no space. This covers all work of a start without data.verify, which would read every byte. Each measurement is a new
+process. Time starts when the launcher is called and is read on rank 0. All files are in the page cache; the first start after a
+boot, or from a shared disk, also waits for the disk. Medians over the repeats are printed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-BEGAN = time.time()  # in a child: Python has started
+BEGAN = time.time()  # in the child process: Python has started
 CHILD = "--measured-run"
-PARTS = ("launcher and Python", "start MPI", "import torch", "other imports", "open the data, agree", "say what runs",
-         "make the parts", "step 1, and the rest", "all", "of these: data, index to batch", "of these: torch's compiler")
+PARTS = ("launcher and Python", "start MPI", "import torch", "other imports", "open the data, agree", "print settings",
+         "build the job", "step 1 and the rest", "total", "of this: data, index to batch", "of this: torch's compiler")
 PYTHON, MPI, TORCH, OTHERS, PLAN, SAY, BUILD, STEP, ALL, DATA, COMPILER = PARTS
-SECONDS: dict[str, float] = {}  # in a child: by part
+SECONDS: dict[str, float] = {}  # in the child process: by phase
 
 
 def make_shards(folder: Path, gigabytes: float, shards: int) -> None:
-    """Training shards of byte tokens as mpidp.data.shards writes them, without contents and with no true checksum."""
+    """Write training shards of byte tokens in the format of mpidp.data.shards, without contents and with invalid checksums."""
     import h5py
     import numpy as np
 
@@ -47,7 +47,7 @@ def make_shards(folder: Path, gigabytes: float, shards: int) -> None:
         path = folder / f"train_{k:05d}.h5"
         with h5py.File(path, "w", libver=("earliest", "v110")) as file:
             for name, length, dtype in (("doc_offsets", documents, "<u8"), ("tokens", tokens, "<u2")):
-                file.create_dataset(name, shape=(length,), dtype=dtype)[-1:] = 0  # one write claims the room of all
+                file.create_dataset(name, shape=(length,), dtype=dtype)[-1:] = 0  # one write allocates the whole dataset
             file.attrs.update({"format": np.bytes_(SHARD_FORMAT), "version": VERSION, "split": np.bytes_("train"),
                                "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": np.bytes_(sha256)})
         files.append(FileRecord(path.name, "train", tokens, documents, tokens, path.stat().st_size, "0" * 8, "0" * 64))
@@ -59,7 +59,7 @@ def make_shards(folder: Path, gigabytes: float, shards: int) -> None:
 
 
 def timed(call: Any, name: str) -> Any:
-    """The same call, whose seconds add up under this name."""
+    """Wrap a call so that its seconds are added to SECONDS[name]."""
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         begin = time.time()
         try:
@@ -70,7 +70,9 @@ def timed(call: Any, name: str) -> Any:
     return wrapper
 
 
-class CompilerWatch(importlib.abc.MetaPathFinder):  # a run without train.compile does not need what it times
+class CompilerWatch(importlib.abc.MetaPathFinder):
+    """Times the import of torch's compiler, which a run without train.compile does not need."""
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "torch._dynamo":
             return None
@@ -81,7 +83,7 @@ class CompilerWatch(importlib.abc.MetaPathFinder):  # a run without train.compil
 
 
 def train_one_step(called_at: float) -> None:
-    """In a child: mpidp.train with a clock around its parts, imported in the order in which it imports them itself."""
+    """Run mpidp.train in a child process and time its phases. Modules are imported in the order in which it imports them."""
     SECONDS[PYTHON] = BEGAN - called_at
     del sys.argv[1:3]
     sys.meta_path.insert(0, CompilerWatch())

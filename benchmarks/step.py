@@ -1,11 +1,11 @@
-"""The training step beside its limit and its peers, on the very same model and batch, in one launch, step by step in turns.
+"""Compare the training step with its lower limit and with other implementations, on the same model and batch.
 
     mpirun -np 2 python benchmarks/step.py [--model 14M] [--global-batch 8] [--micro-batch 1] [--seq-len 128] [--repeats 9]
 
-`limit` is the same step with the reduction left out (each rank updates with its own gradient). What a variant takes more is
-its exposed communication. `ddp gloo` is torch's DistributedDataParallel, `heat` Heat's DataParallel where it is installed.
-`1 rank` and `1 rank, P threads` compute the whole batch alone while the other ranks sleep; `independent` is P ranks that each
-compute what a rank of P computes, without a word to each other and without an update in common: what P pinned processes reach.
+Variants run in turn, step by step, within one launch. `limit` is the same step without the reduction: each rank updates with its
+own gradient. The additional time of a variant is its exposed communication. `ddp gloo` is torch's DistributedDataParallel, `heat`
+Heat's DataParallel if it is installed. `1 rank` and `1 rank, P threads` compute the whole batch alone while the other ranks
+sleep. `independent` are P ranks that each compute one rank's share without any communication; this is the limit for P processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpidp.model.transformer import Transformer
 
 
 class Limit(Stepper):
-    """Everything but the reduction."""
+    """The step without the reduction."""
 
     def __init__(self, comm, config) -> None:
         super().__init__(comm, config)
@@ -37,7 +37,7 @@ class Limit(Stepper):
 
 
 class Ddp:
-    """torch's own: the mean of ranks' means, gradients averaged in buckets while the last backward runs."""
+    """torch's DDP: averages the ranks' means; gradients are averaged in buckets during the last backward."""
 
     def __init__(self, ours: Stepper) -> None:
         with socket.socket() as probe:
@@ -68,7 +68,7 @@ class Ddp:
 
 
 class Heat(Ddp):
-    """Heat's DataParallel, blocking: one Allreduce a parameter."""
+    """Heat's DataParallel, blocking: one Allreduce per parameter."""
 
     def __init__(self, ours: Stepper) -> None:
         import heat as ht
@@ -79,7 +79,7 @@ class Heat(Ddp):
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         averaging = ht.optim.DataParallelOptimizer(self.optimizer, True)
         self.model = ht.nn.DataParallel(model, ht.communication.MPI_WORLD, averaging, blocking_parameter_updates=True)
-        self.model.no_sync = contextlib.nullcontext  # it has none: it averages after every backward
+        self.model.no_sync = contextlib.nullcontext  # Heat has no no_sync: it averages after every backward
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--peers", default="ddp,heat,alone", help="which to run beside ours; empty: none")
+    parser.add_argument("--peers", default="ddp,heat,alone", help="other variants to run (empty for none)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder, _ = corpus()
@@ -124,7 +124,7 @@ def main() -> None:
     found = in_turns(variants, options.repeats)
     middle, tokens = medians(found), batch * options.seq_len
     if WORLD.rank == 0:
-        print(f"{WORLD.size} ranks, {options.model}, {batch} sequences of {options.seq_len} a step in micro-batches of "
+        print(f"{WORLD.size} ranks, {options.model}, {batch} sequences of {options.seq_len} per step in micro-batches of "
               f"{options.micro_batch}; medians of {options.repeats}")
         print(f"{'variant':<30} {'step ms':>9} {'tokens/s':>10} {'exposed':>9}")
         for name, seconds in middle.items():
@@ -132,13 +132,13 @@ def main() -> None:
             print(f"{name:<30} {1e3 * seconds:>9.1f} {tokens / seconds:>10,.0f} {exposed}")
         if "1 rank" in middle:
             gain, limit = ratio(found, "1 rank", "tree, window"), ratio(found, "independent", "tree, window")
-            print(f"strong scaling efficiency 1 -> {WORLD.size}: {gain / WORLD.size:.3f}; of what independent processes reach: "
+            print(f"strong scaling efficiency 1 -> {WORLD.size}: {gain / WORLD.size:.3f}; relative to independent processes: "
                   f"{limit:.3f}")
         if "heat" in peers and "heat" not in variants:
-            print("heat: skipped, it is not installed (pip install heat)")
+            print("heat: skipped, not installed (pip install heat)")
         shutil.rmtree(Path(folder))
     WORLD.Barrier()
-    os._exit(0)  # windows and gloo threads of many variants: nothing is to be saved
+    os._exit(0)  # skips freeing the windows and gloo threads of many variants
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One rank at half speed: what each way of sharing out the lanes makes of it, and that none changes a bit.
+"""Compare the settings of train.balance when one rank runs at half speed; check that none of them changes a bit.
 
     python benchmarks/uneven.py [--ranks 2] [--lanes 12] [--slow delay|core|none] [--repeats 3] [-- settings of mpidp.train]
 
-`delay`: rank 1 sleeps as long as it computes. `core`: ranks are pinned to a core each, and another process computes on rank
-1's for the whole run. Whole training runs; the median step after the warm-up, in which `measured` has found its shares.
+`delay`: rank 1 sleeps as long as it computes. `core`: each rank is pinned to a core, and another process computes on rank 1's
+core during the whole run. Complete training runs; the median step after the warm-up, in which `measured` determines its shares.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_tools.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 BURN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
-# The launcher's rank decides the core: both MPIs' own binding is off.
+# The core is chosen by the launcher's rank; the binding of both MPIs is off.
 PINNED = """
 import os, runpy, sys
 rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
@@ -80,12 +80,12 @@ def main() -> None:
                 times.append(seconds)
                 hashes.add(sha256)
                 if balance == "even":
-                    print(f"even: the slowest rank is {slowest}, {1e3 * seconds:.1f} ms a step", flush=True)
+                    print(f"even: the slowest rank is {slowest}, {1e3 * seconds:.1f} ms per step", flush=True)
     print(f"{options.ranks} ranks, {options.lanes} lanes, slow: {options.slow}; medians of {options.repeats} runs")
     for balance, times in found.items():
         ratio = statistics.median(a / b for a, b in zip(found["even"], times, strict=True))
-        print(f"{balance:<10} {1e3 * statistics.median(times):>8.1f} ms a step   {ratio:.2f} times as fast as even")
-    print("weights: " + ("the same in all runs" if len(hashes) == 1 else f"{len(hashes)} different hashes"))
+        print(f"{balance:<10} {1e3 * statistics.median(times):>8.1f} ms per step   {ratio:.2f} times as fast as even")
+    print("weights: " + ("equal in all runs" if len(hashes) == 1 else f"{len(hashes)} different hashes"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Hugging Face Accelerate over MPI: a classifier of scikit-learn's handwritten digits, of which two lines know of MPI (marked #).
+"""Train a classifier of handwritten digits with Hugging Face Accelerate over MPI. Only the two lines marked # concern MPI.
 
     mpirun -np 2 python -m mpi4py examples/accelerate_ddp.py
 
-Accelerate takes a process group that is there already. Accelerator(cpu=True) sees by mpirun's environment that there are several
-ranks. It calls its backend gloo, whatever carries the bytes; no gloo group is made.
+Accelerate uses the existing process group. Accelerator(cpu=True) detects several ranks from mpirun's environment. It always
+reports its backend as gloo, but no gloo group is created.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPOCHS, BATCH, HELD_OUT = 8, 64, 297
 
 
 def main() -> None:
-    """Train, and say how many of the held-out digits are right."""
+    """Train, and print how many held-out digits are classified correctly."""
     try:
         from accelerate import Accelerator
         from sklearn.datasets import load_digits

@@ -1,8 +1,8 @@
-"""A classifier of scikit-learn's handwritten digits: a plain PyTorch loop, of which five lines are mpidp's (marked #).
+"""Train a classifier of scikit-learn's handwritten digits: a plain PyTorch loop. The five lines that use mpidp are marked #.
 
     mpirun -np 2 python -m mpi4py examples/digits.py [strategy.name=local comm.compress=int8 ...]
 
-The weights that come out are the same bits at any number of ranks; strategies that do not wait for all give others.
+The resulting weights are the same bits at any number of ranks, except with strategies whose ranks do not wait for each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HELD_OUT = 297
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (1797, 1, 8, 8) in [0, 1] and their digits (1797,)."""
+    """Return images (1797, 1, 8, 8) in [0, 1] and their labels (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -31,7 +31,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(comm: Any = None, epochs: int = 10, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """{right: held-out digits, loss, sha256}. Collective over comm."""
+    """Train. Return {right: number of correct held-out digits, loss, sha256, rank}. Collective over comm."""
     images, labels = digits()
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -1,9 +1,9 @@
-"""A masked language model (Devlin 2018, BERT, section 3.1) on the same shards of tokens that mpidp.train reads.
+"""Train a masked language model (Devlin 2018, BERT, section 3.1) on the token shards that mpidp.train reads.
 
     mpirun -np 2 python -m mpi4py examples/masked.py shards/stdlib
 
-15% of the tokens are to be guessed: 80% of those are masked, 10% are another token, 10% stay. What is masked is drawn anew in
-every epoch, and belongs to the micro-batch, not to a rank; the mean is over the guessed tokens of the whole batch.
+15% of the tokens are predicted: 80% of those are masked, 10% are replaced by a random token, 10% stay. The choice is drawn again
+in every epoch. It depends on the micro-batch, not on the rank. The loss is the mean over the predicted tokens of the whole batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LENGTH = 64
 
 
 class Windows:
-    """Training shards as a map-style dataset: windows (LENGTH,) of consecutive tokens."""
+    """The training shards as a map-style dataset of windows (LENGTH,) of consecutive tokens."""
 
     def __init__(self, path: str) -> None:
         self.stream = TokenStream(path, "train")
@@ -35,7 +35,7 @@ class Windows:
 
 
 class Encoder(nn.Module):
-    """Tokens (B, LENGTH) of which some are masked -> logits (B, LENGTH, V). The mask is token V."""
+    """Map partly masked tokens (B, LENGTH) to logits (B, LENGTH, V). The mask is token V."""
 
     def __init__(self, vocab_size: int, dim: int, layers: int) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ class Encoder(nn.Module):
 
 
 def masked(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """(tokens as the model sees them, targets: -100 where nothing is to be guessed)."""
-    guessed, how, other = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape), torch.randint(vocab_size, tokens.shape)
+    """Return (masked tokens, targets). Targets are -100 where nothing is predicted."""
+    predicted, how, other = torch.rand(tokens.shape) < 0.15, torch.rand(tokens.shape), torch.randint(vocab_size, tokens.shape)
     seen = torch.where(how < 0.8, vocab_size, torch.where(how < 0.9, other, tokens))
-    return torch.where(guessed, seen, tokens), torch.where(guessed, tokens, -100)
+    return torch.where(predicted, seen, tokens), torch.where(predicted, tokens, -100)
 
 
 def train(path: str, comm: Any = None, steps: int = 300, batch: int = 16, dim: int = 64, layers: int = 2) -> dict[str, Any]:
-    """{losses, sha256}. Collective over comm."""
+    """Train. Return {losses, sha256, rank}. Collective over comm."""
     torch.manual_seed(0)
     vocab_size = (windows := Windows(path)).stream.vocab_size
     model, losses, items = Encoder(vocab_size, dim, layers), [], mpidp.from_dataset(windows, batch=batch, seed=0)
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     found = train(sys.argv[1] if len(sys.argv) > 1 else "shards/stdlib")
     if found["rank"] == 0:
         first, last = (sum(part) / 20 for part in (found["losses"][:20], found["losses"][-20:]))
-        print(f"loss of masked tokens {first:.3f} at first, {last:.3f} at last; weights {found['sha256'][:16]}")
+        print(f"loss of masked tokens: {first:.3f} at first, {last:.3f} at the end; weights {found['sha256'][:16]}")

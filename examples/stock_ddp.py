@@ -1,8 +1,8 @@
-"""A plain DistributedDataParallel classifier of scikit-learn's handwritten digits, which knows of MPI what two lines say.
+"""Train a classifier of scikit-learn's handwritten digits with plain DistributedDataParallel over MPI.
 
     mpirun -np 2 python examples/stock_ddp.py
 
-With torchrun and gloo it would be the same program but for `import mpidp.c10d` and the two words in init_process_group.
+For torchrun and gloo, only `import mpidp.c10d` and the two arguments of init_process_group would differ.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import mpidp.c10d  # noqa: F401  # that is all: torch.distributed now knows "mpi4py" and "mpi://"
+import mpidp.c10d  # noqa: F401  # registers the backend "mpi4py" and "mpi://" with torch.distributed
 
 EPOCHS, BATCH, HELD_OUT = 20, 64, 297
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (1797, 1, 8, 8) in [0, 1] and their digits (1797,)."""
+    """Return images (1797, 1, 8, 8) in [0, 1] and their labels (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -31,7 +31,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    """Train, and say how many of the held-out digits are right."""
+    """Train, and print how many held-out digits are classified correctly."""
     images, labels = digits()
     dist.init_process_group("mpi4py", init_method="mpi://")
     rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -1,8 +1,9 @@
-"""A text classifier: from which package of Python's standard library is this line of source? The text is on every machine.
+"""Train a text classifier: predict which standard-library package a line of source is from. The text comes with Python.
 
     mpirun -np 2 python -m mpi4py examples/text.py
 
-A line is a bag of hashed character trigrams (Joulin 2016, fastText); the weights are the same bits at any number of ranks.
+A line is represented as a bag of hashed character trigrams (Joulin 2016, fastText). The weights are the same bits at any number
+of ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ EACH, BUCKETS, LENGTH = 600, 4096, 64
 
 
 def lines() -> list[tuple[Tensor, int]]:
-    """(trigrams (LENGTH,), the package's number) of EACH different lines a package, spread over its files."""
+    """Return [(trigrams (LENGTH,), package index)] for EACH distinct lines per package, spread over its files."""
     found = []
     for number, package in enumerate(PACKAGES):
         files = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"))
@@ -34,13 +35,13 @@ def lines() -> list[tuple[Tensor, int]]:
 
 
 def trigrams(line: str) -> Tensor:
-    """Numbers of its first LENGTH trigrams from 1 on; 0 beyond. Not Python's hash: that is another in every process."""
+    """Return ids >= 1 of the first LENGTH trigrams, padded with 0. Python's hash() is not used: it differs between processes."""
     ids = [1 + zlib.crc32(line[i : i + 3].encode()) % BUCKETS for i in range(len(line) - 2)][:LENGTH]
     return torch.tensor(ids + [0] * (LENGTH - len(ids)))
 
 
 class Bag(nn.Module):
-    """The mean of a line's trigrams, and a product: (B, LENGTH) -> (B, packages)."""
+    """The mean embedding of a line's trigrams and a linear layer: (B, LENGTH) -> (B, packages)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,12 +49,12 @@ class Bag(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(64, len(PACKAGES)))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The sum over those that are there, by their number."""
+        """Compute the logits from the mean over the trigrams that are not padding."""
         return self.head(self.embedding(ids).sum(1) / (ids > 0).sum(1, keepdim=True).clamp(min=1))
 
 
 def train(comm: Any = None, epochs: int = 6) -> dict[str, Any]:
-    """{right: share of the held-out lines, loss, sha256}. Collective over comm."""
+    """Train. Return {right: share of correct held-out lines, loss, sha256, rank}. Collective over comm."""
     texts = lines()
     held_out, training = texts[::10], [one for i, one in enumerate(texts) if i % 10]
     torch.manual_seed(0)
@@ -65,12 +66,12 @@ def train(comm: Any = None, epochs: int = 6) -> dict[str, Any]:
             optimizer.backward(F.cross_entropy(model(ids), package))
             optimizer.step()
     with torch.no_grad():
-        said = model.eval()(torch.stack([ids for ids, _ in held_out])).argmax(1)
-    right = (said == torch.tensor([package for _, package in held_out])).float().mean().item()
+        predicted = model.eval()(torch.stack([ids for ids, _ in held_out])).argmax(1)
+    right = (predicted == torch.tensor([package for _, package in held_out])).float().mean().item()
     return {"right": right, "loss": optimizer.loss, "sha256": optimizer.sha256(), "rank": optimizer.rank}
 
 
 if __name__ == "__main__":
     found = train()
     if found["rank"] == 0:
-        print(f"{100 * found['right']:.1f}% of lines are right, of {len(PACKAGES)} packages; weights {found['sha256'][:16]}")
+        print(f"{100 * found['right']:.1f}% of lines are right ({len(PACKAGES)} packages); weights {found['sha256'][:16]}")

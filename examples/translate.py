@@ -1,9 +1,9 @@
-"""An encoder-decoder Transformer (Vaswani 2017) that learns to write Korean in Latin letters.
+"""Train an encoder-decoder Transformer (Vaswani 2017) to transliterate Korean into Latin letters.
 
     mpirun -np 2 python -m mpi4py examples/translate.py
 
-The parallel text is in Python: unicodedata spells all 11,172 syllables of Hangul in jamo (NFD), and names them by their
-romanisation: HANGUL SYLLABLE HAN is U+1112 U+1161 U+11AB. Those held out must be read by rules learned from the others.
+The parallel text comes with Python: unicodedata decomposes all 11,172 Hangul syllables into jamo (NFD), and their names contain
+the romanisation: HANGUL SYLLABLE HAN is U+1112 U+1161 U+11AB. Every tenth syllable is held out for the test.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 import mpidp.library as mpidp
 
 PAD, BEGIN, END = 0, 1, 2
-JAMO, LETTERS, LONGEST = 0x1100, "ABCDEFGHIJKLMNOPRSTUWY", 9  # letters of a name with BEGIN and END
+JAMO, LETTERS, LONGEST = 0x1100, "ABCDEFGHIJKLMNOPRSTUWY", 9  # length of a name with BEGIN and END
 
 
 def pairs() -> list[tuple[Tensor, Tensor]]:
-    """(jamo (3,), letters (LONGEST,)) of every syllable."""
+    """Return [(jamo (3,), letters (LONGEST,))] for every syllable."""
     found = []
     for code in range(0xAC00, 0xD7A4):
         jamo = [ord(one) - JAMO + 3 for one in unicodedata.normalize("NFD", chr(code))]
@@ -32,7 +32,7 @@ def pairs() -> list[tuple[Tensor, Tensor]]:
 
 
 class Translator(nn.Module):
-    """(jamo (B, 3), letters so far (B, T)) -> logits of the next letter (B, T, 25)."""
+    """Map (jamo (B, 3), letters so far (B, T)) to logits of the next letter (B, T, 25)."""
 
     def __init__(self, dim: int = 64) -> None:
         super().__init__()
@@ -42,22 +42,22 @@ class Translator(nn.Module):
         self.head = nn.Linear(dim, 3 + len(LETTERS))
 
     def forward(self, jamo: Tensor, letters: Tensor) -> Tensor:
-        """Each letter sees the whole syllable and the letters before."""
+        """Each letter attends to the whole syllable and to the letters before it."""
         t = letters.shape[1]
         source, target = self.source(jamo) + self.places[:3], self.target(letters) + self.places[:t]
         return self.head(self.transformer(source, target, tgt_mask=nn.Transformer.generate_square_subsequent_mask(t)))
 
     @torch.no_grad()
     def translate(self, jamo: Tensor) -> Tensor:
-        """The likeliest letters, one by one: (B, 3) -> (B, LONGEST)."""
+        """Decode greedily, letter by letter: (B, 3) -> (B, LONGEST)."""
         letters = torch.full((len(jamo), 1), BEGIN)
         while letters.shape[1] < LONGEST:
             letters = torch.cat([letters, self(jamo, letters)[:, -1:].argmax(2)], 1)
-        return letters * ((letters == END).cumsum(1) - (letters == END).long() == 0)  # nothing after the first END
+        return letters * ((letters == END).cumsum(1) - (letters == END).long() == 0)  # zeros after the first END
 
 
 def train(comm: Any = None, epochs: int = 4, every: int = 1) -> dict[str, Any]:
-    """{right: share of the held-out syllables, loss, sha256}, of every so many of all. Collective over comm."""
+    """Train on each `every`-th syllable. Return {right: share of held-out ones, loss, sha256, rank}. Collective over comm."""
     held_out, training = (texts := pairs()[::every])[::10], [one for i, one in enumerate(texts) if i % 10]
     torch.manual_seed(0)
     model = Translator()
@@ -68,8 +68,8 @@ def train(comm: Any = None, epochs: int = 4, every: int = 1) -> dict[str, Any]:
             logits, wanted = model(jamo, letters[:, :-1]), letters[:, 1:]
             optimizer.backward(F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=PAD), int((wanted != PAD).sum()))
             optimizer.step()
-    said = model.eval().translate(torch.stack([jamo for jamo, _ in held_out]))
-    right = (said == torch.stack([letters for _, letters in held_out])).all(1).float().mean().item()
+    predicted = model.eval().translate(torch.stack([jamo for jamo, _ in held_out]))
+    right = (predicted == torch.stack([letters for _, letters in held_out])).all(1).float().mean().item()
     return {"right": right, "loss": optimizer.loss, "sha256": optimizer.sha256(), "rank": optimizer.rank}
 
 

@@ -1,39 +1,40 @@
-# What the job scripts share. They source it from the folder they were submitted from: Slurm itself runs a copy elsewhere.
+# Functions shared by the job scripts. They source this file from the folder where they were submitted, because Slurm runs a copy of
+# the script elsewhere.
 #
-#   launch COMMAND...         run it; a USR1 to this script (time is nearly up) goes on to it; its exit code is in $code
-#   bound_mpirun -n N ...     the same under the mpirun of either MPI, every rank on cores of its own
-#   energy                    what Slurm says that the job's steps used, where its accounting has it
-#   finish SCRIPT [WORDS]     is the run done? Else put the job back into the queue, or fail. SCRIPT: what to submit when chaining
+#   launch COMMAND...         run COMMAND; forward USR1 (time limit is near) to it; its exit code is in $code
+#   bound_mpirun -n N ...     the same with the mpirun of MPICH or Open MPI, every rank bound to its own cores
+#   energy                    print the energy used by the job's steps, if Slurm's accounting has it
+#   finish SCRIPT [ARGS]      exit with 0 if the run has ended; otherwise requeue the job or fail. SCRIPT is submitted when chaining
 #
-# RUN is the run's folder. NEXT says how to go on: requeue, chain (a new job, where `scontrol requeue` is forbidden) or stop.
+# RUN is the run's folder. NEXT is how to continue: requeue, chain (a new job, for sites that forbid `scontrol requeue`) or stop.
 
-code="" asked="" child="" interrupted="" last="" latest=""
+code="" stop_requested="" child="" interrupted="" last="" latest=""
 
-pass_on() {
-    asked=yes interrupted=yes
+forward_usr1() {
+    stop_requested=yes interrupted=yes
     if [ "$child" ]; then kill -USR1 "$child"; fi
 }
-trap pass_on USR1
+trap forward_usr1 USR1
 
-end_event() { # the last line of the run's metrics, if that is its end
+end_event() { # print the last line of the run's metrics if it is the end event
     tail -qn 1 "$RUN/metrics.jsonl" 2>/dev/null | grep '"event": "end"'
 }
 
-run_ended() { # an end that this launch wrote, or of which it said that there is nothing left to do
+run_ended() { # true if this launch wrote the end event, or exited with 0 because the run had ended before
     local now
     now=$(end_event) && { [ "$code" = 0 ] || [ "$now" != "$last" ]; }
 }
 
 launch() {
-    local said
+    local status
     code=127 last=$(end_event) latest=$(cat "$RUN/latest" 2>/dev/null)
-    if [ "$asked" ]; then code=75 && return; fi
+    if [ "$stop_requested" ]; then code=75 && return; fi
     "$@" &
     child=$!
     while interrupted=""; do # a signal ends `wait`, not the command
         wait "$child"
-        said=$?
-        [ "$said" = 127 ] || code=$said
+        status=$?
+        [ "$status" = 127 ] || code=$status
         [ "$interrupted" ] || break
     done
     child=""
@@ -41,7 +42,7 @@ launch() {
 
 bound_mpirun() {
     local cores=${SLURM_CPUS_PER_TASK:-1}
-    # the daemons that mpirun starts through srun must not be bound to one core, or all their ranks are
+    # do not bind the daemons that mpirun starts through srun to one core: their ranks would inherit it
     export HYDRA_LAUNCHER_EXTRA_ARGS=--cpu-bind=none
     if mpirun --version | grep -q HYDRA; then
         launch mpirun -bind-to "core:$cores" -map-by "core:$cores" "$@"
@@ -50,33 +51,33 @@ bound_mpirun() {
     fi
 }
 
-living_nodes() { # those of this allocation that answer, this one first
+living_nodes() { # print the nodes of this allocation that respond, this one first
     local node nodes
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    local -A asking
+    local -A probes
     for node in $nodes; do
         timeout 15 srun --overlap --mpi=none --nodes=1 --ntasks=1 --nodelist="$node" true >/dev/null 2>&1 &
-        asking[$node]=$!
+        probes[$node]=$!
     done
     for node in $nodes; do
-        wait "${asking[$node]}" && echo "$node"
+        wait "${probes[$node]}" && echo "$node"
     done
 }
 
-again() {
+continue_later() { # requeue or chain, unless this is an old copy or the job makes no progress
     local restarts
     restarts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p' | head -n 1)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "${restarts:-0}" ]; then
-        echo "jobs: an old copy of this job, which runs elsewhere since"
+        echo "jobs: this is an old copy of a job that was requeued and runs elsewhere: exiting"
         exit 75
     fi
     if [ "${SLURM_RESTART_COUNT:-0}" -ge 10 ] && [ "$(cat "$RUN/latest" 2>/dev/null)" = "$latest" ]; then
-        echo "jobs: start $((SLURM_RESTART_COUNT + 1)) of this job, and it made no progress: not tried again"
+        echo "jobs: start $((SLURM_RESTART_COUNT + 1)) of this job made no progress: not requeued"
         exit $((code ? code : 1))
     fi
     case ${NEXT:-requeue} in
-        requeue) scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # which ends this script
-        chain) # with this job's own size and time, wherever they were given
+        requeue) scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;; # the requeue ends this script
+        chain) # with this job's own size and time limit
             sbatch --dependency="afterany:$SLURM_JOB_ID" --time="$(squeue -h -j "$SLURM_JOB_ID" -o %l)" \
                 --nodes="$SLURM_NNODES" --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --cpus-per-task="$SLURM_CPUS_PER_TASK" "$@"
             ;;
@@ -84,11 +85,11 @@ again() {
     exit 75
 }
 
-energy() { # of steps that are over; the figure of the whole job comes after its end: `sacct -j JOB -o JobID,ConsumedEnergy`
-    local said
-    said=$(timeout 15 sacct -n -P -j "${SLURM_JOB_ID:-0}" -o JobID,ConsumedEnergy 2>/dev/null | awk -F'|' '$2 != "" && $2 != "0"')
-    if [ "$said" ]; then
-        echo "jobs: energy by Slurm's accounting (step|J): $(echo $said)"
+energy() { # of finished steps; for the whole job after its end: `sacct -j JOB -o JobID,ConsumedEnergy`
+    local joules
+    joules=$(timeout 15 sacct -n -P -j "${SLURM_JOB_ID:-0}" -o JobID,ConsumedEnergy 2>/dev/null | awk -F'|' '$2 != "" && $2 != "0"')
+    if [ "$joules" ]; then
+        echo "jobs: energy from Slurm's accounting (step|J): $(echo $joules)"
     else
         echo "jobs: energy: not available from Slurm's accounting"
     fi
@@ -101,9 +102,9 @@ finish() {
         exit 0
     fi
     case $code in
-        2 | 3 | 4) ;; # usage, data, checkpoints: a restart mends none of them
-        75) echo "jobs: the run in $RUN was stopped; next: ${NEXT:-requeue}" && again "$@" ;;
-        *) if [ "$asked" ]; then again "$@"; fi ;;
+        2 | 3 | 4) ;; # usage, data and checkpoint errors: a restart does not fix them
+        75) echo "jobs: the run in $RUN was stopped; next: ${NEXT:-requeue}" && continue_later "$@" ;;
+        *) if [ "$stop_requested" ]; then continue_later "$@"; fi ;;
     esac
     echo "jobs: the run in $RUN has not ended: the last exit code was $code"
     exit $((code ? code : 1))

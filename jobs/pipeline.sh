@@ -1,18 +1,18 @@
 #!/bin/bash
-# Prepare, then train, then evaluate (to RUN/evaluation.json): three jobs, each waits until the one before has succeeded.
+# Prepare, then train, then evaluate (to RUN/evaluation.json): three jobs, each of which waits for the success of the one before.
 #
-#   jobs/pipeline.sh [--section.key=value ...]   # in the project's folder; EDIT first
+#   jobs/pipeline.sh [--section.key=value ...]   # from the project's folder; EDIT first
 #
-# The words go to the training. A job that is requeued keeps its number, so those behind it wait for its real end; do not combine
-# this with NEXT=chain. When a job fails, those behind it are cancelled instead of pending for ever.
+# The arguments are passed to the training. A requeued job keeps its number, so the following jobs wait until it has ended. Do not
+# use NEXT=chain. If a job fails, the following jobs are cancelled instead of staying pending.
 set -euo pipefail
 
 export SOURCE=${SOURCE:-my_texts}              # EDIT: as in prepare_data.sbatch
 export SHARDS=${SHARDS:-shards/mine}           # EDIT
 export RUN=${RUN:-runs/mine}                   # EDIT
 export VENV=${VENV:-.venv}                     # EDIT
-TRAIN=${TRAIN:-jobs/multi_node_mpirun.sbatch}  # EDIT: which training
-OPTIONS=${OPTIONS:-}                           # EDIT: for all three, such as --account=...
+TRAIN=${TRAIN:-jobs/multi_node_mpirun.sbatch}  # EDIT: the training template
+OPTIONS=${OPTIONS:-}                           # EDIT: sbatch options for all three, such as --account=...
 
 after() {
     echo "--dependency=afterok:$1 --kill-on-invalid-dep=yes"

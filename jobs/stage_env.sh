@@ -1,10 +1,11 @@
-# Copy the environment to every node's own disk, so that a thousand ranks do not import torch from the shared file system. Sourced
-# in a job script in place of `. .venv/bin/activate`:
+# Copy the environment to every node's local disk, so that a thousand ranks do not import torch from the shared file system.
+# Source this file in a job script in place of `. .venv/bin/activate`:
 #
-#   . jobs/stage_env.sh .venv /tmp        # EDIT: the environment; a folder that is local to each node
+#   . jobs/stage_env.sh .venv /tmp        # EDIT: the environment; a folder on each node's local disk
 #
-# It is packed once (and again after pip has changed it), sent with sbcast and unpacked on every node. Python and mpirun then come
-# from the copies, which go when the job ends. `python -m ...` works from them; other scripts in bin/ keep the original's path.
+# The environment is packed once (and again after pip changed it), sent with sbcast and unpacked on every node. Python and mpirun
+# then come from the copies, which are removed when the job ends. `python -m ...` uses the copies; other scripts in bin/ still
+# refer to the original's path.
 venv=$(realpath "$1")
 archive=$venv.tar
 staged=$2/mpidp-$SLURM_JOB_ID
@@ -21,4 +22,4 @@ stage() {
 trap 'on_every_node rm -rf "$staged" "$staged.tar"' EXIT
 stage || { echo "jobs: $venv could not be copied to $2 on every node"; exit 1; }
 export PATH=$staged/bin:$PATH
-echo "jobs: $venv is at $staged on $SLURM_NNODES nodes"
+echo "jobs: $venv was copied to $staged on $SLURM_NNODES nodes"

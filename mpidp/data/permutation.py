@@ -11,14 +11,15 @@ ROUNDS = 8
 
 
 @lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def keys_of(*key: object) -> np.ndarray:
-    """ROUNDS independent round keys (ROUNDS, 1) uint64 of anything with a stable repr."""
+    """Return independent round keys (ROUNDS, 1) uint64 for any key with a stable repr."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
 
 
 def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of 0..n-1 sends each x (uint64)."""
+    """Apply a keyed permutation of 0..n-1 to each x (uint64)."""
     return _walk(x, n, keys, inverse=False)
 
 
@@ -28,7 +29,7 @@ def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Feistel over the next even power of two, again for those that fall outside 0..n-1 (at most 3 of 4)."""
+    """Apply a Feistel network over the next power of 4, repeatedly until all results are in 0..n-1 (cycle walking)."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     out = _feistel(x, half_bits, keys, inverse)
     while (outside := out >= n).any():
@@ -37,7 +38,7 @@ def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """A balanced Feistel network on 2 half_bits bits; integers only, so the same on every machine."""
+    """Apply a balanced Feistel network on 2 half_bits bits. It uses only integers, so all machines agree."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = x >> shift, x & mask
     if inverse:
@@ -50,7 +51,7 @@ def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> 
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    """Apply the finalizer of splitmix64: each input bit affects each output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = x ^ (x >> np.uint64(31))

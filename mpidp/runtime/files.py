@@ -31,7 +31,7 @@ def sync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None] | str) -> None:
-    """Let write(temporary name) make a file (or write a text), then fsync and rename it to path. Independent."""
+    """Write a file atomically: write(temporary path), or a text, then fsync and rename it to path. Independent."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         if isinstance(write, str):

@@ -3,7 +3,7 @@
 | what the page shows | expected | judged by |
 |---|---|---|
 | a block | exit code 0 | bash -eo pipefail's, python's |
-| ```text under it | each line is printed, in this order; other figures may stand there, exit codes may not | the block's words |
+| ```text under it | each line is printed, in this order; figures and answers of the model may differ | the words of the block |
 | weights_sha256 | equal where the page's are equal, other where they are other | hashes printed |
 | answers before and after the fine-tune | far better after it | accuracies printed |
 | report.html | one file with charts, of all runs | its bytes |
@@ -20,6 +20,7 @@ from tests.faults.commands import ROOT, Shell
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HASH = re.compile(r"\b[0-9a-f]{64}\b")
 FIGURE = re.compile(r"(?<!exit code )(?<!\d)\d[\d.,]*(e[+-]\d+)?")
+ANSWER = re.compile(r"^assistant: an? (exception|module|special method)$")  # the model learns from texts of the Python version
 START = {"bash": ["bash", "-eo", "pipefail", "-c"], "python": ["python", "-c"]}
 
 
@@ -46,8 +47,8 @@ def blocks(page: str) -> list[Block]:
 
 
 def alike(line: str) -> str:
-    """A line without its figures and what lines them up. Pure."""
-    return " ".join(FIGURE.sub("#", HASH.sub("HASH", line)).split())
+    """A line without figures, alignment and the model's answer. Pure."""
+    return " ".join(FIGURE.sub("#", HASH.sub("HASH", ANSWER.sub("assistant: ANSWER", line))).split())
 
 
 def seen(shown: list[str], said: str) -> list[str]:

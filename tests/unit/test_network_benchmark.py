@@ -1,4 +1,4 @@
-"""What benchmarks/network.py makes of a run's lines: curves, budgets and targets. The link itself is judged where it is made."""
+"""How benchmarks/network.py evaluates the lines of a run: curves, budgets and targets. The link is checked when it is created."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from network import METHODS, Watch, at, refused, seconds_to  # noqa: E402
+from network import METHODS, Watch, at, rejection, seconds_to  # noqa: E402
 
 LINES = [
     {"event": "start", "step": 0}, {"step": 1, "tokens": 10, "step_seconds": 1.0}, {"step": 2, "tokens": 20, "step_seconds": 3.0},
@@ -19,12 +19,12 @@ LINES = [
 ]
 
 
-def test_a_curve_grows_with_the_file_and_half_a_line_waits(tmp_path: Path) -> None:
+def test_a_curve_grows_with_the_file_without_incomplete_lines(tmp_path: Path) -> None:
     watch, text = Watch(tmp_path / "metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in LINES)
-    watch.look()
+    watch.poll()
     for end in range(len(text) + 1):
         (tmp_path / "metrics.jsonl").write_text(text[:end])
-        watch.look()
+        watch.poll()
     assert watch.curve == [(4.0, 20, 3.0), (8.0, 30, 2.0), (8.0, 30, math.inf)]
     assert watch.seconds == 8.0 and len(watch.steps) == 3
 
@@ -38,9 +38,9 @@ def test_losses_and_moments_lie_on_straight_lines_between_evaluations() -> None:
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    (METHODS["synchronous"], ""), (["--comm.no_such=1"], "not there"), (["--strategy.name=no_such"], "not there"),
-    (["--model.num_heads=3"], "refused: model.model_dim"),
+    (METHODS["synchronous"], ""), (["--comm.no_such=1"], "not supported"), (["--strategy.name=no_such"], "not supported"),
+    (["--model.num_heads=3"], "rejected: model.model_dim"),
 ])
-def test_what_this_version_lacks_is_not_there(settings: list[str], words: str) -> None:
-    said = refused(settings)
-    assert said.startswith(words) and bool(said) == bool(words)
+def test_unsupported_settings_are_reported(settings: list[str], words: str) -> None:
+    reason = rejection(settings)
+    assert reason.startswith(words) and bool(reason) == bool(words)
