@@ -1,4 +1,4 @@
-"""For all tests: misspelt markers are refused, torch has one thread, and what fails on one rank fails on all together."""
+"""Settings for all tests: unknown markers are errors, torch uses one thread, and a failure on one rank fails the test on all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mpi4py import MPI
 from mpidp.model.shape import TransformerShape, num_parameters
 
 WORLD = MPI.COMM_WORLD
-HARNESS = WORLD.Dup()  # the tests' own collectives never meet these
+HARNESS = WORLD.Dup()  # separates the harness's own collectives from those of the tests
 PATIENCE_SECONDS = 30.0  # a rank that failed waits this long for the others before it ends the job
 
 
 LONG = os.environ.get("MPIDP_LONG", "") == "1"
-SAMPLED = (  # tables with many rows of like kind, or one for each MPI
+SAMPLED = (  # tables with many similar rows, or one row for each MPI
     "tests/methods/", "tests/mpi/test_nccl.py", "tests/laws/test_elastic.py", "tests/laws/test_skipped.py",
     *(f"tests/hybrid/test_{name}.py" for name in ("meshes", "interleave", "whole_replicas")),
     *(f"tests/faults/test_{name}.py" for name in (
@@ -34,8 +34,11 @@ EVERY = int(os.environ.get("MPIDP_EVERY", "4"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """pytest-mpi ignores what it does not know: @pytest.mark.mpi(min_sizes=2) would run at one rank. And of the long tables
-    every fourth row is run (MPIDP_EVERY), of short ones at least one, unless MPIDP_LONG=1 (`make long`)."""
+    """Reject unknown keywords, and sample long tables.
+
+    pytest-mpi ignores unknown keywords: @pytest.mark.mpi(min_sizes=2) would run at one rank. Of long tables every fourth row is
+    run (MPIDP_EVERY), of short ones at least one; MPIDP_LONG=1 (`make long`) runs all rows.
+    """
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.args or set(mark.kwargs) - {"min_size"}:
@@ -56,14 +59,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
-    """A test marked mpi ends on all ranks together; when it failed on some, it fails on all, and says where."""
+    """Run an mpi test so that it ends on all ranks together. If it fails on some ranks, it fails on all and reports where."""
     if WORLD.size == 1 or pyfuncitem.get_closest_marker("mpi") is None:
         return (yield)
     error: BaseException | None = None
     returned = None
     try:
         returned = yield
-    except BaseException as raised:  # pytest's own outcomes are no Exceptions
+    except BaseException as raised:  # pytest's outcomes are not Exceptions
         error = raised
     failed = error is not None and not isinstance(error, pytest.skip.Exception)
     _meet(pyfuncitem, error if failed else None)
@@ -79,7 +82,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 
 
 def _meet(item: pytest.Function, error: BaseException | None) -> None:
-    """A sleeping barrier. A rank that failed gives up on ranks that do not come: they wait for it inside the test."""
+    """Wait at a sleeping barrier. A failed rank aborts if the other ranks do not arrive: they wait for it inside the test."""
     began, request = time.monotonic(), HARNESS.Ibarrier()
     while not request.Test():
         time.sleep(0.002)
@@ -99,24 +102,24 @@ def _abort(item: pytest.Function, error: BaseException) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Bits may depend on the number of threads, and the cores are shared."""
+    """Use one thread: bits may depend on the number of threads, and the cores are shared."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def warm() -> None:
-    """torch's first use of meta tensors imports for a second: once, on all ranks at the same time."""
+    """Use a meta tensor once on all ranks at the same time. torch's first use of one imports modules for a second."""
     if WORLD.size > 1:
         num_parameters(TransformerShape(8, 1, 1, 1, 2, 8, 8))
 
 
 @pytest.fixture
 def shared_tmp(tmp_path: Path) -> Path:
-    """One folder for all ranks (tmp_path is another on each). Collective over WORLD."""
+    """One folder for all ranks (tmp_path differs between ranks). Collective over WORLD."""
     return Path(WORLD.bcast(str(tmp_path)))
 
 
 @pytest.fixture(scope="module")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all ranks and all tests of a file: for corpora. Collective over WORLD."""
+    """One folder for all ranks and all tests of a file, for corpora. Collective over WORLD."""
     return Path(WORLD.bcast(str(tmp_path_factory.mktemp("shared"))))
