@@ -1,4 +1,5 @@
-"""The house itself: who may import whom, how long files are, what starts MPI, and that every collective call says so."""
+"""Laws of the source tree: which file may import which, the length of files, what may start MPI, and that every collective call
+is documented as one."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = {str(p.relative_to(ROOT)): p for folder in ("mpidp", "data_tools") for p in sorted((ROOT / folder).rglob("*.py"))}
 MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 
-# A file imports from layers below its own, never from its own or from above. A new file gets a place here.
+# A file may import only from layers below its own. A new file needs an entry here.
 LAYERS = [
     "__init__ errors files lanes schedule state stopping balance noise planning.table comm.__init__ model.__init__ "
     "checkup.__init__ checkup.findings hf.__init__ planning.__init__ inference.__init__ methods strategies.groups "
@@ -54,11 +55,11 @@ LAYERS = [
     "train evaluate generate export plan replay doctor report",
 ]
 LAYER = {f"mpidp.{name}".removesuffix(".__init__"): i for i, names in enumerate(LAYERS) for name in names.split()}
-LATE = {("mpidp.entry", "mpidp.comm.mesh")}  # inside a function: it starts MPI once the command line is read
-C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch.distributed, inside a function, when asked to
+LATE = {("mpidp.entry", "mpidp.comm.mesh")}  # inside a function: it starts MPI after the command line is read
+C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch.distributed, inside a function, on demand
 ENTRIES = {f"mpidp.{name}" for name in LAYERS[-1].split()}
 
-# Outside libraries by file; those not named are the standard library's alone. `rich` and others come late, where they serve.
+# External libraries by file; all other files use only the standard library. `rich` and others are imported late, where needed.
 MPI4PY = {
     "comm.buffers", "comm.exchange", "comm.faults", "comm.group", "comm.mesh", "comm.overlap", "comm.owners", "comm.probe",
     "comm.reducers", "comm.nccl", "comm.tickets", "comm.transport", "comm.waiting", "comm.background", "comm.peers",
@@ -81,7 +82,7 @@ TORCH = MPI4PY - {
     "model.lora",
     "model.frozen", "model.starting",
 }
-H5PY = {"data.shards", "resolve"}  # resolve tells its version
+H5PY = {"data.shards", "resolve"}  # resolve reads its version
 SEES_CONFIG = {
     "arguments", "train", "course", "build", "origin", "planned", "resolve", "rundir", "sharing", "planning.methods",
     "planning.sums",
@@ -94,13 +95,13 @@ def module_of(name: str) -> str:
 
 
 def for_types(tree: ast.Module) -> set[ast.AST]:
-    """What stands under `if TYPE_CHECKING`: never imported when it runs."""
+    """Return the lines under `if TYPE_CHECKING`, which are never executed."""
     guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
     return {inner for guard in guards for inner in ast.walk(guard)}
 
 
 def imports(name: str) -> Iterator[tuple[str, bool]]:
-    """(imported module or module.name, at the top of the file?) of everything that a file imports when it runs."""
+    """Return (imported module or module.name, at the top of the file?) for all executed imports of a file."""
     tree = ast.parse(FILES[name].read_text())
     unseen, top = for_types(tree), set(tree.body)
     for node in ast.walk(tree):
@@ -138,7 +139,7 @@ def test_imports_lead_downwards(name: str) -> None:
 def test_nobody_imports_entry_points(name: str) -> None:
     assert not {what for what, _ in imports(name)} & ENTRIES
     tools = {what for what, top in imports(name) if what.startswith("data_tools")}
-    if name == "mpidp/build.py":  # the default corpus is prepared on the fly, once it is needed
+    if name == "mpidp/build.py":  # the default corpus is prepared only when it is needed
         assert {(what, top) for what, top in imports(name) if what.startswith("data_tools")} == {("data_tools.prepare", False)}
     elif name.startswith("mpidp/"):
         assert not tools
@@ -190,7 +191,7 @@ QUIET = ["mpidp", "mpidp.config", "mpidp.entry", "mpidp.train", "mpidp.evaluate"
 
 
 def test_importing_the_entry_points_starts_neither_mpi_nor_torch() -> None:
-    """--help works on a login node, and a wrong option is told before MPI starts."""
+    """--help works on a login node, and a wrong option is reported before MPI starts."""
     code = (
         "import importlib, sys\n"
         f"for name in {QUIET}:\n"
@@ -209,7 +210,7 @@ def test_a_file_can_be_read_in_one_sitting(name: str) -> None:
 
 
 def lines_of_code(name: str) -> int:
-    """Lines with code on them: words that explain are not what makes a house large (docs/decisions.md)."""
+    """Count lines of code, without comments and docstrings (docs/decisions.md)."""
     text = FILES[name].read_text()
     words = {
         line
@@ -223,7 +224,8 @@ def lines_of_code(name: str) -> int:
 
 
 def test_what_training_runs_is_small() -> None:
-    """All that mpidp.train imports, at once or later; entry points that read finished runs have their own limit, a file each."""
+    """Count everything that mpidp.train imports, at once or later. Commands that read finished runs have only a limit per file.
+    """
     seen, rest = set(), ["mpidp.train"]
     names = {module_of(name): name for name in MPIDP}
     while rest:
@@ -254,14 +256,15 @@ def takes_a_communicator(function: ast.FunctionDef) -> bool:
 
 
 def communicates(function: ast.FunctionDef) -> bool:
-    """Does it call a collective of a communicator by itself?"""
+    """Does the function call a collective of a communicator directly?"""
     calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     whose = re.compile("comm|world|node$|dp$|rail$|group$|MPI.Win$")
     return any(call.attr in COLLECTIVES and whose.search(ast.unparse(call.value)) for call in calls)
 
 
 def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef, str]]:
-    """(name, function, docstrings of it, of its class and of what it overrides in this file) of public functions, methods."""
+    """Return (name, function, docstrings of it, of its class and of what it overrides in this file) for public functions and
+    methods."""
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def said(function: ast.FunctionDef, owner: ast.ClassDef | None) -> str:
