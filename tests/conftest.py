@@ -1,7 +1,9 @@
-"""Settings for all tests: unknown markers are errors, torch uses one thread, and a failure on one rank fails the test on all."""
+"""Settings for all tests: the level selects tests, torch uses one thread, and a test that fails on one rank fails on all ranks.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -15,46 +17,49 @@ import torch
 from mpi4py import MPI
 
 from mpidp.model.shape import TransformerShape, num_parameters
+from tests import levels
 
 WORLD = MPI.COMM_WORLD
 HARNESS = WORLD.Dup()  # separates the harness's own collectives from those of the tests
 PATIENCE_SECONDS = 30.0  # a rank that failed waits this long for the others before it ends the job
 
 
-LONG = os.environ.get("MPIDP_LONG", "") == "1"
-SAMPLED = (  # tables with many similar rows, or one row for each MPI
-    "tests/methods/", "tests/mpi/test_nccl.py", "tests/laws/test_elastic.py", "tests/laws/test_skipped.py",
-    *(f"tests/hybrid/test_{name}.py" for name in ("meshes", "interleave", "whole_replicas")),
-    *(f"tests/faults/test_{name}.py" for name in (
-        "c10d", "crashes", "disks", "doctor", "hangs", "recovery", "respawn", "stopping", "table", "usage",
-    )),
-)
-EVERY = int(os.environ.get("MPIDP_EVERY", "4"))
+REPORTS = os.environ.pop("MPIDP_TEST_REPORTS", "")  # a folder; removed, so that no pytest that a test starts writes there
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "check: not in `make test`, but in `make check` (tests/levels.py)")
+    config.addinivalue_line("markers", "long: only in `make long` (tests/levels.py)")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Reject unknown keywords, and sample long tables.
-
-    pytest-mpi ignores unknown keywords: @pytest.mark.mpi(min_sizes=2) would run at one rank. Of long tables every fourth row is
-    run (MPIDP_EVERY), of short ones at least one; MPIDP_LONG=1 (`make long`) runs all rows.
-    """
+    """Reject mpi markers that pytest-mpi would ignore, and deselect the tests that are not of this level."""
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.args or set(mark.kwargs) - {"min_size"}:
                 raise pytest.UsageError(f"{item.nodeid}: mpi marker with {mark.args} {mark.kwargs}: it takes min_size= alone")
-    if LONG or len(items) == 1:
-        return
-    tables: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if item.nodeid.startswith(SAMPLED):
-            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = {
-        item for test, rows in tables.items() for i, item in enumerate(rows) if (i + sum(map(ord, test))) % min(EVERY, len(rows))
-    }
+    if len(items) == 1 or all("::" in str(argument) for argument in config.args):
+        return  # named by the user
+    chosen = levels.LEVELS[levels.level()]
+    tiers = levels.tiers([item.nodeid for item in items], [{mark.name for mark in item.iter_markers()} for item in items])
+    left_out = [item for item, tier in zip(items, tiers, strict=True) if tier not in chosen]
     if left_out:
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item, tier in zip(items, tiers, strict=True) if tier in chosen]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Write this session's results for tests/run.py. Rank 0 and xdist's controller only: the others have no complete view."""
+    if REPORTS and WORLD.rank == 0:
+        reports = {kind: terminalreporter.stats.get(kind, []) for kind in ("passed", "failed", "error", "skipped")}
+        reasons = [report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+                   for report in reports["skipped"]]
+        found = {
+            "passed": len(reports["passed"]), "failed": [r.nodeid for r in reports["failed"] + reports["error"]],
+            "skipped": reasons,
+        }
+        Path(REPORTS, f"{os.getpid()}.json").write_text(json.dumps(found))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -66,7 +66,7 @@ def test_an_index_that_is_not_one(place: Path, forks: Forks, name: str) -> None:
     change, phrase = BAD_INDEXES[name]
     path = place / "shards" / "index.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    refused(place, forks, "shards/index.json is not an index of shards", phrase, "prepare the shards again")
+    refused(place, forks, "shards/index.json is not a valid shard index", phrase, "prepare the shards again")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
@@ -96,9 +96,9 @@ def flip(path: Path, at: int) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda p: p.unlink(), "it is missing"),
-    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "cut off, or another's"),
+    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated, or the wrong file"),
     "of no bytes": (lambda p: p.write_bytes(b""), "it has 0 bytes"),
-    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "cut off, or another's"),
+    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "truncated, or the wrong file"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "it is not a regular file"),
     "a dangling link": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "it is missing"),
     "noise": (lambda p: p.write_bytes(np.random.default_rng(0).bytes(p.stat().st_size)), "it cannot be opened as HDF5"),
@@ -117,7 +117,7 @@ def test_a_damaged_shard(place: Path, forks: Forks, name: str) -> None:
 def test_a_shard_that_one_rank_of_several_finds_damaged(either: Shell) -> None:
     path = either.folder / "shards" / SHARD
     path.write_bytes(path.read_bytes()[:-100])
-    expect(either.train(ranks=3), 3, f"rank 1: shards/{SHARD}: it has", "cut off")
+    expect(either.train(ranks=3), 3, f"rank 1: shards/{SHARD}: it has", "truncated")
     assert not (either.folder / "run").exists()
 
 
@@ -203,8 +203,8 @@ def unwritten(file: h5py.File, count: int) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[h5py.File, int], object], str]] = {
     "external storage": (external, "tokens is not stored contiguously, unfiltered and inside the file"),
-    "a soft link": (soft, "it has no dataset tokens of its own"),
-    "an external link": (elsewhere, "it has no dataset tokens of its own"),
+    "a soft link": (soft, "it has no dataset tokens, or only a link"),
+    "an external link": (elsewhere, "it has no dataset tokens, or only a link"),
     "a virtual dataset": (virtual, "tokens is not stored contiguously"),
     "chunks": (lambda f, n: f.create_dataset("tokens", data=np.zeros(n, "<u2"), chunks=(100,)), "not stored contiguously"),
     "packed": (lambda f, n: f.create_dataset("tokens", data=np.zeros(n, "<u2"), compression="gzip"), "not stored contiguously"),
@@ -218,7 +218,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File, int], object], str]] = {
     "an absurd shape": (absurd, "tokens is not stored contiguously"),
     "unwritten": (unwritten, "tokens does not lie inside the file"),
     "a group": (lambda f, n: f.create_group("tokens"), "tokens is not a dataset"),
-    "nothing": (lambda f, n: None, "it has no dataset tokens of its own"),
+    "nothing": (lambda f, n: None, "it has no dataset tokens, or only a link"),
 }
 
 

@@ -91,7 +91,7 @@ def masked(file: h5py.File) -> None:
 
 MASKS: dict[str, tuple[str, Callable[[h5py.File], None], str]] = {
     "no target": ("train_*.h5", masked, "shards: none of the first 3,"),
-    "no target to evaluate on": ("val_*.h5", masked, "targets of split 'val' counts by its loss mask, so there is no loss"),
+    "no target to evaluate on": ("val_*.h5", masked, "targets of split 'val', so there is no loss"),
     "no mask": ("train_00001.h5", unmasked, "shards/train_00001.h5: it has no dataset loss_mask"),
 }
 
@@ -118,7 +118,7 @@ USES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "generate": (("mpidp.generate", "run"), 4, EMPTY),
     "export": (("mpidp.export", "run", "out"), 4, EMPTY),
     "init_from": (("mpidp.train", "tiny.toml", "--run.dir=out", "--train.init_from=run"), 4, EMPTY),
-    "report": (("mpidp.report", "run", "--out", "out"), 2, "no line of a step: the run has not made one (yet)"),
+    "report": (("mpidp.report", "run", "--out", "out"), 2, "no line of a step: the run has not completed one yet"),
 }
 
 

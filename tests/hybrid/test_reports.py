@@ -58,6 +58,6 @@ def test_a_run_adds_up(shared_folder: Path, shared_tmp: Path, name: str) -> None
     if WORLD.rank == 0:
         wrong, said = adds_up(shared_tmp / "run"), report(named([read(shared_tmp / "run")]))
     everywhere(not wrong, f"phases add up ({wrong})")
-    everywhere(WORLD.rank > 0 or "done again after a restart" in said, "the report tells what was lost")
+    everywhere(WORLD.rank > 0 or "repeated after a restart" in said, "the report tells what was lost")
     names = {event["name"] for event in json.loads((shared_tmp / "run/timeline.json").read_text())["traceEvents"]}
     assert {"forward", "backward", "update"} <= names

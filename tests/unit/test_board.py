@@ -71,13 +71,13 @@ def test_neighbours_see_at_once_what_a_rank_wrote(tmp_path: Path) -> None:
     a, b = boards(tmp_path, ["x", "x"])
     assert [one.state for one in a.rows(1.0)] == [SILENT, SILENT]
     now = time.monotonic()
-    b.write(7, "reduce", 3, now - 500, now - 200)
+    b.write(7, "reduce", 3, now - 50, now - 20)  # small: the clock may have begun at the machine's start, minutes ago
     (_, seen), (_, same) = a.rows(1.0), b.rows(1.0)
     assert (seen.rank, seen.host, seen.pid, seen.step, seen.phase, seen.bucket) == (1, "x", os.getpid(), 7, "reduce", 3)
-    assert 500 <= seen.entered < 600 and 200 <= seen.heard < 300 and seen.state in "RS" and same.phase == "reduce"
-    assert 200 <= a.quiet_seconds() < 300
+    assert 50 <= seen.entered < 70 and 20 <= seen.heard < 40 and seen.state in "RS" and same.phase == "reduce"
+    assert 20 <= a.quiet_seconds() < 40
     a.write(7, "compute", -1, now, now)
-    assert b.quiet_seconds() < 100
+    assert b.quiet_seconds() < 20
     assert not list(tmp_path.iterdir())  # the disk was not needed
 
 

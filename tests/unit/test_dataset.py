@@ -63,7 +63,7 @@ def test_a_place_is_one_integer_of_one_order() -> None:
     other.load_state_dict(items.state_dict())
     assert other.next_batch == 9
     for wrong in (from_dataset(range(51), 8, seed=1), from_dataset(range(50), 7, seed=1), from_dataset(range(50), 8, seed=2)):
-        with pytest.raises(UsageError, match="of another order"):
+        with pytest.raises(UsageError, match="for other settings"):
             wrong.load_state_dict(items.state_dict())
 
 
@@ -76,7 +76,7 @@ class Broken:
 
 
 def test_what_cannot_be_read_is_named() -> None:
-    with pytest.raises(DataError, match=r"item 1 of 3 of the dataset: OSError: 1.png: truncated"):
+    with pytest.raises(DataError, match=r"dataset item 1 \(of 3\): OSError: 1.png: truncated"):
         from_dataset(Broken(), 2, 1, shuffle=False).read(0, 1)
     with pytest.raises(UsageError, match="map-style"):
         from_dataset(iter(range(3)), 2)

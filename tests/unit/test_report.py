@@ -23,7 +23,7 @@ from mpidp.reporting.charts import Curve, curves, duration, short, thinned, tick
 from mpidp.reporting.compare import scaling, scaling_of
 from mpidp.reporting.costs import costs
 from mpidp.reporting.pictures import draw
-from mpidp.reporting.read import Run, read
+from mpidp.reporting.read import RecordedRun, read
 from mpidp.reporting.waterfall import PARTS, of_step, waterfall
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_shares_add_up_to_all_of_the_time(rows: list[tuple[Any, ...]]) -> None:
         parts = of_step(lines[-1])
         assert min(parts.values()) > -1e-9
         assert math.fsum(parts.values()) == pytest.approx(max(whole, data + compute + wait + update), rel=1e-9, abs=1e-9)
-    fall = waterfall(Run(Path("x"), "x", {}, lines))
+    fall = waterfall(RecordedRun(Path("x"), "x", {}, lines))
     assert fall.whole >= sum(took(lines)) - 1e-6
     if fall.whole:
         assert math.fsum(fall.shares.values()) == pytest.approx(1.0, rel=1e-9)
@@ -166,7 +166,7 @@ def test_energy_and_cost_are_sums_and_stated_factors(tmp_path: Path) -> None:
     blind = read(write(tmp_path / "blind", [start(energy_of=[], energy_not="no RAPL counter"), step(1, 1001.0)]))
     assert costs(blind, 400.0, 0.0).joules is None and costs(blind, 400.0, 0.0).why == "no RAPL counter"
     mixed = read(write(tmp_path / "mixed", [*WHOLE[:3], start(2, at=1100.0, energy_of=["cpu", "gpu"]), step(3, 1101.0)]))
-    assert costs(mixed, 400.0, 0.0).joules is None and "same" in costs(mixed, 400.0, 0.0).why
+    assert costs(mixed, 400.0, 0.0).joules is None and "different" in costs(mixed, 400.0, 0.0).why
     assert "not available: no RAPL counter" in report([blind])
 
 
@@ -224,12 +224,12 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
         "prefers-color-scheme:dark",
         "@media print",
         "Comparison",
-        "has not come to its end",
+        "is not finished",
         "goodput",
         "1,234 parameters",
         "two (1)",
-        "Rank 1 took longest in 4 of 4 steps",
-        "batches that made no update",
+        "Rank 1 was the slowest in 4 of 4 steps",
+        "batches without an update",
     ):
         assert words in text, words
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<style>.*?</style>", "", text))
@@ -258,9 +258,9 @@ def test_colours_can_be_read() -> None:
 
 def test_a_run_that_goes_on_now_says_so(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", WHOLE[:3])
-    assert "no job works on it now" in report([read(folder)])
+    assert "no job is working on it" in report([read(folder)])
     (folder / "lock").write_text("{}")
-    assert "still going: step 2 of" in report([read(folder)])
+    assert "in progress: step 2 of" in report([read(folder)])
 
 
 def test_old_records_are_read_for_what_they_say(tmp_path: Path) -> None:
@@ -294,8 +294,8 @@ def test_old_records_are_read_for_what_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("made", "said"), [
-    ([], "no such folder"), (["x/"], "no config.toml there"), (["x/config.toml"], "no metrics.jsonl there (it was not started"),
-    (["x/config.toml", "x/metrics.jsonl"], "has not made one (yet)"),
+    ([], "no such folder"), (["x/"], "no config.toml there"), (["x/config.toml"], "no metrics.jsonl there (the run has not"),
+    (["x/config.toml", "x/metrics.jsonl"], "has not completed one yet"),
 ])  # fmt: skip
 def test_what_is_no_run_is_said(tmp_path: Path, made: list[str], said: str) -> None:
     for name in made:
@@ -322,7 +322,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     done = command("run", "--out", "page.html", "--price-per-node-hour", "3")
     assert done.returncode == 0 and "page.html: run" in done.stdout, done.stderr
-    assert "at the stated rate" in (tmp_path / "page.html").read_text()
+    assert "at the given rate" in (tmp_path / "page.html").read_text()
     for words, said in (
         (["absent"], "no such folder"),
         (["run", "run"], "given twice"),

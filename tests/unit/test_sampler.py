@@ -143,7 +143,7 @@ def test_small_permutations_are_about_uniform(n: int) -> None:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 8])
 def test_a_stream_without_a_window_is_refused(num_tokens: int) -> None:
-    with pytest.raises(DataError, match="shorter seq_len"):
+    with pytest.raises(DataError, match="smaller seq_len"):
         Sampler(num_tokens, 8, Lanes(1, 1), seed=0)
 
 

@@ -116,7 +116,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_shard_with_too_few_tokens_never_appears(tmp_path: Path) -> None:
     attributes: dict[str, Any] = {"split": "train", "vocab_size": 300, "tokenizer_sha256": "ab"}
-    with pytest.raises(ValueError, match="10 tokens were given, not 11"):
+    with pytest.raises(ValueError, match="expected 11 tokens, got 10"):
         write_shard(tmp_path / "train_00000.h5", [np.arange(10)], 11, np.array([0]), attributes)
     assert not list(tmp_path.iterdir())
 
@@ -172,8 +172,8 @@ HOSTILE = {
 }
 
 
-REASONS = {"soft link": "of its own", "external link": "of its own", "gone": "of its own", "group": "not a dataset",
-           "huge": "shape", "declared only": "inside the file", "scalar": "shape"} | dict.fromkeys(
+REASONS = {"soft link": "or only a link", "external link": "or only a link", "gone": "or only a link",
+           "group": "not a dataset", "huge": "shape", "declared only": "inside the file", "scalar": "shape"} | dict.fromkeys(
     ("external", "virtual", "chunked", "gzip"), "contiguously") | dict.fromkeys(("signed", "float", "wider", "enum"), "type")
 
 
@@ -287,7 +287,7 @@ def test_missing_folders_and_splits_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data_tools.prepare"):
         TokenStream(tmp_path / "nothing")
     make_shards(tmp_path)
-    with pytest.raises(DataError, match="no split 'val', only train"):
+    with pytest.raises(DataError, match="no split 'val', but only train"):
         TokenStream(tmp_path, "val")
 
 
