@@ -27,25 +27,28 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from mpidp import methods, resolve
-from mpidp.arguments import from_args
-from mpidp.comm import overlap
-from mpidp.comm.buckets import FlatLayout
-from mpidp.comm.grid import make_grid
-from mpidp.comm.mesh import Mesh, start_mpi, together
+from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.comm.nccl import open_transport
-from mpidp.config import Config
+from mpidp.config import resolve, rules
+from mpidp.config.command_line import from_args
+from mpidp.config.schema import Config
 from mpidp.data.dataset import Items
 from mpidp.data.dataset import from_dataset as from_dataset
-from mpidp.engine import dropout_key
+from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
-from mpidp.held import weights_sha256
-from mpidp.lanes import Lanes
 from mpidp.model.own import set_generator
 from mpidp.model.shape import OwnShape
-from mpidp.sharing import share_memory
+from mpidp.parallel.engine import dropout_key
+from mpidp.parallel.grid import make_grid
+from mpidp.reducers import overlap
+from mpidp.reducers.buckets import FlatLayout
+from mpidp.runtime.agreement import agree, parameters_told, versions
+from mpidp.runtime.device import resolve_threads
+from mpidp.runtime.topology import Mesh
+from mpidp.runtime.world import start_mpi, together
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import Options, StepStats
+from mpidp.training.data_parallel import share_memory
 
 
 class Given:
@@ -119,9 +122,9 @@ class DataParallel:
             config = self._config(settings or {}, threads, mesh)
             self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
             named = self._named()
-        resolve.agree(self.comm, resolve.parameters_told(named) | {
+        agree(self.comm, parameters_told(named) | {
             "dataset": str(items.state_dict() | asdict(items.lanes)), "settings": str([asdict(config), steps, clip]),
-        } | resolve.versions())  # fmt: skip
+        } | versions())  # fmt: skip
         torch.set_num_threads(config.train.threads)
         device = named[0][1].device
         transport = open_transport(config.comm.gpu, device, self.comm)
@@ -156,7 +159,7 @@ class DataParallel:
             raise UsageError("strategy.name=server: servers hold slices of an optimizer's state, and it is not known how to cut "
                              "that of the one given here. mpidp.train has it")
         if resolve.kind_of(config) != "synchronous" and not self._total:
-            raise UsageError(f"{methods.asked(config.strategy.name, config.strategy.quorum)}: its ranks do not meet at every "
+            raise UsageError(f"{rules.asked(config.strategy.name, config.strategy.quorum)}: its ranks do not meet at every "
                              "step, so it must know how many there will be: DataParallel(..., steps=EPOCHS * len(items))")
         if self.ranks > self.lanes.num_lanes:
             raise UsageError(f"{self.ranks} ranks, but a batch has {self.lanes.num_lanes} lanes, and each computes whole lanes: "
@@ -166,7 +169,7 @@ class DataParallel:
             "steps": self._total, "global_batch": lanes.global_batch, "micro_batch": lanes.micro_batch, "seed": self.items.seed,
         })  # fmt: skip
         resolved = resolve.resolve(
-            config, len(self.items), lanes, resolve.resolve_threads(threads, mesh), torch.device("cpu"), torch.float32
+            config, len(self.items), lanes, resolve_threads(threads, mesh), torch.device("cpu"), torch.float32
         )
         return replace(resolved, run=Config().run)
 

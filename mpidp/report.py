@@ -15,15 +15,16 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from mpidp.entry import Parser, launcher_rank, run_entry
 from mpidp.errors import UsageError
-from mpidp.files import write_file
 from mpidp.reporting.compare import compare
 from mpidp.reporting.costs import costs
 from mpidp.reporting.page import page
 from mpidp.reporting.read import RecordedRun, read
 from mpidp.reporting.sections import of_run
 from mpidp.reporting.waterfall import waterfall
+from mpidp.runtime.command import Parser, run_entry
+from mpidp.runtime.environment import launcher_rank
+from mpidp.runtime.files import write_file
 
 
 def main() -> None:

@@ -1,3 +1,3 @@
-"""Tests. mpidp.entry is imported before torch: it selects BLAS kernels whose bits do not depend on the number of threads."""
+"""Tests. mpidp.runtime.command is imported first: it selects BLAS whose bits do not depend on the threads."""
 
-import mpidp.entry  # noqa: F401
+import mpidp.runtime.command  # noqa: F401

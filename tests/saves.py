@@ -9,9 +9,9 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpidp.saver import Saver
-from mpidp.saving import THREAD
-from mpidp.state import Entry
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.saver import Saver
+from mpidp.checkpoint.writer import THREAD
 
 
 def saver_of(comm: MPI.Intracomm, run: Path, keep: int = 3, nodes: int = 0, every: int = 1) -> Saver:

@@ -25,17 +25,18 @@ from mpi4py import MPI
 
 import mpidp.train
 from data_tools.prepare import prepare
-from mpidp.build import build, plan
-from mpidp.comm.grid import make_grid
-from mpidp.comm.mesh import polite_barrier
-from mpidp.comm.reducers import Reducer
-from mpidp.config import Config, checked
+from mpidp.config.schema import Config, checked
 from mpidp.data.index import FileRecord, SplitRecord, read_index
 from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import MpidpError
-from mpidp.fit import close
-from mpidp.job import Job
-from mpidp.schedule import one_f_one_b
+from mpidp.parallel.grid import make_grid
+from mpidp.parallel.schedule import one_f_one_b
+from mpidp.reducers.base import Reducer
+from mpidp.runtime.world import polite_barrier
+from mpidp.training.build import build
+from mpidp.training.job import Job
+from mpidp.training.loop import close
+from mpidp.training.run_plan import plan
 from tests.saves import no_thread_is_left
 
 WORLD = MPI.COMM_WORLD

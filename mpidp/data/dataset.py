@@ -1,7 +1,7 @@
 """Batches of any map-style dataset: each item exactly once per epoch at any number of ranks. Independent; it knows no ranks.
 
 Position k of epoch e is item permute(k) of a Feistel permutation keyed by (seed, e), so no index list is stored. A global batch
-is the next `batch` positions, split into micro-batches and lanes as in training (mpidp/lanes.py). The last batch of an epoch
+is the next `batch` positions, split into micro-batches and lanes as in training (mpidp/data/lanes.py). The last batch of an epoch
 may be shorter. The state is one integer.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mpidp.data.sampler import keys_of, permute
+from mpidp.data.lanes import Lanes
+from mpidp.data.permutation import keys_of, permute
 from mpidp.errors import DataError, UsageError
-from mpidp.lanes import Lanes
 
 
 class Items:

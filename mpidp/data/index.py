@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,23 +145,3 @@ def _text(raw: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} {value!r} must be a string")
     return value
-
-
-def write_atomically(path: Path, write: Callable[[Path], None] | str) -> None:
-    """Write a file atomically: write(temporary path), or a text, then fsync and rename it to path. Independent."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        if isinstance(write, str):
-            temporary.write_bytes(write.encode())
-        else:
-            write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

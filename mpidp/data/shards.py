@@ -34,9 +34,10 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from mpidp.data.index import FileRecord, read_index, write_atomically
+from mpidp.data.index import FileRecord, read_index
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import write_atomically
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1

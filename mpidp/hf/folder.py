@@ -13,10 +13,10 @@ import safetensors
 import torch
 from torch import Tensor
 
+from mpidp.checkpoint.entry import Entry
 from mpidp.errors import DataError
 from mpidp.hf.names import settings_of, shape_of, theirs
 from mpidp.model.shape import shapes_of
-from mpidp.state import Entry
 
 MAX_JSON_BYTES = 64 * 2**20
 NUMBERS = ("F32", "F16", "BF16", "F64")

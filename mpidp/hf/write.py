@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpidp.errors import UsageError
-from mpidp.files import sync_directory, write_file
 from mpidp.hf.folder import COME_ALONG, read_object
 from mpidp.hf.names import config_of, theirs
 from mpidp.hf.tokens import eod_name
 from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.runtime.files import sync_directory, write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from mpidp.config import fields_of
-from mpidp.metrics import number
+from mpidp.config.schema import fields_of
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.charts import duration, short
 from mpidp.reporting.costs import J_PER_KWH, Costs, machines
 from mpidp.reporting.page import folded, paragraph, section, table

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.about import dict_by_line
 from mpidp.reporting.charts import Curve, curves, duration, short
 from mpidp.reporting.costs import Costs, machines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
 J_PER_KWH = 3.6e6

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.errors import UsageError
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.compare import Scaling, scaling
 from mpidp.reporting.page import DASHES, LIGHT
 from mpidp.reporting.read import RecordedRun

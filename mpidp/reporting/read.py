@@ -11,9 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mpidp.arguments import read_toml
+from mpidp.config.command_line import read_toml
 from mpidp.errors import UsageError
-from mpidp.metrics import number, parsed, took
+from mpidp.metrics.jsonl import number, parsed, took
 
 ALIVE_SECONDS = 10.0  # a running job touches its lock every second
 

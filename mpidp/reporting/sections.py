@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.about import dict_by_line, energy, events, settings, what_ran
 from mpidp.reporting.charts import MOST_COLUMNS, Curve, cascade, curves, duration, figure, heat_map, short, stacks
 from mpidp.reporting.costs import Costs, joules_until

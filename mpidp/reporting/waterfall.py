@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
 IDEAL_SHARE = 0.1  # the fastest share of steps; the ideal is the slowest of these

@@ -259,9 +259,9 @@ def expect(ended: Ended, code: int, *phrases: str, times: int = 1) -> None:
 # A training command with a fault in the middle. Rank, batch (counted from 0) and fault are filled in.
 FAULTY = """
 import ctypes, os, signal, sys, time
-import mpidp.entry, mpidp.train
+import mpidp.runtime.command, mpidp.train
 from mpi4py import MPI
-from mpidp.engine import Engine
+from mpidp.parallel.engine import Engine
 plain = Engine.run
 def run(self, schedule, batch, *rest):
     if MPI.COMM_WORLD.rank in {ranks} and batch.batch in {batches}:
@@ -269,7 +269,7 @@ def run(self, schedule, batch, *rest):
     return plain(self, schedule, batch, *rest)
 Engine.run = run
 """
-ENTER = "mpidp.entry.run_entry(mpidp.train.main)\n"
+ENTER = "mpidp.runtime.command.run_entry(mpidp.train.main)\n"
 SLOWLY = FAULTY.format(ranks=range(99), batches=range(99), fault="time.sleep(0.4)") + ENTER
 
 

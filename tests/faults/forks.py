@@ -25,11 +25,11 @@ import torch._dynamo  # noqa: E402, F401  (torch's optimizers import it when the
 from mpi4py import MPI  # noqa: E402
 
 import data_tools.prepare  # noqa: E402, F401
-import mpidp.build  # noqa: E402, F401
+import mpidp.checkpoint.saver  # noqa: E402
 import mpidp.inference.loading  # noqa: E402, F401
-import mpidp.saver  # noqa: E402
+import mpidp.training.build  # noqa: E402, F401
 
-mpidp.saver.YOUNG_SECONDS = 60.0  # so that no checkpoint of a toy run is left out on a busy machine
+mpidp.checkpoint.saver.YOUNG_SECONDS = 60.0  # so that no checkpoint of a toy run is left out
 
 
 def serve() -> None:

@@ -288,7 +288,7 @@ def held_up(plain):
         return plain(handle, content, *at)
     return write
 os.write, os.pwrite = held_up(os.write), held_up(os.pwrite)
-import mpidp.entry, mpidp.train
+import mpidp.runtime.command, mpidp.train
 """
 
 

@@ -131,14 +131,14 @@ def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
 
 def test_an_exception_while_the_parts_are_built(either: Shell) -> None:
     source = """
-import mpidp.entry, mpidp.train, mpidp.build
+import mpidp.runtime.command, mpidp.train, mpidp.training.build
 from mpi4py import MPI
-plain = mpidp.build.Optimizer
+plain = mpidp.training.build.Optimizer
 def make(*words, **more):
     if MPI.COMM_WORLD.rank == 1:
         raise RuntimeError('the fault of this test')
     return plain(*words, **more)
-mpidp.build.Optimizer = make
+mpidp.training.build.Optimizer = make
 """
     ended = either.run("-c", source + ENTER, "tiny.toml", ranks=2)
     assert ended.code == 1, ended

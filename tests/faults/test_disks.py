@@ -86,8 +86,8 @@ def test_a_run_dir_that_vanishes(either: Shell, whole_hash: str) -> None:
 def test_killed_while_another_node_writes(either: Shell, whole_hash: str) -> None:
     """Rank 0 has written its half of step 4, rank 1 never does. The checkpoint is ignored and removed."""
     killed = """
-import os, time, mpidp.saver, mpidp.saving
-to_disk = mpidp.saving.write_pieces
+import os, time, mpidp.checkpoint.saver, mpidp.checkpoint.writer
+to_disk = mpidp.checkpoint.writer.write_pieces
 def write(path, *content):
     if "step_00000004" in str(path) and path.name == "rank_00001.safetensors":
         while not path.with_name("rank_00000.safetensors").exists():
@@ -95,8 +95,8 @@ def write(path, *content):
         time.sleep(0.3)
         os._exit(9)
     return to_disk(path, *content)
-mpidp.saving.write_pieces = write
-mpidp.saver.YOUNG_SECONDS = 60.0
+mpidp.checkpoint.writer.write_pieces = write
+mpidp.checkpoint.saver.YOUNG_SECONDS = 60.0
 """
     # the other rank waits for it in step 6
     ended = either.run("-c", killed + faulty("time.sleep(30)", ranks=[0], batches=[5]) + ENTER, "tiny.toml", ranks=2,

@@ -31,7 +31,7 @@ import pytest
 from tests.faults.commands import ROOT, Ended, Shell, expect, kill_all
 
 DOCTOR = ("-m", "mpidp.doctor")
-LATER = "import mpidp.entry, mpidp.doctor\nmpidp.entry.run_entry(mpidp.doctor.main)\n"
+LATER = "import mpidp.runtime.command, mpidp.doctor\nmpidp.runtime.command.run_entry(mpidp.doctor.main)\n"
 
 
 def findings(ended: Ended) -> dict[str, dict[str, str]]:

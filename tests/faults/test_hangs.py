@@ -86,9 +86,9 @@ def test_a_run_dir_that_vanished(place: Path) -> None:
 SLOW_EVALUATION = """
 import time
 import torch
-import mpidp.entry, mpidp.train
+import mpidp.runtime.command, mpidp.train
 from mpi4py import MPI
-from mpidp.engine import Engine
+from mpidp.parallel.engine import Engine
 plain, calls = Engine.loss_sum, 0
 def loss_sum(self, mb, key):
     global calls

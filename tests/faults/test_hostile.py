@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpidp import checkpoint
+from mpidp.checkpoint import manifest
 from tests.faults.commands import Ended, Forks, expect
 from tests.faults.test_bad_data import SHARD, relist
 
@@ -89,12 +89,12 @@ def refused(ended: Ended, place: Path, code: int, *phrases: str) -> None:
 
 def vouch(folder: Path, change: Callable[[dict[str, Any]], object] = lambda body: None) -> None:
     """Update the manifest's checksums for the present files."""
-    body = checkpoint.read_manifest(folder)
+    body = manifest.read_manifest(folder)
     for record in body["files"]:
         data = (folder / record["file"]).read_bytes()
         record |= {"bytes": len(data), "crc32": zlib.crc32(data)}
     change(body)
-    (folder / "manifest.json").write_bytes(checkpoint._seal(body))
+    (folder / "manifest.json").write_bytes(manifest._seal(body))
 
 
 @pytest.fixture

@@ -142,12 +142,13 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
 
 
 PLACES = (  # in a recovery: its communications, and rank 0's files
-    "mpidp.recover.make_mesh", "mpidp.sharing.regroup", "mpidp.build.Optimizer", "mpidp.build.open_board",
-    "mpidp.recover.committed", "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.telling.MetricsFile",
-    "mpidp.build.Loader",
+    "mpidp.training.recovery.make_mesh", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
+    "mpidp.training.build.open_board", "mpidp.training.recovery.committed",
+    "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.training.events.MetricsFile",
+    "mpidp.training.build.Loader",
 )
 DIES = """
-import os, sys, pydoc, mpidp.entry, mpidp.train, mpidp.fit, mpidp.recover
+import os, sys, pydoc, mpidp.runtime.command, mpidp.train, mpidp.training.loop, mpidp.training.recovery
 from mpi4py import MPI
 place, _, name = {place!r}.rpartition('.')
 owner = pydoc.locate(place)
@@ -157,11 +158,11 @@ def dies(*words, **more):
         os.kill(os.getpid(), 9)
     return plain(*words, **more)
 setattr(owner, name, dies)
-again = mpidp.recover.regroup
+again = mpidp.training.recovery.regroup
 def regroup(*words):
     MPI.COMM_WORLD.Set_name('failed')
     return again(*words)
-mpidp.recover.regroup = regroup
+mpidp.training.recovery.regroup = regroup
 """
 
 
@@ -240,14 +241,14 @@ def test_a_request_to_stop_after_a_recovery(shell: Shell, undisturbed: list[tupl
 
 
 BUILD = """
-import os, mpidp.entry, mpidp.train, mpidp.build
+import os, mpidp.runtime.command, mpidp.train, mpidp.training.build
 from mpi4py import MPI
-plain = mpidp.build.Optimizer
+plain = mpidp.training.build.Optimizer
 def make(*words, **more):
     if MPI.COMM_WORLD.rank == 1:
         os.kill(os.getpid(), 9)
     return plain(*words, **more)
-mpidp.build.Optimizer = make
+mpidp.training.build.Optimizer = make
 """
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from mpidp import checkpoint
+from mpidp.checkpoint import manifest
 from tests.faults.commands import Forks, Shell, expect
 
 
@@ -31,8 +31,8 @@ def told(forks: Forks, place: Path, *words: object, code: int = 0) -> dict[str, 
 
 
 def flip_a_bit(folder: Path, name: str) -> None:
-    """Flip a bit of one tensor element as if memory had failed before the checkpoint was written: all checksums are valid."""
-    body = checkpoint.read_manifest(folder)
+    """Flip a bit of one tensor element as if memory had failed before the checkpoint was written: checksums are valid."""
+    body = manifest.read_manifest(folder)
     for record in body["files"]:
         tensors = safetensors.torch.load((folder / record["file"]).read_bytes())
         if name in tensors:
@@ -40,7 +40,7 @@ def flip_a_bit(folder: Path, name: str) -> None:
         data = safetensors.torch.save(tensors)
         (folder / record["file"]).write_bytes(data)
         record |= {"bytes": len(data), "crc32": zlib.crc32(data)}
-    (folder / "manifest.json").write_bytes(checkpoint._seal(body))
+    (folder / "manifest.json").write_bytes(manifest._seal(body))
 
 
 def alter_line(run: Path, step: int, key: str, value: float) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from mpidp.comm.respawn import LAUNCH
+from mpidp.faults.respawn import LAUNCH
 from tests.faults.commands import ENTER, SLOWLY, Shell, Started, expect, family, still_there
 from tests.faults.test_recovery import SETTINGS, SOAK, dead, learned, lines_of, undisturbed  # noqa: F401
 
@@ -108,7 +108,7 @@ def test_a_death_while_a_process_is_started(shell: Shell, undisturbed: Learned, 
 
 # Rank 0 of the original ranks, or the first new process, fails when it reaches a place, once.
 DIES = """
-import os, pydoc, mpidp.entry, mpidp.train, mpidp.recover, mpidp.comm.respawn
+import os, pydoc, mpidp.runtime.command, mpidp.train, mpidp.training.recovery, mpidp.faults.respawn
 place, _, name = {place!r}.rpartition('.')
 owner = pydoc.locate(place)
 plain = getattr(owner, name)
@@ -124,18 +124,19 @@ def dies(*words, **more):
             pass
     return plain(*words, **more)
 setattr(owner, name, dies)
-again = mpidp.comm.respawn.grow
+again = mpidp.faults.respawn.grow
 def grow(*words):
     failed[0] = True
     return again(*words)
-mpidp.recover.grow = grow
+mpidp.training.recovery.grow = grow
 """
 PLACES = {  # and the number of ranks at the end
-    ("mpidp.comm.respawn._tell", True): 3, ("mpidp.comm.respawn._bridge", False): 4, ("mpidp.comm.respawn._tell", False): 4,
-    ("mpidp.recover.make_mesh", True): 4, ("mpidp.build.Optimizer", True): 4, ("mpidp.build.Optimizer", False): 4,
+    ("mpidp.faults.respawn._tell", True): 3, ("mpidp.faults.respawn._bridge", False): 4, ("mpidp.faults.respawn._tell", False): 4,
+    ("mpidp.training.recovery.make_mesh", True): 4, ("mpidp.training.build.Optimizer", True): 4,
+    ("mpidp.training.build.Optimizer", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.telling.MetricsFile", False): 4,
-    ("mpidp.build.Loader", True): 4,
+    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
+    ("mpidp.training.build.Loader", True): 4,
 }
 
 
@@ -150,7 +151,7 @@ def test_a_death_where_both_sides_meet(
     assert size == PLACES[where, newcomer], lines
 
 
-NOTHING = "import sys, mpidp.entry, mpidp.train; sys.executable = '/nonexistent'\n"
+NOTHING = "import sys, mpidp.runtime.command, mpidp.train; sys.executable = '/nonexistent'\n"
 
 
 def test_no_process_can_be_started(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811

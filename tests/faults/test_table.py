@@ -41,7 +41,7 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from mpidp.checkpoint import newest_valid
+from mpidp.checkpoint.manifest import newest_valid
 from tests.faults.commands import ENTER, Forks, Shell, end_record, expect, faulty, steps_logged
 from tests.faults.test_crashes import check_goes_on, end_of
 from tests.faults.test_doctor import with_mounts
@@ -116,8 +116,9 @@ def test_a_slow_rank(either: Shell, whole_hash: str) -> None:
     assert end_record(either.folder / "run")["weights_sha256"] == whole_hash
 
 
-OTHER_VERSIONS = "import mpidp.resolve; plain = mpidp.resolve.versions\n" \
-                 "mpidp.resolve.versions = lambda: plain() | {'torch': '1.0'}\nimport mpidp.entry, mpidp.train\n" + ENTER
+OTHER_VERSIONS = "import mpidp.runtime.agreement; plain = mpidp.runtime.agreement.versions\n" \
+                 "mpidp.runtime.agreement.versions = lambda: plain() | {'torch': '1.0'}\n" \
+                 "import mpidp.runtime.command, mpidp.train\n" + ENTER
 
 
 @pytest.mark.parametrize(("rank_1", "said"), [

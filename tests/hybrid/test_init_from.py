@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mpidp.checkpoint import Reader
-from mpidp.config import Config
+from mpidp.checkpoint.reader import Reader
+from mpidp.config.schema import Config
 from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError
 from mpidp.hf.tokens import huggingface_json

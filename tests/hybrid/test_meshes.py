@@ -12,13 +12,13 @@ from mpi4py import MPI
 
 import mpidp.evaluate
 import mpidp.generate
-from mpidp.comm.grid import make_grid
-from mpidp.config import Config
+from mpidp.config.schema import Config
 from mpidp.errors import UsageError
 from mpidp.model.shape import TransformerShape, shapes_of
-from mpidp.planning.mesh_memory import Model, Shape, Work
-from mpidp.planning.mesh_time import Link, Machine, step_of
-from mpidp.step import compute
+from mpidp.parallel.grid import make_grid
+from mpidp.planning.mesh.memory import Model, Shape, Work
+from mpidp.planning.mesh.time import Link, Machine, step_of
+from mpidp.training.step import compute
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -157,13 +157,13 @@ def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_
         assert again.sha256 == run.sha256
 
         def loaded(comm: MPI.Intracomm, mesh: tuple[int, int, int] = mesh) -> str:
-            import mpidp.fit
-            from mpidp.rundir import find_checkpoint
+            import mpidp.training.loop
+            from mpidp.checkpoint.resume import find_checkpoint
 
             job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), (1, 1, 1), train={"steps": 3}))
             reader, _ = find_checkpoint(job.run_dir, "must", comm)
             assert reader is not None
-            mpidp.fit.restore(job, reader)
+            mpidp.training.checkpoints.restore(job, reader)
             return job.parts.sha256(job.engine.model)
 
         assert at(1, loaded) == [run.sha256]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.report import named, report
 from mpidp.reporting.read import read
 from mpidp.reporting.waterfall import waterfall

@@ -12,12 +12,13 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp.checkpoint import Reader
-from mpidp.config import Config
-from mpidp.holding import of_replicas, of_shards
-from mpidp.job import Job
-from mpidp.rundir import find_checkpoint
-from mpidp.step import compute, share
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.resume import find_checkpoint
+from mpidp.config.schema import Config
+from mpidp.training.job import Job
+from mpidp.training.step import compute
+from mpidp.training.step_report import share
+from tests.memory_formulas import of_replicas, of_shards
 from tests.tiny import WORLD, Ran, at, corpus, job_at, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi

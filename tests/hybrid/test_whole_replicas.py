@@ -13,12 +13,12 @@ import torch
 from mpi4py import MPI
 
 import mpidp.replay
-import mpidp.step
+import mpidp.training.step
 from mpidp.data.loader import Batch
 from mpidp.errors import MpidpError
-from mpidp.inject import Faults, parse
-from mpidp.job import Job
-from mpidp.step import compute
+from mpidp.faults.inject import Faults, parse
+from mpidp.training.job import Job
+from mpidp.training.step import compute
 from tests.tiny import WORLD, at, corpus, job_at, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -88,7 +88,7 @@ def test_a_rank_that_computes_wrongly_is_found(
     """All ranks repeat the step, and the weights are those of a run without the error."""
     data, ranks = corpus(shared_folder), mesh[0] * mesh[1] * mesh[2]
     named: list[list[int]] = []
-    monkeypatch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
+    monkeypatch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
 
     def glitch(comm: MPI.Intracomm, fault: str) -> str:
         job = job_at(comm, config_of(data, shared_tmp / "run", mesh, sequence, audit_every=1))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mpidp.checkpoint import Reader
-from mpidp.config import Config
+from mpidp.checkpoint.reader import Reader
+from mpidp.config.schema import Config
 from mpidp.errors import DataError, MpidpError, UsageError
 from mpidp.evaluate import evaluate
 from mpidp.export import export

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mpidp import balance
-from mpidp.comm.tickets import Tickets
+from mpidp.comm.work_stealing import Tickets
 from mpidp.errors import MpidpError
+from mpidp.training import balance
 from tests.tiny import WORLD, Ran, corpus, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi

@@ -12,14 +12,15 @@ import torch
 from mpi4py import MPI
 
 from data_tools.prepare import prepare
-from mpidp.checkpoint import Reader
-from mpidp.comm.grid import make_grid
-from mpidp.comm.mesh import polite_barrier
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.resume import open_run
 from mpidp.data.shards import TokenStream
 from mpidp.errors import UsageError
 from mpidp.evaluate import evaluate
-from mpidp.inference.loading import load_model, open_run
+from mpidp.inference.loading import load_model
 from mpidp.model.lora import is_adapter
+from mpidp.parallel.grid import make_grid
+from mpidp.runtime.world import polite_barrier
 from tests.tiny import SENTENCE, WORLD, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi

@@ -16,12 +16,13 @@ import torch
 from mpi4py import MPI
 
 import mpidp.train
-from mpidp import telling
-from mpidp.checkpoint import Reader, committed
-from mpidp.config import Config
+from mpidp.checkpoint.manifest import committed
+from mpidp.checkpoint.reader import Reader
+from mpidp.config.schema import Config
 from mpidp.errors import MpidpError, Stopped, UsageError
-from mpidp.metrics import MetricsFile
+from mpidp.metrics.jsonl import MetricsFile
 from mpidp.strategies.synchronous import Synchronous
+from mpidp.training import events
 from tests.tiny import WORLD, FailedElsewhere, Ran, at, corpus, everywhere, read_metrics, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -85,7 +86,7 @@ def stopped_after(step: int, n: int, config: Config) -> None:
         return caught.value.exit_code, caught.value.everywhere, str(caught.value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(telling, "MetricsFile", Watched)
+        patch.setattr(events, "MetricsFile", Watched)
         said = at(n, run)
     assert said == [(75, True, said[0][2])] * n  # alike on every rank
     assert f"at step {step}" in said[0][2] and "STOP" in said[0][2]

@@ -15,10 +15,10 @@ import torch
 from mpi4py import MPI
 
 import mpidp.train
-from mpidp.checkpoint import committed
+from mpidp.checkpoint.manifest import committed
 from mpidp.data.loader import Batch, MicroBatch
-from mpidp.engine import Computed, Engine
 from mpidp.errors import MpidpError
+from mpidp.parallel.engine import Computed, Engine
 from mpidp.strategies.synchronous import Synchronous
 from tests.tiny import WORLD, FailedElsewhere, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
 

@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 import mpidp.train
-from mpidp.config import Config, checked, fields_of
+from mpidp.config.schema import Config, checked, fields_of
 from mpidp.errors import UsageError
 from tests.tiny import at, corpus, tiny
 

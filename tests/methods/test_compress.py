@@ -12,18 +12,18 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.balance import Even, Terms
-from mpidp.comm.buckets import GradientBuffer
-from mpidp.comm.compressed import Compressed, method_of
+from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.comm.group import alone
-from mpidp.comm.mesh import make_mesh
-from mpidp.comm.sparse import count
 from mpidp.comm.transport import Messages
-from mpidp.config import fields_of
+from mpidp.config.schema import fields_of
+from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
-from mpidp.held import weights_sha256
-from mpidp.lanes import Lanes
+from mpidp.reducers.buckets import GradientBuffer
+from mpidp.reducers.compression.compressed import Compressed, method_of
+from mpidp.reducers.compression.topk import count
+from mpidp.runtime.topology import make_mesh
 from mpidp.strategies.synchronous import Synchronous
+from mpidp.training.balance import Even, Terms
 from tests.mpi.test_strategy import run_batch
 from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
 

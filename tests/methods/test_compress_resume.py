@@ -11,11 +11,12 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.checkpoint import Reader, committed
-from mpidp.comm.buckets import Bucket
-from mpidp.comm.compressed import Compressed
-from mpidp.comm.reducers import Sums
-from mpidp.config import fields_of
+from mpidp.checkpoint.manifest import committed
+from mpidp.checkpoint.reader import Reader
+from mpidp.config.schema import fields_of
+from mpidp.reducers.base import Sums
+from mpidp.reducers.buckets import Bucket
+from mpidp.reducers.compression.compressed import Compressed
 from tests.laws.test_resume import crashed_in, equal, equal_checkpoints, ranks
 from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
 
@@ -114,7 +115,7 @@ def test_crashed_and_gone_on_at_another_number_of_ranks_or_under_another_code(
 
 @pytest.mark.parametrize("name", ["int4", "topk"])
 def test_another_number_of_ranks_begins_with_the_sum_on_the_first(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    from mpidp.fit import restore
+    from mpidp.training.checkpoints import restore
 
     data = corpus(shared_folder)
     config = tiny(data, shared_tmp / "run", **SECTIONS, comm=how(name))

@@ -19,9 +19,9 @@ from mpi4py import MPI
 
 import mpidp.strategies.quorum
 import mpidp.train
-from mpidp.audit import checksum
-from mpidp.config import Config
+from mpidp.config.schema import Config
 from mpidp.errors import MpidpError, UsageError
+from mpidp.faults.audit import checksum
 from mpidp.strategies.quorum import Quorum, Round
 from tests.methods.test_rhythms import spoiled
 from tests.tiny import FailedElsewhere, Ran, at, corpus, masked_corpus, read_metrics, sizes, tiny, train_at

@@ -17,8 +17,8 @@ import pytest
 from mpi4py import MPI
 
 import mpidp.train
-from mpidp.engine import Engine
 from mpidp.errors import MpidpError
+from mpidp.parallel.engine import Engine
 from mpidp.strategies.delayed import Delayed
 from mpidp.strategies.local import Local
 from mpidp.strategies.server import Server

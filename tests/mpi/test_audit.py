@@ -11,13 +11,13 @@ import pytest
 import torch
 from mpi4py import MPI
 
-import mpidp.inject
-import mpidp.step
-from mpidp.comm.tickets import Tickets
+import mpidp.faults.inject
+import mpidp.training.step
+from mpidp.comm.work_stealing import Tickets
 from mpidp.errors import MpidpError
-from mpidp.inject import Faults, parse
-from mpidp.job import Job
-from mpidp.step import compute
+from mpidp.faults.inject import Faults, parse
+from mpidp.training.job import Job
+from mpidp.training.step import compute
 from tests.tiny import WORLD, at, corpus, job_at, pretended, sizes, small_blocks, tiny
 
 pytestmark = pytest.mark.mpi
@@ -137,9 +137,9 @@ def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tup
     """Return WRONG times: (the rank that computes wrongly, the suspects of each finding, the outcome). Collective over job.comm.
     """
     spoiler = Spoiler(random.Random(job.comm.size))
-    patch.setattr(mpidp.inject, "make_wrong", spoiler)
+    patch.setattr(mpidp.faults.inject, "make_wrong", spoiler)
     named: list[list[int]] = []
-    patch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
+    patch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
     found = []
     for i in range(WRONG):
         rank, number = spoiler.chance.randrange(job.comm.size), 2 + i
@@ -219,7 +219,7 @@ def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder
         with pytest.MonkeyPatch.context() as patch:
             for rank, named, ended in wrong_gradients(job, 1, patch):
                 suspected = [rank] if comm.size > 2 else [0, 1]
-                assert named == [suspected] * mpidp.step.ATTEMPTS, (rank, named)
+                assert named == [suspected] * mpidp.training.step.ATTEMPTS, (rank, named)
                 assert f"Take ranks {suspected} out of the job" in ended
 
     for n in sizes(2, 3, 4):
@@ -229,7 +229,7 @@ def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder
 def test_nobody_is_suspected_of_nothing(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = corpus(shared_folder)
     named: list[Any] = []
-    monkeypatch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding))
+    monkeypatch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding))
 
     def audit(comm: MPI.Intracomm) -> None:
         for kind in ("even", "steal"):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp import saving
-from mpidp.checkpoint import Reader, newest_valid, read_manifest
+from mpidp.checkpoint import writer
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import newest_valid, read_manifest
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.errors import CheckpointError, MpidpError
-from mpidp.rundir import find_checkpoint
-from mpidp.state import Entry
 from tests import saves
 from tests.tiny import WORLD, at, sizes
 
@@ -139,7 +140,7 @@ def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp:
         raise OSError("no space left on device")
 
     if WORLD.rank == WORLD.size - 1:
-        monkeypatch.setattr(saving, "write_pieces", full)
+        monkeypatch.setattr(writer, "write_pieces", full)
     with pytest.raises(MpidpError, match="no space left"):
         saves.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3)
     monkeypatch.undo()

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from mpi4py import MPI
 
+from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.data.shards import TokenStream
-from mpidp.engine import Engine, dropout_key
-from mpidp.held import weights_sha256
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
-from mpidp.schedule import one_f_one_b
+from mpidp.parallel.engine import Engine, dropout_key
+from mpidp.parallel.schedule import one_f_one_b
 from tests.tiny import SEQ_LEN, at, corpus, gradients_of, job_at, masked_corpus, micro_batches_of, sizes, tiny
 
 pytestmark = pytest.mark.mpi

@@ -11,14 +11,17 @@ import torch
 from mpi4py import MPI
 
 import mpidp.comm.group
-from mpidp import resolve
-from mpidp.comm import mesh
-from mpidp.comm.buckets import NORM_BLOCK
 from mpidp.comm.group import alone, by_node, make_group
-from mpidp.comm.mesh import Mesh, launched_size, make_mesh, polite_barrier, start_mpi, together
+from mpidp.comm.slices import NORM_BLOCK
 from mpidp.comm.waiting import doze, how_to_wait, spin
-from mpidp.config import Config
+from mpidp.config import resolve
+from mpidp.config.schema import Config
 from mpidp.errors import CheckpointError, DataError, MpidpError, Stopped, UsageError
+from mpidp.runtime import topology, world
+from mpidp.runtime.agreement import agree
+from mpidp.runtime.device import resolve_threads
+from mpidp.runtime.topology import Mesh, make_mesh
+from mpidp.runtime.world import launched_size, polite_barrier, start_mpi, together
 from tests.tiny import WORLD, everywhere, pretended
 
 pytestmark = pytest.mark.mpi
@@ -92,7 +95,7 @@ def test_who_sits_where() -> None:
 
 def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher placed the ranks on two nodes alternately."""
-    monkeypatch.setattr(mesh.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
+    monkeypatch.setattr(topology.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
     found, size = make_mesh(WORLD), WORLD.size
     dealt = [list(range(0, size, 2)), list(range(1, size, 2))][: min(2, size)]
     everywhere(seats(found) == [(r, node, i, len(ranks)) for node, ranks in enumerate(dealt) for i, r in enumerate(ranks)],
@@ -211,21 +214,21 @@ def test_what_the_launcher_meant(monkeypatch: pytest.MonkeyPatch, environment: d
 
 def test_a_job_that_fell_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_mpi() == WORLD
-    monkeypatch.setattr(mesh.MPI, "COMM_WORLD", MPI.COMM_SELF)
-    monkeypatch.setattr(mesh, "launched_size", lambda: 4)
+    monkeypatch.setattr(world.MPI, "COMM_WORLD", MPI.COMM_SELF)
+    monkeypatch.setattr(world, "launched_size", lambda: 4)
     with pytest.raises(UsageError, match="4 ranks were started, but each is alone.*mpirun -np 4"):
         start_mpi()
-    monkeypatch.setattr(mesh, "launched_size", lambda: 1)
+    monkeypatch.setattr(world, "launched_size", lambda: 1)
     assert start_mpi() == MPI.COMM_SELF
 
 
 def test_ranks_that_differ_are_told_what_and_where() -> None:
     facts = {"torch": "2.0", "seed": "1"}
-    resolve.agree(WORLD, facts)
+    agree(WORLD, facts)
     if WORLD.size == 1:
         return
     with pytest.raises(UsageError, match=f"seed: rank 0 has 1, rank {LAST} has 2") as found:
-        resolve.agree(WORLD, facts | {"seed": "2"} if WORLD.rank == LAST else facts)
+        agree(WORLD, facts | {"seed": "2"} if WORLD.rank == LAST else facts)
     everywhere("torch" not in str(found.value) and found.value.everywhere, "only what differs, on every rank")
 
 
@@ -234,13 +237,13 @@ def test_threads_are_the_cores_over_the_ranks_of_a_node(monkeypatch: pytest.Monk
     if nodes > WORLD.size:
         pytest.skip("too few ranks")
     monkeypatch.setenv("MPIDP_PRETEND_NODES", str(nodes))
-    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: set(range(8)))
     place = make_mesh(WORLD)
-    everywhere(resolve.resolve_threads(0, place) == max(1, 8 // nodes // place.local_size), "shared cores are shared out")
-    everywhere(resolve.resolve_threads(3, place) == 3, "what is asked for is taken")
-    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
+    everywhere(resolve_threads(0, place) == max(1, 8 // nodes // place.local_size), "shared cores are shared out")
+    everywhere(resolve_threads(3, place) == 3, "what is asked for is taken")
+    monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
     if nodes == 1:
-        everywhere(resolve.resolve_threads(0, make_mesh(WORLD)) == 2, "pinned ranks have their own")
+        everywhere(resolve_threads(0, make_mesh(WORLD)) == 2, "pinned ranks have their own")
 
 
 def test_the_reducer_follows_from_the_config_alone() -> None:

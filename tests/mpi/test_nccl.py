@@ -12,14 +12,15 @@ import torch
 from mpi4py import MPI
 from torch import distributed
 
-import mpidp.build
 import mpidp.train
+import mpidp.training.build
+import mpidp.training.run_plan
 from mpidp.comm import nccl
-from mpidp.comm.mesh import make_mesh
 from mpidp.comm.nccl import Nccl, check_nccl
+from mpidp.data.lanes import Lanes
 from mpidp.errors import MpidpError, UsageError
-from mpidp.lanes import Lanes
 from mpidp.replay import look
+from mpidp.runtime.topology import make_mesh
 from tests.mpi.test_reducers import CPU, CUTS, SHAPES, check_bits, exact, reduced
 from tests.tiny import WORLD, at, corpus, everywhere, sizes, tiny, train_at
 
@@ -96,8 +97,8 @@ def test_a_training_is_the_one_over_mpi(
     for n in sizes(2, 3, 4):
         opened.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(mpidp.build, "open_transport", open_transport)
-            patch.setattr(mpidp.build, "check_nccl", lambda *of: None)
+            patch.setattr(mpidp.training.build, "open_transport", open_transport)
+            patch.setattr(mpidp.training.run_plan, "check_nccl", lambda *of: None)
             patch.setattr(torch.cuda, "is_available", lambda: False)
             run = train_at(n, tiny(data, shared_tmp / str(n), **sections))
         everywhere(len(opened) == (n > WORLD.rank), "the training opened it")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpidp.comm import overlap
-from mpidp.comm.reducers import Reducer
 from mpidp.comm.waiting import how_to_wait
+from mpidp.reducers import overlap
+from mpidp.reducers.base import Reducer
 from tests.tiny import WORLD, at, corpus, job_at, pretended, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi(min_size=2)

@@ -14,16 +14,16 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp.balance import Even, Terms, even
-from mpidp.comm import overlap
-from mpidp.comm.buckets import GradientBuffer
+from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.comm.group import Group, alone, by_node
-from mpidp.comm.mesh import make_mesh
-from mpidp.comm.owners import REDUCERS, slots_needed
 from mpidp.comm.transport import Messages
-from mpidp.held import weights_sha256
-from mpidp.lanes import Lanes
+from mpidp.data.lanes import Lanes
+from mpidp.reducers import overlap
+from mpidp.reducers.buckets import GradientBuffer
+from mpidp.reducers.tree import REDUCERS, slots_needed
+from mpidp.runtime.topology import make_mesh
 from mpidp.strategies.synchronous import Synchronous
+from mpidp.training.balance import Even, Terms, even
 from tests.tiny import (
     WORLD,
     at,

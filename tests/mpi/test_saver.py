@@ -16,13 +16,14 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp import saver as saver_module
-from mpidp import saving
-from mpidp.boxes import write_pieces
-from mpidp.checkpoint import Reader, committed, newest_valid, read_manifest
+from mpidp.checkpoint import saver as saver_module
+from mpidp.checkpoint import writer
+from mpidp.checkpoint.boxes import write_pieces
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import committed, newest_valid, read_manifest
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.saver import Saver
 from mpidp.errors import MpidpError
-from mpidp.saver import Saver
-from mpidp.state import Entry
 from tests.saves import no_thread_is_left, saver_of
 from tests.tiny import WORLD, Ran, at, corpus, pretended, read_metrics, sizes, tiny, train_at
 
@@ -83,7 +84,7 @@ def writing(change: Callable[..., Any], *ranks: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if WORLD.rank in ranks:
-            patch.setattr(saving, "write_pieces", changed)
+            patch.setattr(writer, "write_pieces", changed)
         yield
 
 
@@ -119,7 +120,7 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
                 patch.setattr(Saver, "begin", standing_still)
                 still = train_at(n, tiny(data, shared_tmp / f"still{n}", **settings))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(saving.np, "copyto", slowly)
+                patch.setattr(writer.np, "copyto", slowly)
                 patch.setattr(saver_module, "YOUNG_SECONDS", 60.0)
                 moving = train_at(n, tiny(data, shared_tmp / f"moving{n}", **settings))
         assert moving.learned == still.learned and moving.sha256 == still.sha256
@@ -309,14 +310,14 @@ def test_after_close_nobody_reads_the_state(shared_tmp: Path, wait: bool) -> Non
 
     def save(comm: MPI.Intracomm) -> None:
         read: list[float] = []
-        plain, in_blocks = saving._bytes_of, saving.Save._in_blocks
+        plain, in_blocks = writer._bytes_of, writer.Save._in_blocks
 
         def told(*arguments: Any) -> Any:
             time.sleep(0.02)
             read.append(time.monotonic())
             return plain(*arguments)
 
-        def told_too(self: saving.Save, blocks: list[memoryview]) -> Iterator[memoryview]:
+        def told_too(self: writer.Save, blocks: list[memoryview]) -> Iterator[memoryview]:
             for block in in_blocks(self, blocks):
                 time.sleep(0.02)
                 if wait:
@@ -324,8 +325,8 @@ def test_after_close_nobody_reads_the_state(shared_tmp: Path, wait: bool) -> Non
                 yield block
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(saving, "_bytes_of", told)
-            patch.setattr(saving.Save, "_in_blocks", told_too)
+            patch.setattr(writer, "_bytes_of", told)
+            patch.setattr(writer.Save, "_in_blocks", told_too)
             saver = saver_of(comm, shared_tmp)
             saver.begin(1, entries(comm, 1), {}, wait)
             time.sleep(0.03)

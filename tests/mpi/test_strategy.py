@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from mpi4py import MPI
 
-from mpidp.comm.owners import REDUCERS
-from mpidp.engine import Engine
-from mpidp.held import weights_sha256
-from mpidp.job import Job
-from mpidp.optim import Optimizer
-from mpidp.schedule import one_f_one_b
+from mpidp.checkpoint.local_parameters import weights_sha256
+from mpidp.parallel.engine import Engine
+from mpidp.parallel.schedule import one_f_one_b
+from mpidp.reducers.tree import REDUCERS
 from mpidp.strategies import STRATEGIES
+from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import StepStats
+from mpidp.training.job import Job
 from tests.tiny import WORLD, at, corpus, job_at, masked_corpus, micro_batches_of, pretended, tiny
 
 pytestmark = pytest.mark.mpi
@@ -184,7 +184,8 @@ def test_no_clipping_when_off_or_when_small(shared_folder: Path, shared_tmp: Pat
 
 
 def test_names_become_classes_in_one_place() -> None:
-    assert set(STRATEGIES) == {"synchronous", "quorum", "delayed", "local", "server"} and Optimizer.__module__ == "mpidp.optim"
+    assert set(STRATEGIES) == {"synchronous", "quorum", "delayed", "local", "server"}
+    assert Optimizer.__module__ == "mpidp.strategies.optimizer"
     needed = {
         "start", "micro_batch", "watch", "discard", "step", "finish", "state_dict", "load_state_dict", "close", "flats",
     }

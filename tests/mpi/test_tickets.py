@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpidp.comm.tickets import Tickets
+from mpidp.comm.work_stealing import Tickets
 from tests.tiny import WORLD, everywhere
 
 pytestmark = pytest.mark.mpi

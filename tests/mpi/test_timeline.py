@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from mpidp.comm.mesh import polite_barrier
 from mpidp.errors import UsageError
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
+from mpidp.metrics.timeline import Told, trace
 from mpidp.report import report
 from mpidp.reporting.read import read
 from mpidp.reporting.waterfall import of_step, waterfall
-from mpidp.timeline import Told, trace
+from mpidp.runtime.world import polite_barrier
 from tests.tiny import WORLD, Ran, corpus, pretended, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -125,9 +125,9 @@ def test_a_resumed_run_goes_on_without_the_timeline(ran: tuple[Ran, Ran, Path], 
 def test_tensorboard_that_is_not_here_is_said_before_the_first_step(
     shared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mpidp.scalars
+    import mpidp.metrics.tensorboard
 
-    monkeypatch.setattr(mpidp.scalars.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(mpidp.metrics.tensorboard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install"):
         train_at(2, tiny(corpus(shared_folder), shared_folder / "without", metrics={"tensorboard": True}))
     polite_barrier(WORLD)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.audit import checksum, suspects, vote
+from mpidp.faults.audit import checksum, suspects, vote
 
 
 @given(st.integers(0, 2**32), st.integers(1, 300), st.data())

@@ -11,8 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.balance import BALANCES, EVERY_STEPS, FIRST_STEPS, MEMORY_STEPS, Measured, Steal, Terms, by_speed, even, slowest
-from mpidp.lanes import Lanes
+from mpidp.data.lanes import Lanes
+from mpidp.training.balance import (
+    BALANCES,
+    EVERY_STEPS,
+    FIRST_STEPS,
+    MEMORY_STEPS,
+    Measured,
+    Steal,
+    Terms,
+    by_speed,
+    even,
+    slowest,
+)
 
 
 def counts(ranges: Sequence[range]) -> list[int]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mpidp import board
-from mpidp.board import LOST, SILENT, Board, Row, blame
-from mpidp.watchdog import Watchdog
+from mpidp.faults import heartbeat
+from mpidp.faults.heartbeat import LOST, SILENT, Board, Row, blame
+from mpidp.faults.watchdog import Watchdog
 
 
 def row(rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1) -> Row:
@@ -178,7 +178,7 @@ def test_one_rank_of_a_node_speaks(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from mpidp.board import Board
+from mpidp.faults.heartbeat import Board
 board = Board(1, ["x", "x"], [0, 0], sys.argv[1], Path("."))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -203,7 +203,7 @@ def test_a_board_costs_a_step_nothing(tmp_path: Path) -> None:
     """A slot has 56 bytes: a rank writes within one page, whatever the others write beside it."""
     (a, *_) = boards(tmp_path, ["x"] * 8)
     a.write(2**62, "a phase whose name is far too long for its place", 2**31, 1e9, 1e9)
-    assert board.SLOT.size == 56 and a.rows(1.0)[1].state == SILENT and a.rows(1.0)[0].phase == "a phase whose name is fa"
+    assert heartbeat.SLOT.size == 56 and a.rows(1.0)[1].state == SILENT and a.rows(1.0)[0].phase == "a phase whose name is fa"
 
 
 # --- how long to wait

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.comm.buckets import ALIGN, NORM_BLOCK, Bucket, FlatLayout, GradientBuffer, slice_bounds, squares_of_blocks
 from mpidp.comm.buffers import buf, bufv, datatype, memory
+from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds, squares_of_blocks
 from mpidp.comm.transport import PIECE_BYTES, Messages, pieces
+from mpidp.reducers.buckets import Bucket, FlatLayout, GradientBuffer
 
 SHAPES = [(3, 5), (64,), (7,), (1, 1), (33, 4), (128, 2)]
 

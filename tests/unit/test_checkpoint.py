@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from mpidp import checkpoint
-from mpidp.boxes import share_out
-from mpidp.checkpoint import Reader, check_file, committed, newest_valid, read_manifest
+from mpidp.checkpoint import manifest
+from mpidp.checkpoint.boxes import share_out
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import check_file, committed, newest_valid, read_manifest
+from mpidp.checkpoint.reader import Reader
 from mpidp.errors import CheckpointError, MpidpError
-from mpidp.files import write_file
-from mpidp.state import Entry
+from mpidp.runtime.files import write_file
 from tests import saves
 
 ALONE = MPI.COMM_SELF
@@ -124,7 +125,7 @@ def test_what_is_no_manifest_is_refused(run: Path, text: str) -> None:
 def test_another_format_is_refused(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
     body = read_manifest(path) | {"format": 1}
-    (path / "manifest.json").write_bytes(checkpoint._seal(body))
+    (path / "manifest.json").write_bytes(manifest._seal(body))
     with pytest.raises(CheckpointError, match="format 1, this mpidp reads format 2"):
         read_manifest(path)
 
@@ -241,7 +242,7 @@ def save_that_dies(run: Path, step: int, dies_at: int, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", dying(os.rename))
-        patch.setattr(checkpoint, "write_file", dying(write_file))
+        patch.setattr(manifest, "write_file", dying(write_file))
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree, quietly=True))
         with suppress(MpidpError):
             save(run, step, keep=1)
@@ -276,7 +277,7 @@ def test_a_missing_piece_is_named(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
     body = read_manifest(path)
     del body["files"][0]["pieces"]["model/w"]
-    (path / "manifest.json").write_bytes(checkpoint._seal(body))
+    (path / "manifest.json").write_bytes(manifest._seal(body))
     with pytest.raises(CheckpointError, match="model/w has 0 of 120 elements"):
         Reader(path)["model/w"]
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpidp.comm.buckets import Bucket
-from mpidp.comm.codes import BLOCK, CODES, PLAIN, Code, Integer, blocks, pack, seed_of, unpack
-from mpidp.comm.compressed import method_of, padding_of, trimmed
-from mpidp.comm.exchange import HEADER, bytes_sent, read, slice_bytes, wire_bytes, write
-from mpidp.comm.sparse import Random, TopK, count, ratio_at
-from mpidp.config import fields_of
+from mpidp.config.schema import fields_of
+from mpidp.reducers.buckets import Bucket
+from mpidp.reducers.compression.codes import BLOCK, CODES, PLAIN, Code, Integer, blocks, pack, seed_of, unpack
+from mpidp.reducers.compression.compressed import method_of, padding_of, trimmed
+from mpidp.reducers.compression.exchange import HEADER, bytes_sent, read, slice_bytes, wire_bytes, write
+from mpidp.reducers.compression.topk import Random, TopK, count, ratio_at
 
 ALL: dict[str, Code] = {"plain": PLAIN, **CODES, "topk": TopK(0.05)}
 LENGTHS = [1, 2, 3, 63, 64, 65, BLOCK, BLOCK + 1, 1000, 5 * BLOCK]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpidp import methods
-from mpidp.arguments import from_args, help_text, read_toml
-from mpidp.config import Config, checked, fields_of, to_toml
+from mpidp.config import rules
+from mpidp.config.command_line import from_args, help_text, read_toml
+from mpidp.config.schema import Config, checked, fields_of, to_toml
+from mpidp.config.settings import FIXED
 from mpidp.errors import UsageError
-from mpidp.settings import FIXED
 
 # Changing an option requires a deliberate edit of this list: users' files and scripts contain these names.
 KEYS = """
@@ -253,7 +253,7 @@ def configs(draw: st.DrawFn) -> Config:
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
     settings = {key: value for key, _, value in fields_of()} | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
-    if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in methods.RULES):
+    if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in rules.RULES):
         chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():

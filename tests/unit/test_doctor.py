@@ -17,8 +17,9 @@ import pytest
 
 from mpidp.checkup import hardware, launch, memory, network, storage
 from mpidp.checkup.facts import MachineFacts
-from mpidp.checkup.findings import VERDICTS, CheckResult, numbers, ranks, run_check, size, table, worst
+from mpidp.checkup.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.comm import probe
+from mpidp.runtime.environment import numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
 ONE = MachineFacts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpidp.energy import Meter, Zone, agreed, open_meter, zones
+from mpidp.metrics.energy import Meter, Zone, agreed, open_meter, zones
 
 RANGE = 1_000_000
 

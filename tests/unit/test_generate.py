@@ -10,7 +10,6 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.comm.grid import make_grid
 from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
@@ -24,6 +23,7 @@ from mpidp.model.cache import Cache
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
+from mpidp.parallel.grid import make_grid
 
 SHAPE = TransformerShape(
     vocab_size=257, num_layers=2, num_heads=4, num_kv_heads=2, model_dim=32, hidden_dim=48, seq_len=24, dropout=0.3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpidp.strategies.groups import GROUPS, PARTITIONS, hop, partition
+from mpidp.strategies.averaging_groups import GROUPS, PARTITIONS, hop, partition
 
 
 def nodes(size: int) -> list[range]:

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from mpidp import resolve
-from mpidp.boxes import boxes_of_run, tensor_of
+from mpidp.checkpoint.boxes import boxes_of_run, tensor_of
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.local_parameters import boxes_held, counted, load_boxes, shard_rows
+from mpidp.config import resolve
 from mpidp.errors import UsageError
-from mpidp.held import boxes_held, load_boxes, shard_rows
-from mpidp.holding import counted, of_replicas, of_shards
-from mpidp.state import Entry
+from tests.memory_formulas import of_replicas, of_shards
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3), (1, 7), (7, 1), (3, 2, 4)])

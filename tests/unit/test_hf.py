@@ -18,8 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from data_tools.prepare import prepare
-from mpidp.checkpoint import Reader
-from mpidp.config import Config
+from mpidp.checkpoint.reader import Reader
+from mpidp.config.schema import Config
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer
 from mpidp.errors import CheckpointError, DataError, MpidpError, UsageError
@@ -34,7 +34,7 @@ from mpidp.hf.write import files_of
 from mpidp.inference.choices import Question, encode
 from mpidp.inference.loading import load_tokenizer_for, open_model
 from mpidp.model.shape import shapes_of
-from mpidp.origin import open_origin
+from mpidp.training.initial_weights import open_origin
 from tests.tiny import WORLD, Ran, text, tiny, train_at
 
 T = 16
@@ -141,8 +141,8 @@ def test_transformers_reads_what_was_exported(
     trained: dict[str, tuple[Path, Ran]], shards: Path, tmp_path: Path, kind: str, max_bytes: int
 ) -> None:
     """The same logits and ids, and an import restores the weights bit for bit."""
-    from mpidp.comm.grid import make_grid
     from mpidp.inference.loading import load_model
+    from mpidp.parallel.grid import make_grid
 
     run, ran = trained[kind]
     assert f"{tmp_path / 'out'}: LlamaForCausalLM" in export(WORLD, str(run), str(tmp_path / "out"), max_file_bytes=max_bytes)

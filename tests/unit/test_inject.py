@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpidp import inject
 from mpidp.errors import UsageError
-from mpidp.inject import EXAMPLE, PHASES, VARIABLE, Fault, Faults, asked_for, make_nan, make_wrong, parse
+from mpidp.faults import inject
+from mpidp.faults.inject import EXAMPLE, PHASES, VARIABLE, Fault, Faults, asked_for, make_nan, make_wrong, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,7 +111,7 @@ ENDS: dict[str, tuple[int, str]] = {
 }
 CHILD = """
 import sys, time
-from mpidp.inject import parse
+from mpidp.faults.inject import parse
 faults = parse(sys.argv[1])
 try:
     for phase in ("data", "compute", "reduce"):

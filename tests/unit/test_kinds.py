@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from mpidp.arguments import from_args
-from mpidp.config import to_toml
+from mpidp.config.command_line import from_args
+from mpidp.config.resolve import model_shape
+from mpidp.config.schema import to_toml
 from mpidp.errors import UsageError
 from mpidp.model.kinds import make_model, saved_shape
 from mpidp.model.lstm import LSTM
 from mpidp.model.own import options_of
 from mpidp.model.part import refuse
 from mpidp.model.shape import LSTMShape, OwnShape, flops_per_token, num_parameters, shapes_of
-from mpidp.resolve import model_shape
 
 V, D, T = 11, 8, 6
 TOKENS = torch.arange(2 * T).view(2, T) * 5 % V

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.lanes import MAX_DEFAULT_LANES, Lanes
-from mpidp.schedule import Backward, Forward, one_f_one_b
+from mpidp.data.lanes import MAX_DEFAULT_LANES, Lanes
+from mpidp.parallel.schedule import Backward, Forward, one_f_one_b
 
 
 @st.composite

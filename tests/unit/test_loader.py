@@ -14,11 +14,11 @@ import torch
 
 from mpidp.data import sampler as sampler_module
 from mpidp.data.index import FileRecord, Index, SplitRecord
+from mpidp.data.lanes import Lanes
 from mpidp.data.loader import Batch, Loader, MicroBatch, _Resident
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import DataError
-from mpidp.lanes import Lanes
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpidp.config import Config, fields_of
+from mpidp.config.schema import Config, fields_of
 from mpidp.errors import UsageError
 from mpidp.model.frozen import trained
 from mpidp.model.lora import attach, is_adapter, merged, saved_names

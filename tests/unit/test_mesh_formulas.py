@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpidp.comm.parallel_layers import Again, share_layers
 from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
-from mpidp.planning.mesh import KNOWN
-from mpidp.planning.mesh_memory import (
+from mpidp.parallel.tensor import Again, share_layers
+from mpidp.planning.mesh.memory import (
     Memory,
     Model,
     Shape,
@@ -27,7 +26,8 @@ from mpidp.planning.mesh_memory import (
     memory_of,
     parameters_of,
 )
-from mpidp.planning.mesh_time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.planning.mesh.search import KNOWN
+from mpidp.planning.mesh.time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
 
 SMALL = Model(3, 64, 192, 4, 2, 512, 32)
 BIG = KNOWN[6.74e9][1]

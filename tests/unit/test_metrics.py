@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from mpidp.metrics import Clock, MetricsFile, Progress, peak_flops
+from mpidp.metrics.clock import Clock
+from mpidp.metrics.jsonl import MetricsFile
+from mpidp.metrics.progress import Progress, peak_flops
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

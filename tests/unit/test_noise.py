@@ -9,7 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from mpidp.noise import Noise, NoiseAverage, estimate, interval, mean
+from mpidp.metrics.gradient_noise import Noise, NoiseAverage, estimate, interval, mean
 
 DIM = 30
 TRUE = np.linspace(-0.4, 0.4, DIM)  # the expected gradient of a token

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from mpidp.comm.buckets import NORM_BLOCK, FlatLayout
-from mpidp.optim import Optimizer, Schedule, global_norm
+from mpidp.comm.slices import NORM_BLOCK, global_norm
+from mpidp.reducers.buckets import FlatLayout
+from mpidp.strategies.optimizer import Optimizer
+from mpidp.training.lr_schedule import Schedule
 
 NAMES = ["adamw", "adam", "sgd", "muon"]
 

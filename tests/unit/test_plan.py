@@ -13,8 +13,8 @@ import pytest
 from mpidp import plan as planning
 from mpidp.errors import UsageError
 from mpidp.plan import plan
-from mpidp.planning.measured import read, seconds
-from mpidp.planning.table import duration, table
+from mpidp.planning.ranks.measured import read, seconds
+from mpidp.planning.ranks.table import duration, table
 
 TOKENS = 2048  # per step
 NOISE = {"noise_signal_square": 0.5, "noise_trace": 0.5 * 6144}  # a noise scale of 3 B

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from mpidp import plan as planning
-from mpidp.config import Config, to_toml
+from mpidp.config.schema import Config, to_toml
 from mpidp.errors import UsageError
-from mpidp.planning import mesh_ask
-from mpidp.planning.mesh import model_of, number, shapes
-from mpidp.planning.mesh_memory import Model
-from mpidp.planning.mesh_table import mesh_table
+from mpidp.planning.mesh import command_line
+from mpidp.planning.mesh.memory import Model
+from mpidp.planning.mesh.search import model_of, number, shapes
+from mpidp.planning.mesh.table import mesh_table
 
 SMALL = Model(3, 64, 192, 4, 2, 512, 32)
 PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logits")
 
 
 def ask(*words: str) -> dict[str, Any]:
-    return mesh_ask.answer(words)[0]
+    return command_line.answer(words)[0]
 
 
 def test_the_sample_of_the_issue(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

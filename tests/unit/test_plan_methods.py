@@ -13,15 +13,25 @@ import pytest
 from mpi4py import MPI
 
 from mpidp import plan as planning
-from mpidp.arguments import from_args
-from mpidp.config import Config, checked, fields_of
+from mpidp.config.command_line import from_args
+from mpidp.config.resolve import model_shape
+from mpidp.config.schema import Config, checked, fields_of
 from mpidp.errors import DataError, UsageError
 from mpidp.model.shape import TransformerShape, num_parameters
-from mpidp.planning.methods import METHODS, Row, predict, recommend, sent_bytes, step_seconds, to_paste, variant, with_speeds
-from mpidp.planning.sums import Cluster, cluster_of, link_of, one_sum, sizes_of
-from mpidp.planning.table import methods_table
-from mpidp.resolve import model_shape
-from mpidp.trials import Options, answer, find_cluster
+from mpidp.planning.methods.predict import (
+    METHODS,
+    Row,
+    predict,
+    recommend,
+    sent_bytes,
+    step_seconds,
+    to_paste,
+    variant,
+    with_speeds,
+)
+from mpidp.planning.methods.traffic import Cluster, cluster_of, link_of, one_sum, sizes_of
+from mpidp.planning.methods.trials import Options, answer, find_cluster
+from mpidp.planning.ranks.table import methods_table
 
 CONFIG = Config().with_values(train={"global_batch": 32, "micro_batch": 2}, comm={"overlap": "none"})
 SLOW = link_of("100,20", 4)

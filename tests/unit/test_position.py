@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.job import KNOWN_AFTER, REMEMBERED, Position
 from mpidp.strategies.protocol import StepStats
+from mpidp.training.state import KNOWN_AFTER, REMEMBERED, Position
 
 NORMS = st.floats(1e-6, 1e6)
 

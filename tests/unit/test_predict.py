@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mpidp.lanes import Lanes
-from mpidp.planning.predict import Learned, Seconds, most_micro_batches, predict, scaled, seconds_at
-from mpidp.planning.table import duration
+from mpidp.data.lanes import Lanes
+from mpidp.planning.ranks.predict import Learned, Seconds, most_micro_batches, predict, scaled, seconds_at
+from mpidp.planning.ranks.table import duration
 
 MEASURED = [Seconds(8, 0.3, 0.09, 0.05), Seconds(1, 0.1, 0.001, 0.01), Seconds(2, 0.1, 0.05, 0.03)]
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.config import Config, fields_of, to_toml
+from mpidp.config.schema import Config, fields_of, to_toml
 from mpidp.errors import UsageError
-from mpidp.metrics import MetricsFile, took
+from mpidp.metrics.jsonl import MetricsFile, took
 from mpidp.report import named, report
 from mpidp.reporting.charts import Curve, curves, duration, short, thinned, ticks
 from mpidp.reporting.compare import scaling, scaling_of

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.arrivals import read_arrivals
 from mpidp.errors import MpidpError, UsageError
-from mpidp.strategies.roll import Roll
+from mpidp.strategies.arrivals import read_arrivals
+from mpidp.strategies.quorum_rounds import Roll
 
 
 def run(roll: Roll, chance: st.DataObject, rounds: int) -> list[list[int]]:

@@ -16,15 +16,15 @@ from data_tools.arrange import pack
 from data_tools.chat import Template, TemplateRejection, find_template
 from data_tools.places import placer
 from data_tools.prepare import prepare
+from mpidp.data.lanes import Lanes
 from mpidp.data.loader import IGNORED, Loader
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
-from mpidp.engine import Engine
 from mpidp.errors import DataError, UsageError
-from mpidp.lanes import Lanes
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
+from mpidp.parallel.engine import Engine
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -22,12 +22,13 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp import rundir
-from mpidp.config import Config, fields_of
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.resume import find_checkpoint, refuse_changes, set_aside
+from mpidp.config.schema import Config, fields_of
+from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
-from mpidp.rundir import RunLock, find_checkpoint, refuse_changes, set_aside
-from mpidp.settings import FIXED
-from mpidp.state import Entry
+from mpidp.faults import run_lock
+from mpidp.faults.run_lock import RunLock
 from tests import saves
 
 ALONE = MPI.COMM_SELF
@@ -86,7 +87,7 @@ def test_two_that_find_a_dead_holder_do_not_both_take_over(tmp_path: Path, monke
     """One job examines a dead holder while another one takes the lock over."""
     run, pid = tmp_path / "run", dead_pid()
     held(run, pid=pid)
-    alive, tried, winners = rundir._alive, [], []
+    alive, tried, winners = run_lock._alive, [], []
 
     def take(who: str) -> None:
         tried.append(who)
@@ -99,7 +100,7 @@ def test_two_that_find_a_dead_holder_do_not_both_take_over(tmp_path: Path, monke
             take("the quicker")
         return alive(holder)
 
-    monkeypatch.setattr(rundir, "_alive", slow_look)
+    monkeypatch.setattr(run_lock, "_alive", slow_look)
     take("the slower")
     assert len(tried) == 2 and len(winners) == 1
 
@@ -119,16 +120,16 @@ def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a holder update its counter ten times a second."""
-    monkeypatch.setattr(rundir, "COUNT_SECONDS", 0.1)
+    monkeypatch.setattr(run_lock, "COUNT_SECONDS", 0.1)
 
 
 ELSEWHERE = """
 import socket, sys, time
 from pathlib import Path
-from mpidp import rundir
+from mpidp.faults import run_lock
 socket.gethostname = lambda: "elsewhere"
-rundir.COUNT_SECONDS = 0.1
-lock = rundir.RunLock(Path(sys.argv[1]))
+run_lock.COUNT_SECONDS = 0.1
+lock = run_lock.RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 while not lock.lost:
     time.sleep(0.02)
@@ -240,7 +241,7 @@ def test_a_pid_that_was_given_to_another_process_holds_nothing(tmp_path: Path) -
     run = held(tmp_path / "run", started=1)
     RunLock(run, patience_seconds=0.0).release()
     with pytest.raises(UsageError, match=f"process {os.getpid()}"):
-        RunLock(held(run, started=rundir.process(os.getpid())[1]), patience_seconds=0.0)
+        RunLock(held(run, started=run_lock.process(os.getpid())[1]), patience_seconds=0.0)
 
 
 def test_a_folder_that_vanished_is_nobody_else_s(tmp_path: Path, quick: None) -> None:

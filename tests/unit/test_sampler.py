@@ -8,9 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpidp.data import sampler as module
-from mpidp.data.sampler import Sampler, keys_of, permute, unpermute
+from mpidp.data.lanes import Lanes
+from mpidp.data.permutation import keys_of, permute, unpermute
+from mpidp.data.sampler import Sampler
 from mpidp.errors import DataError
-from mpidp.lanes import Lanes
 
 
 def of_epoch(sampler: Sampler, epoch: int) -> list[list[np.ndarray]]:
@@ -53,7 +54,7 @@ def test_every_window_once_an_epoch(sampler: Sampler, epoch: int) -> None:
 @given(samplers(), st.integers(0, 2), st.randoms(use_true_random=False))
 def test_windows_depend_on_nothing_but_the_arguments(sampler: Sampler, epoch: int, random) -> None:
     expected = of_epoch(sampler, epoch)
-    for cached in (module.keys_of, module._blocks_of, module._slot_of):
+    for cached in (keys_of, module._blocks_of, module._slot_of):
         cached.cache_clear()
     calls = [(batch, v) for batch in range(len(expected)) for v in range(len(expected[0]))]
     random.shuffle(calls)

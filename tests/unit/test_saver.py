@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from safetensors.torch import load_file, save_file
 
-from mpidp import saver as saver_module
-from mpidp.boxes import DTYPES, Piece, write_pieces
-from mpidp.checkpoint import Reader, committed
-from mpidp.saver import NODE_SECONDS, Saver, best_interval
-from mpidp.state import Entry
+from mpidp.checkpoint import saver as saver_module
+from mpidp.checkpoint.boxes import DTYPES, Piece, write_pieces
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import committed
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.saver import NODE_SECONDS, Saver, best_interval
 from tests.saves import saver_of
 
 ALONE = MPI.COMM_SELF

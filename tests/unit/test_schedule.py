@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from mpidp.schedule import Backward, Forward, Instruction, interleaved, one_f_one_b
+from mpidp.parallel.schedule import Backward, Forward, Instruction, interleaved, one_f_one_b
 
 
 def schedules(stages: int, chunks: int, count: int) -> list[list[Instruction]]:

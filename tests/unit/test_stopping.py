@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpidp.stopping import TAKEN_OVER, StopRequest, job_end, stop_time
+from mpidp.faults.stop import TAKEN_OVER, StopRequest, job_end, stop_time
 
 
 def test_a_job_stops_before_its_time_is_over() -> None:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpidp.comm.owners import slots_needed
-from mpidp.comm.tree import Folder, Node, fold, fold_all, held_after
-from mpidp.lanes import Lanes
+from mpidp.data.lanes import Lanes
+from mpidp.reducers.tree import slots_needed
+from mpidp.reducers.tree_order import Folder, Node, fold, fold_all, held_after
 
 Groups = list[list[list[int]]]  # the lanes of each rank of each group, in the order in which it computes them
 Place = tuple[int, int, int]  # (group, rank in it, slot)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpidp.errors import DataError, MpidpError, Stopped, UsageError
-from mpidp.tries import Tries
+from mpidp.faults.restarts import Tries
 
 
 def start(run: Path, step: int, most: int = 3, error: BaseException | None = None, rank: int = 0, killed: bool = False) -> None:
