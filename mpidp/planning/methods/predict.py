@@ -54,13 +54,13 @@ def variant(config: Config, name: str) -> Config:
 
 def to_paste(config: Config, other: Config) -> list[str]:
     """What makes the one of the other, on a command line. Pure."""
-    before = {key: value for key, _, value in fields_of(other)}
+    before = other.flat()
     changed = [(key, value) for key, _, value in fields_of(config) if value != before[key]]
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
 
 
 def _rhythm(config: Config, steps: int) -> tuple[int, int]:
-    return rhythm({key: value for key, _, value in fields_of(config)}, steps)
+    return rhythm(config.flat(), steps)
 
 
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:
