@@ -67,7 +67,7 @@ def which_method(words: Sequence[str]) -> None:
     parser.add_argument("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node, one-way delay")
     parser.add_argument("--ranks", type=int, help="default: those of this launch, else those of cluster.json")
     parser.add_argument("--step-seconds", type=float, metavar="S",
-                        help="compute time per step when the ranks share the lanes; default: measured now")
+                        help="compute time of a step on one rank; default: measured now")
     parser.add_argument("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
                         help="train with each method on the ranks of this launch (default: %(const)g s each)")
     parser.add_argument("--methods", default="", metavar="A,B", help="compare only these and synchronous; default: all")

@@ -41,7 +41,7 @@ NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
     ("flops", "measured FLOP/s of a rank in matrix products, as 450t", 1.0),
     ("memory-gbyte", "memory bandwidth of a device, GB/s", 1e9), ("link-gbit", "Gbit/s between two ranks of a node", 1e9 / 8),
     ("node-gbit", "Gbit/s of a node's network", 1e9 / 8), ("latency-us", "latency of a message, microseconds", 1e-6),
-    ("ranks-per-node", "default: 8", 1.0),
+    ("ranks-per-node", "number of ranks on each node (8)", 1.0),
     ("gpus-per-node", "devices that the ranks of a node share; default: one per rank", 1.0),
 )  # fmt: skip
 WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "gpus-per-node")
@@ -58,9 +58,9 @@ def answer(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
     parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor; default: the one in this folder, if any")
     parser.add_argument("--calibrate", metavar="RUN", help="measure compute speed from this run on one rank of such a device")
     parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (bfloat16)")
-    parser.add_argument("--recompute", choices=["true", "false"], help="default: whichever is better")
-    parser.add_argument("--sequence", choices=["true", "false"], help="default: whichever is better")
-    parser.add_argument("--overlap", type=float, help="share of the dp traffic that can overlap with compute that does (0.8)")
+    parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: whichever is better)")
+    parser.add_argument("--sequence", choices=["true", "false"], help="mesh.sequence (default: whichever is better)")
+    parser.add_argument("--overlap", type=float, help="achieved share of the possible overlap of dp traffic with compute (0.8)")
     parser.add_argument("--top", type=int, default=5, help="number of meshes to show (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     options, settings = parser.parse_known_args(list(arguments))
