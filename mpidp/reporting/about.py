@@ -90,7 +90,7 @@ def events(run: RecordedRun) -> str:
         moment = number(line, "unix_seconds")
         when = f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
         rows.append((when, duration(worked[id(line)]) if id(line) in worked else "", str(line["step"]), str(line["event"]), more))
-    cut = paragraph(f"The last {MOST_EVENTS} of {len(found)}.", "soft") if len(found) > MOST_EVENTS else ""
+    cut = paragraph(f"The last {MOST_EVENTS} of {len(found)} events.", "soft") if len(found) > MOST_EVENTS else ""
     return section("Events", cut, table(("time", "run time", "step", "event", "details"), rows, numbers=(1, 2)) if rows else "")
 
 

@@ -46,7 +46,7 @@ NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
 WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "gpus-per-node")
 
 
-def answer(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
+def plan_from_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
     """Parse the arguments; return (the results, whether to print JSON). Raises UsageError. Independent."""
     parser = Parser(prog="python -m mpidp.plan mesh", usage="%(prog)s --params N --ranks P [options] [--section.key=value ...]",
                     description=USAGE, allow_abbrev=False)

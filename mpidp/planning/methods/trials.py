@@ -75,7 +75,7 @@ class TrialResult:
         return (self.curve[-1][0] - (self.curve[begin - 1][0] if begin else 0.0)) / (self.steps - begin)
 
 
-def answer(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
+def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
     """Return the results as plain values, the same on every rank. Raises UsageError or DataError. Collective over world."""
     if options.seconds and world.size == 1:
         raise UsageError("--run trains on the ranks of this launch, but there is only one: mpirun -np N python -m mpidp.plan ...")
