@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.group import Group
+from mpidp.config.settings import StrategySettings
 from mpidp.parallel.engine import Accumulates
 from mpidp.parallel.model_part import Parts
 from mpidp.reducers.base import Look, Reducer
@@ -29,23 +30,10 @@ class StepStats:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a strategy may be told beside its parts; each takes what concerns it. The settings of section strategy, and facts."""
+class Options(StrategySettings):
+    """The settings of section strategy, and facts about the job. Each strategy reads what it needs."""
 
-    sync_every: int = 1  # steps
-    meet_every: int = 1  # steps
     total_steps: int = 0
-    staleness: int = 1
-    quorum: float = 1.0  # of the lanes
-    compensation: float = 0.0
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.9
-    overlap: bool = False
-    fragments: int = 1
-    group: str = "all"
-    group_size: int = 2
-    servers: int = 0  # the last ranks
-    mode: str = "async"
     arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # to be repeated (arrivals.py)
     nodes: Sequence[Sequence[int]] = ()  # the ranks of each node
 
