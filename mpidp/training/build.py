@@ -23,7 +23,7 @@ from mpidp.metrics.progress import Progress, peak_flops
 from mpidp.metrics.tensorboard import Scalars
 from mpidp.metrics.timeline import Timeline
 from mpidp.model.frozen import trained
-from mpidp.model.shape import OwnShape, flops_per_token, num_parameters
+from mpidp.model.shape import CustomShape, flops_per_token, num_parameters
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.model_part import Parts
@@ -63,8 +63,8 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
             model.to(device)
         model.recompute = train.recompute
         named = trained(model)
-        agree(dp, parameters_told(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
-        if isinstance(plan.shape, OwnShape) and (others := parts.begin_alike(model)) and world.rank == 0:
+        agree(dp, parameters_told(named) | (model.facts() if isinstance(plan.shape, CustomShape) else {}))
+        if isinstance(plan.shape, CustomShape) and (others := parts.begin_alike(model)) and world.rank == 0:
             print(
                 f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run may differ, too: "
                 "draw them by torch's generator, which is set to train.seed. All ranks begin with rank 0's", flush=True,
@@ -129,7 +129,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
             origin.keep(run_dir)
             print(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}", flush=True)
     stages = Stages(grid, transport, device, config.mesh.interleave) if grid.pp.size > 1 else None
-    tells = parts.part.speaks and grid.tp.rank == 0
+    tells = parts.part.has_head and grid.tp.rank == 0
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
     engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)
     hang_seconds = config.run.hang_seconds
