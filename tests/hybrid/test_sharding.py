@@ -16,8 +16,10 @@ from mpidp.checkpoint import Reader
 from mpidp.config import Config
 from mpidp.holding import of_replicas, of_shards
 from mpidp.job import Job
+from mpidp.optim import MOMENTS
 from mpidp.rundir import find_checkpoint
 from mpidp.step import compute, share
+from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, at, corpus, job_at, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -63,11 +65,14 @@ def assert_close(run: Ran, folder: Path, alone: Ran, its: Path, what: str) -> No
 
 
 MESSAGES = {"comm": {"transport": "messages"}}
+ELEMENTWISE = [name for name in OPTIMIZERS if name in MOMENTS]  # muon updates whole matrices
+NEW = [name for name in ELEMENTWISE if name not in ("adamw", "adam", "sgd")]  # those have rows of their own
 
 
 @pytest.mark.parametrize(("nodes", "sections"), [
     (0, MESSAGES), (0, {}), (2, {}), (3, {}), (0, {"comm": {"copies": "rank"}}), (0, MESSAGES | {"optim": {"name": "sgd"}}),
     (2, {"optim": {"name": "adam"}, "model": {"tie_embeddings": True}}),
+    *((0, {"optim": {"name": name}}) for name in NEW),
 ])  # fmt: skip
 def test_level_1_changes_no_bit(shared_folder: Path, shared_tmp: Path, nodes: int, sections: dict[str, Any]) -> None:
     """By messages, through a window where ranks of a node share a copy, or each has its own; over several nodes."""
@@ -89,6 +94,7 @@ TIED = {"optim": {"name": "adam"}, "model": {"tie_embeddings": True, "num_kv_hea
 @pytest.mark.parametrize(("level", "ranks", "sections"), [
     (2, (1, 3, 4), {}), (3, (2, 3), {}), (2, (2, 3), {"optim": {"name": "sgd", "lr": 0.1, "clip": 0.0}, "train": {"steps": 9}}),
     (3, (2, 4), TIED),
+    *((2 + i % 2, (2, 3), {"optim": {"name": name}, "train": {"steps": 9}}) for i, name in enumerate(NEW)),
 ])  # fmt: skip
 def test_levels_2_and_3_are_level_0(
     shared_folder: Path, shared_tmp: Path, level: int, ranks: tuple[int, ...], sections: dict[str, Any]
@@ -155,7 +161,7 @@ def held_at(comm: MPI.Intracomm, config: Config) -> tuple[dict[str, int], dict[s
     return full, strategy.held(), strategy.buffer.num_elements if strategy.buffer else 0, shapes, whole
 
 
-@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("sgd", 1)])
+@pytest.mark.parametrize(("name", "moments"), [(name, len(MOMENTS[name])) for name in ELEMENTWISE if name != "adam"])
 def test_each_rank_holds_what_the_formulas_say(shared_folder: Path, shared_tmp: Path, name: str, moments: int) -> None:
     data = corpus(shared_folder)
     for n in sizes(1, 2, 3, 4):

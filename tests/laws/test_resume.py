@@ -21,6 +21,7 @@ from mpidp.config import Config
 from mpidp.errors import MpidpError, Stopped, UsageError
 from mpidp.metrics import MetricsFile
 from mpidp.strategies.synchronous import Synchronous
+from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, FailedElsewhere, Ran, at, corpus, everywhere, read_metrics, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -126,7 +127,7 @@ def test_stopped_and_crashed_and_gone_on_at_other_numbers_of_ranks(shared_folder
     assert steps == list(range(1, 11))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])  # the default, in all other tests
 def test_every_optimizers_state_goes_along(shared_folder: Path, shared_tmp: Path, name: str) -> None:
     data = corpus(shared_folder)
     sections = {**SECTIONS, "optim": {"name": name}, "train": {**SECTIONS["train"], "steps": 6}}

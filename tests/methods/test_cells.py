@@ -30,7 +30,7 @@ RANKS = min(3, MPI.COMM_WORLD.size)
 def cells() -> list[dict[str, dict[str, Any]]]:
     found = []
     for name in AXES["strategy.name"]:
-        for more, reducer, code in itertools.product(STRATEGIES[name], AXES["comm.reducer"], AXES["comm.compress"]):
+        for more, reducer, code in itertools.product(STRATEGIES.get(name, [{}]), AXES["comm.reducer"], AXES["comm.compress"]):
             found.append({
                 "strategy": {"name": name, **more},
                 "comm": {"reducer": reducer, "compress": code, "bucket_mb": 0.01, "overlap": "none"}, "train": {"steps": 4},

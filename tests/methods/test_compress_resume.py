@@ -15,12 +15,12 @@ from mpidp.checkpoint import Reader, committed
 from mpidp.comm.buckets import Bucket
 from mpidp.comm.compressed import Compressed
 from mpidp.comm.reducers import Sums
-from mpidp.config import fields_of
 from tests.laws.test_resume import crashed_in, equal, equal_checkpoints, ranks
+from tests.registries import COMPRESSIONS
 from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
-NAMES = {key: about.metadata["choices"] for key, about, _ in fields_of()}["comm.compress"][1:]
+NAMES = COMPRESSIONS
 SECTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "train": {"steps": 8, "save_every": 2, "eval_every": 0}}
 
 
