@@ -46,6 +46,7 @@ def small_disk(either: Shell) -> Iterator[Path]:
         subprocess.run(["umount", "-l", run], check=True)
 
 
+@pytest.mark.quick
 def test_a_disk_that_is_full_for_a_while(either: Shell, small_disk: Path, whole_hash: str) -> None:
     """Until step 5; run.keep=1, so that two of them find room then. Step 4's may still be tried again just then, and succeed."""
     make_room = faulty("os.remove('run/filler')", batches=[4])
