@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-import mpidp.entry  # noqa: F401  (sets environment variables that MPI and BLAS read)
-from mpidp.balance import Even, Terms
-from mpidp.comm.buckets import GradientBuffer
+import mpidp.runtime.command  # noqa: F401  (sets environment variables that MPI and BLAS read)
 from mpidp.comm.group import alone, by_node
-from mpidp.comm.mesh import make_mesh
-from mpidp.comm.owners import REDUCERS
 from mpidp.comm.transport import Messages
-from mpidp.lanes import Lanes
+from mpidp.data.lanes import Lanes
+from mpidp.reducers.buckets import GradientBuffer
+from mpidp.reducers.tree import REDUCERS
+from mpidp.runtime.topology import make_mesh
+from mpidp.training.balance import Even, Terms
 
 CPU = torch.device("cpu")
 

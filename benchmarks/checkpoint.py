@@ -21,8 +21,8 @@ import torch
 from inside import WORLD, Stepper, config_of, corpus
 from mpi4py import MPI
 
-from mpidp import fit
-from mpidp.saver import Saver
+from mpidp.checkpoint.saver import Saver
+from mpidp.training.checkpoints import save
 
 
 class Saving(Stepper):
@@ -53,7 +53,7 @@ class Saving(Stepper):
         began = time.perf_counter()
         if way in self.savers:
             self.job.saver = self.savers[way]
-            fit.save(self.job, wait=way != "beside training")
+            save(self.job, wait=way != "beside training")
             self.stalled += time.perf_counter() - began
         for _ in range(steps):
             self()

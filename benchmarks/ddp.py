@@ -28,18 +28,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-from mpidp.arguments import from_args
-from mpidp.build import plan
-from mpidp.comm.grid import make_grid
+from mpidp.config.command_line import from_args
 from mpidp.data.loader import Batch, Loader
-from mpidp.engine import Engine
-from mpidp.entry import begin, run_entry
 from mpidp.errors import UsageError
-from mpidp.inject import asked_for
-from mpidp.metrics import MetricsFile
+from mpidp.faults.inject import asked_for
+from mpidp.metrics.jsonl import MetricsFile
 from mpidp.model.transformer import Transformer
-from mpidp.optim import Schedule
-from mpidp.planned import Plan
+from mpidp.parallel.engine import Engine
+from mpidp.parallel.grid import make_grid
+from mpidp.runtime.command import begin, run_entry
+from mpidp.training.lr_schedule import Schedule
+from mpidp.training.run_plan import Plan, plan
 
 HOOKS = ("none", "fp16", "powersgd")
 RANK, EXACT_STEPS = 4, 10  # PowerSGD: rank of the factors, and steps before it starts (torch's default of 1,000 is for long runs)

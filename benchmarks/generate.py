@@ -17,13 +17,13 @@ import torch
 from inside import MODELS
 from mpi4py import MPI
 
-from mpidp.comm.grid import make_grid
 from mpidp.inference.decode import DecodedText, decode
 from mpidp.inference.loading import Loaded
 from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape, default_hidden_dim, num_parameters
 from mpidp.model.transformer import Transformer
+from mpidp.parallel.grid import make_grid
 
 
 class Forgetful(Transformer):

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-import mpidp.entry  # noqa: F401  (sets environment variables that MPI and BLAS read)
+import mpidp.runtime.command  # noqa: F401  (sets environment variables that MPI and BLAS read)
 from data_tools.prepare import prepare
-from mpidp.build import build, plan
-from mpidp.comm.grid import make_grid
-from mpidp.comm.mesh import polite_barrier
-from mpidp.config import Config, checked
+from mpidp.config.schema import Config, checked
 from mpidp.data.loader import Batch
-from mpidp.job import Job
-from mpidp.step import compute, share
+from mpidp.parallel.grid import make_grid
+from mpidp.runtime.world import polite_barrier
+from mpidp.training.build import build
+from mpidp.training.job import Job
+from mpidp.training.run_plan import plan
+from mpidp.training.step import compute
+from mpidp.training.step_report import share
 
 WORLD = MPI.COMM_WORLD
 MODELS = {  # by approximate number of parameters with a byte vocabulary

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from data_tools.prepare import prepare
-from mpidp.arguments import from_args
+from mpidp.config.command_line import from_args
+from mpidp.data.lanes import Lanes
 from mpidp.data.loader import Loader
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
-from mpidp.lanes import Lanes
 
 
 def delivered(settings: list[str], seconds: float) -> float:

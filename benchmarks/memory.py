@@ -44,10 +44,11 @@ def train_measured() -> None:
     """Run mpidp.train in a child process; its ranks read their memory between two barriers."""
     from mpi4py import MPI
 
-    from mpidp import build, fit, train
+    from mpidp import train
+    from mpidp.training import build, loop
 
     world, found = MPI.COMM_WORLD, {}
-    make, log_step = build.build, fit.log_step
+    make, log_step = build.build, loop.log_step
 
     def everyone(value: Any) -> list[Any]:
         world.Barrier()
@@ -72,7 +73,7 @@ def train_measured() -> None:
         if world.rank == 0:
             print(f"\nmeasured {json.dumps(found)}", flush=True)
 
-    build.build, fit.log_step = made, logged
+    build.build, loop.log_step = made, logged
     train.run_entry(main)
 
 

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpidp.arguments import from_args
-from mpidp.config import fields_of
-from mpidp.planning.mesh import model_of_config, vocab_size_of
-from mpidp.planning.mesh_memory import Model, Shape, Work
-from mpidp.planning.mesh_time import Link, Machine, measured_machine, step_of
+from mpidp.config.command_line import from_args
+from mpidp.config.schema import fields_of
+from mpidp.planning.mesh.memory import Model, Shape, Work
+from mpidp.planning.mesh.search import model_of_config, vocab_size_of
+from mpidp.planning.mesh.time import Link, Machine, measured_machine, step_of
 
 SETTINGS = [  # one copy per rank, as on several nodes; no overlap
     "--model.num_layers=4", "--model.model_dim=256", "--model.num_heads=8", "--model.seq_len=64", "--train.global_batch=16",

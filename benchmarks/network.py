@@ -34,7 +34,7 @@ import numpy as np
 from link import OF_RANKS, SCRATCH, Link, go_inside, impossible
 
 from data_tools.prepare import prepare
-from mpidp.arguments import from_args
+from mpidp.config.command_line import from_args
 from mpidp.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent

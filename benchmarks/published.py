@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mpidp.planning.mesh import KNOWN
-from mpidp.planning.mesh_memory import Model, Shape, Work, largest
-from mpidp.planning.mesh_time import Link, Machine, step_of
+from mpidp.planning.mesh.memory import Model, Shape, Work, largest
+from mpidp.planning.mesh.search import KNOWN
+from mpidp.planning.mesh.time import Link, Machine, step_of
 
 
 @dataclass(frozen=True)

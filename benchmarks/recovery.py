@@ -32,13 +32,13 @@ def train_measured(folder: Path) -> None:
     """Run mpidp.train in a child process; record the times of events by the clock that all processes share."""
     from mpi4py import MPI
 
-    import mpidp.entry
+    import mpidp.runtime.command
     import mpidp.train
-    from mpidp import fit
-    from mpidp.comm import faults
-    from mpidp.inject import STRIKES
+    from mpidp.faults.inject import STRIKES
+    from mpidp.runtime import ulfm
+    from mpidp.training import loop
 
-    rank, kill, revoke, log_step = MPI.COMM_WORLD.rank, STRIKES["kill"], faults.revoke, fit.log_step
+    rank, kill, revoke, log_step = MPI.COMM_WORLD.rank, STRIKES["kill"], ulfm.revoke, loop.log_step
 
     def note(what: str) -> None:
         with open(folder / f"{what}_{rank}", "a") as file:
@@ -56,8 +56,8 @@ def train_measured(folder: Path) -> None:
         log_step(*args, **kwargs)
         note("step")
 
-    STRIKES["kill"], faults.revoke, fit.log_step = noted_kill, noted_revoke, noted_step
-    mpidp.entry.run_entry(mpidp.train.main)
+    STRIKES["kill"], ulfm.revoke, loop.log_step = noted_kill, noted_revoke, noted_step
+    mpidp.runtime.command.run_entry(mpidp.train.main)
 
 
 def times(folder: Path, what: str) -> list[list[float]]:

@@ -18,7 +18,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from mpidp.config import Config
+from mpidp.config.schema import Config
 from mpidp.reporting.compare import scaling_of, scaling_section
 from mpidp.reporting.page import page
 from mpidp.reporting.pictures import draw_scaling

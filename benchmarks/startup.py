@@ -91,11 +91,13 @@ def train_one_step(called_at: float) -> None:
     train = bring("mpidp.train")
     mpi = timed(importlib.import_module, MPI)("mpi4py.MPI")
     timed(importlib.import_module, TORCH)("torch")
-    build, fit, loader = bring("mpidp.build"), bring("mpidp.fit"), bring("mpidp.data.loader")
-    build.plan = timed(build.plan, PLAN)
-    build.Plan.say_what_runs = timed(build.Plan.say_what_runs, SAY)
+    build, fit, loader = bring("mpidp.training.build"), bring("mpidp.training.loop"), bring("mpidp.data.loader")
+    run_plan = bring("mpidp.training.run_plan")
+    run_plan.plan = timed(run_plan.plan, PLAN)
+    run_plan.Plan.say_what_runs = timed(run_plan.Plan.say_what_runs, SAY)
     build.build = timed(build.build, BUILD)
-    for kind, function in ((build.TokenStream, "__init__"), (build.TokenStream, "check"), (build.Sampler, "__post_init__"),
+    for kind, function in ((run_plan.TokenStream, "__init__"), (run_plan.TokenStream, "check"),
+                           (run_plan.Sampler, "__post_init__"),
                            (loader.Loader, "__init__"), (loader.Loader, "__next__")):
         setattr(kind, function, timed(getattr(kind, function), DATA))
     log_step = fit.log_step

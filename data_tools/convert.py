@@ -20,11 +20,12 @@ import numpy as np
 
 from data_tools.cut import RawWriter, Stream, cut_shard, plan_shards
 from data_tools.megatron import PIECE_TOKENS, MegatronReader, MegatronWriter
-from mpidp.data.index import Index, SplitRecord, write_atomically
+from mpidp.data.index import Index, SplitRecord
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
-from mpidp.entry import Parser, run_entry
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.command import Parser, run_entry
+from mpidp.runtime.files import write_atomically
 
 
 def to_megatron(shards: Path, prefix: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
-from mpidp.entry import Parser, run_entry
+from mpidp.runtime.command import Parser, run_entry
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:

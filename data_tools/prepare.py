@@ -27,16 +27,11 @@ from data_tools.rows import RowReader
 from data_tools.sources import SourceFile, SourceReader, find_files
 from data_tools.team import Team
 from data_tools.vocabulary import make_tokenizer
-from mpidp.data.index import (
-    FileRecord,
-    Index,
-    SplitRecord,
-    read_index,
-    write_atomically,
-)
+from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.tokenizer import Tokenizer
-from mpidp.entry import Parser, begin, run_entry
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -25,7 +25,7 @@ class Team:
         if self.comm is None:
             yield
             return
-        from mpidp.comm.mesh import together
+        from mpidp.runtime.world import together
 
         with together(self.comm):
             yield

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
-from mpidp.entry import Parser, run_entry
 from mpidp.errors import DataError
+from mpidp.runtime.command import Parser, run_entry
 
 PIECE_TOKENS = 2**22
 

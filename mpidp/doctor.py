@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpidp.checkup import facts, hardware, launch, memory, network, sessions, storage
 from mpidp.checkup.findings import VERDICTS, CheckResult, failed_check, run_check, table, worst
-from mpidp.entry import PAUSE_SECONDS, Parser, launched_size, launcher_rank, run_entry
 from mpidp.errors import HANG_EXIT_CODE, MpidpError
-from mpidp.files import write_file
+from mpidp.runtime.command import PAUSE_SECONDS, Parser, run_entry
+from mpidp.runtime.environment import launched_size, launcher_rank
+from mpidp.runtime.files import write_file
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
+from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -79,11 +79,11 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """
     import numpy as np
 
-    from mpidp.comm.mesh import together
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import read_text
     from mpidp.inference.scoring import text_loss
+    from mpidp.runtime.world import together
 
     reader, loaded, tokenizer = open_model(options, world)
     config, encoded = reader.meta["config"], None
@@ -106,10 +106,10 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
     The number of ranks does not change the figures. DataError, CheckpointError. Collective over world.
     """
-    from mpidp.comm.mesh import together
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.scoring import log_likelihoods
+    from mpidp.runtime.world import together
 
     reader, loaded, tokenizer = open_model(options, world)
     seq_len, questions = reader.meta["config"]["model.seq_len"], None
@@ -138,12 +138,13 @@ def evaluate(
     Each token except the first is a target once. The number of ranks does not change the figures. DataError if the data was
     prepared with another tokenizer. Collective over world.
     """
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import together
+    from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream
-    from mpidp.engine import Engine
     from mpidp.errors import DataError
-    from mpidp.inference.loading import load_model, open_run
+    from mpidp.inference.loading import load_model
+    from mpidp.parallel.engine import Engine
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import together
 
     grid = make_grid(world, tp, pp)
     world = grid.world

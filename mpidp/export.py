@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
+from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -36,15 +36,16 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
 
     CheckpointError, UsageError. Collective over world.
     """
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import together
+    from mpidp.checkpoint.resume import open_run
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import UsageError
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
-    from mpidp.inference.loading import load_model, open_run
+    from mpidp.inference.loading import load_model
     from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import together
 
     reader, grid = open_run(Path(run), world), make_grid(world)
     summary, folder = "", reader.path.parent.parent

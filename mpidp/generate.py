@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
+from mpidp.runtime.command import Parser, begin, run_entry
 
 
 def main() -> None:
@@ -86,12 +86,13 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     prompts are distributed over the replicas, which does not change any text. write: called with the first prompt and then with
     its text, piece by piece. UsageError, DataError, CheckpointError. Collective over world.
     """
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import polite_barrier, together
+    from mpidp.checkpoint.resume import open_run
     from mpidp.inference.decode import continue_prompts
-    from mpidp.inference.loading import load_model, load_tokenizer_for, open_run
+    from mpidp.inference.loading import load_model, load_tokenizer_for
     from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import polite_barrier, together
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     rows: list[dict[str, Any]] = []
@@ -159,9 +160,9 @@ def _encoded(tokenizer: Any, prompt: str, seq_len: int, index: int) -> list[int]
 
 
 def _write(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
-    from mpidp.comm.mesh import together
     from mpidp.errors import UsageError
-    from mpidp.files import write_file
+    from mpidp.runtime.files import write_file
+    from mpidp.runtime.world import together
 
     with together(world):
         try:

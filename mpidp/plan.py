@@ -18,13 +18,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpidp.arguments import from_args
-from mpidp.entry import Parser, begin, launcher_rank, run_entry
+from mpidp.config.command_line import from_args
 from mpidp.errors import UsageError
-from mpidp.noise import interval, mean
-from mpidp.planning import measured, mesh_ask, predict
-from mpidp.planning.mesh_table import mesh_table
-from mpidp.planning.table import methods_table, plot, table
+from mpidp.metrics.gradient_noise import interval, mean
+from mpidp.planning.mesh import command_line
+from mpidp.planning.mesh.table import mesh_table
+from mpidp.planning.ranks import measured, predict
+from mpidp.planning.ranks.table import methods_table, plot, table
+from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.environment import launcher_rank
 
 SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that seconds depend on
 
@@ -82,7 +84,7 @@ def which_method(words: Sequence[str]) -> None:
         return options, from_args(settings)
 
     (options, config), world = begin(read)
-    from mpidp.trials import Options, answer
+    from mpidp.planning.methods.trials import Options, answer
 
     asked = Options(
         options.ranks or 0, options.cluster, options.link, options.step_seconds or 0.0, options.run or 0.0,
@@ -97,7 +99,7 @@ def which_method(words: Sequence[str]) -> None:
 
 def which_mesh(words: Sequence[str]) -> None:
     """The command line after `mesh` -> table. Independent."""
-    found, as_json = mesh_ask.answer(words)
+    found, as_json = command_line.answer(words)
     if launcher_rank() == 0:
         print(json.dumps(found, allow_nan=False) if as_json else mesh_table(found))
 

@@ -14,9 +14,9 @@ from argparse import Namespace
 from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
-from mpidp.entry import Parser, begin, run_entry
 from mpidp.errors import MpidpError
-from mpidp.rerun import FIGURES, Replay, read_record, say
+from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.training.replayer import FIGURES, Replay, read_record, say
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def _show(world: Any, rows: list[dict[str, Any]]) -> None:
 
 def against(options: Namespace, world: Any) -> dict[str, Any]:
     """The first step and tensor in which two runs part, by their records and by replays of both. Collective over world."""
-    from mpidp.audit import checksum
+    from mpidp.faults.audit import checksum
 
     records = [read_record(run, world) for run in (options.run, options.against)]
     one, other = (record.lines for record in records)

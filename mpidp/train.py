@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp import arguments
-from mpidp.config import Config
-from mpidp.entry import begin, launcher_rank, newcomer, run_entry
+from mpidp.config import command_line
+from mpidp.config.schema import Config
+from mpidp.runtime.command import begin, run_entry
+from mpidp.runtime.environment import launcher_rank, newcomer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpidp.planned import Plan
-    from mpidp.recover import Crew
+    from mpidp.training.recovery import Crew
+    from mpidp.training.run_plan import Plan
 
 USAGE = """usage: [mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]
 
@@ -28,25 +31,25 @@ def main() -> None:
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
         if launcher_rank() == 0:
-            print(arguments.help_text(USAGE))
+            print(command_line.help_text(USAGE))
         return
     if newcomer():
-        from mpidp.comm.respawn import join
+        from mpidp.faults.respawn import join
 
         world, crew = join()
         run(crew.config, world, crew=crew)
         return
     dry = "--dry-run" in words
-    config, world = begin(lambda: arguments.from_args([word for word in words if word != "--dry-run"]))
+    config, world = begin(lambda: command_line.from_args([word for word in words if word != "--dry-run"]))
     run(config, world, dry)
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
     """Plan, then attempts until one reaches the end: one path for a new run, a resumed one, and one that goes on after ranks
     died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
-    from mpidp.comm.faults import Lost
-    from mpidp.course import Course
     from mpidp.errors import Damaged
+    from mpidp.runtime.ulfm import Lost
+    from mpidp.training.attempts import Course
 
     plan = _plan(config, world, dry) if crew is None else None  # newcomers make one with the others
     if dry:
@@ -71,21 +74,41 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
     """What is to be run, checked, said, and with data to run on. Collective over world."""
-    from mpidp import build
-    from mpidp.comm.grid import make_grid
-    from mpidp.comm.mesh import together
-    from mpidp.comm.respawn import LAUNCH, why_not
     from mpidp.errors import UsageError
+    from mpidp.faults.respawn import LAUNCH, why_not
+    from mpidp.parallel.grid import make_grid
+    from mpidp.runtime.world import together
+    from mpidp.training import run_plan
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with together(world):
         if config.faults.respawn and world.rank == 0 and (reason := why_not(grid.everyone.num_machines)):
             raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
     if not dry:
-        build.prepare_default_corpus(config, world, DEFAULT_CORPUS)
-    plan = build.plan(config, grid)
+        prepare_default_corpus(config, world, DEFAULT_CORPUS)
+    plan = run_plan.plan(config, grid)
     plan.say_what_runs()
     return plan
+
+
+
+def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
+    """Shards of the embedded corpus when data.path is the default and holds none: rank 0 makes them, the others sleep.
+    Collective over world."""
+    from mpidp.runtime.world import together
+
+    path = Path(config.data.path)
+    if config.data.path != Config().data.path:
+        return
+    missing = world.bcast(not (path / "index.json").exists() if world.rank == 0 else None, root=0)
+    if not missing:
+        return
+    with together(world):
+        if world.rank == 0:
+            from data_tools.prepare import prepare
+
+            print(f"no shards in {path}: preparing them from the source of Python's standard library", flush=True)
+            prepare(**corpus, out=str(path))
 
 
 if __name__ == "__main__":

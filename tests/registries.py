@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpidp.config import fields_of
+from mpidp.config.schema import fields_of
 
 CHOICES: dict[str, tuple[str, ...]] = {
     key: tuple(about.metadata["choices"]) for key, about, _ in fields_of() if about.metadata.get("choices")

@@ -47,7 +47,7 @@ def world() -> MPI.Intracomm:
     if _world is not None:
         return _world
     if MPI.COMM_WORLD.size == 1:
-        from mpidp.comm.mesh import start_mpi
+        from mpidp.runtime.world import start_mpi
 
         return start_mpi()
     return MPI.COMM_WORLD

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mpidp.runtime.environment import numbers
+
 VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # in order of severity; `wrong` makes the command fail
 WIDTH = 130
 MOST_LINES = 8  # lines shown of a list within a result
@@ -71,17 +73,6 @@ def size(number: float) -> str:
             return f"{number:.{0 if number >= 100 else 3}{'f' if number >= 100 else 'g'}} {unit}"
         number /= 1024
     return f"{number:,.1f} GiB"
-
-
-def numbers(found: Sequence[int]) -> str:
-    """Format integers as ranges: 0-3,8 for 0, 1, 2, 3, 8. Pure."""
-    ranges: list[list[int]] = []
-    for one in sorted(set(found)):
-        if ranges and one == ranges[-1][1] + 1:
-            ranges[-1][1] = one
-        else:
-            ranges.append([one, one])
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in ranges)
 
 
 def ranks(found: Sequence[int]) -> str:

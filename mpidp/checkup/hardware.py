@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpidp.checkup.facts import THREADS, MachineFacts, nodes
-from mpidp.checkup.findings import CheckResult, listed, numbers, ranks, worst
+from mpidp.checkup.findings import CheckResult, listed, ranks, worst
+from mpidp.runtime.environment import numbers
 
 BIND = {
     "MPICH": "mpirun -bind-to core:{k} -map-by core:{k}",

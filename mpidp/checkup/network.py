@@ -57,7 +57,7 @@ def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[NetworkLink]:
     """Measure every pair, about a second per round. Collective over world."""
-    from mpidp.comm.mesh import polite_barrier
+    from mpidp.runtime.world import polite_barrier
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
     own: list[NetworkLink] = []

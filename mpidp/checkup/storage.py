@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpidp.arguments import read_toml
 from mpidp.checkup.findings import CheckResult, size, where
+from mpidp.config.command_line import read_toml
+from mpidp.config.settings import Run
 from mpidp.errors import UsageError
-from mpidp.settings import Run
 
 CHUNK = 4 << 20
 SLOW_READ = 50e6  # bytes/s per rank: far more than training reads, so a lower speed points at a problem

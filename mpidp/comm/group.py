@@ -18,11 +18,12 @@ from typing import Any, cast
 import torch
 from mpi4py import MPI
 
-from mpidp.comm.buckets import NORM_BLOCK, slice_bounds
-from mpidp.comm.faults import made
-from mpidp.comm.mesh import Mesh, together
+from mpidp.comm.slices import NORM_BLOCK, slice_bounds
 from mpidp.comm.waiting import Wait, how_to_wait, spin
-from mpidp.entry import tolerant
+from mpidp.runtime.environment import tolerant
+from mpidp.runtime.topology import Mesh
+from mpidp.runtime.ulfm import made
+from mpidp.runtime.world import together
 
 SHARED_MEMORY = "/dev/shm"  # where both MPIs keep shared windows
 

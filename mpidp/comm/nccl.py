@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpidp.comm.mesh import Mesh, polite_barrier, together
 from mpidp.comm.probe import gradient_path
 from mpidp.comm.transport import Messages, Parts
 from mpidp.comm.waiting import Wait
-from mpidp.entry import tolerant
 from mpidp.errors import MpidpError, UsageError
+from mpidp.runtime.environment import tolerant
+from mpidp.runtime.topology import Mesh
+from mpidp.runtime.world import polite_barrier, together
 
 MEETING_SECONDS = 60  # for ranks to reach the first
 EXCHANGE_SECONDS = 600  # then torch ends the process; run.hang_seconds is sooner, and says who is missing

@@ -2,7 +2,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """mpidp.data.from_dataset, once it is asked for: whoever looks for a tokenizer needs no numpy."""
+    """Import from_dataset on first use, so that importing mpidp.data.tokenizer does not load it."""
     if name == "from_dataset":
         from mpidp.data.dataset import from_dataset
 

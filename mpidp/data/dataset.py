@@ -1,9 +1,8 @@
-"""Any map-style dataset in the order, and in the cut, of ours: every item exactly once an epoch at any number of ranks, and a
-place in it that is one integer. Independent: it reads what it is asked for, and knows nothing of ranks.
+"""Batches of any map-style dataset: each item exactly once per epoch at any number of ranks. Independent; it knows no ranks.
 
-Place k of epoch e is item permute(k) of a Feistel permutation keyed by (seed, e): nothing is held in memory, nothing is
-remembered. A global batch is the next `batch` places, cut into micro-batches and lanes as a run's is (mpidp/lanes.py); the last
-one of an epoch may be short.
+Position k of epoch e is item permute(k) of a Feistel permutation keyed by (seed, e), so no index list is stored. A global batch
+is the next `batch` positions, split into micro-batches and lanes as in training (mpidp/data/lanes.py). The last batch of an epoch
+may be shorter. The state is one integer.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from mpidp.data.sampler import keys_of, permute
+from mpidp.data.lanes import Lanes
+from mpidp.data.permutation import keys_of, permute
 from mpidp.errors import DataError, UsageError
-from mpidp.lanes import Lanes
 
 
 class Items:
-    """Micro-batches of a dataset, by (batch, v). Batches count from 0 over all epochs; next_batch is the whole state."""
+    """Micro-batches of a dataset, by (batch, v). Batches are numbered from 0 over all epochs; next_batch is the whole state."""
 
     def __init__(
         self, dataset: Any, lanes: Lanes, seed: int, shuffle: bool, collate: Callable[[list[Any]], Any] | None
@@ -27,19 +26,19 @@ class Items:
         self.dataset, self.lanes, self.seed, self.shuffle = dataset, lanes, seed, shuffle
         self.num_items, self.next_batch = len(dataset), 0
         self._collate = collate
-        self._order: tuple[int, list[int]] = (-1, [])  # of the last batch asked for
+        self._order: tuple[int, list[int]] = (-1, [])  # (batch, its items) of the last batch read
 
     def __len__(self) -> int:
-        """Global batches an epoch."""
+        """Global batches per epoch."""
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """How many items micro-batch v of a global batch has; fewer or none in an epoch's last batch."""
+        """Return the number of items in micro-batch v of a global batch; fewer or none in an epoch's last batch."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 
     def indices(self, batch: int, v: int) -> list[int]:
-        """Those items, in order."""
+        """Return the indices of these items, in order."""
         if self._order[0] != batch:
             epoch, step = divmod(batch, len(self))
             start = step * self.lanes.global_batch
@@ -51,14 +50,16 @@ class Items:
         return self._order[1][places.start : places.stop]
 
     def read(self, batch: int, v: int) -> tuple[int, Any]:
-        """(number of items, they collated) of a micro-batch; (0, None) where it has none. DataError names the item that the
-        dataset could not give."""
+        """Return (number of items, collated items) of a micro-batch; (0, None) if it is empty.
+
+        DataError names the item if the dataset raises.
+        """
         found = []
         for i in self.indices(batch, v):
             try:
                 found.append(self.dataset[i])
             except Exception as error:
-                raise DataError(f"item {i} of {self.num_items} of the dataset: {type(error).__name__}: {error}") from error
+                raise DataError(f"dataset item {i} (of {self.num_items}): {type(error).__name__}: {error}") from error
         if not found:
             return 0, None
         if self._collate is None:
@@ -68,15 +69,15 @@ class Items:
         return len(found), self._collate(found)
 
     def state_dict(self) -> dict[str, int]:
-        """One integer: the next batch. What it is the batch of is said too, so that another is refused."""
+        """Return the next batch, and the settings that load_state_dict compares."""
         return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there, at any number of ranks. UsageError for the place in another order."""
-        mine = self.state_dict()
-        other = [f"{key} was {state.get(key)}, is {mine[key]}" for key in mine if state.get(key) != mine[key] and key != "batch"]
-        if other:
-            raise UsageError(f"the dataset's place is of another order: {'; '.join(other)}")
+        """Continue at the saved batch, at any number of ranks. UsageError if the dataset's settings have changed."""
+        now = self.state_dict()
+        changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
+        if changed:
+            raise UsageError(f"the dataset's saved position is for other settings: {'; '.join(changed)}")
         self.next_batch = int(state["batch"])
 
 
@@ -84,13 +85,16 @@ def from_dataset(
     dataset: Sequence[Any] | Any, batch: int, micro_batch: int = 0, seed: int = 0, shuffle: bool = True, lanes: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> Items:
-    """dataset: anything with len() and [i]; batch: items a step over all ranks; micro_batch: items a forward pass, 0: an eighth
-    of the batch, so that up to 8 ranks can share it; lanes: as train.lanes; collate: list of items -> what the loop gets, torch's
-    default_collate when left out. UsageError, DataError. Independent."""
+    """Return the batches of a map-style dataset for mpidp.library.
+
+    dataset: anything with len() and [i]; batch: items per step over all ranks; micro_batch: items per forward pass, 0: an
+    eighth of the batch, so that up to 8 ranks can share it; lanes: as train.lanes; collate: turns a list of items into a batch,
+    by default torch's default_collate. UsageError, DataError. Independent.
+    """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(
-            f"from_dataset needs a map-style dataset, with len(dataset) and dataset[i], and a {type(dataset).__name__} is none: "
-            "an iterable has no places to deal out; list(dataset) has, if it fits memory"
+            f"from_dataset needs a map-style dataset with len(dataset) and dataset[i]; {type(dataset).__name__} is not one. "
+            "If an iterable dataset fits into memory, pass list(dataset)"
         )
     if not len(dataset):
         raise DataError("the dataset has no items")

@@ -1,12 +1,10 @@
-"""index.json: what a folder of shards holds, read with suspicion, and written so that it is never half there."""
+"""index.json: the description of a folder of shards. It is validated when read and written atomically."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ class FileRecord:
     split: str
     tokens: int
     documents: int  # that start in this file
-    text_bytes: int  # UTF-8 bytes that the tokens stand for
+    text_bytes: int  # UTF-8 bytes of the tokens' text
     size: int  # bytes of the file
     crc32: str
     sha256: str
@@ -55,21 +53,21 @@ class Index:
     files: list[FileRecord]
     source: dict[str, Any]
     sha256: str = ""  # of index.json itself
-    window: int = 0  # documents were packed so that none crosses a multiple of so many tokens; 0: they follow each other
+    window: int = 0  # packed: no document crosses a multiple of this many tokens; 0: documents are concatenated
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
-        """tokenizer.json as the index knows it, or DataError."""
+        """Return the contents of tokenizer.json. DataError if it is missing or has changed."""
         path = folder / "tokenizer.json"
         try:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or prepare {folder} again") from None
         if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
-            raise DataError(f"{path}: it changed since index.json was written; restore it, or prepare {folder} again")
+            raise DataError(f"{path}: changed since index.json was written; restore it, or prepare {folder} again")
         return content
 
     def to_json(self) -> str:
-        """What index.json holds: the same for the same shards, whoever wrote them and when."""
+        """Return the contents of index.json. They depend on the shards only, not on who wrote them or when."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
         packed = {"window": self.window} if self.window else {}
         return json.dumps({
@@ -80,7 +78,7 @@ class Index:
 
 
 def read_index(folder: Path, name: str = "index.json") -> Index:
-    """The index of a folder of shards. DataError when it is missing or anything in it cannot be. Independent."""
+    """Read the index of a folder of shards. DataError if it is missing or invalid. Independent."""
     path = folder / name
     try:
         with open(path, "rb") as file:
@@ -94,15 +92,15 @@ def read_index(folder: Path, name: str = "index.json") -> Index:
     try:
         return _parse(raw, hashlib.sha256(data).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not an index of shards: {said}; prepare the shards again") from None
+        problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not a valid shard index: {problem}; prepare the shards again") from None
 
 
 def _parse(raw: Any, sha256: str) -> Index:
     if not isinstance(raw, dict) or raw.get("format") != INDEX_FORMAT:
         raise ValueError(f'its format is not "{INDEX_FORMAT}"')
     if raw.get("version") != VERSION:
-        raise ValueError(f"its version is {raw.get('version')!r}, this program reads {VERSION}")
+        raise ValueError(f"its version is {raw.get('version')!r}; this mpidp reads version {VERSION}")
     tokenizer = raw["tokenizer"]
     splits = {
         str(name): SplitRecord(_count(split, "tokens", 1), _count(split, "documents"), _count(split, "text_bytes"),
@@ -126,12 +124,12 @@ def _parse(raw: Any, sha256: str) -> Index:
     if len({name.lower() for name in names}) != len(names):
         raise ValueError("it names a file twice")
     for name, split in splits.items():
-        mine = [record for record in files if record.split == name]
+        of_split = [record for record in files if record.split == name]
         for key in ("tokens", "documents", "text_bytes"):
-            if sum(getattr(record, key) for record in mine) != getattr(split, key):
-                raise ValueError(f"the {key} of the files of split {name!r} do not add up")
-    if stray := {record.split for record in files} - set(splits):
-        raise ValueError(f"files belong to the split {stray.pop()!r}, which it does not list")
+            if sum(getattr(record, key) for record in of_split) != getattr(split, key):
+                raise ValueError(f"the {key} of the files of split {name!r} do not add up to the split's total")
+    if unknown := {record.split for record in files} - set(splits):
+        raise ValueError(f"some files belong to split {unknown.pop()!r}, which is not listed")
     return index
 
 
@@ -145,25 +143,5 @@ def _count(raw: dict[str, Any], key: str, least: int = 0, most: int = 2**62) -> 
 def _text(raw: dict[str, Any], key: str) -> str:
     value = raw[key]
     if not isinstance(value, str):
-        raise ValueError(f"{key} {value!r} must be text")
+        raise ValueError(f"{key} {value!r} must be a string")
     return value
-
-
-def write_atomically(path: Path, write: Callable[[Path], None] | str) -> None:
-    """Let write(temporary name) make a file (or write a text), then fsync and rename it to path. Independent."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        if isinstance(write, str):
-            temporary.write_bytes(write.encode())
-        else:
-            write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,8 +1,8 @@
-"""Micro-batches ahead of time: a thread that reads, checks and pins, and never calls MPI.
+"""The data loader: a thread reads, checks and pins micro-batches ahead of time. It never calls MPI.
 
-The whole state is one integer, next_batch. What a rank is expected to compute is read ahead; lanes may change hands, so any
-other micro-batch is read when it is asked for, with the same bits. On CUDA, a rank's part of the corpus that fits stays on
-the device as its stored bit pattern, and a batch is then one gather.
+The whole state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Another
+rank's lane may move to this rank, so other micro-batches are read on demand, with the same bits. On CUDA, a rank's part of the
+corpus stays on the device if it fits, and a batch is then one gather.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ from mpidp.data.sampler import Pool, Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
 
-IGNORED = -100  # a target that does not count, by torch's convention
-RESIDENT_SHARE = 0.25  # of the device's free memory, at most, under resident="auto"
+IGNORED = -100  # target that is ignored by the loss (torch's convention)
+RESIDENT_SHARE = 0.25  # resident="auto": largest part of the device's free memory to use
 PIECE_TOKENS = 2**23
 
 
 @dataclass
 class MicroBatch:
-    """One forward pass. b may be less than micro_batch, or 0, in an epoch's last batch."""
+    """The data of one forward pass. b may be less than micro_batch, or 0, in an epoch's last batch."""
 
     v: int
     tokens: Tensor  # (b, T) int64
-    targets: Tensor  # (b, T) int64, -100 where a target does not count
-    num_tokens: int  # targets that count
+    targets: Tensor  # (b, T) int64, -100 where a target is ignored
+    num_tokens: int  # targets that are not ignored
     positions: Tensor | None = None  # (b, T) int64, within each document
     doc_ids: Tensor | None = None  # (b, T) int64
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
-        """Of windows (b, T + 1) int64, on the host. counts: which of them count as targets, all by default; starts: which begin a
-        document, (b, T + 1) bools, where documents are kept apart: then these are no targets, for nothing foretells them. What
-        goes before the first start of a window is the rest of a document. Pure."""
+        """Make a micro-batch of windows (b, T + 1) int64 on the host. Pure.
+
+        counts: (b, T + 1) bool, which tokens are targets; None: all. starts: (b, T + 1) bool, which tokens start a document, if
+        documents are kept apart. Document starts are not targets: nothing precedes them. Tokens before the first start of a
+        window are the rest of an earlier document.
+        """
         targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
         if counts is not None:
             targets[~counts[:, 1:]] = IGNORED
@@ -57,25 +60,25 @@ class MicroBatch:
         return MicroBatch(self.v, change(self.tokens), change(self.targets), self.num_tokens, positions, doc_ids)
 
     def pinned(self) -> MicroBatch:
-        """In memory that a GPU can read by itself. Independent."""
+        """Return a copy in pinned memory. Independent."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """On the device, some time soon. Independent."""
+        """Copy to the device, asynchronously. Independent."""
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass
 class Batch:
-    """One global batch: batch[v] is any micro-batch of it, read ahead where it was expected. From any thread.
+    """One global batch: batch[v] is micro-batch v, prefetched or read on demand. Thread-safe.
 
-    Raises IndexError beyond the last v, and what reading raises (DataError), after which the loader is closed.
+    IndexError if v is too large. A read error (DataError) closes the loader.
     """
 
-    batch: int  # counted from 0 over all epochs
+    batch: int  # numbered from 0 over all epochs
     epoch: int
-    micro_batches: dict[int, MicroBatch]  # by v, those at hand: read ahead, or asked for since
-    read: Callable[[int, int], MicroBatch]  # of (batch, v), any other
+    micro_batches: dict[int, MicroBatch]  # by v: those read so far
+    read: Callable[[int, int], MicroBatch]  # reads another one, by (batch, v)
 
     def __getitem__(self, v: int) -> MicroBatch:
         found = self.micro_batches.get(v)
@@ -85,8 +88,10 @@ class Batch:
 
 
 def check_targets(stream: TokenStream, first: int) -> None:
-    """DataError where none of the first targets counts by the loss mask, before work is lost on them. Reads no further than to
-    one that does. Independent."""
+    """Raise DataError if the loss mask excludes all of the first `first` targets. Stops reading at the first included one.
+
+    Independent.
+    """
     if not stream.has_loss_mask:
         return
     first = min(first, stream.num_tokens - 1)
@@ -94,18 +99,18 @@ def check_targets(stream: TokenStream, first: int) -> None:
         if np.any(stream.read_mask(at, min(PIECE_TOKENS, first + 1 - at))):
             return
     raise DataError(
-        f"{stream.path}: none of the first {first:,} targets of split {stream.split!r} counts by its loss mask, so there is no "
-        "loss: prepare it again" + ", or evaluate on more of it (train.eval_tokens)" * (stream.split != "train")
+        f"{stream.path}: the loss mask excludes all of the first {first:,} targets of split {stream.split!r}, so there is no "
+        "loss: prepare it again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
     )
 
 
 class Loader:
-    """An endless iterator of Batch from start_batch on. Independent.
+    """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    micro_batches: the v that this rank is expected to compute. prefetch: batches read ahead. resident: "auto", "true" or
-    "false"; on CUDA, keep the tokens that these v read on the device ("auto": when they take under a quarter of its free
-    memory); no effect elsewhere, with a loss mask, or where documents are kept apart. Errors of the thread (DataError: an id
-    outside the vocabulary) are raised by next(), and again by every later one.
+    micro_batches: the v that this rank is expected to compute. prefetch: batches to read ahead. resident: "auto", "true" or
+    "false": on CUDA, keep the tokens that these v read on the device ("auto": if they need less than a quarter of its free
+    memory). It has no effect on CPUs, with a loss mask, or if documents are kept apart. Errors of the thread (DataError: an id
+    outside the vocabulary) are raised by next(), and by every later next().
     """
 
     def __init__(
@@ -118,7 +123,7 @@ class Loader:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._micro_batches = tuple(micro_batches)
         self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
-        self._advised: dict[int, tuple[int, int]] = {}  # lane -> the last (epoch, number) whose pool was asked for; the thread's
+        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool advised; thread only
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._error: BaseException | None = None
         self._closed = threading.Event()
@@ -144,16 +149,16 @@ class Loader:
         return batch
 
     def expect(self, micro_batches: Sequence[int]) -> None:
-        """From now on read these v ahead; batches that were read ahead before lack the new ones, which are then read when
-        they are asked for. What is resident stays as it is."""
+        """Prefetch these v from now on. In batches prefetched earlier, new v are read on demand. Resident tokens do not change.
+        """
         self._micro_batches = tuple(micro_batches)
 
     def close(self) -> None:
-        """Stop the thread; may be called twice."""
+        """Stop the thread. May be called twice."""
         self._closed.set()
         while self._thread.is_alive():
             try:
-                self._queue.get_nowait()  # the thread may be waiting for a place
+                self._queue.get_nowait()  # makes room: the thread may be blocked in put()
             except queue.Empty:
                 self._thread.join(0.01)
 
@@ -166,13 +171,13 @@ class Loader:
                     ahead.append(self._read(batch, v))
                 self._queue.put(ahead)
                 batch += 1
-        except BaseException as error:  # raised again by next(): a thread's own traceback would be lost
+        except BaseException as error:  # next() raises it in the main thread
             self._queue.put(error)
 
     def _read_now(self, batch: int, v: int) -> MicroBatch:
-        """Micro-batch v on the device, by the thread that wants it; what fails here fails in next() too."""
+        """Read micro-batch v in the calling thread and move it to the device. Later calls of next() raise the same error."""
         if not 0 <= v < self._sampler.lanes.num_micro_batches:
-            raise IndexError(f"micro-batch {v} is not one of {self._sampler.lanes.num_micro_batches}")
+            raise IndexError(f"micro-batch {v} is not in 0..{self._sampler.lanes.num_micro_batches - 1}")
         try:
             return self._on_device(self._read(batch, v))
         except BaseException as error:
@@ -184,7 +189,7 @@ class Loader:
         return self._resident is not None and self._resident.holds(self._sampler.extent([v]))
 
     def _read(self, batch: int, v: int) -> MicroBatch:
-        """Micro-batch v on the host; if its tokens are resident, the ids of its windows in their place. From any thread."""
+        """Read micro-batch v to the host. If its tokens are resident, store its window ids instead of tokens. Thread-safe."""
         sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
         windows = sampler.windows(batch, v)
         if self._is_resident(v):
@@ -204,8 +209,7 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Ask for each pool's blocks once, a pool ahead. Only in the thread: a lane read on demand was asked for by the rank
-        that expected it."""
+        """Advise the kernel of each pool's blocks once, one pool ahead. Not for lanes read on demand: their rank advised them."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):
@@ -227,7 +231,7 @@ class Loader:
 
 
 class _Resident:
-    """The tokens of a range of windows on the device, as the signed integers of the same bits."""
+    """The tokens of a range of windows on the device, stored as signed integers with the same bits."""
 
     def __init__(self, stream: TokenStream, seq_len: int, windows: range, device: torch.device) -> None:
         self._windows, self._first, self._seq_len, self._device = windows, windows.start * seq_len, seq_len, device
@@ -244,7 +248,7 @@ class _Resident:
     def make(
         cls, stream: TokenStream, sampler: Sampler, micro_batches: Sequence[int], device: torch.device, resident: str
     ) -> _Resident | None:
-        """None where the tokens are streamed."""
+        """Load the tokens to the device; return None if they are to be streamed instead."""
         windows = sampler.extent(micro_batches)
         if device.type != "cuda" or resident == "false" or stream.has_loss_mask or stream.apart or not windows:
             return None
@@ -254,11 +258,11 @@ class _Resident:
         return cls(stream, sampler.seq_len, windows, device)
 
     def holds(self, windows: range) -> bool:
-        """Are the tokens of all these windows here?"""
+        """Return whether the tokens of all these windows are on the device."""
         return self._windows.start <= windows.start and windows.stop <= self._windows.stop
 
     def gather(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens, targets), each (b, T) int64, of window ids (b,)."""
+        """Return (tokens, targets), each (b, T) int64, for window ids (b,)."""
         starts = (windows * self._seq_len - self._first).to(self._device, non_blocking=True)
         block = self._tokens[starts[:, None] + self._offsets].to(torch.int64) & self._mask
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()

@@ -1,18 +1,17 @@
-"""Which windows are in which micro-batch: a pure function of (seed, batch, micro-batch). Independent.
+"""The order of windows: which windows a micro-batch has, as a pure function of (seed, batch, micro-batch). Independent.
 
-Window w is the tokens [w T, w T + T + 1) of the stream: T inputs and, one later, T targets. An epoch is every window
-once; batch number b counts over all epochs, and the last batch of an epoch may be short.
+Window w consists of tokens [w T, w T + T + 1) of the stream: T inputs, and the T targets shifted by one. An epoch has each window
+once. Batches are numbered over all epochs; the last batch of an epoch may be shorter.
 
-order="sequential": place k of an epoch is window k.
-order="shuffled": lane l reads its own contiguous part of the stream, whose size follows from the number of its places.
-In a part, blocks of about 1 MiB are permuted, and the windows of 16 consecutive permuted blocks (a pool) are permuted
-again: every byte is fetched in long reads, and neighbours in the corpus do not meet in a batch. No index is held in
-memory: permutations are Feistel networks keyed by (seed, epoch, lane), so any corpus starts at once.
+order="sequential": position k of an epoch is window k.
+
+order="shuffled": each lane reads its own contiguous part of the stream. Within a part, blocks of about 1 MiB are permuted. The
+windows of 16 consecutive permuted blocks (a pool) are then permuted again. So reads are long, and neighbouring windows of the
+corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane); no index list is stored.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,70 +19,70 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpidp.data.lanes import Lanes
+from mpidp.data.permutation import keys_of, permute, unpermute
 from mpidp.errors import DataError
-from mpidp.lanes import Lanes
 
 BLOCK_BYTES = 2**20
 POOL_BLOCKS = 16
-RUN = 256  # windows of a pool put in order at once
-ROUNDS = 8
+RUN = 256  # windows of a pool that are permuted at a time
 ORDERS = ("shuffled", "sequential")
 
 
 class Pool(NamedTuple):
-    """A run of blocks that is fetched together. Pools of one lane and epoch are read in order of number."""
+    """A sequence of blocks that is fetched together. Pools of a lane and epoch are read in the order of their numbers."""
 
-    lane: int  # in sequential order the micro-batch v
-    epoch: int  # in sequential order the batch
+    lane: int  # sequential order: the micro-batch v
+    epoch: int  # sequential order: the batch
     number: int
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The order of a stream's windows. DataError when the stream has no window."""
+    """The order of a stream's windows. DataError if the stream is shorter than one window."""
 
     num_tokens: int
-    seq_len: int  # T, tokens a window
+    seq_len: int  # T, tokens per window
     lanes: Lanes
     seed: int
     order: str = "shuffled"
-    token_bytes: int = 2  # as stored; sets how many windows are a block
+    token_bytes: int = 2  # as stored; determines the number of windows in a block
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} must be one of {', '.join(ORDERS)}")
         if self.num_windows < 1:
-            raise DataError(f"{self.num_tokens} tokens hold no window of seq_len {self.seq_len} + 1; "
-                            "choose a shorter seq_len or prepare more text")
+            raise DataError(f"{self.num_tokens} tokens are fewer than one window of seq_len {self.seq_len} + 1; "
+                            "choose a smaller seq_len or prepare more text")
 
     @cached_property
     def num_windows(self) -> int:
-        """Windows an epoch."""
+        """Windows per epoch."""
         return max(0, self.num_tokens - 1) // self.seq_len
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Global batches an epoch; the last may be short."""
+        """Global batches per epoch; the last may be shorter."""
         return -(-self.num_windows // self.lanes.global_batch)
 
     @cached_property
     def block_windows(self) -> int:
-        """Windows a block."""
+        """Windows per block."""
         return max(1, BLOCK_BYTES // (self.seq_len * self.token_bytes))
 
     def batch_sequences(self, batch: int) -> int:
-        """How many windows global batch number `batch` has."""
+        """Return the number of windows in a global batch."""
         step = batch % self.steps_per_epoch
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """The windows that a lane reads in every epoch (shuffled order)."""
+        """Return the windows that a lane reads in each epoch (shuffled order)."""
         places, full = self._places(lane), self.steps_per_epoch - 1
-        rest = self.batch_sequences(full)  # the places 0..rest-1 of an epoch's last batch are filled
+        rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Window ids (b,) int64 of micro-batch v of global batch `batch`; short or empty in an epoch's last batch."""
+        """Return window ids (b,) int64 of micro-batch v; fewer or none in an epoch's last batch."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
             return np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -100,7 +99,7 @@ class Sampler:
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
-        """The pools that windows(batch, v) lie in (usually one)."""
+        """Return the pools that contain windows(batch, v), usually one."""
         epoch, lane, positions = self._positions(batch, v)
         if not positions:
             return []
@@ -109,13 +108,13 @@ class Sampler:
         return self._pools_of(self.part(lane), positions, epoch, lane)
 
     def following(self, pool: Pool) -> Pool | None:
-        """The pool that its lane reads next in the same epoch, to be fetched ahead."""
+        """Return the pool that the lane reads next in this epoch, or None."""
         if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
             return None
         return pool._replace(number=pool.number + 1)
 
     def blocks(self, pool: Pool) -> list[tuple[int, int]]:
-        """The (first window, number of windows) of each of a pool's blocks, in the order of reading."""
+        """Return (first window, number of windows) for each block of a pool, in reading order."""
         if self.order == "sequential":
             _, _, positions = self._positions(batch=pool.epoch, v=pool.lane)
             return [(positions.start, len(positions))]
@@ -123,7 +122,7 @@ class Sampler:
         return [(part.start + int(b) * size, min(size, len(part) - int(b) * size)) for b in self._blocks(pool)]
 
     def extent(self, micro_batches: Sequence[int]) -> range:
-        """The smallest range of windows that holds all that these micro-batches ever read."""
+        """Return the smallest range that contains all windows that these micro-batches read in any epoch."""
         if self.order == "sequential" or not micro_batches:
             return range(self.num_windows if micro_batches else 0)
         parts = [self.part(self._lane(v)) for v in micro_batches]
@@ -139,7 +138,7 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """(epoch, lane, positions): positions count within the lane's part, or the epoch if sequential."""
+        """Return (epoch, lane, positions); positions are relative to the lane's part, or to the epoch if sequential."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self._lane(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -151,7 +150,7 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Where in the permuted blocks the short last block ends, and how many windows it lacks."""
+        """Return where the shorter last block ends among the permuted blocks, and the number of windows it lacks."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
@@ -162,7 +161,7 @@ class Sampler:
         return positions + np.where(positions >= end, lacks, 0)
 
     def _extent(self, pool: Pool) -> range:
-        """The positions of a pool within its lane's part."""
+        """Return the positions of a pool within its lane's part."""
         part, full = self.part(pool.lane), self.block_windows * POOL_BLOCKS
         end, lacks = self._gap(part, pool.epoch, pool.lane)
         start, stop = pool.number * full, (pool.number + 1) * full
@@ -174,7 +173,7 @@ class Sampler:
         return [Pool(lane, epoch, number) for number in range(first, last + 1)]
 
     def mixed(self, pool: Pool, positions: range) -> np.ndarray:
-        """The windows at these positions, all in this pool, of its lane's part."""
+        """Return the windows at these positions of the lane's part. All positions must be in this pool."""
         extent, part = self._extent(pool), self.part(pool.lane)
         at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
         mixed = permute(at, len(extent), keys_of(self.seed, "window", *pool)).astype(np.int64) + extent.start
@@ -188,7 +187,7 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """A pool's windows in order, RUN at a time: permuting many costs hardly more than permuting the few of a micro-batch."""
+    """Return RUN windows of a pool. Permuting many at once costs hardly more than permuting those of one micro-batch."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 
@@ -202,50 +201,3 @@ def _slot_of(block: int, num_blocks: int, seed: int, epoch: int, lane: int) -> i
 def _blocks_of(num_blocks: int, seed: int, pool: Pool) -> np.ndarray:
     slots = np.arange(pool.number * POOL_BLOCKS, min((pool.number + 1) * POOL_BLOCKS, num_blocks), dtype=np.uint64)
     return permute(slots, num_blocks, keys_of(seed, "block", pool.lane, pool.epoch)).astype(np.int64)
-
-
-@lru_cache(maxsize=1024)
-def keys_of(*key: object) -> np.ndarray:
-    """ROUNDS independent round keys (ROUNDS, 1) uint64 of anything with a stable repr."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
-
-
-def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of 0..n-1 sends each x (uint64)."""
-    return _walk(x, n, keys, inverse=False)
-
-
-def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """The inverse of permute()."""
-    return _walk(x, n, keys, inverse=True)
-
-
-def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Feistel over the next even power of two, again for those that fall outside 0..n-1 (at most 3 of 4)."""
-    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    out = _feistel(x, half_bits, keys, inverse)
-    while (outside := out >= n).any():
-        out[outside] = _feistel(out[outside], half_bits, keys, inverse)
-    return out
-
-
-def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """A balanced Feistel network on 2 half_bits bits; integers only, so the same on every machine."""
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = x >> shift, x & mask
-    if inverse:
-        for key in keys[::-1]:
-            left, right = right ^ (_mix(left + key) & mask), left
-    else:
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << shift) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> np.uint64(31))
-    return mixed

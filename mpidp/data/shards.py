@@ -1,21 +1,21 @@
-"""The shard format: HDF5 files of tokens and an index.json, read without copying and opened with suspicion.
+"""The shard format: HDF5 files of tokens and an index.json. Files are validated, then mapped into memory.
 
     DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last: the commit)
 
-A shard holds, contiguous and unfiltered, so that it can be mapped into memory:
-  tokens       (n,)  uint16 when vocab_size <= 65536, else uint32
-  doc_offsets  (d,)  uint64, where in this shard a document starts; a document may be cut by a shard's end
-  loss_mask    (n,)  uint8, optional: 0 where a token is no target
+A shard has these datasets, contiguous and unfiltered so that they can be mapped:
+  tokens       (n,)  uint16 if vocab_size <= 65536, else uint32
+  doc_offsets  (d,)  uint64, positions in this shard where documents start; a document may continue in the next shard
+  loss_mask    (n,)  uint8, optional: 0 where a token is not a target
 and the scalar attributes format, version, split, shard, num_shards, vocab_size, eod, tokenizer_sha256.
 
-index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (free), window (optional:
-no document crosses a multiple of so many tokens, each split ends with one more, and documents are to be kept apart),
-splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size,
-crc32, sha256}] where text_bytes are the UTF-8 bytes that the tokens stand for, size is in bytes, and checksums are of
-the file. All tokens of a split, over its files in the order of the index, are one stream.
+index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window (optional),
+splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size, crc32,
+sha256}]. text_bytes: UTF-8 bytes of the tokens' text; size: bytes of the file; crc32, sha256: of the file. With a window, no
+document crosses a multiple of this many tokens, each split ends with one more token, and documents are to be kept apart. The
+tokens of a split, over its files in the order of the index, form one stream.
 
-HDF5 files can be hostile (external storage returns any file of the machine, links lead elsewhere, small files declare
-huge data), so only a hard-linked, contiguous, plain dataset inside the file, as long as the index says, is mapped.
+An HDF5 file can be malicious: external storage can return any file of the machine, links can lead to other files, and small files
+can declare huge data. So only hard-linked, contiguous, unfiltered datasets inside the file, with the index's length, are mapped.
 """
 
 from __future__ import annotations
@@ -34,37 +34,39 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from mpidp.data.index import FileRecord, read_index, write_atomically
+from mpidp.data.index import FileRecord, read_index
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import write_atomically
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-PIECE_BYTES = 4 * 2**20  # what is read or hashed at once
+PIECE_BYTES = 4 * 2**20  # hashed at a time
 
 
 @dataclass
 class _Mapped:
-    """A validated file, mapped."""
+    """A validated shard, mapped into memory."""
 
     map: mmap.mmap
     tokens: np.ndarray
     mask: np.ndarray | None
     doc_offsets: np.ndarray
-    offset: int  # bytes, of tokens in the file
+    offset: int  # of tokens in the file, in bytes
 
 
 class TokenStream:
-    """All tokens of one split, concatenated over its shards in index order. Independent. May be read from several threads.
+    """All tokens of one split, concatenated over its shards in index order. Independent. Thread-safe.
 
-    Reads index.json only; files are opened when first read. DataError for a missing or bad index or split.
+    The constructor reads only index.json; a shard is opened at its first read. DataError if the index or split is missing or
+    invalid.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
         self.path, self.split = Path(path), split
         self.index = index = read_index(self.path)
         if split not in index.splits:
-            raise DataError(f"{self.path} has no split {split!r}, only {', '.join(sorted(index.splits))}; "
+            raise DataError(f"{self.path} has no split {split!r}, but only {', '.join(sorted(index.splits))}; "
                             "prepare it again with --val-fraction above 0")
         totals = index.splits[split]
         self.files: list[FileRecord] = [record for record in index.files if record.split == split]
@@ -73,31 +75,32 @@ class TokenStream:
         self.text_bytes: int = totals.text_bytes
         self.has_loss_mask: bool = totals.loss_mask
         self.vocab_size, self.eod = index.vocab_size, index.eod
-        self.apart: bool = index.window > 0  # attention stays inside each document, and no target begins one
+        self.apart: bool = index.window > 0  # attention within documents; document starts are not targets
         self.tokenizer_sha256, self.index_sha256 = index.tokenizer_sha256, index.sha256
         self.dtype = token_dtype(self.vocab_size)
         self.token_bytes: int = self.dtype.itemsize
-        self.bytes_read = 0  # asked for by read() and read_mask()
-        self.bytes_fetched = 0  # announced by advise()
+        self.bytes_read = 0  # by read() and read_mask()
+        self.bytes_fetched = 0  # by advise()
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
         self._mapped: dict[int, _Mapped] = {}
-        self._checked: dict[int, np.ndarray] = {}  # document starts
-        self._lock = threading.Lock()  # a loader's thread reads, and the training loop too where lanes change hands
+        self._checked: dict[int, np.ndarray] = {}  # document starts, by file
+        self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
-        """Decide by data.documents (auto, joined, apart) whether documents are kept apart. UsageError where rows were packed for
-        other windows. Independent."""
+        """Set whether documents are kept apart, from data.documents (auto, joined, apart).
+
+        UsageError if the shards were packed for another window length. Independent.
+        """
         packed = self.index.window
         self.apart = documents == "apart" or documents == "auto" and packed > 0
         if packed and seq_len % packed:
             raise UsageError(
-                f"model.seq_len={seq_len}, but {self.path} was packed so that no row crosses a multiple of {packed} tokens: rows "
-                f"would be cut in two. Use model.seq_len={packed} (or a multiple), or prepare it with --seq-len {seq_len}"
+                f"model.seq_len={seq_len}, but {self.path} was packed for windows of {packed} tokens: documents would be split. "
+                f"Use model.seq_len={packed} (or a multiple), or prepare it with --seq-len {seq_len}"
             )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
-        """Existence, size and header of those files (default all); with contents, checksums. DataError names the file.
-        """
+        """Check existence, size and header of files (default: all); contents: their checksums, too. DataError names the file."""
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
@@ -107,7 +110,7 @@ class TokenStream:
                                        f"{self.files[i].crc32})")
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """A copy of tokens [start, start + count), (count,) uint16 or uint32."""
+        """Return a copy of tokens [start, start + count), (count,) uint16 or uint32."""
         out = np.empty(count, dtype=self.dtype)
         for i, first, n, at in self._pieces(start, count):
             out[at : at + n] = self._map(i).tokens[first : first + n]
@@ -116,20 +119,20 @@ class TokenStream:
         return out
 
     def read_mask(self, start: int, count: int) -> np.ndarray | None:
-        """Which of these tokens count as targets, (count,) bool; None when the split has no loss mask."""
+        """Return which of these tokens are targets, (count,) bool; None if the split has no loss mask."""
         if not self.has_loss_mask:
             return None
         out = np.empty(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             mask = self._map(i).mask
-            assert mask is not None  # _map refuses a file without one
+            assert mask is not None  # _map rejects files without one
             out[at : at + n] = mask[first : first + n] != 0
         with self._lock:
             self.bytes_read += out.nbytes
         return out
 
     def read_starts(self, start: int, count: int) -> np.ndarray:
-        """Which of the tokens [start, start + count) begin a document, (count,) bool."""
+        """Return which of tokens [start, start + count) start a document, (count,) bool."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             if i not in self._checked:
@@ -139,7 +142,7 @@ class TokenStream:
         return out
 
     def advise(self, start: int, count: int) -> None:
-        """Tell the kernel that tokens [start, start + count) are wanted soon; returns at once."""
+        """Ask the kernel to read tokens [start, start + count) ahead (madvise). Returns immediately."""
         for i, first, n, _ in self._pieces(start, count):
             mapped = self._map(i)
             begin = mapped.offset + first * self.token_bytes
@@ -148,16 +151,16 @@ class TokenStream:
             self.bytes_fetched += n * self.token_bytes
 
     def files_of(self, start: int, count: int) -> list[int]:
-        """The numbers of the files that hold tokens [start, start + count)."""
+        """Return the numbers of the files that contain tokens [start, start + count)."""
         return [i for i, *_ in self._pieces(start, count)]
 
     def locate(self, position: int) -> tuple[str, int]:
-        """The (file name, position in the file) of a token."""
+        """Return (file name, position in the file) of a token."""
         i = int(np.searchsorted(self._starts, position, side="right")) - 1
         return self.files[i].name, position - int(self._starts[i])
 
     def check_ids(self, start: int, ids: np.ndarray) -> None:
-        """DataError unless all of ids (count,), read at `start`, are below the vocabulary's size."""
+        """Raise DataError if ids (count,), read at `start`, are not all below the vocabulary size."""
         if ids.size and ids.max() >= self.vocab_size:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
@@ -165,14 +168,14 @@ class TokenStream:
                             f"is damaged: python -m data_tools.verify {self.path}, then prepare it again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
-        """Where documents start in a file, (d,) uint64, ascending and inside it, or DataError."""
+        """Return where documents start in a file, (d,) uint64, ascending. DataError if they are not, or are outside the file."""
         offsets = self._map(file).doc_offsets
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
-            raise self._bad(file, "its doc_offsets do not ascend inside the file")
+            raise self._bad(file, "its doc_offsets are not ascending or lie outside the file")
         return offsets
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """(file, first token in it, tokens, place in the result) of a range."""
+        """Yield (file, first token in the file, tokens, offset in the result) for a range of tokens."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise ValueError(f"tokens [{start}, {start + count}) are outside the stream of {self.num_tokens}")
         i = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -190,7 +193,7 @@ class TokenStream:
                     self._mapped[i] = self._open(i)
                 except FileNotFoundError:
                     raise self._bad(i, "it is missing") from None
-                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on damaged files
+                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # raised by h5py on damaged files
                     raise self._bad(i, f"it cannot be opened as HDF5 ({error})") from None
             return self._mapped[i]
 
@@ -200,7 +203,7 @@ class TokenStream:
         if not S_ISREG(status.st_mode):
             raise self._bad(i, "it is not a regular file")
         if status.st_size != record.size:
-            raise self._bad(i, f"it has {status.st_size} bytes, index.json says {record.size}: cut off, or another's")
+            raise self._bad(i, f"it has {status.st_size} bytes, but index.json says {record.size}: truncated, or the wrong file")
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(path, "r", locking=False) as file:
             if file.userblock_size:
@@ -209,7 +212,7 @@ class TokenStream:
                       "tokenizer_sha256": self.tokenizer_sha256}
             for name, value in wanted.items():
                 if (found := _attribute(file, name)) != value:
-                    raise self._bad(i, f"its attribute {name} is {found!r}, index.json says {value!r}")
+                    raise self._bad(i, f"its attribute {name} is {found!r}, but index.json says {value!r}")
             lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
             if self.has_loss_mask:
                 lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
@@ -222,10 +225,10 @@ class TokenStream:
         return _Mapped(mapped, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
 
     def _span(self, i: int, file: h5py.File, name: str, length: int, dtype: np.dtype[Any]) -> tuple[int, int]:
-        """The (offset, bytes) of a dataset in the file, once it is certain that it lies there plainly."""
+        """Validate a dataset; return its (offset, bytes) in the file."""
         key = name.encode()
         if not file.id.links.exists(key) or file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-            raise self._bad(i, f"it has no dataset {name} of its own")
+            raise self._bad(i, f"it has no dataset {name}, or only a link to another file")
         if h5py.h5o.get_info(file.id, key).type != h5py.h5o.TYPE_DATASET:
             raise self._bad(i, f"{name} is not a dataset")
         dataset = h5py.h5d.open(file.id, key)
@@ -236,7 +239,7 @@ class TokenStream:
         if not dataset.get_type().equal(stored_type[dtype.itemsize]):
             raise self._bad(i, f"{name} is not of type {dtype.name}")
         if dataset.shape != (length,):
-            raise self._bad(i, f"{name} has shape {dataset.shape}, index.json says ({length},)")
+            raise self._bad(i, f"{name} has shape {dataset.shape}, but index.json says ({length},)")
         if length == 0:
             return 0, 0
         size, offset = dataset.get_storage_size(), dataset.get_offset()
@@ -249,7 +252,7 @@ class TokenStream:
 
 
 def _attribute(file: h5py.File, name: str) -> int | str | None:
-    """A scalar attribute, or None."""
+    """Return a scalar attribute, or None."""
     if name not in file.attrs or file.attrs.get_id(name).shape != ():
         return None
     value = file.attrs[name]
@@ -259,7 +262,7 @@ def _attribute(file: h5py.File, name: str) -> int | str | None:
 
 
 def checksums(path: Path) -> tuple[str, str]:
-    """The (crc32, sha256) of a file, in hexadecimal. Independent."""
+    """Return (crc32, sha256) of a file, in hexadecimal. Independent."""
     crc32, sha256 = 0, hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(PIECE_BYTES):
@@ -269,7 +272,7 @@ def checksums(path: Path) -> tuple[str, str]:
 
 
 class Written(NamedTuple):
-    """What the index says of a file's bytes."""
+    """Size and checksums of a written file, for the index."""
 
     size: int
     crc32: str
@@ -280,10 +283,10 @@ def write_shard(
     path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
     attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
 ) -> Written:
-    """Write one shard from a stream of pieces (together num_tokens ids). Independent.
+    """Write one shard from pieces with num_tokens ids in total. Independent.
 
-    attributes: at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The file appears
-    under its name only when it is whole and on disk.
+    attributes: at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The file is written
+    atomically: it gets its name when it is complete and on disk.
     """
     dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}
 
@@ -298,7 +301,7 @@ def write_shard(
                     dataset[at : at + len(piece)] = piece
                     at += len(piece)
                 if at != num_tokens:
-                    raise ValueError(f"{path}: {at} {name} were given, not {num_tokens}")
+                    raise ValueError(f"{path}: expected {num_tokens} {name}, got {at}")
             for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
                 file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
 

@@ -1,12 +1,12 @@
-"""Tokenizers: text to ids and back, stored as DIR/tokenizer.json.
+"""Tokenizers: encode text to ids and decode ids to text. Stored as DIR/tokenizer.json.
 
-| kind | vocabulary | end of document (EOD) | stored as |
+| kind | vocabulary | end of document (EOD) | file format |
 |---|---|---|---|
-| byte | the 256 bytes of UTF-8 | id 256 | small JSON of our own |
-| char | one id per distinct character of the corpus, by code point | the last id | small JSON of our own |
-| bpe | byte-level BPE trained on the corpus, or a Hugging Face tokenizer.json | one of its tokens | that format |
+| byte | the 256 bytes of UTF-8 | id 256 | mpidp's JSON |
+| char | one id per distinct character of the corpus, by code point | the last id | mpidp's JSON |
+| bpe | byte-level BPE trained on the corpus, or a Hugging Face tokenizer.json | one of its tokens | Hugging Face's |
 
-Encoding text never gives the EOD id, even where the text contains the EOD token literally. Independent.
+Encoding never produces the EOD id, even if the text contains the EOD token as text. Independent.
 """
 
 from __future__ import annotations
@@ -22,52 +22,52 @@ import numpy as np
 from mpidp.errors import DataError, UsageError
 
 FORMAT = "mpidp-tokenizer"
-MAX_FILE_BYTES = 256 * 2**20  # larger than any vocabulary in use; a bound on what a hostile file can make us read
+MAX_FILE_BYTES = 256 * 2**20  # larger than any tokenizer in use; limits what a malicious file can make us read
 MAX_VOCAB = 2**24
 USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest dtype that shards use for a vocabulary."""
+    """Return the narrowest dtype of shards for a vocabulary size."""
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
 
 
 class Tokenizer(ABC):
-    """What every tokenizer does. Ids are int64 arrays of shape (n,)."""
+    """The interface of all tokenizers. Ids are int64 arrays of shape (n,)."""
 
     kind: str
-    vocab_size: int  # ids are below this; EOD counts
+    vocab_size: int  # ids are below this; includes EOD
     eod: int
-    bos: int | None = None  # that a text begins with besides, by the tokenizer's own account; encode() leaves it out
+    bos: int | None = None  # the id that the tokenizer puts before each text, if any; encode() omits it
 
     @property
     def begin(self) -> int:
-        """The id after which a text stands that is alone."""
+        """The id to put before a text without a context: BOS if the tokenizer has one, else EOD."""
         return self.eod if self.bos is None else self.bos
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, without an EOD. DataError for a character outside a char vocabulary."""
+        """Encode a text, without EOD. DataError for a character that is not in a char vocabulary."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """encode() of several texts."""
+        """Encode several texts."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; EOD is dropped, what is not UTF-8 becomes U+FFFD."""
+        """Decode ids to text. EOD is dropped; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def count_bytes(self, ids: np.ndarray) -> int:
-        """The UTF-8 bytes that ids stand for (EOD: 0): the sum over tokens; by decoding where tokens do not add up."""
+        """Return the number of UTF-8 bytes of the ids' text (EOD: 0), from a table of bytes per token or by decoding."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """What tokenizer.json holds; of a given file exactly its text, so that its sha256 stays."""
+        """Return the contents of tokenizer.json. For a loaded file this is exactly its text, so its sha256 does not change."""
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte of UTF-8."""
+    """One token per UTF-8 byte."""
 
     kind = "byte"
     vocab_size = 257
@@ -88,7 +88,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character, for small corpora. characters: distinct; their order gives the ids."""
+    """One token per character, for small corpora. characters: distinct; id i is the i-th."""
 
     kind = "char"
 
@@ -98,7 +98,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = self.eod + 1
         self._codes = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
         if not characters or len(np.unique(self._codes)) != len(self._codes):
-            raise DataError("a char tokenizer needs at least one character and each only once")
+            raise DataError("a char tokenizer needs at least one character, and no character twice")
         self._id_of = np.full(0x110000, -1, dtype=np.int64)
         self._id_of[self._codes] = np.arange(self.eod)
         self._byte_counts = np.array([len(c.encode()) for c in characters] + [0], dtype=np.int64)
@@ -125,8 +125,8 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json through the `tokenizers` library.
 
-    text: the file's contents. eod: the token (or id) that ends a document; None looks for a usual name. DataError when
-    the file is malformed or has no such token. Ids of a text are without BOS and the like, never truncated or padded.
+    text: the file's contents. eod: the token (or id) that ends a document; None: one of USUAL_EOD. DataError if the file is
+    malformed or has no such token. Encoding adds no special tokens and never truncates or pads.
     """
 
     kind = "bpe"
@@ -136,7 +136,7 @@ class HFTokenizer(Tokenizer):
         self._tokenizer = tokenizer = _parse_hf(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # a text that contains "<|endoftext|>" is text
+        tokenizer.encode_special_tokens = True  # treat "<|endoftext|>" in a text as plain text
         vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         if not vocab:
             raise DataError("tokenizer.json has an empty vocabulary; choose another tokenizer")
@@ -170,7 +170,7 @@ class HFTokenizer(Tokenizer):
         return self._text
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """An EOD that the file does not mark as special still matches in a text: encode that cut in its middle."""
+        """Encode again if EOD occurs in the text and the file does not mark it as special: split each EOD in its middle."""
         if not (ids == self.eod).any() or self._eod_text not in text or len(self._eod_text) < 2:
             return ids
         half = len(self._eod_text) // 2
@@ -182,24 +182,24 @@ class HFTokenizer(Tokenizer):
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
 
     def _count_table(self, vocab: dict[str, int]) -> np.ndarray | None:
-        """Bytes per id for byte-level BPE, where each character of a token's name stands for one byte; else None."""
+        """Return bytes per id for byte-level BPE, where each character of a token is one byte; else None."""
         parsed = json.loads(self._text)
         if (parsed.get("decoder") or {}).get("type") != "ByteLevel":
             return None
         table = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in vocab.items():
             table[i] = len(token)
-        for added in parsed.get("added_tokens") or []:  # their names are plain text
+        for added in parsed.get("added_tokens") or []:  # these are stored as plain text
             table[added["id"]] = len(added["content"].encode())
         table[self.eod] = 0
         return table
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """The tokenizer stored at path: a tokenizer.json, or a folder (shards, a run) that holds one. Independent.
+    """Load a tokenizer.json, or the one in a folder (shards, a run). Independent.
 
-    eod: for Hugging Face files, the token that ends a document; None takes the folder's index.json, then usual names.
-    DataError when it is missing, malformed or too large.
+    eod: for Hugging Face files, the token that ends a document; None: the one in the folder's index.json, else one of USUAL_EOD.
+    DataError if the file is missing, malformed or too large.
     """
     path = Path(path)
     if path.is_dir():
@@ -208,20 +208,20 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
-            raise DataError(f"larger than {MAX_FILE_BYTES} bytes: not a tokenizer")
+            raise DataError(f"larger than {MAX_FILE_BYTES} bytes, too large for a tokenizer")
         if eod is None:
             eod = _eod_of_index(path.parent / "index.json")
         return tokenizer_from_json(data.decode(), eod)
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; give a tokenizer.json") from None
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; a tokenizer.json is needed") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: not a tokenizer.json") from None
+        raise DataError(f"{path} is not UTF-8 text, so it is not a tokenizer.json") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 
 def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
-    """The tokenizer that a tokenizer.json's contents describe (ours or Hugging Face's). DataError when malformed."""
+    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). DataError if malformed."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -232,27 +232,27 @@ def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
         return HFTokenizer(text, eod)
     kind, characters = parsed.get("kind"), parsed.get("characters")
     if parsed.get("version") != 1 or kind not in ("byte", "char"):
-        raise DataError(f"tokenizer version {parsed.get('version')!r}, kind {kind!r} is unknown; "
-                        "known are version 1, byte and char: a newer mpidp made it, or it is damaged")
+        raise DataError(f"tokenizer version {parsed.get('version')!r}, kind {kind!r} is unknown; this mpidp reads version 1 of "
+                        "byte and char: the file is damaged, or from a newer mpidp")
     if kind == "byte":
         return ByteTokenizer()
     if not isinstance(characters, str) or any(0xD800 <= ord(c) < 0xE000 for c in characters):
-        raise DataError("a char tokenizer must hold its characters as one valid string; prepare the shards again")
+        raise DataError("a char tokenizer must have its characters as one valid string; prepare the shards again")
     return CharTokenizer(characters)
 
 
-def check_bpe_size(vocab_size: int, said: str = "") -> None:
-    """UsageError for a vocabulary that byte-level BPE cannot have, or without the `tokenizers` library. Independent."""
+def check_bpe_size(vocab_size: int, option: str = "") -> None:
+    """Raise UsageError if byte-level BPE cannot have this size, or without the `tokenizers` library. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
-        raise UsageError(f"--tokenizer {said or f'bpe:{vocab_size}'}: the vocabulary must be in 257..{MAX_VOCAB} "
-                         "(256 bytes and EOD at least)")
+        raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "
+                         "(at least 256 bytes and EOD)")
     _library()
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> HFTokenizer:
-    """Byte-level BPE of at most vocab_size ids (EOD is 0, then 256 bytes), the same for the same texts.
+    """Train byte-level BPE with at most vocab_size ids (EOD is 0, then 256 bytes). The same texts give the same tokenizer.
 
-    UsageError when vocab_size is below 257 or the `tokenizers` library is missing. Independent.
+    UsageError if vocab_size is below 257 or the `tokenizers` library is missing. Independent.
     """
     check_bpe_size(vocab_size)
     tokenizers = _library()
@@ -285,7 +285,7 @@ def _parse_hf(text: str) -> Any:
         return _library().Tokenizer.from_str(text)
     except (UsageError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the library is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         raise DataError(f"not a tokenizer.json that the `tokenizers` library can read ({error})") from None
 
 
@@ -296,8 +296,8 @@ def _find_eod(vocab: dict[str, int], eod: str | int | None) -> int:
         if name in vocab:
             return vocab[name]
     if eod is not None:
-        raise DataError(f"the tokenizer has no token {eod!r}; give --eod a token of its vocabulary")
-    raise DataError(f"no end-of-document token among {', '.join(USUAL_EOD)}; name the tokenizer's own with --eod TOKEN")
+        raise DataError(f"the tokenizer has no token {eod!r}; --eod must be a token of its vocabulary")
+    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}): pass --eod TOKEN")
 
 
 def _eod_of_index(path: Path) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,23 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp import resolve
-from mpidp.checkpoint import Reader, check_file, committed, newest_valid, readable
-from mpidp.comm.grid import Grid, make_grid
-from mpidp.comm.mesh import together
-from mpidp.comm.parallel_layers import loss_over, share_layers
-from mpidp.comm.ring import Ring
-from mpidp.comm.stages import FORWARD, Stages
+from mpidp.checkpoint.manifest import committed, readable
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
-from mpidp.errors import CheckpointError, DataError, UsageError
-from mpidp.hf.folder import Folder
+from mpidp.errors import DataError, UsageError
+from mpidp.hf.folder import ModelFolder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import refuse
 from mpidp.model.starting import base_weights, prepared
-from mpidp.parts import Parts
+from mpidp.parallel.grid import Grid, make_grid
+from mpidp.parallel.model_part import Parts
+from mpidp.parallel.pipeline import FORWARD, Stages
+from mpidp.parallel.tensor import loss_over, share_layers
+from mpidp.parallel.tensor_comm import Ring
+from mpidp.runtime.device import resolve_device
+from mpidp.runtime.world import together
 
 
 @dataclass
@@ -76,27 +77,6 @@ class Loaded:
         return torch.from_numpy(found)
 
 
-def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """Open the newest valid checkpoint of a run's folder, or the checkpoint in `path` itself. CheckpointError. Collective over
-    comm."""
-    with together(comm):
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder")
-    if (path / "manifest.json").exists():
-        with together(comm), readable(path):
-            reader = Reader(path)
-            for record in reader.meta["files"][comm.rank :: comm.size]:
-                check_file(path, record)
-        return reader
-    found, passed_over = newest_valid(path, comm)
-    for reason in passed_over if comm.rank == 0 else ():
-        print(f"skipped an invalid checkpoint: {reason}", file=sys.stderr)
-    with together(comm):
-        if found is None:
-            raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")
-        return Reader(found)
-
-
 def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Tokenizer:
     """Load the run's tokenizer, or the one in `data`: a folder of shards, or a tokenizer.json.
 
@@ -125,23 +105,15 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
         return reader, loaded, load_tokenizer_for(loaded, reader, options.data)
 
 
-def weights_at(path: Path) -> Reader | Folder:
+def weights_at(path: Path) -> Reader | ModelFolder:
     """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
     if (path / "config.json").is_file():
-        return Folder(path)
+        return ModelFolder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
         raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "
                         "(a relative path is relative to the current directory)")
     return Reader(found[0])
-
-
-def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
-    """Return the error message for a base model that changed after LoRA adapters were trained on it. Pure."""
-    return (
-        f"the weights in {path} have changed: the adapters were trained on weights_sha256 {wanted}, found {found}. Restore the "
-        "original weights. A LoRA run does not store its base model, so do not train or modify the base model"
-    )
 
 
 def load_base(reader: Reader, parts: Parts, model: Any) -> None:
@@ -160,7 +132,7 @@ def load_base(reader: Reader, parts: Parts, model: Any) -> None:
 
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     """Load the checkpoint's model (this rank's part), ready for inference. CheckpointError, UsageError. Independent."""
-    where = resolve.resolve_device(device, grid.everyone)
+    where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpidp.comm.grid import Grid
-from mpidp.comm.mesh import polite_barrier
-from mpidp.engine import plain_losses
 from mpidp.inference.choices import EncodedChoice
 from mpidp.inference.loading import Loaded
+from mpidp.parallel.engine import plain_losses
+from mpidp.parallel.grid import Grid
+from mpidp.runtime.world import polite_barrier
 
 UNSCORED = -100  # target that is ignored by the loss
 

@@ -1,7 +1,7 @@
-"""Charts as SVG in text, for a page that needs no network and no script: curves, bars, and a field of ranks over time. Pure.
+"""Charts as SVG text, for a page without network access or scripts: curves, bars, and a heat map of ranks over time. Pure.
 
-Colours are the page's (CSS classes s0, s1, ...): one set for light, one for dark, told apart by people who see few colours;
-curves differ in their dashes, too. Points carry their figures as a <title>, which browsers show under the pointer.
+Colours are CSS classes of the page (s0, s1, ...), one set for light and one for dark. They are distinguishable with colour vision
+deficiency, and curves also differ in their dashes. Values are in <title> elements, which browsers show as tooltips.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 40
-MOST_POINTS = 240  # of a curve: more cannot be seen
-MOST_COLUMNS = 96  # of a field
+MOST_POINTS = 240  # per curve; more would not be visible
+MOST_COLUMNS = 96  # per heat map
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart; points in ascending order of x."""
+    """A curve of a chart. Its points are in ascending order of x."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    dots: bool = False  # few points: each is drawn
+    dots: bool = False  # draw each point (for curves of few points)
 
 
 def short(value: float) -> str:
-    """A number for an axis: 12.5 k, 3 M, 0.002. Pure."""
+    """Format a number for an axis: 12.5 k, 3 M, 0.002. Pure."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "-"
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -37,7 +37,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.25 ms, 12.3 s, 4 min 10 s, 3 h 05 min. Pure."""
+    """Format a time: 0.25 ms, 12.3 s, 4 min 10 s, 3 h 05 min. Pure."""
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 120:
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within [low, high]. Pure."""
+    """Return round numbers within [low, high]. Pure."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -60,7 +60,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most so many points: the mean of runs of equal length; first and last x stay. Pure."""
+    """Reduce to at most `most` points: means of runs of equal length. The first and last x are kept. Pure."""
     if len(points) <= most:
         return list(points)
     found = []
@@ -71,21 +71,21 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> l
 
 
 def svg(width: float, height: float, label: str, body: Sequence[str]) -> str:
-    """A picture that says what it is to those who do not see it. Pure."""
+    """Return an SVG element with a label for screen readers. Pure."""
     return (f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}" '
             f'style="max-width:{width:g}px">{"".join(body)}</svg>')
 
 
-def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    """Words at a place. Pure."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
+def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
+    """Return a text element. Pure."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(content)}</text>'
 
 
 def curves(
-    title: str, lines: Sequence[Curve], x_name: str, y_name: str, x_said: Callable[[float], str] = short,
-    y_said: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
+    title: str, lines: Sequence[Curve], x_name: str, y_name: str, x_format: Callable[[float], str] = short,
+    y_format: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
 ) -> str:
-    """A chart of curves; nothing where no curve has a point. zero: the y axis begins there; x_ticks: else round
+    """Return a chart of curves; "" if no curve has a point. zero: the y axis begins at 0. x_ticks: positions, by default round
     numbers. Pure."""
     lines = [
         Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines
@@ -108,11 +108,11 @@ def curves(
     for value in ticks(y0, y1):
         y = place(x0, value)[1]
         body.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        body.append(text(LEFT - 6, y + 4, y_said(value), "tick", "end"))
+        body.append(text(LEFT - 6, y + 4, y_format(value), "tick", "end"))
     for value in x_ticks or ticks(x0, x1):
         x = place(value, y0)[0]
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}" class="axis"/>')
-        body.append(text(x, HEIGHT - BOTTOM + 16, x_said(value), "tick", "middle"))
+        body.append(text(x, HEIGHT - BOTTOM + 16, x_format(value), "tick", "middle"))
     body.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}" class="axis"/>')
     body.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_name, "name", "middle"))
     body.append(text(4, 14, y_name, "name"))
@@ -123,16 +123,17 @@ def curves(
             body.append(f'<polyline points="{path}" class="line s{i % 8}"/>')
         few = line.dots or len(placed) == 1
         for (x, y), (real_x, real_y) in zip(placed, points, strict=True):
-            words = escape(f"{line.name}: {y_said(real_y) if y_said is not short else f'{real_y:.5g}'} at {x_said(real_x)}")
+            shown = y_format(real_y) if y_format is not short else f"{real_y:.5g}"
+            tooltip = escape(f"{line.name}: {shown} at {x_format(real_x)}")
             body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if few else 5}" class="{"dot" if few else "hover"} s{i % 8}">'
-                        f"<title>{words}</title></circle>")
-    shown = [(i, line) for i, (line, points) in enumerate(drawn) if points]
+                        f"<title>{tooltip}</title></circle>")
+    named = [(i, line) for i, (line, points) in enumerate(drawn) if points]
     return figure(title, svg(WIDTH, HEIGHT, f"{title}: {y_name} against {x_name}", body),
-                  legend([(f"s{i % 8}", line.name) for i, line in shown]) if len(shown) > 1 else "")
+                  legend([(f"s{i % 8}", line.name) for i, line in named]) if len(named) > 1 else "")
 
 
 def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
-    """Names beside their colours. Pure."""
+    """Return a list of names with their colours. Pure."""
     marks = {
         "line": '<line x1="1" x2="25" y1="6" y2="6" class="line {0}"/>',
         "bar": '<rect width="12" height="12" class="bar {0}"/>',
@@ -145,13 +146,13 @@ def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
 
 
 def figure(title: str, picture: str, below: str = "") -> str:
-    """A picture with its title. Pure."""
+    """Return a figure element with a title. Pure."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{below}</figure>"
 
 
 def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
-    """A waterfall: (name, where its bar begins, where it ends, words), in shares of the whole. The first is drawn as what is
-    ideal. Pure."""
+    """Return a waterfall chart. rows: (name, start of its bar, end, label), in shares of the total. The first bar is the ideal.
+    Pure."""
     row, left, right, width = 26, 132, 210, 760
     span = width - left - right
     body = []
@@ -159,20 +160,20 @@ def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
         x = left + span * i / 4
         body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{20 + row * len(rows)}" class="grid"/>')
         body.append(text(x, 12, f"{25 * i}%", "tick", "middle"))
-    for i, (name, begin, end, words) in enumerate(rows):
+    for i, (name, begin, end, label) in enumerate(rows):
         y = 22 + row * i
         body.append(text(left - 8, y + 13, name, "label", "end"))
         kind = "ideal" if i == 0 else "loss"
         body.append(
             f'<rect x="{left + span * begin:.1f}" y="{y}" width="{max(0.8, span * (end - begin)):.1f}" height="{row - 8}" '
-            f'class="{kind}"><title>{escape(f"{name}: {words}")}</title></rect>'
+            f'class="{kind}"><title>{escape(f"{name}: {label}")}</title></rect>'
         )
-        body.append(text(left + span + 10, y + 13, words, "tick"))
+        body.append(text(left + span + 10, y + 13, label, "tick"))
     return svg(width, 26 + row * len(rows), "Waterfall: where the time went", body)
 
 
-def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], said: Callable[[float], str] = duration) -> str:
-    """A bar a row, in parts; with a legend. Pure."""
+def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], form: Callable[[float], str] = duration) -> str:
+    """Return a stacked bar per row, with a legend. names: of the parts. Pure."""
     row, left, right, width = 22, 120, 90, 760
     longest = max(math.fsum(parts) for _, parts in rows) or 1.0
     span = width - left - right
@@ -183,19 +184,19 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], sa
         for j, part in enumerate(parts):
             wide = span * part / longest
             body.append(f'<rect x="{x:.1f}" y="{y}" width="{max(0.0, wide):.2f}" height="{row - 6}" class="bar s{j}">'
-                        f"<title>{escape(f'{name}, {names[j]}: {said(part)}')}</title></rect>")
+                        f"<title>{escape(f'{name}, {names[j]}: {form(part)}')}</title></rect>")
             x += wide
-        body.append(text(x + 6, y + 12, said(math.fsum(parts)), "tick"))
-    return svg(width, 8 + row * len(rows), "Seconds of a step by rank", body) + legend(
+        body.append(text(x + 6, y + 12, form(math.fsum(parts)), "tick"))
+    return svg(width, 8 + row * len(rows), "Step time by rank", body) + legend(
         [(f"s{j}", name) for j, name in enumerate(names)], "bar"
     )
 
 
-def field(
-    rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], said: Callable[[float], str], usual: float
+def heat_map(
+    rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], form: Callable[[float], str], usual: float
 ) -> str:
-    """A row of cells a rank, of a stronger colour the longer than usual it took (twice: full). rows: as many values as
-    columns, the steps. Pure."""
+    """Return a heat map: a row of cells per rank. The colour grows with the time above usual, up to twice the usual time. rows:
+    one value per column; columns: the steps. Pure."""
     row, left, width = 18, 120, 760
     wide = (width - left - 12) / len(columns)
     body = []
@@ -206,7 +207,7 @@ def field(
             shade = min(1.0, max(0.0, (value / usual - 1.0) if usual else 0.0))
             body.append(
                 f'<rect x="{left + wide * j:.2f}" y="{y}" width="{wide + 0.3:.2f}" height="{row - 3}" class="cell" '
-                f'style="--shade:{0.08 + 0.92 * shade:.3f}"><title>{escape(f"{name}, step {columns[j]:g}: {said(value)}")}'
+                f'style="--shade:{0.08 + 0.92 * shade:.3f}"><title>{escape(f"{name}, step {columns[j]:g}: {form(value)}")}'
                 "</title></rect>"
             )
     y = 8 + row * len(rows)
@@ -214,4 +215,4 @@ def field(
         at = min(range(len(columns)), key=lambda j: abs(columns[j] - value))
         body.append(text(left + wide * (at + 0.5), y + 10, f"{value:g}", "tick", "middle"))
     body.append(text(left - 8, y + 10, "step", "tick", "end"))
-    return svg(width, y + 16, "Computing by rank over steps; a stronger colour: longer than usual", body)
+    return svg(width, y + 16, "Compute time by rank and step; stronger colour: longer than usual", body)

@@ -1,20 +1,20 @@
-"""Energy, node-hours and what they stand for: sums of what was measured, factors that were stated. Nothing is guessed. Pure."""
+"""Energy, node-hours, CO2e and price, from measured values and given factors. Nothing is estimated. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpidp.metrics import number
-from mpidp.reporting.read import Run
+from mpidp.metrics.jsonl import number
+from mpidp.reporting.read import RecordedRun
 
 J_PER_KWH = 3.6e6
-SAID = {"cpu": "CPU packages and their memory", "gpu": "GPUs"}
+PARTS_MEASURED = {"cpu": "CPU packages and their memory", "gpu": "GPUs"}
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a run; None where it is not known, `why` says why there is no energy or not all of it."""
+    """Costs of a run. None: not known. `why`: the reason why energy is missing or incomplete."""
 
     joules: float | None
     of: str  # what was measured
@@ -25,13 +25,13 @@ class Costs:
 
 
 def machines(start: dict) -> int:
-    """On which a start's ranks run; nodes that are pretended are one. Pure."""
+    """Return the number of machines of a `start` line. Pretended nodes of one machine count as one. Pure."""
     nodes = start.get("nodes")
     return len({str(host).partition("#")[0] for host in nodes}) if isinstance(nodes, dict) and nodes else 0
 
 
-def costs(run: Run, grams_per_kwh: float, price_per_node_hour: float) -> Costs:
-    """Factors of 0 are not stated. Pure."""
+def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) -> Costs:
+    """Compute the costs of a run. A factor of 0 means that none was given. Pure."""
     starts = run.starts
     of = [tuple(start.get("energy_of") or ()) for start in starts]
     why = "; ".join(dict.fromkeys(str(start["energy_not"]) for start in starts if start.get("energy_not")))
@@ -39,19 +39,19 @@ def costs(run: Run, grams_per_kwh: float, price_per_node_hour: float) -> Costs:
     if of and of[0] and len(set(of)) == 1:
         joules = run.total("energy_joules") + run.total("lost_joules")
     elif any(of):
-        why = "not all jobs of the run could measure the same"
+        why = "the jobs of the run measured different devices"
     elif not why:
-        why = "the run was recorded by a version that did not measure it"
+        why = "the version that recorded the run did not measure energy"
     hours = _node_hours(run)
     return Costs(
-        joules, " and ".join(SAID[part] for part in of[0]) if joules is not None else "", why, hours,
+        joules, " and ".join(PARTS_MEASURED[part] for part in of[0]) if joules is not None else "", why, hours,
         joules / J_PER_KWH * grams_per_kwh if joules is not None and grams_per_kwh else None,
         hours * price_per_node_hour if hours is not None and price_per_node_hour else None,
     )
 
 
-def _node_hours(run: Run) -> float | None:
-    """None where hosts or times were not recorded."""
+def _node_hours(run: RecordedRun) -> float | None:
+    """Return the node-hours of all jobs; None if hosts or times were not recorded."""
     worked, count, before, total = run.worked(), 0, 0.0, 0.0
     if not worked or not all(machines(start) for start in run.starts):
         return None
@@ -61,8 +61,8 @@ def _node_hours(run: Run) -> float | None:
     return total / 3600
 
 
-def joules_until(run: Run) -> Iterator[tuple[dict, float]]:
-    """(line, J until then) of lines that tell. Pure."""
+def joules_until(run: RecordedRun) -> Iterator[tuple[dict, float]]:
+    """Yield (line, energy in J up to this line) for all lines. Pure."""
     so_far = 0.0
     for line in run.lines:
         so_far += (number(line, "energy_joules") or 0.0) + (number(line, "lost_joules") or 0.0)

@@ -1,4 +1,4 @@
-"""The page around the charts: one file, with its own style, for screens light and dark, and for paper. Pure."""
+"""The HTML page around the charts: one file with its own style, for light and dark screens and for print. Pure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ h1.next{break-before:page;margin-top:0}tr,.note{break-inside:avoid}}
 
 
 def page(title: str, under: str, sections: Sequence[str]) -> str:
-    """The whole file. Pure."""
+    """Return the whole HTML file. Pure."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -74,34 +74,34 @@ def page(title: str, under: str, sections: Sequence[str]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """With a heading; nothing where there is nothing to show. Pure."""
+    """Return a section with a heading; "" if all parts are empty. Pure."""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
 
 
 def charts(*figures: str) -> str:
-    """Side by side, where there is room. Pure."""
+    """Place figures side by side if there is space. Pure."""
     return f'<div class="charts">{"".join(figures)}</div>' if any(figures) else ""
 
 
 def cards(rows: Sequence[tuple[str, str]]) -> str:
-    """(figure, what it is). Pure."""
+    """Return cards. rows: (value, name). Pure."""
     return '<div class="cards">' + "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in rows
     ) + "</div>"
 
 
-def words(text: str, kind: str = "") -> str:
-    """A paragraph. Pure."""
+def paragraph(text: str, kind: str = "") -> str:
+    """Return a paragraph. Pure."""
     return f'<p class="{kind}">{escape(text)}</p>'
 
 
 def note(text: str) -> str:
-    """What a reader must not miss. Pure."""
+    """Return a highlighted paragraph. Pure."""
     return f'<p class="note" role="note">{escape(text)}</p>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """numbers: columns of figures. Pure."""
+    """Return a table. numbers: indices of numeric columns. Pure."""
     kinds = [' class="n"' if i in numbers else "" for i in range(len(head))]
     top = "" if not any(head) else "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True))
     body = "".join(
@@ -112,5 +112,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
 
 
 def folded(title: str, *parts: str) -> str:
-    """To be opened by who wants it. Pure."""
+    """Return a block that is collapsed until the reader opens it. Pure."""
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"

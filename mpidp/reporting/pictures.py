@@ -1,4 +1,4 @@
-"""The same charts as PNG files, by matplotlib: for papers and slides."""
+"""The charts of the report as PNG files, drawn with matplotlib, for papers and slides."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.errors import UsageError
-from mpidp.metrics import number
+from mpidp.metrics.jsonl import number
 from mpidp.reporting.compare import Scaling, scaling
 from mpidp.reporting.page import DASHES, LIGHT
-from mpidp.reporting.read import Run
+from mpidp.reporting.read import RecordedRun
 from mpidp.reporting.sections import of_steps, per_rank
 from mpidp.reporting.waterfall import PARTS, waterfall
 
 
-def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png where runs scale. UsageError where they cannot
-    be written. Independent."""
+def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
+    """Write loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png if there is scaling. Return the paths.
+    Raises UsageError if they cannot be written. Independent."""
     made = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,12 +36,12 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def draw_scaling(found: Scaling, path: Path) -> Path:
-    """Speed against ranks, and which kind of scaling it is. OSError. Independent."""
+    """Draw speed against ranks, titled with the kind of scaling. Raises OSError. Independent."""
 
     def fill(axes: Any) -> None:
         ranks, first = [row.ranks for row in found.rows], found.rows[0]
         axes.plot(ranks, [row.speed for row in found.rows], "o-", color=LIGHT[0], label="measured")
-        axes.plot(ranks, [first.speed * n / first.ranks for n in ranks], "--", color=LIGHT[7], label="without loss")
+        axes.plot(ranks, [first.speed * n / first.ranks for n in ranks], "--", color=LIGHT[7], label="ideal")
         for row in found.rows:
             if row.efficiency is not None:
                 axes.annotate(f"{100 * row.efficiency:.0f}%", (row.ranks, row.speed), textcoords="offset points", xytext=(4, -14))
@@ -53,7 +53,7 @@ def draw_scaling(found: Scaling, path: Path) -> Path:
 
 
 def _save(path: Path, fill: Any) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and none asked for
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # works without a display
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -71,21 +71,21 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": LIGHT[i % 8], "linestyle": (0, tuple(dashes)) if dashes else "-", "linewidth": 1.6}
 
 
-def _loss(axes: Any, runs: Sequence[Run]) -> None:
+def _loss(axes: Any, runs: Sequence[RecordedRun]) -> None:
     for i, run in enumerate(runs):
         at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}
         axes.plot(
             list(at.values()), [number(line, "train_loss") for line in run.steps], **_style(i) | {"linewidth": 0.7}, alpha=0.5
         )
-        held = [(at.get(line["step"], 0.0), number(line, "val_loss")) for line in run.evaluations]
-        if held:
-            axes.plot(*zip(*held, strict=True), **_style(i), marker="o", markersize=3, label=f"{run.name}, validation")
-    axes.set(xlabel="tokens", ylabel="nats a token", title="Loss (thin: training)")
+        evaluated = [(at.get(line["step"], 0.0), number(line, "val_loss")) for line in run.evaluations]
+        if evaluated:
+            axes.plot(*zip(*evaluated, strict=True), **_style(i), marker="o", markersize=3, label=f"{run.name}, validation")
+    axes.set(xlabel="tokens", ylabel="nats per token", title="Loss (thin: training)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
 
 
-def _throughput(axes: Any, runs: Sequence[Run]) -> None:
+def _throughput(axes: Any, runs: Sequence[RecordedRun]) -> None:
     for i, run in enumerate(runs):
         if found := of_steps(run, "tokens_per_second"):
             axes.plot(*zip(*found, strict=True), **_style(i), label=run.name)
@@ -94,7 +94,7 @@ def _throughput(axes: Any, runs: Sequence[Run]) -> None:
     axes.legend(frameon=False)
 
 
-def _waterfall(axes: Any, run: Run) -> None:
+def _waterfall(axes: Any, run: RecordedRun) -> None:
     fall = waterfall(run)
     kept = [part for part in PARTS if fall.seconds[part] > 0 or part == "ideal"]
     shares, speeds, so_far = fall.shares, fall.speeds(), 0.0
@@ -118,7 +118,7 @@ def _waterfall(axes: Any, run: Run) -> None:
     axes.invert_yaxis()
 
 
-def _ranks(axes: Any, run: Run) -> None:
+def _ranks(axes: Any, run: RecordedRun) -> None:
     steps, rows = per_rank(run)
     image = axes.imshow(
         [[1e3 * value for value in compute] for _, compute, _ in rows],
@@ -127,6 +127,6 @@ def _ranks(axes: Any, run: Run) -> None:
         cmap="cividis",
         extent=(steps[0] - 0.5, steps[-1] + 0.5, len(rows) - 0.5, -0.5),
     )
-    axes.figure.colorbar(image, label="ms of computing")
-    axes.set(xlabel="step", ylabel="rank", title=f"{run.name}: computing by rank")
+    axes.figure.colorbar(image, label="compute time (ms)")
+    axes.set(xlabel="step", ylabel="rank", title=f"{run.name}: compute time by rank")
     axes.yaxis.get_major_locator().set_params(integer=True)

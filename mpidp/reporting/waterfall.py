@@ -1,10 +1,10 @@
-"""From ideal to measured tokens a second: where the time of a run went, in shares that add up to all of it. Pure.
+"""From ideal to measured throughput: where the time of a run went, in shares that add up to the total. Pure.
 
-All seconds are those of whole jobs: from the start of the process to the last line, with what was lost since the checkpoint that
-a restart went back to, and without the time in which no job worked on the run. Of a step, rank 0's line tells: its phases, and
-what each rank computed. The mean of the ranks' computing is split into what it would have taken at the speed of the fastest tenth
-of all steps (the ideal) and the rest; the slowest rank's over the mean is what others waited for; what rank 0 waited beyond that
-is communication which nothing hid.
+The total is the time of all jobs, from the start of the process to the last line. It includes steps that were lost because a
+restart went back to a checkpoint, and excludes time in which no job worked on the run. A step is split by rank 0's line, which
+has rank 0's phases and the compute time of each rank. The ranks' mean compute time is split into the ideal, the time at the speed
+of the fastest tenth of all steps, and the rest (slowdown). The time of the slowest rank above the mean is waiting for stragglers.
+What rank 0 waited beyond that is communication that was not overlapped.
 """
 
 from __future__ import annotations
@@ -14,46 +14,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpidp.metrics import number
-from mpidp.reporting.read import Run
+from mpidp.metrics.jsonl import number
+from mpidp.reporting.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # of steps, the fastest: what is ideal takes the longest of these
+IDEAL_SHARE = 0.1  # the fastest share of steps; the ideal is the slowest of these
 PARTS = {  # in the order of the waterfall
-    "ideal": "computing, every step as fast as the fastest tenth of steps",
-    "slowdown": "computing more slowly than that",
-    "straggler": "waiting for the rank that computes longest",
-    "communication": "exchanging gradients, where nothing hides it",
+    "ideal": "compute, if every step were as fast as the fastest tenth of steps",
+    "slowdown": "compute time above the ideal",
+    "straggler": "waiting for the slowest rank",
+    "communication": "gradient exchange that was not overlapped with compute",
     "data": "waiting for data",
-    "update": "updating parameters",
-    "evaluation": "evaluating",
+    "update": "parameter updates",
+    "evaluation": "evaluation",
     "checkpoint": "checkpoints, as far as training waited for them",
-    "skipped": "batches that made no update",
-    "lost": "steps that were lost, and done again after a restart",
-    "start": "starting, and going on after failures",
-    "other": "the rest: records, audits, and what rank 0 does between phases",
+    "skipped": "batches without an update",
+    "lost": "steps that were lost and repeated after a restart",
+    "start": "starting, and restarting after failures",
+    "other": "the rest: logging, audits, and rank 0's time between phases",
 }
 
 
 @dataclass(frozen=True)
 class Waterfall:
-    """Seconds by part; their sum is that of the whole run."""
+    """Seconds by part. They add up to the total time of the run."""
 
     seconds: dict[str, float]
     tokens: int
-    dated: bool  # do lines have times? Else what lies between steps is not known
+    dated: bool  # the lines have times; otherwise the time between steps is not known
 
     @property
     def whole(self) -> float:
+        """Return the total time, seconds."""
         return math.fsum(self.seconds.values())
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the whole, 1 together."""
+        """Shares of the total time; they add up to 1."""
         return {part: seconds / self.whole if self.whole else 0.0 for part, seconds in self.seconds.items()}
 
     def speeds(self) -> dict[str, float]:
-        """Tokens a second by part: if this and what stands before it were all that takes time. The first is ideal, the last
-        measured."""
+        """Return tokens per second by part: the speed if only this part and the parts before it took time. The first is the ideal
+        speed, the last the measured one."""
         found, so_far = {}, 0.0
         for part, seconds in self.seconds.items():
             so_far += seconds
@@ -62,13 +63,13 @@ class Waterfall:
 
     @property
     def goodput(self) -> float:
-        """Seconds of steps that count, of the whole."""
+        """Share of the total time that was spent in steps that were kept."""
         of_steps = ("ideal", "slowdown", "straggler", "communication", "data", "update")
         return sum(self.seconds[part] for part in of_steps) / self.whole if self.whole else 0.0
 
 
 def of_step(line: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of one step by part; `compute`: the ranks' mean. They add up to the step's. Pure."""
+    """Return the seconds of one step by part; they add up to the step's time. `compute` is the ranks' mean. Pure."""
     data, compute, wait, update, stall, whole = (
         max(0.0, number(line, f"{phase}_seconds") or 0.0) for phase in ("data", "compute", "comm_wait", "update", "stall", "step")
     )
@@ -76,10 +77,10 @@ def of_step(line: Mapping[str, Any]) -> dict[str, float]:
     wait -= stall
     other = max(0.0, whole - data - compute - wait - stall - update)
     computed, fetched = _ranks(line, "rank_compute_seconds"), _ranks(line, "rank_data_seconds")
-    if computed and len(fetched) == len(computed):  # then rank 0's own figures serve for the sum alone
+    if computed and len(fetched) == len(computed):  # then only the sum of rank 0's own phases is used
         met, count = data + compute + wait, len(computed)
         longest = max(a + b for a, b in zip(computed, fetched, strict=True))
-        scale = min(1.0, met / longest) if longest else 0.0  # clocks are not exact
+        scale = min(1.0, met / longest) if longest else 0.0  # clocks differ slightly
         compute, data = scale * sum(computed) / count, scale * sum(fetched) / count
         straggler = scale * longest - compute - data
         communication = met - scale * longest
@@ -97,8 +98,8 @@ def _ranks(line: Mapping[str, Any], name: str) -> list[float]:
     return [float(one) for one in values]
 
 
-def waterfall(run: Run) -> Waterfall:
-    """Of a whole run. Pure."""
+def waterfall(run: RecordedRun) -> Waterfall:
+    """Split the time of a whole run. Pure."""
     steps = [of_step(line) for line in run.steps]
     seconds = dict.fromkeys(PARTS, 0.0)
     computed = sorted(step["compute"] for step in steps)

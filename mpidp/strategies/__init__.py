@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from mpidp import methods
+from mpidp.config.defaults import kind
 from mpidp.strategies.delayed import Delayed
 from mpidp.strategies.local import Local
 from mpidp.strategies.quorum import Quorum
@@ -22,4 +22,4 @@ def strategy_of(name: str, quorum: float, level: int = 0, model: Any = None) -> 
     out (sharing.py), 2 and 3: of this model. Pure."""
     if level >= 2:
         return partial(Sharded, model=model, level=level)
-    return Sliced if level else STRATEGIES[methods.kind(name, quorum)]
+    return Sliced if level else STRATEGIES[kind(name, quorum)]

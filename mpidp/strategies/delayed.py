@@ -23,11 +23,11 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.checkpoint.entry import Entry
 from mpidp.comm.background import Background, Task
 from mpidp.comm.buffers import buf
-from mpidp.comm.overlap import WAYS
-from mpidp.comm.reducers import Sums
-from mpidp.state import Entry
+from mpidp.reducers.base import Sums
+from mpidp.reducers.overlap import WAYS
 from mpidp.strategies.protocol import Options, StepStats
 from mpidp.strategies.synchronous import Synchronous
 

@@ -23,15 +23,15 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.checkpoint.entry import Entry
 from mpidp.comm.background import Background, Task
-from mpidp.comm.buckets import Bucket
 from mpidp.comm.buffers import buf
-from mpidp.comm.overlap import WAYS
 from mpidp.comm.peers import Peers
-from mpidp.comm.reducers import Sums
 from mpidp.errors import MpidpError, UsageError
-from mpidp.state import Entry
-from mpidp.strategies.groups import hop, partition
+from mpidp.reducers.base import Sums
+from mpidp.reducers.buckets import Bucket
+from mpidp.reducers.overlap import WAYS
+from mpidp.strategies.averaging_groups import hop, partition
 from mpidp.strategies.protocol import Options, StepStats
 from mpidp.strategies.synchronous import Synchronous
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, Protocol
@@ -12,10 +11,11 @@ from typing import Any, Protocol
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.checkpoint.entry import Entry
 from mpidp.comm.group import Group
-from mpidp.comm.reducers import Look, Reducer
-from mpidp.parts import Parts
-from mpidp.state import Entry
+from mpidp.parallel.engine import Accumulates
+from mpidp.parallel.model_part import Parts
+from mpidp.reducers.base import Look, Reducer
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,6 @@ class Options:
         nodes = [range(at, at + size) for at, size in zip(first, node_sizes, strict=False)]
         known = {key: value for key, value in settings.items() if key in {one.name for one in fields(cls)}}
         return cls(**known, total_steps=total_steps, nodes=nodes, **more)
-
-
-class Accumulates(Protocol):
-    """What the engine needs: somewhere for gradients to go."""
-
-    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
-        """Backward of micro-batch v through a chunk of layers runs inside; last: the rank's last of this step. Independent."""
 
 
 class Strategy(Accumulates, Protocol):

@@ -28,14 +28,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.checkpoint.entry import Entry
 from mpidp.comm.background import Background
-from mpidp.comm.overlap import WAYS
-from mpidp.comm.reducers import Sums
+from mpidp.comm.slices import global_norm
 from mpidp.errors import UsageError
-from mpidp.optim import global_norm
-from mpidp.state import Entry
+from mpidp.reducers.base import Sums
+from mpidp.reducers.overlap import WAYS
 from mpidp.strategies.protocol import Options, StepStats
-from mpidp.strategies.roll import Roll
+from mpidp.strategies.quorum_rounds import Roll
 from mpidp.strategies.synchronous import Synchronous
 
 GIVEN, CLOSED = range(2)  # tags: a contribution, to rank 0; who is in, from it. Both float64: target tokens, meeting?; and counts

@@ -27,12 +27,11 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.comm.buckets import NORM_BLOCK, slice_bounds, squares_of_blocks
+from mpidp.checkpoint.entry import Entry
 from mpidp.comm.buffers import buf
+from mpidp.comm.slices import NORM_BLOCK, global_norm, slice_bounds, squares_of_blocks
 from mpidp.comm.transport import pieces
 from mpidp.errors import MpidpError
-from mpidp.optim import global_norm
-from mpidp.state import Entry
 from mpidp.strategies.protocol import Options, StepStats
 from mpidp.strategies.synchronous import Synchronous
 

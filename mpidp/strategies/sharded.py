@@ -22,14 +22,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.local_parameters import at_rest, counted, load_boxes, shard_of
 from mpidp.comm.group import Group
-from mpidp.comm.reducers import Look, Reducer
 from mpidp.errors import UsageError
-from mpidp.held import at_rest, load_boxes, shard_of
-from mpidp.holding import counted
-from mpidp.optim import Optimizer, Pieces
-from mpidp.parts import Parts
-from mpidp.state import Entry
+from mpidp.parallel.model_part import Parts
+from mpidp.reducers.base import Look, Reducer
+from mpidp.strategies.optimizer import Optimizer, Pieces
 from mpidp.strategies.protocol import Options, StepStats
 
 

@@ -14,11 +14,11 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.boxes import boxes_of_run
-from mpidp.comm.buckets import slice_bounds
+from mpidp.checkpoint.boxes import boxes_of_run
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.local_parameters import load_boxes
+from mpidp.comm.slices import slice_bounds
 from mpidp.comm.transport import PIECE_BYTES
-from mpidp.held import load_boxes
-from mpidp.state import Entry
 from mpidp.strategies.synchronous import Synchronous
 
 

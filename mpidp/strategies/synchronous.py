@@ -16,17 +16,18 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpidp.comm.buckets import GradientBuffer, slice_bounds
+from mpidp.checkpoint.entry import Entry, Layout
+from mpidp.checkpoint.local_parameters import counted
 from mpidp.comm.buffers import buf
-from mpidp.comm.faults import commit, revoke
 from mpidp.comm.group import Group
-from mpidp.comm.reducers import Look, Reducer
+from mpidp.comm.slices import slice_bounds
 from mpidp.comm.transport import pieces
-from mpidp.entry import tolerant
-from mpidp.holding import counted
-from mpidp.optim import Optimizer
-from mpidp.parts import Parts
-from mpidp.state import Entry, Layout
+from mpidp.parallel.model_part import Parts
+from mpidp.reducers.base import Look, Reducer
+from mpidp.reducers.buckets import GradientBuffer
+from mpidp.runtime.environment import tolerant
+from mpidp.runtime.ulfm import commit, revoke
+from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import Options, StepStats
 
 

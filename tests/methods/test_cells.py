@@ -1,4 +1,4 @@
-"""Every combination of strategy, reducer, compression and group that is not refused trains, and ends with one finite model."""
+"""Every supported combination of strategy, reducer, compression and group trains, and ends with one finite model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 import mpidp.train
-from mpidp.config import Config, checked, fields_of
+from mpidp.config.schema import Config, checked, fields_of
 from mpidp.errors import UsageError
 from tests.tiny import at, corpus, tiny
 

@@ -1,4 +1,4 @@
-"""What is foretold of a method's traffic is what metrics.jsonl then counts, to the byte."""
+"""The predicted traffic of a method equals the count in metrics.jsonl, to the byte."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mpidp.config import checked
+from mpidp.config.schema import checked
 from mpidp.data.index import read_index
-from mpidp.planning.methods import METHODS, sent_bytes, sizes_of, variant
-from mpidp.planning.sums import Cluster
+from mpidp.planning.methods.predict import METHODS, sent_bytes, sizes_of, variant
+from mpidp.planning.methods.traffic import Cluster
 from tests.tiny import WORLD, corpus, everywhere, tiny, train_at
 
 pytestmark = pytest.mark.mpi

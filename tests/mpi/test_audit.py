@@ -1,4 +1,5 @@
-"""Laws of audits over ranks: every flipped bit and every wrong gradient is found, no other is, and what can be mended is."""
+"""Laws of audits over ranks: every flipped bit and every wrong gradient is found, nothing else is reported, and what can be
+repaired is repaired."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 from mpi4py import MPI
 
-import mpidp.inject
-import mpidp.step
-from mpidp.comm.tickets import Tickets
+import mpidp.faults.inject
+import mpidp.training.step
+from mpidp.comm.work_stealing import Tickets
 from mpidp.errors import MpidpError
-from mpidp.inject import Faults, parse
-from mpidp.job import Job
-from mpidp.step import compute
+from mpidp.faults.inject import Faults, parse
+from mpidp.training.job import Job
+from mpidp.training.step import compute
 from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, at, corpus, job_at, pretended, sizes, small_blocks, tiny
 
@@ -30,7 +31,7 @@ def flip(flat: torch.Tensor, place: int, bit: int) -> None:
 
 
 def audited_job(comm: MPI.Intracomm, data: Path, run: Path, /, **sections: dict[str, Any]) -> Job:
-    """A job that has made two steps, so that its moments are not zero."""
+    """Return a job after two steps, so that its moments are not zero."""
     sections["comm"] = {"copies": "rank", "overlap": "none"} | sections.get("comm", {})
     sections["train"] = {"audit_every": 1} | sections.get("train", {})
     job = job_at(comm, tiny(data, run, **sections))
@@ -41,7 +42,7 @@ def audited_job(comm: MPI.Intracomm, data: Path, run: Path, /, **sections: dict[
 
 
 def learn(job: Job, number: int) -> Any:
-    """A batch's gradients, as the loop would have them: the step is the batch after number. Collective over job.comm."""
+    """Compute a batch's gradients as the training loop does; the step is batch number + 1. Collective over job.comm."""
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
@@ -51,7 +52,7 @@ def learn(job: Job, number: int) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])  # its state is adamw's
 def test_every_flipped_bit_is_found(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    """Of any tensor of weights or moments, on any rank, any bit; and of no two at once is one missed."""
+    """Flip any bit of any tensor of weights or moments, on any rank. Two simultaneous flips are both found."""
     data = corpus(shared_folder)
 
     def audit(comm: MPI.Intracomm) -> None:
@@ -60,7 +61,7 @@ def test_every_flipped_bit_is_found(shared_folder: Path, shared_tmp: Path, name:
         layout, flats = job.strategy.buffer.layout, job.strategy.flats()
         assert len(flats) == 1 + len(job.strategy.optimizer.keys)
         right = {suffix: flat.clone() for suffix, flat in flats.items()}
-        chance = random.Random(name)  # the same on every rank
+        chance = random.Random(name)  # the same random numbers on every rank
         for _ in range(FLIPS):
             rank, suffix = chance.randrange(comm.size), chance.choice(list(flats))
             offset, tensor, p = chance.choice(layout.placed())
@@ -69,7 +70,7 @@ def test_every_flipped_bit_is_found(shared_folder: Path, shared_tmp: Path, name:
                 flip(flats[suffix], place, bit)
             found = job.audit.weights()
             if comm.size == 1:
-                assert found is None  # with nobody to compare
+                assert found is None  # no replica to compare with
                 flip(flats[suffix], place, bit)
                 continue
             assert found is not None and f"{tensor}{suffix} differs" in found.what, (suffix, tensor, bit)
@@ -80,7 +81,7 @@ def test_every_flipped_bit_is_found(shared_folder: Path, shared_tmp: Path, name:
                 assert found.ranks == [0, 1] and "no majority" in found.what
                 if comm.rank == rank:
                     flip(flats[suffix], place, bit)
-            # bits, not values: a flipped bit may be of a NaN
+            # compare bits, not values: a flip can give a NaN
             assert all(torch.equal(flat.view(torch.int32), right[s].view(torch.int32)) for s, flat in flats.items())
         assert job.audit.weights() is None
 
@@ -120,7 +121,7 @@ def test_copies_of_nodes_are_compared_and_mended(shared_folder: Path, shared_tmp
 
 
 class Spoiler:
-    """In place of the fault on purpose: at any place, any change."""
+    """Replaces the injected fault: any change at any place."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -134,12 +135,12 @@ class Spoiler:
 
 
 def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tuple[int, list[list[int]], str]]:
-    """WRONG times: (the rank that computes wrongly, who was suspected each time that it was found, how it ended).
-    Collective over job.comm."""
+    """Return WRONG times: (the rank that computes wrongly, the suspects of each finding, the outcome). Collective over job.comm.
+    """
     spoiler = Spoiler(random.Random(job.comm.size))
-    patch.setattr(mpidp.inject, "make_wrong", spoiler)
+    patch.setattr(mpidp.faults.inject, "make_wrong", spoiler)
     named: list[list[int]] = []
-    patch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
+    patch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
     found = []
     for i in range(WRONG):
         rank, number = spoiler.chance.randrange(job.comm.size), 2 + i
@@ -187,7 +188,7 @@ def test_every_glitch_is_found_and_gone_when_the_step_is_done_again(
 def test_lanes_are_stolen_where_nobody_looks(
     shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The law above says something about stealing: in steps between audits lanes do change hands."""
+    """In steps between audits lanes do change hands, so the law above covers stealing."""
     if WORLD.size == 1:
         pytest.skip("nobody to steal from")
     data, stolen, real = corpus(shared_folder), [], Tickets.steal
@@ -219,7 +220,7 @@ def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder
         with pytest.MonkeyPatch.context() as patch:
             for rank, named, ended in wrong_gradients(job, 1, patch):
                 suspected = [rank] if comm.size > 2 else [0, 1]
-                assert named == [suspected] * mpidp.step.ATTEMPTS, (rank, named)
+                assert named == [suspected] * mpidp.training.step.ATTEMPTS, (rank, named)
                 assert f"Take ranks {suspected} out of the job" in ended
 
     for n in sizes(2, 3, 4):
@@ -229,7 +230,7 @@ def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder
 def test_nobody_is_suspected_of_nothing(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = corpus(shared_folder)
     named: list[Any] = []
-    monkeypatch.setattr(mpidp.step, "say_finding", lambda job, step, finding, then: named.append(finding))
+    monkeypatch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding))
 
     def audit(comm: MPI.Intracomm) -> None:
         for kind in ("even", "steal"):

@@ -1,4 +1,4 @@
-"""Laws of the launch: an error on one rank is one on all, ranks that differ are told apart, singletons are refused."""
+"""Laws of the launch: an error on one rank is raised on all; nodes are distinguished by host name; singletons are rejected."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 from mpi4py import MPI
 
 import mpidp.comm.group
-from mpidp import resolve
-from mpidp.comm import mesh
-from mpidp.comm.buckets import NORM_BLOCK
 from mpidp.comm.group import alone, by_node, make_group
-from mpidp.comm.mesh import Mesh, launched_size, make_mesh, polite_barrier, start_mpi, together
+from mpidp.comm.slices import NORM_BLOCK
 from mpidp.comm.waiting import doze, how_to_wait, spin
-from mpidp.config import Config
+from mpidp.config import resolve
+from mpidp.config.schema import Config
 from mpidp.errors import CheckpointError, DataError, MpidpError, Stopped, UsageError
+from mpidp.runtime import topology, world
+from mpidp.runtime.agreement import agree
+from mpidp.runtime.device import resolve_threads
+from mpidp.runtime.topology import Mesh, make_mesh
+from mpidp.runtime.world import launched_size, polite_barrier, start_mpi, together
 from tests.tiny import WORLD, everywhere, pretended
 
 pytestmark = pytest.mark.mpi
@@ -26,7 +29,7 @@ LAST = WORLD.size - 1
 
 
 def caught(error: Exception | None) -> MpidpError:
-    """What this rank gets when its body raises this."""
+    """Return what this rank gets if its body raises `error`."""
     with pytest.raises(MpidpError) as found, together(WORLD):  # noqa: PT012
         if error is not None:
             raise error
@@ -79,7 +82,7 @@ def test_ranks_that_wait_sleep() -> None:
 
 
 def seats(found: Mesh) -> list[tuple[int, int, int, int]]:
-    """(rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
+    """Return (rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
     return found.dp.allgather((WORLD.rank, found.node_index, found.local_rank, found.local_size))
 
 
@@ -91,8 +94,8 @@ def test_who_sits_where() -> None:
 
 
 def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher dealt the ranks out over two nodes in turn."""
-    monkeypatch.setattr(mesh.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
+    """A launcher placed the ranks on two nodes alternately."""
+    monkeypatch.setattr(topology.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
     found, size = make_mesh(WORLD), WORLD.size
     dealt = [list(range(0, size, 2)), list(range(1, size, 2))][: min(2, size)]
     everywhere(seats(found) == [(r, node, i, len(ranks)) for node, ranks in enumerate(dealt) for i, r in enumerate(ranks)],
@@ -111,7 +114,7 @@ def nodes(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def found(nodes: int) -> Mesh:
-    """One machine pretends to be so many nodes. Collective over WORLD."""
+    """Simulate so many nodes on one machine. Collective over WORLD."""
     with pretended(nodes):
         return make_mesh(WORLD)
 
@@ -164,7 +167,7 @@ def test_the_transport_follows_from_what_there_is(monkeypatch: pytest.MonkeyPatc
     everywhere(chosen("window", 1)[0] == several, "asked for")
     everywhere(not chosen("auto", 1, torch.device("cuda"))[0], "not for what lies on a GPU")
     if several:
-        # One rank's need is the node's; there is room for all but one byte.
+        # The need of one rank is that of the node; the available space is one byte too small.
         monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size - 1)
         shares, words = chosen("auto", 1000)
         everywhere(not shares and "/dev/shm" in words and "--shm-size" in words, "too small: said how to make it larger")
@@ -197,7 +200,7 @@ def test_who_waits_spins_where_there_are_cores_and_dozes_where_not() -> None:
         ({"SLURM_STEP_NUM_TASKS": "8"}, 8),
         ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, 1),  # mpirun -n 1 inside a larger step
         ({"PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, 1),
-        ({"SLURM_NTASKS": "8"}, 0),  # a lone command in a batch script
+        ({"SLURM_NTASKS": "8"}, 0),  # a single command in a batch script
         ({"PMI_SIZE": "many", "SLURM_STEP_NUM_TASKS": ""}, 0),
     ],
 )
@@ -211,21 +214,21 @@ def test_what_the_launcher_meant(monkeypatch: pytest.MonkeyPatch, environment: d
 
 def test_a_job_that_fell_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_mpi() == WORLD
-    monkeypatch.setattr(mesh.MPI, "COMM_WORLD", MPI.COMM_SELF)
-    monkeypatch.setattr(mesh, "launched_size", lambda: 4)
+    monkeypatch.setattr(world.MPI, "COMM_WORLD", MPI.COMM_SELF)
+    monkeypatch.setattr(world, "launched_size", lambda: 4)
     with pytest.raises(UsageError, match="4 ranks were started, but each is alone.*mpirun -np 4"):
         start_mpi()
-    monkeypatch.setattr(mesh, "launched_size", lambda: 1)
+    monkeypatch.setattr(world, "launched_size", lambda: 1)
     assert start_mpi() == MPI.COMM_SELF
 
 
 def test_ranks_that_differ_are_told_what_and_where() -> None:
     facts = {"torch": "2.0", "seed": "1"}
-    resolve.agree(WORLD, facts)
+    agree(WORLD, facts)
     if WORLD.size == 1:
         return
     with pytest.raises(UsageError, match=f"seed: rank 0 has 1, rank {LAST} has 2") as found:
-        resolve.agree(WORLD, facts | {"seed": "2"} if WORLD.rank == LAST else facts)
+        agree(WORLD, facts | {"seed": "2"} if WORLD.rank == LAST else facts)
     everywhere("torch" not in str(found.value) and found.value.everywhere, "only what differs, on every rank")
 
 
@@ -234,13 +237,13 @@ def test_threads_are_the_cores_over_the_ranks_of_a_node(monkeypatch: pytest.Monk
     if nodes > WORLD.size:
         pytest.skip("too few ranks")
     monkeypatch.setenv("MPIDP_PRETEND_NODES", str(nodes))
-    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: set(range(8)))
     place = make_mesh(WORLD)
-    everywhere(resolve.resolve_threads(0, place) == max(1, 8 // nodes // place.local_size), "shared cores are shared out")
-    everywhere(resolve.resolve_threads(3, place) == 3, "what is asked for is taken")
-    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
+    everywhere(resolve_threads(0, place) == max(1, 8 // nodes // place.local_size), "shared cores are shared out")
+    everywhere(resolve_threads(3, place) == 3, "what is asked for is taken")
+    monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
     if nodes == 1:
-        everywhere(resolve.resolve_threads(0, make_mesh(WORLD)) == 2, "pinned ranks have their own")
+        everywhere(resolve_threads(0, make_mesh(WORLD)) == 2, "pinned ranks have their own")
 
 
 def test_the_reducer_follows_from_the_config_alone() -> None:

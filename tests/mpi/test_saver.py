@@ -1,4 +1,5 @@
-"""Laws of saving while training goes on: the state of the step and no other, alike on all ranks, whole or not at all."""
+"""Laws of saving during training: a checkpoint has exactly the state of its step, alike on all ranks, completely or not at all.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpidp import saver as saver_module
-from mpidp import saving
-from mpidp.boxes import write_pieces
-from mpidp.checkpoint import Reader, committed, newest_valid, read_manifest
+from mpidp.checkpoint import saver as saver_module
+from mpidp.checkpoint import writer
+from mpidp.checkpoint.boxes import write_pieces
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import committed, newest_valid, read_manifest
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.saver import Saver
 from mpidp.errors import MpidpError
-from mpidp.saver import Saver
-from mpidp.state import Entry
 from tests.saves import no_thread_is_left, saver_of
 from tests.tiny import WORLD, Ran, at, corpus, pretended, read_metrics, sizes, tiny, train_at
 
@@ -30,7 +32,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def entries(comm: MPI.Intracomm, step: int) -> dict[str, Entry]:
-    """Every layout; what the last rank alone holds too."""
+    """Return entries of every layout, and one that only the last rank has."""
     values = torch.arange(9000.0).view(900, 10) + step
     found = {"model/w": Entry(values), "model/count": Entry(torch.tensor([step]))}
     found["strategy/step"] = Entry(torch.tensor(float(step)))
@@ -40,7 +42,7 @@ def entries(comm: MPI.Intracomm, step: int) -> dict[str, Entry]:
 
 
 def holds(run: Path, step: int) -> bool:
-    """Is this step's checkpoint there, and what was saved at it?"""
+    """Does this step's checkpoint exist with the saved values?"""
     path = run / "checkpoints" / f"step_{step:08d}"
     if not path.exists():
         return False
@@ -53,14 +55,14 @@ def holds(run: Path, step: int) -> bool:
 
 
 def agreed(saver: Saver) -> np.ndarray:
-    """What the board of a step would say. Collective over saver.comm."""
+    """Return what the ranks agree on in a step. Collective over saver.comm."""
     flags = saver.flags()
     saver.comm.Allreduce(MPI.IN_PLACE, flags)
     return flags
 
 
 def until(saver: Saver, holds_now: Callable[[np.ndarray], bool], what: str) -> np.ndarray:
-    """Look at the board until it says so, and give it. Collective over saver.comm."""
+    """Repeat until the ranks agree on this, and return it. Collective over saver.comm."""
     end = time.monotonic() + 60
     while not holds_now(flags := agreed(saver)):
         time.sleep(0.005)
@@ -74,7 +76,7 @@ def fails(flags: np.ndarray) -> bool:
 
 @contextmanager
 def writing(change: Callable[..., Any], *ranks: int) -> Iterator[None]:
-    """write_pieces of these ranks is preceded by change(path)."""
+    """On these ranks call change(path) before write_pieces."""
 
     def changed(path: Path, *content: Any) -> tuple[int, int]:
         change(path)
@@ -82,7 +84,7 @@ def writing(change: Callable[..., Any], *ranks: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         if WORLD.rank in ranks:
-            patch.setattr(saving, "write_pieces", changed)
+            patch.setattr(writer, "write_pieces", changed)
         yield
 
 
@@ -90,7 +92,7 @@ def full(path: Path) -> None:
     raise FULL
 
 
-# --- a run
+# --- a complete run
 
 
 def events(ran: Ran, name: str) -> list[int]:
@@ -100,7 +102,7 @@ def events(ran: Ran, name: str) -> list[int]:
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("copies", ["auto", "rank"])
 def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp: Path, nodes: int, copies: str) -> None:
-    """Copied ever so slowly while the next step is computed, and compared with checkpoints for which training stood still."""
+    """Copied slowly while the next step is computed, and compared with checkpoints for which training stopped."""
     settings: dict[str, Any] = {"train": {"steps": 6, "save_every": 2}, "comm": {"copies": copies}}
     data, plain, begin = corpus(shared_folder), np.copyto, Saver.begin
 
@@ -118,7 +120,7 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
                 patch.setattr(Saver, "begin", standing_still)
                 still = train_at(n, tiny(data, shared_tmp / f"still{n}", **settings))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(saving.np, "copyto", slowly)
+                patch.setattr(writer.np, "copyto", slowly)
                 patch.setattr(saver_module, "YOUNG_SECONDS", 60.0)
                 moving = train_at(n, tiny(data, shared_tmp / f"moving{n}", **settings))
         assert moving.learned == still.learned and moving.sha256 == still.sha256
@@ -133,7 +135,7 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
 
 @pytest.mark.mpi(min_size=2)
 def test_a_slow_disk_costs_checkpoints_alone(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second node's writer needs three steps for the first one: the same saves are left out on all ranks, and the end waits
+    """The second node's writer needs three steps for its first save. The same saves are left out on all ranks, and the end waits
     for the last."""
     monkeypatch.setattr(saver_module, "YOUNG_SECONDS", 0.0)
     data, n, file = corpus(shared_folder), WORLD.size // 2 * 2, shared_tmp / "run/metrics.jsonl"
@@ -153,7 +155,7 @@ def test_a_slow_disk_costs_checkpoints_alone(shared_folder: Path, shared_tmp: Pa
 
 
 def test_no_room_for_a_while_costs_checkpoints_and_no_step(shared_folder: Path, shared_tmp: Path) -> None:
-    """The first node's writer finds no room for the checkpoints of steps 1 and 2; those after them are written."""
+    """The first node's writer finds no space for the checkpoints of steps 1 and 2; later ones are written."""
     data = corpus(shared_folder)
     whole = train_at(WORLD.size, tiny(data, shared_tmp / "whole"))
     nodes = 2 if WORLD.size % 2 == 0 else 1
@@ -195,7 +197,7 @@ def test_a_file_a_node_and_what_only_one_rank_holds(shared_tmp: Path, nodes: int
 
 
 def test_what_changes_after_the_fence_is_not_in_it(shared_tmp: Path) -> None:
-    """And it is written long after: the copy counts."""
+    """It is written much later: the copy is what counts."""
 
     def save(comm: MPI.Intracomm) -> None:
         saver, state = saver_of(comm, shared_tmp), entries(comm, 3)
@@ -230,7 +232,7 @@ def test_a_save_that_fails_gives_way_to_the_next(shared_tmp: Path) -> None:
 
 
 def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
-    """Without a next one; the pauses grow, the first is of a second."""
+    """Without another save in between. The pauses grow, starting with one second."""
     tried: list[Path] = []
 
     def at_first(path: Path) -> None:
@@ -250,7 +252,7 @@ def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
 
 
 def test_a_folder_that_vanishes(shared_tmp: Path) -> None:
-    """Of what other ranks wrote nothing is left: the save is lost, the next one makes the folder anew."""
+    """The other ranks' files are lost: the save fails, and the next one creates the folder again."""
 
     def save(comm: MPI.Intracomm) -> None:
         saver, gone = saver_of(comm, shared_tmp / "run"), threading.Event()
@@ -284,7 +286,7 @@ def test_who_does_not_hold_the_run_commits_nothing(shared_tmp: Path) -> None:
 
 
 def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp: Path) -> None:
-    """As after a rank died: each rank closes its own, whatever it did just then; those who are left save the same step."""
+    """As after a rank failed: each rank closes its saver at any point; the remaining ranks then save the same step."""
 
     def save(comm: MPI.Intracomm) -> None:
         first = saver_of(comm, shared_tmp)
@@ -304,18 +306,18 @@ def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp:
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_after_close_nobody_reads_the_state(shared_tmp: Path, wait: bool) -> None:
-    """Shared windows are freed then: whatever is read later is gone."""
+    """Shared windows are freed afterwards, so later reads would fail."""
 
     def save(comm: MPI.Intracomm) -> None:
         read: list[float] = []
-        plain, in_blocks = saving._bytes_of, saving.Save._in_blocks
+        plain, in_blocks = writer._bytes_of, writer.Save._in_blocks
 
         def told(*arguments: Any) -> Any:
             time.sleep(0.02)
             read.append(time.monotonic())
             return plain(*arguments)
 
-        def told_too(self: saving.Save, blocks: list[memoryview]) -> Iterator[memoryview]:
+        def told_too(self: writer.Save, blocks: list[memoryview]) -> Iterator[memoryview]:
             for block in in_blocks(self, blocks):
                 time.sleep(0.02)
                 if wait:
@@ -323,8 +325,8 @@ def test_after_close_nobody_reads_the_state(shared_tmp: Path, wait: bool) -> Non
                 yield block
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(saving, "_bytes_of", told)
-            patch.setattr(saving.Save, "_in_blocks", told_too)
+            patch.setattr(writer, "_bytes_of", told)
+            patch.setattr(writer.Save, "_in_blocks", told_too)
             saver = saver_of(comm, shared_tmp)
             saver.begin(1, entries(comm, 1), {}, wait)
             time.sleep(0.03)

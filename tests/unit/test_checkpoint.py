@@ -1,4 +1,5 @@
-"""Laws of checkpoints on disk: every element once, any damage is seen, an older one stands in, nothing half done counts."""
+"""Laws of checkpoints on disk: every element is stored once, any damage is detected, an older checkpoint is used instead, and
+unfinished ones are ignored."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from mpidp import checkpoint
-from mpidp.boxes import share_out
-from mpidp.checkpoint import Reader, check_file, committed, newest_valid, read_manifest
+from mpidp.checkpoint import manifest
+from mpidp.checkpoint.boxes import share_out
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import check_file, committed, newest_valid, read_manifest
+from mpidp.checkpoint.reader import Reader
 from mpidp.errors import CheckpointError, MpidpError
-from mpidp.files import write_file
-from mpidp.state import Entry
+from mpidp.runtime.files import write_file
 from tests import saves
 
 ALONE = MPI.COMM_SELF
@@ -71,7 +73,7 @@ def save(run: Path, step: int, keep: int = 10) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two checkpoints."""
+    """A run with two checkpoints."""
     for step in (10, 20):
         save(tmp_path, step)
     return tmp_path
@@ -93,7 +95,7 @@ def test_a_manifest_cut_at_any_byte_is_refused(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
     whole = (path / "manifest.json").read_bytes()
     assert whole.endswith(b"}\n")
-    for length in range(len(whole) - 1):  # the last newline alone carries nothing
+    for length in range(len(whole) - 1):  # only the last newline is redundant
         (path / "manifest.json").write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match="manifest.json"):
             read_manifest(path)
@@ -123,7 +125,7 @@ def test_what_is_no_manifest_is_refused(run: Path, text: str) -> None:
 def test_another_format_is_refused(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
     body = read_manifest(path) | {"format": 1}
-    (path / "manifest.json").write_bytes(checkpoint._seal(body))
+    (path / "manifest.json").write_bytes(manifest._seal(body))
     with pytest.raises(CheckpointError, match="format 1, this mpidp reads format 2"):
         read_manifest(path)
 
@@ -134,7 +136,7 @@ def data_file(path: Path) -> tuple[Path, dict[str, object]]:
 
 
 def stands_in(run: Path, why: str) -> None:
-    """The newest is passed over for the older one, and the reason is told."""
+    """Assert that the newest is passed over for the older one, with the reason."""
     path, reasons = newest_valid(run, ALONE)
     assert path == run / "checkpoints/step_00000010"
     assert len(reasons) == 1 and "step_00000020" in reasons[0] and why in reasons[0]
@@ -205,7 +207,7 @@ def test_what_is_left_over_counts_for_nothing_and_is_cleared(run: Path) -> None:
     folder = run / "checkpoints"
     for name in (".writing_step_00000030", ".old_step_00000005", ".old_.old_step_00000006"):
         shutil.copytree(folder / "step_00000020", folder / name)
-    (folder / "step_99").mkdir()  # not a name of ours
+    (folder / "step_99").mkdir()  # not a name of a checkpoint
     (folder / "notes.txt").write_text("mine")
     assert [p.name for p in committed(folder)] == ["step_00000020", "step_00000010"]
     assert newest_valid(run, ALONE)[0] == folder / "step_00000020"
@@ -223,7 +225,7 @@ def test_the_same_step_again_replaces(run: Path) -> None:
 
 
 def save_that_dies(run: Path, step: int, dies_at: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The power fails at the dies_at-th rename, removal or write. Was there one so late?"""
+    """Simulate a power failure at the dies_at-th rename, removal or write. Return whether there were so many."""
     calls = 0
 
     def dying(real: Callable[..., Any], quietly: bool = False) -> Callable[..., Any]:
@@ -240,7 +242,7 @@ def save_that_dies(run: Path, step: int, dies_at: int, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", dying(os.rename))
-        patch.setattr(checkpoint, "write_file", dying(write_file))
+        patch.setattr(manifest, "write_file", dying(write_file))
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree, quietly=True))
         with suppress(MpidpError):
             save(run, step, keep=1)
@@ -275,7 +277,7 @@ def test_a_missing_piece_is_named(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
     body = read_manifest(path)
     del body["files"][0]["pieces"]["model/w"]
-    (path / "manifest.json").write_bytes(checkpoint._seal(body))
+    (path / "manifest.json").write_bytes(manifest._seal(body))
     with pytest.raises(CheckpointError, match="model/w has 0 of 120 elements"):
         Reader(path)["model/w"]
 

@@ -1,4 +1,4 @@
-"""Cuts of tensors: boxes of a run of elements, rows of shards, and what formulas say is held of them."""
+"""Laws of divided tensors: boxes of a range of elements, rows of shards, and the predicted memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from mpidp import resolve
-from mpidp.boxes import boxes_of_run, tensor_of
+from mpidp.checkpoint.boxes import boxes_of_run, tensor_of
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.local_parameters import boxes_held, counted, load_boxes, shard_rows
+from mpidp.config import resolve
 from mpidp.errors import UsageError
-from mpidp.held import boxes_held, load_boxes, shard_rows
-from mpidp.holding import counted, of_replicas, of_shards
-from mpidp.state import Entry
+from tests.memory_formulas import of_replicas, of_shards
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3), (1, 7), (7, 1), (3, 2, 4)])
@@ -47,7 +47,7 @@ def test_sharding_holds_less() -> None:
     assert of_replicas(640, 2, 2) == {"parameters": 2560, "gradients": 5120, "optimizer": 5120}
     assert sum(of_replicas(640, 1, 2, rank, 3)["optimizer"] for rank in range(3)) == 5120
     assert of_shards(shapes, 0, 1, 2) == {"parameters": 140, "gradients": 140, "optimizer": 280}
-    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; one row, and nothing
+    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; has 1 row and 0
     assert sum(of_shards(shapes, rank, 4, 2)["optimizer"] for rank in range(4)) == 280
 
 

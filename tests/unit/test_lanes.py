@@ -1,4 +1,4 @@
-"""Laws of lanes: cuts that lose nothing, are even, and know nothing of ranks."""
+"""Laws of lanes: every micro-batch is in one lane, lanes have even sizes, and they do not depend on ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.lanes import MAX_DEFAULT_LANES, Lanes
-from mpidp.schedule import Backward, Forward, one_f_one_b
+from mpidp.data.lanes import MAX_DEFAULT_LANES, Lanes
+from mpidp.parallel.schedule import Backward, Forward, one_f_one_b
 
 
 @st.composite

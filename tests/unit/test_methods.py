@@ -1,4 +1,4 @@
-"""What does not go together is refused before training, with the reason; what the docs say of it is what the code does."""
+"""Unsupported combinations are rejected before training with the reason, and the table in the documentation matches the code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mpidp import methods
-from mpidp.arguments import from_args
-from mpidp.config import Config, fields_of
+from mpidp.config import rules
+from mpidp.config.command_line import from_args
+from mpidp.config.defaults import DEFAULTS, OF, outer, ratio, rhythm
+from mpidp.config.schema import Config, fields_of
 from mpidp.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +63,8 @@ def refused(*words: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("rule", methods.RULES, ids=lambda rule: f"{rule.one}, {rule.other}")
-def test_each_rule_refuses(rule: methods.Rule) -> None:
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: f"{rule.one}, {rule.other}")
+def test_each_rule_refuses(rule: rules.Rule) -> None:
     for one, other in itertools.product(WORDS[rule.one], WORDS[rule.other]):
         assert f"{rule.one} does not go with {rule.other}: {rule.why}" in refused(one, other)
 
@@ -87,8 +88,8 @@ def test_what_means_nothing_is_refused(words: tuple[str, ...], said: str) -> Non
 def test_ranks_that_would_never_average() -> None:
     settings = PLAIN | {"strategy.name": "local", "strategy.sync_every": 50}
     with pytest.raises(ValueError, match="more than the 49 steps of the run"):
-        methods.rhythm(settings, 49)
-    assert methods.rhythm(settings, 50) == (50, 50)
+        rhythm(settings, 49)
+    assert rhythm(settings, 50) == (50, 50)
 
 
 @pytest.mark.parametrize(("settings", "found"), [
@@ -98,11 +99,11 @@ def test_ranks_that_would_never_average() -> None:
     ({"name": "local", "overlap": True, "sync_every": 20}, (20, 80)), ({"name": "local", "meet_every": 150}, (50, 150)),
 ])  # fmt: skip
 def test_what_is_left_open(settings: dict[str, Any], found: tuple[int, int]) -> None:
-    assert methods.rhythm(PLAIN | {f"strategy.{key}": value for key, value in settings.items()}, 300) == found
+    assert rhythm(PLAIN | {f"strategy.{key}": value for key, value in settings.items()}, 300) == found
 
 
 def test_a_short_run_averages_at_its_end() -> None:
-    assert methods.rhythm(PLAIN | {"strategy.name": "local"}, 20) == (20, 20)
+    assert rhythm(PLAIN | {"strategy.name": "local"}, 20) == (20, 20)
 
 
 @pytest.mark.parametrize(("settings", "found"), [
@@ -114,21 +115,21 @@ def test_a_short_run_averages_at_its_end() -> None:
     ({"strategy.name": "local", "strategy.outer_lr": 0.0, "strategy.outer_momentum": 0.0}, (0, 0)),
 ])  # fmt: skip
 def test_an_outer_step_repeats_less_of_what_is_late(settings: dict[str, Any], found: tuple[float, float]) -> None:
-    assert methods.outer(PLAIN | settings) == found
+    assert outer(PLAIN | settings) == found
 
 
 def test_the_ratio_is_the_method_s_unless_it_was_given() -> None:
-    found = {(kind, name): methods.ratio(PLAIN | {"comm.compress": kind, "strategy.name": name})
+    found = {(kind, name): ratio(PLAIN | {"comm.compress": kind, "strategy.name": name})
              for kind in ("topk", "randomk", "int8") for name in ("synchronous", "local")}
     assert list(found.values()) == [0.01, 0.03, 0.1, 0.1, 0.0, 0.0]
-    assert methods.ratio(PLAIN | {"comm.compress": "topk", "comm.ratio": 0.5, "strategy.name": "local"}) == 0.5
+    assert ratio(PLAIN | {"comm.compress": "topk", "comm.ratio": 0.5, "strategy.name": "local"}) == 0.5
 
 
 def test_the_table_in_the_docs_is_the_code_s() -> None:
-    assert methods.table() in (ROOT / "docs/methods.md").read_text()
+    assert rules.table() in (ROOT / "docs/methods.md").read_text()
 
 
 def test_every_setting_of_the_section_is_somebody_s() -> None:
     keys = {key.partition(".")[2] for key in PLAIN if key.startswith("strategy.")} - {"name"}
-    assert keys == set(methods.OF) == set(methods.DEFAULTS)
-    assert all(PLAIN[f"strategy.{key}"] == value for key, value in methods.DEFAULTS.items())
+    assert keys == set(OF) == set(DEFAULTS)
+    assert all(PLAIN[f"strategy.{key}"] == value for key, value in DEFAULTS.items())

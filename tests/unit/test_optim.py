@@ -1,15 +1,16 @@
-"""Laws of updates: the schedule's values, the textbook's formulas, states that can be carried over, one norm."""
+"""Laws of updates: the values of the schedule, the textbook formulas, transferable states, and one norm."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 
-from mpidp.comm.buckets import NORM_BLOCK, FlatLayout
-from mpidp.optim import Optimizer, Schedule, global_norm
+from mpidp.comm.slices import NORM_BLOCK, global_norm
+from mpidp.reducers.buckets import FlatLayout
+from mpidp.strategies.optimizer import Optimizer
+from mpidp.training.lr_schedule import Schedule
 from tests.registries import OPTIMIZERS
 from tests.unit.references import REFERENCES, Hyper
 
@@ -41,14 +42,14 @@ def test_a_run_that_is_all_warm_up() -> None:
     assert Schedule("cosine", 1.0, 0.0, 5, 5).lr_at(5) == 1.0
 
 
-SHAPES = {  # about a block of the flat layout, so that shares cut through most of them
+SHAPES = {  # about one block of the flat layout each, so that shares divide most of them
     "embedding.weight": (300, 64), "blocks.0.w.weight": (64, 100), "blocks.0.norm.weight": (64,), "blocks.0.v.weight": (128, 130),
     "blocks.1.w.weight": (7, 11), "norm.weight": (5,), "head.weight": (300, 64),
 }
 
 
 class Flat:
-    """Parameters, gradients and moments as ranks that share memory see them: any number of optimizers works on one."""
+    """Parameters, gradients and moments as seen by ranks that share memory: several optimizers work on them."""
 
     def __init__(self, name: str = "adamw", shares: int = 1, weight_decay: float = 0.1, beta1: float = 0.9) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -66,13 +67,13 @@ class Flat:
             ))
 
     def _memory(self, which: int, elements: int) -> torch.Tensor:
-        """The same to all who ask for their which-th."""
+        """Return the same memory for the same number `which`."""
         if which == len(self._memories):
             self._memories.append(torch.zeros(elements))
         return self._memories[which]
 
     def gradient(self, step: int) -> dict[str, torch.Tensor]:
-        """Put the gradients of a step in place; what lies between parameters is not theirs."""
+        """Write the gradients of a step; the padding between parameters stays unchanged."""
         self.gradients.fill_(math.nan)
         generator = torch.Generator().manual_seed(step)
         for (_, p), view in zip(self.layout.parameters, self.layout.views(self.gradients), strict=True):
@@ -87,7 +88,7 @@ class Flat:
                 optimizer.step(0.01 * step)
 
     def state(self) -> dict[str, list[float]]:
-        """Parameters and the optimizer's state, which all that share them see alike."""
+        """Return parameters and the optimizer's state, which are the same for all that share them."""
         states = [{key: value.tolist() for key, value in o.state_dict().items()} for o in self.optimizers]
         assert all(state == states[0] for state in states)
         return states[0] | {name: p.tolist() for name, p in self.named}
@@ -96,7 +97,7 @@ class Flat:
 @pytest.mark.parametrize("beta1", [0.9, 0.5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_updates_are_those_of_the_reference(name: str, beta1: float) -> None:
-    """Over steps of different learning rates; matrices decay, vectors do not."""
+    """Over steps with different learning rates. Weight decay applies to matrices only."""
     assert name in REFERENCES, f"add a reference implementation of {name} to tests/unit/references.py"
     flat = Flat(name, beta1=beta1)
     expected = {key: p.detach().double() for key, p in flat.named}
@@ -153,7 +154,7 @@ def test_what_no_optimizer_knows_is_refused() -> None:
 
 
 def test_replicas_agree_on_the_flat_moments() -> None:
-    """An audit compares them: all of the state but the number of updates lies there."""
+    """An audit compares them: all state except the number of updates is there."""
     for name in OPTIMIZERS:
         flat = Flat(name)
         flat.steps(1, 2)

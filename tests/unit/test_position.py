@@ -1,4 +1,4 @@
-"""Laws of where a run stands: every batch is counted once, and what gradient norm is usual is not moved by a few odd ones."""
+"""Laws of a run's position: every batch is counted once, and a few outliers do not change the usual gradient norm."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.job import KNOWN_AFTER, REMEMBERED, Position
 from mpidp.strategies.protocol import StepStats
+from mpidp.training.state import KNOWN_AFTER, REMEMBERED, Position
 
 NORMS = st.floats(1e-6, 1e6)
 

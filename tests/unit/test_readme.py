@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mpidp.arguments import from_args
-from mpidp.config import fields_of
+from mpidp.config.command_line import from_args
+from mpidp.config.schema import fields_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("README.md", "README.zh.md")

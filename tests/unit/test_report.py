@@ -1,4 +1,4 @@
-"""Laws of the report: shares add up to all of the time, what was measured is where it belongs, and no more is claimed."""
+"""Laws of the report: shares add up to the total time, every measurement is in the right part, and nothing else is claimed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.config import Config, fields_of, to_toml
+from mpidp.config.schema import Config, fields_of, to_toml
 from mpidp.errors import UsageError
-from mpidp.metrics import MetricsFile, took
+from mpidp.metrics.jsonl import MetricsFile, took
 from mpidp.report import named, report
 from mpidp.reporting.charts import Curve, curves, duration, short, thinned, ticks
 from mpidp.reporting.compare import scaling, scaling_of
 from mpidp.reporting.costs import costs
 from mpidp.reporting.pictures import draw
-from mpidp.reporting.read import Run, read
+from mpidp.reporting.read import RecordedRun, read
 from mpidp.reporting.waterfall import PARTS, of_step, waterfall
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def start(step: int = 0, ranks: int = 2, at: float = 1000.0, **more: Any) -> dic
 
 
 def step(number: int, at: float, compute: tuple[float, ...] = (0.3, 0.5), **more: Any) -> dict[str, Any]:
-    """A step of 1 s at rank 0: 0.1 data, computing, waiting until all met after 0.75, 0.2 update, 0.05 between them."""
+    """A step of 1 s on rank 0: 0.1 data, compute, waiting until all arrived after 0.75, 0.2 update, 0.05 between them."""
     return {
         "step": number, "train_loss": 5.0 / number, "tokens": 100 * number, "tokens_per_second": 100.0, "mfu": None,
         "data_seconds": 0.1, "compute_seconds": compute[0], "comm_wait_seconds": 0.65 - compute[0], "update_seconds": 0.2,
@@ -62,7 +62,7 @@ def write(folder: Path, lines: list[dict[str, Any]], **settings: dict[str, Any])
 
 
 def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
-    """4 s of start, 4 steps of 1 s, 1.5 s of evaluations, half a second of a checkpoint, the rest unknown."""
+    """4 s of start, 4 steps of 1 s, 1.5 s of evaluations, 0.5 s of a checkpoint, the rest unknown."""
     fall = waterfall(read(write(tmp_path / "run", WHOLE)))
     assert fall.whole == pytest.approx(11.5) and list(fall.seconds) == list(PARTS)
     found = {part: seconds for part, seconds in fall.seconds.items() if seconds > 1e-9}
@@ -77,7 +77,7 @@ def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
 
 
 def test_a_slow_step_is_told_apart_from_a_usual_one(tmp_path: Path) -> None:
-    """Of 12 steps one computes 0.2 s longer, on all ranks; ideal are the fastest tenth."""
+    """Of 12 steps one computes 0.2 s longer on all ranks; the fastest tenth is taken as ideal."""
     lines = [start(), *(step(n, 1000.0 + n, (0.5, 0.5) if n == 7 else (0.3, 0.3)) for n in range(1, 13))]
     fall = waterfall(read(write(tmp_path / "run", lines)))
     assert fall.seconds["ideal"] == pytest.approx(12 * 0.3) and fall.seconds["slowdown"] == pytest.approx(0.2)
@@ -88,7 +88,7 @@ SECONDS = st.floats(0, 1e4) | st.sampled_from([0.0, 1e-9])
 
 @given(st.lists(st.tuples(*[SECONDS] * 6, st.lists(SECONDS, max_size=4), st.booleans()), min_size=1, max_size=12))
 def test_shares_add_up_to_all_of_the_time(rows: list[tuple[Any, ...]]) -> None:
-    """Whatever clocks say: also where parts are longer than the whole, and where ranks are longer than rank 0's step."""
+    """With any clocks: also if parts are longer than the whole, or other ranks are slower than rank 0's step."""
     lines: list[dict[str, Any]] = []
     at = 0.0
     for i, (data, compute, wait, update, stall, whole, ranks, dated) in enumerate(rows):
@@ -112,7 +112,7 @@ def test_shares_add_up_to_all_of_the_time(rows: list[tuple[Any, ...]]) -> None:
         parts = of_step(lines[-1])
         assert min(parts.values()) > -1e-9
         assert math.fsum(parts.values()) == pytest.approx(max(whole, data + compute + wait + update), rel=1e-9, abs=1e-9)
-    fall = waterfall(Run(Path("x"), "x", {}, lines))
+    fall = waterfall(RecordedRun(Path("x"), "x", {}, lines))
     assert fall.whole >= sum(took(lines)) - 1e-6
     if fall.whole:
         assert math.fsum(fall.shares.values()) == pytest.approx(1.0, rel=1e-9)
@@ -129,7 +129,8 @@ def test_a_straggler_is_told_apart_from_communication(tmp_path: Path) -> None:
 
 
 def test_what_a_restart_costs(tmp_path: Path) -> None:
-    """A job dies after step 4, the next goes on from step 2 an hour later: two steps are lost, the hour is nobody's."""
+    """A job ends after step 4, and the next resumes from step 2 an hour later: two steps are lost, and the hour belongs to no
+    job."""
     path = write(tmp_path / "run", [start(), *(step(n, 1000.0 + n) for n in (1, 2, 3, 4))]) / "metrics.jsonl"
     metrics = MetricsFile(path, step=2, next_batch=2)
     assert metrics.lost == pytest.approx({"lost_seconds": 2.0, "lost_steps": 2, "lost_joules": 60.0})
@@ -140,13 +141,13 @@ def test_what_a_restart_costs(tmp_path: Path) -> None:
     fall = waterfall(run)
     assert fall.whole == pytest.approx(4 + 2 + 2 + 4 + 2) and fall.seconds["lost"] == 2.0 and fall.seconds["start"] == 8.0
     assert costs(run, 0, 0).joules == pytest.approx(6 * 30.0)
-    again = MetricsFile(path, step=0, next_batch=0)  # back to the beginning: what was lost before is still lost
+    again = MetricsFile(path, step=0, next_batch=0)  # back to the beginning; the earlier loss still counts
     assert again.lost == pytest.approx({"lost_seconds": 2 + 2 + 4 + 2, "lost_steps": 6, "lost_joules": 180.0})
     again.close()
 
 
 def test_in_one_process_the_way_back_is_counted_once(tmp_path: Path) -> None:
-    """It went back at 1004.5 and began anew at 1005: 2.5 s were lost, half of one went by until it went on."""
+    """It returned at 1004.5 and began again at 1005: 2.5 s were lost, and half a second passed until it continued."""
     path = write(tmp_path / "run", [start(), *(step(n, 1000.0 + n) for n in (1, 2, 3, 4))]) / "metrics.jsonl"
     metrics = MetricsFile(path, step=2, next_batch=2)
     metrics.write(start(2, at=1004.5, setup_seconds=8.5, **metrics.lost))
@@ -165,7 +166,7 @@ def test_energy_and_cost_are_sums_and_stated_factors(tmp_path: Path) -> None:
     blind = read(write(tmp_path / "blind", [start(energy_of=[], energy_not="no RAPL counter"), step(1, 1001.0)]))
     assert costs(blind, 400.0, 0.0).joules is None and costs(blind, 400.0, 0.0).why == "no RAPL counter"
     mixed = read(write(tmp_path / "mixed", [*WHOLE[:3], start(2, at=1100.0, energy_of=["cpu", "gpu"]), step(3, 1101.0)]))
-    assert costs(mixed, 400.0, 0.0).joules is None and "same" in costs(mixed, 400.0, 0.0).why
+    assert costs(mixed, 400.0, 0.0).joules is None and "different" in costs(mixed, 400.0, 0.0).why
     assert "not available: no RAPL counter" in report([blind])
 
 
@@ -187,7 +188,7 @@ def test_other_models_do_not_scale(tmp_path: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Are tags closed as they were opened? And what do they load?"""
+    """Checks that tags are closed in order, and collects what they load."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -223,19 +224,19 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
         "prefers-color-scheme:dark",
         "@media print",
         "Comparison",
-        "has not come to its end",
+        "is not finished",
         "goodput",
         "1,234 parameters",
         "two (1)",
-        "Rank 1 took longest in 4 of 4 steps",
-        "batches that made no update",
+        "Rank 1 was the slowest in 4 of 4 steps",
+        "batches without an update",
     ):
         assert words in text, words
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<style>.*?</style>", "", text))
 
 
 def test_colours_can_be_read() -> None:
-    """Contrast with the paper, light and dark: 3:1 at least for lines and bars (WCAG 2.2, 1.4.11), 4.5:1 for words."""
+    """Contrast with the background, light and dark: at least 3:1 for lines and bars (WCAG 2.2, 1.4.11), 4.5:1 for text."""
     from mpidp.reporting.page import DARK, LIGHT, STYLE
 
     def light(colour: str) -> float:
@@ -257,13 +258,13 @@ def test_colours_can_be_read() -> None:
 
 def test_a_run_that_goes_on_now_says_so(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", WHOLE[:3])
-    assert "no job works on it now" in report([read(folder)])
+    assert "no job is working on it" in report([read(folder)])
     (folder / "lock").write_text("{}")
-    assert "still going: step 2 of" in report([read(folder)])
+    assert "in progress: step 2 of" in report([read(folder)])
 
 
 def test_old_records_are_read_for_what_they_say(tmp_path: Path) -> None:
-    """No times, no ranks, half a line at the end."""
+    """Records without times or ranks, and with an incomplete line at the end, are read."""
     old = [
         {
             key: value
@@ -293,8 +294,8 @@ def test_old_records_are_read_for_what_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("made", "said"), [
-    ([], "no such folder"), (["x/"], "no config.toml there"), (["x/config.toml"], "no metrics.jsonl there (it was not started"),
-    (["x/config.toml", "x/metrics.jsonl"], "has not made one (yet)"),
+    ([], "no such folder"), (["x/"], "no config.toml there"), (["x/config.toml"], "no metrics.jsonl there (the run has not"),
+    (["x/config.toml", "x/metrics.jsonl"], "has not completed one yet"),
 ])  # fmt: skip
 def test_what_is_no_run_is_said(tmp_path: Path, made: list[str], said: str) -> None:
     for name in made:
@@ -321,7 +322,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     done = command("run", "--out", "page.html", "--price-per-node-hour", "3")
     assert done.returncode == 0 and "page.html: run" in done.stdout, done.stderr
-    assert "at the stated rate" in (tmp_path / "page.html").read_text()
+    assert "at the given rate" in (tmp_path / "page.html").read_text()
     for words, said in (
         (["absent"], "no such folder"),
         (["run", "run"], "given twice"),
@@ -331,7 +332,7 @@ def test_the_command(tmp_path: Path) -> None:
     ):
         failed = command(*words)
         assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr
-    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "metrics.jsonl"]  # as they were
+    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "metrics.jsonl"]  # the run's files are unchanged
 
 
 def test_pictures(tmp_path: Path) -> None:

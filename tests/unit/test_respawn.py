@@ -1,4 +1,4 @@
-"""Laws of coming back to full size: asked for only where it can be had, and not for ever at one step."""
+"""Laws of respawning: it is accepted only where it can work, and limited at one step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from mpidp import entry, recover
-from mpidp.comm import respawn
+from mpidp.faults import respawn
+from mpidp.runtime import command
+from mpidp.runtime.environment import newcomer
+from mpidp.training import recovery
 
 
 @pytest.mark.parametrize(
@@ -27,13 +29,13 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, tolerant: bool, machines: int,
 
 
 def test_a_newcomer_is_one_by_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry.signal, "alarm", lambda seconds: None)
+    monkeypatch.setattr(command.signal, "alarm", lambda seconds: None)
     for enabled, port, is_one in [("1", "1.0:5", True), ("0", "1.0:5", False), ("1", None, False)]:
         monkeypatch.setenv("OMPI_MCA_mpi_ft_enable", enabled)
         monkeypatch.delenv("OMPI_PARENT_PORT", raising=False)
         if port:
             monkeypatch.setenv("OMPI_PARENT_PORT", port)
-        assert entry.newcomer() is is_one
+        assert newcomer() is is_one
 
 
 def job(size: int, step: int, said: list[str]) -> Any:
@@ -44,11 +46,11 @@ def job(size: int, step: int, said: list[str]) -> Any:
 
 def test_three_attempts_at_a_step() -> None:
     said: list[str] = []
-    crew = recover.Crew(None, 0, full=4, number=4, respawn=True)
-    assert not recover.wanting(crew, job(4, 1, said))
+    crew = recovery.Crew(None, 0, full=4, number=4, respawn=True)
+    assert not recovery.wanting(crew, job(4, 1, said))
     for step in (1, 1, 1, 2, 2, 2):
-        assert recover.wanting(crew, job(3, step, said)), step
+        assert recovery.wanting(crew, job(3, step, said)), step
     assert not said
-    assert not recover.wanting(crew, job(3, 2, said)) and not recover.wanting(crew, job(3, 3, said))
+    assert not recovery.wanting(crew, job(3, 2, said)) and not recovery.wanting(crew, job(3, 3, said))
     assert said == ["new ranks died 3 times at step 2: 3 go on without more"]
-    assert not recover.wanting(recover.Crew(None, 0, full=4, number=4, respawn=False), job(3, 1, said))
+    assert not recovery.wanting(recovery.Crew(None, 0, full=4, number=4, respawn=False), job(3, 1, said))

@@ -1,4 +1,5 @@
-"""Laws of the shard format: what was written is read, the same bytes each time, and nothing hostile is opened."""
+"""Laws of the shard format: a round trip restores the data, files have the same bytes each time, and hostile files are not
+opened."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ LENGTHS = [1000, 3, 4096, 1]
 
 
 def make_shards(folder: Path, lengths: list[int] = LENGTHS, vocab_size: int = 300, mask: bool = False) -> np.ndarray:
-    """A train split of random tokens; returns them."""
+    """Write a training split of random tokens; return them."""
     folder.mkdir(exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, vocab_size, sum(lengths))
     records, at = [], 0
@@ -46,7 +47,7 @@ def change_index(folder: Path, change: Any) -> None:
 
 
 def adopt(folder: Path, i: int = 0) -> None:
-    """Make the index believe in the bytes of a file, so that only its structure can betray it."""
+    """Update the index to the file's bytes, so that only its structure can reveal the fault."""
     path = folder / f"train_{i:05d}.h5"
 
     def change(raw: Any) -> None:
@@ -115,7 +116,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_shard_with_too_few_tokens_never_appears(tmp_path: Path) -> None:
     attributes: dict[str, Any] = {"split": "train", "vocab_size": 300, "tokenizer_sha256": "ab"}
-    with pytest.raises(ValueError, match="10 tokens were given, not 11"):
+    with pytest.raises(ValueError, match="expected 11 tokens, got 10"):
         write_shard(tmp_path / "train_00000.h5", [np.arange(10)], 11, np.array([0]), attributes)
     assert not list(tmp_path.iterdir())
 
@@ -133,7 +134,7 @@ def test_only_the_index_is_read_at_first(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, name: str, make: Any) -> None:
-    """Replace a dataset by what make(file) puts there."""
+    """Replace a dataset by the result of make(file)."""
     with h5py.File(path, "r+") as file:
         del file[name]
         make(file)
@@ -171,8 +172,8 @@ HOSTILE = {
 }
 
 
-REASONS = {"soft link": "of its own", "external link": "of its own", "gone": "of its own", "group": "not a dataset",
-           "huge": "shape", "declared only": "inside the file", "scalar": "shape"} | dict.fromkeys(
+REASONS = {"soft link": "or only a link", "external link": "or only a link", "gone": "or only a link",
+           "group": "not a dataset", "huge": "shape", "declared only": "inside the file", "scalar": "shape"} | dict.fromkeys(
     ("external", "virtual", "chunked", "gzip"), "contiguously") | dict.fromkeys(("signed", "float", "wider", "enum"), "type")
 
 
@@ -210,7 +211,7 @@ def test_truncated_files_are_refused(tmp_path: Path, size: int) -> None:
     with pytest.raises(DataError, match="train_00000.h5.*bytes"):
         TokenStream(tmp_path).check()
     if size:
-        adopt(tmp_path)  # an index that says so too does not help
+        adopt(tmp_path)  # a matching index does not help
         with pytest.raises(DataError, match="train_00000.h5"):
             TokenStream(tmp_path).check()
 
@@ -286,7 +287,7 @@ def test_missing_folders_and_splits_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data_tools.prepare"):
         TokenStream(tmp_path / "nothing")
     make_shards(tmp_path)
-    with pytest.raises(DataError, match="no split 'val', only train"):
+    with pytest.raises(DataError, match="no split 'val', but only train"):
         TokenStream(tmp_path, "val")
 
 

@@ -1,4 +1,4 @@
-"""Laws of the crash loop: so many starts in a row from one checkpoint, and no more until somebody has looked."""
+"""Laws of repeated crashes: a limited number of starts in a row from one checkpoint, until a user acts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpidp.errors import DataError, MpidpError, Stopped, UsageError
-from mpidp.tries import Tries
+from mpidp.faults.restarts import Tries
 
 
 def start(run: Path, step: int, most: int = 3, error: BaseException | None = None, rank: int = 0, killed: bool = False) -> None:

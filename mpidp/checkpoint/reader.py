@@ -1,0 +1,109 @@
+"""Reads the tensors of one checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from mpidp.checkpoint.boxes import Box, tensor_of
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import read_manifest, readable
+from mpidp.errors import CheckpointError
+
+
+class Reader(Mapping[str, Tensor]):
+    """The global tensors of a checkpoint by name, assembled from their pieces when asked for. Independent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta = read_manifest(path)
+        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # of a tensor: in which file, by which name there, which box
+        with readable(path):
+            self._pieces |= {name: [] for name in self.meta["tensors"]}
+            self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
+            for record in self.meta["files"]:
+                for key, box in record["pieces"].items():
+                    self._pieces[tensor_of(key)].append((record["file"], key, box))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The whole tensor; of an additive one, the sum of its parts in rank order. CheckpointError when a part is missing."""
+        return self.part(name)
+
+    def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
+        """The box from `at` on, of this shape; the whole when it is left out. Only what lies in it is read. CheckpointError when
+        something of it is missing."""
+        with readable(self.path):
+            whole = tuple(self.meta["tensors"][name]["shape"])
+            return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
+
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """What this entry holds of the tensor. CheckpointError when the tensor is of another shape, or something is missing."""
+        with readable(self.path):
+            there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
+            if there != tuple(shape):
+                raise CheckpointError(f"{self.path}: {name} has shape {there}, this model's has {tuple(shape)}")
+        return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
+
+    def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
+        about = self.meta["tensors"][name]
+        dtype = getattr(torch, about["dtype"])
+        if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self._bytes:
+            raise ValueError(f"{name} of shape {about['shape']} in {self._bytes} bytes")
+        found = torch.zeros(tuple(shape), dtype=dtype)
+        filled = 0
+        for file, key, box in pieces:
+            if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
+                raise ValueError(f"{name} of shape {about['shape']} from {box}")
+            ranges = [
+                (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
+            ]
+            if any(low >= high for low, high in ranges) and found.numel():
+                continue
+            with safetensors.safe_open(self.path / file, "pt") as opened:
+                if box == [list(one) for one in ranges]:
+                    piece = opened.get_tensor(key)
+                else:
+                    inside = [slice(low - start, high - start) for (low, high), (start, _) in zip(ranges, box, strict=True)]
+                    piece = opened.get_slice(key)[tuple(inside)]
+            place = found[tuple(slice(low - a, high - a) for (low, high), a in zip(ranges, at, strict=True))]
+            if about["layout"] == "additive":
+                place += piece
+            else:
+                place.copy_(piece)
+            filled += piece.numel()
+        if about["layout"] != "additive" and filled != found.numel():
+            raise CheckpointError(f"{self.path}: {name} has {filled} of {found.numel()} elements")
+        return found
+
+    def under(
+        self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
+    ) -> dict[str, Tensor]:
+        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with.
+        boxes: by tensor, those that this rank holds of it, which alone are then read, and given by the boxes' names."""
+        found = {}
+        for name in (name for name in self if name.startswith(prefix)):
+            held = (boxes or {}).get(name.removeprefix(prefix))
+            if held is None:
+                found[name.removeprefix(prefix)] = self.own(name, rank, size)
+            else:
+                found |= {key: self.box(name, entry) for key, entry in held.items()}
+        return found
+
+    def own(self, name: str, rank: int, size: int) -> Tensor:
+        """The whole tensor; of an additive one, what this rank of `size` goes on with."""
+        pieces, about = self._pieces[name], self.meta["tensors"][name]
+        if about["layout"] == "additive":  # written by as many: to each its own; else the sum to rank 0
+            pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
+        with readable(self.path):
+            return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

@@ -1,0 +1,218 @@
+"""One save of one rank: a thread that copies what is to be saved, writes the copy, and on rank 0 commits the checkpoint.
+
+No MPI here: the ranks meet in the folder `.writing_step_XXXXXXXX_<token>`. Each writer puts its file there and then, but for rank
+0, a record of it; when rank 0 has all records the checkpoint is committed. What fails for lack of room, or of a folder, is tried
+again with growing pauses until the main thread drops it. What was not committed counts for nothing, and is cleared away later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpidp.checkpoint.boxes import Piece, describe, pieces_of, write_pieces
+from mpidp.checkpoint.entry import Entry
+from mpidp.checkpoint.manifest import commit
+from mpidp.runtime.files import write_file
+
+THREAD = "mpidp-save"
+BLOCK = 4 << 20  # bytes written at a time
+LONGEST_PAUSE = 60.0  # seconds between two tries
+LOST_SECONDS = 600.0  # records that have not come by then, and by 20 times what rank 0 took to write, never will
+IDLE, WAITS, WRITES, FAILS = range(4)  # it is done; looks for records; writes; sleeps until it tries again
+
+
+class Dropped(Exception):  # noqa: N818
+    """The main thread wants no more of this save."""
+
+
+class Lost(OSError):
+    """What other ranks wrote is gone: it does not help that this one writes again."""
+
+
+class HostMemory:
+    """Where copies lie, one after the other."""
+
+    def __init__(self) -> None:
+        self._bytes: Tensor | None = None
+
+    def take(self, size: int, pinned: bool) -> Tensor:
+        """(size,) bytes; the same as the last time when the size is. Independent."""
+        if self._bytes is None or self._bytes.numel() != size:
+            self._bytes = None
+            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        return self._bytes
+
+
+@dataclass
+class Save:
+    """Begins when it is made. Independent."""
+
+    step: int
+    folder: Path  # RUN/checkpoints/.writing_...
+    entries: Mapping[str, Entry]
+    share: tuple[int, int] | None  # of what all ranks hold (pieces_of)
+    meta: Mapping[str, Any]
+    rank: int
+    writers: list[int]
+    keep: int  # checkpoints
+    wait: bool  # the main thread waits for it: nothing is copied on the CPU, and nothing tried again
+    memory: HostMemory
+    may_commit: Callable[[], bool]
+    state: int = WRITES
+    error: Exception | None = None
+    progress: int = 0
+    saved: dict[str, float] | None = None  # on rank 0, once it is committed: what it cost
+    dropping: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)  # the state is not read any more
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._device = next((entry.tensor.device for entry in self.entries.values() if entry.tensor.is_cuda), None)
+        self._ready = torch.cuda.current_stream(self._device).record_event() if self._device else None
+        self._pieces: list[Piece] = []
+        self._records: dict[int, dict[str, Any]] = {}
+        self.thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._try(self._copy())
+        except Dropped:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            self.released.set()
+            self.state = IDLE
+
+    def _try(self, blocks: list[memoryview]) -> None:
+        """Write and commit, again and again until it works or is dropped."""
+        pause = 1.0
+        while True:
+            self.state = WRITES
+            try:
+                self._write(blocks)
+                if self.rank == 0:
+                    self._collect()
+                    self._commit()
+                return
+            except OSError as error:
+                self._fail(error, None if self.wait or isinstance(error, Lost) else pause)
+            except Dropped:
+                raise
+            except Exception as error:  # a mistake in here is no reason to stop training
+                self._fail(error, None)
+            pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _fail(self, error: Exception, pause: float | None) -> None:
+        """Say so, once, and sleep: for so long, or until the save is dropped."""
+        if self.error is None and not self.wait:
+            print(f"warning: rank {self.rank}: the checkpoint of step {self.step} could not be written ({in_words(error)}). "
+                  "Training goes on, and it is tried again", file=sys.stderr, flush=True)
+        self.error, self.state = error, FAILS
+        if self.dropping.wait(pause):
+            raise Dropped
+
+    def _copy(self) -> list[memoryview]:
+        """The bytes of the pieces in order: of a copy, or of the state itself when that does not change meanwhile."""
+        try:
+            self._pieces = pieces_of(self.entries, self.share)
+            if self.wait and self._ready is None:
+                return [_bytes_of(piece.tensor).data for piece in self._pieces]
+            stream = torch.cuda.Stream(self._device) if self._device else None
+            with nullcontext() if stream is None else torch.cuda.stream(stream):  # on its device, too
+                host, offset = self.memory.take(sum(piece.tensor.nbytes for piece in self._pieces), stream is not None), 0
+                if stream is not None and self._ready is not None:
+                    stream.wait_event(self._ready)
+                for piece in self._pieces:
+                    if self.dropping.is_set():
+                        raise Dropped
+                    place = host[offset : offset + piece.tensor.nbytes]
+                    if piece.tensor.is_cuda:
+                        place.view(piece.tensor.dtype).view(piece.tensor.shape).copy_(piece.tensor, non_blocking=True)
+                    else:  # by numpy: torch would start a pool of threads for this one
+                        np.copyto(place.numpy(), _bytes_of(piece.tensor))
+                    offset += piece.tensor.nbytes
+                if stream is not None:
+                    stream.synchronize()
+        except Exception as error:  # no memory
+            self.released.set()
+            if not isinstance(error, Dropped):
+                self._fail(error, None)
+            raise
+        self.released.set()
+        return [host.numpy().data]
+
+    def _in_blocks(self, blocks: list[memoryview]) -> Iterator[memoryview]:
+        for block in blocks:
+            for at in range(0, len(block), BLOCK):
+                if self.dropping.is_set():
+                    raise Dropped
+                self.progress += 1
+                yield block[at : at + BLOCK]
+
+    def _write(self, blocks: list[memoryview]) -> None:
+        """This rank's file; and a record of it, for rank 0 to find."""
+        name = f"rank_{self.rank:05d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
+        ranges = {piece.name: piece.box for piece in self._pieces}
+        file = {"file": f"{name}.safetensors", "bytes": size, "crc32": crc, "pieces": ranges}
+        first = self.share is not None and self.share[0] == 0  # of those that hold the same
+        told = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
+        self._records[self.rank] = {"file": file, "tensors": describe(told)}  # once each
+        if self.rank:
+            write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode())
+
+    def _collect(self) -> None:
+        """Look for the records of the others until all are there. A server's news may be late: the folder is listed anew."""
+        self.state, began, pause = WAITS, time.monotonic(), 0.002
+        until = began + max(LOST_SECONDS, 20 * (began - self.began))
+        while missing := [rank for rank in self.writers if rank not in self._records]:
+            try:
+                there = set(os.listdir(self.folder))
+            except FileNotFoundError as error:
+                raise Lost(f"{self.folder} has vanished") from error
+            for rank in missing:
+                if f"rank_{rank:05d}.json" in there:
+                    self._records[rank] = json.loads((self.folder / f"rank_{rank:05d}.json").read_bytes())
+            if time.monotonic() > until:
+                raise Lost(f"{self.folder}: ranks {missing} have left no record")
+            if self.dropping.wait(pause):
+                raise Dropped
+            pause = min(0.25, 1.5 * pause)
+        self.state = WRITES
+
+    def _commit(self) -> None:
+        """All parts are there: make them the checkpoint of this step."""
+        if not self.may_commit():
+            raise OSError(f"{self.folder.parents[1]}: its lock is not this job's any more")
+        for rank in self.writers:
+            (self.folder / f"rank_{rank:05d}.json").unlink(missing_ok=True)
+        records = [self._records[rank] for rank in self.writers]
+        tensors = {name: about for record in records for name, about in record["tensors"].items()}
+        files = [record["file"] for record in records]
+        commit(self.folder, {"step": self.step, **self.meta, "tensors": dict(sorted(tensors.items())), "files": files}, self.keep)
+        self.saved = {"seconds": time.monotonic() - self.began, "cpu_seconds": time.thread_time()}
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def in_words(error: Exception) -> str:
+    """What it says to a user; a mistake of ours with where it happened. Independent."""
+    return str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error)).strip()

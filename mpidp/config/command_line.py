@@ -1,0 +1,120 @@
+"""Where settings come from: a TOML file first, then `--section.key=value`; and what --help says of them.
+
+An unknown key or value is an error that names the nearest right one, before MPI starts. Nothing here imports torch or MPI.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpidp.config.schema import Config, checked, fields_of
+from mpidp.config.settings import FIXED
+from mpidp.errors import UsageError
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    return difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.0)[0]
+
+
+def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
+    """A command-line word or a TOML value as the field's type, within its choices and limits."""
+    meta = about.metadata
+    kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
+    try:
+        if not isinstance(raw, (str, int, float)):
+            raise ValueError
+        if kind is bool:
+            value: Any = {"true": True, "false": False}[str(raw).lower()]
+        elif kind is str:
+            value = str(raw).lower() if isinstance(raw, bool) else str(raw)
+        elif isinstance(raw, bool):
+            raise ValueError
+        elif kind is int:
+            number = float(raw)
+            value = int(raw) if isinstance(raw, int) or str(raw).lstrip("+-").replace("_", "").isdigit() else int(number)
+            if value != number and abs(number) < 2**53:
+                raise ValueError
+        else:
+            value = float(raw)
+            if value != value or value in (float("inf"), float("-inf")):
+                raise ValueError
+    except (ValueError, KeyError, OverflowError) as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
+        raise UsageError(f"{where}: {key}={raw!r} must be {wanted}") from error
+    if meta["choices"] and value not in meta["choices"]:
+        near = _nearest(value, meta["choices"])
+        raise UsageError(f"{where}: {key}={value!r} is not one of {', '.join(meta['choices'])}; did you mean {near!r}?")
+    if (meta["low"] is not None and value < meta["low"]) or (meta["high"] is not None and value > meta["high"]):
+        limits = f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
+        raise UsageError(f"{where}: {key}={value} must be {limits}")
+    return value
+
+
+def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
+    known = {name: about for name, about, _ in fields_of()}
+    if key not in known:
+        raise UsageError(f"{where}: there is no setting {key!r}; did you mean {_nearest(key, list(known))!r}? (--help lists all)")
+    chosen[key] = _convert(key, raw, known[key], where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A configuration file as {section.key: value}, unchecked. UsageError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            tree = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a configuration that can be read ({error})") from error
+    flat: dict[str, Any] = {}
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            raise UsageError(f"{path}: {section!r} stands outside a section; write [section] and key = value below it")
+        flat.update({f"{section}.{key}": value for key, value in values.items()})
+    return flat
+
+
+def from_args(arguments: Sequence[str]) -> Config:
+    """CONFIG.toml (at most one), then --section.key=value or --section.key value. UsageError. Independent."""
+    chosen: dict[str, Any] = {}
+    words = list(arguments)
+    files = 0
+    overrides: list[tuple[str, str]] = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            key, equals, raw = word[2:].partition("=")
+            if not equals:
+                if not words:
+                    raise UsageError(f"command line: --{key} has no value; write --{key}=VALUE")
+                raw = words.pop(0)
+            overrides.append((key, raw))
+        else:
+            files += 1
+            if files > 1:
+                raise UsageError(f"command line: a second configuration file {word!r}; give one, then --section.key=value")
+            for key, value in read_toml(Path(word)).items():
+                _assign(chosen, key, value, word)
+    for key, raw in overrides:
+        _assign(chosen, key, raw, "command line")
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in chosen.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return checked(Config().with_values(**sections))
+
+
+def help_text(usage: str) -> str:
+    """Every key with default, unit and meaning."""
+    lines = [usage, "", "settings (--section.key=value; `*`: cannot change on resume)"]
+    for key, about, default in fields_of():
+        meta = about.metadata
+        star = "*" if meta["resume"] == FIXED else " "
+        choices = f" ({', '.join(meta['choices'])})" if meta["choices"] else ""
+        unit = f" [{meta['unit']}]" if meta["unit"] else ""
+        lines.append(f" {star} {key:<22} {json.dumps(default):<16} {meta['text']}{choices}{unit}")
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""The configuration: all sections of settings, what contradicts what, and how it is written down.
+
+How settings are given is arguments.py's business. Nothing here imports torch or MPI.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpidp.config import rules
+from mpidp.config.settings import Comm, Data, Energy, Faults, Mesh, Metrics, Model, Optim, Run, Strategy, Train
+from mpidp.errors import UsageError
+from mpidp.model.shape import rope_scaling
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections. `Config()` is a run of the embedded corpus."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    strategy: Strategy = field(default_factory=Strategy)
+    comm: Comm = field(default_factory=Comm)
+    mesh: Mesh = field(default_factory=Mesh)
+    run: Run = field(default_factory=Run)
+    faults: Faults = field(default_factory=Faults)
+    metrics: Metrics = field(default_factory=Metrics)
+    energy: Energy = field(default_factory=Energy)
+
+    def with_values(self, **sections: Mapping[str, Any]) -> Config:
+        """A copy: config.with_values(train={"lanes": 8}). Values are trusted; checks are from_args's."""
+        return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()})
+
+
+def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """(section.key, field, value) of every setting, in order."""
+    config = config or Config()
+    for section in dataclasses.fields(Config):
+        part = getattr(config, section.name)
+        for f in dataclasses.fields(part):
+            yield f"{section.name}.{f.name}", f, getattr(part, f.name)
+
+
+def _misshapen(model: Model) -> Iterator[str]:
+    if model.head_dim % 2:
+        yield f"model.head_dim={model.head_dim} must be even"
+    elif not model.head_dim and (model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2):
+        yield f"model.model_dim={model.model_dim} must be an even multiple of model.num_heads={model.num_heads}"
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
+    try:
+        rope_scaling(model.rope_scaling)
+    except ValueError as error:
+        yield f"model.rope_scaling={error}"
+
+
+def checked(config: Config) -> Config:
+    """The same config once no setting contradicts another. UsageError. Independent."""
+    model, train, optim, comm = config.model, config.train, config.optim, config.comm
+    problems = []
+    if train.global_batch < train.micro_batch:
+        problems.append(f"train.global_batch={train.global_batch} is smaller than train.micro_batch={train.micro_batch}")
+    num_micro_batches = -(-train.global_batch // train.micro_batch)
+    if train.lanes > num_micro_batches:
+        problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
+    taken_from_there = train.init_from and not model.vocab_size  # then most of the model is still to be learned from there
+    if model.kind == "transformer" and not taken_from_there:
+        problems += _misshapen(model)
+    if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
+        problems.append("train.steps, train.tokens and train.epochs: give one of them")
+    problems += rules.problems({key: value for key, _, value in fields_of(config)})
+    plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
+    needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
+    needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")
+    if needs_tree and comm.reducer not in ("auto", "tree"):
+        problems.append(f"{', '.join(needs_tree)}: works with comm.reducer=tree, not with comm.reducer={comm.reducer}")
+    if comm.compress != "none" and (needs_tree or comm.reducer not in ("auto", "allreduce")):
+        wrong = needs_tree + [f"comm.reducer={comm.reducer}"] * (comm.reducer not in ("auto", "allreduce"))
+        problems.append(f"comm.compress={comm.compress} is a sum of messages of its own and works without {', '.join(wrong)}")
+    if comm.compress not in ("topk", "randomk"):
+        sparse = {"comm.ratio": comm.ratio, "comm.ratio_warmup": comm.ratio_warmup, "comm.momentum": comm.momentum}
+        problems += [
+            f"{key}={value} is for comm.compress=topk and randomk, not for comm.compress={comm.compress}"
+            for key, value in sparse.items() if value
+        ]
+    if train.balance == "steal" and comm.transport == "messages":
+        problems.append("train.balance=steal takes lanes through a shared window, and comm.transport=messages forbids one")
+    if train.balance == "steal" and comm.overlap in ("thread", "poll"):
+        problems.append("comm.overlap needs to know a rank's last lane, and with train.balance=steal nobody does")
+    if comm.gpu == "nccl":
+        nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
+        others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]
+        if others:
+            problems.append(f"comm.gpu=nccl adds gradients of GPUs in their own stream: not with {', '.join(others)}")
+    if 0 < train.spike <= 1:
+        problems.append(f"train.spike={train.spike} must be more than 1, the usual gradient norm, or 0")
+    if optim.min_lr > optim.lr:
+        problems.append(f"optim.min_lr={optim.min_lr} is more than optim.lr={optim.lr}")
+    if train.steps and optim.warmup_steps > train.steps:
+        problems.append(f"optim.warmup_steps={optim.warmup_steps} is more than train.steps={train.steps}")
+    if problems:
+        raise UsageError("; ".join(problems))
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The config as a file that from_args reads back to the same config."""
+    lines: list[str] = []
+    section = ""
+    for key, _, value in fields_of(config):
+        name, _, key = key.partition(".")
+        if name != section:
+            lines += ([""] if lines else []) + [f"[{name}]"]
+            section = name
+        lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
+    return "\n".join(lines) + "\n"

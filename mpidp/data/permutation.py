@@ -1,0 +1,57 @@
+"""A keyed permutation of 0..n-1 that needs no memory (a Feistel network with cycle walking)."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+ROUNDS = 8
+
+
+@lru_cache(maxsize=1024)
+def keys_of(*key: object) -> np.ndarray:
+    """Return independent round keys (ROUNDS, 1) uint64 for any key with a stable repr."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
+
+
+def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Apply a keyed permutation of 0..n-1 to each x (uint64)."""
+    return _walk(x, n, keys, inverse=False)
+
+
+def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Invert permute()."""
+    return _walk(x, n, keys, inverse=True)
+
+
+def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
+    """Apply a Feistel network over the next power of 4, repeatedly until all results are in 0..n-1 (cycle walking)."""
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    out = _feistel(x, half_bits, keys, inverse)
+    while (outside := out >= n).any():
+        out[outside] = _feistel(out[outside], half_bits, keys, inverse)
+    return out
+
+
+def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
+    """Apply a balanced Feistel network on 2 half_bits bits. It uses only integers, so all machines agree."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = x >> shift, x & mask
+    if inverse:
+        for key in keys[::-1]:
+            left, right = right ^ (_mix(left + key) & mask), left
+    else:
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Apply the finalizer of splitmix64: each input bit affects each output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

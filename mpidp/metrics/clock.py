@@ -1,0 +1,32 @@
+"""Seconds spent in each phase of a step."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Seconds spent in named phases, which may lie inside each other, since the last take(). Independent."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[Callable[[], float]]:
+        """Gives a function that says how many seconds it has been."""
+        begin = time.perf_counter()
+        yield lambda: time.perf_counter() - begin
+        self._seconds[phase] += time.perf_counter() - begin
+
+    def so_far(self, phase: str) -> float:
+        """Seconds spent in it since the last take()."""
+        return self._seconds[phase]
+
+    def take(self) -> dict[str, float]:
+        """{phase_seconds: ...}, and start anew."""
+        taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken

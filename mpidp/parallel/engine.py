@@ -1,0 +1,215 @@
+"""Runs a schedule: forward and backward of micro-batches. It fills gradients and owns no optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.data.loader import Batch, MicroBatch
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError
+from mpidp.parallel.evaluation import _num_pairs, _windows
+from mpidp.parallel.pipeline import BACKWARD, FORWARD, Stages
+from mpidp.parallel.schedule import Forward, Instruction
+
+
+def dropout_key(seed: int, batch: int, v: int) -> int:
+    """A 32-bit key of (seed, batch, micro-batch): randomness belongs to the data, not to a rank. Pure."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
+
+
+@dataclass
+class Flight:
+    """A micro-batch between its forward and its backward."""
+
+    mb: MicroBatch
+    entered: Tensor | None  # hidden states from the stage before, where there is one
+    left: Tensor | None  # the loss sum, or hidden states for the stage after; None: it has no sequence
+    chunk: int = 0  # of the stage's layers
+
+
+@dataclass
+class Computed:
+    """What a rank computed of a global batch."""
+
+    micro_batches: list[int]
+    losses: list[float]  # sums of token losses, nats
+    num_tokens: list[int]  # target tokens
+    lane_squares: dict[int, float] = field(default_factory=dict)  # squared norms of lanes' gradients, where measured
+
+
+class Engine:
+    """A model on a device with a precision. Independent, except where a method says otherwise."""
+
+    def __init__(
+        self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
+        stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, tells: bool = True,
+    ) -> None:
+        """dtype: of matrix products under autocast (master weights stay float32); nominal_tokens: what every loss is divided
+        by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires). stages: this rank's
+        place in a pipeline; token_losses: logits, targets -> their sum; tells: losses of this rank count, else another has
+        them too."""
+        self.model, self.device, self.dtype = model, device, dtype
+        self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
+        self.stages, self.token_losses, self.tells = stages, token_losses or plain_losses, tells
+        self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
+        self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
+        self.fill: Callable[[int], None] = lambda forwards: None  # so many more, where all ranks must make as many as any does
+
+    def peak_bytes(self) -> int | None:
+        """What torch had allocated at most on this CUDA device. Independent."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def watched(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """From here on every forward and backward goes through around(its name, it): a timeline's. Independent."""
+        self._forward, self._backward = around("forward", self._forward), around("backward", self._backward)  # type: ignore[method-assign]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def hidden(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """What a chunk of this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
+        with self._autocast():
+            x = mb.tokens if entered is None else entered
+            place = () if self.stages is None else (mb.tokens.shape[1], chunk)
+            return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
+
+    def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""
+        return self.token_losses(self.hidden(mb, key, entered, chunk).float().flatten(0, 1), mb.targets.flatten())
+
+    def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: Accumulates) -> Computed:
+        """Walk the schedule over micro-batches of a global batch. Independent; in a pipeline all its stages must."""
+        self.model.train()
+        done, losses, num_tokens = [], [], []
+        loss_of: dict[int, Tensor] = {}
+        flights: dict[tuple[int, int], Flight] = {}
+        for instruction in schedule:
+            with self.slowed():
+                v, chunk = instruction.v, instruction.chunk
+                if isinstance(instruction, Forward):
+                    flights[v, chunk] = self._forward(batch[v], batch.batch, chunk)
+                    continue
+                flight = flights.pop((v, chunk))
+                with strategy.micro_batch(v, instruction.last, chunk):
+                    loss = self._backward(flight)
+            self.beat()
+            if chunk:
+                loss_of.setdefault(v, loss)  # that of the last chunk, which comes first
+                continue
+            losses.append(loss_of.pop(v, loss))
+            done.append(v)
+            num_tokens.append(flight.mb.num_tokens)
+        told = torch.stack(losses).tolist() if losses else []
+        return Computed(done, told if self.stages is None else self.stages.settle(told), num_tokens)
+
+    def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> Flight:
+        if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
+            return Flight(mb, None, None, chunk)
+        key = None
+        if self.dropout:
+            key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
+        return self._pass_on(mb, key, chunk)
+
+    def _pass_on(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> Flight:
+        """Take hidden states from the stage before, where there is one; give the stage after what becomes of them."""
+        entered = None
+        if self.stages is not None and not self.stages.begins(chunk):
+            b, t = mb.tokens.shape
+            size = (b, len(self.model.part.positions(t)), self.model.shape.model_dim)
+            entered = self.stages.receive(FORWARD, mb.v, size, chunk).requires_grad_()
+        if self.stages is None or self.stages.ends(chunk):
+            rest = () if entered is None else (entered, chunk)
+            return Flight(mb, entered, self.loss_sum(mb, key, *rest), chunk)
+        left = self.hidden(mb, key, entered, chunk)
+        self.stages.send(FORWARD, mb.v, left, chunk)
+        return Flight(mb, entered, left, chunk)
+
+    def _backward(self, flight: Flight) -> Tensor:
+        """The loss sum, on the device and not waited for; nothing from stages that do not know it."""
+        nothing = torch.zeros((), device=self.device)
+        if flight.left is None:
+            return nothing
+        ends = self.stages is None or self.stages.ends(flight.chunk)
+        if self.stages is None or ends:
+            (flight.left / self.nominal_tokens).backward()
+        else:
+            flight.left.backward(self.stages.receive(BACKWARD, flight.mb.v, tuple(flight.left.shape), flight.chunk))
+        if flight.entered is not None and self.stages is not None:
+            assert flight.entered.grad is not None
+            self.stages.send(BACKWARD, flight.mb.v, flight.entered.grad, flight.chunk)
+        return flight.left.detach() if ends else nothing
+
+    @torch.no_grad()
+    def evaluate(
+        self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0,
+        enter: Callable[[str], None] = lambda phase: None, replicas: MPI.Intracomm | None = None,
+    ) -> tuple[float, int]:
+        """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
+
+        Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
+        `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks. DataError
+        for an id beyond the vocabulary, or no target at all. enter: is told what this rank does; replicas: among whom the batches
+        are dealt out, where several ranks of comm compute one together. Collective over comm.
+        """
+        self.model.eval()
+        targets = stream.num_tokens - 1
+        if max_tokens:
+            targets = min(targets, max(seq_len, max_tokens // seq_len * seq_len))
+        span = seq_len * sequences
+        starts = list(range(0, targets, span))
+        sums = np.zeros(len(starts))
+        counts = np.zeros(len(starts), dtype=np.int64)
+        among = replicas or comm
+        for i in range(among.rank, len(starts), among.size):
+            enter("evaluate")
+            length = min(span, targets - starts[i])
+            read = stream.read(starts[i], length + 1)
+            stream.check_ids(starts[i], read)
+            mask = stream.read_mask(starts[i], length + 1)
+            begins = stream.read_starts(starts[i], length + 1) if stream.apart else None
+            tokens = read.astype(np.int64)
+            for places in _windows(length, seq_len):
+                counted, begun = (None if one is None else one[places] for one in (mask, begins))
+                mb = MicroBatch.of(i % 1000, tokens[places], counted, begun).to(self.device)
+                found = [self._pass_on(mb, None, chunk) for chunk in range(self.stages.chunks if self.stages else 1)][-1]
+                if self.tells and found.left is not None:
+                    sums[i] += float(found.left)
+                    counts[i] += mb.num_tokens
+        if self.stages is not None:
+            self.stages.settle([])
+        forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
+        of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
+        self.fill(max(of_ranks) - of_ranks[among.rank])
+        enter("evaluate_wait")
+        comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
+        comm.Allreduce(MPI.IN_PLACE, counts)
+        self.model.train()
+        counted = int(counts.sum())
+        if counted == 0:
+            raise DataError.on_every_rank(
+                f"{stream.path}: none of the first {targets:,} targets of split {stream.split!r} counts by its loss mask; "
+                "evaluate on more of it (train.eval_tokens), or prepare it again"
+            )
+        return float(sum(sums.tolist())) / counted, counted
+
+
+def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of cross entropies in nats: logits (N, V), targets (N,), of which -100 does not count. Pure."""
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+class Accumulates(Protocol):
+    """What the engine needs: somewhere for gradients to go."""
+
+    def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
+        """Backward of micro-batch v through a chunk of layers runs inside; last: the rank's last of this step. Independent."""

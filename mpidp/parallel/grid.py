@@ -1,0 +1,97 @@
+"""The mesh of ranks: dp replicas of pp stages of tp ranks each. Rank r of the job, counted node by node, is replica r // (pp tp),
+stage r // tp % pp, and number r % tp in its stage: ranks that share every layer are neighbours, on one node where they can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.buffers import buf
+from mpidp.comm.waiting import Wait, how_to_wait
+from mpidp.errors import UsageError
+from mpidp.runtime.topology import Mesh, make_mesh
+from mpidp.runtime.ulfm import made
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Who this rank works with, and as what."""
+
+    world: MPI.Intracomm  # everybody, node by node
+    everyone: Mesh  # where they sit
+    replicas: Mesh  # those that have the same part of the model
+    model: MPI.Intracomm  # this rank's replica: stage by stage, in each by number
+    pp: MPI.Intracomm  # the stages of one number in it, first to last
+    tp: MPI.Intracomm  # the ranks of this stage
+    wait: Wait  # for messages of these
+
+    @property
+    def parts(self) -> int:
+        """Into how many the model is cut."""
+        return int(self.model.size)
+
+    @property
+    def label(self) -> str:
+        """Of this rank's part, in the names of what only those know that have the same."""
+        return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(replica, stage, number in the stage) of a rank of world. Pure."""
+        return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
+
+    def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
+        """L2 norm over the whole model. squares: of each chunk of this part (blocks,) float64, in flat order; twice: the squares
+        among them that another part counts. Summed in the order of the whole model's flat tensor, last chunks of last stages
+        first: where stages alone are cut, the bits of one rank. Collective over model."""
+        if self.model.size == 1:
+            return float(torch.cat(squares[::-1]).cumsum(0)[-1].sqrt())
+        row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
+        sizes = np.zeros((self.model.size, len(squares) + 1), dtype=np.int64)
+        sizes[self.model.rank] = [1, *(s.numel() for s in squares)]
+        self.wait(self.model.Iallreduce(MPI.IN_PLACE, sizes))
+        counts = sizes.sum(1)
+        everything = torch.empty(int(counts.sum()), dtype=torch.float64)
+        places = np.cumsum([0, *counts[:-1]]).tolist()
+        self.wait(self.model.Iallgatherv(buf(row), [buf(everything)[0], (counts.tolist(), places), MPI.DOUBLE]))
+        parts = [piece.split(size.tolist()) for piece, size in zip(everything.split(counts.tolist()), sizes, strict=True)]
+        order = [stage * self.tp.size + i for stage in reversed(range(self.pp.size)) for i in range(self.tp.size)]
+        in_order = [parts[place][1 + chunk] for chunk in reversed(range(len(squares))) for place in order]
+        return float(torch.cat([*in_order, *(part[0] for part in parts)]).cumsum(0)[-1].clamp(min=0.0).sqrt())
+
+
+def whole(mesh: Mesh) -> Grid:
+    """Every rank has the whole model. Independent."""
+    alone = MPI.COMM_SELF
+    return Grid(mesh.dp, mesh, mesh, alone, alone, alone, how_to_wait(mesh.local_size, mesh.cores))
+
+
+def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
+    """The mesh of dp x pp x tp ranks (dp 0: as many as go). UsageError when the ranks do not make one. Collective over world."""
+    everyone = make_mesh(world)
+    ordered, parts = everyone.dp, tp * pp
+    if ordered.size % parts or (dp and dp * parts != ordered.size):
+        wanted = f"mesh.tp={tp} x mesh.pp={pp}" + (f" x mesh.dp={dp}" if dp else "")
+        near = sorted({max(parts, ordered.size // parts * parts), -(-ordered.size // parts) * parts}) if not dp else [dp * parts]
+        raise UsageError.on_every_rank(
+            f"{wanted} does not make up the {ordered.size} rank{'s' * (ordered.size > 1)} of this job: start "
+            f"{' or '.join(map(str, near))}, or change mesh.*"
+        )
+    if parts == 1:
+        return whole(everyone)
+    rank = ordered.rank
+    replica, part = divmod(rank, parts)
+    stage, number = divmod(part, tp)
+
+    def split(color: int) -> MPI.Intracomm:
+        return made(cast(MPI.Intracomm, ordered.Split(color, rank)))
+
+    model, column, row = split(replica), split(replica * tp + number), split(replica * pp + stage)
+    mesh = make_mesh(split(part))
+    # Cores are shared with the ranks that have other parts of the model.
+    mesh = replace(mesh, cores=max(1, everyone.cores * mesh.local_size // everyone.local_size))
+    return Grid(ordered, everyone, mesh, model, column, row, how_to_wait(everyone.local_size, everyone.cores))

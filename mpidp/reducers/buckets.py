@@ -1,0 +1,144 @@
+"""Flat memory: parameters and gradients as views into flat tensors, cut into buckets that autograd hooks fill.
+
+The flat layout depends on the model alone (parameters in reverse order of definition, which is about the order in which
+backward finishes them), never on bucket size or number of ranks: only the cuts into buckets and slices do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from mpidp.comm.slices import ALIGN, NORM_BLOCK, _round_up
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A run of whole parameters in the flat buffer: elements [start, stop)."""
+
+    index: int
+    start: int
+    stop: int
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    offsets: tuple[int, ...]  # of each parameter in the flat buffer
+
+
+def unit_of(name: str) -> str:
+    """The part of the model that is never cut between two stages of a pipeline: `blocks.3` of blocks.3.attention.q.weight, else
+    the first word. Pure."""
+    words = name.split(".")
+    numbers = [i for i, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
+
+
+class FlatLayout:
+    """Where each parameter lies in a flat tensor of num_elements, a multiple of NORM_BLOCK. Units begin at multiples of it: a
+    pipeline stage has the blocks that the whole model has. Independent."""
+
+    def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
+        self.parameters = list(reversed(named_parameters))
+        self.device = self.parameters[0][1].device
+        self.offsets: list[int] = []
+        offset, unit = 0, ""
+        for name, p in self.parameters:
+            if unit_of(name) != unit:
+                offset, unit = _round_up(offset, NORM_BLOCK), unit_of(name)
+            self.offsets.append(offset)
+            offset += _round_up(p.numel(), ALIGN)
+        self.num_elements = _round_up(offset, NORM_BLOCK)
+
+    def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
+        """(offset, name, parameter) in flat order."""
+        return [(o, name, p) for o, (name, p) in zip(self.offsets, self.parameters, strict=True)]
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """A flat tensor (num_elements,) as tensors of the parameters' shapes, in flat order."""
+        return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
+
+    def adopt(self, flat: torch.Tensor) -> None:
+        """Make the parameters views of flat, keeping their values."""
+        with torch.no_grad():
+            for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
+                if view.data_ptr() != p.data_ptr():  # else they are: this goes on in the memory of one before
+                    view.copy_(p)
+                p.data = view
+
+    def cut(self, bucket_bytes: int) -> list[Bucket]:
+        """Buckets of whole parameters, of at least bucket_bytes (the last may be smaller)."""
+        buckets: list[Bucket] = []
+        members: list[tuple[int, str, torch.nn.Parameter]] = []
+        placed = self.placed()
+        for i, one in enumerate(placed):
+            members.append(one)
+            last = i + 1 == len(placed)
+            stop = self.num_elements if last else placed[i + 1][0]
+            if last or (stop - members[0][0]) * 4 >= bucket_bytes:
+                offsets = tuple(o for o, _, _ in members)
+                names, shapes = tuple(name for _, name, _ in members), tuple(p.shape for _, _, p in members)
+                buckets.append(Bucket(len(buckets), offsets[0], stop, names, shapes, offsets))
+                members = []
+        return buckets
+
+
+class GradientBuffer:
+    """`slots` flat float32 gradient buffers of all parameters, shape (slots, num_elements). Independent, as memory is."""
+
+    def __init__(
+        self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
+        memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
+    ) -> None:
+        """memory: gives that many zeroed float32 elements to each of the ranks that see each other's, of which this is number
+        `me`; torch's own memory, seen by nobody else, when it is left out."""
+        self.layout = FlatLayout(named_parameters)
+        self.num_elements = self.layout.num_elements
+        needed = slots * self.num_elements
+        parts = [torch.zeros(needed, device=self.layout.device)] if memory is None else memory(needed)
+        self.parts = [part.view(-1, self.num_elements) for part in parts]  # every rank's slots
+        self.flat = self.parts[me]
+        self.total = self.parts[0][0]  # where the sum lies once it is made
+        self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
+        self.buckets = self.layout.cut(bucket_bytes)
+        self.cut_chunks(lambda name: 0, 1)
+        self._hooks: list[RemovableHandle] = []
+
+    def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
+        """From here on parameters are pointed chunk by chunk: chunk_of(name) of `count`, later ones first in flat order."""
+        chunks = [chunk_of(name) for name, _ in self.layout.parameters]
+        starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
+                  for chunk in range(count)]
+        self.spans = [(start, stop) for start, stop in zip(starts, [self.num_elements, *starts], strict=False)]
+        self._members = [[i for i, mine in enumerate(chunks) if mine == chunk] for chunk in range(count)]
+        self._pointing_at: list[int | None] = [None] * count
+
+    def point(self, slot: int, chunk: int | None = None) -> None:
+        """Make every .grad, or those of a chunk, a view of this slot; backward then adds into it."""
+        for one in range(len(self.spans)) if chunk is None else [chunk]:
+            if slot != self._pointing_at[one]:
+                for i in self._members[one]:
+                    self.layout.parameters[i][1].grad = self.views[i][slot]
+                self._pointing_at[one] = slot
+
+    def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
+        """While armed(), call begin(bucket) from backward as soon as all gradients of a bucket are in."""
+        for bucket in self.buckets:
+            waiting = set(bucket.names)
+
+            def hook(_: torch.Tensor, name: str, bucket: Bucket = bucket, waiting: set[str] = waiting) -> None:
+                if armed():
+                    waiting.discard(name)
+                    if not waiting:
+                        waiting.update(bucket.names)
+                        begin(bucket)
+
+            for name, p in self.layout.parameters:
+                if name in waiting:
+                    self._hooks.append(p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name)))
+
+    def forget(self) -> None:
+        """Backward has no more to do with it."""
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,149 @@
+"""A reducer that sends less and forgets nothing: error feedback (Seide 2014; Karimireddy 2019) for every method of comm.compress.
+
+    x_i = g_i + r_i;  total = what the method makes of all x_i;  r_i <- what rank i knows that total does not say
+
+A rank's residual r_i holds what its own code left out, and in the slice whose sum it made what the second code left out too. So
+at any time: sum over rounds of total + sum over ranks of r_i = sum over rounds and ranks of g_i, up to float32 rounding.
+
+A round sums every bucket once. Until it is settled it can be undone: a step that is skipped leaves residuals as before it. Where
+a value is not finite on any rank the bucket's sum is nan on all, and no residual changes.
+
+With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2) g_i is u_i <- m u_i + g_i, and u_i begins anew at 0
+where its value was sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpidp.checkpoint.entry import Entry
+from mpidp.comm.group import Group
+from mpidp.comm.slices import ALIGN
+from mpidp.comm.transport import Messages
+from mpidp.data.lanes import Lanes
+from mpidp.reducers.base import Reducer, Shares, Sums
+from mpidp.reducers.buckets import Bucket, GradientBuffer
+from mpidp.reducers.compression.codes import CODES
+from mpidp.reducers.compression.exchange import Exchange, Method, all_finite
+from mpidp.reducers.compression.powersgd import PowerSGD
+from mpidp.reducers.compression.topk import Largest, Random
+
+
+def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Method:
+    """The method of comm.compress. ratio: comm.ratio, warmup: rounds until it is reached, rank: of powersgd. Pure."""
+    if name == "powersgd":
+        return PowerSGD(rank, seed)
+    if name in ("topk", "randomk"):
+        return (Largest if name == "topk" else Random)(ratio, warmup)
+    return Method(CODES[name])
+
+
+def trimmed(bucket: Bucket) -> Bucket:
+    """Without what lies behind its last parameter: nothing of that travels. Pure."""
+    end = bucket.offsets[-1] + bucket.shapes[-1].numel()
+    return replace(bucket, stop=min(bucket.stop, -(-end // ALIGN) * ALIGN))
+
+
+def padding_of(bucket: Bucket) -> Tensor:
+    """Places in the bucket, int64, that no parameter has. Pure."""
+    ends = [offset + shape.numel() for offset, shape in zip(bucket.offsets, bucket.shapes, strict=True)]
+    nexts = [*bucket.offsets[1:], bucket.stop]
+    return torch.cat([torch.arange(end, then) for end, then in zip(ends, nexts, strict=True)]) - bucket.start
+
+
+class Compressed(Sums):
+    """Sums by a method that leaves something out, which comes later."""
+
+    def __init__(
+        self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int, method: Method, seed: int,
+        momentum: float = 0.0,
+    ) -> None:
+        """seed: of all that is random in it. Independent."""
+        super().__init__(group, lanes, transport, shares, num_slots)
+        self.method, self.momentum = method, momentum
+        self.exchange = Exchange(self.comm, transport, lambda request: self.wait(request), seed)
+        self.rounds = 0  # settled, and applied
+        self._round: dict[int, Bucket] = {}  # summed since
+        self._padding: dict[int, Tensor] = {}
+
+    def attach(self, buffer: GradientBuffer) -> None:
+        super().attach(buffer)
+        names = ("residual", "velocity") if self.momentum else ("residual",)
+        self.held, self._before = ({name: torch.zeros_like(buffer.flat[0]) for name in names} for _ in range(2))
+
+    def bytes_sent(self, bucket: Bucket) -> int:
+        """By this rank for the next sum of the bucket. Independent."""
+        return self.method.bytes_sent(trimmed(bucket), self.rounds, self.comm.rank, self.comm.size)
+
+    def sum(self, flat: Tensor, bucket: Bucket) -> None:
+        bucket = trimmed(bucket)
+        if bucket.index in self._round:  # nobody undid the round before
+            self.settle(True)
+        self._round[bucket.index] = bucket
+        place = slice(bucket.start, bucket.stop)
+        held = {name: tensor[place] for name, tensor in self.held.items()}
+        for name, tensor in held.items():
+            self._before[name][place] = tensor
+        x = flat[place] + held["residual"]
+        if self.momentum:
+            x += held["velocity"] * self.momentum
+        found = self.method.sum(x, bucket, self.rounds, self.exchange)
+        if not (found.finite and all_finite(found.total)):  # the same on all ranks
+            flat[place] = math.nan
+            return
+        if self.momentum:
+            velocity = held["velocity"].mul_(self.momentum).add_(flat[place])
+            velocity[found.unsent != x] = 0.0
+        flat[place] = found.total
+        held["residual"].copy_(found.unsent)
+        held["residual"][found.own] += found.late
+        if not self.method.keeps_zeros:
+            for tensor in (flat[place], held["residual"]):
+                tensor.index_fill_(0, self._padding_of(bucket), 0.0)
+
+    def _padding_of(self, bucket: Bucket) -> Tensor:
+        if bucket.index not in self._padding:
+            self._padding[bucket.index] = padding_of(bucket).to(self.buffer.flat.device)
+        return self._padding[bucket.index]
+
+    def settle(self, applied: bool) -> None:
+        if not applied:
+            for bucket in self._round.values():
+                for name, tensor in self.held.items():
+                    tensor[bucket.start : bucket.stop] = self._before[name][bucket.start : bucket.stop]
+        self.method.settle(applied)
+        self.rounds += bool(self._round) and applied
+        self._round.clear()
+
+    def state_dict(self) -> dict[str, Entry]:
+        """Copies: a thread may sum again while they are written. A round that nobody undid is in it."""
+        found = {name: Entry(tensor.clone(), "additive") for name, tensor in self.held.items()}
+        found["rounds"] = Entry(torch.tensor([self.rounds + bool(self._round)]))
+        return found | {f"method/{name}": Entry(tensor) for name, tensor in self.method.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._round.clear()
+        self.rounds = int(state["rounds"]) if state else 0
+        for name, tensor in self.held.items():
+            if name in state:
+                tensor.copy_(state[name])
+            else:
+                tensor.zero_()
+        mine = {name.removeprefix("method/"): value for name, value in state.items() if name.startswith("method/")}
+        self.method.settle(False)
+        self.method.load_state_dict(mine)
+
+    def go_on_from(self, before: Reducer | None) -> None:
+        """What the dead held back is lost. Collective over all ranks."""
+        state: dict[str, Tensor] = {}
+        if before is not None:
+            before.settle(False)  # the step that failed
+            state = {name: entry.tensor for name, entry in before.state_dict().items()}
+        common = self.comm.bcast({name: tensor.cpu().numpy() for name, tensor in state.items() if name not in self.held})
+        own = {name: tensor for name, tensor in state.items() if name in self.held}
+        self.load_state_dict({name: torch.from_numpy(array) for name, array in common.items()} | own)

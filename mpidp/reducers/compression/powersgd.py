@@ -1,0 +1,108 @@
+"""PowerSGD (Vogels 2019): the sum of the ranks' matrices as a product of two thin ones, by a step of power iteration.
+
+For a matrix M_i of each rank, (rows, cols), and Q, (cols, r), the same on all ranks (algorithm 1, with sums for means):
+P = orthogonalised sum of M_i Q; Q' = sum of M_i^T P; the sum is taken for P Q'^T, and Q' begins the next round (warm start,
+section 4.2). Rank i keeps back M_i - P (M_i^T P)^T, a projection of M_i: it adds up to the sum of M_i less what is applied.
+Vectors, and matrices that two thin ones would not make smaller, travel as they are.
+
+Every rank orthogonalises the same numbers: ranks on CPUs of different kinds could come to other bits.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from mpidp.reducers.buckets import Bucket
+from mpidp.reducers.compression.codes import PLAIN, seed_of
+from mpidp.reducers.compression.exchange import Exchange, Method, Summed, all_finite, bytes_sent
+
+
+class PowerSGD(Method):
+    """Of rank `rank`; seed: of the first Q."""
+
+    def __init__(self, rank: int, seed: int) -> None:
+        super().__init__(PLAIN)
+        self.rank, self.seed = rank, seed
+        self._known: dict[str, Tensor] = {}  # Q by parameter
+        self._learned: dict[str, Tensor] = {}  # in this round
+
+    def thin(self, shape: torch.Size) -> tuple[int, int, int]:
+        """(rows, cols, r) of the matrix that a parameter is taken for; r = 0 where it travels as it is. Pure."""
+        rows = shape[0] if len(shape) > 1 else 1
+        cols = shape.numel() // rows if rows else 0
+        r = min(self.rank, rows, cols)
+        return rows, cols, r if r * (rows + cols) < rows * cols else 0
+
+    def _matrices(self, bucket: Bucket) -> Iterator[tuple[str, slice, int, int, int]]:
+        """(name, place in the bucket, rows, cols, r) of those that are made thin."""
+        for name, shape, offset in zip(bucket.names, bucket.shapes, bucket.offsets, strict=True):
+            rows, cols, r = self.thin(shape)
+            if r:
+                yield name, slice(offset - bucket.start, offset - bucket.start + rows * cols), rows, cols, r
+
+    def _others(self, bucket: Bucket) -> list[slice]:
+        """Places in the bucket of what travels as it is."""
+        return [
+            slice(offset - bucket.start, offset - bucket.start + shape.numel())
+            for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True) if not self.thin(shape)[2]
+        ]
+
+    def _start(self, name: str, cols: int, r: int) -> Tensor:
+        known = self._known.get(name)
+        if known is not None and known.shape == (cols, r):
+            return known
+        generator = torch.Generator().manual_seed(seed_of(self.seed, zlib.crc32(name.encode())))
+        return torch.randn(cols, r, generator=generator)  # on the CPU: the same on every device
+
+    def sum(self, x: Tensor, bucket: Bucket, number: int, exchange: Exchange) -> Summed:
+        matrices, others = list(self._matrices(bucket)), self._others(bucket)
+        views = [x[place].view(rows, cols) for _, place, rows, cols, _ in matrices]
+        starts = [self._start(name, cols, r).to(x.device) for name, _, _, cols, r in matrices]
+        left = [m @ q for m, q in zip(views, starts, strict=True)]
+        total, unsent = torch.zeros_like(x), x.clone()
+        made = Summed(total, unsent, x[:0], slice(0, 0), True)
+
+        values = torch.cat([part.reshape(-1) for part in left] + [x[place] for place in others])
+        found = exchange.sum(values, PLAIN, (number, bucket.index, 0), all_finite(x))
+        if not found.finite:
+            made.finite = False
+            return made
+        parts = list(found.total.split([p.numel() for p in left] + [place.stop - place.start for place in others]))
+        for place, part in zip(others, parts[len(left) :], strict=True):
+            total[place], unsent[place] = part, 0.0
+        if not matrices:
+            return made
+
+        bases = [torch.linalg.qr(part.view_as(p)).Q for part, p in zip(parts, left, strict=False)]
+        right = [m.T @ p for m, p in zip(views, bases, strict=True)]
+        found = exchange.sum(torch.cat([q.reshape(-1) for q in right]), PLAIN, (number, bucket.index, 1))
+        if not found.finite:
+            made.finite = False
+            return made
+        sums = found.total.split([q.numel() for q in right])
+        for (name, place, _, _, _), p, q, both in zip(matrices, bases, right, sums, strict=True):
+            self._learned[name] = both.view_as(q).clone()
+            total[place] = (p @ self._learned[name].T).view(-1)
+            unsent[place] -= (p @ q.T).view(-1)
+        return made
+
+    def bytes_sent(self, bucket: Bucket, number: int, rank: int, size: int) -> int:
+        shapes = [(rows, cols, r) for _, _, rows, cols, r in self._matrices(bucket)]
+        plain = sum(place.stop - place.start for place in self._others(bucket))
+        first = bytes_sent(PLAIN, plain + sum(rows * r for rows, _, r in shapes), rank, size)
+        return first + bytes_sent(PLAIN, sum(cols * r for _, cols, r in shapes), rank, size)
+
+    def settle(self, applied: bool) -> None:
+        if applied:
+            self._known = self._known | self._learned
+        self._learned = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._known | self._learned
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._known, self._learned = dict(state), {}

@@ -1,0 +1,112 @@
+"""Few values of many: the largest (topk), or the same random ones on all ranks (randomk).
+
+Aji & Heafield 2017; Stich 2018 (both converge with error feedback); Deep Gradient Compression (Lin 2018) for the warm-up of the
+ratio and, in compressed.py, the momentum. topk: of the sum that an owner made, again the k largest travel (gTop-k, Shi 2019), not
+all that any rank sent, whose number is not known in advance: the rest stays with the owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mpidp.reducers.buckets import Bucket
+from mpidp.reducers.compression.codes import PLAIN, Code, seed_of, uniform
+from mpidp.reducers.compression.exchange import Exchange, Method, Summed, all_finite, bytes_sent
+
+CHUNK, NARROW = 1 << 12, 1 << 16  # values among which the largest are chosen; where so few of them are, among more
+
+
+def ratio_at(ratio: float, warmup: int, number: int) -> float:
+    """The share sent in round `number`, from 0: ratio once `warmup` rounds are over; in them it falls by the same factor each,
+    from 1 before the first. With 0.001 and 4: 0.25, 0.06, 0.016, 0.004 (Lin 2018, section 3.4). Pure."""
+    return float(ratio ** ((number + 1) / (warmup + 1))) if number < warmup else ratio
+
+
+def count(ratio: float, n: int) -> int:
+    """How many of n values. Pure."""
+    return min(n, max(1, round(ratio * n)))
+
+
+class TopK(Code):
+    """Of each chunk of values the k of largest size, as they are, and where they stand (Peng 2024, DeMo, section 3; SparseLoCo,
+    Sarfi 2025, section 3): places in a chunk take 2 bytes. In loss it was no better than the largest of a whole slice
+    (docs/results/2026-11-25-per-token.md)."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else NARROW
+
+    def _rows(self, n: int) -> list[tuple[int, int, int]]:
+        """(rows, of so many values, of which so many travel): whole chunks, then the rest. Pure."""
+        whole, rest = divmod(n, self.chunk)
+        return [(rows, width, count(self.ratio, width)) for rows, width in ((whole, self.chunk), (1, rest)) if rows and width]
+
+    def num_bytes(self, n: int) -> int:
+        return 6 * sum(rows * k for rows, _, k in self._rows(n))
+
+    def _parts(self, wire: Tensor, n: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(first value, width, values float32 (rows, k), places int16 (rows, k)): views of wire. Pure."""
+        at, start = 0, 0
+        cut = 4 * sum(rows * k for rows, _, k in self._rows(n))
+        values, places = wire[:cut].view(torch.float32), wire[cut:].view(torch.int16)
+        for rows, width, k in self._rows(n):
+            mine = slice(at, at + rows * k)
+            yield start, width, values[mine].view(rows, k), places[mine].view(rows, k)
+            at, start = at + rows * k, start + rows * width
+
+    def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
+        for start, width, values, places in self._parts(wire, x.numel()):
+            rows = x[start : start + len(values) * width].view(-1, width)
+            found = rows.abs().topk(values.shape[1], 1, sorted=False).indices.sort(1).values
+            values.copy_(rows.gather(1, found))
+            places.copy_(found)
+
+    def decode(self, wire: Tensor, n: int) -> Tensor:
+        found = torch.zeros(n, device=wire.device)
+        for start, width, values, places in self._parts(wire, n):
+            found[start : start + len(values) * width].view(-1, width).scatter_(1, places.long() & 0xFFFF, values)
+        return found
+
+
+class Largest(Method):
+    """topk."""
+
+    def __init__(self, ratio: float, warmup: int) -> None:
+        super().__init__(TopK(ratio))
+        self._ratio, self._warmup = ratio, warmup
+
+    def code(self, number: int) -> Code:
+        return TopK(ratio_at(self._ratio, self._warmup, number))
+
+
+class Random(Method):
+    """randomk: one of each run of 1 / ratio values, which one is drawn anew each round, alike on all ranks. So only values
+    travel, and nothing is left out of their sum."""
+
+    def __init__(self, ratio: float, warmup: int) -> None:
+        super().__init__(PLAIN)
+        self._ratio, self._warmup = ratio, warmup
+
+    def places(self, bucket: Bucket, number: int, seed: int) -> Tensor:
+        """Ascending, int64 (k,), within the bucket: on the CPU, so that they do not depend on the device. Pure."""
+        k = self._count(bucket, number)
+        edges = torch.arange(k + 1) * (bucket.stop - bucket.start) // k
+        widths = edges[1:] - edges[:-1]
+        offsets = (uniform(widths.shape, seed_of(seed, number, bucket.index), torch.device("cpu")) * widths).long()
+        return edges[:-1] + torch.minimum(offsets, widths - 1)
+
+    def sum(self, x: Tensor, bucket: Bucket, number: int, exchange: Exchange) -> Summed:
+        places = self.places(bucket, number, exchange.seed).to(x.device)
+        found = exchange.sum(x[places], PLAIN, (number, bucket.index), all_finite(x))
+        total, unsent = torch.zeros_like(x), x.clone()
+        total[places] = found.total
+        unsent[places] = 0.0
+        return Summed(total, unsent, found.late[:0], slice(0, 0), found.finite)
+
+    def bytes_sent(self, bucket: Bucket, number: int, rank: int, size: int) -> int:
+        return bytes_sent(PLAIN, self._count(bucket, number), rank, size)
+
+    def _count(self, bucket: Bucket, number: int) -> int:
+        return count(ratio_at(self._ratio, self._warmup, number), bucket.stop - bucket.start)

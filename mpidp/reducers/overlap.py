@@ -1,0 +1,163 @@
+"""Reduce buckets in a thread while backward fills the next ones; and whether that pays here, by measurement.
+
+Non-blocking collectives hardly progress by themselves, so a thread drives them: it blocks in MPI (`thread`), or looks and
+sleeps (`poll`), which leaves the core to backward. On one node there is nothing to hide behind: averaging is bound by memory
+and backward by the same cores. Between nodes it depends on the network, the MPI and spare cores: hence measured.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from mpi4py import MPI
+
+from mpidp.comm.waiting import Wait, doze, spin
+from mpidp.reducers.base import Reducer
+from mpidp.reducers.buckets import Bucket
+
+WAYS: dict[str, Wait | None] = {
+    "none": None, "thread": spin, "poll": partial(doze, yields=0, first_seconds=5e-5, longest_seconds=5e-5)
+}
+PROBE_BYTES = 16 << 20  # of buckets, at most, in one round of the probe
+PROBE_ROUNDS = 3
+
+
+class Worker:
+    """A thread that does work(bucket) for every bucket of a step, in their order on every rank, once they are submitted."""
+
+    def __init__(self, buckets: list[Bucket], work: Callable[[Bucket], None]) -> None:
+        self._buckets, self._work = buckets, work
+        self._submitted: set[int] = set()
+        self._done = 0  # buckets of this step
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="mpidp-reduce", daemon=True)
+        self._thread.start()
+
+    def submit(self, bucket: Bucket) -> None:
+        """Its gradients are complete on this rank. Independent."""
+        with self._changed:
+            self._submitted.add(bucket.index)
+            self._changed.notify_all()
+
+    def missing(self) -> list[Bucket]:
+        """Those of this step that were not submitted yet. Independent."""
+        return [bucket for bucket in self._buckets if bucket.index not in self._submitted]
+
+    def wait(self) -> None:
+        """Until all buckets of the step are reduced; raises what the work raised. Collective over those who share the work."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done == len(self._buckets) or self._error is not None)
+            if self._error is not None:
+                raise self._error
+            self._done = 0
+            self._submitted.clear()
+
+    def close(self) -> None:
+        """No more work. Independent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or self._done in self._submitted)
+                    if self._closed:
+                        return
+                    bucket = self._buckets[self._done]
+                self._work(bucket)
+                with self._changed:
+                    self._done += 1
+                    self._changed.notify_all()
+        except BaseException as error:  # told by wait(): a thread's own traceback would be lost
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+
+def use(reducer: Reducer, way: str) -> None:
+    """Reduce this way from here on. Independent, between steps."""
+    if reducer.worker is not None:
+        reducer.worker.close()
+        reducer.worker = None
+    wait = WAYS[way]
+    reducer.way = way
+    reducer.wait = reducer.group.wait if wait is None else wait
+    if wait is not None:
+        reducer.worker = Worker(reducer.buffer.buckets, reducer.turn)
+
+
+def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, settled: bool) -> str:
+    """Take the wanted way; for auto, the one that hides most of a reduction behind computing here. Returns words that say which
+    and why. Collective over comm."""
+    if wanted != "auto":
+        use(reducer, wanted)
+        return wanted
+    alone, in_thread = len(reducer.group.members) == 1, reducer.transport.in_thread
+    if alone or not in_thread or not settled or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        return "none"
+    # Between nodes `poll` was seen to hang where ranks bound to one core share it, cause unknown: not offered there.
+    cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
+    # Nor where it would mean another call of MPI, with other bits, than the other ways: a measurement may not choose those.
+    poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
+    seconds = measure(reducer, comm, {way: wait for way, wait in WAYS.items() if way != "poll" or poll})
+    reducer.transport.take()  # what was sent to measure is no step's
+    best = min(seconds, key=seconds.__getitem__)
+    use(reducer, best)
+    compared = ", ".join(f"{way} {one / seconds['none']:.2f}" for way, one in seconds.items())
+    return f"{best} (measured, time of computing and reducing: {compared})"
+
+
+def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | None] = WAYS) -> dict[str, float]:
+    """Seconds, by way, of the slowest rank, for computing that takes as long as reducing does and ends bucket by bucket. The
+    gradients are lost. Collective over comm."""
+    buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
+    square = torch.randn(256, 256)
+
+    def compute(seconds: float) -> None:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            torch.mm(square, square)
+
+    def slowest(work: Callable[[], None]) -> float:
+        comm.Barrier()
+        began = time.perf_counter()
+        work()
+        return comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
+
+    def reduce_all() -> None:
+        for bucket in buckets:
+            reducer.reduce(bucket)
+
+    def plain(each: float) -> None:
+        compute(each * len(buckets))
+        reduce_all()
+
+    def overlapped(each: float) -> None:
+        worker = Worker(buckets, reducer.reduce)
+        for bucket in buckets:
+            compute(each)
+            worker.submit(bucket)
+        worker.wait()
+        worker.close()
+
+    slowest(reduce_all)  # connections are made, memory is touched
+    each = min(slowest(reduce_all) for _ in range(2)) / len(buckets)
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(PROBE_ROUNDS):
+        for way, wait in ways.items():
+            reducer.wait = reducer.group.wait if wait is None else wait
+            found[way].append(slowest(partial(plain if wait is None else overlapped, each)))
+    reducer.wait = reducer.group.wait
+    reducer.load_state_dict({})  # nothing was summed yet
+    return {way: statistics.median(times) for way, times in found.items()}

@@ -1,0 +1,219 @@
+"""The reducer `tree`: owners of slices add what the ranks hold, in the order of the tree over lanes (see tree_order.py).
+
+On a node whose ranks share memory an owner adds straight from its neighbours' buffers, in its own slice of them, which nobody
+else reads; the sum lies in the first rank's slot 0. Between groups the owners of a slice exchange messages: each sends every
+other the nodes that its group is left with, for that one's part of the slice, adds its own part, and receives the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpidp.comm.group import Group
+from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds
+from mpidp.comm.transport import Messages, pieces
+from mpidp.data.lanes import Lanes
+from mpidp.reducers import tree_order
+from mpidp.reducers.base import Allreduce, Look, Naive, Reducer, Root, Shares
+from mpidp.reducers.buckets import Bucket, GradientBuffer
+
+CACHED = 1 << 16  # elements that stay in the cache between two additions
+Slot = tuple[int, int]  # (rank in the group, slot)
+Held = tuple[tuple[tree_order.Node, Slot], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who adds what to what in one step."""
+
+    additions: list[tuple[Slot, Slot]]  # (into, from) in this group
+    left_over: list[Slot]  # where the nodes that this group is left with then lie, left to right
+    num_nodes: list[int]  # how many nodes each group is left with
+    program: list[tuple[tuple[int, int], tuple[int, int]]]  # (into, from) between groups, each (group, which node)
+    sum_at: tuple[int, int]
+
+
+def slots_needed(lanes: Lanes, mine: range, max_lanes: int, settled: bool, kept_apart: bool) -> int:
+    """Gradient buffers of a rank that begins with the lanes `mine`: for the worst run of at most max_lanes lanes (0: it keeps
+    those), and two more unless it is settled who computes what. kept_apart: some steps look at each lane alone. Independent."""
+    count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
+    runs = [mine]
+    if max_lanes:
+        runs = [range(at, at + max_lanes) for at in range(min(count - max_lanes + 1, 1 << max_lanes.bit_length()))]
+    return max(tree_order.held_after(run, count, share)[1] for run in runs) + (0 if settled else 2)
+
+
+class Tree(Reducer):
+    """The same bits, whoever computes a lane and whoever adds it."""
+
+    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1) -> None:
+        """num_slots: what slots_needed says."""
+        super().__init__(group, lanes, transport, shares, num_slots)
+        self._first = {lanes.micro_batches(lane)[0]: lane for lane in range(lanes.num_lanes)}
+        self._last = {lanes.micro_batches(lane)[-1]: lane for lane in range(lanes.num_lanes)}
+        self._plan = lru_cache(maxsize=64)(self._make_plan)
+        self.watch(())
+
+    def watch(self, looks: Sequence[Look]) -> None:
+        self._looks = looks
+        self._share = self.lanes.num_lanes == self.lanes.num_micro_batches and not looks
+        self.discard()
+
+    def discard(self) -> None:
+        self._folds: list[tuple[int, int]] | None = None  # of the last lane, where backward's end is overlapped
+        self._held: Held | None = None
+        # A chunk's micro-batches come in order, and so do its folds; at the end all chunks lie in the same slots.
+        self._folders = [tree_order.Folder(self.lanes.num_lanes, self._share) for _ in self.spans]
+        self._slots = [0 for _ in self.spans]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Elements of each chunk; before there is a buffer, of one."""
+        return self.buffer.spans if hasattr(self, "buffer") else [(0, 0)]
+
+    def attach(self, buffer: GradientBuffer) -> None:
+        super().attach(buffer)
+        self.discard()
+
+    def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
+        folder = self._folders[chunk]
+        if v in self._first:
+            slot, fresh = folder.open(self._first[v])
+            self._slots[chunk] = slot
+            self.buffer.point(slot, chunk)
+            if fresh:
+                start, stop = self.spans[chunk]
+                self.buffer.flat[slot, start:stop].zero_()
+        if last and self.overlaps():
+            self._folds = folder.close(self._last[v])  # bucket by bucket, as backward fills them
+
+    def close(self, v: int, chunk: int = 0) -> None:
+        if v in self._last and self._folds is None:
+            for look in self._looks:
+                look(self._last[v], self.buffer.flat[self._slots[chunk]])
+            self._fold(self._folders[chunk].close(self._last[v]), *self.spans[chunk])
+
+    def _fold(self, folds: list[tuple[int, int]], start: int, stop: int) -> None:
+        for into, source in folds:
+            self.buffer.flat[into, start:stop] += self.buffer.flat[source, start:stop]
+
+    def overlaps(self) -> bool:
+        return self.worker is not None and not self._looks and self.shares.settled
+
+    def begin(self, bucket: Bucket) -> None:
+        self._fold(self._folds or [], bucket.start, bucket.stop)
+        super().begin(bucket)
+
+    def may_take(self) -> bool:
+        return len(self._folders[0].nodes) < self.num_slots
+
+    def finish(self) -> None:
+        """buffer.total now holds the sum, for all of the group to read. Collective over all ranks."""
+        self._held = self._tell() if not self.shares.settled else None
+        if self.worker is not None:
+            super().finish()
+        else:
+            with self.transport.timed():
+                self._reduce(0, self.buffer.num_elements, NORM_BLOCK)
+        with self.transport.timed():
+            self.group.fence()
+        self.discard()
+        self.buffer.point(0)
+
+    def reduce(self, bucket: Bucket) -> None:
+        self._reduce(bucket.start, bucket.stop, ALIGN)
+
+    def _reduce(self, start: int, stop: int, multiple: int) -> None:
+        """Sum the elements [start, stop), whose slices are cut at multiples. Collective over all ranks."""
+        self.group.fence(self.wait)
+        if not self.group.owns:
+            return
+        plan = self._plan(tuple(self.shares.ranges), self._held, self._share)
+        bounds = slice_bounds(stop - start, self.group.num_rails, multiple)
+        low, high = start + bounds[self.group.node.rank], start + bounds[self.group.node.rank + 1]
+        self._add_in_group(plan, low, high)
+        if len(self.group.members) > 1:
+            for piece in pieces(low, high):
+                self._add_between_groups(plan, *piece)
+
+    def _tell(self) -> Held:
+        """What every rank of the group holds, where lanes may have changed hands. Collective over the group."""
+        table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
+        for node, slot in self._folders[0].nodes.items():
+            table[self.group.node.rank, slot] = node
+        self.group.wait(self.group.node.Iallgather(MPI.IN_PLACE, table))
+        return tuple(
+            ((int(table[r, j, 0]), int(table[r, j, 1])), (r, j)) for r, j in np.argwhere(table[:, :, 0] >= 0).tolist()
+        )
+
+    def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> Plan:
+        """held: None where each rank computed its range in order. ValueError unless every lane is there once."""
+        count = self.lanes.num_lanes
+        if held is None:
+            of_ranks = [tree_order.held_after(ranges[r], count, share)[0] for r in self.group.members[self.group.index]]
+            held = tuple((node, (r, slot)) for r, nodes in enumerate(of_ranks) for node, slot in nodes.items())
+        additions, left_over = tree_order.fold(held, count)
+        everywhere, num_nodes = [], []
+        for g, members in enumerate(self.group.members):
+            lanes = range(ranges[members[0]].start, ranges[members[-1]].stop)
+            nodes = [node for node, _ in tree_order.fold([((0, lane), lane) for lane in lanes], count)[1]]
+            everywhere += [(node, (g, j)) for j, node in enumerate(nodes)]
+            num_nodes.append(len(nodes))
+        if [node for node, _ in left_over] != [node for node, (g, _) in everywhere if g == self.group.index]:
+            raise ValueError(f"the ranks of group {self.group.index} hold {held}: not their lanes of {ranges}")
+        return Plan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
+
+    def _add_in_group(self, plan: Plan, low: int, high: int) -> None:
+        """Block by block, so that what is added twice is still in the cache. The last addition of a lone group writes the sum."""
+        alone, total = len(self.group.members) == 1, self.buffer.total
+        if alone and not plan.additions and plan.left_over[0] == (0, 0):
+            return  # it lies there already
+        for start in range(low, high, CACHED):
+            block = slice(start, min(start + CACHED, high))
+            for i, ((r, j), (s, k)) in enumerate(plan.additions):
+                into = self.buffer.parts[r][j, block]
+                last = alone and i + 1 == len(plan.additions)
+                torch.add(into, self.buffer.parts[s][k, block], out=total[block] if last else into)
+            if alone and not plan.additions:
+                r, j = plan.left_over[0]
+                total[block] = self.buffer.parts[r][j, block]
+
+    def _add_between_groups(self, plan: Plan, start: int, stop: int) -> None:
+        """Every owner sends each other one its nodes' parts; that one adds; all receive the sums. Collective over the rail."""
+        comm, wire, wait = self.group.rail, self.transport, self.wait
+        bounds = slice_bounds(stop - start, comm.size)
+        lengths = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
+        low, high = bounds[comm.rank], bounds[comm.rank + 1]
+        length = high - low
+        mine = [wire.load(self.buffer.parts[r][k, start:stop], j) for j, (r, k) in enumerate(plan.left_over)]
+        received: list[torch.Tensor] = []
+        for j in range(max(plan.num_nodes)):
+            sends = [n if j < len(mine) and g != comm.rank else 0 for g, n in enumerate(lengths)]
+            takes = [length if j < plan.num_nodes[g] and g != comm.rank else 0 for g in range(comm.size)]
+            received.append(wire.scratch(("take", j), comm.size * length).view(comm.size, length))
+            source = mine[j] if j < len(mine) else mine[0]
+            places = [g * length for g in range(comm.size)]
+            wire.alltoallv(comm, wait, (source, sends, bounds[:-1]), (received[j], takes, places))
+
+        def part(place: tuple[int, int]) -> torch.Tensor:
+            g, j = place
+            return mine[j][low:high] if g == comm.rank else received[j][g]
+
+        for into, source_place in plan.program:
+            target = part(into)
+            target += part(source_place)  # in place: this rank's own part, sent or received, and not needed again
+        total = wire.load(self.buffer.total[start:stop], "total") if wire.mode == "host" else mine[0]
+        if part(plan.sum_at).data_ptr() != total[low:high].data_ptr():
+            total[low:high] = part(plan.sum_at)
+        wire.ready()
+        wire.allgatherv(comm, wait, (total, lengths, bounds[:-1]))
+        wire.store(total, self.buffer.total[start:stop])
+
+
+REDUCERS: dict[str, type[Reducer]] = {"tree": Tree, "allreduce": Allreduce, "naive": Naive, "root": Root}

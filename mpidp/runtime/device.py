@@ -1,0 +1,53 @@
+"""Threads, device and precision of a rank."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from mpidp.errors import UsageError
+from mpidp.runtime.topology import Mesh
+
+
+def resolve_threads(wanted: int, mesh: Mesh) -> int:
+    """CPU threads a rank: as wanted, else the cores that the ranks of this node may use / their number. Independent."""
+    return wanted or max(1, mesh.cores // mesh.local_size)
+
+
+def resolve_device(wanted: str, mesh: Mesh) -> torch.device:
+    """cuda:{local_rank % device_count}, else cpu. UsageError for a cuda that is not there. Independent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"train.device=cuda, but torch sees no CUDA device on {mesh.host}: use train.device=cpu, or install a CUDA build of "
+            f"torch (this one is {torch.__version__}) and check the job's GPU request"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", mesh.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on CUDA that has it, else float32. Independent."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def check_compiler(wanted: bool, device: torch.device) -> None:
+    """UsageError when torch.compile is asked for on the CPU and there is no C++ compiler. Independent."""
+    if wanted and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UsageError(
+            "train.compile=true needs a C++ compiler on the CPU, and g++ is not on the PATH: install it, name another one in the "
+            "environment variable CXX, or leave train.compile=false"
+        )
+
+
+def set_determinism(device: torch.device, wanted: bool) -> None:
+    """On CUDA, choose kernels whose bits repeat. Must come before the first cuBLAS call. Independent."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(wanted)

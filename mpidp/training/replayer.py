@@ -1,0 +1,234 @@
+"""A run as it was before one of its steps, on any number of ranks, and its batches learned from anew, compared with its record.
+
+In memory: from the newest checkpoint before the step, or from the seed. Nothing is written where the run is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import closing, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mpidp.config.defaults import kind
+from mpidp.errors import CheckpointError, DataError, UsageError
+from mpidp.training.checkpoints import restore
+from mpidp.training.run_plan import plan
+
+CLOSE = 1e-5  # relative, where the same bits cannot be had
+FIGURES = ("train_loss", "grad_norm", "lr")  # of a line of metrics.jsonl
+PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
+         "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
+         "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
+         "run.hang_seconds": 0.0}  # none of it changes a bit, but for what the fingerprint has
+
+
+def say(world: Any, words: str) -> None:
+    """On rank 0. Independent."""
+    if world.rank == 0 and words:
+        print(words, flush=True)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run left."""
+
+    path: Path
+    lines: dict[int, dict[str, Any]]  # of metrics.jsonl, by step
+    skipped: list[int]  # numbers of batches of which no update was made
+    passed: dict[int, int]  # step to which the run went back -> batch up to which it then passed over all
+    checkpoints: dict[int, Path]  # by step
+    last: int  # step that can be replayed: it may have been tried in vain
+
+
+def read_record(run: str, world: Any) -> Record:
+    """As rank 0 sees it. UsageError when there is no such run. Collective over world."""
+    from mpidp.checkpoint.manifest import committed
+    from mpidp.runtime.world import together
+
+    with together(world):
+        file = Path(run) / "metrics.jsonl"
+        text = file.read_bytes() if file.is_file() else b""
+        said = [json.loads(line) for line in text.split(b"\n")[:-1]]  # the rest is half a line
+        lines = {line["step"]: line for line in said if "train_loss" in line}
+        skipped = [line["batch"] for line in said if line.get("event") == "skipped"]
+        passed = {line["step"]: line["batch"] for line in said if line.get("event") == "rolled_back"}
+        saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
+        last = max([*lines, *saved], default=0)
+        last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
+        if not last:
+            raise UsageError(f"{run}: no run is there, neither a step in metrics.jsonl nor a checkpoint")
+    return world.bcast(Record(Path(run), lines, skipped, passed, saved, last), root=0)
+
+
+@dataclass
+class Seen:
+    """A batch that was learned from anew; without figures: the state from which the replay begins."""
+
+    step: int  # that it made, or was to make
+    batch: int
+    skipped: bool = False
+    figures: dict[str, float | None] = field(default_factory=dict)
+    micro_batches: list[dict[str, Any]] = field(default_factory=list)
+    gradient: dict[str, int] = field(default_factory=dict)  # checksums of the sum over lanes, not yet scaled
+
+
+class Replay:
+    """A run as it was before a step, or as near as its checkpoints are."""
+
+    def __init__(self, record: Record, last: int, options: Namespace, world: Any) -> None:
+        """UsageError for a step that the run did not get to, DataError without its data. Collective over world."""
+        from mpidp.checkpoint import manifest
+        from mpidp.checkpoint.resume import open_run
+        from mpidp.config import command_line, rules
+        from mpidp.parallel.grid import make_grid
+        from mpidp.runtime.world import together
+        from mpidp.training import build
+
+        if not 1 <= last <= record.last:
+            raise UsageError.on_every_rank(f"{record.path}: step {last} cannot be replayed; steps 1 to {record.last} can")
+        self.record, self.last, self.source, reader = record, last, "the initial weights", None
+        for at in sorted((at for at in record.checkpoints if at < last), reverse=True):
+            try:
+                reader = open_run(record.checkpoints[at], world)
+                break
+            except CheckpointError as error:
+                say(world, f"passed over an invalid checkpoint: {error}")
+        with together(world):  # the settings in force: the next checkpoint's; after the last one, the last start's
+            later = [at for at in record.checkpoints if at >= last]
+            nearest = min(later) if later else max(record.checkpoints, default=0)
+            meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
+            settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml")) | PLAIN
+            name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
+            if kind(name, quorum) != "synchronous":
+                raise UsageError(
+                    f"{record.path} was trained with {rules.asked(name, quorum)}: its steps are its ranks' own, "
+                    "and only steps that all ranks made together can be replayed"
+                )
+            if reader is not None and not settings.get("model.lora_rank", 0):
+                settings["train.init_from"] = ""  # all that it gave is in the checkpoint, but for what adapters lie on
+            settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
+            data = settings["data.path"] = options.data or settings["data.path"]
+            if not (Path(data) / "index.json").exists():
+                raise DataError(f"{record.path} was trained on {data}, and seen from here no shards are there: give --data DIR")
+        with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
+            settings["run.dir"] = world.bcast(scratch, root=0)
+            plain = command_line.from_args([f"--{key}={value}" for key, value in settings.items()])
+            # An audit that is never due: there is room for the gradient of a micro-batch aside.
+            self.plan = plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
+            if meta and meta["data"] != self.plan.training.index_sha256:
+                raise DataError.on_every_rank(f"{data} holds other data than {record.path} was trained on: give --data DIR")
+            self.job = build.build(self.plan)
+        if (begun := self.job.meta.get("init_from")) is not None:
+            self.source = f"the weights of {begun['path']}"
+            if begun != meta.get("init_from", begun):
+                raise DataError.on_every_rank(f"{begun['path']} has other weights now than {record.path} began with")
+        if reader is not None:
+            restore(self.job, reader)
+            self.source = str(reader.path)
+        self.start = self.job.position.step
+        saved, now = meta.get("fingerprint", {}), self.job.meta["fingerprint"]
+        self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]
+        if now["reducer"] != "tree" and not meta.get("ranks") == world.size == 1:
+            self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
+        say(world, f"{record.path}: {last - self.start} steps to replay, {self.start + 1} to {last}, from {self.source}"
+             + (f"; the bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""))
+
+    def batches(self, inside: bool) -> Iterator[Seen]:
+        """The state to begin from, then each batch up to the last step; inside: look into that one's micro-batches.
+        Collective over job.comm."""
+        from mpidp.faults.audit import checksum
+        from mpidp.training.loop import close
+        from mpidp.training.step import compute
+        from mpidp.training.step_report import share
+
+        job, at, record = self.job, self.job.position, self.record
+        strategy: Any = job.strategy
+        norm, layout = strategy.reducer.norm, strategy.buffer.layout
+        seen = Seen(at.step, at.batch - 1)
+
+        def seen_norm() -> float:  # it is asked for when the sum is there, and not yet scaled
+            sums = list(zip(layout.placed(), layout.views(strategy.buffer.total), strict=True))
+            seen.gradient = {f"gradient/{name}": checksum(total) for (_, name, _), total in reversed(sums)}
+            return float(norm())
+
+        strategy.reducer.norm = norm if inside else seen_norm
+        made = self.last in record.lines or self.last in record.checkpoints
+        with closing(job.open_loader(at.batch)) as loader:
+            yield seen
+            while at.step < self.last and at.skipped_in_a_row < job.max_skipped and (made or at.batch <= max(record.skipped)):
+                for passed in range(at.batch, record.passed.get(at.step, -1) + 1):
+                    next(loader)
+                    at.go_on_with(passed + 1)
+                batch, seen = next(loader), Seen(at.step + 1, at.batch)
+                seen.micro_batches = self._inside(batch) if inside and seen.step == self.last else []
+                board, lr = share(job, compute(job, batch), 0.0, False), job.schedule.lr_at(seen.step)
+                stats = strategy.step(lr, board.tokens, at.norm_limit(job.spike))
+                seen.skipped = stats.skipped
+                seen.figures = dict(zip(FIGURES, map(_finite, (board.loss, stats.grad_norm, lr)), strict=True))
+                at.count(stats, board.tokens)
+                yield seen
+        close(job)
+
+    def _inside(self, batch: Any) -> list[dict[str, Any]]:
+        """Each micro-batch by itself, in a spare slot: its mean loss, and the norm of that one's gradient. Collective."""
+        from mpidp.comm.slices import global_norm
+        from mpidp.faults.audit import Aside
+        from mpidp.parallel.schedule import one_f_one_b
+
+        job, rows = self.job, []
+        for v in [v for lane in job.balance.ranges[job.mesh.dp.rank] for v in job.lanes.micro_batches(lane)]:
+            aside = Aside(job.audit.buffer, len(job.audit.buffer.flat) - 1)
+            done = job.engine.run(one_f_one_b([v]), batch, aside)
+            tokens = max(1, done.num_tokens[0])
+            norm = float(global_norm(aside.gradient)) * job.engine.nominal_tokens / tokens
+            rows.append({"micro_batch": v, "lane": job.lanes.lane_of(v), "loss": _finite(done.losses[0] / tokens),
+                         "grad_norm": _finite(norm), "windows": self.plan.sampler.windows(batch.batch, v).tolist()})
+        return [row for part in job.comm.allgather(rows) for row in part]
+
+    def tensors(self) -> dict[str, Any]:
+        """Parameters in model order, then optimizer state, by their names in a checkpoint. Independent."""
+        from mpidp.checkpoint.local_parameters import parameters_of
+
+        found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}
+        return found | {f"strategy/{name}": entry.tensor for name, entry in self.job.strategy.state_dict().items()}
+
+    def compare(self, seen: Seen) -> list[tuple[bool, str]]:
+        """(is it as recorded?, words) of each thing that the run recorded of this batch. Collective over job.comm."""
+        line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
+        if not seen.figures or seen.skipped or recorded:
+            words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"
+            return [(seen.skipped == recorded, words)] if seen.figures else []
+        for key in FIGURES if line else ():
+            then, now = line[key], seen.figures[key]
+            close = self.loose and then is not None and now is not None and math.isclose(then, now, rel_tol=CLOSE)
+            words = "same" if then == now else f"{'close' if close else 'differs'}: {then} recorded, {now} now"
+            found.append((then == now or bool(close), f"{key} {words}"))
+        if seen.step in self.record.checkpoints:
+            found.append(self._compare_tensors(self.record.checkpoints[seen.step]))
+        return found
+
+    def _compare_tensors(self, path: Path) -> tuple[bool, str]:
+        from mpidp.checkpoint.resume import open_run
+
+        try:
+            reader = open_run(path, self.job.comm)
+        except CheckpointError as error:
+            return False, f"checkpoint differs: {error}"
+        mine = self.tensors()
+        for name, tensor in mine.items():
+            now, then = (t.cpu().numpy().reshape(-1) for t in (tensor, reader[name]))
+            wrong, gap = int((now.view("u4") != then.view("u4")).sum()), now.astype("f8") - then
+            if wrong and not (self.loose and (gap**2).sum() <= CLOSE**2 * (then.astype("f8") ** 2).sum()):
+                return False, f"checkpoint differs: {name} in {wrong} of {now.size} elements, by up to {abs(gap).max():g}"
+        return True, f"checkpoint {'close' if self.loose else 'same'}: {len(mine)} tensors"
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,236 @@
+"""A resolved run, before anything large is made: what is said of it, and what it demands of a checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpidp.checkpoint.manifest import readable
+from mpidp.checkpoint.reader import Reader
+from mpidp.checkpoint.resume import fingerprint, refuse_changes
+from mpidp.comm.nccl import check_nccl
+from mpidp.config import resolve
+from mpidp.config.schema import Config, checked, fields_of, to_toml
+from mpidp.data.lanes import Lanes
+from mpidp.data.loader import check_targets
+from mpidp.data.sampler import Sampler
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError, UsageError
+from mpidp.metrics.jsonl import MetricsFile
+from mpidp.metrics.tensorboard import check_tensorboard
+from mpidp.model.part import Part, part_of, refuse
+from mpidp.model.shape import Shape, TransformerShape, num_parameters, shapes_of
+from mpidp.model.starting import trained_sizes
+from mpidp.parallel.grid import Grid
+from mpidp.parallel.model_part import Parts
+from mpidp.runtime.agreement import agree, versions
+from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
+from mpidp.runtime.environment import numbers, tolerant
+from mpidp.runtime.topology import Mesh
+from mpidp.runtime.world import together
+from mpidp.strategies.arrivals import Order, read_arrivals
+from mpidp.training.data_parallel import SAID, gradient_slots, held_buffers, held_floats
+from mpidp.training.initial_weights import Origin, open_origin
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run, before anything large is made."""
+
+    config: Config  # nothing left open
+    asked_threads: int  # as the user gave it; 0: automatic
+    grid: Grid
+    device: torch.device
+    training: TokenStream
+    validation: TokenStream | None
+    sampler: Sampler
+    lanes: Lanes
+    shape: Shape
+    arrivals: Order  # at parameter servers or in a quorum, to be repeated
+    origin: Origin | None = None  # of the first weights, where they are not drawn
+
+    @property
+    def world(self) -> MPI.Intracomm:
+        return self.grid.world
+
+    @property
+    def mesh(self) -> Mesh:
+        """The replicas of this rank's part of the model, which is all of it unless mesh.tp or mesh.pp say otherwise."""
+        return self.grid.replicas
+
+    @property
+    def part(self) -> Part:
+        grid = self.grid
+        return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
+
+    def say_what_runs(self) -> None:
+        """Configuration, model and ranks, on rank 0. Collective over world."""
+        dp, grid = self.mesh.dp, self.grid
+        lanes = self.lanes.of_rank(dp.rank, dp.size - self.config.strategy.servers)
+        device = f"{self.device} {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else "cpu"
+        cores = numbers(sorted(os.sched_getaffinity(0)))
+        count = sum(math.prod(size) for size in self.part.sizes(shapes_of(self.shape)).values())
+        rows = self.world.gather((grid.everyone.host, cores, device, self.config.train.threads, len(lanes), count), root=0)
+        if rows is None:
+            return
+        slots = gradient_slots(self.config, self.lanes, 0, dp.size)[0] + held_buffers(self.config)
+        c, t = self.config, self.config.train
+        print(to_toml(c))
+        cut = grid.parts > 1
+        places = "  dp pp tp   parameters" * cut
+        print(f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}{places}")
+        for rank, (host, bound, where, threads, num_lanes, mine) in enumerate(rows):
+            place = "  {:>2} {:>2} {:>2} ".format(*grid.coordinates(rank)) + f"{mine:>12,}" if cut else ""
+            print(f"{rank:>5}  {host:<20} {bound:<12} {where:<24} {threads:>7} {num_lanes:>6}{place}")
+        whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
+        trained, asked = count, bool(c.model.lora_rank or c.optim.freeze)
+        if asked:
+            settings = {key: value for key, _, value in fields_of(c)}
+            trained = sum(map(math.prod, trained_sizes(settings, self.shape, self.part).values()))
+        floats = held_floats(c, slots, dp.size) * trained + max(0, count - trained)
+        print(
+            f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}{f', {trained:,} of them trained here' * asked}; "
+            f"{floats / 2**18:,.0f} MiB a rank for weights, optimizer state "
+            f"({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
+            f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
+            f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
+            f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
+            f"{t.steps / self.sampler.steps_per_epoch:.2f} epochs of {self.training.num_tokens:,} tokens; "
+            f"reducer {c.comm.reducer}, compress {c.comm.compress}, strategy {c.strategy.name}\n",
+            flush=True,
+        )
+
+    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
+        """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
+        when a setting that must not change has changed. Collective over world."""
+        plan = self
+        if reader is not None:
+            with together(self.world), readable(reader.path):
+                saved = reader.meta["fingerprint"]
+                if not self.asked_threads:
+                    plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
+                refuse_changes(reader.meta["config"], plan.config)
+                if reader.meta["data"] != self.training.index_sha256:
+                    raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
+            if self.origin is not None and self.origin.weights is not None:  # of adapters; all else is in the checkpoint
+                wanted = reader.meta.get("init_from", {}).get("weights_sha256", "")
+                plan = replace(plan, origin=replace(self.origin, wanted_sha256=wanted))
+            now = fingerprint(plan.config, self.device)
+            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+            notes = [*notes, f"resuming from {reader.path}"]
+            if changed:
+                notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
+        if self.world.rank == 0:
+            for note in notes:
+                print(note, flush=True)
+        return plan
+
+    def has_ended(self, reader: Reader) -> dict[str, Any] | None:
+        """The end record when the run is over and nothing that decides its end has changed since. Independent."""
+        with readable(reader.path):
+            end: dict[str, Any] | None = reader.meta["end"]
+            if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
+                return end
+            rules = ("train.steps", "train.target_loss", "train.patience")
+            now = {key: value for key, _, value in fields_of(self.config)}
+            return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
+
+    def say_ended(self, end: dict[str, Any]) -> None:
+        """On rank 0; also mends a metrics file whose last line was lost. Independent."""
+        if self.world.rank:
+            return
+        file = Path(self.config.run.dir) / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        if not lines or '"event": "end"' not in lines[-1]:
+            metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
+            metrics.write(end)
+            metrics.close()
+        print(
+            f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
+            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
+            "start anew with --run.resume=never",
+            flush=True,
+        )
+
+
+def _open(path: str, split: str) -> TokenStream | None:
+    stream = TokenStream(path, split)
+    return stream if stream.num_tokens > 1 else None
+
+
+def plan(config: Config, grid: Grid) -> Plan:
+    """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
+    grid.world."""
+    world, replicas = grid.world, grid.replicas.dp.size
+    origin = open_origin(config, world)
+    with together(world):
+        config = config if origin is None else checked(origin.completed(config))
+    threads = resolve_threads(config.train.threads, grid.everyone)
+    torch.set_num_threads(threads)
+    validation: TokenStream | None = None
+    with together(world):
+        device = resolve_device(config.train.device, grid.everyone)
+        dtype = resolve_dtype(config.train.dtype, device)
+        check_compiler(config.train.compile, device)
+        check_tensorboard(config.metrics.tensorboard)
+        set_determinism(device, config.train.deterministic)
+        training = TokenStream(config.data.path, "train")
+        if "val" in training.index.splits:
+            validation = _open(config.data.path, "val")
+        for stream in (training, validation):
+            if stream is not None:
+                stream.keep_apart(config.data.documents, config.model.seq_len)
+                stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
+        if world.rank == 0:
+            check_targets(training, training.num_tokens)
+            if validation is not None:
+                evaluated = config.train.eval_tokens or validation.num_tokens
+                check_targets(validation, max(config.model.seq_len, evaluated))
+            used = training.index.tokenizer_bytes(training.path)
+            if origin is not None:
+                origin.check_tokenizer(training.path, used)
+        lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
+        workers = resolve.workers(config, replicas)
+        order = read_arrivals(config.strategy.replay, workers, replicas - workers, config.strategy.staleness)
+        if workers > lanes.num_lanes:
+            raise UsageError(
+                f"{workers} {'ranks' if grid.parts == 1 else 'replicas'}, but the global batch has {lanes.num_lanes} lanes, and "
+                f"each computes whole lanes: start at most {lanes.num_lanes * grid.parts} ranks, or raise train.lanes or "
+                "train.global_batch, or lower train.micro_batch"
+            )
+        if training.num_tokens <= config.model.seq_len:
+            raise DataError(
+                f"{config.data.path}: {training.num_tokens} training tokens are fewer than one window of model.seq_len + 1 = "
+                f"{config.model.seq_len + 1}; prepare more text, or lower model.seq_len"
+            )
+        sampler = Sampler(
+            training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
+        )
+        resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
+    check_nccl(config.comm.gpu, device, grid.replicas)
+    with together(world):
+        shape = resolve.model_shape(resolved, training.vocab_size)
+        refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
+        if training.apart and not isinstance(shape, TransformerShape):
+            raise UsageError(
+                f"model.kind={config.model.kind} on documents that are kept apart ({config.data.path}): it is not told where one "
+                "ends. Use model.kind=transformer, or data.documents=joined"
+            )
+        if grid.parts > 1 and tolerant():
+            raise UsageError(
+                "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
+                "no other in its replica has. Start without it: when a rank dies the job ends, and the same command goes on "
+                "from the last checkpoint"
+            )
+    settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
+    with together(world):
+        trained_sizes(settings, shape, Parts(grid, shape, chunks=config.mesh.interleave).part)
+    facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
+    agree(world, facts | versions())
+    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
