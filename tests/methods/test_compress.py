@@ -18,6 +18,7 @@ from mpidp.comm.transport import Messages
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.reducers.buckets import GradientBuffer
+from mpidp.reducers.compression.codes import CODES
 from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.compression.topk import count
 from mpidp.runtime.topology import make_mesh
