@@ -259,17 +259,20 @@ def main() -> None:
     add("--format", dest="form", default="text", help="text, or .jsonl rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
-    add("--seq-len", type=int, default=0, help="for rows: the window length in tokens; train with the same model.seq_len")
+    add("--seq-len", type=int, metavar="N", default=0,
+        help="for rows: the window length in tokens; train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
-    add("--tokens", type=int, default=0, help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
+    add("--tokens", type=int, metavar="N", default=0,
+        help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
     add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
     add("--tokenizer", default="byte", help="byte, char, bpe:VOCAB (trained here) or a tokenizer.json (%(default)s)")
     add("--out", default="shards/stdlib", help="the folder to write (%(default)s)")
-    add("--shards", type=int, default=4, help="number of training files (%(default)s)")
-    add("--val-fraction", type=float, default=0.05, help="validation share of tokens or documents; 0: none (%(default)s)")
-    add("--split", default="", help="text: the end of the stream becomes validation; document: whole documents do (text; for "
-        "rows document)")
-    add("--seed", type=int, default=0, help="seed of --split document (%(default)s)")
+    add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
+    add("--val-fraction", type=float, metavar="F", default=0.05,
+        help="validation share of tokens or documents; 0: none (%(default)s)")
+    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
+        "default: text, for rows document")
+    add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long .jsonl lines instead of skipping them")
     add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")
