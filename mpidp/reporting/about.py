@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from mpidp.config.schema import fields_of
+from mpidp.config.schema import Config
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.charts import duration, short
 from mpidp.reporting.costs import J_PER_KWH, Costs, machines
@@ -102,7 +102,7 @@ def _formatted(key: str, value: Any) -> str:
 
 def settings(run: RecordedRun) -> str:
     """Return the section of settings: those that differ from the defaults, then all. Pure."""
-    defaults = {key: value for key, _, value in fields_of()}
+    defaults = Config().flat()
     rows = [(key, str(value)) for key, value in run.config.items()]
     other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]
     return section("Settings", paragraph("Settings that differ from the defaults:"), table(("setting", "value"), other),

@@ -23,7 +23,7 @@ from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds
 from mpidp.comm.transport import PIECE_BYTES, pieces
 from mpidp.config.defaults import ratio
 from mpidp.config.resolve import model_shape, resolve_reducer
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.part import whole
@@ -101,7 +101,7 @@ class Sizes:
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
     """Return the sizes without allocating the model. Independent."""
-    shape, settings = model_shape(config, vocab_size), {key: value for key, _, value in fields_of(config)}
+    shape, settings = model_shape(config, vocab_size), config.flat()
     layout = FlatLayout(trained_on_paper(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
@@ -125,7 +125,7 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
     if size == 1:
         return Sum(0, 0.0, 0)
     if c.compress != "none":
-        share = ratio({key: value for key, _, value in fields_of(config)})
+        share = ratio(config.flat())
         method = method_of(c.compress, share, 0, c.rank, config.train.seed)
         sent = sum(method.bytes_sent(trimmed(bucket), 0, 0, size) for bucket in sizes.buckets)
         return Sum(sent, sent * _outgoing_share(cluster), 2 * (size - 1) * len(sizes.buckets) * (1 + (c.compress == "powersgd")))
