@@ -47,7 +47,7 @@ from mpidp.runtime.device import resolve_threads
 from mpidp.runtime.topology import Mesh
 from mpidp.runtime.world import start_mpi, together
 from mpidp.strategies import strategy_of
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.training.data_parallel import share_memory
 
 
@@ -71,7 +71,7 @@ class Given:
             p.grad = gradient
         self.updates += 1
 
-    def go_on_after(self, updates: int) -> None:
+    def set_updates(self, updates: int) -> None:
         """So many updates were made."""
         self.updates = updates
 
@@ -131,7 +131,7 @@ class DataParallel:
         shape = OwnShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
         shared = share_memory(Asked(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
         self._transport, self._balance = transport, shared.balance
-        options = Options.of(asdict(config.strategy), steps, mesh.node_sizes)
+        options = StrategyOptions.of(asdict(config.strategy), steps, mesh.node_sizes)
         self.strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
             self.comm, shared.group, named, shared.reducer, partial(Given, self.optimizer), clip, self.lanes.global_batch,
             int(config.comm.bucket_mb * 2**20), False, options=options,
@@ -139,7 +139,7 @@ class DataParallel:
         for tensor in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad)]:
             tensor.copy_(self.comm.bcast(tensor.cpu()))
         self.strategy.start()
-        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.settled)
+        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._mine = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # updates made
         self.stats = StepStats(0.0, False)  # of the last update: grad_norm, skipped
@@ -243,7 +243,7 @@ class DataParallel:
         if self._updated or self._pass_empty():
             return False
         strategy = self.strategy
-        if strategy.meets_always:
+        if strategy.synchronizes_always:
             strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._told))
         losses, counts = self._told.tolist()
         self.loss = sum(losses) / max(1.0, sum(counts))

@@ -120,7 +120,7 @@ class Audit:
         self._table[:] = 0
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
-    def look(self, lane: int, gradient: Tensor) -> None:
+    def observe_lane(self, lane: int, gradient: Tensor) -> None:
         """This rank has computed a lane in the ordinary way. Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)

@@ -23,8 +23,8 @@ class Part:
     """What one rank has of a model."""
 
     chunks: tuple[range, ...]  # of layers; of a stage that comes several times, one each time
-    embeds: bool = True  # has the embedding: the first stage
-    speaks: bool = True  # has the last norm and the head: the last stage
+    has_embedding: bool = True  # has the embedding: the first stage
+    has_head: bool = True  # has the last norm and the head: the last stage
     index: int = 0  # of `size` ranks that share each layer
     size: int = 1
     tied: bool = False  # embedding and head are one tensor
@@ -69,7 +69,7 @@ class Part:
         words = name.split(".")
         if words[0] == "blocks":
             return int(words[1]) in self.layers
-        return self.speaks and (words[0] != "embedding" or self.tied) or words[0] == "embedding" and self.embeds
+        return self.has_head and (words[0] != "embedding" or self.tied) or words[0] == "embedding" and self.has_embedding
 
     def sizes(self, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Of what is here of the whole model's parameters. Pure."""

@@ -150,10 +150,10 @@ class Transformer(nn.Module):
         self.embedding: nn.Module | None = None
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None
-        if self.part.embeds:
+        if self.part.has_embedding:
             self.embedding = nn.Embedding(vocabulary, shape.model_dim)
         self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part) for layer in self.part.layers})
-        if self.part.speaks:
+        if self.part.has_head:
             self.norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
             self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
             if shape.tie_embeddings and self.embedding is not None:
@@ -216,8 +216,8 @@ class Transformer(nn.Module):
                 x = block(x, cos, sin, mask, mine, None if caches is None else partial(attend, caches, layer))
         for cache in caches or ():
             cache.length += t
-        speaks = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
-        return self.head(self.norm(x)) if speaks else x  # type: ignore[misc]
+        has_head = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
+        return self.head(self.norm(x)) if has_head else x  # type: ignore[misc]
 
     def new_cache(self, positions: int) -> Cache | None:
         """An empty one of a sequence of so many positions, at most seq_len."""

@@ -134,8 +134,8 @@ PLACES = {  # and how many ranks there are in the end
     ("mpidp.faults.respawn._tell", True): 3, ("mpidp.faults.respawn._bridge", False): 4, ("mpidp.faults.respawn._tell", False): 4,
     ("mpidp.training.recovery.make_mesh", True): 4, ("mpidp.training.build.Optimizer", True): 4,
     ("mpidp.training.build.Optimizer", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
     ("mpidp.training.build.Loader", True): 4,
 }
 
