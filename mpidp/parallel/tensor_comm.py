@@ -72,21 +72,21 @@ class SumInBackward(torch.autograd.Function):
     """The identity; in backward a sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        ctx.tp = tp
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.comm.sum(grads[0]), None
+        return ctx.tp.sum(grads[0]), None
 
 
 class SumInForward(torch.autograd.Function):
     """g: a sum; in backward the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: TensorComm) -> Tensor:
-        return comm.sum(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        return tp.sum(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -97,34 +97,34 @@ class _Gather(torch.autograd.Function):
     """f of a sequence in parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm = comm
-        return comm.gather(x, comm.length)
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        ctx.tp = tp
+        return tp.gather(x, tp.length)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.comm.scatter(grads[0]), None
+        return ctx.tp.scatter(grads[0]), None
 
 
 class _Scatter(torch.autograd.Function):
     """g of a sequence in parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: TensorComm) -> Tensor:
-        ctx.comm, ctx.length = comm, x.shape[1]
-        return comm.scatter(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        ctx.tp, ctx.length = tp, x.shape[1]
+        return tp.scatter(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.comm.gather(grads[0], ctx.length), None
+        return ctx.tp.gather(grads[0], ctx.length), None
 
 
-def enter_branch(x: Tensor, comm: TensorComm) -> Tensor:
+def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
     """f: (B, T, D), or this rank's positions of it -> (B, T, D). Backward is collective over comm; where positions are in
     parts this is, too."""
-    return (_Gather if comm.sequence else SumInBackward).apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def leave_branch(x: Tensor, comm: TensorComm) -> Tensor:
+def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
     """g: of the sum of every rank's (B, T, D), all, or this rank's positions. Collective over comm."""
-    return (_Scatter if comm.sequence else SumInForward).apply(x, comm)  # type: ignore[no-any-return, no-untyped-call]
+    return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,5 +1,5 @@
-"""Laws of Hugging Face in and out: transformers computes the same losses and logits, what was exported comes back bit for bit,
-and a folder that is not such a model is refused with its reason."""
+"""Laws of import from and export to Hugging Face: transformers computes the same losses and logits, exported weights are imported
+bit for bit, and folders with unsupported models are rejected with the reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 12,
 }
-KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the second as SmolLM2, the third as Llama 3.2
+KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the second like SmolLM2, the third like Llama 3.2
     "untied": {"rms_norm_eps": 1e-6},
     "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     "mistral": {"sliding_window": None, "max_position_embeddings": 64},
@@ -72,7 +72,7 @@ def llama(kind: str = "untied") -> Any:
 
 @pytest.fixture(scope="module")
 def folders(shards: Path) -> dict[str, Path]:
-    """Of every kind, saved by transformers, in several files."""
+    """Folders of every kind, saved by transformers in several files."""
     found = {}
     for kind in KINDS:
         found[kind] = shards.parent / kind
@@ -82,7 +82,7 @@ def folders(shards: Path) -> dict[str, Path]:
 
 
 def begun(shards: Path, source: Path, run: Path, /, **sections: dict[str, Any]) -> Config:
-    """A run that begins with the weights of source."""
+    """Return the config of a run with the initial weights of source."""
     plain = Config()
     found: dict[str, Any] = {
         "model": {key: getattr(plain.model, key) for key in ("num_layers", "num_heads", "model_dim", "hidden_dim")},
@@ -112,7 +112,7 @@ def trained(shards: Path, folders: dict[str, Path]) -> dict[str, tuple[Path, Ran
 def test_a_fine_tune_is_that_of_transformers(
     shards: Path, folders: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
-    """Loss by loss, over steps that change them."""
+    """Compare every loss, over steps that change them."""
     optim = {"name": name, "lr": 3e-3 if name == "adamw" else 0.3, "beta1": 0.9 if name == "adamw" else 0.0, "beta2": 0.95,
              "weight_decay": 0.1, "warmup_steps": 0, "schedule": "constant", "clip": 0.0}
     ran = train_at(1, begun(shards, folders[kind], tmp_path / "run", optim=optim, data={"order": "sequential"},
@@ -140,7 +140,7 @@ def test_a_fine_tune_is_that_of_transformers(
 def test_transformers_reads_what_was_exported(
     trained: dict[str, tuple[Path, Ran]], shards: Path, tmp_path: Path, kind: str, max_bytes: int
 ) -> None:
-    """The same logits, the same ids; and it comes back bit for bit."""
+    """The same logits and ids, and an import restores the weights bit for bit."""
     from mpidp.inference.loading import load_model
     from mpidp.parallel.grid import make_grid
 
@@ -177,8 +177,8 @@ def theirs_with_bos(given: Path, made: Path, bos: int) -> None:
 def test_a_text_begins_as_in_transformers(
     trained: dict[str, tuple[Path, Ran]], folders: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
-    """After the BOS that a Llama's tokenizer.json puts before every text, where the weights have seen it: for prompts, texts and
-    choices; and export keeps it. The vocabulary is padded."""
+    """With initial weights that were trained with BOS, prompts, texts and choices begin with it, as defined by Llama's
+    tokenizer.json; export keeps it. The vocabulary is padded."""
     source = tmp_path / "source"
     shutil.copytree(folders["untied"], source)
     theirs_with_bos(shards / "tokenizer.json", source / "tokenizer.json", 7)
@@ -196,9 +196,9 @@ def test_a_text_begins_as_in_transformers(
     assert [one.ids for one in encode(tokenizer, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
     alone = load_tokenizer(run)
     assert alone.bos == 7 and alone.encode("a b").tolist() == model("a b").input_ids[1:]
-    ours, _ = trained["untied"]  # a run whose tokenizer has none
+    ours, _ = trained["untied"]  # a run whose tokenizer has no BOS
     assert open_model(evaluate_options([str(ours)]), WORLD)[2].bos is None
-    del reader.meta["init_from"]  # a model that was trained on these shards alone has never seen one
+    del reader.meta["init_from"]  # a model trained only on these shards has never seen a BOS
     assert load_tokenizer_for(loaded, reader, None) is not None and load_tokenizer_for(loaded, reader, str(run)).bos is None
     export(WORLD, str(run), str(tmp_path / "out"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids == model("a b").input_ids
@@ -220,12 +220,12 @@ def test_half_precision_becomes_float32_masters(shards: Path, folders: dict[str,
             assert torch.equal(reader[f"model/{name}"], wanted[theirs(name)]), name
         out = folder / "out"
         export(WORLD, str(folder / "run"), str(out), str(dtype).removeprefix("torch."))
-        there = load_file(out / "model.safetensors")  # there and back: halves are halves
+        there = load_file(out / "model.safetensors")  # bfloat16 is exported as it was imported
         assert all(tensor.dtype == dtype and torch.equal(tensor.float(), wanted[name]) for name, tensor in there.items())
 
 
 def test_a_run_begins_with_another(trained: dict[str, tuple[Path, Ran]], shards: Path, tmp_path: Path) -> None:
-    """A fresh optimizer at step 0; its own checkpoint is what it goes on from, when the first one is long gone."""
+    """A new optimizer starts at step 0. A resume needs only the run's own checkpoint, not the first run."""
     run, ran = trained["llama3"]
     source = tmp_path / "source"
     shutil.copytree(run, source)
@@ -301,7 +301,7 @@ def test_another_config_is_refused_by_name(folders: dict[str, Path], tmp_path: P
 
 
 def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """The folder's first file of weights, changed."""
+    """Modify the folder's first weight file."""
     file = min(folder.glob("*.safetensors"))
     there = load_file(file)
     change(there)
@@ -381,7 +381,7 @@ def test_small_tokenizers_give_the_same_ids_in_transformers(ours: Any, tmp_path:
 
 
 def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
-    """An ordinary run of ours, that never saw Hugging Face."""
+    """A run with a byte tokenizer that did not start from Hugging Face."""
     (tmp_path / "text.txt").write_text(text(3000))
     prepare(str(tmp_path / "text.txt"), "byte", tmp_path / "shards", shards=1, say=False)
     ran = train_at(1, tiny(tmp_path / "shards", tmp_path / "run", model={"vocab_size": 264}, train={"steps": 1},
@@ -389,10 +389,10 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
     assert Reader(tmp_path / "run/checkpoints/step_00000001")["model/head.weight"].shape == (264, 32)  # padded
     export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
     modes = {file.name: oct(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
-    assert len(set(modes.values())) == 1, modes  # who may read config.json may read the weights
+    assert len(set(modes.values())) == 1, modes  # weights have the same permissions as config.json
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Ü").input_ids == list("Ü".encode())
     again = begun(tmp_path / "shards", tmp_path / "out", tmp_path / "again", train={"steps": 1})
-    train_at(1, again)  # on the same shards
+    train_at(1, again)  # with the same shards
     assert reader_of(tmp_path / "again").meta["init_from"]["weights_sha256"] == ran.sha256
     with pytest.raises(UsageError, match="out exists, and nothing is overwritten"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
@@ -407,7 +407,7 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_config_comes_back(kind: str) -> None:
-    """In the keys of transformers 5, in older ones, and after a way through ours."""
+    """With the keys of transformers 5, with older ones, and after a round trip."""
     config = json.loads(llama(kind).config.to_json_string(use_diff=False))
     settings = settings_of(config, "it")
     shape = shape_of(settings, 64)

@@ -1,4 +1,5 @@
-"""Models of other kinds: what shapes say of them is so, dropout is the micro-batch's, what cannot be trained is refused."""
+"""Laws of other kinds of models: sizes follow from shapes, dropout depends on the micro-batch, and unsuitable models are
+rejected."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     assert isinstance(shape, OwnShape) or flops_per_token(shape, 0) == 6 * sum(products.values())
     assert model(TOKENS).shape == (2, T, V)
     kind = "lstm" if isinstance(shape, LSTMShape) else "tests.own_models:Gru"
-    assert saved_shape(kind, dataclasses.asdict(shape)) == shape  # as a checkpoint keeps it
+    assert saved_shape(kind, dataclasses.asdict(shape)) == shape  # as stored in a checkpoint
     again = make_model(shape, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(UsageError, match="leave them 1"):
@@ -59,7 +60,7 @@ def test_dropout_is_a_function_of_the_key(i: int) -> None:
     keys = [torch.tensor(k) for k in (1, 2, 1)]
     one, two, again = (model(TOKENS, key=key) for key in keys)
     assert torch.equal(one, again) and not torch.equal(one, two)
-    assert torch.equal(model.eval()(TOKENS), model(TOKENS))  # and none without
+    assert torch.equal(model.eval()(TOKENS), model(TOKENS))  # no dropout in evaluation
 
 
 def test_an_lstm_begins_each_window_anew_and_sees_no_later_token() -> None:

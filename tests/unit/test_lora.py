@@ -1,4 +1,5 @@
-"""Laws of adapters and of freezing: the base at the start, its merged form at the end, and nothing else that moves."""
+"""Laws of adapters and frozen parameters: the initial model equals the base, the merged model equals the adapted one, and frozen
+parameters do not change."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_merged_is_unmerged(rank: int, alpha: float, targets: str) -> None:
 
 
 def test_what_it_adds_is_the_formula_and_its_gradient() -> None:
-    """W x + (alpha / r) B A x, in float64; the base has no gradient, and at the start A's is zero, for B is."""
+    """Compare with W x + (alpha / r) B A x in float64. The base has no gradient; initially A's gradient is zero, because B is."""
     layer = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5, bias=False)}).double()
     attach(layer, 2, 3.0, "q", seed=1)
     q: Any = layer["q"].double()

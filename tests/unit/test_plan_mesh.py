@@ -1,4 +1,4 @@
-"""Laws of `mpidp.plan mesh`: what fits comes first, every figure says where it is from, bad input is named."""
+"""Laws of `mpidp.plan mesh`: meshes that fit come first, every figure has a source, and invalid input is reported."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not the default, which they stand in for."""
+    """It is not the default model, which the initial weights replace."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hf").mkdir()
     said = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 6, "vocab_size": 1000,
@@ -112,7 +112,7 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
 
 
 def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own step is then what is predicted."""
+    """The prediction then equals the measured step of this run."""
     monkeypatch.chdir(tmp_path)
     config = Config().with_values(train={"dtype": "float32", "lanes": 8}, run={"dir": "run"})
     (tmp_path / "run").mkdir()
@@ -142,7 +142,7 @@ def test_figures_are_given_or_the_doctors_or_assumed(tmp_path: Path, monkeypatch
     assert "products: 99 TFLOP/s a rank (given)" in said and "network of a node: 10 Gbit/s (given)" in said
 
 
-WRONG = {  # words: what is said
+WRONG = {  # command line: part of the message
     "--ranks 8": "give --params N",
     "--params 7b --config x.toml --ranks 8": "one of them",
     "--params seven --ranks 8": "--params=seven: give a number above 0",

@@ -1,4 +1,5 @@
-"""Laws of what is foretold of methods: seconds follow the formulas, refusals say why, and nothing is risked for little."""
+"""Laws of the predictions for methods: seconds follow the formulas, rejections have a reason, and a small gain does not change
+the recommendation."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def test_seconds_are_those_of_the_formulas() -> None:
     assert seconds("server-async") == pytest.approx(max(round_trip, 3 * n / band) + (n / band + tell) / 10)
     pair, met = n / band + late, a_sum + tell
     assert seconds("local-pairs") == pytest.approx(compute + (49 * pair + met) / 50)
-    assert seconds("local-overlap") == pytest.approx(compute + (9 * tell + met + tell) / 500)  # hidden but at the meeting
+    assert seconds("local-overlap") == pytest.approx(compute + (9 * tell + met + tell) / 500)  # hidden except at the meeting
     assert step_seconds(of("local"), SIZES, replace(SLOW, ranks=1, nodes=1), compute) == compute
 
 
@@ -77,7 +78,7 @@ def test_ranks_of_a_node_share_its_link_and_the_tree_its_memory() -> None:
     apart, together = (one_sum(CONFIG, SIZES, cluster) for cluster in (one, two))
     assert apart.link_bytes == pytest.approx(2 * 7 / 8 * SIZES.num_bytes, rel=1e-2)
     assert together.link_bytes == pytest.approx(2 * 1 / 2 * SIZES.num_bytes, rel=1e-2)
-    assert together.sent_bytes == pytest.approx(together.link_bytes / 4, rel=0.2)  # slices are of whole blocks
+    assert together.sent_bytes == pytest.approx(together.link_bytes / 4, rel=0.2)  # slices consist of whole blocks
     assert one_sum(CONFIG, SIZES, Cluster(8, 1, 0.0, 1e8)).sent_bytes == 0
     coded = [one_sum(of("int8"), SIZES, cluster) for cluster in (one, two)]
     assert coded[0].sent_bytes == coded[1].sent_bytes  # every rank sends for itself
@@ -136,7 +137,7 @@ def test_what_was_tried_is_judged_by_its_loss() -> None:
 
     assert tried(synchronous=(1.0, 3.0), int8=(0.5, 2.9), local=(0.1, 2.95))[0] == "int8"
     assert tried(synchronous=(1.0, 3.0), int8=(0.5, 3.1))[0] == "synchronous"
-    assert tried(synchronous=(1.0, 3.0), int8=(0.95, 2.0))[0] == "synchronous"  # luck: it is no faster
+    assert tried(synchronous=(1.0, 3.0), int8=(0.95, 2.0))[0] == "synchronous"  # a lower loss by chance: its steps are not faster
 
 
 def test_the_doctors_file_says_how_ranks_lie() -> None:

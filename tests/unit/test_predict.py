@@ -1,4 +1,4 @@
-"""Laws of predictions: what was measured stays as measured, what lies between is interpolated, lanes stay whole."""
+"""Laws of predictions: measured values are returned unchanged, values between them are interpolated, and lanes stay whole."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def test_beyond_the_last_communication_goes_on_growing_and_never_falls() -> None
 def test_what_one_run_says_of_communication() -> None:
     several, alone = MEASURED[:1], MEASURED[1:2]
     assert [seconds_at(several, ranks).comm for ranks in (1, 2, 8, 64)] == [0.0, 0.09, 0.09, 0.09]
-    assert [seconds_at(alone, ranks).comm for ranks in (1, 4)] == [0.001, 0.0]  # one rank knows nothing of others
+    assert [seconds_at(alone, ranks).comm for ranks in (1, 4)] == [0.001, 0.0]  # one rank does not communicate
 
 
 @pytest.mark.parametrize("noise_scale", [0.1, 3000.0, 1e9])
 def test_steps_and_tokens_lie_on_the_papers_hyperbola(noise_scale: float) -> None:
-    """(S / S_min - 1)(E / E_min - 1) = 1 for every batch, section 2.3, and the present batch takes the steps that it took."""
+    """(S / S_min - 1)(E / E_min - 1) = 1 for every batch (section 2.3), and the run's own batch takes the measured number of
+    steps."""
     learned = Learned(400, 2048, Lanes(16, 2, 8), noise_scale)
     rows = predict(learned, MEASURED, [1])
     for row in rows:
