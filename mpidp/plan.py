@@ -86,13 +86,13 @@ def which_method(words: Sequence[str]) -> None:
         return options, from_args(settings)
 
     (options, config), world = begin(read)
-    from mpidp.planning.methods.trials import TrialOptions, answer
+    from mpidp.planning.methods.trials import TrialOptions, compare_methods
 
     trial_options = TrialOptions(
         options.ranks or 0, options.cluster, options.link, options.step_seconds or 0.0, options.run or 0.0,
         tuple(filter(None, options.methods.split(","))),
     )
-    found = answer(config, trial_options, world)
+    found = compare_methods(config, trial_options, world)
     if world.rank == 0:
         print(json.dumps(found, allow_nan=False) if options.json else methods_table(found), flush=True)
         if options.plot:
@@ -101,7 +101,7 @@ def which_method(words: Sequence[str]) -> None:
 
 def which_mesh(words: Sequence[str]) -> None:
     """Run the command line after `mesh`. Independent."""
-    found, as_json = command_line.answer(words)
+    found, as_json = command_line.plan_from_arguments(words)
     if launcher_rank() == 0:
         print(json.dumps(found, allow_nan=False) if as_json else mesh_table(found))
 
@@ -170,8 +170,8 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Return powers of two up to four times the ranks used (16 at least) and up to the most lanes of the table, and the measured
-    numbers of ranks."""
+    """Return the measured numbers of ranks and powers of two up to four times the ranks used (at least 16), or up to the largest
+    number of lanes in the table if that is smaller."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.config.command_line import from_args, read_toml
-from mpidp.config.schema import fields_of
 from mpidp.errors import UsageError
 from mpidp.hf.names import settings_of
 from mpidp.planning.mesh.memory import Work
@@ -47,7 +46,7 @@ NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
 WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "gpus-per-node")
 
 
-def answer(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
+def plan_from_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
     """Parse the arguments; return (the results, whether to print JSON). Raises UsageError. Independent."""
     parser = Parser(prog="python -m mpidp.plan mesh", usage="%(prog)s --params N --ranks P [options] [--section.key=value ...]",
                     description=USAGE, allow_abbrev=False)
@@ -78,7 +77,7 @@ def answer(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
         raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
     if options.top < 1:
         raise UsageError(f"--top={options.top} must be at least 1")
-    values = {key: value for key, _, value in fields_of(from_args([options.config, *settings]))} if options.config else {}
+    values = from_args([options.config, *settings]).flat() if options.config else {}
     whole = {name: int(given.get(name, 0)) for name in WHOLE}
     if values:
         values |= _initial_model(values["train.init_from"])
