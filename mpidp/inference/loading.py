@@ -18,7 +18,7 @@ from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
-from mpidp.hf.folder import Folder
+from mpidp.hf.folder import ModelFolder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import refuse
 from mpidp.model.starting import base_weights, prepared
@@ -28,7 +28,7 @@ from mpidp.parallel.pipeline import FORWARD, Stages
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import Ring
 from mpidp.runtime.device import resolve_device
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 
 @dataclass
@@ -100,15 +100,15 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
     """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
-    with together(world):
+    with raise_together(world):
         loaded = load_model(reader, grid, options.device, options.threads)
         return reader, loaded, load_tokenizer_for(loaded, reader, options.data)
 
 
-def weights_at(path: Path) -> Reader | Folder:
+def weights_at(path: Path) -> Reader | ModelFolder:
     """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
     if (path / "config.json").is_file():
-        return Folder(path)
+        return ModelFolder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
         raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "

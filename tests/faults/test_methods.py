@@ -64,7 +64,7 @@ def test_what_the_run_cannot_take_is_listed(shell: Shell) -> None:
     words = ("--methods=topk,delayed", "--run=0.2", "--train.audit_every=3", "--step-seconds=0.01")
     done = shell.run(*PLAN, *words, ranks=2, seconds=200)
     assert done.code == 0 and "Measured, 0.2 s each" in done.out, done
-    assert "refused: " in done.out and "train.audit_every" in done.out and "Traceback" not in done.said, done
+    assert "rejected: " in done.out and "train.audit_every" in done.out and "Traceback" not in done.said, done
 
 
 def test_without_a_launch(shell: Shell) -> None:

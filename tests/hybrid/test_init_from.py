@@ -68,5 +68,5 @@ def test_a_run_of_ours_is_as_good_and_faults_are_everybody_s(shared_folder: Path
     if WORLD.rank == 0:
         max(source.glob("*.safetensors")).unlink()
     WORLD.Barrier()
-    with pytest.raises(DataError, match="1 of .* files of weights are missing"):
+    with pytest.raises(DataError, match="1 of .* weight files are missing"):
         train_at(most, begun(data, shared_tmp / "third", source, (most, 1, 1, 0)))

@@ -199,7 +199,7 @@ def took_gradients(optimizer: mpidp.DataParallel) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    (left_out_backward, "without backward"), (left_out_step, "without step"), (twice, "a second time"),
+    (left_out_backward, "backward() was not called"), (left_out_step, "step() was not called"), (twice, "called twice"),
     (took_gradients, "not of the model"),
 ])  # fmt: skip
 def test_a_wrong_loop_is_told_so(wrong: Callable[[mpidp.DataParallel], None], said: str) -> None:
@@ -212,11 +212,11 @@ def test_a_wrong_loop_is_told_so(wrong: Callable[[mpidp.DataParallel], None], sa
 
 
 @pytest.mark.parametrize(("settings", "more", "said"), [
-    ({"strategy.name": "server"}, {}, "strategy.name=server: servers hold slices"), ({"mesh.tp": 2}, {}, "has 'mesh.tp'"),
-    ({"strategy.name": "local"}, {"steps": 0}, "strategy.name=local: its ranks do not meet"),
+    ({"strategy.name": "server"}, {}, "strategy.name=server is not supported"), ({"mesh.tp": 2}, {}, "has 'mesh.tp'"),
+    ({"strategy.name": "local"}, {"steps": 0}, "strategy.name=local does not synchronize"),
     ({"comm.reducer": "tree", "strategy.name": "delayed"}, {}, "does not go with"), ({"comm.copies": "node"}, {}, "comm.copies"),
     ({}, {"optimizer": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
-    ({}, {"optimizer": lambda p: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "not of this model"),
+    ({}, {"optimizer": lambda p: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "not in the model"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], more: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -28,8 +28,8 @@ from mpidp.evaluate import read_options as evaluate_options
 from mpidp.export import export
 from mpidp.generate import _encoded
 from mpidp.hf import tokens
-from mpidp.hf.folder import Folder
-from mpidp.hf.names import config_of, settings_of, shape_of, theirs
+from mpidp.hf.folder import ModelFolder
+from mpidp.hf.names import config_of, huggingface_name, settings_of, shape_of
 from mpidp.hf.write import files_of
 from mpidp.inference.choices import Question, encode
 from mpidp.inference.loading import load_tokenizer_for, open_model
@@ -120,16 +120,16 @@ def test_a_fine_tune_is_that_of_transformers(
     model = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).train()
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == decays], "weight_decay": 0.1 * decays}
               for decays in (True, False)]
-    theirs: Any = torch.optim.AdamW(groups, lr=optim["lr"], betas=(0.9, 0.95), eps=1e-8) if name == "adamw" else (
+    optimizer: Any = torch.optim.AdamW(groups, lr=optim["lr"], betas=(0.9, 0.95), eps=1e-8) if name == "adamw" else (
         torch.optim.SGD(groups, lr=optim["lr"]))
     stream, losses = TokenStream(shards, "train"), []
     for step in range(6):
         windows = [stream.read((4 * step + i) * T, T + 1).astype(np.int64) for i in range(4)]
         ids = torch.from_numpy(np.stack(windows))
         loss = model(input_ids=ids, labels=ids).loss
-        theirs.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        theirs.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert ran.losses == pytest.approx(losses, rel=1e-5)
     assert max(losses) - min(losses) > 0.1
@@ -168,10 +168,10 @@ def test_transformers_reads_what_was_exported(
 
 def theirs_with_bos(given: Path, made: Path, bos: int) -> None:
     """A tokenizer.json that puts a token before every text."""
-    theirs = Theirs.from_str(given.read_text())
-    name = theirs.id_to_token(bos)
-    theirs.post_processor = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, bos)])
-    theirs.save(str(made))
+    other = Theirs.from_str(given.read_text())
+    name = other.id_to_token(bos)
+    other.post_processor = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, bos)])
+    other.save(str(made))
 
 
 def test_a_text_begins_as_in_transformers(
@@ -216,8 +216,8 @@ def test_half_precision_becomes_float32_masters(shards: Path, folders: dict[str,
         llama("tied").to(dtype).save_pretrained(folder)
         train_at(1, begun(shards, folder, folder / "run", train={"steps": 1}, optim={"lr": 0.0}))
         reader, wanted = reader_of(folder / "run"), llama("tied").to(dtype).float().state_dict()
-        for name in shapes_of(shape_of(Folder(folder).settings)):
-            assert torch.equal(reader[f"model/{name}"], wanted[theirs(name)]), name
+        for name in shapes_of(shape_of(ModelFolder(folder).settings)):
+            assert torch.equal(reader[f"model/{name}"], wanted[huggingface_name(name)]), name
         out = folder / "out"
         export(WORLD, str(folder / "run"), str(out), str(dtype).removeprefix("torch."))
         there = load_file(out / "model.safetensors")  # bfloat16 is exported as it was imported
@@ -275,17 +275,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "attention bias": ({"attention_bias": True}, "attention_bias=True"), "mlp bias": ({"mlp_bias": True}, "mlp_bias=True"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"), "window": ({"sliding_window": 32}, "sliding_window=32"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-    "no width": ({"hidden_size": None}, "it has no hidden_size"), "no number": ({"vocab_size": "many"}, "vocab_size='many'"),
+    "no width": ({"hidden_size": None}, "hidden_size is missing"), "no number": ({"vocab_size": "many"}, "vocab_size='many'"),
     "a half layer": ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5"),
     "none": ({"num_attention_heads": 0}, "must be a positive"),
     "heads": ({"num_key_value_heads": 3}, "3 key-value heads"),
-    **{kind: ({"rope_parameters": None, "rope_scaling": {"type": kind, "factor": 2.0}}, f"rope scaling '{kind}': only llama3")
+    **{kind: ({"rope_parameters": None, "rope_scaling": {"type": kind, "factor": 2.0}}, f"rope scaling '{kind}' is not supported")
        for kind in ("linear", "dynamic", "yarn", "longrope")},
-    "half a llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "without 'low_freq_factor'"),
+    "half a llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "problem: 'low_freq_factor'"),
     "partial": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-    "other shape": ({"intermediate_size": 64}, r"mlp.gate_proj.weight has shape \[48, 32\], config.json says \[64, 32\]"),
+    "other shape": ({"intermediate_size": 64}, r"mlp.gate_proj.weight has shape \[48, 32\], but config.json implies \[64, 32\]"),
     "more layers": ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight \[32\] is missing.*and 4 more"),
-    "fewer layers": ({"num_hidden_layers": 1}, r"model.layers.1.\S+ \[\d+.*\] belongs to no such model"),
+    "fewer layers": ({"num_hidden_layers": 1}, r"model.layers.1.\S+ \[\d+.*\] is not part of such a model"),
     "tied": ({"tie_word_embeddings": False}, r"lm_head.weight \[288, 32\] is missing"),
 }
 
@@ -297,7 +297,7 @@ def test_another_config_is_refused_by_name(folders: dict[str, Path], tmp_path: P
     config = json.loads((tmp_path / "it/config.json").read_text()) | change
     (tmp_path / "it/config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     with pytest.raises(DataError, match=said):
-        Folder(tmp_path / "it")
+        ModelFolder(tmp_path / "it")
 
 
 def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -313,15 +313,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda it: (it / "config.json").write_text("{"), "not valid JSON"),
     "a list": (lambda it: (it / "config.json").write_text("[]"), "not a JSON object"),
     "missing files": (lambda it: [p.unlink() for p in sorted(it.glob("*.safetensors"))[:2]],
-                      r"2 of \d+ files of weights are missing: model-00001-of-\d+.safetensors, model-00002"),
+                      r"2 of \d+ weight files are missing: model-00001-of-\d+.safetensors, model-00002"),
     "nothing": (lambda it: [p.unlink() for p in it.glob("model*")], "no model.safetensors and no model.safetensors.index.json"),
     "pickled": (lambda it: [*(p.unlink() for p in it.glob("model*")), (it / "pytorch_model.bin").write_bytes(b"\x80")],
-                "pickled .pytorch_model.bin.*runs whatever program is in it.*save_pretrained"),
+                "pickled .pytorch_model.bin.*can execute any code.*save_pretrained"),
     "cut short": (lambda it: min(it.glob("*.safetensors")).write_bytes(b"\x10" * 20), "00001-of-.*cannot be read as safetensors"),
-    "elsewhere": (lambda it: (it / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "files beside"),
+    "elsewhere": (lambda it: (it / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "same folder"),
     "integers": (lambda it: spoil(it, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})), "is I8, not one of F32"),
     "extra": (lambda it: spoil(it, lambda t: t.update({"model.extra.weight": torch.ones(2, 3)})),
-              r"model.extra.weight \[2, 3\] belongs to no such model"),
+              r"model.extra.weight \[2, 3\] is not part of such a model"),
     "missing": (lambda it: spoil(it, lambda t: t.pop(min(t))), r"is missing"),
 }
 
@@ -331,7 +331,7 @@ def test_a_damaged_folder_is_refused_with_the_reason(folders: dict[str, Path], t
     shutil.copytree(folders["untied"], tmp_path / "it")
     FAULTS[fault][0](tmp_path / "it")
     with pytest.raises(DataError, match=FAULTS[fault][1]) as caught:
-        Folder(tmp_path / "it")
+        ModelFolder(tmp_path / "it")
     assert str(tmp_path / "it") in str(caught.value) and caught.value.exit_code == 3
 
 
@@ -356,7 +356,7 @@ def test_the_same_tokenizer_written_otherwise_is_the_same(shards: Path, tmp_path
     (tmp_path / "c.json").write_text(json.dumps(changed))
     assert not tokens.same(tmp_path / "c.json", given.read_bytes())
     (tmp_path / "c.json").write_text("{")
-    with pytest.raises(DataError, match=r"c.json: not a tokenizer.json"):
+    with pytest.raises(DataError, match=r"c.json: not a readable tokenizer.json"):
         tokens.same(tmp_path / "c.json", given.read_bytes())
 
 
@@ -394,7 +394,7 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
     again = begun(tmp_path / "shards", tmp_path / "out", tmp_path / "again", train={"steps": 1})
     train_at(1, again)  # with the same shards
     assert reader_of(tmp_path / "again").meta["init_from"]["weights_sha256"] == ran.sha256
-    with pytest.raises(UsageError, match="out exists, and nothing is overwritten"):
+    with pytest.raises(UsageError, match="out exists and is not overwritten"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(UsageError, match="cannot be written"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "text.txt" / "out"))
@@ -415,7 +415,7 @@ def test_a_config_comes_back(kind: str) -> None:
     assert settings_of(made, "it") == settings
     assert settings_of({key: value for key, value in made.items() if key != "rope_parameters"}, "it") == settings
     assert LlamaConfig(**made).rope_parameters == llama(kind).config.rope_parameters
-    assert {theirs(name): size for name, size in shapes_of(shape).items()} == {
+    assert {huggingface_name(name): size for name, size in shapes_of(shape).items()} == {
         name: tuple(p.shape) for name, p in llama(kind).named_parameters()
     }
 

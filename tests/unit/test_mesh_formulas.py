@@ -16,7 +16,7 @@ from mpidp.model.transformer import Transformer
 from mpidp.parallel.tensor import Again, share_layers
 from mpidp.planning.mesh.memory import (
     Memory,
-    Model,
+    ModelSizes,
     Shape,
     Work,
     kept_of_block,
@@ -27,14 +27,14 @@ from mpidp.planning.mesh.memory import (
     parameters_of,
 )
 from mpidp.planning.mesh.search import KNOWN
-from mpidp.planning.mesh.time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.planning.mesh.time import LinkSpeed, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
 
-SMALL = Model(3, 64, 192, 4, 2, 512, 32)
+SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)
 BIG = KNOWN[6.74e9][1]
-FAST = Machine(5e14, 2e12, Link(0.0, 3e11), Link(0.0, 4e11), 8, 8, 0.0)
+FAST = Machine(5e14, 2e12, LinkSpeed(0.0, 3e11), LinkSpeed(0.0, 4e11), 8, 8, 0.0)
 
 
-def torch_shape(model: Model) -> TransformerShape:
+def torch_shape(model: ModelSizes) -> TransformerShape:
     return TransformerShape(
         model.vocab_size, model.num_layers, model.num_heads, model.num_kv_heads, model.model_dim, model.hidden_dim, model.seq_len,
         tie_embeddings=model.tie_embeddings,
@@ -42,7 +42,7 @@ def torch_shape(model: Model) -> TransformerShape:
 
 
 @pytest.mark.parametrize("model", [SMALL, replace(SMALL, tie_embeddings=True), replace(SMALL, num_kv_heads=4)])
-def test_parameters_are_those_of_the_model(model: Model) -> None:
+def test_parameters_are_those_of_the_model(model: ModelSizes) -> None:
     real = Transformer(torch_shape(model))
     assert model.parameters == sum(p.numel() for p in real.parameters()) == num_parameters(torch_shape(model))
     assert parameters_of(model, Shape(1, 1, 1), 0) == model.parameters
@@ -82,7 +82,7 @@ def test_stages_are_cut_for_the_slowest() -> None:
         assert largest(model, shape, Work(64, 1)).total >= 0.99 * most.total
 
 
-def saved_bytes(model: Model, dtype: torch.dtype, part: str) -> float:
+def saved_bytes(model: ModelSizes, dtype: torch.dtype, part: str) -> float:
     """Return the bytes per token that autograd keeps of one block, or of everything after the blocks, without parameters and
     casts of them."""
     real = Transformer(torch_shape(model))
@@ -174,7 +174,7 @@ def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch
     assert all(torch.equal(one, other) for one, other in zip(mine, gradients(), strict=True))
 
 
-def total(shape: Shape, recompute: bool = False, model: Model = BIG) -> Memory:
+def total(shape: Shape, recompute: bool = False, model: ModelSizes = BIG) -> Memory:
     return largest(model, shape, Work(64, 1, float(recompute)))
 
 
@@ -241,7 +241,7 @@ def one_f_one_b(stages: int, count: int, forward: float, backward: float, late: 
 def test_a_pipeline_takes_what_its_schedule_takes(stages: int, count: int, late: float) -> None:
     """With equal stages: a model with a negligible vocabulary."""
     model = replace(BIG, vocab_size=0)
-    machine = replace(FAST, ranks_a_node=1, devices_a_node=1, between=Link(late, math.inf))
+    machine = replace(FAST, ranks_a_node=1, devices_a_node=1, between=LinkSpeed(late, math.inf))
     step = step_of(model, Shape(1, stages, 1), Work(count, 1), machine)
     each = step.compute_seconds / count
     seconds = step.compute_seconds + step.pipeline_seconds
@@ -289,14 +289,14 @@ def test_links_are_shared_as_ranks_lie() -> None:
 
 
 def test_hidden_traffic_is_not_waited_for() -> None:
-    slow = replace(FAST, between=Link(0.0, 1e10))
+    slow = replace(FAST, between=LinkSpeed(0.0, 1e10))
     steps = [step_of(BIG, Shape(64, 1, 1, 3), Work(64, 1), replace(slow, overlap=share)) for share in (0.0, 0.5, 1.0)]
     hidden = [steps[0].dp_seconds - one.dp_seconds for one in steps]
     assert hidden == pytest.approx([0, 0.5 * steps[0].compute_seconds, steps[0].compute_seconds])
 
 
 def test_ranks_that_share_devices_take_as_long_as_all_their_work() -> None:
-    crowded = replace(FAST, devices_a_node=2, inside=Link(0.0, math.inf))
+    crowded = replace(FAST, devices_a_node=2, inside=LinkSpeed(0.0, math.inf))
     free = [step_of(BIG, Shape(dp, 1, 1), Work(64, 1), crowded) for dp in (1, 2, 4, 8)]
     path = [one.compute_seconds + one.pipeline_seconds for one in free]
     assert path == pytest.approx([path[0], path[0] / 2, path[0] / 2, path[0] / 2])

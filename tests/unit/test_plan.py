@@ -133,7 +133,7 @@ def test_ranks_that_are_not_said_are_one_and_that_is_said(tmp_path: Path) -> Non
     found = plan([run])
     assert found["ranks"] == 1 and found["ranks_not_said"] == [str(run)]
     text = table(found)
-    assert f"Not said in metrics.jsonl, and taken to be 1: the number of ranks of {run}." in text
+    assert f"The number of ranks is missing in metrics.jsonl and assumed to be 1: {run}." in text
     assert "Communication was not measured" in text
 
 
@@ -167,7 +167,7 @@ def test_no_evaluation_but_the_same_end(tmp_path: Path) -> None:
     [
         ([], 8, "has no line of a step"),
         ([start(2), *steps(1, 100, {})], 8, "--train.noise_every=10$"),
-        ([start(1), *steps(1, 100, {})], 1, r"--train.noise_every=10; a batch of one lane has none \(train.lanes\)"),
+        ([start(1), *steps(1, 100, {})], 1, r"--train.noise_every=10; a batch of one lane has no measurement \(train.lanes\)"),
         ([start(2), *steps(1, 100, {"noise_signal_square": -0.5, "noise_trace": 9.0})], 8, "smaller train.noise_every"),
         ([start(2), *steps(1, 40), *steps(41, 100, {})], 8, "0 noise measurements in the second half"),
         ([start(2), *({**line, "compute_seconds": None} for line in steps(1, 100))], 8, "no step can be timed"),
@@ -182,7 +182,7 @@ def test_what_cannot_be_planned_from_says_how_to_mend_it(tmp_path: Path, lines: 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give the folder of a run"):
         plan([tmp_path])
-    with pytest.raises(UsageError, match="are not a run's"):
+    with pytest.raises(UsageError, match="invalid global_batch"):
         plan([write(tmp_path / "a", steps(1, 9), "[train]\nsteps = 3\n")])
     with pytest.raises(UsageError, match="no batch of the table has 4096 lanes"):
         plan([write(tmp_path / "b", [start(2), *steps(1, 100)])], [4096])
@@ -197,11 +197,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     planning.main()
     said = capsys.readouterr().out
     assert said == table(plan([run])) + "\n" and max(map(len, said.splitlines())) < 140
-    assert "noise scale 6,144 tokens" in said and "predictions, not measurements" in said
+    assert "noise scale: 6,144 tokens" in said and "(not measured)" in said
     here = next(line for line in said.splitlines() if line.startswith("     16 "))
     assert f"{duration(200 * 0.48)}*" in here and said.count("*") == 2  # the cell and the legend
     monkeypatch.setattr(sys, "argv", ["plan", str(run), "--ranks", "2,0"])
-    with pytest.raises(UsageError, match="whole numbers from 1 up"):
+    with pytest.raises(UsageError, match="whole numbers of at least 1"):
         planning.main()
 
 

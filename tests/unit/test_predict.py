@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mpidp.data.lanes import Lanes
-from mpidp.planning.ranks.predict import Learned, Seconds, most_micro_batches, predict, scaled, seconds_at
+from mpidp.planning.ranks.predict import Learned, StepTimes, most_micro_batches, predict, scaled, seconds_at
 from mpidp.planning.ranks.table import duration
 
-MEASURED = [Seconds(8, 0.3, 0.09, 0.05), Seconds(1, 0.1, 0.001, 0.01), Seconds(2, 0.1, 0.05, 0.03)]
+MEASURED = [StepTimes(8, 0.3, 0.09, 0.05), StepTimes(1, 0.1, 0.001, 0.01), StepTimes(2, 0.1, 0.05, 0.03)]
 
 
-def same(found: Seconds, micro_batch: float, comm: float, update: float) -> bool:
+def same(found: StepTimes, micro_batch: float, comm: float, update: float) -> bool:
     return (found.micro_batch, found.comm, found.update) == pytest.approx((micro_batch, comm, update))
 
 
@@ -22,7 +22,7 @@ def test_seconds_are_linear_in_log2_of_ranks() -> None:
 
 def test_beyond_the_last_communication_goes_on_growing_and_never_falls() -> None:
     assert same(seconds_at(MEASURED, 32), 0.3, 0.13, 0.05)
-    assert seconds_at([Seconds(2, 0.1, 0.05, 0.0), Seconds(4, 0.1, 0.04, 0.0)], 64).comm == 0.04
+    assert seconds_at([StepTimes(2, 0.1, 0.05, 0.0), StepTimes(4, 0.1, 0.04, 0.0)], 64).comm == 0.04
 
 
 def test_what_one_run_says_of_communication() -> None:
