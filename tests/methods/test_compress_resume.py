@@ -13,15 +13,15 @@ from torch import Tensor
 
 from mpidp.checkpoint.manifest import committed
 from mpidp.checkpoint.reader import Reader
-from mpidp.config.schema import fields_of
 from mpidp.reducers.base import FlatReducer
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.compressed import Compressed
 from tests.laws.test_resume import crashed_in, equal, equal_checkpoints, ranks
+from tests.registries import COMPRESSIONS
 from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
-NAMES = {key: about.metadata["choices"] for key, about, _ in fields_of()}["comm.compress"][1:]
+NAMES = COMPRESSIONS
 SECTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "train": {"steps": 8, "save_every": 2, "eval_every": 0}}
 
 
