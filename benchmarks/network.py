@@ -264,7 +264,7 @@ def main() -> None:
         return
     go_inside()
     link = Link(options.nodes, options.ranks_per_node, options.mbit, options.ms, options.mpi or mpi_of_path())
-    print(f"{options.nodes} nodes with {options.ranks_per_node} ranks each, {options.mbit:g} Mbit/s, {options.ms:g} ms one way, "
+    print(f"{options.nodes} nodes, {options.ranks_per_node} ranks per node, {options.mbit:g} Mbit/s, {options.ms:g} ms one way, "
           f"{link.mpi}, {options.seconds:g} s per run, {options.seeds} seeds, rank 1 slowed by {options.slow:g}, "
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     allreduce = link.check()

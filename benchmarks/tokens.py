@@ -57,7 +57,7 @@ def loss_at(run: dict[str, Any], tokens: int) -> float:
 def table(found: dict[str, list[dict[str, Any]]], marks: list[int]) -> None:
     """Print the results as a table."""
     print(f"\n| method | {' | '.join(f'loss at {mark:,} tokens' for mark in marks)} | at the end, % more | bytes a step | "
-          f"of synchronous' | s of steps |\n|{'---|' * (len(marks) + 5)}")
+          f"relative to {BASE} | s of steps |\n|{'---|' * (len(marks) + 5)}")
     base = found[BASE]
     for name, runs in found.items():
         if problem := next((run["problem"] for run in runs if "problem" in run), ""):
