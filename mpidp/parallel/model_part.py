@@ -27,14 +27,14 @@ from mpidp.parallel.grid import Grid
 from mpidp.reducers.buckets import GradientBuffer
 
 
-class Boxes(Protocol):
+class BoxReader(Protocol):
     """Where parameters are read from."""
 
     def box(self, name: str, entry: Entry) -> Tensor:
         """What this entry holds of model/PARAMETER. Independent."""
 
 
-class Parts:
+class ModelPartition:
     """Independent, but for what says otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
@@ -100,7 +100,7 @@ class Parts:
         return others
 
     @torch.no_grad()
-    def load(self, reader: Boxes, model: nn.Module) -> None:
+    def load(self, reader: BoxReader, model: nn.Module) -> None:
         """The parameters of this part, from a checkpoint of any mesh, or from a folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)

@@ -16,7 +16,7 @@ from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import BLOCK, CODES, PLAIN, Code, Integer, blocks, pack, seed_of, unpack
 from mpidp.reducers.compression.compressed import method_of, padding_of, trimmed
 from mpidp.reducers.compression.exchange import HEADER, bytes_sent, read, slice_bytes, wire_bytes, write
-from mpidp.reducers.compression.topk import Random, TopK, count, ratio_at
+from mpidp.reducers.compression.topk import RandomKMethod, TopK, count, ratio_at
 from tests.registries import COMPRESSIONS
 
 ALL: dict[str, Code] = {"plain": PLAIN, **CODES, "topk": TopK(0.05)}
@@ -232,7 +232,7 @@ def bucket_of(*shapes: tuple[int, ...]) -> Bucket:
 
 
 def test_random_places_are_distinct_and_every_place_has_its_turn() -> None:
-    bucket, method = bucket_of((10, 10), (27,)), Random(0.1, 0)
+    bucket, method = bucket_of((10, 10), (27,)), RandomKMethod(0.1, 0)
     seen = torch.zeros(192)
     for number in range(2000):
         places = method.places(bucket, number, seed=1)
@@ -241,7 +241,7 @@ def test_random_places_are_distinct_and_every_place_has_its_turn() -> None:
     assert (seen - 2000 * 19 / 192).abs().max() <= 5 * math.sqrt(2000 * 0.11)
     assert torch.equal(method.places(bucket, 7, 1), method.places(bucket, 7, 1))
     assert not torch.equal(method.places(bucket, 7, 1), method.places(bucket, 7, 2))
-    assert Random(1.0, 0).places(bucket, 0, 0).tolist() == list(range(192))
+    assert RandomKMethod(1.0, 0).places(bucket, 0, 0).tolist() == list(range(192))
 
 
 def test_padding_is_what_no_parameter_has() -> None:
