@@ -46,7 +46,7 @@ class RunLock:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._acquire(patience_seconds, watch_seconds, ours)
         except OSError as error:
-            raise UsageError(f"run.dir={run_dir} is not writable ({error}); choose another folder with --run.dir=DIR") from error
+            raise UsageError(f"run.dir={run_dir} cannot be written to ({error}); choose another with --run.dir=DIR") from error
         self._thread = threading.Thread(target=self._count, name="lock", daemon=True)
         self._thread.start()
 

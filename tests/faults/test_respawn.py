@@ -179,7 +179,7 @@ def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) ->
 
 LAUNCHES = {
     "mpich": ("mpirun -n 2", "a failed rank ends the job"), "openmpi": ("mpirun -n 2", "a failed rank ends the job"),
-    "alone": ("", "a failed rank ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "mpirun would exit with an error code"),
+    "alone": ("", "a failed rank ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "exit with an error code"),
 }
 
 
