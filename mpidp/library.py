@@ -11,7 +11,7 @@
             optimizer.step()
 
 Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks give the bits of one rank, because
-the order in which lanes are added does not depend on the ranks (comm/tree.py). See docs/library.md.
+the order in which lanes are added does not depend on the ranks (reducers/tree.py). See docs/library.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mpidp.data.dataset import from_dataset as from_dataset
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.own import set_generator
-from mpidp.model.shape import OwnShape
+from mpidp.model.shape import CustomShape
 from mpidp.parallel.engine import dropout_key
 from mpidp.parallel.grid import make_grid
 from mpidp.reducers import overlap
@@ -47,7 +47,7 @@ from mpidp.runtime.device import resolve_threads
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together, start_mpi
 from mpidp.strategies import strategy_of
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.training.data_parallel import share_memory
 
 
@@ -73,7 +73,7 @@ class TorchOptimizer:
             p.grad = gradient
         self.updates += 1
 
-    def go_on_after(self, updates: int) -> None:
+    def set_updates(self, updates: int) -> None:
         """Set the number of updates made."""
         self.updates = updates
 
@@ -91,13 +91,13 @@ class TorchOptimizer:
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """The arguments of share_memory (sharing.py)."""
+    """The arguments of share_memory (training/data_parallel.py)."""
 
     config: Config
     mesh: Topology
     lanes: Lanes
     device: torch.device
-    shape: OwnShape
+    shape: CustomShape
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -132,10 +132,10 @@ class DataParallel:
         torch.set_num_threads(config.train.threads)
         device = named[0][1].device
         transport = open_transport(config.comm.gpu, device, self.comm)
-        shape = OwnShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
+        shape = CustomShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
         shared = share_memory(SharingPlan(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
         self._transport, self._balance = transport, shared.balance
-        options = Options.of(asdict(config.strategy), steps, mesh.node_sizes)
+        options = StrategyOptions.of(asdict(config.strategy), steps, mesh.node_sizes)
         self.strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
             self.comm, shared.group, named, shared.reducer, partial(TorchOptimizer, self.optimizer), clip,
             self.lanes.global_batch, int(config.comm.bucket_mb * 2**20), False, options=options,
@@ -143,7 +143,7 @@ class DataParallel:
         for tensor in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad)]:
             tensor.copy_(self.comm.bcast(tensor.cpu()))
         self.strategy.start()
-        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.settled)
+        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # updates made
         self.stats = StepStats(0.0, False)  # of the last update: grad_norm, skipped
@@ -254,7 +254,7 @@ class DataParallel:
         if self._updated or self._skip_empty():
             return False
         strategy = self.strategy
-        if strategy.meets_always:
+        if strategy.synchronizes_always:
             strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._loss_sums))
         losses, counts = self._loss_sums.tolist()
         self.loss = sum(losses) / max(1.0, sum(counts))

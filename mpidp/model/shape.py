@@ -77,7 +77,7 @@ class LSTMShape:
 
 
 @dataclass(frozen=True)
-class OwnShape:
+class CustomShape:
     """The shape of a custom model (own.py), found by making the model once."""
 
     vocab_size: int
@@ -91,7 +91,7 @@ class OwnShape:
 
     @property
     def num_layers(self) -> int:
-        """An upper bound: blocks of the gradient norm start at parameters."""
+        """The number of parameters: an upper bound on the unknown number of layers."""
         return len(self.parameters)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -102,7 +102,7 @@ class OwnShape:
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 
-Shape: TypeAlias = TransformerShape | LSTMShape | OwnShape
+Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:

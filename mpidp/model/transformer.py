@@ -56,7 +56,7 @@ def keyed_dropout(
 def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the rotary angles, each (length, head_dim); the second half of a row repeats the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is not None:  # `fast`: 0 (low frequency) to 1 (high), by the number of turns in the original context
+    if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high ones
         turns = scaling.original * frequency / (2 * math.pi)
         fast = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / scaling.factor)
@@ -152,10 +152,10 @@ class Transformer(nn.Module):
         self.embedding: nn.Module | None = None
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None
-        if self.part.embeds:
+        if self.part.has_embedding:
             self.embedding = nn.Embedding(vocabulary, shape.model_dim)
         self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part) for layer in self.part.layers})
-        if self.part.speaks:
+        if self.part.has_head:
             self.norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
             self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
             if shape.tie_embeddings and self.embedding is not None:

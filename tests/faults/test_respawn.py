@@ -135,8 +135,8 @@ PLACES = {  # and the number of ranks at the end
     ("mpidp.faults.respawn._broadcast", False): 4,
     ("mpidp.training.recovery.make_topology", True): 4, ("mpidp.training.build.Optimizer", True): 4,
     ("mpidp.training.build.Optimizer", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
     ("mpidp.training.build.Loader", True): 4,
 }
 

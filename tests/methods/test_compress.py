@@ -65,7 +65,7 @@ def summed(reducer: Compressed, flat: Tensor, applied: bool = True) -> Tensor:
     total = flat.clone()
     for bucket in reducer.buffer.buckets:
         reducer.sum(total, bucket)
-    reducer.settle(applied)
+    reducer.end_round(applied)
     return total
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_lost_and_all_ranks_hold_the_same_bits_and_bytes_are_as_foret
             for view in reducer.buffer.layout.views(total):
                 view.zero_()
             assert not total.any()  # padding between parameters
-            found.append((books.hold(), bits, foretold, reducer.transport.take()[0]))
+            found.append((books.hold(), bits, foretold, reducer.transport.pop_counts()[0]))
         assert any(tensor.any() for tensor in comm.allgather(reducer.held["residual"]))
         reducer.group.close()
         return found
@@ -147,7 +147,7 @@ def test_as_much_less_is_sent_as_the_code_is_smaller(name: str) -> None:
         summed(reducer, gradient(reducer, 0))
         size = 4 * (256 * 256 + 128)
         reducer.group.close()
-        return reducer.transport.take()[0], size
+        return reducer.transport.pop_counts()[0], size
 
     for n in sizes(2, 3, 4):
         found = at(n, sent)
@@ -215,7 +215,7 @@ def test_a_step_that_failed_is_not_gone_on_from(name: str) -> None:
             for bucket in reducer.buffer.buckets[:2]:
                 reducer.sum(flat, bucket)
             before, reducer = reducer, reducer_of(comm, name)
-            reducer.go_on_from(before)
+            reducer.resume_from(before)
             before.group.close()
         found = [summed(reducer, gradient(reducer, 1)) for _ in range(2)]
         reducer.group.close()
@@ -236,7 +236,7 @@ def test_a_new_rank_holds_nothing_and_counts_on_with_the_others(name: str) -> No
         new = comm.rank == comm.size - 1
         if new:
             before.load_state_dict({})
-        reducer.go_on_from(None if new else before)
+        reducer.resume_from(None if new else before)
         held = torch.equal(reducer.held["residual"], before.held["residual"])
         books = Books(reducer)
         books.given = over_ranks(comm, reducer.held["residual"])

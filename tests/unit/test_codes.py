@@ -16,7 +16,7 @@ from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import BLOCK, CODES, PLAIN, Code, Integer, blocks, pack, seed_of, unpack
 from mpidp.reducers.compression.compressed import method_of, padding_of, trimmed
 from mpidp.reducers.compression.exchange import HEADER, bytes_sent, read, slice_bytes, wire_bytes, write
-from mpidp.reducers.compression.topk import Random, TopK, count, ratio_at
+from mpidp.reducers.compression.topk import RandomKMethod, TopK, count, ratio_at
 from tests.registries import COMPRESSIONS
 
 ALL: dict[str, Code] = {"plain": PLAIN, **CODES, "topk": TopK(0.05)}
@@ -155,7 +155,8 @@ def test_less_is_left_than_was_there(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_single_value_is_sent_wherever_it_stands(name: str) -> None:
-    """Else error feedback would hold it back for ever: in the mean over roundings, less of it is left than there was."""
+    """Otherwise error feedback would keep it forever. In the mean over roundings the remaining error is smaller than the value.
+    """
     n = BLOCK + 70
     for place in range(n):
         for value in (1.0, -3e-5):
@@ -168,8 +169,8 @@ def test_a_single_value_is_sent_wherever_it_stands(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("nonzero", [1, 7, 128, 2 * BLOCK])
 def test_error_feedback_sends_every_value_in_time(name: str, nonzero: int) -> None:
-    """The same gradient again and again: what was applied and what is held back add up to it, and what is held back of each
-    value stops growing, so that the mean of what is applied converges to the gradient."""
+    """With a constant gradient, applied values and residual add up to it, and the residual of each value stops growing. So the
+    mean of the applied values converges to the gradient."""
     rounds, n = 1024, 2 * BLOCK
     places = torch.randperm(n, generator=torch.Generator().manual_seed(nonzero))[:nonzero]
     gradient = torch.zeros(n)
@@ -187,7 +188,7 @@ def test_error_feedback_sends_every_value_in_time(name: str, nonzero: int) -> No
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("n", LENGTHS)
 def test_the_length_depends_on_the_count_alone(name: str, n: int) -> None:
-    """Whatever the values: zeros, few, many; and no more than float32 would take, but for a scale and 6 bytes a value kept."""
+    """For any values: zeros, few, many. It is at most the length in float32 plus a scale and 6 bytes per value kept."""
     for x in (torch.zeros(n), values(n), values(n) * (torch.arange(n) % 5 == 0)):
         through(ALL[name], x)
     assert 0 < ALL[name].num_bytes(n) <= 4 * n + 8
@@ -232,7 +233,7 @@ def bucket_of(*shapes: tuple[int, ...]) -> Bucket:
 
 
 def test_random_places_are_distinct_and_every_place_has_its_turn() -> None:
-    bucket, method = bucket_of((10, 10), (27,)), Random(0.1, 0)
+    bucket, method = bucket_of((10, 10), (27,)), RandomKMethod(0.1, 0)
     seen = torch.zeros(192)
     for number in range(2000):
         places = method.places(bucket, number, seed=1)
@@ -241,7 +242,7 @@ def test_random_places_are_distinct_and_every_place_has_its_turn() -> None:
     assert (seen - 2000 * 19 / 192).abs().max() <= 5 * math.sqrt(2000 * 0.11)
     assert torch.equal(method.places(bucket, 7, 1), method.places(bucket, 7, 1))
     assert not torch.equal(method.places(bucket, 7, 1), method.places(bucket, 7, 2))
-    assert Random(1.0, 0).places(bucket, 0, 0).tolist() == list(range(192))
+    assert RandomKMethod(1.0, 0).places(bucket, 0, 0).tolist() == list(range(192))
 
 
 def test_padding_is_what_no_parameter_has() -> None:

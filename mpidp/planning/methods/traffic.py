@@ -27,7 +27,7 @@ from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.part import whole
-from mpidp.model.starting import trained_on_paper
+from mpidp.model.starting import trained_on_meta
 from mpidp.reducers import tree_order
 from mpidp.reducers.buckets import Bucket, FlatLayout
 from mpidp.reducers.compression.compressed import method_of, trimmed
@@ -102,7 +102,7 @@ class Sizes:
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
     """Return the sizes without allocating the model. Independent."""
     shape, settings = model_shape(config, vocab_size), config.flat()
-    layout = FlatLayout(trained_on_paper(settings, shape, whole(shape)))
+    layout = FlatLayout(trained_on_meta(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
 
@@ -146,7 +146,8 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Traffic of the tree: the owners of a slice in the nodes that share memory exchange the nodes of the tree that remain."""
+    """Return the traffic of the tree reducer. Ranks that share memory add their lanes; the owners of each slice then exchange the
+    partial sums that remain."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
     groups, count = -(-cluster.ranks // shared), lanes.num_lanes
