@@ -1,4 +1,4 @@
-"""Which settings go together: one list of rules, for refusals before training and for the table of docs/methods.md. Pure."""
+"""Which settings can be combined: a list of rules, used to reject settings before training and for docs/methods.md. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from mpidp.config.defaults import DEFAULTS, OF, Settings, _kind, kind
 
 KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
-TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM has not
+TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM does not have
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What does not go together: these two, and why."""
+    """Two settings that cannot be combined, and the reason."""
 
     one: str
     other: str
@@ -31,7 +31,7 @@ def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
 
 
 def method_setting(name: str, quorum: float) -> str:
-    """The setting that asks for it, as one writes it. Pure."""
+    """Return the setting that selects this method, as a user writes it. Pure."""
     return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
 
 
@@ -140,19 +140,19 @@ RULES = [
 
 
 def problems(settings: Settings) -> Iterator[str]:
-    """What is wrong, a sentence each. Independent."""
+    """Yield a sentence for each problem. Independent."""
     name = _kind(settings)
     for key, names in OF.items():
         value = settings[f"strategy.{key}"]
         if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
             those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
-            yield f"strategy.{key}={value} means something with strategy.name={those} alone, not with {name}"
+            yield f"strategy.{key}={value} requires strategy.name={those}; it has no effect with {name}"
     yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
-        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0, and 1 at most: the share of the lanes to wait for"
+        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1: a share of the lanes"
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
-            yield f"{rule.one} does not go with {rule.other}: {rule.why}"
+            yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
     every, meet = settings["strategy.sync_every"], settings["strategy.meet_every"]
     if every and meet % every:
         yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
@@ -161,18 +161,18 @@ def problems(settings: Settings) -> Iterator[str]:
     try:
         first, last = steps_of(settings["metrics.timeline"])
         if settings["metrics.kernels"] and not last:
-            yield "metrics.kernels=true is about the steps of a timeline: say which, as in metrics.timeline=10:12"
+            yield "metrics.kernels=true needs a timeline: set its steps, as in metrics.timeline=10:12"
         if 0 < settings["train.steps"] < last:
             yield f"metrics.timeline={first}:{last} ends beyond the run's train.steps={settings['train.steps']}"
     except ValueError as error:
         yield f"metrics.timeline={settings['metrics.timeline']}: {error}"
 
 
-LONGEST = 100  # steps of a timeline
+LONGEST = 100  # most steps of a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """(first, last) step of a timeline, from 1 on, both included; (0, 0) of none. ValueError. Pure."""
+    """Return the (first, last) step of a timeline, counted from 1 and inclusive; (0, 0) without a timeline. ValueError. Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")
@@ -180,26 +180,27 @@ def steps_of(timeline: str) -> tuple[int, int]:
         raise ValueError("give the first and the last step, as in 10:12")
     first, last = map(int, words)
     if not 1 <= first <= last < first + LONGEST:
-        raise ValueError(f"steps count from 1, the last is not before the first, and at most {LONGEST} can be looked at")
+        raise ValueError(f"steps count from 1, the last must not be before the first, and at most {LONGEST} are recorded")
     return first, last
 
 
 def _kind_problems(settings: Settings) -> Iterator[str]:
-    """Of model.kind, and of what goes with one kind alone."""
+    """Yield problems with model.kind and with settings of a single kind."""
     model = settings["model.kind"]
     module, colon, factory = model.partition(":")
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
-        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY of your own, as in models.rnn:make"
+        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY for your own model, as in models.rnn:make"
     if model in KINDS and settings["model.options"]:
-        yield f"model.options={settings['model.options']} means something with a model.kind of your own alone, not with {model}"
+        yield f"model.options={settings['model.options']} requires a custom model.kind, not {model}"
     for key, value in TRANSFORMERS.items() if model == "lstm" else ():
         if settings[f"model.{key}"] != value:
-            yield f"model.{key}={settings[f'model.{key}']} means something with model.kind=transformer alone, not with lstm"
+            yield f"model.{key}={settings[f'model.{key}']} requires model.kind=transformer; it has no effect with lstm"
 
 
 def table() -> str:
-    """Of docs/methods.md: what does not go together; all else does. Independent."""
-    rows = [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [("this", "does not go with", "because"), *rows]]
+    """Return the table of docs/methods.md: settings that cannot be combined. All others can. Independent."""
+    rows = [("setting", "cannot be combined with", "reason")]
+    rows += [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines.insert(1, "--- | --- | ---")
     return "\n".join(f"| {line} |" for line in lines)
