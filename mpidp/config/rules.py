@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mpidp.config.defaults import DEFAULTS, OF, Settings, _kind, kind
+from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 
 KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
 TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM does not have
@@ -36,7 +36,7 @@ def method_setting(name: str, quorum: float) -> str:
 
 
 def _other(settings: Settings) -> bool:
-    return _kind(settings) != "synchronous"
+    return method_of(settings) != "synchronous"
 
 
 def _cut(settings: Settings) -> bool:
@@ -80,7 +80,7 @@ RULES = [
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
          "an outer step needs a common anchor of all ranks: use strategy.group=all"),
-    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: _kind(s) in ("server", "quorum"),
+    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: method_of(s) in ("server", "quorum"),
          "the ranks of one replica would apply updates in different orders"),
     Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
          "naive and root are reference implementations for whole models"),
