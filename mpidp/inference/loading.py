@@ -18,7 +18,7 @@ from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
-from mpidp.hf.folder import Folder
+from mpidp.hf.folder import ModelFolder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import refuse
 from mpidp.model.starting import base_weights, prepared
@@ -105,10 +105,10 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
         return reader, loaded, load_tokenizer_for(loaded, reader, options.tokenizer)
 
 
-def weights_at(path: Path) -> Reader | Folder:
+def weights_at(path: Path) -> Reader | ModelFolder:
     """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
     if (path / "config.json").is_file():
-        return Folder(path)
+        return ModelFolder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
         raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "

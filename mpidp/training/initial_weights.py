@@ -20,7 +20,7 @@ from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.config.schema import Config, fields_of
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
-from mpidp.hf.folder import COME_ALONG, Folder
+from mpidp.hf.folder import COME_ALONG, ModelFolder
 from mpidp.parallel.model_part import Parts
 from mpidp.runtime.files import write_file
 from mpidp.runtime.world import together
@@ -37,7 +37,7 @@ class Origin:
 
     path: str  # as train.init_from has it
     settings: dict[str, Any]  # of section model
-    weights: Reader | Folder | None = None  # None: the run has a checkpoint of its own
+    weights: Reader | ModelFolder | None = None  # None: the run has a checkpoint of its own
     tokenizer: Path | None = None  # its tokenizer.json, where it has one
     come_along: tuple[Path, ...] = ()  # files to be kept in RUN/hf
     weights_sha256: str = ""  # once they were loaded
@@ -108,7 +108,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     if is_run:
         return _of_run(str(path), open_run(path, world))
     with together(world):
-        folder = Folder(path)
+        folder = ModelFolder(path)
         come_along = tuple(path / name for name in COME_ALONG if (path / name).is_file())
         return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along), path)
     raise AssertionError

@@ -1,4 +1,4 @@
-"""Every combination of strategy, reducer, compression and group that is not refused trains, and ends with one finite model."""
+"""Every supported combination of strategy, reducer, compression and group trains, and ends with one finite model."""
 
 from __future__ import annotations
 

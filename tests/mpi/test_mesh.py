@@ -1,4 +1,4 @@
-"""Laws of the launch: an error on one rank is one on all, ranks that differ are told apart, singletons are refused."""
+"""Laws of the launch: an error on one rank is raised on all; nodes are distinguished by host name; singletons are rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAST = WORLD.size - 1
 
 
 def caught(error: Exception | None) -> MpidpError:
-    """What this rank gets when its body raises this."""
+    """Return what this rank gets if its body raises `error`."""
     with pytest.raises(MpidpError) as found, together(WORLD):  # noqa: PT012
         if error is not None:
             raise error
@@ -82,7 +82,7 @@ def test_ranks_that_wait_sleep() -> None:
 
 
 def seats(found: Mesh) -> list[tuple[int, int, int, int]]:
-    """(rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
+    """Return (rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
     return found.dp.allgather((WORLD.rank, found.node_index, found.local_rank, found.local_size))
 
 
@@ -94,7 +94,7 @@ def test_who_sits_where() -> None:
 
 
 def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher dealt the ranks out over two nodes in turn."""
+    """A launcher placed the ranks on two nodes alternately."""
     monkeypatch.setattr(topology.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
     found, size = make_mesh(WORLD), WORLD.size
     dealt = [list(range(0, size, 2)), list(range(1, size, 2))][: min(2, size)]
@@ -114,7 +114,7 @@ def nodes(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def found(nodes: int) -> Mesh:
-    """One machine pretends to be so many nodes. Collective over WORLD."""
+    """Simulate so many nodes on one machine. Collective over WORLD."""
     with pretended(nodes):
         return make_mesh(WORLD)
 
@@ -167,7 +167,7 @@ def test_the_transport_follows_from_what_there_is(monkeypatch: pytest.MonkeyPatc
     everywhere(chosen("window", 1)[0] == several, "asked for")
     everywhere(not chosen("auto", 1, torch.device("cuda"))[0], "not for what lies on a GPU")
     if several:
-        # One rank's need is the node's; there is room for all but one byte.
+        # The need of one rank is that of the node; the available space is one byte too small.
         monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size - 1)
         shares, words = chosen("auto", 1000)
         everywhere(not shares and "/dev/shm" in words and "--shm-size" in words, "too small: said how to make it larger")
@@ -200,7 +200,7 @@ def test_who_waits_spins_where_there_are_cores_and_dozes_where_not() -> None:
         ({"SLURM_STEP_NUM_TASKS": "8"}, 8),
         ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, 1),  # mpirun -n 1 inside a larger step
         ({"PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, 1),
-        ({"SLURM_NTASKS": "8"}, 0),  # a lone command in a batch script
+        ({"SLURM_NTASKS": "8"}, 0),  # a single command in a batch script
         ({"PMI_SIZE": "many", "SLURM_STEP_NUM_TASKS": ""}, 0),
     ],
 )

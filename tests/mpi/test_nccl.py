@@ -1,4 +1,4 @@
-"""Laws of exchanges without MPI: the same bits as over MPI. gloo on the CPU stands in for NCCL, since no GPU was at hand."""
+"""Laws of exchanges without MPI: the same bits as over MPI. gloo on the CPU replaces NCCL, since no GPU was available."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_others_are_close_to_the_exact_sum(kind: str, cut: tuple[int, int, i
 
 
 def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() -> None:
-    """Rank r sends s a run of 100 r + s, r + 2 s long, from odd places to odd places; some are empty."""
+    """Rank r sends to s a range of length r + 2 s from 100 r + s. Offsets are odd and some ranges are empty."""
 
     def exchanged(comm: MPI.Intracomm) -> bool:
         def length(r: int, s: int) -> int:
@@ -107,11 +107,11 @@ def test_a_training_is_the_one_over_mpi(
         if kind == "tree":
             assert run.sha256 == alone.sha256 and run.learned == alone.learned
             options = Namespace(run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None)
-            assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay does without it
+            assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay works without it
 
 
 def test_ranks_that_cannot_meet_say_where_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 is sent to a port at which nobody listens."""
+    """Rank 1 is given a port without a listener."""
     monkeypatch.setattr(nccl, "MEETING_SECONDS", 2)
     real = Nccl._store
     with socket.socket() as silent:
@@ -136,11 +136,11 @@ def test_where_it_cannot_be_had_no_run_begins(
     everywhere(not (shared_tmp / "run").exists(), "nothing was written")
 
 
-# Refusals, before anything is made ----------------------------------------------------------------------------------------
+# Rejections, before anything is created -----------------------------------------------------------------------------------
 
 
 def refused(device: torch.device = CPU) -> str:
-    """What all ranks are told."""
+    """Return the error of all ranks."""
     with pytest.raises(UsageError) as caught:
         at(WORLD.size, lambda comm: check_nccl("nccl", device, make_mesh(comm)))
     return str(caught.value)

@@ -1,4 +1,5 @@
-"""Laws of comm.overlap=auto: it takes the way that was measured to be fastest, the same on every rank, and only where one may."""
+"""Laws of comm.overlap=auto: it chooses the way that was measured to be fastest, the same on all ranks, among the permitted ones.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ def reducer_at(comm: MPI.Intracomm, folder: Path) -> Reducer:
 
 
 def fastest(best: str) -> Callable[..., dict[str, float]]:
-    """A measurement that finds this way to be the fastest, where it may be taken."""
+    """Replace the measurement by one that finds this way fastest, if it is permitted."""
     return lambda reducer, comm, ways: {way: 1.0 if way == best else 2.0 for way in ways}
 
 
 def choose(folder: Path, best: str, settled: bool = True) -> list[tuple[str, bool, bool]]:
-    """Of each rank, where `best` is measured to be fastest: (words, is it in use?, does a thread work?)."""
+    """Return for each rank, if `best` is fastest: (message, is it in use?, does a thread run?)."""
 
     def one(comm: MPI.Intracomm) -> tuple[str, bool, bool]:
         reducer = reducer_at(comm, folder)
@@ -71,13 +72,13 @@ def test_the_measurement_is_one_for_all_and_leaves_no_thread(shared_folder: Path
     with pretended(2), small_blocks():
         found = at(WORLD.size, one)
     assert all(set(seconds) == set(overlap.WAYS) and min(seconds.values()) > 0 for seconds in found)
-    assert all(seconds == found[0] for seconds in found)  # the slowest rank's seconds: all choose alike
+    assert all(seconds == found[0] for seconds in found)  # the slowest rank's seconds, so that all choose alike
 
 
-@pytest.mark.parametrize("cores", [1, 64])  # ranks of one node share them, or all have one each
+@pytest.mark.parametrize("cores", [1, 64])  # the ranks of a node share cores, or have one each
 @pytest.mark.parametrize("kind", ["allreduce", "naive", "tree"])
 def test_what_was_measured_changes_no_bit(shared_folder: Path, shared_tmp: Path, kind: str, cores: int) -> None:
-    """Open MPI adds in another order in a blocking call than in others. And ranks of uneven nodes make the same calls."""
+    """Open MPI adds in another order in a blocking call than in others. Ranks on nodes of unequal size make the same calls."""
     data, found = corpus(shared_folder), {}
     with pytest.MonkeyPatch.context() as patch, pretended(2):
         patch.setattr("mpidp.comm.group.how_to_wait", lambda ranks, _: how_to_wait(ranks, cores))

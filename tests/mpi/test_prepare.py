@@ -1,4 +1,4 @@
-"""Law: prepared by any number of ranks, the shards are the same bytes; and an error on one rank is one on all."""
+"""Law: any number of ranks prepares identical shards, and an error on one rank is raised on all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORLD = MPI.COMM_WORLD
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """One folder for all ranks, with a corpus of files of very different sizes in it."""
+    """One folder for all ranks, with a corpus of files of very different sizes."""
     folder = Path(WORLD.bcast(str(tmp_path)))
     if WORLD.rank == 0:
         corpus = folder / "corpus"
@@ -37,7 +37,7 @@ def shared(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def teams() -> Iterator[list[tuple[int, Any]]]:
-    """Communicators of the first 1, 2, ... ranks (MPI.COMM_NULL on the others)."""
+    """Return communicators of the first 1, 2, ... ranks (MPI.COMM_NULL on the others)."""
     made = [(n, WORLD.Split(0 if n > WORLD.rank else MPI.UNDEFINED, WORLD.rank)) for n in range(1, WORLD.size + 1)]
     yield made
     for _, comm in made:
@@ -76,7 +76,7 @@ def test_the_number_of_ranks_changes_no_byte(shared: Path, teams: list[tuple[int
 
 
 def refused(kind: type[MpidpError], source: Path, out: Path, **options: Any) -> str:
-    """Every rank gets the same error, and OUT stays as it is."""
+    """Assert that every rank gets the same error and OUT is unchanged."""
     WORLD.Barrier()
     before = contents(out) if out.exists() else None
     WORLD.Barrier()
@@ -117,7 +117,7 @@ def test_more_ranks_than_files(shared: Path) -> None:
 def test_the_number_of_ranks_changes_no_byte_of_rows_and_mixtures(
     shared: Path, teams: list[tuple[int, Any]], options: dict[str, Any]
 ) -> None:
-    """Sources of several files, so that each rank has some of each."""
+    """Sources have several files, so that each rank reads some of each."""
     form, more = options.get("form", "text"), dict(options)
     if "chat_template" in more:
         more["chat_template"] = str(shared / "t.jinja")

@@ -1,4 +1,5 @@
-"""Laws of the board: where a rank is, all others can read, whatever it does; and from that follows for whom they wait."""
+"""Laws of the board: every rank's position is visible to all others, whatever it does, and determines which rank they wait for.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ def row(rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", h
 
 COMPUTES, WAITS, REDUCES = row(3, "compute"), row(1), row(2, "reduce")
 FOUR = "rank 3 (node1, pid 403), in apply of step 12 since 63 s; and 5 more; of the others 1 is in publish"
-BLAMED = [  # rows, who is waited for, a part of the words
+BLAMED = [  # rows, the ranks waited for, a part of the message
     ([row(0), row(1), COMPUTES], [3],
      "everybody waits for rank 3 (node1, pid 403), in compute of step 12 since 63 s; of the others 2 are in comm_wait of step"),
     ([row(0), row(1, state="T"), row(2)], [1], "in comm_wait of step 12 since 63 s, stopped (state T); of the others 2 are"),
-    ([row(0, "compute", 11), row(1, "data"), row(2)], [0], "rank 0 (node1, pid 400), in compute of step 11"),  # the least step
+    ([row(0, "compute", 11), row(1, "data"), row(2)], [0], "rank 0 (node1, pid 400), in compute of step 11"),  # earliest step
     ([row(0, "compute"), row(1, "compute"), row(2)], [0, 1], "rank 0 (node1, pid 400), in compute of step 12 since 63 s; rank 1"),
-    ([row(0), row(1, "compute"), row(2, state="Z")], [2], "dead (state Z)"),  # it is why the other does not get further
+    ([row(0), row(1, "compute"), row(2, state="Z")], [2], "dead (state Z)"),  # this is why the other makes no progress
     ([row(0), row(1, "reduce", bucket=4), row(2, "reduce")], [0], "1 is in reduce (bucket 4) of step 12"),
     ([row(0, "evaluate"), row(1, "evaluate_wait"), row(2, "evaluate_wait")], [0], "2 are in evaluate_wait"),
     ([row(0, "publish"), row(1, "checkpoint"), row(2, "data", 13)], [0], "1 is in data of step 13"),
@@ -118,7 +119,7 @@ def test_nodes_hear_from_each_other_through_the_folder(tmp_path: Path) -> None:
     c.write(5, "data", -1, time.monotonic(), time.monotonic())
     b.exchange(0.0)
     a.exchange(0.0)
-    assert a.quiet_seconds() < 100  # a sign of life there is one here
+    assert a.quiet_seconds() < 100  # there was a sign of life
     assert sorted(path.name for path in (tmp_path / ".board").iterdir()) == ["x.json", "y.json"]
     b.close()
     assert (tmp_path / ".board").exists()
@@ -192,14 +193,14 @@ print(board.speaks(), flush=True)
     child.stdin.write("\n")
     child.stdin.flush()
     time.sleep(0.2)
-    assert child.poll() is None  # it waits until the one that speaks is gone
+    assert child.poll() is None  # it waits until the reporting process has exited
     os.close(mine._handle)
     mine._memory.close()
     assert child.stdout.readline() == "False\n" and child.wait(20) == 0
 
 
 def test_a_board_costs_a_step_nothing(tmp_path: Path) -> None:
-    """A slot is 56 bytes: what a rank writes lies in one page, whoever writes beside it."""
+    """A slot has 56 bytes: a rank writes within one page, whatever the others write beside it."""
     (a, *_) = boards(tmp_path, ["x"] * 8)
     a.write(2**62, "a phase whose name is far too long for its place", 2**31, 1e9, 1e9)
     assert heartbeat.SLOT.size == 56 and a.rows(1.0)[1].state == SILENT and a.rows(1.0)[0].phase == "a phase whose name is fa"
@@ -216,7 +217,7 @@ def test_the_deadline_follows_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
         for phase in ("data", "compute", "comm_wait"):
             dog.enter(step, phase)
             assert dog.patience() == ((60.0, 180.0) if step == 1 else (60.0 if step < 6 else 180.0, dog.patience()[0]))
-            now += (0.125 if step < 3 else 3.0) if step != 6 else 1000.0  # the sixth is an exception
+            now += (0.125 if step < 3 else 3.0) if step != 6 else 1000.0  # the sixth step is an exception
     dog.enter(8, "evaluate")
     assert dog.patience() == (180.0, 540.0)  # for the first time
     dog.enter(8, "data")

@@ -1,5 +1,5 @@
-"""Laws of codes: what comes back is near what went in, right in the mean, of the size that was foretold, and smaller errors than
-values; and of what sparse methods choose."""
+"""Laws of codes: decoded values are close to the input and unbiased, sizes are as predicted, and errors are smaller than values;
+also which values sparse methods choose."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LENGTHS = [1, 2, 3, 63, 64, 65, BLOCK, BLOCK + 1, 1000, 5 * BLOCK]
 
 
 def values(n: int, seed: int = 0) -> Tensor:
-    """Of very different sizes, block by block and within blocks."""
+    """Draw values of very different magnitudes, between and within blocks."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, generator=generator) * 10.0 ** torch.randint(-4, 5, (n,), generator=generator)
 
 
 def through(code: Code, x: Tensor, seed: int = 0) -> Tensor:
-    """Encoded into memory of foretold length, and back."""
+    """Encode into memory of the predicted size, and decode."""
     wire = torch.full((code.num_bytes(x.numel()) + 8,), 0xA5, dtype=torch.uint8)
     code.encode(x, wire[4:-4], seed)
     assert (wire[:4] == 0xA5).all() and (wire[-4:] == 0xA5).all()
@@ -40,7 +40,7 @@ def through(code: Code, x: Tensor, seed: int = 0) -> Tensor:
 
 
 def largest(x: Tensor) -> Tensor:
-    """Of each value's block."""
+    """Return the largest absolute value of each value's block."""
     return blocks(x).abs().amax(1, keepdim=True).expand(-1, BLOCK).reshape(-1)[: x.numel()]
 
 
@@ -116,7 +116,7 @@ def test_the_largest_of_each_chunk_come_back(n: int, ratio: float) -> None:
 
 @pytest.mark.parametrize(("name", "rounds"), [("int8", 400), ("int4", 400)])
 def test_random_rounding_is_right_in_the_mean(name: str, rounds: int) -> None:
-    """Five standard errors: a rounding's variance is at most a quarter of the squared step."""
+    """The limit is five standard errors: the variance of a rounding is at most a quarter of the squared step."""
     x = values(2 * BLOCK, seed=3)
     code = CODES[name]
     assert isinstance(code, Integer)
@@ -136,7 +136,7 @@ def test_rounding_repeats_with_its_seed_alone() -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("kind", ["normal", "one large", "two sizes", "equal", "sizes"])
 def test_less_is_left_than_was_there(name: str, kind: str) -> None:
-    """In the mean over roundings: else what is held back would grow without end."""
+    """In the mean over roundings. Otherwise residuals would grow without bound."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8 * BLOCK, generator=generator)
     if kind == "one large":
@@ -161,7 +161,7 @@ def test_a_slice_on_the_wire_says_whether_it_is_finite(name: str) -> None:
     x[3] = math.nan
     write(code, x, wire, 0, finite=False)
     found, finite = read(code, wire, 100)
-    assert not finite and not found.any() and not wire.any()  # nothing of it travels
+    assert not finite and not found.any() and not wire.any()  # no values are sent
     assert wire_bytes(code, 0) == 0 and read(code, wire[:0], 0)[1]
 
 
@@ -182,7 +182,7 @@ def test_the_ratio_falls_to_what_is_wanted() -> None:
 
 
 def bucket_of(*shapes: tuple[int, ...]) -> Bucket:
-    """Parameters one behind the other, as FlatLayout places them, from element 640 on."""
+    """A bucket of consecutive parameters, as FlatLayout places them, from element 640 on."""
     offsets, sizes = [640], [torch.Size(shape) for shape in shapes]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size.numel() // 64) * 64)

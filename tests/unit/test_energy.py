@@ -1,4 +1,5 @@
-"""Laws of energy: counters that begin anew lose nothing, nothing is counted twice, and where there is none, none is told."""
+"""Laws of energy: a counter that wraps around loses nothing, nothing is counted twice, and without a counter no energy is
+reported."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def zone(root: Path, name: str, says: str, microjoules: int) -> Path:
 
 @pytest.fixture
 def powercap(tmp_path: Path) -> Path:
-    """Two packages, the memory of one; what is a part of them, or tells of them once more."""
+    """A powercap folder with two packages and the memory of one; parts of packages and duplicates must not count twice."""
     zone(tmp_path, "intel-rapl:0", "package-0", 100)
     zone(tmp_path, "intel-rapl:0:0", "core", 5000)
     zone(tmp_path, "intel-rapl:0:1", "dram", 999_000)
@@ -37,7 +38,7 @@ def powercap(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, microjoules: int) -> None:
-    """As the kernel counts: beyond the range it begins anew."""
+    """Add microjoules as the kernel does: beyond its range the counter restarts."""
     now = int((folder / "energy_uj").read_text()) + microjoules
     (folder / "energy_uj").write_text(str(now % (RANGE + 1)))
 
@@ -45,7 +46,7 @@ def add(folder: Path, microjoules: int) -> None:
 def test_packages_and_memory_are_counted_once(powercap: Path) -> None:
     meter, said = open_meter(True, True, [], powercap)
     for folder in powercap.iterdir():
-        add(folder, 500_000)  # the memory's begins anew
+        add(folder, 500_000)  # the memory's counter wraps around
     assert meter.take(now=True) == pytest.approx(3 * 0.5) and said == {"cpu": "RAPL"}
     assert meter.take(now=True) == 0.0
     for folder in powercap.iterdir():
@@ -101,7 +102,7 @@ def test_without_counters_there_is_a_reason(tmp_path: Path, powercap: Path, monk
 
 
 class Nvml(types.ModuleType):
-    """Two GPUs; of other uuids it knows nothing."""
+    """Simulates NVML with two GPUs."""
 
     joules = {"GPU-a": 10.0, "GPU-b": 20.0}
 
@@ -123,7 +124,7 @@ def test_gpus_are_counted_by_their_uuid(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(nvml, "joules", dict(nvml.joules), raising=False)
     meter, said = open_meter(True, True, ["GPU-a"], tmp_path)
     nvml.joules["GPU-a"] += 3.5
-    nvml.joules["GPU-b"] += 100.0  # another job's
+    nvml.joules["GPU-b"] += 100.0  # the GPU of another job
     assert meter.take(now=True) == pytest.approx(3.5) and said["gpu"] == "NVML"
     meter.close()
     meter, said = open_meter(True, True, ["GPU-a", "GPU-x"], tmp_path)

@@ -1,4 +1,4 @@
-"""Cuts of tensors: boxes of a run of elements, rows of shards, and what formulas say is held of them."""
+"""Laws of divided tensors: boxes of a range of elements, rows of shards, and the predicted memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_sharding_holds_less() -> None:
     assert of_replicas(640, 2, 2) == {"parameters": 2560, "gradients": 5120, "optimizer": 5120}
     assert sum(of_replicas(640, 1, 2, rank, 3)["optimizer"] for rank in range(3)) == 5120
     assert of_shards(shapes, 0, 1, 2) == {"parameters": 140, "gradients": 140, "optimizer": 280}
-    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; one row, and nothing
+    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; has 1 row and 0
     assert sum(of_shards(shapes, rank, 4, 2)["optimizer"] for rank in range(4)) == 280
 
 

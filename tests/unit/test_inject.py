@@ -1,4 +1,4 @@
-"""Laws of faults on purpose: what is written is what happens, once, and what cannot be read is said with how to write it."""
+"""Laws of injected faults: a fault happens as specified, once, and an invalid specification is rejected with the syntax."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_bit_is_flipped_once(bit: int) -> None:
      ("delay:1:4,seconds=1", None), ("delay:1:1,until=2,seconds=1", None), ("delay:1:3,until=3,seconds=1", 1.0)],
 )
 def test_a_delay_is_slept_after_every_micro_batch(text: str, pause: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In step 3; the micro-batch takes 2 seconds of a clock that the test moves."""
+    """In step 3. The micro-batch takes 2 seconds of a clock that the test advances."""
     now, slept = [10.0], []
     monkeypatch.setattr(inject.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(inject.time, "sleep", slept.append)
@@ -100,7 +100,7 @@ def test_it_strikes_once_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch, c
     faults = parse(f"{' '.join(words)} kill:1:2", 2)
     for at in [(step, phase) for step in (1, 2, 3, 2, 3, 4, 5) for phase in PHASES]:
         faults.strike(*at)
-    assert struck == [(3, "compute"), (4, "apply"), (5, "checkpoint")]  # the step to be made next; the checkpoint is of the last
+    assert struck == [(3, "compute"), (4, "apply"), (5, "checkpoint")]  # the step in progress; for checkpoints the last one
     assert capsys.readouterr().err.splitlines() == [f"{VARIABLE}: rank 2: {word}" for word in words]
 
 

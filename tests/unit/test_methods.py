@@ -1,4 +1,4 @@
-"""What does not go together is refused before training, with the reason; what the docs say of it is what the code does."""
+"""Unsupported combinations are rejected before training with the reason, and the table in the documentation matches the code."""
 
 from __future__ import annotations
 

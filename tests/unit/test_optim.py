@@ -1,4 +1,4 @@
-"""Laws of updates: the schedule's values, the textbook's formulas, states that can be carried over, one norm."""
+"""Laws of updates: the values of the schedule, the textbook formulas, transferable states, and one norm."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_a_run_that_is_all_warm_up() -> None:
     assert Schedule("cosine", 1.0, 0.0, 5, 5).lr_at(5) == 1.0
 
 
-SHAPES = {  # about a block of the flat layout, so that shares cut through most of them
+SHAPES = {  # about one block of the flat layout each, so that shares divide most of them
     "embedding.weight": (300, 64), "blocks.0.w.weight": (64, 100), "blocks.0.norm.weight": (64,), "blocks.0.v.weight": (128, 130),
     "blocks.1.w.weight": (7, 11), "norm.weight": (5,), "head.weight": (300, 64),
 }
 
 
 class Flat:
-    """Parameters, gradients and moments as ranks that share memory see them: any number of optimizers works on one."""
+    """Parameters, gradients and moments as seen by ranks that share memory: several optimizers work on them."""
 
     def __init__(self, name: str = "adamw", shares: int = 1, weight_decay: float = 0.1, beta1: float = 0.9) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -67,13 +67,13 @@ class Flat:
             ))
 
     def _memory(self, which: int, elements: int) -> torch.Tensor:
-        """The same to all who ask for their which-th."""
+        """Return the same memory for the same number `which`."""
         if which == len(self._memories):
             self._memories.append(torch.zeros(elements))
         return self._memories[which]
 
     def gradient(self, step: int) -> dict[str, torch.Tensor]:
-        """Put the gradients of a step in place; what lies between parameters is not theirs."""
+        """Write the gradients of a step; the padding between parameters stays unchanged."""
         self.gradients.fill_(math.nan)
         generator = torch.Generator().manual_seed(step)
         for (_, p), view in zip(self.layout.parameters, self.layout.views(self.gradients), strict=True):
@@ -88,7 +88,7 @@ class Flat:
                 optimizer.step(0.01 * step)
 
     def state(self) -> dict[str, list[float]]:
-        """Parameters and the optimizer's state, which all that share them see alike."""
+        """Return parameters and the optimizer's state, which are the same for all that share them."""
         states = [{key: value.tolist() for key, value in o.state_dict().items()} for o in self.optimizers]
         assert all(state == states[0] for state in states)
         return states[0] | {name: p.tolist() for name, p in self.named}
@@ -96,7 +96,7 @@ class Flat:
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])
 def test_adam_is_the_textbooks(name: str) -> None:
-    """adamw decays weights apart from the gradient, adam within it."""
+    """adamw applies weight decay separately from the gradient, adam within it."""
     flat = Flat(name)
     expected = {name: p.detach().double() for name, p in flat.named}
     m = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -193,7 +193,7 @@ def test_what_no_optimizer_knows_is_refused() -> None:
 
 
 def test_replicas_agree_on_the_flat_moments() -> None:
-    """An audit compares them: all of the state but the number of updates lies there."""
+    """An audit compares them: all state except the number of updates is there."""
     for name, count in {"adamw": 2, "adam": 2, "sgd": 1, "muon": 2}.items():
         flat = Flat(name)
         flat.steps(1, 2)

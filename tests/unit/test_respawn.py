@@ -1,4 +1,4 @@
-"""Laws of coming back to full size: asked for only where it can be had, and not for ever at one step."""
+"""Laws of respawning: it is accepted only where it can work, and limited at one step."""
 
 from __future__ import annotations
 

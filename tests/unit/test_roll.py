@@ -1,5 +1,5 @@
-"""Laws of who is in a round of a quorum, whatever the order in which ranks come: each contribution joins one round, none later
-than the bound; no round waits for ever; and the log of a run is read as what it was."""
+"""Laws of the members of a quorum's rounds, in any order of arrival: each contribution joins one round within the bound; no round
+waits forever; and the log can be replayed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mpidp.strategies.quorum_rounds import Roll
 
 
 def run(roll: Roll, chance: st.DataObject, rounds: int) -> list[list[int]]:
-    """Ranks that contribute a batch whenever chance lets them, and not before the round of the batch before is closed; the last
-    round meets. Gives the counts of each round; AssertionError when nobody can go on."""
+    """Simulate ranks that contribute a batch at random times, after the round of the previous batch is closed; the last round is
+    a meeting. Return the members of each round. AssertionError if no rank can continue."""
     ranks, found = len(roll.lanes), list[list[int]]()
     while len(found) < rounds:
         able = [rank for rank in range(ranks) if roll.given[rank] <= len(found)]

@@ -1,4 +1,4 @@
-"""Laws of when to save, and of what a save leaves on the disk when somebody looks over its shoulder."""
+"""Laws of when to save, and of the files that a save leaves on the disk at any moment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALONE = MPI.COMM_SELF
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 10_000), st.integers(0, 100))
 def test_the_interval_loses_least(cost: float, num_nodes: int, failures: int) -> None:
-    """Of time to save, cost / interval, and time to do again, half an interval a failure."""
+    """It minimises the time to save, cost / interval, plus the time to repeat, half an interval per failure."""
     mean = (NODE_SECONDS / num_nodes + 5e4) / (1 + failures)
     best = best_interval(cost, 0.0, num_nodes, failures, 5e4)
 
@@ -67,13 +67,13 @@ def test_the_clock_decides_where_every_is_automatic(tmp_path: Path, monkeypatch:
 def test_the_step_decides_otherwise(tmp_path: Path, every: int) -> None:
     saver = saver_of(ALONE, tmp_path, every=every)
     assert [step for step in range(1, 10) if saver.due(step, np.zeros(4))] == ([3, 6, 9] if every else [])
-    saver.step = 6  # resumed there
+    saver.step = 6  # resumed at this step
     assert not saver.due(6, np.zeros(4))
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_the_files_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Every dtype and kind of shape, also in blocks that end anywhere, reads back by the library."""
+    """Every dtype and shape, also with blocks of any length, can be read by the safetensors library."""
     tensors = {"a/b": torch.arange(24).view(2, 3, 4), "none": torch.zeros(0, 3), "ü": torch.ones(1)}
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     pieces = [Piece(name, tensor, (0,) * tensor.dim()) for name, tensor in tensors.items()]
@@ -87,7 +87,7 @@ def test_the_files_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) 
 
 
 def test_a_save_that_is_waited_for_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest model that fits has no room for a copy beside it."""
+    """So that the largest model that fits in memory needs no second copy."""
     taken: list[int] = []
     saver = saver_of(ALONE, tmp_path)
     take = saver._memory.take
@@ -120,7 +120,7 @@ def test_no_memory_for_a_copy_costs_the_checkpoint_alone(tmp_path: Path, capsys:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED FOR LACK OF a GPU")
 @pytest.mark.parametrize("wait", [False, True])
 def test_what_lies_on_a_gpu_is_copied_before_it_changes(tmp_path: Path, wait: bool) -> None:
-    """Also what the GPU still computes when the save begins."""
+    """Including values that the GPU is still computing when the save begins."""
     saver = saver_of(ALONE, tmp_path)
     for step in range(1, 6):
         state = torch.zeros(4 << 20, device="cuda")

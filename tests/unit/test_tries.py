@@ -1,4 +1,4 @@
-"""Laws of the crash loop: so many starts in a row from one checkpoint, and no more until somebody has looked."""
+"""Laws of repeated crashes: a limited number of starts in a row from one checkpoint, until a user acts."""
 
 from __future__ import annotations
 
