@@ -40,7 +40,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run")
-    add("--step", type=int, metavar="S", help="the last step to replay; its micro-batches are listed (default: the last recorded)")
+    add("--step", type=int, metavar="S", help="last step to replay; lists its micro-batches (default: the last recorded)")
     add("--against", metavar="RUN2", help="find the first step and tensor in which two runs differ, up to --step")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")
@@ -100,7 +100,8 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     step, names = options.step or first_different, f"{options.run} and {options.against}"
     found: dict[str, Any] = {"runs": [options.run, options.against], "step": step, "settings": [], "first": None}
     if not step:
-        verdict = f"{names} are the same up to step {both[-1]}, the last in both records" if both else f"{names} have no step in common"
+        same = f"are the same up to step {both[-1]}, the last in both records"
+        verdict = f"{names} {same if both else 'have no step in common'}"
         return found | {"same": bool(both), "verdict": verdict}
     first_different = first_different if first_different <= step else 0
     if first_different:

@@ -97,8 +97,8 @@ def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn
 
 
 def _fail(world: Any, code: int) -> NoReturn:
-    """End by SIGKILL, because Open MPI detects no other end as a failure. If all ranks fail alike, the last one exits with the code
-    instead: mpirun's own exit code would be 0."""
+    """End by SIGKILL, because Open MPI detects no other end as a failure. If all ranks fail alike, the last one exits with the
+    code instead, because mpirun's own exit code would be 0."""
     time.sleep(0 if world.rank else 2 * PAUSE_SECONDS)
     for _ in range(10):
         with suppress(Exception):  # raised for failed ranks: MPI learns of them only within a call

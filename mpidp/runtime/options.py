@@ -57,7 +57,8 @@ def rank_count(text: str) -> int:
 
 def add_data(parser: argparse.ArgumentParser, use: str, default: str = "", kind: Any = str) -> None:
     """Add --data DIR. use: what the command does with the shards. Pure."""
-    parser.add_argument("--data", metavar="DIR", type=kind, help=f"folder of shards {use}{f' (default: {default})' * bool(default)}")
+    shown = f" (default: {default})" if default else ""
+    parser.add_argument("--data", metavar="DIR", type=kind, help=f"folder of shards {use}{shown}")
 
 
 def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", default: str | None = None) -> None:

@@ -34,7 +34,7 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return capsys.readouterr().out
 
 
-def test_help_lists_every_command_and_every_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_commands_and_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     call(monkeypatch, "--help")
     text = capsys.readouterr().out
     files = {path.stem for folder in ("mpidp", "data_tools") for path in (ROOT / folder).glob("*.py")
@@ -71,8 +71,14 @@ def test_version_and_wrong_commands(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_only_the_module_of_the_command_is_imported() -> None:
-    code = "import sys; sys.argv[1:] = ['report', '--help']\nfrom mpidp import __main__\ntry: __main__.main()\nexcept SystemExit: pass\n"
-    code += "found = {'torch', 'mpi4py', 'numpy', 'mpidp.train', 'mpidp.plan', 'data_tools'} & set(sys.modules)\nassert not found, found"
+    code = (
+        "import sys; sys.argv[1:] = ['report', '--help']\n"
+        "from mpidp import __main__\n"
+        "try: __main__.main()\n"
+        "except SystemExit: pass\n"
+        "found = {'torch', 'mpi4py', 'numpy', 'mpidp.train', 'mpidp.plan', 'data_tools'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert child.returncode == 0 and "mpidp report" in child.stdout, child.stderr
 
