@@ -86,7 +86,7 @@ def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Toke
     tokenizer = load_tokenizer(path or reader.path.parent.parent, reader.meta["eod"])
     rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
     if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give its own with --tokenizer")
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give its --tokenizer")
     if "init_from" not in reader.meta:
         tokenizer.bos = None
     return tokenizer
