@@ -148,7 +148,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("input", metavar="SHARDS|PREFIX", type=Path, help="what to read: a folder of shards, or a Megatron-LM prefix")
     add("old_out", nargs="?", help=argparse.SUPPRESS)
     add_out(parser, "what to write: a prefix with --to, a folder that does not exist with --from", metavar="PATH")
-    add("--tokenizer", help="with --from: byte, a tokenizer.json, or a folder that contains one")
+    add("--tokenizer", metavar="PATH", help="with --from: byte, a tokenizer.json, or a folder that contains one")
     add("--eod", help="with --from: the end-of-document token of the tokenizer.json, if it has an unusual name")
     add("--shards", type=int, default=4, help="with --from: number of training files (%(default)s)")
     add("--val-fraction", type=float, default=0.05,

@@ -264,7 +264,8 @@ def main() -> None:
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
     add("--tokens", type=int, default=0, help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
     add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
-    add("--tokenizer", default="byte", help="byte, char, bpe:VOCAB (trained here) or a tokenizer.json (%(default)s)")
+    add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
+        "that contains one (%(default)s)")
     add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
     add("--shards", type=int, default=4, help="number of training files (%(default)s)")
     add("--val-fraction", type=float, default=0.05, help="validation share of tokens or documents; 0: none (%(default)s)")

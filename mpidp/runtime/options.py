@@ -41,7 +41,7 @@ def rank_counts(text: str) -> list[int]:
         except ValueError:
             count = 0.0
         if not 1 <= count < 2**31 or count % 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers from 1 up, with commas between them")
+            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least 1, separated by commas")
         counts.append(int(count))
     return counts
 
@@ -51,7 +51,7 @@ def rank_count(text: str) -> int:
     try:
         (count,) = rank_counts(text)
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r}: give one whole number from 1 up") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: give one whole number of at least 1") from None
     return count
 
 

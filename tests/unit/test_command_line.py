@@ -108,10 +108,10 @@ def test_numbers_of_ranks() -> None:
     assert rank_counts("4") == [4] and rank_counts("1, 2,4") == [1, 2, 4] and rank_counts("16k,1e3") == [16000, 1000]
     assert rank_count("64") == 64
     for wrong in ("", "0", "-1", "1.5", "2,0", "2,", "two", "nan", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match="give whole numbers from 1 up"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give whole numbers of at least 1"):
             rank_counts(wrong)
     for wrong in ("2,4", "0", ""):
-        with pytest.raises(argparse.ArgumentTypeError, match="give one whole number from 1 up"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give one whole number of at least 1"):
             rank_count(wrong)
     parser = Parser(prog="x")
     add_ranks(parser, "those measured", several=True)
