@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpidp.config.command_line import from_args
-from mpidp.config.schema import fields_of
 from mpidp.planning.mesh.memory import ModelSizes, Shape, Work
 from mpidp.planning.mesh.search import model_of_config, vocab_size_of
 from mpidp.planning.mesh.time import LinkSpeed, Machine, measured_machine, step_of
@@ -73,7 +72,7 @@ class Subject:
 
     @classmethod
     def of(cls, settings: list[str]) -> Subject:
-        values = {key: value for key, _, value in fields_of(from_args(settings))}
+        values = from_args(settings).flat()
         size = 4 if values["train.dtype"] == "float32" else 2
         return cls(settings, model_of_config(values, vocab_size_of(values)), Work(
             values["train.global_batch"], values["train.micro_batch"], float(values["train.recompute"]), size))

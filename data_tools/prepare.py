@@ -59,7 +59,7 @@ def prepare(
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
     found: tuple[list[Found], Template | None] | None = None
-    with team.together():
+    with team.raise_together():
         options = PrepareOptions(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
             bad_utf8, strict, form, seq_len, truncate, tokens, repeat,
@@ -78,7 +78,7 @@ def prepare(
             tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in own_files for f in files], readers[0],
             team,
         )
-        with team.together():
+        with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
             ]
@@ -169,7 +169,7 @@ def _write(
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
-    with team.together():
+    with team.raise_together():
         if not counts.documents:
             raise DataError(f"the source has no text at all ({counts}); give --source a file or folder with text")
         streams, mixture = _streams(raws, encoder.eod, options)
@@ -188,7 +188,7 @@ def _write(
     about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, mixture, strict=True)]} if mixture else abouts[0]
     about = about | ({"format": options.form, "learned_tokens": learned} if rows else {}) | counts.left_out()
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len)
-    with team.together():
+    with team.raise_together():
         if team.rank == 0:
             _put_in_place(out, index, stored)
     return index

@@ -91,12 +91,12 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import read_text
     from mpidp.inference.scoring import text_loss
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     reader, loaded, tokenizer = open_model(options, world)
     config, encoded = reader.meta["config"], None
     seq_len = config["model.seq_len"]
-    with together(world):
+    with raise_together(world):
         if options.stride > seq_len:
             raise UsageError(
                 f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger one would skip tokens"
@@ -117,11 +117,11 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.scoring import log_likelihoods
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     reader, loaded, tokenizer = open_model(options, world)
     seq_len, questions = reader.meta["config"]["model.seq_len"], None
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             items = read_choices(options.choices)
             questions = (items, [encode(tokenizer, item, seq_len, options.choices) for item in items])
@@ -152,12 +152,12 @@ def evaluate(
     from mpidp.inference.loading import load_model
     from mpidp.parallel.engine import Engine
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     grid = make_grid(world, tp, pp)
     world = grid.world
     reader = open_run(Path(run), world)
-    with together(world):
+    with raise_together(world):
         loaded = load_model(reader, grid, device, threads)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         if stream.tokenizer_sha256 != reader.meta["tokenizer"]:

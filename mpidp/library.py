@@ -42,10 +42,10 @@ from mpidp.parallel.engine import dropout_key
 from mpidp.parallel.grid import make_grid
 from mpidp.reducers import overlap
 from mpidp.reducers.buckets import FlatLayout
-from mpidp.runtime.agreement import agree, parameters_told, versions
+from mpidp.runtime.agreement import check_agreement, parameter_facts, versions
 from mpidp.runtime.device import resolve_threads
-from mpidp.runtime.topology import Mesh
-from mpidp.runtime.world import start_mpi, together
+from mpidp.runtime.topology import Topology
+from mpidp.runtime.world import raise_together, start_mpi
 from mpidp.strategies import strategy_of
 from mpidp.strategies.protocol import Options, StepStats
 from mpidp.training.data_parallel import share_memory
@@ -94,7 +94,7 @@ class SharingPlan:
     """The arguments of share_memory (sharing.py)."""
 
     config: Config
-    mesh: Mesh
+    mesh: Topology
     lanes: Lanes
     device: torch.device
     shape: OwnShape
@@ -122,11 +122,11 @@ class DataParallel:
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
         self.rank, self.ranks, self._total = mesh.dp.rank, mesh.dp.size, steps
-        with together(self.comm):
+        with raise_together(self.comm):
             config = self._config(settings or {}, threads, mesh)
             self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
             named = self._named()
-        agree(self.comm, parameters_told(named) | {
+        check_agreement(self.comm, parameter_facts(named) | {
             "dataset": str(items.state_dict() | asdict(items.lanes)), "settings": str([asdict(config), steps, clip]),
         } | versions())  # fmt: skip
         torch.set_num_threads(config.train.threads)
@@ -152,7 +152,7 @@ class DataParallel:
         self._updated = True  # whether the batch's update was made
         self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # for each micro-batch: sum of losses, number of items
 
-    def _config(self, settings: Mapping[str, Any], threads: int, mesh: Mesh) -> Config:
+    def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
         for key in settings:
             if not key.startswith(("strategy.", "comm.")) or key in ("comm.copies", "strategy.replay"):
                 raise UsageError(f"settings has {key!r}: DataParallel supports only sections strategy and comm, except "
@@ -163,8 +163,8 @@ class DataParallel:
             raise UsageError("strategy.name=server is not supported by DataParallel: a torch.optim optimizer's state cannot be "
                              "split over servers. Use mpidp.train")
         if resolve.kind_of(config) != "synchronous" and not self._total:
-            raise UsageError(f"{rules.asked(config.strategy.name, config.strategy.quorum)} does not synchronize at each step "
-                             "and needs the number of steps: DataParallel(..., steps=EPOCHS * len(items))")
+            raise UsageError(f"{rules.method_setting(config.strategy.name, config.strategy.quorum)} does not synchronize at each "
+                             "step and needs the number of steps: DataParallel(..., steps=EPOCHS * len(items))")
         if self.ranks > self.lanes.num_lanes:
             raise UsageError(f"{self.ranks} ranks, but a batch has only {self.lanes.num_lanes} lanes, and each rank computes "
                              "whole lanes: start fewer ranks, or pass a smaller micro_batch to from_dataset")

@@ -49,11 +49,11 @@ def main() -> None:
         words = ["ranks", *words]
     if words[0] == "methods":
         (options, settings), world = begin(lambda: read_options(words))
-        compare_methods(options, from_args(settings), world)
+        print_methods(options, from_args(settings), world)
         return
     options, settings = read_options(words)
     if options.topic == "mesh":
-        found, show = command_line.answer(options, settings), mesh_table
+        found, show = command_line.plan_from_options(options, settings), mesh_table
     else:
         found, show = plan(options.runs, options.ranks or (), options.loss), table
     if launcher_rank() == 0:
@@ -110,15 +110,15 @@ def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> No
         parser.error("--plot needs matplotlib: pip install matplotlib, or use --json")
 
 
-def compare_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
+def print_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
     """Predict or try the methods, and print the table on rank 0. Collective over world."""
-    from mpidp.planning.methods.trials import TrialOptions, answer
+    from mpidp.planning.methods.trials import TrialOptions, compare_methods
 
     trial_options = TrialOptions(
         options.ranks or 0, options.cluster, options.link, options.step_seconds or 0.0, options.run or 0.0,
         tuple(filter(None, options.methods.split(","))),
     )
-    found = answer(config, trial_options, world)
+    found = compare_methods(config, trial_options, world)
     if world.rank == 0:
         print(json.dumps(found, allow_nan=False) if options.json else methods_table(found), flush=True)
         if options.plot:
@@ -189,8 +189,8 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Return powers of two up to four times the ranks used (16 at least) and up to the most lanes of the table, and the measured
-    numbers of ranks."""
+    """Return the measured numbers of ranks and powers of two up to four times the ranks used (at least 16), or up to the largest
+    number of lanes in the table if that is smaller."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

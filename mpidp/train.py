@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpidp.config import command_line
 from mpidp.config.schema import Config
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.environment import newcomer
+from mpidp.runtime.environment import is_replacement_rank
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:1024", "shards": 4, "val
 
 def main() -> None:
     """Read the command line and train. Collective over COMM_WORLD."""
-    if newcomer():
+    if is_replacement_rank():
         from mpidp.faults.respawn import join
 
         world, crew = join()
@@ -53,10 +53,10 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
     """Plan, then attempts until one reaches the end: one path for a new run, a resumed one, and one that goes on after ranks
     died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
     from mpidp.errors import Damaged
-    from mpidp.runtime.ulfm import Lost
+    from mpidp.runtime.ulfm import RankFailure
     from mpidp.training.attempts import Course
 
-    plan = _plan(config, world, dry) if crew is None else None  # newcomers make one with the others
+    plan = _plan(config, world, dry) if crew is None else None  # is_replacement_ranks make one with the others
     if dry:
         return None
     course = Course(config, plan, world if plan is None else plan.world, crew)
@@ -68,7 +68,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
                     return end
             except Damaged as damage:
                 course.go_back(damage)
-            except Lost as failure:
+            except RankFailure as failure:
                 course.leave_the_dead(failure)
     except BaseException as failed:
         error = failed
@@ -80,14 +80,14 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
     """What is to be run, checked, said, and with data to run on. Collective over world."""
     from mpidp.errors import UsageError
-    from mpidp.faults.respawn import LAUNCH, why_not
+    from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
     from mpidp.training import run_plan
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
-    with together(world):
-        if config.faults.respawn and world.rank == 0 and (reason := why_not(grid.everyone.num_machines)):
+    with raise_together(world):
+        if config.faults.respawn and world.rank == 0 and (reason := obstacle_to_respawn(grid.everyone.num_machines)):
             raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
@@ -100,7 +100,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
 def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
     """Shards of the embedded corpus when data.path is the default and holds none: rank 0 makes them, the others sleep.
     Collective over world."""
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     path = Path(config.data.path)
     if config.data.path != Config().data.path:
@@ -108,7 +108,7 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
     missing = world.bcast(not (path / "index.json").exists() if world.rank == 0 else None, root=0)
     if not missing:
         return
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             from data_tools.prepare import prepare
 

@@ -26,7 +26,7 @@ def save(run: Path, step: int, entries: Mapping[str, Entry], meta: Mapping[str, 
     """Write a checkpoint with one file per rank; it exists when this returns. Collective over comm."""
     saver = saver_of(comm, run, keep)
     saver.begin(step, entries, meta, wait=True)
-    saver.finish(must=True)
+    saver.wait_for_save(must=True)
     return run / "checkpoints" / f"step_{step:08d}"
 
 

@@ -61,9 +61,9 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
     own: list[NetworkLink] = []
-    for these in pairs(hosts):
+    for simultaneous in pairs(hosts):
         polite_barrier(world)
-        for a, b in these:
+        for a, b in simultaneous:
             if world.rank == a:
                 before, latency = _sent(), ping(world, b, 8, 1000, 0.2)
                 large = min(largest, max(SMALL, int(seconds / 4 * SMALL / min(ping(world, b, SMALL, 5, 0.2)))))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpidp.checkup.findings import CheckResult, size, where
 from mpidp.config.command_line import read_toml
-from mpidp.config.settings import Run
+from mpidp.config.settings import RunSettings
 from mpidp.errors import UsageError
 
 CHUNK = 4 << 20
@@ -123,7 +123,7 @@ def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
 def check_room(folder: Path) -> CheckResult:
     """Compare free space with the checkpoints that will exist at once (run.keep, and one being written). Independent."""
     parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    status, keep = os.statvfs(parent), Run.keep
+    status, keep = os.statvfs(parent), RunSettings.keep
     free, words = status.f_bavail * status.f_frsize, f"{folder}: {size(status.f_bavail * status.f_frsize)} free"
     sizes = [sum(f.stat().st_size for f in step.iterdir()) for step in folder.glob("checkpoints/step_*")]
     if not sizes:

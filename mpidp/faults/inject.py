@@ -78,8 +78,8 @@ ANYWHERE: dict[str, Callable[[], None]] = {  # a timer's thread can do these to 
     "term": partial(_signal, signal.SIGTERM), "usr1": partial(_signal, signal.SIGUSR1), "exit": partial(os._exit, 3),
     "gil": _hold_the_gil,
 }
-STRIKES = ANYWHERE | {"sysexit": partial(sys.exit, 3), "raise": _raise, "hang": _hang}
-OPTIONS = dict.fromkeys(STRIKES, ("phase",)) | dict.fromkeys(ANYWHERE, ("phase", "after")) | {
+ACTIONS = ANYWHERE | {"sysexit": partial(sys.exit, 3), "raise": _raise, "hang": _hang}
+OPTIONS = dict.fromkeys(ACTIONS, ("phase",)) | dict.fromkeys(ANYWHERE, ("phase", "after")) | {
     "delay": ("seconds", "factor", "until"), "nan": ("times",), "wrong": ("until",), "flip": ("tensor", "bit"),
 }
 WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # numbers; the others may have a fraction
@@ -114,42 +114,42 @@ class Fault:
         _need(self.kind != "flip" or 0 <= self.bit <= 31, "it needs bit=, in 0..31")
 
 
-class Faults:
+class InjectedFaults:
     """What goes wrong on this rank, and what of it has happened. False when nothing does on any rank. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
-        self.everyones = tuple(faults)
-        self.rank, self.mine = rank, [fault for fault in faults if fault.rank == rank]
+        self.of_all_ranks = tuple(faults)
+        self.rank, self.of_this_rank = rank, [fault for fault in faults if fault.rank == rank]
         self._happened: Counter[Fault] = Counter()
         self._step = 1
 
     def __bool__(self) -> bool:
-        return bool(self.everyones)
+        return bool(self.of_all_ranks)
 
     @property
-    def spoil(self) -> bool:
+    def changes_gradients(self) -> bool:
         """Are gradients of single lanes to be spoilt, on any rank? Then lanes must be kept apart."""
-        return any(fault.kind in ("nan", "wrong") for fault in self.everyones)
+        return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
-    def strike(self, step: int, phase: str) -> None:
+    def trigger(self, step: int, phase: str) -> None:
         """This rank enters a phase, step being the next to be made: what is to end or stop it there does so, now or from a
         timer."""
         self._step = step
         place = (step - (phase in AFTER), phase)
-        for fault in self.mine:
-            if fault.kind in STRIKES and (fault.step, fault.phase) == place and self._once(fault):
+        for fault in self.of_this_rank:
+            if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
                 if fault.after:
-                    timer = threading.Timer(fault.after, STRIKES[fault.kind])
+                    timer = threading.Timer(fault.after, ACTIONS[fault.kind])
                     timer.daemon = True
                     timer.start()
                 else:
-                    STRIKES[fault.kind]()
+                    ACTIONS[fault.kind]()
 
-    def spoils(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
+    def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
         """What is to be done to each lane's gradient in this step. A glitch happens at the first attempt alone: it is gone when
         the step is done again; what lasts several steps happens always: a core that has failed."""
         return [
-            make_nan if fault.kind == "nan" else make_wrong for fault in self.mine
+            make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
             or (fault.kind == "wrong" and fault.until <= fault.step == step and attempt == 0 and self._once(fault))
             or (fault.kind == "nan" and fault.step <= step and attempt == 0 and self._once(fault))
@@ -157,7 +157,7 @@ class Faults:
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
         """After the update of a step: the bits of parameters that are to be flipped."""
-        for fault in self.mine:
+        for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
                 host = first.cpu()
@@ -170,7 +170,7 @@ class Faults:
         began = time.perf_counter()
         yield
         took = time.perf_counter() - began
-        delays = [f for f in self.mine if f.kind == "delay" and f.step <= self._step <= (f.until or self._step)]
+        delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= self._step <= (f.until or self._step)]
         pause = sum(fault.seconds + (fault.factor - 1) * took for fault in delays)
         if pause:
             time.sleep(pause)
@@ -184,12 +184,12 @@ class Faults:
         return True
 
 
-def parse(text: str, rank: int = 0) -> Faults:
+def parse(text: str, rank: int = 0) -> InjectedFaults:
     """The faults that a text asks for, as seen by this rank; UsageError when it cannot be read. Independent."""
-    return Faults([_fault(word) for word in text.split()], rank)
+    return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def asked_for(rank: int, environment: Mapping[str, str] = os.environ) -> Faults:
+def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ) -> InjectedFaults:
     """The faults of MPIDP_FAULT, of which rank 0 speaks; none when it is not set. UsageError. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)

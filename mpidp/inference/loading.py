@@ -28,7 +28,7 @@ from mpidp.parallel.pipeline import FORWARD, Stages
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import Ring
 from mpidp.runtime.device import resolve_device
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 
 @dataclass
@@ -100,7 +100,7 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
     """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
-    with together(world):
+    with raise_together(world):
         loaded = load_model(reader, grid, options.device, options.threads)
         return reader, loaded, load_tokenizer_for(loaded, reader, options.tokenizer)
 

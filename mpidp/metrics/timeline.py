@@ -29,7 +29,7 @@ Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end by t
 
 
 @dataclass
-class Told:
+class RankTimeline:
     """What a rank hands to rank 0."""
 
     host: str
@@ -49,7 +49,7 @@ class Timeline:
         self.first, self.last = steps
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
-        self._told, self._on, self._idents = Told(host, [], []), False, dict[int, int]()
+        self._told, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
 
     def attach(self, job: Any, comm: MPI.Intracomm) -> None:
         """Watch this job's parts from here on. Collective over comm."""
@@ -58,7 +58,7 @@ class Timeline:
             return
         self._rank, self._step = comm.rank, lambda: job.position.step + 1
         self._compare(comm)
-        job.clock = Watched(self)
+        job.clock = TimelineClock(self)
         job.engine.watched(self.around)
         reducer = job.strategy.reducer
         reducer.finish = self.around("reduction", reducer.finish)
@@ -94,7 +94,7 @@ class Timeline:
             self._profiler = profile()
             self._profiler.__enter__()
 
-    def settle(self, comm: MPI.Intracomm, step: int) -> None:
+    def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
         """After a step at which all ranks met: write the file once the last is behind. Collective over comm."""
         if not self.last or step < self.last:
             return
@@ -157,7 +157,7 @@ class Timeline:
         self._open = None
 
 
-class Watched(Clock):
+class TimelineClock(Clock):
     """A clock whose phases are spans too."""
 
     def __init__(self, timeline: Timeline) -> None:
@@ -169,7 +169,7 @@ class Watched(Clock):
         """As a Clock's."""
         if phase == "step":
             self._timeline.begin_step()
-        with self._timeline.span(SAID.get(phase, phase), step=self._timeline._step()):
+        with self._timeline.span(SPAN_NAMES.get(phase, phase), step=self._timeline._step()):
             try:
                 with super().timed(phase) as seconds:
                     yield seconds
@@ -178,10 +178,10 @@ class Watched(Clock):
                     self._timeline.close_sub_phase()
 
 
-SAID = {"comm_wait": "wait"}  # for others: how a phase is called in the trace
+SPAN_NAMES = {"comm_wait": "wait"}  # for others: how a phase is called in the trace
 
 
-def trace(everyone: Sequence[Told]) -> dict[str, Any]:
+def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
     """Chrome's trace format, microseconds since the first span: a process a rank, a row a thread. Pure."""
     events: list[dict[str, Any]] = []
     for rank, told in enumerate(everyone):
@@ -200,7 +200,7 @@ def trace(everyone: Sequence[Told]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def _moved(moment: float, told: Told) -> float:
+def _moved(moment: float, told: RankTimeline) -> float:
     """Onto rank 0's clock, which drifts evenly between two comparisons."""
     (a, b), (behind, later) = told.moments, told.behind
     return moment + behind + (later - behind) * (moment - a) / (b - a if b > a else 1.0)

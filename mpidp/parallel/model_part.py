@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import at_rest, boxes_held, parameters_of, weights_sha256, whole
+from mpidp.checkpoint.local_parameters import boxes_held, parameters_of, reshard_all, weights_sha256, whole
 from mpidp.checkpoint.reader import Reader
 from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
@@ -171,7 +171,7 @@ class Parts:
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)
-        at_rest(model)
+        reshard_all(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
         gathers = grid.world.rank == 0  # from the ranks of the first replica

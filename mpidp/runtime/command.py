@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from mpidp.errors import MpidpError, UsageError
-from mpidp.runtime.environment import launched_size, launcher_rank, tolerant
+from mpidp.runtime.environment import launched_size, launched_with_ulfm, launcher_rank
 from mpidp.runtime.log import log, set_level
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
         if launched_size() < 2:
             raise
         wrong = error
-    from mpidp.runtime.world import start_mpi, together
+    from mpidp.runtime.world import raise_together, start_mpi
 
     world = start_mpi()
-    with together(world):
+    with raise_together(world):
         if wrong is not None:
             raise wrong
     return cast(T, options), world
@@ -85,10 +85,10 @@ def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn
     if world is not None and (world.size > 1 or _survivors):
         if not everywhere and world.size > 1:
             time.sleep(PAUSE_SECONDS)
-            if others_continue and tolerant():
+            if others_continue and launched_with_ulfm():
                 _fail(world, code)
             world.Abort(code)
-        if tolerant():
+        if launched_with_ulfm():
             _leave(world, code)
         if code:  # Open MPI kills slower ranks as soon as one exits with an error: exit together, rank 0 first
             world.Barrier()
@@ -120,7 +120,7 @@ def _leave(world: Any, code: int) -> NoReturn:
 
 def _effect(world: Any, others_continue: bool = True) -> str:
     """Describe what the exit of this rank means for the job. Pure."""
-    if others_continue and tolerant() and world is not None and world.size > 1:
+    if others_continue and launched_with_ulfm() and world is not None and world.size > 1:
         return "; the other ranks continue"
     return " and ends the job"
 

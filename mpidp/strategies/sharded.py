@@ -23,7 +23,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import at_rest, counted, load_boxes, shard_of
+from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes, reshard_all, shard_of
 from mpidp.comm.group import Group
 from mpidp.errors import UsageError
 from mpidp.parallel.model_part import Parts
@@ -146,7 +146,7 @@ class Sharded:
         """As Synchronous.step, on shards: the norm is a sum over ranks in their order, the same bits on each. Collective over
         compute_comm."""
         self.enter("reduce")
-        at_rest(self.model)
+        reshard_all(self.model)
         gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # of all: idle ones too
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
@@ -190,7 +190,7 @@ class Sharded:
         local = [shard_of(p).tensor for _, p in self.named]
         gradients = [shard_of(p.grad).tensor for _, p in self.named if p.grad is not None]
         moments = [one for row in self.optimizer.state for one in row.values()]
-        return counted(parameters=local, gradients=gradients, optimizer=moments)
+        return bytes_by_use(parameters=local, gradients=gradients, optimizer=moments)
 
     def state_dict(self) -> dict[str, Entry]:
         """This rank's rows of the optimizer's state. Independent."""

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry, Layout
-from mpidp.checkpoint.local_parameters import counted
+from mpidp.checkpoint.local_parameters import bytes_by_use
 from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
 from mpidp.comm.slices import slice_bounds
@@ -25,7 +25,7 @@ from mpidp.comm.transport import pieces
 from mpidp.parallel.model_part import Parts
 from mpidp.reducers.base import Look, Reducer
 from mpidp.reducers.buckets import GradientBuffer
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import commit, revoke
 from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import Options, StepStats
@@ -68,7 +68,7 @@ class Synchronous:
         if (updates := self.updates()) is not None:
             self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **updates)
         self._spare: list[Tensor] = []  # a copy of all that is updated in common, as it was before
-        if one_copy and tolerant():
+        if one_copy and launched_with_ulfm():
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # was the last update not finished by all who share it?
         self._late: MPI.Exception | None = None
@@ -200,7 +200,7 @@ class Synchronous:
         try:
             self.reducer.publish(self.parameters)
         except MPI.Exception as failure:
-            if not tolerant():
+            if not launched_with_ulfm():
                 raise
             revoke()
             self._late = failure
@@ -219,7 +219,7 @@ class Synchronous:
     def held(self) -> dict[str, int]:
         """Bytes by what they are for; in a window, the node's. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
-        return counted(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
+        return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
     def finish(self) -> None:
         """Nothing is in flight between steps. Independent."""

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidp.checkpoint.resume import find_checkpoint
-from mpidp.config.rules import asked
+from mpidp.config.rules import method_setting
 from mpidp.config.schema import Config
 from mpidp.errors import Damaged
-from mpidp.faults.inject import Faults, asked_for
-from mpidp.faults.restarts import Tries
+from mpidp.faults.inject import InjectedFaults, faults_from_environment
+from mpidp.faults.restarts import RestartLog
 from mpidp.faults.run_lock import RunLock
-from mpidp.runtime.ulfm import Lost, commit
-from mpidp.runtime.world import together
+from mpidp.runtime.ulfm import RankFailure, commit
+from mpidp.runtime.world import raise_together
 from mpidp.training import loop, recovery
 from mpidp.training.build import build
 from mpidp.training.checkpoints import restore
@@ -41,7 +41,7 @@ class Course:
         self.config, self.plan, self.world = config, plan, world
         self.run_dir = Path(config.run.dir)
         self.growing = crew is not None  # newcomers may be the first of several
-        self.tries = Tries(self.run_dir, begun=self.growing)
+        self.tries = RestartLog(self.run_dir, begun=self.growing)
         self.lock: RunLock | None = None
         self.job: Job | None = None  # with which those go on who are left when ranks have died
         self._next_batch = 0  # after a rollback
@@ -50,18 +50,18 @@ class Course:
         if crew is None:
             assert plan is not None
             self.number = world.rank
-            with together(world):
-                self.faults: Faults = asked_for(self.number)
+            with raise_together(world):
+                self.faults: InjectedFaults = faults_from_environment(self.number)
                 self.lock = RunLock(self.run_dir) if world.rank == 0 else None
             self.crew = Crew(plan.config, plan.asked_threads, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
             crew.events.append({"event": "went_back", "why": "all who held the run's state have died"})  # for when they do
-            self.faults = asked_for(self.number)
+            self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather, take up the state, train: the end record; None when the job is to grow first. Damaged, Lost. Collective over
-        world."""
+        """Gather, take up the state, train: the end record; None when the job is to grow first. Damaged, RankFailure. Collective
+        over world."""
         self._gather()
         assert self.plan is not None
         with commit(self.world):
@@ -90,7 +90,7 @@ class Course:
 
     def _take_up(self, plan: Plan) -> dict[str, Any] | None:
         """The job of all who are here, with the run's state from wherever it is; the end record of a run that is over."""
-        with together(self.world):
+        with raise_together(self.world):
             if self.world.rank == 0 and self.lock is None:
                 self.lock = RunLock(self.run_dir, ours=True)
         held = self.world.allgather(self.job is not None)
@@ -113,7 +113,7 @@ class Course:
         if reader is not None and (end := plan.has_ended(reader)) is not None:
             plan.say_ended(end)
             return end
-        with together(self.world):
+        with raise_together(self.world):
             if not events:
                 self.tries.begin(reader.meta["step"] if reader is not None else -1, run.tries, self.world.rank)
         with commit(self.world):
@@ -136,14 +136,14 @@ class Course:
         past = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {"event": "went_back"}
         self.crew.events.append(past | {"why": str(damage)})
 
-    def leave_the_dead(self, failure: Lost) -> None:
+    def leave_the_dead(self, failure: RankFailure) -> None:
         """Ranks have died: the next attempt is of those who are left. Collective over them."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
         self.world = recovery.those_left(self.world, str(failure))
         if self.job is not None and not self.job.strategy.goes_on:
             recovery.abandon(self.job)
             self.job, self._failed_at = None, 0.0
-            method = asked(self.config.strategy.name, self.config.strategy.quorum)
+            method = method_setting(self.config.strategy.name, self.config.strategy.quorum)
             why = f"ranks died, and {method} cannot go on in the middle of a step"
             self.crew.events.append({"event": "went_back", "why": why})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpidp.errors import Damaged
-from mpidp.faults.audit import Finding
+from mpidp.faults.audit import AuditFinding
 from mpidp.training.job import Job
 
 
@@ -23,8 +23,8 @@ def audit_weights(job: Job, now: bool = False) -> None:
         raise Damaged.on_every_rank(f"step {step}: ranks {finding.ranks}: {finding.what}")
 
 
-def say_finding(job: Job, step: int, finding: Finding, then: str) -> None:
+def say_finding(job: Job, step: int, finding: AuditFinding, then: str) -> None:
     """Of an audit: to people and to metrics.jsonl. Independent."""
     job.record({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
                 "then": then})
-    job.progress.say(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {then}")
+    job.progress.print(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {then}")

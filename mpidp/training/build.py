@@ -13,11 +13,11 @@ from mpidp.checkpoint.resume import fingerprint
 from mpidp.checkpoint.saver import Saver
 from mpidp.comm.nccl import open_transport
 from mpidp.config import rules
-from mpidp.config.schema import fields_of, to_toml
+from mpidp.config.schema import to_toml
 from mpidp.data.loader import Loader
 from mpidp.faults.audit import Audit
-from mpidp.faults.heartbeat import open_board
-from mpidp.faults.inject import Faults
+from mpidp.faults.heartbeat import open_heartbeat_board
+from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.watchdog import Watchdog
 from mpidp.metrics.progress import Progress, peak_flops
 from mpidp.metrics.tensorboard import Scalars
@@ -31,9 +31,9 @@ from mpidp.parallel.pipeline import Stages
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import Ring
 from mpidp.reducers import overlap
-from mpidp.runtime.agreement import agree, parameters_told, versions
+from mpidp.runtime.agreement import check_agreement, parameter_facts, versions
 from mpidp.runtime.files import write_file
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 from mpidp.strategies import strategy_of
 from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import Options
@@ -44,26 +44,26 @@ from mpidp.training.run_plan import Plan
 from mpidp.training.services import watch_energy
 
 
-def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -> Job:
+def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None = None) -> Job:
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
     parts = Parts(grid, plan.shape, config.mesh.sequence, config.mesh.interleave)
     dp, origin = mesh.dp, plan.origin
-    train, optim, faults = config.train, config.optim, faults or Faults()
+    train, optim, faults = config.train, config.optim, faults or InjectedFaults()
     torch.set_num_threads(train.threads)
-    nominal_tokens, settings = train.global_batch * config.model.seq_len, {key: value for key, _, value in fields_of(config)}
+    nominal_tokens, settings = train.global_batch * config.model.seq_len, config.flat()
     if before is None:
         base = base_weights(settings, plan.shape, parts.part)
         if origin is not None and origin.weights is not None:
             origin = origin.load(parts, base)
-        with together(world):
+        with raise_together(world):
             model: Any = prepared(base, settings, plan.shape, parts.part)
         if config.mesh.shard < 2:  # FSDP2 moves what it shards, a block at a time: no device ever holds the whole
             model.to(device)
         model.recompute = train.recompute
         named = trained(model)
-        agree(dp, parameters_told(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
+        check_agreement(dp, parameter_facts(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
         if isinstance(plan.shape, OwnShape) and (others := parts.begin_alike(model)) and world.rank == 0:
             print(
                 f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run may differ, too: "
@@ -82,7 +82,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
         share_layers(model, ring)
         named, losses = trained(model), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(
-        plan, transport, sum(p.numel() for _, p in named), looked_at=faults.spoil,
+        plan, transport, sum(p.numel() for _, p in named), looked_at=faults.changes_gradients,
         before=None if before is None else (earlier.group, earlier.one_copy),
     )
     reducer, group = memory.reducer, memory.group
@@ -133,7 +133,7 @@ def build(plan: Plan, faults: Faults | None = None, before: Job | None = None) -
     engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
     engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)
     hang_seconds = config.run.hang_seconds
-    board = open_board(world, grid.everyone.host, run_dir) if hang_seconds else None
+    board = open_heartbeat_board(world, grid.everyone.host, run_dir) if hang_seconds else None
     watchdog = Watchdog(board, hang_seconds, first_times=10.0 if train.compile else 3.0)
     if world.size > 1:  # after a failure mpirun takes the last rank's abort for a success
         watchdog.abort = world.Abort

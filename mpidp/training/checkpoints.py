@@ -15,7 +15,7 @@ from mpidp.checkpoint import manifest
 from mpidp.checkpoint.reader import Reader
 from mpidp.errors import MpidpError, Stopped
 from mpidp.faults.stop import TAKEN_OVER, StopRequest, job_end, stop_time
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 from mpidp.training.audits import audit_weights
 from mpidp.training.job import Job
 from mpidp.training.state import Position
@@ -27,28 +27,28 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
     at, wait, enter = job.position, wait or end is not None, partial(job.watchdog.enter, job.position.step)
     if wait:
         with job.clock.timed("checkpoint"):
-            job.saver.finish(enter=enter)
+            job.saver.wait_for_save(enter=enter)
     if job.saver.step != at.step or end is not None:  # else batches skipped since then are skipped again by whoever resumes
         with job.phase("checkpoint"):
             audit_weights(job, now=True)  # what a run goes back to must be right
             entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
             job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.meta}, wait)
             if wait:
-                job.saver.finish(must=True, enter=enter)
+                job.saver.wait_for_save(must=True, enter=enter)
     report_saves(job)
 
 
 def report_saves(job: Job) -> None:
     """What became of checkpoints that were begun. Independent."""
-    for event in job.saver.news():
+    for event in job.saver.pop_events():
         job.record(event)
         if event["event"] == "saved":
-            job.progress.say(f"step {event['step']}  saved {job.run_dir / 'checkpoints' / 'step_'}{event['step']:08d}")
+            job.progress.print(f"step {event['step']}  saved {job.run_dir / 'checkpoints' / 'step_'}{event['step']:08d}")
 
 
 def restore(job: Job, reader: Reader) -> None:
     """Parameters, optimizer and position from a checkpoint of any number of ranks. Collective over job.comm."""
-    with together(job.comm), manifest.readable(reader.path), torch.no_grad():
+    with raise_together(job.comm), manifest.readable(reader.path), torch.no_grad():
         job.parts.load(reader, job.engine.model)
         job.strategy.load_state_dict(job.parts.strategy_state(reader, job.engine.model, job.strategy.state_dict()))
         job.position = Position(**reader.meta["position"])
@@ -65,7 +65,7 @@ def stop_request(job: Job) -> StopRequest:
         if end is not None and job.stop_at < math.inf:
             words = [f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" for moment in (end, job.stop_at)]
             then = "the run writes a checkpoint and stops (exit code 75)"
-            job.progress.say(f"the job's time ends at {words[0]}: at {words[1]} {then}")
+            job.progress.print(f"the job's time ends at {words[0]}: at {words[1]} {then}")
     stop_file = job.run_dir / "STOP" if first else None
     stop = StopRequest(stop_file, job.stop_at, lambda: job.lock is not None and job.lock.lost)
     if before is not None:

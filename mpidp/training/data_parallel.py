@@ -18,8 +18,8 @@ from mpidp.errors import UsageError
 from mpidp.reducers.base import Reducer
 from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.tree import REDUCERS, slots_needed
-from mpidp.runtime.environment import tolerant
-from mpidp.runtime.topology import Mesh
+from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.topology import Topology
 from mpidp.training.balance import BALANCES, Balance, Terms, even
 
 
@@ -31,7 +31,7 @@ class Asked(Protocol):
         """Nothing left open."""
 
     @property
-    def mesh(self) -> Mesh:
+    def mesh(self) -> Topology:
         """The replicas."""
 
     @property
@@ -122,7 +122,7 @@ def share_memory(
         raise UsageError.on_every_rank(f"comm.transport=window, but it can only be {words}; comm.transport=auto goes on so")
     tickets = None
     if kind == "steal":
-        if tolerant():
+        if launched_with_ulfm():
             kind, words = "even", f"{words}; balance even: lanes are stolen through a window, which dies with any of its ranks"
         elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)

@@ -34,7 +34,7 @@ def record_start(job: Job) -> None:
 def spent(job: Job) -> dict[str, Any]:
     """Seconds of phases since the last line that told, and bytes sent. What the strategy spent in communication is not its
     update. Independent."""
-    seconds = job.clock.take()
+    seconds = job.clock.pop_seconds()
     sent_bytes, comm_seconds = job.transport.take()
     if "step_seconds" in seconds:
         seconds["comm_wait_seconds"] += comm_seconds
@@ -70,9 +70,9 @@ def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
     """With what was spent since the last step's line. Collective over job.comm."""
-    told = job.clock.take()
+    told = job.clock.pop_seconds()
     if job.facts.get("energy_of"):
-        told["energy_joules"] = job.comm.allreduce(job.meter.take(now=True))
+        told["energy_joules"] = job.comm.allreduce(job.meter.pop_joules(now=True))
     job.record(end | told)
 
 

@@ -20,7 +20,7 @@ from mpidp.data.lanes import Lanes
 from mpidp.data.loader import Loader
 from mpidp.data.shards import TokenStream
 from mpidp.faults.audit import Audit
-from mpidp.faults.inject import Faults
+from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
 from mpidp.faults.stop import StopRequest
 from mpidp.faults.watchdog import Watchdog
@@ -33,7 +33,7 @@ from mpidp.metrics.timeline import Timeline
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.grid import Grid
 from mpidp.parallel.model_part import Parts
-from mpidp.runtime.topology import Mesh
+from mpidp.runtime.topology import Topology
 from mpidp.strategies.protocol import Strategy
 from mpidp.training.balance import Balance
 from mpidp.training.lr_schedule import Schedule
@@ -45,7 +45,7 @@ class Job:
     """Everything the loop needs, as plain values and parts."""
 
     comm: MPI.Intracomm
-    mesh: Mesh  # the replicas of this rank's part of the model
+    mesh: Topology  # the replicas of this rank's part of the model
     grid: Grid
     parts: Parts
     engine: Engine
@@ -57,7 +57,7 @@ class Job:
     wait: Wait
     audit: Audit
     noise_every: int
-    faults: Faults  # on purpose, on this rank
+    faults: InjectedFaults  # on purpose, on this rank
     schedule: Schedule
     transport: Messages
     validation: TokenStream | None
@@ -106,7 +106,7 @@ class Job:
         """What this rank does from here on: the watchdog is told, and faults on purpose strike. Independent."""
         step = self.position.step + 1
         self.watchdog.enter(step, phase)
-        self.faults.strike(step, phase)
+        self.faults.trigger(step, phase)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:

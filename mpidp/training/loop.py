@@ -12,7 +12,7 @@ from mpidp.data.loader import Loader
 from mpidp.errors import Damaged, MpidpError
 from mpidp.faults.stop import StopRequest
 from mpidp.metrics.jsonl import past
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import is_failure
 from mpidp.training.audits import audit_weights
 from mpidp.training.checkpoints import report_saves, save, stop_request, stopped
@@ -36,7 +36,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
             with job.phase("compute") as spent:
                 done = compute(job, batch)
             with job.phase("comm_wait"):
-                board = share(job, done, spent(), stop.wanted())
+                board = share(job, done, spent(), stop.requested())
             with job.phase("update"):
                 lr = job.schedule.lr_at(at.step + 1)
                 stats = job.strategy.step(lr, board.divisor, at.norm_limit(job.spike))
@@ -66,7 +66,7 @@ def settle(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> 
     """What is due after the step that was made last: an evaluation, the end when that was asked for, a checkpoint. What was done
     of it before others died is not done again. Collective over job.comm."""
     at = job.position
-    job.timeline.settle(job.comm, at.step)
+    job.timeline.write_if_complete(job.comm, at.step)
     if job.eval_every and at.step % job.eval_every == 0 and at.evaluated_step != at.step:
         evaluate(job)
     if must_stop and not ended(job):
@@ -92,7 +92,7 @@ def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[st
     lost = False
     try:
         end = fit(job, loader, stop)
-        job.progress.say(f"done: step {end['step']}  val_loss {end['val_loss']}  weights_sha256 {end['weights_sha256']}")
+        job.progress.print(f"done: step {end['step']}  val_loss {end['val_loss']}  weights_sha256 {end['weights_sha256']}")
         close(job)
         return end
     except MpidpError as error:
@@ -116,9 +116,9 @@ def run_to_end(job: Job, resumed: bool, events: list[dict[str, Any]]) -> dict[st
 def close(job: Job) -> None:
     """Give shared memory back; the model is gone with it. What is being saved is written first: the run may go on from there.
     Collective over job.comm."""
-    job.saver.finish(enter=partial(job.watchdog.enter, job.position.step))
+    job.saver.wait_for_save(enter=partial(job.watchdog.enter, job.position.step))
     report_saves(job)
-    if not tolerant():  # there no memory is MPI's, and others may die at any moment
+    if not launched_with_ulfm():  # there no memory is MPI's, and others may die at any moment
         job.balance.close()
         job.strategy.close()
         job.transport.close()
@@ -143,7 +143,7 @@ def rebalance(job: Job, board: Board, loader: Loader) -> None:
         mine = job.balance.ranges[job.mesh.dp.rank]
         loader.expect([v for lane in mine for v in job.lanes.micro_batches(lane)])
         job.record({"event": "balance", "step": job.position.step, "lanes": [len(lanes) for lanes in job.balance.ranges]})
-        job.progress.say(f"step {job.position.step}  {words}")
+        job.progress.print(f"step {job.position.step}  {words}")
 
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
@@ -154,12 +154,12 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     if tokens and math.isfinite(grad_norm):
         why = f"its gradient norm {grad_norm:.3g} is more than {job.spike:g} times the usual (train.spike)"
     log_skipped(job, batch, grad_norm)
-    job.progress.say(f"step {at.step}  batch {batch} skipped: {why}")
+    job.progress.print(f"step {at.step}  batch {batch} skipped: {why}")
     if at.skipped_in_a_row < job.max_skipped:
         return
     words = f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, made no update ({why})"
     if job.saver.step > job.passed_over_at:
-        job.progress.say(f"{words}: back to the last checkpoint, to go on with batch {batch + 1}")
+        job.progress.print(f"{words}: back to the last checkpoint, to go on with batch {batch + 1}")
         damage = Damaged.on_every_rank(words)
         damage.next_batch = batch + 1
         raise damage
@@ -185,5 +185,5 @@ def evaluate(job: Job) -> None:
     at.best_val_loss = loss if better else at.best_val_loss
     at.evaluated_step = at.step
     job.record({"step": at.step, "val_loss": loss, "val_tokens": tokens})
-    job.progress.say(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
+    job.progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpidp.checkpoint.manifest import committed
 from mpidp.errors import Damaged, MpidpError
-from mpidp.faults.inject import Faults
-from mpidp.faults.respawn import grow
+from mpidp.faults.inject import InjectedFaults
+from mpidp.faults.respawn import add_rank
 from mpidp.parallel.grid import whole
 from mpidp.runtime import command
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from mpidp.runtime.ulfm import commit, shrink
 from mpidp.training.build import build
 from mpidp.training.job import Job
@@ -54,8 +54,8 @@ class Crew:
 
 
 def those_left(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
-    """The world in which to go on after a Lost. MpidpError when MPI failed, as `why` says, and nobody died. Collective over
-    world."""
+    """The world in which to go on after a RankFailure. MpidpError when MPI failed, as `why` says, and nobody died. Collective
+    over world."""
     left = shrink(world)
     command.go_on_in(left)
     if left.size == world.size:
@@ -71,16 +71,16 @@ def wanting(crew: Crew, job: Job) -> bool:
     crew.step, crew.attempts = job.position.step, 1 + crew.attempts * (crew.step == job.position.step)
     crew.respawn = crew.attempts <= ATTEMPTS
     if not crew.respawn:
-        job.progress.say(f"new ranks died {ATTEMPTS} times at step {crew.step}: {job.comm.size} go on without more")
+        job.progress.print(f"new ranks died {ATTEMPTS} times at step {crew.step}: {job.comm.size} go on without more")
     return crew.respawn
 
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
     """World with a newcomer at its end; as it is, and no more attempts, when none can be had. before: the job that is to grow, of
-    which newcomers know nothing. Lost when somebody dies. Collective over world."""
+    which newcomers know nothing. RankFailure when somebody dies. Collective over world."""
     if before is not None:
         before.enter("respawn")
-    larger = grow(world, crew, before.watchdog.beat if before is not None else lambda: None)
+    larger = add_rank(world, crew, before.watchdog.beat if before is not None else lambda: None)
     crew.number += 1
     if larger is not None:
         return larger
@@ -97,13 +97,13 @@ def regroup(plan: Plan | None, world: MPI.Intracomm, crew: Crew, number: int) ->
     rank's. Collective over world."""
     command.go_on_in(world)
     known = all(world.allgather(plan is not None))
-    mesh = make_mesh(world, plan.mesh if plan is not None else None, number)
+    mesh = make_topology(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:
         return replace(plan, grid=whole(mesh))
     return replace(make_plan(crew.config, whole(mesh)), asked_threads=crew.asked_threads)
 
 
-def rebuild(plan: Plan, faults: Faults, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:
+def rebuild(plan: Plan, faults: InjectedFaults, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:
     """The job that goes on where the one before stands, and an event that tells of it. Damaged when part of its state died.
     failed_at: by time.monotonic(). Collective over plan.world."""
     before.saver.close()
@@ -116,7 +116,7 @@ def rebuild(plan: Plan, faults: Faults, before: Job, failed_at: float) -> tuple[
     lost = [{"rank": number, "host": host} for number, host in ranks if number not in plan.mesh.numbers]
     seconds = time.monotonic() - failed_at
     words = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
-    job.progress.say(f"step {job.position.step}  lost ranks {words}: {job.comm.size} go on after {seconds:.2f} s")
+    job.progress.print(f"step {job.position.step}  lost ranks {words}: {job.comm.size} go on after {seconds:.2f} s")
     return job, {"event": "recovered", "lost": lost, "ranks": job.comm.size, "seconds": seconds}
 
 
@@ -144,7 +144,7 @@ def _take_over(job: Job, before: Job) -> None:
     job.passed_over_at, job.stop, job.stop_at, job.went_on = before.passed_over_at, before.stop, before.stop_at, True
 
 
-def hand_over(plan: Plan, faults: Faults, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
+def hand_over(plan: Plan, faults: InjectedFaults, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
     """The job of everybody, with the state of the job before, which rank 0 and others hold and newcomers do not; and an event.
     failed_at: of no meaning to newcomers. Collective over plan.world."""
     world = plan.world
@@ -165,5 +165,5 @@ def hand_over(plan: Plan, faults: Faults, before: Job | None, failed_at: float) 
     came = [number for number in plan.mesh.numbers if number not in old]
     seconds = time.monotonic() - failed_at
     words = f"new ranks {', '.join(map(str, came))}: {world.size} go on after {seconds:.2f} s"
-    job.progress.say(f"step {job.position.step}  {words}")
+    job.progress.print(f"step {job.position.step}  {words}")
     return job, {"event": "respawned", "came": came, "ranks": world.size, "seconds": seconds}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpidp.metrics.energy import Meter, agreed, open_meter
+from mpidp.metrics.energy import Meter, common_counters, open_meter
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
@@ -19,5 +19,5 @@ def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intra
     rows = world.allgather((machine, str(device) if cuda else host, uuid))
     reads = [row[0] for row in rows].index(machine) == world.rank
     meter, said = open_meter(wanted, reads, sorted({row[2] for row in rows if row[0] == machine and row[2]}))
-    measured, why = agreed(world.allgather(said))
+    measured, why = common_counters(world.allgather(said))
     return meter, {"devices": len({row[:2] for row in rows}), "energy_of": measured, "energy_not": why}

@@ -46,8 +46,8 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     """Put what this rank computed on everybody's board; where the strategy lets ranks meet more seldom, it stays with this rank
     until then. From here on the state may change: no rank copies it for a checkpoint any more. Collective over job.comm."""
     with job.clock.timed("stall"):  # inside comm_wait, and no communication
-        job.saver.linger(job.position.step + 1)
-        job.saver.copied()
+        job.saver.wait_for_recent_save(job.position.step + 1)
+        job.saver.wait_for_copy()
     met, size, count = job.strategy.meets(job.position.step + 1), job.comm.size, job.lanes.num_micro_batches
     lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
@@ -55,7 +55,7 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     tells = job.engine.tells  # else another rank of this replica does
     if tells or not met:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
-    data[job.comm.rank], joules[0] = job.clock.so_far("data"), job.meter.take()
+    data[job.comm.rank], joules[0] = job.clock.so_far("data"), job.meter.pop_joules()
     spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
     steps[0] = job.comm.rank == 0

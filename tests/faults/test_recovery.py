@@ -142,8 +142,8 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
 
 
 PLACES = (  # in a recovery: its communications, and rank 0's files
-    "mpidp.training.recovery.make_mesh", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
-    "mpidp.training.build.open_board", "mpidp.training.recovery.committed",
+    "mpidp.training.recovery.make_topology", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
+    "mpidp.training.build.open_heartbeat_board", "mpidp.training.recovery.committed",
     "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.training.events.MetricsFile",
     "mpidp.training.build.Loader",
 )

@@ -124,15 +124,16 @@ def dies(*words, **more):
             pass
     return plain(*words, **more)
 setattr(owner, name, dies)
-again = mpidp.faults.respawn.grow
-def grow(*words):
+again = mpidp.faults.respawn.add_rank
+def add_rank(*words):
     failed[0] = True
     return again(*words)
-mpidp.training.recovery.grow = grow
+mpidp.training.recovery.add_rank = add_rank
 """
 PLACES = {  # and the number of ranks at the end
-    ("mpidp.faults.respawn._tell", True): 3, ("mpidp.faults.respawn._bridge", False): 4, ("mpidp.faults.respawn._tell", False): 4,
-    ("mpidp.training.recovery.make_mesh", True): 4, ("mpidp.training.build.Optimizer", True): 4,
+    ("mpidp.faults.respawn._broadcast", True): 3, ("mpidp.faults.respawn._bridge", False): 4,
+    ("mpidp.faults.respawn._broadcast", False): 4,
+    ("mpidp.training.recovery.make_topology", True): 4, ("mpidp.training.build.Optimizer", True): 4,
     ("mpidp.training.build.Optimizer", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.training.events.MetricsFile", False): 4,

@@ -16,7 +16,7 @@ import mpidp.replay
 import mpidp.training.step
 from mpidp.data.loader import Batch
 from mpidp.errors import MpidpError
-from mpidp.faults.inject import Faults, parse
+from mpidp.faults.inject import InjectedFaults, parse
 from mpidp.training.job import Job
 from mpidp.training.step import compute
 from tests.tiny import WORLD, at, corpus, job_at, tiny, train_at
@@ -92,7 +92,7 @@ def test_a_rank_that_computes_wrongly_is_found(
 
     def glitch(comm: MPI.Intracomm, fault: str) -> str:
         job = job_at(comm, config_of(data, shared_tmp / "run", mesh, sequence, audit_every=1))
-        job.faults = parse(fault, comm.rank) if fault else Faults()
+        job.faults = parse(fault, comm.rank) if fault else InjectedFaults()
         for number in range(2):
             learn(job, number)
         return job.parts.sha256(job.engine.model)

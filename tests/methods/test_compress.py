@@ -21,7 +21,7 @@ from mpidp.errors import UsageError
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.compression.topk import count
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from mpidp.strategies.synchronous import Synchronous
 from mpidp.training.balance import Even, Terms
 from tests.mpi.test_strategy import run_batch
@@ -40,7 +40,7 @@ def reducer_of(
     ratio: float = 0.1,
 ) -> Compressed:
     """Return a reducer with buffers of these shapes. Collective over comm."""
-    group = alone(make_mesh(comm))
+    group = alone(make_topology(comm))
     shares = Even(Terms(8, comm.size, comm.rank))
     reducer = Compressed(group, Lanes(8, 1), Messages(CPU), shares, 1, method_of(name, ratio, warmup, 2, 7), 7, momentum)
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in (shapes or SHAPES).items()]

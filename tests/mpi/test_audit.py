@@ -15,7 +15,7 @@ import mpidp.faults.inject
 import mpidp.training.step
 from mpidp.comm.work_stealing import Tickets
 from mpidp.errors import MpidpError
-from mpidp.faults.inject import Faults, parse
+from mpidp.faults.inject import InjectedFaults, parse
 from mpidp.training.job import Job
 from mpidp.training.step import compute
 from tests.tiny import WORLD, at, corpus, job_at, pretended, sizes, small_blocks, tiny
@@ -158,7 +158,7 @@ def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tup
         job.strategy.reducer.finish()  # whatever is in the buffers
         job.strategy.group.fence()
         job.comm.Barrier()
-        job.faults = Faults()
+        job.faults = InjectedFaults()
     return found
 
 

@@ -20,7 +20,7 @@ from mpidp.comm.nccl import Nccl, check_nccl
 from mpidp.data.lanes import Lanes
 from mpidp.errors import MpidpError, UsageError
 from mpidp.replay import look
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from tests.mpi.test_reducers import CPU, CUTS, SHAPES, check_bits, exact, reduced
 from tests.tiny import WORLD, at, corpus, everywhere, sizes, tiny, train_at
 
@@ -142,13 +142,13 @@ def test_where_it_cannot_be_had_no_run_begins(
 def refused(device: torch.device = CPU) -> str:
     """Return the error of all ranks."""
     with pytest.raises(UsageError) as caught:
-        at(WORLD.size, lambda comm: check_nccl("nccl", device, make_mesh(comm)))
+        at(WORLD.size, lambda comm: check_nccl("nccl", device, make_topology(comm)))
     return str(caught.value)
 
 
 def test_where_it_is_not_asked_for_nothing_is_checked() -> None:
     for wanted in ("auto", "device", "staged"):
-        at(WORLD.size, lambda comm, wanted=wanted: check_nccl(wanted, CPU, make_mesh(comm)))
+        at(WORLD.size, lambda comm, wanted=wanted: check_nccl(wanted, CPU, make_topology(comm)))
 
 
 def test_a_rank_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,10 @@ def test_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"ranks 0, 1 share GPU 0 on {socket.gethostname()}" in said and "one rank a GPU" in said
         assert ("ranks 2, 3 share GPU 1" in said) == (WORLD.size == 4) and "ranks 2 share" not in said
     monkeypatch.setattr(nccl, "gpu_name", lambda device: f"GPU {WORLD.rank}")
-    at(WORLD.size, lambda comm: check_nccl("nccl", torch.device("cuda", 0), make_mesh(comm)))
+    at(WORLD.size, lambda comm: check_nccl("nccl", torch.device("cuda", 0), make_topology(comm)))
 
 
 def test_a_job_that_outlives_its_ranks_is_told_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "tolerant", lambda: True)
+    monkeypatch.setattr(nccl, "launched_with_ulfm", lambda: True)
     said = refused(torch.device("cuda", 0))
     assert "do not survive" in said and "without --with-ft ulfm" in said

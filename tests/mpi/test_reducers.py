@@ -21,7 +21,7 @@ from mpidp.data.lanes import Lanes
 from mpidp.reducers import overlap
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.reducers.tree import REDUCERS, slots_needed
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from mpidp.strategies.synchronous import Synchronous
 from mpidp.training.balance import Even, Terms, even
 from tests.tiny import (
@@ -82,7 +82,7 @@ def reduced(
     hands within a group. way: of overlap. open_wire: the transport."""
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
     with pretended(nodes):
-        mesh = make_mesh(comm)
+        mesh = make_topology(comm)
     group = by_node(mesh) if nodes else alone(mesh)
     ranges = even(lanes.num_lanes, comm.size)
     shares = Anyhow(ranges) if anyhow else Even(Terms(lanes.num_lanes, comm.size, comm.rank))
@@ -201,7 +201,7 @@ def test_bucketed_allreduce_is_one_allreduce_a_parameter() -> None:
 def sent(comm: MPI.Intracomm, kind: str, nodes: int = 0) -> int:
     """Return the bytes that this rank sends for a sum of 8 lanes."""
     with pretended(nodes):
-        mesh = make_mesh(comm)
+        mesh = make_topology(comm)
     group, lanes, wire = by_node(mesh) if nodes else alone(mesh), Lanes(8, 1), Messages(CPU)
     slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, settled=True, kept_apart=False) if kind == "tree" else 1
     reducer = REDUCERS[kind](group, lanes, wire, Even(Terms(8, comm.size, comm.rank)), slots)
@@ -235,7 +235,7 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
 
     def look(comm: MPI.Intracomm) -> dict[int, bool]:
         named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
-        group, ranges = by_node(make_mesh(comm)), even(7, comm.size)
+        group, ranges = by_node(make_topology(comm)), even(7, comm.size)
         slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=True)
         reducer = REDUCERS["tree"](group, lanes, Messages(CPU), Even(Terms(7, comm.size, comm.rank)), slots)
         reducer.attach(GradientBuffer(named, slots, 600, lambda n: group.memory(n, CPU), group.node.rank))
@@ -266,7 +266,7 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
 
 def test_other_reducers_do_not_keep_lanes_apart() -> None:
     for kind in ("allreduce", "naive", "root"):
-        reducer = REDUCERS[kind](alone(make_mesh(WORLD)), Lanes(8, 1), Messages(CPU), Even(Terms(8, 1, 0)))
+        reducer = REDUCERS[kind](alone(make_topology(WORLD)), Lanes(8, 1), Messages(CPU), Even(Terms(8, 1, 0)))
         reducer.watch([])
         with pytest.raises(ValueError, match="cannot be looked at"):
             reducer.watch([lambda lane, gradient: None])
@@ -277,7 +277,7 @@ def test_other_reducers_do_not_keep_lanes_apart() -> None:
 def test_the_norm_is_the_same_bits_whoever_computes_which_blocks(nodes: int) -> None:
     def norm(comm: MPI.Intracomm, nodes: int) -> tuple[float, float, float]:
         with pretended(nodes):
-            mesh = make_mesh(comm)
+            mesh = make_topology(comm)
         group = by_node(mesh) if nodes else alone(mesh)
         reducer = REDUCERS["tree"](group, Lanes(8, 1), Messages(CPU), Even(Terms(8, comm.size, comm.rank)), 4)
         named = [("w", torch.nn.Parameter(torch.zeros(5000)))]

@@ -112,7 +112,7 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
 
     def standing_still(self: Saver, *arguments: Any) -> None:
         begin(self, *arguments)
-        self.finish(must=True)
+        self.wait_for_save(must=True)
 
     for n in sizes(1, 2, 3, 4):
         with pretended(nodes if n % nodes == 0 else 1):
@@ -184,8 +184,8 @@ def test_a_file_a_node_and_what_only_one_rank_holds(shared_tmp: Path, nodes: int
         def save(comm: MPI.Intracomm, run: Path = run) -> None:
             saver = saver_of(comm, run, nodes=nodes)
             saver.begin(5, entries(comm, 5), {})
-            saver.copied()
-            saver.finish(must=True)
+            saver.wait_for_copy()
+            saver.wait_for_save(must=True)
 
         at(n, save)
         assert holds(run, 5)
@@ -203,10 +203,10 @@ def test_what_changes_after_the_fence_is_not_in_it(shared_tmp: Path) -> None:
         saver, state = saver_of(comm, shared_tmp), entries(comm, 3)
         with writing(lambda path: time.sleep(0.2), *range(9)):
             saver.begin(3, state, {})
-            saver.copied()
+            saver.wait_for_copy()
             for entry in state.values():
                 entry.tensor.fill_(-1)
-            saver.finish(must=True)
+            saver.wait_for_save(must=True)
 
     at(WORLD.size, save)
     assert holds(shared_tmp, 3)
@@ -217,13 +217,13 @@ def test_a_save_that_fails_gives_way_to_the_next(shared_tmp: Path) -> None:
         saver = saver_of(comm, shared_tmp)
         with writing(full, comm.size - 1):
             saver.begin(1, entries(comm, 1), {})
-            saver.copied()
+            saver.wait_for_copy()
             flags = until(saver, fails, "a failure")
             assert saver.step == 1 and not saver.due(1, flags)
             assert saver.due(2, flags) and saver.step == -1
         saver.begin(2, entries(comm, 2), {})
-        saver.finish(must=True)
-        told = [(event["event"], event["step"]) for event in saver.news()]
+        saver.wait_for_save(must=True)
+        told = [(event["event"], event["step"]) for event in saver.pop_events()]
         assert told == ([("save_failed", 1), ("saved", 2)] if comm.rank == 0 else [])
 
     at(WORLD.size, save)
@@ -244,7 +244,7 @@ def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
         saver = saver_of(comm, shared_tmp)
         with writing(at_first, comm.size - 1):
             saver.begin(1, entries(comm, 1), {})
-            saver.copied()
+            saver.wait_for_copy()
             until(saver, lambda flags: not flags.any(), "the end of it")
 
     at(WORLD.size, save)
@@ -258,14 +258,14 @@ def test_a_folder_that_vanishes(shared_tmp: Path) -> None:
         saver, gone = saver_of(comm, shared_tmp / "run"), threading.Event()
         with writing(lambda path: gone.wait(60), 0):
             saver.begin(1, entries(comm, 1), {})
-            saver.copied()
+            saver.wait_for_copy()
             until(saver, lambda flags: flags.tolist() == [0, 1, 0, 0], "rank 0 alone still writes")
             if comm.rank == 0:
                 shutil.rmtree(shared_tmp / "run")
                 gone.set()
             assert saver.due(2, until(saver, fails, "a failure"))
         saver.begin(2, entries(comm, 2), {})
-        saver.finish(must=True)
+        saver.wait_for_save(must=True)
 
     at(WORLD.size, save)
     assert holds(shared_tmp / "run", 2)
@@ -278,7 +278,7 @@ def test_who_does_not_hold_the_run_commits_nothing(shared_tmp: Path) -> None:
         saver.may_commit = lambda: False
         saver.begin(1, entries(comm, 1), {}, wait=True)
         with pytest.raises(MpidpError, match="lock is not this job's any more") as caught:
-            saver.finish(must=True)
+            saver.wait_for_save(must=True)
         assert caught.value.everywhere
 
     at(WORLD.size, save)
@@ -296,8 +296,8 @@ def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp:
             first.close()
         again = saver_of(comm, shared_tmp)
         again.begin(1, entries(comm, 1), {})
-        again.copied()
-        again.finish(must=True)
+        again.wait_for_copy()
+        again.wait_for_save(must=True)
         no_thread_is_left()
 
     at(WORLD.size, save)

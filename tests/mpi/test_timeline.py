@@ -13,7 +13,7 @@ import pytest
 
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number
-from mpidp.metrics.timeline import Told, trace
+from mpidp.metrics.timeline import RankTimeline, trace
 from mpidp.report import report
 from mpidp.reporting.read import read
 from mpidp.reporting.waterfall import of_step, waterfall
@@ -136,8 +136,8 @@ def test_tensorboard_that_is_not_here_is_said_before_the_first_step(
 
 def test_clocks_of_machines_are_brought_together() -> None:
     """Machine b's clock is 5 s behind, and loses 1 ms in 10 s."""
-    one = Told("a", [("wait", 12.0, 13.0, 0, {})], ["main"], [10.0, 20.0], [0.0, 0.0])
-    other = Told("b", [("wait", 7.0, 8.0, 0, {})], ["main"], [5.0, 15.0], [5.0, 5.001])
+    one = RankTimeline("a", [("wait", 12.0, 13.0, 0, {})], ["main"], [10.0, 20.0], [0.0, 0.0])
+    other = RankTimeline("b", [("wait", 7.0, 8.0, 0, {})], ["main"], [5.0, 15.0], [5.0, 5.001])
     first, second = (span for span in trace([one, other])["traceEvents"] if span["ph"] == "X")
     assert (first["pid"], second["pid"]) == (0, 1) and second["ts"] == pytest.approx(200.0)
     assert second["dur"] == pytest.approx(1e6 + 100)

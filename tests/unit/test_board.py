@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 
 from mpidp.faults import heartbeat
-from mpidp.faults.heartbeat import LOST, SILENT, Board, Row, blame
+from mpidp.faults.heartbeat import LOST, SILENT, HeartbeatBoard, HeartbeatRow, blame
 from mpidp.faults.watchdog import Watchdog
 
 
-def row(rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1) -> Row:
-    return Row(rank, host, 400 + rank, step, phase, bucket, 63.0, 63.0, state) if state != SILENT else Row(rank, host, 400 + rank)
+def row(
+    rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1
+) -> HeartbeatRow:
+    if state == SILENT:
+        return HeartbeatRow(rank, host, 400 + rank)
+    return HeartbeatRow(rank, host, 400 + rank, step, phase, bucket, 63.0, 63.0, state)
 
 
 COMPUTES, WAITS, REDUCES = row(3, "compute"), row(1), row(2, "reduce")
@@ -44,7 +48,7 @@ BLAMED = [  # rows, the ranks waited for, a part of the message
 
 
 @pytest.mark.parametrize(("rows", "blamed", "part"), BLAMED)
-def test_for_whom_everybody_waits(rows: list[Row], blamed: list[int], part: str) -> None:
+def test_for_whom_everybody_waits(rows: list[HeartbeatRow], blamed: list[int], part: str) -> None:
     words, found = blame(rows)
     assert [one.rank for one in found] == blamed and part in words, words
 
@@ -55,13 +59,13 @@ def test_the_order_of_rows_blames_nobody_else() -> None:
 
 
 def test_a_rank_that_beats_says_when_it_last_did() -> None:
-    words, _ = blame([Row(0, "a", 1, 3, "evaluate", -1, 200.0, 63.0, "S"), row(1, "evaluate_wait", 3)])
+    words, _ = blame([HeartbeatRow(0, "a", 1, 3, "evaluate", -1, 200.0, 63.0, "S"), row(1, "evaluate_wait", 3)])
     assert "in evaluate of step 3 since 200 s, its last sign of life 63 s ago" in words
 
 
-def boards(folder: Path, hosts: list[str], pids: list[int] | None = None) -> list[Board]:
+def boards(folder: Path, hosts: list[str], pids: list[int] | None = None) -> list[HeartbeatBoard]:
     token = os.urandom(8).hex()
-    made = [Board(rank, hosts, pids or [os.getpid()] * len(hosts), token, folder) for rank in range(len(hosts))]
+    made = [HeartbeatBoard(rank, hosts, pids or [os.getpid()] * len(hosts), token, folder) for rank in range(len(hosts))]
     for one in made:
         one.unlink()
     return made
@@ -147,7 +151,7 @@ def test_what_an_earlier_job_or_half_a_write_left_is_nobody_s_word(tmp_path: Pat
     (tmp_path / ".board").mkdir()
     (tmp_path / ".board" / "y.json").write_text(content.replace("TOKEN", a._token))
     a.exchange(0.0)
-    assert a.rows(60.0)[1] == Row(1, "y", os.getpid())
+    assert a.rows(60.0)[1] == HeartbeatRow(1, "y", os.getpid())
 
 
 @pytest.mark.parametrize("folder", ["absent", "file"])
@@ -171,25 +175,25 @@ def test_no_shared_memory_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
     for one in (a, b):
         one.write(4, "compute", -1, now, now)
     assert [one.state == SILENT for one in a.rows(60.0)] == [False, True]
-    assert a.speaks() and b.speaks()
+    assert a.claim_report() and b.claim_report()
 
 
 def test_one_rank_of_a_node_speaks(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from mpidp.faults.heartbeat import Board
-board = Board(1, ["x", "x"], [0, 0], sys.argv[1], Path("."))
+from mpidp.faults.heartbeat import HeartbeatBoard
+board = HeartbeatBoard(1, ["x", "x"], [0, 0], sys.argv[1], Path("."))
 print("ready", flush=True)
 sys.stdin.readline()
-print(board.speaks(), flush=True)
+print(board.claim_report(), flush=True)
 """
     token = os.urandom(8).hex()
-    mine = Board(0, ["x", "x"], [0, 0], token, tmp_path)
+    mine = HeartbeatBoard(0, ["x", "x"], [0, 0], token, tmp_path)
     child = subprocess.Popen([sys.executable, "-c", code, token], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdin is not None and child.stdout.readline() == "ready\n"
     mine.unlink()
-    assert mine.speaks()
+    assert mine.claim_report()
     child.stdin.write("\n")
     child.stdin.flush()
     time.sleep(0.2)
@@ -216,10 +220,10 @@ def test_the_deadline_follows_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
     for step in range(1, 8):
         for phase in ("data", "compute", "comm_wait"):
             dog.enter(step, phase)
-            assert dog.patience() == ((60.0, 180.0) if step == 1 else (60.0 if step < 6 else 180.0, dog.patience()[0]))
+            assert dog.timeouts() == ((60.0, 180.0) if step == 1 else (60.0 if step < 6 else 180.0, dog.timeouts()[0]))
             now += (0.125 if step < 3 else 3.0) if step != 6 else 1000.0  # the sixth step is an exception
     dog.enter(8, "evaluate")
-    assert dog.patience() == (180.0, 540.0)  # for the first time
+    assert dog.timeouts() == (180.0, 540.0)  # for the first time
     dog.enter(8, "data")
     dog.enter(8, "evaluate")
-    assert dog.patience() == (180.0, 180.0)
+    assert dog.timeouts() == (180.0, 180.0)

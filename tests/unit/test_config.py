@@ -252,7 +252,7 @@ def configs(draw: st.DrawFn) -> Config:
         chosen |= {"comm.transport": "window", "comm.overlap": "none"}
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
-    settings = {key: value for key, _, value in fields_of()} | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
+    settings = Config().flat() | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
     if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in rules.RULES):
         chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
@@ -276,7 +276,7 @@ def test_a_config_comes_back_from_its_file(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.getbasetemp() / "config.toml"
     path.write_bytes(to_toml(config).encode())
     assert from_args([str(path)]) == config
-    assert read_toml(path) == {key: value for key, _, value in fields_of(config)}
+    assert read_toml(path) == config.flat()
 
 
 @pytest.mark.parametrize("name", ["plain", 'quo"te', "back\\slash", "new\nline", "ünï cödé 漢字", "tab\t", "\x00\x1f",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpidp.metrics.energy import Meter, Zone, agreed, open_meter, zones
+from mpidp.metrics.energy import Meter, Zone, common_counters, open_meter, zones
 
 RANGE = 1_000_000
 
@@ -47,11 +47,11 @@ def test_packages_and_memory_are_counted_once(powercap: Path) -> None:
     meter, said = open_meter(True, True, [], powercap)
     for folder in powercap.iterdir():
         add(folder, 500_000)  # the memory's counter wraps around
-    assert meter.take(now=True) == pytest.approx(3 * 0.5) and said == {"cpu": "RAPL"}
-    assert meter.take(now=True) == 0.0
+    assert meter.pop_joules(now=True) == pytest.approx(3 * 0.5) and said == {"cpu": "RAPL"}
+    assert meter.pop_joules(now=True) == 0.0
     for folder in powercap.iterdir():
         add(folder, RANGE)
-    assert meter.take(now=True) == pytest.approx(3.0)
+    assert meter.pop_joules(now=True) == pytest.approx(3.0)
     meter.close()
 
 
@@ -69,7 +69,7 @@ def test_ranks_that_do_not_read_and_runs_that_do_not_want_to(powercap: Path) -> 
         meter, said = open_meter(wanted, reads, [], powercap)
         for folder in powercap.iterdir():
             add(folder, 10)
-        assert meter.take(now=True) == 0.0 and said == {}
+        assert meter.pop_joules(now=True) == 0.0 and said == {}
 
 
 def test_it_is_read_seldom_and_nothing_is_lost_by_that() -> None:
@@ -80,8 +80,8 @@ def test_it_is_read_seldom_and_nothing_is_lost_by_that() -> None:
         return 1.0
 
     meter = Meter([counter])
-    taken = sum(meter.take() for _ in range(1000))
-    assert len(read) < 100 and taken + meter.take(now=True) == len(read)
+    taken = sum(meter.pop_joules() for _ in range(1000))
+    assert len(read) < 100 and taken + meter.pop_joules(now=True) == len(read)
     meter.close()
 
 
@@ -98,7 +98,7 @@ def test_without_counters_there_is_a_reason(tmp_path: Path, powercap: Path, monk
     found, why = zones(powercap)
     assert found == [] and "no permission to read" in why and str(powercap) in why
     meter, said = open_meter(True, True, [], powercap)
-    assert meter.take(now=True) == 0.0 and said["cpu"] == why
+    assert meter.pop_joules(now=True) == 0.0 and said["cpu"] == why
 
 
 class Nvml(types.ModuleType):
@@ -125,10 +125,10 @@ def test_gpus_are_counted_by_their_uuid(tmp_path: Path, monkeypatch: pytest.Monk
     meter, said = open_meter(True, True, ["GPU-a"], tmp_path)
     nvml.joules["GPU-a"] += 3.5
     nvml.joules["GPU-b"] += 100.0  # the GPU of another job
-    assert meter.take(now=True) == pytest.approx(3.5) and said["gpu"] == "NVML"
+    assert meter.pop_joules(now=True) == pytest.approx(3.5) and said["gpu"] == "NVML"
     meter.close()
     meter, said = open_meter(True, True, ["GPU-a", "GPU-x"], tmp_path)
-    assert meter.take(now=True) == 0.0 and said["gpu"] == "NVML: Not Found"
+    assert meter.pop_joules(now=True) == 0.0 and said["gpu"] == "NVML: Not Found"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "nvidia-ml-py is not here" in open_meter(True, True, ["GPU-a"], tmp_path)[1]["gpu"]
 
@@ -140,7 +140,7 @@ def test_gpus_are_counted_by_their_uuid(tmp_path: Path, monkeypatch: pytest.Monk
     ([{"cpu": "RAPL", "gpu": "NVML"}], ["cpu", "gpu"], ""), ([{"cpu": "RAPL", "gpu": "NVML: x"}], ["cpu"], "NVML: x"),
 ])  # fmt: skip
 def test_only_what_all_machines_measure_is_told(said: list[dict[str, str]], measured: list[str], why: str) -> None:
-    assert agreed(said) == (measured, why)
+    assert common_counters(said) == (measured, why)
 
 
 def test_this_machine_has_counters_or_a_reason() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mpidp.checkpoint.boxes import boxes_of_run, tensor_of
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import boxes_held, counted, load_boxes, shard_rows
+from mpidp.checkpoint.local_parameters import boxes_held, bytes_by_use, load_boxes, shard_rows
 from mpidp.config import resolve
 from mpidp.errors import UsageError
 from tests.memory_formulas import of_replicas, of_shards
@@ -39,7 +39,7 @@ def test_rows_are_cut_as_torch_cuts_them(rows: int, size: int) -> None:
 
 def test_what_is_held_is_counted_once() -> None:
     flat = torch.zeros(10)
-    assert counted(a=[flat[:3], flat[3:]], b=[], c=[torch.zeros(0)]) == {"a": 40, "b": 0, "c": 0}
+    assert bytes_by_use(a=[flat[:3], flat[3:]], b=[], c=[torch.zeros(0)]) == {"a": 40, "b": 0, "c": 0}
 
 
 def test_sharding_holds_less() -> None:
@@ -70,7 +70,7 @@ def test_boxes_find_their_places_and_nothing_else_is_taken() -> None:
 
 def test_where_ranks_may_die_nothing_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve.check_shards(3)
-    monkeypatch.setattr(resolve, "tolerant", lambda: True)
+    monkeypatch.setattr(resolve, "launched_with_ulfm", lambda: True)
     resolve.check_shards(0)
     for level in (1, 2, 3):
         with pytest.raises(UsageError, match=f"mesh.shard={level} under mpirun --with-ft ulfm"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.errors import UsageError
 from mpidp.model.frozen import trained
 from mpidp.model.lora import attach, is_adapter, merged, saved_names
@@ -28,7 +28,7 @@ def starting_model(wanted: Any, shape: Any, part: Any) -> Any:
 
 
 def settings(**changed: Any) -> dict[str, Any]:
-    return {key: value for key, _, value in fields_of(Config())} | {k.replace("__", "."): v for k, v in changed.items()}
+    return Config().flat() | {k.replace("__", "."): v for k, v in changed.items()}
 
 
 def test_at_the_start_an_adapter_adds_nothing() -> None:

@@ -92,10 +92,10 @@ def test_phases_add_up_and_start_anew() -> None:
                 time.sleep(0.01)
         with clock.timed("compute"):
             time.sleep(0.005)
-    taken = clock.take()
+    taken = clock.pop_seconds()
     assert set(taken) == {"data_seconds", "compute_seconds", "step_seconds"}
     assert taken["data_seconds"] >= 0.02 and taken["step_seconds"] >= taken["data_seconds"] + taken["compute_seconds"]
-    assert clock.take() == {}
+    assert clock.pop_seconds() == {}
 
 
 RECORD = {"train_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1e4, "mfu": None}
@@ -105,7 +105,7 @@ def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[
     progress = Progress(total_steps=50, active=True)
     for step in range(1, 51):
         progress.step({"step": step, **RECORD})
-    progress.say("words")
+    progress.print("words")
     progress.close()
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[:-1]] in (["1/50", "50/50"], ["50/50"]) and said[-1] == "words"
@@ -114,7 +114,7 @@ def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[
 def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total_steps=1, active=False)
     progress.step({"step": 1, **RECORD})
-    progress.say("words")
+    progress.print("words")
     assert capsys.readouterr().out == ""
 
 

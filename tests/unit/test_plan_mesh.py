@@ -23,7 +23,7 @@ PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logi
 
 
 def ask(*words: str) -> dict[str, Any]:
-    return command_line.answer(*planning.read_options(["mesh", *words]))
+    return command_line.plan_from_options(*planning.read_options(["mesh", *words]))
 
 
 def test_the_sample_of_the_issue(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

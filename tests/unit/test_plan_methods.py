@@ -30,7 +30,7 @@ from mpidp.planning.methods.predict import (
     with_speeds,
 )
 from mpidp.planning.methods.traffic import Cluster, cluster_of, link_of, one_sum, sizes_of
-from mpidp.planning.methods.trials import TrialOptions, answer, find_cluster
+from mpidp.planning.methods.trials import TrialOptions, compare_methods, find_cluster
 from mpidp.planning.ranks.table import methods_table
 
 CONFIG = Config().with_values(train={"global_batch": 32, "micro_batch": 2}, comm={"overlap": "none"})
@@ -173,9 +173,9 @@ def test_who_says_how_fast_the_link_is(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="is not JSON"):
         find_cluster(config, TrialOptions(), alone)
     with pytest.raises(UsageError, match="mpirun -np N"):
-        answer(config, TrialOptions(seconds=1.0, link="100,1"), alone)
+        compare_methods(config, TrialOptions(seconds=1.0, link="100,1"), alone)
     with pytest.raises(DataError, match="no shards"):
-        answer(config.with_values(data={"path": "none"}), TrialOptions(ranks=2, link="100,1"), alone)
+        compare_methods(config.with_values(data={"path": "none"}), TrialOptions(ranks=2, link="100,1"), alone)
 
 
 def said_by(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

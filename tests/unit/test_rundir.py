@@ -23,7 +23,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.resume import find_checkpoint, refuse_changes, set_aside
+from mpidp.checkpoint.resume import find_checkpoint, reject_changed_settings, set_aside
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
@@ -241,7 +241,7 @@ def test_a_pid_that_was_given_to_another_process_holds_nothing(tmp_path: Path) -
     run = held(tmp_path / "run", started=1)
     RunLock(run, patience_seconds=0.0).release()
     with pytest.raises(UsageError, match=f"process {os.getpid()}"):
-        RunLock(held(run, started=run_lock.process(os.getpid())[1]), patience_seconds=0.0)
+        RunLock(held(run, started=run_lock.process_state(os.getpid())[1]), patience_seconds=0.0)
 
 
 def test_a_folder_that_vanished_is_nobody_else_s(tmp_path: Path, quick: None) -> None:
@@ -338,11 +338,11 @@ def test_a_change_is_refused_by_name_or_taken(key: str) -> None:
     saved = {name: other(value, about) if name == key else value for name, about, value in fields_of(config)}
     if key in FIXED_KEYS:
         with pytest.raises(UsageError, match=rf"{re.escape(key)} was .*, is .*run\.dir.*resume=never") as caught:
-            refuse_changes(saved, config)
+            reject_changed_settings(saved, config)
         assert not any(f"{name} was" in str(caught.value) for name in FIXED_KEYS - {key})
     else:
-        refuse_changes(saved, config)
+        reject_changed_settings(saved, config)
 
 
 def test_a_checkpoint_of_an_older_version_lacks_new_keys() -> None:
-    refuse_changes({}, Config())
+    reject_changed_settings({}, Config())

@@ -54,8 +54,8 @@ def test_the_clock_decides_where_every_is_automatic(tmp_path: Path, monkeypatch:
     later = saver_module.FIRST_SECONDS
     assert saver.due(6, saver.flags())
     saver.begin(6, {"w": Entry(torch.ones(3))}, {})
-    saver.finish(must=True)
-    [event] = saver.news()
+    saver.wait_for_save(must=True)
+    [event] = saver.pop_events()
     interval = best_interval(event["cpu_seconds"] + event["stall_seconds"], event["seconds"], 1, 0, 0.0)
     later = interval - 2.0
     assert not saver.due(8, saver.flags())
@@ -90,11 +90,11 @@ def test_a_save_that_is_waited_for_is_not_copied(tmp_path: Path, monkeypatch: py
     """So that the largest model that fits in memory needs no second copy."""
     taken: list[int] = []
     saver = saver_of(ALONE, tmp_path)
-    take = saver._memory.take
-    monkeypatch.setattr(saver._memory, "take", lambda size, pinned: taken.append(size) or take(size, pinned))
+    take = saver._memory.allocate
+    monkeypatch.setattr(saver._memory, "allocate", lambda size, pinned: taken.append(size) or take(size, pinned))
     for step, wait in itertools.product((1, 2), (True, False)):
         saver.begin(2 * step + wait, {"w": Entry(torch.ones(3))}, {}, wait)
-        saver.finish(must=True)
+        saver.wait_for_save(must=True)
         assert saver._save is not None and saver._save.thread.join(10) is None
     assert taken == [12, 12] and len(committed(tmp_path / "checkpoints")) == 3
 
@@ -104,16 +104,16 @@ def test_no_memory_for_a_copy_costs_the_checkpoint_alone(tmp_path: Path, capsys:
         raise RuntimeError("not enough memory")
 
     saver: Saver = saver_of(ALONE, tmp_path)
-    saver._memory.take = none_left  # type: ignore[method-assign]
+    saver._memory.allocate = none_left  # type: ignore[method-assign]
     saver.begin(1, {"w": Entry(torch.ones(3))}, {})
-    saver.copied()
+    saver.wait_for_copy()
     while not saver.flags()[2]:
         pass
     assert saver.due(2, saver.flags())
-    assert [event["event"] for event in saver.news()] == ["save_failed"]
+    assert [event["event"] for event in saver.pop_events()] == ["save_failed"]
     assert "the checkpoint of step 1 could not be written" in capsys.readouterr().err
     saver.begin(2, {"w": Entry(torch.ones(3))}, {}, wait=True)
-    saver.finish(must=True)
+    saver.wait_for_save(must=True)
     assert [path.name for path in committed(tmp_path / "checkpoints")] == ["step_00000002"]
 
 
@@ -130,10 +130,10 @@ def test_what_lies_on_a_gpu_is_copied_before_it_changes(tmp_path: Path, wait: bo
         entries = {"w": Entry(state), "columns": columns, "step": Entry(torch.ones(()))}
         saver.begin(step, entries, {}, wait)
         if wait:
-            saver.finish(must=True)
-        saver.copied()
+            saver.wait_for_save(must=True)
+        saver.wait_for_copy()
         state.fill_(-1)
-        saver.finish(must=True)
+        saver.wait_for_save(must=True)
         reader = Reader(tmp_path / f"checkpoints/step_{step:08d}")
         assert torch.equal(reader["w"], torch.full((4 << 20,), 50.0 * step)) and reader["step"].item() == 1
         assert torch.equal(reader["columns"], torch.full((2 << 20, 1), 50.0 * step))

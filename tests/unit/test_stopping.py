@@ -49,24 +49,24 @@ def test_no_answer_is_no_end(tmp_path: Path, script: str) -> None:
 def test_what_asks_for_a_stop(tmp_path: Path) -> None:
     lost = False
     stop = StopRequest(tmp_path / "STOP", math.inf, lambda: lost)
-    assert not stop.wanted()
+    assert not stop.requested()
     (tmp_path / "STOP").touch()
-    assert stop.wanted() and stop.reason == f"file {tmp_path / 'STOP'}"
+    assert stop.requested() and stop.reason == f"file {tmp_path / 'STOP'}"
     stop.close()
     assert not (tmp_path / "STOP").exists()
 
     stop = StopRequest(None, time.time())
-    assert stop.wanted() and stop.reason == "the job's time limit"
+    assert stop.requested() and stop.reason == "the job's time limit"
     stop.close()
 
     stop = StopRequest(tmp_path / "STOP", time.time() + 1000)
-    assert not stop.wanted()
+    assert not stop.requested()
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.wanted() and stop.reason == "SIGUSR1"
+    assert stop.requested() and stop.reason == "SIGUSR1"
     stop.close()
 
     (tmp_path / "STOP").touch()
     stop = StopRequest(tmp_path / "STOP", 0.0, lambda: True)
-    assert stop.wanted() and stop.reason == TAKEN_OVER
+    assert stop.requested() and stop.reason == TAKEN_OVER
     stop.close()
     assert (tmp_path / "STOP").exists()  # the file is meant for the other copy

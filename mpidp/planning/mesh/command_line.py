@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.config.command_line import from_args, read_toml
-from mpidp.config.schema import fields_of
 from mpidp.errors import UsageError
 from mpidp.hf.names import settings_of
 from mpidp.planning.mesh.memory import Work
@@ -65,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=5, help="number of meshes to show (%(default)s)")
 
 
-def answer(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
+def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
     """Return the meshes and their assumptions. settings: the --section.key=value of a run. Raises UsageError. Independent."""
     given = {name: number(text, name) * one for name, _, one in NUMBERS if (text := getattr(options, name.replace("-", "_")))}
     for name in WHOLE:
@@ -83,7 +82,7 @@ def answer(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, An
         raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
     if options.top < 1:
         raise UsageError(f"--top={options.top} must be at least 1")
-    values = {key: value for key, _, value in fields_of(from_args([options.config, *settings]))} if options.config else {}
+    values = from_args([options.config, *settings]).flat() if options.config else {}
     whole = {name: int(given.get(name, 0)) for name in WHOLE}
     if values:
         values |= _initial_model(values["train.init_from"])

@@ -56,13 +56,13 @@ def variant(config: Config, name: str) -> Config:
 
 def to_paste(config: Config, other: Config) -> list[str]:
     """Return the command-line settings that turn `other` into `config`. Pure."""
-    before = {key: value for key, _, value in fields_of(other)}
+    before = other.flat()
     changed = [(key, value) for key, _, value in fields_of(config) if value != before[key]]
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
 
 
 def _rhythm(config: Config, steps: int) -> tuple[int, int]:
-    return rhythm({key: value for key, _, value in fields_of(config)}, steps)
+    return rhythm(config.flat(), steps)
 
 
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:

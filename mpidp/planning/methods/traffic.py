@@ -23,7 +23,7 @@ from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds
 from mpidp.comm.transport import PIECE_BYTES, pieces
 from mpidp.config.defaults import ratio
 from mpidp.config.resolve import model_shape, resolve_reducer
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.part import whole
@@ -101,7 +101,7 @@ class Sizes:
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
     """Return the sizes without allocating the model. Independent."""
-    shape, settings = model_shape(config, vocab_size), {key: value for key, _, value in fields_of(config)}
+    shape, settings = model_shape(config, vocab_size), config.flat()
     layout = FlatLayout(trained_on_paper(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
@@ -125,10 +125,10 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
     if size == 1:
         return Sum(0, 0.0, 0)
     if c.compress != "none":
-        share = ratio({key: value for key, _, value in fields_of(config)})
+        share = ratio(config.flat())
         method = method_of(c.compress, share, 0, c.rank, config.train.seed)
         sent = sum(method.bytes_sent(trimmed(bucket), 0, 0, size) for bucket in sizes.buckets)
-        return Sum(sent, sent * _away(cluster), 2 * (size - 1) * len(sizes.buckets) * (1 + (c.compress == "powersgd")))
+        return Sum(sent, sent * _outgoing_share(cluster), 2 * (size - 1) * len(sizes.buckets) * (1 + (c.compress == "powersgd")))
     reducer = resolve_reducer(config)
     if reducer == "tree":
         return _by_tree(config, sizes, cluster)
@@ -156,11 +156,11 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
     left = len(tree_order.fold([((0, lane), lane) for lane in own_lanes], count)[1])
     whole = config.comm.overlap in ("auto", "none")
     spans = [(0, sizes.num_elements)] if whole else [(bucket.start, bucket.stop) for bucket in sizes.buckets]
-    away = shared if shared > 1 else _away(cluster)
+    outgoing = shared if shared > 1 else _outgoing_share(cluster)
     sent, link_bytes, messages = 0, 0.0, 0
     for start, stop in spans:
         each = 4 * (stop - start) / shared
-        link_bytes += each * (left + 1) * (groups - 1) / groups * away
+        link_bytes += each * (left + 1) * (groups - 1) / groups * outgoing
         messages += 2 * (groups - 1) * math.ceil(each / PIECE_BYTES)
         for low, high in pieces(0, slice_bounds(stop - start, shared, NORM_BLOCK if whole else ALIGN)[1]):
             own = slice_bounds(high - low, groups)[1]
@@ -168,7 +168,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
     return Sum(sent, link_bytes, messages)
 
 
-def _away(cluster: Cluster) -> float:
+def _outgoing_share(cluster: Cluster) -> float:
     """Bytes through the link of a node per byte that a rank sends, if each rank sends equally to all others."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

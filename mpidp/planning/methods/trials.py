@@ -28,9 +28,9 @@ from mpidp.planning.methods.predict import MethodRow, predict, recommend, varian
 from mpidp.planning.methods.traffic import Cluster, cluster_of, lanes_of, link_of
 from mpidp.planning.ranks.predict import most_micro_batches
 from mpidp.runtime.device import resolve_threads
-from mpidp.runtime.environment import tolerant
-from mpidp.runtime.topology import make_mesh
-from mpidp.runtime.world import polite_barrier, together
+from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.topology import make_topology
+from mpidp.runtime.world import polite_barrier, raise_together
 from mpidp.training import build, loop
 from mpidp.training.initial_weights import open_origin
 from mpidp.training.run_plan import plan
@@ -75,22 +75,22 @@ class TrialResult:
         return (self.curve[-1][0] - (self.curve[begin - 1][0] if begin else 0.0)) / (self.steps - begin)
 
 
-def answer(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
+def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
     """Return the results as plain values, the same on every rank. Raises UsageError or DataError. Collective over world."""
     if options.seconds and world.size == 1:
         raise UsageError("--run trains on the ranks of this launch, but there is only one: mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
         raise UsageError.on_every_rank(f"--ranks={options.ranks}, but --run trains on the {world.size} ranks of this launch")
-    if options.seconds and tolerant():
+    if options.seconds and launched_with_ulfm():
         raise UsageError.on_every_rank(
             "--run trains one method after the other, and with ULFM the shared memory of a run is freed only when the job ends: "
             "start without --with-ft ulfm"
         )
     origin = open_origin(config, world)
-    with together(world):
+    with raise_together(world):
         config = config if origin is None else origin.completed(config)
     cluster, where = find_cluster(config, options, world)
-    with together(world):
+    with raise_together(world):
         vocab_size = read_index(Path(config.data.path)).vocab_size
         lanes = lanes_of(config)
         if cluster.ranks > lanes.num_lanes:
@@ -124,14 +124,14 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
         return link_of(options.link, ranks), f"--link={options.link}"
     places = [Path(options.cluster)] if options.cluster else [Path(config.run.dir) / "cluster.json", Path("cluster.json")]
     found: tuple[str, str] | None = None
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             found = next(((str(place), place.read_text(errors="replace")) for place in places if place.is_file()), None)
             if options.cluster and found is None:
                 raise UsageError(f"--cluster={options.cluster}: no such file; `mpirun -np N python -m mpidp.doctor` writes one")
     found = world.bcast(found, root=0)
     if found is not None:
-        with together(world):
+        with raise_together(world):
             try:
                 content = json.loads(found[1])
             except ValueError as error:
@@ -143,7 +143,7 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
             "the link speed is not known (no cluster.json): run `mpirun -np N python -m mpidp.doctor` on the nodes of the job "
             "and give its file with --cluster, give --link=MBIT,MS, or start this command with mpirun"
         )
-    mesh = make_mesh(world)
+    mesh = make_topology(world)
     hosts = [host for host, size in zip(mesh.hosts, mesh.node_sizes, strict=True) for _ in range(size)]
     link = network.summary(network.measure(mesh.dp, hosts, thorough=False))
     about = {**link, "ranks": world.size, "ranks_per_node": mesh.node_sizes}
@@ -155,13 +155,13 @@ def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) ->
     of the slowest rank. Collective over world."""
     from mpi4py import MPI
 
-    threads = resolve_threads(config.train.threads, make_mesh(world))
+    threads = resolve_threads(config.train.threads, make_topology(world))
     alone = variant(config, "synchronous").with_values(
         train={"global_batch": config.train.micro_batch * micro_batches, "lanes": 0, "threads": threads},
         comm={"reducer": "auto"},
     )
     own = 0.0
-    with together(world), tempfile.TemporaryDirectory(prefix="mpidp-plan-") as folder:
+    with raise_together(world), tempfile.TemporaryDirectory(prefix="mpidp-plan-") as folder:
         run = trial(alone, TIMED, Path(folder) / "run", MPI.COMM_SELF)
         if run.problem:
             raise UsageError(run.problem)
@@ -175,7 +175,7 @@ def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) ->
 def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
     """Make a temporary folder beside run_dir, on the disk that all nodes share. Collective over world."""
     made = ""
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             try:
                 run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
         train={"steps": steps, "tokens": 0, "epochs": 0.0, "eval_every": 0, "save_every": 0, "target_loss": 0.0, "patience": 0},
         optim={"schedule": "constant", "warmup_steps": -1}, run={"dir": str(run_dir), "resume": "never"},
     )
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             run_dir.mkdir()
     try:
@@ -236,7 +236,7 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
         polite_barrier(world)
         return TrialResult(problem=str(error))
     result: TrialResult | None = None
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             result = _read(run_dir / "metrics.jsonl", end["val_loss"])
             shutil.rmtree(run_dir)
