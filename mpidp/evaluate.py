@@ -169,7 +169,7 @@ def evaluate(
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
     engine = Engine(
         loaded.model, loaded.device, loaded.dtype, seed=0, dropout=0.0, nominal_tokens=1, stages=loaded.stages,
-        token_losses=loaded.losses, tells=loaded.model.part.speaks and grid.tp.rank == 0,
+        token_losses=loaded.losses, reports_loss=loaded.model.part.has_head and grid.tp.rank == 0,
     )
     loss, tokens = engine.evaluate(stream, world, config["model.seq_len"], config["train.micro_batch"], replicas=grid.replicas.dp)
     return _figures(loss, tokens, stream.text_bytes) | {"step": reader.meta["step"]}

@@ -47,7 +47,7 @@ from mpidp.runtime.device import resolve_threads
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together, start_mpi
 from mpidp.strategies import strategy_of
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.training.data_parallel import share_memory
 
 
@@ -73,7 +73,7 @@ class TorchOptimizer:
             p.grad = gradient
         self.updates += 1
 
-    def go_on_after(self, updates: int) -> None:
+    def set_updates(self, updates: int) -> None:
         """Set the number of updates made."""
         self.updates = updates
 
@@ -135,7 +135,7 @@ class DataParallel:
         shape = OwnShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
         shared = share_memory(SharingPlan(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
         self._transport, self._balance = transport, shared.balance
-        options = Options.of(asdict(config.strategy), steps, mesh.node_sizes)
+        options = StrategyOptions.of(asdict(config.strategy), steps, mesh.node_sizes)
         self.strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
             self.comm, shared.group, named, shared.reducer, partial(TorchOptimizer, self.optimizer), clip,
             self.lanes.global_batch, int(config.comm.bucket_mb * 2**20), False, options=options,
@@ -143,7 +143,7 @@ class DataParallel:
         for tensor in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad)]:
             tensor.copy_(self.comm.bcast(tensor.cpu()))
         self.strategy.start()
-        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.settled)
+        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # updates made
         self.stats = StepStats(0.0, False)  # of the last update: grad_norm, skipped
@@ -254,7 +254,7 @@ class DataParallel:
         if self._updated or self._skip_empty():
             return False
         strategy = self.strategy
-        if strategy.meets_always:
+        if strategy.synchronizes_always:
             strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._loss_sums))
         losses, counts = self._loss_sums.tolist()
         self.loss = sum(losses) / max(1.0, sum(counts))

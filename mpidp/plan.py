@@ -170,7 +170,7 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
 
 
 def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
-    """Return the noise scale of the second half of the steps to the loss, its bounds, and its values by quarter."""
+    """Return the noise scale in the second half of the steps that the loss took, its bounds, and its value in each quarter."""
     if not run.noises:
         one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
         raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")

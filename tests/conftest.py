@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -28,8 +29,19 @@ REPORTS = os.environ.pop("MPIDP_TEST_REPORTS", "")  # a folder; removed, so that
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: in `make test`, although it starts whole commands (tests/levels.py)")
     config.addinivalue_line("markers", "check: not in `make test`, but in `make check` (tests/levels.py)")
     config.addinivalue_line("markers", "long: only in `make long` (tests/levels.py)")
+
+
+def names_of_marks(item: pytest.Item) -> set[str]:
+    """The names of a test's markers, and whole_command for a test that starts commands as a user does, which takes seconds."""
+    names = {mark.name for mark in item.iter_markers()}
+    if item.nodeid.startswith("tests/faults/") and isinstance(item, pytest.Function):
+        arguments = set(inspect.signature(item.function).parameters)
+        if "forks" not in arguments or arguments & {"shell", "either"}:
+            names.add("whole_command")
+    return names
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -42,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(items) == 1 or all("::" in str(argument) for argument in config.args):
         return  # named by the user
     chosen = levels.LEVELS[levels.level()]
-    tiers = levels.tiers([item.nodeid for item in items], [{mark.name for mark in item.iter_markers()} for item in items])
+    tiers = levels.tiers([item.nodeid for item in items], [names_of_marks(item) for item in items])
     left_out = [item for item, tier in zip(items, tiers, strict=True) if tier not in chosen]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -63,7 +63,7 @@ def corpus(folder: Path, tokens: int = 2000, shards: int = 2, val_fraction: floa
     if WORLD.rank == 0 and not out.exists():
         source = folder / f"text_{tokens}.txt"
         source.write_text(text(tokens - 1))  # plus the end-of-document token
-        prepare(str(source), "byte", out, shards=shards, val_fraction=val_fraction, say=False)
+        prepare(str(source), "byte", out, shards=shards, val_fraction=val_fraction, verbose=False)
     polite_barrier(WORLD)
     return out
 

@@ -75,7 +75,7 @@ def load_boxes(state: Mapping[str, Tensor], mine: Mapping[str, Entry], optimizer
     """Put boxes of an optimizer's state in their places. ValueError for an entry of no parameter. Independent."""
     for name, value in state.items():
         if name.endswith("/step"):
-            optimizer.go_on_after(int(value))
+            optimizer.set_updates(int(value))
         elif name in mine:
             mine[name].tensor.copy_(value.view_as(mine[name].tensor))
         else:

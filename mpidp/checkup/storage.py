@@ -133,4 +133,4 @@ def check_room(folder: Path) -> CheckResult:
     needed = max(sizes) * (keep + 1 - min(keep, len(sizes)))
     words += f", {size(needed)} more needed ({size(max(sizes))} per checkpoint, {keep} kept and one being written)"
     verdict = "wrong" if free < needed else "warning" if free < 2 * needed else "ok"
-    return CheckResult("room", verdict, words, "" if verdict == "ok" else "free space, lower run.keep, or choose another run.dir")
+    return CheckResult("room", verdict, words, "" if verdict == "ok" else "make space, lower run.keep, or choose another run.dir")

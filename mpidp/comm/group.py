@@ -127,7 +127,7 @@ class Group:
         self._given.append(found)
         return found
 
-    def go_on_with(self, before: Group) -> None:
+    def reuse_memory(self, before: Group) -> None:
         """Let memory() give what another group was given, of which this one's ranks were a part. Independent."""
         places = MPI.Group.Translate_ranks(self.node.group, list(range(self.node.size)), before.node.group)
         # One part for many ranks is what they have in common, also when the rank is dead that asked for it.
@@ -175,7 +175,7 @@ def by_node(mesh: Topology) -> Group:
 def regroup(mesh: Topology, before: Group) -> Group:
     """Groups of the same kind over those who are left, with the memory that their groups had before. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
-    group.go_on_with(before)
+    group.reuse_memory(before)
     return group
 
 

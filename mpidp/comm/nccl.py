@@ -17,7 +17,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.comm.probe import gradient_path
-from mpidp.comm.transport import Messages, Parts
+from mpidp.comm.transport import Messages, RankParts
 from mpidp.comm.waiting import Wait
 from mpidp.errors import MpidpError, UsageError
 from mpidp.runtime.environment import launched_with_ulfm
@@ -87,14 +87,14 @@ class Nccl(Messages):
     def ready(self) -> None:
         """Streams are in order by themselves."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: Parts, target: Parts) -> None:
+    def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
         self._exchange(_by_rank(source), _by_rank(target))
 
-    def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: Parts) -> None:
+    def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
         parts = _by_rank(whole)
         mine = parts.pop(comm.rank, None)
         self._exchange({} if mine is None else {rank: mine for rank in range(comm.size) if rank != comm.rank}, parts)
@@ -116,7 +116,7 @@ class Nccl(Messages):
         polite_barrier(self._comm)  # rank 0 has the store, which others may use until here
 
 
-def _by_rank(parts: Parts) -> dict[int, torch.Tensor]:
+def _by_rank(parts: RankParts) -> dict[int, torch.Tensor]:
     """Those that are not empty. Pure."""
     tensor, lengths, starts = parts
     flat = tensor.view(-1)

@@ -22,8 +22,8 @@ class Part:
     """The part of a model on one rank."""
 
     chunks: tuple[range, ...]  # ranges of layers; one, or mesh.interleave of them
-    embeds: bool = True  # has the embedding (first stage)
-    speaks: bool = True  # has the last norm and the head (last stage)
+    has_embedding: bool = True  # has the embedding (first stage)
+    has_head: bool = True  # has the last norm and the head (last stage)
     index: int = 0  # tensor-parallel index, below size
     size: int = 1  # number of tensor-parallel ranks
     tied: bool = False  # embedding and head share one tensor
@@ -68,7 +68,7 @@ class Part:
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
-        return self.speaks and (names[0] != "embedding" or self.tied) or names[0] == "embedding" and self.embeds
+        return self.has_head and (names[0] != "embedding" or self.tied) or names[0] == "embedding" and self.has_embedding
 
     def sizes(self, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of this rank's parameters; whole: shapes in the whole model. Pure."""

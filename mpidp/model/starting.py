@@ -34,7 +34,7 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
         attach(model, rank, settings["model.lora_alpha"], settings["model.lora_targets"], settings["train.seed"])
     if patterns := settings.get("optim.freeze", ""):
         parameters = {part.global_name(name): p for name, p in model.named_parameters()}
-        is_whole = part.embeds and part.speaks and len(part.layers) == shape.num_layers
+        is_whole = part.has_embedding and part.has_head and len(part.layers) == shape.num_layers
         for name in frozen(list(parameters if is_whole else shapes_of(shape)), patterns) & set(parameters):
             parameters[name].requires_grad_(False)
     return model

@@ -152,10 +152,10 @@ class Transformer(nn.Module):
         self.embedding: nn.Module | None = None
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None
-        if self.part.embeds:
+        if self.part.has_embedding:
             self.embedding = nn.Embedding(vocabulary, shape.model_dim)
         self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part) for layer in self.part.layers})
-        if self.part.speaks:
+        if self.part.has_head:
             self.norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
             self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
             if shape.tie_embeddings and self.embedding is not None:

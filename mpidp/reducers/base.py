@@ -32,14 +32,14 @@ from mpidp.data.lanes import Lanes
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 
 
-class Shares(Protocol):
+class LaneShares(Protocol):
     """Which lanes each rank computes in this step (balance.py)."""
 
     ranges: list[range]
-    settled: bool  # known to all before the step; else lanes change hands within a group, and ranks tell afterwards
+    static: bool  # known to all before the step; else lanes change hands within a group, and ranks tell afterwards
 
 
-class Works(Protocol):
+class BucketWorker(Protocol):
     """A thread that reduces buckets in their order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
@@ -55,7 +55,7 @@ class Works(Protocol):
         """No more. Independent."""
 
 
-Look = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
+LaneObserver = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
 
 
 class Reducer:
@@ -64,16 +64,16 @@ class Reducer:
     everyone_updates = True  # else rank 0 alone
     own_order = True  # in which it adds, else MPI's, which is not the same in blocking calls and others (Open MPI)
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1) -> None:
+    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.comm = group.rail
         self.wait = group.wait  # inside a reduction
-        self.worker: Works | None = None  # reduces while backward goes on (overlap.py)
-        self.way = "none"  # in which it does
-        self.tell: Callable[[int], None] = lambda bucket: None  # which is about to be reduced
+        self.worker: BucketWorker | None = None  # reduces while backward goes on (overlap.py)
+        self.overlap_mode = "none"  # in which it does
+        self.on_reduce: Callable[[int], None] = lambda bucket: None  # which is about to be reduced
         self.holds_sum = True  # does this rank hold the sum after finish()?
         # (squares of blocks, the flat gradient) -> its norm over the whole model, where this rank has a part of it
-        self.over_parts: Callable[[torch.Tensor, torch.Tensor], float] | None = None
+        self.norm_over_parts: Callable[[torch.Tensor, torch.Tensor], float] | None = None
         self.buffer: GradientBuffer
         self._fresh = True
 
@@ -91,16 +91,16 @@ class Reducer:
     def close(self, v: int, chunk: int = 0) -> None:
         """Micro-batch v is in, as far as it is this chunk's. Independent."""
 
-    def watch(self, looks: Sequence[Look]) -> None:
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """In the step that begins, show each of these every lane; ValueError where lanes are not kept apart. Independent."""
-        if looks:
+        if observers:
             raise ValueError(f"{type(self).__name__} adds lanes as they come: they cannot be looked at one by one")
 
     def discard(self) -> None:
         """Forget the gradients of the step that has begun. Independent."""
         self._fresh = True
 
-    def may_take(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Is there room for one more lane, whichever it is? Independent."""
         return True
 
@@ -128,7 +128,7 @@ class Reducer:
 
     def turn(self, bucket: Bucket) -> None:
         """Say which, and reduce it. Collective over all ranks."""
-        self.tell(bucket.index)
+        self.on_reduce(bucket.index)
         self.reduce(bucket)
 
     def reduce(self, bucket: Bucket) -> None:
@@ -145,9 +145,9 @@ class Reducer:
         if self.group.node.size > 1:
             with self.transport.timed():
                 self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        if self.over_parts is None:
+        if self.norm_over_parts is None:
             return math.sqrt(squares.cumsum(0)[-1])
-        norm = self.over_parts(squares, total)
+        norm = self.norm_over_parts(squares, total)
         self.group.fence()  # it has read all of the sum, which others are about to scale
         return norm
 
@@ -155,7 +155,7 @@ class Reducer:
         """L2 norm of any flat gradient that this rank holds, (num_elements,). Independent, but where the model is cut: then
         collective over the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
-        return math.sqrt(squares.cumsum(0)[-1]) if self.over_parts is None else self.over_parts(squares, flat)
+        return math.sqrt(squares.cumsum(0)[-1]) if self.norm_over_parts is None else self.norm_over_parts(squares, flat)
 
     def scale(self, factor: float) -> None:
         """Multiply the sum. Collective over the group."""
@@ -168,7 +168,7 @@ class Reducer:
         with self.transport.timed():
             self.group.fence()
 
-    def settle(self, applied: bool) -> None:
+    def end_round(self, applied: bool) -> None:
         """The sums since this was last called went into an update, or are as if they had not been. The same on all ranks.
         Independent."""
 
@@ -181,14 +181,14 @@ class Reducer:
         if "residual" in state and self.comm.rank == 0:
             print("comm.compress was turned off: what had been held back of gradients is dropped", flush=True)
 
-    def go_on_from(self, before: Reducer | None) -> None:
+    def resume_from(self, before: Reducer | None) -> None:
         """Where another one of the same kind stood, of whose ranks these are left; None: this rank is new, and not rank 0.
         Collective over all ranks."""
 
 
-class Sums(Reducer):
+class FlatReducer(Reducer):
     """A reducer of one buffer a rank that can as well sum any other flat tensor of the same layout: what strategies that average
-    at another rhythm need. Whoever sums every bucket once says afterwards what became of it: settle()."""
+    at another rhythm need. Whoever sums every bucket once says afterwards what became of it: end_round()."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
@@ -198,7 +198,7 @@ class Sums(Reducer):
         raise NotImplementedError
 
 
-class Allreduce(Sums):
+class Allreduce(FlatReducer):
     """The sum of MPI or of NCCL, in pieces."""
 
     own_order = False
@@ -227,7 +227,7 @@ class Root(Reducer):
 
     everyone_updates = False
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1) -> None:
+    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
         super().__init__(group, lanes, transport, shares, num_slots)
         self.holds_sum = self.comm.rank == 0
 

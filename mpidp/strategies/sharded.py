@@ -26,10 +26,10 @@ from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes, reshard_all, shard_of
 from mpidp.comm.group import Group
 from mpidp.errors import UsageError
-from mpidp.parallel.model_part import Parts
-from mpidp.reducers.base import Look, Reducer
-from mpidp.strategies.optimizer import Optimizer, Pieces
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.parallel.model_part import ModelPartition
+from mpidp.reducers.base import LaneObserver, Reducer
+from mpidp.strategies.optimizer import Optimizer, ShardedOptimizer
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
@@ -65,21 +65,21 @@ def unshard_for_good() -> None:
 class Sharded:
     """Every step waits for all lanes."""
 
-    goes_on = False  # shards die with their holder
-    meets_always = True
+    survives_failures = False  # shards die with their holder
+    synchronizes_always = True
     buffer: Any = None  # of flat gradients: there is none
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0, most_slots: int = 0, options: Options | None = None, *, model: torch.nn.Module, level: int,
+        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, *, model: torch.nn.Module, level: int,
     ) -> None:
         """As Synchronous; of the reducer only the lanes are looked at. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy, self.level = comm, group, reducer, False, level
         self.model: Any = model
         self.clip, self.nominal_tokens = clip, nominal_tokens
         self.enter: Callable[[str], None] = lambda phase: None
-        self._parts: Parts | None = None
+        self._parts: ModelPartition | None = None
         lanes, shares = reducer.lanes, reducer.shares
         self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)  # of any rank
         self._made = self._open = 0  # forwards of this step; of them those whose backward is not counted yet
@@ -87,7 +87,7 @@ class Sharded:
         self.named = list(model.named_parameters())
         self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # when all are gathered once
         pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
-        self.optimizer = Pieces(make_optimizer.args[0], pieces, **make_optimizer.keywords)
+        self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
 
     def _count(self, *_: Any) -> None:
@@ -124,16 +124,16 @@ class Sharded:
         for _ in range(forwards):
             self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
 
-    def meets(self, step: int) -> bool:
+    def synchronizes_at(self, step: int) -> bool:
         """Independent."""
         return True
 
     def start(self) -> None:
         """Replicas are equal by their seed. Independent."""
 
-    def watch(self, looks: Sequence[Look]) -> None:
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """ValueError: there are no gradients of lanes. Independent."""
-        if looks:
+        if observers:
             raise ValueError("sharded gradients are summed as they come: lanes cannot be looked at one by one")
 
     def discard(self) -> None:
@@ -164,7 +164,7 @@ class Sharded:
         self.enter("publish")
         return StepStats(grad_norm=norm, skipped=skipped)
 
-    def share_model(self, parts: Parts) -> None:
+    def share_model(self, parts: ModelPartition) -> None:
         """This rank has a part of the model. Independent."""
         self._parts = parts
 
@@ -208,7 +208,7 @@ class Sharded:
         self.reducer.load_state_dict({name.removeprefix("reducer/"): state[name] for name in state if name not in own})
         load_boxes(own, self.state_dict(), self.optimizer)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Independent."""
 
     def close(self) -> None:

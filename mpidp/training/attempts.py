@@ -140,7 +140,7 @@ class Course:
         """Ranks have died: the next attempt is of those who are left. Collective over them."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
         self.world = recovery.those_left(self.world, str(failure))
-        if self.job is not None and not self.job.strategy.goes_on:
+        if self.job is not None and not self.job.strategy.survives_failures:
             recovery.abandon(self.job)
             self.job, self._failed_at = None, 0.0
             method = method_setting(self.config.strategy.name, self.config.strategy.quorum)

@@ -26,17 +26,17 @@ from mpidp.model.frozen import trained
 from mpidp.model.shape import OwnShape, flops_per_token, num_parameters
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.engine import Engine
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.pipeline import Stages
 from mpidp.parallel.tensor import loss_over, share_layers
-from mpidp.parallel.tensor_comm import Ring
+from mpidp.parallel.tensor_comm import TensorComm
 from mpidp.reducers import overlap
 from mpidp.runtime.agreement import check_agreement, parameter_facts, versions
 from mpidp.runtime.files import write_file
 from mpidp.runtime.world import raise_together
 from mpidp.strategies import strategy_of
 from mpidp.strategies.optimizer import Optimizer
-from mpidp.strategies.protocol import Options
+from mpidp.strategies.protocol import StrategyOptions
 from mpidp.training.data_parallel import share_memory
 from mpidp.training.job import Job
 from mpidp.training.lr_schedule import Schedule
@@ -48,7 +48,7 @@ def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None =
     """The parts of the job, on the device, replicas equal. before: a job some of whose ranks have died; those who are left of it
     keep its model and memory. Collective over world."""
     config, mesh, world, device, grid = plan.config, plan.mesh, plan.world, plan.device, plan.grid
-    parts = Parts(grid, plan.shape, config.mesh.sequence, config.mesh.interleave)
+    parts = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave)
     dp, origin = mesh.dp, plan.origin
     train, optim, faults = config.train, config.optim, faults or InjectedFaults()
     torch.set_num_threads(train.threads)
@@ -74,13 +74,13 @@ def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None =
     else:
         model, earlier, origin = before.engine.model, before.strategy, None
         named = trained(model)
-        earlier.leave()
+        earlier.release()
     transport = open_transport(config.comm.gpu, device, dp)
     losses = None
     if grid.tp.size > 1:
-        ring = Ring(grid, transport, config.mesh.sequence)
-        share_layers(model, ring)
-        named, losses = trained(model), loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
+        tensor_comm = TensorComm(grid, transport, config.mesh.sequence)
+        share_layers(model, tensor_comm)
+        named, losses = trained(model), loss_over(tensor_comm, parts.part.share(plan.shape.vocab_size).start)
     memory = share_memory(
         plan, transport, sum(p.numel() for _, p in named), looked_at=faults.changes_gradients,
         before=None if before is None else (earlier.group, earlier.one_copy),
@@ -90,15 +90,15 @@ def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None =
         dp, group, named, reducer, partial(Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1,
         beta2=optim.beta2), optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20), memory.one_copy,
         spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
-        options=Options.of(asdict(config.strategy), train.steps, mesh.node_sizes, arrivals=plan.arrivals),
+        options=StrategyOptions.of(asdict(config.strategy), train.steps, mesh.node_sizes, arrivals=plan.arrivals),
     )
     if grid.parts > 1:
         strategy.share_model(parts)
     if before is None:
         strategy.start()
-        said = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.settled)
+        said = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.static)
     else:  # measuring would take a while
-        overlap.use(reducer, said := earlier.reducer.way)
+        overlap.use(reducer, said := earlier.reducer.overlap_mode)
     if world.rank == 0 and world.size > 1:
         print(f"overlap {said}", flush=True)
     dtype = getattr(torch, train.dtype)
@@ -129,15 +129,15 @@ def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None =
             origin.keep(run_dir)
             print(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}", flush=True)
     stages = Stages(grid, transport, device, config.mesh.interleave) if grid.pp.size > 1 else None
-    tells = parts.part.speaks and grid.tp.rank == 0
-    engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, tells)
+    reports_loss = parts.part.has_head and grid.tp.rank == 0
+    engine = Engine(model, device, dtype, train.seed, plan.shape.dropout, nominal_tokens, stages, losses, reports_loss)
     engine.slowed, engine.fill = faults.slowed, getattr(strategy, "fill", engine.fill)
     hang_seconds = config.run.hang_seconds
     board = open_heartbeat_board(world, grid.everyone.host, run_dir) if hang_seconds else None
     watchdog = Watchdog(board, hang_seconds, first_times=10.0 if train.compile else 3.0)
     if world.size > 1:  # after a failure mpirun takes the last rank's abort for a success
         watchdog.abort = world.Abort
-    engine.beat, reducer.tell = watchdog.beat, watchdog.reduces
+    engine.beat, reducer.on_reduce = watchdog.beat, watchdog.reduces
     saver = Saver(
         world, run_dir, train.save_every, config.run.keep, (mesh.node_index, mesh.num_nodes) if mesh.local_rank == 0 else None,
         alone=any(entry.layout != "replicated" for entry in parts.entries(model, strategy.state_dict()).values()),

@@ -131,7 +131,7 @@ def share_memory(
     reducer: Reducer
     balance = BALANCES[kind](Terms(
         lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,
-        lambda: reducer.may_take(), c.strategy.servers,
+        lambda: reducer.has_free_slot(), c.strategy.servers,
     ))
     if c.comm.compress == "none":
         reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots)

@@ -35,7 +35,7 @@ def spent(job: Job) -> dict[str, Any]:
     """Seconds of phases since the last line that told, and bytes sent. What the strategy spent in communication is not its
     update. Independent."""
     seconds = job.clock.pop_seconds()
-    sent_bytes, comm_seconds = job.transport.take()
+    sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:
         seconds["comm_wait_seconds"] += comm_seconds
         seconds["update_seconds"] -= comm_seconds

@@ -21,7 +21,7 @@ from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
 from mpidp.hf.folder import COME_ALONG, ModelFolder
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
 from mpidp.runtime.world import raise_together
 
@@ -63,7 +63,7 @@ class Origin:
                 f"Prepare the text again: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"
             )
 
-    def load(self, parts: Parts, model: Any) -> Origin:
+    def load(self, parts: ModelPartition, model: Any) -> Origin:
         """This rank's part of the weights, into a model that is whole on its replica's ranks. Afterwards their hash is known, by
         which they are the same on any mesh. DataError for others than wanted. Collective over parts.grid.world."""
         assert self.weights is not None

@@ -32,7 +32,7 @@ from mpidp.metrics.tensorboard import Scalars
 from mpidp.metrics.timeline import Timeline
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.grid import Grid
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.topology import Topology
 from mpidp.strategies.protocol import Strategy
 from mpidp.training.balance import Balance
@@ -47,7 +47,7 @@ class Job:
     comm: MPI.Intracomm
     mesh: Topology  # the replicas of this rank's part of the model
     grid: Grid
-    parts: Parts
+    parts: ModelPartition
     engine: Engine
     strategy: Strategy
     saver: Saver

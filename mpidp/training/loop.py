@@ -44,7 +44,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
         if stats.skipped:
             skip(job, batch.batch, board.tokens, stats.grad_norm)
         else:
-            learned: dict[str, Any] = {"train_loss": board.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.told}
+            learned: dict[str, Any] = {"train_loss": board.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
             log_step(job, learned | noise(job, noise_of(job, board, stats.grad_norm)), board, batch.epoch)
             audit_weights(job)
         if board.met:
@@ -123,7 +123,7 @@ def close(job: Job) -> None:
         job.strategy.close()
         job.transport.close()
     else:
-        job.strategy.leave()  # no thread of it goes on
+        job.strategy.release()  # no thread of it goes on
 
 
 def ended(job: Job) -> str:

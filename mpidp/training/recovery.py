@@ -123,7 +123,7 @@ def rebuild(plan: Plan, faults: InjectedFaults, before: Job, failed_at: float) -
 def abandon(job: Job) -> None:
     """Let go of a job that nobody goes on with: the next is built anew, from the last checkpoint. Independent."""
     job.saver.close()
-    job.strategy.leave()
+    job.strategy.release()
     job.watchdog.close()
     if job.stop is not None:
         job.stop.close()
@@ -138,7 +138,7 @@ def _take_over(job: Job, before: Job) -> None:
         raise Damaged.on_every_rank("the rank has died that alone held the optimizer's state")
     first = told.index(max(told))  # of those who got furthest after the step: an evaluation may have been the last thing
     job.position, job.lines = job.comm.bcast((before.position, before.lines), root=first)
-    job.strategy.go_on_from(before.strategy)
+    job.strategy.resume_after_failure(before.strategy)
     names = [path.name for path in committed(job.run_dir / "checkpoints")] if job.comm.rank == 0 else []
     job.saver.step = job.comm.bcast(int(names[0].rpartition("_")[2]) if names else -1)
     job.passed_over_at, job.stop, job.stop_at, job.went_on = before.passed_over_at, before.stop, before.stop_at, True
@@ -150,10 +150,10 @@ def hand_over(plan: Plan, faults: InjectedFaults, before: Job | None, failed_at:
     world = plan.world
     if before is not None:
         before.saver.close()
-        before.strategy.leave()
+        before.strategy.release()
     with commit(world):
         job = build(plan, faults)
-        job.strategy.take_over(before.strategy if before is not None else None)
+        job.strategy.resume_with_new_ranks(before.strategy if before is not None else None)
         told = None if before is None else (
             before.position, before.lines, before.saver.step, before.passed_over_at, before.stop_at, before.went_on,
         )

@@ -28,7 +28,7 @@ from mpidp.model.part import Part, part_of, refuse
 from mpidp.model.shape import Shape, TransformerShape, num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.parallel.grid import Grid
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.agreement import check_agreement, versions
 from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
 from mpidp.runtime.environment import launched_with_ulfm, numbers
@@ -230,7 +230,7 @@ def plan(config: Config, grid: Grid) -> Plan:
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     with raise_together(world):
-        trained_sizes(settings, shape, Parts(grid, shape, chunks=config.mesh.interleave).part)
+        trained_sizes(settings, shape, ModelPartition(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     check_agreement(world, facts | versions())
     return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)

@@ -11,7 +11,7 @@ from mpidp.errors import MpidpError
 from mpidp.faults.audit import AuditFinding, SpareSlot
 from mpidp.parallel.engine import Computed
 from mpidp.parallel.schedule import interleaved, one_by_one, one_f_one_b
-from mpidp.reducers.base import Look
+from mpidp.reducers.base import LaneObserver
 from mpidp.training.audits import say_finding
 from mpidp.training.job import Job
 
@@ -24,16 +24,16 @@ def compute(job: Job, batch: Batch) -> Computed:
     collective over job.comm."""
     step = job.position.step + 1
     squares: dict[int, float] = {}
-    looks = []
+    observers = []
     if job.noise_every and step % job.noise_every == 0:
-        looks.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
+        observers.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
     if not job.audit.due(step):
-        job.strategy.watch([*job.faults.gradient_faults(step), *looks])
+        job.strategy.observe_lanes([*job.faults.gradient_faults(step), *observers])
         return _run(job, batch, squares, job.balance.lanes(batch.batch))
     finding: AuditFinding | None = None
     for attempt in range(ATTEMPTS):
         again, _ = job.audit.begin(step, job.balance.ranges)
-        job.strategy.watch([*job.faults.gradient_faults(step, attempt), *looks, job.audit.record])
+        job.strategy.observe_lanes([*job.faults.gradient_faults(step, attempt), *observers, job.audit.record])
         # Lanes do not change hands in this step: a rank that took one could be asked to check itself.
         done = _run(job, batch, squares, iter(job.balance.ranges[job.mesh.dp.rank]))
         finding = _compute_again(job, batch, again, job.faults.gradient_faults(step, attempt=1))
@@ -49,7 +49,7 @@ def compute(job: Job, batch: Batch) -> Computed:
 
 
 def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]) -> Computed:
-    if job.balance.settled:
+    if job.balance.static:
         mine = [v for lane in lanes for v in job.lanes.micro_batches(lane)]
         place, chunks = (job.grid.pp.rank, job.grid.pp.size), len(job.parts.part.chunks)
         schedule = one_f_one_b(mine, *place) if chunks == 1 else interleaved(mine, *place, chunks)
@@ -60,7 +60,7 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
     return done
 
 
-def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[Look]) -> AuditFinding | None:
+def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
     """Another rank's lane, in a spare slot; spoils: faults on purpose. Collective over job.comm."""
     aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)

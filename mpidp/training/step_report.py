@@ -48,12 +48,12 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     with job.clock.timed("stall"):  # inside comm_wait, and no communication
         job.saver.wait_for_recent_save(job.position.step + 1)
         job.saver.wait_for_copy()
-    met, size, count = job.strategy.meets(job.position.step + 1), job.comm.size, job.lanes.num_micro_batches
+    met, size, count = job.strategy.synchronizes_at(job.position.step + 1), job.comm.size, job.lanes.num_micro_batches
     lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, data, counts, squares, saving, stops, steps, joules = np.split(flat, np.cumsum(lengths)[:-1])
-    tells = job.engine.tells  # else another rank of this replica does
-    if tells or not met:
+    reports_loss = job.engine.reports_loss  # else another rank of this replica does
+    if reports_loss or not met:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
     data[job.comm.rank], joules[0] = job.clock.so_far("data"), job.meter.pop_joules()
     spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
@@ -61,7 +61,7 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
     steps[0] = job.comm.rank == 0
     if not met:
         job.untold = (0.0 if job.untold is None else job.untold) + flat
-        job.untold[: 2 * count * (not tells)] = 0.0
+        job.untold[: 2 * count * (not reports_loss)] = 0.0
         spent[:] = seconds  # of the others it knows nothing
         return Board(losses, num_tokens, spent, data, counts, squares, saving, False, False, sum(done.num_tokens), 1)
     if job.untold is not None:
@@ -69,7 +69,7 @@ def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
         job.untold = None
     saving[:], stops[0] = job.saver.flags(), stop
     job.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
-    divisor = int(num_tokens.sum()) if job.strategy.meets_always else sum(done.num_tokens)
+    divisor = int(num_tokens.sum()) if job.strategy.synchronizes_always else sum(done.num_tokens)
     stop, told = bool(stops[0]), (int(steps[0]), float(joules[0]))
     return Board(losses, num_tokens, spent, data, counts, squares, saving, stop, True, divisor, *told)
 

@@ -90,7 +90,7 @@ def masked(file: h5py.File) -> None:
 
 
 MASKS: dict[str, tuple[str, Callable[[h5py.File], None], str]] = {
-    "no target": ("train_*.h5", masked, "shards: none of the first 3,"),
+    "no target": ("train_*.h5", masked, "shards: the loss mask excludes all of the first 3,"),
     "no target to evaluate on": ("val_*.h5", masked, "targets of split 'val', so there is no loss"),
     "no mask": ("train_00001.h5", unmasked, "shards/train_00001.h5: it has no dataset loss_mask"),
 }

@@ -55,6 +55,7 @@ def check_goes_on(shell: Shell, forks: Forks, whole_hash: str) -> None:
     assert end_record(shell.folder / "run")["weights_sha256"] == whole_hash
 
 
+@pytest.mark.quick
 def test_an_exception(either: Shell, forks: Forks, whole_hash: str) -> None:
     ended = crash(either, "raise RuntimeError('the fault of this test')")
     assert ended.code == 1, ended
@@ -89,6 +90,7 @@ def test_a_process_that_is_gone(either: Shell, fault: str) -> None:
     assert "done:" not in ended.said and end_record(either.folder / "run").get("event") != "end", ended
 
 
+@pytest.mark.quick
 def test_a_rank_is_killed_from_outside(either: Shell, forks: Forks, whole_hash: str) -> None:
     started = either.start("-c", SLOWLY, "tiny.toml", ranks=3)
     started.until_exists(either.folder / "run" / "checkpoints" / "step_00000002")

@@ -46,6 +46,7 @@ def small_disk(either: Shell) -> Iterator[Path]:
         subprocess.run(["umount", "-l", run], check=True)
 
 
+@pytest.mark.quick
 def test_a_disk_that_is_full_for_a_while(either: Shell, small_disk: Path, whole_hash: str) -> None:
     """The disk is full until step 5; run.keep=1, so that two checkpoints fit afterwards. Step 4's save may be retried just then
     and succeed."""

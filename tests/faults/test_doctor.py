@@ -44,6 +44,7 @@ def findings(ended: Ended) -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_healthy_job(either: Shell, ranks: int) -> None:
     ended = either.run(*DOCTOR, "--json", "--data", "shards", "--run", "runs/new", ranks=ranks)

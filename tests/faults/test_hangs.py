@@ -50,6 +50,7 @@ def words(ended: Ended) -> list[str]:
     return [line.partition("(run.hang_seconds is 4): ")[2] for line in found]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fault", [STOP, SLEEP, HOLD], ids=["stopped", "sleeps", "holds the GIL"])
 def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
     ended = hang(either, fault)

@@ -123,6 +123,7 @@ def check(row: Row, shell: Shell, undisturbed: list[tuple[Any, ...]]) -> None:
     assert dead(lines) == row.dead, ended
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "time"), [(n, i) for i in range(SOAK or 1) for n, row in ROWS.items() if SOAK or row.always])
 def test_the_others_go_on(shell: Shell, undisturbed: list[tuple[Any, ...]], name: str, time: int) -> None:
     check(ROWS[name], shell, undisturbed)
@@ -144,7 +145,7 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
 PLACES = (  # in a recovery: its communications, and rank 0's files
     "mpidp.training.recovery.make_topology", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
     "mpidp.training.build.open_heartbeat_board", "mpidp.training.recovery.committed",
-    "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.training.events.MetricsFile",
+    "mpidp.strategies.synchronous.Synchronous.resume_after_failure", "mpidp.training.events.MetricsFile",
     "mpidp.training.build.Loader",
 )
 DIES = """
@@ -227,6 +228,7 @@ def test_the_last_rank_hangs(shell: Shell) -> None:
     assert ended.err.count("mpidp: no rank has got further") == 1, ended
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_request_to_stop_after_a_recovery(shell: Shell, undisturbed: list[tuple[Any, ...]], how: str) -> None:
     started = start(shell, 3, "kill:0:2:reduce", program=("-c", SLOWLY))

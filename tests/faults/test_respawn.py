@@ -78,6 +78,7 @@ ROWS: dict[str, tuple[str, list[int], list[tuple[list[int], int]], tuple[str, ..
 ALWAYS = ("messages", "rank 0", "two in a row, a newcomer then", "all but one")  # the others run only in the soak test
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "time"), [(n, i) for i in range(SOAK or 1) for n in (ROWS if SOAK else ALWAYS)])
 def test_back_to_full_size(shell: Shell, undisturbed: Learned, name: str, time: int) -> None:  # noqa: F811
     faults, lost, events, words, nodes = ROWS[name]
@@ -135,8 +136,8 @@ PLACES = {  # and the number of ranks at the end
     ("mpidp.faults.respawn._broadcast", False): 4,
     ("mpidp.training.recovery.make_topology", True): 4, ("mpidp.training.build.Optimizer", True): 4,
     ("mpidp.training.build.Optimizer", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.take_over", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", False): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
     ("mpidp.training.build.Loader", True): 4,
 }
 

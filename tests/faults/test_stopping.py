@@ -68,6 +68,7 @@ def check_goes_on(run: Path, ended: Ended, step: int, whole_hash: str) -> None:
     assert end_record(run)["weights_sha256"] == whole_hash
 
 
+@pytest.mark.quick
 def test_a_file_named_stop(either: Shell, forks: Forks, whole_hash: str) -> None:
     started = begin(either)
     (either.folder / "run" / "STOP").touch()

@@ -33,6 +33,7 @@ def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
+@pytest.mark.quick
 def test_the_four_commands_work_under_mpirun(shell: Shell, whole_hash: str) -> None:
     (shell.folder / "text.txt").write_text("some text\n" * 50)
     prepared = shell.run("-m", "data_tools.prepare", "--source", "text.txt", "--out", "mine", ranks=2)
@@ -49,6 +50,7 @@ def test_the_four_commands_work_under_mpirun(shell: Shell, whole_hash: str) -> N
     assert generated.out.startswith("def f")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("module", "word"),
     [("mpidp.train", "train.global_batch"), ("mpidp.evaluate", "--data"), ("mpidp.generate", "--prompt"),
@@ -122,6 +124,7 @@ def test_configuration_files_that_cannot_be_opened(shell: Shell, name: str) -> N
     expect(shell.run("-m", "mpidp.train", name), 2, f"{name}: not a configuration that can be read")
 
 
+@pytest.mark.quick
 def test_a_wrong_word_under_mpirun(either: Shell) -> None:
     expect(either.train("--model.num_layer=2", ranks=3), 2, "did you mean 'model.num_layers'")
 
@@ -142,6 +145,7 @@ def test_an_unknown_option_is_said_once_under_mpirun(either: Shell) -> None:
     expect(either.run("-m", "mpidp.evaluate", ranks=2), 2, "the following arguments are required: RUN")
 
 
+@pytest.mark.quick
 def test_more_ranks_than_lanes(either: Shell) -> None:
     expect(either.train("--train.micro_batch=4", ranks=2), 2, "2 ranks, but the global batch has 1 lanes", "start at most 1")
     assert not (either.folder / "run").exists()

@@ -308,9 +308,9 @@ def test_sent_bytes_are_those_foretold(
         loader = job.open_loader(0)
         batch = next(loader)
         loader.close()
-        job.transport.take()
+        job.transport.pop_counts()
         compute(job, batch)
-        return job.transport.take()[0], job.parts.shape
+        return job.transport.pop_counts()[0], job.parts.shape
 
     (found, s), _ = at(2, sent)
     model = Model(s.num_layers, s.model_dim, s.hidden_dim, s.num_heads, s.num_kv_heads, s.vocab_size, s.seq_len)

@@ -15,10 +15,12 @@ from mpi4py import MPI
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.config.schema import Config
+from mpidp.strategies.optimizer import MOMENTS
 from mpidp.training.job import Job
 from mpidp.training.step import compute
 from mpidp.training.step_report import share
 from tests.memory_formulas import of_replicas, of_shards
+from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, at, corpus, job_at, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -64,11 +66,14 @@ def assert_close(run: Ran, folder: Path, alone: Ran, its: Path, what: str) -> No
 
 
 MESSAGES = {"comm": {"transport": "messages"}}
+ELEMENTWISE = [name for name in OPTIMIZERS if name in MOMENTS]  # muon updates whole matrices
+NEW = [name for name in ELEMENTWISE if name not in ("adamw", "adam", "sgd")]  # those have rows of their own
 
 
 @pytest.mark.parametrize(("nodes", "sections"), [
     (0, MESSAGES), (0, {}), (2, {}), (3, {}), (0, {"comm": {"copies": "rank"}}), (0, MESSAGES | {"optim": {"name": "sgd"}}),
     (2, {"optim": {"name": "adam"}, "model": {"tie_embeddings": True}}),
+    *((0, {"optim": {"name": name}}) for name in NEW),
 ])  # fmt: skip
 def test_level_1_changes_no_bit(shared_folder: Path, shared_tmp: Path, nodes: int, sections: dict[str, Any]) -> None:
     """With messages; with a window where the ranks of a node share one copy or have one each; over several nodes."""
@@ -90,6 +95,7 @@ TIED = {"optim": {"name": "adam"}, "model": {"tie_embeddings": True, "num_kv_hea
 @pytest.mark.parametrize(("level", "ranks", "sections"), [
     (2, (1, 3, 4), {}), (3, (2, 3), {}), (2, (2, 3), {"optim": {"name": "sgd", "lr": 0.1, "clip": 0.0}, "train": {"steps": 9}}),
     (3, (2, 4), TIED),
+    *((2 + i % 2, (2, 3), {"optim": {"name": name}, "train": {"steps": 9}}) for i, name in enumerate(NEW)),
 ])  # fmt: skip
 def test_levels_2_and_3_are_level_0(
     shared_folder: Path, shared_tmp: Path, level: int, ranks: tuple[int, ...], sections: dict[str, Any]
@@ -157,7 +163,7 @@ def held_at(comm: MPI.Intracomm, config: Config) -> tuple[dict[str, int], dict[s
     return full, strategy.held(), strategy.buffer.num_elements if strategy.buffer else 0, shapes, whole
 
 
-@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("sgd", 1)])
+@pytest.mark.parametrize(("name", "moments"), [(name, len(MOMENTS[name])) for name in ELEMENTWISE if name != "adam"])
 def test_each_rank_holds_what_the_formulas_say(shared_folder: Path, shared_tmp: Path, name: str, moments: int) -> None:
     data = corpus(shared_folder)
     for n in sizes(1, 2, 3, 4):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mpidp.comm.work_stealing import Tickets
 from mpidp.errors import MpidpError
 from mpidp.training import balance
+from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, corpus, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -122,7 +123,7 @@ def test_balance_path_and_nodes_change_no_bit(
         assert (moved > 0) == (kind != "even"), "lanes did change hands, or this says nothing"
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ranks_that_update_a_share_each_update_as_one(shared_folder: Path, shared_tmp: Path, name: str) -> None:
     data = corpus(shared_folder)
     optim = {"name": name, "weight_decay": 0.3, "clip": 0.5}

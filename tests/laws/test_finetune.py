@@ -160,7 +160,9 @@ def rows(folder: Path) -> Path:
         words = SENTENCE.split()
         pairs = [{"prompt": " ".join(words[i % 7 : i % 11 + 2]) + "?", "completion": words[i * i % 20]} for i in range(150)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        prepare(str(folder / "rows.jsonl"), out=out, form="prompt_completion", seq_len=64, shards=3, val_fraction=0.1, say=False)
+        prepare(
+            str(folder / "rows.jsonl"), out=out, form="prompt_completion", seq_len=64, shards=3, val_fraction=0.1, verbose=False
+        )
     polite_barrier(WORLD)
     return out
 
@@ -185,7 +187,7 @@ def test_documents_of_text_may_be_kept_apart(shared_folder: Path, shared_tmp: Pa
     lines, data = shared_folder / "lines.jsonl", shared_folder / "lines"
     if WORLD.rank == 0:
         lines.write_text("".join(json.dumps({"text": SENTENCE[i % 60 : i % 60 + 9]}) + "\n" for i in range(300)))
-        prepare(str(lines), out=data, val_fraction=0.2, say=False)
+        prepare(str(lines), out=data, val_fraction=0.2, verbose=False)
     polite_barrier(WORLD)
     ends = {}
     for documents in ("joined", "apart"):

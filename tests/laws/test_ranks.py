@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.registries import OPTIMIZERS
 from tests.tiny import Ran, corpus, masked_corpus, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -25,9 +26,9 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, dict[str, Any]]]] = {
     "tied embeddings, sequential": (
         (1, 3, 8), {"model": {"tie_embeddings": True, "dropout": 0.1}, "data": {"order": "sequential"}, "train": {"steps": 8}},
     ),
-    "muon": ((1, 2, 5), {"optim": {"name": "muon"}}),
     "sgd, no clipping": ((1, 3, 8), {"optim": {"name": "sgd", "lr": 0.3, "clip": 0.0}}),
     "adam, hard clipping": ((1, 4, 7), {"optim": {"name": "adam", "clip": 0.05}}),
+    **{name: ((1, 2, 5), {"optim": {"name": name}}) for name in OPTIMIZERS if name not in ("adamw", "adam", "sgd")},
 }
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from mpidp.checkpoint.manifest import committed
 from mpidp.checkpoint.reader import Reader
-from mpidp.config.schema import fields_of
-from mpidp.reducers.base import Sums
+from mpidp.reducers.base import FlatReducer
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.compressed import Compressed
 from tests.laws.test_resume import crashed_in, equal, equal_checkpoints, ranks
+from tests.registries import COMPRESSIONS
 from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
-NAMES = {key: about.metadata["choices"] for key, about, _ in fields_of()}["comm.compress"][1:]
+NAMES = COMPRESSIONS
 SECTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "train": {"steps": 8, "save_every": 2, "eval_every": 0}}
 
 
@@ -51,7 +51,7 @@ class Ledger:
         self.given: dict[int, Tensor] = {}
         self.applied: dict[int, Tensor] = {}
         self.held: Tensor | None = None
-        real_sum, real_settle = Compressed.sum, Compressed.settle
+        real_sum, real_end_round = Compressed.sum, Compressed.end_round
 
         def book(into: dict[int, Tensor], reducer: Compressed, flat: Tensor, bucket: Bucket) -> None:
             row = into.setdefault(reducer.rounds, torch.zeros(reducer.buffer.num_elements, dtype=torch.float64))
@@ -62,12 +62,12 @@ class Ledger:
             real_sum(reducer, flat, bucket)
             book(self.applied, reducer, flat, bucket)
 
-        def settle(reducer: Compressed, applied: bool) -> None:
-            real_settle(reducer, applied)
+        def end_round(reducer: Compressed, applied: bool) -> None:
+            real_end_round(reducer, applied)
             self.held = reducer.held["residual"].clone()
 
         patch.setattr(Compressed, "sum", sum_)
-        patch.setattr(Compressed, "settle", settle)
+        patch.setattr(Compressed, "end_round", end_round)
 
     def back_to(self, number: int) -> None:
         """The run resumes after so many rounds; later rounds are discarded."""
@@ -150,4 +150,4 @@ def test_compression_may_be_turned_on_and_off(shared_folder: Path, shared_tmp: P
 
 
 def test_the_base_holds_nothing() -> None:
-    assert Sums.state_dict(object.__new__(Sums)) == {}
+    assert FlatReducer.state_dict(object.__new__(FlatReducer)) == {}

@@ -58,7 +58,7 @@ def late(rank: int, until: float = math.inf) -> Iterator[None]:
         with real(self, v, last, *chunk):
             yield
         step = self._steps + 1
-        meeting = next(one for one in itertools.count(step) if self.meets(one))
+        meeting = next(one for one in itertools.count(step) if self.synchronizes_at(one))
         if last and self.compute_comm.rank == rank and step <= until:
             while self._summed.qsize() < min(self.options.staleness, meeting - step):
                 time.sleep(0.001)

@@ -31,6 +31,7 @@ def both(name: str, **arguments: Any) -> dict[str, Any]:
     return found[0][0]
 
 
+@pytest.mark.check
 def test_digits() -> None:
     pytest.importorskip("sklearn")
     assert both("digits", epochs=2)["right"] > 200  # of 297

@@ -65,14 +65,14 @@ def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() 
             wanted[places[s] : places[s] + length(s, me)] = 100 * s + me
         sends, takes = [length(me, s) for s in every], [length(s, me) for s in every]
         wire.alltoallv(comm, lambda request: None, (source, sends, places), (target, takes, places))
-        ok = torch.equal(target, wanted) and wire.take()[0] == 4 * sum(sends)
+        ok = torch.equal(target, wanted) and wire.pop_counts()[0] == 4 * sum(sends)
         lengths = [(r + 1) % 3 for r in every]
         whole, wanted = torch.full((8 * comm.size,), -1.0), torch.full((8 * comm.size,), -1.0)
         for r in every:
             wanted[places[r] : places[r] + lengths[r]] = r
         whole[places[me] : places[me] + lengths[me]] = me
         wire.allgatherv(comm, lambda request: None, (whole, lengths, places))
-        ok = ok and torch.equal(whole, wanted) and wire.take()[0] == 4 * lengths[me] * (comm.size - 1)
+        ok = ok and torch.equal(whole, wanted) and wire.pop_counts()[0] == 4 * lengths[me] * (comm.size - 1)
         wire.close()
         return ok
 

@@ -62,7 +62,7 @@ class Anyhow:
     """Assign lanes to ranks: groups as in balance.even, but any rank and any order within a group."""
 
     ranges: list[range]
-    settled = False
+    static = False
 
     def lanes_of(self, group: Group, step: int) -> list[int]:
         """Return this rank's lanes; may be empty."""
@@ -88,7 +88,7 @@ def reduced(
     shares = Anyhow(ranges) if anyhow else Even(Terms(lanes.num_lanes, comm.size, comm.rank))
     slots = lanes.num_lanes if anyhow else 1
     if kind == "tree" and not anyhow:
-        slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=False)
+        slots = slots_needed(lanes, ranges[comm.rank], 0, static=True, kept_apart=False)
     wire = open_wire(comm)
     reducer = REDUCERS[kind](group, lanes, wire, shares, slots)
     reducer.attach(
@@ -98,7 +98,7 @@ def reduced(
     found = []
     for step in range(steps):
         mine = shares.lanes_of(group, step) if isinstance(shares, Anyhow) else list(ranges[comm.rank])
-        reducer.watch([])
+        reducer.observe_lanes([])
         todo = [v for lane in mine for v in lanes.micro_batches(lane)]
         for v in todo:
             reducer.open(v, last=v == todo[-1])
@@ -203,14 +203,14 @@ def sent(comm: MPI.Intracomm, kind: str, nodes: int = 0) -> int:
     with pretended(nodes):
         mesh = make_topology(comm)
     group, lanes, wire = by_node(mesh) if nodes else alone(mesh), Lanes(8, 1), Messages(CPU)
-    slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, settled=True, kept_apart=False) if kind == "tree" else 1
+    slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, static=True, kept_apart=False) if kind == "tree" else 1
     reducer = REDUCERS[kind](group, lanes, wire, Even(Terms(8, comm.size, comm.rank)), slots)
     named = [("w", torch.nn.Parameter(torch.zeros(200_000)))]
     reducer.attach(GradientBuffer(named, slots, 10**9, lambda n: group.memory(n, CPU), group.node.rank))
     reducer.finish()
     reducer.publish([torch.zeros(10)])
     group.close()
-    return wire.take()[0]
+    return wire.pop_counts()[0]
 
 
 @pytest.mark.parametrize("kind", list(REDUCERS))
@@ -236,7 +236,7 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
     def look(comm: MPI.Intracomm) -> dict[int, bool]:
         named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
         group, ranges = by_node(make_topology(comm)), even(7, comm.size)
-        slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=True)
+        slots = slots_needed(lanes, ranges[comm.rank], 0, static=True, kept_apart=True)
         reducer = REDUCERS["tree"](group, lanes, Messages(CPU), Even(Terms(7, comm.size, comm.rank)), slots)
         reducer.attach(GradientBuffer(named, slots, 600, lambda n: group.memory(n, CPU), group.node.rank))
         seen: dict[int, bool] = {}
@@ -247,7 +247,7 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
             seen[lane] = all(torch.equal(views[name], contributions(lane, 0)[name]) for name in SHAPES)
 
         for step in (0, 1):  # in the second step lanes are not kept apart: siblings share slots again
-            reducer.watch([see] if step == 0 else [])
+            reducer.observe_lanes([see] if step == 0 else [])
             for lane in ranges[comm.rank]:
                 reducer.open(lane)
                 for name, p in named:
@@ -267,9 +267,9 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
 def test_other_reducers_do_not_keep_lanes_apart() -> None:
     for kind in ("allreduce", "naive", "root"):
         reducer = REDUCERS[kind](alone(make_topology(WORLD)), Lanes(8, 1), Messages(CPU), Even(Terms(8, 1, 0)))
-        reducer.watch([])
+        reducer.observe_lanes([])
         with pytest.raises(ValueError, match="cannot be looked at"):
-            reducer.watch([lambda lane, gradient: None])
+            reducer.observe_lanes([lambda lane, gradient: None])
         reducer.group.close()
 
 

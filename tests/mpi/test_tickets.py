@@ -28,7 +28,7 @@ def cuts(step: int) -> list[range]:
 
 def taken(tickets: Tickets, pause: Callable[[], None]) -> Iterator[int]:
     """Take and return all lanes of this rank in a step."""
-    for take in (tickets.own, tickets.steal):
+    for take in (tickets.next_own, tickets.steal):
         while (lane := take()) is not None:
             yield lane
             pause()
@@ -77,7 +77,7 @@ def test_who_sleeps_loses_lanes_to_the_others(shared_tmp: Path) -> None:
         tickets, mine = Tickets(WORLD), []
         tickets.begin(ranges)
         if WORLD.rank == sleeper:
-            mine.append(tickets.own())
+            mine.append(tickets.next_own())
         WORLD.Barrier()
         if WORLD.rank == sleeper:
             until = time.monotonic() + PATIENCE_SECONDS
@@ -98,7 +98,7 @@ def test_thieves_take_from_the_right_of_who_has_most() -> None:
     stolen = tickets.steal() if WORLD.rank == 0 else None
     WORLD.Barrier()
     everywhere(WORLD.bcast(stolen) == ranges[-1][-1], "the rightmost lane of the longest range")
-    everywhere(tickets.own() == ranges[WORLD.rank][0], "owners begin on the left")
+    everywhere(tickets.next_own() == ranges[WORLD.rank][0], "owners begin on the left")
     WORLD.Barrier()
     tickets.close()
 
@@ -109,7 +109,7 @@ def test_a_step_knows_nothing_of_the_one_before() -> None:
     for step in range(6):
         tickets.begin([range(place, place + 1) for place in range(WORLD.size)])
         if step % 3:
-            everywhere(tickets.own() == WORLD.rank, f"step {step}: the own lane")
+            everywhere(tickets.next_own() == WORLD.rank, f"step {step}: the own lane")
             everywhere(tickets.steal() is None, f"step {step}: and no other")
         WORLD.Barrier()
     tickets.close()

@@ -144,7 +144,7 @@ class FakeTickets:
     def begin(self, ranges: Sequence[range]) -> None:
         self.began.append(list(ranges))
 
-    def own(self) -> int | None:
+    def next_own(self) -> int | None:
         return self._own.pop(0) if self._own else None
 
     def steal(self) -> int | None:
@@ -180,7 +180,7 @@ def test_nothing_is_stolen_without_room() -> None:
 def test_balances_by_name() -> None:
     terms = Terms(7, 3, 1, tickets=FakeTickets(3, [], []))  # type: ignore[arg-type]
     made = {name: make(terms) for name, make in BALANCES.items()}
-    assert {name: balance.settled for name, balance in made.items()} == {"even": True, "measured": True, "steal": False}
+    assert {name: balance.static for name, balance in made.items()} == {"even": True, "measured": True, "steal": False}
     assert all(balance.ranges == even(7, 3) for balance in made.values())
     assert list(made["even"].lanes(0)) == [2, 3] and made["even"].observe([1.0] * 3, [1] * 3) is None
     made["even"].close()

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpidp.config.schema import fields_of
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import BLOCK, CODES, PLAIN, Code, Integer, blocks, pack, seed_of, unpack
 from mpidp.reducers.compression.compressed import method_of, padding_of, trimmed
 from mpidp.reducers.compression.exchange import HEADER, bytes_sent, read, slice_bytes, wire_bytes, write
-from mpidp.reducers.compression.topk import Random, TopK, count, ratio_at
+from mpidp.reducers.compression.topk import RandomKMethod, TopK, count, ratio_at
+from tests.registries import COMPRESSIONS
 
 ALL: dict[str, Code] = {"plain": PLAIN, **CODES, "topk": TopK(0.05)}
 LENGTHS = [1, 2, 3, 63, 64, 65, BLOCK, BLOCK + 1, 1000, 5 * BLOCK]
@@ -134,7 +134,7 @@ def test_rounding_repeats_with_its_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("kind", ["normal", "one large", "two sizes", "equal", "sizes"])
+@pytest.mark.parametrize("kind", ["normal", "one large", "two sizes", "equal", "sizes", "1 of 100", "1 of 10", "1 of 2"])
 def test_less_is_left_than_was_there(name: str, kind: str) -> None:
     """In the mean over roundings. Otherwise residuals would grow without bound."""
     generator = torch.Generator().manual_seed(1)
@@ -147,8 +147,50 @@ def test_less_is_left_than_was_there(name: str, kind: str) -> None:
         x = x.sign()
     elif kind == "sizes":
         x = values(8 * BLOCK)
+    elif kind.startswith("1 of"):
+        x *= torch.rand(len(x), generator=generator) < 1 / int(kind[5:])
     left = sum(float((x - through(ALL[name], x, seed)).double().square().sum()) for seed in range(20)) / 20
     assert left <= (1 - 1e-4) * float(x.double().square().sum())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_single_value_is_sent_wherever_it_stands(name: str) -> None:
+    """Else error feedback would hold it back for ever: in the mean over roundings, less of it is left than there was."""
+    n = BLOCK + 70
+    for place in range(n):
+        for value in (1.0, -3e-5):
+            x = torch.zeros(n)
+            x[place] = value
+            left = sum(float((x - through(ALL[name], x, seed)).double().square().sum()) for seed in range(2)) / 2
+            assert left <= (1 - 1e-4) * float(x[place].double().square()), f"value {value} at place {place}"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("nonzero", [1, 7, 128, 2 * BLOCK])
+def test_error_feedback_sends_every_value_in_time(name: str, nonzero: int) -> None:
+    """The same gradient again and again: what was applied and what is held back add up to it, and what is held back of each
+    value stops growing, so that the mean of what is applied converges to the gradient."""
+    rounds, n = 1024, 2 * BLOCK
+    places = torch.randperm(n, generator=torch.Generator().manual_seed(nonzero))[:nonzero]
+    gradient = torch.zeros(n)
+    gradient[places] = torch.where(places % 3 == 0, -1.0, 1.0)
+    held, applied = torch.zeros(n), torch.zeros(n, dtype=torch.float64)
+    for seed in range(rounds):
+        x = gradient + held
+        sent = through(ALL[name], x, seed)
+        held, applied = x - sent, applied + sent.double()
+    torch.testing.assert_close(applied + held.double(), rounds * gradient.double(), rtol=1e-4, atol=0.05)
+    worst = (rounds * gradient.double() - applied).abs().max()
+    assert worst < 0.5 * rounds, f"{worst:.0f} of {rounds} gradients of some value were never applied"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_the_length_depends_on_the_count_alone(name: str, n: int) -> None:
+    """Whatever the values: zeros, few, many; and no more than float32 would take, but for a scale and 6 bytes a value kept."""
+    for x in (torch.zeros(n), values(n), values(n) * (torch.arange(n) % 5 == 0)):
+        through(ALL[name], x)
+    assert 0 < ALL[name].num_bytes(n) <= 4 * n + 8
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -190,7 +232,7 @@ def bucket_of(*shapes: tuple[int, ...]) -> Bucket:
 
 
 def test_random_places_are_distinct_and_every_place_has_its_turn() -> None:
-    bucket, method = bucket_of((10, 10), (27,)), Random(0.1, 0)
+    bucket, method = bucket_of((10, 10), (27,)), RandomKMethod(0.1, 0)
     seen = torch.zeros(192)
     for number in range(2000):
         places = method.places(bucket, number, seed=1)
@@ -199,7 +241,7 @@ def test_random_places_are_distinct_and_every_place_has_its_turn() -> None:
     assert (seen - 2000 * 19 / 192).abs().max() <= 5 * math.sqrt(2000 * 0.11)
     assert torch.equal(method.places(bucket, 7, 1), method.places(bucket, 7, 1))
     assert not torch.equal(method.places(bucket, 7, 1), method.places(bucket, 7, 2))
-    assert Random(1.0, 0).places(bucket, 0, 0).tolist() == list(range(192))
+    assert RandomKMethod(1.0, 0).places(bucket, 0, 0).tolist() == list(range(192))
 
 
 def test_padding_is_what_no_parameter_has() -> None:
@@ -209,8 +251,8 @@ def test_padding_is_what_no_parameter_has() -> None:
 
 
 def test_every_name_has_its_method() -> None:
-    choices = {key: about.metadata["choices"] for key, about, _ in fields_of()}["comm.compress"]
-    for name in choices[1:]:
+    for name in COMPRESSIONS:
         method = method_of(name, 0.1, 0, 4, 0)
         sent = method.bytes_sent(bucket_of((400, 400)), 0, 0, 2)
         assert 0 < sent < 4 * 400 * 400 * 2 / 1.9, name
+    assert set(CODES) <= set(COMPRESSIONS), "a code that comm.compress in settings.py does not name"

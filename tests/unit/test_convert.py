@@ -48,7 +48,7 @@ def shards(tmp_path: Path) -> Path:
     folder.mkdir()
     for i in range(30):
         (folder / f"{i:02d}.txt").write_text(f"text {i} " * (i * i % 17 + 1))
-    prepare(str(folder), "byte", tmp_path / "shards", shards=3, val_fraction=0.3, say=False)
+    prepare(str(folder), "byte", tmp_path / "shards", shards=3, val_fraction=0.3, verbose=False)
     return tmp_path / "shards"
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "in.txt").write_text("Once upon a time there was a corpus.\n" * 100)
-    prepare(str(folder / "in.txt"), out=folder / "out", shards=3, say=False)
+    prepare(str(folder / "in.txt"), out=folder / "out", shards=3, verbose=False)
     return folder / "out"
 
 

@@ -58,7 +58,7 @@ def test_boxes_find_their_places_and_nothing_else_is_taken() -> None:
     class Counts:
         updates = 0
 
-        def go_on_after(self, updates: int) -> None:
+        def set_updates(self, updates: int) -> None:
             self.updates = updates
 
     counts = Counts()

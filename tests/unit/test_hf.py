@@ -54,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the se
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     (folder / "text.txt").write_text(text(6000))
-    prepare(str(folder / "text.txt"), "bpe:280", folder / "shards", shards=2, val_fraction=0.2, say=False)
+    prepare(str(folder / "text.txt"), "bpe:280", folder / "shards", shards=2, val_fraction=0.2, verbose=False)
     return folder / "shards"
 
 
@@ -183,7 +183,7 @@ def test_a_text_begins_as_in_transformers(
     shutil.copytree(folders["untied"], source)
     theirs_with_bos(shards / "tokenizer.json", source / "tokenizer.json", 7)
     prepare(str(shards.parent / "text.txt"), str(source / "tokenizer.json"), tmp_path / "shards", shards=2, val_fraction=0.2,
-            say=False)
+            verbose=False)
     run = tmp_path / "run"
     train_at(1, begun(tmp_path / "shards", source, run, train={"steps": 1}))
     reader, loaded, tokenizer = open_model(evaluate_options([str(run), "--threads=1"]), WORLD)
@@ -337,11 +337,11 @@ def test_a_damaged_folder_is_refused_with_the_reason(folders: dict[str, Path], t
 
 def test_data_of_another_tokenizer_is_refused(folders: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text(3000))
-    prepare(str(tmp_path / "text.txt"), "bpe:270", tmp_path / "other", shards=1, say=False)
+    prepare(str(tmp_path / "text.txt"), "bpe:270", tmp_path / "other", shards=1, verbose=False)
     with pytest.raises(DataError, match=r"another tokenizer than .*untied/tokenizer.json.*prepare --tokenizer"):
         train_at(1, begun(tmp_path / "other", folders["untied"], tmp_path / "run"))
     shutil.copytree(folders["untied"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
-    prepare(str(tmp_path / "text.txt"), "bpe:300", tmp_path / "larger", shards=1, say=False)
+    prepare(str(tmp_path / "text.txt"), "bpe:300", tmp_path / "larger", shards=1, verbose=False)
     with pytest.raises(UsageError, match=r"model.vocab_size=288, but the tokenizer of .*larger has"):
         train_at(1, begun(tmp_path / "larger", tmp_path / "bare", tmp_path / "run"))
 
@@ -383,7 +383,7 @@ def test_small_tokenizers_give_the_same_ids_in_transformers(ours: Any, tmp_path:
 def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
     """A run with a byte tokenizer that did not start from Hugging Face."""
     (tmp_path / "text.txt").write_text(text(3000))
-    prepare(str(tmp_path / "text.txt"), "byte", tmp_path / "shards", shards=1, say=False)
+    prepare(str(tmp_path / "text.txt"), "byte", tmp_path / "shards", shards=1, verbose=False)
     ran = train_at(1, tiny(tmp_path / "shards", tmp_path / "run", model={"vocab_size": 264}, train={"steps": 1},
                            optim={"warmup_steps": 0}))
     assert Reader(tmp_path / "run/checkpoints/step_00000001")["model/head.weight"].shape == (264, 32)  # padded

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
-from mpidp.parallel.tensor import Again, share_layers
+from mpidp.parallel.tensor import Regather, share_layers
 from mpidp.planning.mesh.memory import (
     Memory,
     ModelSizes,
@@ -151,9 +151,9 @@ def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch
             alive.append(x)
         return x
 
-    inside = Again.pack
+    inside = Regather.pack
 
-    def pack_inside(self: Again, x: torch.Tensor) -> Any:
+    def pack_inside(self: Regather, x: torch.Tensor) -> Any:
         packed = inside(self, x)
         pack(packed if isinstance(packed, torch.Tensor) else self.part)
         return packed
@@ -166,11 +166,11 @@ def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch
         return list(torch.autograd.grad(y.square().sum(), [x, *real.blocks["0"].parameters()]))
 
     buffers = {x.untyped_storage().data_ptr() for x in (real.cos, real.sin)}
-    monkeypatch.setattr(Again, "pack", pack_inside)
+    monkeypatch.setattr(Regather, "pack", pack_inside)
     mine = gradients()
     kept = kept_of_block(model, Shape(1, 1, tp), Work(1, 1, number_bytes=dtype.itemsize, sequence=True))
     assert kept == pytest.approx(sum(found.values()) / (b * t), rel=0.02)
-    monkeypatch.setattr(Again, "pack", lambda self, x: x)
+    monkeypatch.setattr(Regather, "pack", lambda self, x: x)
     assert all(torch.equal(one, other) for one, other in zip(mine, gradients(), strict=True))
 
 

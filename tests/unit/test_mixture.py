@@ -42,7 +42,7 @@ def test_any_beginning_has_the_shares(sources: None, tmp_path: Path, capsys: pyt
         total = got["a"] + got["b"]
         assert abs(got["a"] - 0.7 * total) <= 0.7 * 83 and abs(got["b"] - 0.3 * total) <= 0.7 * 83
     for letter, path in (("a", "a.jsonl"), ("b", "b.jsonl")):  # each source in its own order
-        prepare(path, out=f"alone_{letter}", val_fraction=0, say=False)
+        prepare(path, out=f"alone_{letter}", val_fraction=0, verbose=False)
         mine = [text for text in found if text[0] == letter]
         assert mine == documents(tmp_path / f"alone_{letter}")[: len(mine)]
     assert set(map(tuple, index.source["sources"][0].items())) >= {("kind", "file"), ("name", "a.jsonl"), ("asked", 0.7)}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.tree import slots_needed
-from mpidp.reducers.tree_order import Folder, Node, fold, fold_all, held_after
+from mpidp.reducers.tree_order import Node, TreeSum, fold, fold_all, held_after
 
 Groups = list[list[list[int]]]  # the lanes of each rank of each group, in the order in which it computes them
 Place = tuple[int, int, int]  # (group, rank in it, slot)
@@ -57,21 +57,21 @@ def lanes_of(node: Node, num_lanes: int) -> set[int]:
 
 
 class Rank:
-    """A rank that follows its Folder. It asserts that no used slot is overwritten and no empty one is read."""
+    """A rank that follows its TreeSum. It asserts that no used slot is overwritten and no empty one is read."""
 
     def __init__(self, lanes: Iterable[int], values: np.ndarray, siblings_share: bool) -> None:
-        folder = Folder(len(values), siblings_share)
+        tree_sum = TreeSum(len(values), siblings_share)
         self.slots: dict[int, np.ndarray] = {}
         self.holds: dict[int, set[int]] = {}
         for lane in lanes:
-            slot, fresh = folder.open(lane)
+            slot, fresh = tree_sum.open(lane)
             assert fresh == (slot not in self.holds), "a slot that holds a sum is not zeroed, any other is"
             self.slots[slot] = values[lane].copy() if fresh else self.slots[slot] + values[lane]
             self.holds[slot] = {lane} if fresh else self.holds[slot] | {lane}
-            for into, source in folder.close(lane):
+            for into, source in tree_sum.close(lane):
                 self.slots[into] = self.slots[into] + self.slots[source]
                 self.holds[into] |= self.holds.pop(source)
-        self.nodes, self.num_slots = folder.nodes, folder.num_slots
+        self.nodes, self.num_slots = tree_sum.nodes, tree_sum.num_slots
         assert self.holds == {slot: lanes_of(node, len(values)) for node, slot in self.nodes.items()}
         assert set(self.slots) == set(range(self.num_slots))
 
@@ -136,9 +136,9 @@ def test_a_rank_has_buffers_for_any_run_that_it_may_ever_own(data: st.DataObject
     max_lanes = data.draw(st.integers(1, num_lanes - 1))  # at least two ranks, all with lanes
     first = data.draw(st.integers(0, num_lanes - 1))
     mine = range(first, data.draw(st.integers(first + 1, min(num_lanes, first + max_lanes))))
-    fixed = slots_needed(lanes, mine, 0, settled=True, kept_apart=kept_apart)
+    fixed = slots_needed(lanes, mine, 0, static=True, kept_apart=kept_apart)
     assert fixed == held_after(mine, num_lanes, not kept_apart)[1]
-    slots = slots_needed(lanes, mine, max_lanes, settled=True, kept_apart=kept_apart)
+    slots = slots_needed(lanes, mine, max_lanes, static=True, kept_apart=kept_apart)
     for start in range(num_lanes):
         for stop in range(start + 1, min(num_lanes, start + max_lanes) + 1):
             assert held_after(range(start, stop), num_lanes, not kept_apart)[1] <= slots, range(start, stop)
@@ -150,15 +150,15 @@ def test_a_thief_asks_for_room_and_never_overflows(data: st.DataObject, num_lane
     """It computes any prefix of its own range, then any lanes, each one only while fewer nodes than slots are held."""
     lanes = Lanes(num_lanes, 1, num_lanes)
     mine = lanes.of_rank(data.draw(st.integers(0, ranks - 1)), ranks)
-    slots = slots_needed(lanes, mine, 0, settled=False, kept_apart=kept_apart)
+    slots = slots_needed(lanes, mine, 0, static=False, kept_apart=kept_apart)
     own = mine[: data.draw(st.integers(0, len(mine)))]
-    folder = Folder(num_lanes, siblings_share=not kept_apart)
+    tree_sum = TreeSum(num_lanes, siblings_share=not kept_apart)
     for i, lane in enumerate([*own, *data.draw(st.permutations(sorted(set(range(num_lanes)) - set(own))))]):
-        if i >= len(own) and len(folder.nodes) >= slots:
+        if i >= len(own) and len(tree_sum.nodes) >= slots:
             break
-        folder.open(lane)
-        folder.close(lane)
-        assert folder.num_slots <= slots
+        tree_sum.open(lane)
+        tree_sum.close(lane)
+        assert tree_sum.num_slots <= slots
     assert len(own) == num_lanes or slots > len(held_after(own, num_lanes, not kept_apart)[0])  # space for at least one
 
 

@@ -157,7 +157,7 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class MeshRow:
-    """One mesh with its best settings of a step."""
+    """A mesh with its best settings."""
 
     shape: Shape
     work: Work

@@ -55,7 +55,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"Of these, {_ranks(found['worth_ranks'])} is the largest number within twice the fewest rank-hours.")
     if found["fastest_bounds_seconds"]:
         low, high = (duration(one) for one in found["fastest_bounds_seconds"])
-        lines.append(f"The fastest takes {low} to {high} for a noise scale within these bounds; other errors come on top.")
+        lines.append(f"The fastest takes {low} to {high} for a noise scale within these bounds; other errors add to this.")
     return "\n".join([*lines, "", *_assumed(found)])
 
 
