@@ -37,7 +37,7 @@ from mpidp.data.dataset import from_dataset as from_dataset
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.own import set_generator
-from mpidp.model.shape import OwnShape
+from mpidp.model.shape import CustomShape
 from mpidp.parallel.engine import dropout_key
 from mpidp.parallel.grid import make_grid
 from mpidp.reducers import overlap
@@ -97,7 +97,7 @@ class SharingPlan:
     mesh: Topology
     lanes: Lanes
     device: torch.device
-    shape: OwnShape
+    shape: CustomShape
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -132,7 +132,7 @@ class DataParallel:
         torch.set_num_threads(config.train.threads)
         device = named[0][1].device
         transport = open_transport(config.comm.gpu, device, self.comm)
-        shape = OwnShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
+        shape = CustomShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
         shared = share_memory(SharingPlan(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
         self._transport, self._balance = transport, shared.balance
         options = StrategyOptions.of(asdict(config.strategy), steps, mesh.node_sizes)

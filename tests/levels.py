@@ -67,7 +67,7 @@ def level() -> str:
 
 def tiers_of_rows(test: str, rows: Sequence[str]) -> list[int]:
     """Return the tier of each row of a parametrized test. test: its id without the row; rows: the rows' ids. Pure."""
-    shift = sum(map(ord, test))  # tests with few rows shall not all keep the first
+    shift = sum(map(ord, test))  # so that tests with few rows do not all keep the first
     found = [1] * len(rows)
     for start, quick, check in TABLES:
         if test.startswith(start):

@@ -22,7 +22,7 @@ from mpidp.model.shape import shapes_of
 
 MAX_JSON_BYTES = 64 * 2**20
 NUMBERS = ("F32", "F16", "BF16", "F64")
-COME_ALONG = (  # the model's other files: copied to RUN/hf, and to the folder of an export
+COMPANION_FILES = (  # the model's other files: copied to RUN/hf, and to the folder of an export
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )

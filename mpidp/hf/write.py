@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpidp.errors import UsageError
-from mpidp.hf.folder import COME_ALONG, read_object
+from mpidp.hf.folder import COMPANION_FILES, read_object
 from mpidp.hf.names import config_of, huggingface_name
 from mpidp.hf.tokens import eod_name
 from mpidp.model.shape import TransformerShape, shapes_of
@@ -88,7 +88,7 @@ def _write_weights(
 
 def _text_files(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, str]:
     """Return the contents of the files that are not weights, by name."""
-    kept = {name: before / name for name in COME_ALONG if (before / name).is_file()} if before is not None else {}
+    kept = {name: before / name for name in COMPANION_FILES if (before / name).is_file()} if before is not None else {}
     config = config_of(shape, dtype, eod, read_object(kept["config.json"]) if "config.json" in kept else {})
     name, longest = eod_name(tokenizer, eod), config["max_position_embeddings"]
     found: dict[str, Any] = {

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpidp.model.lstm import LSTM
-from mpidp.model.own import Own
+from mpidp.model.own import CustomModel
 from mpidp.model.part import Part
-from mpidp.model.shape import LSTMShape, OwnShape, Shape, TransformerShape
+from mpidp.model.shape import CustomShape, LSTMShape, Shape, TransformerShape
 from mpidp.model.transformer import Transformer
 
 SHAPES: dict[str, Any] = {"transformer": TransformerShape, "lstm": LSTMShape}
-MODELS: dict[type, Any] = {TransformerShape: Transformer, LSTMShape: LSTM, OwnShape: Own}
+MODELS: dict[type, Any] = {TransformerShape: Transformer, LSTMShape: LSTM, CustomShape: CustomModel}
 
 
 def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
@@ -22,4 +22,4 @@ def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
 
 def saved_shape(kind: str, saved: Mapping[str, Any]) -> Shape:
     """Return the shape saved in a checkpoint of a run with this model.kind. TypeError if it is another kind's. Pure."""
-    return SHAPES.get(kind, OwnShape)(**saved)  # type: ignore[no-any-return]
+    return SHAPES.get(kind, CustomShape)(**saved)  # type: ignore[no-any-return]

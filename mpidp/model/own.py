@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from mpidp.errors import UsageError
 from mpidp.model.part import Part, whole
-from mpidp.model.shape import OwnShape
+from mpidp.model.shape import CustomShape
 
 
-class Own(nn.Module):
+class CustomModel(nn.Module):
     """Wraps the user's model in the interface of mpidp's models: tokens (B, T) -> logits (B, T, V). Parameter names stay the
     same."""
 
@@ -32,7 +32,7 @@ class Own(nn.Module):
     def new_cache(self, positions: int) -> None:
         """Return None: custom models generate without a cache. Independent."""
 
-    def __init__(self, shape: OwnShape, seed: int = 0, part: Part | None = None) -> None:
+    def __init__(self, shape: CustomShape, seed: int = 0, part: Part | None = None) -> None:
         """Call the factory with torch's generator seeded by `seed`. UsageError if it fails."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
@@ -76,7 +76,7 @@ def set_generator(key: int, device: torch.device) -> None:
         torch.cuda.manual_seed(key)
 
 
-def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> OwnShape:
+def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
     settings: section model, by name; changed: those that differ from their defaults. UsageError if the model cannot be trained.
@@ -97,7 +97,8 @@ def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any],
     model = _make(kind, arguments, seed)
     _check_parameters(kind, model)
     _try(kind, model, vocab_size, settings["seq_len"])
-    return OwnShape(vocab_size, settings["seq_len"], kind, arguments, [(n, list(p.shape)) for n, p in model.named_parameters()])
+    sizes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    return CustomShape(vocab_size, settings["seq_len"], kind, arguments, sizes)
 
 
 def options_of(text: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class Part:
     """The part of a model on one rank."""
 
     chunks: tuple[range, ...]  # ranges of layers; one, or mesh.interleave of them
-    has_embedding: bool = True  # has the embedding (first stage)
-    has_head: bool = True  # has the last norm and the head (last stage)
+    has_embedding: bool = True  # true on the first stage
+    has_head: bool = True  # the last norm and the head; true on the last stage
     index: int = 0  # tensor-parallel index, below size
     size: int = 1  # number of tensor-parallel ranks
     tied: bool = False  # embedding and head share one tensor

@@ -77,7 +77,7 @@ class LSTMShape:
 
 
 @dataclass(frozen=True)
-class OwnShape:
+class CustomShape:
     """The shape of a custom model (own.py), found by making the model once."""
 
     vocab_size: int
@@ -102,7 +102,7 @@ class OwnShape:
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 
-Shape: TypeAlias = TransformerShape | LSTMShape | OwnShape
+Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:

@@ -59,7 +59,7 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
     return left
 
 
-def trained_on_paper(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
+def trained_on_meta(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
     """Return (name, parameter) of the trained parameters on torch's meta device, without allocating memory. Independent."""
     with torch.device("meta"):
         return trained(prepared(base_weights(settings, shape, part), settings, shape, part))

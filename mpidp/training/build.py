@@ -23,7 +23,7 @@ from mpidp.metrics.progress import Progress, peak_flops
 from mpidp.metrics.tensorboard import Scalars
 from mpidp.metrics.timeline import Timeline
 from mpidp.model.frozen import trained
-from mpidp.model.shape import OwnShape, flops_per_token, num_parameters
+from mpidp.model.shape import CustomShape, flops_per_token, num_parameters
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.model_part import ModelPartition
@@ -63,8 +63,8 @@ def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None =
             model.to(device)
         model.recompute = train.recompute
         named = trained(model)
-        check_agreement(dp, parameter_facts(named) | (model.facts() if isinstance(plan.shape, OwnShape) else {}))
-        if isinstance(plan.shape, OwnShape) and (others := parts.begin_alike(model)) and world.rank == 0:
+        check_agreement(dp, parameter_facts(named) | (model.facts() if isinstance(plan.shape, CustomShape) else {}))
+        if isinstance(plan.shape, CustomShape) and (others := parts.begin_alike(model)) and world.rank == 0:
             print(
                 f"the factory gives other initial weights on ranks {others} than on rank 0, so a second run may differ, too: "
                 "draw them by torch's generator, which is set to train.seed. All ranks begin with rank 0's", flush=True,

@@ -20,7 +20,7 @@ from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
-from mpidp.hf.folder import COME_ALONG, ModelFolder
+from mpidp.hf.folder import COMPANION_FILES, ModelFolder
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
 from mpidp.runtime.world import raise_together
@@ -109,7 +109,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         return _of_run(str(path), open_run(path, world))
     with raise_together(world):
         folder = ModelFolder(path)
-        come_along = tuple(path / name for name in COME_ALONG if (path / name).is_file())
+        come_along = tuple(path / name for name in COMPANION_FILES if (path / name).is_file())
         return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along), path)
     raise AssertionError
 
@@ -139,7 +139,7 @@ def _of_run(path: str, reader: Reader) -> Origin:
         saved, plain = reader.meta["config"], Config().flat()
         settings = {key: saved.get(f"model.{key}", plain[f"model.{key}"]) for key in KEYS}
         settings["vocab_size"] = int(reader.meta["shape"]["vocab_size"])
-    come_along = tuple(run / "hf" / name for name in COME_ALONG if (run / "hf" / name).is_file())
+    come_along = tuple(run / "hf" / name for name in COMPANION_FILES if (run / "hf" / name).is_file())
     return _with_tokenizer(Origin(path, settings, reader, come_along=come_along), run)
 
 

@@ -1,7 +1,7 @@
-"""Reference implementations of optimizers: a plain loop over one parameter in float64, as the textbook has it.
+"""Reference implementations of optimizers: textbook formulas for one parameter in float64.
 
-Each function takes a parameter, its gradient, a dict that keeps its state between steps, and the step counted from 1, and
-returns the parameter after the step. test_optim.py compares every optimizer of optim.name with the one in REFERENCES.
+Each function takes a parameter, its gradient, a dict with its state between steps, and the step counted from 1. It returns the
+parameter after the step. test_optim.py compares every optimizer of optim.name with the one in REFERENCES.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hyper:
-    """lr: of this step; decay: weight decay, 0 for vectors; hidden: is the parameter a matrix inside a block?"""
+    """lr: learning rate of this step; decay: weight decay, 0 for vectors; hidden: True for matrices inside a block."""
 
     lr: float
     decay: float
@@ -29,7 +29,7 @@ Reference = Callable[[Tensor, Tensor, dict[str, Any], int, Hyper], Tensor]
 
 
 def adam_update(g: Tensor, state: dict[str, Any], step: int, h: Hyper) -> Tensor:
-    """The direction of Adam (Kingma 2015, algorithm 1)."""
+    """Return Adam's direction (Kingma 2015, algorithm 1)."""
     m = state["m"] = h.beta1 * state.get("m", torch.zeros_like(g)) + (1 - h.beta1) * g
     v = state["v"] = h.beta2 * state.get("v", torch.zeros_like(g)) + (1 - h.beta2) * g * g
     return (m / (1 - h.beta1**step)) / ((v / (1 - h.beta2**step)).sqrt() + 1e-8)
@@ -40,12 +40,12 @@ def adam(p: Tensor, g: Tensor, state: dict[str, Any], step: int, h: Hyper) -> Te
 
 
 def adamw(p: Tensor, g: Tensor, state: dict[str, Any], step: int, h: Hyper) -> Tensor:
-    """Weight decay apart from the gradient (Loshchilov 2019)."""
+    """AdamW: decoupled weight decay (Loshchilov 2019)."""
     return p * (1 - h.lr * h.decay) - h.lr * adam_update(g, state, step, h)
 
 
 def sgd(p: Tensor, g: Tensor, state: dict[str, Any], step: int, h: Hyper) -> Tensor:
-    """With momentum beta1, which decays, too."""
+    """SGD with momentum beta1 and weight decay."""
     m = state["m"] = h.beta1 * state.get("m", torch.zeros_like(g)) + g + h.decay * p
     return p - h.lr * m
 

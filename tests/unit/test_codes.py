@@ -155,7 +155,8 @@ def test_less_is_left_than_was_there(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_single_value_is_sent_wherever_it_stands(name: str) -> None:
-    """Else error feedback would hold it back for ever: in the mean over roundings, less of it is left than there was."""
+    """Otherwise error feedback would keep it forever. In the mean over roundings the remaining error is smaller than the value.
+    """
     n = BLOCK + 70
     for place in range(n):
         for value in (1.0, -3e-5):
@@ -168,8 +169,8 @@ def test_a_single_value_is_sent_wherever_it_stands(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("nonzero", [1, 7, 128, 2 * BLOCK])
 def test_error_feedback_sends_every_value_in_time(name: str, nonzero: int) -> None:
-    """The same gradient again and again: what was applied and what is held back add up to it, and what is held back of each
-    value stops growing, so that the mean of what is applied converges to the gradient."""
+    """With a constant gradient, applied values and residual add up to it, and the residual of each value stops growing. So the
+    mean of the applied values converges to the gradient."""
     rounds, n = 1024, 2 * BLOCK
     places = torch.randperm(n, generator=torch.Generator().manual_seed(nonzero))[:nonzero]
     gradient = torch.zeros(n)
@@ -187,7 +188,7 @@ def test_error_feedback_sends_every_value_in_time(name: str, nonzero: int) -> No
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("n", LENGTHS)
 def test_the_length_depends_on_the_count_alone(name: str, n: int) -> None:
-    """Whatever the values: zeros, few, many; and no more than float32 would take, but for a scale and 6 bytes a value kept."""
+    """For any values: zeros, few, many. It is at most the length in float32 plus a scale and 6 bytes per value kept."""
     for x in (torch.zeros(n), values(n), values(n) * (torch.arange(n) % 5 == 0)):
         through(ALL[name], x)
     assert 0 < ALL[name].num_bytes(n) <= 4 * n + 8

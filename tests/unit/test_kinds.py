@@ -19,16 +19,16 @@ from mpidp.model.kinds import make_model, saved_shape
 from mpidp.model.lstm import LSTM
 from mpidp.model.own import options_of
 from mpidp.model.part import refuse
-from mpidp.model.shape import LSTMShape, OwnShape, flops_per_token, num_parameters, shapes_of
+from mpidp.model.shape import CustomShape, LSTMShape, flops_per_token, num_parameters, shapes_of
 
 V, D, T = 11, 8, 6
 TOKENS = torch.arange(2 * T).view(2, T) * 5 % V
 
 
-def own(name: str, *words: str) -> OwnShape:
+def own(name: str, *words: str) -> CustomShape:
     config = from_args([f"--model.kind=tests.own_models:{name}", f"--model.model_dim={D}", f"--model.seq_len={T}", *words])
     found = model_shape(config, V)
-    assert isinstance(found, OwnShape)
+    assert isinstance(found, CustomShape)
     return found
 
 
@@ -43,7 +43,7 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     named = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes_of(shape) == named and num_parameters(shape) == sum(math.prod(size) for size in named.values())
     products = {name: math.prod(s) for name, s in named.items() if name != "embedding.weight" or "head.weight" not in named}
-    assert isinstance(shape, OwnShape) or flops_per_token(shape, 0) == 6 * sum(products.values())
+    assert isinstance(shape, CustomShape) or flops_per_token(shape, 0) == 6 * sum(products.values())
     assert model(TOKENS).shape == (2, T, V)
     kind = "lstm" if isinstance(shape, LSTMShape) else "tests.own_models:Gru"
     assert saved_shape(kind, dataclasses.asdict(shape)) == shape  # as stored in a checkpoint

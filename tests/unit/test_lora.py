@@ -15,7 +15,7 @@ from mpidp.model.frozen import trained
 from mpidp.model.lora import attach, is_adapter, merged, saved_names
 from mpidp.model.part import part_of, whole
 from mpidp.model.shape import TransformerShape
-from mpidp.model.starting import base_weights, prepared, trained_on_paper, trained_sizes
+from mpidp.model.starting import base_weights, prepared, trained_on_meta, trained_sizes
 from mpidp.model.transformer import Transformer
 
 SHAPE = TransformerShape(50, 2, 4, 2, 32, 64, 16)
@@ -117,7 +117,7 @@ def test_patterns_freeze_what_they_match(patterns: str, left: int) -> None:
         sizes = trained_sizes(settings(optim__freeze=patterns), shape, whole(shape))
         assert {name: tuple(p.shape) for name, p in found.items()} == sizes
         assert len(found) == left - (shape != SHAPE)
-    assert len(trained_on_paper(settings(optim__freeze=patterns), SHAPE, whole(SHAPE))) == left
+    assert len(trained_on_meta(settings(optim__freeze=patterns), SHAPE, whole(SHAPE))) == left
 
 
 @pytest.mark.parametrize(("changed", "words"), [

@@ -27,7 +27,7 @@ from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.part import whole
-from mpidp.model.starting import trained_on_paper
+from mpidp.model.starting import trained_on_meta
 from mpidp.reducers import tree_order
 from mpidp.reducers.buckets import Bucket, FlatLayout
 from mpidp.reducers.compression.compressed import method_of, trimmed
@@ -102,7 +102,7 @@ class Sizes:
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
     """Return the sizes without allocating the model. Independent."""
     shape, settings = model_shape(config, vocab_size), config.flat()
-    layout = FlatLayout(trained_on_paper(settings, shape, whole(shape)))
+    layout = FlatLayout(trained_on_meta(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
 
