@@ -129,7 +129,7 @@ class Sampler:
         return range(min(p.start for p in parts), max(p.stop for p in parts))
 
     def _lane(self, v: int) -> int:
-        """The inverse of Lanes.micro_batches."""
+        """Return the lane of micro-batch v (the inverse of Lanes.micro_batches)."""
         return ((v + 1) * self.lanes.num_lanes - 1) // self.lanes.num_micro_batches
 
     def _places(self, lane: int) -> range:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.group import Group
+from mpidp.config.defaults import DEFAULTS
 from mpidp.parallel.engine import GradientSink
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
@@ -30,28 +31,31 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """What a strategy may be told beside its parts; each takes what concerns it. The settings of section strategy, and facts."""
+    """The settings of section strategy, resolved, and facts about the run. Defaults and meanings are in config/settings.py and
+    config/defaults.py; each strategy reads the settings that it knows."""
 
-    sync_every: int = 1  # steps
-    meet_every: int = 1  # steps
+    sync_every: int  # steps
+    meet_every: int  # steps between synchronization points
+    staleness: int
+    quorum: float  # fraction of the lanes
+    compensation: float
+    outer_lr: float
+    outer_momentum: float
+    overlap: bool
+    fragments: int
+    group: str
+    group_size: int
+    servers: int  # the last ranks are servers
+    mode: str
     total_steps: int = 0
-    staleness: int = 1
-    quorum: float = 1.0  # of the lanes
-    compensation: float = 0.0
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.9
-    overlap: bool = False
-    fragments: int = 1
-    group: str = "all"
-    group_size: int = 2
-    servers: int = 0  # the last ranks
-    mode: str = "async"
-    arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # to be repeated (arrivals.py)
+    arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # the order to replay (arrivals.py)
     nodes: Sequence[Sequence[int]] = ()  # the ranks of each node
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], total_steps: int, node_sizes: Sequence[int], **more: Any) -> StrategyOptions:
-        """From the settings of section strategy. Pure."""
+    def of(
+        cls, settings: Mapping[str, Any] = DEFAULTS, total_steps: int = 0, node_sizes: Sequence[int] = (), **more: Any
+    ) -> StrategyOptions:
+        """Return the options for the settings of section strategy. Pure."""
         first = list(accumulate(node_sizes, initial=0))
         nodes = [range(at, at + size) for at, size in zip(first, node_sizes, strict=False)]
         known = {key: value for key, value in settings.items() if key in {one.name for one in fields(cls)}}

@@ -46,7 +46,7 @@ class Synchronous:
         global_batch x seq_len, by which losses were divided; one_copy: the ranks of a group share parameters and optimizer
         state, and each updates a part; most_slots: that this rank may need when others have died. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
-        self.options = options or StrategyOptions()
+        self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
         self.parameters = [p for _, p in named_parameters]
         self.clip, self.nominal_tokens = clip, nominal_tokens

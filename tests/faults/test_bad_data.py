@@ -56,7 +56,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no files": (lambda i: {k: v for k, v in i.items() if k != "files"}, "files is missing"),
     "fewer tokens": (lambda i: i | {"splits": i["splits"] | {"train": i["splits"]["train"] | {"tokens": 5}}}, "do not add up"),
     "a path": (lambda i: i | {"files": [f | {"name": "../" + f["name"]} for f in i["files"]]}, "is not a plain file name"),
-    "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "names a file twice"),
+    "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "lists a file twice"),
     "negative": (lambda i: i | {"vocab_size": -1}, "vocab_size -1 must be an integer"),
 }
 
