@@ -25,7 +25,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, run_entry
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
 
 
 def to_megatron(shards: Path, prefix: Path) -> list[str]:
@@ -116,8 +116,8 @@ def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: in
         tokens, documents, text = (sum(getattr(f, key) for f in of_split) for key in ("tokens", "documents", "text_bytes"))
         splits[split] = SplitRecord(tokens, documents, text, loss_mask=False)
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, {"kind": "megatron", "path": str(prefix)})
-    write_atomically(out / "tokenizer.json", stored)
-    write_atomically(out / "index.json", index.to_json())
+    write_file(out / "tokenizer.json", stored)
+    write_file(out / "index.json", index.to_json())
     return index
 
 

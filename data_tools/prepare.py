@@ -31,7 +31,7 @@ from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -219,15 +219,15 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
     """Move the old index away and the new shards in, remove stale shards, write the new index. _names_in handles a run that was
     interrupted at any point."""
     scratch, stale = out / SCRATCH, _names_in(out) - {record.name for record in index.files}
-    write_atomically(scratch / "new.json", index.to_json())
+    write_file(scratch / "new.json", index.to_json())
     if (out / "index.json").exists():
         os.replace(out / "index.json", scratch / "old.json")
     for record in index.files:
         os.replace(scratch / record.name, out / record.name)
     for name in stale:
         (out / name).unlink()
-    write_atomically(out / "tokenizer.json", tokenizer)
-    write_atomically(out / "index.json", index.to_json())
+    write_file(out / "tokenizer.json", tokenizer)
+    write_file(out / "index.json", index.to_json())
     shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks continue
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mpidp.config.defaults import DEFAULTS, OF, Settings, _kind, kind
+from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 
 KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
 TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM has not
@@ -36,7 +36,7 @@ def method_setting(name: str, quorum: float) -> str:
 
 
 def _other(settings: Settings) -> bool:
-    return _kind(settings) != "synchronous"
+    return method_of(settings) != "synchronous"
 
 
 def _cut(settings: Settings) -> bool:
@@ -80,7 +80,7 @@ RULES = [
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
          "an outer step needs an anchor that all ranks have in common: strategy.group=all"),
-    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: _kind(s) in ("server", "quorum"),
+    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: method_of(s) in ("server", "quorum"),
          "the parts of one replica would apply what arrives in different orders"),
     Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
          "they are oracles of the others, for whole models"),
@@ -141,8 +141,8 @@ RULES = [
 
 def problems(settings: Settings) -> Iterator[str]:
     """What is wrong, a sentence each. Independent."""
-    name = _kind(settings)
-    for key, names in OF.items():
+    name = method_of(settings)
+    for key, names in METHODS.items():
         value = settings[f"strategy.{key}"]
         if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
             those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
