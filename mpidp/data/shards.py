@@ -37,7 +37,7 @@ import numpy as np
 from mpidp.data.index import FileRecord, read_index
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
@@ -305,6 +305,6 @@ def write_shard(
             for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
                 file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
 
-    write_atomically(path, write)
+    write_file(path, write)
     crc32, sha256 = checksums(path)
     return Written(path.stat().st_size, crc32, sha256)
