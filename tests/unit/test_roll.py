@@ -84,8 +84,8 @@ def test_the_log_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rounds", "said"), [
     ([[0, 1], [0, 2]], "more than the 2 ranks"), ([[0], [0, 1]], "some of the 2 ranks are missing"),
-    ([[0], [0], [0, 1, 1, 1]], "not possible with 2 ranks and strategy.staleness=1"), ([[0, 0, 1], [1]], "not possible with 2 ranks"),
-    ([[], [0, 0, 1, 1]], "not possible with 2 ranks"),
+    ([[0], [0], [0, 1, 1, 1]], "not possible with 2 ranks and strategy.staleness=1"),
+    ([[0, 0, 1], [1]], "not possible with 2 ranks"), ([[], [0, 0, 1, 1]], "not possible with 2 ranks"),
 ])  # fmt: skip
 def test_what_could_not_have_been_is_refused(tmp_path: Path, rounds: list[list[int]], said: str) -> None:
     with pytest.raises(UsageError, match=said):
