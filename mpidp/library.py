@@ -11,7 +11,7 @@
             optimizer.step()
 
 Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks give the bits of one rank, because
-the order in which lanes are added does not depend on the ranks (comm/tree.py). See docs/library.md.
+the order in which lanes are added does not depend on the ranks (reducers/tree.py). See docs/library.md.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TorchOptimizer:
 
 @dataclass(frozen=True)
 class SharingPlan:
-    """The arguments of share_memory (sharing.py)."""
+    """The arguments of share_memory (training/data_parallel.py)."""
 
     config: Config
     mesh: Topology

@@ -78,7 +78,8 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Return half of each round-trip time, without the first: at least one, then as many as fit. Collective over the two."""
+    """Send messages back and forth until a limit is reached. Return half of each round-trip time, without the first one.
+    Collective over the two."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()

@@ -37,11 +37,11 @@ import numpy as np
 from mpidp.data.index import FileRecord, read_index
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-PIECE_BYTES = 4 * 2**20  # hashed at a time
+PIECE_BYTES = 4 * 2**20  # read and hashed at a time
 
 
 @dataclass
@@ -52,7 +52,7 @@ class _Mapped:
     tokens: np.ndarray
     mask: np.ndarray | None
     doc_offsets: np.ndarray
-    offset: int  # of tokens in the file, in bytes
+    offset: int  # where the tokens start in the file, in bytes
 
 
 class TokenStream:
@@ -207,7 +207,7 @@ class TokenStream:
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(path, "r", locking=False) as file:
             if file.userblock_size:
-                raise self._bad(i, "it has a user block")
+                raise self._bad(i, "it has an HDF5 user block, which shards must not have")
             wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
                       "tokenizer_sha256": self.tokenizer_sha256}
             for name, value in wanted.items():
@@ -305,6 +305,6 @@ def write_shard(
             for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
                 file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
 
-    write_atomically(path, write)
+    write_file(path, write)
     crc32, sha256 = checksums(path)
     return Written(path.stat().st_size, crc32, sha256)

@@ -85,14 +85,14 @@ def _rope(config: Mapping[str, Any], problem: Any, limit: int) -> tuple[float, s
     if not all(isinstance(value, (int, float, str, type(None))) for value in scaling.values()):
         raise problem(f"rope_parameters={parameters!r} is not supported: all layers must have the same parameters")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise problem(f"partial_rotary_factor={scaling['partial_rotary_factor']!r} is not supported: only 1.0 is")
+        raise problem(f"partial_rotary_factor={scaling['partial_rotary_factor']!r} is not supported: it must be 1.0")
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return float(theta), ""
     if kind != "llama3":
         raise problem(
-            f"rope scaling {kind!r} is not supported: only llama3 is. If the original context length is enough, remove "
+            f"rope scaling {kind!r} is not supported (only llama3 is). If the original context length is enough, remove "
             "rope_scaling (or rope_parameters) from config.json in a copy of the folder"
         )
     original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or limit

@@ -169,11 +169,11 @@ def _check_parameters(kind: str, model: nn.Module) -> None:
     for name, p in model.named_parameters():
         wrong = ""
         if nn.parameter.is_lazy(p):
-            wrong = "is lazy: give its size"
+            wrong = "is lazy: create it with its size"
         elif p.dtype != torch.float32:
             wrong = f"is {p.dtype}, not float32 (train.dtype=bfloat16 casts during matrix products)"
         elif not p.requires_grad:
-            wrong = "does not require a gradient: make it a buffer"
+            wrong = "does not require a gradient: register it as a buffer"
         if wrong:
             raise UsageError(f"model.kind={kind}: parameter {name} {wrong}")
     if not any(True for _ in model.parameters()):

@@ -91,7 +91,7 @@ class CustomShape:
 
     @property
     def num_layers(self) -> int:
-        """An upper bound: blocks of the gradient norm start at parameters."""
+        """The number of parameters: an upper bound on the unknown number of layers."""
         return len(self.parameters)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:

@@ -56,7 +56,7 @@ def keyed_dropout(
 def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the rotary angles, each (length, head_dim); the second half of a row repeats the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is not None:  # `fast`: 0 (low frequency) to 1 (high), by the number of turns in the original context
+    if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high ones
         turns = scaling.original * frequency / (2 * math.pi)
         fast = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / scaling.factor)

@@ -17,7 +17,7 @@ from typing import Any
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # the fastest share of steps; the ideal is the slowest of these
+IDEAL_SHARE = 0.1  # the ideal is the slowest step of this fastest share of steps
 PARTS = {  # in the order of the waterfall
     "ideal": "compute, if every step were as fast as the fastest tenth of steps",
     "slowdown": "compute time above the ideal",

@@ -20,7 +20,7 @@ from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.tree import REDUCERS, slots_needed
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.topology import Topology
-from mpidp.training.balance import BALANCES, Balance, Terms, even
+from mpidp.training.balance import BALANCES, Balance, Terms
 
 
 class Asked(Protocol):
@@ -71,7 +71,7 @@ class Sharing:
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
     """(gradient buffers that a rank needs, most lanes that it may get: 0 where it keeps what it begins with). Independent."""
-    mine = even(lanes.num_lanes, size)[rank]
+    mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # up to three times the even share: memory for gradients grows with its logarithm
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))

@@ -56,7 +56,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no files": (lambda i: {k: v for k, v in i.items() if k != "files"}, "files is missing"),
     "fewer tokens": (lambda i: i | {"splits": i["splits"] | {"train": i["splits"]["train"] | {"tokens": 5}}}, "do not add up"),
     "a path": (lambda i: i | {"files": [f | {"name": "../" + f["name"]} for f in i["files"]]}, "is not a plain file name"),
-    "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "names a file twice"),
+    "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "lists a file twice"),
     "negative": (lambda i: i | {"vocab_size": -1}, "vocab_size -1 must be an integer"),
 }
 
@@ -336,5 +336,5 @@ def test_evaluate_without_a_validation_split(place: Path, forks: Forks, finished
 def test_generate_with_another_tokenizer(place: Path, forks: Forks, finished: Path) -> None:
     (place / "text.txt").write_text("other text\n" * 300)
     expect(forks.run(place, "data_tools.prepare", "--source", "text.txt", "--tokenizer", "char", "--out", "others"), 0)
-    expect(forks.run(place, "mpidp.generate", finished, "--data", "others"), 3, "the tokenizer has")
-    expect(forks.run(place, "mpidp.generate", finished, "--data", "absent"), 3, "absent")
+    expect(forks.run(place, "mpidp.generate", finished, "--tokenizer", "others"), 3, "the tokenizer has")
+    expect(forks.run(place, "mpidp.generate", finished, "--tokenizer", "absent"), 3, "absent")

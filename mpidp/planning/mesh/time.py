@@ -17,8 +17,8 @@ and M micro-batches per replica:
 | dp, shard 2 and 3 | `gather_seconds` for each of these of each block: host time that does not overlap |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
-An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, an allreduce twice that. If the members of a group fill
-nodes, the network of a node carries as many of their rings as the group has ranks in other nodes. `overlap` is the share of the
+An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, an allreduce twice that. If a group extends
+beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node. `overlap` is the share of the
 possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node divided by its devices; other
 ranks then fill a bubble.
 """

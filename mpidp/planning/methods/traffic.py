@@ -146,7 +146,8 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Traffic of the tree: the owners of a slice in the nodes that share memory exchange the nodes of the tree that remain."""
+    """Return the traffic of the tree reducer. Ranks that share memory add their lanes; the owners of each slice then exchange the
+    partial sums that remain."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
     groups, count = -(-cluster.ranks // shared), lanes.num_lanes

@@ -20,7 +20,7 @@ from mpidp.metrics.gradient_noise import Noise
 from mpidp.metrics.jsonl import number
 from mpidp.planning.ranks.predict import StepTimes, most_micro_batches
 
-WARM_UP = 3  # steps at the start of a job that are not timed, if there are more than three times as many
+WARM_UP = 3  # untimed steps at the start of a job, if it has more than 3 * WARM_UP steps
 
 
 @dataclass
