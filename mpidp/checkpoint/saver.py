@@ -61,7 +61,7 @@ class Saver:
         self._events: list[dict[str, Any]] = []
 
     def flags(self) -> np.ndarray:
-        """Return (4,) for the step report: whether the thread waits for records, writes, fails, and whether the clock demands a save."""
+        """Return (4,) for the step report: does the thread wait for records, write, fail; is a save due by the clock?"""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)

@@ -151,13 +151,13 @@ def problems(settings: Settings) -> Iterator[str]:
         value = settings[f"strategy.{key}"]
         if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
             those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
-            yield f"strategy.{key}={value} has no effect with {name}; it requires strategy.name={those}"
+            yield f"strategy.{key}={value} requires strategy.name={those}; it has no effect with {name}"
     yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
         yield f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1: the share of the lanes to wait for"
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
-            yield f"{rule.one} is not supported with {rule.other}: {rule.why}"
+            yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
     every, meet = settings["strategy.sync_every"], settings["strategy.meet_every"]
     if every and meet % every:
         yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
@@ -166,7 +166,7 @@ def problems(settings: Settings) -> Iterator[str]:
     try:
         first, last = steps_of(settings["metrics.timeline"])
         if settings["metrics.kernels"] and not last:
-            yield "metrics.kernels=true traces the steps of metrics.timeline; set them, for example metrics.timeline=10:12"
+            yield "metrics.kernels=true needs a timeline: set its steps, as in metrics.timeline=10:12"
         if 0 < settings["train.steps"] < last:
             yield f"metrics.timeline={first}:{last} ends after train.steps={settings['train.steps']}"
     except ValueError as error:
@@ -182,10 +182,10 @@ def steps_of(timeline: str) -> tuple[int, int]:
         return 0, 0
     words = timeline.split(":")
     if len(words) != 2 or not all(word.isascii() and word.isdecimal() for word in words):
-        raise ValueError("give the first and the last step, for example 10:12")
+        raise ValueError("give the first and the last step, as in 10:12")
     first, last = map(int, words)
     if not 1 <= first <= last < first + MAX_STEPS:
-        raise ValueError(f"steps start at 1, the last must not be before the first, and a timeline has at most {MAX_STEPS} steps")
+        raise ValueError(f"steps count from 1, the last must not be before the first, and a timeline has at most {MAX_STEPS} steps")
     return first, last
 
 
@@ -194,17 +194,17 @@ def _kind_problems(settings: Settings) -> Iterator[str]:
     model = settings["model.kind"]
     module, colon, factory = model.partition(":")
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
-        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY of your own model, for example models.rnn:make"
+        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY for your own model, as in models.rnn:make"
     if model in KINDS and settings["model.options"]:
-        yield f"model.options={settings['model.options']} has no effect with model.kind={model}; it is for your own models"
+        yield f"model.options={settings['model.options']} requires a custom model.kind, not {model}"
     for key, value in TRANSFORMER_ONLY.items() if model == "lstm" else ():
         if settings[f"model.{key}"] != value:
-            yield f"model.{key}={settings[f'model.{key}']} has no effect with model.kind=lstm; it requires model.kind=transformer"
+            yield f"model.{key}={settings[f'model.{key}']} requires model.kind=transformer; it has no effect with lstm"
 
 
 def table() -> str:
     """Return the table of unsupported combinations for docs/methods.md. Independent."""
     rows = [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [("setting", "not supported with", "reason"), *rows]]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [("setting", "cannot be combined with", "reason"), *rows]]
     lines.insert(1, "--- | --- | ---")
     return "\n".join(f"| {line} |" for line in lines)
