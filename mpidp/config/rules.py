@@ -185,7 +185,7 @@ def steps_of(timeline: str) -> tuple[int, int]:
         raise ValueError("give the first and the last step, as in 10:12")
     first, last = map(int, words)
     if not 1 <= first <= last < first + MAX_STEPS:
-        raise ValueError(f"steps count from 1, the last must not be before the first, and a timeline has at most {MAX_STEPS} steps")
+        raise ValueError(f"steps count from 1, the last must not be before the first, and at most {MAX_STEPS} are recorded")
     return first, last
 
 
@@ -204,7 +204,8 @@ def _kind_problems(settings: Settings) -> Iterator[str]:
 
 def table() -> str:
     """Return the table of unsupported combinations for docs/methods.md. Independent."""
-    rows = [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [("setting", "cannot be combined with", "reason"), *rows]]
+    rows = [("setting", "cannot be combined with", "reason")]
+    rows += [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines.insert(1, "--- | --- | ---")
     return "\n".join(f"| {line} |" for line in lines)
