@@ -12,6 +12,7 @@ from mpidp.config import command_line
 from mpidp.config.schema import Config
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import is_replacement_rank
+from mpidp.runtime.log import log
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
         if world.rank == 0:
             from data_tools.prepare import prepare
 
-            print(f"no shards in {path}: preparing them from the source of Python's standard library", flush=True)
+            log.info("no shards in %s: preparing them from the source of Python's standard library", path)
             prepare(**corpus, out=str(path))
 
 
