@@ -84,7 +84,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
-    from mpidp.training import run_plan
+    from mpidp.training import run_plan, run_summary
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with raise_together(world):
@@ -93,7 +93,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
     plan = run_plan.plan(config, grid)
-    plan.say_what_runs()
+    run_summary.log_summary(plan, config, everything=dry)
     return plan
 
 
