@@ -141,8 +141,8 @@ RULES = [
 
 def problems(settings: Settings) -> Iterator[str]:
     """Yield a sentence for each problem. Independent."""
-    name = _kind(settings)
-    for key, names in OF.items():
+    name = method_of(settings)
+    for key, names in METHODS.items():
         value = settings[f"strategy.{key}"]
         if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
             those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
