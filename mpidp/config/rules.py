@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mpidp.config.defaults import DEFAULTS, Settings, kind, method_of
+from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 
 KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
 TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM does not have
