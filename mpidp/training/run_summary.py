@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ def log_summary(plan: Plan, given: Config, everything: bool = False) -> None:
 def changed_settings(given: Config) -> str:
     """Return a line of the settings that differ from the defaults. Pure."""
     defaults = Config().flat()
-    changed = [f"{key}={value}" for key, value in given.flat().items() if value != defaults[key]]
+    text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.flat().items()}
+    changed = [shlex.quote(f"{key}={text[key]}") for key, value in given.flat().items() if value != defaults[key]]
     return f"settings that differ from the defaults: {' '.join(changed) or 'none'}"
 
 
@@ -81,8 +83,8 @@ def memory_line(plan: Plan, rows: Sequence[Row]) -> str:
     trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
     floats = held_floats(c, slots, size) * trained + max(0, count - trained)
     saved = 12 * count / plan.mesh.num_nodes / 2**20
-    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {_count(slots, 'gradient buffer')}), and "
-            f"{saved:,.0f} MiB on the first rank of each node for a copy of the checkpoint")
+    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {_count(slots, 'gradient buffer')}); "
+            f"{saved:,.0f} MiB per node for a copy of the checkpoint")
 
 
 def batch_line(plan: Plan) -> str:
