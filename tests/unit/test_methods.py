@@ -66,16 +66,16 @@ def refused(*words: str) -> str:
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: f"{rule.one}, {rule.other}")
 def test_each_rule_refuses(rule: rules.Rule) -> None:
     for one, other in itertools.product(WORDS[rule.one], WORDS[rule.other]):
-        assert f"{rule.one} does not go with {rule.other}: {rule.why}" in refused(one, other)
+        assert f"{rule.one} cannot be combined with {rule.other}: {rule.why}" in refused(one, other)
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("strategy.staleness=2",), "means something with strategy.name=delayed or server or strategy.quorum below 1 alone, not"),
-    (("strategy.name=delayed", "strategy.quorum=0.5"), "with strategy.name=synchronous alone, not with delayed"),
-    (("strategy.quorum=0.5", "strategy.group=pairs"), "with strategy.name=local alone, not with quorum"),
+    (("strategy.staleness=2",), "requires strategy.name=delayed or server or strategy.quorum below 1; it has no effect with"),
+    (("strategy.name=delayed", "strategy.quorum=0.5"), "requires strategy.name=synchronous; it has no effect with delayed"),
+    (("strategy.quorum=0.5", "strategy.group=pairs"), "requires strategy.name=local; it has no effect with quorum"),
     (("strategy.quorum=0",), "strategy.quorum=0.0 must be above 0"), (("strategy.quorum=1.1",), "must be from 0.0 to 1.0"),
     (("strategy.quorum=nan",), "must be a number"), (("strategy.quorum=-0.5",), "must be from 0.0 to 1.0"),
-    (("strategy.name=delayed", "strategy.group=pairs"), "with strategy.name=local alone, not with delayed"),
+    (("strategy.name=delayed", "strategy.group=pairs"), "requires strategy.name=local; it has no effect with delayed"),
     (("strategy.name=delayed", "strategy.staleness=-1"), "must be at least 0"),
     (("strategy.name=local", "strategy.sync_every=4", "strategy.meet_every=6"), "must be a multiple of strategy.sync_every=4"),
     (("strategy.name=local", "strategy.sync_every=4", "strategy.fragments=5"), "more than the 4 steps between two averages"),
