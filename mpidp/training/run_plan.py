@@ -22,7 +22,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.tensorboard import check_tensorboard
-from mpidp.model.part import Part, part_of, refuse
+from mpidp.model.part import Part, check_split, part_of
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.model.starting import trained_sizes
 from mpidp.parallel.grid import Grid
@@ -176,7 +176,7 @@ def plan(config: Config, grid: Grid) -> Plan:
     check_nccl(config.comm.gpu, device, grid.replicas)
     with raise_together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)
-        refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
+        check_split(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
                 f"model.kind={config.model.kind} on documents that are kept apart ({config.data.path}): it is not told where one "
