@@ -21,6 +21,7 @@ from mpi4py import MPI
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.writer import FAILS, WAITS, WRITES, HostMemory, Save, describe_error
 from mpidp.errors import MpidpError
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
 YOUNG_SECONDS = 2.0  # a save that began less than so long ago is waited for when the next is due: so short are the steps
@@ -80,8 +81,8 @@ class Saver:
         elif waits or writes:
             self._news.append({"event": "save_skipped", "step": step, "writing": self.step})
             if self.comm.rank == 0 and not self._said_slow:
-                words = "the disk is slower than train.save_every (said once)"
-                print(f"step {step}  not saved: step {self.step} is still being written, {words}", flush=True)
+                log.info("step %d  not saved: step %d is still being written; the disk is too slow for train.save_every "
+                         "(logged once)", step, self.step)
             self._said_slow, self._next = True, time.monotonic() + self._interval / 10
             return False
         return True
@@ -152,8 +153,8 @@ class Saver:
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
         if not before / 2 < self._interval < 2 * before:
-            print(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s: it costs {cost:.2g} s of a core and takes "
-                  f"{seconds:.2g} s; failures so far: {self.failures}", flush=True)
+            log.info(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s. One costs {cost:.2g} s of a core, takes "
+                     f"{seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
         """Drop what is being saved, on this rank alone; afterwards the thread does not read the state."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from mpidp.errors import UsageError
 from mpidp.faults.heartbeat import process_state
+from mpidp.runtime.log import log
 
 COUNT_SECONDS = 1.0  # between two signs of life in the lock
 LOCK_BYTES = 512  # always written whole
@@ -81,11 +82,11 @@ class RunLock:
             else:
                 who = f"a job on {holder['host']} (pid {holder['pid']}" + (f", job {holder['job']})" if holder["job"] else ")")
                 if first is None:
-                    print(f"{self.path}: held by {who}: looking for {watch:g} s whether it is alive", flush=True)
+                    log.info("%s: held by %s: waiting %g s to see whether it is alive", self.path, who, watch)
                 first = first or holder
                 give_up = holder != first
                 if not give_up and waited >= watch:
-                    print(f"{self.path}: taken over from {who}, which is gone", flush=True)
+                    log.info("%s: taken over from %s, which no longer exists", self.path, who)
                     os.close(handle)
                     return self._replace(settle=True)
             os.close(handle)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from mpidp.metrics.tensorboard import Scalars
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 
 TAIL_BYTES = 1 << 16  # of a file in which the last lines of a rank that died are looked for
 
@@ -48,7 +48,7 @@ class MetricsFile:
                 self._late = self._late[self._file.write(self._late) :]
         except OSError as error:  # a full disk does not stop the training
             if not self._said:
-                print(f"warning: {self._path}: {error}. Its lines wait until there is room", file=sys.stderr, flush=True)
+                log.warning("warning: %s: %s. Its lines are kept in memory until they can be written", self._path, error)
             self._said = True
 
     def _mend(self, latest: Sequence[Mapping[str, Any]]) -> None:

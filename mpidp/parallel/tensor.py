@@ -151,7 +151,7 @@ def share_layers(model: Any, tp: TensorComm) -> None:
             block.attention_norm = SequenceNorm(block.attention_norm, tp)
             block.feed_forward_norm = SequenceNorm(block.feed_forward_norm, tp)
     if model.embedding is not None:
-        model.embedding = VocabEmbedding(model.embedding, model.part.share(model.shape.vocab_size).start, tp)
+        model.embedding = VocabEmbedding(model.embedding, model.part.own_range(model.shape.vocab_size).start, tp)
     if model.head is not None:
         if tp.sequence:
             model.norm = SequenceNorm(model.norm, tp)

@@ -230,8 +230,8 @@ def test_the_lock_of_another_host(place: Path, half_run: Path, forks: Forks, who
     """Its holder is gone, so its counter stands still."""
     (half_run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "7"}))
     said = goes_on(place, forks, whole_hash, from_step=4)
-    assert "run/lock: held by a job on elsewhere (pid 1, job 7): looking for 10 s whether it is alive" in said
-    assert "run/lock: taken over from a job on elsewhere (pid 1, job 7), which is gone" in said
+    assert "run/lock: held by a job on elsewhere (pid 1, job 7): waiting 10 s to see whether it is alive" in said
+    assert "run/lock: taken over from a job on elsewhere (pid 1, job 7), which no longer exists" in said
 
 
 def test_the_lock_of_another_host_where_the_job_lives(place: Path, half_run: Path, forks: Forks) -> None:
