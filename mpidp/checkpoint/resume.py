@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
 
@@ -34,7 +34,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
         return reader
     found, skipped = newest_valid(path, comm)
     for reason in skipped if comm.rank == 0 else ():
-        print(f"skipped an invalid checkpoint: {reason}", file=sys.stderr)
+        log.warning("skipped an invalid checkpoint: %s", reason)
     with raise_together(comm):
         if found is None:
             raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")

@@ -21,6 +21,7 @@ from mpi4py import MPI
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.writer import FAILS, WAITS, WRITES, HostMemory, Save, describe_error
 from mpidp.errors import MpidpError
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
 YOUNG_SECONDS = 2.0  # when a save is due, wait for the previous one until it is this old (for runs with short steps)
@@ -83,8 +84,8 @@ class Saver:
         elif waits or writes:
             self._events.append({"event": "save_skipped", "step": step, "writing": self.step})
             if self.comm.rank == 0 and not self._warned:
-                print(f"step {step}  not saved: step {self.step} is still being written; the disk is slower than "
-                      "train.save_every (further warnings suppressed)", flush=True)
+                log.info("step %d  not saved: step %d is still being written; the disk is too slow for train.save_every "
+                         "(logged once)", step, self.step)
             self._warned, self._next = True, time.monotonic() + self._interval / 10
             return False
         return True
@@ -158,8 +159,8 @@ class Saver:
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
         if not before / 2 < self._interval < 2 * before:
-            print(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s (cost: {cost:.2g} core seconds, duration: "
-                  f"{seconds:.2g} s, failures so far: {self.failures})", flush=True)
+            log.info(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s. One costs {cost:.2g} s of a core, takes "
+                     f"{seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
         """Drop the current save on this rank. Afterwards its thread no longer reads the state."""

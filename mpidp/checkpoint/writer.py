@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import traceback
@@ -28,6 +27,7 @@ from mpidp.checkpoint.boxes import Piece, describe, pieces_of, write_pieces
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.manifest import commit
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 
 THREAD = "mpidp-save"
 BLOCK = 4 << 20  # bytes per write
@@ -120,8 +120,8 @@ class Save:
     def _fail(self, error: Exception, pause: float | None) -> None:
         """Print a warning once, then sleep for `pause` seconds (None: until the save is dropped)."""
         if self.error is None and not self.wait:
-            print(f"warning: rank {self.rank}: the checkpoint of step {self.step} could not be written "
-                  f"({describe_error(error)}). Training continues, and the save is retried", file=sys.stderr, flush=True)
+            log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
+                        "is retried", self.rank, self.step, describe_error(error))
         self.error, self.state = error, FAILS
         if self.dropping.wait(pause):
             raise Dropped

@@ -39,6 +39,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from mpidp.errors import UsageError
+from mpidp.runtime.log import log
 
 VARIABLE = "MPIDP_FAULT"
 EXAMPLE = f'{VARIABLE}="kill:1:5:reduce,after=0.01 delay:2:1,factor=2 flip:0:5,tensor=3,bit=20"'
@@ -180,7 +181,7 @@ class InjectedFaults:
         if self._happened[fault] >= fault.times:
             return False
         self._happened[fault] += 1
-        print(f"{VARIABLE}: rank {self.rank}: {fault.word}", file=sys.stderr, flush=True)
+        log.warning("%s: rank %d: %s", VARIABLE, self.rank, fault.word)
         return True
 
 
@@ -194,7 +195,7 @@ def faults_from_environment(rank: int, environment: Mapping[str, str] = os.envir
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     if faults and rank == 0:
-        print(f"{VARIABLE} is set: THIS RUN HAS INJECTED FAULTS: {text}", file=sys.stderr, flush=True)
+        log.warning("%s is set: THIS RUN HAS INJECTED FAULTS: %s", VARIABLE, text)
     return faults
 
 

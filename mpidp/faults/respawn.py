@@ -21,6 +21,7 @@ from typing import Any
 from mpi4py import MPI
 
 from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
 from mpidp.runtime.ulfm import agree, revocable
 
 OPTION = "state_base_recoverable"
@@ -127,7 +128,7 @@ def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive:
         try:
             found.append(call(late))
         except MPI.Exception as failure:
-            print(f"warning: {failure}", file=sys.stderr, flush=True)
+            log.warning("warning: %s", failure)
             found.append(None)
 
     threading.Thread(target=run, name="respawn", daemon=True).start()

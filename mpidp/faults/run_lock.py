@@ -16,6 +16,7 @@ from typing import Any
 
 from mpidp.errors import UsageError
 from mpidp.faults.heartbeat import process_state
+from mpidp.runtime.log import log
 
 COUNT_SECONDS = 1.0  # between two updates of the counter in the lock
 LOCK_BYTES = 512  # size of the lock; each write replaces all of it
@@ -82,11 +83,11 @@ class RunLock:
             else:
                 who = f"a job on {holder['host']} (pid {holder['pid']}" + (f", job {holder['job']})" if holder["job"] else ")")
                 if first is None:
-                    print(f"{self.path}: held by {who}; checking for {watch:g} s whether it is still running", flush=True)
+                    log.info("%s: held by %s; checking for %g s whether it is still running", self.path, who, watch)
                 first = first or holder
                 give_up = holder != first
                 if not give_up and waited >= watch:
-                    print(f"{self.path}: taken over from {who}, which is no longer running", flush=True)
+                    log.info("%s: taken over from %s, which is no longer running", self.path, who)
                     os.close(handle)
                     return self._replace(confirm=True)
             os.close(handle)

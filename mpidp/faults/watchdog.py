@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Any
 
 from mpidp.errors import HANG_EXIT_CODE
 from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
+from mpidp.runtime.log import log
 
 STEPS = 20  # a job without progress for this many usual steps has hung
 REMEMBERED = 50  # steps; their median is the usual step
@@ -107,15 +107,14 @@ class Watchdog:
     def _report(self, board: HeartbeatBoard, quiet: float, usual: float) -> None:
         message, blamed = blame(board.rows(silent_seconds=usual / 5))
         steps = f", {STEPS} steps take {usual:.0f} s" if usual > self.hang_seconds else ""
-        print(
+        log.error(
             f"mpidp: no rank has made progress for {quiet:.0f} s (run.hang_seconds is {self.hang_seconds:g}{steps}): {message}. "
-            f"Stacks follow, first those of rank {board.rank}; then the job ends with exit code {HANG_EXIT_CODE}",
-            file=sys.stderr, flush=True,
+            f"Stacks follow, first those of rank {board.rank}; then the job ends with exit code {HANG_EXIT_CODE}"
         )
         faulthandler.dump_traceback()
         here = [row for row in blamed if row.host == board.host and row.rank != board.rank and row.state not in LOST]
         for row in here[:STACKS]:
-            print(f"stacks of rank {row.rank} (pid {row.pid}):", file=sys.stderr, flush=True)
+            log.error("stacks of rank %d (pid %d):", row.rank, row.pid)
             time.sleep(0.3)  # let mpirun forward this line
             os.kill(row.pid, signal.SIGUSR2)  # the rank prints its own stacks
         self.last_words(message)

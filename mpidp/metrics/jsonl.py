@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from mpidp.metrics.tensorboard import Scalars
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 
 TAIL_BYTES = 1 << 16  # end of the file in which the last lines of a failed rank 0 are searched
 
@@ -49,7 +49,7 @@ class MetricsFile:
                 self._late = self._late[self._file.write(self._late) :]
         except OSError as error:  # a full disk must not stop training
             if not self._warned:
-                print(f"warning: {self._path}: {error}. Lines are kept until there is space", file=sys.stderr, flush=True)
+                log.warning("warning: %s: %s. Its lines are kept in memory until they can be written", self._path, error)
             self._warned = True
 
     def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpidp.metrics.clock import Clock
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -109,7 +109,7 @@ class Timeline:
         try:
             write_file(self._run_dir / "timeline.json", json.dumps(trace(everyone)).encode())
         except OSError as error:  # a full disk must not stop training
-            print(f"warning: {self._run_dir / 'timeline.json'}: {error}", file=sys.stderr, flush=True)
+            log.warning("warning: %s: %s", self._run_dir / "timeline.json", error)
 
     def _compare(self, comm: MPI.Intracomm) -> None:
         """Compare clocks by the times at which ranks leave barriers. Ranks of one machine share a clock. Collective over comm."""

@@ -56,7 +56,7 @@ def check(
     assert ended.code == 0, ended
     lines = lines_of(shell.folder / "run")
     assert learned(lines) == undisturbed, f"{lines}\n{ended}"
-    assert ended.out.count("\n rank  host") <= 1 and ended.out.count("done: step") == 1, ended
+    assert ended.out.count("\nmodel: ") <= 1 and ended.out.count("done: step") == 1, ended
     return lines
 
 

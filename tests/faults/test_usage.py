@@ -240,11 +240,30 @@ def test_mpirun_inside_a_larger_slurm_step(either: Shell, ranks: int) -> None:
     assert f"on {ranks} rank" in ended.out
 
 
+SUMMARY = ("settings that differ from the defaults: ",
+           "model: transformer, ", "memory: ", "batch: 4 sequences x ", "data: shards, ")
+
+
+@pytest.mark.parametrize("level", ["", "debug", "warning"])
+def test_a_run_starts_with_a_summary(place: Path, forks: Forks, level: str) -> None:
+    """The changed settings and four lines; every setting and a table of ranks at level debug; nothing at level warning."""
+    ended = forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=1", MPIDP_LOG=level)
+    expect(ended, 0)
+    assert "done: step 1" in ended.out and ended.err == ""
+    lines = ended.out.splitlines()
+    assert [sum(line.startswith(start) for line in lines) for start in SUMMARY] == [int(level != "warning")] * len(SUMMARY)
+    assert ("grams_per_kwh = 0.0" in lines and any(line.startswith(" rank  host") for line in lines)) == (level == "debug")
+    if not level:
+        first = lines.index(next(line for line in lines if line.startswith(SUMMARY[0])))
+        assert "train.steps=1" in lines[first].split() and "run.dir=run" in lines[first].split()
+        assert all(line.startswith(start) for line, start in zip(lines[first:], SUMMARY, strict=False)) and lines[first + 5] == ""
+
+
 def test_dry_run_writes_nothing(place: Path, forks: Forks) -> None:
     before = listing(place)
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--dry-run")
     expect(ended, 0)
-    assert "parameters" in ended.out and "64 tokens a step" in ended.out
+    assert "[optim]" in ended.out and "\n rank  host" in ended.out and "64 tokens per step" in ended.out
     assert listing(place) == before and not (place / "run").exists()
 
 
