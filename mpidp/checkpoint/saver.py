@@ -159,8 +159,8 @@ class Saver:
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
         if not before / 2 < self._interval < 2 * before:
-            log.info(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s. One costs {cost:.2g} s of a core, takes "
-                     f"{seconds:.2g} s; {self.failures} failures so far")
+            log.info(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s. Each costs {cost:.2g} core seconds and "
+                     f"takes {seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
         """Drop the current save on this rank. Afterwards its thread no longer reads the state."""
