@@ -105,7 +105,7 @@ class Reader(Mapping[str, Tensor]):
     def own(self, name: str, rank: int, size: int) -> Tensor:
         """Return the whole tensor; for an additive one, the part with which this rank of `size` ranks continues."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
-        if about["layout"] == "additive":  # as many ranks wrote: each gets its own part; otherwise rank 0 gets the sum
+        if about["layout"] == "additive":  # each rank gets its own part if as many ranks wrote; else rank 0 gets all
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
         with readable(self.path):
             return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

@@ -50,14 +50,14 @@ class Saver:
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
-        self.may_commit: Callable[[], bool] = lambda: True  # on rank 0: does this job still own run.dir?
+        self.may_commit: Callable[[], bool] = lambda: True  # on rank 0: whether this job still holds the run's lock
         self.step = self._before = -1  # steps of the newest save that was not dropped, and of the previous one
         self._number = 0  # number of saves that were started
         self._save: Save | None = None  # the newest save, on writers
         self._memory = HostMemory()
         self._stalled = 0.0  # seconds for which the save stopped the main thread
         self._warned = False
-        self.failures, self.trained = 0, 0.0  # of this run so far, from metrics.jsonl; seconds
+        self.failures, self.trained = 0, 0.0  # number of failures, and seconds of training, from metrics.jsonl
         self._next, self._interval = time.monotonic() + FIRST_SECONDS, 0.0
         self._events: list[dict[str, Any]] = []
 

@@ -30,7 +30,7 @@ SLOT = struct.Struct("<qqdd24s")  # step, bucket, time at which the phase began,
 NODE = struct.Struct("<ddd")  # another node: its file's time stamp, time at which it changed, last heartbeat there
 CLOCK = struct.Struct("<d")  # time at which this node last wrote its file
 WAITS = ("comm_wait", "reduce", "publish", "evaluate_wait", "checkpoint_wait")  # phases in which a rank mostly waits for others
-ORDER = (  # of the phases of a step
+ORDER = (  # order of the phases within a step
     "data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "evaluate_wait", "checkpoint",
     "checkpoint_wait",
 )
@@ -155,7 +155,7 @@ class HeartbeatBoard:
     def claim_report(self) -> bool:
         """Return True on the first rank of a node that calls this: it prints the report. On the others, wait until the process
         of that rank has exited, then return False."""
-        with suppress(OSError, ValueError):  # there is no file
+        with suppress(OSError, ValueError):  # no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -34,7 +34,7 @@ class Watchdog:
     def __init__(self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0) -> None:
         """board: None disables the watchdog."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
-        self.last_words: Callable[[str], None] = lambda words: None  # receives the message when the job hangs
+        self.last_words: Callable[[str], None] = lambda words: None  # called with the message when the job hangs
         self.abort: Callable[[int], Any] = os._exit  # ends the whole job with an exit code
         self._at, self._bucket = (0, ""), -1
         self._entered = self._heard = math.inf
@@ -92,7 +92,7 @@ class Watchdog:
                 self._heard += now - before  # this process was stopped for a while, perhaps all others too
             before = now
             usual, deadline = self.timeouts()
-            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # in case this thread never runs again
+            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread never runs again
             if now - self._entered > usual / 4:
                 self.board.exchange(usual / 20)
             if now - self._heard > deadline and (quiet := self.board.quiet_seconds()) > deadline:

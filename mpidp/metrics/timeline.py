@@ -62,7 +62,7 @@ class Timeline:
         job.engine.watched(self.around)
         reducer = job.strategy.reducer
         reducer.finish = self.around("reduction", reducer.finish)
-        name = "sum" if hasattr(reducer, "sum") else "reduce"  # which is in the other
+        name = "sum" if hasattr(reducer, "sum") else "reduce"  # one calls the other
         setattr(reducer, name, self._bucket(getattr(reducer, name)))
         job.strategy.enter = self._sub_phases(job.strategy.enter)
 
