@@ -37,8 +37,8 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
     """Unbiased Noise of one global batch from |G_l|^2 of its lanes, their target tokens and |G|^2. Pure.
 
     sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 has the mean (L - 1) tr(Sigma) for any n_l. Each lane is weighted by its
-    tokens; for Gaussian gradients this pooled estimate has the smallest variance. With equal lanes these are the paper's S and |G|^2
-    (section A.1), where B_small is a lane and B_big the batch. Lanes without target tokens are skipped.
+    tokens; for Gaussian gradients this pooled estimate has the smallest variance. With equal lanes these are the paper's S and
+    |G|^2 (section A.1), where B_small is a lane and B_big the batch. Lanes without target tokens are skipped.
 
     None if fewer than two lanes have tokens, or if a number is not finite. ValueError if the lists have different lengths.
     Sums are exact before a single rounding (fsum), so they do not depend on the order of lanes or on the ranks that hold them.
