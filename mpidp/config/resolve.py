@@ -16,7 +16,7 @@ from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
-    """UsageError if sharding is combined with ULFM, since the shard of a failed rank would be lost. Independent."""
+    """Raise UsageError if sharding is combined with ULFM, since the shard of a failed rank would be lost. Independent."""
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "

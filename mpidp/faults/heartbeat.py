@@ -2,8 +2,8 @@
 
 The ranks of a node share a small memory with a slot for each rank. A write takes microseconds and does not touch the disk, and
 the slot of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress,
-the node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, since nodes must not write to
-the same page. If the folder disappears or is not writable, only information about other nodes is missing.
+the node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, since two nodes must not
+write to the same page. If the folder disappears or is not writable, only information about other nodes is missing.
 """
 
 from __future__ import annotations

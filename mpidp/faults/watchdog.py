@@ -32,7 +32,7 @@ class Watchdog:
     """
 
     def __init__(self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0) -> None:
-        """board: None disables the watchdog."""
+        """board: None disables the watchdog. hang_seconds: run.hang_seconds."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
         self.last_words: Callable[[str], None] = lambda words: None  # called with the message when the job hangs
         self.abort: Callable[[int], Any] = os._exit  # ends the whole job with an exit code

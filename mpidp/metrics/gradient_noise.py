@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Noise:
-    """Estimates of one step, or means over steps. Both are unbiased. signal_square can be negative, so average first."""
+    """Estimates of one step, or means over steps. Both are unbiased. signal_square can be negative: average, then divide."""
 
     signal_square: float  # |g|^2, squared norm of the gradient of the mean loss per token
     trace: float  # tr(Sigma) of the gradient of one token; unit: that of signal_square times tokens
@@ -44,7 +44,7 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
     Sums are exact before a single rounding (fsum), so they do not depend on the order of lanes or on the ranks that hold them.
     """
     if len(lane_squares) != len(lane_tokens) or any(n < 0 for n in lane_tokens):
-        raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts, of which none may be negative")
+        raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts; counts must not be negative")
     lanes = [(square, n) for square, n in zip(lane_squares, lane_tokens, strict=True) if n]
     if len(lanes) < 2 or not all(math.isfinite(square) for square in (*(s for s, _ in lanes), batch_square)):
         return None
