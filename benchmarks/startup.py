@@ -92,9 +92,9 @@ def train_one_step(called_at: float) -> None:
     mpi = timed(importlib.import_module, MPI)("mpi4py.MPI")
     timed(importlib.import_module, TORCH)("torch")
     build, fit, loader = bring("mpidp.training.build"), bring("mpidp.training.loop"), bring("mpidp.data.loader")
-    run_plan = bring("mpidp.training.run_plan")
+    run_plan, run_summary = bring("mpidp.training.run_plan"), bring("mpidp.training.run_summary")
     run_plan.plan = timed(run_plan.plan, PLAN)
-    run_plan.Plan.say_what_runs = timed(run_plan.Plan.say_what_runs, SAY)
+    run_summary.log_summary = timed(run_summary.log_summary, SAY)
     build.build = timed(build.build, BUILD)
     for kind, function in ((run_plan.TokenStream, "__init__"), (run_plan.TokenStream, "check"),
                            (run_plan.Sampler, "__post_init__"),

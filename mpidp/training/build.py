@@ -80,7 +80,7 @@ def build(plan: Plan, faults: InjectedFaults | None = None, before: Job | None =
     if grid.tp.size > 1:
         tensor_comm = TensorComm(grid, transport, config.mesh.sequence)
         share_layers(model, tensor_comm)
-        named, losses = trained(model), loss_over(tensor_comm, parts.part.share(plan.shape.vocab_size).start)
+        named, losses = trained(model), loss_over(tensor_comm, parts.part.own_range(plan.shape.vocab_size).start)
     memory = share_memory(
         plan, transport, sum(p.numel() for _, p in named), looked_at=faults.changes_gradients,
         before=None if before is None else (earlier.group, earlier.one_copy),
