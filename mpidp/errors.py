@@ -57,7 +57,13 @@ class Stopped(MpidpError):
 
 
 class Damaged(MpidpError):
-    """Only the last checkpoint can be trusted, and the run goes back there: replicas differ and nobody knows which is right, or
-    batch after batch makes no update."""
+    """The run returns to its last checkpoint: replicas differ and there is no majority, or batch after batch makes no update."""
 
-    next_batch = 0  # it goes on with this one, and passes over those before; 0: with the one that came next then
+    next_batch = 0  # the run continues with this batch and skips those before; 0: with the batch that follows the checkpoint
+
+    @classmethod
+    def at_batch(cls, message: str, next_batch: int) -> Self:
+        """The error as every rank raises it alike; the run continues with next_batch."""
+        error = cls.on_every_rank(message)
+        error.next_batch = next_batch
+        return error

@@ -88,8 +88,8 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What share_memory wants to know (sharing.py)."""
+class LoopMemory:
+    """What share_memory needs to know (training/data_parallel.py)."""
 
     config: Config
     mesh: Mesh
@@ -129,7 +129,7 @@ class DataParallel:
         device = named[0][1].device
         transport = open_transport(config.comm.gpu, device, self.comm)
         shape = OwnShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
-        shared = share_memory(Asked(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
+        shared = share_memory(LoopMemory(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
         self._transport, self._balance = transport, shared.balance
         options = Options.of(asdict(config.strategy), steps, mesh.node_sizes)
         self.strategy = strategy_of(config.strategy.name, config.strategy.quorum)(

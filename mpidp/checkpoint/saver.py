@@ -39,14 +39,16 @@ class Saver:
     """Of one job: every rank has one. Independent, the same calls on all ranks, but for what says otherwise."""
 
     def __init__(
-        self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False
+        self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
+        may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
         """every: train.save_every; -1: rank 0's clock decides. share: (index, of how many) this rank is of those that write what
-        all hold, the first of each node; alone: it holds something that others do not. Collective over comm."""
+        all hold, the first of each node; alone: it holds something that others do not; may_commit: asked on rank 0
+        whether run.dir is still this job's. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
-        self.may_commit: Callable[[], bool] = lambda: True  # asked on rank 0: is run.dir still this job's?
+        self._may_commit = may_commit
         self.step = self._before = -1  # of the newest save that was begun and not dropped, and of the one before
         self._number = 0  # of saves that were begun
         self._save: Save | None = None  # the newest, on writers
@@ -56,6 +58,14 @@ class Saver:
         self.failures, self.trained = 0, 0.0  # of this run so far, as its record tells; seconds
         self._next, self._interval = time.monotonic() + FIRST_SECONDS, 0.0
         self._news: list[dict[str, Any]] = []
+
+    def resumed_at(self, step: int) -> None:
+        """The newest checkpoint is of this step; -1: there is none. Independent."""
+        self.step = step
+
+    def seen_before(self, failures: int, trained: float) -> None:
+        """What the run's record tells: failures in so many seconds of training. Independent."""
+        self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
         """(4,) for the board of the step: does this rank's thread look for records, write, fail? Is a save due by the clock?"""
@@ -95,7 +105,7 @@ class Saver:
         if rank in self._writers:
             self._save = Save(
                 step, self.run_dir / "checkpoints" / f".writing_step_{step:08d}_{self._token}{self._number}",
-                entries, self.share, meta, rank, self._writers, self.keep, wait, self._memory, self.may_commit,
+                entries, self.share, meta, rank, self._writers, self.keep, wait, self._memory, self._may_commit,
             )
         self._stalled = time.monotonic() - began
 

@@ -32,17 +32,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 from mpidp.errors import UsageError
+from mpidp.runtime.observers import StepObserver
 
 VARIABLE = "MPIDP_FAULT"
 EXAMPLE = f'{VARIABLE}="kill:1:5:reduce,after=0.01 delay:2:1,factor=2 flip:0:5,tensor=3,bit=20"'
-AFTER = ("evaluate", "checkpoint", "respawn")  # the update
-PHASES = ("data", "compute", "comm_wait", "update", "reduce", "apply", "publish", *AFTER)
+PHASES = ("data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "checkpoint", "respawn")
 
 
 def _signal(number: int) -> None:
@@ -114,14 +114,13 @@ class Fault:
         _need(self.kind != "flip" or 0 <= self.bit <= 31, "it needs bit=, in 0..31")
 
 
-class Faults:
+class Faults(StepObserver):
     """What goes wrong on this rank, and what of it has happened. False when nothing does on any rank. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.everyones = tuple(faults)
         self.rank, self.mine = rank, [fault for fault in faults if fault.rank == rank]
         self._happened: Counter[Fault] = Counter()
-        self._step = 1
 
     def __bool__(self) -> bool:
         return bool(self.everyones)
@@ -131,11 +130,9 @@ class Faults:
         """Are gradients of single lanes to be spoilt, on any rank? Then lanes must be kept apart."""
         return any(fault.kind in ("nan", "wrong") for fault in self.everyones)
 
-    def strike(self, step: int, phase: str) -> None:
-        """This rank enters a phase, step being the next to be made: what is to end or stop it there does so, now or from a
-        timer."""
-        self._step = step
-        place = (step - (phase in AFTER), phase)
+    def enter(self, step: int, phase: str) -> None:
+        """This rank enters a phase of a step: what is to end or stop it there does so, now or from a timer."""
+        place = (step, phase)
         for fault in self.mine:
             if fault.kind in STRIKES and (fault.step, fault.phase) == place and self._once(fault):
                 if fault.after:
@@ -164,13 +161,16 @@ class Faults:
                 host.numpy().view("uint32")[0] ^= 1 << fault.bit
                 first.copy_(host)
 
+    def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
+        """A micro-batch is computed inside; its delays follow it."""
+        delays = [f for f in self.mine if f.kind == "delay" and f.step <= step <= (f.until or step)]
+        return self._slowed(delays) if delays and name == "micro_batch" else None
+
     @contextmanager
-    def slowed(self) -> Iterator[None]:
-        """A micro-batch is computed inside; the delays follow it."""
+    def _slowed(self, delays: Sequence[Fault]) -> Iterator[None]:
         began = time.perf_counter()
         yield
         took = time.perf_counter() - began
-        delays = [f for f in self.mine if f.kind == "delay" and f.step <= self._step <= (f.until or self._step)]
         pause = sum(fault.seconds + (fault.factor - 1) * took for fault in delays)
         if pause:
             time.sleep(pause)

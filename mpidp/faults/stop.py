@@ -23,10 +23,13 @@ class StopRequest:
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
+        reason: str = "",
+    ) -> None:
         """stop_file: looked for by wanted(); None on ranks that need not look. stop_at: seconds since 1970. lost: is the run
-        another's now?"""
-        self.reason = ""
+        another's now? reason: already known."""
+        self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from mpidp.errors import HANG_EXIT_CODE
 from mpidp.faults.heartbeat import LOST, Board, blame
+from mpidp.runtime.observers import StepObserver
 
 STEPS = 20  # a hang is longer than so many usual steps
 REMEMBERED = 50  # steps of which the usual one is the median
 STACKS = 8  # ranks of a node that print theirs
 
 
-class Watchdog:
+class Watchdog(StepObserver):
     """Writes on the board where this rank is. When no rank has given a sign of life for max(hang_seconds, 20 usual steps), the
     process exits with code 6, and one rank of each node says who is to blame.
 
@@ -31,11 +32,13 @@ class Watchdog:
     long. The watch begins with the first phase. Independent.
     """
 
-    def __init__(self, board: Board | None, hang_seconds: float, first_times: float = 3.0) -> None:
-        """No board: no watch."""
+    def __init__(
+        self, board: Board | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
+        on_hang: Callable[[str], None] = lambda report: None,
+    ) -> None:
+        """No board: no watch. abort: ends the whole job with this exit code. on_hang: is called with the report of a hang."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
-        self.last_words: Callable[[str], None] = lambda words: None  # of a job that hangs
-        self.abort: Callable[[int], Any] = os._exit  # the whole job, with this code
+        self._abort, self._on_hang = abort, on_hang
         self._at, self._bucket = (0, ""), -1
         self._entered = self._heard = math.inf
         self._step_began = 0.0
@@ -64,7 +67,11 @@ class Watchdog:
         if self.board is not None and self._at[1]:
             self.board.write(*self._at, self._bucket, self._entered, self._heard)
 
-    def reduces(self, bucket: int) -> None:
+    def progressed(self) -> None:
+        """Alive, in the same phase."""
+        self.beat()
+
+    def reducing(self, bucket: int) -> None:
         """Alive, and about to reduce this bucket."""
         self._bucket = bucket
         self.beat()
@@ -100,7 +107,7 @@ class Watchdog:
                     self._report(self.board, quiet, usual)
                     time.sleep(tick + 0.5)  # other nodes reach their deadlines now
                     threading.Timer(3.0, os._exit, (HANG_EXIT_CODE,)).start()  # MPI may be what hangs
-                    self.abort(HANG_EXIT_CODE)
+                    self._abort(HANG_EXIT_CODE)
                 os._exit(HANG_EXIT_CODE)
         faulthandler.cancel_dump_traceback_later()
 
@@ -118,4 +125,4 @@ class Watchdog:
             print(f"stacks of rank {row.rank} (pid {row.pid}):", file=sys.stderr, flush=True)
             time.sleep(0.3)  # for mpirun to pass this on
             os.kill(row.pid, signal.SIGUSR2)  # it prints them itself
-        self.last_words(words)
+        self._on_hang(words)

@@ -20,11 +20,14 @@ TAIL_BYTES = 1 << 16  # of a file in which the last lines of a rank that died ar
 class MetricsFile:
     """RUN/metrics.jsonl: one JSON object a line, flushed at once, floats in full precision. Rank 0 alone has one."""
 
-    def __init__(self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
+        also: Scalars | None = None,
+    ) -> None:
         """Lines of later steps and batches, which a resumed run will do again, and a half line are dropped. latest: this goes on
         in the place of one that may have lacked the time to write these, and did not write beyond."""
         self._path = path
-        self.also: Scalars | None = None  # is told of each line, too
+        self.also: Scalars | None = None
         self.lost: dict[str, float] = {}  # what was spent on the lines that are dropped
         if latest is not None:
             self._mend(latest)
@@ -36,6 +39,7 @@ class MetricsFile:
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         self._late = b""  # what the disk had no room for
         self._said = False
+        self.also = also
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Numbers that are not finite become null, which every JSON reader takes."""

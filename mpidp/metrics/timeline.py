@@ -12,19 +12,22 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp.metrics.clock import Clock
 from mpidp.runtime.files import write_file
+from mpidp.runtime.observers import StepObserver
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 ROUNDS = 5  # of barriers
+PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
+SUB_PHASES = ("reduce", "apply", "publish")  # of an update
+NAMES = {"comm_wait": "wait"}  # how a phase is called in the trace, where it is called otherwise
 Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end by time.perf_counter(), thread, more
 
 
@@ -39,7 +42,7 @@ class Told:
     behind: list[float] = field(default_factory=list)  # then, of rank 0's clock, seconds
 
 
-class Timeline:
+class Timeline(StepObserver):
     """Of one rank; without steps it does nothing."""
 
     def __init__(
@@ -50,49 +53,56 @@ class Timeline:
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
         self._told, self._on, self._idents = Told(host, [], []), False, dict[int, int]()
+        self._open: tuple[str, float] | None = None  # the sub-phase of the update that goes on, and when it began
 
-    def attach(self, job: Any, comm: MPI.Intracomm) -> None:
-        """Watch this job's parts from here on. Collective over comm."""
-        if not self.last or job.position.step >= self.last:
+    def open(self, comm: MPI.Intracomm, step: int) -> None:
+        """Compare clocks before the first of the steps; step: updates made so far. Collective over comm."""
+        if not self.last or step >= self.last:
             self.last = 0
             return
-        self._rank, self._step = comm.rank, lambda: job.position.step + 1
+        self._rank = comm.rank
         self._compare(comm)
-        job.clock = Watched(self)
-        job.engine.watched(self.around)
-        reducer = job.strategy.reducer
-        reducer.finish = self.around("reduction", reducer.finish)
-        name = "sum" if hasattr(reducer, "sum") else "reduce"  # which is in the other
-        setattr(reducer, name, self._bucket(getattr(reducer, name)))
-        job.strategy.enter = self._sub_phases(job.strategy.enter)
+
+    def enter(self, step: int, phase: str) -> None:
+        """A sub-phase of an update lasts until the next begins, the last until the update ends. Independent."""
+        if self.last and phase in SUB_PHASES:
+            self._close_sub_phase()
+            self._open = phase, time.perf_counter()
+
+    def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
+        """What is done inside, if the step is one of those. Independent."""
+        if not self.last or name == "micro_batch":
+            return None
+        return self._span(step, name, about)
 
     @contextmanager
-    def span(self, name: str, **more: Any) -> Iterator[None]:
-        """What is done inside, if the step is one of those. Independent."""
+    def _span(self, step: int, name: str, about: dict[str, Any]) -> Iterator[None]:
+        if name == "step":
+            self._begin_step(step)
+        about = about | ({"step": step} if name in PHASES else {})
         began = time.perf_counter()
         try:
             yield
         finally:
+            if name == "update":
+                self._close_sub_phase()
             if self._on:
-                self._told.spans.append((name, began, time.perf_counter(), self._thread(), more))
+                self._told.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
-    def around(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same work, as a span."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self.span(name):
-                return work(*args, **kwargs)
-
-        return watched
-
-    def begin_step(self) -> None:
-        """A batch begins: of one of the steps? Independent."""
-        self._on = self.first <= self._step() <= self.last
+    def _begin_step(self, step: int) -> None:
+        """A batch begins: of one of the steps?"""
+        self._on = self.first <= step <= self.last
         if self._on and self._kernels and self._profiler is None:
             from torch.profiler import profile
 
             self._profiler = profile()
             self._profiler.__enter__()
+
+    def _close_sub_phase(self) -> None:
+        if self._open is not None and self._on:
+            name, began = self._open
+            self._told.spans.append((name, began, time.perf_counter(), self._thread(), {}))
+        self._open = None
 
     def settle(self, comm: MPI.Intracomm, step: int) -> None:
         """After a step at which all ranks met: write the file once the last is behind. Collective over comm."""
@@ -129,56 +139,6 @@ class Timeline:
             self._idents[ident] = len(self._idents)
             self._told.threads.append(threading.current_thread().name)
         return self._idents[ident]
-
-    def _bucket(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
-            with self.span(f"bucket {args[-1].index}", bytes=4 * (args[-1].stop - args[-1].start)):
-                return work(*args)
-
-        return watched
-
-    def _sub_phases(self, enter: Callable[[str], None]) -> Callable[[str], None]:
-        """Of an update: each lasts until the next begins, the last until the update ends."""
-
-        def watched(phase: str) -> None:
-            enter(phase)
-            self.close_sub_phase()
-            self._open = phase, time.perf_counter()
-
-        return watched
-
-    _open: tuple[str, float] | None = None
-
-    def close_sub_phase(self) -> None:
-        """Of the update that ends. Independent."""
-        if self._open is not None and self._on:
-            name, began = self._open
-            self._told.spans.append((name, began, time.perf_counter(), self._thread(), {}))
-        self._open = None
-
-
-class Watched(Clock):
-    """A clock whose phases are spans too."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self._timeline = timeline
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """As a Clock's."""
-        if phase == "step":
-            self._timeline.begin_step()
-        with self._timeline.span(SAID.get(phase, phase), step=self._timeline._step()):
-            try:
-                with super().timed(phase) as seconds:
-                    yield seconds
-            finally:
-                if phase == "update":
-                    self._timeline.close_sub_phase()
-
-
-SAID = {"comm_wait": "wait"}  # for others: how a phase is called in the trace
 
 
 def trace(everyone: Sequence[Told]) -> dict[str, Any]:

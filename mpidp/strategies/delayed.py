@@ -60,7 +60,7 @@ class Delayed(Synchronous):
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, Sums)
         self._sums = self.reducer
-        self._sums.wait = WAYS["poll"] or self._sums.wait  # it is in a thread, and the core is wanted
+        self._sums.wait_by(WAYS["poll"])  # it is in a thread, and the core is wanted
         self._background = Background()
         self._in_flight: deque[Flight] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
@@ -85,7 +85,7 @@ class Delayed(Synchronous):
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Send off this batch's gradient, apply that of k batches ago; grad_norm is that one's. tokens: of this rank's part.
         Collective over compute_comm."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         if self._fresh:  # it computed nothing
             self.buffer.flat[self._slot].zero_()
         then = self.flat.clone() if self.options.compensation else None
@@ -101,14 +101,13 @@ class Delayed(Synchronous):
         """In the thread. Collective over compute_comm."""
         self._sums.wait(self._sums.comm.Iallreduce(MPI.IN_PLACE, buf(flight.tokens)))
         for bucket in self.buffer.buckets:
-            self._sums.tell(bucket.index)
-            self._sums.sum(self.buffer.flat[flight.slot], bucket)
+            self._sums.turn_of(self.buffer.flat[flight.slot], bucket)
         self._sums.settle(applied=True)  # what is not finite was left out of residuals already
 
     def _apply(self, lr: float, flight: Flight) -> StepStats:
         with self.reducer.transport.timed():
             flight.wait()
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         total, tokens = self.buffer.total, float(flight.tokens)
         torch.mul(self.buffer.flat[flight.slot], self.nominal_tokens / max(1.0, tokens), out=total)
         if flight.then is not None:

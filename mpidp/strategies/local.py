@@ -81,7 +81,7 @@ class Local(Synchronous):
         the step counts. tokens: of this rank's part. Collective over compute_comm where averaging is due; else independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         meets, every = self.meets(self._steps), self.options.sync_every
         if self._outer:
             for i, buckets in enumerate(self._fragments):
@@ -145,8 +145,7 @@ class Local(Synchronous):
 
     def _sum(self, flat: Tensor, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            self._sums.tell(bucket.index)
-            self._sums.sum(flat, bucket)
+            self._sums.turn_of(flat, bucket)
         self._sums.settle(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:

@@ -69,7 +69,7 @@ class Quorum(Synchronous):
             )
         assert isinstance(self.reducer, Sums)
         self._sums, self._comm = self.reducer, self.reducer.comm
-        self._sums.wait = WAYS["poll"] or self._sums.wait  # it is in a thread, and the core is wanted
+        self._sums.wait_by(WAYS["poll"])  # it is in a thread, and the core is wanted
         self._lanes = [len(lanes) for lanes in self._sums.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # 0.1 x 30 is a little more than 3
         self._free = deque(range(1, self.options.staleness + 2))
@@ -128,7 +128,7 @@ class Quorum(Synchronous):
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Contribute this rank's part of the batch, and make the update of the batch's round, whoever is in it. tokens: of this
         rank's part. Independent, but that a round needs its quorum; at a meeting collective over compute_comm."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         self._begin()  # it computed nothing
         meets = self.meets(self._steps + 1)
         self._given.put((self._slot, tokens, meets))
@@ -139,7 +139,7 @@ class Quorum(Synchronous):
             found = self._summed.get()
         if isinstance(found, BaseException):
             raise found
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         stats = self._apply(lr, found, limit)
         self._steps += not stats.skipped
         self._joined.append(found.joined)
@@ -246,8 +246,7 @@ class Quorum(Synchronous):
             flat += self.buffer.flat[other]
             self._free.append(other)
         for bucket in self.buffer.buckets:
-            self._sums.tell(bucket.index)
-            self._sums.sum(flat, bucket)
+            self._sums.turn_of(flat, bucket)
         self._sums.settle(applied=True)  # what is not finite was left out of residuals already
         self._summed.put(Round(slot, tokens, joined))
 

@@ -91,7 +91,7 @@ class Server(Synchronous):
     # A worker
 
     def _work(self, lr: float, tokens: int, limit: float, meets: bool) -> StepStats:
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         if not sync:  # a step of its own: clipped here, or not made at all
@@ -141,7 +141,7 @@ class Server(Synchronous):
             return self._serve_all(limit, meets)
         while min(self._clocks) <= self._pushed:
             header = np.zeros(5)
-            self.enter("reduce")
+            self.reducer.observers.enter("reduce")
             with self.reducer.transport.timed():
                 self.group.wait(self._comm.Irecv(header, self._next(), HEADER))
             self._arrived.append(int(header[WORKER]))
@@ -175,7 +175,7 @@ class Server(Synchronous):
 
     def _apply(self, header: np.ndarray) -> None:
         """A push, unless the worker or this server finds that it is not finite: then it changes nothing."""
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         arrived = self.buffer.flat[1, self._mine]
         norm = float(torch.linalg.vector_norm(arrived))
         if not header[TOKENS] or not math.isfinite(norm):
@@ -209,7 +209,7 @@ class Server(Synchronous):
 
     def _serve_all(self, limit: float, meets: bool) -> StepStats:
         """A batch of all workers: added in their order, scaled, clipped by the norm over all servers, applied once."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
         total.zero_()
         for worker in range(self._workers):
@@ -226,7 +226,7 @@ class Server(Synchronous):
                 scale *= self.clip / norm
             if scale != 1.0:
                 total.mul_(scale)
-            self.enter("apply")
+            self.reducer.observers.enter("apply")
             assert self.optimizer is not None
             self.optimizer.step(lr)
             self._version += 1
@@ -251,7 +251,7 @@ class Server(Synchronous):
     def _give_all(self) -> dict[str, Any]:
         """A meeting: every server's slice is everybody's; all know in what order pushes came, where that may be any. Collective
         over compute_comm."""
-        self.enter("publish")
+        self.reducer.observers.enter("publish")
         wire = self.reducer.transport
         with wire.timed():
             for server in range(self._servers):

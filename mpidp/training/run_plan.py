@@ -35,12 +35,12 @@ from mpidp.runtime.environment import numbers, tolerant
 from mpidp.runtime.topology import Mesh
 from mpidp.runtime.world import together
 from mpidp.strategies.arrivals import Order, read_arrivals
-from mpidp.training.data_parallel import SAID, gradient_slots, held_buffers, held_floats
+from mpidp.training.data_parallel import STATE, gradient_slots, held_buffers, held_floats
 from mpidp.training.initial_weights import Origin, open_origin
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A resolved run, before anything large is made."""
 
     config: Config  # nothing left open
@@ -58,6 +58,10 @@ class Plan:
     @property
     def world(self) -> MPI.Intracomm:
         return self.grid.world
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.dir)
 
     @property
     def mesh(self) -> Mesh:
@@ -97,7 +101,7 @@ class Plan:
         print(
             f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}{f', {trained:,} of them trained here' * asked}; "
             f"{floats / 2**18:,.0f} MiB a rank for weights, optimizer state "
-            f"({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
+            f"({STATE[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
             f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
             f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
             f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
@@ -106,7 +110,7 @@ class Plan:
             flush=True,
         )
 
-    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
+    def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
         """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
         when a setting that must not change has changed. Collective over world."""
         plan = self
@@ -164,7 +168,7 @@ def _open(path: str, split: str) -> TokenStream | None:
     return stream if stream.num_tokens > 1 else None
 
 
-def plan(config: Config, grid: Grid) -> Plan:
+def plan(config: Config, grid: Grid) -> RunPlan:
     """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
     grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
@@ -233,4 +237,4 @@ def plan(config: Config, grid: Grid) -> Plan:
         trained_sizes(settings, shape, Parts(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     agree(world, facts | versions())
-    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
+    return RunPlan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)

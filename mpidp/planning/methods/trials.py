@@ -32,6 +32,7 @@ from mpidp.runtime.environment import tolerant
 from mpidp.runtime.topology import make_mesh
 from mpidp.runtime.world import polite_barrier, together
 from mpidp.training import build, loop
+from mpidp.training.attempts import listen
 from mpidp.training.initial_weights import open_origin
 from mpidp.training.run_plan import plan
 
@@ -224,7 +225,7 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             job = build.build(plan(config, make_grid(world)))
-            end = loop.run_to_end(job, False, [])
+            end = loop.run_to_end(job, listen(job, None), [])
     except Stopped as stop:
         raise Stopped.on_every_rank("stopped on request; nothing of the trials is kept") from stop
     except MpidpError as error:
