@@ -28,7 +28,7 @@ from mpidp.comm.transport import Messages
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.reducers.tree import REDUCERS
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from mpidp.training.balance import Even, Terms
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class Method:
     """A reducer of mpidp. fill() writes the gradients, run() averages them, `total` is a view of the sum."""
 
     def __init__(self, kind: str, world: MPI.Intracomm, window: bool, elements: int) -> None:
-        mesh, lanes = make_mesh(world), Lanes(world.size, 1)
+        mesh, lanes = make_topology(world), Lanes(world.size, 1)
         group = by_node(mesh) if window else alone(mesh)
         self.reducer = REDUCERS[kind](group, lanes, Messages(CPU), Even(Terms(world.size, world.size, world.rank)))
         parameter = [("w", torch.nn.Parameter(torch.zeros(elements)))]

@@ -37,14 +37,14 @@ class Saving(Stepper):
             "standing still": Saver(WORLD, beside.run_dir, 0, 1, beside.share),
             "standing still, a file a rank": Saver(WORLD, beside.run_dir, 0, 1, (WORLD.rank, WORLD.size)),
         }
-        self.stalled, plain = 0.0, beside.copied
+        self.stalled, plain = 0.0, beside.wait_for_copy
 
-        def copied() -> None:
+        def wait_for_copy() -> None:
             began = time.perf_counter()
             plain()
             self.stalled += time.perf_counter() - began
 
-        beside.copied = copied
+        beside.wait_for_copy = wait_for_copy
 
     def run(self, way: str, steps: int) -> tuple[float, float]:
         """Return (seconds of `steps` steps, seconds for which training was stopped) on the slowest rank. Collective over
@@ -60,7 +60,7 @@ class Saving(Stepper):
             self()
             self.job.position.step += 1
         spent = time.perf_counter() - began
-        self.job.saver.finish(must=True)  # not timed: in training more steps would run meanwhile
+        self.job.saver.wait_for_save(must=True)  # not timed: in training more steps would run meanwhile
         return WORLD.allreduce(spent, op=MPI.MAX), WORLD.allreduce(self.stalled, op=MPI.MAX)
 
 

@@ -31,7 +31,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from mpidp.config.command_line import from_args
 from mpidp.data.loader import Batch, Loader
 from mpidp.errors import UsageError
-from mpidp.faults.inject import asked_for
+from mpidp.faults.inject import faults_from_environment
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.model.transformer import Transformer
 from mpidp.parallel.engine import Engine
@@ -58,7 +58,7 @@ class Ddp:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group("gloo", init_method="env://")
         self.size, self.clip = world.size, optim.clip
-        self.observers = StepObservers([asked_for(world.rank)], lambda: self.steps)
+        self.observers = StepObservers([faults_from_environment(world.rank)], lambda: self.steps)
         self.steps = 0
         self.plain = Transformer(planned.shape, planned.config.train.seed)
         # PowerSGD's hook reduces twice per bucket, from callbacks in no fixed order: with several buckets gloo could mix them up

@@ -55,9 +55,9 @@ def main() -> None:
             found = in_turns(dict(steppers), options.repeats)
             for name, seconds in medians(found).items():
                 stepper = steppers[name]
-                stepper.job.transport.take()
+                stepper.job.transport.pop_counts()
                 stepper()
-                sent = stepper.job.transport.take()[0]
+                sent = stepper.job.transport.pop_counts()[0]
                 ring = 2 * 4 * stepper.job.strategy.buffer.num_elements * (WORLD.size - 1) / WORLD.size
                 if WORLD.rank == 0:
                     print(f"{model:<6} {nodes:>5} {name:<16} {1e3 * seconds:>9.1f} "

@@ -38,7 +38,7 @@ def corpus() -> tuple[Path, Path]:
     if WORLD.rank == 0:
         source = folder / "text.txt"
         source.write_text("".join(p.read_text() for p in sorted((Path(__file__).parents[1] / "mpidp").rglob("*.py"))))
-        prepare(str(source), "byte", folder / "shards", shards=1, val_fraction=0.1, say=False)
+        prepare(str(source), "byte", folder / "shards", shards=1, val_fraction=0.1, verbose=False)
     WORLD.Barrier()
     return folder, folder / "shards"
 

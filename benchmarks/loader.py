@@ -77,7 +77,7 @@ def main() -> None:
     lengths = [int(n) for n in options.seq_lens.split(",")]
     rows: dict[int, list[tuple[float, float, float]]] = {n: [] for n in lengths}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(source="stdlib", tokenizer=options.tokenizer, out=f"{folder}/shards", say=False)
+        prepare(source="stdlib", tokenizer=options.tokenizer, out=f"{folder}/shards", verbose=False)
         for repeat in range(options.repeats):
             for n in lengths:
                 settings = [f"--data.path={folder}/shards", f"--model.seq_len={n}", f"--train.steps={options.steps}",

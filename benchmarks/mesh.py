@@ -24,10 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpidp.config.command_line import from_args
-from mpidp.config.schema import fields_of
-from mpidp.planning.mesh.memory import Model, Shape, Work
+from mpidp.planning.mesh.memory import ModelSizes, Shape, Work
 from mpidp.planning.mesh.search import model_of_config, vocab_size_of
-from mpidp.planning.mesh.time import Link, Machine, measured_machine, step_of
+from mpidp.planning.mesh.time import LinkSpeed, Machine, measured_machine, step_of
 
 SETTINGS = [  # one copy per rank, as on several nodes; no overlap
     "--model.num_layers=4", "--model.model_dim=256", "--model.num_heads=8", "--model.seq_len=64", "--train.global_batch=16",
@@ -68,12 +67,12 @@ class Subject:
     """A model with its batch and precision."""
 
     settings: list[str]
-    model: Model
+    model: ModelSizes
     work: Work
 
     @classmethod
     def of(cls, settings: list[str]) -> Subject:
-        values = {key: value for key, _, value in fields_of(from_args(settings))}
+        values = from_args(settings).flat()
         size = 4 if values["train.dtype"] == "float32" else 2
         return cls(settings, model_of_config(values, vocab_size_of(values)), Work(
             values["train.global_batch"], values["train.micro_batch"], float(values["train.recompute"]), size))
@@ -99,11 +98,11 @@ def linear(seconds: Callable[[float], float], wanted: float, unit: float) -> flo
 def links(subject: Subject, found: dict[Shape, dict[str, float]], cores: int) -> Machine:
     """Return the machine with link speeds fitted to the runs on LINKS."""
     one, two, tp, gathered = (found[shape] for shape in LINKS)
-    free = Link(0.0, float("inf"))
+    free = LinkSpeed(0.0, float("inf"))
     machine = subject.computing(Machine(1.0, 1.0, free, free, 1 << 20, max(cores, 1), 0.0), one)
 
     def with_link(bandwidth: float, latency: float = 0.0) -> Machine:
-        return replace(machine, inside=Link(latency, bandwidth))
+        return replace(machine, inside=LinkSpeed(latency, bandwidth))
 
     slow = 1e9
     share = linear(lambda x: subject.predicted(LINKS[1], with_link(slow / x if x else float("inf")), one), two["step"], 1.0)

@@ -264,11 +264,11 @@ def main() -> None:
         return
     go_inside()
     link = Link(options.nodes, options.ranks_per_node, options.mbit, options.ms, options.mpi or mpi_of_path())
-    print(f"{options.nodes} nodes with {options.ranks_per_node} ranks each, {options.mbit:g} Mbit/s, {options.ms:g} ms one way, "
+    print(f"{options.nodes} nodes, {options.ranks_per_node} ranks per node, {options.mbit:g} Mbit/s, {options.ms:g} ms one way, "
           f"{link.mpi}, {options.seconds:g} s per run, {options.seeds} seeds, rank 1 slowed by {options.slow:g}, "
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     allreduce = link.check()
-    prepare(str(options.text), options.tokenizer, SCRATCH / "shards", shards=1, val_fraction=0.1, say=False)
+    prepare(str(options.text), options.tokenizer, SCRATCH / "shards", shards=1, val_fraction=0.1, verbose=False)
     common = [f"--data.path={SCRATCH / 'shards'}", f"--train.eval_every={options.eval_every}", *SETTING, *options.settings]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     for seed in range(1, options.seeds + 1):

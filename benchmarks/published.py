@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mpidp.planning.mesh.memory import Model, Shape, Work, largest
+from mpidp.planning.mesh.memory import ModelSizes, Shape, Work, largest
 from mpidp.planning.mesh.search import KNOWN
-from mpidp.planning.mesh.time import Link, Machine, step_of
+from mpidp.planning.mesh.time import LinkSpeed, Machine, step_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
     """A published measurement."""
 
     name: str
-    model: Model
+    model: ModelSizes
     shape: Shape
     work: Work
     published: float
@@ -34,17 +34,17 @@ class Row:
 
 def a100(network: float, overlap: float) -> Machine:
     """A machine with 8 A100 and NVLink. network: bytes per second of a node."""
-    return Machine(1.0, 2.0e12, Link(5e-6, 300e9), Link(1e-5, network), 8, 8, overlap)
+    return Machine(1.0, 2.0e12, LinkSpeed(5e-6, 300e9), LinkSpeed(1e-5, network), 8, 8, overlap)
 
 
 def h100(memory: float, overlap: float = 1.0) -> Machine:
     """A machine with 8 H100, NVLink and 400 Gbit/s per GPU. memory: bytes per second."""
-    return Machine(1.0, memory, Link(5e-6, 450e9), Link(1e-5, 400e9), 8, 8, overlap)
+    return Machine(1.0, memory, LinkSpeed(5e-6, 450e9), LinkSpeed(1e-5, 400e9), 8, 8, overlap)
 
 
-def gpt(layers: int, width: int, heads: int, vocab_size: int = 51200) -> Model:
+def gpt(layers: int, width: int, heads: int, vocab_size: int = 51200) -> ModelSizes:
     """A GPT. Its hidden layer with two matrices of 4 x width counts as SwiGLU of 8/3 x width: equal parameters and operations."""
-    return Model(layers, width, 8 * width // 3, heads, heads, vocab_size, 2048)
+    return ModelSizes(layers, width, 8 * width // 3, heads, heads, vocab_size, 2048)
 
 
 MEGATRON = [  # 1 per row: B parameters, heads, width, layers, tp, pp, GPUs, batch, TFLOP/s a GPU

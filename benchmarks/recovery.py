@@ -105,7 +105,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "text.txt").write_text("".join(p.read_text() for p in sorted(Path(__file__).parents[1].glob("mpidp/*.py"))))
-        prepare(str(Path(name) / "text.txt"), "byte", Path(name) / "shards", shards=1, val_fraction=0.1, say=False)
+        prepare(str(Path(name) / "text.txt"), "byte", Path(name) / "shards", shards=1, val_fraction=0.1, verbose=False)
         found = [measure(Path(name) / "shards", options) for _ in range(options.repeats)]
     print(f"{options.ranks} ranks, 16 M parameters (64 MB of gradients), failure in {options.phase}; {options.repeats} runs")
     for what in found[0]:

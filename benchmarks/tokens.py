@@ -57,7 +57,7 @@ def loss_at(run: dict[str, Any], tokens: int) -> float:
 def table(found: dict[str, list[dict[str, Any]]], marks: list[int]) -> None:
     """Print the results as a table."""
     print(f"\n| method | {' | '.join(f'loss at {mark:,} tokens' for mark in marks)} | at the end, % more | bytes a step | "
-          f"of synchronous' | s of steps |\n|{'---|' * (len(marks) + 5)}")
+          f"relative to {BASE} | s of steps |\n|{'---|' * (len(marks) + 5)}")
     base = found[BASE]
     for name, runs in found.items():
         if problem := next((run["problem"] for run in runs if "problem" in run), ""):
@@ -110,7 +110,7 @@ def main() -> None:
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.methods}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(str(options.text), options.tokenizer, Path(folder) / "shards", shards=1, val_fraction=0.1, say=False)
+        prepare(str(options.text), options.tokenizer, Path(folder) / "shards", shards=1, val_fraction=0.1, verbose=False)
         common = [*SETTING, "--comm.transport=messages", "--train.eval_tokens=32768", f"--data.path={folder}/shards",
                   f"--train.steps={options.steps}", f"--train.eval_every={options.steps // options.marks}", *options.settings]
         for seed in range(options.first_seed, options.first_seed + options.seeds):

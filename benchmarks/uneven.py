@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text.txt").write_text("".join(p.read_text() for p in sorted((ROOT / "mpidp").rglob("*.py"))))
-        prepare(str(folder / "text.txt"), "byte", folder / "shards", shards=1, val_fraction=0.1, say=False)
+        prepare(str(folder / "text.txt"), "byte", folder / "shards", shards=1, val_fraction=0.1, verbose=False)
         found: dict[str, list[float]] = {balance: [] for balance in ("even", "measured", "steal")}
         hashes = set()
         for number in range(options.repeats):

@@ -1,1 +1,1 @@
-"""Tools that turn text into shards and look at them; the shard format is documented in mpidp/data/shards.py."""
+"""Tools that convert text to shards and inspect shards. The shard format is documented in mpidp/data/shards.py."""

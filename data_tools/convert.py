@@ -133,8 +133,8 @@ def main() -> None:
     add("out", metavar="PREFIX|OUT", type=Path, help="what to write; it must not exist")
     add("--tokenizer", help="with --from: byte, a tokenizer.json, or a folder that contains one")
     add("--eod", help="with --from: the end-of-document token of the tokenizer.json, if it has an unusual name")
-    add("--shards", type=int, default=4, help="with --from: number of training files (%(default)s)")
-    add("--val-fraction", type=float, default=0.05,
+    add("--shards", type=int, metavar="N", default=4, help="with --from: number of training files (%(default)s)")
+    add("--val-fraction", type=float, metavar="F", default=0.05,
         help="with --from and a single PREFIX: this fraction at its end becomes validation; 0: none (%(default)s)")
     options = parser.parse_args()
     if options.source and not options.tokenizer:

@@ -60,7 +60,7 @@ def encode_text(files: list[SourceFile], reader: SourceReader, encoder: Tokenize
 
 
 def _routed(files: list[SourceFile], reader: SourceReader, routing: Routing) -> Iterator[tuple[str, str | None]]:
-    """Yield the stream of each piece of text with the piece. None ends a document."""
+    """Yield (name of the stream, piece of text). A piece of None ends a document."""
     for file in files:
         number = 0
         for text in reader.pieces(file):

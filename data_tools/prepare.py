@@ -43,7 +43,7 @@ SCRATCH = ".prepare"  # the temporary folder in OUT
 def prepare(
     source: str | Sequence[str] = "stdlib", tokenizer: str = "byte", out: str | Path = "shards/stdlib", shards: int = 4,
     val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
-    eod: str | None = None, comm: MPI.Intracomm | None = None, say: bool = True, form: str = "text",
+    eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: this process alone).
@@ -51,14 +51,14 @@ def prepare(
     source: a path, or several PATH:WEIGHT for a mixture. tokens: total size of the mixture (0: stop when a source is exhausted).
     repeat: an exhausted source starts over. form: "text", or training rows with a loss mask (rows.py): "prompt_completion",
     "chat". Rows are packed so that none crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream
-    becomes validation) or "document" (whole documents, chosen by a hash of seed, file name and index in the file; the seed has no
-    other use). Rows are always split by document. eod: the end-of-document token of a given tokenizer.json. say: print a summary
-    on rank 0. Raises UsageError for invalid options and DataError for unreadable sources; OUT is then unchanged.
+    becomes validation) or "document" (whole documents, chosen by a hash of seed, file name and index in the file; the seed has
+    no other use). Rows are always split by document. eod: the end-of-document token of a given tokenizer.json. verbose: print a
+    summary on rank 0. Raises UsageError for invalid options and DataError for unreadable sources; OUT is then unchanged.
     """
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
     found: tuple[list[Found], Template | None] | None = None
-    with team.together():
+    with team.raise_together():
         options = PrepareOptions(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
             bad_utf8, strict, form, seq_len, truncate, tokens, repeat,
@@ -77,7 +77,7 @@ def prepare(
             tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in own_files for f in files], readers[0],
             team,
         )
-        with team.together():
+        with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
             ]
@@ -92,7 +92,7 @@ def prepare(
             if is_new:
                 with suppress(OSError):  # succeeds only if OUT is empty
                     out.rmdir()
-    if say and team.rank == 0:
+    if verbose and team.rank == 0:
         print(_summary(out, index, counts, options, time.monotonic() - began, team.size), flush=True)
     return index
 
@@ -168,7 +168,7 @@ def _write(
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
-    with team.together():
+    with team.raise_together():
         if not counts.documents:
             raise DataError(f"the source has no text at all ({counts}); give --source a file or folder with text")
         streams, mixture = _streams(raws, encoder.eod, options)
@@ -187,7 +187,7 @@ def _write(
     about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, mixture, strict=True)]} if mixture else abouts[0]
     about = about | ({"format": options.form, "learned_tokens": learned} if rows else {}) | counts.left_out()
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len)
-    with team.together():
+    with team.raise_together():
         if team.rank == 0:
             _put_in_place(out, index, stored)
     return index
@@ -259,17 +259,20 @@ def main() -> None:
     add("--format", dest="form", default="text", help="text, or .jsonl rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
-    add("--seq-len", type=int, default=0, help="for rows: the window length in tokens; train with the same model.seq_len")
+    add("--seq-len", type=int, metavar="N", default=0,
+        help="for rows: the window length in tokens; train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
-    add("--tokens", type=int, default=0, help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
+    add("--tokens", type=int, metavar="N", default=0,
+        help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
     add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
     add("--tokenizer", default="byte", help="byte, char, bpe:VOCAB (trained here) or a tokenizer.json (%(default)s)")
     add("--out", default="shards/stdlib", help="the folder to write (%(default)s)")
-    add("--shards", type=int, default=4, help="number of training files (%(default)s)")
-    add("--val-fraction", type=float, default=0.05, help="validation share of tokens or documents; 0: none (%(default)s)")
-    add("--split", default="", help="text: the end of the stream becomes validation; document: whole documents do (text; for "
-        "rows document)")
-    add("--seed", type=int, default=0, help="seed of --split document (%(default)s)")
+    add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
+    add("--val-fraction", type=float, metavar="F", default=0.05,
+        help="validation share of tokens or documents; 0: none (%(default)s)")
+    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
+        "default: text, for rows document")
+    add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long .jsonl lines instead of skipping them")
     add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")

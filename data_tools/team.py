@@ -20,14 +20,14 @@ class Team:
         self.rank, self.size = (0, 1) if comm is None else (comm.rank, comm.size)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Raise an exception on all ranks if one rank raises one. Ranks that finish early sleep. Collective."""
         if self.comm is None:
             yield
             return
-        from mpidp.runtime.world import together
+        from mpidp.runtime.world import raise_together
 
-        with together(self.comm):
+        with raise_together(self.comm):
             yield
 
     def bcast(self, value: T | None) -> T:

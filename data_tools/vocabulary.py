@@ -43,7 +43,7 @@ def make_tokenizer(
     reader = replace(reader, counts=Counts())  # do not count problems in this pass
     characters: set[str] = set()
     stored: tuple[str, int | None] | None = None
-    with team.together():
+    with team.raise_together():
         if spec == "char":
             for f in own_files:
                 for text in reader.pieces(f):

@@ -83,12 +83,12 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import read_text
     from mpidp.inference.scoring import text_loss
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     reader, loaded, tokenizer = open_model(options, world)
     config, encoded = reader.meta["config"], None
     seq_len = config["model.seq_len"]
-    with together(world):
+    with raise_together(world):
         if options.stride > seq_len:
             raise UsageError(
                 f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger one would skip tokens"
@@ -109,11 +109,11 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
     from mpidp.inference.scoring import log_likelihoods
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     reader, loaded, tokenizer = open_model(options, world)
     seq_len, questions = reader.meta["config"]["model.seq_len"], None
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             items = read_choices(options.choices)
             questions = (items, [encode(tokenizer, item, seq_len, options.choices) for item in items])
@@ -144,12 +144,12 @@ def evaluate(
     from mpidp.inference.loading import load_model
     from mpidp.parallel.engine import Engine
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     grid = make_grid(world, tp, pp)
     world = grid.world
     reader = open_run(Path(run), world)
-    with together(world):
+    with raise_together(world):
         loaded = load_model(reader, grid, device, threads)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         if stream.tokenizer_sha256 != reader.meta["tokenizer"]:
@@ -161,7 +161,7 @@ def evaluate(
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
     engine = Engine(
         loaded.model, loaded.device, loaded.dtype, seed=0, dropout=0.0, nominal_tokens=1, stages=loaded.stages,
-        token_losses=loaded.losses, tells=loaded.model.part.speaks and grid.tp.rank == 0,
+        token_losses=loaded.losses, reports_loss=loaded.model.part.has_head and grid.tp.rank == 0,
     )
     loss, tokens = engine.evaluate(stream, world, config["model.seq_len"], config["train.micro_batch"], replicas=grid.replicas.dp)
     return _figures(loss, tokens, stream.text_bytes) | {"step": reader.meta["step"]}

@@ -45,11 +45,11 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
     from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     reader, grid = open_run(Path(run), world), make_grid(world)
     summary, folder = "", reader.path.parent.parent
-    with together(world):
+    with raise_together(world):
         kind = reader.meta["config"]["model.kind"]
         if kind != "transformer":
             raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported (as Llama)")

@@ -92,11 +92,11 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import polite_barrier, together
+    from mpidp.runtime.world import polite_barrier, raise_together
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     rows: list[dict[str, Any]] = []
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             rows = _read(options)
     rows = world.bcast(rows)
@@ -105,7 +105,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     seq_len, replica = reader.meta["config"]["model.seq_len"], grid.world.rank // grid.parts
     firsts = range(0, len(rows), options.batch)[replica :: grid.world.size // grid.parts]
     groups: list[dict[int, list[int]]] = []
-    with together(grid.world):
+    with raise_together(grid.world):
         if firsts:
             loaded = load_model(reader, grid, options.device, options.threads)
             tokenizer = load_tokenizer_for(loaded, reader, options.data)
@@ -162,9 +162,9 @@ def _encoded(tokenizer: Any, prompt: str, seq_len: int, index: int) -> list[int]
 def _write(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
     from mpidp.errors import UsageError
     from mpidp.runtime.files import write_file
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
-    with together(world):
+    with raise_together(world):
         try:
             if world.rank == 0:
                 write_file(path, _lines(rows).encode())

@@ -10,8 +10,8 @@
             optimizer.backward(loss)                                           # in place of loss.backward()
             optimizer.step()
 
-`mpirun -np N python -m mpi4py program.py`. What comes out of N ranks is what comes out of one: bit for bit with the default
-settings, since lanes are added in an order of their own (comm/tree.py). docs/library.md says more.
+Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks give the bits of one rank, because
+the order in which lanes are added does not depend on the ranks (reducers/tree.py). See docs/library.md.
 """
 
 from __future__ import annotations
@@ -37,23 +37,25 @@ from mpidp.data.dataset import from_dataset as from_dataset
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.own import set_generator
-from mpidp.model.shape import OwnShape
+from mpidp.model.shape import CustomShape
 from mpidp.parallel.engine import dropout_key
 from mpidp.parallel.grid import make_grid
 from mpidp.reducers import overlap
 from mpidp.reducers.buckets import FlatLayout
-from mpidp.runtime.agreement import agree, parameters_told, versions
+from mpidp.runtime.agreement import check_agreement, parameter_facts, versions
 from mpidp.runtime.device import resolve_threads
-from mpidp.runtime.topology import Mesh
-from mpidp.runtime.world import start_mpi, together
+from mpidp.runtime.topology import Topology
+from mpidp.runtime.world import raise_together, start_mpi
 from mpidp.strategies import strategy_of
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.training.data_parallel import share_memory
 
 
-class Given:
-    """A torch.optim optimizer as it is, behind the calls that strategies make of ours: it is stepped on the averaged gradient,
-    with the learning rate that it has. Its state it keeps itself. Independent."""
+class TorchOptimizer:
+    """Adapts a torch.optim optimizer to the interface that strategies use. Independent.
+
+    It steps on the averaged gradient with its own learning rate and keeps its own state.
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, layout: FlatLayout, parameters: Tensor, gradients: Tensor, **more: Any
@@ -62,40 +64,40 @@ class Given:
         self._gradients = [(p, view) for (_, _, p), view in zip(layout.placed(), layout.views(gradients), strict=True)]
 
     def step(self, lr: float) -> None:
-        """Every rank updates all parameters."""
-        held = [p.grad for p, _ in self._gradients]
+        """Update all parameters, on every rank. lr is ignored."""
+        before = [p.grad for p, _ in self._gradients]
         for p, view in self._gradients:
             p.grad = view
         self.optimizer.step()
-        for (p, _), gradient in zip(self._gradients, held, strict=True):
+        for (p, _), gradient in zip(self._gradients, before, strict=True):
             p.grad = gradient
         self.updates += 1
 
-    def go_on_after(self, updates: int) -> None:
-        """So many updates were made."""
+    def set_updates(self, updates: int) -> None:
+        """Set the number of updates made."""
         self.updates = updates
 
     def moments(self) -> dict[str, Tensor]:
-        """Nothing that strategies keep."""
+        """Return nothing: the optimizer keeps its own state."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing that strategies keep."""
+        """Return nothing: the optimizer keeps its own state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing that strategies keep."""
+        """Do nothing: the optimizer keeps its own state."""
 
 
 @dataclass(frozen=True)
-class LoopMemory:
-    """What share_memory needs to know (training/data_parallel.py)."""
+class SharingPlan:
+    """The arguments of share_memory (training/data_parallel.py)."""
 
     config: Config
-    mesh: Mesh
+    mesh: Topology
     lanes: Lanes
     device: torch.device
-    shape: OwnShape
+    shape: CustomShape
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -103,67 +105,69 @@ class LoopMemory:
 
 
 class DataParallel:
-    """A model and its optimizer, trained together by all ranks; in the loop it stands where the optimizer stood."""
+    """Data-parallel training of a model by all ranks. It replaces the optimizer in a training loop."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer], items: Items,
         settings: Mapping[str, Any] | None = None, steps: int = 0, clip: float = 0.0, threads: int = 0,
         comm: MPI.Intracomm | None = None,
     ) -> None:
-        """optimizer: of torch.optim or like it, or what makes one of model.parameters(). items: from_dataset's, whose seed is
-        that of what forward draws, too. settings: of sections strategy and comm, as mpidp.train has them.
-        steps: updates in all, which strategies need whose ranks do not meet at every step: at the last one there is one common
-        model. clip: largest gradient norm, 0: off. threads: as train.threads. All ranks get rank 0's parameters and buffers.
-        UsageError. Collective over comm (COMM_WORLD)."""
+        """Broadcast rank 0's parameters and buffers and set up the strategy.
+
+        optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: from from_dataset; its
+        seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train. steps: total number
+        of updates; needed by strategies that do not synchronize at each step, which synchronize the models at the last one.
+        clip: largest gradient norm, 0: off. threads: as train.threads. UsageError. Collective over comm (COMM_WORLD).
+        """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
         self.rank, self.ranks, self._total = mesh.dp.rank, mesh.dp.size, steps
-        with together(self.comm):
+        with raise_together(self.comm):
             config = self._config(settings or {}, threads, mesh)
             self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
             named = self._named()
-        agree(self.comm, parameters_told(named) | {
+        check_agreement(self.comm, parameter_facts(named) | {
             "dataset": str(items.state_dict() | asdict(items.lanes)), "settings": str([asdict(config), steps, clip]),
         } | versions())  # fmt: skip
         torch.set_num_threads(config.train.threads)
         device = named[0][1].device
         transport = open_transport(config.comm.gpu, device, self.comm)
-        shape = OwnShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
-        shared = share_memory(LoopMemory(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
+        shape = CustomShape(0, 0, "", {}, [(name, list(p.shape)) for name, p in named])
+        shared = share_memory(SharingPlan(config, mesh, items.lanes, device, shape), transport, sum(p.numel() for _, p in named))
         self._transport, self._balance = transport, shared.balance
-        options = Options.of(asdict(config.strategy), steps, mesh.node_sizes)
+        options = StrategyOptions.of(asdict(config.strategy), steps, mesh.node_sizes)
         self.strategy = strategy_of(config.strategy.name, config.strategy.quorum)(
-            self.comm, shared.group, named, shared.reducer, partial(Given, self.optimizer), clip, self.lanes.global_batch,
-            int(config.comm.bucket_mb * 2**20), False, options=options,
+            self.comm, shared.group, named, shared.reducer, partial(TorchOptimizer, self.optimizer), clip,
+            self.lanes.global_batch, int(config.comm.bucket_mb * 2**20), False, options=options,
         )
         for tensor in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad)]:
             tensor.copy_(self.comm.bcast(tensor.cpu()))
         self.strategy.start()
-        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.settled)
-        self._mine = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
+        overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
+        self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # updates made
         self.stats = StepStats(0.0, False)  # of the last update: grad_norm, skipped
-        self.loss = 0.0  # mean over the last batch; of this rank's part of it where ranks do not meet at every step
-        self._left: list[int] = []  # of this batch's micro-batches, those before whose backward this rank stands
-        self._updated = True  # is the batch's update made?
-        self._told = np.zeros((2, self.lanes.num_micro_batches))  # of each: loss sum, and of how many it is
+        self.loss = 0.0  # mean over the last batch; over this rank's part if the strategy does not synchronize at each step
+        self._remaining: list[int] = []  # this rank's micro-batches without backward so far
+        self._updated = True  # whether the batch's update was made
+        self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # for each micro-batch: sum of losses, number of items
 
-    def _config(self, settings: Mapping[str, Any], threads: int, mesh: Mesh) -> Config:
+    def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
         for key in settings:
             if not key.startswith(("strategy.", "comm.")) or key in ("comm.copies", "strategy.replay"):
-                raise UsageError(f"settings has {key!r}: a loop of your own takes those of sections strategy and comm, but for "
+                raise UsageError(f"settings has {key!r}: DataParallel supports only sections strategy and comm, except "
                                  "comm.copies and strategy.replay")
-        words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
-        config = from_args([*words, "--comm.copies=rank"])
+        arguments = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+        config = from_args([*arguments, "--comm.copies=rank"])
         if config.strategy.name == "server":
-            raise UsageError("strategy.name=server: servers hold slices of an optimizer's state, and it is not known how to cut "
-                             "that of the one given here. mpidp.train has it")
+            raise UsageError("strategy.name=server is not supported by DataParallel: a torch.optim optimizer's state cannot be "
+                             "split over servers. Use mpidp.train")
         if resolve.kind_of(config) != "synchronous" and not self._total:
-            raise UsageError(f"{rules.asked(config.strategy.name, config.strategy.quorum)}: its ranks do not meet at every "
-                             "step, so it must know how many there will be: DataParallel(..., steps=EPOCHS * len(items))")
+            raise UsageError(f"{rules.method_setting(config.strategy.name, config.strategy.quorum)} does not synchronize at each "
+                             "step and needs the number of steps: DataParallel(..., steps=EPOCHS * len(items))")
         if self.ranks > self.lanes.num_lanes:
-            raise UsageError(f"{self.ranks} ranks, but a batch has {self.lanes.num_lanes} lanes, and each computes whole lanes: "
-                             "start fewer, or give from_dataset a smaller micro_batch")
+            raise UsageError(f"{self.ranks} ranks, but a batch has only {self.lanes.num_lanes} lanes, and each rank computes "
+                             "whole lanes: start fewer ranks, or pass a smaller micro_batch to from_dataset")
         lanes = self.lanes
         config = config.with_values(train={
             "steps": self._total, "global_batch": lanes.global_batch, "micro_batch": lanes.micro_batch, "seed": self.items.seed,
@@ -176,76 +180,83 @@ class DataParallel:
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         if not named:
-            raise UsageError("the model has no parameter that requires a gradient")
+            raise UsageError("the model has no parameter with requires_grad=True")
         for name, p in named:
             if p.dtype != torch.float32 or p.device != named[0][1].device:
-                raise UsageError(f"parameter {name} is {p.dtype} on {p.device}: all must be float32, on one device; "
-                                 "torch.autocast casts in products")
+                raise UsageError(f"parameter {name} is {p.dtype} on {p.device}: all parameters must be float32 on one device; "
+                                 "use torch.autocast for lower precision")
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise UsageError("LBFGS computes the loss several times an update: no gradient of one batch would do")
-        theirs = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if theirs - {id(p) for p in self.model.parameters()}:
-            raise UsageError("the optimizer has parameters that are not of this model: they would stay as they are on each rank")
+            raise UsageError("LBFGS is not supported: it computes the loss several times per update")
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if optimized - {id(p) for p in self.model.parameters()}:
+            raise UsageError("the optimizer has parameters that are not in the model: their gradients would not be averaged")
         return named
 
     def micro_batches(self) -> Iterator[Any]:
-        """What is left of the epoch, this rank's part: micro-batches as collate gives them. torch's generator is at a place of
-        its own in each, so dropout and masks belong to the data and not to a rank. UsageError in a loop that leaves out backward
-        or step. Collective over comm: every rank must go through all of them."""
+        """Yield this rank's micro-batches of the rest of the epoch, as returned by collate.
+
+        torch's generator is seeded for each micro-batch, so dropout and masks depend on the data and not on the rank.
+        UsageError if the loop omits backward or step. Collective over comm: all ranks must iterate to the end.
+        """
         items = self.items
         epoch = items.next_batch // len(items)
         while items.next_batch // len(items) == epoch:
             if not self._updated:
-                self.strategy.discard()  # a loop that was left in the middle of this batch
-            batch, self._left, self._updated = items.next_batch, list(self._mine), False
-            self._told[:] = 0.0
-            while self._pass_empty():
-                left, v = len(self._left), self._left[0]
+                self.strategy.discard()  # an earlier loop was left in the middle of this batch
+            batch, self._remaining, self._updated = items.next_batch, list(self._own_micro_batches), False
+            self._loss_sums[:] = 0.0
+            while self._skip_empty():
+                left, v = len(self._remaining), self._remaining[0]
                 _, found = items.read(batch, v)
                 set_generator(dropout_key(items.seed, batch, v), self.strategy.flat.device)
                 yield found
-                if len(self._left) == left:
-                    raise UsageError("a micro-batch went by without backward(): its items would be left out")
+                if len(self._remaining) == left:
+                    raise UsageError("backward() was not called for a micro-batch: its items would be skipped")
             if not self._updated:
-                if any(items.count(batch, v) for v in self._mine):
-                    raise UsageError("the batch went by without step(): call it after every backward()")
-                self.step()  # none of its items was this rank's
+                if any(items.count(batch, v) for v in self._own_micro_batches):
+                    raise UsageError("step() was not called for a batch: call it after every backward()")
+                self.step()  # this rank had no items of the batch
 
-    def _pass_empty(self) -> bool:
-        """Past micro-batches without items, of an epoch's last batch. Is there another one?"""
-        while not self._updated and self._left and not self.items.count(self.items.next_batch, self._left[0]):
-            with self.strategy.micro_batch(self._left[0], len(self._left) == 1):
-                self._left.pop(0)
-        return bool(self._left)
+    def _skip_empty(self) -> bool:
+        """Skip empty micro-batches (an epoch's last batch). Returns whether another one remains."""
+        while not self._updated and self._remaining and not self.items.count(self.items.next_batch, self._remaining[0]):
+            with self.strategy.micro_batch(self._remaining[0], len(self._remaining) == 1):
+                self._remaining.pop(0)
+        return bool(self._remaining)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: gradients are cleared when a batch begins. Independent."""
+        """Do nothing: gradients are cleared at the start of each batch. Independent."""
 
     def backward(self, loss: Tensor, count: int | None = None) -> None:
-        """loss: a mean over the micro-batch's items, or over `count` of anything else (tokens): the update is by the mean over
-        all of the batch. Once a micro-batch. UsageError. Independent."""
-        if not self._left:
-            raise UsageError("backward() a second time for one micro-batch: add the losses, and call it once")
-        v, batch = self._left[0], self.items.next_batch
+        """Compute gradients; call it once per micro-batch, in place of loss.backward(). UsageError. Independent.
+
+        loss: the mean over the micro-batch's items, or over `count` other units (e.g. tokens). The update uses the mean over the
+        whole batch.
+        """
+        if not self._remaining:
+            raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")
+        v, batch = self._remaining[0], self.items.next_batch
         count, parameters = self.items.count(batch, v) if count is None else count, self.strategy.parameters
-        with self.strategy.micro_batch(v, len(self._left) == 1):
-            self._left.pop(0)
+        with self.strategy.micro_batch(v, len(self._remaining) == 1):
+            self._remaining.pop(0)
             if count:
-                held = [p.grad for p in parameters]
+                before = [p.grad for p in parameters]
                 (loss * (count / self.lanes.global_batch)).backward()
-                if any(one is None or p.grad is not one for p, one in zip(parameters, held, strict=True)):
-                    raise UsageError("gradients were taken from their place: call zero_grad of DataParallel, not of the model")
-                self._told[:, v] = loss.item() * count, count
+                if any(one is None or p.grad is not one for p, one in zip(parameters, before, strict=True)):
+                    raise UsageError("p.grad was replaced: call zero_grad() of DataParallel, not of the model or its optimizer")
+                self._loss_sums[:, v] = loss.item() * count, count
 
     def step(self) -> bool:
-        """The update, once all of this rank's micro-batches are in; before, nothing. Returns whether it was made. Collective over
-        comm where the strategy's ranks meet."""
-        if self._updated or self._pass_empty():
+        """Update the parameters after this rank's last micro-batch of a batch; before it, do nothing.
+
+        Returns whether the update was made. Collective over comm if the strategy synchronizes at this step.
+        """
+        if self._updated or self._skip_empty():
             return False
         strategy = self.strategy
-        if strategy.meets_always:
-            strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._told))
-        losses, counts = self._told.tolist()
+        if strategy.synchronizes_always:
+            strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._loss_sums))
+        losses, counts = self._loss_sums.tolist()
         self.loss = sum(losses) / max(1.0, sum(counts))
         self.stats = strategy.step(0.0, int(sum(counts)))
         self._updated = True
@@ -256,27 +267,29 @@ class DataParallel:
         return True
 
     def sha256(self) -> str:
-        """Of the parameters, in order of names. Independent."""
+        """Return the SHA-256 of the parameters, in the order of their names. Independent."""
         return weights_sha256(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's, between two batches at a meeting. With strategy.name=synchronous and no compression all hold the same, and
-        rank 0's serves any number of ranks; else each must save and load its own. Independent, at the same step on all ranks."""
+        """Return this rank's state. Call it between batches, at the same step on all ranks, after a synchronization.
+
+        With strategy.name=synchronous and no compression all ranks have the same state, which can be loaded at any number of
+        ranks. Otherwise each rank must save and load its own. Independent.
+        """
         own = {name: entry.tensor.clone() for name, entry in self.strategy.state_dict().items()}
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "strategy": own,
                 "items": self.items.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, before the first micro-batch. UsageError. Independent."""
+        """Load a state, before the first micro-batch. UsageError. Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would go on in the very tensors
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the same tensors
         self.strategy.load_state_dict(state["strategy"])
         self.steps = state["steps"]
 
     def close(self) -> None:
-        """Give shared memory back: the model is an ordinary one from here on. Not needed at a program's end. Collective over
-        comm."""
+        """Free shared memory; the model keeps its parameters. Not needed at the end of a program. Collective over comm."""
         kept = [p.detach().clone() for p in self.strategy.parameters]
         self._balance.close()
         self.strategy.close()

@@ -1,9 +1,10 @@
-"""`python -m mpidp.plan RUN [RUN ...] [--ranks 1,2,4] [--loss X] [--json]`: how many ranks a run is worth, predicted from it.
-`[mpirun -np N] python -m mpidp.plan methods CONFIG.toml`: which method pays on this cluster (--help after `methods` says more).
-`python -m mpidp.plan mesh --params 7b --ranks 64`: which mesh (dp x pp x tp) holds a model that one device does not.
+"""`python -m mpidp.plan RUN [RUN ...] [--ranks 1,2,4] [--loss X] [--json]`: predict how many ranks a run can use well.
+`[mpirun -np N] python -m mpidp.plan methods CONFIG.toml`: which training method pays on this cluster.
+`python -m mpidp.plan mesh --params 7b --ranks 64`: which mesh (dp x pp x tp) holds a model that is too large for one device.
 
-The first RUN says what is learned from a batch (its gradient noise scale, measured with --train.noise_every=10); it and runs of
-the same model on other numbers of ranks say what a step costs. docs/plan.md: how to read the table.
+For more, add --help after `methods` or `mesh`. The first RUN supplies the gradient noise scale (train it with
+--train.noise_every=10), which determines how much is learned from a batch. It and other runs of the same model on other numbers
+of ranks supply the time of a step. docs/plan.md explains the table.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from mpidp.planning.ranks.table import methods_table, plot, table
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import launcher_rank
 
-SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that seconds depend on
+SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that step times depend on
 
 
-METHODS_USAGE = """does another method pay here? For this model on this cluster: what each would send and take, and with
---run what it learns in the same time. CONFIG.toml and --section.key=value as for mpidp.train. docs/plan.md: how to read it."""
+METHODS_USAGE = """Compare training methods for this model on this cluster: predict what each sends and how long a step takes.
+With --run, train with each and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md
+explains the output."""
 
 
 def main() -> None:
-    """Command line -> table. Collective over COMM_WORLD with `methods`, else independent."""
+    """Run the command line. Collective over COMM_WORLD with `methods`, else independent."""
     if sys.argv[1:2] == ["methods"]:
         which_method(sys.argv[2:])
         return
@@ -45,32 +47,32 @@ def main() -> None:
         return
     parser = Parser(prog="python -m mpidp.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the one to plan")
-    parser.add_argument("--ranks", help="columns of the table, as 1,2,4; default: powers of two and those measured")
-    parser.add_argument("--loss", type=float, help="plan to this val_loss, which RUN reached; default: its last")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--ranks", help="columns of the table, as 1,2,4; default: powers of two and the measured numbers")
+    parser.add_argument("--loss", type=float, help="target val_loss, which RUN must have reached; default: its last")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     options = parser.parse_args()
     words = [] if options.ranks is None else options.ranks.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
-        parser.error(f"--ranks={options.ranks}: give whole numbers from 1 up, with commas between them")
+        parser.error(f"--ranks={options.ranks}: give whole numbers of at least 1, separated by commas")
     found = plan(options.runs, [int(word) for word in words], options.loss)
     if launcher_rank() == 0:
         print(json.dumps(found, allow_nan=False) if options.json else table(found))
 
 
 def which_method(words: Sequence[str]) -> None:
-    """The command line after `methods` -> table. Collective over COMM_WORLD."""
+    """Run the command line after `methods`. Collective over COMM_WORLD."""
     parser = Parser(prog="python -m mpidp.plan methods", usage="%(prog)s [CONFIG.toml] [--section.key=value ...] [options]",
                     description=METHODS_USAGE, allow_abbrev=False)
-    parser.add_argument("--cluster", default="", metavar="FILE", help="what mpidp.doctor wrote; default: in run.dir, then here")
-    parser.add_argument("--link", default="", metavar="MBIT,MS", help="instead: bandwidth of a node, delay one way")
+    parser.add_argument("--cluster", default="", metavar="FILE", help="file of mpidp.doctor; default: in run.dir, then here")
+    parser.add_argument("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node, one-way delay")
     parser.add_argument("--ranks", type=int, help="default: those of this launch, else those of cluster.json")
     parser.add_argument("--step-seconds", type=float, metavar="S",
-                        help="that a rank computes a step, the ranks sharing its lanes; default: measured on the spot")
+                        help="compute time of a step on one rank; default: measured now")
     parser.add_argument("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
-                        help="really train by each method on the ranks of this launch (default: %(const)g s each)")
-    parser.add_argument("--methods", default="", metavar="A,B", help="these alone, and synchronous; default: all")
+                        help="train with each method on the ranks of this launch (default: %(const)g s each)")
+    parser.add_argument("--methods", default="", metavar="A,B", help="compare only these and synchronous; default: all")
     parser.add_argument("--plot", default="", metavar="FILE.png", help="with --run: loss against time and bytes (matplotlib)")
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
 
     def read() -> tuple[argparse.Namespace, Any]:
         options, settings = parser.parse_known_args(words)
@@ -78,19 +80,19 @@ def which_method(words: Sequence[str]) -> None:
             if value is not None and not 0 < value < math.inf:
                 parser.error(f"--{name}={value:g} must be more than 0")
         if options.plot and not options.run:
-            parser.error("--plot draws what was learned: it needs --run")
+            parser.error("--plot shows the losses of trials: it needs --run")
         if options.plot and importlib.util.find_spec("matplotlib") is None:
-            parser.error("--plot needs matplotlib, which is not here: pip install matplotlib, or take --json")
+            parser.error("--plot needs matplotlib: pip install matplotlib, or use --json")
         return options, from_args(settings)
 
     (options, config), world = begin(read)
-    from mpidp.planning.methods.trials import Options, answer
+    from mpidp.planning.methods.trials import TrialOptions, compare_methods
 
-    asked = Options(
+    trial_options = TrialOptions(
         options.ranks or 0, options.cluster, options.link, options.step_seconds or 0.0, options.run or 0.0,
         tuple(filter(None, options.methods.split(","))),
     )
-    found = answer(config, asked, world)
+    found = compare_methods(config, trial_options, world)
     if world.rank == 0:
         print(json.dumps(found, allow_nan=False) if options.json else methods_table(found), flush=True)
         if options.plot:
@@ -98,30 +100,30 @@ def which_method(words: Sequence[str]) -> None:
 
 
 def which_mesh(words: Sequence[str]) -> None:
-    """The command line after `mesh` -> table. Independent."""
-    found, as_json = command_line.answer(words)
+    """Run the command line after `mesh`. Independent."""
+    found, as_json = command_line.plan_from_arguments(words)
     if launcher_rank() == 0:
         print(json.dumps(found, allow_nan=False) if as_json else mesh_table(found))
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:
-    """What is printed, as plain values: seconds, tokens. UsageError for runs that cannot be planned from. Independent."""
-    facts = [measured.read(run) for run in runs]
-    first = facts[0]
-    for other in facts[1:]:
+    """Return the plan as plain values (seconds, tokens). Raises UsageError if the runs are not suitable. Independent."""
+    recorded = [measured.read(run) for run in runs]
+    first = recorded[0]
+    for other in recorded[1:]:
         differ = sorted(k for k, v in first.config.items() if k.startswith(SAME) and other.config.get(k) != v)
         if differ:
-            raise UsageError(f"{other.path} and {first.path} differ in {', '.join(differ)}: one does not time the other")
+            raise UsageError(f"{other.path} and {first.path} differ in {', '.join(differ)}: their step times are not comparable")
     steps, reached, name = measured.steps_to(first, loss)
     found = _noise(first, steps)
     learned = predict.Learned(steps, first.tokens / first.steps, first.lanes, found["noise_scale_tokens"])
-    times = measured.seconds(facts)
+    times = measured.seconds(recorded)
     present = first.starts[-1][0] or 1
     columns = sorted(set(columns)) or _columns(first.lanes.num_lanes, present, [one.ranks for one in times])
     rows = predict.predict(learned, times, columns)
     cells = [cell for row in rows for cell in row.cells]
     if not cells:
-        raise UsageError(f"--ranks: no batch of the table has {columns[0]} lanes, and a rank computes whole lanes")
+        raise UsageError(f"--ranks: no batch of the table has {columns[0]} lanes, and each rank needs at least one")
     fastest = min(cells, key=lambda cell: (cell.seconds, cell.ranks))
     cheapest = min(cells, key=lambda cell: (cell.rank_seconds, cell.seconds))
     ends = [predict.predict(replace(learned, noise_scale_tokens=end), times, columns) for end in found["bounds_tokens"] or ()]
@@ -129,7 +131,7 @@ def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None =
     best = [cell for p in columns if (cell := predict.best_at(rows, p))]
     return {
         "run": str(first.path), "loss": reached, "loss_name": name, "steps": steps, "tokens_a_step": learned.tokens_a_step,
-        "ranks": present, "ranks_not_said": [str(one.path) for one in facts if any(ranks is None for ranks, _ in one.starts)],
+        "ranks": present, "ranks_not_said": [str(one.path) for one in recorded if any(ranks is None for ranks, _ in one.starts)],
         "noise": found, "fewest_steps": learned.fewest_steps,
         "fewest_tokens": learned.fewest_steps * learned.noise_scale_tokens, "measured": [asdict(one) for one in times],
         "measured_step_seconds": measured.step_seconds(first), "columns": columns,
@@ -148,19 +150,19 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
     return {**asdict(cell), "rank_seconds": cell.rank_seconds}
 
 
-def _noise(facts: measured.Facts, steps: float) -> dict[str, Any]:
-    """The noise scale on the way to the loss: that of the second half of the steps, and how it moved and scatters."""
-    if not facts.noises:
-        one_lane = "; a batch of one lane has none (train.lanes)" if facts.lanes.num_lanes == 1 else ""
-        raise UsageError(f"{facts.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")
-    late = [noise for step, noise in facts.noises if steps / 2 < step <= steps]
+def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
+    """Return the noise scale in the second half of the steps that the loss took, its bounds, and its value in each quarter."""
+    if not run.noises:
+        one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
+        raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")
+    late = [noise for step, noise in run.noises if steps / 2 < step <= steps]
     noise = mean(late)
     if noise is None or not noise.noise_scale_tokens:
         raise UsageError(
-            f"{facts.path}: {len(late)} noise measurements in the second half of {steps:g} steps do not tell gradient from "
-            "noise: measure more often (a smaller train.noise_every) or train longer"
+            f"{run.path}: the {len(late)} noise measurements in the second half of {steps:g} steps are too few to separate "
+            "gradient from noise: measure more often (a smaller train.noise_every) or train longer"
         )
-    quarters = [mean([n for step, n in facts.noises if i < 4 * step / steps <= i + 1]) for i in range(4)]
+    quarters = [mean([n for step, n in run.noises if i < 4 * step / steps <= i + 1]) for i in range(4)]
     return {
         "noise_scale_tokens": noise.noise_scale_tokens, "bounds_tokens": interval(late), "measurements": len(late),
         "quarters_tokens": [quarter.noise_scale_tokens if quarter else None for quarter in quarters],
@@ -168,7 +170,8 @@ def _noise(facts: measured.Facts, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Powers of two up to four times what was used (16 at least) and the most lanes of the table, and what was timed."""
+    """Return the measured numbers of ranks and powers of two up to four times the ranks used (at least 16), or up to the largest
+    number of lanes in the table if that is smaller."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mpidp.config import command_line
 from mpidp.config.schema import Config
 from mpidp.runtime.command import begin, run_entry
-from mpidp.runtime.environment import launcher_rank, newcomer
+from mpidp.runtime.environment import is_replacement_rank, launcher_rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -33,7 +33,7 @@ def main() -> None:
         if launcher_rank() == 0:
             print(command_line.help_text(USAGE))
         return
-    if newcomer():
+    if is_replacement_rank():
         from mpidp.faults.respawn import join
 
         world, crew = join()
@@ -48,7 +48,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
     """Plan, then attempts until one reaches the end: one path for a new run, a resumed one, and one that goes on after ranks
     died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
     from mpidp.errors import Damaged
-    from mpidp.runtime.ulfm import Lost
+    from mpidp.runtime.ulfm import RankFailure
     from mpidp.training.attempts import RunAttempts
 
     plan = _plan(config, world, dry) if crew is None else None  # newcomers make one with the others
@@ -63,7 +63,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
                     return end
             except Damaged as damage:
                 attempts.go_back(damage)
-            except Lost as failure:
+            except RankFailure as failure:
                 attempts.drop_failed_ranks(failure)
     except BaseException as failed:
         error = failed
@@ -75,14 +75,14 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     """What is to be run, checked, said, and with data to run on. Collective over world."""
     from mpidp.errors import UsageError
-    from mpidp.faults.respawn import LAUNCH, why_not
+    from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
     from mpidp.training import run_plan
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
-    with together(world):
-        if config.faults.respawn and world.rank == 0 and (reason := why_not(grid.everyone.num_machines)):
+    with raise_together(world):
+        if config.faults.respawn and world.rank == 0 and (reason := obstacle_to_respawn(grid.everyone.num_machines)):
             raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
@@ -95,7 +95,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
 def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
     """Shards of the embedded corpus when data.path is the default and holds none: rank 0 makes them, the others sleep.
     Collective over world."""
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
     path = Path(config.data.path)
     if config.data.path != Config().data.path:
@@ -103,7 +103,7 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
     missing = world.bcast(not (path / "index.json").exists() if world.rank == 0 else None, root=0)
     if not missing:
         return
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             from data_tools.prepare import prepare
 

@@ -1,3 +1,3 @@
-"""Tests. mpidp.runtime.command comes before torch: it asks for BLAS whose bits do not depend on the number of threads."""
+"""Tests. mpidp.runtime.command is imported first: it selects BLAS whose bits do not depend on the threads."""
 
 import mpidp.runtime.command  # noqa: F401

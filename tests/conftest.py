@@ -1,7 +1,9 @@
-"""For all tests: the level decides which run, torch has one thread, and a test that fails on one rank fails on all ranks."""
+"""Settings for all tests: the level selects tests, torch uses one thread, and a test that fails on one rank fails on all ranks.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -19,7 +21,7 @@ from mpidp.model.shape import TransformerShape, num_parameters
 from tests import levels
 
 WORLD = MPI.COMM_WORLD
-HARNESS = WORLD.Dup()  # the tests' own collectives never meet these
+HARNESS = WORLD.Dup()  # separates the harness's own collectives from those of the tests
 PATIENCE_SECONDS = 30.0  # a rank that failed waits this long for the others before it ends the job
 
 
@@ -27,8 +29,19 @@ REPORTS = os.environ.pop("MPIDP_TEST_REPORTS", "")  # a folder; removed, so that
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: in `make test`, although it starts whole commands (tests/levels.py)")
     config.addinivalue_line("markers", "check: not in `make test`, but in `make check` (tests/levels.py)")
     config.addinivalue_line("markers", "long: only in `make long` (tests/levels.py)")
+
+
+def names_of_marks(item: pytest.Item) -> set[str]:
+    """The names of a test's markers, and whole_command for a test that starts commands as a user does, which takes seconds."""
+    names = {mark.name for mark in item.iter_markers()}
+    if item.nodeid.startswith("tests/faults/") and isinstance(item, pytest.Function):
+        arguments = set(inspect.signature(item.function).parameters)
+        if "forks" not in arguments or arguments & {"shell", "either"}:
+            names.add("whole_command")
+    return names
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(items) == 1 or all("::" in str(argument) for argument in config.args):
         return  # named by the user
     chosen = levels.LEVELS[levels.level()]
-    tiers = levels.tiers([item.nodeid for item in items], [{mark.name for mark in item.iter_markers()} for item in items])
+    tiers = levels.tiers([item.nodeid for item in items], [names_of_marks(item) for item in items])
     left_out = [item for item, tier in zip(items, tiers, strict=True) if tier not in chosen]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -63,14 +76,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
-    """A test marked mpi ends on all ranks together; when it failed on some, it fails on all, and says where."""
+    """Run an mpi test so that it ends on all ranks together. If it fails on some ranks, it fails on all and reports where."""
     if WORLD.size == 1 or pyfuncitem.get_closest_marker("mpi") is None:
         return (yield)
     error: BaseException | None = None
     returned = None
     try:
         returned = yield
-    except BaseException as raised:  # pytest's own outcomes are no Exceptions
+    except BaseException as raised:  # pytest's outcomes are not Exceptions
         error = raised
     failed = error is not None and not isinstance(error, pytest.skip.Exception)
     _meet(pyfuncitem, error if failed else None)
@@ -86,7 +99,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
 
 
 def _meet(item: pytest.Function, error: BaseException | None) -> None:
-    """A sleeping barrier. A rank that failed gives up on ranks that do not come: they wait for it inside the test."""
+    """Wait at a sleeping barrier. A failed rank aborts if the other ranks do not arrive: they wait for it inside the test."""
     began, request = time.monotonic(), HARNESS.Ibarrier()
     while not request.Test():
         time.sleep(0.002)
@@ -106,24 +119,24 @@ def _abort(item: pytest.Function, error: BaseException) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Bits may depend on the number of threads, and the cores are shared."""
+    """Use one thread: bits may depend on the number of threads, and the cores are shared."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def warm() -> None:
-    """torch's first use of meta tensors imports for a second: once, on all ranks at the same time."""
+    """Use a meta tensor once on all ranks at the same time. torch's first use of one imports modules for a second."""
     if WORLD.size > 1:
         num_parameters(TransformerShape(8, 1, 1, 1, 2, 8, 8))
 
 
 @pytest.fixture
 def shared_tmp(tmp_path: Path) -> Path:
-    """One folder for all ranks (tmp_path is another on each). Collective over WORLD."""
+    """One folder for all ranks (tmp_path differs between ranks). Collective over WORLD."""
     return Path(WORLD.bcast(str(tmp_path)))
 
 
 @pytest.fixture(scope="module")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all ranks and all tests of a file: for corpora. Collective over WORLD."""
+    """One folder for all ranks and all tests of a file, for corpora. Collective over WORLD."""
     return Path(WORLD.bcast(str(tmp_path_factory.mktemp("shared"))))

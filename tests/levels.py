@@ -7,9 +7,10 @@
 | check | tiers 1 and 2: the default of `make mpi`, `make faults`, ... and of pytest |
 | long | all tiers: `make long` |
 
-A test is in tier 1 unless it is marked `check` (tier 2) or `long` (tier 3). The rows of a parametrized test in TABLES are
-spread over the tiers: every n-th row is in tier 1, every m-th in tier 2, all others in tier 3. Every test in a table keeps at
-least one row in tier 1. MPIDP_EVERY replaces m.
+A test is in tier 1 unless it is marked `check` (tier 2) or `long` (tier 3). Tests in tests/faults that start whole commands
+(with the fixtures shell or either) are in tier 2 unless they are marked `quick`. The rows of a parametrized test in TABLES are
+spread over the tiers: every n-th row is in tier 1, every m-th of the others in tier 2, the rest in tier 3. Every test in a
+table keeps at least one row in tier 1. Rows under Open MPI are never in tier 1. MPIDP_EVERY replaces m.
 """
 
 from __future__ import annotations
@@ -21,16 +22,38 @@ LEVELS = {"quick": {1}, "rest": {2}, "check": {1, 2}, "long": {1, 2, 3}}
 
 # (start of the test's id, n, m). The first entry that matches counts.
 TABLES: tuple[tuple[str, int, int], ...] = (
+    ("tests/methods/test_cells.py", 4, 1),
+    ("tests/methods/test_compress.py::test_nothing_is_lost", 3, 1),
+    ("tests/methods/test_compress_resume.py::test_crashed_and_gone_on_at_the_same", 12, 1),
     ("tests/methods/", 12, 4),
     ("tests/hybrid/test_meshes.py", 12, 4),
     ("tests/hybrid/test_interleave.py", 12, 4),
     ("tests/hybrid/test_whole_replicas.py", 12, 4),
+    ("tests/hybrid/test_sharding.py::test_level_1", 4, 1),
+    ("tests/hybrid/test_sharding.py", 2, 1),
+    ("tests/hybrid/test_reports.py", 4, 1),
+    ("tests/hybrid/test_init_from.py", 3, 1),
     ("tests/mpi/test_nccl.py", 4, 4),
+    ("tests/mpi/test_saver.py::test_what_is_saved", 4, 1),
+    ("tests/mpi/test_reducers.py::test_buckets", 7, 1),
+    ("tests/mpi/test_reducers.py::test_losses", 2, 1),
+    ("tests/mpi/test_audit.py", 4, 1),
+    ("tests/mpi/test_strategy.py", 3, 1),
+    ("tests/mpi/test_overlap.py", 3, 1),
     ("tests/laws/test_elastic.py", 8, 4),
     ("tests/laws/test_skipped.py", 8, 4),
+    ("tests/laws/test_ranks.py", 2, 1),
+    ("tests/laws/test_fences.py", 3, 1),
+    ("tests/laws/test_resume.py", 3, 1),
+    ("tests/laws/test_finetune.py", 3, 1),
+    ("tests/laws/test_adapters_on.py", 2, 1),
+    *((f"tests/faults/test_{name}.py", 3, 1) for name in (
+        "bad_data", "bad_models", "bad_sources", "checkpoints", "hostile", "replay",
+    )),
     *((f"tests/faults/test_{name}.py", 8, 4) for name in (
         "c10d", "crashes", "disks", "doctor", "hangs", "recovery", "respawn", "stopping", "table", "usage",
     )),
+    ("tests/faults/", 8, 1),
 )
 
 
@@ -44,7 +67,7 @@ def level() -> str:
 
 def tiers_of_rows(test: str, rows: Sequence[str]) -> list[int]:
     """Return the tier of each row of a parametrized test. test: its id without the row; rows: the rows' ids. Pure."""
-    shift = sum(map(ord, test))  # tests with few rows shall not all keep the first
+    shift = sum(map(ord, test))  # so that tests with few rows do not all keep the first
     found = [1] * len(rows)
     for start, quick, check in TABLES:
         if test.startswith(start):
@@ -58,7 +81,8 @@ def tiers_of_rows(test: str, rows: Sequence[str]) -> list[int]:
 
 
 def tiers(ids: Sequence[str], marks: Sequence[set[str]]) -> list[int]:
-    """Return the tier of each collected test. ids: pytest's; marks: the names of each test's markers. Pure."""
+    """Return the tier of each collected test. ids: pytest's; marks: the names of each test's markers, and
+    whole_command (conftest.py). Pure."""
     tables: dict[str, list[int]] = {}
     for i, name in enumerate(ids):
         tables.setdefault(name.partition("[")[0], []).append(i)
@@ -66,5 +90,6 @@ def tiers(ids: Sequence[str], marks: Sequence[set[str]]) -> list[int]:
     for test, members in tables.items():
         rows = [ids[i].partition("[")[2] for i in members]
         for i, tier in zip(members, tiers_of_rows(test, rows), strict=True):
-            found[i] = max(tier, 3 if "long" in marks[i] else 2 if "check" in marks[i] else 1)
+            later = "check" in marks[i] or ("whole_command" in marks[i] and "quick" not in marks[i])
+            found[i] = max(tier, 3 if "long" in marks[i] else 2 if later else 1)
     return found

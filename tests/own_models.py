@@ -1,4 +1,4 @@
-"""Models of users' own, right ones and wrong ones: model.kind=tests.own_models:NAME."""
+"""Valid and invalid custom models: model.kind=tests.own_models:NAME."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Gru(nn.Module):
-    """Right: with dropout of torch's own, and a constant buffer."""
+    """Valid: with torch's dropout and a constant buffer."""
 
     scale: Tensor
 
@@ -23,7 +23,7 @@ class Gru(nn.Module):
 
 
 class Ranked(Gru):
-    """Each rank begins with other weights."""
+    """Invalid: initial weights differ between ranks."""
 
     def __init__(self, vocab_size: int, model_dim: int) -> None:
         torch.manual_seed(MPI.COMM_WORLD.rank)
@@ -31,12 +31,12 @@ class Ranked(Gru):
 
 
 def wider(vocab_size: int, model_dim: int) -> Gru:
-    """Each rank has another model."""
+    """Invalid: the model differs between ranks."""
     return Gru(vocab_size, model_dim + MPI.COMM_WORLD.rank)
 
 
 def scaled(vocab_size: int, model_dim: int) -> Gru:
-    """Each rank has another constant."""
+    """Invalid: a constant differs between ranks."""
     made = Gru(vocab_size, model_dim)
     made.scale += MPI.COMM_WORLD.rank
     return made
@@ -73,7 +73,7 @@ class Seer(Gru):
 
 
 class Long(Gru):
-    """Does not take one token."""
+    """Invalid: does not accept a single token."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, : x.shape[1] // 2 * 2]) if x.shape[1] > 1 else x.no_such_method()

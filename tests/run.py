@@ -31,7 +31,7 @@ OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_osc": "^ucx",
 }
-LIMIT_SECONDS = 3600.0  # of one command: pytest's own timeouts are far below it
+LIMIT_SECONDS = 3600.0  # time limit of one command; pytest's own timeouts are much shorter
 TAIL_LINES = 60  # of the output of a command that failed
 
 
@@ -43,7 +43,7 @@ class Command:
     pytest: bool = True
     ranks: int = 0
     openmpi: bool = False
-    again: bool = False  # run tests that fail a second time, alone; they must pass there
+    again: bool = False  # run failed tests a second time, alone; they must pass then
     env: dict[str, str] = field(default_factory=dict)
 
     def line(self, words: Sequence[str] | None = None) -> list[str]:
@@ -144,7 +144,7 @@ BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-s
 
 @dataclass
 class Result:
-    """What a part, or a command of it, came to."""
+    """The result of a part or of a command."""
 
     passed: int = 0
     failed: list[str] = field(default_factory=list)
@@ -167,7 +167,7 @@ RUNNING: set[subprocess.Popen] = set()
 
 
 def execute(command: Command, level: str, log: Path, show: bool, words: Sequence[str] | None = None) -> Result:
-    """Run a command and return what it came to. Independent."""
+    """Run a command; return its result. Independent."""
     line = command.line(words)
     with tempfile.TemporaryDirectory() as reports, open(log, "ab") as out:
         out.write(f"$ {' '.join(line)}\n".encode())
@@ -205,7 +205,7 @@ def execute(command: Command, level: str, log: Path, show: bool, words: Sequence
 
 
 def run_part(name: str, level: str, logs: Path, show: bool) -> Result:
-    """Run a part and return what it came to. Independent."""
+    """Run a part; return its result. Independent."""
     began, total = time.monotonic(), Result()
     for command in PARTS[name]:
         found = execute(command, level, logs / f"{name}.log", show)
@@ -223,7 +223,7 @@ def run_part(name: str, level: str, logs: Path, show: bool) -> Result:
 
 
 def minutes(seconds: float) -> str:
-    """As M:SS. Pure."""
+    """Format as M:SS. Pure."""
     return f"{int(seconds + 0.5) // 60}:{int(seconds + 0.5) % 60:02}"
 
 
@@ -236,7 +236,7 @@ def run_queue(queue: list[tuple[str, str]], logs: Path, show: bool, results: dic
 
 
 def summary(results: dict[str, Result], seconds: float) -> str:
-    """What is printed at the end. Pure."""
+    """Return the text that is printed at the end. Pure."""
     lines = ["", f"{'part':<12} {'passed':>7} {'failed':>7} {'skipped':>8} {'minutes':>8}"]
     total = Result(seconds=seconds)
     for name, one in results.items():

@@ -1,4 +1,4 @@
-"""Checkpoints that tests write without a run around them."""
+"""Write checkpoints in tests without a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpidp.checkpoint.writer import THREAD
 
 
 def saver_of(comm: MPI.Intracomm, run: Path, keep: int = 3, nodes: int = 0, every: int = 1, **more: Any) -> Saver:
-    """Of ranks that sit on so many nodes, the same number on each; 0: a rank a node. The last rank may hold entries of its own.
+    """Return a saver for ranks on `nodes` nodes of equal size; 0: one node per rank. The last rank may hold entries of its own.
     Collective over comm."""
     a_node = comm.size // (nodes or comm.size)
     node, place = divmod(comm.rank, a_node)
@@ -23,15 +23,15 @@ def saver_of(comm: MPI.Intracomm, run: Path, keep: int = 3, nodes: int = 0, ever
 
 
 def save(run: Path, step: int, entries: Mapping[str, Entry], meta: Mapping[str, Any], comm: MPI.Intracomm, keep: int) -> Path:
-    """A checkpoint, one file a rank, that is there when this returns. Collective over comm."""
+    """Write a checkpoint with one file per rank; it exists when this returns. Collective over comm."""
     saver = saver_of(comm, run, keep)
     saver.begin(step, entries, meta, wait=True)
-    saver.finish(must=True)
+    saver.wait_for_save(must=True)
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def no_thread_is_left(seconds: float = 60.0) -> None:
-    """Wait for the savers of jobs that died in this process, as they do not when a process dies. Independent."""
+    """Wait for the savers of jobs that failed in this process. (If a process fails, its savers end with it.) Independent."""
     for thread in threading.enumerate():
         if thread.name == THREAD:
             thread.join(seconds)

@@ -1,7 +1,7 @@
-"""Toy corpora, configurations and trainings that the tests share.
+"""Toy corpora, configurations and trainings shared by the tests.
 
-Many trainings run in one mpirun: `train_at(n, config)` trains on the first n ranks while the others sleep, and gives every
-rank the same record of it. Tests then assert about data that all ranks hold, so that they fail everywhere or nowhere.
+Many trainings run within one mpirun: `train_at(n, config)` trains on the first n ranks while the others sleep, and gives every
+rank the same record. Tests then compare data that all ranks hold, so that they fail on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mpidp.config.schema import Config, checked
 from mpidp.data.index import FileRecord, SplitRecord, read_index
 from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import MpidpError
-from mpidp.faults.inject import Faults
+from mpidp.faults.inject import InjectedFaults
 from mpidp.parallel.grid import make_grid
 from mpidp.parallel.schedule import one_f_one_b
 from mpidp.reducers.base import Reducer
@@ -42,15 +42,15 @@ from tests.saves import no_thread_is_left
 
 WORLD = MPI.COMM_WORLD
 SEQ_LEN = 16
-DEVICE = os.environ.get("MPIDP_TEST_DEVICE", "cpu")  # cuda: `make gpu` runs the laws there
-# and *_seconds: may differ between equal runs
+DEVICE = os.environ.get("MPIDP_TEST_DEVICE", "cpu")  # cuda: `make gpu` runs the laws on a GPU
+# fields, with *_seconds, that may differ between equal runs
 MEASURED = ("tokens_per_second", "mfu", "comm_bytes", "slowest_rank", "seconds", "gpu_peak_bytes", "energy_joules")
-OF_RANKS = ("start", "balance", "saved", "save_skipped", "save_failed")  # of ranks and disks, not of what was learned
+OF_RANKS = ("start", "balance", "saved", "save_skipped", "save_failed")  # events about ranks and disks, not about training
 SENTENCE = "the rank of a tree adds its lanes in order so that no one can tell who was there when it was done"
 
 
 def text(length: int) -> str:
-    """`length` characters that a model can learn something from: words in a fixed, irregular order."""
+    """Return `length` characters of learnable text: words in a fixed, irregular order."""
     words, said, state = SENTENCE.split(), [], 1
     while sum(map(len, said)) < length:
         state = (state * 48271) % (2**31 - 1)
@@ -59,19 +59,19 @@ def text(length: int) -> str:
 
 
 def corpus(folder: Path, tokens: int = 2000, shards: int = 2, val_fraction: float = 0.2) -> Path:
-    """Shards of `tokens` byte tokens at folder/shards_<tokens>_<shards>, made once by rank 0. Collective over WORLD."""
+    """Return shards of `tokens` byte tokens at folder/shards_<tokens>_<shards>, created once by rank 0. Collective over WORLD."""
     out = folder / f"shards_{tokens}_{shards}"
     if WORLD.rank == 0 and not out.exists():
         source = folder / f"text_{tokens}.txt"
-        source.write_text(text(tokens - 1))  # and the end of the document
-        prepare(str(source), "byte", out, shards=shards, val_fraction=val_fraction, say=False)
+        source.write_text(text(tokens - 1))  # plus the end-of-document token
+        prepare(str(source), "byte", out, shards=shards, val_fraction=val_fraction, verbose=False)
     polite_barrier(WORLD)
     return out
 
 
 def masked_corpus(folder: Path, tokens: int = 2000, keep: Callable[[np.ndarray], np.ndarray] | None = None) -> Path:
-    """The corpus with a loss mask: targets at the places (counted in the split) where keep is true; default: a varying third
-    to all of them. Made once by rank 0. Collective over WORLD."""
+    """The corpus with a loss mask: targets are at the places (counted in the split) where keep is true; by default a varying
+    share, from a third to all. Created once by rank 0. Collective over WORLD."""
     plain, out = corpus(folder, tokens), folder / f"masked_{tokens}_{keep.__name__ if keep else 'some'}"
     if WORLD.rank == 0 and not out.exists():
         out.mkdir()
@@ -95,7 +95,7 @@ def masked_corpus(folder: Path, tokens: int = 2000, keep: Callable[[np.ndarray],
 
 
 def tiny(shards: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
-    """A run that takes milliseconds a step; sections change it: tiny(shards, run, train={"lanes": 8})."""
+    """Return the config of a run that takes milliseconds per step. sections change it: tiny(shards, run, train={"lanes": 8})."""
     config = Config().with_values(
         data={"path": str(shards)},
         model={"num_layers": 2, "num_heads": 4, "model_dim": 32, "hidden_dim": 64, "seq_len": SEQ_LEN},
@@ -103,31 +103,31 @@ def tiny(shards: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
             "steps": 6, "global_batch": 16, "micro_batch": 2, "threads": 1, "device": DEVICE, "eval_every": 3,
             "eval_tokens": 200, "save_every": 0, "dtype": "float32",
         },
-        comm={"gpu": "auto" if DEVICE == "cpu" else "staged"},  # a probe a run would take seconds
+        comm={"gpu": "auto" if DEVICE == "cpu" else "staged"},  # a probe in each run would take seconds
         optim={"lr": 1e-2, "warmup_steps": 2},
         run={"dir": str(run_dir), "hang_seconds": 0.0},
     )
     return checked(config.with_values(**sections))
 
 
-OPEN: list[Job] = []  # of the work that is going on
+OPEN: list[Job] = []  # jobs made by the current work
 
 
 @lru_cache
 def first_ranks(n: int) -> MPI.Intracomm:
-    """A communicator of the first n ranks, COMM_NULL on the others; kept. Collective over WORLD."""
+    """Return a communicator of the first n ranks, COMM_NULL on the others; cached. Collective over WORLD."""
     return WORLD.Split(0 if n > WORLD.rank else MPI.UNDEFINED, WORLD.rank)
 
 
 def sizes(*wanted: int) -> list[int]:
-    """Those that this mpirun has ranks for."""
+    """Return those of the given numbers for which this mpirun has enough ranks."""
     return [n for n in wanted if n <= WORLD.size]
 
 
 def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
-    """work(comm) on the first n ranks while the others sleep; every rank gets the list of what each of them returned, and the
-    jobs that were made meanwhile are closed. An exception on any rank is raised on all: MpidpErrors as they are, others as
-    FailedElsewhere. Collective over WORLD."""
+    """Run work(comm) on the first n ranks while the others sleep. Every rank gets the list of their results, and jobs made
+    meanwhile are closed. An exception on any rank is raised on all: an MpidpError as it is, others as FailedElsewhere. Collective
+    over WORLD."""
     comm = first_ranks(n)
     OPEN.clear()
     found: Any = None
@@ -137,12 +137,12 @@ def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
             found = work(comm)
         except Exception as error:
             mine = error
-            traceback.print_exc()  # should the others hang now, the time limit shows this
+            traceback.print_exc()  # shown if the other ranks hang and the time limit ends the test
     polite_barrier(WORLD)
     said = WORLD.allgather((None if mine is None else _portable(mine), found))
     errors = [error for error, _ in said if error is not None]
     if errors:
-        no_thread_is_left()  # as none is once a process has died; what was begun is on the disk now
+        no_thread_is_left()  # as after the end of a process; pending saves are on the disk now
         polite_barrier(WORLD)
         raise errors[0] from mine
     while OPEN:
@@ -151,7 +151,7 @@ def at(n: int, work: Callable[[MPI.Intracomm], Any]) -> list[Any]:
 
 
 class FailedElsewhere(AssertionError):
-    """An exception of some rank."""
+    """An exception of another rank."""
 
 
 def _portable(error: Exception) -> Exception:
@@ -168,11 +168,11 @@ def everywhere(ok: bool, what: str) -> None:
 
 @dataclass
 class Ran:
-    """What a training left in its folder; the same on every rank of the world."""
+    """The result of a training; the same on every rank of the world."""
 
     end: dict[str, Any]
-    lines: list[dict[str, Any]]  # of metrics.jsonl, in order, without what is measured
-    of_ranks: list[dict[str, Any]]  # events that tell of ranks, which the lines are without
+    lines: list[dict[str, Any]]  # of metrics.jsonl, in order, without measured values
+    of_ranks: list[dict[str, Any]]  # events about ranks, which `lines` does not contain
 
     @property
     def sha256(self) -> str:
@@ -180,7 +180,7 @@ class Ran:
 
     @property
     def losses(self) -> list[float]:
-        """train_loss of every step."""
+        """Return the train_loss of every step."""
         return [line["train_loss"] for line in self.lines if "train_loss" in line]
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -188,12 +188,12 @@ class Ran:
 
     @property
     def learned(self) -> list[dict[str, Any]]:
-        """The lines of steps and evaluations: what no restart may change."""
+        """Return the lines of steps and evaluations, which no restart may change."""
         return [line for line in self.lines if "event" not in line]
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without figures that two equal runs may differ in. Collective over WORLD."""
+    """Return the lines of metrics.jsonl without values that may differ between equal runs. Collective over WORLD."""
     lines: list[dict[str, Any]] = []
     path = Path(run_dir) / "metrics.jsonl"
     if WORLD.rank == 0 and path.exists():
@@ -205,7 +205,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 
 @contextmanager
 def pretended(nodes: int) -> Iterator[None]:
-    """The ranks of this machine as those of so many nodes (0: as they are). Independent, but all ranks must do so."""
+    """Treat the ranks of this machine as those of `nodes` nodes (0: no change). Independent, but all ranks must do so."""
     before = os.environ.get("MPIDP_PRETEND_NODES")
     os.environ["MPIDP_PRETEND_NODES"] = str(max(1, nodes))
     try:
@@ -218,8 +218,8 @@ def pretended(nodes: int) -> Iterator[None]:
 
 @contextmanager
 def small_blocks(elements: int = 256) -> Iterator[None]:
-    """Small models fill a block of the norm, and owners own whole blocks: smaller ones, so that all owners have something to
-    do. Independent, but all ranks must do so."""
+    """Use smaller norm blocks, so that all owners of a small model have something to do: owners own whole blocks. Independent,
+    but all ranks must do so."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith("mpidp.") and hasattr(module, "NORM_BLOCK"):
@@ -227,21 +227,21 @@ def small_blocks(elements: int = 256) -> Iterator[None]:
         yield
 
 
-def job_at(comm: MPI.Intracomm, config: Config, faults: Faults | None = None) -> Job:
-    """The parts of a training before its first step; closed when the work of `at` is done. Collective over comm."""
+def job_at(comm: MPI.Intracomm, config: Config, faults: InjectedFaults | None = None) -> Job:
+    """Build a training up to its first step; closed when the work of `at` is done. Collective over comm."""
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     OPEN.append(build(plan(config, make_grid(comm, config.mesh.tp, config.mesh.pp, config.mesh.dp)), faults))
     return OPEN[-1]
 
 
 def micro_batches_of(job: Job) -> list[int]:
-    """Those that this rank computes."""
+    """Return the micro-batches that this rank computes."""
     return [v for lane in job.lanes.of_rank(job.comm.rank, job.comm.size) for v in job.lanes.micro_batches(lane)]
 
 
 def gradients_of(job: Job, batch: int = 0) -> dict[str, torch.Tensor]:
-    """The gradient of batch number `batch` by parameter: sums of token losses over the nominal number of tokens, added over
-    all ranks (under the reducer `root` right on rank 0 alone). Collective over job.comm."""
+    """Return the gradient of batch number `batch` by parameter: sums of token losses divided by the nominal number of tokens,
+    added over all ranks (with the reducer `root` valid only on rank 0). Collective over job.comm."""
     loader = job.open_loader(batch)
     found = next(loader)
     loader.close()
@@ -250,11 +250,11 @@ def gradients_of(job: Job, batch: int = 0) -> dict[str, torch.Tensor]:
 
 
 def summed(reducer: Reducer) -> dict[str, torch.Tensor]:
-    """The sum of what all ranks hold, by parameter. Collective over all ranks."""
+    """Return the sum over all ranks by parameter. Collective over all ranks."""
     reducer.finish()
     layout = reducer.buffer.layout
     found = {name: view.clone() for (_, name, _), view in zip(layout.placed(), layout.views(reducer.buffer.total), strict=True)}
-    reducer.group.fence()  # as an update would: the memory is not used for the next step before all have read it
+    reducer.group.fence()  # as in an update: the memory is not reused before all ranks have read it
     return found
 
 

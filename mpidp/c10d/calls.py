@@ -1,4 +1,4 @@
-"""The collectives over contiguous host tensors: which MPI functions they call, and in pieces of which size.
+"""The collectives over contiguous host tensors: which MPI functions they call, and how they split large tensors.
 
 All ranks must call the same MPI functions. The choice depends only on sizes, dtypes and `blocking`, which are the same on all
 ranks. Large messages are split, because MPI counts are ints and because both MPI libraries allocate memory when they reduce

@@ -21,7 +21,7 @@ def shard_rows(rows: int, rank: int, size: int) -> range:
     return range(min(rows, rank * each), min(rows, (rank + 1) * each))
 
 
-def at_rest(model: torch.nn.Module) -> None:
+def reshard_all(model: torch.nn.Module) -> None:
     """Every rank holds its shards alone. Independent."""
     for module in model.modules():
         reshard: Any = getattr(module, "reshard", None)
@@ -41,7 +41,7 @@ def shard_of(p: Tensor) -> Entry:
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
     """By name; of a model with adapters these alone: its base never changes, and is not saved again. Independent."""
-    at_rest(model)
+    reshard_all(model)
     found = dict(model.named_parameters())
     return {name: shard_of(found[name]) for name in saved_names(list(found))}
 
@@ -55,7 +55,7 @@ def whole(p: Tensor) -> Tensor:
 def weights_sha256(model: torch.nn.Module) -> str:
     """sha256 over the float32 parameters in name order, little-endian bytes; of shards too, a parameter at a time. Collective
     over the ranks that hold shards, if there are any."""
-    at_rest(model)  # numpy's view of a gathered parameter would keep its memory
+    reshard_all(model)  # numpy's view of a gathered parameter would keep its memory
     digest = hashlib.sha256()
     for _, p in sorted(model.named_parameters()):
         digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())
@@ -75,14 +75,14 @@ def load_boxes(state: Mapping[str, Tensor], mine: Mapping[str, Entry], optimizer
     """Put boxes of an optimizer's state in their places. ValueError for an entry of no parameter. Independent."""
     for name, value in state.items():
         if name.endswith("/step"):
-            optimizer.go_on_after(int(value))
+            optimizer.set_updates(int(value))
         elif name in mine:
             mine[name].tensor.copy_(value.view_as(mine[name].tensor))
         else:
             raise ValueError(f"optimizer state {name!r} of no parameter of this model")
 
 
-def counted(**tensors: Iterable[Tensor]) -> dict[str, int]:
+def bytes_by_use(**tensors: Iterable[Tensor]) -> dict[str, int]:
     """The memory under tensors, each once, by what it is for. Independent."""
     return {
         what: sum({s.data_ptr(): s.nbytes() for t in some if (s := t.untyped_storage()).nbytes()}.values())

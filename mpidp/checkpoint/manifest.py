@@ -25,7 +25,7 @@ from mpi4py import MPI
 
 from mpidp.errors import CheckpointError
 from mpidp.runtime.files import sync_directory, write_file
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 FORMAT = 2
 _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
@@ -137,7 +137,7 @@ def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[
     for name in names:
         path = run_dir / "checkpoints" / name
         try:
-            with together(comm), readable(path):
+            with raise_together(comm), readable(path):
                 for record in read_manifest(path)["files"][comm.rank :: comm.size]:
                     check_file(path, record)
             return path, reasons

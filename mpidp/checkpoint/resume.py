@@ -17,17 +17,17 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
     """Open the newest valid checkpoint of a run's folder, or the checkpoint in `path` itself. CheckpointError. Collective over
     comm."""
-    with together(comm):
+    with raise_together(comm):
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder")
     if (path / "manifest.json").exists():
-        with together(comm), readable(path):
+        with raise_together(comm), readable(path):
             reader = Reader(path)
             for record in reader.meta["files"][comm.rank :: comm.size]:
                 check_file(path, record)
@@ -35,7 +35,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
     found, passed_over = newest_valid(path, comm)
     for reason in passed_over if comm.rank == 0 else ():
         print(f"skipped an invalid checkpoint: {reason}", file=sys.stderr)
-    with together(comm):
+    with raise_together(comm):
         if found is None:
             raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")
         return Reader(found)
@@ -93,7 +93,7 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
     notes: list[str] = []
     if resume == "never":
         aside: Path | None = None
-        with together(comm):
+        with raise_together(comm):
             if comm.rank == 0:
                 aside = set_aside(run_dir)
         if aside is not None:
@@ -110,7 +110,7 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
     return Reader(path), notes
 
 
-def refuse_changes(saved: Mapping[str, Any], config: Config) -> None:
+def reject_changed_settings(saved: Mapping[str, Any], config: Config) -> None:
     """UsageError naming every setting that must stay as it was and did not. saved: {section.key: value}. Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"

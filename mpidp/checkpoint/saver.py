@@ -19,9 +19,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.writer import FAILS, WAITS, WRITES, HostMemory, Save, in_words
+from mpidp.checkpoint.writer import FAILS, WAITS, WRITES, HostMemory, Save, describe_error
 from mpidp.errors import MpidpError
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 YOUNG_SECONDS = 2.0  # a save that began less than so long ago is waited for when the next is due: so short are the steps
 FIRST_SECONDS = 60.0  # train.save_every=-1: the first save, whose cost is measured
@@ -64,7 +64,7 @@ class Saver:
         self.step = step
 
     def seen_before(self, failures: int, trained: float) -> None:
-        """What the run's record tells: failures in so many seconds of training. Independent."""
+        """What the run's record reports_loss: failures in so many seconds of training. Independent."""
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
@@ -73,7 +73,7 @@ class Saver:
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
 
-    def linger(self, step: int) -> None:
+    def wait_for_recent_save(self, step: int) -> None:
         """Before the board of this step: if a save is due after it, wait for one that is young."""
         if self.every < 1 or step % self.every:
             return
@@ -109,14 +109,14 @@ class Saver:
             )
         self._stalled = time.monotonic() - began
 
-    def copied(self) -> None:
+    def wait_for_copy(self) -> None:
         """The fence: what is being saved may change once every rank has come by here, and then met the others."""
         if self._save and not self._save.released.is_set():
             began = time.monotonic()
             self._save.released.wait()
             self._stalled += time.monotonic() - began
 
-    def finish(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
+    def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
         """Wait for what is being saved. When that fails it is dropped, not tried again; when it must not fail, that is an
         MpidpError on every rank. enter: told of the phase whenever a rank has come further. Collective over comm."""
         before, pause = -1, 1e-3
@@ -135,14 +135,14 @@ class Saver:
         if not fails:
             return
         error = self._drop()
-        with together(self.comm):
+        with raise_together(self.comm):
             if must and error is not None:
                 raise MpidpError(
-                    f"a checkpoint could not be written in {self.run_dir} ({in_words(error)}). Make room there, or choose "
+                    f"a checkpoint could not be written in {self.run_dir} ({describe_error(error)}). Make room there, or choose "
                     "another --run.dir; the checkpoints before it are as they were, and the same command goes on from them"
                 ) from error
 
-    def news(self) -> list[dict[str, Any]]:
+    def pop_events(self) -> list[dict[str, Any]]:
         """Events since it was last asked; on rank 0."""
         self._note()
         told, self._news = self._news, []
@@ -178,7 +178,7 @@ class Saver:
             self._save.dropping.set()
             self._save.thread.join()
             error = self._save.error
-        why = in_words(error) if error else "see the warning of another rank"
+        why = describe_error(error) if error else "see the warning of another rank"
         self._news.append({"event": "save_failed", "step": self.step, "why": why})
         self.step = self._before
         return error

@@ -40,7 +40,7 @@ class Dropped(Exception):  # noqa: N818
     """The main thread wants no more of this save."""
 
 
-class Lost(OSError):
+class PeerFilesError(OSError):
     """What other ranks wrote is gone: it does not help that this one writes again."""
 
 
@@ -50,7 +50,7 @@ class HostMemory:
     def __init__(self) -> None:
         self._bytes: Tensor | None = None
 
-    def take(self, size: int, pinned: bool) -> Tensor:
+    def allocate(self, size: int, pinned: bool) -> Tensor:
         """(size,) bytes; the same as the last time when the size is. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
@@ -110,7 +110,7 @@ class Save:
                     self._commit()
                 return
             except OSError as error:
-                self._fail(error, None if self.wait or isinstance(error, Lost) else pause)
+                self._fail(error, None if self.wait or isinstance(error, PeerFilesError) else pause)
             except Dropped:
                 raise
             except Exception as error:  # a mistake in here is no reason to stop training
@@ -120,8 +120,8 @@ class Save:
     def _fail(self, error: Exception, pause: float | None) -> None:
         """Say so, once, and sleep: for so long, or until the save is dropped."""
         if self.error is None and not self.wait:
-            print(f"warning: rank {self.rank}: the checkpoint of step {self.step} could not be written ({in_words(error)}). "
-                  "Training goes on, and it is tried again", file=sys.stderr, flush=True)
+            print(f"warning: rank {self.rank}: the checkpoint of step {self.step} could not be written "
+                  f"({describe_error(error)}). Training goes on, and it is tried again", file=sys.stderr, flush=True)
         self.error, self.state = error, FAILS
         if self.dropping.wait(pause):
             raise Dropped
@@ -134,7 +134,7 @@ class Save:
                 return [_bytes_of(piece.tensor).data for piece in self._pieces]
             stream = torch.cuda.Stream(self._device) if self._device else None
             with nullcontext() if stream is None else torch.cuda.stream(stream):  # on its device, too
-                host, offset = self.memory.take(sum(piece.tensor.nbytes for piece in self._pieces), stream is not None), 0
+                host, offset = self.memory.allocate(sum(piece.tensor.nbytes for piece in self._pieces), stream is not None), 0
                 if stream is not None and self._ready is not None:
                     stream.wait_event(self._ready)
                 for piece in self._pieces:
@@ -185,12 +185,12 @@ class Save:
             try:
                 there = set(os.listdir(self.folder))
             except FileNotFoundError as error:
-                raise Lost(f"{self.folder} has vanished") from error
+                raise PeerFilesError(f"{self.folder} has vanished") from error
             for rank in missing:
                 if f"rank_{rank:05d}.json" in there:
                     self._records[rank] = json.loads((self.folder / f"rank_{rank:05d}.json").read_bytes())
             if time.monotonic() > until:
-                raise Lost(f"{self.folder}: ranks {missing} have left no record")
+                raise PeerFilesError(f"{self.folder}: ranks {missing} have left no record")
             if self.dropping.wait(pause):
                 raise Dropped
             pause = min(0.25, 1.5 * pause)
@@ -213,6 +213,6 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def in_words(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """What it says to a user; a mistake of ours with where it happened. Independent."""
     return str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error)).strip()

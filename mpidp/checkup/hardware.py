@@ -18,7 +18,7 @@ BIND = {
 
 def check_nodes(facts: Sequence[MachineFacts]) -> CheckResult:
     """Check that all nodes have the same number of ranks. Pure."""
-    counts = {host: len(those) for host, those in nodes(facts).items()}
+    counts = {host: len(members) for host, members in nodes(facts).items()}
     total = f"{len(counts)} node{'s' * (len(counts) > 1)}"
     if len(set(counts.values())) == 1:
         each = f"{len(facts) // len(counts)} rank{'s' * (len(facts) > len(counts))}{' each' * (len(counts) > 1)}"
@@ -31,22 +31,22 @@ def check_nodes(facts: Sequence[MachineFacts]) -> CheckResult:
 def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
     """Check which cores each rank may use, and whether ranks must share cores. Pure."""
     lines, found = [], []
-    for host, those in nodes(facts).items():
+    for host, members in nodes(facts).items():
         places: dict[tuple[int, ...], list[int]] = {}
-        for one in those:
+        for one in members:
             places.setdefault(one.cores, []).append(one.rank)
-        bound = "; ".join(f"{ranks(these)} on {numbers(cores)}" for cores, these in places.items())
-        lines.append(f"{host} ({those[0].host_cores} core{'s' * (those[0].host_cores > 1)}): {bound}")
-        usable, crowd = sorted({core for one in those for core in one.cores}), crowded(those)
-        fix = BIND.get(launcher, "bind each rank to its own cores").format(k=max(1, those[0].host_cores // len(those)))
-        if crowd and len(crowd) == those[0].host_cores:
-            words = f"{host}: {len(those)} ranks share its {len(crowd)} cores"
+        bound = "; ".join(f"{ranks(group)} on {numbers(cores)}" for cores, group in places.items())
+        lines.append(f"{host} ({members[0].host_cores} core{'s' * (members[0].host_cores > 1)}): {bound}")
+        usable, crowd = sorted({core for one in members for core in one.cores}), crowded(members)
+        fix = BIND.get(launcher, "bind each rank to its own cores").format(k=max(1, members[0].host_cores // len(members)))
+        if crowd and len(crowd) == members[0].host_cores:
+            words = f"{host}: {len(members)} ranks share its {len(crowd)} cores"
             found.append(CheckResult("cores", "warning", words, "fine for a trial; for speed, at most one rank per core"))
         elif crowd:
-            words = f"{host}: {ranks([one.rank for one in those if set(one.cores) <= set(crowd)])} share core {numbers(crowd)}"
+            words = f"{host}: {ranks([one.rank for one in members if set(one.cores) <= set(crowd)])} share core {numbers(crowd)}"
             found.append(CheckResult("cores", "wrong", words, f"{fix}; or fewer ranks, or more cores (--cpus-per-task)"))
-        elif len(usable) < those[0].host_cores and launcher:
-            words = f"{host}: its ranks may use {len(usable)} of {those[0].host_cores} cores"
+        elif len(usable) < members[0].host_cores and launcher:
+            words = f"{host}: its ranks may use {len(usable)} of {members[0].host_cores} cores"
             found.append(CheckResult("cores", "note", words, f"{fix}; no change needed if the job has only these cores"))
     if not found:
         return CheckResult("cores", "ok", listed(lines))
@@ -63,13 +63,13 @@ def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
 def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
     """Compare the threads set by environment variables with the number of cores. Pure."""
     found, each = [], 0
-    for host, those in nodes(facts).items():
-        cores = len({core for one in those for core in one.cores})
-        each = max(1, cores // len(those))
-        for name in dict.fromkeys(name for one in those for name in one.threads):
-            counts = [int(value) for one in those if (value := one.threads.get(name, "").split(",")[0]).isdigit()]
-            if sum(counts) > max(cores, len(those)):
-                words = f"{host}: {name}={max(counts)} gives {sum(counts)} threads for {len(those)} ranks on {cores} cores. "
+    for host, members in nodes(facts).items():
+        cores = len({core for one in members for core in one.cores})
+        each = max(1, cores // len(members))
+        for name in dict.fromkeys(name for one in members for name in one.threads):
+            counts = [int(value) for one in members if (value := one.threads.get(name, "").split(",")[0]).isdigit()]
+            if sum(counts) > max(cores, len(members)):
+                words = f"{host}: {name}={max(counts)} gives {sum(counts)} threads for {len(members)} ranks on {cores} cores. "
                 words += f"mpidp.train sets its own number (train.threads, {each} here); other libraries use this variable"
                 found.append(CheckResult("threads", "warning", words, f"export {name}={each}"))
     given = ", ".join(f"{name}={value}" for name, value in facts[0].threads.items()) or f"{THREADS[0]} etc. are unset"
@@ -83,18 +83,18 @@ def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
         fix = "install a CUDA build of torch, and request GPUs for the job (--gpus-per-node)" if wanted else ""
         return CheckResult("GPUs", "wrong" if wanted else "skipped", "torch finds no GPU on any rank", fix)
     lines, users = [], dict[str, list[int]]()
-    for host, those in nodes(facts).items():
-        for place, one in enumerate(those):
+    for host, members in nodes(facts).items():
+        for place, one in enumerate(members):
             uuid, name = one.gpus[place % len(one.gpus)] if one.gpus else ("", "no GPU")
             lines.append(f"{host}: rank {one.rank} on {name} {uuid}")
             users.setdefault(uuid, []).append(one.rank)
     if without := users.pop("", []):
         fix = "use nodes that all have GPUs (--gpus-per-node), or --train.device=cpu"
         return CheckResult("GPUs", "wrong", f"{ranks(without)} without a GPU, others have one\n{listed(lines)}", fix)
-    for uuid, those_ranks in users.items():
-        if len(those_ranks) > 1:
+    for uuid, sharing in users.items():
+        if len(sharing) > 1:
             fix = "use one rank per GPU; if each rank sees a single GPU, make it a different one for each"
-            return CheckResult("GPUs", "warning", f"{ranks(those_ranks)} share {uuid}\n{listed(lines)}", fix)
+            return CheckResult("GPUs", "warning", f"{ranks(sharing)} share {uuid}\n{listed(lines)}", fix)
     return CheckResult("GPUs", "ok", listed(lines))
 
 
@@ -125,9 +125,9 @@ def summary(facts: Sequence[MachineFacts]) -> dict[str, Any]:
     by_host = nodes(facts)
     return {
         "hosts": list(by_host),
-        "ranks_per_node": [len(those) for those in by_host.values()],
-        "cores_per_node": [len({core for one in those for core in one.cores}) for those in by_host.values()],
-        "gpus_per_node": [len({uuid for one in those for uuid, _ in one.gpus}) for those in by_host.values()],
+        "ranks_per_node": [len(members) for members in by_host.values()],
+        "cores_per_node": [len({core for one in members for core in one.cores}) for members in by_host.values()],
+        "gpus_per_node": [len({uuid for one in members for uuid, _ in one.gpus}) for members in by_host.values()],
         "gpu": next((one.gpus[0][1] for one in facts if one.gpus), None),
         "shm_bytes": min(one.shm[0] for one in facts),
         "versions": facts[0].versions,

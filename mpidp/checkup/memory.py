@@ -136,5 +136,6 @@ def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckR
     if free < OF_A_RANK * starting:
         return CheckResult("shared memory", "wrong", f"{words}: too little for MPI to start, it may crash with a bus error", fix)
     if free < SMALL:
-        return CheckResult("shared memory", "warning", f"{words}: gradients will be sent as messages, not shared", fix)
+        words += ": gradients will be sent as messages instead of through a shared window"
+        return CheckResult("shared memory", "warning", words, fix)
     return CheckResult("shared memory", "ok", words)

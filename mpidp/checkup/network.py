@@ -61,9 +61,9 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
     own: list[NetworkLink] = []
-    for these in pairs(hosts):
+    for simultaneous in pairs(hosts):
         polite_barrier(world)
-        for a, b in these:
+        for a, b in simultaneous:
             if world.rank == a:
                 before, latency = _sent(), ping(world, b, 8, 1000, 0.2)
                 large = min(largest, max(SMALL, int(seconds / 4 * SMALL / min(ping(world, b, SMALL, 5, 0.2)))))
@@ -78,7 +78,8 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Return half of each round-trip time, without the first: at least one, then as many as fit. Collective over the two."""
+    """Send messages back and forth until a limit is reached. Return half of each round-trip time, without the first one.
+    Collective over the two."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpidp.checkup.findings import CheckResult, size, where
 from mpidp.config.command_line import read_toml
-from mpidp.config.settings import Run
+from mpidp.config.settings import RunSettings
 from mpidp.errors import UsageError
 
 CHUNK = 4 << 20
@@ -123,7 +123,7 @@ def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
 def check_room(folder: Path) -> CheckResult:
     """Compare free space with the checkpoints that will exist at once (run.keep, and one being written). Independent."""
     parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    status, keep = os.statvfs(parent), Run.keep
+    status, keep = os.statvfs(parent), RunSettings.keep
     free, words = status.f_bavail * status.f_frsize, f"{folder}: {size(status.f_bavail * status.f_frsize)} free"
     sizes = [sum(f.stat().st_size for f in step.iterdir()) for step in folder.glob("checkpoints/step_*")]
     if not sizes:
@@ -133,4 +133,4 @@ def check_room(folder: Path) -> CheckResult:
     needed = max(sizes) * (keep + 1 - min(keep, len(sizes)))
     words += f", {size(needed)} more needed ({size(max(sizes))} per checkpoint, {keep} kept and one being written)"
     verdict = "wrong" if free < needed else "warning" if free < 2 * needed else "ok"
-    return CheckResult("room", verdict, words, "" if verdict == "ok" else "free space, lower run.keep, or choose another run.dir")
+    return CheckResult("room", verdict, words, "" if verdict == "ok" else "make space, lower run.keep, or choose another run.dir")

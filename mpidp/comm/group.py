@@ -20,10 +20,10 @@ from mpi4py import MPI
 
 from mpidp.comm.slices import NORM_BLOCK, slice_bounds
 from mpidp.comm.waiting import Wait, how_to_wait, spin
-from mpidp.runtime.environment import tolerant
-from mpidp.runtime.topology import Mesh
-from mpidp.runtime.ulfm import made
-from mpidp.runtime.world import together
+from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.topology import Topology
+from mpidp.runtime.ulfm import revocable
+from mpidp.runtime.world import raise_together
 
 SHARED_MEMORY = "/dev/shm"  # where both MPIs keep shared windows
 
@@ -69,12 +69,12 @@ class Group:
         """Zeroed float32 memory: `elements` for this rank (ranks may differ), and every rank's part in order. Where the job
         outlives its ranks each part has `room` elements, untouched beyond, and a group that goes on with the memory of another
         gets that: as it is, in the order in which the other asked for it. Collective over node."""
-        room = max(elements, room) if tolerant() else elements
+        room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found
         if self.node.size == 1:
             parts = [torch.empty(room, device=device)]
-        elif tolerant():
+        elif launched_with_ulfm():
             parts = self._map(room)
         else:
             parts = self._window(elements)
@@ -98,7 +98,7 @@ class Group:
             handle = os.memfd_create("mpidp")
             os.ftruncate(handle, 4 * sum(counts))
         path = self.node.bcast(f"/proc/{os.getpid()}/fd/{handle}")
-        with together(self.node):
+        with raise_together(self.node):
             seen = os.open(path, os.O_RDWR) if self.node.rank else handle
             flat = _floats(mmap.mmap(seen, 4 * sum(counts)))
         os.close(seen)  # once all have opened it
@@ -127,7 +127,7 @@ class Group:
         self._given.append(found)
         return found
 
-    def go_on_with(self, before: Group) -> None:
+    def reuse_memory(self, before: Group) -> None:
         """Let memory() give what another group was given, of which this one's ranks were a part. Independent."""
         places = MPI.Group.Translate_ranks(self.node.group, list(range(self.node.size)), before.node.group)
         # One part for many ranks is what they have in common, also when the rank is dead that asked for it.
@@ -148,38 +148,38 @@ def _floats(memory: Any) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32) if memoryview(memory).nbytes else torch.empty(0)
 
 
-def _waiting(mesh: Mesh) -> tuple[Wait, bool]:
+def _waiting(mesh: Topology) -> tuple[Wait, bool]:
     wait = how_to_wait(mesh.local_size, mesh.cores)
     return wait, mesh.dp.allreduce(wait is spin, op=MPI.LAND)
 
 
-def alone(mesh: Mesh) -> Group:
+def alone(mesh: Topology) -> Group:
     """Every rank a group: messages alone. Collective over mesh.dp."""
     members = [range(rank, rank + 1) for rank in range(mesh.dp.size)]
-    return Group(MPI.COMM_SELF, made(mesh.dp.Dup()), members, mesh.dp.rank, 1, *_waiting(mesh))
+    return Group(MPI.COMM_SELF, revocable(mesh.dp.Dup()), members, mesh.dp.rank, 1, *_waiting(mesh))
 
 
-def by_node(mesh: Mesh) -> Group:
+def by_node(mesh: Topology) -> Group:
     """A group a node. Collective over mesh.dp."""
     members, first = [], 0
     for size in mesh.node_sizes:
         members.append(range(first, first + size))
         first += size
     num_rails = min(mesh.node_sizes)
-    node = made(cast(MPI.Intracomm, mesh.dp.Split(mesh.node_index, mesh.dp.rank)))
+    node = revocable(cast(MPI.Intracomm, mesh.dp.Split(mesh.node_index, mesh.dp.rank)))
     my_rail = mesh.local_rank if mesh.local_rank < num_rails else MPI.UNDEFINED
-    rail = made(cast(MPI.Intracomm, mesh.dp.Split(my_rail, mesh.dp.rank)))
+    rail = revocable(cast(MPI.Intracomm, mesh.dp.Split(my_rail, mesh.dp.rank)))
     return Group(node, rail, members, mesh.node_index, num_rails, *_waiting(mesh), shares=True)
 
 
-def regroup(mesh: Mesh, before: Group) -> Group:
+def regroup(mesh: Topology, before: Group) -> Group:
     """Groups of the same kind over those who are left, with the memory that their groups had before. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
-    group.go_on_with(before)
+    group.reuse_memory(before)
     return group
 
 
-def make_group(mesh: Mesh, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
+def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
     """The groups for comm.transport=auto|window|messages, and in words which and why. needed_bytes: shared memory that this
     rank will ask for. A window larger than /dev/shm would end in a SIGBUS, so that is asked first, and all nodes take the
     same path. Collective over mesh.dp."""
@@ -189,7 +189,7 @@ def make_group(mesh: Mesh, transport: str, needed_bytes: int, device: torch.devi
         return alone(mesh), "messages (windows hold gradients of the CPU)"
     if max(mesh.node_sizes) == 1:
         return alone(mesh), "messages (one rank a node)" if mesh.dp.size > 1 else "nothing to send"
-    if tolerant():
+    if launched_with_ulfm():
         return by_node(mesh), "shared memory that outlives a rank"
     rows = mesh.dp.allgather((mesh.node_index, needed_bytes, _free_bytes()))
     for node, host in enumerate(mesh.hosts):

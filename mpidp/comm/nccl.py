@@ -17,12 +17,12 @@ import torch
 from mpi4py import MPI
 
 from mpidp.comm.probe import gradient_path
-from mpidp.comm.transport import Messages, Parts
+from mpidp.comm.transport import Messages, RankParts
 from mpidp.comm.waiting import Wait
 from mpidp.errors import MpidpError, UsageError
-from mpidp.runtime.environment import tolerant
-from mpidp.runtime.topology import Mesh
-from mpidp.runtime.world import polite_barrier, together
+from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.topology import Topology
+from mpidp.runtime.world import polite_barrier, raise_together
 
 MEETING_SECONDS = 60  # for ranks to reach the first
 EXCHANGE_SECONDS = 600  # then torch ends the process; run.hang_seconds is sooner, and says who is missing
@@ -55,7 +55,7 @@ class Nccl(Messages):
     @contextmanager
     def _together(self, where: str) -> Iterator[None]:
         """Collective over comm."""
-        with together(self._comm):
+        with raise_together(self._comm):
             try:
                 yield
             except RuntimeError as error:
@@ -87,14 +87,14 @@ class Nccl(Messages):
     def ready(self) -> None:
         """Streams are in order by themselves."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: Parts, target: Parts) -> None:
+    def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
         self._exchange(_by_rank(source), _by_rank(target))
 
-    def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: Parts) -> None:
+    def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
         parts = _by_rank(whole)
         mine = parts.pop(comm.rank, None)
         self._exchange({} if mine is None else {rank: mine for rank in range(comm.size) if rank != comm.rank}, parts)
@@ -116,7 +116,7 @@ class Nccl(Messages):
         polite_barrier(self._comm)  # rank 0 has the store, which others may use until here
 
 
-def _by_rank(parts: Parts) -> dict[int, torch.Tensor]:
+def _by_rank(parts: RankParts) -> dict[int, torch.Tensor]:
     """Those that are not empty. Pure."""
     tensor, lengths, starts = parts
     flat = tensor.view(-1)
@@ -129,12 +129,12 @@ def open_transport(wanted: str, device: torch.device, comm: MPI.Intracomm) -> Me
     return Nccl(device, comm) if path == "nccl" else Messages(device, path)
 
 
-def check_nccl(wanted: str, device: torch.device, mesh: Mesh) -> None:
+def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
     """UsageError on every rank where comm.gpu=nccl cannot be had. Collective over mesh.dp."""
     if wanted != "nccl":
         return
-    with together(mesh.dp):
-        if tolerant():
+    with raise_together(mesh.dp):
+        if launched_with_ulfm():
             raise UsageError(
                 "comm.gpu=nccl, but mpirun was told to let the job outlive its ranks, and NCCL's connections do not survive a "
                 "dead one: start without --with-ft ulfm (a dead rank then ends the job, which resumes), or use comm.gpu=auto"

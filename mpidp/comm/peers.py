@@ -22,7 +22,7 @@ class Peers:
         """flat (n,) becomes the mean over these ranks, of which this is one; spare: (n,), overwritten. The same bits on all of
         them. Collective over the ranks."""
         if len(ranks) == 2:
-            self._meet(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
+            self._exchange(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
         elif len(ranks) > 2:
             group = self._group(tuple(ranks))
             for start, stop in pieces(0, flat.numel()):
@@ -32,12 +32,12 @@ class Peers:
                 self.transport.sent_bytes += 2 * wire.nbytes * (len(ranks) - 1) // len(ranks)
                 self.transport.store(wire, flat[start:stop])
 
-    def hear(self, flat: Tensor, hop: int, spare: Tensor) -> None:
+    def gossip(self, flat: Tensor, hop: int, spare: Tensor) -> None:
         """flat (n,) becomes the mean of itself and that of the rank `hop` places before on the ring. Collective over comm."""
         if hop % self.comm.size:
-            self._meet(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
+            self._exchange(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
 
-    def _meet(self, flat: Tensor, to: int, source: int, spare: Tensor) -> None:
+    def _exchange(self, flat: Tensor, to: int, source: int, spare: Tensor) -> None:
         """The mean of itself and what comes from `source`, while it goes to `to`."""
         for start, stop in pieces(0, flat.numel()):
             wire = self.transport.load(flat[start:stop], "peers")

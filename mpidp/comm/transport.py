@@ -19,7 +19,7 @@ from mpidp.comm.buffers import buf, bufv
 from mpidp.comm.waiting import Wait
 
 PIECE_BYTES = 4 << 20  # larger messages make both MPIs allocate a temporary whose pages are faulted in anew each time
-Parts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # a tensor of which each rank has a part: its length, its start
+RankParts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # a tensor of which each rank has a part: its length, its start
 
 
 class Messages:
@@ -67,13 +67,13 @@ class Messages:
         if self.mode == "device":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: Parts, target: Parts) -> None:
+    def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
         """Each rank gets its part of the source into this rank's part of the target; both are wire tensors, and nobody has a
         part for itself. Collective over comm."""
         wait(comm.Ialltoallv(bufv(*source), bufv(*target)))
         self.sent_bytes += source[0].element_size() * sum(source[1])
 
-    def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: Parts) -> None:
+    def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
         """Of this wire tensor each rank has written its own part; then all have the whole. Collective over comm."""
         wait(comm.Iallgatherv(MPI.IN_PLACE, bufv(*whole)))
         self.sent_bytes += whole[0].element_size() * whole[1][comm.rank] * (comm.size - 1)
@@ -87,7 +87,7 @@ class Messages:
             wait(comm.Iallreduce(MPI.IN_PLACE, buf(wire)))
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
-    def take(self) -> tuple[int, float]:
+    def pop_counts(self) -> tuple[int, float]:
         """(bytes sent, seconds) since the last take, and start anew."""
         taken = self.sent_bytes, self.seconds
         self.sent_bytes, self.seconds = 0, 0.0
@@ -98,10 +98,10 @@ class Messages:
         """Count what happens inside as communication."""
         begin = time.perf_counter()
         yield
-        self.settle()
+        self.synchronize()
         self.seconds += time.perf_counter() - begin
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Until exchanges that were begun are done: MPI's are when they return. Independent."""
 
     def close(self) -> None:

@@ -25,8 +25,8 @@ COUNTER_BYTES = 8  # int64
 class Tickets:
     """Who takes which lane of this node next. Independent, but for making and closing it.
 
-    Between two calls of begin() there must be a point that no rank of the node passes before all have come to it (a barrier,
-    an allreduce), after the last own() and steal() of the one step and before the first of the next: a training step has one.
+    Between two calls of begin() all ranks of the node must synchronize (a barrier, an allreduce), after the last next_own() and
+    steal() of one step and before the first of the next. A training step has such a point.
     """
 
     def __init__(self, node: MPI.Intracomm) -> None:
@@ -53,7 +53,7 @@ class Tickets:
         self._set ^= 1
         self._zero(self._set ^ 1)  # of the step before, which all have left
 
-    def own(self) -> int | None:
+    def next_own(self) -> int | None:
         """The next lane of the own range; None when all are taken."""
         if not self._permitted(self._me):
             return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mpidp.config.settings import StrategySettings
+
 Settings = Mapping[str, Any]  # by section.key
 
 OF = {  # settings of section strategy that only these know; quorum: synchronous with strategy.quorum below 1
@@ -14,10 +16,7 @@ OF = {  # settings of section strategy that only these know; quorum: synchronous
     "replay": ("server", "quorum"), "meet_every": ("delayed", "local", "server", "quorum"),
 }
 
-DEFAULTS = {
-    "quorum": 1.0, "sync_every": 0, "meet_every": 0, "staleness": 1, "compensation": 0.0, "group": "all", "group_size": 2,
-    "outer_lr": -1.0, "outer_momentum": -1.0, "overlap": False, "fragments": 1, "servers": 0, "mode": "async", "replay": "",
-}
+DEFAULTS = {key: getattr(StrategySettings(), key) for key in OF}
 
 
 def kind(name: str, quorum: float) -> str:

@@ -7,17 +7,17 @@ from dataclasses import asdict
 import torch
 
 from mpidp.config.defaults import kind, known_settings, outer, ratio, rhythm
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model import own
 from mpidp.model.shape import LSTMShape, Shape, TransformerShape, default_hidden_dim
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
     """UsageError where ranks may die and the others are to go on: what a dead rank alone held is gone. Independent."""
-    if level and tolerant():
+    if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} under mpirun --with-ft ulfm: a rank that dies takes its shard of the state with it, and the "
             "others could not go on. Start without --with-ft (the same command goes on from the last checkpoint), or set "
@@ -81,7 +81,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
     elif t.epochs:
         steps = max(1, round(t.epochs * steps_per_epoch))
     warmup = config.optim.warmup_steps
-    settings = {key: value for key, _, value in fields_of(config)}
+    settings = config.flat()
     outer_lr, outer_momentum = outer(settings)
     try:
         every, meet = rhythm(settings, steps)

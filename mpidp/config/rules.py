@@ -30,7 +30,7 @@ def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
     return lambda settings: settings[key] != value
 
 
-def asked(name: str, quorum: float) -> str:
+def method_setting(name: str, quorum: float) -> str:
     """The setting that asks for it, as one writes it. Pure."""
     return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
 

@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpidp.config import rules
-from mpidp.config.settings import Comm, Data, Energy, Faults, Mesh, Metrics, Model, Optim, Run, Strategy, Train
+from mpidp.config.settings import (
+    CommSettings,
+    DataSettings,
+    EnergySettings,
+    FaultSettings,
+    MeshSettings,
+    MetricsSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+    StrategySettings,
+    TrainSettings,
+)
 from mpidp.errors import UsageError
 from mpidp.model.shape import rope_scaling
 
@@ -21,21 +33,25 @@ from mpidp.model.shape import rope_scaling
 class Config:
     """All sections. `Config()` is a run of the embedded corpus."""
 
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-    optim: Optim = field(default_factory=Optim)
-    strategy: Strategy = field(default_factory=Strategy)
-    comm: Comm = field(default_factory=Comm)
-    mesh: Mesh = field(default_factory=Mesh)
-    run: Run = field(default_factory=Run)
-    faults: Faults = field(default_factory=Faults)
-    metrics: Metrics = field(default_factory=Metrics)
-    energy: Energy = field(default_factory=Energy)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimizerSettings = field(default_factory=OptimizerSettings)
+    strategy: StrategySettings = field(default_factory=StrategySettings)
+    comm: CommSettings = field(default_factory=CommSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    faults: FaultSettings = field(default_factory=FaultSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    energy: EnergySettings = field(default_factory=EnergySettings)
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
         """A copy: config.with_values(train={"lanes": 8}). Values are trusted; checks are from_args's."""
         return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()})
+
+    def flat(self) -> dict[str, Any]:
+        """Return {section.key: value} of all settings. Pure."""
+        return {key: value for key, _, value in fields_of(self)}
 
 
 def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -47,7 +63,7 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
             yield f"{section.name}.{f.name}", f, getattr(part, f.name)
 
 
-def _misshapen(model: Model) -> Iterator[str]:
+def _misshapen(model: ModelSettings) -> Iterator[str]:
     if model.head_dim % 2:
         yield f"model.head_dim={model.head_dim} must be even"
     elif not model.head_dim and (model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2):
@@ -74,7 +90,7 @@ def checked(config: Config) -> Config:
         problems += _misshapen(model)
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("train.steps, train.tokens and train.epochs: give one of them")
-    problems += rules.problems({key: value for key, _, value in fields_of(config)})
+    problems += rules.problems(config.flat())
     plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
     needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")

@@ -23,7 +23,7 @@ def setting(
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSettings:
     """What is trained on."""
 
     path: str = setting("shards/stdlib", "folder of shards; the default one is prepared when it is not there", "path")
@@ -37,7 +37,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """What is trained."""
 
     kind: str = setting("transformer", "transformer, lstm, or your own: MODULE:FACTORY (docs/library.md)", resume=FIXED)
@@ -61,7 +61,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainSettings:
     """How long, in which pieces, on what."""
 
     init_from: str = setting(
@@ -94,7 +94,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimizerSettings:
     """How gradients become updates."""
 
     name: str = setting("adamw", "torch's own", "", ("adamw", "adam", "sgd", "muon"), resume=FIXED)
@@ -110,7 +110,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class StrategySettings:
     """How ranks learn together."""
 
     name: str = setting(
@@ -148,7 +148,7 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Comm:
+class CommSettings:
     """How gradients travel."""
 
     reducer: str = setting(
@@ -174,7 +174,7 @@ class Comm:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshSettings:
     """How the ranks share one model: dp x pp x tp of them (docs/parallel.md)."""
 
     tp: int = setting(1, "ranks that compute every layer together, each a part of it (tensor parallelism)", "ranks", low=1)
@@ -188,7 +188,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSettings:
     """Where the run lives."""
 
     dir: str = setting("runs/default", "where config, metrics and checkpoints go", "path")
@@ -200,7 +200,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Faults:
+class FaultSettings:
     """What a run does about failures."""
 
     min_ranks: int = setting(1, "where the job can go on without dead ranks (ULFM): the fewest to go on with", "ranks", low=1)
@@ -208,7 +208,7 @@ class Faults:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class MetricsSettings:
     """What is recorded besides a line a step (docs/report.md)."""
 
     timeline: str = setting("", "steps FIRST:LAST whose spans on all ranks go to RUN/timeline.json; empty: none", "steps")
@@ -218,7 +218,7 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Energy:
+class EnergySettings:
     """What joules and hours stand for; only you know."""
 
     grams_per_kwh: float = setting(0.0, "CO2e of your electricity, for mpidp.report; 0: not said", "g/kWh", low=0.0)

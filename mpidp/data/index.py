@@ -122,7 +122,7 @@ def _parse(raw: Any, sha256: str) -> Index:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a plain file name ending in .h5")
     if len({name.lower() for name in names}) != len(names):
-        raise ValueError("it names a file twice")
+        raise ValueError("it lists a file twice")
     for name, split in splits.items():
         of_split = [record for record in files if record.split == name]
         for key in ("tokens", "documents", "text_bytes"):

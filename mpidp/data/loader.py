@@ -149,8 +149,7 @@ class Loader:
         return batch
 
     def expect(self, micro_batches: Sequence[int]) -> None:
-        """Prefetch these v from now on. In batches prefetched earlier, new v are read on demand. Resident tokens do not change.
-        """
+        """Prefetch these v from now on. Batches prefetched before read new v on demand. Resident tokens do not change."""
         self._micro_batches = tuple(micro_batches)
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ ROUNDS = 8
 
 
 @lru_cache(maxsize=1024)
-@lru_cache(maxsize=1024)
 def keys_of(*key: object) -> np.ndarray:
     """Return independent round keys (ROUNDS, 1) uint64 for any key with a stable repr."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
@@ -24,7 +23,7 @@ def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """The inverse of permute()."""
+    """Invert permute()."""
     return _walk(x, n, keys, inverse=True)
 
 

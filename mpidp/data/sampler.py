@@ -3,10 +3,11 @@
 Window w consists of tokens [w T, w T + T + 1) of the stream: T inputs, and the T targets shifted by one. An epoch has each window
 once. Batches are numbered over all epochs; the last batch of an epoch may be shorter.
 
-order="sequential": position k of an epoch is window k. order="shuffled": each lane reads its own contiguous part of the stream,
-in proportion to its positions. Within a part, blocks of about 1 MiB are permuted. The windows of 16 consecutive permuted blocks
-(a pool) are then permuted again. Reads are long, and neighbouring windows of the corpus are rarely in the same batch.
-Permutations are Feistel networks keyed by (seed, epoch, lane), so no index list is stored or built.
+order="sequential": position k of an epoch is window k.
+
+order="shuffled": each lane reads its own contiguous part of the stream. Within a part, blocks of about 1 MiB are permuted. The
+windows of 16 consecutive permuted blocks (a pool) are then permuted again. So reads are long, and neighbouring windows of the
+corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane); no index list is stored.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Sampler:
         return range(min(p.start for p in parts), max(p.stop for p in parts))
 
     def _lane(self, v: int) -> int:
-        """The inverse of Lanes.micro_batches."""
+        """Return the lane of micro-batch v (the inverse of Lanes.micro_batches)."""
         return ((v + 1) * self.lanes.num_lanes - 1) // self.lanes.num_micro_batches
 
     def _places(self, lane: int) -> range:

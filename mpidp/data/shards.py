@@ -41,7 +41,7 @@ from mpidp.runtime.files import write_atomically
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-PIECE_BYTES = 4 * 2**20  # hashed at a time
+PIECE_BYTES = 4 * 2**20  # read and hashed at a time
 
 
 @dataclass
@@ -52,7 +52,7 @@ class _Mapped:
     tokens: np.ndarray
     mask: np.ndarray | None
     doc_offsets: np.ndarray
-    offset: int  # of tokens in the file, in bytes
+    offset: int  # where the tokens start in the file, in bytes
 
 
 class TokenStream:
@@ -207,7 +207,7 @@ class TokenStream:
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(path, "r", locking=False) as file:
             if file.userblock_size:
-                raise self._bad(i, "it has a user block")
+                raise self._bad(i, "it has an HDF5 user block, which shards must not have")
             wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
                       "tokenizer_sha256": self.tokenizer_sha256}
             for name, value in wanted.items():

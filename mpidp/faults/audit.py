@@ -48,7 +48,7 @@ def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
 
-class Aside:
+class SpareSlot:
     """What the engine sees of a strategy when a lane is computed for comparison only: gradients go to a spare slot."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
@@ -64,7 +64,7 @@ class Aside:
 
 
 @dataclass
-class Finding:
+class AuditFinding:
     """What an audit found: the same on every rank."""
 
     ranks: list[int]  # whose bits differ, or all that may be wrong
@@ -90,7 +90,7 @@ class Audit:
         """In the whole job, of who has this rank's part in another replica. Independent."""
         return replica * self._grid.parts + self._grid.model.rank
 
-    def _told(self, *mine: Finding | None) -> Finding | None:
+    def _told(self, *mine: AuditFinding | None) -> AuditFinding | None:
         """What any rank found: the same on every rank. Collective over the job's ranks."""
         found = [finding for finding in mine if finding is not None]
         if self._grid.parts == 1:  # all have compared the same
@@ -101,7 +101,7 @@ class Audit:
             return None
         told = [one for some in self._grid.world.allgather(found) for one in some]
         ranks = sorted({rank for one in told for rank in one.ranks})
-        return Finding(ranks, "; ".join(dict.fromkeys(one.what for one in told)), all(one.repaired for one in told))
+        return AuditFinding(ranks, "; ".join(dict.fromkeys(one.what for one in told)), all(one.repaired for one in told))
 
     def due(self, step: int) -> bool:
         """Is this step audited? Independent."""
@@ -120,13 +120,13 @@ class Audit:
         self._table[:] = 0
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
-    def look(self, lane: int, gradient: Tensor) -> None:
+    def record(self, lane: int, gradient: Tensor) -> None:
         """This rank has computed a lane in the ordinary way. Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)
             self._table[2, self._lanes[lane]] += self.comm.rank
 
-    def compare(self, lane: int, gradient: Tensor) -> Finding | None:
+    def compare(self, lane: int, gradient: Tensor) -> AuditFinding | None:
         """This rank has computed a lane a second time: do all pairs agree? Collective over the job's ranks."""
         whose = self._lanes[lane]
         self._table[1, whose] = checksum(gradient)
@@ -141,11 +141,11 @@ class Audit:
             return self._told()
         ranks = [self._rank(r) for r in suspects([(by[r], int(again[r])) for r in wrong])]
         pairs = ", ".join(f"lane {lane_of[r]} (rank {self._rank(by[r])} and rank {self._rank(int(again[r]))})" for r in wrong)
-        return self._told(Finding(ranks, f"two computations of one lane differ: {pairs}", repaired=False))
+        return self._told(AuditFinding(ranks, f"two computations of one lane differ: {pairs}", repaired=False))
 
     # Weights -------------------------------------------------------------------------------------------------------------
 
-    def weights(self) -> Finding | None:
+    def weights(self) -> AuditFinding | None:
         """Compare the replicas, and repair what a majority knows better. Collective over the job's ranks."""
         return self._told(self._between_replicas(), self._within_stage())
 
@@ -157,7 +157,7 @@ class Audit:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True)
         }
 
-    def _between_replicas(self) -> Finding | None:
+    def _between_replicas(self) -> AuditFinding | None:
         views = self._views()
         speak = [members[0] for members in self.replicas]  # ranks that share a copy all see the same
         good, bad, what = _compare(self.comm, views, speak)
@@ -165,22 +165,22 @@ class Audit:
             return None
         ranks = [self._rank(rank) for b in bad for rank in self.replicas[b]]
         if good is None:
-            return Finding(ranks, f"{what} between replicas, and there is no majority", repaired=False)
+            return AuditFinding(ranks, f"{what} between replicas, and there is no majority", repaired=False)
         for flat in self._flats.values():
             wire = flat.cpu()
             for start, stop in pieces(0, wire.numel()):
                 self.comm.Bcast(buf(wire[start:stop]), root=speak[good])
             flat.copy_(wire)
-        return Finding(ranks, f"{what} from the majority's", repaired=True)
+        return AuditFinding(ranks, f"{what} from the majority's", repaired=True)
 
-    def _within_stage(self) -> Finding | None:
+    def _within_stage(self) -> AuditFinding | None:
         tp = self._grid.tp
         if tp.size == 1:
             return None
         whole = {name: view for name, view in self._views().items() if not self._is_cut(name.partition("/")[0])}
         _, bad, what = _compare(tp, whole, range(tp.size))
         first = self._grid.world.rank - tp.rank
-        return Finding([first + b for b in bad], f"{what} between the ranks of a stage", repaired=False) if bad else None
+        return AuditFinding([first + b for b in bad], f"{what} between the ranks of a stage", repaired=False) if bad else None
 
 
 def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], speak: Sequence[int]) -> tuple[int | None, list[int], str]:

@@ -41,7 +41,7 @@ NAMED = 4  # ranks by name in one message
 
 
 @dataclass(frozen=True)
-class Row:
+class HeartbeatRow:
     """What is known of a rank; times are seconds ago."""
 
     rank: int
@@ -72,7 +72,7 @@ class Row:
         return f"in {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}"
 
 
-def blame(rows: list[Row]) -> tuple[str, list[Row]]:
+def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
     """For whom everybody waits, in words and as rows: a process that is stopped or dead; else who is furthest behind, if that is
     where a rank works; else whoever is not heard of; else who is furthest behind. Pure."""
     heard = [row for row in rows if row.state != SILENT]
@@ -90,7 +90,7 @@ def blame(rows: list[Row]) -> tuple[str, list[Row]]:
     return f"everybody waits for {named}; of the others {waiting}", blamed
 
 
-class Board:
+class HeartbeatBoard:
     """This rank's place on its node's board, and the view of all others. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
@@ -141,16 +141,16 @@ class Board:
             if rows and stamp != NODE.unpack_from(self._memory, at)[0]:
                 NODE.pack_into(self._memory, at, stamp, now, now - min(row.heard for row in rows))
 
-    def rows(self, silent_seconds: float) -> list[Row]:
+    def rows(self, silent_seconds: float) -> list[HeartbeatRow]:
         """Every rank; those of a node whose file is so old are not heard of."""
         found = {row.rank: row for row in self._here()}
         for host, at in self._nodes.items():
             fresh = time.monotonic() - NODE.unpack_from(self._memory, at)[1] < silent_seconds
             for row in self._read(host)[1]:
                 found[row.rank] = row if fresh else replace(row, state=SILENT)
-        return [found.get(r) or Row(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
+        return [found.get(r) or HeartbeatRow(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
 
-    def speaks(self) -> bool:
+    def claim_report(self) -> bool:
         """One rank of a node does: the first to ask. The others are told so when its process is gone."""
         with suppress(OSError, ValueError):  # of no file
             try:
@@ -165,29 +165,29 @@ class Board:
         if self.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _here(self) -> list[Row]:
+    def _here(self) -> list[HeartbeatRow]:
         now, rows = time.monotonic(), []
         for rank, at in self._slots.items():
             step, bucket, entered, heard, phase = SLOT.unpack_from(self._memory, at)
-            row, name = Row(rank, self.host, self._pids[rank]), phase.rstrip(b"\0").decode(errors="replace")
+            row, name = HeartbeatRow(rank, self.host, self._pids[rank]), phase.rstrip(b"\0").decode(errors="replace")
             told = {"step": step, "phase": name, "bucket": bucket, "entered": now - entered, "heard": now - heard}
-            rows.append(replace(row, **told, state=process(row.pid)[0]) if heard else row)
+            rows.append(replace(row, **told, state=process_state(row.pid)[0]) if heard else row)
         return rows
 
-    def _read(self, host: str) -> tuple[float, list[Row]]:
+    def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:
         """(stamp, rows) of another node's file; no rows where there is none of this job."""
         try:
             told: dict[str, Any] = json.loads((self._folder / f"{host}.json").read_text())
-            rows = [Row(**row) for row in told["rows"]] if told["token"] == self._token else []
+            rows = [HeartbeatRow(**row) for row in told["rows"]] if told["token"] == self._token else []
             return float(told["stamp"]), rows
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0, []
 
 
-def open_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> Board:
+def open_heartbeat_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> HeartbeatBoard:
     """host: this rank's. Collective over comm."""
     hosts, pids, tokens = zip(*comm.allgather((host, os.getpid(), os.urandom(8).hex())), strict=True)
-    board = Board(comm.rank, list(hosts), list(pids), tokens[0], run_dir)
+    board = HeartbeatBoard(comm.rank, list(hosts), list(pids), tokens[0], run_dir)
     try:
         comm.Barrier()
     finally:
@@ -195,7 +195,7 @@ def open_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> Board:
     return board
 
 
-def process(pid: int) -> tuple[str, int]:
+def process_state(pid: int) -> tuple[str, int]:
     """(state, when it was started) of a process of this machine; X: there is none; ("", 0): that is not known. Independent."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

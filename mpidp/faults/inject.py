@@ -78,8 +78,8 @@ ANYWHERE: dict[str, Callable[[], None]] = {  # a timer's thread can do these to 
     "term": partial(_signal, signal.SIGTERM), "usr1": partial(_signal, signal.SIGUSR1), "exit": partial(os._exit, 3),
     "gil": _hold_the_gil,
 }
-STRIKES = ANYWHERE | {"sysexit": partial(sys.exit, 3), "raise": _raise, "hang": _hang}
-OPTIONS = dict.fromkeys(STRIKES, ("phase",)) | dict.fromkeys(ANYWHERE, ("phase", "after")) | {
+ACTIONS = ANYWHERE | {"sysexit": partial(sys.exit, 3), "raise": _raise, "hang": _hang}
+OPTIONS = dict.fromkeys(ACTIONS, ("phase",)) | dict.fromkeys(ANYWHERE, ("phase", "after")) | {
     "delay": ("seconds", "factor", "until"), "nan": ("times",), "wrong": ("until",), "flip": ("tensor", "bit"),
 }
 WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # numbers; the others may have a fraction
@@ -114,39 +114,39 @@ class Fault:
         _need(self.kind != "flip" or 0 <= self.bit <= 31, "it needs bit=, in 0..31")
 
 
-class Faults(StepObserver):
+class InjectedFaults(StepObserver):
     """What goes wrong on this rank, and what of it has happened. False when nothing does on any rank. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
-        self.everyones = tuple(faults)
-        self.rank, self.mine = rank, [fault for fault in faults if fault.rank == rank]
+        self.of_all_ranks = tuple(faults)
+        self.rank, self.of_this_rank = rank, [fault for fault in faults if fault.rank == rank]
         self._happened: Counter[Fault] = Counter()
 
     def __bool__(self) -> bool:
-        return bool(self.everyones)
+        return bool(self.of_all_ranks)
 
     @property
-    def spoil(self) -> bool:
+    def changes_gradients(self) -> bool:
         """Are gradients of single lanes to be spoilt, on any rank? Then lanes must be kept apart."""
-        return any(fault.kind in ("nan", "wrong") for fault in self.everyones)
+        return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def enter(self, step: int, phase: str) -> None:
         """This rank enters a phase of a step: what is to end or stop it there does so, now or from a timer."""
         place = (step, phase)
-        for fault in self.mine:
-            if fault.kind in STRIKES and (fault.step, fault.phase) == place and self._once(fault):
+        for fault in self.of_this_rank:
+            if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
                 if fault.after:
-                    timer = threading.Timer(fault.after, STRIKES[fault.kind])
+                    timer = threading.Timer(fault.after, ACTIONS[fault.kind])
                     timer.daemon = True
                     timer.start()
                 else:
-                    STRIKES[fault.kind]()
+                    ACTIONS[fault.kind]()
 
-    def spoils(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
+    def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
         """What is to be done to each lane's gradient in this step. A glitch happens at the first attempt alone: it is gone when
         the step is done again; what lasts several steps happens always: a core that has failed."""
         return [
-            make_nan if fault.kind == "nan" else make_wrong for fault in self.mine
+            make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
             or (fault.kind == "wrong" and fault.until <= fault.step == step and attempt == 0 and self._once(fault))
             or (fault.kind == "nan" and fault.step <= step and attempt == 0 and self._once(fault))
@@ -154,7 +154,7 @@ class Faults(StepObserver):
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
         """After the update of a step: the bits of parameters that are to be flipped."""
-        for fault in self.mine:
+        for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
                 host = first.cpu()
@@ -163,7 +163,7 @@ class Faults(StepObserver):
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
         """A micro-batch is computed inside; its delays follow it."""
-        delays = [f for f in self.mine if f.kind == "delay" and f.step <= step <= (f.until or step)]
+        delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= step <= (f.until or step)]
         return self._slowed(delays) if delays and name == "micro_batch" else None
 
     @contextmanager
@@ -184,12 +184,12 @@ class Faults(StepObserver):
         return True
 
 
-def parse(text: str, rank: int = 0) -> Faults:
+def parse(text: str, rank: int = 0) -> InjectedFaults:
     """The faults that a text asks for, as seen by this rank; UsageError when it cannot be read. Independent."""
-    return Faults([_fault(word) for word in text.split()], rank)
+    return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def asked_for(rank: int, environment: Mapping[str, str] = os.environ) -> Faults:
+def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ) -> InjectedFaults:
     """The faults of MPIDP_FAULT, of which rank 0 speaks; none when it is not set. UsageError. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)

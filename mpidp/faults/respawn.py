@@ -20,8 +20,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpidp.runtime.environment import tolerant
-from mpidp.runtime.ulfm import agree, made
+from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.ulfm import agree, revocable
 
 OPTION = "state_base_recoverable"
 LAUNCH = f"mpirun --with-ft ulfm --prtemca {OPTION} 1 --mca coll ^han,adapt"
@@ -29,9 +29,9 @@ START_SECONDS = 40.0  # for a process to start: it comes before it imports what 
 MEET_SECONDS = 20.0  # for a call that all are about to make: milliseconds where nobody dies
 
 
-def why_not(machines: int) -> str:
+def obstacle_to_respawn(machines: int) -> str:
     """Why a job on so many machines cannot replace ranks that die; nothing where it can. Independent."""
-    if not tolerant():
+    if not launched_with_ulfm():
         return "here a rank that dies ends the job"
     if machines > 1:
         return f"on {machines} machines a second new rank does not reach the first (Open MPI 5.0)"
@@ -50,19 +50,19 @@ def _launchers_words() -> list[bytes]:
     return found
 
 
-def grow(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
+def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
     """The ranks of world in their order, and after them a new one, which holds rank 0's message. None when that failed: world is
     what it was, unless somebody died. alive: called all the time. Collective over world."""
-    pair = _in_time(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
+    pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
-    inter = _in_time(lambda late: _bridge(world, pair), MEET_SECONDS, alive)
+    inter = _with_timeout(lambda late: _bridge(world, pair), MEET_SECONDS, alive)
     if not agree(world, inter is not None):
         return None
-    larger = _in_time(lambda late: inter.Merge(high=False), MEET_SECONDS, alive)
+    larger = _with_timeout(lambda late: inter.Merge(high=False), MEET_SECONDS, alive)
     if not agree(world, larger is not None):
         return None
-    return larger if _tell(made(larger), message) is not None else None
+    return larger if _broadcast(revocable(larger), message) is not None else None
 
 
 def join() -> tuple[MPI.Intracomm, Any]:
@@ -72,13 +72,13 @@ def join() -> tuple[MPI.Intracomm, Any]:
         parent = MPI.Comm.Get_parent()
         pair = parent.Merge(high=True)
         parent.Disconnect()
-        world = made(MPI.COMM_SELF.Create_intercomm(0, pair, 0).Merge(high=True))
-        message = _tell(world, None)
+        world = revocable(MPI.COMM_SELF.Create_intercomm(0, pair, 0).Merge(high=True))
+        message = _broadcast(world, None)
     except MPI.Exception:
         message = None
     if message is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.alarm(0)  # set by entry.newcomer
+    signal.alarm(0)  # set by is_replacement_rank
     return world, message
 
 
@@ -103,7 +103,7 @@ def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
         raise
 
 
-def _tell(world: MPI.Intracomm, message: Any) -> Any:
+def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
     """Rank 0's message on all, or None on all. Collective over world."""
     told = None
     if agree(world, True):
@@ -114,7 +114,7 @@ def _tell(world: MPI.Intracomm, message: Any) -> Any:
     return told if agree(world, told is not None) else None
 
 
-def _in_time(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
+def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
     """What the call gives; None when it fails or has not returned by then: its thread stays behind, and finds its event set."""
     found: list[Any] = []
     late = threading.Event()

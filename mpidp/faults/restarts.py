@@ -11,7 +11,7 @@ from mpidp.errors import MpidpError, Stopped, UsageError
 from mpidp.runtime.files import write_file
 
 
-class Tries:
+class RestartLog:
     """Starts in a row from the same checkpoint that did not end well. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.errors import UsageError
-from mpidp.faults.heartbeat import process
+from mpidp.faults.heartbeat import process_state
 
 COUNT_SECONDS = 1.0  # between two signs of life in the lock
 LOCK_BYTES = 512  # always written whole
@@ -149,7 +149,7 @@ def _myself() -> dict[str, Any]:
         boot = ""
     job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
     return {
-        "host": socket.gethostname(), "boot": boot, "pid": os.getpid(), "started": process(os.getpid())[1], "job": job,
+        "host": socket.gethostname(), "boot": boot, "pid": os.getpid(), "started": process_state(os.getpid())[1], "job": job,
         "restart": int(restart) if restart.isdigit() else 0, "token": secrets.token_hex(8), "count": 0,
     }
 
@@ -184,5 +184,5 @@ def _alive(holder: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass
-    state, started = process(pid)
+    state, started = process_state(pid)
     return state not in ("Z", "X") and holder.get("started", started) == started

@@ -36,7 +36,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Has this rank been asked to stop?"""
         if self._lost():
             self.reason = TAKEN_OVER

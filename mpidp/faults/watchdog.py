@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpidp.errors import HANG_EXIT_CODE
-from mpidp.faults.heartbeat import LOST, Board, blame
+from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
 from mpidp.runtime.observers import StepObserver
 
 STEPS = 20  # a hang is longer than so many usual steps
@@ -33,7 +33,7 @@ class Watchdog(StepObserver):
     """
 
     def __init__(
-        self, board: Board | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
+        self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
         on_hang: Callable[[str], None] = lambda report: None,
     ) -> None:
         """No board: no watch. abort: ends the whole job with this exit code. on_hang: is called with the report of a hang."""
@@ -76,7 +76,7 @@ class Watchdog(StepObserver):
         self._bucket = bucket
         self.beat()
 
-    def patience(self) -> tuple[float, float]:
+    def timeouts(self) -> tuple[float, float]:
         """How long nothing may happen: usually, and in this phase."""
         usual = max(self.hang_seconds, STEPS * statistics.median_low(self._seconds or [0.0]))
         return usual, usual * (1.0 if self._at[1] in self._done else self.first_times)
@@ -98,12 +98,12 @@ class Watchdog(StepObserver):
             if now - before > tick + 2:
                 self._heard += now - before  # this process was stopped for a while, and perhaps all others with it
             before = now
-            usual, deadline = self.patience()
+            usual, deadline = self.timeouts()
             faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # should this thread never run again
             if now - self._entered > usual / 4:
                 self.board.exchange(usual / 20)
             if now - self._heard > deadline and (quiet := self.board.quiet_seconds()) > deadline:
-                if self.board.speaks():
+                if self.board.claim_report():
                     self._report(self.board, quiet, usual)
                     time.sleep(tick + 0.5)  # other nodes reach their deadlines now
                     threading.Timer(3.0, os._exit, (HANG_EXIT_CODE,)).start()  # MPI may be what hangs
@@ -111,7 +111,7 @@ class Watchdog(StepObserver):
                 os._exit(HANG_EXIT_CODE)
         faulthandler.cancel_dump_traceback_later()
 
-    def _report(self, board: Board, quiet: float, usual: float) -> None:
+    def _report(self, board: HeartbeatBoard, quiet: float, usual: float) -> None:
         words, blamed = blame(board.rows(silent_seconds=usual / 5))
         steps = f", {STEPS} steps take {usual:.0f} s" if usual > self.hang_seconds else ""
         print(

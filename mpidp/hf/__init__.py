@@ -1,1 +1,1 @@
-"""Models of the LLaMA family as Hugging Face writes them: in and out (docs/huggingface.md)."""
+"""Import and export of LLaMA-family models in Hugging Face's format (docs/huggingface.md)."""

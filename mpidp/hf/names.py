@@ -1,6 +1,6 @@
-"""config.json of a model of the LLaMA family and our settings, its tensors' names and ours. Pure, without torch.
+"""Conversion of config.json and tensor names between mpidp and Hugging Face (LLaMA family). Pure, without torch.
 
-Weights are the same numbers in the same layout: rotary positions are half-split in both, so nothing is permuted.
+Weights have the same layout in both. Rotary positions are half-split in both, so no weights are permuted.
 """
 
 from __future__ import annotations
@@ -19,46 +19,48 @@ INSIDE = {
     "attention.v": "self_attn.v_proj", "attention.o": "self_attn.o_proj", "feed_forward_norm": "post_attention_layernorm",
     "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj", "feed_forward.down": "mlp.down_proj",
 }
-ONLY = {  # the one value, where config.json has the key, that our Transformer computes
+ONLY = {  # keys of config.json for which mpidp's Transformer supports only this value
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "quantization_config": None,
 }
 
 
-def theirs(name: str) -> str:
-    """Of a parameter of ours: blocks.3.attention.q.weight is model.layers.3.self_attn.q_proj.weight. Pure."""
-    words = name.removesuffix(".weight").split(".", 2)
-    if words[0] == "blocks":
-        return f"model.layers.{words[1]}.{INSIDE[words[2]]}.weight"
-    return f"{OUTSIDE[words[0]]}.weight"
+def huggingface_name(name: str) -> str:
+    """Convert a parameter's name: blocks.3.attention.q.weight becomes model.layers.3.self_attn.q_proj.weight. Pure."""
+    names = name.removesuffix(".weight").split(".", 2)
+    if names[0] == "blocks":
+        return f"model.layers.{names[1]}.{INSIDE[names[2]]}.weight"
+    return f"{OUTSIDE[names[0]]}.weight"
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Of section model: what a config.json says of the model. DataError for what is not there, or our Transformer does not
-    compute. Pure."""
+    """Return the settings of section model from a config.json. DataError for missing keys and unsupported values. Pure.
 
-    def refused(words: str) -> DataError:
-        return DataError(f"{where}: {words}")
+    where: the file's path, for error messages.
+    """
+
+    def problem(message: str) -> DataError:
+        return DataError(f"{where}: {message}")
 
     def number(key: str, kind: type = int, default: float | None = None) -> Any:
         value = config.get(key)
         value = default if value is None else value
         if value is None:
-            raise refused(f"it has no {key}: not a model of the LLaMA family, or damaged")
+            raise problem(f"{key} is missing: the model is not of the LLaMA family, or the file is damaged")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value or value <= 0:
-            raise refused(f"{key}={value!r} must be a positive {'whole ' * (kind is int)}number")
+            raise problem(f"{key}={value!r} must be a positive {'integer' if kind is int else 'number'}")
         return kind(value)
 
     named, kind = config.get("architectures"), config.get("model_type")
     fits = any(one in ARCHITECTURES for one in named) if isinstance(named, list) and named else kind in MODEL_TYPES
     if not fits:
-        raise refused(f"architectures={named!r}, model_type={kind!r}: only {' and '.join(ARCHITECTURES)} can be taken up")
+        raise problem(f"architectures={named!r}, model_type={kind!r}: only {' and '.join(ARCHITECTURES)} are supported")
     for key, value in ONLY.items():
         if config.get(key, value) != value:
-            raise refused(f"{key}={config[key]!r}: this Transformer has {key}={value!r} alone, so it would be another model")
+            raise problem(f"{key}={config[key]!r} is not supported: mpidp's Transformer has only {key}={value!r}")
     limit, window = number("max_position_embeddings", default=2048), config.get("sliding_window")
     if window is not None and window < limit:
-        raise refused(f"sliding_window={window!r}: attention here reaches over the whole context")
-    theta, scaling = _rope(config, refused, limit)
+        raise problem(f"sliding_window={window!r} is not supported: mpidp's attention covers the whole context")
+    theta, scaling = _rope(config, problem, limit)
     heads, dim = number("num_attention_heads"), number("hidden_size")
     head_dim = number("head_dim", default=dim // heads)
     found = {
@@ -69,26 +71,29 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
         "head_dim": 0 if head_dim * heads == dim else head_dim, "vocab_size": number("vocab_size"),
     }
     if heads % found["num_kv_heads"] or head_dim % 2:
-        raise refused(f"{heads} heads of width {head_dim}, {found['num_kv_heads']} key-value heads: that is no attention")
+        raise problem(
+            f"{heads} heads of size {head_dim} and {found['num_kv_heads']} key-value heads are invalid: the head size must be "
+            "even, and the number of heads a multiple of the number of key-value heads"
+        )
     return found
 
 
-def _rope(config: Mapping[str, Any], refused: Any, limit: int) -> tuple[float, str]:
-    """(rope_theta, rope_scaling), from the keys of transformers 5 (rope_parameters) or from older ones."""
-    said = config.get("rope_parameters") or {}
-    scaling = {**said, **(config.get("rope_scaling") or {})}
+def _rope(config: Mapping[str, Any], problem: Any, limit: int) -> tuple[float, str]:
+    """Return (rope_theta, rope_scaling), from the keys of transformers 5 (rope_parameters) or of older versions."""
+    parameters = config.get("rope_parameters") or {}
+    scaling = {**parameters, **(config.get("rope_scaling") or {})}
     if not all(isinstance(value, (int, float, str, type(None))) for value in scaling.values()):
-        raise refused(f"rope_parameters={said!r}: there is one kind of rotation for all layers here")
+        raise problem(f"rope_parameters={parameters!r} is not supported: all layers must have the same parameters")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refused(f"partial_rotary_factor={scaling['partial_rotary_factor']!r}: here all channels of a head are rotated")
+        raise problem(f"partial_rotary_factor={scaling['partial_rotary_factor']!r} is not supported: it must be 1.0")
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return float(theta), ""
     if kind != "llama3":
-        raise refused(
-            f"rope scaling {kind!r}: only llama3 is computed here. A context within the model's first one needs none: take "
-            "rope_scaling (or rope_parameters) out of a copy of the folder, if that is what it was trained with"
+        raise problem(
+            f"rope scaling {kind!r} is not supported (only llama3 is). If the original context length is enough, remove "
+            "rope_scaling (or rope_parameters) from config.json in a copy of the folder"
         )
     original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or limit
     try:
@@ -96,19 +101,22 @@ def _rope(config: Mapping[str, Any], refused: Any, limit: int) -> tuple[float, s
         text = "llama3:" + ",".join(f"{number:.17g}" for number in numbers)
         rope_scaling(text)
     except (KeyError, TypeError, ValueError) as error:
-        raise refused(f"rope scaling llama3 without {error}: it needs factor, low_freq_factor and high_freq_factor") from None
+        raise problem(f"rope scaling llama3 needs factor, low_freq_factor and high_freq_factor; problem: {error}") from None
     return float(theta), text
 
 
 def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
-    """What settings_of found, as a shape. Pure."""
+    """Return the shape for the settings from settings_of. Pure."""
     rest = {key: value for key, value in settings.items() if key != "head_dim"}
     return TransformerShape(seq_len=seq_len, head_size=settings["head_dim"], **rest)
 
 
 def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a model; before: that of the model it was made from, whose other keys stay. Old readers find rope_theta and
-    torch_dtype, new ones rope_parameters and dtype. Pure."""
+    """Return config.json of a model. Pure.
+
+    before: config.json of the model it was fine-tuned from; its other keys are kept. The result has rope_theta and torch_dtype
+    for old versions of transformers, and rope_parameters and dtype for new ones.
+    """
     scaling = rope_scaling(shape.rope_scaling)
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
@@ -131,7 +139,7 @@ def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str
         "rope_parameters": rope | {"rope_theta": shape.rope_theta}, "dtype": dtype, "torch_dtype": dtype,
     }
     kept = {key: value for key, value in before.items() if key not in ("transformers_version", "_name_or_path")}
-    if scaling is not None:  # llama.cpp's converter looks for it here
+    if scaling is not None:  # llama.cpp's converter reads it here
         ours["original_max_position_embeddings"] = int(scaling.original)
     usual |= kept
     usual["max_position_embeddings"] = max(usual["max_position_embeddings"], shape.seq_len)

@@ -1,4 +1,4 @@
-"""A model of ours as a Hugging Face folder: what transformers, vLLM and llama.cpp's converter read. All of it or nothing."""
+"""Write a model as a Hugging Face folder for transformers, vLLM and llama.cpp's converter. The folder is created atomically."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpidp.errors import UsageError
-from mpidp.hf.folder import COME_ALONG, read_object
-from mpidp.hf.names import config_of, theirs
+from mpidp.hf.folder import COMPANION_FILES, read_object
+from mpidp.hf.names import config_of, huggingface_name
 from mpidp.hf.tokens import eod_name
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.runtime.files import sync_directory, write_file
@@ -28,17 +28,20 @@ def write_folder(
     out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, eod: int, dtype: str = "float32",
     max_file_bytes: int = 5 * 10**9, before: Path | None = None,
 ) -> None:
-    """Make the folder `out`. weight: gives a parameter by our name; tokenizer: a Hugging Face tokenizer.json; eod: its id that
-    ends a document; before: a folder with what belonged to the model that this one was made from, and stays. One file of weights
-    is in memory at a time. UsageError when out exists or cannot be written. Independent."""
+    """Create the folder `out`. UsageError if it exists or cannot be written. Independent.
+
+    weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; eod: its end-of-document id; before:
+    a folder with the other files of the model that this one was fine-tuned from, which are copied. Only one weight file is in
+    memory at a time.
+    """
     if out.exists():
-        raise UsageError(f"{out} exists, and nothing is overwritten: choose another folder, or remove it yourself")
+        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
     temporary = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir(parents=True)
         _write_weights(temporary, shape, weight, DTYPES[dtype], max_file_bytes)
-        for name, content in _words(shape, tokenizer, eod, dtype, before).items():
+        for name, content in _text_files(shape, tokenizer, eod, dtype, before).items():
             write_file(temporary / name, content.encode())
         os.rename(temporary, out)
         sync_directory(out.parent)
@@ -50,7 +53,7 @@ def write_folder(
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Which tensors go into which file: in order, each file as full as max_bytes allows, at least one tensor in each. Pure."""
+    """Assign tensors to files, in order: each file has at most max_bytes, but at least one tensor. Pure."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -71,20 +74,21 @@ def _write_weights(
     for number, names in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(
-            {theirs(name): weight(name).to(dtype).contiguous() for name in names}, folder / file, metadata={"format": "pt"}
+            {huggingface_name(name): weight(name).to(dtype).contiguous() for name in names}, folder / file,
+            metadata={"format": "pt"},
         )
-        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read it, whatever the umask
+        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors makes it owner-only, ignoring the umask
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
-        place |= {theirs(name): file for name in names}
+        place |= {huggingface_name(name): file for name in names}
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(place.items()))}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
-def _words(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, str]:
-    """By name, the files that are not weights."""
-    kept = {name: before / name for name in COME_ALONG if (before / name).is_file()} if before is not None else {}
+def _text_files(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, str]:
+    """Return the contents of the files that are not weights, by name."""
+    kept = {name: before / name for name in COMPANION_FILES if (before / name).is_file()} if before is not None else {}
     config = config_of(shape, dtype, eod, read_object(kept["config.json"]) if "config.json" in kept else {})
     name, longest = eod_name(tokenizer, eod), config["max_position_embeddings"]
     found: dict[str, Any] = {
@@ -98,6 +102,6 @@ def _words(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before
     }
     if "tokenizer_config.json" in kept:
         del found["special_tokens_map.json"]
-    texts = {what: json.dumps(content, indent=2) + "\n" for what, content in found.items()}
-    texts |= {what: path.read_text() for what, path in kept.items() if what != "config.json"}
+    texts = {file: json.dumps(content, indent=2) + "\n" for file, content in found.items()}
+    texts |= {file: path.read_text() for file, path in kept.items() if file != "config.json"}
     return texts | {"tokenizer.json": tokenizer}

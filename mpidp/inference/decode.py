@@ -18,7 +18,7 @@ class DecodedText:
     """A sequence during generation, and its window: the part that the model sees."""
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
-        """ids: the prompt; tokens: at most so many are added; on_token: called with each new token, returns True to stop."""
+        """ids: the prompt; tokens: maximum number to add; on_token: called with each new token, returns True to stop."""
         self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
         self.start = 0  # of the window

@@ -18,17 +18,17 @@ from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
-from mpidp.hf.folder import Folder
+from mpidp.hf.folder import ModelFolder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import refuse
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.grid import Grid, make_grid
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.pipeline import FORWARD, Stages
 from mpidp.parallel.tensor import loss_over, share_layers
-from mpidp.parallel.tensor_comm import Ring
+from mpidp.parallel.tensor_comm import TensorComm
 from mpidp.runtime.device import resolve_device
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Loaded:
             if tp.size > 1:
                 tp.Allreduce(MPI.IN_PLACE, found)  # exact: each entry is nonzero on one rank only
         if self.stages is not None:
-            self.stages.settle([])
+            self.stages.drain([])
             self.grid.pp.Bcast(found, root=self.stages.count - 1)
         return torch.from_numpy(found)
 
@@ -100,15 +100,15 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
     """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
-    with together(world):
+    with raise_together(world):
         loaded = load_model(reader, grid, options.device, options.threads)
         return reader, loaded, load_tokenizer_for(loaded, reader, options.data)
 
 
-def weights_at(path: Path) -> Reader | Folder:
+def weights_at(path: Path) -> Reader | ModelFolder:
     """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
     if (path / "config.json").is_file():
-        return Folder(path)
+        return ModelFolder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
         raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "
@@ -116,7 +116,7 @@ def weights_at(path: Path) -> Reader | Folder:
     return Reader(found[0])
 
 
-def load_base(reader: Reader, parts: Parts, model: Any) -> None:
+def load_base(reader: Reader, parts: ModelPartition, model: Any) -> None:
     """Load the base model of a LoRA run (train.init_from), which its checkpoints do not contain.
 
     Does nothing if the run has no init_from. DataError if the base is missing or has changed. Independent; whole models only.
@@ -137,7 +137,7 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])
         refuse(shape, grid.tp.size, grid.pp.size)
-        parts = Parts(grid, shape)
+        parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]
         model = base_weights(settings, shape, parts.part)
         if settings.get("model.lora_rank", 0):
@@ -149,9 +149,9 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
     wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(model.eval(), where, dtype, grid)
     if grid.tp.size > 1:
-        ring = Ring(grid, wire)
-        share_layers(model, ring)
-        loaded.losses = loss_over(ring, parts.part.share(shape.vocab_size).start)
+        tensor_comm = TensorComm(grid, wire)
+        share_layers(model, tensor_comm)
+        loaded.losses = loss_over(tensor_comm, parts.part.share(shape.vocab_size).start)
     if grid.pp.size > 1:
         loaded.stages = Stages(grid, wire, where)
     return loaded

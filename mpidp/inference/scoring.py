@@ -33,7 +33,7 @@ def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> lis
     if logits is not None:
         wanted = targets[:, 1:].to(logits.device)
         found = [float(losses(row.float(), its)) for row, its in zip(logits, wanted, strict=True)]
-    return found if loaded.stages is None else loaded.stages.settle(found)
+    return found if loaded.stages is None else loaded.stages.drain(found)
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:

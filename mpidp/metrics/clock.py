@@ -30,7 +30,7 @@ class Clock:
         """Seconds spent in it since the last take()."""
         return self._seconds[phase]
 
-    def take(self) -> dict[str, float]:
+    def pop_seconds(self) -> dict[str, float]:
         """{phase_seconds: ...}, and start anew."""
         taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
         self._seconds.clear()

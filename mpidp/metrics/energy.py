@@ -93,7 +93,7 @@ class Meter:
         if self._counters:
             threading.Thread(target=self._seldom, name="energy", daemon=True).start()
 
-    def take(self, now: bool = False) -> float:
+    def pop_joules(self, now: bool = False) -> float:
         """J since this was last called, as far as counters were read; now: and they are."""
         if not self._counters:
             return 0.0
@@ -131,7 +131,7 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
     return Meter([*cpu, *gpu]), said
 
 
-def agreed(said: Sequence[dict[str, str]]) -> tuple[list[str], str]:
+def common_counters(said: Sequence[dict[str, str]]) -> tuple[list[str], str]:
     """(what all machines measure of cpu and gpu, why not more), from what each said. Only what all have sums up. Pure."""
     told = [one for one in said if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))

@@ -39,7 +39,7 @@ class Progress:
             self._status = Console().status("starting")
             self._status.start()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.active:
             print(text, flush=True)
 

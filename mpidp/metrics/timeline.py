@@ -32,7 +32,7 @@ Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end by t
 
 
 @dataclass
-class Told:
+class RankTimeline:
     """What a rank hands to rank 0."""
 
     host: str
@@ -52,7 +52,7 @@ class Timeline(StepObserver):
         self.first, self.last = steps
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
-        self._told, self._on, self._idents = Told(host, [], []), False, dict[int, int]()
+        self._told, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
         self._open: tuple[str, float] | None = None  # the sub-phase of the update that goes on, and when it began
 
     def open(self, comm: MPI.Intracomm, step: int) -> None:
@@ -84,10 +84,10 @@ class Timeline(StepObserver):
         try:
             yield
         finally:
-            if name == "update":
-                self._close_sub_phase()
             if self._on:
                 self._told.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
+            if name == "update":
+                self._close_sub_phase()
 
     def _begin_step(self, step: int) -> None:
         """A batch begins: of one of the steps?"""
@@ -104,7 +104,7 @@ class Timeline(StepObserver):
             self._told.spans.append((name, began, time.perf_counter(), self._thread(), {}))
         self._open = None
 
-    def settle(self, comm: MPI.Intracomm, step: int) -> None:
+    def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
         """After a step at which all ranks met: write the file once the last is behind. Collective over comm."""
         if not self.last or step < self.last:
             return
@@ -141,7 +141,7 @@ class Timeline(StepObserver):
         return self._idents[ident]
 
 
-def trace(everyone: Sequence[Told]) -> dict[str, Any]:
+def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
     """Chrome's trace format, microseconds since the first span: a process a rank, a row a thread. Pure."""
     events: list[dict[str, Any]] = []
     for rank, told in enumerate(everyone):
@@ -160,7 +160,7 @@ def trace(everyone: Sequence[Told]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def _moved(moment: float, told: Told) -> float:
+def _moved(moment: float, told: RankTimeline) -> float:
     """Onto rank 0's clock, which drifts evenly between two comparisons."""
     (a, b), (behind, later) = told.moments, told.behind
     return moment + behind + (later - behind) * (moment - a) / (b - a if b > a else 1.0)

@@ -1,6 +1,6 @@
-"""Which parameters are trained: all, but for those that patterns freeze (optim.freeze), and a base under adapters (lora.py).
+"""Frozen parameters: those that match a pattern of optim.freeze, and the base model of LoRA adapters (lora.py).
 
-What is not trained has no gradient, no optimizer state and no place in what ranks send each other.
+Frozen parameters have no gradient and no optimizer state, and are not communicated.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from torch import nn
 
 from mpidp.errors import UsageError
 
-SHOWN = 6  # names, where a pattern matches none
+SHOWN = 6  # example names in an error message
 
 
 def frozen(names: Sequence[str], patterns: str) -> set[str]:
-    """Those of a model's parameters that match one of the patterns ("embedding.*,blocks.0.*": fnmatch). UsageError for a pattern
-    that matches none. Pure."""
+    """Return the parameter names that match one of the fnmatch patterns, e.g. "embedding.*,blocks.0.*".
+
+    UsageError if a pattern matches no name. Pure.
+    """
     found: set[str] = set()
-    for pattern in (word.strip() for word in patterns.split(",") if word.strip()):
+    for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             some = ", ".join(names[:: max(1, len(names) // SHOWN)][:SHOWN])
-            raise UsageError(f"optim.freeze: {pattern} matches no parameter; there are, for example, {some}")
+            raise UsageError(f"optim.freeze: {pattern} matches no parameter; some of the model's parameters are {some}")
         found.update(matching)
     return found
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of those that are. Independent."""
+    """Return (name, parameter) of the parameters that are trained. Independent."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

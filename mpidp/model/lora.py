@@ -1,9 +1,8 @@
-"""Low-rank adapters (Hu 2021, section 4.1), put on from outside: a layer W x becomes W x + (alpha / rank) B A x, and of it A
-and B alone are trained.
+"""LoRA: low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x; only A and B are trained.
 
-A: (rank, inputs), uniform in +-1/sqrt(inputs) as torch draws a layer, from (seed, name) on the CPU; B: (outputs, rank), zero: so
-the model begins as the base, and what one layer draws does not depend on which others have adapters. They are parameters
-`lora_a` and `lora_b` of the layer, whose own name stays. Pure torch; it knows nothing of MPI.
+A (rank, inputs) is initialized uniformly in +-1/sqrt(inputs), as torch does for a linear layer, from (seed, layer name) on the
+CPU. So its values do not depend on which other layers have adapters. B (outputs, rank) is zero, so the model starts as the base
+model. Both are parameters of the layer, `lora_a` and `lora_b`; the layer keeps its name. Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -23,34 +22,37 @@ A, B = ".lora_a", ".lora_b"
 
 
 def is_adapter(name: str) -> bool:
-    """Is a parameter of this name a part of an adapter? Pure."""
+    """Return whether a parameter belongs to an adapter. Pure."""
     return name.endswith((A, B))
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Of a model's parameters those that a checkpoint holds: the adapters where there are any, else all. Pure."""
+    """Return the parameters that a checkpoint contains: only the adapters if there are any, else all. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Of layers (outputs, inputs) by name those that have adapters: whose last name is among targets ("q,v"). UsageError when
-    there is no such layer, or the rank is more than the smaller side of one. Pure."""
-    wanted, known = {word.strip() for word in targets.split(",") if word.strip()}, {name.rpartition(".")[2] for name in layers}
+    """Return the layers that get adapters: those whose last name is in targets, e.g. "q,v".
+
+    layers: (outputs, inputs) by name. UsageError if a target matches no layer, or the rank exceeds a layer's smaller dimension.
+    Pure.
+    """
+    wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     if not wanted or wanted - known:
-        what = ", ".join(sorted(wanted - known)) or "nothing"
-        raise UsageError(f"model.lora_targets={targets} names {what}: this model's layers are {', '.join(sorted(known))}")
+        unknown = ", ".join(sorted(wanted - known)) or "no layer"
+        raise UsageError(f"model.lora_targets={targets} names {unknown}: this model's layers are {', '.join(sorted(known))}")
     found = [name for name in layers if name.rpartition(".")[2] in wanted]
     for name in found:
         if rank > min(layers[name]):
             raise UsageError(
-                f"model.lora_rank={rank} is more than the smaller side of {name} ({' x '.join(map(str, layers[name]))}): an "
-                f"adapter would be larger than the layer; give {min(layers[name])} at most, or other model.lora_targets"
+                f"model.lora_rank={rank} exceeds the smaller dimension of {name} ({' x '.join(map(str, layers[name]))}): the "
+                f"adapter would be larger than the layer; use at most {min(layers[name])}, or other model.lora_targets"
             )
     return found
 
 
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Put adapters on layers, and train nothing else. UsageError (adapters_of). Independent."""
+    """Add adapters to the target layers and freeze all other parameters. UsageError (see adapters_of). Independent."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)
     model.requires_grad_(False)
@@ -68,7 +70,7 @@ def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -
 
 
 class _Add:
-    """What an adapter adds to its layer's output."""
+    """Forward hook that adds an adapter's output to its layer's output."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -79,14 +81,16 @@ class _Add:
 
 @torch.no_grad()
 def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The plain model that a model with adapters is, by the base's names: W + (alpha / rank) B A, in float32. state: all
-    parameters by name. ValueError for an adapter without its layer. Pure."""
+    """Merge the adapters into the base weights: W + (alpha / rank) B A, in float32, under the base model's names.
+
+    state: all parameters by name. ValueError for an adapter without its layer. Pure.
+    """
     found = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
     for name, a in state.items():
         if name.endswith(A):
             layer = name.removesuffix(A)
             if f"{layer}.weight" not in found or layer + B not in state:
-                raise ValueError(f"{name} is an adapter of no layer: {layer}.weight and {layer}{B} are wanted")
+                raise ValueError(f"{name} is an adapter without a layer: {layer}.weight or {layer}{B} is missing")
             update = state[layer + B].float() @ a.float()
             found[f"{layer}.weight"] = found[f"{layer}.weight"].float() + update * (alpha / a.shape[0])
     return found

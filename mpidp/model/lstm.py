@@ -1,8 +1,8 @@
-"""An LSTM language model (Hochreiter 1997; Zaremba 2014 for where dropout stands). Pure torch; it knows nothing of MPI.
+"""An LSTM language model (Hochreiter 1997; dropout placement from Zaremba 2014). Pure torch, no MPI.
 
-Embedding, num_layers LSTMs of model_dim, projection to the vocabulary, which may be the embedding (Press 2017). The hidden state
-is zero at the beginning of every window: windows are shuffled, so none follows another, and a micro-batch is the same whoever
-computes it. B: batch, T: positions, D: model_dim, V: vocabulary.
+It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary, which may share the
+embedding's weight (Press 2017). The hidden state is zero at the start of each window, because windows are shuffled. So a
+micro-batch's result does not depend on the rank that computes it. B: batch, T: positions, D: model_dim, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class LSTM(nn.Module):
     recompute = False
 
     def new_cache(self, positions: int) -> None:
-        """None: it is generated from without one. Independent."""
+        """Return None: this model generates without a cache. Independent."""
 
     def __init__(self, shape: LSTMShape, seed: int = 0, part: Part | None = None) -> None:
-        """The same seed gives the same float32 parameters on every device: they are drawn on the CPU."""
+        """Parameters are initialized on the CPU, so a seed gives the same float32 values on every device."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         d = shape.model_dim
@@ -41,8 +41,8 @@ class LSTM(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Embedding and head normal with std 1/sqrt(D), cells uniform with that bound, biases 0, but 1 of forget gates
-        (Jozefowicz 2015)."""
+        """Initialize the parameters: embedding and head normal with std 1/sqrt(D); cells uniform in +-1/sqrt(D); biases 0,
+        except 1 for the forget gates (Jozefowicz 2015)."""
         generator, bound, d = torch.Generator().manual_seed(seed), 1.0 / math.sqrt(self.shape.model_dim), self.shape.model_dim
         for name, p in sorted(self.named_parameters()):
             if p.dim() == 1:
@@ -57,15 +57,15 @@ class LSTM(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of the next token.
+        """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64; positions: have no meaning here; doc_ids: UsageError when given: the state would have to be set
-        back within a window; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
+        x: tokens (B, T) int64; positions: ignored; doc_ids: not supported (UsageError), because the state would have to be reset
+        within a window; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation).
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(
-                "model.kind=lstm on packed documents: its state would go on from one document into the next. Prepare the data "
-                "without packing, or use model.kind=transformer"
+                "model.kind=lstm does not support packed documents: its state would carry over into the next document. "
+                "Prepare the data without packing, or use model.kind=transformer"
             )
         p = self.shape.dropout
         x = keyed_dropout(self.embedding(x), p, key, 0)

@@ -1,9 +1,9 @@
-"""A user's own model: model.kind=MODULE:FACTORY. Pure torch; it knows nothing of MPI.
+"""Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
-FACTORY is a class derived from nn.Module, or a function whose return annotation is one: a name in a RUN that somebody else gave
-you cannot call anything else. It is called with keyword arguments: vocab_size and those settings of section model that it names
-(seq_len, num_layers, model_dim, dropout, ...), and what model.options says. What it gives maps tokens (B, T) int64,
-1 <= T <= seq_len, to logits (B, T, V) of the next token, of which none may depend on a later token.
+FACTORY is a subclass of nn.Module, or a function whose return annotation is one. Other callables are rejected, so that a RUN
+from an untrusted source cannot name an arbitrary function. FACTORY is called with keyword arguments: vocab_size, the settings
+of section model that it accepts (seq_len, num_layers, model_dim, dropout, ...), and those of model.options. The model maps
+tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next token. Logits must not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -20,43 +20,46 @@ from torch import Tensor, nn
 
 from mpidp.errors import UsageError
 from mpidp.model.part import Part, whole
-from mpidp.model.shape import OwnShape
+from mpidp.model.shape import CustomShape
 
 
-class Own(nn.Module):
-    """The user's model behind the calls of ours: tokens (B, T) -> logits (B, T, V). Its parameters keep the user's names."""
+class CustomModel(nn.Module):
+    """Wraps the user's model in the interface of mpidp's models: tokens (B, T) -> logits (B, T, V). Parameter names stay the
+    same."""
 
     recompute = False
 
     def new_cache(self, positions: int) -> None:
-        """None: it is generated from without one. Independent."""
+        """Return None: custom models generate without a cache. Independent."""
 
-    def __init__(self, shape: OwnShape, seed: int = 0, part: Part | None = None) -> None:
-        """The factory is called with torch's generator at this seed. UsageError when it fails."""
+    def __init__(self, shape: CustomShape, seed: int = 0, part: Part | None = None) -> None:
+        """Call the factory with torch's generator seeded by `seed`. UsageError if it fails."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.own = _make(shape.factory, shape.arguments, seed)
 
     def named_parameters(self, *args: Any, **more: Any) -> Any:
-        """Of the user's model, by its own names. Independent."""
+        """Yield the user's parameters, without a prefix. Independent."""
         return self.own.named_parameters(*args, **more)
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None
     ) -> Tensor:
-        """x: (B, T) int64. key: torch's generators are set to it, so that what forward draws (dropout) belongs to the micro-batch
-        and not to a rank. doc_ids: UsageError when given."""
+        """Return logits (B, T, V) for tokens x (B, T) int64.
+
+        key: seeds torch's generators, so that random numbers (dropout) depend on the micro-batch and not on the rank. doc_ids:
+        not supported (UsageError).
+        """
         if doc_ids is not None:
             raise UsageError.on_every_rank(
-                f"model.kind={self.shape.factory} on packed documents: the model is not told where one ends. Prepare the data "
-                "without packing"
+                f"model.kind={self.shape.factory}: custom models do not support packed documents: prepare data without packing"
             )
         if key is not None:
             set_generator(int(key), x.device)
         return self.own(x)
 
     def facts(self) -> dict[str, str]:
-        """What must be the same on every rank besides parameters, of which all get rank 0's. Independent."""
+        """Return hashes of the buffers, which must be equal on all ranks. (Parameters are broadcast from rank 0.) Independent."""
         found = {}
         for name, buffer in self.own.named_buffers():
             found[f"buffer {name}"] = hashlib.sha256(repr(buffer.tolist()).encode()).hexdigest()[:16]
@@ -64,41 +67,47 @@ class Own(nn.Module):
 
 
 def set_generator(key: int, device: torch.device) -> None:
-    """torch's, of the CPU and of this device: torch.manual_seed would keep a call for every device that is not used.
-    Independent."""
+    """Seed torch's generators of the CPU and of this device. torch.manual_seed would also queue a call for each unused device.
+
+    Independent.
+    """
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)
 
 
-def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> OwnShape:
-    """Make the model once, and try it. settings: of section model, by name, of which these were changed from their defaults.
-    UsageError for what cannot be trained. Independent."""
+def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
+    """Make the model once, test it, and return its shape.
+
+    settings: section model, by name; changed: those that differ from their defaults. UsageError if the model cannot be trained.
+    Independent.
+    """
     options = options_of(settings["options"])
     known = {key: value for key, value in settings.items() if key not in ("kind", "options")} | {"vocab_size": vocab_size}
     if twice := sorted(set(options) & set(known)):
-        raise UsageError(f"model.options gives {twice[0]}, which is a setting: --model.{twice[0]}=VALUE")
+        raise UsageError(f"model.options contains {twice[0]}, which is a setting: use --model.{twice[0]}=VALUE")
     parameters = inspect.signature(_find(kind)).parameters.values()
     everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     names = [p.name for p in parameters if p.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    asked = {f"model.{key}": value for key, value in changed.items() if key not in ("kind", "options", "seq_len")}
-    for key, value in asked.items() | {f"model.options={key}": value for key, value in options.items()}.items():
+    chosen = {f"model.{key}": value for key, value in changed.items() if key not in ("kind", "options", "seq_len")}
+    for key, value in chosen.items() | {f"model.options={key}": value for key, value in options.items()}.items():
         if not everything and key.replace("=", ".").rpartition(".")[2] not in names:
-            raise UsageError(f"{key}={value}, but {kind} takes no such argument: it takes {', '.join(names) or 'none'}")
+            raise UsageError(f"{key}={value}, but {kind} has no such argument; its arguments: {', '.join(names) or 'none'}")
     arguments = {key: value for key, value in (known | options).items() if everything or key in names}
     model = _make(kind, arguments, seed)
     _check_parameters(kind, model)
     _try(kind, model, vocab_size, settings["seq_len"])
-    return OwnShape(vocab_size, settings["seq_len"], kind, arguments, [(n, list(p.shape)) for n, p in model.named_parameters()])
+    sizes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    return CustomShape(vocab_size, settings["seq_len"], kind, arguments, sizes)
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """model.options, "width=64,act=gelu": values that are whole numbers, numbers, true or false become that. UsageError. Pure."""
+    """Parse model.options, e.g. "width=64,act=gelu". Integers, numbers, true and false are converted. UsageError. Pure."""
     found: dict[str, Any] = {}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, raw = (part.strip() for part in word.partition("="))
+    for option in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, raw = (part.strip() for part in option.partition("="))
         if not equals or not key.isidentifier():
-            raise UsageError(f"model.options={text!r}: {word!r} is not NAME=VALUE")
+            raise UsageError(f"model.options={text!r}: {option!r} is not NAME=VALUE")
         found[key] = _value(raw)
     return found
 
@@ -115,26 +124,26 @@ def _value(raw: str) -> Any:
 
 
 def _find(kind: str) -> Callable[..., nn.Module]:
-    """What model.kind names. UsageError. Independent."""
+    """Import the factory that model.kind names. UsageError. Independent."""
     module, _, name = kind.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-        ours = error.name is not None and f"{module}.".startswith(f"{error.name}.")
-        mend = "start where it lies, or put its folder on PYTHONPATH" if ours else f"which {module} imports: install it"
-        raise UsageError(f"model.kind={kind}: there is no module {error.name!r}: {mend}") from error
+        itself = error.name is not None and f"{module}.".startswith(f"{error.name}.")
+        fix = "; start in its folder, or add its folder to PYTHONPATH" if itself else f", which {module} imports: install it"
+        raise UsageError(f"model.kind={kind}: no module {error.name!r}{fix}") from error
     except Exception as error:
         raise UsageError(f"model.kind={kind}: importing {module} failed: {type(error).__name__}: {error}") from error
     if not callable(factory):
-        said = "has no such name" if factory is None else f"has a {type(factory).__name__} of that name, which cannot be called"
-        raise UsageError(f"model.kind={kind}: module {module} {said}")
+        problem = f"module {module} has no {name}" if factory is None else f"{name} ({type(factory).__name__}) is not callable"
+        raise UsageError(f"model.kind={kind}: {problem}")
     try:
         made = factory if inspect.isclass(factory) else typing.get_type_hints(factory).get("return")
-    except Exception:  # an annotation that means nothing here
+    except Exception:  # an annotation that cannot be evaluated
         made = None
     if not (inspect.isclass(made) and issubclass(made, nn.Module)):
         raise UsageError(
-            f"model.kind={kind}: must be a class derived from torch.nn.Module, or a function with such a return annotation: "
+            f"model.kind={kind}: must be a subclass of torch.nn.Module, or a function annotated to return one: "
             f"def {name}(vocab_size, ...) -> torch.nn.Module"
         )
     return factory  # type: ignore[no-any-return]
@@ -150,9 +159,9 @@ def _make(kind: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
             raise
         except Exception as error:
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-            raise UsageError(f"model.kind={kind}: called with {given} it failed: {type(error).__name__}: {error}") from error
+            raise UsageError(f"model.kind={kind}: calling it with {given} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model.kind={kind} gave a {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(f"model.kind={kind} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
@@ -160,11 +169,11 @@ def _check_parameters(kind: str, model: nn.Module) -> None:
     for name, p in model.named_parameters():
         wrong = ""
         if nn.parameter.is_lazy(p):
-            wrong = "is lazy: give its size"
+            wrong = "is lazy: create it with its size"
         elif p.dtype != torch.float32:
-            wrong = f"is {p.dtype}, not float32 (train.dtype=bfloat16 casts in products)"
+            wrong = f"is {p.dtype}, not float32 (train.dtype=bfloat16 casts during matrix products)"
         elif not p.requires_grad:
-            wrong = "does not require a gradient: make it a buffer"
+            wrong = "does not require a gradient: register it as a buffer"
         if wrong:
             raise UsageError(f"model.kind={kind}: parameter {name} {wrong}")
     if not any(True for _ in model.parameters()):
@@ -172,8 +181,8 @@ def _check_parameters(kind: str, model: nn.Module) -> None:
 
 
 def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
-    """Forward in training and in evaluation. UsageError for logits of another size, without gradient, or that look ahead, and for
-    buffers that training changes: they would be of the micro-batches that a rank happened to compute."""
+    """Run the model in training and evaluation mode. UsageError for logits of a wrong size, without gradient, or that depend on
+    later tokens, and for buffers that training changes: they would depend on which micro-batches a rank computes."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size
     if not _logits(kind, model.train(), tokens, vocab_size).requires_grad:
@@ -181,9 +190,9 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
     changed = [name for name, buffer in model.named_buffers() if name not in before or not torch.equal(buffer, before[name])]
     if changed:
         raise UsageError(
-            f"model.kind={kind}: forward changes the buffer {changed[0]}. Ranks see different micro-batches, so such running "
-            "figures (of BatchNorm) would differ and depend on the number of ranks: use LayerNorm or GroupNorm, or BatchNorm "
-            "with track_running_stats=False"
+            f"model.kind={kind}: forward changes the buffer {changed[0]}. Ranks compute different micro-batches, so running "
+            "statistics (as in BatchNorm) would differ between ranks: use LayerNorm or GroupNorm, or BatchNorm with "
+            "track_running_stats=False"
         )
     with torch.no_grad():
         _logits(kind, model.eval(), tokens[:1, :1], vocab_size)
@@ -193,7 +202,7 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
             one, two = (_logits(kind, model, t, vocab_size)[:, :-1].float() for t in (tokens, other))
             if not torch.allclose(one, two, rtol=1e-4, atol=1e-5):
                 raise UsageError(
-                    f"model.kind={kind}: its logits depend on later tokens, which they are to foretell: mask those (causal)"
+                    f"model.kind={kind}: its logits depend on later tokens, which they should predict: use causal attention"
                 )
 
 
@@ -202,11 +211,11 @@ def _logits(kind: str, model: nn.Module, tokens: Tensor, vocab_size: int) -> Ten
     try:
         logits = model(tokens)
     except Exception as error:
-        raise UsageError(f"model.kind={kind}: on tokens {size} it failed: {type(error).__name__}: {error}") from error
+        raise UsageError(f"model.kind={kind}: forward on tokens {size} failed: {type(error).__name__}: {error}") from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (*size, vocab_size) or not logits.is_floating_point():
         raise UsageError(
-            f"model.kind={kind}: tokens {size} became {found}; logits {(*size, vocab_size)} are wanted, for each of the "
-            f"{vocab_size} tokens of the vocabulary at each position"
+            f"model.kind={kind}: forward on tokens {size} returned {found}; expected logits {(*size, vocab_size)}: at each "
+            f"position one for each of the vocabulary's {vocab_size} tokens"
         )
     return logits

@@ -1,4 +1,4 @@
-"""The shapes of models: everything that decides the parameters' names, sizes and cost. Pure, without torch."""
+"""Model shapes: what determines the parameters' names, sizes and cost. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """Everything that decides the parameters' names and shapes."""
+    """The shape of the Transformer (transformer.py)."""
 
     vocab_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     model_dim: int
-    hidden_dim: int  # of the SwiGLU
+    hidden_dim: int  # of SwiGLU
     seq_len: int
     dropout: float = 0.0
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     head_size: int = 0  # 0: model_dim / num_heads
-    rope_scaling: str = ""  # as rope_scaling() reads it
+    rope_scaling: str = ""  # parsed by rope_scaling()
 
     @property
     def head_dim(self) -> int:
@@ -32,28 +32,28 @@ class TransformerShape:
 
 
 class RopeScaling(NamedTuple):
-    """Of Llama 3.1: slow rotations are slower by `factor`, fast ones stay, between them it goes over."""
+    """Rotary scaling of Llama 3.1: low frequencies are divided by `factor`, high ones stay, those between are interpolated."""
 
     factor: float
-    low: float  # wavelengths above original / low are slow
-    high: float  # those below original / high are fast
-    original: float  # positions of the training before
+    low: float  # low frequencies: wavelengths above original / low
+    high: float  # high frequencies: wavelengths below original / high
+    original: float  # context length of the original training
 
 
 def rope_scaling(text: str) -> RopeScaling | None:
-    """Of "llama3:FACTOR,LOW,HIGH,ORIGINAL"; None of "". ValueError. Pure."""
+    """Parse "llama3:FACTOR,LOW,HIGH,ORIGINAL"; None for "". ValueError. Pure."""
     if not text:
         return None
     kind, _, numbers = text.partition(":")
     found = RopeScaling(*map(float, numbers.split(","))) if kind == "llama3" and numbers.count(",") == 3 else None
     if found is None or not found.factor >= 1 or not 0 < found.low < found.high or not found.original >= 1:
-        raise ValueError(f"{text!r} must be llama3:FACTOR,LOW,HIGH,ORIGINAL, as in llama3:8,1,4,8192")
+        raise ValueError(f"{text!r} must be llama3:FACTOR,LOW,HIGH,ORIGINAL, for example llama3:8,1,4,8192")
     return found
 
 
 @dataclass(frozen=True)
 class LSTMShape:
-    """Of the LSTM language model (lstm.py)."""
+    """The shape of the LSTM language model (lstm.py)."""
 
     vocab_size: int
     num_layers: int
@@ -61,7 +61,7 @@ class LSTMShape:
     seq_len: int
     dropout: float = 0.0
     tie_embeddings: bool = False
-    head_dim: ClassVar[int] = 1  # it has none to cut
+    head_dim: ClassVar[int] = 1  # it has no heads
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         d = self.model_dim
@@ -71,47 +71,47 @@ class LSTMShape:
         return found if self.tie_embeddings else found | {"head.weight": (self.vocab_size, d)}
 
     def flops_per_token(self) -> float:
-        """6 N of the matrices: every one is a product a token, forward and twice backward."""
+        """6 N, where N counts the matrices' elements: each is used in one forward and two backward products per token."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.model_dim
         return 6.0 * (num_parameters(self) - embedding)
 
 
 @dataclass(frozen=True)
-class OwnShape:
-    """Of a user's own model (own.py), which is known by having been made once."""
+class CustomShape:
+    """The shape of a custom model (own.py), found by making the model once."""
 
     vocab_size: int
     seq_len: int
     factory: str  # module:factory
-    arguments: Mapping[str, Any]  # with which that is called
-    parameters: Sequence[tuple[str, Sequence[int]]]  # name and size of each
-    tie_embeddings: ClassVar[bool] = False  # if it does, its parameters are named once
+    arguments: Mapping[str, Any]  # the factory's arguments
+    parameters: Sequence[tuple[str, Sequence[int]]]  # name and shape of each parameter
+    tie_embeddings: ClassVar[bool] = False  # tied parameters have only one name anyway
     head_dim: ClassVar[int] = 1
-    dropout: ClassVar[float] = 1.0  # what its forward draws is not known: every micro-batch has its key
+    dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a key
 
     @property
     def num_layers(self) -> int:
-        """Of which each begins a block of the norm: at most so many."""
+        """The number of parameters: an upper bound on the unknown number of layers."""
         return len(self.parameters)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(size) for name, size in self.parameters}
 
     def flops_per_token(self) -> float:
-        """6 N of the matrices, as if each were a product a token: an estimate, since what forward does is not known."""
+        """6 N, where N counts the matrices' elements. An estimate: it assumes one product per matrix and token."""
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 
-Shape: TypeAlias = TransformerShape | LSTMShape | OwnShape
+Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:
-    """8/3 of the width, which gives SwiGLU the parameters of a 4x MLP, rounded up to a multiple of 64."""
+    """Return 8/3 model_dim, rounded up to a multiple of 64: SwiGLU then has as many parameters as a 4x MLP."""
     return -(-(8 * model_dim) // (3 * 64)) * 64
 
 
 def num_parameters(shape: Shape) -> int:
-    """Counted without a model: on torch's meta device, initialisation would import torch._dynamo."""
+    """Return the number of parameters, by formula: making the model on torch's meta device would import torch._dynamo."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
     d, heads = shape.model_dim, 2 * shape.num_heads + 2 * shape.num_kv_heads
@@ -120,7 +120,7 @@ def num_parameters(shape: Shape) -> int:
 
 
 def flops_per_token(shape: Shape, parameters: int) -> float:
-    """Forward and backward floating-point operations a token: 6 N + 12 layers T H E (Chowdhery 2022, appendix B)."""
+    """Return floating-point operations per token, forward and backward: 6 N + 12 layers T H E (Chowdhery 2022, appendix B)."""
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()
     width = shape.num_heads * shape.head_dim
@@ -129,7 +129,7 @@ def flops_per_token(shape: Shape, parameters: int) -> float:
 
 
 def shapes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Of every parameter of the whole model, by name. Pure."""
+    """Return the shape of each parameter of the whole model, by name. Pure."""
     if not isinstance(shape, TransformerShape):
         return shape.sizes()
     d, h, heads, kv = shape.model_dim, shape.hidden_dim, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim

@@ -1,6 +1,6 @@
-"""The model as a run begins with it: its base weights, adapters on them where the run trains adapters alone, and what is frozen.
+"""The model at the start of a run: base weights, LoRA adapters, and frozen parameters.
 
-A checkpoint of a run with adapters holds these alone, so whoever opens one comes here for the rest.
+A LoRA run's checkpoints contain only the adapters. Readers of such a checkpoint use this module to make the base model.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from mpidp.model.lora import A, B, adapters_of, attach
 from mpidp.model.part import Part
 from mpidp.model.shape import Shape, shapes_of
 
-Settings = Mapping[str, Any]  # of the run, by section.key; those of earlier versions lack some
+Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earlier versions lack some
 
 
 def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
-    """The model, or this part of it, before its first step and without adapters: drawn by the seed. On the CPU, the same on every
-    rank. Independent."""
+    """Make the model, or this part of it, with weights initialized from the seed and without adapters.
+
+    It is on the CPU and the same on every rank. Independent.
+    """
     return make_model(shape, settings["train.seed"], part)
 
 
 def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
-    """The same model with adapters on its weights, and with what is not trained frozen. UsageError for what cannot be.
-    Independent."""
+    """Add the run's LoRA adapters to the model and freeze parameters; return the model. UsageError. Independent."""
     if rank := settings.get("model.lora_rank", 0):
         attach(model, rank, settings["model.lora_alpha"], settings["model.lora_targets"], settings["train.seed"])
     if patterns := settings.get("optim.freeze", ""):
         parameters = {part.global_name(name): p for name, p in model.named_parameters()}
-        is_whole = part.embeds and part.speaks and len(part.layers) == shape.num_layers
+        is_whole = part.has_embedding and part.has_head and len(part.layers) == shape.num_layers
         for name in frozen(list(parameters if is_whole else shapes_of(shape)), patterns) & set(parameters):
             parameters[name].requires_grad_(False)
     return model
 
 
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
-    """The shapes of what is trained of a model, or of this part of it. UsageError for what cannot be, such as a part of
-    which nothing is trained. Pure."""
+    """Return the shapes of the trained parameters of this part. UsageError, also if nothing is trained. Pure."""
     sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
     if rank := settings.get("model.lora_rank", 0):
         layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
@@ -51,15 +51,15 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
         sizes |= {name + B: (size[0], rank) for name, size in found.items()}
         names += list(sizes)
     patterns = settings.get("optim.freeze", "")
-    still = frozen(names, patterns)
-    left = {name: size for name, size in sizes.items() if name not in still}
+    fixed = frozen(names, patterns)
+    left = {name: size for name, size in sizes.items() if name not in fixed}
     if not left:
-        where = "of a stage of the pipeline" if len(part.layers) < shape.num_layers else "that there is to train"
-        raise UsageError(f"optim.freeze={patterns} freezes every parameter {where}: leave something to train")
+        where = " of a pipeline stage" if len(part.layers) < shape.num_layers else ""
+        raise UsageError(f"optim.freeze={patterns} freezes all trainable parameters{where}: leave at least one to train")
     return left
 
 
-def trained_on_paper(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of what is trained, without the memory of a model, but with torch's meta device. Independent."""
+def trained_on_meta(settings: Settings, shape: Shape, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return (name, parameter) of the trained parameters on torch's meta device, without allocating memory. Independent."""
     with torch.device("meta"):
         return trained(prepared(base_weights(settings, shape, part), settings, shape, part))

@@ -1,8 +1,8 @@
-"""A decoder-only Transformer language model in the shape of LLaMA. Pure torch; it knows nothing of MPI.
+"""A decoder-only Transformer language model like LLaMA. Pure torch, no MPI.
 
 RMSNorm (Zhang 2019), rotary positions in the half-split layout (Su 2021), SwiGLU (Shazeer 2020), grouped-query attention
 (Ainslie 2023), pre-norm residual blocks, optionally tied embeddings. B: batch, T: positions, D: model_dim, H: heads,
-K: key-value heads, E: head_dim (D / H unless said), V: vocabulary.
+K: key-value heads, E: head_dim (D / H by default), V: vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mpidp.model.cache import Cache, attend, positions_of
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shapes_of
 
-SITE = 0x9E3779B9  # between the keys of two sites
+SITE = 0x9E3779B9  # difference between the dropout keys of two sites
 
-Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of new positions (q, k, v) over those of a cache as well
+Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of new positions (q, k, v) over them and the cached ones
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer mixer (Wellons' lowbias32), on int64 so that it is the same on every device."""
+    """Mix a 32-bit integer (Wellons' lowbias32). Uses int64, so all devices agree."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -35,28 +35,28 @@ def _hash32(x: Tensor) -> Tensor:
 def keyed_dropout(
     x: Tensor, p: float, key: Tensor | None, site: int, here: range | None = None, length: int = 0
 ) -> Tensor:
-    """Dropout whose mask is a pure function of (key, site, position in x): no generator, hence no state to carry.
+    """Dropout with a mask that is a pure function of (key, site, index in x). It needs no random generator.
 
-    x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: which dropout of the model it is. here: x
-    (B, len(here), D) has these positions of `length`, and the mask is that part of the mask of all.
+    x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: number of the dropout within the model.
+    here: x (B, len(here), D) has only these of `length` positions; its mask is the matching part of the whole sequence's mask.
     """
     if p == 0.0 or key is None:
         return x
     stream = _hash32((key + site * SITE) & 0xFFFFFFFF)
     places = torch.arange(x.numel(), device=x.device)
     if here is not None and len(here) != length:
-        span = len(here) * x.shape[-1]  # of one sequence, here
+        span = len(here) * x.shape[-1]  # elements of one sequence in x
         places += (places // max(1, span)) * (length * x.shape[-1] - span) + here.start * x.shape[-1]
     bits = _hash32((places + stream) & 0xFFFFFFFF)
-    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # else two masks could be shifted windows of one sequence
+    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # otherwise one mask could be a shifted copy of another
     keep = bits >= round(p * 2**32)
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
 
 
 def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (length, head_dim), the second half of a row repeating the first."""
+    """Return cos and sin of the rotary angles, each (length, head_dim); the second half of a row repeats the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is not None:  # how fast, from 0 (slow) to 1, by rotations in the positions of the training before
+    if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high ones
         turns = scaling.original * frequency / (2 * math.pi)
         fast = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / scaling.factor)
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.num_heads * self.head_dim, shape.model_dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None = None) -> Tensor:
-        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) of bools, or None for plain causal; past: instead of both."""
+        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) bool, None: causal; past: attention with a cache, replaces the mask."""
         b, t, _ = x.shape
         q = self.q(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -115,7 +115,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), each with dropout on what is added."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on each branch's output."""
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); where positions are shared out, x has this part's of the T of cos."""
+        """(B, T, D) -> (B, T, D). With sequence parallelism, x has only this part's positions; cos and sin have all T."""
         length = cos.shape[-2]
         here = self.part.positions(length)
         y = self.attention(self.attention_norm(x), cos, sin, mask, past)
@@ -138,22 +138,24 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model: tokens (B, T) -> logits (B, T, V). Of a part that does not embed: hidden states (B, T, D) -> ..., of
-    one that does not speak: ... -> hidden states (B, T, D)."""
+    """The language model: tokens (B, T) -> logits (B, T, V).
+
+    A part without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T, D).
+    """
 
     def __init__(self, shape: TransformerShape, seed: int = 0, part: Part | None = None) -> None:
-        """The same seed gives the same float32 parameters on every device, and in every part: they are drawn on the CPU."""
+        """Parameters are initialized on the CPU, so a seed gives the same float32 values on every device and in every part."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
-        self.recompute = False  # in training, what lies inside blocks is not kept for backward
+        self.recompute = False  # activation checkpointing: recompute each block in backward
         vocabulary = len(self.part.share(shape.vocab_size))
         self.embedding: nn.Module | None = None
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None
-        if self.part.embeds:
+        if self.part.has_embedding:
             self.embedding = nn.Embedding(vocabulary, shape.model_dim)
         self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part) for layer in self.part.layers})
-        if self.part.speaks:
+        if self.part.has_head:
             self.norm = nn.RMSNorm(shape.model_dim, eps=shape.norm_eps)
             self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
             if shape.tie_embeddings and self.embedding is not None:
@@ -168,16 +170,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Normal with std 1/sqrt(width), narrower by sqrt(2 layers) where a residual branch ends (GPT-2). A part draws what
-        others have too, a tensor at a time, and takes its own."""
+        """Initialize matrices: normal with std 1/sqrt(D), divided by sqrt(2 layers) at the end of a residual branch (GPT-2).
+
+        A part draws all tensors of the model, one at a time, and keeps its own slices.
+        """
         generator = torch.Generator().manual_seed(seed)
-        mine = {self.part.global_name(name): p for name, p in self.named_parameters()}
+        local = {self.part.global_name(name): p for name, p in self.named_parameters()}
         for name, size in sorted(shapes_of(self.shape).items()):
             if len(size) == 2:
                 std = 1.0 / math.sqrt(self.shape.model_dim)
                 if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
                     std /= math.sqrt(2 * self.shape.num_layers)
-                p = mine.get(name)
+                p = local.get(name)
                 drawn = p if p is not None and p.shape == size else torch.empty(size)
                 nn.init.normal_(drawn, std=std, generator=generator)
                 if p is not None and p is not drawn:
@@ -187,12 +191,12 @@ class Transformer(nn.Module):
         self, x: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, key: Tensor | None = None,
         length: int = 0, chunk: int = 0, caches: list[Cache] | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of the next token.
+        """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention stays inside equal
-        ids when given; key: int64 scalar tensor that dropout is keyed by, None (evaluation) for no dropout.
-        length: T, where x is hidden states of which this part has its positions alone; chunk: of the part's layers; caches: one a
-        row, of what came before x, which they have too afterwards.
+        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention only between equal
+        ids; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T, needed if x has only this
+        part's positions (sequence parallelism); chunk: index into part.chunks; caches: one per row, with the positions before
+        x. They include x afterwards.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -209,21 +213,21 @@ class Transformer(nn.Module):
             x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0, self.part.positions(t), t)
         for layer in self.part.chunks[chunk]:
             block = self.blocks[str(layer)]
-            mine = None if key is None else key + 2 * layer * SITE  # a block that knew its number would compile to its own graph
+            layer_key = None if key is None else key + 2 * layer * SITE  # set here, so that all blocks compile to one graph
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, mine, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, mask, layer_key, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, mask, mine, None if caches is None else partial(attend, caches, layer))
+                x = block(x, cos, sin, mask, layer_key, None if caches is None else partial(attend, caches, layer))
         for cache in caches or ():
             cache.length += t
-        speaks = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
-        return self.head(self.norm(x)) if speaks else x  # type: ignore[misc]
+        ends = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
+        return self.head(self.norm(x)) if ends else x  # type: ignore[misc]
 
     def new_cache(self, positions: int) -> Cache | None:
-        """An empty one of a sequence of so many positions, at most seq_len."""
+        """Return an empty cache for a sequence of this many positions, at most seq_len."""
         return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:
-        """torch.compile, block by block: one graph serves all layers and logits stay eager."""
+        """Compile each block with torch.compile. All layers share one graph; the head is not compiled."""
         for block in self.blocks.values():
             block.compile(dynamic=False)

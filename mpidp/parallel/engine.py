@@ -29,12 +29,12 @@ def dropout_key(seed: int, batch: int, v: int) -> int:
 
 
 @dataclass
-class Flight:
+class PendingBackward:
     """A micro-batch between its forward and its backward."""
 
     mb: MicroBatch
-    entered: Tensor | None  # hidden states from the stage before, where there is one
-    left: Tensor | None  # the loss sum, or hidden states for the stage after; None: it has no sequence
+    received: Tensor | None  # hidden states from the stage before, where there is one
+    output: Tensor | None  # the loss sum, or hidden states for the stage after; None: it has no sequence
     chunk: int = 0  # of the stage's layers
 
 
@@ -53,17 +53,17 @@ class Engine:
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
-        stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, tells: bool = True,
+        stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
         """dtype: of matrix products under autocast (master weights stay float32); nominal_tokens: what every loss is divided
         by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires). stages: this rank's
-        place in a pipeline; token_losses: logits, targets -> their sum; tells: losses of this rank count, else another has
+        place in a pipeline; token_losses: logits, targets -> their sum; reports_loss: losses of this rank count, else another has
         them too. observers: see every micro-batch and phase. fill: runs so many more forwards, for strategies in which all ranks
         must run as many as any rank."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
-        self.stages, self.token_losses, self.tells = stages, token_losses or plain_losses, tells
+        self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
         self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
@@ -73,79 +73,79 @@ class Engine:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def hidden(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
+    def hidden(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
         """What a chunk of this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
         with self._autocast():
-            x = mb.tokens if entered is None else entered
+            x = mb.tokens if received is None else received
             place = () if self.stages is None else (mb.tokens.shape[1], chunk)
             return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
-    def loss_sum(self, mb: MicroBatch, key: Tensor | None, entered: Tensor | None = None, chunk: int = 0) -> Tensor:
+    def loss_sum(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""
-        return self.token_losses(self.hidden(mb, key, entered, chunk).float().flatten(0, 1), mb.targets.flatten())
+        return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
-    def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: Accumulates) -> Computed:
+    def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
         """Walk the schedule over micro-batches of a global batch. Independent; in a pipeline all its stages must."""
         self.model.train()
         done, losses, num_tokens = [], [], []
         loss_of: dict[int, Tensor] = {}
-        flights: dict[tuple[int, int], Flight] = {}
+        waiting: dict[tuple[int, int], PendingBackward] = {}
         for instruction in schedule:
             with self.observers.span("micro_batch"):
                 v, chunk = instruction.v, instruction.chunk
                 if isinstance(instruction, Forward):
                     with self.observers.span("forward"):
-                        flights[v, chunk] = self._forward(batch[v], batch.batch, chunk)
+                        waiting[v, chunk] = self._forward(batch[v], batch.batch, chunk)
                     continue
-                flight = flights.pop((v, chunk))
+                pending = waiting.pop((v, chunk))
                 with strategy.micro_batch(v, instruction.last, chunk), self.observers.span("backward"):
-                    loss = self._backward(flight)
+                    loss = self._backward(pending)
             self.observers.progressed()
             if chunk:
                 loss_of.setdefault(v, loss)  # that of the last chunk, which comes first
                 continue
             losses.append(loss_of.pop(v, loss))
             done.append(v)
-            num_tokens.append(flight.mb.num_tokens)
+            num_tokens.append(pending.mb.num_tokens)
         told = torch.stack(losses).tolist() if losses else []
-        return Computed(done, told if self.stages is None else self.stages.settle(told), num_tokens)
+        return Computed(done, told if self.stages is None else self.stages.drain(told), num_tokens)
 
-    def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> Flight:
+    def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> PendingBackward:
         if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
-            return Flight(mb, None, None, chunk)
+            return PendingBackward(mb, None, None, chunk)
         key = None
         if self.dropout:
             key = torch.tensor(dropout_key(self.seed, batch, mb.v), device=self.device)
-        return self._pass_on(mb, key, chunk)
+        return self._forward_stage(mb, key, chunk)
 
-    def _pass_on(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> Flight:
+    def _forward_stage(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> PendingBackward:
         """Take hidden states from the stage before, where there is one; give the stage after what becomes of them."""
-        entered = None
-        if self.stages is not None and not self.stages.begins(chunk):
+        received = None
+        if self.stages is not None and not self.stages.is_first(chunk):
             b, t = mb.tokens.shape
             size = (b, len(self.model.part.positions(t)), self.model.shape.model_dim)
-            entered = self.stages.receive(FORWARD, mb.v, size, chunk).requires_grad_()
-        if self.stages is None or self.stages.ends(chunk):
-            rest = () if entered is None else (entered, chunk)
-            return Flight(mb, entered, self.loss_sum(mb, key, *rest), chunk)
-        left = self.hidden(mb, key, entered, chunk)
-        self.stages.send(FORWARD, mb.v, left, chunk)
-        return Flight(mb, entered, left, chunk)
+            received = self.stages.receive(FORWARD, mb.v, size, chunk).requires_grad_()
+        if self.stages is None or self.stages.is_last(chunk):
+            rest = () if received is None else (received, chunk)
+            return PendingBackward(mb, received, self.loss_sum(mb, key, *rest), chunk)
+        output = self.hidden(mb, key, received, chunk)
+        self.stages.send(FORWARD, mb.v, output, chunk)
+        return PendingBackward(mb, received, output, chunk)
 
-    def _backward(self, flight: Flight) -> Tensor:
+    def _backward(self, pending: PendingBackward) -> Tensor:
         """The loss sum, on the device and not waited for; nothing from stages that do not know it."""
         nothing = torch.zeros((), device=self.device)
-        if flight.left is None:
+        if pending.output is None:
             return nothing
-        ends = self.stages is None or self.stages.ends(flight.chunk)
+        ends = self.stages is None or self.stages.is_last(pending.chunk)
         if self.stages is None or ends:
-            (flight.left / self.nominal_tokens).backward()
+            (pending.output / self.nominal_tokens).backward()
         else:
-            flight.left.backward(self.stages.receive(BACKWARD, flight.mb.v, tuple(flight.left.shape), flight.chunk))
-        if flight.entered is not None and self.stages is not None:
-            assert flight.entered.grad is not None
-            self.stages.send(BACKWARD, flight.mb.v, flight.entered.grad, flight.chunk)
-        return flight.left.detach() if ends else nothing
+            pending.output.backward(self.stages.receive(BACKWARD, pending.mb.v, tuple(pending.output.shape), pending.chunk))
+        if pending.received is not None and self.stages is not None:
+            assert pending.received.grad is not None
+            self.stages.send(BACKWARD, pending.mb.v, pending.received.grad, pending.chunk)
+        return pending.output.detach() if ends else nothing
 
     @torch.no_grad()
     def evaluate(
@@ -179,12 +179,12 @@ class Engine:
             for places in _windows(length, seq_len):
                 counted, begun = (None if one is None else one[places] for one in (mask, begins))
                 mb = MicroBatch.of(i % 1000, tokens[places], counted, begun).to(self.device)
-                found = [self._pass_on(mb, None, chunk) for chunk in range(self.stages.chunks if self.stages else 1)][-1]
-                if self.tells and found.left is not None:
-                    sums[i] += float(found.left)
+                found = [self._forward_stage(mb, None, chunk) for chunk in range(self.stages.chunks if self.stages else 1)][-1]
+                if self.reports_loss and found.output is not None:
+                    sums[i] += float(found.output)
                     counts[i] += mb.num_tokens
         if self.stages is not None:
-            self.stages.settle([])
+            self.stages.drain([])
         forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
         self.fill(max(of_ranks) - of_ranks[among.rank])
@@ -206,7 +206,7 @@ def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
-class Accumulates(Protocol):
+class GradientSink(Protocol):
     """What the engine needs: somewhere for gradients to go."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from mpidp.comm.buffers import buf
 from mpidp.comm.waiting import Wait, how_to_wait
 from mpidp.errors import UsageError
-from mpidp.runtime.topology import Mesh, make_mesh
-from mpidp.runtime.ulfm import made
+from mpidp.runtime.topology import Topology, make_topology
+from mpidp.runtime.ulfm import revocable
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Grid:
     """Who this rank works with, and as what."""
 
     world: MPI.Intracomm  # everybody, node by node
-    everyone: Mesh  # where they sit
-    replicas: Mesh  # those that have the same part of the model
+    everyone: Topology  # where they sit
+    replicas: Topology  # those that have the same part of the model
     model: MPI.Intracomm  # this rank's replica: stage by stage, in each by number
     pp: MPI.Intracomm  # the stages of one number in it, first to last
     tp: MPI.Intracomm  # the ranks of this stage
@@ -64,7 +64,7 @@ class Grid:
         return float(torch.cat([*in_order, *(part[0] for part in parts)]).cumsum(0)[-1].clamp(min=0.0).sqrt())
 
 
-def whole(mesh: Mesh) -> Grid:
+def whole(mesh: Topology) -> Grid:
     """Every rank has the whole model. Independent."""
     alone = MPI.COMM_SELF
     return Grid(mesh.dp, mesh, mesh, alone, alone, alone, how_to_wait(mesh.local_size, mesh.cores))
@@ -72,7 +72,7 @@ def whole(mesh: Mesh) -> Grid:
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
     """The mesh of dp x pp x tp ranks (dp 0: as many as go). UsageError when the ranks do not make one. Collective over world."""
-    everyone = make_mesh(world)
+    everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
     if ordered.size % parts or (dp and dp * parts != ordered.size):
         wanted = f"mesh.tp={tp} x mesh.pp={pp}" + (f" x mesh.dp={dp}" if dp else "")
@@ -88,10 +88,10 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
     stage, number = divmod(part, tp)
 
     def split(color: int) -> MPI.Intracomm:
-        return made(cast(MPI.Intracomm, ordered.Split(color, rank)))
+        return revocable(cast(MPI.Intracomm, ordered.Split(color, rank)))
 
     model, column, row = split(replica), split(replica * tp + number), split(replica * pp + stage)
-    mesh = make_mesh(split(part))
+    mesh = make_topology(split(part))
     # Cores are shared with the ranks that have other parts of the model.
     mesh = replace(mesh, cores=max(1, everyone.cores * mesh.local_size // everyone.local_size))
     return Grid(ordered, everyone, mesh, model, column, row, how_to_wait(everyone.local_size, everyone.cores))

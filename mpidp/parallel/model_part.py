@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import at_rest, boxes_held, parameters_of, weights_sha256, whole
+from mpidp.checkpoint.local_parameters import boxes_held, parameters_of, reshard_all, weights_sha256, whole
 from mpidp.checkpoint.reader import Reader
 from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
@@ -27,14 +27,14 @@ from mpidp.parallel.grid import Grid
 from mpidp.reducers.buckets import GradientBuffer
 
 
-class Boxes(Protocol):
+class BoxReader(Protocol):
     """Where parameters are read from."""
 
     def box(self, name: str, entry: Entry) -> Tensor:
         """What this entry holds of model/PARAMETER. Independent."""
 
 
-class Parts:
+class ModelPartition:
     """Independent, but for what says otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
@@ -49,7 +49,7 @@ class Parts:
     def counts(self, name: str) -> bool:
         """Is a parameter saved and counted here, and not by others that have it too? Pure."""
         part = self.part
-        elsewhere = part.tied and name == "head.weight" and not part.embeds
+        elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
@@ -100,7 +100,7 @@ class Parts:
         return others
 
     @torch.no_grad()
-    def load(self, reader: Boxes, model: nn.Module) -> None:
+    def load(self, reader: BoxReader, model: nn.Module) -> None:
         """The parameters of this part, from a checkpoint of any mesh, or from a folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
@@ -152,7 +152,7 @@ class Parts:
         if not self.part.tied or pp.size == 1 or pp.rank not in (0, pp.size - 1):
             return
         layout, other = buffer.layout, pp.size - 1 - pp.rank
-        name = "embedding.weight" if self.part.embeds else "head.weight"
+        name = "embedding.weight" if self.part.has_embedding else "head.weight"
         found = [v for (_, n, _), v in zip(layout.placed(), layout.views(buffer.total), strict=True) if n == name]
         if not found:  # it is frozen, in both
             return
@@ -171,7 +171,7 @@ class Parts:
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)
-        at_rest(model)
+        reshard_all(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
         gathers = grid.world.rank == 0  # from the ranks of the first replica
@@ -179,7 +179,7 @@ class Parts:
             held = whole(mine[name]).float().cpu().contiguous() if name in mine else torch.empty(0)
             gathered = torch.empty(size if gathers else 0)
             for rank, part in enumerate(holders if grid.world.rank < grid.parts else []):
-                elsewhere = name == "embedding.weight" and not part.embeds or part.index and not part.is_cut(name)
+                elsewhere = name == "embedding.weight" and not part.has_embedding or part.index and not part.is_cut(name)
                 if elsewhere or not part.has(name):
                     continue
                 box = part.box(name, size)

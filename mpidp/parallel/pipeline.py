@@ -26,11 +26,11 @@ class Stages:
         self.chunks = chunks
         self._sent: list[tuple[MPI.Request, Tensor]] = []
 
-    def begins(self, chunk: int = 0) -> bool:
+    def is_first(self, chunk: int = 0) -> bool:
         """Does nothing come before this chunk of the stage? Pure."""
         return self.first and chunk == 0
 
-    def ends(self, chunk: int = 0) -> bool:
+    def is_last(self, chunk: int = 0) -> bool:
         """Does nothing come after it? Pure."""
         return self.last and chunk == self.chunks - 1
 
@@ -55,7 +55,7 @@ class Stages:
         """chunk: of whoever receives."""
         return 2 * (v * self.chunks + chunk) + kind
 
-    def settle(self, losses: list[float]) -> list[float]:
+    def drain(self, losses: list[float]) -> list[float]:
         """Until all that was sent is taken; all stages have the losses of the last one then. Collective over comm."""
         told = np.array(losses)
         for request, _ in self._sent:

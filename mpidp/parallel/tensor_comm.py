@@ -16,7 +16,7 @@ from mpidp.comm.transport import Messages
 from mpidp.parallel.grid import Grid
 
 
-class Ring:
+class TensorComm:
     """The ranks of a stage, and how tensors are summed and gathered over them."""
 
     def __init__(self, grid: Grid, transport: Messages, sequence: bool = False) -> None:
@@ -68,25 +68,25 @@ class Ring:
             return mine.view(-1, b, d).transpose(0, 1).to(x.dtype).contiguous()
 
 
-class Begin(torch.autograd.Function):
+class SumInBackward(torch.autograd.Function):
     """The identity; in backward a sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        ctx.ring = ring
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        ctx.tp = tp
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.ring.sum(grads[0]), None
+        return ctx.tp.sum(grads[0]), None
 
 
-class End(torch.autograd.Function):
+class SumInForward(torch.autograd.Function):
     """g: a sum; in backward the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        return ring.sum(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        return tp.sum(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -97,34 +97,34 @@ class _Gather(torch.autograd.Function):
     """f of a sequence in parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        ctx.ring = ring
-        return ring.gather(x, ring.length)
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        ctx.tp = tp
+        return tp.gather(x, tp.length)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.ring.scatter(grads[0]), None
+        return ctx.tp.scatter(grads[0]), None
 
 
 class _Scatter(torch.autograd.Function):
     """g of a sequence in parts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ring: Ring) -> Tensor:
-        ctx.ring, ctx.length = ring, x.shape[1]
-        return ring.scatter(x)
+    def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
+        ctx.tp, ctx.length = tp, x.shape[1]
+        return tp.scatter(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.ring.gather(grads[0], ctx.length), None
+        return ctx.tp.gather(grads[0], ctx.length), None
 
 
-def begin(x: Tensor, ring: Ring) -> Tensor:
-    """f: (B, T, D), or this rank's positions of it -> (B, T, D). Backward is collective over ring.comm; where positions are in
+def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
+    """f: (B, T, D), or this rank's positions of it -> (B, T, D). Backward is collective over comm; where positions are in
     parts this is, too."""
-    return (_Gather if ring.sequence else Begin).apply(x, ring)  # type: ignore[no-any-return, no-untyped-call]
+    return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def end(x: Tensor, ring: Ring) -> Tensor:
-    """g: of the sum of every rank's (B, T, D), all, or this rank's positions. Collective over ring.comm."""
-    return (_Scatter if ring.sequence else End).apply(x, ring)  # type: ignore[no-any-return, no-untyped-call]
+def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
+    """g: of the sum of every rank's (B, T, D), all, or this rank's positions. Collective over comm."""
+    return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]

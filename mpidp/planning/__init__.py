@@ -1,1 +1,1 @@
-"""How many ranks, which mesh, which method: formulas and tables behind `python -m mpidp.plan`. No training here."""
+"""Predictions behind `python -m mpidp.plan`: how many ranks, which mesh, which method. Nothing here trains, except trials."""

@@ -34,14 +34,14 @@ from mpidp.reducers.buckets import Bucket, GradientBuffer
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
-class Shares(Protocol):
+class LaneShares(Protocol):
     """Which lanes each rank computes in this step (balance.py)."""
 
     ranges: list[range]
-    settled: bool  # known to all before the step; else lanes change hands within a group, and ranks tell afterwards
+    static: bool  # known to all before the step; else lanes change hands within a group, and ranks tell afterwards
 
 
-class Works(Protocol):
+class BucketWorker(Protocol):
     """A thread that reduces buckets in their order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
@@ -58,7 +58,7 @@ class Works(Protocol):
 
 
 NormOverParts = Callable[[GradientBuffer, torch.Tensor, torch.Tensor], float]  # (buffer, squares of blocks, flat) -> norm
-Look = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
+LaneObserver = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
 
 
 class Reducer:
@@ -68,16 +68,16 @@ class Reducer:
     own_order = True  # in which it adds, else MPI's, which is not the same in blocking calls and others (Open MPI)
 
     def __init__(
-        self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1, *,
-        observers: StepObservers = NO_OBSERVERS, over_parts: NormOverParts | None = None,
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
+        observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
     ) -> None:
-        """over_parts: the norm over the whole model, where this rank holds a part of it."""
+        """norm_over_parts: the norm over the whole model, where this rank holds a part of it."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
-        self.observers, self._over_parts = observers, over_parts
+        self.observers, self._over_parts = observers, norm_over_parts
         self.comm = group.rail
         self.wait = group.wait  # inside a reduction
-        self.worker: Works | None = None  # reduces while backward goes on (overlap.py)
-        self.way = "none"  # in which it does
+        self.worker: BucketWorker | None = None  # reduces while backward goes on (overlap.py)
+        self.overlap_mode = "none"  # in which it does
         self.holds_sum = True  # does this rank hold the sum after finish()?
         self.buffer: GradientBuffer
         self._fresh = True
@@ -90,11 +90,11 @@ class Reducer:
         """Wait this way inside a reduction; None: as the group does. Independent, between steps."""
         self.wait = wait or self.group.wait
 
-    def overlap_by(self, way: str, wait: Wait | None, worker: Works | None) -> None:
+    def overlap_by(self, way: str, wait: Wait | None, worker: BucketWorker | None) -> None:
         """Let this worker reduce buckets while backward runs; None: nobody does. way: its name (overlap.py). Independent, between
         steps."""
         self.stop_worker()
-        self.way, self.worker = way, worker
+        self.overlap_mode, self.worker = way, worker
         self.wait_by(wait)
 
     def stop_worker(self) -> None:
@@ -112,16 +112,16 @@ class Reducer:
     def close(self, v: int, chunk: int = 0) -> None:
         """Micro-batch v is in, as far as it is this chunk's. Independent."""
 
-    def watch(self, looks: Sequence[Look]) -> None:
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """In the step that begins, show each of these every lane; ValueError where lanes are not kept apart. Independent."""
-        if looks:
+        if observers:
             raise ValueError(f"{type(self).__name__} adds lanes as they come: they cannot be looked at one by one")
 
     def discard(self) -> None:
         """Forget the gradients of the step that has begun. Independent."""
         self._fresh = True
 
-    def may_take(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Is there room for one more lane, whichever it is? Independent."""
         return True
 
@@ -193,7 +193,7 @@ class Reducer:
         with self.transport.timed():
             self.group.fence()
 
-    def settle(self, applied: bool) -> None:
+    def end_round(self, applied: bool) -> None:
         """The sums since this was last called went into an update, or are as if they had not been. The same on all ranks.
         Independent."""
 
@@ -206,14 +206,14 @@ class Reducer:
         if "residual" in state and self.comm.rank == 0:
             print("comm.compress was turned off: what had been held back of gradients is dropped", flush=True)
 
-    def go_on_from(self, before: Reducer | None) -> None:
+    def resume_from(self, before: Reducer | None) -> None:
         """Where another one of the same kind stood, of whose ranks these are left; None: this rank is new, and not rank 0.
         Collective over all ranks."""
 
 
-class Sums(Reducer):
+class FlatReducer(Reducer):
     """A reducer of one buffer a rank that can as well sum any other flat tensor of the same layout: what strategies that average
-    at another rhythm need. Whoever sums every bucket once says afterwards what became of it: settle()."""
+    at another rhythm need. Whoever sums every bucket once says afterwards what became of it: end_round()."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
@@ -228,7 +228,7 @@ class Sums(Reducer):
         raise NotImplementedError
 
 
-class Allreduce(Sums):
+class Allreduce(FlatReducer):
     """The sum of MPI or of NCCL, in pieces."""
 
     own_order = False
@@ -258,7 +258,7 @@ class Root(Reducer):
     everyone_updates = False
 
     def __init__(
-        self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1, **more: Any
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
     ) -> None:
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self.holds_sum = self.comm.rank == 0

@@ -21,14 +21,14 @@ from mpidp.comm.waiting import Wait, doze, spin
 from mpidp.reducers.base import Reducer
 from mpidp.reducers.buckets import Bucket
 
-WAYS: dict[str, Wait | None] = {
+OVERLAP_WAITS: dict[str, Wait | None] = {
     "none": None, "thread": spin, "poll": partial(doze, yields=0, first_seconds=5e-5, longest_seconds=5e-5)
 }
 PROBE_BYTES = 16 << 20  # of buckets, at most, in one round of the probe
 PROBE_ROUNDS = 3
 
 
-class Worker:
+class ReduceThread:
     """A thread that does work(bucket) for every bucket of a step, in their order on every rank, once they are submitted."""
 
     def __init__(self, buckets: list[Bucket], work: Callable[[Bucket], None]) -> None:
@@ -87,32 +87,32 @@ class Worker:
 
 def use(reducer: Reducer, way: str) -> None:
     """Reduce this way from here on. Independent, between steps."""
-    wait = WAYS[way]
-    reducer.overlap_by(way, wait, None if wait is None else Worker(reducer.buffer.buckets, reducer.turn))
+    wait = OVERLAP_WAITS[way]
+    reducer.overlap_by(way, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.turn))
 
 
-def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, settled: bool) -> str:
+def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
     """Take the wanted way; for auto, the one that hides most of a reduction behind computing here. Returns words that say which
     and why. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
         return wanted
     alone, in_thread = len(reducer.group.members) == 1, reducer.transport.in_thread
-    if alone or not in_thread or not settled or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+    if alone or not in_thread or not static or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         return "none"
     # Between nodes `poll` was seen to hang where ranks bound to one core share it, cause unknown: not offered there.
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
     # Nor where it would mean another call of MPI, with other bits, than the other ways: a measurement may not choose those.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
-    seconds = measure(reducer, comm, {way: wait for way, wait in WAYS.items() if way != "poll" or poll})
-    reducer.transport.take()  # what was sent to measure is no step's
+    seconds = measure(reducer, comm, {way: wait for way, wait in OVERLAP_WAITS.items() if way != "poll" or poll})
+    reducer.transport.pop_counts()  # what was sent to measure is no step's
     best = min(seconds, key=seconds.__getitem__)
     use(reducer, best)
     compared = ", ".join(f"{way} {one / seconds['none']:.2f}" for way, one in seconds.items())
     return f"{best} (measured, time of computing and reducing: {compared})"
 
 
-def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | None] = WAYS) -> dict[str, float]:
+def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
     """Seconds, by way, of the slowest rank, for computing that takes as long as reducing does and ends bucket by bucket. The
     gradients are lost. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
@@ -138,7 +138,7 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | Non
         reduce_all()
 
     def overlapped(each: float) -> None:
-        worker = Worker(buckets, reducer.reduce)
+        worker = ReduceThread(buckets, reducer.reduce)
         for bucket in buckets:
             compute(each)
             worker.submit(bucket)

@@ -21,7 +21,7 @@ from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds
 from mpidp.comm.transport import Messages, pieces
 from mpidp.data.lanes import Lanes
 from mpidp.reducers import tree_order
-from mpidp.reducers.base import Allreduce, Look, Naive, Reducer, Root, Shares
+from mpidp.reducers.base import Allreduce, LaneObserver, LaneShares, Naive, Reducer, Root
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 
 CACHED = 1 << 16  # elements that stay in the cache between two additions
@@ -30,7 +30,7 @@ Held = tuple[tuple[tree_order.Node, Slot], ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class FoldPlan:
     """Who adds what to what in one step."""
 
     additions: list[tuple[Slot, Slot]]  # (into, from) in this group
@@ -40,39 +40,39 @@ class Plan:
     sum_at: tuple[int, int]
 
 
-def slots_needed(lanes: Lanes, mine: range, max_lanes: int, settled: bool, kept_apart: bool) -> int:
+def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
     """Gradient buffers of a rank that begins with the lanes `mine`: for the worst run of at most max_lanes lanes (0: it keeps
-    those), and two more unless it is settled who computes what. kept_apart: some steps look at each lane alone. Independent."""
+    those), and two more unless static. kept_apart: some steps look at each lane alone. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
         runs = [range(at, at + max_lanes) for at in range(min(count - max_lanes + 1, 1 << max_lanes.bit_length()))]
-    return max(tree_order.held_after(run, count, share)[1] for run in runs) + (0 if settled else 2)
+    return max(tree_order.held_after(run, count, share)[1] for run in runs) + (0 if static else 2)
 
 
 class Tree(Reducer):
     """The same bits, whoever computes a lane and whoever adds it."""
 
     def __init__(
-        self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int = 1, **more: Any
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
     ) -> None:
         """num_slots: what slots_needed says."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self._first = {lanes.micro_batches(lane)[0]: lane for lane in range(lanes.num_lanes)}
         self._last = {lanes.micro_batches(lane)[-1]: lane for lane in range(lanes.num_lanes)}
         self._plan = lru_cache(maxsize=64)(self._make_plan)
-        self.watch(())
+        self.observe_lanes(())
 
-    def watch(self, looks: Sequence[Look]) -> None:
-        self._looks = looks
-        self._share = self.lanes.num_lanes == self.lanes.num_micro_batches and not looks
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
+        self._observers = observers
+        self._share = self.lanes.num_lanes == self.lanes.num_micro_batches and not observers
         self.discard()
 
     def discard(self) -> None:
         self._folds: list[tuple[int, int]] | None = None  # of the last lane, where backward's end is overlapped
         self._held: Held | None = None
         # A chunk's micro-batches come in order, and so do its folds; at the end all chunks lie in the same slots.
-        self._folders = [tree_order.Folder(self.lanes.num_lanes, self._share) for _ in self.spans]
+        self._tree_sums = [tree_order.TreeSum(self.lanes.num_lanes, self._share) for _ in self.spans]
         self._slots = [0 for _ in self.spans]
 
     @property
@@ -85,40 +85,40 @@ class Tree(Reducer):
         self.discard()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        folder = self._folders[chunk]
+        tree_sum = self._tree_sums[chunk]
         if v in self._first:
-            slot, fresh = folder.open(self._first[v])
+            slot, fresh = tree_sum.open(self._first[v])
             self._slots[chunk] = slot
             self.buffer.point(slot, chunk)
             if fresh:
                 start, stop = self.spans[chunk]
                 self.buffer.flat[slot, start:stop].zero_()
         if last and self.overlaps():
-            self._folds = folder.close(self._last[v])  # bucket by bucket, as backward fills them
+            self._folds = tree_sum.close(self._last[v])  # bucket by bucket, as backward fills them
 
     def close(self, v: int, chunk: int = 0) -> None:
         if v in self._last and self._folds is None:
-            for look in self._looks:
-                look(self._last[v], self.buffer.flat[self._slots[chunk]])
-            self._fold(self._folders[chunk].close(self._last[v]), *self.spans[chunk])
+            for observe in self._observers:
+                observe(self._last[v], self.buffer.flat[self._slots[chunk]])
+            self._fold(self._tree_sums[chunk].close(self._last[v]), *self.spans[chunk])
 
     def _fold(self, folds: list[tuple[int, int]], start: int, stop: int) -> None:
         for into, source in folds:
             self.buffer.flat[into, start:stop] += self.buffer.flat[source, start:stop]
 
     def overlaps(self) -> bool:
-        return self.worker is not None and not self._looks and self.shares.settled
+        return self.worker is not None and not self._observers and self.shares.static
 
     def begin(self, bucket: Bucket) -> None:
         self._fold(self._folds or [], bucket.start, bucket.stop)
         super().begin(bucket)
 
-    def may_take(self) -> bool:
-        return len(self._folders[0].nodes) < self.num_slots
+    def has_free_slot(self) -> bool:
+        return len(self._tree_sums[0].nodes) < self.num_slots
 
     def finish(self) -> None:
         """buffer.total now holds the sum, for all of the group to read. Collective over all ranks."""
-        self._held = self._tell() if not self.shares.settled else None
+        self._held = self._gather_held() if not self.shares.static else None
         if self.worker is not None:
             super().finish()
         else:
@@ -145,17 +145,17 @@ class Tree(Reducer):
             for piece in pieces(low, high):
                 self._add_between_groups(plan, *piece)
 
-    def _tell(self) -> Held:
+    def _gather_held(self) -> Held:
         """What every rank of the group holds, where lanes may have changed hands. Collective over the group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
-        for node, slot in self._folders[0].nodes.items():
+        for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node
         self.group.wait(self.group.node.Iallgather(MPI.IN_PLACE, table))
         return tuple(
             ((int(table[r, j, 0]), int(table[r, j, 1])), (r, j)) for r, j in np.argwhere(table[:, :, 0] >= 0).tolist()
         )
 
-    def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> Plan:
+    def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> FoldPlan:
         """held: None where each rank computed its range in order. ValueError unless every lane is there once."""
         count = self.lanes.num_lanes
         if held is None:
@@ -170,9 +170,9 @@ class Tree(Reducer):
             num_nodes.append(len(nodes))
         if [node for node, _ in left_over] != [node for node, (g, _) in everywhere if g == self.group.index]:
             raise ValueError(f"the ranks of group {self.group.index} hold {held}: not their lanes of {ranges}")
-        return Plan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
+        return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
-    def _add_in_group(self, plan: Plan, low: int, high: int) -> None:
+    def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:
         """Block by block, so that what is added twice is still in the cache. The last addition of a lone group writes the sum."""
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
@@ -187,7 +187,7 @@ class Tree(Reducer):
                 r, j = plan.left_over[0]
                 total[block] = self.buffer.parts[r][j, block]
 
-    def _add_between_groups(self, plan: Plan, start: int, stop: int) -> None:
+    def _add_between_groups(self, plan: FoldPlan, start: int, stop: int) -> None:
         """Every owner sends each other one its nodes' parts; that one adds; all receive the sums. Collective over the rail."""
         comm, wire, wait = self.group.rail, self.transport, self.wait
         bounds = slice_bounds(stop - start, comm.size)

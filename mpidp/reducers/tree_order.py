@@ -23,7 +23,7 @@ def promoted(node: Node, num_lanes: int) -> Node:
     return level, index
 
 
-class Folder:
+class TreeSum:
     """Where each lane's gradient goes, and what is added to what after it, for lanes in any order. Independent.
 
     Slots are a rank's gradient buffers. Siblings that the rank holds both are added at once, so few slots are needed: at
@@ -70,11 +70,11 @@ class Folder:
 
 def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tuple[dict[Node, int], int]:
     """(nodes and their slots, slots touched) of a rank that computes these lanes in this order. Independent."""
-    folder = Folder(num_lanes, siblings_share)
+    tree_sum = TreeSum(num_lanes, siblings_share)
     for lane in lanes:
-        folder.open(lane)
-        folder.close(lane)
-    return folder.nodes, folder.num_slots
+        tree_sum.open(lane)
+        tree_sum.close(lane)
+    return tree_sum.nodes, tree_sum.num_slots
 
 
 def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], list[tuple[Node, Place]]]:

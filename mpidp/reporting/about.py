@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from mpidp.config.schema import fields_of
+from mpidp.config.schema import Config
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.charts import duration, short
 from mpidp.reporting.costs import J_PER_KWH, Costs, machines
@@ -90,7 +90,7 @@ def events(run: RecordedRun) -> str:
         moment = number(line, "unix_seconds")
         when = f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
         rows.append((when, duration(worked[id(line)]) if id(line) in worked else "", str(line["step"]), str(line["event"]), more))
-    cut = paragraph(f"The last {MOST_EVENTS} of {len(found)}.", "soft") if len(found) > MOST_EVENTS else ""
+    cut = paragraph(f"The last {MOST_EVENTS} of {len(found)} events.", "soft") if len(found) > MOST_EVENTS else ""
     return section("Events", cut, table(("time", "run time", "step", "event", "details"), rows, numbers=(1, 2)) if rows else "")
 
 
@@ -102,7 +102,7 @@ def _formatted(key: str, value: Any) -> str:
 
 def settings(run: RecordedRun) -> str:
     """Return the section of settings: those that differ from the defaults, then all. Pure."""
-    defaults = {key: value for key, _, value in fields_of()}
+    defaults = Config().flat()
     rows = [(key, str(value)) for key, value in run.config.items()]
     other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]
     return section("Settings", paragraph("Settings that differ from the defaults:"), table(("setting", "value"), other),

@@ -64,7 +64,7 @@ class RecordedRun:
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """Return (line, seconds of all jobs up to it), lost steps included; [] if the lines have no times."""
+        """Return each line with the time of all jobs up to it (s), lost steps included; [] if the lines have no times."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))

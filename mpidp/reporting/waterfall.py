@@ -17,7 +17,7 @@ from typing import Any
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # the fastest share of steps; the ideal is the slowest of these
+IDEAL_SHARE = 0.1  # the ideal is the slowest step of this fastest share of steps
 PARTS = {  # in the order of the waterfall
     "ideal": "compute, if every step were as fast as the fastest tenth of steps",
     "slowdown": "compute time above the ideal",
@@ -78,12 +78,12 @@ def of_step(line: Mapping[str, Any]) -> dict[str, float]:
     other = max(0.0, whole - data - compute - wait - stall - update)
     computed, fetched = _ranks(line, "rank_compute_seconds"), _ranks(line, "rank_data_seconds")
     if computed and len(fetched) == len(computed):  # then only the sum of rank 0's own phases is used
-        met, count = data + compute + wait, len(computed)
+        total, count = data + compute + wait, len(computed)
         longest = max(a + b for a, b in zip(computed, fetched, strict=True))
-        scale = min(1.0, met / longest) if longest else 0.0  # clocks differ slightly
+        scale = min(1.0, total / longest) if longest else 0.0  # clocks differ slightly
         compute, data = scale * sum(computed) / count, scale * sum(fetched) / count
         straggler = scale * longest - compute - data
-        communication = met - scale * longest
+        communication = total - scale * longest
     else:
         straggler = min(wait, max(0.0, number(line, "slowest_cost_seconds") or 0.0))
         communication = wait - straggler

@@ -27,13 +27,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def parameters_told(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
+def parameter_facts(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
     """What every rank's parameters must have in common. Independent."""
     told = {f"parameter {i}": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named)}
     return {"parameters": str(len(named)), **told}
 
 
-def agree(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
+def check_agreement(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
     """UsageError on every rank, naming what differs and where, unless all ranks hold the same facts. Collective over comm."""
     everyone = comm.allgather(facts)
     different = [

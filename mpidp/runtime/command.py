@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from mpidp.errors import MpidpError, UsageError
-from mpidp.runtime.environment import launched_size, launcher_rank, tolerant
+from mpidp.runtime.environment import launched_size, launched_with_ulfm, launcher_rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -48,10 +48,10 @@ def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
         if launched_size() < 2:
             raise
         wrong = error
-    from mpidp.runtime.world import start_mpi, together
+    from mpidp.runtime.world import raise_together, start_mpi
 
     world = start_mpi()
-    with together(world):
+    with raise_together(world):
         if wrong is not None:
             raise wrong
     return cast(T, said), world
@@ -81,10 +81,10 @@ def _end(code: int, everywhere: bool, others_go_on: bool = False) -> NoReturn:
     if world is not None and (world.size > 1 or _left):
         if not everywhere and world.size > 1:
             time.sleep(PAUSE_SECONDS)
-            if others_go_on and tolerant():
+            if others_go_on and launched_with_ulfm():
                 _die(world, code)
             world.Abort(code)
-        if tolerant():
+        if launched_with_ulfm():
             _leave(world, code)
         if code:  # Open MPI kills slower ranks as soon as the first leaves with an error: leave together, rank 0 first
             world.Barrier()
@@ -115,7 +115,7 @@ def _leave(world: Any, code: int) -> NoReturn:
 
 
 def _fate(world: Any, others_go_on: bool = True) -> str:
-    go_on = others_go_on and tolerant() and world is not None and world.size > 1
+    go_on = others_go_on and launched_with_ulfm() and world is not None and world.size > 1
     return "leaves the job to the others" if go_on else "ends the job"
 
 

@@ -8,15 +8,15 @@ import shutil
 import torch
 
 from mpidp.errors import UsageError
-from mpidp.runtime.topology import Mesh
+from mpidp.runtime.topology import Topology
 
 
-def resolve_threads(wanted: int, mesh: Mesh) -> int:
+def resolve_threads(wanted: int, mesh: Topology) -> int:
     """CPU threads a rank: as wanted, else the cores that the ranks of this node may use / their number. Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 
-def resolve_device(wanted: str, mesh: Mesh) -> torch.device:
+def resolve_device(wanted: str, mesh: Topology) -> torch.device:
     """cuda:{local_rank % device_count}, else cpu. UsageError for a cuda that is not there. Independent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(

@@ -49,19 +49,19 @@ def launched_size() -> int:
     return int(tasks) if tasks.isdigit() else 0
 
 
-def tolerant() -> bool:
+def launched_with_ulfm() -> bool:
     """Does the launcher let the job outlive its ranks? Open MPI's does under `mpirun --with-ft ulfm`. Independent."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112
 
 
-if tolerant():  # after a failure these two have given wrong sums without a word, over two nodes
+if launched_with_ulfm():  # after a failure these two have given wrong sums without a word, over two nodes
     os.environ.setdefault("OMPI_MCA_coll", "^han,adapt")
 
 
-def newcomer() -> bool:
+def is_replacement_rank() -> bool:
     """Was this process started in the place of a rank that died (comm/respawn.py)? Then it is gone in a minute, whatever it waits
     for, unless it has met the others by then. Independent."""
-    if tolerant() and "OMPI_PARENT_PORT" in os.environ:
+    if launched_with_ulfm() and "OMPI_PARENT_PORT" in os.environ:
         signal.alarm(JOIN_SECONDS)
         return True
     return False

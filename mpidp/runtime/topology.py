@@ -9,11 +9,11 @@ from typing import cast
 
 from mpi4py import MPI
 
-from mpidp.runtime.ulfm import made
+from mpidp.runtime.ulfm import revocable
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Topology:
     """Who takes part, and where: the replicas of one part of the model, or of all of it (grid.py has the other axes)."""
 
     dp: MPI.Intracomm  # ranks that average gradients with each other, node by node
@@ -42,7 +42,7 @@ class Mesh:
         return len(self.hosts)
 
 
-def make_mesh(world: MPI.Intracomm, before: Mesh | None = None, number: int | None = None) -> Mesh:
+def make_topology(world: MPI.Intracomm, before: Topology | None = None, number: int | None = None) -> Topology:
     """Nodes are told apart by host name, which holds in containers too. Where a launcher dealt ranks out over nodes in turn,
     dp counts them anew, node by node; rank 0 stays rank 0. before: of a job that lost ranks, of which world has the others.
     number: of a rank that came later. Collective over world.
@@ -59,8 +59,8 @@ def make_mesh(world: MPI.Intracomm, before: Mesh | None = None, number: int | No
     hosts = list(dict.fromkeys(named))
     in_order = sorted(range(world.size), key=lambda rank: (hosts.index(named[rank]), rank))
     dp = world if in_order == list(range(world.size)) else cast(MPI.Intracomm, world.Split(0, in_order.index(world.rank)))
-    return Mesh(
-        made(dp), hosts, [named.count(name) for name in hosts], hosts.index(host), named[: world.rank].count(host),
+    return Topology(
+        revocable(dp), hosts, [named.count(name) for name in hosts], hosts.index(host), named[: world.rank].count(host),
         len({core for name, allowed, _ in rows if name.partition("#")[0] == host.partition("#")[0] for core in allowed})
         // max(1, pretended),
         [rows[rank][2] for rank in in_order],

@@ -14,18 +14,18 @@ from typing import cast
 from mpi4py import MPI
 
 from mpidp.errors import MpidpError
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 
 _made: list[MPI.Intracomm] = []  # communicators in which others may wait for this rank
 
 
-class Lost(Exception):
+class RankFailure(Exception):
     """A rank died: all who are left hold this, at the same agreement."""
 
 
-def made(comm: MPI.Intracomm) -> MPI.Intracomm:
+def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
     """The same communicator, which a failure will revoke. Independent."""
-    if tolerant():
+    if launched_with_ulfm():
         _made.append(comm)
     return comm
 
@@ -40,7 +40,7 @@ def revoke() -> None:
 
 def is_failure(error: BaseException) -> bool:
     """Is it one after which others can go on? Independent."""
-    return tolerant() and isinstance(error, (Lost, MPI.Exception))
+    return launched_with_ulfm() and isinstance(error, (RankFailure, MPI.Exception))
 
 
 def agree(comm: MPI.Intracomm, ok: bool) -> bool:
@@ -53,9 +53,9 @@ def agree(comm: MPI.Intracomm, ok: bool) -> bool:
 
 @contextmanager
 def commit(comm: MPI.Intracomm) -> Iterator[None]:
-    """The body succeeds on all ranks, or fails on all with Lost; an error that every rank holds passes when all do. Nothing at
-    all unless the job outlives its ranks. Collective over comm."""
-    if not tolerant():
+    """Run the body: it succeeds on all ranks, or RankFailure is raised on all. An error that all ranks raise passes through. Does
+    nothing unless mpirun was started with ULFM. Collective over comm."""
+    if not launched_with_ulfm():
         yield
         return
     known: MpidpError | None = None
@@ -71,13 +71,13 @@ def commit(comm: MPI.Intracomm) -> Iterator[None]:
         revoke()
     if not agree(comm, failure is None):
         revoke()
-        raise Lost(str(failure or known or "a rank died")) from failure
+        raise RankFailure(str(failure or known or "a rank died")) from failure
     if known is not None:
         raise known
 
 
 def shrink(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Those who are left, in their order; all others' communicators are gone. Collective over comm, after a Lost."""
+    """Those who are left, in their order; all others' communicators are gone. Collective over comm, after a RankFailure."""
     left = cast(MPI.Intracomm, comm.Shrink())
     _made.clear()
-    return made(left)
+    return revocable(left)

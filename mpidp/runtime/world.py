@@ -38,7 +38,7 @@ def polite_barrier(comm: MPI.Intracomm) -> None:
 
 
 @contextmanager
-def together(comm: MPI.Intracomm) -> Iterator[None]:
+def raise_together(comm: MPI.Intracomm) -> Iterator[None]:
     """An exception in the body on any rank is raised on every rank; ranks that are done sooner sleep.
 
     The body must not communicate. Collective over comm."""

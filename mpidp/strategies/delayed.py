@@ -26,14 +26,14 @@ from torch import Tensor
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.background import Background, Task
 from mpidp.comm.buffers import buf
-from mpidp.reducers.base import Sums
-from mpidp.reducers.overlap import WAYS
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.reducers.base import FlatReducer
+from mpidp.reducers.overlap import OVERLAP_WAITS
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
 
 @dataclass
-class Flight:
+class PendingUpdate:
     """A batch whose gradient is on its way."""
 
     slot: int  # the gradient buffer in which it is summed
@@ -52,20 +52,20 @@ class Flight:
 class Delayed(Synchronous):
     """Slots of the gradient buffer: 0 for what is applied, and k + 1 in turn for what is computed and what is in flight."""
 
-    goes_on = False
-    meets_always = False
+    survives_failures = False
+    synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, with a reducer of the family Sums. Collective over comm."""
+        """As Synchronous, but the reducer is a FlatReducer. Collective over comm."""
         super().__init__(*parts, **more)
-        assert isinstance(self.reducer, Sums)
-        self._sums = self.reducer
-        self._sums.wait_by(WAYS["poll"])  # it is in a thread, and the core is wanted
+        assert isinstance(self.reducer, FlatReducer)
+        self._flat_reducer = self.reducer
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
         self._background = Background()
-        self._in_flight: deque[Flight] = deque()
+        self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
-    def more_slots(self, options: Options) -> int:
+    def more_slots(self, options: StrategyOptions) -> int:
         """Independent."""
         return options.staleness + 1
 
@@ -89,31 +89,31 @@ class Delayed(Synchronous):
         if self._fresh:  # it computed nothing
             self.buffer.flat[self._slot].zero_()
         then = self.flat.clone() if self.options.compensation else None
-        flight = Flight(self._slot, torch.tensor([float(tokens)], dtype=torch.float64), limit, then)
-        flight.task = self._background.submit(partial(self._sum, flight))
-        self._in_flight.append(flight)
+        pending = PendingUpdate(self._slot, torch.tensor([float(tokens)], dtype=torch.float64), limit, then)
+        pending.task = self._background.submit(partial(self._sum, pending))
+        self._in_flight.append(pending)
         self._slot, self._fresh, self._lr = self._slot % (self.options.staleness + 1) + 1, True, lr
         if len(self._in_flight) <= self.options.staleness:
             return StepStats(grad_norm=0.0, skipped=False)
         return self._apply(lr, self._in_flight.popleft())
 
-    def _sum(self, flight: Flight) -> None:
+    def _sum(self, pending: PendingUpdate) -> None:
         """In the thread. Collective over compute_comm."""
-        self._sums.wait(self._sums.comm.Iallreduce(MPI.IN_PLACE, buf(flight.tokens)))
+        self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
-            self._sums.turn_of(self.buffer.flat[flight.slot], bucket)
-        self._sums.settle(applied=True)  # what is not finite was left out of residuals already
+            self._flat_reducer.turn_of(self.buffer.flat[pending.slot], bucket)
+        self._flat_reducer.end_round(applied=True)  # what is not finite was left out of residuals already
 
-    def _apply(self, lr: float, flight: Flight) -> StepStats:
+    def _apply(self, lr: float, pending: PendingUpdate) -> StepStats:
         with self.reducer.transport.timed():
-            flight.wait()
+            pending.wait()
         self.reducer.observers.enter("apply")
-        total, tokens = self.buffer.total, float(flight.tokens)
-        torch.mul(self.buffer.flat[flight.slot], self.nominal_tokens / max(1.0, tokens), out=total)
-        if flight.then is not None:
-            total.addcmul_(total * total, self.flat - flight.then, value=self.options.compensation)
+        total, tokens = self.buffer.total, float(pending.tokens)
+        torch.mul(self.buffer.flat[pending.slot], self.nominal_tokens / max(1.0, tokens), out=total)
+        if pending.then is not None:
+            total.addcmul_(total * total, self.flat - pending.then, value=self.options.compensation)
         norm = self.reducer.norm_of(total)
-        if not (tokens and math.isfinite(norm) and norm <= flight.limit):
+        if not (tokens and math.isfinite(norm) and norm <= pending.limit):
             return StepStats(grad_norm=norm, skipped=True)
         if self.clip and norm > self.clip:
             total.mul_(self.clip / norm)
@@ -129,13 +129,13 @@ class Delayed(Synchronous):
     def state_dict(self) -> dict[str, Entry]:
         """With the sums that are in flight, for which it waits: a resumed run applies them as this one will. Independent, at the
         same step on all ranks."""
-        for flight in self._in_flight:
-            flight.wait()
+        for pending in self._in_flight:
+            pending.wait()
         found = super().state_dict()
-        for i, flight in enumerate(self._in_flight):
-            parts = {"gradient": self.buffer.flat[flight.slot], "tokens": flight.tokens,
-                     "limit": torch.tensor([flight.limit], dtype=torch.float64)}
-            parts |= {} if flight.then is None else {"then": flight.then}
+        for i, pending in enumerate(self._in_flight):
+            parts = {"gradient": self.buffer.flat[pending.slot], "tokens": pending.tokens,
+                     "limit": torch.tensor([pending.limit], dtype=torch.float64)}
+            parts |= {} if pending.then is None else {"then": pending.then}
             found |= {f"in_flight/{i}/{key}": Entry(tensor) for key, tensor in parts.items()}
         return found
 
@@ -148,12 +148,12 @@ class Delayed(Synchronous):
             of = {name.rpartition("/")[2]: value for name, value in late.items() if name.startswith(f"in_flight/{i}/")}
             self.buffer.flat[self._slot].copy_(of["gradient"])
             then = of["then"].to(self.flat.device) if "then" in of else None
-            self._in_flight.append(Flight(self._slot, of["tokens"].clone(), float(of["limit"]), then))
+            self._in_flight.append(PendingUpdate(self._slot, of["tokens"].clone(), float(of["limit"]), then))
             self._slot = self._slot % (self.options.staleness + 1) + 1
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Independent."""
-        super().leave()
+        super().release()
         self._in_flight.clear()
 
     def close(self) -> None:

@@ -28,11 +28,11 @@ from mpidp.comm.background import Background, Task
 from mpidp.comm.buffers import buf
 from mpidp.comm.peers import Peers
 from mpidp.errors import MpidpError, UsageError
-from mpidp.reducers.base import Sums
+from mpidp.reducers.base import FlatReducer
 from mpidp.reducers.buckets import Bucket
-from mpidp.reducers.overlap import WAYS
+from mpidp.reducers.overlap import OVERLAP_WAITS
 from mpidp.strategies.averaging_groups import hop, partition
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
 SUM, OWN = 1, 2  # slots: an average in flight; what this rank gave to it
@@ -41,15 +41,15 @@ SUM, OWN = 1, 2  # slots: an average in flight; what this rank gave to it
 class Local(Synchronous):
     """The gradient buffer's slot 0 holds a step's own gradient, then, between steps, what is being averaged."""
 
-    goes_on = False
-    meets_always = False
+    survives_failures = False
+    synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, with a reducer of the family Sums. UsageError for more fragments than buckets. Collective."""
+        """As Synchronous, but the reducer is a FlatReducer. UsageError for more fragments than buckets. Collective."""
         super().__init__(*parts, **more)
         options = self.options
-        assert isinstance(self.reducer, Sums)
-        self._sums, self._peers = self.reducer, Peers(self.reducer.comm, self.reducer.transport)
+        assert isinstance(self.reducer, FlatReducer)
+        self._flat_reducer, self._peers = self.reducer, Peers(self.reducer.comm, self.reducer.transport)
         self._outer = options.group == "all"
         buckets = self.buffer.buckets
         if options.fragments > len(buckets):
@@ -61,12 +61,12 @@ class Local(Synchronous):
         self._flying: list[Task | None] = [None] * options.fragments
         self._background = Background()
         if options.overlap:
-            self._sums.wait = WAYS["poll"] or self._sums.wait
+            self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])
         self._steps = 0
         self._anchor = self.flat.clone() if self._outer else torch.empty(0)
         self._momentum = torch.zeros_like(self._anchor)
 
-    def more_slots(self, options: Options) -> int:
+    def more_slots(self, options: StrategyOptions) -> int:
         """Independent."""
         return 2 * options.overlap
 
@@ -82,12 +82,12 @@ class Local(Synchronous):
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
         self.reducer.observers.enter("reduce")
-        meets, every = self.meets(self._steps), self.options.sync_every
+        synchronizes, every = self.synchronizes_at(self._steps), self.options.sync_every
         if self._outer:
             for i, buckets in enumerate(self._fragments):
-                if meets or (self._steps + i * every // len(self._fragments)) % every == 0:
-                    self._average(i, buckets, at_once=meets or not self.options.overlap)
-        elif meets:
+                if synchronizes or (self._steps + i * every // len(self._fragments)) % every == 0:
+                    self._average(i, buckets, at_once=synchronizes or not self.options.overlap)
+        elif synchronizes:
             self._average_all()
         elif self._steps % every == 0:
             self._mix(self._steps // every)
@@ -145,8 +145,8 @@ class Local(Synchronous):
 
     def _sum(self, flat: Tensor, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            self._sums.turn_of(flat, bucket)
-        self._sums.settle(applied=True)
+            self._flat_reducer.turn_of(flat, bucket)
+        self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
         """Of the anchor, by the averaged outer gradient; parameters become it. own: what this rank gave to that average, a round
@@ -173,7 +173,7 @@ class Local(Synchronous):
         size, options = self.compute_comm.size, self.options
         with self.reducer.transport.timed():
             if options.group == "exponential":
-                self._peers.hear(self.flat, hop(t, size), self.buffer.flat[0])
+                self._peers.gossip(self.flat, hop(t, size), self.buffer.flat[0])
                 return
             groups = partition(options.group, t, size, options.nodes, options.group_size)
             mine = next(group for group in groups if self.compute_comm.rank in group)
@@ -184,7 +184,7 @@ class Local(Synchronous):
         size, rank = self.compute_comm.size, self.compute_comm.rank
         assert self.optimizer is not None
         found = {"steps": Entry(torch.tensor(self._steps))}
-        found |= {f"reducer/{name}": entry for name, entry in self._sums.state_dict().items()}
+        found |= {f"reducer/{name}": entry for name, entry in self._flat_reducer.state_dict().items()}
         for name, flat in self.optimizer.moments().items():
             found[f"inner{name}"] = Entry(flat.view(1, -1), "sharded", (rank, 0), (size, flat.numel()))
         updates = torch.tensor([self.optimizer.updates])
@@ -198,9 +198,9 @@ class Local(Synchronous):
         row = self.compute_comm.rank % len(state["inner/updates"])
         for name, flat in self.optimizer.moments().items():
             flat.copy_(state[f"inner{name}"][row])
-        self.optimizer.go_on_after(int(state["inner/updates"][row]))
+        self.optimizer.set_updates(int(state["inner/updates"][row]))
         held = {name.removeprefix("reducer/"): value for name, value in state.items() if name.startswith("reducer/")}
-        self._sums.load_state_dict(held)
+        self._flat_reducer.load_state_dict(held)
         if self._outer:
             self._anchor.copy_(self.flat)
             self._momentum.copy_(state["outer/momentum"])

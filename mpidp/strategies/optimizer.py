@@ -20,7 +20,7 @@ def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
     return type(kind.__name__, (kind,), plain)
 
 
-def torchs(
+def make_torch_optimizer(
     name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float
 ) -> torch.optim.Optimizer:
     """torch's own. Independent."""
@@ -84,7 +84,7 @@ class Optimizer:
         self, muon: bool, decays: bool, members: list[torch.nn.Parameter], weight_decay: float, beta1: float, beta2: float
     ) -> torch.optim.Optimizer:
         kind = ("muon" if muon else "adamw") if self._name == "muon" else self._name
-        return torchs(kind, members, weight_decay if decays else 0.0, beta1, beta2)
+        return make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2)
 
     def _give_state(self, part: torch.optim.Optimizer, piece: torch.nn.Parameter, muon: bool, parameters: Tensor) -> None:
         """The piece's state as views of the flat moments, so that one copy serves all who share memory."""
@@ -105,7 +105,7 @@ class Optimizer:
             part.step()
         self.updates += 1
 
-    def go_on_after(self, updates: int) -> None:
+    def set_updates(self, updates: int) -> None:
         """So many updates were made."""
         self.updates = updates
         for step in self._steps:
@@ -133,14 +133,14 @@ class Optimizer:
         views = {f"{what}/{key}": view for what, key, view in self._views()}
         for entry, value in state.items():
             if entry.endswith("/step") and entry.removesuffix("step") + "exp_avg" in views:
-                self.go_on_after(int(value))
+                self.set_updates(int(value))
             elif entry not in views:
                 raise ValueError(f"optimizer state {entry!r} of no parameter of this model")
             else:
                 views[entry].copy_(value.view_as(views[entry]))
 
 
-class Pieces:
+class ShardedOptimizer:
     """torch's own optimizers over pieces of parameters, each memory of its own (strategies/sharded.py). Independent."""
 
     def __init__(
@@ -156,7 +156,7 @@ class Pieces:
             mine = [i for i, (_, piece, does) in enumerate(pieces) if does == decays and piece.numel()]
             if mine:
                 members = [self._pieces[i] for i in mine]
-                self._parts.append(torchs(name, members, weight_decay if decays else 0.0, beta1, beta2))
+                self._parts.append(make_torch_optimizer(name, members, weight_decay if decays else 0.0, beta1, beta2))
                 for i in mine:
                     self._parts[-1].state[self._pieces[i]].update(self.state[i])
                     if "exp_avg" in self.state[i]:
@@ -175,7 +175,7 @@ class Pieces:
             piece.grad = None
         self.updates += 1
 
-    def go_on_after(self, updates: int) -> None:
+    def set_updates(self, updates: int) -> None:
         """So many updates were made."""
         self.updates = updates
         for step in self._steps:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.group import Group
-from mpidp.parallel.engine import Accumulates
-from mpidp.reducers.base import Look, Reducer
+from mpidp.config.defaults import DEFAULTS
+from mpidp.parallel.engine import GradientSink
+from mpidp.reducers.base import LaneObserver, Reducer
 
 
 @dataclass(frozen=True)
@@ -24,51 +25,54 @@ class StepStats:
 
     grad_norm: float
     skipped: bool
-    told: Mapping[str, Any] = field(default_factory=dict)  # more for the step's line
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more for the step's line
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a strategy may be told beside its parts; each takes what concerns it. The settings of section strategy, and facts."""
+class StrategyOptions:
+    """The settings of section strategy, resolved, and facts about the run. Defaults and meanings are in config/settings.py and
+    config/defaults.py; each strategy reads the settings that it knows."""
 
-    sync_every: int = 1  # steps
-    meet_every: int = 1  # steps
+    sync_every: int  # steps
+    meet_every: int  # steps between synchronization points
+    staleness: int
+    quorum: float  # fraction of the lanes
+    compensation: float
+    outer_lr: float
+    outer_momentum: float
+    overlap: bool
+    fragments: int
+    group: str
+    group_size: int
+    servers: int  # the last ranks are servers
+    mode: str
     total_steps: int = 0
-    staleness: int = 1
-    quorum: float = 1.0  # of the lanes
-    compensation: float = 0.0
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.9
-    overlap: bool = False
-    fragments: int = 1
-    group: str = "all"
-    group_size: int = 2
-    servers: int = 0  # the last ranks
-    mode: str = "async"
-    arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # to be repeated (arrivals.py)
+    arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # the order to replay (arrivals.py)
     nodes: Sequence[Sequence[int]] = ()  # the ranks of each node
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], total_steps: int, node_sizes: Sequence[int], **more: Any) -> Options:
-        """From the settings of section strategy. Pure."""
+    def of(
+        cls, settings: Mapping[str, Any] = DEFAULTS, total_steps: int = 0, node_sizes: Sequence[int] = (), **more: Any
+    ) -> StrategyOptions:
+        """Return the options for the settings of section strategy. Pure."""
         first = list(accumulate(node_sizes, initial=0))
         nodes = [range(at, at + size) for at, size in zip(first, node_sizes, strict=False)]
         known = {key: value for key, value in settings.items() if key in {one.name for one in fields(cls)}}
         return cls(**known, total_steps=total_steps, nodes=nodes, **more)
 
 
-class Strategy(Accumulates, Protocol):
+class Strategy(GradientSink, Protocol):
     """How gradients become updates, together."""
 
     compute_comm: MPI.Intracomm  # the ranks that share the lanes
-    meets_always: bool  # at every step
+    synchronizes_always: bool  # at every step
     group: Group
     one_copy: bool  # of parameters and state in a group
     reducer: Reducer
     buffer: Any  # of flat gradients, a GradientBuffer; None where there is none
-    goes_on: bool  # after a death, in the same memory; else from the last checkpoint
+    survives_failures: bool  # after a death, in the same memory; else from the last checkpoint
 
-    def meets(self, step: int) -> bool:
+    def synchronizes_at(self, step: int) -> bool:
         """Do all ranks tell each other at this step (from 1) what they computed, and hold one common model after it? Only then is
         there an evaluation, a checkpoint, an end. The same on every rank. Independent."""
 
@@ -78,7 +82,7 @@ class Strategy(Accumulates, Protocol):
     def start(self) -> None:
         """Once, before the first step or after a restore. Collective over compute_comm."""
 
-    def watch(self, looks: Sequence[Look]) -> None:
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """In the step that begins, show each of these every lane that this rank computes. Independent."""
 
     def discard(self) -> None:
@@ -97,15 +101,15 @@ class Strategy(Accumulates, Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Independent."""
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Ranks have died: let go of the parameters, for another strategy that goes on with them. May be called again.
         Independent."""
 
-    def go_on_from(self, before: Any) -> None:
+    def resume_after_failure(self, before: Any) -> None:
         """Of those who are left of another strategy's ranks, in whose memory this one works: go on where that one stood. When
         somebody dies meanwhile, all is as before. Collective over compute_comm."""
 
-    def take_over(self, before: Any) -> None:
+    def resume_with_new_ranks(self, before: Any) -> None:
         """Rank 0 and others had the state of another strategy, `before`; None: this rank is new. Now all have rank 0's, and what
         is each rank's own is of those who had it. When somebody dies meanwhile, `before` is as before. Collective over
         compute_comm."""

@@ -32,10 +32,10 @@ from mpidp.checkpoint.entry import Entry
 from mpidp.comm.background import Background
 from mpidp.comm.slices import global_norm
 from mpidp.errors import UsageError
-from mpidp.reducers.base import Sums
-from mpidp.reducers.overlap import WAYS
-from mpidp.strategies.protocol import Options, StepStats
-from mpidp.strategies.quorum_rounds import Roll
+from mpidp.reducers.base import FlatReducer
+from mpidp.reducers.overlap import OVERLAP_WAITS
+from mpidp.strategies.protocol import StepStats, StrategyOptions
+from mpidp.strategies.quorum_rounds import RoundTracker
 from mpidp.strategies.synchronous import Synchronous
 
 GIVEN, CLOSED = range(2)  # tags: a contribution, to rank 0; who is in, from it. Both float64: target tokens, meeting?; and counts
@@ -55,11 +55,11 @@ class Quorum(Synchronous):
     """Slots of the gradient buffer: 0 for what is applied; the others go from hand to hand. One is computed into, and `staleness`
     at most wait to be summed, are summed, or wait to be applied: a rank that is that many rounds behind has nothing waiting."""
 
-    goes_on = False
-    meets_always = False
+    survives_failures = False
+    synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, with a reducer of the family Sums. UsageError where threads may not call MPI. Collective over comm."""
+        """As Synchronous, but the reducer is a FlatReducer. UsageError where threads may not call MPI. Collective over comm."""
         super().__init__(*parts, **more)
         self._alone = self.compute_comm.size == 1  # then there is nobody to be late for, and no thread
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE and not self._alone:
@@ -67,10 +67,10 @@ class Quorum(Synchronous):
                 "strategy.quorum needs a thread that sums while its rank is late, and this MPI lets no two threads call it "
                 "(MPI_THREAD_MULTIPLE): use another build of MPI, or leave strategy.quorum=1"
             )
-        assert isinstance(self.reducer, Sums)
-        self._sums, self._comm = self.reducer, self.reducer.comm
-        self._sums.wait_by(WAYS["poll"])  # it is in a thread, and the core is wanted
-        self._lanes = [len(lanes) for lanes in self._sums.shares.ranges]
+        assert isinstance(self.reducer, FlatReducer)
+        self._flat_reducer, self._comm = self.reducer, self.reducer.comm
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
+        self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # 0.1 x 30 is a little more than 3
         self._free = deque(range(1, self.options.staleness + 2))
         self._slot = 0  # into which this rank computes; 0: none yet
@@ -78,7 +78,7 @@ class Quorum(Synchronous):
         self._joined: list[list[int]] = []  # contributions of each rank, by round since the last meeting
         self._background = Background()
         self._serving = self._closing = False  # from the first batch after a meeting; is the thread to end?
-        self._roll: Roll  # since then
+        self._tracker: RoundTracker  # since then
         self._given: SimpleQueue[tuple[int, float, bool]] = SimpleQueue()  # for the thread: slot, target tokens, meeting?
         self._summed: SimpleQueue[Round | BaseException] = SimpleQueue()  # by the thread
         # The thread's own:
@@ -86,7 +86,7 @@ class Quorum(Synchronous):
         self._sends: list[tuple[MPI.Request, np.ndarray]] = []
         self._told, self._heard = 0, [0] * len(self._lanes)  # contributions of which rank 0 was told; of which it has heard
 
-    def more_slots(self, options: Options) -> int:
+    def more_slots(self, options: StrategyOptions) -> int:
         """Independent."""
         return options.staleness + 1
 
@@ -94,7 +94,7 @@ class Quorum(Synchronous):
         """UsageError when a run that is to be repeated met at other steps. Collective over compute_comm."""
         super().start()
         order, last = self.options.arrivals, self.options.total_steps
-        missing = [step for step in range(1, last + 1) if order and self.meets(step) and step not in order]
+        missing = [step for step in range(1, last + 1) if order and self.synchronizes_at(step) and step not in order]
         if missing:
             raise UsageError.on_every_rank(
                 f"strategy.replay: that run did not meet at step {missing[0]}: give this one its meet_every and steps"
@@ -112,10 +112,10 @@ class Quorum(Synchronous):
         if not self._serving:
             meeting = min((step for step in self.options.arrivals if step > self._steps), default=0)
             order = self.options.arrivals[meeting][len(self._joined) :] if meeting else None
-            self._roll = Roll(self._lanes, self._needed, self.options.staleness, order)
+            self._tracker = RoundTracker(self._lanes, self._needed, self.options.staleness, order)
             self._serving = True
             if not self._alone:
-                self._background.submit(partial(self._serve, self._roll))
+                self._background.submit(partial(self._serve, self._tracker))
         if not self._slot:
             self._slot = self._free.popleft()
             self.buffer.flat[self._slot].zero_()
@@ -130,11 +130,11 @@ class Quorum(Synchronous):
         rank's part. Independent, but that a round needs its quorum; at a meeting collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         self._begin()  # it computed nothing
-        meets = self.meets(self._steps + 1)
-        self._given.put((self._slot, tokens, meets))
+        synchronizes = self.synchronizes_at(self._steps + 1)
+        self._given.put((self._slot, tokens, synchronizes))
         self._slot = 0
         if self._alone:
-            self._turn(self._roll)
+            self._turn(self._tracker)
         with self.reducer.transport.timed():
             found = self._summed.get()
         if isinstance(found, BaseException):
@@ -143,10 +143,10 @@ class Quorum(Synchronous):
         stats = self._apply(lr, found, limit)
         self._steps += not stats.skipped
         self._joined.append(found.joined)
-        if not meets:
+        if not synchronizes:
             return stats
         self._serving = False
-        return stats if stats.skipped else replace(stats, told=self._tell())
+        return stats if stats.skipped else replace(stats, extra=self._round_report())
 
     def _apply(self, lr: float, found: Round, limit: float) -> StepStats:
         gradient, scale, norm = self.buffer.flat[found.slot], self.nominal_tokens / max(1.0, found.tokens), 0.0
@@ -162,7 +162,7 @@ class Quorum(Synchronous):
         self._free.append(found.slot)
         return StepStats(grad_norm=norm, skipped=skipped)
 
-    def _tell(self) -> dict[str, Any]:
+    def _round_report(self) -> dict[str, Any]:
         """Since the last meeting: who joined each round, and how many lanes were late. The same on every rank."""
         late, had = 0, [0] * len(self._lanes)
         for batch, joined in enumerate(self._joined):
@@ -175,12 +175,12 @@ class Quorum(Synchronous):
 
     # The thread
 
-    def _serve(self, roll: Roll) -> None:
+    def _serve(self, tracker: RoundTracker) -> None:
         """From a meeting to the next. Collective over compute_comm."""
         pause = FIRST_SECONDS
         try:
             while not self._closing:
-                if (met := self._turn(roll)) is None:
+                if (met := self._turn(tracker)) is None:
                     time.sleep(pause)
                     pause = min(LONGEST_SECONDS, 1.5 * pause)
                 elif met:
@@ -188,28 +188,28 @@ class Quorum(Synchronous):
                 else:
                     pause = FIRST_SECONDS
             while self._sends and not self._closing:
-                self._sums.wait(self._sends.pop()[0])
+                self._flat_reducer.wait(self._sends.pop()[0])
         except BaseException as error:  # told by step(): a thread's own traceback would be lost
             self._summed.put(error)
 
-    def _turn(self, roll: Roll) -> bool | None:
+    def _turn(self, tracker: RoundTracker) -> bool | None:
         """Pass on what this rank contributed, hear of what others did, and sum the next round once it is closed: was it a
         meeting's? None: it was not yet closed."""
-        if (row := self._closed(roll)) is None:
+        if (row := self._closed(tracker)) is None:
             return None
         self._sum(row[0], [int(count) for count in row[2:]])
         return bool(row[1])
 
-    def _closed(self, roll: Roll) -> np.ndarray | None:
+    def _closed(self, tracker: RoundTracker) -> np.ndarray | None:
         self._sends = [one for one in self._sends if not one[0].Test()]
         while not self._given.empty():
-            slot, tokens, meets = self._given.get()
+            slot, tokens, synchronizes = self._given.get()
             self._mine.append(slot)
             self._told += 1
             if self._comm.rank:
-                self._send(np.array([tokens, meets], dtype=np.float64), 0, GIVEN)
+                self._send(np.array([tokens, synchronizes], dtype=np.float64), 0, GIVEN)
             else:
-                self._hear(roll, 0, tokens, meets)
+                self._hear(tracker, 0, tokens, synchronizes)
         row = np.zeros(2 + self._comm.size)
         if self._comm.rank:
             if not self._comm.Iprobe(0, CLOSED):
@@ -219,18 +219,18 @@ class Quorum(Synchronous):
         status = MPI.Status()
         while not self._alone and self._comm.Iprobe(MPI.ANY_SOURCE, GIVEN, status):
             self._comm.Recv(row[:2], status.Get_source(), GIVEN)
-            self._hear(roll, status.Get_source(), row[0], bool(row[1]))
-        if (closed := roll.close()) is None:
+            self._hear(tracker, status.Get_source(), row[0], bool(row[1]))
+        if (closed := tracker.close_round()) is None:
             return None
-        joined, tokens, meets = closed
-        row[:] = [tokens, meets, *joined]
+        joined, tokens, synchronizes = closed
+        row[:] = [tokens, synchronizes, *joined]
         for rank in range(1, self._comm.size):
             self._send(row, rank, CLOSED)
         return row
 
-    def _hear(self, roll: Roll, rank: int, tokens: float, meets: bool) -> None:
+    def _hear(self, tracker: RoundTracker, rank: int, tokens: float, synchronizes: bool) -> None:
         self._heard[rank] += 1
-        roll.hear(rank, tokens, meets)
+        tracker.add(rank, tokens, synchronizes)
 
     def _send(self, row: np.ndarray, rank: int, tag: int) -> None:
         self._sends.append((self._comm.Isend(row, rank, tag), row))
@@ -246,8 +246,8 @@ class Quorum(Synchronous):
             flat += self.buffer.flat[other]
             self._free.append(other)
         for bucket in self.buffer.buckets:
-            self._sums.turn_of(flat, bucket)
-        self._sums.settle(applied=True)  # what is not finite was left out of residuals already
+            self._flat_reducer.turn_of(flat, bucket)
+        self._flat_reducer.end_round(applied=True)  # what is not finite was left out of residuals already
         self._summed.put(Round(slot, tokens, joined))
 
     # What stays
@@ -266,9 +266,9 @@ class Quorum(Synchronous):
         joined = own.get("joined", torch.zeros(0, 0)).tolist()
         self._steps, self._joined = int(own["steps"]), [row for row in joined if len(row) == len(self._lanes)]
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Independent."""
-        super().leave()
+        super().release()
         self._closing = True
 
     def close(self) -> None:

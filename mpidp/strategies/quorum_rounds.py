@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from mpidp.errors import MpidpError
 
 
-class Roll:
+class RoundTracker:
     """From one meeting to the next. Independent."""
 
     def __init__(
@@ -26,16 +26,16 @@ class Roll:
         self.given = [0] * len(lanes)  # contributions of each rank that have come: of its batches below this one
         self._waiting = [deque[float]() for _ in lanes]  # target tokens of those that are in no round yet
         self._order = None if order is None else deque(order)
-        self._meets = False
+        self._synchronizes = False
 
-    def hear(self, rank: int, tokens: float, meets: bool) -> None:
+    def add(self, rank: int, tokens: float, synchronizes: bool) -> None:
         """The next contribution of a rank: its target tokens; is the batch a meeting's?"""
         self._waiting[rank].append(tokens)
         self.given[rank] += 1
         if self.given[rank] > self.round:
-            self._meets = meets
+            self._synchronizes = synchronizes
 
-    def close(self) -> tuple[list[int], float, bool] | None:
+    def close_round(self) -> tuple[list[int], float, bool] | None:
         """How many contributions of each rank join the round that closes now, their target tokens, and whether it is a meeting's;
         None: it must wait. MpidpError when a run that is repeated did otherwise."""
         joining = [len(waiting) for waiting in self._waiting]
@@ -46,19 +46,19 @@ class Roll:
         elif not self._enough():
             return None
         left = [len(waiting) - count for waiting, count in zip(self._waiting, joining, strict=True)]
-        if self._meets and (any(left) or min(self.given) <= self.round):
+        if self._synchronizes and (any(left) or min(self.given) <= self.round):
             raise MpidpError("strategy.replay: this run meets where the one that it repeats did not")
         if self._order is not None:
             self._order.popleft()
         tokens = sum(waiting.popleft() for waiting, count in zip(self._waiting, joining, strict=True) for _ in range(count))
         self.round += 1
-        return joining, tokens, self._meets
+        return joining, tokens, self._synchronizes
 
     def _enough(self) -> bool:
         present = sum(lanes for lanes, given in zip(self.lanes, self.given, strict=True) if given > self.round)
         behind = self.round + 1 - min(self.given)  # batches, the slowest rank
         something = behind == 0 or any(map(sum, self._waiting))
-        return present >= self.needed and something and behind <= (0 if self._meets else self.staleness)
+        return present >= self.needed and something and behind <= (0 if self._synchronizes else self.staleness)
 
     def _repeated(self) -> list[int]:
         if not self._order:

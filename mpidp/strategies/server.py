@@ -32,20 +32,20 @@ from mpidp.comm.buffers import buf
 from mpidp.comm.slices import NORM_BLOCK, global_norm, slice_bounds, squares_of_blocks
 from mpidp.comm.transport import pieces
 from mpidp.errors import MpidpError
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
 HEADER, GRADIENT, ANSWER, PARAMETERS = range(4)  # tags
 WORKER, BATCH, TOKENS, VERSION, LR = range(5)  # of a header, float64
-Part = tuple[MPI.Request, Tensor | None, Tensor | None]  # what is received, into what, for where
+PendingReceive = tuple[MPI.Request, Tensor | None, Tensor | None]  # what is received, into what, for where
 ANSWERED, NORM, SKIPPED = range(3)  # of an answer: the version of the slice; of `sync`, what came of the step
 
 
 class Server(Synchronous):
     """On workers, slot 0 of the gradient buffer is what they push; on servers, what arrives (1) and the sum (0)."""
 
-    goes_on = False
-    meets_always = False
+    survives_failures = False
+    synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
         """As Synchronous, with a reducer of one buffer. Collective over comm."""
@@ -72,25 +72,25 @@ class Server(Synchronous):
         index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
         return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
 
-    def more_slots(self, options: Options) -> int:
+    def more_slots(self, options: StrategyOptions) -> int:
         """Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """A worker: push, and wait for the answer. A server: serve until every worker's push of this batch is applied. tokens: of
         this rank's part. Collective over compute_comm at a meeting; else between workers and servers."""
-        meets = self.meets(self._steps + 1)
+        synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
-            stats = self._work(lr, tokens, limit, meets)
+            stats = self._work(lr, tokens, limit, synchronizes)
         else:
-            stats = self._serve(limit, meets)
+            stats = self._serve(limit, synchronizes)
         self._pushed += 1
         self._steps += not stats.skipped
-        return replace(stats, told=self._give_all()) if meets else stats
+        return replace(stats, extra=self._give_all()) if synchronizes else stats
 
     # A worker
 
-    def _work(self, lr: float, tokens: int, limit: float, meets: bool) -> StepStats:
+    def _work(self, lr: float, tokens: int, limit: float, synchronizes: bool) -> StepStats:
         self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
@@ -101,7 +101,7 @@ class Server(Synchronous):
             gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
         with self.reducer.transport.timed():
             # Receives first: a server that answers never waits for a worker that still pushes to another one.
-            pulls = [self._begin_pull(server, parameters=not meets) for server in range(self._servers)]
+            pulls = [self._begin_pull(server, parameters=not synchronizes) for server in range(self._servers)]
             self._push(gradient, lr, tokens)
             for server, (answer, parts) in enumerate(pulls):
                 self._end_pull(parts)
@@ -119,16 +119,16 @@ class Server(Synchronous):
                 self._comm.Send(buf(piece), self._workers + server, GRADIENT)
                 wire.sent_bytes += piece.nbytes
 
-    def _begin_pull(self, server: int, parameters: bool) -> tuple[np.ndarray, list[Part]]:
+    def _begin_pull(self, server: int, parameters: bool) -> tuple[np.ndarray, list[PendingReceive]]:
         answer, rank = np.zeros(3), self._workers + server
-        parts: list[Part] = [(self._comm.Irecv(answer, rank, ANSWER), None, None)]
+        parts: list[PendingReceive] = [(self._comm.Irecv(answer, rank, ANSWER), None, None)]
         for start, stop in pieces(self._bounds[server], self._bounds[server + 1]) if parameters else ():
             piece = self.flat[start:stop]
             wire = self.reducer.transport.load(piece, ("pull", start))
             parts.append((self._comm.Irecv(buf(wire), rank, PARAMETERS), wire, piece))
         return answer, parts
 
-    def _end_pull(self, parts: list[Part]) -> None:
+    def _end_pull(self, parts: list[PendingReceive]) -> None:
         for request, wire, piece in parts:
             self.group.wait(request)
             if wire is not None and piece is not None:
@@ -136,9 +136,9 @@ class Server(Synchronous):
 
     # A server
 
-    def _serve(self, limit: float, meets: bool) -> StepStats:
+    def _serve(self, limit: float, synchronizes: bool) -> StepStats:
         if self.options.mode == "sync":
-            return self._serve_all(limit, meets)
+            return self._serve_all(limit, synchronizes)
         while min(self._clocks) <= self._pushed:
             header = np.zeros(5)
             self.reducer.observers.enter("reduce")
@@ -149,7 +149,7 @@ class Server(Synchronous):
             self._apply(header)
             self._waiting[int(header[WORKER])] = int(header[BATCH])
             self._clocks[int(header[WORKER])] += 1
-            self._answer(meets)
+            self._answer(synchronizes)
         return self._stats
 
     def _next(self) -> int:
@@ -187,12 +187,12 @@ class Server(Synchronous):
         self._version += 1
         self._stats = StepStats(norm, False)
 
-    def _answer(self, meets: bool) -> None:
+    def _answer(self, synchronizes: bool) -> None:
         """Those who may go on; all of them after a meeting's batch, for which nobody is given parameters here: all get them
         together."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
-            last = meets and batch == self._pushed
+            last = synchronizes and batch == self._pushed
             if last or self.options.mode == "async" or batch + 1 - slowest <= self.options.staleness:
                 del self._waiting[worker]
                 self._give(worker, self._stats, parameters=not last)
@@ -207,7 +207,7 @@ class Server(Synchronous):
                 self._comm.Send(buf(piece), worker, PARAMETERS)
                 wire.sent_bytes += piece.nbytes
 
-    def _serve_all(self, limit: float, meets: bool) -> StepStats:
+    def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
         """A batch of all workers: added in their order, scaled, clipped by the norm over all servers, applied once."""
         self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
@@ -232,7 +232,7 @@ class Server(Synchronous):
             self._version += 1
         stats = StepStats(norm, skipped)
         for worker in range(self._workers):
-            self._give(worker, stats, parameters=not meets)
+            self._give(worker, stats, parameters=not synchronizes)
         return stats
 
     def _norm_over_servers(self) -> float:
@@ -286,7 +286,7 @@ class Server(Synchronous):
         self._versions = [self._version] * self._servers
         if self._mine is not None:
             assert self.optimizer is not None
-            self.optimizer.go_on_after(updates)
+            self.optimizer.set_updates(updates)
             for name, flat in self.optimizer.moments().items():
                 flat[self._mine] = state[f"server{name}"][self._mine].to(flat.device)
 

@@ -23,13 +23,13 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import at_rest, counted, load_boxes, shard_of
+from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes, reshard_all, shard_of
 from mpidp.comm.group import Group
 from mpidp.errors import UsageError
-from mpidp.parallel.model_part import Parts
-from mpidp.reducers.base import Look, Reducer
-from mpidp.strategies.optimizer import Optimizer, Pieces
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.parallel.model_part import ModelPartition
+from mpidp.reducers.base import LaneObserver, Reducer
+from mpidp.strategies.optimizer import Optimizer, ShardedOptimizer
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
@@ -65,14 +65,14 @@ def unshard_for_good() -> None:
 class Sharded:
     """Every step waits for all lanes."""
 
-    goes_on = False  # shards die with their holder
-    meets_always = True
+    survives_failures = False  # shards die with their holder
+    synchronizes_always = True
     buffer: Any = None  # of flat gradients: there is none
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0, most_slots: int = 0, options: Options | None = None, parts: Parts | None = None, *,
+        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: torch.nn.Module, level: int,
     ) -> None:
         """As Synchronous; of the reducer only the lanes are looked at. Collective over comm."""
@@ -87,7 +87,7 @@ class Sharded:
         self.named = list(model.named_parameters())
         self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # when all are gathered once
         pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
-        self.optimizer = Pieces(make_optimizer.args[0], pieces, **make_optimizer.keywords)
+        self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
 
     def _count(self, *_: Any) -> None:
@@ -124,16 +124,16 @@ class Sharded:
         for _ in range(forwards):
             self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
 
-    def meets(self, step: int) -> bool:
+    def synchronizes_at(self, step: int) -> bool:
         """Independent."""
         return True
 
     def start(self) -> None:
         """Replicas are equal by their seed. Independent."""
 
-    def watch(self, looks: Sequence[Look]) -> None:
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """ValueError: there are no gradients of lanes. Independent."""
-        if looks:
+        if observers:
             raise ValueError("sharded gradients are summed as they come: lanes cannot be looked at one by one")
 
     def discard(self) -> None:
@@ -146,7 +146,7 @@ class Sharded:
         """As Synchronous.step, on shards: the norm is a sum over ranks in their order, the same bits on each. Collective over
         compute_comm."""
         self.reducer.observers.enter("reduce")
-        at_rest(self.model)
+        reshard_all(self.model)
         gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # of all: idle ones too
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
@@ -186,7 +186,7 @@ class Sharded:
         local = [shard_of(p).tensor for _, p in self.named]
         gradients = [shard_of(p.grad).tensor for _, p in self.named if p.grad is not None]
         moments = [one for row in self.optimizer.state for one in row.values()]
-        return counted(parameters=local, gradients=gradients, optimizer=moments)
+        return bytes_by_use(parameters=local, gradients=gradients, optimizer=moments)
 
     def state_dict(self) -> dict[str, Entry]:
         """This rank's rows of the optimizer's state. Independent."""
@@ -204,7 +204,7 @@ class Sharded:
         self.reducer.load_state_dict({name.removeprefix("reducer/"): state[name] for name in state if name not in own})
         load_boxes(own, self.state_dict(), self.optimizer)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Independent."""
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from mpidp.strategies.synchronous import Synchronous
 class Sliced(Synchronous):
     """The slices are cut by rank; a node that has one copy holds those of its ranks, which update one each."""
 
-    goes_on = False  # a slice dies with its holder
+    survives_failures = False  # a slice dies with its holder
 
     def updates(self) -> dict[str, Any] | None:
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]

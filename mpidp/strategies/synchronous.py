@@ -16,37 +16,37 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry, Layout
-from mpidp.checkpoint.local_parameters import counted
+from mpidp.checkpoint.local_parameters import bytes_by_use
 from mpidp.comm.buffers import buf
 from mpidp.comm.group import Group
 from mpidp.comm.slices import slice_bounds
 from mpidp.comm.transport import pieces
-from mpidp.parallel.model_part import Parts
-from mpidp.reducers.base import Look, Reducer
+from mpidp.parallel.model_part import ModelPartition
+from mpidp.reducers.base import LaneObserver, Reducer
 from mpidp.reducers.buckets import GradientBuffer
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import commit, revoke
 from mpidp.strategies.optimizer import Optimizer
-from mpidp.strategies.protocol import Options, StepStats
+from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 class Synchronous:
     """Every step waits for all lanes."""
 
-    goes_on = True
-    meets_always = True
+    survives_failures = True
+    synchronizes_always = True
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0, most_slots: int = 0, options: Options | None = None, parts: Parts | None = None,
+        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
         """make_optimizer: all but the memory is given. clip: largest gradient norm, 0 for no clipping; nominal_tokens:
         global_batch x seq_len, by which losses were divided; one_copy: the ranks of a group share parameters and optimizer
         state, and each updates a part; most_slots: that this rank may need when others have died; parts: where
         this rank has a part of the model. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
-        self.options = options or Options()
+        self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
         self.parameters = [p for _, p in named_parameters]
         self.clip, self.nominal_tokens = clip, nominal_tokens
@@ -71,7 +71,7 @@ class Synchronous:
         if (updates := self.updates()) is not None:
             self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **updates)
         self._spare: list[Tensor] = []  # a copy of all that is updated in common, as it was before
-        if one_copy and tolerant():
+        if one_copy and launched_with_ulfm():
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # was the last update not finished by all who share it?
         self._late: MPI.Exception | None = None
@@ -84,36 +84,36 @@ class Synchronous:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
 
-    def more_slots(self, options: Options) -> int:
+    def more_slots(self, options: StrategyOptions) -> int:
         """Gradient buffers beyond those of its reducer. Independent."""
         return 0
 
-    def go_on_from(self, before: Synchronous) -> None:
+    def resume_after_failure(self, before: Synchronous) -> None:
         """Also back to the copy where the last update was not finished. Collective over compute_comm."""
         if before.torn:
             self._copy_share(before._spare, list(self.flats().values()))
         if self.optimizer is not None and before.optimizer is not None:
-            self.optimizer.go_on_after(before.optimizer.updates - before.torn)
-        self.reducer.go_on_from(before.reducer)
+            self.optimizer.set_updates(before.optimizer.updates - before.torn)
+        self.reducer.resume_from(before.reducer)
         if self.reducer.everyone_updates:
             self.group.fence()
         else:
             self.start()
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Backward calls nothing here any more, and no thread reduces. Independent."""
         self.buffer.forget()
         self.reducer.stop_worker()
 
-    def meets(self, step: int) -> bool:
+    def synchronizes_at(self, step: int) -> bool:
         """Independent."""
-        return self.meets_always or step % self.options.meet_every == 0 or step == self.options.total_steps
+        return self.synchronizes_always or step % self.options.meet_every == 0 or step == self.options.total_steps
 
     def start(self) -> None:
         """Make all replicas equal to rank 0's. Collective over compute_comm."""
         self._spread([self.flat])
 
-    def take_over(self, before: Synchronous | None) -> None:
+    def resume_with_new_ranks(self, before: Synchronous | None) -> None:
         """Collective over compute_comm."""
         updates = 0
         if before is not None and self.compute_comm.rank == 0:
@@ -122,9 +122,9 @@ class Synchronous:
             updates = before.optimizer.updates if before.optimizer is not None else 0
         updates = self.compute_comm.bcast(updates)
         if self.optimizer is not None:
-            self.optimizer.go_on_after(updates)
+            self.optimizer.set_updates(updates)
         self._spread(list(self.flats().values()) if self.reducer.everyone_updates else [self.flat])
-        self.reducer.go_on_from(before.reducer if before is not None else None)
+        self.reducer.resume_from(before.reducer if before is not None else None)
 
     def _spread(self, flats: list[Tensor]) -> None:
         """Rank 0's to all. Collective over compute_comm."""
@@ -147,9 +147,9 @@ class Synchronous:
         self.reducer.close(v, chunk)
         self._last = False
 
-    def watch(self, looks: Sequence[Look]) -> None:
+    def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """Needs a reducer that keeps lanes apart. Independent."""
-        self.reducer.watch(looks)
+        self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
         """Independent."""
@@ -175,7 +175,7 @@ class Synchronous:
             if not skipped:
                 self.reducer.scale(scale)
                 self._copy_share(list(self.flats().values()), self._spare)
-        self.reducer.settle(applied=not skipped)
+        self.reducer.end_round(applied=not skipped)
         if skipped:
             return StepStats(grad_norm=norm, skipped=True)
         self.reducer.observers.enter("apply")
@@ -197,7 +197,7 @@ class Synchronous:
         try:
             self.reducer.publish(self.parameters)
         except MPI.Exception as failure:
-            if not tolerant():
+            if not launched_with_ulfm():
                 raise
             revoke()
             self._late = failure
@@ -219,7 +219,7 @@ class Synchronous:
     def held(self) -> dict[str, int]:
         """Bytes by what they are for; in a window, the node's. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
-        return counted(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
+        return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
     def finish(self) -> None:
         """Nothing is in flight between steps. Independent."""

@@ -28,7 +28,7 @@ def ended(job: Job) -> str:
 
 def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
     """Log a step that made an update. Independent."""
-    learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.told}
+    learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
     log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
 
 
@@ -41,12 +41,12 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
     if tokens and math.isfinite(grad_norm):
         why = f"its gradient norm {grad_norm:.3g} is more than {train.spike:g} times the usual (train.spike)"
     log_skipped(job, batch, grad_norm)
-    progress.say(f"step {at.step}  batch {batch} skipped: {why}")
+    progress.print(f"step {at.step}  batch {batch} skipped: {why}")
     if at.skipped_in_a_row < train.max_skipped:
         return
     what = f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, made no update ({why})"
     if job.saver.step > job.state.skipped_from:
-        progress.say(f"{what}: returning to the last checkpoint, to continue with batch {batch + 1}")
+        progress.print(f"{what}: returning to the last checkpoint, to continue with batch {batch + 1}")
         raise Damaged.at_batch(what, batch + 1)
     raise MpidpError.on_every_rank(
         f"{what}, and no checkpoint was made {'since the last return' if job.state.skipped_from >= 0 else 'yet'}: lower "
@@ -61,14 +61,14 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
         loader.expect(job.micro_batches())
         step = job.position.step
         job.record.write({"event": "balance", "step": step, "lanes": [len(lanes) for lanes in job.balance.ranges]})
-        job.services.progress.say(f"step {step}  {change}")
+        job.services.progress.print(f"step {step}  {change}")
 
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
     """Do what is due after the last step: evaluate, stop, or save. Skips work that was done before a rank failed. Collective over
     job.comm."""
     at, every = job.position, job.config.train.eval_every
-    job.services.timeline.settle(job.comm, at.step)
+    job.services.timeline.write_if_complete(job.comm, at.step)
     if every and at.step % every == 0 and at.evaluated_step != at.step:
         evaluate(job)
     if must_stop and not ended(job):
@@ -89,4 +89,4 @@ def evaluate(job: Job) -> None:
         )
     at.evaluated(loss)
     job.record.write({"step": at.step, "val_loss": loss, "val_tokens": tokens})
-    job.services.progress.say(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
+    job.services.progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidp.checkpoint.resume import find_checkpoint
-from mpidp.config.rules import asked
+from mpidp.config.rules import method_setting
 from mpidp.config.schema import Config
 from mpidp.errors import Damaged
-from mpidp.faults.inject import Faults, asked_for
-from mpidp.faults.restarts import Tries
+from mpidp.faults.inject import InjectedFaults, faults_from_environment
+from mpidp.faults.restarts import RestartLog
 from mpidp.faults.run_lock import RunLock
 from mpidp.faults.stop import StopRequest, job_end, stop_time
-from mpidp.runtime.ulfm import Lost, commit
-from mpidp.runtime.world import together
+from mpidp.runtime.ulfm import RankFailure, commit
+from mpidp.runtime.world import raise_together
 from mpidp.training import loop, recovery
 from mpidp.training.build import build
 from mpidp.training.checkpoints import restore
@@ -42,7 +42,7 @@ class RunAttempts:
         """plan: of the ranks that start the run. crew: of a replacement rank, which has no plan yet. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # more replacement ranks may follow
-        self.tries = Tries(Path(config.run.dir), begun=self.growing)
+        self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
         self.job: Job | None = None  # the job whose state the surviving ranks hold
         self.stop: StopRequest | None = None  # of that job
@@ -52,18 +52,18 @@ class RunAttempts:
         if crew is None:
             assert plan is not None
             self.number = world.rank
-            with together(world):
-                self.faults: Faults = asked_for(self.number)
+            with raise_together(world):
+                self.faults: InjectedFaults = faults_from_environment(self.number)
                 self.lock = RunLock(plan.run_dir) if world.rank == 0 else None
             self.crew = Crew(plan.config, plan.asked_threads, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
             crew.events.append({"event": "went_back", "why": "all who held the run's state have died"})  # in case they do
-            self.faults = asked_for(self.number)
+            self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather the ranks, take the state, train. Returns the end record, or None when the job must grow first. Damaged, Lost.
-        Collective over world."""
+        """Gather the ranks, take the state, train. Returns the end record, or None when the job must grow first. Damaged,
+        RankFailure. Collective over world."""
         self._gather()
         assert self.plan is not None
         with commit(self.world):
@@ -92,7 +92,7 @@ class RunAttempts:
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
         """Make the job of all ranks, with the run's state from wherever it is. Returns the end record of a run that is over."""
-        with together(self.world):
+        with raise_together(self.world):
             if self.world.rank == 0 and self.lock is None:
                 self.lock = RunLock(plan.run_dir, ours=True)
         held = self.world.allgather(self.job is not None)
@@ -118,7 +118,7 @@ class RunAttempts:
         if reader is not None and (end := plan.has_ended(reader)) is not None:
             plan.say_ended(end)
             return end
-        with together(self.world):
+        with raise_together(self.world):
             if not events:
                 self.tries.begin(reader.meta["step"] if reader is not None else -1, run.tries, self.world.rank)
         with commit(self.world):
@@ -141,14 +141,14 @@ class RunAttempts:
         past = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {"event": "went_back"}
         self.crew.events.append(past | {"why": str(damage)})
 
-    def drop_failed_ranks(self, failure: Lost) -> None:
+    def drop_failed_ranks(self, failure: RankFailure) -> None:
         """Ranks have failed: the next attempt is made by the surviving ranks. Collective over them."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
         self.world = recovery.survivors(self.world, str(failure))
-        if self.job is not None and not self.job.strategy.goes_on:
+        if self.job is not None and not self.job.strategy.survives_failures:
             recovery.abandon(self.job, self.stop)
             self.job, self.stop, self._failed_at = None, None, 0.0
-            method = asked(self.config.strategy.name, self.config.strategy.quorum)
+            method = method_setting(self.config.strategy.name, self.config.strategy.quorum)
             why = f"ranks died, and {method} cannot go on in the middle of a step"
             self.crew.events.append({"event": "went_back", "why": why})
 
@@ -169,7 +169,7 @@ def listen(job: Job, before: StopRequest | None) -> StopRequest:
         state.stop_at = job.comm.bcast(stop_time(end, time.time(), config.run.stop_early_seconds))
         if end is not None and state.stop_at < math.inf:
             ends, stops = (f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" for moment in (end, state.stop_at))
-            job.services.progress.say(
+            job.services.progress.print(
                 f"the job's time ends at {ends}: at {stops} the run writes a checkpoint and stops (exit code 75)"
             )
     lock, reason = job.services.lock, before.reason if before is not None else ""

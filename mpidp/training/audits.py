@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpidp.errors import Damaged
-from mpidp.faults.audit import Finding
+from mpidp.faults.audit import AuditFinding
 from mpidp.training.job import Job
 
 
@@ -23,8 +23,8 @@ def audit_weights(job: Job, now: bool = False) -> None:
         raise Damaged.on_every_rank(f"step {step}: ranks {finding.ranks}: {finding.what}")
 
 
-def report_finding(job: Job, step: int, finding: Finding, action: str) -> None:
+def report_finding(job: Job, step: int, finding: AuditFinding, action: str) -> None:
     """Write the finding to metrics.jsonl and print it. Independent."""
     job.record.write({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
                       "then": action})
-    job.services.progress.say(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {action}")
+    job.services.progress.print(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {action}")

@@ -68,7 +68,7 @@ class Balance(Protocol):
     """Who computes which lanes."""
 
     ranges: list[range]  # of this step, by place: what a rank expects to compute
-    settled: bool  # are they what it will compute?
+    static: bool  # are they what it will compute?
 
     def lanes(self, batch: int) -> Iterator[int]:
         """The lanes that this rank computes of global batch number `batch`, one by one as it comes to them. Every rank calls
@@ -85,7 +85,7 @@ class Balance(Protocol):
 class Even:
     """The same lanes in every step."""
 
-    settled = True
+    static = True
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -138,7 +138,7 @@ class Measured(Even):
 class Steal:
     """An even start; who is done takes lanes of others on its node, while there is room for their gradients."""
 
-    settled = False
+    static = False
 
     def __init__(self, terms: Terms) -> None:
         if terms.tickets is None:
@@ -153,7 +153,7 @@ class Steal:
         return self._take()
 
     def _take(self) -> Iterator[int]:
-        while (lane := self._tickets.own()) is not None:
+        while (lane := self._tickets.next_own()) is not None:
             yield lane
         while self._may_steal() and (lane := self._tickets.steal()) is not None:
             yield lane

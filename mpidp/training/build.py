@@ -12,7 +12,7 @@ from mpidp.checkpoint.saver import Saver
 from mpidp.comm.nccl import open_transport
 from mpidp.comm.transport import Messages
 from mpidp.faults.audit import Audit
-from mpidp.faults.inject import Faults
+from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.pipeline import Stages
@@ -20,7 +20,7 @@ from mpidp.reducers import overlap
 from mpidp.runtime.observers import StepObserver
 from mpidp.strategies import strategy_of
 from mpidp.strategies.optimizer import Optimizer
-from mpidp.strategies.protocol import Options, Strategy
+from mpidp.strategies.protocol import Strategy, StrategyOptions
 from mpidp.training.data_parallel import DataParallelMemory, share_memory
 from mpidp.training.job import Job
 from mpidp.training.lr_schedule import Schedule
@@ -32,7 +32,7 @@ from mpidp.training.state import RunState
 
 
 def build(
-    plan: RunPlan, faults: Faults | None = None, before: Job | None = None, lock: RunLock | None = None,
+    plan: RunPlan, faults: InjectedFaults | None = None, before: Job | None = None, lock: RunLock | None = None,
     on_hang: Callable[[str], None] = lambda report: None, observers: Sequence[StepObserver] = (),
 ) -> Job:
     """Build the parts of a job on the device, with equal replicas.
@@ -44,11 +44,11 @@ def build(
     transport = open_transport(plan.config.comm.gpu, plan.device, plan.mesh.dp)
     model = make_model(plan, transport, None if before is None else before.engine.model)
     if before is not None:
-        before.strategy.leave()
-    services = make_services(plan, state, faults or Faults(), lock, on_hang, observers)
+        before.strategy.release()
+    services = make_services(plan, state, faults or InjectedFaults(), lock, on_hang, observers)
     memory = share_memory(
-        plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts, services.faults.spoil,
-        None if before is None else (before.strategy.group, before.strategy.one_copy),
+        plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts,
+        services.faults.changes_gradients, None if before is None else (before.strategy.group, before.strategy.one_copy),
     )
     strategy = make_strategy(plan, model, memory, before)
     engine = make_engine(plan, model, transport, strategy, services)
@@ -74,7 +74,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     make_optimizer = partial(
         Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2
     )
-    options = Options.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
+    options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
         memory.one_copy, spare_slots=int(train.audit_every > 0), most_slots=2 * plan.lanes.num_lanes.bit_length() + 3,
@@ -82,9 +82,9 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     )
     if before is None:
         strategy.start()
-        way = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.settled)
+        way = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.static)
     else:  # a new measurement would take a while
-        overlap.use(reducer, way := before.memory.reducer.way)
+        overlap.use(reducer, way := before.memory.reducer.overlap_mode)
     if plan.world.rank == 0 and plan.world.size > 1:
         print(f"overlap {way}", flush=True)
     return strategy
@@ -96,7 +96,7 @@ def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strateg
     stages = Stages(grid, transport, plan.device, config.mesh.interleave) if grid.pp.size > 1 else None
     return Engine(
         model.module, plan.device, getattr(torch, config.train.dtype), config.train.seed, plan.shape.dropout,
-        config.train.global_batch * config.model.seq_len, stages, model.token_losses, part.speaks and grid.tp.rank == 0,
+        config.train.global_batch * config.model.seq_len, stages, model.token_losses, part.has_head and grid.tp.rank == 0,
         services.observers, strategy.fill,
     )
 

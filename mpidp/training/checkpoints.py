@@ -11,7 +11,7 @@ from mpidp.checkpoint import manifest
 from mpidp.checkpoint.reader import Reader
 from mpidp.errors import MpidpError, Stopped
 from mpidp.faults.stop import TAKEN_OVER, StopRequest
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 from mpidp.training.audits import audit_weights
 from mpidp.training.job import Job
 from mpidp.training.state import Position
@@ -23,29 +23,29 @@ def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> Non
     at, wait, enter = job.position, wait or end is not None, job.services.observers.enter
     if wait:
         with job.services.clock.timed("checkpoint"):
-            job.saver.finish(enter=enter)
+            job.saver.wait_for_save(enter=enter)
     if job.saver.step != at.step or end is not None:  # a resumed run skips the batches skipped since then again
         with job.phase("checkpoint"):
             audit_weights(job, now=True)  # a checkpoint must hold correct weights
             entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
             job.saver.begin(at.step, entries, {"position": asdict(at), "end": end, **job.record.meta}, wait)
             if wait:
-                job.saver.finish(must=True, enter=enter)
+                job.saver.wait_for_save(must=True, enter=enter)
     report_saves(job)
 
 
 def report_saves(job: Job) -> None:
     """Report finished and failed checkpoints. Independent."""
-    for event in job.saver.news():
+    for event in job.saver.pop_events():
         job.record.write(event)
         if event["event"] == "saved":
             path = job.run_dir / "checkpoints" / f"step_{event['step']:08d}"
-            job.services.progress.say(f"step {event['step']}  saved {path}")
+            job.services.progress.print(f"step {event['step']}  saved {path}")
 
 
 def restore(job: Job, reader: Reader) -> None:
     """Load parameters, optimizer state and position from a checkpoint, whatever its number of ranks. Collective over job.comm."""
-    with together(job.comm), manifest.readable(reader.path), torch.no_grad():
+    with raise_together(job.comm), manifest.readable(reader.path), torch.no_grad():
         job.parts.load(reader, job.engine.model)
         job.strategy.load_state_dict(job.parts.strategy_state(reader, job.engine.model, job.strategy.state_dict()))
         job.state.position = Position(**reader.meta["position"])

@@ -15,13 +15,13 @@ from mpidp.comm.work_stealing import Tickets
 from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import Reducer
 from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.tree import REDUCERS, slots_needed
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
-from mpidp.runtime.topology import Mesh
+from mpidp.runtime.topology import Topology
 from mpidp.training.balance import BALANCES, Balance, Terms, even
 
 
@@ -33,7 +33,7 @@ class MemoryRequest(Protocol):
         """The resolved configuration."""
 
     @property
-    def mesh(self) -> Mesh:
+    def mesh(self) -> Topology:
         """The replicas."""
 
     @property
@@ -99,7 +99,7 @@ def held_floats(config: Config, slots: int, size: int) -> float:
 
 def share_memory(
     plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
-    parts: Parts | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
+    parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
 ) -> DataParallelMemory:
     """Make groups, balance and reducer as configured; rank 0 prints which.
 
@@ -128,7 +128,7 @@ def share_memory(
         raise UsageError.on_every_rank(f"comm.transport=window is not possible here, only {how}. Use comm.transport=auto")
     tickets = None
     if kind == "steal":
-        if tolerant():
+        if launched_with_ulfm():
             kind, how = "even", f"{how}; balance even: stealing needs a window, and a window fails with any of its ranks"
         elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
@@ -137,10 +137,10 @@ def share_memory(
     reducer: Reducer
     balance = BALANCES[kind](Terms(
         lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,
-        lambda: reducer.may_take(), c.strategy.servers,
+        lambda: reducer.has_free_slot(), c.strategy.servers,
     ))
     seen: dict[str, Any] = {
-        "observers": observers, "over_parts": parts.norm if parts is not None and parts.grid.parts > 1 else None,
+        "observers": observers, "norm_over_parts": parts.norm if parts is not None and parts.grid.parts > 1 else None,
     }
     if c.comm.compress == "none":
         reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots, **seen)

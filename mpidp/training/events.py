@@ -25,8 +25,8 @@ def record_start(job: Job) -> None:
 def spent(job: Job) -> dict[str, Any]:
     """Seconds of each phase and bytes sent since the last call. The strategy's communication counts as comm_wait, not as update.
     Independent."""
-    seconds = job.services.clock.take()
-    sent_bytes, comm_seconds = job.transport.take()
+    seconds = job.services.clock.pop_seconds()
+    sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:
         seconds["comm_wait_seconds"] += comm_seconds
         seconds["update_seconds"] -= comm_seconds
@@ -61,9 +61,9 @@ def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
     """Write the end, with the seconds since the last step. Collective over job.comm."""
-    rest = job.services.clock.take()
+    rest = job.services.clock.pop_seconds()
     if job.record.facts.get("energy_of"):
-        rest["energy_joules"] = job.comm.allreduce(job.services.meter.take(now=True))
+        rest["energy_joules"] = job.comm.allreduce(job.services.meter.pop_joules(now=True))
     job.record.write(end | rest)
 
 

@@ -17,13 +17,13 @@ from mpi4py import MPI
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
-from mpidp.hf.folder import COME_ALONG, Folder
-from mpidp.parallel.model_part import Parts
+from mpidp.hf.folder import COMPANION_FILES, ModelFolder
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
-from mpidp.runtime.world import together
+from mpidp.runtime.world import raise_together
 
 KEYS = (  # of section model: what decides its weights and what they compute
     "kind", "options", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
@@ -37,7 +37,7 @@ class Origin:
 
     path: str  # as train.init_from has it
     settings: dict[str, Any]  # of section model
-    weights: Reader | Folder | None = None  # None: the run has a checkpoint of its own
+    weights: Reader | ModelFolder | None = None  # None: the run has a checkpoint of its own
     tokenizer: Path | None = None  # its tokenizer.json, where it has one
     come_along: tuple[Path, ...] = ()  # files to be kept in RUN/hf
     weights_sha256: str = ""  # once they were loaded
@@ -63,11 +63,11 @@ class Origin:
                 f"Prepare the text again: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"
             )
 
-    def load(self, parts: Parts, model: Any) -> Origin:
+    def load(self, parts: ModelPartition, model: Any) -> Origin:
         """This rank's part of the weights, into a model that is whole on its replica's ranks. Afterwards their hash is known, by
         which they are the same on any mesh. DataError for others than wanted. Collective over parts.grid.world."""
         assert self.weights is not None
-        with together(parts.grid.world), readable(Path(self.path)):
+        with raise_together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
         found = parts.sha256(model)
         if self.wanted_sha256 not in ("", found):
@@ -91,7 +91,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     if not config.train.init_from:
         return None
     kept, is_run, path = None, False, Path(config.train.init_from)
-    with together(world):
+    with raise_together(world):
         if world.rank == 0:
             kept = None if config.model.lora_rank else _kept(config)  # adapters are saved without what they lie on
             is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
@@ -107,9 +107,9 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         return kept
     if is_run:
         return _of_run(str(path), open_run(path, world))
-    with together(world):
-        folder = Folder(path)
-        come_along = tuple(path / name for name in COME_ALONG if (path / name).is_file())
+    with raise_together(world):
+        folder = ModelFolder(path)
+        come_along = tuple(path / name for name in COMPANION_FILES if (path / name).is_file())
         return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along), path)
     raise AssertionError
 
@@ -136,10 +136,10 @@ def _of_run(path: str, reader: Reader) -> Origin:
             f"train.init_from={path} is a run of adapters: export it (python -m mpidp.export), and begin with that folder"
         )
     with readable(reader.path):
-        saved, plain = reader.meta["config"], {key: value for key, _, value in fields_of()}
+        saved, plain = reader.meta["config"], Config().flat()
         settings = {key: saved.get(f"model.{key}", plain[f"model.{key}"]) for key in KEYS}
         settings["vocab_size"] = int(reader.meta["shape"]["vocab_size"])
-    come_along = tuple(run / "hf" / name for name in COME_ALONG if (run / "hf" / name).is_file())
+    come_along = tuple(run / "hf" / name for name in COMPANION_FILES if (run / "hf" / name).is_file())
     return _with_tokenizer(Origin(path, settings, reader, come_along=come_along), run)
 
 

@@ -17,8 +17,8 @@ from mpidp.data.loader import Loader
 from mpidp.faults.audit import Audit
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.grid import Grid
-from mpidp.parallel.model_part import Parts
-from mpidp.runtime.topology import Mesh
+from mpidp.parallel.model_part import ModelPartition
+from mpidp.runtime.topology import Topology
 from mpidp.strategies.protocol import Strategy
 from mpidp.training.balance import Balance
 from mpidp.training.data_parallel import DataParallelMemory
@@ -34,7 +34,7 @@ class Job:
     """The parts of a training, ready to run. build.py makes one."""
 
     plan: RunPlan
-    parts: Parts  # which part of the model this rank holds
+    parts: ModelPartition  # which part of the model this rank holds
     engine: Engine
     strategy: Strategy
     memory: DataParallelMemory  # who shares lanes and memory with whom
@@ -60,7 +60,7 @@ class Job:
         return self.plan.grid
 
     @property
-    def mesh(self) -> Mesh:
+    def mesh(self) -> Topology:
         """The replicas of this rank's part of the model."""
         return self.plan.mesh
 

@@ -10,7 +10,7 @@ from mpidp.data.loader import Loader
 from mpidp.errors import MpidpError
 from mpidp.faults.stop import StopRequest
 from mpidp.metrics.jsonl import past
-from mpidp.runtime.environment import tolerant
+from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import is_failure
 from mpidp.training.after_step import ended, evaluate, follow_up, log_update, rebalance, skip
 from mpidp.training.audits import audit_weights
@@ -35,7 +35,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
             with job.phase("compute") as seconds:
                 done = compute(job, batch)
             with job.phase("comm_wait"):
-                report = exchange_reports(job, done, seconds(), stop.wanted())
+                report = exchange_reports(job, done, seconds(), stop.requested())
             with job.phase("update"):
                 lr = job.schedule.lr_at(at.step + 1)
                 stats = job.strategy.step(lr, report.divisor, at.norm_limit(job.config.train.spike))
@@ -82,7 +82,7 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
     lost = False
     try:
         end = fit(job, loader, stop)
-        services.progress.say(f"done: step {end['step']}  val_loss {end['val_loss']}  weights_sha256 {end['weights_sha256']}")
+        services.progress.print(f"done: step {end['step']}  val_loss {end['val_loss']}  weights_sha256 {end['weights_sha256']}")
         close(job)
         return end
     except MpidpError as error:
@@ -104,11 +104,11 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
 def close(job: Job) -> None:
     """Finish the checkpoint that is being written, and give the shared memory back; the model is gone with it. Collective over
     job.comm."""
-    job.saver.finish(enter=job.services.observers.enter)
+    job.saver.wait_for_save(enter=job.services.observers.enter)
     report_saves(job)
-    if not tolerant():
+    if not launched_with_ulfm():
         job.balance.close()
         job.strategy.close()
         job.transport.close()
     else:  # no memory is MPI's, and other ranks may fail at any moment
-        job.strategy.leave()
+        job.strategy.release()

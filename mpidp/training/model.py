@@ -11,15 +11,14 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.comm.transport import Messages
-from mpidp.config.schema import fields_of
 from mpidp.model.frozen import trained
-from mpidp.model.shape import OwnShape
+from mpidp.model.shape import CustomShape
 from mpidp.model.starting import base_weights, prepared
-from mpidp.parallel.model_part import Parts
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.tensor import loss_over, share_layers
-from mpidp.parallel.tensor_comm import Ring
-from mpidp.runtime.agreement import agree, parameters_told
-from mpidp.runtime.world import together
+from mpidp.parallel.tensor_comm import TensorComm
+from mpidp.runtime.agreement import check_agreement, parameter_facts
+from mpidp.runtime.world import raise_together
 from mpidp.training.initial_weights import Origin
 from mpidp.training.run_plan import RunPlan
 
@@ -30,7 +29,7 @@ class TrainedModel:
 
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
-    parts: Parts
+    parts: ModelPartition
     token_losses: Callable[[Tensor, Tensor], Tensor] | None  # over a sharded vocabulary; None: the plain cross entropy
     origin: Origin | None  # of the initial weights, where they were not drawn
 
@@ -38,38 +37,38 @@ class TrainedModel:
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
     """module: the model of a job that this one continues; None: a new one. Collective over plan.world."""
     config, grid = plan.config, plan.grid
-    parts, origin = Parts(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
+    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:
         module, origin = _new(plan, parts)
     token_losses = None
     if grid.tp.size > 1:
-        ring = Ring(grid, transport, config.mesh.sequence)
+        ring = TensorComm(grid, transport, config.mesh.sequence)
         share_layers(module, ring)
         token_losses = loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
     return TrainedModel(module, trained(module), parts, token_losses, origin)
 
 
-def _new(plan: RunPlan, parts: Parts) -> tuple[Any, Origin | None]:
+def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
     """A model with its initial weights, equal on all replicas."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
-    settings = {key: value for key, _, value in fields_of(config)}
+    settings = config.flat()
     base = base_weights(settings, shape, parts.part)
     if origin is not None and origin.weights is not None:
         origin = origin.load(parts, base)
-    with together(world):
+    with raise_together(world):
         module: Any = prepared(base, settings, shape, parts.part)
     if config.mesh.shard < 2:  # FSDP2 moves one block at a time, so no device ever holds the whole model
         module.to(plan.device)
     module.recompute = config.train.recompute
-    agree(plan.mesh.dp, parameters_told(trained(module)) | (module.facts() if isinstance(shape, OwnShape) else {}))
-    if isinstance(shape, OwnShape):
+    check_agreement(plan.mesh.dp, parameter_facts(trained(module)) | (module.facts() if isinstance(shape, CustomShape) else {}))
+    if isinstance(shape, CustomShape):
         _begin_alike(module, parts, world)
     if config.train.compile:
         module.compile_blocks()
     return module, origin
 
 
-def _begin_alike(module: Any, parts: Parts, world: MPI.Intracomm) -> None:
+def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
     """Give every rank the initial weights of rank 0, with a warning where the user's factory drew others. Collective over
     world."""
     others = parts.begin_alike(module)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from mpidp.checkpoint.manifest import committed
 from mpidp.errors import Damaged, MpidpError
-from mpidp.faults.respawn import grow
+from mpidp.faults.respawn import add_rank
 from mpidp.faults.stop import StopRequest
 from mpidp.parallel.grid import whole
 from mpidp.runtime import command
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from mpidp.runtime.ulfm import commit, shrink
 from mpidp.training.job import Job
 from mpidp.training.run_plan import RunPlan
@@ -71,18 +71,19 @@ def must_grow(crew: Crew, job: Job) -> bool:
     crew.step, crew.attempts = job.position.step, 1 + crew.attempts * (crew.step == job.position.step)
     crew.respawn = crew.attempts <= ATTEMPTS
     if not crew.respawn:
-        job.services.progress.say(f"new ranks failed {ATTEMPTS} times at step {crew.step}: continuing with {job.comm.size} ranks")
+        failed = f"new ranks failed {ATTEMPTS} times at step {crew.step}"
+        job.services.progress.print(f"{failed}: continuing with {job.comm.size} ranks")
     return crew.respawn
 
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
     """Return the world with a replacement rank at its end; or the same world, and no more attempts, when none can be started.
-    before: the job that grows; replacement ranks have none. Lost when a rank fails. Collective over world."""
+    before: the job that grows; replacement ranks have none. RankFailure when a rank fails. Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
         beat = before.services.watchdog.beat
-    larger = grow(world, crew, beat)
+    larger = add_rank(world, crew, beat)
     crew.number += 1
     if larger is not None:
         return larger
@@ -99,7 +100,7 @@ def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int)
     of this rank. Collective over world."""
     command.go_on_in(world)
     known = all(world.allgather(plan is not None))
-    mesh = make_mesh(world, plan.mesh if plan is not None else None, number)
+    mesh = make_topology(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:
         return replace(plan, grid=whole(mesh))
     return replace(make_plan(crew.config, whole(mesh)), asked_threads=crew.asked_threads)
@@ -118,7 +119,7 @@ def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple
     lost = [{"rank": number, "host": host} for number, host in ranks if number not in plan.mesh.numbers]
     seconds = time.monotonic() - failed_at
     names = ", ".join(f"{one['rank']} ({one['host']})" for one in lost)
-    job.services.progress.say(
+    job.services.progress.print(
         f"step {job.position.step}  lost ranks {names}: continuing with {job.comm.size} ranks after {seconds:.2f} s"
     )
     return job, {"event": "recovered", "lost": lost, "ranks": job.comm.size, "seconds": seconds}
@@ -127,7 +128,7 @@ def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple
 def abandon(job: Job, stop: StopRequest | None) -> None:
     """Release a job that no rank continues; the next job starts from the last checkpoint. Independent."""
     job.saver.close()
-    job.strategy.leave()
+    job.strategy.release()
     job.services.watchdog.close()
     if stop is not None:
         stop.close()
@@ -143,7 +144,7 @@ def _take_over(job: Job, before: Job) -> None:
     first = reached.index(max(reached))  # a rank that got furthest after the step, for example through an evaluation
     job.state.adopt(job.comm.bcast(before.state.portable(), root=first))
     job.state.recovered = True
-    job.strategy.go_on_from(before.strategy)
+    job.strategy.resume_after_failure(before.strategy)
     names = [path.name for path in committed(job.run_dir / "checkpoints")] if job.comm.rank == 0 else []
     job.saver.resumed_at(job.comm.bcast(int(names[0].rpartition("_")[2]) if names else -1))
 
@@ -154,10 +155,10 @@ def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float)
     world = plan.world
     if before is not None:
         before.saver.close()
-        before.strategy.leave()
+        before.strategy.release()
     with commit(world):
         job = build(plan, None)
-        job.strategy.take_over(before.strategy if before is not None else None)
+        job.strategy.resume_with_new_ranks(before.strategy if before is not None else None)
         held = None if before is None else (before.state.portable(), before.saver.step, before.mesh.numbers)
         state, saved_step, old = world.bcast(held)
         job.state.adopt(state)
@@ -167,5 +168,5 @@ def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float)
     came = [number for number in plan.mesh.numbers if number not in old]
     seconds = time.monotonic() - failed_at
     words = f"new ranks {', '.join(map(str, came))}: continuing with {world.size} ranks after {seconds:.2f} s"
-    job.services.progress.say(f"step {job.position.step}  {words}")
+    job.services.progress.print(f"step {job.position.step}  {words}")
     return job, {"event": "respawned", "came": came, "ranks": world.size, "seconds": seconds}

@@ -51,9 +51,9 @@ class Record:
 def read_record(run: str, world: Any) -> Record:
     """As rank 0 sees it. UsageError when there is no such run. Collective over world."""
     from mpidp.checkpoint.manifest import committed
-    from mpidp.runtime.world import together
+    from mpidp.runtime.world import raise_together
 
-    with together(world):
+    with raise_together(world):
         file = Path(run) / "metrics.jsonl"
         text = file.read_bytes() if file.is_file() else b""
         said = [json.loads(line) for line in text.split(b"\n")[:-1]]  # the rest is half a line
@@ -106,7 +106,7 @@ class Replay:
         from mpidp.checkpoint.resume import open_run
         from mpidp.config import command_line, rules
         from mpidp.parallel.grid import make_grid
-        from mpidp.runtime.world import together
+        from mpidp.runtime.world import raise_together
         from mpidp.training import build
 
         if not 1 <= last <= record.last:
@@ -118,7 +118,7 @@ class Replay:
                 break
             except CheckpointError as error:
                 say(world, f"passed over an invalid checkpoint: {error}")
-        with together(world):  # the settings in force: the next checkpoint's; after the last one, the last start's
+        with raise_together(world):  # the settings in force: the next checkpoint's; after the last one, the last start's
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
@@ -126,7 +126,7 @@ class Replay:
             name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
             if kind(name, quorum) != "synchronous":
                 raise UsageError(
-                    f"{record.path} was trained with {rules.asked(name, quorum)}: its steps are its ranks' own, "
+                    f"{record.path} was trained with {rules.method_setting(name, quorum)}: its steps are its ranks' own, "
                     "and only steps that all ranks made together can be replayed"
                 )
             if reader is not None and not settings.get("model.lora_rank", 0):
@@ -189,12 +189,12 @@ class Replay:
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
         """Each micro-batch by itself, in a spare slot: its mean loss, and the norm of that one's gradient. Collective."""
         from mpidp.comm.slices import global_norm
-        from mpidp.faults.audit import Aside
+        from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b
 
         job, rows = self.job, []
         for v in job.micro_batches():
-            aside = Aside(job.audit.buffer, len(job.audit.buffer.flat) - 1)
+            aside = SpareSlot(job.audit.buffer, len(job.audit.buffer.flat) - 1)
             done = job.engine.run(one_f_one_b([v]), batch, aside)
             tokens = max(1, done.num_tokens[0])
             norm = float(global_norm(aside.gradient)) * job.engine.nominal_tokens / tokens

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import readable
 from mpidp.checkpoint.reader import Reader
-from mpidp.checkpoint.resume import fingerprint, refuse_changes
+from mpidp.checkpoint.resume import fingerprint, reject_changed_settings
 from mpidp.comm.nccl import check_nccl
 from mpidp.config import resolve
 from mpidp.config.schema import Config, checked, fields_of, to_toml
@@ -28,12 +28,12 @@ from mpidp.model.part import Part, part_of, refuse
 from mpidp.model.shape import Shape, TransformerShape, num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.parallel.grid import Grid
-from mpidp.parallel.model_part import Parts
-from mpidp.runtime.agreement import agree, versions
+from mpidp.parallel.model_part import ModelPartition
+from mpidp.runtime.agreement import check_agreement, versions
 from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
-from mpidp.runtime.environment import numbers, tolerant
-from mpidp.runtime.topology import Mesh
-from mpidp.runtime.world import together
+from mpidp.runtime.environment import launched_with_ulfm, numbers
+from mpidp.runtime.topology import Topology
+from mpidp.runtime.world import raise_together
 from mpidp.strategies.arrivals import Order, read_arrivals
 from mpidp.training.data_parallel import STATE, gradient_slots, held_buffers, held_floats
 from mpidp.training.initial_weights import Origin, open_origin
@@ -64,7 +64,7 @@ class RunPlan:
         return Path(self.config.run.dir)
 
     @property
-    def mesh(self) -> Mesh:
+    def mesh(self) -> Topology:
         """The replicas of this rank's part of the model, which is all of it unless mesh.tp or mesh.pp say otherwise."""
         return self.grid.replicas
 
@@ -95,7 +95,7 @@ class RunPlan:
         whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
         trained, asked = count, bool(c.model.lora_rank or c.optim.freeze)
         if asked:
-            settings = {key: value for key, _, value in fields_of(c)}
+            settings = c.flat()
             trained = sum(map(math.prod, trained_sizes(settings, self.shape, self.part).values()))
         floats = held_floats(c, slots, dp.size) * trained + max(0, count - trained)
         print(
@@ -115,11 +115,11 @@ class RunPlan:
         when a setting that must not change has changed. Collective over world."""
         plan = self
         if reader is not None:
-            with together(self.world), readable(reader.path):
+            with raise_together(self.world), readable(reader.path):
                 saved = reader.meta["fingerprint"]
                 if not self.asked_threads:
                     plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
-                refuse_changes(reader.meta["config"], plan.config)
+                reject_changed_settings(reader.meta["config"], plan.config)
                 if reader.meta["data"] != self.training.index_sha256:
                     raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
             if self.origin is not None and self.origin.weights is not None:  # of adapters; all else is in the checkpoint
@@ -142,7 +142,7 @@ class RunPlan:
             if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
                 return end
             rules = ("train.steps", "train.target_loss", "train.patience")
-            now = {key: value for key, _, value in fields_of(self.config)}
+            now = self.config.flat()
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
     def say_ended(self, end: dict[str, Any]) -> None:
@@ -173,12 +173,12 @@ def plan(config: Config, grid: Grid) -> RunPlan:
     grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
     origin = open_origin(config, world)
-    with together(world):
+    with raise_together(world):
         config = config if origin is None else checked(origin.completed(config))
     threads = resolve_threads(config.train.threads, grid.everyone)
     torch.set_num_threads(threads)
     validation: TokenStream | None = None
-    with together(world):
+    with raise_together(world):
         device = resolve_device(config.train.device, grid.everyone)
         dtype = resolve_dtype(config.train.dtype, device)
         check_compiler(config.train.compile, device)
@@ -218,7 +218,7 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         )
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
     check_nccl(config.comm.gpu, device, grid.replicas)
-    with together(world):
+    with raise_together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)
         refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if training.apart and not isinstance(shape, TransformerShape):
@@ -226,15 +226,15 @@ def plan(config: Config, grid: Grid) -> RunPlan:
                 f"model.kind={config.model.kind} on documents that are kept apart ({config.data.path}): it is not told where one "
                 "ends. Use model.kind=transformer, or data.documents=joined"
             )
-        if grid.parts > 1 and tolerant():
+        if grid.parts > 1 and launched_with_ulfm():
             raise UsageError(
                 "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
                 "no other in its replica has. Start without it: when a rank dies the job ends, and the same command goes on "
                 "from the last checkpoint"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
-    with together(world):
-        trained_sizes(settings, shape, Parts(grid, shape, chunks=config.mesh.interleave).part)
+    with raise_together(world):
+        trained_sizes(settings, shape, ModelPartition(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
-    agree(world, facts | versions())
+    check_agreement(world, facts | versions())
     return RunPlan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpidp.checkpoint.resume import fingerprint
-from mpidp.config.schema import fields_of, to_toml
+from mpidp.config.schema import to_toml
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import peak_flops
 from mpidp.metrics.tensorboard import Scalars
@@ -71,7 +71,7 @@ def make_run_record(
     """before: the record of the job that this one continues. Writes config.toml and the tokenizer of a new run. Independent."""
     config, first = plan.config, plan.world.rank == 0
     meta = {
-        "config": {key: value for key, _, value in fields_of(config)},
+        "config": config.flat(),
         "fingerprint": fingerprint(config, plan.device),
         "data": plan.training.index_sha256,
         "tokenizer": plan.training.tokenizer_sha256,

@@ -10,12 +10,12 @@ import torch
 from mpi4py import MPI
 
 from mpidp.config.rules import steps_of
-from mpidp.faults.heartbeat import open_board
-from mpidp.faults.inject import Faults
+from mpidp.faults.heartbeat import open_heartbeat_board
+from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
 from mpidp.faults.watchdog import Watchdog
 from mpidp.metrics.clock import Clock
-from mpidp.metrics.energy import Meter, agreed, open_meter
+from mpidp.metrics.energy import Meter, common_counters, open_meter
 from mpidp.metrics.progress import Progress
 from mpidp.metrics.timeline import Timeline
 from mpidp.runtime.observers import StepObserver, StepObservers
@@ -27,7 +27,7 @@ from mpidp.training.state import RunState
 class Services:
     """The parts of a job that training would work without."""
 
-    faults: Faults  # injected on this rank
+    faults: InjectedFaults  # injected on this rank
     watchdog: Watchdog
     timeline: Timeline
     observers: StepObservers  # the three above, as one
@@ -44,12 +44,12 @@ class Services:
 
 
 def make_services(
-    plan: RunPlan, state: RunState, faults: Faults, lock: RunLock | None, on_hang: Callable[[str], None],
+    plan: RunPlan, state: RunState, faults: InjectedFaults, lock: RunLock | None, on_hang: Callable[[str], None],
     more: Sequence[StepObserver] = (),
 ) -> Services:
     """on_hang: is called with the report of a hang. more: further observers of every step. Collective over plan.world."""
     config, world, host = plan.config, plan.world, plan.grid.everyone.host
-    board = open_board(world, host, plan.run_dir) if config.run.hang_seconds else None
+    board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
     # With one rank os._exit is enough. With several, mpirun takes the exit code from MPI_Abort.
     abort: dict[str, Any] = {"abort": world.Abort} if world.size > 1 else {}
     watchdog = Watchdog(board, config.run.hang_seconds, 10.0 if config.train.compile else 3.0, on_hang=on_hang, **abort)
@@ -70,5 +70,5 @@ def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intra
     rows = world.allgather((machine, str(device) if cuda else host, uuid))
     reads = [row[0] for row in rows].index(machine) == world.rank
     meter, found = open_meter(wanted, reads, sorted({row[2] for row in rows if row[0] == machine and row[2]}))
-    measured, why = agreed(world.allgather(found))
+    measured, why = common_counters(world.allgather(found))
     return meter, {"devices": len({row[:2] for row in rows}), "energy_of": measured, "energy_not": why}

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from mpidp.comm.slices import squares_of_blocks
 from mpidp.data.loader import Batch
 from mpidp.errors import MpidpError
-from mpidp.faults.audit import Aside, Finding
+from mpidp.faults.audit import AuditFinding, SpareSlot
 from mpidp.parallel.engine import Computed
 from mpidp.parallel.schedule import interleaved, one_by_one, one_f_one_b
-from mpidp.reducers.base import Look
+from mpidp.reducers.base import LaneObserver
 from mpidp.training.audits import report_finding
 from mpidp.training.job import Job
 
@@ -28,15 +28,15 @@ def compute(job: Job, batch: Batch) -> Computed:
     if noise_every and step % noise_every == 0:
         looks.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
     if not job.audit.due(step):
-        job.strategy.watch([*faults.spoils(step), *looks])
+        job.strategy.observe_lanes([*faults.gradient_faults(step), *looks])
         return _run(job, batch, squares, job.balance.lanes(batch.batch))
-    finding: Finding | None = None
+    finding: AuditFinding | None = None
     for attempt in range(ATTEMPTS):
         again, _ = job.audit.begin(step, job.balance.ranges)
-        job.strategy.watch([*faults.spoils(step, attempt), *looks, job.audit.look])
+        job.strategy.observe_lanes([*faults.gradient_faults(step, attempt), *looks, job.audit.record])
         # Lanes do not move between ranks in this step. Otherwise a rank could be asked to check itself.
         done = _run(job, batch, squares, iter(job.balance.ranges[job.mesh.dp.rank]))
-        finding = _compute_again(job, batch, again, faults.spoils(step, attempt=1))
+        finding = _compute_again(job, batch, again, faults.gradient_faults(step, attempt=1))
         if finding is None:
             return done
         report_finding(job, step, finding, "the step is computed again")
@@ -49,7 +49,7 @@ def compute(job: Job, batch: Batch) -> Computed:
 
 
 def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]) -> Computed:
-    if job.balance.settled:
+    if job.balance.static:
         mine = [v for lane in lanes for v in job.lanes.micro_batches(lane)]
         place, chunks = (job.grid.pp.rank, job.grid.pp.size), len(job.parts.part.chunks)
         schedule = one_f_one_b(mine, *place) if chunks == 1 else interleaved(mine, *place, chunks)
@@ -60,9 +60,9 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
     return done
 
 
-def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[Look]) -> Finding | None:
+def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
     """Compute a lane of another rank in a spare slot and compare. spoils: injected faults. Collective over job.comm."""
-    aside = Aside(job.audit.buffer, -1)
+    aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:
         spoil(lane, aside.gradient)

@@ -47,17 +47,17 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     this call no rank copies the state for a checkpoint any more, so an update may change it. Collective over job.comm."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # part of comm_wait, but not communication
-        job.saver.linger(step)
-        job.saver.copied()
-    synchronized, rank, size = job.strategy.meets(step), job.comm.rank, job.comm.size
+        job.saver.wait_for_recent_save(step)
+        job.saver.wait_for_copy()
+    synchronized, rank, size = job.strategy.synchronizes_at(step), job.comm.rank, job.comm.size
     count = job.lanes.num_micro_batches
     lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, data, counts, squares, saving, stops, steps, joules = np.split(flat, np.cumsum(lengths)[:-1])
-    reports_losses = job.engine.tells  # else another rank of this replica reports them
+    reports_losses = job.engine.reports_loss  # else another rank of this replica reports them
     if reports_losses or not synchronized:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
-    data[rank], joules[0] = clock.so_far("data"), job.services.meter.take()
+    data[rank], joules[0] = clock.so_far("data"), job.services.meter.pop_joules()
     spent[rank], counts[rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
     steps[0] = rank == 0
@@ -72,7 +72,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
         state.unreported = None
     saving[:], stops[0] = job.saver.flags(), stop
     job.memory.group.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
-    divisor = int(num_tokens.sum()) if job.strategy.meets_always else own_tokens
+    divisor = int(num_tokens.sum()) if job.strategy.synchronizes_always else own_tokens
     any_stop, rest = bool(stops[0]), (int(steps[0]), float(joules[0]))
     return StepReport(losses, num_tokens, spent, data, counts, squares, saving, any_stop, True, divisor, *rest)
 

@@ -76,7 +76,7 @@ def test_where_one_cannot_all_send_messages(near: Any, monkeypatch: pytest.Monke
         if why == "told":
             monkeypatch.setenv(neighbours.NEAR, "messages")
         elif why == "another process":
-            monkeypatch.setattr(neighbours.Neighbours, "_read", lambda *_: None)  # what lies there is not what was told
+            monkeypatch.setattr(neighbours.Neighbours, "_read", lambda *_: None)  # memory with unexpected content
         else:
             monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
     tensor, part = torch.full((3000,), float(RANK)), torch.empty(7)

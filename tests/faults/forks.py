@@ -1,6 +1,6 @@
-"""A process that has imported torch and mpidp; for each task (a line of JSON) it forks a child that runs one command.
+"""A server process that has imported torch and mpidp. For each task (a line of JSON) it forks a child that runs one command.
 
-The child starts MPI alone, as `python -m MODULE` would. The answer is a line of JSON with exit code and words.
+The child initializes MPI itself, as `python -m MODULE` would. The answer is a line of JSON with exit code and output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import mpi4py
 
-mpi4py.rc.initialize = False  # a fork of a process in which MPI runs could not use it: each child starts it
+mpi4py.rc.initialize = False  # MPI cannot be used in a fork of a process that has initialized it, so each child initializes it
 mpi4py.rc.finalize = True
 
 import torch._dynamo  # noqa: E402, F401  (torch's optimizers import it when they are first used: a second each time)
@@ -29,7 +29,7 @@ import mpidp.checkpoint.saver  # noqa: E402
 import mpidp.inference.loading  # noqa: E402, F401
 import mpidp.training.build  # noqa: E402, F401
 
-mpidp.checkpoint.saver.YOUNG_SECONDS = 60.0  # on a busy machine no checkpoint of a toy run is left out
+mpidp.checkpoint.saver.YOUNG_SECONDS = 60.0  # so that no checkpoint of a toy run is left out
 
 
 def serve() -> None:
@@ -51,7 +51,7 @@ def serve() -> None:
 
 
 def become(task: dict[str, Any], out: int, err: int) -> NoReturn:
-    """The command. At its end it does what the interpreter does, but for taking all of torch apart, object by object."""
+    """Run the command. At the end do what the interpreter does, except for destroying all of torch's objects."""
     os.setsid()
     os.dup2(out, 1)
     os.dup2(err, 2)
@@ -77,7 +77,7 @@ def become(task: dict[str, Any], out: int, err: int) -> NoReturn:
 
 
 def wait(child: int, deadline: float) -> int | None:
-    """Its exit code, or None when it had to be killed."""
+    """Return the exit code, or None if the child had to be killed."""
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

@@ -1,11 +1,11 @@
-"""Ranks are killed every few seconds; the weights must be those of a run that nothing happened to. Prints the goodput: seconds of
-steps that count, over seconds from the first command to the end.
+"""Kill ranks every few seconds; the weights must equal those of a run without failures. Prints the goodput: seconds of kept steps
+divided by seconds from the first command to the end.
 
     python -m tests.faults.soak [--short] [--ranks 8] [--kills 6] [--every 30] [--seed 1] [--way ulfm|restart]
 
-ulfm: one job of Open MPI, whose other ranks go on. restart: MPICH's job dies with a rank, and mpirun is started again, from the
-last checkpoint. Who is killed, and when, follows from the seed; a kill may meet a rank that starts. On a machine that trains
-faster than it did when the steps were counted, kills come earlier: each once its share of the steps is done.
+ulfm: one Open MPI job, whose remaining ranks continue. restart: MPICH's job ends when a rank fails, and mpirun is started again
+from the last checkpoint. The seed determines which rank is killed and when; a kill may hit a rank that is just starting. If the
+machine trains faster than when the steps were counted, kills come earlier: each after its share of the steps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ tries = 99
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, as far as they are whole."""
+    """Return the complete lines of metrics.jsonl."""
     text = (run / "metrics.jsonl").read_bytes() if (run / "metrics.jsonl").exists() else b""
     return [json.loads(line) for line in text.split(b"\n")[:-1]]
 
@@ -66,7 +66,7 @@ def start(shell: Shell, ranks: int, run: str, steps: int, ulfm: bool = False) ->
 
 
 def without_faults(shell: Shell, ranks: int, seconds: float) -> tuple[int, str]:
-    """(steps that take about so long on so many ranks, the hash of their weights)."""
+    """Return (number of steps that take about `seconds` on so many ranks, hash of their weights)."""
     start(shell, ranks, "probe", 12).wait(300)
     step = statistics.median(line["step_seconds"] for line in lines(shell.folder / "probe") if "train_loss" in line)
     steps = max(20, int(seconds / step))
@@ -77,11 +77,11 @@ def without_faults(shell: Shell, ranks: int, seconds: float) -> tuple[int, str]:
 
 
 def soak(shell: Shell, way: str, options: argparse.Namespace, steps: int, right: str) -> bool:
-    """Train with kills; says what came of it, and whether the weights are right."""
+    """Train with kills. Print the result, and return whether the weights are correct."""
     chance, run = random.Random(options.seed), shell.folder / way
     began, starts, killed = time.monotonic(), 1, 0
     job = start(shell, options.ranks, way, steps, way == "ulfm")
-    due = 0.0  # the next kill; the first counts from the first step
+    due = 0.0  # time of the next kill; the first is counted from the first step
     while time.monotonic() - began < 600 + 5 * options.every * options.kills:
         time.sleep(0.02)
         if job.process.poll() is not None:

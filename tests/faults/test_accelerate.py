@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate over backend mpi4py, without patches: examples/accelerate_ddp.py as a user starts it."""
+"""Hugging Face Accelerate over backend mpi4py, without patches: runs examples/accelerate_ddp.py as a user starts it."""
 
 from __future__ import annotations
 

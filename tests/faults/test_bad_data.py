@@ -1,16 +1,16 @@
-"""Data that cannot be trained on: exit code 3, one message that names the file, and nothing begun.
+"""Data that cannot be used for training: exit code 3, one message that names the file, and no run is started.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| no folder, no index, an index that is not one | 3, how to prepare | code, words; no run.dir |
-| a shard missing, cut off, empty, a folder, not HDF5; a flipped bit in a header | 3, the file named | train, verify: words |
-| a flipped bit in the tokens | 3 with data.verify=true and by verify | code, words |
+| no folder, no index, an invalid index | 3, how to prepare data | code, output; no run.dir |
+| a shard missing, truncated, empty, a folder, not HDF5; a flipped bit in a header | 3, the file named | output: train, verify |
+| a flipped bit in the tokens | 3 with data.verify=true and in verify | code, output |
 | hostile HDF5: external storage, links, virtual, chunked, packed, wrong rank, type, shape, user block | 3 | same |
-| the same seen by one rank of several | 3, said once | code of both mpiruns |
-| ids beyond the vocabulary, in training and in validation | 3, file and place | code, words |
-| a corpus shorter than one window; no validation for evaluate | 3 | code, words |
-| tokenizer.json beside the shards missing or cut | 3 | code, words |
-| data of another tokenizer given to evaluate | 3 | code, words |
+| the same on one rank of several | 3, reported once | code of both mpiruns |
+| ids outside the vocabulary, in training and in validation | 3, file and position | code, output |
+| a corpus shorter than one window; no validation split for evaluate | 3 | code, output |
+| tokenizer.json beside the shards missing or truncated | 3 | code, output |
+| data of a different tokenizer given to evaluate | 3 | code, output |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARD = "train_00001.h5"
 
 
 def relist(shards: Path, name: str = SHARD) -> None:
-    """Have index.json vouch for a file's size and checksums as they are now: only its inside can then give it away."""
+    """Update a file's size and checksums in index.json, so that only its content can reveal the fault."""
     index = json.loads((shards / "index.json").read_text())
     record = next(r for r in index["files"] if r["name"] == name)
     record["size"] = (shards / name).stat().st_size
@@ -40,7 +40,7 @@ def relist(shards: Path, name: str = SHARD) -> None:
 
 
 def refused(place: Path, forks: Forks, *phrases: str, verify: bool = True, words: tuple[str, ...] = ()) -> None:
-    """train and verify both refuse the data with code 3 and a message that holds the phrases."""
+    """Assert that train and verify both reject the data with code 3 and a message that contains the phrases."""
     expect(forks.run(place, "mpidp.train", "tiny.toml", *words), 3, *phrases)
     assert not (place / "run").exists()
     if verify:
@@ -56,7 +56,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no files": (lambda i: {k: v for k, v in i.items() if k != "files"}, "files is missing"),
     "fewer tokens": (lambda i: i | {"splits": i["splits"] | {"train": i["splits"]["train"] | {"tokens": 5}}}, "do not add up"),
     "a path": (lambda i: i | {"files": [f | {"name": "../" + f["name"]} for f in i["files"]]}, "is not a plain file name"),
-    "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "names a file twice"),
+    "a file twice": (lambda i: i | {"files": [f | {"name": SHARD} for f in i["files"]]}, "lists a file twice"),
     "negative": (lambda i: i | {"vocab_size": -1}, "vocab_size -1 must be an integer"),
 }
 
@@ -122,7 +122,7 @@ def test_a_shard_that_one_rank_of_several_finds_damaged(either: Shell) -> None:
 
 
 def test_every_flipped_bit_of_a_header_is_refused_or_harmless(place: Path, forks: Forks) -> None:
-    """Headers are small: flip bits all over them. Never a crash, never another exit code than 0 or 3."""
+    """Flip bits all over the headers, which are small. The commands must not crash, and exit with 0 or 3."""
     path = place / "shards" / SHARD
     whole = path.read_bytes()
     rng = np.random.default_rng(1)
@@ -158,7 +158,7 @@ def test_data_verify_of_whole_data(place: Path, forks: Forks) -> None:
     expect(forks.run(place, "mpidp.train", "tiny.toml", "--data.verify=true"), 0)
 
 
-# --- hostile HDF5: files that the index vouches for, whose inside is not what it says
+# --- hostile HDF5: files with valid checksums and invalid content
 
 
 def plain(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -190,14 +190,14 @@ def virtual(file: h5py.File, count: int) -> None:
 
 
 def absurd(file: h5py.File, count: int) -> None:
-    """2**60 tokens in a file of a few kilobytes."""
+    """Declare 2**60 tokens in a file of a few kilobytes."""
     kind = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     kind.set_chunk((2**20,))
     h5py.h5d.create(file.id, b"tokens", h5py.h5t.STD_U16LE, h5py.h5s.create_simple((2**60,)), kind)
 
 
 def unwritten(file: h5py.File, count: int) -> None:
-    """Declared, but no space was ever given to it in the file."""
+    """Declare a dataset without allocating its space in the file."""
     file.create_dataset("tokens", (count,), "<u2")
 
 
@@ -258,7 +258,7 @@ def test_a_user_block(place: Path, forks: Forks) -> None:
 
 
 def with_bad_id(place: Path, name: str, at: int) -> None:
-    """Rewrite a shard with one id beyond the vocabulary; everything else, checksums too, is as it should be."""
+    """Rewrite a shard with one id outside the vocabulary. Everything else, including checksums, stays valid."""
     path = place / "shards" / name
     with h5py.File(path, "r") as good:
         tokens, offsets = good["tokens"][:], good["doc_offsets"][:]

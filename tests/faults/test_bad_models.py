@@ -1,14 +1,15 @@
-"""Models, tokenizers, templates, masks and runs that cannot be used: one message that says what, where and how to mend it.
+"""Models, tokenizers, templates, masks and runs that cannot be used: one message that says what is wrong, where, and how to fix
+it.
 
-| fault | command | expected | judged by |
+| fault | command | expected | checked |
 |---|---|---|---|
-| a Hugging Face folder: files missing; pickled weights | train.init_from | 3: the files, the reason | code, words; no run.dir |
-| shards of another tokenizer; of one larger than the model | train.init_from | 3, 2: the right one | code, words; no run.dir |
-| chats, and no template | prepare | 2: where one is looked for | code, words; no shards |
-| a mask without a target: in all, in what is evaluated | train | 3 before step 1, the split | code, words; no run.dir |
-| a mask that the file does not have | train, verify | 3, the file | code, words; no run.dir |
-| a run that never came to a checkpoint | evaluate, generate, export, report, init_from | 2, 4 | code, words; nothing written |
-| a run that never ended, with checkpoints | evaluate, export, init_from | 0, from the newest | code, words |
+| a Hugging Face folder: files missing, or pickled weights | train.init_from | 3: files, reason | code, output; no run.dir |
+| shards of another tokenizer; of one larger than the model | train.init_from | 3, 2: the right one | code, output; no run.dir |
+| chats without a template | prepare | 2: where a template is searched | code, output; no shards |
+| a mask without targets: everywhere, or in the evaluated part | train | 3 before step 1, the split | code, output; no run.dir |
+| a mask that is listed but missing in the file | train, verify | 3, the file | code, output; no run.dir |
+| a run without any checkpoint | evaluate, generate, export, report, init_from | 2, 4 | code, output; nothing written |
+| an unfinished run with checkpoints | evaluate, export, init_from | 0, from the newest | code, output |
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.faults.test_bad_data import relist
 
 @pytest.fixture(scope="session")
 def exported(finished: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run as a Hugging Face folder, its weights in several files; never changed by a test."""
+    """The finished run exported as a Hugging Face folder, with weights in several files. Tests do not change it."""
     out = tmp_path_factory.mktemp("exported") / "hf"
     expect(forks.run(finished.parent, "mpidp.export", "run", out, "--max-file-gb", "2e-5"), 0)
     assert len(list(out.glob("*.safetensors"))) > 2
@@ -56,8 +57,8 @@ def larger(folder: Path, forks: Forks) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path, Forks], None], int, list[str]]] = {
-    "files missing": (two_missing, 3, ["hf: 2 of ", "files of weights are missing: model-00001-of-"]),
-    "pickled": (pickled, 3, ["hf: its weights are pickled (pytorch_model.bin)", "runs whatever program is in it", "safetensors"]),
+    "files missing": (two_missing, 3, ["hf: 2 of ", "weight files are missing: model-00001-of-"]),
+    "pickled": (pickled, 3, ["hf: its weights are pickled (pytorch_model.bin)", "can execute any code", "safetensors"]),
     "another tokenizer": (another, 3, ["another tokenizer than hf/tokenizer.json", "prepare --tokenizer hf/tokenizer.json"]),
     "a larger tokenizer": (larger, 2, ["model.vocab_size=257", "shards has 260"]),
 }
@@ -89,7 +90,7 @@ def masked(file: h5py.File) -> None:
 
 
 MASKS: dict[str, tuple[str, Callable[[h5py.File], None], str]] = {
-    "no target": ("train_*.h5", masked, "shards: none of the first 3,"),
+    "no target": ("train_*.h5", masked, "shards: the loss mask excludes all of the first 3,"),
     "no target to evaluate on": ("val_*.h5", masked, "targets of split 'val', so there is no loss"),
     "no mask": ("train_00001.h5", unmasked, "shards/train_00001.h5: it has no dataset loss_mask"),
 }

@@ -1,17 +1,17 @@
-"""What `data_tools.prepare` is given: bad text is counted or refused, and the shards that were there stay whole.
+"""Bad input to `data_tools.prepare`: bad text is counted or rejected, and existing shards stay intact.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| the source missing, empty, an empty folder, holding a dangling link, binary, special | 3 | code, words, OUT not made |
-| not UTF-8: replaced, or left out | 0, counted; 3 when nothing is left | words, index.json, verify |
-| binary and empty files among good ones | 0, counted | index.json |
-| malformed .jsonl: left out and counted; with --strict refused | 0; 3 with file and line | words, index.json |
-| cut .jsonl.gz, not parquet | 3, the file | words |
-| tokenizer unknown; tokenizer.json malformed, of no bytes, missing its end of document | 2; 3 | words |
-| options that cannot be | 2 | words |
-| OUT holds foreign .h5 files, a foreign index, is a file, is under a file | 2, nothing touched | bytes of OUT |
-| any failure over shards that were there | they are as they were, and train | bytes of OUT |
-| one rank of two meets the bad file | 3, said once | code of both mpiruns |
+| the source missing, empty, an empty folder, a dangling link, binary, a special file | 3 | code, output, OUT not created |
+| not UTF-8: replaced or left out | 0, counted; 3 if nothing remains | output, index.json, verify |
+| binary and empty files among valid ones | 0, counted | index.json |
+| malformed .jsonl: left out and counted; with --strict rejected | 0; 3 with file and line | output, index.json |
+| truncated .jsonl.gz, invalid parquet | 3, the file | output |
+| tokenizer unknown; tokenizer.json malformed, not for bytes, without end of document | 2; 3 | output |
+| invalid options | 2 | output |
+| OUT contains foreign .h5 files or a foreign index, is a file, is below a file | 2, nothing changed | bytes of OUT |
+| any failure when shards exist | the shards are unchanged and can be trained on | bytes of OUT |
+| one rank of two reads the bad file | 3, reported once | code of both mpiruns |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prepare(place: Path, forks: Forks, *words: object) -> Ended:
 
 
 def about(place: Path) -> dict[str, Any]:
-    """What index.json says of the source."""
+    """Return index.json's entry about the source."""
     found: dict[str, Any] = json.loads((place / "out" / "index.json").read_text())["source"]
     return found
 

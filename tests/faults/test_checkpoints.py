@@ -1,16 +1,16 @@
-"""Damaged checkpoints, a full disk, kills in the midst of writing, and two jobs in one folder.
+"""Damaged checkpoints, a full disk, kills while writing, and two jobs in one folder.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| the newest checkpoint damaged: missing, cut, emptied, a bit flipped | 0 from the one before, reason said | words, hash |
-| all damaged | 4, each reason, how to go on | code of both mpiruns, words |
-| none, with run.resume=must; evaluate and generate where there is no run | 4 | code, words |
+| the newest checkpoint damaged: missing, truncated, empty, a flipped bit | 0 from the one before, reason printed | output, hash |
+| all checkpoints damaged | 4, each reason, how to continue | code of both mpiruns, output |
+| no checkpoint with run.resume=must; evaluate and generate without a run | 4 | code, output |
 | unfinished folders of killed writers | ignored, later removed | hash, listing |
-| killed before each rename, mkdir, unlink, fsync of a save, files torn | the same command goes on, same bits | hash, lines |
-| no space left for the last save | 1, the file named, no traceback; the earlier checkpoint whole, none half there | words, hash |
-| run.dir held by a live process, here or on another host | 2, who holds it | code, words, lock untouched |
-| run.dir held by a dead process, a zombie, one that dies just now, or by a lock cut short | taken over | hash, no lock left |
-| two commands at once in one run.dir | one trains, the other ends with 2 | both codes, hash |
+| killed before each rename, mkdir, unlink, fsync of a save, files torn | the same command resumes, same bits | hash, lines |
+| no space for the last save | 1, the file named, no traceback; earlier checkpoint intact, no partial one | output, hash |
+| run.dir held by a live process, here or on another host | 2, the holder | code, output, lock unchanged |
+| run.dir held by a dead process, a zombie, a process that is just ending, or a truncated lock | taken over | hash, no lock left |
+| two simultaneous commands in one run.dir | one trains, the other exits with 2 | both codes, hash |
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.faults.commands import ENTER, SAVED, TINY, Forks, Shell, end_record, 
 
 
 def goes_on(place: Path, forks: Forks, whole_hash: str, from_step: int | None) -> str:
-    """The plain command ends with the uninterrupted run's weights and each step logged once; returns what it said."""
+    """Assert that the plain command ends with the uninterrupted run's weights and each step logged once. Return its output."""
     ended = forks.run(place, "mpidp.train", "tiny.toml")
     expect(ended, 0)
     if from_step is not None:
@@ -137,8 +137,8 @@ def test_what_killed_writers_left_is_ignored(place: Path, half_run: Path, forks:
 
 # --- killed while writing
 
-# Counts the calls of the saving thread that change what is on disk, and leaves before number LAST; a file that is about to be
-# synced is cut in half first, as after a loss of power.
+# Counts the calls of the saving thread that change the disk, and exits before call number LAST. A file that is about to be
+# synced is first truncated to half, as after a power failure.
 KILL = """
 import os, threading
 calls = 0
@@ -158,7 +158,7 @@ for name in ("rename", "replace", "mkdir", "fsync", "rmdir", "unlink"):
 
 
 def test_killed_at_each_write_of_a_checkpoint(tmp_path: Path, prepared: Path, forks: Forks) -> None:
-    """From step 2 on, killed in the save of step 4, which also removes the checkpoint of step 2 (run.keep=1)."""
+    """Start from step 2 and get killed in the save of step 4, which also removes the checkpoint of step 2 (run.keep=1)."""
     shutil.copytree(prepared / "shards", tmp_path / "shards")
     (tmp_path / "tiny.toml").write_text(TINY + "keep = 1\n")
     expect(forks.run(tmp_path, "mpidp.train", "tiny.toml", "--run.dir=whole"), 0)
@@ -173,7 +173,7 @@ def test_killed_at_each_write_of_a_checkpoint(tmp_path: Path, prepared: Path, fo
         (tmp_path / "run" / "config.toml").unlink()
         ended = forks.run(tmp_path, "mpidp.train", "tiny.toml", "--train.steps=6",
                           inject=KILL.replace("LAST", str(last)) + faulty(SAVED + "os._exit(78)", batches=[4]))
-        if ended.code == 78:  # all of the save is behind
+        if ended.code == 78:  # the whole save was completed
             break
         assert ended.code == 77, ended
         said = goes_on(tmp_path, forks, whole_hash, from_step=None)
@@ -187,7 +187,7 @@ def test_killed_at_each_write_of_a_checkpoint(tmp_path: Path, prepared: Path, fo
 
 @pytest.mark.parametrize("limit", [100_000, 6000])
 def test_no_space_left_while_saving(place: Path, half_run: Path, forks: Forks, whole_hash: str, limit: int) -> None:
-    """100 000 bytes: the tensors do not fit; 6000: no more than a few lines do."""
+    """100,000 bytes: the tensors do not fit; 6000: only a few lines fit."""
     inject = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     ended = forks.run(place, "mpidp.train", "tiny.toml", inject=inject)
     expect(ended, 1, "File too large", "rank_00000.safetensors" if limit > 10_000 else "")
@@ -208,7 +208,8 @@ def test_the_lock_of_a_live_process(place: Path, half_run: Path, forks: Forks) -
 
 
 def test_the_lock_of_a_zombie(place: Path, half_run: Path, forks: Forks, whole_hash: str) -> None:
-    """Dead, but not yet buried by its parent: mpirun's parent may be a container's first process that never does."""
+    """The holder is dead, but its parent has not reaped it: mpirun's parent may be a container's first process, which never does.
+    """
     pid = os.posix_spawn("/bin/true", ["true"], {})
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -226,7 +227,7 @@ def test_the_lock_of_a_dying_process(place: Path, half_run: Path, forks: Forks, 
 
 
 def test_the_lock_of_another_host(place: Path, half_run: Path, forks: Forks, whole_hash: str) -> None:
-    """Its holder is gone: it does not count in it."""
+    """Its holder is gone, so its counter stands still."""
     (half_run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "7"}))
     said = goes_on(place, forks, whole_hash, from_step=4)
     assert "run/lock: held by a job on elsewhere (pid 1, job 7): looking for 10 s whether it is alive" in said
@@ -266,6 +267,7 @@ def test_a_run_dir_in_use_under_mpirun(either: Shell) -> None:
     expect(either.train(ranks=2), 2, f"run/lock: in use by process {os.getpid()}")
 
 
+@pytest.mark.quick
 def test_two_commands_at_once(shell: Shell, whole_hash: str) -> None:
     slowly = faulty("time.sleep(1.2)", batches=range(6)) + ENTER
     started = [shell.start("-c", slowly, "tiny.toml") for _ in range(2)]
@@ -276,7 +278,7 @@ def test_two_commands_at_once(shell: Shell, whole_hash: str) -> None:
     assert steps_logged(shell.folder / "run") == [1, 2, 3, 4, 5, 6]
 
 
-# The first of two commands is held up between making its lock file and writing its name into it.
+# The first of two commands is delayed between creating its lock file and writing its name into it.
 HELD_UP = """
 import os, time
 def held_up(plain):

@@ -1,16 +1,16 @@
-"""One rank fails in the midst of a step: the job ends at once, is not a success, and leaves nothing behind.
+"""One rank fails in the middle of a step: the job ends at once, reports failure, and leaves nothing behind.
 
-| fault, on rank 1 before batch 3 | expected | judged by |
+| fault, on rank 1 before batch 3 | expected | checked |
 |---|---|---|
-| an exception | 1, its traceback and rank | code of both mpiruns, words, no process left, the run goes on |
-| an mpidp error that the others do not have | its own code, the rank, no traceback | same |
-| sys.exit(5) | not 0, and not by waiting for the watchdog | code, time |
+| an exception | 1, its traceback and rank | code of both mpiruns, output, no process left, the run resumes |
+| an mpidp error on this rank only | its own code, the rank, no traceback | same |
+| sys.exit(5) | not 0, without waiting for the watchdog | code, time |
 | os._exit(9), a segmentation fault | not 0 | same |
-| os._exit(0) | Open MPI: not 0; MPICH: any code, but the job ends at once and does not say that it is done | same |
+| os._exit(0) | Open MPI: not 0; MPICH: any code, but the job ends at once and does not report success | same |
 | SIGKILL to the rank from outside | not 0 | same |
-| the same, and the rank has a stage of the model that nobody else has | not 0; the same command goes on | hash of one rank |
-| an exception while the parts are built | 1, its traceback and rank | same |
-| it gets no further | 6 | test_hangs.py |
+| the same for a rank with the only copy of a stage | not 0; the same command resumes | hash of one rank |
+| an exception while the job is built | 1, its traceback and rank | same |
+| it stops making progress | 6 | test_hangs.py |
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.faults.commands import (
 
 
 def crash(shell: Shell, fault: str, *words: str, ranks: int = 2) -> Ended:
-    """A run in which rank 1 does this; nothing of it is alive afterwards."""
+    """Run training with this fault on rank 1. Assert that none of its processes is alive afterwards."""
     started = shell.start("-c", faulty(fault, ranks=[1]) + ENTER, "tiny.toml", *words, ranks=ranks)
     started.until_exists(shell.folder / "run" / "checkpoints")
     return end_of(started)
@@ -55,6 +55,7 @@ def check_goes_on(shell: Shell, forks: Forks, whole_hash: str) -> None:
     assert end_record(shell.folder / "run")["weights_sha256"] == whole_hash
 
 
+@pytest.mark.quick
 def test_an_exception(either: Shell, forks: Forks, whole_hash: str) -> None:
     ended = crash(either, "raise RuntimeError('the fault of this test')")
     assert ended.code == 1, ended
@@ -77,7 +78,7 @@ def test_sys_exit(either: Shell) -> None:
 
 CODES = {  # fault: mpirun's exit code under (MPICH, Open MPI)
     "os._exit(9)": ((9,), (9,)),
-    "os._exit(0)": ((0, 1, 9), (1,)),  # MPICH's mpirun may call it a success: no rank is left that could say otherwise
+    "os._exit(0)": ((0, 1, 9), (1,)),  # MPICH's mpirun may report success, since no rank remains to report otherwise
     "os.kill(os.getpid(), signal.SIGSEGV)": ((11, 139, 9), (139,)),
 }
 
@@ -89,6 +90,7 @@ def test_a_process_that_is_gone(either: Shell, fault: str) -> None:
     assert "done:" not in ended.said and end_record(either.folder / "run").get("event") != "end", ended
 
 
+@pytest.mark.quick
 def test_a_rank_is_killed_from_outside(either: Shell, forks: Forks, whole_hash: str) -> None:
     started = either.start("-c", SLOWLY, "tiny.toml", ranks=3)
     started.until_exists(either.folder / "run" / "checkpoints" / "step_00000002")
@@ -99,7 +101,7 @@ def test_a_rank_is_killed_from_outside(either: Shell, forks: Forks, whole_hash: 
 
 
 def test_a_rank_of_a_mesh_is_killed(either: Shell, forks: Forks) -> None:
-    """It takes a stage of the model along: the job ends, and its last checkpoint has all parts."""
+    """The rank holds a stage of the model: the job ends, and its last checkpoint has all parts."""
     words = ("tiny.toml", "--model.num_layers=2", "--mesh.pp=2")
     started = either.start("-c", SLOWLY, *words, ranks=2)
     started.until_exists(either.folder / "run" / "checkpoints" / "step_00000002")
@@ -113,7 +115,7 @@ def test_a_rank_of_a_mesh_is_killed(either: Shell, forks: Forks) -> None:
 
 
 def test_a_crash_loop(place: Path, forks: Forks, whole_hash: str) -> None:
-    """Three times from the checkpoint of step 2: then somebody has to look."""
+    """After three starts from the checkpoint of step 2 the next is rejected, so that a user looks at the cause."""
     words = "3 starts in a row from the checkpoint of step 2 ended without another checkpoint. The last one "
     fault = faulty("raise RuntimeError('the fault of this test')")
     for number in (1, 2, 3, 4):

@@ -1,11 +1,11 @@
-"""Disks that fail, fill up or go away while training goes on.
+"""Disks that fail, fill up or disappear during training.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| a disk that is full for a while (a small tmpfs) | 0; warnings; the checkpoints after it are written | hash, lines, listing |
-| one that stays full | warnings, and 1 when the last checkpoint cannot be written; the same command goes on | words, hash |
-| run.dir renamed in the midst | 0; the checkpoints after it are written where it was | hash, listing |
-| a job of two nodes killed while the second one still writes | goes on from the checkpoint before | hash, listing |
+| a disk that is full for a while (a small tmpfs) | 0; warnings; later checkpoints are written | hash, lines, listing |
+| a disk that stays full | warnings, and 1 if the last checkpoint cannot be written; the same command resumes | output, hash |
+| run.dir renamed during training | 0; later checkpoints are written to the old path | hash, listing |
+| a job on two nodes killed while the second node still writes | resumes from the checkpoint before | hash, listing |
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def events(run: Path, name: str) -> list[int]:
 
 @pytest.fixture
 def small_disk(either: Shell) -> Iterator[Path]:
-    """either.folder/run on a disk of its own, of which a file leaves too little room for a checkpoint (180 kB)."""
+    """either.folder/run on its own disk, on which a file leaves too little space for a checkpoint (180 kB)."""
     run = either.folder / "run"
     run.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", run]
@@ -46,8 +46,10 @@ def small_disk(either: Shell) -> Iterator[Path]:
         subprocess.run(["umount", "-l", run], check=True)
 
 
+@pytest.mark.quick
 def test_a_disk_that_is_full_for_a_while(either: Shell, small_disk: Path, whole_hash: str) -> None:
-    """Until step 5; run.keep=1, so that two of them find room then. Step 4's may still be tried again just then, and succeed."""
+    """The disk is full until step 5; run.keep=1, so that two checkpoints fit afterwards. Step 4's save may be retried just then
+    and succeed."""
     make_room = faulty("os.remove('run/filler')", batches=[4])
     ended = either.run("-c", make_room + ENTER, "tiny.toml", "--run.keep=1", ranks=2)
     assert ended.code == 0, ended
@@ -72,7 +74,7 @@ def test_a_disk_that_stays_full(place: Path, forks: Forks, whole_hash: str) -> N
 
 
 def test_a_run_dir_that_vanishes(either: Shell, whole_hash: str) -> None:
-    """In step 4, after step 2 was saved; somebody renamed it."""
+    """It is renamed in step 4, after step 2 was saved."""
     vanish = faulty(SAVED + "os.rename('run', 'gone')", batches=[3])
     ended = either.run("-c", vanish + ENTER, "tiny.toml", ranks=2)
     assert ended.code == 0, ended
@@ -83,7 +85,7 @@ def test_a_run_dir_that_vanishes(either: Shell, whole_hash: str) -> None:
 
 
 def test_killed_while_another_node_writes(either: Shell, whole_hash: str) -> None:
-    """Of step 4 rank 0 has written its half, rank 1 never does: it counts for nothing, and is cleared away."""
+    """Rank 0 has written its half of step 4, rank 1 never does. The checkpoint is ignored and removed."""
     killed = """
 import os, time, mpidp.checkpoint.saver, mpidp.checkpoint.writer
 to_disk = mpidp.checkpoint.writer.write_pieces

@@ -1,19 +1,20 @@
-"""The doctor under real launchers: it says what is wrong, with the fix, in one voice; code 0, or 1 with the worst last.
+"""The doctor under real launchers: it reports what is wrong and how to fix it, once; exit code 0, or 1 with the worst finding
+last.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| none, at 1, 2, 4 ranks | 0, one JSON line, cluster.json | mpirun's exit code, no finding is wrong, what was measured |
-| the mpirun of the other MPI; srun without --mpi | 1, one of the N speaks, no cluster.json | code, words, number of tables |
+| none, at 1, 2, 4 ranks | 0, one JSON line, cluster.json | mpirun's exit code, no bad finding, the measurements |
+| the mpirun of the other MPI; srun without --mpi | 1, one process reports, no cluster.json | code, output, number of tables |
 | OMP_NUM_THREADS of 64 | 0, a warning with the right number | the finding |
-| two ranks held on one core | 1, the ranks and the core | code, the finding |
-| libraries that differ between ranks | 1, which, where | code, the finding |
-| no shards; run.dir under a file, read-only, shared by nodes | 1, why | code, the finding; nothing is left in the folder |
-| segments of a job that was killed | named; removed with --clean alone; a live job's never | the listing of /dev/shm |
-| an mpirun of Open MPI that was killed | its folder is named; removed with --clean alone | the finding, the folders |
-| /dev/shm too small for MPI to start, or filled by dead jobs | 1 before MPI starts; --clean makes room | code, the finding |
-| a check that raises | a finding, the others go on | the finding |
-| a check that hangs | 6, its name, stacks | code, words |
-| MPI that cannot be imported | 1, one message | code, words |
+| two ranks bound to one core | 1, the ranks and the core | code, the finding |
+| libraries that differ between ranks | 1, which and where | code, the finding |
+| no shards; run.dir below a file, read-only, or shared by nodes | 1, the reason | code, the finding; nothing left in the folder |
+| shared-memory segments of a killed job | reported; removed only with --clean; never those of a live job | listing of /dev/shm |
+| an Open MPI mpirun that was killed | its folder is reported; removed only with --clean | the finding, the folders |
+| /dev/shm too small for MPI to start, or filled by dead jobs | 1 before MPI starts; --clean frees space | code, the finding |
+| a check that raises an exception | a finding; the other checks continue | the finding |
+| a check that hangs | 6, its name, stacks | code, output |
+| MPI that cannot be imported | 1, one message | code, output |
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LATER = "import mpidp.runtime.command, mpidp.doctor\nmpidp.runtime.command.run_e
 
 
 def findings(ended: Ended) -> dict[str, dict[str, str]]:
-    """The worst finding of each name, of the one JSON line that was printed."""
+    """Return the worst finding of each name from the single JSON line that was printed."""
     [line] = ended.out.splitlines()
     found: dict[str, dict[str, str]] = {}
     for one in json.loads(line)["findings"]:
@@ -43,6 +44,7 @@ def findings(ended: Ended) -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_healthy_job(either: Shell, ranks: int) -> None:
     ended = either.run(*DOCTOR, "--json", "--data", "shards", "--run", "runs/new", ranks=ranks)
@@ -72,12 +74,12 @@ def test_the_mpirun_of_another_mpi(either: Shell) -> None:
     found = findings(ended)
     right = "srun --mpi=pmi2" if either.mpi == "mpich" else "srun --mpi=pmix"
     assert found["launch"]["verdict"] == "wrong" and right in found["launch"]["fix"]
-    assert found["versions"]["verdict"] == "ok"  # the first of them looked at the rest
+    assert found["versions"]["verdict"] == "ok"  # the first of the processes checked the rest
     assert not (either.folder / "cluster.json").exists()
 
 
 def test_srun_without_mpi(either: Shell) -> None:
-    """It starts N jobs of one rank, and sets these variables."""
+    """srun then starts N jobs of one rank, and sets these variables."""
     step = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     first, second = (either.run(*DOCTOR, "--json", SLURM_PROCID=rank, **step) for rank in "01")
     expect(first, 1, "launch: srun started 2 ranks, but each is alone", "srun --mpi=pm")
@@ -139,7 +141,7 @@ def test_a_check_that_raises(shell: Shell) -> None:
 
 
 def test_a_check_that_hangs(either: Shell) -> None:
-    """Ranks have their time to start, then little for the check in which one never ends."""
+    """Ranks have time to start, but little time for a check that never ends."""
     code = ("import time, mpidp.doctor as d, mpidp.checkup.storage as s\n"
             "def hang(*given): time.sleep(999)\n"
             "def enter(self, check, plain=d.Deadline.enter): self.seconds = 1 if check == 'data' else 80; plain(self, check)\n"
@@ -156,13 +158,13 @@ def test_mpi_that_cannot_be_imported(shell: Shell) -> None:
 
 
 def with_mounts(shell: Shell, mounts: str, *command: str) -> Ended:
-    """The command where /dev/shm and other mounts are its own; skips the test where that is not allowed."""
+    """Return the command with its own /dev/shm and other mounts. Skips the test if mounts are not permitted."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("SKIPPED FOR LACK OF leave to mount (root)")
     return shell.start_command(["unshare", "-m", "sh", "-ec", f'{mounts}\nexec "$@"', "sh", *command]).wait(180)
 
 
-# Runs where /dev/shm is its own, and prints as JSON what each look at it found.
+# Runs with its own /dev/shm, and prints the findings of each check as JSON.
 DRIVER = """
 import json, os, sys
 from pathlib import Path
@@ -243,7 +245,7 @@ def test_a_dev_shm_that_dead_jobs_filled(either: Shell) -> None:
 
 
 def test_the_session_of_a_killed_mpirun(place: Path) -> None:
-    """It would stop an mpirun that gets the same process number; --clean removes it, and not that of one that lives."""
+    """It would prevent an mpirun with the same pid from starting. --clean removes it, but not the folder of a live mpirun."""
     shell = Shell(place, "openmpi")
     sleep = ["mpirun", "-n", "1", "sleep", "600"]
     dead, live = (shell.start_command(sleep, TMPDIR=str(place)) for _ in range(2))

@@ -1,15 +1,15 @@
-"""A rank gets no further: nobody waits for ever, and the words name the rank and the phase that all others wait for.
+"""A rank stops making progress: the job ends, and the message names the rank and phase that all other ranks wait for.
 
-| fault, on rank 1 of 3 in step 4, run.hang_seconds=4 | expected | judged by |
+| fault, on rank 1 of 3 in step 4, run.hang_seconds=4 | expected | checked |
 |---|---|---|
-| SIGSTOP | 6; rank 1, compute of step 4, stopped; the stacks of a rank that waits | code of both mpiruns, words |
-| it sleeps for ever | 6; rank 1, compute of step 4; its stacks | same |
-| it never leaves a C function, the GIL held | the same: it prints its stacks itself | same |
-| it stops, and is alone on its node | 6; rank 1 is not heard of; ranks of other nodes say so too | words |
-| it sleeps, and is alone on its node | 6; ranks of other nodes name its phase | words |
-| run.dir is removed, and then it stops | 6; rank 1, compute of step 4, stopped | words |
-| each batch of an evaluation takes 3 s, and all of it 12 s | 0: it is slow, it does not hang | code, hash |
-| all ranks are stopped for longer than the deadline, and go on | 0: they were suspended | code, hash |
+| SIGSTOP | 6; rank 1, compute of step 4, stopped; the stacks of a waiting rank | code of both mpiruns, output |
+| it sleeps forever | 6; rank 1, compute of step 4; its stacks | same |
+| it never returns from a C function that holds the GIL | the same: it prints its stacks itself | same |
+| it is stopped, alone on its node | 6; rank 1 gives no sign of life; ranks of other nodes report this too | output |
+| it sleeps, alone on its node | 6; ranks of other nodes name its phase | output |
+| run.dir is removed, then it is stopped | 6; rank 1, compute of step 4, stopped | output |
+| each batch of an evaluation takes 3 s, and all of it 12 s | 0: slow, not hung | code, hash |
+| all ranks are stopped for longer than the deadline, then continue | 0: they were suspended | code, hash |
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ WHERE = "in compute of step 4 since"
 
 
 def hang(shell: Shell, fault: str, ranks: int = 3, **extra: str) -> Ended:
-    """A run in which rank 1 does this; nothing of it is alive afterwards, and it left its words for the next start."""
+    """Run training with this fault on rank 1. Assert that no process remains and that the message was saved for the next start.
+    """
     started = shell.start("-c", faulty(fault, ranks=[1]) + ENTER, "tiny.toml", "--run.hang_seconds=4", ranks=ranks, **extra)
     started.until_exists(shell.folder / "run" / "checkpoints")
     members = family(started.process.pid)
@@ -43,20 +44,21 @@ def hang(shell: Shell, fault: str, ranks: int = 3, **extra: str) -> Ended:
 
 
 def words(ended: Ended) -> list[str]:
-    """The lines that say for whom all wait."""
+    """Return the lines that report which rank all others wait for."""
     found = [line for line in ended.err.splitlines() if "no rank has got further for" in line]
     assert found and all("(run.hang_seconds is 4)" in line and "exit code 6" in line for line in found), ended
     return [line.partition("(run.hang_seconds is 4): ")[2] for line in found]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fault", [STOP, SLEEP, HOLD], ids=["stopped", "sleeps", "holds the GIL"])
 def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
     ended = hang(either, fault)
-    (said,) = words(ended)  # once a node
+    (said,) = words(ended)  # once per node
     assert said.startswith("everybody waits for rank 1 (") and WHERE in said, ended
     assert "; of the others 2 are in comm_wait" in said, ended
     assert ("stopped (state T)" in said) == (fault == STOP), ended
-    if fault == STOP:  # it cannot say: the stacks are of one that waits
+    if fault == STOP:  # it cannot print: the stacks are those of a waiting rank
         assert "in share" in ended.err, ended
     else:
         assert re.search(r'File "<string>", line \d+ in run\b', ended.err), ended
@@ -71,7 +73,7 @@ def test_a_rank_alone_on_its_node(place: Path) -> None:
 
 
 def test_a_rank_on_another_node(place: Path) -> None:
-    """Rank 0 tells where rank 1 is by what that one's node wrote into the folder."""
+    """Rank 0 reports the position of rank 1 from the file that rank 1's node wrote into the folder."""
     said = words(hang(Shell(place, "mpich"), SLEEP, ranks=2, MPIDP_PRETEND_NODES="2"))
     assert 1 <= len(said) <= 2 and all(one.startswith("everybody waits for rank 1 (") and WHERE in one for one in said), said
 
@@ -108,7 +110,7 @@ def test_an_evaluation_that_is_slow_is_no_hang(place: Path) -> None:
 
 
 def test_a_job_that_is_suspended_for_a_while(place: Path, whole_hash: str) -> None:
-    slowly = faulty("time.sleep(14)", range(2), batches=[2]) + ENTER  # of which it is stopped for 10
+    slowly = faulty("time.sleep(14)", range(2), batches=[2]) + ENTER  # it is stopped for 10 s of these
     started = Shell(place, "mpich").start("-c", slowly, "tiny.toml", "--run.hang_seconds=6", ranks=2)
     started.until_exists(place / "run" / "checkpoints" / "step_00000002")
     ranks = started.ranks()

@@ -1,11 +1,11 @@
-"""Files from strangers: nothing in them is ever run, unpacked or believed, and the command says which file it was.
+"""Files from untrusted sources: their content is never executed or unpacked, and the command names the file.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| a .pt that would run a command, a zip bomb, a .tar.gz, endless headers, as a shard, its checksums right | 3 | code, not run |
-| the same as the tensors of a checkpoint: their checksums right | 4 | same, little memory |
+| a .pt with a command, a zip bomb, a .tar.gz, endless headers, as a shard with valid checksums | 3 | code, not executed |
+| the same as the tensors of a checkpoint with valid checksums | 4 | same, little memory |
 | the same as a manifest, tokenizer.json, index.json, the config file, a source | 4, 3, 3, 2, 3 | same |
-| a manifest of right checksums that names files elsewhere, absurd shapes, ranges that are none, no position | 4 | same |
+| a manifest with valid checksums that names other files, absurd shapes, invalid ranges or no position | 4 | same |
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tests.faults.commands import Ended, Forks, expect
 from tests.faults.test_bad_data import SHARD, relist
 
 TENSORS = "rank_00000.safetensors"
-BOMB_BYTES = 2 << 30  # unpacked; the commands have less memory
+BOMB_BYTES = 2 << 30  # size when unpacked; the commands have less memory
 LITTLE_MEMORY = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))"
 
 
 class Runs:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
         return open, ("owned", "w")
@@ -88,7 +88,7 @@ def refused(ended: Ended, place: Path, code: int, *phrases: str) -> None:
 
 
 def vouch(folder: Path, change: Callable[[dict[str, Any]], object] = lambda body: None) -> None:
-    """The manifest's checksums are right for what lies there now."""
+    """Update the manifest's checksums for the present files."""
     body = manifest.read_manifest(folder)
     for record in body["files"]:
         data = (folder / record["file"]).read_bytes()
@@ -99,7 +99,7 @@ def vouch(folder: Path, change: Callable[[dict[str, Any]], object] = lambda body
 
 @pytest.fixture
 def newest(half_run: Path) -> Path:
-    """The only checkpoint of a run that was killed."""
+    """Return the only checkpoint of a killed run."""
     shutil.rmtree(half_run / "checkpoints" / "step_00000002")
     return half_run / "checkpoints" / "step_00000004"
 
@@ -134,7 +134,7 @@ def test_as_any_other_file(place: Path, newest: Path, forks: Forks, name: str) -
 
 
 def first(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A file's record, and a tensor in it."""
+    """Return the record of a file, and one of its tensors."""
     record = body["files"][0]
     return record, next(iter(record["pieces"]))
 

@@ -1,12 +1,12 @@
 """`python -m mpidp.plan methods` as a command.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| none, --run under either mpirun | 0, each method tried or refused, nothing left behind | JSON, the folder's listing |
-| none, one process | 0, a table; the folder as before | words on stdout, the folder's listing |
-| no cluster.json, one process | 2, the doctor and --link are named | code, one line |
-| an unknown setting under mpirun | 2, said once | code, one line |
-| --ranks unlike the launch, more ranks than lanes | 2, what to change | code, one line |
+| none, --run under either mpirun | 0, each method tried or rejected, nothing left behind | JSON, the folder's listing |
+| none, one process | 0, a table; the folder unchanged | stdout, the folder's listing |
+| no cluster.json, one process | 2, a message naming the doctor and --link | code, one line |
+| an unknown setting under mpirun | 2, reported once | code, one line |
+| --ranks different from the launch, more ranks than lanes | 2, what to change | code, one line |
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PLAN = ("-m", "mpidp.plan", "methods", "tiny.toml")
 
 
 def listing(folder: Path) -> list[str]:
-    """All but what the tests' shells write."""
+    """List all files except those written by the tests' shells."""
     found = (str(p.relative_to(folder)) for p in folder.rglob("*"))
     return sorted(name for name in found if not name.startswith((".out_", ".err_", "tmp")))
 
 
 def answer(ended: Ended) -> dict[str, Any]:
-    """Of --json."""
+    """Return the parsed output of --json."""
     assert ended.code == 0, ended
     found: dict[str, Any] = json.loads(ended.out)
     return found
@@ -64,7 +64,7 @@ def test_what_the_run_cannot_take_is_listed(shell: Shell) -> None:
     words = ("--methods=topk,delayed", "--run=0.2", "--train.audit_every=3", "--step-seconds=0.01")
     done = shell.run(*PLAN, *words, ranks=2, seconds=200)
     assert done.code == 0 and "Measured, 0.2 s each" in done.out, done
-    assert "refused: " in done.out and "train.audit_every" in done.out and "Traceback" not in done.said, done
+    assert "rejected: " in done.out and "train.audit_every" in done.out and "Traceback" not in done.said, done
 
 
 def test_without_a_launch(shell: Shell) -> None:

@@ -1,10 +1,10 @@
-"""The network fails: two virtual nodes, a rank each, whose MPI talks over a cable of its own.
+"""Network failures: two virtual nodes with one rank each, whose MPI uses its own cable.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| the cable is unplugged for a while | the run waits, and goes on | steps of metrics.jsonl |
-| it is unplugged for good, run.hang_seconds=5 | 6; the network is named, or for whom all wait | code of both mpiruns, words |
-| the same command, once more | goes on from its last checkpoint | hash |
+| the cable is unplugged for a while | the run waits, then continues | steps of metrics.jsonl |
+| it is unplugged permanently, run.hang_seconds=5 | 6; the network or the missing rank is named | code of both mpiruns, output |
+| the same command again | resumes from its last checkpoint | hash |
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 
 from tests.faults.commands import Forks, Shell, Started, end_record, expect, steps_logged
 
-# Run by `unshare --mount --net --uts`: everything of it is gone when its processes are. Ranks enter their nodes by themselves and
-# talk to mpirun by the control network, so that it lives when the data network is cut: at the switch, by a file cable_down.
+# Run by `unshare --mount --net --uts`, so everything disappears with its processes. Ranks enter their nodes by themselves and
+# reach mpirun by the control network, which survives when the data network is cut at the switch by a file cable_down.
 NODES = """
 ip link set lo up
 mount -t tmpfs tmpfs /run
@@ -57,7 +57,7 @@ WORDS = ["tiny.toml", "--train.steps=100"]
 
 
 def made(shell: Shell) -> int:
-    """The last step of metrics.jsonl."""
+    """Return the last step of metrics.jsonl."""
     return max(steps_logged(shell.folder / "run"), default=0) if (shell.folder / "run" / "metrics.jsonl").exists() else 0
 
 

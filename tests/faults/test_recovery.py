@@ -1,24 +1,24 @@
-"""Ranks die under `mpirun --with-ft ulfm`: the others go on in the same processes, and nothing of it shows in what was learned.
+"""Ranks fail under `mpirun --with-ft ulfm`: the others continue in the same processes, and the result does not change.
 
-| when | expected | judged by |
+| when | expected | checked |
 |---|---|---|
 | in any phase of a step, in a collective, evaluation, checkpoint, first step, last step | 0, nothing is lost | as below |
 | rank 0; two at once; two in a row; all but one; a whole node; an exception or sys.exit of one rank | same | same |
-| another in the midst of a recovery, wherever that communicates | same | same |
-| with threads that reduce, messages, copies a rank, shares by speed, audits | same | same |
-| strategy local or delayed, a quorum | 0, they go back to the last checkpoint in the same processes | end, a `went_back` event |
-| with compression | 0, each step once | lines, and losses that are near |
-| in the first build, before there is a job to go on with | 0, they begin with fewer | final hash |
-| all alike, by an exception | 1: mpirun's code is not that of a success | code |
-| so many that fewer than faults.min_ranks are left | 75 and a checkpoint; the same command goes on | code, hash |
-| the last rank fails, or hangs | 1, 6 | code, words |
-| SIGUSR1 or a STOP file after a recovery | 75; the same command goes on | code, hash |
-| an error of one rank that only people can mend | its own code, at once | code, no process left |
+| another rank during a recovery, at any of its communications | same | same |
+| with background reductions, messages, one copy per rank, measured balance, audits | same | same |
+| strategy local or delayed, a quorum | 0, return to the last checkpoint in the same processes | end, a `went_back` event |
+| with compression | 0, each step once | lines, and losses that are close |
+| in the first build, before a job exists | 0, start with fewer ranks | final hash |
+| the same exception on all ranks | 1: mpirun's code is not that of a success | code |
+| fewer than faults.min_ranks remain | 75 and a checkpoint; the same command resumes | code, hash |
+| the last rank fails, or hangs | 1, 6 | code, output |
+| SIGUSR1 or a STOP file after a recovery | 75; the same command resumes | code, hash |
+| a usage, data or checkpoint error of one rank | its own code, at once | code, no process left |
 
-Judged by: the final hash, and every line of a step and of an evaluation, once and as in a run that nothing happened to;
-`recovered` events name the dead.
+Checked: the final hash, and every line of a step and of an evaluation, once and as in a run without failures; `recovered` events
+name the failed ranks.
 
-MPIDP_SOAK=N runs the whole table N times, and N random deaths in random jobs; without it a part of the table is run once.
+MPIDP_SOAK=N runs the whole table N times, and N random failures in random jobs; without it a part of the table is run once.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SETTINGS = (  # several blocks and buckets, more lanes than ranks
 
 @dataclass(frozen=True)
 class Row:
-    """One run: what happens to whom, in what kind of job."""
+    """One run: which rank fails when, in what kind of job."""
 
     faults: str
     words: tuple[str, ...] = ()
     ranks: int = 4
     nodes: int = 1
-    always: bool = False  # else in the soak alone
+    always: bool = False  # otherwise only in the soak test
     dead: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 
 def learned(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What each step and evaluation came to, in order; the end with its hash."""
+    """Return the results of each step and evaluation in order, and the end with its hash."""
     keys = ("event", "step", "train_loss", "lr", "grad_norm", "tokens", "val_loss", "weights_sha256")
     return [tuple(line.get(key) for key in keys) for line in lines if line.get("event") in (None, "end")]
 
@@ -123,6 +123,7 @@ def check(row: Row, shell: Shell, undisturbed: list[tuple[Any, ...]]) -> None:
     assert dead(lines) == row.dead, ended
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "time"), [(n, i) for i in range(SOAK or 1) for n, row in ROWS.items() if SOAK or row.always])
 def test_the_others_go_on(shell: Shell, undisturbed: list[tuple[Any, ...]], name: str, time: int) -> None:
     check(ROWS[name], shell, undisturbed)
@@ -130,7 +131,7 @@ def test_the_others_go_on(shell: Shell, undisturbed: list[tuple[Any, ...]], name
 
 @pytest.mark.parametrize("name", ["int8", "topk", "powersgd"])
 def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturbed: list[tuple[Any, ...]], name: str) -> None:
-    """What the dead held back is lost, so the figures are others, if near: every step is there, once."""
+    """The residuals of the failed rank are lost, so losses differ slightly; every step is logged once."""
     ratio = ("--comm.ratio=0.5",) * (name == "topk")
     ended = start(shell, 4, "kill:3:2:reduce kill:0:4:apply kill:1:5:publish", f"--comm.compress={name}", *ratio).wait()
     assert ended.code == 0, ended
@@ -141,10 +142,10 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
     assert all(ours == pytest.approx(plain, rel=0.35) for ours, plain in losses), losses
 
 
-PLACES = (  # in a recovery: what communicates, and the files of rank 0
-    "mpidp.training.recovery.make_mesh", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
-    "mpidp.training.services.open_board", "mpidp.training.recovery.committed",
-    "mpidp.strategies.synchronous.Synchronous.go_on_from", "mpidp.training.run_record.MetricsFile",
+PLACES = (  # in a recovery: its communications, and rank 0's files
+    "mpidp.training.recovery.make_topology", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
+    "mpidp.training.services.open_heartbeat_board", "mpidp.training.recovery.committed",
+    "mpidp.strategies.synchronous.Synchronous.resume_after_failure", "mpidp.training.run_record.MetricsFile",
     "mpidp.training.job.Loader",
 )
 DIES = """
@@ -175,7 +176,7 @@ def test_another_death_in_a_recovery(shell: Shell, undisturbed: list[tuple[Any, 
 
 
 def some_row(seed: int) -> Row:
-    """Random deaths in a random job; some may come too late."""
+    """Draw random failures in a random job; some may come too late."""
     draw = random.Random(seed)
     ranks, together = draw.choice([2, 3, 4, 4]), draw.randint(1, 6)
     faults = []
@@ -201,7 +202,7 @@ def test_random_deaths(shell: Shell, undisturbed: list[tuple[Any, ...]], seed: i
 
 
 def check_goes_on(shell: Shell, undisturbed: list[tuple[Any, ...]]) -> None:
-    """The same command, on one rank."""
+    """Run the same command on one rank."""
     done = shell.train(*SETTINGS)
     expect(done, 0)
     assert learned(lines_of(shell.folder / "run")) == undisturbed, done
@@ -218,7 +219,7 @@ def test_the_last_rank_fails(shell: Shell) -> None:
     ended = start(shell, 2, "kill:0:3:compute raise:1:5:reduce").wait()
     assert ended.code == 1, ended
     assert ended.err.count("mpidp: rank 0 failed and ends the job:") == 1, ended
-    assert learned(lines_of(shell.folder / "run"))[-1][1] == 4, ended  # a save may be told of later
+    assert learned(lines_of(shell.folder / "run"))[-1][1] == 4, ended  # a save may be logged later
 
 
 def test_the_last_rank_hangs(shell: Shell) -> None:
@@ -227,6 +228,7 @@ def test_the_last_rank_hangs(shell: Shell) -> None:
     assert ended.err.count("mpidp: no rank has got further") == 1, ended
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_request_to_stop_after_a_recovery(shell: Shell, undisturbed: list[tuple[Any, ...]], how: str) -> None:
     started = start(shell, 3, "kill:0:2:reduce", program=("-c", SLOWLY))
@@ -275,7 +277,7 @@ def test_an_error_that_people_must_mend(shell: Shell) -> None:
 
 @pytest.mark.parametrize("word", ["name=local", "name=delayed", "quorum=0.5"])
 def test_methods_that_go_back(shell: Shell, word: str) -> None:
-    """What others had in flight died with a rank."""
+    """Gradients in flight are lost with the failed rank."""
     method = (f"--strategy.{word}", "--strategy.meet_every=2", "--train.lanes=4", "--train.save_every=2")
     method += ("--strategy.sync_every=2",) if word == "name=local" else ()
     ended = start(shell, 4, "kill:2:5:reduce", *method).wait()

@@ -1,4 +1,4 @@
-"""Steps anew: what a run recorded is found again on one rank, and whatever was altered is found and named."""
+"""Replay: recomputing recorded steps on one rank gives the same results, and any alteration is found and named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def told(forks: Forks, place: Path, *words: object, code: int = 0) -> dict[str, Any]:
-    """What `replay WORDS --json` found."""
+    """Return what `replay WORDS --json` found."""
     ended = forks.run(place, "mpidp.replay", *words, "--json")
     assert ended.code == code, ended
     assert len(ended.out.splitlines()) == 1, ended
@@ -31,7 +31,7 @@ def told(forks: Forks, place: Path, *words: object, code: int = 0) -> dict[str, 
 
 
 def flip_a_bit(folder: Path, name: str) -> None:
-    """In one element of a tensor, as if memory had failed before the checkpoint was written: all its checksums are right."""
+    """Flip a bit of one tensor element as if memory had failed before the checkpoint was written: checksums are valid."""
     body = manifest.read_manifest(folder)
     for record in body["files"]:
         tensors = safetensors.torch.load((folder / record["file"]).read_bytes())
@@ -69,7 +69,7 @@ def test_three_ranks_are_replayed_on_one_and_left_untouched(shell: Shell, forks:
     rows = first["micro_batches"]
     assert [(row["micro_batch"], row["lane"]) for row in rows] == [(0, 0), (1, 1), (2, 2), (3, 2)]
     assert sum(row["loss"] for row in rows) / 4 == pytest.approx(first["train_loss"], rel=1e-6)
-    assert max(row["grad_norm"] for row in rows) > first["grad_norm"] > 0  # a mean of vectors is no longer than the longest
+    assert max(row["grad_norm"] for row in rows) > first["grad_norm"] > 0  # the norm of a mean is at most the largest norm
     expect(shell.run("-m", "mpidp.replay", "run", "--step", 6, ranks=2), 0)
     assert content(place / "run") == before
 
@@ -88,7 +88,7 @@ def test_a_flipped_bit_is_named(run: Path, forks: Forks) -> None:
     assert "step 4  train_loss same  grad_norm same" in ended.out
     expect(forks.run(run.parent, "mpidp.replay", "run", "--step", 5), 1, "first: step 5: train_loss differs: ")
     (run / "checkpoints/step_00000004/rank_00000.safetensors").write_bytes(b"")
-    found = told(forks, run.parent, "run", "--step", 5, code=1)  # from the one before; nothing but the damage differs
+    found = told(forks, run.parent, "run", "--step", 5, code=1)  # replayed from the checkpoint before; only the damage differs
     assert found["from"] == "run/checkpoints/step_00000002"
     assert len(found["differences"]) == 1 and "step 4: checkpoint differs: " in found["differences"][0]
 
@@ -141,7 +141,7 @@ def test_a_step_that_was_tried_in_vain(place: Path, forks: Forks) -> None:
 
 
 def test_a_run_that_went_back_and_passed_over_batches(place: Path, forks: Forks) -> None:
-    """Back to step 2, and past batches 2 to 5."""
+    """It returned to step 2 and passed over batches 2 to 5."""
     fault = {"MPIDP_FAULT": "nan:0:4,times=3"}
     expect(forks.run(place, "mpidp.train", "tiny.toml", "--train.max_skipped=3", **fault), 0)
     assert '"event": "rolled_back"' in (place / "run/metrics.jsonl").read_text()

@@ -1,15 +1,15 @@
-"""Being asked to stop, and being killed: the same command goes on, and ends with the weights of a run that was left alone.
+"""Stop requests and kills: the same command resumes the run, and ends with the weights of an uninterrupted run.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| a file RUN/STOP | 75, a checkpoint of that step, the file gone | mpirun's code, words, hash of the run that goes on |
+| a file RUN/STOP | 75, a checkpoint of that step, the file removed | mpirun's code, output, hash of the resumed run |
 | SIGUSR1 to mpirun, both MPIs | 75, the same | same |
-| SIGINT and SIGTERM to mpirun, MPICH; to a process alone | 75, the same | same |
-| SIGUSR1 to one rank | 75, all ranks leave | same |
-| SIGTERM to Open MPI's mpirun, which leaves ranks 0.24 s | not 0; goes on from the newest checkpoint | code, hash |
-| the job's time limit, both MPIs | 75, the same, so long before it | same |
-| a requeued job begins while its old copy runs | the old copy: 1, no checkpoint after that; the new one goes on | codes, hash |
-| SIGKILL to mpirun and all of its ranks, at three random moments | goes on each time | hash, each step logged once |
+| SIGINT and SIGTERM to mpirun, MPICH; to a single process | 75, the same | same |
+| SIGUSR1 to one rank | 75, all ranks exit | same |
+| SIGTERM to Open MPI's mpirun, which gives ranks 0.24 s | not 0; resumes from the newest checkpoint | code, hash |
+| the job's time limit, both MPIs | 75, the same, stop_early_seconds before it | same |
+| a requeued job starts while its old copy runs | the old copy: 1, no further checkpoint; the new one resumes | codes, hash |
+| SIGKILL to mpirun and all of its ranks, at three random moments | resumes each time | hash, each step logged once |
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from tests.faults.commands import (
 
 
 def begin(shell: Shell, ranks: int = 2) -> Started:
-    """A run of 0.4 seconds a step, just after its checkpoint of step 2."""
+    """Start a run of 0.4 seconds per step; return just after its checkpoint of step 2."""
     started = shell.start("-c", SLOWLY, "tiny.toml", ranks=ranks)
     started.until_exists(shell.folder / "run" / "checkpoints" / "step_00000002")
     return started
 
 
 def check_stopped(shell: Shell, ended: Ended, reason: str) -> int:
-    """It said why it left, once, after a checkpoint; returns the step."""
+    """Assert that it printed once why it stopped, after a checkpoint. Return the step."""
     expect(ended, 75, f"stopped on request ({reason}) at step ", "checkpoint written; the same command resumes from here")
     run = shell.folder / "run"
     step = steps_logged(run)[-1]
@@ -68,6 +68,7 @@ def check_goes_on(run: Path, ended: Ended, step: int, whole_hash: str) -> None:
     assert end_record(run)["weights_sha256"] == whole_hash
 
 
+@pytest.mark.quick
 def test_a_file_named_stop(either: Shell, forks: Forks, whole_hash: str) -> None:
     started = begin(either)
     (either.folder / "run" / "STOP").touch()
@@ -108,7 +109,7 @@ def test_sigusr1_to_one_rank(place: Path, forks: Forks, whole_hash: str) -> None
 
 
 def test_the_job_s_time_limit(either: Shell, whole_hash: str) -> None:
-    """Slurm, when it is asked, says that the job ends 6 s from then."""
+    """Slurm reports an end time 6 s in the future."""
     (either.folder / "squeue").write_text("#!/bin/sh\ndate -d '+6 seconds' +%Y-%m-%dT%H:%M:%S\n")
     (either.folder / "squeue").chmod(0o755)
     slurm = "import os\nos.environ |= {'SLURM_JOB_ID': '7', 'PATH': os.getcwd() + ':' + os.environ['PATH']}\n"
@@ -120,7 +121,7 @@ def test_the_job_s_time_limit(either: Shell, whole_hash: str) -> None:
 
 
 def test_the_old_copy_of_a_requeued_job(place: Path, forks: Forks, whole_hash: str) -> None:
-    """The node's slurmd died, so the job was requeued; the node's processes live."""
+    """The node's slurmd died, so the job was requeued while the node's processes live."""
     shell = Shell(place)
     waits = faulty("while not os.path.exists('go'): time.sleep(0.05)", batches=[2]) + ENTER
     old = shell.start("-c", waits, "tiny.toml", SLURM_JOB_ID="7")
@@ -150,7 +151,7 @@ def test_sigterm_to_open_mpi_s_mpirun(place: Path, forks: Forks, whole_hash: str
 
 
 def learns(metrics: Path, start: int) -> bool:
-    """Has the start-th job that was begun made a step?"""
+    """Has the job's start number `start` made a step?"""
     jobs = metrics.read_text().split('"event": "start"') if metrics.exists() else []
     return len(jobs) == start + 1 and '"train_loss"' in jobs[-1]
 

@@ -1,32 +1,32 @@
-"""All faults that are tried, under both MPIs where it matters: below, or in the files that the rows name.
+"""All tested faults, under both MPIs where it matters: in this file, or in the files named in the table.
 
-| fault | expected | judged by | where |
+| fault | expected | checked | where |
 |---|---|---|---|
-| a rank raises, sys.exit, os._exit, SIGSEGV, SIGKILL | not 0, at once; goes on | code, processes, hash | test_crashes |
+| a rank raises, sys.exit, os._exit, SIGSEGV, SIGKILL | not 0, at once; resumes | code, processes, hash | test_crashes |
 | the same in each phase, of rank 0, two at once | same | same | test_a_death |
-| deaths under ULFM: in each phase, two in a row, too many | the survivors go on | hash, lines | test_recovery |
-| SIGSTOP, sleeping, the GIL held | 6, the rank and phase named | code, words, stacks | test_hangs |
-| USR1, TERM, Ctrl-C, a STOP file, the time limit | 75, a checkpoint; goes on | code, words, hash | test_stopping |
+| failures under ULFM: in each phase, two in a row, too many | the survivors continue | hash, lines | test_recovery |
+| SIGSTOP, sleeping, the GIL held | 6, the rank and phase named | code, output, stacks | test_hangs |
+| USR1, TERM, Ctrl-C, a STOP file, the time limit | 75, a checkpoint; resumes | code, output, hash | test_stopping |
 | USR1, TERM to a rank in each phase | same | same | test_a_word_to_a_rank |
-| killed at random moments; at each write of a checkpoint | goes on | hash, lines | test_stopping, test_checkpoints |
-| a checkpoint cut at 0, 1, half, end - 1; 200 flipped bits | the one before, the reason | what is read | test_a_checkpoint_... |
-| the newest checkpoint damaged otherwise; all of them | 0; 4 | code, words, hash | test_checkpoints |
-| disk full: no room for checkpoints, for a while, for good | 0; 1 at the end | words, listing, hash | test_disks |
-| disk full: no room for a line in run.dir, for a while | 0, no line lost | lines, words, hash | test_no_room_for_a_line |
-| run.dir renamed or removed; a node killed while it writes | 0; goes on | listing, hash | test_disks |
-| run.dir read-only, under a file | 2 | code, words | test_a_read_only_run_dir, test_usage |
-| /dev/shm too small for a window | 0, by messages | words, hash | test_too_little_shared_memory |
-| network unplugged for a while; for good | goes on; 6 | code, words, hash | test_network |
+| killed at random moments; at each write of a checkpoint | resumes | hash, lines | test_stopping, test_checkpoints |
+| a checkpoint truncated at 0, 1, half, end - 1; 200 flipped bits | the one before, reason | the result | test_a_checkpoint_... |
+| other damage to the newest checkpoint; to all of them | 0; 4 | code, output, hash | test_checkpoints |
+| disk full: no space for checkpoints, for a while, permanently | 0; 1 at the end | output, listing, hash | test_disks |
+| disk full: no space for a line in run.dir, for a while | 0, no line lost | lines, output, hash | test_no_room_for_a_line |
+| run.dir renamed or removed; a node killed while it writes | 0; resumes | listing, hash | test_disks |
+| run.dir read-only, below a file | 2 | code, output | test_a_read_only_run_dir, test_usage |
+| /dev/shm too small for a window | 0, by messages | output, hash | test_too_little_shared_memory |
+| network unplugged for a while; permanently | continues; 6 | code, output, hash | test_network |
 | a slow rank | 0, it is named | lines, hash | test_a_slow_rank, laws/test_elastic |
-| N processes that are N jobs of one rank | 2, the right command | code, words | test_usage |
-| other settings, data, libraries on one rank | 2, what and where | code, words | test_ranks_that_are_not_alike, test_usage |
+| N processes that are N jobs of one rank | 2, the right command | code, output | test_usage |
+| different settings, data, libraries on one rank | 2, what and where | code, output | test_ranks_that_are_not_alike, test_usage |
 | two jobs in one run.dir; a requeued job's old copy | 2; 1 | codes, hash | test_two_jobs_..., test_checkpoints, test_stopping |
-| NaN on one rank; too many bad batches; a spike | skipped; past them | lines, hash | test_nan_..., laws/test_skipped |
-| a bit of the weights flips, a gradient is wrong | mended | lines, hash | test_memory_or_a_core_fails, laws/test_elastic |
-| bad shards, sources, tokenizers; hostile HDF5 | 3 | code, words | test_bad_data, test_bad_sources |
-| .pt, archives, bombs, lying manifests | 3, 4, not run | code, words | test_hostile |
-| start after start without a step | the fourth refused: 2 | code, words | test_checkpoints, unit/test_tries |
-| jobs on Slurm: requeue, node down, time limit | goes on | hash | ../slurm |
+| NaN on one rank; too many bad batches; a spike | skipped; passed over | lines, hash | test_nan_..., laws/test_skipped |
+| a bit of the weights flips, a gradient is wrong | repaired | lines, hash | test_memory_or_a_core_fails, laws/test_elastic |
+| bad shards, sources, tokenizers; hostile HDF5 | 3 | code, output | test_bad_data, test_bad_sources |
+| .pt, archives, bombs, false manifests | 3, 4, not executed | code, output | test_hostile |
+| repeated starts without a step | the fourth rejected: 2 | code, output | test_checkpoints, unit/test_tries |
+| jobs on Slurm: requeue, failed node, time limit | resumes | hash | ../slurm |
 | kills every few seconds, by ULFM and by restarts | as without | hash, goodput | soak.py |
 """
 
@@ -51,13 +51,14 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- a rank's end, and words to it, in any phase
+# --- a rank fails or receives a signal in any phase
 
 DEATHS = [
     "raise:1:4:data", "kill:2:4:reduce", "segv:0:4:publish", "exit:2:4:evaluate", "kill:1:4:checkpoint", "kill:0:4 kill:2:4",
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fault", DEATHS)
 def test_a_death(either: Shell, forks: Forks, whole_hash: str, fault: str) -> None:
     words = ("-m", "mpidp.train", "tiny.toml", "--train.eval_every=2")
@@ -75,9 +76,10 @@ def test_a_word_to_a_rank(either: Shell, forks: Forks, whole_hash: str, fault: s
     check_goes_on(either, forks, whole_hash)
 
 
-# --- one rank computes nonsense, late, or in other words
+# --- one rank computes wrong values, is late, or has other settings
 
 
+@pytest.mark.quick
 def test_nan_on_one_rank(either: Shell, forks: Forks, whole_hash: str) -> None:
     expect(either.train(ranks=3, MPIDP_FAULT="nan:1:3"), 0)
     alone = {"MPIDP_FAULT": "nan:0:3"}
@@ -92,16 +94,17 @@ def test_nan_on_one_rank(either: Shell, forks: Forks, whole_hash: str) -> None:
 
 
 def test_nan_again_and_again(either: Shell, forks: Forks, whole_hash: str) -> None:
-    """Three in a row take the run back to step 2, three more end it."""
+    """Three in a row return the run to step 2; three more end it."""
     ended = either.train("--train.max_skipped=3", ranks=2, MPIDP_FAULT="nan:1:4,times=6")
     expect(ended, 1, "3 batches in a row, up to batch 9, made no update (its gradient is not finite), and no checkpoint to go")
     assert "3 batches in a row, up to batch 5, made no update" in ended.out and "to go on with batch 6" in ended.out, ended
     back = [line for line in lines(either.folder / "run") if line.get("event") == "rolled_back"]
     assert [(line["step"], line["batch"]) for line in back] == [(2, 5)]
     expect(forks.run(either.folder, "mpidp.train", "tiny.toml", "--train.max_skipped=3"), 0)
-    assert end_record(either.folder / "run")["weights_sha256"] == whole_hash  # the fault is gone, and so are its traces
+    assert end_record(either.folder / "run")["weights_sha256"] == whole_hash  # neither the fault nor its effects remain
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("fault", "mpi"), [("flip:1:3,tensor=2,bit=20", "openmpi"), ("wrong:2:3", "mpich")])
 def test_memory_or_a_core_fails(place: Path, whole_hash: str, fault: str, mpi: str) -> None:
     expect(Shell(place, mpi).train("--train.audit_every=1", ranks=3, MPIDP_FAULT=fault), 0)
@@ -150,7 +153,7 @@ def test_two_jobs_in_one_run_dir(either: Shell, whole_hash: str) -> None:
 def test_a_checkpoint_cut_short(half_run: Path, name: str) -> None:
     file = half_run / "checkpoints" / "step_00000004" / name
     whole = file.read_bytes()
-    for length in (0, 1, len(whole) // 2, len(whole) - 2 * (name == "manifest.json") - 1):  # it ends with a line end
+    for length in (0, 1, len(whole) // 2, len(whole) - 2 * (name == "manifest.json") - 1):  # it ends with a newline
         file.write_bytes(whole[:length])
         assert found(half_run) == ("step_00000002", 1), length
     file.write_bytes(whole)
@@ -171,7 +174,7 @@ def test_a_checkpoint_with_a_flipped_bit(half_run: Path) -> None:
 
 
 def found(run: Path) -> tuple[str, int]:
-    """What would be gone on from, and how many were passed over."""
+    """Return the checkpoint that would be resumed, and the number of newer ones passed over."""
     path, reasons = newest_valid(run, MPI.COMM_SELF)
     return path.name if path else "", len(reasons)
 
@@ -196,7 +199,7 @@ def full(batch):
 
 
 def test_no_room_for_a_line(either: Shell, forks: Forks) -> None:
-    """From step 3 to step 19: more lines than the last page of the file has room for."""
+    """From step 3 to step 19: more lines than fit into the last page of the file."""
     words = ("tiny.toml", "--train.steps=20")
     expect(forks.run(either.folder, "mpidp.train", *words, "--run.dir=alone"), 0)
     source = NO_ROOM + faulty("full(batch.batch)", batches=[2, 18]) + ENTER
@@ -216,7 +219,7 @@ def test_a_read_only_run_dir(either: Shell) -> None:
 
 
 def test_too_little_shared_memory(either: Shell, forks: Forks) -> None:
-    """A window of 40 MB; both MPIs themselves start with less than 24 MB."""
+    """A window needs 40 MB; both MPIs start with less than 24 MB."""
     words = ["tiny.toml", "--model.model_dim=256", "--model.num_layers=2", "--train.steps=2"]
     expect(forks.run(either.folder, "mpidp.train", *words, "--run.dir=alone"), 0)
     mounts = "mount -t tmpfs -o size=24m tmpfs /dev/shm"

@@ -1,12 +1,12 @@
-"""docs/tutorial.md as its reader runs it: every ```bash and ```python block, in order, in one folder, under MPICH.
+"""Run docs/tutorial.md as a reader does: every ```bash and ```python block, in order, in one folder, under MPICH.
 
-| what the page shows | expected | judged by |
+| the page shows | expected | checked |
 |---|---|---|
-| a block | exit code 0 | bash -eo pipefail's, python's |
-| ```text under it | each line is printed, in this order; figures and answers of the model may differ | the words of the block |
-| weights_sha256 | equal where the page's are equal, other where they are other | hashes printed |
-| answers before and after the fine-tune | far better after it | accuracies printed |
-| report.html | one file with charts, of all runs | its bytes |
+| a block | exit code 0 | bash -eo pipefail, python |
+| ```text under it | each line is printed, in this order; figures and the model's answers may differ | the block's output |
+| weights_sha256 | equal where the page's are equal, different where they differ | printed hashes |
+| answers before and after the fine-tune | much better after it | printed accuracies |
+| report.html | one file with charts of all runs | its bytes |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START = {"bash": ["bash", "-eo", "pipefail", "-c"], "python": ["python", "-c"]}
 
 @dataclass
 class Block:
-    """What the reader types, and what the page says that he sees: lines, `...` for what is left out."""
+    """The commands of a block and the output that the page shows: lines, with `...` for omitted ones."""
 
     kind: str
     typed: str
@@ -42,17 +42,17 @@ def blocks(page: str) -> list[Block]:
             assert found and not found[-1].shown, f"output of which block? {content}"
             found[-1].shown = [line.rstrip() for line in content.splitlines() if line.strip() not in ("", "...")]
         else:
-            assert kind == "sample", f"a block that nothing is done with: ```{kind}"  # what a model writes: other on another CPU
+            assert kind == "sample", f"a block that nothing is done with: ```{kind}"  # generated text
     return found
 
 
 def alike(line: str) -> str:
-    """A line without figures, alignment and the model's answer. Pure."""
+    """Return a line without figures, alignment and the model's answer. Pure."""
     return " ".join(FIGURE.sub("#", HASH.sub("HASH", ANSWER.sub("assistant: ANSWER", line))).split())
 
 
 def seen(shown: list[str], said: str) -> list[str]:
-    """The lines that were printed in place of those shown; fails at the first that was not."""
+    """Return the printed lines that correspond to the shown ones. Fails at the first missing line."""
     lines, found, at = said.splitlines(), [], 0
     for wanted in shown:
         while at < len(lines) and alike(lines[at]) != alike(wanted):

@@ -1,19 +1,19 @@
-"""Wrong commands, configurations and launches: exit code 2, one message that says what, where and how to mend it.
+"""Wrong commands, configurations and launches: exit code 2 and one message that says what is wrong, where, and how to fix it.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| none: train, prepare, evaluate, generate under mpirun | 0 | mpirun's exit code, files, words on stdout |
+| none: train, prepare, evaluate, generate under mpirun | 0 | mpirun's exit code, files, stdout |
 | --help where mpi4py cannot be imported | 0, the settings | exit code, a key on stdout |
 | unknown key, wrong value, two config files, none, malformed TOML, contradictions | 2 before MPI starts | code, key, one line |
 | global_batch < micro_batch; more ranks than lanes | 2 | code of both mpiruns, what to change |
-| run.dir under a file, in /proc; options of prepare, evaluate, generate | 2 | code, key, one line |
-| changed seed, model, batch, data on resume | 2, each key named, the run untouched | code, keys, the checkpoints' bytes |
-| ranks that do not read the same data | 2, what differs and where | code of both mpiruns |
-| N processes that are N jobs of one rank | 2, the right command, no data prepared | code, words, no folder made |
-| the same variables, but legal | 0 | code |
+| run.dir below a file, in /proc; options of prepare, evaluate, generate | 2 | code, key, one line |
+| changed seed, model, batch, data on resume | 2, each key named, the run unchanged | code, keys, the checkpoints' bytes |
+| ranks that read different data | 2, what differs and where | code of both mpiruns |
+| N processes that are N jobs of one rank | 2, the right command, no data prepared | code, output, no folder created |
+| the same variables in a valid launch | 0 | code |
 | --dry-run | 0, writes nothing | the folder's listing |
-| the command of a finished run once more | 0, says so, touches nothing | bytes and times of checkpoints and metrics |
-| run.resume=never | 0, the earlier run is set aside | bytes of what was moved |
+| the command of a finished run again | 0, reports this, changes nothing | bytes and times of checkpoints and metrics |
+| run.resume=never | 0, the earlier run is moved aside | bytes of the moved files |
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from tests.faults.commands import ROOT, Forks, Shell, end_record, expect, launch
 
 
 def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """(time, bytes) of every file under a folder, but for what these tests' shells write there."""
+    """Return (time, bytes) of every file under a folder, except those written by the tests' shells."""
     files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".out_", ".err_"))]
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
+@pytest.mark.quick
 def test_the_four_commands_work_under_mpirun(shell: Shell, whole_hash: str) -> None:
     (shell.folder / "text.txt").write_text("some text\n" * 50)
     prepared = shell.run("-m", "data_tools.prepare", "--source", "text.txt", "--out", "mine", ranks=2)
@@ -49,6 +50,7 @@ def test_the_four_commands_work_under_mpirun(shell: Shell, whole_hash: str) -> N
     assert generated.out.startswith("def f")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("module", "word"),
     [("mpidp.train", "train.global_batch"), ("mpidp.evaluate", "--data"), ("mpidp.generate", "--prompt"),
@@ -122,6 +124,7 @@ def test_configuration_files_that_cannot_be_opened(shell: Shell, name: str) -> N
     expect(shell.run("-m", "mpidp.train", name), 2, f"{name}: not a configuration that can be read")
 
 
+@pytest.mark.quick
 def test_a_wrong_word_under_mpirun(either: Shell) -> None:
     expect(either.train("--model.num_layer=2", ranks=3), 2, "did you mean 'model.num_layers'")
 
@@ -142,6 +145,7 @@ def test_an_unknown_option_is_said_once_under_mpirun(either: Shell) -> None:
     expect(either.run("-m", "mpidp.evaluate", ranks=2), 2, "the following arguments are required: RUN")
 
 
+@pytest.mark.quick
 def test_more_ranks_than_lanes(either: Shell) -> None:
     expect(either.train("--train.micro_batch=4", ranks=2), 2, "2 ranks, but the global batch has 1 lanes", "start at most 1")
     assert not (either.folder / "run").exists()
@@ -272,7 +276,7 @@ def test_resume_never_sets_the_earlier_run_aside(place: Path, half_run: Path, fo
 
 
 def test_what_mpirun_prints_into_a_file_is_plain(either: Shell, whole_hash: str) -> None:
-    """Open MPI gives each rank a terminal of its own, whatever mpirun's output is."""
+    """Open MPI gives each rank a terminal, whatever mpirun's output is."""
     ended = either.train(ranks=2)
     expect(ended, 0)
     lines = ended.out.replace("\r\n", "\n").splitlines()
@@ -281,7 +285,7 @@ def test_what_mpirun_prints_into_a_file_is_plain(either: Shell, whole_hash: str)
 
 
 def test_both_environments_are_different_mpis() -> None:
-    """The parametrised tests would otherwise say more than they saw."""
+    """Otherwise the parametrised tests would test one MPI twice."""
     if len(launchers()) < 2:
         pytest.skip(f"SKIPPED FOR LACK OF a second MPI: only {', '.join(launchers())} is here")
     assert len(set(launchers().values())) == 2

@@ -1,4 +1,4 @@
-"""CUDA tensors through our process group: collectives, DDP and FSDP2 give there what they give on the CPU."""
+"""CUDA tensors with the mpi4py process group: collectives, DDP and FSDP2 give the same results as on the CPU."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ CALLS: list[Callable[[torch.Tensor], Any]] = [summed, gathered, scattered, told,
 @pytest.mark.parametrize("length", [12, 12 * 100_003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
 def test_a_call_gives_what_it_gives_on_the_cpu(call: Callable[[torch.Tensor], Any], length: int, dtype: torch.dtype) -> None:
-    """The values are still being computed when the call begins, and are read at once when it is done."""
+    """The values are still being computed when the call begins, and are read as soon as it is done."""
     if call is passed_on and SIZE == 1:
         pytest.skip("nobody to send to")
     expected = call(values(length, dtype))
@@ -89,7 +89,7 @@ def test_a_call_gives_what_it_gives_on_the_cpu(call: Callable[[torch.Tensor], An
     for one, other in zip(found if isinstance(found, list) else [found],
                           expected if isinstance(expected, list) else [expected], strict=True):
         assert one.is_cuda
-        torch.testing.assert_close(one.cpu(), other)  # sums of large ones on the CPU are another order
+        torch.testing.assert_close(one.cpu(), other)  # large sums on the CPU use another order
 
 
 def net() -> nn.Module:

@@ -1,4 +1,5 @@
-"""Law: a run begins with the same weights on every mesh, each rank with its own part of them, and learns what one rank learns."""
+"""Law: with train.init_from a run has the same initial weights on every mesh, each rank holding its part, and the same losses as
+on one rank."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ MESHES = [(2, 1, 1, 0), (1, 2, 1, 0), (1, 1, 2, 0), (2, 1, 1, 3), (1, 2, 2, 0), 
 
 
 def folder(where: Path, tied: bool) -> Path:
-    """A Hugging Face folder in several files, a width of heads of its own and a padded vocabulary. Collective over WORLD."""
+    """A Hugging Face folder with several weight files, its own head size and a padded vocabulary. Collective over WORLD."""
     out = where / f"tied_{tied}"
     if WORLD.rank == 0 and not out.exists():
         shape = TransformerShape(272, 3, 4, 2, 32, 40, 16, 0.0, tied, 5e4, 1e-6, 12, "llama3:8,1,4,8")
@@ -67,5 +68,5 @@ def test_a_run_of_ours_is_as_good_and_faults_are_everybody_s(shared_folder: Path
     if WORLD.rank == 0:
         max(source.glob("*.safetensors")).unlink()
     WORLD.Barrier()
-    with pytest.raises(DataError, match="1 of .* files of weights are missing"):
+    with pytest.raises(DataError, match="1 of .* weight files are missing"):
         train_at(most, begun(data, shared_tmp / "third", source, (most, 1, 1, 0)))

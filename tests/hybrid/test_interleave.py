@@ -1,5 +1,5 @@
-"""Laws of stages that come several times: no sum changes, so the weights are the bits of one rank, whatever the number of
-micro-batches."""
+"""Laws of interleaved stages: no sum changes, so the weights are bit for bit those of one rank, for any number of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def once(shared_folder: Path, shared_tmp: Path, layers: dict[str, Any], /, **how
 def test_stages_that_come_again_change_no_bit(
     shared_folder: Path, shared_tmp: Path, mesh: Mesh, times: int, batch: int, how: dict[str, Any]
 ) -> None:
-    """With dropout, clipping, short micro-batches, fewer micro-batches than stages."""
+    """With dropout, clipping, short micro-batches, and fewer micro-batches than stages."""
     if not fits(mesh):
         pytest.skip("more ranks than there are")
     layers, train = model(mesh[1], times), STEPS | {"global_batch": batch} | {k: v for k, v in how.items() if k != "shard"}
@@ -69,5 +69,5 @@ def test_a_run_goes_on_whatever_the_interleave(shared_folder: Path, shared_tmp: 
 def test_more_chunks_than_layers_are_refused(shared_folder: Path, shared_tmp: Path) -> None:
     if not fits((1, 2, 1)):
         pytest.skip("needs two ranks")
-    with pytest.raises(UsageError, match="mesh.pp=2 x mesh.interleave=3: the model has 5 layers.*mesh.interleave=2 is the most"):
+    with pytest.raises(UsageError, match="mesh.pp=2 x mesh.interleave=3: .*5 layers: use at most mesh.interleave=2"):
         on((1, 2, 1), with_mesh(corpus(shared_folder), shared_tmp / "run", (1, 2, 1), model=model(2, 2), mesh={"interleave": 3}))

@@ -1,5 +1,5 @@
-"""Laws of mesh.tp and mesh.pp: every mesh learns what one rank learns. Stages change no bit, cut layers change sums by rounding,
-and the number of replicas changes nothing."""
+"""Laws of mesh.tp and mesh.pp: losses on every mesh are those of one rank. Stages change no bit, tensor parallelism changes sums
+by rounding, and the number of replicas changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpidp.training.step import compute
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
-CLOSE = 1e-5  # relative
+CLOSE = 1e-5  # relative tolerance
 Mesh = tuple[int, int, int]
 MESHES: list[Mesh] = [  # (dp, pp, tp)
     (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 3, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4),
@@ -46,7 +46,7 @@ def on(mesh: tuple[int, int, int], config: Config) -> Ran:
 
 
 def assert_close(run: Ran, alone: Ran, what: str, rel: float = CLOSE) -> None:
-    """Losses of every step and evaluation, and norms."""
+    """Compare the losses of every step and evaluation, and the norms."""
     assert len(run.learned) == len(alone.learned), what
     for mine, line in zip(run.learned, alone.learned, strict=True):
         for key in ("train_loss", "val_loss", "grad_norm"):
@@ -69,7 +69,8 @@ def fits(mesh: tuple[int, int, int]) -> bool:
 def test_every_mesh_learns_what_one_rank_learns(
     shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], tied: bool
 ) -> None:
-    """With dropout, clipping, a short last micro-batch, grouped heads; stages alone to the bit, but for a tied embedding."""
+    """With dropout, clipping, a short last micro-batch and grouped heads. Stages alone are exact to the bit, except with a tied
+    embedding."""
     if not fits(mesh):
         pytest.skip("more ranks than there are")
     data, model = corpus(shared_folder), {"tie_embeddings": tied, "num_kv_heads": 4 if mesh[2] == 4 else 2}
@@ -78,20 +79,20 @@ def test_every_mesh_learns_what_one_rank_learns(
     assert_close(run, alone, str(mesh))
     if mesh[2] == 1 and not tied:
         assert (run.sha256, without_norms(run)) == (alone.sha256, without_norms(alone))
-    if mesh[0] > 1:  # whatever the number of replicas
+    if mesh[0] > 1:  # for any number of replicas
         assert run.sha256 == on((1, *mesh[1:]), with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model)).sha256
 
 
 @pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[2] > 1], ids=lambda mesh: "x".join(map(str, mesh)))
 def test_positions_in_parts_teach_what_whole_ones_do(shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int]) -> None:
-    """With dropout, windows that do not divide, and recompute: also where evaluation ends with a short window."""
+    """With dropout, windows that tp does not divide, and recompute, also when an evaluation ends with a short window."""
     if not fits(mesh):
         pytest.skip("more ranks than there are")
     data, model, steps = corpus(shared_folder), {"seq_len": 15, "num_kv_heads": 4}, {"steps": 8, "recompute": mesh[1] > 1}
     alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1), model=model, train=steps))
     run = on(mesh, with_mesh(data, shared_tmp / "run", mesh, model=model, train=steps, mesh={"sequence": True}))
     assert_close(run, alone, str(mesh))
-    if mesh[0] > 1:  # whatever the number of replicas
+    if mesh[0] > 1:  # for any number of replicas
         fewer = with_mesh(data, shared_tmp / "fewer", (1, *mesh[1:]), model=model, train=steps, mesh={"sequence": True})
         assert run.sha256 == on((1, *mesh[1:]), fewer).sha256
 
@@ -101,7 +102,7 @@ def test_positions_in_parts_teach_what_whole_ones_do(shared_folder: Path, shared
 def test_gradients_are_those_of_one_rank(
     shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], sequence: bool
 ) -> None:
-    """Of every parameter, each in its box, and their norm over the whole model."""
+    """Compare every parameter, each in its box, and the norm over the whole model."""
     if not fits(mesh):
         pytest.skip("more ranks than there are")
     if sequence and mesh[2] == 1:
@@ -134,7 +135,7 @@ def test_gradients_are_those_of_one_rank(
 
 
 def test_a_run_goes_on_on_any_other_mesh(shared_folder: Path, shared_tmp: Path) -> None:
-    """dp4 -> dp2 x tp2, sharded -> pp2 x tp2 -> one rank -> pp2: as if nothing had happened."""
+    """dp4 -> dp2 x tp2, sharded -> pp2 x tp2 -> one rank -> pp2: the result equals that of an uninterrupted run."""
     data = corpus(shared_folder)
     alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1)))
     steps = 0
@@ -148,7 +149,7 @@ def test_a_run_goes_on_on_any_other_mesh(shared_folder: Path, shared_tmp: Path) 
 
 
 def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_tmp: Path) -> None:
-    """One rank that goes on for no step at all has the hash that the mesh told."""
+    """One rank that resumes without making a step reports the hash that the mesh reported."""
     data = corpus(shared_folder)
     for mesh in [mesh for mesh in ((1, 2, 2), (1, 1, 2), (2, 2, 1), (1, 2, 1)) if fits(mesh)]:
         run = on(mesh, with_mesh(data, shared_tmp / str(mesh), mesh, train={"steps": 3}))
@@ -178,7 +179,7 @@ def test_what_is_saved_on_a_mesh_is_the_whole_model(shared_folder: Path, shared_
     {"mesh": {"sequence": True, "shard": 3}, "train": {"lanes": 3, "steps": 6}},
 ], ids=str)
 def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how: dict[str, dict[str, Any]]) -> None:
-    """Two replicas of two parts learn what two whole ones learn with the same method; codes round by bucket, so nearly."""
+    """Two replicas of two parts have nearly the losses of two whole replicas with the same method; codes round by bucket."""
     if not fits((2, 2, 1)):
         pytest.skip("needs four ranks")
     data = corpus(shared_folder)
@@ -193,7 +194,7 @@ def test_methods_of_replicas_compose(shared_folder: Path, shared_tmp: Path, how:
 
 
 def test_evaluate_and_generate_on_a_mesh(shared_folder: Path, shared_tmp: Path) -> None:
-    """The loss of shards and of a text, the answers and the texts of one rank; replicas share them out."""
+    """The loss of shards and of a text, the answers and the texts equal those of one rank; replicas divide the work."""
     data, run = corpus(shared_folder), shared_tmp / "run"
     on((1, 1, 1), with_mesh(data, run, (1, 1, 1), train={"steps": 12}))
     prompts, questions = shared_tmp / "prompts.txt", shared_tmp / "questions.jsonl"
@@ -241,7 +242,7 @@ def test_ranks_that_have_the_same_hold_the_same_bits(shared_folder: Path, shared
 
 
 def test_memory_falls_with_the_number_of_parts(shared_folder: Path, shared_tmp: Path) -> None:
-    """Parameters over the parts are those of the model, and those that every rank of a stage has once more each."""
+    """The parameters of all parts add up to those of the model, with shared ones counted on every rank of a stage."""
     data = corpus(shared_folder)
     for mesh in [mesh for mesh in MESHES if mesh[0] == 1 and fits(mesh)]:
 
@@ -258,8 +259,8 @@ def test_memory_falls_with_the_number_of_parts(shared_folder: Path, shared_tmp: 
 
 
 @pytest.mark.parametrize(("mesh", "model", "said"), [
-    ((1, 1, 2), {"num_heads": 3, "model_dim": 36, "num_kv_heads": 3}, r"the 3 key-value heads .* mesh.tp=1 or 3 would do"),
-    ((1, 2, 1), {"num_layers": 1}, "mesh.pp=2: the model has 1 layers.*mesh.pp=1 is the most"),
+    ((1, 1, 2), {"num_heads": 3, "model_dim": 36, "num_kv_heads": 3}, r"3 key-value heads.*use mesh.tp=1 or 3"),
+    ((1, 2, 1), {"num_layers": 1}, "mesh.pp=2: .* the model.s 1 layers.*at most mesh.pp=1"),
 ])
 def test_a_cut_that_is_not_to_be_had_is_refused(
     shared_folder: Path, shared_tmp: Path, mesh: tuple[int, int, int], model: dict[str, Any], said: str
@@ -297,7 +298,7 @@ def test_everybody_has_a_place() -> None:
 def test_sent_bytes_are_those_foretold(
     shared_folder: Path, shared_tmp: Path, sequence: bool, dtype: str, recompute: bool
 ) -> None:
-    """Of `mpidp.plan mesh`, between the ranks of a stage."""
+    """Compare the bytes sent between the ranks of a stage with `mpidp.plan mesh`."""
     if not fits((1, 1, 2)):
         pytest.skip("needs two ranks")
     data, train = corpus(shared_folder), {"global_batch": 2, "dtype": dtype, "recompute": recompute}
@@ -307,9 +308,9 @@ def test_sent_bytes_are_those_foretold(
         loader = job.open_loader(0)
         batch = next(loader)
         loader.close()
-        job.transport.take()
+        job.transport.pop_counts()
         compute(job, batch)
-        return job.transport.take()[0], job.parts.shape
+        return job.transport.pop_counts()[0], job.parts.shape
 
     (found, s), _ = at(2, sent)
     model = Model(s.num_layers, s.model_dim, s.hidden_dim, s.num_heads, s.num_kv_heads, s.vocab_size, s.seq_len)

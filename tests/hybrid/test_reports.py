@@ -1,4 +1,4 @@
-"""Law: whatever a run is, the phases of its steps add up to them, and the report's parts to all of its time."""
+"""Law: for any kind of run the phases of a step add up to its time, and the parts of the report to the run's time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {  # ranks, sections
 
 
 def adds_up(run: Path) -> str:
-    """What does not; nothing where all does. Independent."""
+    """Return the times that do not add up; empty if all do. Independent."""
     found = read(run)
     for line in found.steps:
         phases = [number(line, f"{phase}_seconds") or 0.0 for phase in PHASES]
@@ -49,7 +49,7 @@ def test_a_run_adds_up(shared_folder: Path, shared_tmp: Path, name: str) -> None
     config = tiny(corpus(shared_folder), shared_tmp / "run", metrics={"timeline": "2:4"}, **sections,
                   train={"steps": 6, "save_every": 2, "eval_every": 4})
     train_at(ranks, config)
-    if WORLD.rank == 0:  # as if it had been killed after step 5
+    if WORLD.rank == 0:  # as if the run had been killed after step 5
         for step in (5, 6):
             shutil.rmtree(shared_tmp / f"run/checkpoints/step_{step:08d}", ignore_errors=True)
     WORLD.barrier()

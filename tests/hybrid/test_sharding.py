@@ -1,5 +1,5 @@
-"""Laws of mesh.shard: level 1 changes no bit, levels 2 and 3 are level 0 to rounding, any level goes on from any other on any
-number of ranks, and each rank holds what the formulas say."""
+"""Laws of mesh.shard: level 1 changes no bit; levels 2 and 3 equal level 0 up to rounding; any level resumes from any other on
+any number of ranks; each rank holds the predicted bytes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from mpi4py import MPI
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.config.schema import Config
+from mpidp.strategies.optimizer import MOMENTS
 from mpidp.training.job import Job
 from mpidp.training.step import compute
 from mpidp.training.step_report import exchange_reports
 from tests.memory_formulas import of_replicas, of_shards
+from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, at, corpus, job_at, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi
-CLOSE = 1e-6  # relative
-# 7 lanes, the last short, on any number of ranks; 100 windows, so that an epoch ends with empty micro-batches in step 8.
+CLOSE = 1e-6  # relative tolerance
+# 7 lanes, the last one short, on any number of ranks; 100 windows, so that an epoch ends with empty micro-batches in step 8.
 UNEVEN: dict[str, dict[str, Any]] = {
     "model": {"dropout": 0.1}, "train": {"global_batch": 13, "steps": 20, "eval_every": 8, "eval_tokens": 0},
     "optim": {"clip": 0.5, "warmup_steps": 2},
@@ -31,7 +33,7 @@ UNEVEN: dict[str, dict[str, Any]] = {
 
 
 def with_level(level: int, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """UNEVEN and more at this level."""
+    """Return the settings UNEVEN with this level and other settings."""
     found = {name: dict(values) for name, values in UNEVEN.items()}
     for name, values in (more | {"mesh": {"shard": level}}).items():
         found.setdefault(name, {}).update(values)
@@ -39,7 +41,7 @@ def with_level(level: int, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def saved(run: Path | str) -> Reader:
-    """The newest checkpoint. Collective over WORLD."""
+    """Return the newest checkpoint. Collective over WORLD."""
     reader, _ = find_checkpoint(Path(run), "must", WORLD)
     assert reader is not None
     return reader
@@ -50,7 +52,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def assert_close(run: Ran, folder: Path, alone: Ran, its: Path, what: str) -> None:
-    """Losses of every step and evaluation, weights and optimizer state."""
+    """Compare the losses of every step and evaluation, weights and optimizer state."""
     assert len(run.learned) == len(alone.learned), what
     for mine, line in zip(run.learned, alone.learned, strict=True):
         for key in ("train_loss", "val_loss", "grad_norm"):
@@ -64,14 +66,17 @@ def assert_close(run: Ran, folder: Path, alone: Ran, its: Path, what: str) -> No
 
 
 MESSAGES = {"comm": {"transport": "messages"}}
+ELEMENTWISE = [name for name in OPTIMIZERS if name in MOMENTS]  # muon updates whole matrices
+NEW = [name for name in ELEMENTWISE if name not in ("adamw", "adam", "sgd")]  # those have rows of their own
 
 
 @pytest.mark.parametrize(("nodes", "sections"), [
     (0, MESSAGES), (0, {}), (2, {}), (3, {}), (0, {"comm": {"copies": "rank"}}), (0, MESSAGES | {"optim": {"name": "sgd"}}),
     (2, {"optim": {"name": "adam"}, "model": {"tie_embeddings": True}}),
+    *((0, {"optim": {"name": name}}) for name in NEW),
 ])  # fmt: skip
 def test_level_1_changes_no_bit(shared_folder: Path, shared_tmp: Path, nodes: int, sections: dict[str, Any]) -> None:
-    """By messages, through a window where ranks of a node share a copy, or each has its own; over several nodes."""
+    """With messages; with a window where the ranks of a node share one copy or have one each; over several nodes."""
     data, sections = corpus(shared_folder), sections | {"train": {"steps": 9}}
     with small_blocks():
         alone = train_at(1, tiny(data, shared_tmp / "alone", **with_level(0, **sections | {"comm": {}})))
@@ -90,6 +95,7 @@ TIED = {"optim": {"name": "adam"}, "model": {"tie_embeddings": True, "num_kv_hea
 @pytest.mark.parametrize(("level", "ranks", "sections"), [
     (2, (1, 3, 4), {}), (3, (2, 3), {}), (2, (2, 3), {"optim": {"name": "sgd", "lr": 0.1, "clip": 0.0}, "train": {"steps": 9}}),
     (3, (2, 4), TIED),
+    *((2 + i % 2, (2, 3), {"optim": {"name": name}, "train": {"steps": 9}}) for i, name in enumerate(NEW)),
 ])  # fmt: skip
 def test_levels_2_and_3_are_level_0(
     shared_folder: Path, shared_tmp: Path, level: int, ranks: tuple[int, ...], sections: dict[str, Any]
@@ -130,7 +136,7 @@ def test_any_level_goes_on_from_any_other(shared_folder: Path, shared_tmp: Path)
 
 
 def one_step(job: Job, limit: float = float("inf")) -> bool:
-    """Was it made? Gradients are dropped by then. Collective over job.comm."""
+    """Make one step; return whether an update was made. Gradients are freed by then. Collective over job.comm."""
     loader = job.open_loader(0)
     batch = next(loader)
     loader.close()
@@ -139,7 +145,8 @@ def one_step(job: Job, limit: float = float("inf")) -> bool:
 
 
 def held_at(comm: MPI.Intracomm, config: Config) -> tuple[dict[str, int], dict[str, int], int, list[tuple[int, ...]], int]:
-    """(with a step's gradients, between steps, elements of the flat layout, shapes, whole parameters after a forward)."""
+    """Return bytes (with a step's gradients, between steps), elements of the flat layout, shapes, and whole parameters after a
+    forward."""
     job = job_at(comm, config)
     shapes = [tuple(p.shape) for p in job.engine.model.parameters()]
     loader = job.open_loader(0)
@@ -156,7 +163,7 @@ def held_at(comm: MPI.Intracomm, config: Config) -> tuple[dict[str, int], dict[s
     return full, strategy.held(), strategy.buffer.num_elements if strategy.buffer else 0, shapes, whole
 
 
-@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("sgd", 1)])
+@pytest.mark.parametrize(("name", "moments"), [(name, len(MOMENTS[name])) for name in ELEMENTWISE if name != "adam"])
 def test_each_rank_holds_what_the_formulas_say(shared_folder: Path, shared_tmp: Path, name: str, moments: int) -> None:
     data = corpus(shared_folder)
     for n in sizes(1, 2, 3, 4):

@@ -1,4 +1,4 @@
-"""Laws of what watches over a run, where a replica is several ranks: audits, replays, documents packed into windows."""
+"""Laws of audits, replay and packed documents when a replica consists of several ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import mpidp.replay
 import mpidp.training.step
 from mpidp.data.loader import Batch
 from mpidp.errors import MpidpError
-from mpidp.faults.inject import Faults, parse
+from mpidp.faults.inject import InjectedFaults, parse
 from mpidp.training.job import Job
 from mpidp.training.step import compute
 from tests.tiny import WORLD, at, corpus, job_at, tiny, train_at
@@ -38,7 +38,7 @@ def config_of(data: Path, run: Path, mesh: Mesh, sequence: bool, /, **train: Any
 
 
 def learn(job: Job, number: int) -> None:
-    """A batch's gradients and their update. Collective over job.comm."""
+    """Compute a batch's gradients and update. Collective over job.comm."""
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
@@ -49,8 +49,8 @@ def learn(job: Job, number: int) -> None:
 
 @meshes
 def test_whatever_differs_is_found_by_all(shared_folder: Path, shared_tmp: Path, mesh: Mesh, sequence: bool) -> None:
-    """A gain of a norm is compared between replicas and within its stage, a matrix's part between replicas; nothing else is
-    found, and every rank hears of it."""
+    """A norm gain is compared between replicas and within its stage, a part of a matrix between replicas. Nothing else is
+    reported, and every rank gets the findings."""
     data, ranks = corpus(shared_folder), mesh[0] * mesh[1] * mesh[2]
 
     def audit(comm: MPI.Intracomm) -> None:
@@ -67,7 +67,7 @@ def test_whatever_differs_is_found_by_all(shared_folder: Path, shared_tmp: Path,
                 if comm.rank == wrong:
                     named[name].view(-1)[0].mul_(1.001)
             found = job.audit.weights()
-            nobody = alone or (mesh[0] == 1 and mesh[2] == 1)  # has the same
+            nobody = alone or (mesh[0] == 1 and mesh[2] == 1)  # no other rank has the same
             assert nobody == (found is None), name
             if found is not None:
                 others = {wrong, *((wrong - mesh[1] * mesh[2],) if mesh[0] > 1 else ())}
@@ -85,14 +85,14 @@ def test_whatever_differs_is_found_by_all(shared_folder: Path, shared_tmp: Path,
 def test_a_rank_that_computes_wrongly_is_found(
     shared_folder: Path, shared_tmp: Path, mesh: Mesh, sequence: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks do the step again, and the weights are those of a run without the glitch."""
+    """All ranks repeat the step, and the weights are those of a run without the error."""
     data, ranks = corpus(shared_folder), mesh[0] * mesh[1] * mesh[2]
     named: list[list[int]] = []
     monkeypatch.setattr(mpidp.training.step, "report_finding", lambda job, step, finding, action: named.append(finding.ranks))
 
     def glitch(comm: MPI.Intracomm, fault: str) -> str:
         job = job_at(comm, config_of(data, shared_tmp / "run", mesh, sequence, audit_every=1))
-        job.services.faults = parse(fault, comm.rank) if fault else Faults()
+        job.services.faults = parse(fault, comm.rank) if fault else InjectedFaults()
         for number in range(2):
             learn(job, number)
         return job.parts.sha256(job.engine.model)
@@ -103,7 +103,7 @@ def test_a_rank_that_computes_wrongly_is_found(
     if WORLD.rank < ranks:
         assert len(named) == 1 and ranks - 1 in named[0]
     if mesh[0] == 1:
-        return  # nobody else has this part: who always computes wrongly agrees with himself
+        return  # no other rank has this part, and a rank with a permanent fault agrees with itself
     with pytest.raises(MpidpError, match=rf"memory of ranks \[.*{ranks - 1}\] fails"):
         at(ranks, lambda comm: glitch(comm, f"wrong:{ranks - 1}:2,until=3"))
 
@@ -111,7 +111,7 @@ def test_a_rank_that_computes_wrongly_is_found(
 def test_a_spoilt_gain_sends_the_run_back_to_its_checkpoint(
     shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And it ends where an untouched one does."""
+    """The run ends with the weights of an undisturbed run."""
     if WORLD.size < 2:
         pytest.skip("needs two ranks")
     data = corpus(shared_folder)
@@ -127,7 +127,7 @@ def test_a_spoilt_gain_sends_the_run_back_to_its_checkpoint(
 
 
 class Packed:
-    """A batch whose windows hold two documents each."""
+    """A batch whose windows contain two documents each."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch, self._inner = batch.batch, batch
@@ -144,7 +144,7 @@ class Packed:
 def test_documents_that_share_a_window_do_not_see_each_other(
     shared_folder: Path, shared_tmp: Path, mesh: Mesh, sequence: bool
 ) -> None:
-    """The losses of one rank, which those of undivided windows are not."""
+    """The losses equal those of one rank, and differ from those with attention across documents."""
     data = corpus(shared_folder)
 
     def losses(comm: MPI.Intracomm, mesh: Mesh, sequence: bool, packed: bool) -> dict[int, float]:
@@ -163,7 +163,7 @@ def test_documents_that_share_a_window_do_not_see_each_other(
 
 @meshes
 def test_a_run_of_a_mesh_is_replayed_on_one_rank(shared_folder: Path, shared_tmp: Path, mesh: Mesh, sequence: bool) -> None:
-    """Bit for bit where nothing but layers was dealt out, else to rounding; what was altered is found."""
+    """Bit for bit with pipeline parallelism alone, else up to rounding; alterations are found."""
     run, cut = shared_tmp / "run", mesh[2] > 1
     train_at(mesh[0] * mesh[1] * mesh[2], config_of(corpus(shared_folder), run, mesh, sequence, steps=4))
     words = Namespace(run=str(run), step=None, against=None, data=None, device="cpu", threads=1)

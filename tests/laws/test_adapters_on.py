@@ -1,5 +1,5 @@
-"""Laws of adapters on weights that were there: the number of ranks changes no bit, a run goes on, is evaluated, speaks, is
-replayed and exported from its base and its checkpoint, and none of it with another base."""
+"""Laws of adapters on given weights: the number of ranks changes no bit; resume, evaluation, generation, replay and export work
+from the base and the checkpoint, and reject a different base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIM = {"lr": 0.03, "warmup_steps": 1, "schedule": "constant"}
 
 
 def on(data: Path, run: Path, source: Path, steps: int = 4, **model: Any) -> Config:
-    """A run of adapters on source."""
+    """Train adapters on source."""
     plain = Config().model
     left_out = {key: getattr(plain, key) for key in ("num_layers", "num_heads", "model_dim", "hidden_dim")}
     train = {"init_from": str(source), "steps": steps, "eval_every": 0, "eval_tokens": 0, "global_batch": 6, "save_every": 2}
@@ -34,7 +34,7 @@ def on(data: Path, run: Path, source: Path, steps: int = 4, **model: Any) -> Con
 
 
 def base(where: Path, data: Path, kind: str) -> Path:
-    """Of its own: tests change it. Collective over WORLD."""
+    """A separate copy, because tests change it. Collective over WORLD."""
     source = where / "source"
     if kind == "run":
         train_at(1, tiny(data, source, train={"steps": 1, "eval_every": 0}, optim=OPTIM))
@@ -75,7 +75,7 @@ def test_it_is_one_run_on_any_number_of_ranks_and_can_be_used(shared_folder: Pat
         train_at(few, on(data, shared_tmp / "more", run))
     plain = {"lora_rank": 0, "lora_targets": Config().model.lora_targets}
     further = on(data, shared_tmp / "further", shared_tmp / "out", 1, **plain).with_values(optim={"lr": 0.0})
-    assert train_at(1, further).end["val_loss"] == pytest.approx(alone.end["val_loss"], rel=1e-6)  # it is the model
+    assert train_at(1, further).end["val_loss"] == pytest.approx(alone.end["val_loss"], rel=1e-6)  # it is the same model
 
 
 @pytest.mark.parametrize("kind", ["folder", "run"])
@@ -102,7 +102,7 @@ def test_a_base_that_is_gone_or_another_is_told(shared_folder: Path, shared_tmp:
         source.rename(aside)
     WORLD.barrier()
     refused("neither a run .*nor a Hugging Face folder")
-    if kind == "run":  # it went on meanwhile
+    if kind == "run":  # it was trained further meanwhile
         if WORLD.rank == 0:
             shutil.copytree(aside, source)
         WORLD.barrier()

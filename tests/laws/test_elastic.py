@@ -1,6 +1,7 @@
-"""Law: who computes a lane, who adds it, over which path, in whose memory, how fast, audited or measured: no bit of it shows.
+"""Law: the bits do not depend on which rank computes or adds a lane, on the transport, the copies, the speed of ranks, audits or
+measurements.
 
-And what an audit finds, it mends: the run ends with the bits of one that nothing happened to, or says which rank to take out.
+And audits repair what they find: the run ends with the bits of an undisturbed run, or names the rank to exclude.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from mpidp.comm.work_stealing import Tickets
 from mpidp.errors import MpidpError
 from mpidp.training import balance
+from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, corpus, pretended, sizes, small_blocks, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -28,18 +30,18 @@ BASE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def owners_of_small_slices() -> Iterator[None]:
-    """Every owner has something to add."""
+    """Use small slices, so that every owner has something to add."""
     with small_blocks():
         yield
 
 
 def ranks(n: int) -> int:
-    """n, or as many as there are."""
+    """Return n, or the number of available ranks."""
     return min(n, WORLD.size)
 
 
 def train(n: int, data: Path, folder: Path, /, nodes: int = 1, inject: str = "", **sections: dict[str, Any]) -> Ran:
-    """A run on n ranks of so many pretended nodes, with faults on purpose. Collective over WORLD."""
+    """Train on n ranks of `nodes` simulated nodes, with injected faults. Collective over WORLD."""
     merged = {name: BASE.get(name, {}) | sections.get(name, {}) for name in {*BASE, *sections}}
     with pytest.MonkeyPatch.context() as patch, pretended(min(n, nodes)):
         patch.setenv("MPIDP_FAULT", inject)
@@ -48,7 +50,7 @@ def train(n: int, data: Path, folder: Path, /, nodes: int = 1, inject: str = "",
 
 @pytest.fixture(scope="module")
 def alone(shared_folder: Path) -> Ran:
-    """One rank, to which nothing happens."""
+    """A run on one rank without faults."""
     with small_blocks():
         run = train(1, corpus(shared_folder), shared_folder / "alone")
     assert run.end["step"] == 8 and len(set(run.losses)) == 8 and run.losses[-1] < run.losses[0] - 0.1
@@ -56,26 +58,26 @@ def alone(shared_folder: Path) -> Ran:
 
 
 def same(run: Ran, other: Ran) -> None:
-    """The same bits of weights, and of all figures that were logged."""
+    """Assert equal bits of weights and of all logged values."""
     assert run.sha256 == other.sha256
     assert run.learned == other.learned
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lanes are shared out anew after few steps."""
+    """Lanes are redistributed after few steps."""
     monkeypatch.setattr(balance, "FIRST_STEPS", 2)
     monkeypatch.setattr(balance, "EVERY_STEPS", 2)
 
 
 @dataclass
 class Stolen:
-    """Lanes that this rank took from others since it was asked last."""
+    """The lanes that this rank took from others since the last call."""
 
     lanes: int = 0
 
     def everywhere(self) -> int:
-        """On all ranks together. Collective over WORLD."""
+        """Evaluate on all ranks together. Collective over WORLD."""
         found, self.lanes = self.lanes, 0
         return int(WORLD.allreduce(found))
 
@@ -109,7 +111,7 @@ def test_balance_path_and_nodes_change_no_bit(
             continue
         n = ranks(4 if transport == "window" else 3)
         if transport == "window" and n <= nodes:
-            continue  # nobody shares memory
+            continue  # no ranks share memory
         run = train(n, data, shared_tmp / f"{transport}{copies}", nodes, inject, train={"balance": kind},
                     comm={"transport": transport, "copies": copies})
         same(run, alone)
@@ -121,7 +123,7 @@ def test_balance_path_and_nodes_change_no_bit(
         assert (moved > 0) == (kind != "even"), "lanes did change hands, or this says nothing"
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ranks_that_update_a_share_each_update_as_one(shared_folder: Path, shared_tmp: Path, name: str) -> None:
     data = corpus(shared_folder)
     optim = {"name": name, "weight_decay": 0.3, "clip": 0.5}
@@ -144,7 +146,7 @@ def test_reducing_early_changes_no_bit(shared_folder: Path, shared_tmp: Path, al
 
 
 def test_who_looks_changes_nothing(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """Audits, with a copy a rank and with one a node."""
+    """Audits, with one copy per rank and with one per node."""
     data = corpus(shared_folder)
     for n, nodes, kind in [(1, 1, "even"), (2, 1, "even"), (3, 1, "steal"), (4, 2, "measured"), (5, 2, "steal"), (8, 3, "even")]:
         if n > WORLD.size:
@@ -155,7 +157,7 @@ def test_who_looks_changes_nothing(shared_folder: Path, shared_tmp: Path, alone:
 
 
 def test_the_noise_scale_is_the_same_floats_at_any_number_of_ranks(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """Its inputs are of single lanes, whoever computes them; to look at them changes nothing else."""
+    """Its inputs are values of single lanes, whichever rank computes them. Measuring changes nothing else."""
     data, found = corpus(shared_folder), []
     for n, nodes, kind in [(1, 1, "even"), (2, 1, "steal"), (3, 1, "measured"), (3, 3, "even"), (5, 2, "steal"), (8, 1, "even")]:
         if n <= WORLD.size:
@@ -183,7 +185,7 @@ def test_the_noise_average_goes_along_with_a_checkpoint(shared_folder: Path, sha
 
 @st.composite
 def ways(draw: st.DrawFn) -> dict[str, Any]:
-    """(a run, and how it is run)."""
+    """Draw (a run, how it is run)."""
     micro = draw(st.integers(1, 3))
     global_batch = draw(st.integers(2 * micro, 12))
     micro_batches = -(-global_batch // micro)
@@ -218,7 +220,7 @@ NUMBER = count()
 def test_any_way_to_run_it_gives_the_bits_of_one_rank(
     shared_folder: Path, shared_tmp: Path, quick: None, how: dict[str, Any]
 ) -> None:
-    """derandomize: all ranks draw the same."""
+    """derandomize: all ranks draw the same values."""
     data, number = corpus(shared_folder), next(NUMBER)
     alone = train(1, data, shared_tmp / f"alone{number}", train=how["run"] | {"noise_every": how["train"]["noise_every"]})
     run = train(how["n"], data, shared_tmp / f"run{number}", how["nodes"], how["inject"], train=how["run"] | how["train"],
@@ -226,7 +228,7 @@ def test_any_way_to_run_it_gives_the_bits_of_one_rank(
     assert len(run.losses) == 5 and run.sha256 == alone.sha256 and run.lines == alone.lines, how
 
 
-# What audits find ----------------------------------------------------------------------------------------------------------
+# Audits -------------------------------------------------------------------------------------------------------------------
 
 
 def at_least(n: int) -> None:
@@ -237,7 +239,7 @@ def at_least(n: int) -> None:
 @pytest.mark.parametrize(
     ("n", "nodes", "copies", "rank", "seen"),
     [(3, 1, "rank", 2, [2]), (3, 1, "auto", 0, [0]), (5, 1, "rank", 3, [3]),
-     (5, 3, "node", 2, [2, 3]), (4, 3, "node", 0, [0, 1])],  # 3 nodes of 5 ranks have 2, 2 and 1 of them, of 4 ranks 2, 1, 1
+     (5, 3, "node", 2, [2, 3]), (4, 3, "node", 0, [0, 1])],  # 5 ranks on 3 nodes: 2, 2 and 1; 4 ranks on 3 nodes: 2, 1, 1
 )
 def test_a_flipped_bit_is_mended_from_the_majority(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, nodes: int, copies: str, rank: int, seen: list[int]
@@ -264,7 +266,7 @@ def test_of_two_replicas_the_run_goes_back_to_its_last_checkpoint(
 
 
 def test_a_checkpoint_is_never_of_replicas_that_differ(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """Audits are due at step 5, checkpoints at 3 and 6: a bit that flips in step 6 is found before that is written."""
+    """Audits are due at step 5, checkpoints at 3 and 6: a bit that flips in step 6 is found before checkpoint 6 is written."""
     at_least(2)
     run = train(2, corpus(shared_folder), shared_tmp, inject="flip:1:6,tensor=3,bit=20", train={"audit_every": 5},
                 comm={"copies": "rank"})
@@ -292,7 +294,7 @@ def test_a_glitch_is_found_and_its_step_done_again(
 def test_a_rank_that_computes_wrongly_again_and_again_is_named(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, every: int
 ) -> None:
-    """Its job ends; without it, or mended, the run goes on from before."""
+    """Its job ends; without this rank, or with it repaired, the run resumes from the last checkpoint."""
     at_least(n)
     data = corpus(shared_folder)
     with pytest.raises(MpidpError, match=r"step 4: .*memory of ranks \[1\] fails") as caught:
@@ -304,7 +306,7 @@ def test_a_rank_that_computes_wrongly_again_and_again_is_named(
 
 
 def test_without_audits_it_would_not_have_been_seen(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """The faults on purpose do change bits."""
+    """The injected faults do change bits."""
     at_least(3)
     for i, inject in enumerate(["wrong:1:4", "flip:1:4,tensor=3,bit=20"]):
         run = train(3, corpus(shared_folder), shared_tmp / str(i), inject=inject)

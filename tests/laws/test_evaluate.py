@@ -1,4 +1,4 @@
-"""Law: what is said of a trained model, its loss and its text, does not depend on the number of ranks that say it."""
+"""Law: the evaluated loss of a trained model, and its generated text, do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module")
 def trained(shared_folder: Path) -> tuple[Path, Ran]:
-    """(its folder, the run). Evaluates on all of the validation split, so that others can say the same."""
+    """Return (its folder, the run). It evaluates on all of the validation split, for comparison."""
     folder = shared_folder / "run"
     train = {"steps": 8, "eval_tokens": 0, "save_every": 3}
     return folder, train_at(2 if WORLD.size > 1 else 1, tiny(corpus(shared_folder), folder, train=train))
@@ -36,7 +36,7 @@ def test_the_same_figures_at_any_number_of_ranks(trained: tuple[Path, Ran], shar
         assert said["perplexity"] == math.exp(said["loss"])
         assert said["bits_per_byte"] == pytest.approx(said["loss"] * said["tokens"] / math.log(2) / stream.text_bytes)
         if split == "val":
-            assert said["loss"] == run.end["val_loss"]  # to the last bit
+            assert said["loss"] == run.end["val_loss"]  # equal to the last bit
 
 
 def test_one_checkpoint_of_a_run(trained: tuple[Path, Ran]) -> None:
@@ -56,7 +56,7 @@ def test_only_targets_that_count_are_counted(trained: tuple[Path, Ran], shared_f
 
 
 def nowhere(places: np.ndarray) -> np.ndarray:
-    """A loss mask that leaves no target."""
+    """A loss mask without targets."""
     return places < 0
 
 

@@ -1,6 +1,6 @@
-"""Shared memory under load: without each of its fences a rank now and then reads what a neighbour is still writing.
+"""Shared memory under load: without each of its fences, a rank sometimes reads what a neighbour is still writing.
 
-A few runs here; `make soak` makes it a hundred (MPIDP_SOAK=100).
+Makes a few runs; `make soak` makes a hundred (MPIDP_SOAK=100).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUNS = int(os.environ.get("MPIDP_SOAK", "8"))
 
 @pytest.fixture
 def load() -> Iterator[None]:
-    """Another process on every core, on and off, so that ranks are held up at any place."""
+    """Run a process on every core, on and off, so that ranks are delayed at random places."""
     burn = """
 import time
 while True:
@@ -43,7 +43,7 @@ def test_runs_in_a_window_under_load_have_one_hash(
     shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = corpus(shared_folder)
-    # Clipping at every step scales the sum in place: the race that showed as two hashes when its fence was missing.
+    # Clipping at every step scales the sum in place. Without its fence this race gave two different hashes.
     sections = {"model": {"model_dim": 64, "hidden_dim": 192, "num_layers": 3}, "optim": {"clip": 0.01, "lr": 1e-2}}
     alone = train_at(1, tiny(data, shared_tmp / "alone", **sections))
     for run in range(RUNS):

@@ -1,5 +1,5 @@
-"""Laws of training a part of a model: the number of ranks changes no bit, what is frozen never moves nor travels, and a run of
-adapters goes on, is evaluated and speaks from its base and its checkpoint."""
+"""Laws of training a part of a model: the number of ranks changes no bit; frozen parameters never change and are not sent;
+adapter runs resume, evaluate and generate from their base and checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def base_of(shards: Path, run: Path) -> dict[str, torch.Tensor]:
-    """The parameters before the first step. Collective over WORLD."""
+    """Return the parameters before the first step. Collective over WORLD."""
     def begin(comm: MPI.Intracomm) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in job_at(comm, tiny(shards, run)).engine.model.named_parameters()}
 
@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("what", ["frozen", "adapters"])
 def test_what_is_frozen_never_changes(shared_folder: Path, shared_tmp: Path, name: str, what: str) -> None:
-    """And what is trained does, each of it; of adapters alone a checkpoint tells."""
+    """All trained parameters change. A checkpoint of adapters contains only these."""
     data, n, sections = corpus(shared_folder), sizes(1, 2)[-1], dict(METHODS[name])
     sections |= {"model": LORA} if what == "adapters" else {"optim": {"freeze": FROZEN}}
     before = base_of(data, shared_tmp / "before")
@@ -90,7 +90,7 @@ def sent(run: Path) -> int:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("reducer", ["tree", "allreduce"])
 def test_only_what_is_trained_is_sent(shared_folder: Path, shared_tmp: Path, reducer: str) -> None:
-    """Bytes are in proportion to the flat gradient: whole blocks of the norm, of each unit of the model that is trained."""
+    """Bytes are proportional to the flat gradient, which consists of whole norm blocks of each trained unit of the model."""
     data, found = corpus(shared_folder), {}
     comm = {"reducer": reducer, "transport": "messages", "copies": "rank"}
     parts = {"all": {}, "adapters": {"model": LORA}, "head": {"optim": {"freeze": "embedding*,blocks*,norm*"}}}
@@ -144,7 +144,7 @@ def test_a_changed_adapter_is_another_run(shared_folder: Path, shared_tmp: Path)
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}], ids=str)
 def test_freezing_on_a_mesh_is_freezing(shared_folder: Path, shared_tmp: Path, mesh: dict[str, int]) -> None:
-    """Also of an embedding that two stages share."""
+    """Also for an embedding that two stages share."""
     data = corpus(shared_folder)
     sections: dict[str, Any] = {"model": {"tie_embeddings": True}, "optim": {"freeze": "embedding.*,blocks.0.attention.*"}}
     alone = train_at(1, tiny(data, shared_tmp / "alone", **sections))
@@ -154,19 +154,21 @@ def test_freezing_on_a_mesh_is_freezing(shared_folder: Path, shared_tmp: Path, m
 
 
 def rows(folder: Path) -> Path:
-    """Shards of rows, made once by rank 0. Collective over WORLD."""
+    """Shards of rows, created once by rank 0. Collective over WORLD."""
     out = folder / "rows"
     if WORLD.rank == 0 and not out.exists():
         words = SENTENCE.split()
         pairs = [{"prompt": " ".join(words[i % 7 : i % 11 + 2]) + "?", "completion": words[i * i % 20]} for i in range(150)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        prepare(str(folder / "rows.jsonl"), out=out, form="prompt_completion", seq_len=64, shards=3, val_fraction=0.1, say=False)
+        prepare(
+            str(folder / "rows.jsonl"), out=out, form="prompt_completion", seq_len=64, shards=3, val_fraction=0.1, verbose=False
+        )
     polite_barrier(WORLD)
     return out
 
 
 def test_rows_are_learned_alike_by_any_number_of_ranks(shared_folder: Path, shared_tmp: Path) -> None:
-    """Averaged over what is learned of the whole global batch, of which each rank's part has another number of tokens."""
+    """The loss is the mean over the targets of the whole global batch, of which ranks have different numbers."""
     data, model = rows(shared_folder), {"seq_len": 64, **LORA}
     more: dict[str, Any] = {"model": model, "optim": {"lr": 0.03}, "train": {"eval_tokens": 0}}
     runs = [train_at(n, tiny(data, shared_tmp / f"at{n}", **more)) for n in sizes(1, 3, 8)]
@@ -176,15 +178,16 @@ def test_rows_are_learned_alike_by_any_number_of_ranks(shared_folder: Path, shar
     mask = stream.read_mask(0, stream.num_tokens)
     assert mask is not None and runs[0].lines[0]["tokens"] < int(mask.sum()) < stream.num_tokens / 2
     found = at(sizes(1, 2)[-1], lambda comm: evaluate(str(shared_tmp / "at1"), None, comm))[0]
-    assert found["loss"] == end["val_loss"]  # documents apart there too
+    assert found["loss"] == end["val_loss"]  # evaluation keeps documents apart, too
 
 
 def test_documents_of_text_may_be_kept_apart(shared_folder: Path, shared_tmp: Path) -> None:
-    """By a setting, in training and afterwards: another loss than joined, and fewer targets, for none begins a document."""
+    """The setting applies in training and evaluation. The loss differs from that with joined documents, and there are fewer
+    targets, since the first token of a document is not predicted."""
     lines, data = shared_folder / "lines.jsonl", shared_folder / "lines"
     if WORLD.rank == 0:
         lines.write_text("".join(json.dumps({"text": SENTENCE[i % 60 : i % 60 + 9]}) + "\n" for i in range(300)))
-        prepare(str(lines), out=data, val_fraction=0.2, say=False)
+        prepare(str(lines), out=data, val_fraction=0.2, verbose=False)
     polite_barrier(WORLD)
     ends = {}
     for documents in ("joined", "apart"):

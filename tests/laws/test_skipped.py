@@ -1,5 +1,5 @@
-"""Law: a gradient that is not finite in one lane, or far larger than usual, skips that batch on every rank alike; and after too
-many in a row the run is one in which all batches since the last checkpoint were skipped."""
+"""Law: a gradient of one lane that is not finite, or much larger than usual, skips that batch on all ranks. After too many in a
+row the run equals one in which all batches since the last checkpoint were skipped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.mpi
 
 @contextmanager
 def spoilt(bad: Callable[[int, int], bool], factor: float) -> Iterator[None]:
-    """The gradient of micro-batch v of batch b is multiplied by factor where bad(b, v), on whichever rank computes it; so
-    is its loss unless the factor is finite."""
+    """Multiply the gradient of micro-batch v of batch b by factor where bad(b, v), on whichever rank computes it; and its loss
+    unless the factor is finite."""
     real_run, real_loss, number = Engine.run, Engine.loss_sum, -1
 
     def run(self: Engine, schedule: Any, batch: Batch, strategy: Any) -> Computed:
@@ -71,7 +71,7 @@ def test_the_batch_is_skipped_on_all_ranks_alike(shared_folder: Path, shared_tmp
 
 
 def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_folder: Path, shared_tmp: Path) -> None:
-    """Two runs that skip the same batch for bad gradients of different micro-batches are one run."""
+    """Two runs that skip the same batch because of different micro-batches are equal."""
     data, hashes = corpus(shared_folder), set()
     for v in (0, 4, 7):
         with spoilt(lambda batch, u, v=v: (batch, u) == (1, v), math.nan):
@@ -83,7 +83,7 @@ def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_fo
 def test_too_many_in_a_row_end_the_run_on_all_ranks(
     shared_folder: Path, shared_tmp: Path, save_every: int, last: int, words: str
 ) -> None:
-    """Where no checkpoint is there, or no other than before, to go back to."""
+    """If there is no checkpoint to return to, or only the one that was already tried."""
     data = corpus(shared_folder)
     sections = SECTIONS | {"train": SECTIONS["train"] | {"save_every": save_every}}
 
@@ -93,17 +93,17 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks(
         assert type(caught.value) is MpidpError
         return caught.value.exit_code, caught.value.everywhere, str(caught.value)
 
-    with spoilt(lambda batch, v: v == 3 and batch not in (0, 1, 4, 5), math.nan):  # 2 in a row are borne, 7 to 9 are not
+    with spoilt(lambda batch, v: v == 3 and batch not in (0, 1, 4, 5), math.nan):  # 2 in a row are tolerated, 7 to 9 are not
         for n in sizes(1, 2, 4):
             said = at(n, run)
             assert said == [(1, True, said[0][2])] * n
             assert f"3 batches in a row, up to batch {last}, made no" in said[0][2] and words in said[0][2]
     for n in sizes(1, 2, 4):
         kept = [path.name for path in committed(shared_tmp / str(n) / "checkpoints")]
-        assert kept == (["step_00000004", "step_00000002"] if save_every else [])  # what was learned is kept
+        assert kept == (["step_00000004", "step_00000002"] if save_every else [])  # progress is kept
 
 
-ROWS = {5: 8, 13: 15}  # first and last of batches whose gradients are not finite; three in a row are too many
+ROWS = {5: 8, 13: 15}  # first and last of the batches with non-finite gradients; three in a row are too many
 LONG = SECTIONS | {"train": SECTIONS["train"] | {"steps": 12, "save_every": 3}}
 
 
@@ -116,8 +116,8 @@ def rolled_back(run: Ran) -> list[tuple[int, int]]:
 
 
 def test_the_run_goes_back_and_passes_over_what_was_bad(shared_folder: Path, shared_tmp: Path) -> None:
-    """Step 3 is saved, batches 3 and 4 are learned from, 5 to 7 are bad: back to step 3, and 8 is next, which is bad too. Step 6
-    is saved, batch 12 learned from, 13 to 15 are bad: back to step 6."""
+    """Step 3 is saved, batches 3 and 4 are trained on, 5 to 7 are bad: return to step 3 and continue with batch 8, which is bad
+    too. Step 6 is saved, batch 12 is trained on, 13 to 15 are bad: return to step 6."""
     data = corpus(shared_folder)
     with spoilt(in_rows, math.nan):
         runs = [train_at(n, tiny(data, shared_tmp / str(n), **LONG)) for n in sizes(1, 2, 4, 8)]
@@ -132,7 +132,7 @@ def test_the_run_goes_back_and_passes_over_what_was_bad(shared_folder: Path, sha
 
 @pytest.mark.parametrize("call", [8, 9, 10, 13, 16, 17, 20])
 def test_a_crash_before_or_after_the_run_went_back(shared_folder: Path, shared_tmp: Path, call: int) -> None:
-    """call: of Strategy.step; the first return is after the 8th, the second after the 16th."""
+    """call: of Strategy.step. The first return happens after the 8th call, the second after the 16th."""
     data = corpus(shared_folder)
     with spoilt(in_rows, math.nan):
         whole = train_at(1, tiny(data, shared_tmp / "whole", **LONG))
@@ -144,10 +144,10 @@ def test_a_crash_before_or_after_the_run_went_back(shared_folder: Path, shared_t
     assert run.sha256 == whole.sha256 and run.learned == whole.learned and rolled_back(run) == rolled_back(whole)
 
 
-# Norms that are finite, and far from the usual ------------------------------------------------------------------------------
+# Finite norms that are far from the usual ---------------------------------------------------------------------------------
 
 SPIKES: dict[str, Any] = {"train": {"steps": 30, "save_every": 22, "spike": 8.0, "eval_every": 0}}
-LOUD = {(10, 2), (24, 5), (26, 0), (27, 1)}  # the first before it is known what is usual
+LOUD = {(10, 2), (24, 5), (26, 0), (27, 1)}  # the first one comes before the usual norm is known
 
 
 def test_a_gradient_far_larger_than_usual_is_skipped(shared_folder: Path, shared_tmp: Path) -> None:
@@ -186,7 +186,7 @@ def crash_in_step(number: int) -> pytest.MonkeyPatch:
 
 
 def resumed(data: Path, folder: Path, crash_at: int) -> tuple[list[Any], list[Any]]:
-    """The lines of an uninterrupted run and of one that crashed in its crash_at-th step call, but for its resume event."""
+    """Return the lines of an uninterrupted run and of one that crashed in its crash_at-th step call, without its resume event."""
     with spoilt(lambda batch, v: (batch, v) in BAD, math.nan):
         whole = train_at(1, tiny(data, folder / "whole", **SECTIONS))
         patch = crash_in_step(crash_at)
@@ -209,7 +209,7 @@ def test_batches_skipped_again_after_a_restart_are_logged_once(shared_folder: Pa
 
 
 def first_batch_has_none(places: np.ndarray) -> np.ndarray:
-    """A loss mask that leaves no target to the first global batch in sequential order."""
+    """A loss mask without targets in the first global batch in sequential order."""
     return places > 16 * 16
 
 

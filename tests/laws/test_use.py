@@ -1,5 +1,5 @@
-"""Law: what a trained model writes, and how likely it finds what others wrote, does not depend on the number of ranks that share
-the work, nor on how much of it is done at the same time."""
+"""Law: generated texts and evaluated likelihoods do not depend on the number of ranks that share the work, or on how much is
+computed at the same time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def place(shared_folder: Path) -> Path:
-    """A folder with a run, and files to use it with."""
+    """A folder with a run, and input files."""
     train_at(2 if WORLD.size > 1 else 1, tiny(corpus(shared_folder), shared_folder / "run", train={"steps": 8, "save_every": 0}))
     if WORLD.rank == 0:
         rows = [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
@@ -43,7 +43,7 @@ def place(shared_folder: Path) -> Path:
 
 
 def written(place: Path, n: int, *words: str) -> list[dict[str, Any]]:
-    """By generate on n ranks; longer than the model's window."""
+    """Return what generate writes on n ranks; longer than the model's context."""
     given = ["--device=cpu", "--threads=1", "--tokens=30", "--seed=3", *words]
     return at(n, lambda comm: generate(comm, read_options([str(place / "run"), *given])))[0]
 
@@ -56,7 +56,7 @@ def test_a_file_of_prompts_at_any_number_of_ranks_and_in_any_batches(place: Path
     for n, batch in [(1, 3), (2, 1), (2, 4), (3, 2), (4, 2), (4, 100), (8, 1)]:
         if n <= WORLD.size:
             assert written(place, n, file, f"--batch={batch}") == whole, (n, batch)
-    for i in (0, 4):  # alone; the first one's seed is --seed
+    for i in (0, 4):  # alone; the seed of the first text is --seed
         alone = written(place, 1, f"--prompt={PROMPTS[i]}")
         assert (alone[0]["text"] == whole[i]["text"]) == (i == 0)
 
@@ -76,7 +76,7 @@ def test_the_same_text_at_any_number_of_ranks_and_as_a_stream(place: Path) -> No
 
 
 def told(place: Path, n: int, *words: str) -> list[dict[str, Any]]:
-    """By evaluate on each of n ranks."""
+    """Return what evaluate prints on each of n ranks."""
     options = evaluate_options([str(place / "run"), "--device=cpu", "--threads=1", *words])
     work = evaluate_text if options.text else evaluate_choices
     return at(n, lambda comm: work(options, comm))
@@ -87,7 +87,7 @@ def test_questions_at_any_number_of_ranks(place: Path) -> None:
     assert all(one == found[0] for one in found)
     assert found[0]["items"] == 5 and found[0]["cut_items"] == 2 and found[0]["step"] == 8
     assert found[0]["chance"] == pytest.approx((4 / 2 + 1 / 3) / 5)
-    assert found[0]["accuracy"] >= 0.6  # it has learned which characters there are
+    assert found[0]["accuracy"] >= 0.6  # the model has learned which characters exist
 
 
 def test_a_text_at_any_number_of_ranks(place: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every combination of strategy, reducer, compression and group that is not refused trains, and ends with one finite model."""
+"""Every supported combination of strategy, reducer, compression and group trains, and ends with one finite model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ STRATEGIES: dict[str, list[dict[str, Any]]] = {
         for overlap, fragments in ((False, 1), (True, 1), (False, 2))
     ] + [{"group": group} for group in AXES["strategy.group"] if group != "all"],
 }  # fmt: skip
+PARTS = 4  # every fourth cell
 RANKS = min(3, MPI.COMM_WORLD.size)
 
 
 def cells() -> list[dict[str, dict[str, Any]]]:
     found = []
     for name in AXES["strategy.name"]:
-        for more, reducer, code in itertools.product(STRATEGIES[name], AXES["comm.reducer"], AXES["comm.compress"]):
+        for more, reducer, code in itertools.product(STRATEGIES.get(name, [{}]), AXES["comm.reducer"], AXES["comm.compress"]):
             found.append({
                 "strategy": {"name": name, **more},
                 "comm": {"reducer": reducer, "compress": code, "bucket_mb": 0.01, "overlap": "none"}, "train": {"steps": 4},
@@ -46,10 +47,12 @@ def allowed(sections: dict[str, dict[str, Any]]) -> bool:
     return True
 
 
-def test_all_cells_train_or_are_refused(shared_folder: Path, shared_tmp: Path) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_all_cells_train_or_are_refused(shared_folder: Path, shared_tmp: Path, part: int) -> None:
     data, every = corpus(shared_folder), cells()
     chosen = [sections for sections in every if allowed(sections) and sections["comm"]["reducer"] != "auto"]
     assert len(chosen) > 40 and len(every) > 2 * len(chosen)
+    chosen = chosen[part::PARTS]
 
     def run(comm: MPI.Intracomm) -> list[tuple[str, float]]:
         ends = []
@@ -63,4 +66,4 @@ def test_all_cells_train_or_are_refused(shared_folder: Path, shared_tmp: Path) -
     for i, (sections, ends) in enumerate(zip(chosen, zip(*ranks, strict=True), strict=True)):
         assert len({sha for sha, _ in ends}) == 1, f"{i}: {sections}: no common model"
         assert all(math.isfinite(loss) for _, loss in ends), f"{i}: {sections}"
-    assert len({ends[0][0] for ends in zip(*ranks, strict=True)}) > 25, "they are not all the same run"
+    assert len({ends[0][0] for ends in zip(*ranks, strict=True)}) > len(chosen) // 2, "they are not all the same run"

@@ -1,5 +1,5 @@
-"""Law: what compression holds back survives a crash: at the same number of ranks bit for bit; at another one, or under another
-code, so that nothing is lost."""
+"""Law: compression residuals survive a crash: bit for bit on the same number of ranks, and without loss on another number or with
+another code."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from mpidp.checkpoint.manifest import committed
 from mpidp.checkpoint.reader import Reader
-from mpidp.config.schema import fields_of
-from mpidp.reducers.base import Sums
+from mpidp.reducers.base import FlatReducer
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.compressed import Compressed
 from tests.laws.test_resume import crashed_in, equal, equal_checkpoints, ranks
+from tests.registries import COMPRESSIONS
 from tests.tiny import WORLD, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
-NAMES = {key: about.metadata["choices"] for key, about, _ in fields_of()}["comm.compress"][1:]
+NAMES = COMPRESSIONS
 SECTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "train": {"steps": 8, "save_every": 2, "eval_every": 0}}
 
 
 def how(name: str, momentum: float = 0.0) -> dict[str, Any]:
     ratio = 0.1 if name in ("topk", "randomk") else 0.0
-    return {"compress": name, "momentum": momentum, "ratio": ratio, "overlap": "none"}  # else zeros are summed to measure
+    return {"compress": name, "momentum": momentum, "ratio": ratio, "overlap": "none"}  # auto would sum zeros to measure
 
 
 @pytest.mark.parametrize(("name", "momentum"), [(name, 0.0) for name in NAMES] + [("topk", 0.9), ("randomk", 0.9)])
@@ -45,13 +45,13 @@ def test_crashed_and_gone_on_at_the_same_number_of_ranks(
 
 
 class Ledger:
-    """By number of a round: what this rank gave, and what all applied; and what it holds now."""
+    """By round: what this rank contributed and what all ranks applied; and its current residual."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.given: dict[int, Tensor] = {}
         self.applied: dict[int, Tensor] = {}
         self.held: Tensor | None = None
-        real_sum, real_settle = Compressed.sum, Compressed.settle
+        real_sum, real_end_round = Compressed.sum, Compressed.end_round
 
         def book(into: dict[int, Tensor], reducer: Compressed, flat: Tensor, bucket: Bucket) -> None:
             row = into.setdefault(reducer.rounds, torch.zeros(reducer.buffer.num_elements, dtype=torch.float64))
@@ -62,21 +62,22 @@ class Ledger:
             real_sum(reducer, flat, bucket)
             book(self.applied, reducer, flat, bucket)
 
-        def settle(reducer: Compressed, applied: bool) -> None:
-            real_settle(reducer, applied)
+        def end_round(reducer: Compressed, applied: bool) -> None:
+            real_end_round(reducer, applied)
             self.held = reducer.held["residual"].clone()
 
         patch.setattr(Compressed, "sum", sum_)
-        patch.setattr(Compressed, "settle", settle)
+        patch.setattr(Compressed, "end_round", end_round)
 
     def back_to(self, number: int) -> None:
-        """The run begins again after so many rounds; what was done since counts for nothing."""
+        """The run resumes after so many rounds; later rounds are discarded."""
         self.given = {i: row for i, row in self.given.items() if i < number}
         self.applied = {i: row for i, row in self.applied.items() if i < number}
         self.held = None
 
     def owed(self, rounds: int) -> tuple[float, float]:
-        """(the largest value that is neither applied nor held by anybody, the largest that was given). Collective over WORLD."""
+        """Return (the largest value that is neither applied nor in any residual, the largest contribution). Collective over
+        WORLD."""
         zero = torch.zeros(1, dtype=torch.float64)
         given = sum(WORLD.allgather(sum(self.given.values(), zero)), zero)
         held = sum((one.double() for one in WORLD.allgather(self.held) if one is not None), zero)
@@ -90,8 +91,8 @@ class Ledger:
 def test_crashed_and_gone_on_at_another_number_of_ranks_or_under_another_code(
     shared_folder: Path, shared_tmp: Path, name: str
 ) -> None:
-    """Over 8 steps on up to 4, 3 and 2 ranks what was given is what was applied and what is held, up to 2^-24 x 300 of the
-    largest gradient: 8 steps, P + 8 roundings each of values up to 4 P times that or less."""
+    """Over 8 steps on up to 4, 3 and 2 ranks, contributions equal applied values plus residuals, up to 2^-24 x 300 of the largest
+    gradient: 8 steps with P + 8 roundings each of values up to 4 P times as large."""
     data = corpus(shared_folder)
     least = 2 if name == "powersgd" else 1
     if WORLD.size < least:
@@ -99,17 +100,17 @@ def test_crashed_and_gone_on_at_another_number_of_ranks_or_under_another_code(
     with pytest.MonkeyPatch.context() as patch:
         ledger = Ledger(patch)
         config = tiny(data, shared_tmp / "run", **SECTIONS, comm=how(name))
-        crashed_in(4, ranks(4), config)  # steps 1 to 3 are made, 2 saved
+        crashed_in(4, ranks(4), config)  # steps 1 to 3 are made, step 2 is saved
         ledger.back_to(2)
-        crashed_in(4, max(least, ranks(4) - 1), config)  # steps 3 to 5 are made, 4 saved
+        crashed_in(4, max(least, ranks(4) - 1), config)  # steps 3 to 5 are made, step 4 is saved
         ledger.back_to(4)
-        other = NAMES[(NAMES.index(name) + 1) % (len(NAMES) - 1)]  # not powersgd: at one rank it is refused
+        other = NAMES[(NAMES.index(name) + 1) % (len(NAMES) - 1)]  # not powersgd, which is rejected at one rank
         run = train_at(ranks(2), tiny(data, shared_tmp / "run", **SECTIONS, comm=how(other)))
         assert [line["step"] for line in run.events("resume")] == [2, 4] and run.end["step"] == 8
         owed, largest = ledger.owed(8)
         assert owed <= 300 * 2.0**-24 * largest
         held = WORLD.allgather(ledger.held)
-        assert sum(float(one.abs().max()) for one in held if one is not None) > 1000 * owed  # it is not that nothing is held
+        assert sum(float(one.abs().max()) for one in held if one is not None) > 1000 * owed  # the residuals are not zero
 
 
 @pytest.mark.parametrize("name", ["int4", "topk"])
@@ -149,4 +150,4 @@ def test_compression_may_be_turned_on_and_off(shared_folder: Path, shared_tmp: P
 
 
 def test_the_base_holds_nothing() -> None:
-    assert Sums.state_dict(object.__new__(Sums)) == {}
+    assert FlatReducer.state_dict(object.__new__(FlatReducer)) == {}

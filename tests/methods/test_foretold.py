@@ -1,4 +1,4 @@
-"""What is foretold of a method's traffic is what metrics.jsonl then counts, to the byte."""
+"""The predicted traffic of a method equals the count in metrics.jsonl, to the byte."""
 
 from __future__ import annotations
 

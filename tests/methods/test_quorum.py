@@ -1,5 +1,6 @@
-"""Laws of the quorum: with everybody in it is `synchronous`; each contribution is summed once, however late; who is late holds up
-nobody, and is not later than the bound; the same arrivals are the same run; what is not finite is skipped by all alike."""
+"""Laws of the quorum: with all ranks it equals `synchronous`; each contribution is summed once, however late; a late rank delays
+no other and is at most `staleness` rounds late; the same arrivals give the same run; non-finite gradients are skipped on all
+ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from tests.tiny import FailedElsewhere, Ran, at, corpus, masked_corpus, read_met
 pytestmark = pytest.mark.mpi
 
 def long_corpus(folder: Path) -> Path:
-    """Of which a run sees no end, where a batch may have lanes without a window."""
+    """A corpus longer than the run, so that no batch has empty lanes."""
     return corpus(folder, 12000)
 
 
@@ -47,8 +48,9 @@ def patched(**methods: Any) -> Iterator[None]:
 
 @contextmanager
 def late(rank: int, until: float = math.inf) -> Iterator[None]:
-    """In every step up to one, but a meeting's, this rank is as late as can be: it goes on only when as many rounds were summed
-    without its part as its staleness allows. By what has happened, not by the clock. An empty round would wait for it."""
+    """In every step up to `until` that is not a meeting, delay this rank as long as possible: it continues only when as many
+    rounds were summed without it as its staleness allows. This depends on events, not on the clock. An empty round would wait for
+    it."""
     real = Quorum.micro_batch
 
     @contextmanager
@@ -56,11 +58,11 @@ def late(rank: int, until: float = math.inf) -> Iterator[None]:
         with real(self, v, last, *chunk):
             yield
         step = self._steps + 1
-        meeting = next(one for one in itertools.count(step) if self.meets(one))
+        meeting = next(one for one in itertools.count(step) if self.synchronizes_at(one))
         if last and self.compute_comm.rank == rank and step <= until:
             while self._summed.qsize() < min(self.options.staleness, meeting - step):
                 time.sleep(0.001)
-            time.sleep(0.02)  # in which others would go too far, if they could
+            time.sleep(0.02)  # time in which others could go too far
 
     with patched(micro_batch=waits):
         yield
@@ -71,18 +73,18 @@ def arrivals_of(run: Ran) -> list[list[list[int]]]:
 
 
 def lateness(rounds: list[list[int]], rank: int) -> list[int]:
-    """By how many rounds each contribution of the rank is late."""
+    """Return by how many rounds each contribution of the rank is late."""
     found = [i for i, joined in enumerate(rounds) for one in joined if one == rank]
     return [i - batch for batch, i in enumerate(found)]
 
 
 class Crash(RuntimeError):
-    """The power went."""
+    """Simulates a power failure."""
 
 
 @contextmanager
 def crash_in(step: int) -> Iterator[None]:
-    """Every rank dies in front of its step-th update, and its thread with it."""
+    """Every rank crashes before its step-th update, with its thread."""
     calls, real = [0], Quorum.step
 
     def counted(self: Quorum, *words: Any) -> Any:
@@ -99,11 +101,11 @@ def crash_in(step: int) -> Iterator[None]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reducer", ["allreduce", "naive"])
 def test_with_everybody_in_it_is_synchronous(shared_folder: Path, shared_tmp: Path, reducer: str, masked: bool) -> None:
-    """Also where ranks have unequal numbers of lanes or of targets: the mean over tokens."""
+    """Also if ranks have different numbers of lanes or targets: the mean is over tokens."""
     data, comm = (masked_corpus if masked else corpus)(shared_folder), {"reducer": reducer}
     for n in sizes(1, 2, 3):
         plain = quorum(data, shared_tmp / f"plain{n}", comm=comm).with_values(strategy={"quorum": 1.0}, comm={"overlap": "poll"})
-        plain = train_at(n, plain)  # with the same call of MPI
+        plain = train_at(n, plain)  # with the same MPI call
         full = train_at(n, quorum(data, shared_tmp / f"full{n}", 0.9999, comm=comm))
         assert full.sha256 == plain.sha256 and full.end["tokens"] == plain.end["tokens"], f"{n} ranks"
         (arrivals, behind), = {(str(line["arrivals"]), line["late_lanes"]) for line in full.learned if "arrivals" in line}
@@ -112,8 +114,8 @@ def test_with_everybody_in_it_is_synchronous(shared_folder: Path, shared_tmp: Pa
 
 @pytest.mark.parametrize(("n", "slow", "staleness"), [(2, 1, 1), (2, 0, 2), (3, 1, 3), (4, 0, 1), (4, 3, 2)])
 def test_nothing_is_dropped_and_nobody_waits(shared_folder: Path, shared_tmp: Path, n: int, slow: int, staleness: int) -> None:
-    """The sum of what rounds summed is that of what ranks contributed; replicas at the same step hold the same bits; the others
-    went on without the late rank, as far as the bound lets them."""
+    """The sum over rounds equals the sum of the contributions; replicas at the same step hold the same bits; the other ranks
+    continue without the late rank up to the bound."""
     if n > MPI.COMM_WORLD.size:
         pytest.skip("too few ranks")
     config = quorum(long_corpus(shared_folder), shared_tmp / "run", staleness=staleness, meet_every=6)
@@ -156,7 +158,7 @@ def test_nothing_is_dropped_and_nobody_waits(shared_folder: Path, shared_tmp: Pa
 
 
 def test_the_same_arrivals_are_the_same_run(shared_folder: Path, shared_tmp: Path) -> None:
-    """Of a run that was taken up again, and in one that is; there nobody is late by itself, or somebody else."""
+    """The log of a resumed run is replayed by a run that is itself resumed. In the replay no rank, or another rank, is slow."""
     data, n = long_corpus(shared_folder), min(3, MPI.COMM_WORLD.size)
     config = quorum(data, shared_tmp / "first")
     with late(1, until=6), crash_in(7), pytest.raises(FailedElsewhere, match="Crash"):
@@ -177,7 +179,7 @@ def test_the_same_arrivals_are_the_same_run(shared_folder: Path, shared_tmp: Pat
 
 @pytest.mark.parametrize("batches", [range(3, 6), range(5, 6)], ids=str)
 def test_what_is_not_finite_is_skipped_by_all(shared_folder: Path, shared_tmp: Path, batches: range) -> None:
-    """Also at a meeting (batch 3), and in a run that repeats it."""
+    """Also at a meeting (batch 3), and in a replay."""
     data, n = long_corpus(shared_folder), min(3, MPI.COMM_WORLD.size)
     config = quorum(data, shared_tmp / "first")
     with spoiled(1, batches), late(1):
@@ -190,7 +192,7 @@ def test_what_is_not_finite_is_skipped_by_all(shared_folder: Path, shared_tmp: P
 
 
 def test_all_end_at_the_same_batch_with_something_in_flight(shared_folder: Path, shared_tmp: Path) -> None:
-    """And what was in flight disturbs nobody afterwards."""
+    """Contributions in flight do not affect later runs."""
     data, n = long_corpus(shared_folder), min(3, MPI.COMM_WORLD.size)
     config, before = quorum(data, shared_tmp / "bad").with_values(train={"max_skipped": 2}), threading.active_count()
     with spoiled(0, range(9)), late(1), pytest.raises(MpidpError, match="2 batches in a row, up to batch 1"):

@@ -1,7 +1,7 @@
-"""Laws of the strategies that do not wait for everybody at every step.
+"""Laws of the strategies whose ranks do not wait for each other at every step.
 
-What they come to where they are nothing new (staleness 0, averages of plain SGD at every step); one common model at each
-meeting; a resumed run is the run; traffic is what the method promises; what is not finite reaches nobody's parameters.
+They equal known methods in special cases (staleness 0, plain SGD averaged at every step); at each meeting there is one common
+model; a resumed run equals an uninterrupted one; traffic is as documented; non-finite values reach no rank's parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.tiny import FailedElsewhere, Ran, at, corpus, masked_corpus, read_met
 
 pytestmark = pytest.mark.mpi
 SGD: dict[str, Any] = {"name": "sgd", "lr": 0.2, "beta1": 0.0, "clip": 0.0, "weight_decay": 0.0, "warmup_steps": 0}
-PLAIN = {"name": "local", "outer_lr": 1.0, "outer_momentum": 0.0}  # averages of parameters
+PLAIN = {"name": "local", "outer_lr": 1.0, "outer_momentum": 0.0}  # averages parameters
 METHODS: dict[str, dict[str, Any]] = {
     "delayed": {"strategy": {"name": "delayed", "meet_every": 2}},
     "delayed by 3, compensated": {"strategy": {"name": "delayed", "staleness": 3, "compensation": 0.5, "meet_every": 4}},
@@ -74,7 +74,8 @@ def test_staleness_0_is_synchronous(shared_folder: Path, shared_tmp: Path, n: in
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_averaging_sgd_every_step_is_synchronous(shared_folder: Path, shared_tmp: Path, n: int, masked: bool) -> None:
-    """Ranks have unequal numbers of lanes (3 ranks of 8) or of targets (masks): a mean over tokens, not of means."""
+    """Ranks have different numbers of lanes (3 ranks for 8 lanes) or targets (masks): the mean is over tokens, not over ranks'
+    means."""
     data = (masked_corpus if masked else corpus)(shared_folder)
     local = train_at(n, tiny(data, shared_tmp / "local", optim=SGD, strategy={**PLAIN, "sync_every": 1}))
     plain = train_at(n, tiny(data, shared_tmp / "plain", optim=SGD))
@@ -83,7 +84,7 @@ def test_averaging_sgd_every_step_is_synchronous(shared_folder: Path, shared_tmp
 
 
 def test_a_group_of_all_is_full_aggregation(shared_folder: Path, shared_tmp: Path) -> None:
-    """On ranks that learned from equally many tokens, whose parameters are then averaged alike."""
+    """On ranks with equal numbers of tokens, whose parameters then have equal weights."""
     data = corpus(shared_folder)
     for n, group in ((2, "pairs"), (2, "exponential"), (2, "rotating"), (4, "node"), (4, "rotating")):
         strategy = {"name": "local", "group": group, "sync_every": 1, "meet_every": 6, "group_size": n}
@@ -109,12 +110,12 @@ def test_it_learns_and_ends_with_one_model(shared_folder: Path, shared_tmp: Path
 
 
 class Crash(RuntimeError):
-    """The power went."""
+    """Simulates a power failure."""
 
 
 @contextmanager
 def crash_in(step: int) -> Iterator[None]:
-    """Every rank dies in front of its step-th update."""
+    """Every rank crashes before its step-th update."""
     patch = pytest.MonkeyPatch()
     with patch.context() as inside:
         for kind in (Delayed, Local, Server):
@@ -132,7 +133,7 @@ def crash_in(step: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_is_the_run(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    """Crashed a while after a checkpoint, at which some methods have sums in flight or state of each rank."""
+    """It crashes some steps after a checkpoint, at which some methods have sums in flight or state on each rank."""
     data, n = corpus(shared_folder), 3
     sections = with_train(METHODS[name], steps=24, lanes=8)
     whole = train_at(n, tiny(data, shared_tmp / "whole", **sections))
@@ -146,7 +147,7 @@ def test_a_resumed_run_is_the_run(shared_folder: Path, shared_tmp: Path, name: s
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: Path, name: str) -> None:
-    """Not the same run, for ranks are what learns; but it goes on from where all stood."""
+    """The run is different, because these methods depend on the number of ranks, but it starts from the common model."""
     data = corpus(shared_folder)
     config = tiny(data, shared_tmp / "run", **with_train(METHODS[name], steps=24))
     with crash_in(20), pytest.raises(FailedElsewhere, match="Crash"):
@@ -157,7 +158,7 @@ def test_it_goes_on_at_another_number_of_ranks(shared_folder: Path, shared_tmp: 
 
 
 def test_bytes_are_those_of_the_averages(shared_folder: Path, shared_tmp: Path) -> None:
-    """Every sync_every steps what a synchronous step sends, and nothing between; pairs send a model a step."""
+    """Every sync_every steps the bytes of a synchronous step, and none between; pairs send one model per step."""
     data, n = corpus(shared_folder), 2
 
     def sent(folder: str, **strategy: Any) -> list[int]:
@@ -183,7 +184,7 @@ def _raw(config: Any, n: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def spoiled(rank: int, batches: range) -> Iterator[None]:
-    """The losses of this rank in these batches are not finite."""
+    """Make this rank's losses in these batches non-finite."""
     real = Engine._forward
 
     def learn(self: Engine, mb: Any, batch: int, chunk: int) -> Any:

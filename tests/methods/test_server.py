@@ -1,5 +1,5 @@
-"""Laws of the parameter server: in step with each other it is `root` on as many workers, with any number of servers; alone with
-one worker it is one process; servers compute nothing, workers keep nothing, and nothing that is not finite is applied."""
+"""Laws of the parameter server: in mode sync it equals `root` on as many workers, for any number of servers; with one worker it
+equals one process; servers compute no gradients, workers keep no optimizer state, and nothing non-finite is applied."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_in_step_it_goes_on_with_other_servers(shared_folder: Path, shared_tmp: 
 
 @pytest.mark.parametrize("mode", ["async", "ssp"])
 def test_it_goes_on(shared_folder: Path, shared_tmp: Path, mode: str) -> None:
-    """The order of arrivals is another each time: not the same run, but it goes on from the common model."""
+    """The order of arrivals differs each time, so the run is different, but it starts from the common model."""
     data = corpus(shared_folder)
     with crash_in(20), pytest.raises(FailedElsewhere, match="Crash"):
         train_at(4, serving(data, shared_tmp / "run", mode, 2, steps=24))
@@ -113,7 +113,7 @@ def test_nobody_is_further_ahead_than_the_bound(shared_folder: Path, shared_tmp:
     real = Server._give
 
     def give(self: Server, worker: int, stats: Any, parameters: bool) -> None:
-        if parameters:  # else it is the last batch, after which all meet
+        if parameters:  # otherwise it is the last batch, followed by a meeting
             ahead.append(self._clocks[worker] - min(self._clocks))
         real(self, worker, stats, parameters)
 
@@ -130,7 +130,7 @@ def test_nobody_is_further_ahead_than_the_bound(shared_folder: Path, shared_tmp:
 @pytest.mark.parametrize("mode", ["async", "ssp"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_the_same_order_of_arrivals_is_the_same_run(shared_folder: Path, shared_tmp: Path, mode: str, servers: int) -> None:
-    """Also of a run that was taken up again, whose order stands in the same file."""
+    """Also for a resumed run, whose order is in the same file."""
     data, n = corpus(shared_folder), 2 + servers
     config = serving(data, shared_tmp / "first", mode, servers, steps=12)
     with crash_in(8), pytest.raises(FailedElsewhere, match="Crash"):

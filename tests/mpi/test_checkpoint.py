@@ -1,4 +1,5 @@
-"""Laws of checkpoints over ranks: what any number wrote, any other reads; damage seen by one rank is known to all."""
+"""Laws of checkpoints over ranks: any number of ranks can read what any number wrote; damage found by one rank is reported on
+all."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def cut() -> torch.Tensor:
 
 
 def entries(comm: MPI.Intracomm) -> dict[str, Entry]:
-    """Every layout, as this rank of so many holds it."""
+    """Return entries of every layout, as held by this rank of `size`."""
     part = WIDTH // comm.size
     found = {name: Entry(value(name)) for name in SHAPES}
     found["count"] = Entry(torch.tensor([2**40 + 1]))
@@ -56,7 +57,7 @@ def check(path: Path, writers: int) -> None:
         parts = [reader.under("resid", rank, size)["ual"] for rank in range(size)]
         assert torch.equal(sum(parts, torch.zeros(3, 2)), reader["residual"])
         own = [float(rank + 1) for rank in range(size)] if size == writers else [writers * (writers + 1) / 2, 0.0, 0.0, 0.0]
-        assert [float(part[0, 0]) for part in parts] == own[:size]  # to each its own, or all to the first
+        assert [float(part[0, 0]) for part in parts] == own[:size]  # each rank its own, or rank 0 all
 
 
 def test_what_any_number_of_ranks_wrote_any_other_reads(shared_tmp: Path) -> None:

@@ -1,4 +1,5 @@
-"""Laws of the engine: one evaluation, bit for bit, at any number of ranks; every token once; dropout keyed by the data."""
+"""Laws of the engine: evaluation has the same bits at any number of ranks and counts every token once; dropout depends on the
+data's position."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def engine_for(stream: TokenStream) -> Engine:
 
 
 def naive(engine: Engine, stream: TokenStream, limit: int) -> tuple[float, int]:
-    """Window by window, token by token, in float64."""
+    """Evaluate window by window and token by token, in float64."""
     model = Transformer(engine.model.shape, seed=3).double()
     ids = stream.read(0, stream.num_tokens).astype(np.int64)
     mask = stream.read_mask(0, stream.num_tokens)
@@ -90,7 +91,7 @@ def test_evaluation_changes_nothing(shared_folder: Path) -> None:
 def test_dropout_keys_are_of_the_data(shared_folder: Path, shared_tmp: Path) -> None:
     keys = [dropout_key(seed, batch, v) for seed in range(3) for batch in range(30) for v in range(10)]
     assert len(set(keys)) == len(keys) and all(0 <= k < 2**32 for k in keys)
-    assert dropout_key(1, 2, 3) == dropout_key(1, 2, 3) == 1311293172  # pinned: a resumed run goes on with these
+    assert dropout_key(1, 2, 3) == dropout_key(1, 2, 3) == 1311293172  # pinned: resumed runs depend on these numbers
     config = tiny(corpus(shared_folder), shared_tmp, model={"dropout": 0.3})
     alone = at(1, lambda comm: gradients_of(job_at(comm, config), 2))[0]
     for n in sizes(2, 3, 4):

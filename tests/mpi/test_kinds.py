@@ -1,5 +1,5 @@
-"""Laws of models of other kinds in mpidp.train: N ranks are one rank bit for bit, a resumed run is the run, and what is trained
-can be used; ranks with unlike models are told so before step 1."""
+"""Laws of other kinds of models in mpidp.train: N ranks equal one rank bit for bit, a resumed run equals an uninterrupted one,
+trained models can be used, and models that differ between ranks are rejected before step 1."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_ranks_and_restarts_change_no_bit_and_the_run_can_be_used(shared_folder:
     assert resumed.sha256 == whole.sha256 and resumed.events("resume")
     assert evaluate(str(shared_tmp / "at1"), None, WORLD)["loss"] == runs[0].end["val_loss"]
     words = [str(shared_tmp / f"at{n}"), "--prompt=the rank", "--tokens=20", "--seed=3", f"--device={DEVICE}", "--threads=1"]
-    said = [at(ranks, lambda comm: generate(comm, read_options(words)))[0] for ranks in sizes(1, 2)]  # beyond the window, too
+    said = [at(ranks, lambda comm: generate(comm, read_options(words)))[0] for ranks in sizes(1, 2)]  # also beyond the context
     assert all(one == said[0] for one in said) and said[0][0]["text"]
 
 

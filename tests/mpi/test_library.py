@@ -1,5 +1,5 @@
-"""Laws of mpidp.library: the loop at N ranks is the loop at one, bit for bit, and that is torch's own; resumed is uninterrupted;
-every strategy ends with one model; a loop that is wrong is told so, on all ranks alike."""
+"""Laws of mpidp.library: the loop at N ranks equals the loop at one, bit for bit, and equals torch's own; resumed equals
+uninterrupted; every strategy ends with one model; wrong loops are rejected on all ranks."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def epochs(optimizer: mpidp.DataParallel, until: int = 12, losses: list[float] |
 
 
 def whole(settings: dict[str, Any] | None = None, **more: Any) -> Callable[[MPI.Intracomm], Any]:
-    """(hash, losses) of a training."""
+    """Train and return (hash, losses)."""
     def work(comm: MPI.Intracomm) -> tuple[str, list[float]]:
         optimizer = begun(comm, settings, **more)
         losses = epochs(optimizer)
-        updates = getattr(optimizer.strategy.optimizer, "updates", 12)  # under `root` rank 0 alone makes them
-        alone = (settings or {}).get("strategy.name") == "local"  # a rank makes none without items of its own
+        updates = getattr(optimizer.strategy.optimizer, "updates", 12)  # with `root` only rank 0 makes updates
+        alone = (settings or {}).get("strategy.name") == "local"  # then a rank without items makes no updates
         assert updates == 12 or alone, "what was in flight at the end was applied"
         optimizer.close()
         return optimizer.sha256(), losses
@@ -70,7 +70,7 @@ def test_the_number_of_ranks_changes_no_bit() -> None:
 
 
 def test_it_is_torchs_own_loop() -> None:
-    """At one step a batch, by the mean over its items, also of the short one."""
+    """With one step per batch, by the mean over its items, also for the short batch."""
     optimizer = begun(MPI.COMM_SELF, dropout=0.0, clip=0.0)
     plain, items = copy.deepcopy(net(0.0)), optimizer.items
     adamw, losses = torch.optim.AdamW(plain.parameters(), 1e-2), []
@@ -93,11 +93,11 @@ def test_a_mean_over_something_else_than_items() -> None:
         optimizer, said = begun(comm, clip=0.0, dropout=0.0, optimizer=lambda p: torch.optim.SGD(p, 0.0)), []
         for x, y in optimizer.micro_batches():
             chosen = y == 1
-            loss = F.cross_entropy(optimizer.model(x[chosen]), y[chosen])  # not a number where none is
+            loss = F.cross_entropy(optimizer.model(x[chosen]), y[chosen])  # NaN if there are no items
             optimizer.backward(loss, int(chosen.sum()))
             if optimizer.step():
                 said += [optimizer.loss, optimizer.stats.grad_norm]
-        return said[:6]  # of full batches
+        return said[:6]  # full batches only
 
     model, found = net(0.0), [at(n, work)[0] for n in sizes(1, 3)]
     chosen = [one for one in (DATA[i] for v in range(6) for i in begun(MPI.COMM_SELF).items.indices(0, v)) if one[1] == 1]
@@ -132,7 +132,7 @@ def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted(settings: dict[str, 
         states = comm.allgather(first.state_dict())
         first.close()
         second = begun(comm, settings)
-        second.load_state_dict(states[0 if not settings else comm.rank])  # rank 0's serves all, or each has its own
+        second.load_state_dict(states[0 if not settings else comm.rank])  # rank 0's for all ranks, or each its own
         epochs(second)
         second.close()
         return second.sha256(), whole(settings)(comm)[0], "" if settings else states[0]
@@ -199,7 +199,7 @@ def took_gradients(optimizer: mpidp.DataParallel) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    (left_out_backward, "without backward"), (left_out_step, "without step"), (twice, "a second time"),
+    (left_out_backward, "backward() was not called"), (left_out_step, "step() was not called"), (twice, "called twice"),
     (took_gradients, "not of the model"),
 ])  # fmt: skip
 def test_a_wrong_loop_is_told_so(wrong: Callable[[mpidp.DataParallel], None], said: str) -> None:
@@ -212,11 +212,11 @@ def test_a_wrong_loop_is_told_so(wrong: Callable[[mpidp.DataParallel], None], sa
 
 
 @pytest.mark.parametrize(("settings", "more", "said"), [
-    ({"strategy.name": "server"}, {}, "strategy.name=server: servers hold slices"), ({"mesh.tp": 2}, {}, "has 'mesh.tp'"),
-    ({"strategy.name": "local"}, {"steps": 0}, "strategy.name=local: its ranks do not meet"),
+    ({"strategy.name": "server"}, {}, "strategy.name=server is not supported"), ({"mesh.tp": 2}, {}, "has 'mesh.tp'"),
+    ({"strategy.name": "local"}, {"steps": 0}, "strategy.name=local does not synchronize"),
     ({"comm.reducer": "tree", "strategy.name": "delayed"}, {}, "does not go with"), ({"comm.copies": "node"}, {}, "comm.copies"),
     ({}, {"optimizer": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
-    ({}, {"optimizer": lambda p: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "not of this model"),
+    ({}, {"optimizer": lambda p: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "not in the model"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], more: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):

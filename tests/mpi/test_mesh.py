@@ -1,4 +1,4 @@
-"""Laws of the launch: an error on one rank is one on all, ranks that differ are told apart, singletons are refused."""
+"""Laws of the launch: an error on one rank is raised on all; nodes are distinguished by host name; singletons are rejected."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mpidp.config import resolve
 from mpidp.config.schema import Config
 from mpidp.errors import CheckpointError, DataError, MpidpError, Stopped, UsageError
 from mpidp.runtime import topology, world
-from mpidp.runtime.agreement import agree
+from mpidp.runtime.agreement import check_agreement
 from mpidp.runtime.device import resolve_threads
-from mpidp.runtime.topology import Mesh, make_mesh
-from mpidp.runtime.world import launched_size, polite_barrier, start_mpi, together
+from mpidp.runtime.topology import Topology, make_topology
+from mpidp.runtime.world import launched_size, polite_barrier, raise_together, start_mpi
 from tests.tiny import WORLD, everywhere, pretended
 
 pytestmark = pytest.mark.mpi
@@ -29,8 +29,8 @@ LAST = WORLD.size - 1
 
 
 def caught(error: Exception | None) -> MpidpError:
-    """What this rank gets when its body raises this."""
-    with pytest.raises(MpidpError) as found, together(WORLD):  # noqa: PT012
+    """Return what this rank gets if its body raises `error`."""
+    with pytest.raises(MpidpError) as found, raise_together(WORLD):  # noqa: PT012
         if error is not None:
             raise error
     return found.value
@@ -66,14 +66,14 @@ def test_a_crash_brings_its_traceback_everywhere() -> None:
 
 def test_nothing_is_raised_when_nothing_fails() -> None:
     for _ in range(3):
-        with together(WORLD):
+        with raise_together(WORLD):
             pass
 
 
 def test_ranks_that_wait_sleep() -> None:
     WORLD.Barrier()
     used, began = time.process_time(), time.monotonic()
-    with together(WORLD):
+    with raise_together(WORLD):
         if WORLD.rank == 0:
             time.sleep(1.0)
     everywhere(time.monotonic() - began > 0.95, "all wait for rank 0")
@@ -81,22 +81,22 @@ def test_ranks_that_wait_sleep() -> None:
     polite_barrier(WORLD)
 
 
-def seats(found: Mesh) -> list[tuple[int, int, int, int]]:
-    """(rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
+def seats(found: Topology) -> list[tuple[int, int, int, int]]:
+    """Return (rank in the world, node, place on it, its ranks) in the order of dp. Collective over WORLD."""
     return found.dp.allgather((WORLD.rank, found.node_index, found.local_rank, found.local_size))
 
 
 def test_who_sits_where() -> None:
-    found = make_mesh(WORLD)
+    found = make_topology(WORLD)
     everywhere(found.dp == WORLD and found.num_nodes == 1 and found.hosts == [socket.gethostname()], "one node")
     everywhere(seats(found) == [(rank, 0, rank, WORLD.size) for rank in range(WORLD.size)], "places")
     everywhere(found.node_sizes == [WORLD.size] and found.host == socket.gethostname(), "the node")
 
 
 def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher dealt the ranks out over two nodes in turn."""
+    """A launcher placed the ranks on two nodes alternately."""
     monkeypatch.setattr(topology.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
-    found, size = make_mesh(WORLD), WORLD.size
+    found, size = make_topology(WORLD), WORLD.size
     dealt = [list(range(0, size, 2)), list(range(1, size, 2))][: min(2, size)]
     everywhere(seats(found) == [(r, node, i, len(ranks)) for node, ranks in enumerate(dealt) for i, r in enumerate(ranks)],
                "node by node, rank 0 first")
@@ -113,19 +113,19 @@ def nodes(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def found(nodes: int) -> Mesh:
-    """One machine pretends to be so many nodes. Collective over WORLD."""
+def found(nodes: int) -> Topology:
+    """Simulate so many nodes on one machine. Collective over WORLD."""
     with pretended(nodes):
-        return make_mesh(WORLD)
+        return make_topology(WORLD)
 
 
-def test_one_machine_can_pretend_to_be_several(nodes: int, found: Mesh) -> None:
+def test_one_machine_can_pretend_to_be_several(nodes: int, found: Topology) -> None:
     everywhere(found.dp == WORLD and found.num_nodes == nodes, "so many nodes of consecutive ranks")
     everywhere(sum(found.node_sizes) == WORLD.size and max(found.node_sizes) - min(found.node_sizes) <= 1, "about equal")
     everywhere(found.cores == max(1, len(os.sched_getaffinity(0)) // nodes) or nodes > 1, "with their part of the cores")
 
 
-def test_who_shares_memory_with_whom(nodes: int, found: Mesh) -> None:
+def test_who_shares_memory_with_whom(nodes: int, found: Topology) -> None:
     shared, lone = by_node(found), alone(found)
     everywhere([len(ranks) for ranks in shared.members] == found.node_sizes, "a group a node")
     everywhere([rank for ranks in shared.members for rank in ranks] == list(range(WORLD.size)), "of consecutive ranks")
@@ -153,7 +153,7 @@ def test_who_shares_memory_with_whom(nodes: int, found: Mesh) -> None:
 
 
 def test_the_transport_follows_from_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, found = torch.device("cpu"), make_mesh(WORLD)
+    cpu, found = torch.device("cpu"), make_topology(WORLD)
 
     def chosen(wanted: str, needed: int, device: torch.device = cpu) -> tuple[bool, str]:
         made, words = make_group(found, wanted, needed, device)
@@ -167,14 +167,14 @@ def test_the_transport_follows_from_what_there_is(monkeypatch: pytest.MonkeyPatc
     everywhere(chosen("window", 1)[0] == several, "asked for")
     everywhere(not chosen("auto", 1, torch.device("cuda"))[0], "not for what lies on a GPU")
     if several:
-        # One rank's need is the node's; there is room for all but one byte.
+        # The need of one rank is that of the node; the available space is one byte too small.
         monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size - 1)
         shares, words = chosen("auto", 1000)
         everywhere(not shares and "/dev/shm" in words and "--shm-size" in words, "too small: said how to make it larger")
         monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size)
         everywhere(chosen("auto", 1000)[0], "just large enough")
     monkeypatch.setenv("MPIDP_PRETEND_NODES", str(WORLD.size))
-    found = make_mesh(WORLD)
+    found = make_topology(WORLD)
     everywhere(not chosen("auto", 1)[0], "one rank a node has nobody to share with")
 
 
@@ -200,7 +200,7 @@ def test_who_waits_spins_where_there_are_cores_and_dozes_where_not() -> None:
         ({"SLURM_STEP_NUM_TASKS": "8"}, 8),
         ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, 1),  # mpirun -n 1 inside a larger step
         ({"PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, 1),
-        ({"SLURM_NTASKS": "8"}, 0),  # a lone command in a batch script
+        ({"SLURM_NTASKS": "8"}, 0),  # a single command in a batch script
         ({"PMI_SIZE": "many", "SLURM_STEP_NUM_TASKS": ""}, 0),
     ],
 )
@@ -224,11 +224,11 @@ def test_a_job_that_fell_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_ranks_that_differ_are_told_what_and_where() -> None:
     facts = {"torch": "2.0", "seed": "1"}
-    agree(WORLD, facts)
+    check_agreement(WORLD, facts)
     if WORLD.size == 1:
         return
     with pytest.raises(UsageError, match=f"seed: rank 0 has 1, rank {LAST} has 2") as found:
-        agree(WORLD, facts | {"seed": "2"} if WORLD.rank == LAST else facts)
+        check_agreement(WORLD, facts | {"seed": "2"} if WORLD.rank == LAST else facts)
     everywhere("torch" not in str(found.value) and found.value.everywhere, "only what differs, on every rank")
 
 
@@ -238,12 +238,12 @@ def test_threads_are_the_cores_over_the_ranks_of_a_node(monkeypatch: pytest.Monk
         pytest.skip("too few ranks")
     monkeypatch.setenv("MPIDP_PRETEND_NODES", str(nodes))
     monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: set(range(8)))
-    place = make_mesh(WORLD)
+    place = make_topology(WORLD)
     everywhere(resolve_threads(0, place) == max(1, 8 // nodes // place.local_size), "shared cores are shared out")
     everywhere(resolve_threads(3, place) == 3, "what is asked for is taken")
     monkeypatch.setattr(topology.os, "sched_getaffinity", lambda pid: {2 * WORLD.rank, 2 * WORLD.rank + 1})
     if nodes == 1:
-        everywhere(resolve_threads(0, make_mesh(WORLD)) == 2, "pinned ranks have their own")
+        everywhere(resolve_threads(0, make_topology(WORLD)) == 2, "pinned ranks have their own")
 
 
 def test_the_reducer_follows_from_the_config_alone() -> None:

@@ -1,4 +1,4 @@
-"""Laws of exchanges without MPI: the same bits as over MPI. gloo on the CPU stands in for NCCL, since no GPU was at hand."""
+"""Laws of exchanges without MPI: the same bits as over MPI. gloo on the CPU replaces NCCL, since no GPU was available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpidp.comm.nccl import Nccl, check_nccl
 from mpidp.data.lanes import Lanes
 from mpidp.errors import MpidpError, UsageError
 from mpidp.replay import look
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from tests.mpi.test_reducers import CPU, CUTS, SHAPES, check_bits, exact, reduced
 from tests.tiny import WORLD, at, corpus, everywhere, sizes, tiny, train_at
 
@@ -50,7 +50,7 @@ def test_the_others_are_close_to_the_exact_sum(kind: str, cut: tuple[int, int, i
 
 
 def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() -> None:
-    """Rank r sends s a run of 100 r + s, r + 2 s long, from odd places to odd places; some are empty."""
+    """Rank r sends to s a range of length r + 2 s from 100 r + s. Offsets are odd and some ranges are empty."""
 
     def exchanged(comm: MPI.Intracomm) -> bool:
         def length(r: int, s: int) -> int:
@@ -65,14 +65,14 @@ def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() 
             wanted[places[s] : places[s] + length(s, me)] = 100 * s + me
         sends, takes = [length(me, s) for s in every], [length(s, me) for s in every]
         wire.alltoallv(comm, lambda request: None, (source, sends, places), (target, takes, places))
-        ok = torch.equal(target, wanted) and wire.take()[0] == 4 * sum(sends)
+        ok = torch.equal(target, wanted) and wire.pop_counts()[0] == 4 * sum(sends)
         lengths = [(r + 1) % 3 for r in every]
         whole, wanted = torch.full((8 * comm.size,), -1.0), torch.full((8 * comm.size,), -1.0)
         for r in every:
             wanted[places[r] : places[r] + lengths[r]] = r
         whole[places[me] : places[me] + lengths[me]] = me
         wire.allgatherv(comm, lambda request: None, (whole, lengths, places))
-        ok = ok and torch.equal(whole, wanted) and wire.take()[0] == 4 * lengths[me] * (comm.size - 1)
+        ok = ok and torch.equal(whole, wanted) and wire.pop_counts()[0] == 4 * lengths[me] * (comm.size - 1)
         wire.close()
         return ok
 
@@ -107,11 +107,11 @@ def test_a_training_is_the_one_over_mpi(
         if kind == "tree":
             assert run.sha256 == alone.sha256 and run.learned == alone.learned
             options = Namespace(run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None)
-            assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay does without it
+            assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay works without it
 
 
 def test_ranks_that_cannot_meet_say_where_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 is sent to a port at which nobody listens."""
+    """Rank 1 is given a port without a listener."""
     monkeypatch.setattr(nccl, "MEETING_SECONDS", 2)
     real = Nccl._store
     with socket.socket() as silent:
@@ -136,19 +136,19 @@ def test_where_it_cannot_be_had_no_run_begins(
     everywhere(not (shared_tmp / "run").exists(), "nothing was written")
 
 
-# Refusals, before anything is made ----------------------------------------------------------------------------------------
+# Rejections, before anything is created -----------------------------------------------------------------------------------
 
 
 def refused(device: torch.device = CPU) -> str:
-    """What all ranks are told."""
+    """Return the error of all ranks."""
     with pytest.raises(UsageError) as caught:
-        at(WORLD.size, lambda comm: check_nccl("nccl", device, make_mesh(comm)))
+        at(WORLD.size, lambda comm: check_nccl("nccl", device, make_topology(comm)))
     return str(caught.value)
 
 
 def test_where_it_is_not_asked_for_nothing_is_checked() -> None:
     for wanted in ("auto", "device", "staged"):
-        at(WORLD.size, lambda comm, wanted=wanted: check_nccl(wanted, CPU, make_mesh(comm)))
+        at(WORLD.size, lambda comm, wanted=wanted: check_nccl(wanted, CPU, make_topology(comm)))
 
 
 def test_a_rank_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,10 @@ def test_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"ranks 0, 1 share GPU 0 on {socket.gethostname()}" in said and "one rank a GPU" in said
         assert ("ranks 2, 3 share GPU 1" in said) == (WORLD.size == 4) and "ranks 2 share" not in said
     monkeypatch.setattr(nccl, "gpu_name", lambda device: f"GPU {WORLD.rank}")
-    at(WORLD.size, lambda comm: check_nccl("nccl", torch.device("cuda", 0), make_mesh(comm)))
+    at(WORLD.size, lambda comm: check_nccl("nccl", torch.device("cuda", 0), make_topology(comm)))
 
 
 def test_a_job_that_outlives_its_ranks_is_told_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "tolerant", lambda: True)
+    monkeypatch.setattr(nccl, "launched_with_ulfm", lambda: True)
     said = refused(torch.device("cuda", 0))
     assert "do not survive" in said and "without --with-ft ulfm" in said

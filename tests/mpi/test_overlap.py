@@ -1,4 +1,5 @@
-"""Laws of comm.overlap=auto: it takes the way that was measured to be fastest, the same on every rank, and only where one may."""
+"""Laws of comm.overlap=auto: it chooses the way that was measured to be fastest, the same on all ranks, among the permitted ones.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +23,31 @@ def reducer_at(comm: MPI.Intracomm, folder: Path) -> Reducer:
 
 
 def fastest(best: str) -> Callable[..., dict[str, float]]:
-    """A measurement that finds this way to be the fastest, where it may be taken."""
+    """Replace the measurement by one that finds this way fastest, if it is permitted."""
     return lambda reducer, comm, ways: {way: 1.0 if way == best else 2.0 for way in ways}
 
 
-def choose(folder: Path, best: str, settled: bool = True) -> list[tuple[str, bool, bool]]:
-    """Of each rank, where `best` is measured to be fastest: (words, is it in use?, does a thread work?)."""
+def choose(folder: Path, best: str, static: bool = True) -> list[tuple[str, bool, bool]]:
+    """Return for each rank, if `best` is fastest: (message, is it in use?, does a thread run?)."""
 
     def one(comm: MPI.Intracomm) -> tuple[str, bool, bool]:
         reducer = reducer_at(comm, folder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(overlap, "measure", fastest(best))
-            words = overlap.choose(reducer, "auto", comm, settled)
-        found = words, reducer.wait is (overlap.WAYS[best] or reducer.group.wait), reducer.worker is not None
+            words = overlap.choose(reducer, "auto", comm, static)
+        found = words, reducer.wait is (overlap.OVERLAP_WAITS[best] or reducer.group.wait), reducer.worker is not None
         overlap.use(reducer, "none")
         return found
 
     return at(WORLD.size, one)
 
 
-@pytest.mark.parametrize("best", list(overlap.WAYS))
+@pytest.mark.parametrize("best", list(overlap.OVERLAP_WAITS))
 def test_between_nodes_the_fastest_is_taken(shared_folder: Path, best: str) -> None:
     corpus(shared_folder)
     with pretended(2), small_blocks():
         for words, in_use, threaded in choose(shared_folder, best):
-            assert words.startswith(f"{best} (measured, ") and all(way in words for way in overlap.WAYS)
+            assert words.startswith(f"{best} (measured, ") and all(way in words for way in overlap.OVERLAP_WAITS)
             assert in_use and threaded == (best != "none")
 
 
@@ -56,7 +57,7 @@ def test_on_one_node_or_with_stealing_nothing_is_overlapped(shared_folder: Path)
         with pretended(1):
             assert all((words, threaded) == ("none", False) for words, _, threaded in choose(shared_folder, "thread"))
         with pretended(2):
-            found = choose(shared_folder, "thread", settled=False)
+            found = choose(shared_folder, "thread", static=False)
             assert all((words, threaded) == ("none", False) for words, _, threaded in found)
 
 
@@ -70,18 +71,18 @@ def test_the_measurement_is_one_for_all_and_leaves_no_thread(shared_folder: Path
     corpus(shared_folder)
     with pretended(2), small_blocks():
         found = at(WORLD.size, one)
-    assert all(set(seconds) == set(overlap.WAYS) and min(seconds.values()) > 0 for seconds in found)
-    assert all(seconds == found[0] for seconds in found)  # the slowest rank's seconds: all choose alike
+    assert all(set(seconds) == set(overlap.OVERLAP_WAITS) and min(seconds.values()) > 0 for seconds in found)
+    assert all(seconds == found[0] for seconds in found)  # the slowest rank's seconds, so that all choose alike
 
 
-@pytest.mark.parametrize("cores", [1, 64])  # ranks of one node share them, or all have one each
+@pytest.mark.parametrize("cores", [1, 64])  # the ranks of a node share cores, or have one each
 @pytest.mark.parametrize("kind", ["allreduce", "naive", "tree"])
 def test_what_was_measured_changes_no_bit(shared_folder: Path, shared_tmp: Path, kind: str, cores: int) -> None:
-    """Open MPI adds in another order in a blocking call than in others. And ranks of uneven nodes make the same calls."""
+    """Open MPI adds in another order in a blocking call than in others. Ranks on nodes of unequal size make the same calls."""
     data, found = corpus(shared_folder), {}
     with pytest.MonkeyPatch.context() as patch, pretended(2):
         patch.setattr("mpidp.comm.group.how_to_wait", lambda ranks, _: how_to_wait(ranks, cores))
-        for best in overlap.WAYS:
+        for best in overlap.OVERLAP_WAITS:
             patch.setattr(overlap, "measure", fastest(best))
             comm = {"reducer": kind, "bucket_mb": 0.01}
             config = tiny(data, shared_tmp / best, comm=comm, model={"model_dim": 64}, train={"steps": 2})

@@ -1,4 +1,4 @@
-"""Law: prepared by any number of ranks, the shards are the same bytes; and an error on one rank is one on all."""
+"""Law: any number of ranks prepares identical shards, and an error on one rank is raised on all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORLD = MPI.COMM_WORLD
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """One folder for all ranks, with a corpus of files of very different sizes in it."""
+    """One folder for all ranks, with a corpus of files of very different sizes."""
     folder = Path(WORLD.bcast(str(tmp_path)))
     if WORLD.rank == 0:
         corpus = folder / "corpus"
@@ -37,7 +37,7 @@ def shared(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def teams() -> Iterator[list[tuple[int, Any]]]:
-    """Communicators of the first 1, 2, ... ranks (MPI.COMM_NULL on the others)."""
+    """Return communicators of the first 1, 2, ... ranks (MPI.COMM_NULL on the others)."""
     made = [(n, WORLD.Split(0 if n > WORLD.rank else MPI.UNDEFINED, WORLD.rank)) for n in range(1, WORLD.size + 1)]
     yield made
     for _, comm in made:
@@ -64,10 +64,10 @@ MIXED: list[dict[str, Any]] = [
 def test_the_number_of_ranks_changes_no_byte(shared: Path, teams: list[tuple[int, Any]], options: dict[str, Any]) -> None:
     source = str(shared / "corpus")
     if WORLD.rank == 0:
-        prepare(source, out=shared / "alone", say=False, **options)
+        prepare(source, out=shared / "alone", verbose=False, **options)
     for n, comm in teams:
         if comm != MPI.COMM_NULL:
-            index = prepare(source, out=shared / f"of{n}", comm=comm, say=False, **options)
+            index = prepare(source, out=shared / f"of{n}", comm=comm, verbose=False, **options)
             assert (shared / f"of{n}/index.json").read_text() == index.to_json()
     WORLD.Barrier()
     expected = contents(shared / "alone")
@@ -76,12 +76,12 @@ def test_the_number_of_ranks_changes_no_byte(shared: Path, teams: list[tuple[int
 
 
 def refused(kind: type[MpidpError], source: Path, out: Path, **options: Any) -> str:
-    """Every rank gets the same error, and OUT stays as it is."""
+    """Assert that every rank gets the same error and OUT is unchanged."""
     WORLD.Barrier()
     before = contents(out) if out.exists() else None
     WORLD.Barrier()
     with pytest.raises(kind) as caught:
-        prepare(str(source), out=out, comm=WORLD, say=False, **options)
+        prepare(str(source), out=out, comm=WORLD, verbose=False, **options)
     WORLD.Barrier()
     assert (contents(out) if out.exists() else None) == before
     assert set(WORLD.allgather(str(caught.value))) == {str(caught.value)}
@@ -91,7 +91,7 @@ def refused(kind: type[MpidpError], source: Path, out: Path, **options: Any) -> 
 def test_an_error_on_one_rank_is_one_on_all(shared: Path) -> None:
     corpus, out = shared / "corpus", shared / "out"
     assert "a.jsonl:301" in refused(DataError, corpus, out, strict=True)
-    prepare(str(corpus), out=out, comm=WORLD, say=False)
+    prepare(str(corpus), out=out, comm=WORLD, verbose=False)
     if WORLD.rank == 0:
         (corpus / "zz.jsonl.gz").write_bytes(b"not gzip" * 2000)  # read by the last rank
     assert "zz.jsonl.gz" in refused(DataError, corpus, out)
@@ -107,8 +107,8 @@ def test_an_error_on_one_rank_is_one_on_all(shared: Path) -> None:
 def test_more_ranks_than_files(shared: Path) -> None:
     source = shared / "corpus/text05.txt"
     if WORLD.rank == 0:
-        prepare(str(source), out=shared / "alone", say=False, shards=2)
-    prepare(str(source), out=shared / "all", say=False, shards=2, comm=WORLD)
+        prepare(str(source), out=shared / "alone", verbose=False, shards=2)
+    prepare(str(source), out=shared / "all", verbose=False, shards=2, comm=WORLD)
     WORLD.Barrier()
     assert contents(shared / "alone") == contents(shared / "all")
 
@@ -117,7 +117,7 @@ def test_more_ranks_than_files(shared: Path) -> None:
 def test_the_number_of_ranks_changes_no_byte_of_rows_and_mixtures(
     shared: Path, teams: list[tuple[int, Any]], options: dict[str, Any]
 ) -> None:
-    """Sources of several files, so that each rank has some of each."""
+    """Sources have several files, so that each rank reads some of each."""
     form, more = options.get("form", "text"), dict(options)
     if "chat_template" in more:
         more["chat_template"] = str(shared / "t.jinja")
@@ -136,7 +136,7 @@ def test_the_number_of_ranks_changes_no_byte_of_rows_and_mixtures(
     sources = [f"{shared}/one:0.6", f"{shared}/two:0.4"]
     for n, comm in teams:
         if comm != MPI.COMM_NULL:
-            prepare(sources, out=shared / f"at{n}", say=False, comm=comm if n > 1 else None, **more)
+            prepare(sources, out=shared / f"at{n}", verbose=False, comm=comm if n > 1 else None, **more)
     WORLD.Barrier()
     for n, _ in teams:
         assert contents(shared / f"at{n}") == contents(shared / "at1"), f"{n} ranks"

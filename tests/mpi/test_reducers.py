@@ -21,7 +21,7 @@ from mpidp.data.lanes import Lanes
 from mpidp.reducers import overlap
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.reducers.tree import REDUCERS, slots_needed
-from mpidp.runtime.topology import make_mesh
+from mpidp.runtime.topology import make_topology
 from mpidp.strategies.synchronous import Synchronous
 from mpidp.training.balance import Even, Terms, even
 from tests.tiny import (
@@ -43,12 +43,13 @@ pytestmark = pytest.mark.mpi
 
 CPU = torch.device("cpu")
 SHAPES = {"a": (3, 50), "b": (65,), "c": (1,), "d": (20, 20), "e": (64,)}
-# (global_batch, micro_batch, lanes): V divisible by no number of ranks, short last micro-batches, several a lane
+# (global_batch, micro_batch, lanes): V divisible by no number of ranks, short last micro-batches, several per lane
 CUTS = [(8, 1, 0), (7, 1, 0), (11, 1, 0), (12, 1, 4), (13, 2, 5), (4, 1, 0)]
 
 
 def contributions(v: int, step: int) -> dict[str, torch.Tensor]:
-    """The gradient of a micro-batch: of very different sizes and signs, so that any other order gives other bits."""
+    """Return the gradient of a micro-batch. Magnitudes and signs differ strongly, so that another order of addition gives other
+    bits."""
     generator = torch.Generator().manual_seed(1000 * step + v)
     return {
         name: torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-4, 5, shape, generator=generator)
@@ -58,13 +59,13 @@ def contributions(v: int, step: int) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Anyhow:
-    """Who computes which lanes: a group as in balance.even, but within it whoever, in whatever order."""
+    """Assign lanes to ranks: groups as in balance.even, but any rank and any order within a group."""
 
     ranges: list[range]
-    settled = False
+    static = False
 
     def lanes_of(self, group: Group, step: int) -> list[int]:
-        """Of this rank. Some may have none."""
+        """Return this rank's lanes; may be empty."""
         members = group.members[group.index]
         lanes = list(range(self.ranges[members[0]].start, self.ranges[members[-1]].stop))
         chance = random.Random(f"{step} {group.index}")
@@ -77,17 +78,17 @@ def reduced(
     kind: str, comm: MPI.Intracomm, lanes: Lanes, bucket_bytes: int, steps: int = 2, nodes: int = 0, anyhow: bool = False,
     way: str = "none", open_wire: Callable[[MPI.Intracomm], Messages] = lambda comm: Messages(CPU),
 ) -> list[dict[str, np.ndarray]]:
-    """The sums of some steps, by parameter, as this rank sees them. nodes: pretended; 0: messages alone. anyhow: lanes change
-    hands within a group. way: of overlapping. open_wire: which way bytes go."""
+    """Return the sums of some steps by parameter on this rank. nodes: simulated nodes; 0: messages only. anyhow: lanes change
+    hands within a group. way: of overlap. open_wire: the transport."""
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
     with pretended(nodes):
-        mesh = make_mesh(comm)
+        mesh = make_topology(comm)
     group = by_node(mesh) if nodes else alone(mesh)
     ranges = even(lanes.num_lanes, comm.size)
     shares = Anyhow(ranges) if anyhow else Even(Terms(lanes.num_lanes, comm.size, comm.rank))
     slots = lanes.num_lanes if anyhow else 1
     if kind == "tree" and not anyhow:
-        slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=False)
+        slots = slots_needed(lanes, ranges[comm.rank], 0, static=True, kept_apart=False)
     wire = open_wire(comm)
     reducer = REDUCERS[kind](group, lanes, wire, shares, slots)
     reducer.attach(
@@ -97,7 +98,7 @@ def reduced(
     found = []
     for step in range(steps):
         mine = shares.lanes_of(group, step) if isinstance(shares, Anyhow) else list(ranges[comm.rank])
-        reducer.watch([])
+        reducer.observe_lanes([])
         todo = [v for lane in mine for v in lanes.micro_batches(lane)]
         for v in todo:
             reducer.open(v, last=v == todo[-1])
@@ -105,7 +106,7 @@ def reduced(
                 assert p.grad is not None
                 p.grad += contributions(v, step)[name]
             if v == todo[-1] and reducer.overlaps():
-                for bucket in reducer.buffer.buckets[:2]:  # the others come with finish, as those of parameters without gradient
+                for bucket in reducer.buffer.buckets[:2]:  # finish sums the others, as for parameters without gradient
                     reducer.begin(bucket)
             reducer.close(v)
         found.append({name: view.numpy() for name, view in summed(reducer).items()})
@@ -116,7 +117,7 @@ def reduced(
 
 
 def expected(lanes: Lanes, step: int, name: str) -> np.ndarray:
-    """Micro-batches of a lane added in order, lanes by the tree's definition."""
+    """Add the micro-batches of a lane in order, and the lanes by the definition of the tree."""
     values = []
     for lane in range(lanes.num_lanes):
         total = np.zeros(SHAPES[name], dtype=np.float32)
@@ -127,7 +128,7 @@ def expected(lanes: Lanes, step: int, name: str) -> np.ndarray:
 
 
 def check_bits(cut: tuple[int, int, int], ranks: tuple[int, ...] = (1, 2, 3, 4), bucket_bytes: int = 600, **how: Any) -> None:
-    """The tree's sums are those of its definition at these numbers of ranks. Collective over WORLD."""
+    """Assert that the tree's sums equal the definition at these numbers of ranks. Collective over WORLD."""
     lanes = Lanes(*cut)
     for n in sizes(*ranks):
         with small_blocks():
@@ -139,7 +140,7 @@ def check_bits(cut: tuple[int, int, int], ranks: tuple[int, ...] = (1, 2, 3, 4),
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("nodes", [0, 1, 2, 3])  # at 3 and 4 ranks, 2 and 3 nodes are of unequal sizes
+@pytest.mark.parametrize("nodes", [0, 1, 2, 3])  # with 3 and 4 ranks, 2 and 3 nodes have different sizes
 def test_the_tree_gives_the_bits_of_its_definition(cut: tuple[int, int, int], nodes: int) -> None:
     check_bits(cut, tuple(n for n in (1, 2, 3, 4) if n >= nodes), nodes=nodes)
 
@@ -159,7 +160,7 @@ def test_buckets_that_are_summed_early_have_the_same_bits(way: str, bucket_bytes
 
 
 def exact(lanes: Lanes, step: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(sum, sum of absolute values) in float64."""
+    """Return (sum, sum of absolute values) in float64."""
     parts = np.stack([contributions(v, step)[name].double().numpy() for v in range(lanes.num_micro_batches)])
     return parts.sum(axis=0), np.abs(parts).sum(axis=0)
 
@@ -198,18 +199,18 @@ def test_bucketed_allreduce_is_one_allreduce_a_parameter() -> None:
 
 
 def sent(comm: MPI.Intracomm, kind: str, nodes: int = 0) -> int:
-    """Bytes that this rank sends for a sum of 8 lanes."""
+    """Return the bytes that this rank sends for a sum of 8 lanes."""
     with pretended(nodes):
-        mesh = make_mesh(comm)
+        mesh = make_topology(comm)
     group, lanes, wire = by_node(mesh) if nodes else alone(mesh), Lanes(8, 1), Messages(CPU)
-    slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, settled=True, kept_apart=False) if kind == "tree" else 1
+    slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, static=True, kept_apart=False) if kind == "tree" else 1
     reducer = REDUCERS[kind](group, lanes, wire, Even(Terms(8, comm.size, comm.rank)), slots)
     named = [("w", torch.nn.Parameter(torch.zeros(200_000)))]
     reducer.attach(GradientBuffer(named, slots, 10**9, lambda n: group.memory(n, CPU), group.node.rank))
     reducer.finish()
     reducer.publish([torch.zeros(10)])
     group.close()
-    return wire.take()[0]
+    return wire.pop_counts()[0]
 
 
 @pytest.mark.parametrize("kind", list(REDUCERS))
@@ -229,13 +230,13 @@ def test_within_a_node_nothing_is_sent_and_between_nodes_as_much_as_between_so_m
 
 
 def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
-    """Each once, with the gradient of its own, before it is added to any other; the sum has the same bits."""
+    """Each lane is seen once, with its own gradient, before it is added to another; the sum has the same bits."""
     lanes = Lanes(13, 2, 7)
 
     def look(comm: MPI.Intracomm) -> dict[int, bool]:
         named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
-        group, ranges = by_node(make_mesh(comm)), even(7, comm.size)
-        slots = slots_needed(lanes, ranges[comm.rank], 0, settled=True, kept_apart=True)
+        group, ranges = by_node(make_topology(comm)), even(7, comm.size)
+        slots = slots_needed(lanes, ranges[comm.rank], 0, static=True, kept_apart=True)
         reducer = REDUCERS["tree"](group, lanes, Messages(CPU), Even(Terms(7, comm.size, comm.rank)), slots)
         reducer.attach(GradientBuffer(named, slots, 600, lambda n: group.memory(n, CPU), group.node.rank))
         seen: dict[int, bool] = {}
@@ -245,8 +246,8 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
             views = dict(zip([n for _, n, _ in reducer.buffer.layout.placed()], reducer.buffer.layout.views(flat), strict=True))
             seen[lane] = all(torch.equal(views[name], contributions(lane, 0)[name]) for name in SHAPES)
 
-        for step in (0, 1):  # the second is not looked at: siblings share again
-            reducer.watch([see] if step == 0 else [])
+        for step in (0, 1):  # in the second step lanes are not kept apart: siblings share slots again
+            reducer.observe_lanes([see] if step == 0 else [])
             for lane in ranges[comm.rank]:
                 reducer.open(lane)
                 for name, p in named:
@@ -265,10 +266,10 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
 
 def test_other_reducers_do_not_keep_lanes_apart() -> None:
     for kind in ("allreduce", "naive", "root"):
-        reducer = REDUCERS[kind](alone(make_mesh(WORLD)), Lanes(8, 1), Messages(CPU), Even(Terms(8, 1, 0)))
-        reducer.watch([])
+        reducer = REDUCERS[kind](alone(make_topology(WORLD)), Lanes(8, 1), Messages(CPU), Even(Terms(8, 1, 0)))
+        reducer.observe_lanes([])
         with pytest.raises(ValueError, match="cannot be looked at"):
-            reducer.watch([lambda lane, gradient: None])
+            reducer.observe_lanes([lambda lane, gradient: None])
         reducer.group.close()
 
 
@@ -276,7 +277,7 @@ def test_other_reducers_do_not_keep_lanes_apart() -> None:
 def test_the_norm_is_the_same_bits_whoever_computes_which_blocks(nodes: int) -> None:
     def norm(comm: MPI.Intracomm, nodes: int) -> tuple[float, float, float]:
         with pretended(nodes):
-            mesh = make_mesh(comm)
+            mesh = make_topology(comm)
         group = by_node(mesh) if nodes else alone(mesh)
         reducer = REDUCERS["tree"](group, Lanes(8, 1), Messages(CPU), Even(Terms(8, comm.size, comm.rank)), 4)
         named = [("w", torch.nn.Parameter(torch.zeros(5000)))]
@@ -298,7 +299,7 @@ def test_the_norm_is_the_same_bits_whoever_computes_which_blocks(nodes: int) -> 
                 assert found == one == pytest.approx(exact_norm, rel=1e-6) and scaled == 0.0
 
 
-# The same with a model and its training -----------------------------------------------------------------------------------
+# With a model and training ------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Any] = {"train": {"global_batch": 13, "steps": 20, "eval_every": 0}, "model": {"dropout": 0.1}}
 
@@ -309,7 +310,7 @@ def test_gradients_are_those_of_one_rank(shared_folder: Path, shared_tmp: Path, 
 
     def gradients(comm: MPI.Intracomm) -> list[dict[str, torch.Tensor]]:
         job = job_at(comm, tiny(data, shared_tmp / f"{kind}{comm.size}", comm={"reducer": kind}, **SECTIONS))
-        return [gradients_of(job, batch) for batch in (0, 7)]  # the second is an epoch's short last batch
+        return [gradients_of(job, batch) for batch in (0, 7)]  # the second is the short last batch of an epoch
 
     alone = at(1, gradients)[0]
     for n in sizes(2, 3, 4):

@@ -1,4 +1,5 @@
-"""Laws of saving while training goes on: the state of the step and no other, alike on all ranks, whole or not at all."""
+"""Laws of saving during training: a checkpoint has exactly the state of its step, alike on all ranks, completely or not at all.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def entries(comm: MPI.Intracomm, step: int) -> dict[str, Entry]:
-    """Every layout; what the last rank alone holds too."""
+    """Return entries of every layout, and one that only the last rank has."""
     values = torch.arange(9000.0).view(900, 10) + step
     found = {"model/w": Entry(values), "model/count": Entry(torch.tensor([step]))}
     found["strategy/step"] = Entry(torch.tensor(float(step)))
@@ -41,7 +42,7 @@ def entries(comm: MPI.Intracomm, step: int) -> dict[str, Entry]:
 
 
 def holds(run: Path, step: int) -> bool:
-    """Is this step's checkpoint there, and what was saved at it?"""
+    """Does this step's checkpoint exist with the saved values?"""
     path = run / "checkpoints" / f"step_{step:08d}"
     if not path.exists():
         return False
@@ -54,14 +55,14 @@ def holds(run: Path, step: int) -> bool:
 
 
 def agreed(saver: Saver) -> np.ndarray:
-    """What the board of a step would say. Collective over saver.comm."""
+    """Return what the ranks agree on in a step. Collective over saver.comm."""
     flags = saver.flags()
     saver.comm.Allreduce(MPI.IN_PLACE, flags)
     return flags
 
 
 def until(saver: Saver, holds_now: Callable[[np.ndarray], bool], what: str) -> np.ndarray:
-    """Look at the board until it says so, and give it. Collective over saver.comm."""
+    """Repeat until the ranks agree on this, and return it. Collective over saver.comm."""
     end = time.monotonic() + 60
     while not holds_now(flags := agreed(saver)):
         time.sleep(0.005)
@@ -75,7 +76,7 @@ def fails(flags: np.ndarray) -> bool:
 
 @contextmanager
 def writing(change: Callable[..., Any], *ranks: int) -> Iterator[None]:
-    """write_pieces of these ranks is preceded by change(path)."""
+    """On these ranks call change(path) before write_pieces."""
 
     def changed(path: Path, *content: Any) -> tuple[int, int]:
         change(path)
@@ -91,7 +92,7 @@ def full(path: Path) -> None:
     raise FULL
 
 
-# --- a run
+# --- a complete run
 
 
 def events(ran: Ran, name: str) -> list[int]:
@@ -101,7 +102,7 @@ def events(ran: Ran, name: str) -> list[int]:
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("copies", ["auto", "rank"])
 def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp: Path, nodes: int, copies: str) -> None:
-    """Copied ever so slowly while the next step is computed, and compared with checkpoints for which training stood still."""
+    """Copied slowly while the next step is computed, and compared with checkpoints for which training stopped."""
     settings: dict[str, Any] = {"train": {"steps": 6, "save_every": 2}, "comm": {"copies": copies}}
     data, plain, begin = corpus(shared_folder), np.copyto, Saver.begin
 
@@ -111,7 +112,7 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
 
     def standing_still(self: Saver, *arguments: Any) -> None:
         begin(self, *arguments)
-        self.finish(must=True)
+        self.wait_for_save(must=True)
 
     for n in sizes(1, 2, 3, 4):
         with pretended(nodes if n % nodes == 0 else 1):
@@ -134,7 +135,7 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
 
 @pytest.mark.mpi(min_size=2)
 def test_a_slow_disk_costs_checkpoints_alone(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second node's writer needs three steps for the first one: the same saves are left out on all ranks, and the end waits
+    """The second node's writer needs three steps for its first save. The same saves are left out on all ranks, and the end waits
     for the last."""
     monkeypatch.setattr(saver_module, "YOUNG_SECONDS", 0.0)
     data, n, file = corpus(shared_folder), WORLD.size // 2 * 2, shared_tmp / "run/metrics.jsonl"
@@ -154,7 +155,7 @@ def test_a_slow_disk_costs_checkpoints_alone(shared_folder: Path, shared_tmp: Pa
 
 
 def test_no_room_for_a_while_costs_checkpoints_and_no_step(shared_folder: Path, shared_tmp: Path) -> None:
-    """The first node's writer finds no room for the checkpoints of steps 1 and 2; those after them are written."""
+    """The first node's writer finds no space for the checkpoints of steps 1 and 2; later ones are written."""
     data = corpus(shared_folder)
     whole = train_at(WORLD.size, tiny(data, shared_tmp / "whole"))
     nodes = 2 if WORLD.size % 2 == 0 else 1
@@ -183,8 +184,8 @@ def test_a_file_a_node_and_what_only_one_rank_holds(shared_tmp: Path, nodes: int
         def save(comm: MPI.Intracomm, run: Path = run) -> None:
             saver = saver_of(comm, run, nodes=nodes)
             saver.begin(5, entries(comm, 5), {})
-            saver.copied()
-            saver.finish(must=True)
+            saver.wait_for_copy()
+            saver.wait_for_save(must=True)
 
         at(n, save)
         assert holds(run, 5)
@@ -196,16 +197,16 @@ def test_a_file_a_node_and_what_only_one_rank_holds(shared_tmp: Path, nodes: int
 
 
 def test_what_changes_after_the_fence_is_not_in_it(shared_tmp: Path) -> None:
-    """And it is written long after: the copy counts."""
+    """It is written much later: the copy is what counts."""
 
     def save(comm: MPI.Intracomm) -> None:
         saver, state = saver_of(comm, shared_tmp), entries(comm, 3)
         with writing(lambda path: time.sleep(0.2), *range(9)):
             saver.begin(3, state, {})
-            saver.copied()
+            saver.wait_for_copy()
             for entry in state.values():
                 entry.tensor.fill_(-1)
-            saver.finish(must=True)
+            saver.wait_for_save(must=True)
 
     at(WORLD.size, save)
     assert holds(shared_tmp, 3)
@@ -216,13 +217,13 @@ def test_a_save_that_fails_gives_way_to_the_next(shared_tmp: Path) -> None:
         saver = saver_of(comm, shared_tmp)
         with writing(full, comm.size - 1):
             saver.begin(1, entries(comm, 1), {})
-            saver.copied()
+            saver.wait_for_copy()
             flags = until(saver, fails, "a failure")
             assert saver.step == 1 and not saver.due(1, flags)
             assert saver.due(2, flags) and saver.step == -1
         saver.begin(2, entries(comm, 2), {})
-        saver.finish(must=True)
-        told = [(event["event"], event["step"]) for event in saver.news()]
+        saver.wait_for_save(must=True)
+        told = [(event["event"], event["step"]) for event in saver.pop_events()]
         assert told == ([("save_failed", 1), ("saved", 2)] if comm.rank == 0 else [])
 
     at(WORLD.size, save)
@@ -231,7 +232,7 @@ def test_a_save_that_fails_gives_way_to_the_next(shared_tmp: Path) -> None:
 
 
 def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
-    """Without a next one; the pauses grow, the first is of a second."""
+    """Without another save in between. The pauses grow, starting with one second."""
     tried: list[Path] = []
 
     def at_first(path: Path) -> None:
@@ -243,7 +244,7 @@ def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
         saver = saver_of(comm, shared_tmp)
         with writing(at_first, comm.size - 1):
             saver.begin(1, entries(comm, 1), {})
-            saver.copied()
+            saver.wait_for_copy()
             until(saver, lambda flags: not flags.any(), "the end of it")
 
     at(WORLD.size, save)
@@ -251,20 +252,20 @@ def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
 
 
 def test_a_folder_that_vanishes(shared_tmp: Path) -> None:
-    """Of what other ranks wrote nothing is left: the save is lost, the next one makes the folder anew."""
+    """The other ranks' files are lost: the save fails, and the next one creates the folder again."""
 
     def save(comm: MPI.Intracomm) -> None:
         saver, gone = saver_of(comm, shared_tmp / "run"), threading.Event()
         with writing(lambda path: gone.wait(60), 0):
             saver.begin(1, entries(comm, 1), {})
-            saver.copied()
+            saver.wait_for_copy()
             until(saver, lambda flags: flags.tolist() == [0, 1, 0, 0], "rank 0 alone still writes")
             if comm.rank == 0:
                 shutil.rmtree(shared_tmp / "run")
                 gone.set()
             assert saver.due(2, until(saver, fails, "a failure"))
         saver.begin(2, entries(comm, 2), {})
-        saver.finish(must=True)
+        saver.wait_for_save(must=True)
 
     at(WORLD.size, save)
     assert holds(shared_tmp / "run", 2)
@@ -276,7 +277,7 @@ def test_who_does_not_hold_the_run_commits_nothing(shared_tmp: Path) -> None:
         saver = saver_of(comm, shared_tmp, may_commit=lambda: False)
         saver.begin(1, entries(comm, 1), {}, wait=True)
         with pytest.raises(MpidpError, match="lock is not this job's any more") as caught:
-            saver.finish(must=True)
+            saver.wait_for_save(must=True)
         assert caught.value.everywhere
 
     at(WORLD.size, save)
@@ -284,7 +285,7 @@ def test_who_does_not_hold_the_run_commits_nothing(shared_tmp: Path) -> None:
 
 
 def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp: Path) -> None:
-    """As after a rank died: each rank closes its own, whatever it did just then; those who are left save the same step."""
+    """As after a rank failed: each rank closes its saver at any point; the remaining ranks then save the same step."""
 
     def save(comm: MPI.Intracomm) -> None:
         first = saver_of(comm, shared_tmp)
@@ -294,8 +295,8 @@ def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp:
             first.close()
         again = saver_of(comm, shared_tmp)
         again.begin(1, entries(comm, 1), {})
-        again.copied()
-        again.finish(must=True)
+        again.wait_for_copy()
+        again.wait_for_save(must=True)
         no_thread_is_left()
 
     at(WORLD.size, save)
@@ -304,7 +305,7 @@ def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp:
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_after_close_nobody_reads_the_state(shared_tmp: Path, wait: bool) -> None:
-    """Shared windows are freed then: whatever is read later is gone."""
+    """Shared windows are freed afterwards, so later reads would fail."""
 
     def save(comm: MPI.Intracomm) -> None:
         read: list[float] = []

@@ -1,4 +1,4 @@
-"""Laws of the synchronous update: a mean over tokens, clipped by one norm, the same everywhere; or no update, everywhere."""
+"""Laws of the synchronous update: a mean over tokens, clipped by one norm, equal on all ranks; or no update on any rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.mpi
 
 
 def run_batch(job: Job, number: int, spoil: int = -1) -> int:
-    """Forward and backward of a global batch; returns its target tokens. spoil: micro-batch whose gradient is made NaN."""
+    """Run forward and backward of a global batch; return its target tokens. spoil: micro-batch whose gradient becomes NaN."""
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
@@ -37,7 +37,7 @@ def run_batch(job: Job, number: int, spoil: int = -1) -> int:
 
 
 def whole_batch(job: Job, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All inputs and targets of a global batch, as one."""
+    """Return all inputs and targets of a global batch together."""
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
@@ -52,7 +52,8 @@ def whole_batch(job: Job, number: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_update_is_that_of_the_mean_over_tokens(
     shared_folder: Path, shared_tmp: Path, kind: str, masked: bool, number: int
 ) -> None:
-    """One forward and backward over the whole batch by autograd, in float64, is the oracle: never a mean of means."""
+    """The reference is one forward and backward over the whole batch by autograd, in float64. The result is not a mean of means.
+    """
     data = (masked_corpus if masked else corpus)(shared_folder)
     clip = 0.5
     sections: dict[str, Any] = {"comm": {"reducer": kind}, "optim": {"name": "sgd", "clip": clip, "beta1": 0.0}}
@@ -78,7 +79,7 @@ def test_the_update_is_that_of_the_mean_over_tokens(
         return stats.grad_norm, norm, worst
 
     for grad_norm, norm, worst in at(WORLD.size, step):
-        assert grad_norm == pytest.approx(norm, rel=1e-5) and norm > clip  # it was clipped, the logged norm was not
+        assert grad_norm == pytest.approx(norm, rel=1e-5) and norm > clip  # clipping applies, and the logged norm is not clipped
         assert worst < 1e-6
 
 
@@ -104,8 +105,8 @@ def test_one_gradient_that_is_not_finite_skips_the_update_everywhere(shared_fold
     for (stats, hashes, state), (plain_stats, plain_hashes, plain_state) in zip(found, clean, strict=True):
         assert [s.skipped for s in stats] == [False, False, True, False] and not math.isfinite(stats[2].grad_norm)
         assert [s for s in stats if not s.skipped] == plain_stats and not any(s.skipped for s in plain_stats)
-        assert hashes[2] == hashes[1]  # no weight has moved
-        assert [hashes[i] for i in (0, 1, 3)] == plain_hashes  # and nothing of it is left in the next step
+        assert hashes[2] == hashes[1]  # no weight has changed
+        assert [hashes[i] for i in (0, 1, 3)] == plain_hashes  # and the next step is not affected
         assert state == plain_state
 
 
@@ -130,7 +131,7 @@ def test_start_makes_all_replicas_rank_0s(shared_folder: Path, shared_tmp: Path,
 
 @pytest.mark.parametrize(("copies", "nodes"), [("rank", 1), ("node", 1), ("node", 2), ("auto", 2)])
 def test_how_many_copies_there_are(shared_folder: Path, shared_tmp: Path, copies: str, nodes: int) -> None:
-    """What a rank writes into its parameters and moments is seen by those, and only those, that share a copy with it."""
+    """What a rank writes into its parameters and moments is visible exactly to the ranks that share its copy."""
     config = tiny(corpus(shared_folder), shared_tmp, comm={"copies": copies}, train={"audit_every": 2})
 
     def seen(comm: MPI.Intracomm) -> list[int]:
@@ -186,6 +187,6 @@ def test_names_become_classes_in_one_place() -> None:
     assert set(STRATEGIES) == {"synchronous", "quorum", "delayed", "local", "server"}
     assert Optimizer.__module__ == "mpidp.strategies.optimizer"
     needed = {
-        "start", "micro_batch", "watch", "discard", "step", "finish", "state_dict", "load_state_dict", "close", "flats",
+        "start", "micro_batch", "observe_lanes", "discard", "step", "finish", "state_dict", "load_state_dict", "close", "flats",
     }
     assert all(needed <= set(dir(kind)) for kind in STRATEGIES.values())

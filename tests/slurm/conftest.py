@@ -13,7 +13,7 @@ from tests.slurm import cluster
 
 @pytest.fixture(scope="session", autouse=True)
 def _cluster() -> Iterator[None]:
-    """Skips every test, with the reason, where there can be none."""
+    """Skip every test with the reason if no cluster can be started."""
     try:
         cluster.script("start")
         yield
@@ -23,7 +23,7 @@ def _cluster() -> Iterator[None]:
 
 @pytest.fixture
 def mended() -> Iterator[None]:
-    """After a test that breaks nodes: no job, and all nodes usable."""
+    """Clean up after a test that breaks nodes: no job remains, and all nodes are usable."""
     yield
     cluster.script("reset")
 

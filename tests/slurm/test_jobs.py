@@ -1,13 +1,13 @@
-"""The templates of jobs/, submitted unedited to a real Slurm of three virtual nodes; what they leave open comes by options and
-environment, as a user may give it too. That they go on after signals and deaths is test_survive.py's.
+"""The templates of jobs/, submitted unedited to a real Slurm of three virtual nodes. Values marked EDIT are given by options and
+environment variables. test_survive.py tests signals and failures.
 
-| template | run here | what of it is not |
+| template | tested | not tested |
 |---|---|---|
 | single_node, multi_node_mpirun (both MPIs), multi_node_srun (pmi2, pmix), resilient | yes | |
 | scaling_sweep, prepare_data, pipeline.sh, stage_env.sh | yes | |
-| gpu | yes, on GPUs that exist on paper | GPUs: it trains on the CPU |
-| apptainer | its launch line | the container: `apptainer` is a stand-in that runs the command outside |
-| cray | accepted by sbatch | modules, Cray MPICH: nothing of it is run |
+| gpu | yes, with GPUs that exist only in Slurm's configuration | GPUs: it trains on the CPU |
+| apptainer | its launch line | the container: a script that runs the command outside replaces `apptainer` |
+| cray | accepted by sbatch | modules, Cray MPICH: nothing is run |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENDS = """{ mkdir -p run && echo '{"event": "end"}' >>run/metrics.jsonl; }"""
     ("gpu.sbatch", MPICH, 2),
 ])
 def test_training(folder: Path, whole_hash: str, template: str, environment: dict[str, str], nodes: int) -> None:
-    """It ends, with the one hash; the ranks of a node have cores of their own, and the table of ranks says so."""
+    """The run ends with the same hash as all others; the ranks of a node have separate cores, as the table of ranks shows."""
     need(environment)
     options = ("--gpus-per-node=2",) if template == "gpu.sbatch" else ()
     job = submit(folder, template, options=options, **environment).wait()
@@ -47,7 +47,7 @@ def test_training(folder: Path, whole_hash: str, template: str, environment: dic
 
 
 def test_srun_with_the_wrong_language(folder: Path) -> None:
-    """Ranks that are each alone are refused, with the launch line that would be right; the job has failed for good."""
+    """Singletons are rejected with the correct launch line, and the job is not requeued."""
     need(OPENMPI)
     job = submit(folder, "multi_node_srun.sbatch", MPI="none", **OPENMPI).wait("FAILED")
     assert job.facts()["ExitCode"] == "2:0", job
@@ -61,7 +61,8 @@ def test_wrong_settings_are_not_tried_again(folder: Path) -> None:
 
 
 def test_success_is_the_end_event(folder: Path) -> None:
-    """A launcher that returns 0 though the run has not ended: the job fails. One that returns 7 though it has: it succeeds."""
+    """A launcher returns 0 although the run has not ended: the job fails. It returns 7 although the run has ended: the job
+    succeeds."""
     liar = folder / "liar" / "bin"
     liar.mkdir(parents=True)
     (liar / "activate").write_text(f"PATH={liar}:$PATH\n")
@@ -71,12 +72,12 @@ def test_success_is_the_end_event(folder: Path) -> None:
     assert "has not ended" in job.said, job
     (liar / "mpirun").write_text(f"#!/bin/sh\n[ $1 = --version ] || {ENDS}; exit 7\n")
     submit(folder, "single_node.sbatch", VENV="liar").wait()
-    (liar / "mpirun").write_text("#!/bin/sh\nexit 7\n")  # and an end that was there before is none of its doing
+    (liar / "mpirun").write_text("#!/bin/sh\nexit 7\n")  # an earlier end event does not count
     assert submit(folder, "single_node.sbatch", VENV="liar").wait("FAILED").facts()["ExitCode"] == "7:0"
 
 
 def test_scaling_sweep(folder: Path, whole_hash: str) -> None:
-    """Each element of the array is a run of its own on as many ranks as its number says; all learn the same."""
+    """Each array element is a separate run on as many ranks as its index; all end with the same weights."""
     job = submit(folder, "scaling_sweep.sbatch", "--train.steps=6", options=("--array=1,2,4",))
     job.until("three ends", lambda: _states(job.number) == ["COMPLETED"] * 3)
     for ranks in (1, 2, 4):
@@ -92,7 +93,7 @@ def _states(number: str) -> list[str]:
 
 
 def pipeline(folder: Path, **extra: str) -> list[Job]:
-    """jobs/pipeline.sh's three jobs."""
+    """Return the three jobs of jobs/pipeline.sh."""
     said = ask("jobs/pipeline.sh", folder=folder, CONFIG="tiny.toml", SHARDS="piped", TOKENIZER="byte", VENV=".venv", RUN="run",
                OPTIONS="--time=10 --cpus-per-task=1 --ntasks-per-node=2 --oversubscribe", **extra)
     return [Job(number, folder) for number in said.split()]
@@ -105,12 +106,12 @@ def test_pipeline(folder: Path, prepared: Path) -> None:
     assert (folder / "piped" / "index.json").exists()
     found = json.loads((folder / "run" / "evaluation.json").read_text())
     assert found["tokens"] > 0 and found["loss"] > 0
-    (folder / "piped" / "index.json").write_text("{}")  # shards that are there are checked, not made again
+    (folder / "piped" / "index.json").write_text("{}")  # existing shards are verified, not created again
     assert submit(folder, "prepare_data.sbatch", SHARDS="piped").wait("FAILED").facts()["ExitCode"] == "3:0"
 
 
 def test_pipeline_ends_when_a_part_fails(folder: Path) -> None:
-    """Jobs whose dependency can never be met are cancelled; they do not stay pending for ever."""
+    """Jobs whose dependency can never be satisfied are cancelled instead of staying pending."""
     prepare, train, evaluate = pipeline(folder, SOURCE="no_such_file")
     prepare.wait("FAILED")
     assert "no_such_file" in prepare.said
@@ -119,8 +120,8 @@ def test_pipeline_ends_when_a_part_fails(folder: Path) -> None:
 
 
 def test_stage_env(folder: Path, whole_hash: str) -> None:
-    """The environment is used from each node's own disk, and gone afterwards."""
-    small = folder / "small"  # an environment of few files that borrows the rest
+    """The environment is used from each node's local disk, and removed afterwards."""
+    small = folder / "small"  # an environment with few files that refers to the packages of another
     subprocess.run([launchers()["mpich"] / "python", "-m", "venv", "--without-pip", small], check=True, timeout=60)
     library = launchers()["mpich"].parent / "lib"
     subprocess.run(["cp", "-a", *library.glob("libmpi*"), library / "mpich", small / "lib"], check=True, timeout=60)

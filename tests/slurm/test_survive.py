@@ -1,15 +1,15 @@
-"""Jobs that are signalled, that run out of time, and that lose nodes: each ends with the weights of a run nothing happened to.
+"""Jobs that receive signals, run out of time or lose nodes: each ends with the weights of an undisturbed run.
 
-| fault | expected | judged by |
+| fault | expected | checked |
 |---|---|---|
-| USR1 to the batch script, both mpiruns, srun | checkpoint, 75, requeued, goes on | Restarts=1, hash, each step once |
-| the same where requeue is forbidden | a job that follows | its number in the output, hash |
-| time limit near, by Slurm's signal; by the job's own look at its end time | the same | same |
-| a file STOP | the same | same, the file gone |
-| a node crashes | requeued on nodes that live | same |
-| its slurmd alone dies: the old copy of the requeued job runs on | one goes on, the other leaves | same, nobody left |
-| a node crashes under resilient.sbatch | started again in the same allocation | Restarts=0, hash |
-| the network cable is pulled | requeued on nodes that live | same |
+| USR1 to the batch script, both mpiruns, srun | checkpoint, 75, requeued, resumes | Restarts=1, hash, each step once |
+| the same where requeue is forbidden | a follow-up job | its number in the output, hash |
+| time limit: by Slurm's signal; by the run's own knowledge of its end time | the same | same |
+| a file STOP | the same | same, the file removed |
+| a node crashes | requeued on other nodes | same |
+| only its slurmd dies: the old copy of the requeued job keeps running | one resumes, the other exits | same, no process left |
+| a node crashes under resilient.sbatch | restarted in the same allocation | Restarts=0, hash |
+| the network cable is pulled | requeued on other nodes | same |
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from tests.slurm.cluster import (
 )
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE)
-SLOWLY = {"MPIDP_FAULT": "delay:0:1,seconds=0.7"}  # a micro-batch of rank 0, so that there is time to strike between two steps
+SLOWLY = {"MPIDP_FAULT": "delay:0:1,seconds=0.7"}  # delays each micro-batch of rank 0, so that faults can happen between steps
 
 
 def begin(folder: Path, template: str, *words: str, options: tuple[str, ...] = (), **extra: str) -> Job:
-    """A slow run, just after its checkpoint of step 2."""
+    """Start a slow run; return just after its checkpoint of step 2."""
     job = submit(folder, template, *words, options=options, **SLOWLY | extra)
     job.until_step(2)
     return job
@@ -68,7 +68,7 @@ def stop_file(folder: Path) -> Job:
 
 
 def time_limit(folder: Path) -> Job:
-    """Slurm looks at time limits every half minute: two long steps give it the time to."""
+    """Slurm checks time limits every half minute; two long steps leave time for this."""
     job = begin(folder, "single_node.sbatch", "--run.stop_early_seconds=0", options=("--signal=B:USR1@100",),
                 MPIDP_FAULT="delay:0:3,seconds=9,until=4")
     ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
@@ -76,14 +76,14 @@ def time_limit(folder: Path) -> Job:
 
 
 def end_time(folder: Path) -> Job:
-    """The run looks itself at when its job ends, and stops a tenth of the time before; no signal comes."""
+    """The run knows when its job ends, and stops a tenth of the time before; no signal is sent."""
     job = submit(folder, "single_node.sbatch", options=("--signal=B:USR1@0",), MPIDP_FAULT="delay:0:1,seconds=1.8")
     job.until("running", lambda: job.facts()["JobState"] == "RUNNING")
     ask("scontrol", "update", f"JobId={job.number}", "EndTime=now+20")
     return job
 
 
-ASKED: dict[str, tuple[dict[str, str], str, Callable[[Path], Job]]] = {  # in which environment, why it stops, and how it is asked
+ASKED: dict[str, tuple[dict[str, str], str, Callable[[Path], Job]]] = {  # environment, reason for the stop, the action
     "limit": (MPICH, "SIGUSR1", time_limit),
     "end time": (MPICH, "the job's time limit", end_time),
     "chain": (MPICH, "SIGUSR1", partial(signalled, template="single_node.sbatch", NEXT="chain", **MPICH)),
@@ -97,7 +97,7 @@ ASKED: dict[str, tuple[dict[str, str], str, Callable[[Path], Job]]] = {  # in wh
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> dict[str, Job]:
-    """All of them, one after the other: while one waits to be started again, the next runs."""
+    """Submit all jobs one after the other: while one waits to be restarted, the next one runs."""
     jobs = {}
     for name, (environment, _, begun) in ASKED.items():
         if mpi_of(environment) in launchers():
@@ -116,13 +116,13 @@ def test_asked_to_stop(asked: dict[str, Job], whole_hash: str, name: str) -> Non
         job.wait()
         check_whole(job, whole_hash)
     else:
-        again = (1, 2, 3) if name in ("limit", "end time") else (1,)  # the limit is as short for the next start
+        again = (1, 2, 3) if name in ("limit", "end time") else (1,)  # the next start has the same short limit
         check_went_on(job, whole_hash, f"stopped on request ({reason}) at step", restarts=again)
     assert not (job.folder / "run" / "STOP").exists()
 
 
 def give_up(node: int) -> None:
-    """What slurmctld finds by itself after SlurmdTimeout, said by an operator."""
+    """Report as an operator what slurmctld detects by itself after SlurmdTimeout."""
     ask("scontrol", "update", f"NodeName=node{node}", "State=DOWN", "Reason=crashed")
 
 
@@ -133,8 +133,8 @@ def nodes_of(job: Job) -> list[int]:
 @pytest.mark.parametrize("how", ["node-down", "net-down"])
 @pytest.mark.usefixtures("mended")
 def test_node_is_lost(folder: Path, whole_hash: str, how: str) -> None:
-    """It crashes, or its cable is pulled. Not the node of the batch script, which would be the simpler case. slurmctld finds the
-    one by itself and is told the other."""
+    """The node crashes, or its cable is pulled. It is not the node of the batch script, which would be the simpler case.
+    slurmctld detects the crash by itself; the other fault is reported to it."""
     job = begin(folder, "multi_node_srun.sbatch")
     first, lost = nodes_of(job)
     script(how, lost)
@@ -147,7 +147,7 @@ def test_node_is_lost(folder: Path, whole_hash: str, how: str) -> None:
 
 @pytest.mark.usefixtures("mended")
 def test_old_copy_runs_on(folder: Path, whole_hash: str) -> None:
-    """slurmctld requeues the job of a node whose slurmd is dead, while its processes live: never two writers."""
+    """slurmctld requeues the job of a node whose slurmd is dead while its processes live. There must never be two writers."""
     job = begin(folder, "single_node.sbatch", MPIDP_FAULT="delay:0:3,seconds=2.5,until=5")
     assert processes_of(1, "mpidp.train")
     script("slurmd-down", 1)

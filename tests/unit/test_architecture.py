@@ -1,4 +1,5 @@
-"""The house itself: who may import whom, how long files are, what starts MPI, and that every collective call says so."""
+"""Laws of the source tree: which file may import which, the length of files, what may start MPI, and that every collective call
+is documented as one."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = {str(p.relative_to(ROOT)): p for folder in ("mpidp", "data_tools") for p in sorted((ROOT / folder).rglob("*.py"))}
 MPIDP = sorted(name for name in FILES if name.startswith("mpidp/"))
 
-# Which packages a package may import. A row a package; the commands at the top of mpidp/ may import any of them.
+# Which packages a package may import. One row per package; the commands at the top of mpidp/ may import any of them.
 EVERY = "errors runtime"
 CONTRACT = {
     "errors": "",
@@ -43,7 +44,7 @@ CONTRACT = {
 }
 COMMANDS = {"__main__", "train", "evaluate", "generate", "export", "plan", "replay", "report", "doctor", "library"}
 AT_THE_TOP = COMMANDS | {"__init__", "errors"}  # at most 12 files: a command or the public API
-C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch.distributed, inside a function, when asked to
+C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch.distributed, inside a function, on demand
 
 # Packages and modules without MPI, and without torch and MPI. `python -m mpidp.train --help` works on a login node.
 NO_MPI = {"mpidp.model", "mpidp.data", "mpidp.config", "mpidp.reporting", "mpidp.metrics", "mpidp.hf"}
@@ -67,13 +68,13 @@ MODULES = {module_of(name) for name in FILES}
 
 
 def for_types(tree: ast.Module) -> set[ast.AST]:
-    """What stands under `if TYPE_CHECKING`: never imported when it runs."""
+    """Return the lines under `if TYPE_CHECKING`, which are never executed."""
     guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
     return {inner for guard in guards for inner in ast.walk(guard)}
 
 
 def imports(name: str) -> Iterator[tuple[str, bool]]:
-    """(imported module or module.name, at the top of the file?) of everything that a file imports when it runs."""
+    """Return (imported module or module.name, at the top of the file?) for all executed imports of a file."""
     tree = ast.parse(FILES[name].read_text())
     unseen, top = for_types(tree), set(tree.body)
     for node in ast.walk(tree):
@@ -116,7 +117,7 @@ def test_packages_keep_their_contract(name: str) -> None:
 
 
 def test_no_circle_of_imports() -> None:
-    """Not between packages, and not between files, wherever the import stands."""
+    """Neither between packages nor between files, for imports at any place."""
     for unit in (lambda module: module, package_of):
         below: dict[str, set[str]] = {}
         for name in FILES:
@@ -192,7 +193,7 @@ QUIET = [
 
 
 def test_importing_the_entry_points_starts_neither_mpi_nor_torch() -> None:
-    """--help works on a login node, and a wrong option is told before MPI starts."""
+    """--help works on a login node, and a wrong option is reported before MPI starts."""
     code = (
         "import importlib, sys\n"
         f"for name in {QUIET}:\n"
@@ -211,7 +212,7 @@ def test_a_file_can_be_read_in_one_sitting(name: str) -> None:
 
 
 def lines_of_code(name: str) -> int:
-    """Lines with code on them: words that explain are not what makes a house large (docs/decisions.md)."""
+    """Count lines of code, without comments and docstrings (docs/decisions.md)."""
     text = FILES[name].read_text()
     words = {
         line
@@ -225,7 +226,8 @@ def lines_of_code(name: str) -> int:
 
 
 def test_what_training_runs_is_small() -> None:
-    """All that mpidp.train imports, at once or later; entry points that read finished runs have their own limit, a file each."""
+    """Count everything that mpidp.train imports, at once or later. Commands that read finished runs have only a limit per file.
+    """
     seen, rest = set(), ["mpidp.train"]
     names = {module_of(name): name for name in MPIDP}
     while rest:
@@ -256,14 +258,15 @@ def takes_a_communicator(function: ast.FunctionDef) -> bool:
 
 
 def communicates(function: ast.FunctionDef) -> bool:
-    """Does it call a collective of a communicator by itself?"""
+    """Does the function call a collective of a communicator directly?"""
     calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     whose = re.compile("comm|world|node$|dp$|rail$|group$|MPI.Win$")
     return any(call.attr in COLLECTIVES and whose.search(ast.unparse(call.value)) for call in calls)
 
 
 def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef, str]]:
-    """(name, function, docstrings of it, of its class and of what it overrides in this file) of public functions, methods."""
+    """Return (name, function, docstrings of it, of its class and of what it overrides in this file) for public functions and
+    methods."""
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def said(function: ast.FunctionDef, owner: ast.ClassDef | None) -> str:

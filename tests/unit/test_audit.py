@@ -1,4 +1,4 @@
-"""Laws of audits: one flipped bit shows in the checksum, a majority is right, and who computes wrongly stands out."""
+"""Laws of audits: one flipped bit changes the checksum, a majority is right, and a rank that computes wrongly is identified."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_who_is_outvoted_differs_from_who_is_right(rows: list[int]) -> None:
 
 @pytest.mark.parametrize(("size", "offset"), [(s, o) for s, o in product(range(3, 9), range(1, 8)) if o < s and 2 * o != s])
 def test_one_of_three_or_more_that_computes_wrongly_stands_out(size: int, offset: int) -> None:
-    """Rank r computes its own lane, and that of rank r - offset a second time."""
+    """Rank r computes its own lane, and that of rank r - offset as a check."""
     for wrong in range(size):
         pairs = [(rank, (rank + offset) % size) for rank in range(size)]
         assert suspects([pair for pair in pairs if wrong in pair]) == [wrong]

@@ -1,4 +1,5 @@
-"""Laws of balance: every lane once, the optimum, the same on every rank, calm under noise, and back to even."""
+"""Laws of balance: every lane once, an optimal distribution that is the same on every rank, stable under noise, and able to
+return to even."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def test_even_is_the_cut_of_lanes(num_lanes: int, size: int) -> None:
 
 @st.composite
 def shared_out(draw: st.DrawFn) -> tuple[int, list[float], int | None]:
-    """(lanes, seconds a lane, most lanes a rank) that can be shared out, small enough to try everything."""
+    """Draw (lanes, seconds per lane, largest number of lanes of a rank) with a solution, small enough to try all."""
     size = draw(st.integers(1, 4))
     num_lanes = draw(st.integers(size, 10))
     seconds = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.1, 2.0, 3.7]) | st.floats(0.01, 10), min_size=size, max_size=size))
@@ -65,7 +66,7 @@ def test_half_the_speed_is_half_the_lanes() -> None:
     assert counts(by_speed(12, [1.0, 2.0])) == [8, 4]
     assert counts(by_speed(12, [1.0, 2.0], max_lanes=7)) == [7, 5]
     assert counts(by_speed(12, [1e-3, 1.0, 1.0])) == [10, 1, 1]
-    assert counts(by_speed(10, [1.0] * 4)) == [3, 3, 2, 2]  # of equals the lower place
+    assert counts(by_speed(10, [1.0] * 4)) == [3, 3, 2, 2]  # of equal ranks the lower ones get more
 
 
 @pytest.mark.parametrize(("num_lanes", "size", "most"), [(3, 4, None), (12, 2, 5)])
@@ -77,7 +78,7 @@ def test_what_cannot_be_shared_out_is_refused(num_lanes: int, size: int, most: i
 
 
 def steps(balances: Sequence[Measured], speeds: Callable[[int], Sequence[float]], number: int, noise: float = 0.0) -> list[str]:
-    """What balances said in so many steps; all of them see the same numbers."""
+    """Return the distributions of several balances over so many steps; all of them get the same times."""
     chance, said = random.Random(1), []
     for step in range(number):
         lanes = counts(balances[0].ranges)
@@ -122,19 +123,19 @@ def test_measured_goes_back_to_even() -> None:
 
 
 def test_changes_are_rare() -> None:
-    """Even where speeds jump all the time."""
+    """Even if speeds change all the time."""
     said = steps([Measured(Terms(24, 2, 0))], lambda step: [1.0, [1.0, 4.0][step // 25 % 2]], 200)
     at = [int(words.split(":")[0]) for words in said]
     assert len(at) > 2 and all(after - before >= EVERY_STEPS for before, after in itertools.pairwise(at))
 
 
 def test_a_gain_that_is_too_small_changes_nothing() -> None:
-    assert steps([Measured(Terms(64, 2, 0))], lambda step: [1.0, 1.08], 60) == []  # 33 31 would gain 3%
+    assert steps([Measured(Terms(64, 2, 0))], lambda step: [1.0, 1.08], 60) == []  # 33 and 31 lanes would gain 3%
     assert len(steps([Measured(Terms(64, 2, 0))], lambda step: [1.0, 1.2], 60)) == 1
 
 
 class FakeTickets:
-    """The tickets of one rank of a node of `size`, without MPI."""
+    """The tickets of one rank on a node with `size` ranks, without MPI."""
 
     def __init__(self, size: int, own: list[int], others: list[int]) -> None:
         self.size, self.began, self.closed = size, [], False
@@ -143,7 +144,7 @@ class FakeTickets:
     def begin(self, ranges: Sequence[range]) -> None:
         self.began.append(list(ranges))
 
-    def own(self) -> int | None:
+    def next_own(self) -> int | None:
         return self._own.pop(0) if self._own else None
 
     def steal(self) -> int | None:
@@ -154,7 +155,7 @@ class FakeTickets:
 
 
 def stealing(room: Iterator[bool]) -> tuple[Steal, FakeTickets]:
-    """Place 3 of 4, the second rank of the second node."""
+    """Rank 3 of 4, the second rank of the second node."""
     tickets = FakeTickets(2, own=[9, 10], others=[6, 7, 8])
     return Steal(Terms(12, 4, 3, tickets=tickets, first_place=2, may_steal=lambda: next(room))), tickets  # type: ignore[arg-type]
 
@@ -179,7 +180,7 @@ def test_nothing_is_stolen_without_room() -> None:
 def test_balances_by_name() -> None:
     terms = Terms(7, 3, 1, tickets=FakeTickets(3, [], []))  # type: ignore[arg-type]
     made = {name: make(terms) for name, make in BALANCES.items()}
-    assert {name: balance.settled for name, balance in made.items()} == {"even": True, "measured": True, "steal": False}
+    assert {name: balance.static for name, balance in made.items()} == {"even": True, "measured": True, "steal": False}
     assert all(balance.ranges == even(7, 3) for balance in made.values())
     assert list(made["even"].lanes(0)) == [2, 3] and made["even"].observe([1.0] * 3, [1] * 3) is None
     made["even"].close()

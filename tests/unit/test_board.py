@@ -1,4 +1,5 @@
-"""Laws of the board: where a rank is, all others can read, whatever it does; and from that follows for whom they wait."""
+"""Laws of the board: every rank's position is visible to all others, whatever it does, and determines which rank they wait for.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +13,27 @@ from pathlib import Path
 import pytest
 
 from mpidp.faults import heartbeat
-from mpidp.faults.heartbeat import LOST, SILENT, Board, Row, blame
+from mpidp.faults.heartbeat import LOST, SILENT, HeartbeatBoard, HeartbeatRow, blame
 from mpidp.faults.watchdog import Watchdog
 
 
-def row(rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1) -> Row:
-    return Row(rank, host, 400 + rank, step, phase, bucket, 63.0, 63.0, state) if state != SILENT else Row(rank, host, 400 + rank)
+def row(
+    rank: int, phase: str = "comm_wait", step: int = 12, state: str = "S", host: str = "node1", bucket: int = -1
+) -> HeartbeatRow:
+    if state == SILENT:
+        return HeartbeatRow(rank, host, 400 + rank)
+    return HeartbeatRow(rank, host, 400 + rank, step, phase, bucket, 63.0, 63.0, state)
 
 
 COMPUTES, WAITS, REDUCES = row(3, "compute"), row(1), row(2, "reduce")
 FOUR = "rank 3 (node1, pid 403), in apply of step 12 since 63 s; and 5 more; of the others 1 is in publish"
-BLAMED = [  # rows, who is waited for, a part of the words
+BLAMED = [  # rows, the ranks waited for, a part of the message
     ([row(0), row(1), COMPUTES], [3],
      "everybody waits for rank 3 (node1, pid 403), in compute of step 12 since 63 s; of the others 2 are in comm_wait of step"),
     ([row(0), row(1, state="T"), row(2)], [1], "in comm_wait of step 12 since 63 s, stopped (state T); of the others 2 are"),
-    ([row(0, "compute", 11), row(1, "data"), row(2)], [0], "rank 0 (node1, pid 400), in compute of step 11"),  # the least step
+    ([row(0, "compute", 11), row(1, "data"), row(2)], [0], "rank 0 (node1, pid 400), in compute of step 11"),  # earliest step
     ([row(0, "compute"), row(1, "compute"), row(2)], [0, 1], "rank 0 (node1, pid 400), in compute of step 12 since 63 s; rank 1"),
-    ([row(0), row(1, "compute"), row(2, state="Z")], [2], "dead (state Z)"),  # it is why the other does not get further
+    ([row(0), row(1, "compute"), row(2, state="Z")], [2], "dead (state Z)"),  # this is why the other makes no progress
     ([row(0), row(1, "reduce", bucket=4), row(2, "reduce")], [0], "1 is in reduce (bucket 4) of step 12"),
     ([row(0, "evaluate"), row(1, "evaluate_wait"), row(2, "evaluate_wait")], [0], "2 are in evaluate_wait"),
     ([row(0, "publish"), row(1, "checkpoint"), row(2, "data", 13)], [0], "1 is in data of step 13"),
@@ -43,7 +48,7 @@ BLAMED = [  # rows, who is waited for, a part of the words
 
 
 @pytest.mark.parametrize(("rows", "blamed", "part"), BLAMED)
-def test_for_whom_everybody_waits(rows: list[Row], blamed: list[int], part: str) -> None:
+def test_for_whom_everybody_waits(rows: list[HeartbeatRow], blamed: list[int], part: str) -> None:
     words, found = blame(rows)
     assert [one.rank for one in found] == blamed and part in words, words
 
@@ -54,13 +59,13 @@ def test_the_order_of_rows_blames_nobody_else() -> None:
 
 
 def test_a_rank_that_beats_says_when_it_last_did() -> None:
-    words, _ = blame([Row(0, "a", 1, 3, "evaluate", -1, 200.0, 63.0, "S"), row(1, "evaluate_wait", 3)])
+    words, _ = blame([HeartbeatRow(0, "a", 1, 3, "evaluate", -1, 200.0, 63.0, "S"), row(1, "evaluate_wait", 3)])
     assert "in evaluate of step 3 since 200 s, its last sign of life 63 s ago" in words
 
 
-def boards(folder: Path, hosts: list[str], pids: list[int] | None = None) -> list[Board]:
+def boards(folder: Path, hosts: list[str], pids: list[int] | None = None) -> list[HeartbeatBoard]:
     token = os.urandom(8).hex()
-    made = [Board(rank, hosts, pids or [os.getpid()] * len(hosts), token, folder) for rank in range(len(hosts))]
+    made = [HeartbeatBoard(rank, hosts, pids or [os.getpid()] * len(hosts), token, folder) for rank in range(len(hosts))]
     for one in made:
         one.unlink()
     return made
@@ -118,7 +123,7 @@ def test_nodes_hear_from_each_other_through_the_folder(tmp_path: Path) -> None:
     c.write(5, "data", -1, time.monotonic(), time.monotonic())
     b.exchange(0.0)
     a.exchange(0.0)
-    assert a.quiet_seconds() < 100  # a sign of life there is one here
+    assert a.quiet_seconds() < 100  # there was a sign of life
     assert sorted(path.name for path in (tmp_path / ".board").iterdir()) == ["x.json", "y.json"]
     b.close()
     assert (tmp_path / ".board").exists()
@@ -146,7 +151,7 @@ def test_what_an_earlier_job_or_half_a_write_left_is_nobody_s_word(tmp_path: Pat
     (tmp_path / ".board").mkdir()
     (tmp_path / ".board" / "y.json").write_text(content.replace("TOKEN", a._token))
     a.exchange(0.0)
-    assert a.rows(60.0)[1] == Row(1, "y", os.getpid())
+    assert a.rows(60.0)[1] == HeartbeatRow(1, "y", os.getpid())
 
 
 @pytest.mark.parametrize("folder", ["absent", "file"])
@@ -170,36 +175,36 @@ def test_no_shared_memory_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
     for one in (a, b):
         one.write(4, "compute", -1, now, now)
     assert [one.state == SILENT for one in a.rows(60.0)] == [False, True]
-    assert a.speaks() and b.speaks()
+    assert a.claim_report() and b.claim_report()
 
 
 def test_one_rank_of_a_node_speaks(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from mpidp.faults.heartbeat import Board
-board = Board(1, ["x", "x"], [0, 0], sys.argv[1], Path("."))
+from mpidp.faults.heartbeat import HeartbeatBoard
+board = HeartbeatBoard(1, ["x", "x"], [0, 0], sys.argv[1], Path("."))
 print("ready", flush=True)
 sys.stdin.readline()
-print(board.speaks(), flush=True)
+print(board.claim_report(), flush=True)
 """
     token = os.urandom(8).hex()
-    mine = Board(0, ["x", "x"], [0, 0], token, tmp_path)
+    mine = HeartbeatBoard(0, ["x", "x"], [0, 0], token, tmp_path)
     child = subprocess.Popen([sys.executable, "-c", code, token], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdin is not None and child.stdout.readline() == "ready\n"
     mine.unlink()
-    assert mine.speaks()
+    assert mine.claim_report()
     child.stdin.write("\n")
     child.stdin.flush()
     time.sleep(0.2)
-    assert child.poll() is None  # it waits until the one that speaks is gone
+    assert child.poll() is None  # it waits until the reporting process has exited
     os.close(mine._handle)
     mine._memory.close()
     assert child.stdout.readline() == "False\n" and child.wait(20) == 0
 
 
 def test_a_board_costs_a_step_nothing(tmp_path: Path) -> None:
-    """A slot is 56 bytes: what a rank writes lies in one page, whoever writes beside it."""
+    """A slot has 56 bytes: a rank writes within one page, whatever the others write beside it."""
     (a, *_) = boards(tmp_path, ["x"] * 8)
     a.write(2**62, "a phase whose name is far too long for its place", 2**31, 1e9, 1e9)
     assert heartbeat.SLOT.size == 56 and a.rows(1.0)[1].state == SILENT and a.rows(1.0)[0].phase == "a phase whose name is fa"
@@ -215,10 +220,10 @@ def test_the_deadline_follows_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
     for step in range(1, 8):
         for phase in ("data", "compute", "comm_wait"):
             dog.enter(step, phase)
-            assert dog.patience() == ((60.0, 180.0) if step == 1 else (60.0 if step < 6 else 180.0, dog.patience()[0]))
-            now += (0.125 if step < 3 else 3.0) if step != 6 else 1000.0  # the sixth is an exception
+            assert dog.timeouts() == ((60.0, 180.0) if step == 1 else (60.0 if step < 6 else 180.0, dog.timeouts()[0]))
+            now += (0.125 if step < 3 else 3.0) if step != 6 else 1000.0  # the sixth step is an exception
     dog.enter(8, "evaluate")
-    assert dog.patience() == (180.0, 540.0)  # for the first time
+    assert dog.timeouts() == (180.0, 540.0)  # for the first time
     dog.enter(8, "data")
     dog.enter(8, "evaluate")
-    assert dog.patience() == (180.0, 180.0)
+    assert dog.timeouts() == (180.0, 180.0)

@@ -1,4 +1,5 @@
-"""Laws of gradient buffers: one flat layout whatever the bucket size; .grad are views; buckets fire when full; MPI's needs."""
+"""Laws of gradient buffers: the flat layout does not depend on the bucket size; .grad are views; full buckets are passed on;
+MPI's requirements hold."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def parameters() -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def backward(named: list[tuple[str, torch.nn.Parameter]]) -> None:
-    """Gradients are 2 p, in the reverse order of definition."""
+    """Backward of a loss whose gradients are 2 p, in the reverse order of definition."""
     total = torch.zeros(())
     for _, p in named:
         total = total + (p * p).sum()
@@ -66,7 +67,7 @@ def test_gradients_are_views_of_the_slot_pointed_at() -> None:
                 view = buffer.flat[slot, offset : offset + shape.numel()].view(shape)
                 torch.testing.assert_close(view, 2 * times * dict(named)[name].detach())
     inside = sum(p.numel() for _, p in named)
-    assert int((buffer.flat[0] != 0).sum()) <= inside  # what lies between parameters stays zero
+    assert int((buffer.flat[0] != 0).sum()) <= inside  # padding between parameters stays zero
     buffer.point(0)
     assert all(p.grad is not None and p.grad.untyped_storage().data_ptr() == buffer.flat.data_ptr() for _, p in named)
 
@@ -85,7 +86,7 @@ def test_parameters_become_views_and_keep_their_values() -> None:
 
 @pytest.mark.parametrize("me", [0, 1, 2])
 def test_ranks_that_share_memory_see_each_others_slots(me: int) -> None:
-    slots = [2, 1, 3]  # ranks may differ in them
+    slots = [2, 1, 3]  # ranks may have different numbers
     named = parameters()
     asked: list[int] = []
 
@@ -117,7 +118,7 @@ def test_a_bucket_is_begun_once_when_its_last_gradient_is_in() -> None:
 
     buffer.on_full(lambda: armed, begin)
     backward(named)
-    assert begun == []  # not the last backward of the step
+    assert begun == []  # it is not the last backward of the step
     armed = True
     for _ in range(2):
         begun.clear()
@@ -175,7 +176,7 @@ def test_what_mpi_would_misread_is_refused(tensor: Any) -> None:
 def test_wire_tensors_on_the_cpu_are_the_pieces_themselves() -> None:
     wire, x = Messages(torch.device("cpu")), torch.arange(4.0)
     assert wire.load(x[1:3], "k").data_ptr() == x[1:3].data_ptr()
-    assert wire.scratch("a", 10).data_ptr() == wire.scratch("a", 5).data_ptr()  # reused
+    assert wire.scratch("a", 10).data_ptr() == wire.scratch("a", 5).data_ptr()  # the buffer is reused
     assert wire.scratch("a", 10).data_ptr() != wire.scratch("b", 10).data_ptr()
     wire.store(torch.full((2,), 9.0), x[1:3])
     assert x.tolist() == [0.0, 9.0, 9.0, 3.0]

@@ -1,4 +1,5 @@
-"""Laws of checkpoints on disk: every element once, any damage is seen, an older one stands in, nothing half done counts."""
+"""Laws of checkpoints on disk: every element is stored once, any damage is detected, an older checkpoint is used instead, and
+unfinished ones are ignored."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def save(run: Path, step: int, keep: int = 10) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two checkpoints."""
+    """A run with two checkpoints."""
     for step in (10, 20):
         save(tmp_path, step)
     return tmp_path
@@ -94,7 +95,7 @@ def test_a_manifest_cut_at_any_byte_is_refused(run: Path) -> None:
     path = run / "checkpoints/step_00000020"
     whole = (path / "manifest.json").read_bytes()
     assert whole.endswith(b"}\n")
-    for length in range(len(whole) - 1):  # the last newline alone carries nothing
+    for length in range(len(whole) - 1):  # only the last newline is redundant
         (path / "manifest.json").write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match="manifest.json"):
             read_manifest(path)
@@ -135,7 +136,7 @@ def data_file(path: Path) -> tuple[Path, dict[str, object]]:
 
 
 def stands_in(run: Path, why: str) -> None:
-    """The newest is passed over for the older one, and the reason is told."""
+    """Assert that the newest is passed over for the older one, with the reason."""
     path, reasons = newest_valid(run, ALONE)
     assert path == run / "checkpoints/step_00000010"
     assert len(reasons) == 1 and "step_00000020" in reasons[0] and why in reasons[0]
@@ -206,7 +207,7 @@ def test_what_is_left_over_counts_for_nothing_and_is_cleared(run: Path) -> None:
     folder = run / "checkpoints"
     for name in (".writing_step_00000030", ".old_step_00000005", ".old_.old_step_00000006"):
         shutil.copytree(folder / "step_00000020", folder / name)
-    (folder / "step_99").mkdir()  # not a name of ours
+    (folder / "step_99").mkdir()  # not a name of a checkpoint
     (folder / "notes.txt").write_text("mine")
     assert [p.name for p in committed(folder)] == ["step_00000020", "step_00000010"]
     assert newest_valid(run, ALONE)[0] == folder / "step_00000020"
@@ -224,7 +225,7 @@ def test_the_same_step_again_replaces(run: Path) -> None:
 
 
 def save_that_dies(run: Path, step: int, dies_at: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The power fails at the dies_at-th rename, removal or write. Was there one so late?"""
+    """Simulate a power failure at the dies_at-th rename, removal or write. Return whether there were so many."""
     calls = 0
 
     def dying(real: Callable[..., Any], quietly: bool = False) -> Callable[..., Any]:

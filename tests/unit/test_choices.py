@@ -1,4 +1,4 @@
-"""Laws of multiple choice and of a text's loss: each answer's likelihood is that of its tokens alone, each token counts once."""
+"""Laws of multiple choice and of the loss of a text: an answer's likelihood is that of its tokens, and each token counts once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_only_the_choice_is_counted() -> None:
     assert [(row.ids, row.counted, row.cut) for row in one] == [
         ([256, *b"abcde"], 3, False), ([256, *b"ab x"], 2, False),
     ]
-    spaced = encode(BYTES, item(context="ab ", choices=["cde", "x"]), 24)  # the space is the choice's
+    spaced = encode(BYTES, item(context="ab ", choices=["cde", "x"]), 24)  # the space belongs to the choice
     assert [(row.ids, row.counted) for row in spaced] == [([256, *b"ab cde"], 4), ([256, *b"ab x"], 2)]
     assert [row.counted for row in encode(BYTES, item(context="", choices=["cde", "x"]), 24)] == [3, 1]
 
@@ -81,7 +81,7 @@ def test_a_context_loses_its_beginning_a_choice_nothing() -> None:
 
 
 def plain(model: Any, context: Sequence[int], choice: Sequence[int]) -> float:
-    """log p(choice | context), token by token."""
+    """Compute log p(choice | context) token by token."""
     total = 0.0
     for i, token in enumerate(choice):
         window = torch.tensor([[*context, *choice[:i]]])
@@ -108,7 +108,7 @@ def test_accuracies_divide_by_what_they_say() -> None:
     assert tokens == [2, 5, 2]
     for label, scores, right in [
         (0, [-4.0, -5.0, -9.0], (1, 0, 0)), (1, [-4.0, -5.0, -9.0], (0, 1, 1)), (0, [-4.0, -10.0, -9.0], (1, 1, 1)),
-        (1, [-4.0, -9.0, -9.0], (0, 1, 1)),  # and nothing of the context counts
+        (1, [-4.0, -9.0, -9.0], (0, 1, 1)),  # the context does not count
     ]:
         found = accuracies([item(choices=one.choices, label=label)], [encode(BYTES, one, 24)], np.array([scores]))
         assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == right

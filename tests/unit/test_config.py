@@ -1,4 +1,5 @@
-"""Laws of settings: every key has a default and words, a wrong one names the nearest right one, files and words agree."""
+"""Laws of settings: every key has a default and a description, a wrong key gets a suggestion, and files and command lines are
+equivalent."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from mpidp.config.schema import Config, checked, fields_of, to_toml
 from mpidp.config.settings import FIXED
 from mpidp.errors import UsageError
 
-# Whoever adds, renames or removes an option edits this list too, on purpose: people's files and scripts hold these names.
+# Changing an option requires a deliberate edit of this list: users' files and scripts contain these names.
 KEYS = """
 data.path data.verify data.order data.resident data.documents
 model.kind model.options model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len
@@ -120,7 +121,7 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--train.global_batch=2", "--train.micro_batch=4"], ["train.global_batch=2", "train.micro_batch=4"]),
         (["--train.global_batch=16", "--train.micro_batch=4", "--train.lanes=5"], ["train.lanes=5"]),
         (["--model.model_dim=100", "--model.num_heads=8"], ["model.model_dim=100", "model.num_heads=8"]),
-        (["--model.model_dim=12", "--model.num_heads=4"], ["model.model_dim=12"]),  # 3 channels a head: no pairs to rotate
+        (["--model.model_dim=12", "--model.num_heads=4"], ["model.model_dim=12"]),  # an odd head size cannot be rotated
         (["--model.num_heads=4", "--model.num_kv_heads=3"], ["model.num_kv_heads=3"]),
         (["--model.head_dim=3"], ["model.head_dim=3 must be even"]),
         (["--model.rope_scaling=yarn:2"], ["model.rope_scaling='yarn:2'", "llama3:8,1,4,8192"]),
@@ -204,7 +205,7 @@ def numbers(about: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=20)
-FREE = {  # settings that no other contradicts, at any value
+FREE = {  # settings that contradict no other, at any value
     key: st.sampled_from(about.metadata["choices"]) if about.metadata["choices"]
     else st.booleans() if about.type == "bool"
     else TEXT if about.type == "str"
@@ -251,7 +252,7 @@ def configs(draw: st.DrawFn) -> Config:
         chosen |= {"comm.transport": "window", "comm.overlap": "none"}
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
-    settings = {key: value for key, _, value in fields_of()} | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
+    settings = Config().flat() | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
     if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in rules.RULES):
         chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
@@ -275,7 +276,7 @@ def test_a_config_comes_back_from_its_file(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.getbasetemp() / "config.toml"
     path.write_bytes(to_toml(config).encode())
     assert from_args([str(path)]) == config
-    assert read_toml(path) == {key: value for key, _, value in fields_of(config)}
+    assert read_toml(path) == config.flat()
 
 
 @pytest.mark.parametrize("name", ["plain", 'quo"te', "back\\slash", "new\nline", "ünï cödé 漢字", "tab\t", "\x00\x1f",

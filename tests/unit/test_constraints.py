@@ -14,12 +14,12 @@ NOT_PINNED = {"mpidp", "pip", "setuptools", "wheel"}
 
 
 def normal(name: str) -> str:
-    """As PyPI compares names. Pure."""
+    """Return the name in the form in which PyPI compares names. Pure."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pins() -> dict[str, str]:
-    """Version by package name, from constraints.txt."""
+    """Return the versions by package name from constraints.txt."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), [line for line in lines if "==" not in line]
     return {normal(line.partition("==")[0]): line.partition("==")[2] for line in lines}

@@ -1,4 +1,4 @@
-"""Laws of data_tools.convert: the same tokens and documents there and back; files that do not agree are refused."""
+"""Laws of data_tools.convert: a round trip keeps tokens and documents; inconsistent files are rejected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import masked_corpus
 
 
 def documents_of(path: Path, split: str) -> list[list[int]]:
-    """A first document may have begun before the split."""
+    """Return the documents; the first may have begun in an earlier split."""
     stream = TokenStream(path, split)
     bases = np.cumsum([0, *(record.tokens for record in stream.files)])
     starts = {0, *(int(at) + int(base) for i, base in enumerate(bases[:-1]) for at in stream.doc_offsets(i))}
@@ -27,7 +27,7 @@ def documents_of(path: Path, split: str) -> list[list[int]]:
 
 
 def independent(prefix: Path) -> list[list[int]]:
-    """As the format is described, without our reader; documents of one sequence."""
+    """Read files independently, from the description of the format; each document is one sequence."""
     raw = Path(f"{prefix}.idx").read_bytes()
     assert raw[:9] == b"MMIDIDX\x00\x00"
     version, code, sequences, bounds = struct.unpack_from("<QBQQ", raw, 9)
@@ -48,7 +48,7 @@ def shards(tmp_path: Path) -> Path:
     folder.mkdir()
     for i in range(30):
         (folder / f"{i:02d}.txt").write_text(f"text {i} " * (i * i % 17 + 1))
-    prepare(str(folder), "byte", tmp_path / "shards", shards=3, val_fraction=0.3, say=False)
+    prepare(str(folder), "byte", tmp_path / "shards", shards=3, val_fraction=0.3, verbose=False)
     return tmp_path / "shards"
 
 
@@ -82,7 +82,7 @@ def write(prefix: Path, code: int, lengths: list[int], bounds: list[int], ids: n
 
 @pytest.mark.parametrize(("code", "dtype"), [(1, "<u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
 def test_files_of_others(tmp_path: Path, code: int, dtype: str) -> None:
-    """Of all integer types, documents of several sequences and of none, with modes; the end is validation."""
+    """Files with all integer types, documents of several sequences and of none, and modes; the end becomes validation."""
     ids = (np.arange(40) * 7 % 120).astype(dtype)
     write(tmp_path / "it", code, [5, 0, 10, 5, 20], [0, 2, 2, 4, 5], ids, b"\0" * 5)
     said = from_megatron(tmp_path / "it", tmp_path / "out", "byte", 2, 0.25, None)

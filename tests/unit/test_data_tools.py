@@ -1,4 +1,4 @@
-"""The commands: --help without MPI, what inspect shows, what verify finds, and exit codes."""
+"""The data commands: --help without MPI, the output of inspect, the findings of verify, and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "in.txt").write_text("Once upon a time there was a corpus.\n" * 100)
-    prepare(str(folder / "in.txt"), out=folder / "out", shards=3, say=False)
+    prepare(str(folder / "in.txt"), out=folder / "out", shards=3, verbose=False)
     return folder / "out"
 
 
@@ -36,7 +36,7 @@ def shards(prepared: Path, tmp_path: Path) -> Path:
 
 
 def run(module: str, *arguments: str, block: str = "") -> subprocess.CompletedProcess[str]:
-    """A command in its own process; block: a module that it cannot import."""
+    """Run a command in its own process; block: a module that cannot be imported."""
     code = f"import sys, runpy; sys.modules[{block!r}] = None; sys.argv[1:] = {list(arguments)!r}; " \
            f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -77,7 +77,7 @@ def test_verify_names_the_damaged_file(shards: Path, name: str, damage: str) -> 
 
 
 def test_verify_reads_every_id(shards: Path) -> None:
-    """An id outside the vocabulary under checksums that agree: only the ids betray it."""
+    """An id outside the vocabulary under valid checksums can only be found by reading the ids."""
     path = shards / "train_00001.h5"
     with h5py.File(path, "r+") as file:
         file["tokens"][5] = np.uint16(257)

@@ -1,4 +1,5 @@
-"""Laws of from_dataset: every item exactly once an epoch at any number of ranks, in the seed's order; a place is one integer."""
+"""Laws of from_dataset: every item exactly once per epoch at any number of ranks, in the order given by the seed; the position is
+one integer."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from mpidp.errors import DataError, UsageError
 
 
 def of_ranks(items: Items, batch: int, ranks: int) -> list[list[int]]:
-    """What each rank reads of a batch, when lanes are dealt out evenly."""
+    """Return what each rank reads of a batch with evenly distributed lanes."""
     lanes = [items.lanes.of_rank(rank, ranks) for rank in range(ranks)]
     return [[i for lane in mine for v in items.lanes.micro_batches(lane) for i in items.indices(batch, v)] for mine in lanes]
 
@@ -29,7 +30,7 @@ def test_every_item_once_an_epoch(n: int, batch: int, micro: int, ranks: int, se
         found = [one for b in batches for part in of_ranks(items, b, min(ranks, items.lanes.num_lanes)) for one in part]
         assert sorted(found) == list(range(n))
         alone = [one for b in batches for one in of_ranks(items, b, 1)[0]]
-        assert found == alone  # and in the same order, rank after rank
+        assert found == alone  # in the same order, rank after rank
         for b in batches:
             counts = [items.count(b, v) for v in range(items.lanes.num_micro_batches)]
             assert counts == [len(items.indices(b, v)) for v in range(items.lanes.num_micro_batches)]
@@ -43,7 +44,7 @@ def order(items: Items, epoch: int) -> list[int]:
 def test_an_order_is_of_its_seed_and_epoch() -> None:
     orders = [order(from_dataset(range(100), 16, seed=seed), epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(one) for one in orders}) == 4 and list(range(100)) not in orders
-    assert orders[0] == order(from_dataset(range(100), 16, 5, seed=0), 0)  # the cut is not the order
+    assert orders[0] == order(from_dataset(range(100), 16, 5, seed=0), 0)  # the order differs from the distribution over lanes
     assert order(from_dataset(range(100), 16, shuffle=False), 1) == list(range(100))
 
 
@@ -58,7 +59,7 @@ def test_items_are_collated() -> None:
 def test_a_place_is_one_integer_of_one_order() -> None:
     items = from_dataset(range(50), 8, seed=1)
     items.next_batch = 9
-    other = from_dataset(range(50), 8, 2, seed=1)  # another cut into micro-batches is the same order
+    other = from_dataset(range(50), 8, 2, seed=1)  # the order does not depend on the micro-batch size
     other.load_state_dict(items.state_dict())
     assert other.next_batch == 9
     for wrong in (from_dataset(range(51), 8, seed=1), from_dataset(range(50), 7, seed=1), from_dataset(range(50), 8, seed=2)):

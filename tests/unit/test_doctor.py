@@ -1,4 +1,4 @@
-"""Laws of the doctor: from facts to verdicts, in tables; and only what nobody has open is ever removed."""
+"""Laws of the doctor: tables of facts and verdicts; only segments that no process has open are removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE = MachineFacts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
 
 
 def job(*places: tuple[str, str], host_cores: int = 4, **more: Any) -> list[MachineFacts]:
-    """MachineFacts of ranks given as (host, cores), cores as "0,1"."""
+    """Return MachineFacts of ranks given as (host, cores), with cores as "0,1"."""
     return [
         replace(ONE, rank=rank, host=host, cores=tuple(map(int, cores.split(","))), host_cores=host_cores, **more)
         for rank, (host, cores) in enumerate(places)
@@ -37,7 +37,7 @@ def verdicts(found: CheckResult | list[CheckResult]) -> list[str]:
     return [one.verdict for one in (found if isinstance(found, list) else [found])]
 
 
-LAUNCHES = {  # (size, launched, library, launcher, mpirun on the PATH) -> verdict, in the words, in the fix
+LAUNCHES = {  # (size, launched, library, launcher, mpirun on the PATH) -> verdict, part of the message, part of the fix
     "one job": ((4, 4, "MPICH 5.0.2", "MPICH", ("", "")), "ok", "4 ranks, started by the mpirun of MPICH", ""),
     "one job by an unknown launcher": ((4, 0, "Cray MPICH 8.1", "", ("", "")), "ok", "4 ranks", ""),
     "alone": ((1, 0, "MPICH 5.0.2", "", ("/m/mpirun", "MPICH")), "ok", "matching mpirun /m/mpirun", ""),
@@ -67,7 +67,7 @@ def test_launch(case: tuple[tuple[Any, ...], str, str, str]) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "Open MPI", (1, 2)),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
          "srun", (1, 4)),
-        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "0"}, "", (0, 1)),  # a batch script, no step
+        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_LOCALID": "0"}, "", (0, 1)),  # in a batch script, outside a step
     ],
 )
 def test_who_launched(environ: dict[str, str], launcher: str, place: tuple[int, int]) -> None:
@@ -113,7 +113,7 @@ def test_versions_that_differ_are_named_with_ranks_and_hosts() -> None:
     assert found.verdict == "wrong" and "torch does not work for rank 1 on n2: ImportError: libc" in found.words
 
 
-CORES = {  # ranks, verdict, in the words
+CORES = {  # ranks, verdict, part of the message
     "unbound, room for all": (job(("n1", "0,1,2,3"), ("n1", "0,1,2,3")), "ok", "n1 (4 cores): ranks 0-1 on 0-3"),
     "bound": (job(("n1", "0,1"), ("n1", "2,3")), "ok", "rank 0 on 0-1; rank 1 on 2-3"),
     "two on one core": (job(("n1", "2"), ("n1", "2"), ("n1", "0,1,2,3")), "wrong", "ranks 0-1 share core 2"),
@@ -161,7 +161,7 @@ A, B = ("GPU-a", "H200"), ("GPU-b", "H200")
         ([(), ()], False, "skipped", "torch finds no GPU"),
         ([(), ()], True, "wrong", "torch finds no GPU"),
         ([(A, B), (A, B)], False, "ok", "n1: rank 1 on H200 GPU-b"),
-        ([(A,), (B,)], False, "ok", "n1: rank 1 on H200 GPU-b"),  # each rank is shown its own
+        ([(A,), (B,)], False, "ok", "n1: rank 1 on H200 GPU-b"),  # each rank sees only its own
         ([(A,), (A,)], False, "warning", "ranks 0-1 share GPU-a"),
         ([(A, B), ()], False, "wrong", "rank 1 without a GPU"),
     ],
@@ -222,7 +222,7 @@ time.sleep(60)
 @pytest.mark.parametrize("how", ["mapped", "open"])
 @pytest.mark.parametrize("blind", ["", "_in_use", "_leased"])
 def test_what_a_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, blind: str) -> None:
-    """Two proofs, either of which is enough: what /proc tells, and the kernel's lease, which sees into containers too."""
+    """Either of two proofs is enough: /proc, or the kernel's lease, which also covers containers."""
     path = tmp_path / NAMES[0]
     path.write_bytes(b"x" * 4096)
     child = subprocess.Popen([sys.executable, "-c", HOLD, str(path), how], stdout=subprocess.PIPE, text=True)
@@ -232,7 +232,7 @@ def test_what_a_process_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(memory, blind, lambda _: set() if blind == "_in_use" else nullcontext())
         [found] = memory.find("n1", tmp_path)
         assert found.state == "used"
-        assert memory.clean([replace(found, state="gone")], tmp_path) == [] and path.exists()  # opened since it was looked at
+        assert memory.clean([replace(found, state="gone")], tmp_path) == [] and path.exists()  # it was opened after the check
     finally:
         child.kill()
         child.communicate()
@@ -322,7 +322,7 @@ def test_no_byte_of_the_shards_is_read_twice(tmp_path: Path, monkeypatch: pytest
         found = [storage.read(tmp_path, "n1", rank, size_, 9.0) for rank in range(size_)]
         assert sum(one.bytes for one in found) == (6000 if size_ == 1 else 9000 if size_ == 3 else 12000)
         assert storage.check_read(found, "shards").verdict == "ok"
-    assert parts[-4:] == [(0, 3000), (0, 3000), (3000, 6000), (3000, 6000)]  # two ranks a file
+    assert parts[-4:] == [(0, 3000), (0, 3000), (3000, 6000), (3000, 6000)]  # two ranks per file
 
 
 def test_data_that_are_not_there_are_wrong_and_say_where(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_run_folder_must_be_one_and_be_writable(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_room_for_the_checkpoints_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], free: int,
                                           verdict: str) -> None:  # fmt: skip
-    """run.keep is 3: with one there, two more and one that is being written."""
+    """run.keep is 3: with one checkpoint present, space is needed for two more and the one being written."""
     for step, length in enumerate(sizes):
         (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
         (tmp_path / f"checkpoints/step_{step:08d}/rank_00000.safetensors").write_bytes(b"x" * length)
@@ -405,7 +405,7 @@ def test_small_words() -> None:
 
 
 def test_leases_do_not_kill_who_takes_them(tmp_path: Path) -> None:
-    """Somebody who opens a leased file makes the kernel send SIGIO, which ends a process that does not ignore it."""
+    """If another process opens a leased file, the kernel sends SIGIO, which ends a process that does not ignore it."""
     path = tmp_path / NAMES[0]
     path.write_bytes(b"x" * 4096)
     with memory._leased(path):
@@ -417,7 +417,7 @@ def test_leases_do_not_kill_who_takes_them(tmp_path: Path) -> None:
 
 
 def test_a_probe_that_dies_leaves_no_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It dies where MPI takes a device pointer for one of the host."""
+    """The probe crashes if MPI treats a device pointer as a host pointer."""
     told = tmp_path / "pid"
     child = f"import os\nfrom mpi4py import MPI\nopen({str(told)!r}, 'w').write(str(os.getpid()))\nos.kill(os.getpid(), 11)"
     monkeypatch.setattr(probe, "_CHILD", child)

@@ -1,4 +1,5 @@
-"""Laws of energy: counters that begin anew lose nothing, nothing is counted twice, and where there is none, none is told."""
+"""Laws of energy: a counter that wraps around loses nothing, nothing is counted twice, and without a counter no energy is
+reported."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpidp.metrics.energy import Meter, Zone, agreed, open_meter, zones
+from mpidp.metrics.energy import Meter, Zone, common_counters, open_meter, zones
 
 RANGE = 1_000_000
 
@@ -26,7 +27,7 @@ def zone(root: Path, name: str, says: str, microjoules: int) -> Path:
 
 @pytest.fixture
 def powercap(tmp_path: Path) -> Path:
-    """Two packages, the memory of one; what is a part of them, or tells of them once more."""
+    """A powercap folder with two packages and the memory of one; parts of packages and duplicates must not count twice."""
     zone(tmp_path, "intel-rapl:0", "package-0", 100)
     zone(tmp_path, "intel-rapl:0:0", "core", 5000)
     zone(tmp_path, "intel-rapl:0:1", "dram", 999_000)
@@ -37,7 +38,7 @@ def powercap(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, microjoules: int) -> None:
-    """As the kernel counts: beyond the range it begins anew."""
+    """Add microjoules as the kernel does: beyond its range the counter restarts."""
     now = int((folder / "energy_uj").read_text()) + microjoules
     (folder / "energy_uj").write_text(str(now % (RANGE + 1)))
 
@@ -45,12 +46,12 @@ def add(folder: Path, microjoules: int) -> None:
 def test_packages_and_memory_are_counted_once(powercap: Path) -> None:
     meter, said = open_meter(True, True, [], powercap)
     for folder in powercap.iterdir():
-        add(folder, 500_000)  # the memory's begins anew
-    assert meter.take(now=True) == pytest.approx(3 * 0.5) and said == {"cpu": "RAPL"}
-    assert meter.take(now=True) == 0.0
+        add(folder, 500_000)  # the memory's counter wraps around
+    assert meter.pop_joules(now=True) == pytest.approx(3 * 0.5) and said == {"cpu": "RAPL"}
+    assert meter.pop_joules(now=True) == 0.0
     for folder in powercap.iterdir():
         add(folder, RANGE)
-    assert meter.take(now=True) == pytest.approx(3.0)
+    assert meter.pop_joules(now=True) == pytest.approx(3.0)
     meter.close()
 
 
@@ -68,7 +69,7 @@ def test_ranks_that_do_not_read_and_runs_that_do_not_want_to(powercap: Path) -> 
         meter, said = open_meter(wanted, reads, [], powercap)
         for folder in powercap.iterdir():
             add(folder, 10)
-        assert meter.take(now=True) == 0.0 and said == {}
+        assert meter.pop_joules(now=True) == 0.0 and said == {}
 
 
 def test_it_is_read_seldom_and_nothing_is_lost_by_that() -> None:
@@ -79,8 +80,8 @@ def test_it_is_read_seldom_and_nothing_is_lost_by_that() -> None:
         return 1.0
 
     meter = Meter([counter])
-    taken = sum(meter.take() for _ in range(1000))
-    assert len(read) < 100 and taken + meter.take(now=True) == len(read)
+    taken = sum(meter.pop_joules() for _ in range(1000))
+    assert len(read) < 100 and taken + meter.pop_joules(now=True) == len(read)
     meter.close()
 
 
@@ -97,11 +98,11 @@ def test_without_counters_there_is_a_reason(tmp_path: Path, powercap: Path, monk
     found, why = zones(powercap)
     assert found == [] and "no permission to read" in why and str(powercap) in why
     meter, said = open_meter(True, True, [], powercap)
-    assert meter.take(now=True) == 0.0 and said["cpu"] == why
+    assert meter.pop_joules(now=True) == 0.0 and said["cpu"] == why
 
 
 class Nvml(types.ModuleType):
-    """Two GPUs; of other uuids it knows nothing."""
+    """Simulates NVML with two GPUs."""
 
     joules = {"GPU-a": 10.0, "GPU-b": 20.0}
 
@@ -123,11 +124,11 @@ def test_gpus_are_counted_by_their_uuid(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(nvml, "joules", dict(nvml.joules), raising=False)
     meter, said = open_meter(True, True, ["GPU-a"], tmp_path)
     nvml.joules["GPU-a"] += 3.5
-    nvml.joules["GPU-b"] += 100.0  # another job's
-    assert meter.take(now=True) == pytest.approx(3.5) and said["gpu"] == "NVML"
+    nvml.joules["GPU-b"] += 100.0  # the GPU of another job
+    assert meter.pop_joules(now=True) == pytest.approx(3.5) and said["gpu"] == "NVML"
     meter.close()
     meter, said = open_meter(True, True, ["GPU-a", "GPU-x"], tmp_path)
-    assert meter.take(now=True) == 0.0 and said["gpu"] == "NVML: Not Found"
+    assert meter.pop_joules(now=True) == 0.0 and said["gpu"] == "NVML: Not Found"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "nvidia-ml-py is not here" in open_meter(True, True, ["GPU-a"], tmp_path)[1]["gpu"]
 
@@ -139,7 +140,7 @@ def test_gpus_are_counted_by_their_uuid(tmp_path: Path, monkeypatch: pytest.Monk
     ([{"cpu": "RAPL", "gpu": "NVML"}], ["cpu", "gpu"], ""), ([{"cpu": "RAPL", "gpu": "NVML: x"}], ["cpu"], "NVML: x"),
 ])  # fmt: skip
 def test_only_what_all_machines_measure_is_told(said: list[dict[str, str]], measured: list[str], why: str) -> None:
-    assert agreed(said) == (measured, why)
+    assert common_counters(said) == (measured, why)
 
 
 def test_this_machine_has_counters_or_a_reason() -> None:

@@ -1,4 +1,4 @@
-"""Laws of going on from a prompt: a cache changes nothing, nor do neighbours; what is drawn; what is said, and when."""
+"""Laws of generation: neither the cache nor other texts of a batch change the result; sampling; stop conditions and output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GREEDY = Sampling(temperature=0)
 
 
 class Forgetful(Transformer):
-    """Has no cache."""
+    """A model without a cache."""
 
     def new_cache(self, positions: int) -> None:
         return None
@@ -57,7 +57,7 @@ def grown(model: Loaded, prompts: list[list[int]], tokens: int, how: Sampling = 
 @pytest.mark.parametrize("cuts", [[1] * 20, [7] + [1] * 13, [5, 8, 1, 6], [20]], ids=str)
 @torch.no_grad()
 def test_logits_with_a_cache_are_those_without(kv_heads: int, cuts: list[int]) -> None:
-    """In whatever pieces the sequence comes, and beside one that is elsewhere."""
+    """For sequences in pieces of any length, and beside a sequence at another position."""
     model = loaded(num_kv_heads=kv_heads).model
     one, other = torch.tensor([ids(20, 1)]), torch.tensor([ids(20, 2)])
     caches, done, found = [Cache(24), Cache(24)], 0, []
@@ -75,13 +75,13 @@ def test_logits_with_a_cache_are_those_without(kv_heads: int, cuts: list[int]) -
 def test_a_cache_is_no_longer_than_was_said() -> None:
     model = loaded().model
     assert model.new_cache(10).capacity == 10 and model.new_cache(1000).capacity == 24
-    with pytest.raises(ValueError, match="position 4 of a cache for 4"):
+    with pytest.raises(ValueError, match="position 4 exceeds"):
         model(torch.tensor([ids(5)]), caches=[Cache(4)])
 
 
 @pytest.mark.parametrize("how", [GREEDY, Sampling(), Sampling(0.9, 0, 0.8)], ids=str)
 def test_tokens_with_a_cache_are_those_without(how: Sampling) -> None:
-    """Within the model's window and far beyond it."""
+    """Within the model's context and far beyond it."""
     prompts = [ids(n, n) for n in (1, 5, 24, 9)]
     with_cache, without = loaded(), loaded(Forgetful)
     by_rows(with_cache.model)
@@ -101,7 +101,7 @@ def test_beyond_the_window_the_last_half_is_seen() -> None:
 
 @pytest.mark.parametrize("how", [GREEDY, Sampling()], ids=str)
 def test_neighbours_change_no_token(how: Sampling) -> None:
-    """Of any number of rows, of which some end sooner."""
+    """In batches of any number of rows, of which some end earlier."""
     model = loaded()
     by_rows(model.model)
     prompts = [ids(n, n) for n in (3, 9, 1, 14, 9, 2, 20)]
@@ -121,7 +121,7 @@ def test_neighbours_change_no_token(how: Sampling) -> None:
 
 
 def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:
-    model = loaded(hidden_dim=64)  # of another width the vector units' leftovers are rounded otherwise, in silu
+    model = loaded(hidden_dim=64)  # other widths round silu differently, because vector units process the remainder separately
     by_rows(model.model)
     by_rows(model.model)
     hidden = torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(1))
@@ -161,7 +161,7 @@ def test_only_what_is_kept_is_drawn() -> None:
     assert drawn(Sampling(2.0, 3)) == {1, 2, 3}
     assert drawn(Sampling(2.0, 0)) == {0, 1, 2, 3, 4}
     assert drawn(Sampling(1.0, 0, 0.8)) == {1, 2}
-    assert drawn(Sampling(5.0, 3, 0.6)) == {1, 2}  # of the three that are left
+    assert drawn(Sampling(5.0, 3, 0.6)) == {1, 2}  # of the three that remain
     assert logits.tolist() == [0.0, 3.0, 2.0, 1.0, -1.0]
 
 
@@ -181,7 +181,7 @@ TEXT = "naïve 日本語 🙂 \ufffd end"
 
 
 def spoken(data: bytes, stops: list[str] | None = None) -> tuple[str, str, list[str], bool]:
-    """(what was said, what was returned, the pieces, did it stop?)."""
+    """Return (printed text, returned text, the pieces, stopped?)."""
     pieces: list[str] = []
     stream = StreamedText(BYTES.decode, [65], stops or (), pieces.append)
     stopped = any(stream.add(token) for token in data)
@@ -212,7 +212,7 @@ def test_nothing_of_a_stop_is_said(stops: list[str], text: str) -> None:
 
 
 class Metaspace(ByteTokenizer):
-    """Like SentencePiece's: a text's first space is not written."""
+    """Like SentencePiece's: the first space of a text is not written."""
 
     def decode(self, ids: list[int]) -> str:
         return super().decode(ids).removeprefix(" ")
@@ -246,7 +246,7 @@ def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
-    """Of a vocabulary that is padded, however likely; what a model without padding would draw is drawn."""
+    """Ids of a padded vocabulary are never drawn, however likely they are. The draws are those of a model without padding."""
     plain, padded = loaded(), loaded(vocab_size=300)
     with torch.no_grad():
         for name, p in padded.model.named_parameters():

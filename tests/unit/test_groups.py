@@ -1,4 +1,4 @@
-"""Schedules of partial aggregation: everybody is in one group, no round changes the mean, and in time all hear of all."""
+"""Laws of partial aggregation: every rank is in one group, no round changes the mean, and information spreads to all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def nodes(size: int) -> list[range]:
 
 
 def weights(kind: str, t: int, size: int) -> np.ndarray:
-    """(size, size): row r says how much of each rank's model rank r takes in round t."""
+    """Return the mixing matrix (size, size) of round t: row r has the weights of all ranks' models in rank r's new model."""
     found = np.zeros((size, size))
     if kind == "exponential":
         for r in range(size):

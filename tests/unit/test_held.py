@@ -1,4 +1,4 @@
-"""Cuts of tensors: boxes of a run of elements, rows of shards, and what formulas say is held of them."""
+"""Laws of divided tensors: boxes of a range of elements, rows of shards, and the predicted memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mpidp.checkpoint.boxes import boxes_of_run, tensor_of
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.local_parameters import boxes_held, counted, load_boxes, shard_rows
+from mpidp.checkpoint.local_parameters import boxes_held, bytes_by_use, load_boxes, shard_rows
 from mpidp.config import resolve
 from mpidp.errors import UsageError
 from tests.memory_formulas import of_replicas, of_shards
@@ -39,7 +39,7 @@ def test_rows_are_cut_as_torch_cuts_them(rows: int, size: int) -> None:
 
 def test_what_is_held_is_counted_once() -> None:
     flat = torch.zeros(10)
-    assert counted(a=[flat[:3], flat[3:]], b=[], c=[torch.zeros(0)]) == {"a": 40, "b": 0, "c": 0}
+    assert bytes_by_use(a=[flat[:3], flat[3:]], b=[], c=[torch.zeros(0)]) == {"a": 40, "b": 0, "c": 0}
 
 
 def test_sharding_holds_less() -> None:
@@ -47,7 +47,7 @@ def test_sharding_holds_less() -> None:
     assert of_replicas(640, 2, 2) == {"parameters": 2560, "gradients": 5120, "optimizer": 5120}
     assert sum(of_replicas(640, 1, 2, rank, 3)["optimizer"] for rank in range(3)) == 5120
     assert of_shards(shapes, 0, 1, 2) == {"parameters": 140, "gradients": 140, "optimizer": 280}
-    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; one row, and nothing
+    assert of_shards(shapes, 3, 4, 1) == {"parameters": 44, "gradients": 44, "optimizer": 12}  # padded; has 1 row and 0
     assert sum(of_shards(shapes, rank, 4, 2)["optimizer"] for rank in range(4)) == 280
 
 
@@ -58,7 +58,7 @@ def test_boxes_find_their_places_and_nothing_else_is_taken() -> None:
     class Counts:
         updates = 0
 
-        def go_on_after(self, updates: int) -> None:
+        def set_updates(self, updates: int) -> None:
             self.updates = updates
 
     counts = Counts()
@@ -70,7 +70,7 @@ def test_boxes_find_their_places_and_nothing_else_is_taken() -> None:
 
 def test_where_ranks_may_die_nothing_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve.check_shards(3)
-    monkeypatch.setattr(resolve, "tolerant", lambda: True)
+    monkeypatch.setattr(resolve, "launched_with_ulfm", lambda: True)
     resolve.check_shards(0)
     for level in (1, 2, 3):
         with pytest.raises(UsageError, match=f"mesh.shard={level} under mpirun --with-ft ulfm"):

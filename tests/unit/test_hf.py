@@ -1,5 +1,5 @@
-"""Laws of Hugging Face in and out: transformers computes the same losses and logits, what was exported comes back bit for bit,
-and a folder that is not such a model is refused with its reason."""
+"""Laws of import from and export to Hugging Face: transformers computes the same losses and logits, exported weights are imported
+bit for bit, and folders with unsupported models are rejected with the reason."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mpidp.evaluate import read_options as evaluate_options
 from mpidp.export import export
 from mpidp.generate import _encoded
 from mpidp.hf import tokens
-from mpidp.hf.folder import Folder
-from mpidp.hf.names import config_of, settings_of, shape_of, theirs
+from mpidp.hf.folder import ModelFolder
+from mpidp.hf.names import config_of, huggingface_name, settings_of, shape_of
 from mpidp.hf.write import files_of
 from mpidp.inference.choices import Question, encode
 from mpidp.inference.loading import load_tokenizer_for, open_model
@@ -42,7 +42,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 12,
 }
-KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the second as SmolLM2, the third as Llama 3.2
+KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the second like SmolLM2, the third like Llama 3.2
     "untied": {"rms_norm_eps": 1e-6},
     "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     "mistral": {"sliding_window": None, "max_position_embeddings": 64},
@@ -54,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {  # padded vocabulary, grouped heads; the se
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
     (folder / "text.txt").write_text(text(6000))
-    prepare(str(folder / "text.txt"), "bpe:280", folder / "shards", shards=2, val_fraction=0.2, say=False)
+    prepare(str(folder / "text.txt"), "bpe:280", folder / "shards", shards=2, val_fraction=0.2, verbose=False)
     return folder / "shards"
 
 
@@ -72,7 +72,7 @@ def llama(kind: str = "untied") -> Any:
 
 @pytest.fixture(scope="module")
 def folders(shards: Path) -> dict[str, Path]:
-    """Of every kind, saved by transformers, in several files."""
+    """Folders of every kind, saved by transformers in several files."""
     found = {}
     for kind in KINDS:
         found[kind] = shards.parent / kind
@@ -82,7 +82,7 @@ def folders(shards: Path) -> dict[str, Path]:
 
 
 def begun(shards: Path, source: Path, run: Path, /, **sections: dict[str, Any]) -> Config:
-    """A run that begins with the weights of source."""
+    """Return the config of a run with the initial weights of source."""
     plain = Config()
     found: dict[str, Any] = {
         "model": {key: getattr(plain.model, key) for key in ("num_layers", "num_heads", "model_dim", "hidden_dim")},
@@ -112,7 +112,7 @@ def trained(shards: Path, folders: dict[str, Path]) -> dict[str, tuple[Path, Ran
 def test_a_fine_tune_is_that_of_transformers(
     shards: Path, folders: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
-    """Loss by loss, over steps that change them."""
+    """Compare every loss, over steps that change them."""
     optim = {"name": name, "lr": 3e-3 if name == "adamw" else 0.3, "beta1": 0.9 if name == "adamw" else 0.0, "beta2": 0.95,
              "weight_decay": 0.1, "warmup_steps": 0, "schedule": "constant", "clip": 0.0}
     ran = train_at(1, begun(shards, folders[kind], tmp_path / "run", optim=optim, data={"order": "sequential"},
@@ -120,16 +120,16 @@ def test_a_fine_tune_is_that_of_transformers(
     model = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).train()
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == decays], "weight_decay": 0.1 * decays}
               for decays in (True, False)]
-    theirs: Any = torch.optim.AdamW(groups, lr=optim["lr"], betas=(0.9, 0.95), eps=1e-8) if name == "adamw" else (
+    optimizer: Any = torch.optim.AdamW(groups, lr=optim["lr"], betas=(0.9, 0.95), eps=1e-8) if name == "adamw" else (
         torch.optim.SGD(groups, lr=optim["lr"]))
     stream, losses = TokenStream(shards, "train"), []
     for step in range(6):
         windows = [stream.read((4 * step + i) * T, T + 1).astype(np.int64) for i in range(4)]
         ids = torch.from_numpy(np.stack(windows))
         loss = model(input_ids=ids, labels=ids).loss
-        theirs.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        theirs.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert ran.losses == pytest.approx(losses, rel=1e-5)
     assert max(losses) - min(losses) > 0.1
@@ -140,7 +140,7 @@ def test_a_fine_tune_is_that_of_transformers(
 def test_transformers_reads_what_was_exported(
     trained: dict[str, tuple[Path, Ran]], shards: Path, tmp_path: Path, kind: str, max_bytes: int
 ) -> None:
-    """The same logits, the same ids; and it comes back bit for bit."""
+    """The same logits and ids, and an import restores the weights bit for bit."""
     from mpidp.inference.loading import load_model
     from mpidp.parallel.grid import make_grid
 
@@ -168,22 +168,22 @@ def test_transformers_reads_what_was_exported(
 
 def theirs_with_bos(given: Path, made: Path, bos: int) -> None:
     """A tokenizer.json that puts a token before every text."""
-    theirs = Theirs.from_str(given.read_text())
-    name = theirs.id_to_token(bos)
-    theirs.post_processor = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, bos)])
-    theirs.save(str(made))
+    other = Theirs.from_str(given.read_text())
+    name = other.id_to_token(bos)
+    other.post_processor = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, bos)])
+    other.save(str(made))
 
 
 def test_a_text_begins_as_in_transformers(
     trained: dict[str, tuple[Path, Ran]], folders: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
-    """After the BOS that a Llama's tokenizer.json puts before every text, where the weights have seen it: for prompts, texts and
-    choices; and export keeps it. The vocabulary is padded."""
+    """With initial weights that were trained with BOS, prompts, texts and choices begin with it, as defined by Llama's
+    tokenizer.json; export keeps it. The vocabulary is padded."""
     source = tmp_path / "source"
     shutil.copytree(folders["untied"], source)
     theirs_with_bos(shards / "tokenizer.json", source / "tokenizer.json", 7)
     prepare(str(shards.parent / "text.txt"), str(source / "tokenizer.json"), tmp_path / "shards", shards=2, val_fraction=0.2,
-            say=False)
+            verbose=False)
     run = tmp_path / "run"
     train_at(1, begun(tmp_path / "shards", source, run, train={"steps": 1}))
     reader, loaded, tokenizer = open_model(evaluate_options([str(run), "--threads=1"]), WORLD)
@@ -196,9 +196,9 @@ def test_a_text_begins_as_in_transformers(
     assert [one.ids for one in encode(tokenizer, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
     alone = load_tokenizer(run)
     assert alone.bos == 7 and alone.encode("a b").tolist() == model("a b").input_ids[1:]
-    ours, _ = trained["untied"]  # a run whose tokenizer has none
+    ours, _ = trained["untied"]  # a run whose tokenizer has no BOS
     assert open_model(evaluate_options([str(ours)]), WORLD)[2].bos is None
-    del reader.meta["init_from"]  # a model that was trained on these shards alone has never seen one
+    del reader.meta["init_from"]  # a model trained only on these shards has never seen a BOS
     assert load_tokenizer_for(loaded, reader, None) is not None and load_tokenizer_for(loaded, reader, str(run)).bos is None
     export(WORLD, str(run), str(tmp_path / "out"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids == model("a b").input_ids
@@ -216,16 +216,16 @@ def test_half_precision_becomes_float32_masters(shards: Path, folders: dict[str,
         llama("tied").to(dtype).save_pretrained(folder)
         train_at(1, begun(shards, folder, folder / "run", train={"steps": 1}, optim={"lr": 0.0}))
         reader, wanted = reader_of(folder / "run"), llama("tied").to(dtype).float().state_dict()
-        for name in shapes_of(shape_of(Folder(folder).settings)):
-            assert torch.equal(reader[f"model/{name}"], wanted[theirs(name)]), name
+        for name in shapes_of(shape_of(ModelFolder(folder).settings)):
+            assert torch.equal(reader[f"model/{name}"], wanted[huggingface_name(name)]), name
         out = folder / "out"
         export(WORLD, str(folder / "run"), str(out), str(dtype).removeprefix("torch."))
-        there = load_file(out / "model.safetensors")  # there and back: halves are halves
+        there = load_file(out / "model.safetensors")  # bfloat16 is exported as it was imported
         assert all(tensor.dtype == dtype and torch.equal(tensor.float(), wanted[name]) for name, tensor in there.items())
 
 
 def test_a_run_begins_with_another(trained: dict[str, tuple[Path, Ran]], shards: Path, tmp_path: Path) -> None:
-    """A fresh optimizer at step 0; its own checkpoint is what it goes on from, when the first one is long gone."""
+    """A new optimizer starts at step 0. A resume needs only the run's own checkpoint, not the first run."""
     run, ran = trained["llama3"]
     source = tmp_path / "source"
     shutil.copytree(run, source)
@@ -275,17 +275,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "attention bias": ({"attention_bias": True}, "attention_bias=True"), "mlp bias": ({"mlp_bias": True}, "mlp_bias=True"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"), "window": ({"sliding_window": 32}, "sliding_window=32"),
     "quantized": ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-    "no width": ({"hidden_size": None}, "it has no hidden_size"), "no number": ({"vocab_size": "many"}, "vocab_size='many'"),
+    "no width": ({"hidden_size": None}, "hidden_size is missing"), "no number": ({"vocab_size": "many"}, "vocab_size='many'"),
     "a half layer": ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5"),
     "none": ({"num_attention_heads": 0}, "must be a positive"),
     "heads": ({"num_key_value_heads": 3}, "3 key-value heads"),
-    **{kind: ({"rope_parameters": None, "rope_scaling": {"type": kind, "factor": 2.0}}, f"rope scaling '{kind}': only llama3")
+    **{kind: ({"rope_parameters": None, "rope_scaling": {"type": kind, "factor": 2.0}}, f"rope scaling '{kind}' is not supported")
        for kind in ("linear", "dynamic", "yarn", "longrope")},
-    "half a llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "without 'low_freq_factor'"),
+    "half a llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "problem: 'low_freq_factor'"),
     "partial": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-    "other shape": ({"intermediate_size": 64}, r"mlp.gate_proj.weight has shape \[48, 32\], config.json says \[64, 32\]"),
+    "other shape": ({"intermediate_size": 64}, r"mlp.gate_proj.weight has shape \[48, 32\], but config.json implies \[64, 32\]"),
     "more layers": ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight \[32\] is missing.*and 4 more"),
-    "fewer layers": ({"num_hidden_layers": 1}, r"model.layers.1.\S+ \[\d+.*\] belongs to no such model"),
+    "fewer layers": ({"num_hidden_layers": 1}, r"model.layers.1.\S+ \[\d+.*\] is not part of such a model"),
     "tied": ({"tie_word_embeddings": False}, r"lm_head.weight \[288, 32\] is missing"),
 }
 
@@ -297,11 +297,11 @@ def test_another_config_is_refused_by_name(folders: dict[str, Path], tmp_path: P
     config = json.loads((tmp_path / "it/config.json").read_text()) | change
     (tmp_path / "it/config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     with pytest.raises(DataError, match=said):
-        Folder(tmp_path / "it")
+        ModelFolder(tmp_path / "it")
 
 
 def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """The folder's first file of weights, changed."""
+    """Modify the folder's first weight file."""
     file = min(folder.glob("*.safetensors"))
     there = load_file(file)
     change(there)
@@ -313,15 +313,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda it: (it / "config.json").write_text("{"), "not valid JSON"),
     "a list": (lambda it: (it / "config.json").write_text("[]"), "not a JSON object"),
     "missing files": (lambda it: [p.unlink() for p in sorted(it.glob("*.safetensors"))[:2]],
-                      r"2 of \d+ files of weights are missing: model-00001-of-\d+.safetensors, model-00002"),
+                      r"2 of \d+ weight files are missing: model-00001-of-\d+.safetensors, model-00002"),
     "nothing": (lambda it: [p.unlink() for p in it.glob("model*")], "no model.safetensors and no model.safetensors.index.json"),
     "pickled": (lambda it: [*(p.unlink() for p in it.glob("model*")), (it / "pytorch_model.bin").write_bytes(b"\x80")],
-                "pickled .pytorch_model.bin.*runs whatever program is in it.*save_pretrained"),
+                "pickled .pytorch_model.bin.*can execute any code.*save_pretrained"),
     "cut short": (lambda it: min(it.glob("*.safetensors")).write_bytes(b"\x10" * 20), "00001-of-.*cannot be read as safetensors"),
-    "elsewhere": (lambda it: (it / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "files beside"),
+    "elsewhere": (lambda it: (it / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'), "same folder"),
     "integers": (lambda it: spoil(it, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})), "is I8, not one of F32"),
     "extra": (lambda it: spoil(it, lambda t: t.update({"model.extra.weight": torch.ones(2, 3)})),
-              r"model.extra.weight \[2, 3\] belongs to no such model"),
+              r"model.extra.weight \[2, 3\] is not part of such a model"),
     "missing": (lambda it: spoil(it, lambda t: t.pop(min(t))), r"is missing"),
 }
 
@@ -331,17 +331,17 @@ def test_a_damaged_folder_is_refused_with_the_reason(folders: dict[str, Path], t
     shutil.copytree(folders["untied"], tmp_path / "it")
     FAULTS[fault][0](tmp_path / "it")
     with pytest.raises(DataError, match=FAULTS[fault][1]) as caught:
-        Folder(tmp_path / "it")
+        ModelFolder(tmp_path / "it")
     assert str(tmp_path / "it") in str(caught.value) and caught.value.exit_code == 3
 
 
 def test_data_of_another_tokenizer_is_refused(folders: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text(3000))
-    prepare(str(tmp_path / "text.txt"), "bpe:270", tmp_path / "other", shards=1, say=False)
+    prepare(str(tmp_path / "text.txt"), "bpe:270", tmp_path / "other", shards=1, verbose=False)
     with pytest.raises(DataError, match=r"another tokenizer than .*untied/tokenizer.json.*prepare --tokenizer"):
         train_at(1, begun(tmp_path / "other", folders["untied"], tmp_path / "run"))
     shutil.copytree(folders["untied"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
-    prepare(str(tmp_path / "text.txt"), "bpe:300", tmp_path / "larger", shards=1, say=False)
+    prepare(str(tmp_path / "text.txt"), "bpe:300", tmp_path / "larger", shards=1, verbose=False)
     with pytest.raises(UsageError, match=r"model.vocab_size=288, but the tokenizer of .*larger has"):
         train_at(1, begun(tmp_path / "larger", tmp_path / "bare", tmp_path / "run"))
 
@@ -356,7 +356,7 @@ def test_the_same_tokenizer_written_otherwise_is_the_same(shards: Path, tmp_path
     (tmp_path / "c.json").write_text(json.dumps(changed))
     assert not tokens.same(tmp_path / "c.json", given.read_bytes())
     (tmp_path / "c.json").write_text("{")
-    with pytest.raises(DataError, match=r"c.json: not a tokenizer.json"):
+    with pytest.raises(DataError, match=r"c.json: not a readable tokenizer.json"):
         tokens.same(tmp_path / "c.json", given.read_bytes())
 
 
@@ -381,20 +381,20 @@ def test_small_tokenizers_give_the_same_ids_in_transformers(ours: Any, tmp_path:
 
 
 def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
-    """An ordinary run of ours, that never saw Hugging Face."""
+    """A run with a byte tokenizer that did not start from Hugging Face."""
     (tmp_path / "text.txt").write_text(text(3000))
-    prepare(str(tmp_path / "text.txt"), "byte", tmp_path / "shards", shards=1, say=False)
+    prepare(str(tmp_path / "text.txt"), "byte", tmp_path / "shards", shards=1, verbose=False)
     ran = train_at(1, tiny(tmp_path / "shards", tmp_path / "run", model={"vocab_size": 264}, train={"steps": 1},
                            optim={"warmup_steps": 0}))
     assert Reader(tmp_path / "run/checkpoints/step_00000001")["model/head.weight"].shape == (264, 32)  # padded
     export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
     modes = {file.name: oct(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
-    assert len(set(modes.values())) == 1, modes  # who may read config.json may read the weights
+    assert len(set(modes.values())) == 1, modes  # weights have the same permissions as config.json
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Ü").input_ids == list("Ü".encode())
     again = begun(tmp_path / "shards", tmp_path / "out", tmp_path / "again", train={"steps": 1})
-    train_at(1, again)  # on the same shards
+    train_at(1, again)  # with the same shards
     assert reader_of(tmp_path / "again").meta["init_from"]["weights_sha256"] == ran.sha256
-    with pytest.raises(UsageError, match="out exists, and nothing is overwritten"):
+    with pytest.raises(UsageError, match="out exists and is not overwritten"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
     with pytest.raises(UsageError, match="cannot be written"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "text.txt" / "out"))
@@ -407,7 +407,7 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_config_comes_back(kind: str) -> None:
-    """In the keys of transformers 5, in older ones, and after a way through ours."""
+    """With the keys of transformers 5, with older ones, and after a round trip."""
     config = json.loads(llama(kind).config.to_json_string(use_diff=False))
     settings = settings_of(config, "it")
     shape = shape_of(settings, 64)
@@ -415,7 +415,7 @@ def test_a_config_comes_back(kind: str) -> None:
     assert settings_of(made, "it") == settings
     assert settings_of({key: value for key, value in made.items() if key != "rope_parameters"}, "it") == settings
     assert LlamaConfig(**made).rope_parameters == llama(kind).config.rope_parameters
-    assert {theirs(name): size for name, size in shapes_of(shape).items()} == {
+    assert {huggingface_name(name): size for name, size in shapes_of(shape).items()} == {
         name: tuple(p.shape) for name, p in llama(kind).named_parameters()
     }
 

@@ -1,4 +1,4 @@
-"""Laws of faults on purpose: what is written is what happens, once, and what cannot be read is said with how to write it."""
+"""Laws of injected faults: a fault happens as specified, once, and an invalid specification is rejected with the syntax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ import torch
 
 from mpidp.errors import UsageError
 from mpidp.faults import inject
-from mpidp.faults.inject import EXAMPLE, PHASES, VARIABLE, Fault, Faults, asked_for, make_nan, make_wrong, parse
+from mpidp.faults.inject import (
+    EXAMPLE,
+    PHASES,
+    VARIABLE,
+    Fault,
+    InjectedFaults,
+    faults_from_environment,
+    make_nan,
+    make_wrong,
+    parse,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,32 +34,32 @@ def test_the_example_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     text = EXAMPLE.partition("=")[2].strip('"')
     kill, delay = Fault("kill", 1, 5, "reduce", after=0.01), Fault("delay", 2, 1, factor=2.0)
     flip = Fault("flip", 0, 5, tensor=3, bit=20)
-    assert parse(text).everyones == (kill, delay, flip)
-    assert [parse(text, rank).mine for rank in range(4)] == [[flip], [kill], [delay], []]
-    assert asked_for(1, {VARIABLE: text}).mine == [kill] and not capsys.readouterr().err
-    asked_for(0, {VARIABLE: text})
+    assert parse(text).of_all_ranks == (kill, delay, flip)
+    assert [parse(text, rank).of_this_rank for rank in range(4)] == [[flip], [kill], [delay], []]
+    assert faults_from_environment(1, {VARIABLE: text}).of_this_rank == [kill] and not capsys.readouterr().err
+    faults_from_environment(0, {VARIABLE: text})
     assert capsys.readouterr().err == f"{VARIABLE} is set: THIS RUN HAS FAULTS ON PURPOSE: {text}\n"
 
 
 def test_nothing_is_asked_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not asked_for(0, {}) and not parse("  ") and parse("wrong:3:1")
-    assert Faults().span(1, "micro_batch", {}) is None
-    Faults().enter(1, "compute")
+    assert not faults_from_environment(0, {}) and not parse("  ") and parse("wrong:3:1")
+    assert InjectedFaults().span(1, "micro_batch", {}) is None
+    InjectedFaults().enter(1, "compute")
     assert not capsys.readouterr().err
 
 
 def test_glitches_and_failed_cores() -> None:
     faults = parse("wrong:1:7,until=9 wrong:1:4", 1)
-    assert faults.spoil and not parse("kill:1:7 delay:1:1,factor=2 flip:1:1,tensor=0,bit=0").spoil
-    assert [[faults.spoils(step, attempt) for attempt in (0, 1)] for step in (3, 4, 4, 7, 9, 7, 10)] == [
+    assert faults.changes_gradients and not parse("kill:1:7 delay:1:1,factor=2 flip:1:1,tensor=0,bit=0").changes_gradients
+    assert [[faults.gradient_faults(step, attempt) for attempt in (0, 1)] for step in (3, 4, 4, 7, 9, 7, 10)] == [
         [[], []], [[make_wrong], []], [[], []], *[[[make_wrong]] * 2] * 3, [[], []],
     ]
-    assert not parse("wrong:1:4", 2).spoils(4) and parse("wrong:1:4", 2).spoil
+    assert not parse("wrong:1:4", 2).gradient_faults(4) and parse("wrong:1:4", 2).changes_gradients
 
 
 def test_so_many_batches_are_not_finite() -> None:
     faults = parse("nan:0:3,times=2")
-    assert [faults.spoils(step) for step in (2, 3, 3, 3, 4)] == [[], [make_nan], [make_nan], [], []]
+    assert [faults.gradient_faults(step) for step in (2, 3, 3, 3, 4)] == [[], [make_nan], [make_nan], [], []]
     gradient = torch.zeros(3)
     make_wrong(0, gradient)
     assert gradient.tolist() == [1.0, 0.0, 0.0]
@@ -76,7 +86,7 @@ def test_a_bit_is_flipped_once(bit: int) -> None:
      ("delay:1:4,seconds=1", None), ("delay:1:1,until=2,seconds=1", None), ("delay:1:3,until=3,seconds=1", 1.0)],
 )
 def test_a_delay_is_slept_after_every_micro_batch(text: str, pause: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In step 3; the micro-batch takes 2 seconds of a clock that the test moves."""
+    """In step 3. The micro-batch takes 2 seconds of a clock that the test advances."""
     now, slept = [10.0], []
     monkeypatch.setattr(inject.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(inject.time, "sleep", slept.append)
@@ -97,12 +107,12 @@ def test_an_error_inside_is_no_reason_to_sleep(monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_strikes_once_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     at, struck = (0, ""), []
-    monkeypatch.setitem(inject.STRIKES, "kill", lambda: struck.append(at))
+    monkeypatch.setitem(inject.ACTIONS, "kill", lambda: struck.append(at))
     words = ["kill:2:3", "kill:2:4:apply", "kill:2:4:checkpoint"]
     faults = parse(f"{' '.join(words)} kill:1:2", 2)
     for at in [(step, phase) for step in (1, 2, 3, 2, 3, 4, 5) for phase in PHASES]:
         faults.enter(*at)
-    assert struck == [(3, "compute"), (4, "apply"), (4, "checkpoint")]
+    assert struck == [(3, "compute"), (4, "apply"), (5, "checkpoint")]  # the step in progress; for checkpoints the last one
     assert capsys.readouterr().err.splitlines() == [f"{VARIABLE}: rank 2: {word}" for word in words]
 
 

@@ -1,4 +1,5 @@
-"""Models of other kinds: what shapes say of them is so, dropout is the micro-batch's, what cannot be trained is refused."""
+"""Laws of other kinds of models: sizes follow from shapes, dropout depends on the micro-batch, and unsuitable models are
+rejected."""
 
 from __future__ import annotations
 
@@ -18,16 +19,16 @@ from mpidp.model.kinds import make_model, saved_shape
 from mpidp.model.lstm import LSTM
 from mpidp.model.own import options_of
 from mpidp.model.part import refuse
-from mpidp.model.shape import LSTMShape, OwnShape, flops_per_token, num_parameters, shapes_of
+from mpidp.model.shape import CustomShape, LSTMShape, flops_per_token, num_parameters, shapes_of
 
 V, D, T = 11, 8, 6
 TOKENS = torch.arange(2 * T).view(2, T) * 5 % V
 
 
-def own(name: str, *words: str) -> OwnShape:
+def own(name: str, *words: str) -> CustomShape:
     config = from_args([f"--model.kind=tests.own_models:{name}", f"--model.model_dim={D}", f"--model.seq_len={T}", *words])
     found = model_shape(config, V)
-    assert isinstance(found, OwnShape)
+    assert isinstance(found, CustomShape)
     return found
 
 
@@ -42,13 +43,13 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     named = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes_of(shape) == named and num_parameters(shape) == sum(math.prod(size) for size in named.values())
     products = {name: math.prod(s) for name, s in named.items() if name != "embedding.weight" or "head.weight" not in named}
-    assert isinstance(shape, OwnShape) or flops_per_token(shape, 0) == 6 * sum(products.values())
+    assert isinstance(shape, CustomShape) or flops_per_token(shape, 0) == 6 * sum(products.values())
     assert model(TOKENS).shape == (2, T, V)
     kind = "lstm" if isinstance(shape, LSTMShape) else "tests.own_models:Gru"
-    assert saved_shape(kind, dataclasses.asdict(shape)) == shape  # as a checkpoint keeps it
+    assert saved_shape(kind, dataclasses.asdict(shape)) == shape  # as stored in a checkpoint
     again = make_model(shape, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    with pytest.raises(UsageError, match="leave them 1"):
+    with pytest.raises(UsageError, match="leave them at 1"):
         refuse(shape, 2, 1)
     refuse(shape, 1, 1)
 
@@ -59,7 +60,7 @@ def test_dropout_is_a_function_of_the_key(i: int) -> None:
     keys = [torch.tensor(k) for k in (1, 2, 1)]
     one, two, again = (model(TOKENS, key=key) for key in keys)
     assert torch.equal(one, again) and not torch.equal(one, two)
-    assert torch.equal(model.eval()(TOKENS), model(TOKENS))  # and none without
+    assert torch.equal(model.eval()(TOKENS), model(TOKENS))  # no dropout in evaluation
 
 
 def test_an_lstm_begins_each_window_anew_and_sees_no_later_token() -> None:
@@ -72,9 +73,10 @@ def test_an_lstm_begins_each_window_anew_and_sees_no_later_token() -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("nobody", "no such name"), ("NUMBER", "has a int of that name"), ("unsaid", "return annotation"), ("lost", "no module"),
-    ("not_one", "gave a str"), ("fails", "no such file of weights"), ("Short", r"became \(2, 11\)"), ("Tupled", "became tuple"),
-    ("Seer", "later tokens"), ("Long", "on tokens \\(1, 1\\) it failed"), ("Deaf", "no gradient"), ("Running", "BatchNorm"),
+    ("nobody", "has no nobody"), ("NUMBER", "NUMBER .int. is not callable"), ("unsaid", "annotated to return"),
+    ("lost", "no module"), ("not_one", "returned a str"), ("fails", "no such file of weights"),
+    ("Short", r"returned \(2, 11\)"), ("Tupled", "returned tuple"), ("Seer", "later tokens"),
+    ("Long", "on tokens \\(1, 1\\) failed"), ("Deaf", "no gradient"), ("Running", "BatchNorm"),
     ("Frozen", "embedding.weight does not require"), ("Half", "float16, not float32"), ("Empty", "no parameters"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_with_words(name: str, said: str) -> None:
@@ -90,14 +92,14 @@ def test_what_cannot_be_trained_is_refused_with_words(name: str, said: str) -> N
 @pytest.mark.parametrize("kind", ["os:system", "subprocess:run", "builtins:exec", "shutil:rmtree"])
 def test_a_name_in_a_run_calls_nothing_but_models(kind: str) -> None:
     saved = {"vocab_size": V, "seq_len": T, "factory": kind, "arguments": {}, "parameters": []}
-    with pytest.raises(UsageError, match="must be a class derived from torch.nn.Module"):
+    with pytest.raises(UsageError, match="must be a subclass of torch.nn.Module"):
         make_model(saved_shape(kind, saved))
 
 
 def test_a_factory_gets_what_it_names() -> None:
     shape = own("Gru", "--model.dropout=0.25", "--model.options=depth=2")
     assert shape.arguments == {"vocab_size": V, "model_dim": D, "dropout": 0.25, "depth": 2}
-    for word, said in [("--model.options=width=3", "takes no such argument"), ("--model.num_heads=2", "takes no such argument"),
+    for word, said in [("--model.options=width=3", "has no such argument"), ("--model.num_heads=2", "has no such argument"),
                        ("--model.options=model_dim=3", "which is a setting"), ("--model.options=depth", "not NAME=VALUE")]:
         with pytest.raises(UsageError, match=said):
             own("Gru", word)

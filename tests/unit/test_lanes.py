@@ -1,4 +1,4 @@
-"""Laws of lanes: cuts that lose nothing, are even, and know nothing of ranks."""
+"""Laws of lanes: every micro-batch is in one lane, lanes have even sizes, and they do not depend on ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Laws of the loader: the sampler's windows, shifted by one; one integer of state; bad ids named; long reads, once; and the
-same bits for micro-batches that were expected and for those that were not, from any thread."""
+"""Laws of the loader: the sampler's windows, with targets shifted by one; a state of one integer; invalid ids are reported; long
+reads, each once; the same bits for expected and unexpected micro-batches, from any thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def make_stream(folder: Path, tokens: np.ndarray, cuts: list[int], vocab_size: int = 300, mask: bool = False) -> TokenStream:
-    """A train split of these tokens, cut at these places; a loss mask leaves out odd tokens."""
+    """A training split of these tokens, divided at these positions; a loss mask excludes odd tokens."""
     folder.mkdir(exist_ok=True)
     records = []
     for i, piece in enumerate(np.split(tokens, cuts)):
@@ -86,7 +86,7 @@ def test_the_state_is_one_integer(tmp_path: Path) -> None:
     straight = take(Loader(stream, sampler, [0, 3], CPU), 30)
     first = Loader(stream, sampler, [0, 3], CPU, prefetch=5)
     take(first, 11)
-    assert first.next_batch == 11  # what was read ahead does not count
+    assert first.next_batch == 11  # prefetched batches do not count
     again = take(Loader(stream, sampler, [0, 3], CPU, start_batch=first.next_batch, prefetch=1), 19)
     for a, b in zip(straight[11:], again, strict=True):
         assert a.batch == b.batch and a.epoch == b.epoch
@@ -106,7 +106,7 @@ def test_the_order_does_not_depend_on_the_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", sampler_module.ORDERS)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_bytes_are_fetched_once_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, ranks: int) -> None:
-    """Over an epoch, at block granularity, at most 1.1 times the bytes consumed; 3 KiB blocks stand for 1 MiB ones."""
+    """Over an epoch, counted in blocks, at most 1.1 times the bytes used are read. Blocks of 3 KiB replace those of 1 MiB."""
     monkeypatch.setattr(sampler_module, "BLOCK_BYTES", 3 * 2**10)
     tokens = random_tokens(100_001)
     make_stream(tmp_path, tokens, [50_000])
@@ -118,7 +118,7 @@ def test_bytes_are_fetched_once_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
         stream = TokenStream(tmp_path)
         mine = [v for lane in lanes.of_rank(rank, ranks) for v in lanes.micro_batches(lane)]
         loader = Loader(stream, sampler, mine, CPU, prefetch=1)
-        for _ in range(sampler.steps_per_epoch - 3):  # not the last: the thread reads ahead into the next epoch
+        for _ in range(sampler.steps_per_epoch - 3):  # not to the end: the thread reads ahead into the next epoch
             next(loader)
         loader.close()
         fetched += stream.bytes_fetched
@@ -165,7 +165,7 @@ def test_a_rank_without_micro_batches_gets_empty_batches(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("vocab_size", [65536, 100_000])
 def test_resident_tokens_are_the_same(tmp_path: Path, vocab_size: int) -> None:
-    """The device's part of the work, on the CPU: bit patterns above 2^15 and a range in the middle of the stream."""
+    """The part that runs on the device, here on the CPU: bit patterns above 2^15 and a range in the middle of the stream."""
     tokens = random_tokens(1000, vocab_size)
     stream = make_stream(tmp_path, tokens, [300], vocab_size)
     resident = _Resident(stream, 9, range(20, 90), CPU)
@@ -238,7 +238,7 @@ def test_expected_micro_batches_change_and_nothing_is_lost(tmp_path: Path) -> No
         batch = next(loader)
         known = list(batch.micro_batches)
         assert known == [0, 1] if number < 3 else known in ([0, 1], [1, 2])
-        assert known == [1, 2] or number < 3 + 2 + 1  # in the queue, and in the thread's hands
+        assert known == [1, 2] or number < 3 + 2 + 1  # in the queue, and held by the thread
         assert all(equal(batch[v], ahead[v]) for v in range(4))
     loader.close()
 
@@ -262,7 +262,7 @@ def test_many_threads_read_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_an_error_on_demand_is_one_of_the_loader(tmp_path: Path) -> None:
-    """Raised where it is met, and by next() from then on."""
+    """It is raised at the access, and by next() from then on."""
     tokens = random_tokens(1000)
     tokens[700] = 300
     stream = make_stream(tmp_path, tokens, [600])
@@ -284,7 +284,7 @@ def test_a_micro_batch_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_what_is_not_resident_is_read_from_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's part of the work, on the CPU: lanes 1 and 2 are resident, others change hands."""
+    """The part that runs on the device, here on the CPU: lanes 1 and 2 are resident, others change hands."""
     stream = make_stream(tmp_path, random_tokens(1000), [300])
     sampler = Sampler(1000, 9, Lanes(8, 2), seed=1)
     expected = take(Loader(stream, sampler, range(4), CPU), sampler.steps_per_epoch + 1)

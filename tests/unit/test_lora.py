@@ -1,4 +1,5 @@
-"""Laws of adapters and of freezing: the base at the start, its merged form at the end, and nothing else that moves."""
+"""Laws of adapters and frozen parameters: the initial model equals the base, the merged model equals the adapted one, and frozen
+parameters do not change."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.errors import UsageError
 from mpidp.model.frozen import trained
 from mpidp.model.lora import attach, is_adapter, merged, saved_names
 from mpidp.model.part import part_of, whole
 from mpidp.model.shape import TransformerShape
-from mpidp.model.starting import base_weights, prepared, trained_on_paper, trained_sizes
+from mpidp.model.starting import base_weights, prepared, trained_on_meta, trained_sizes
 from mpidp.model.transformer import Transformer
 
 SHAPE = TransformerShape(50, 2, 4, 2, 32, 64, 16)
@@ -27,7 +28,7 @@ def starting_model(wanted: Any, shape: Any, part: Any) -> Any:
 
 
 def settings(**changed: Any) -> dict[str, Any]:
-    return {key: value for key, _, value in fields_of(Config())} | {k.replace("__", "."): v for k, v in changed.items()}
+    return Config().flat() | {k.replace("__", "."): v for k, v in changed.items()}
 
 
 def test_at_the_start_an_adapter_adds_nothing() -> None:
@@ -58,7 +59,7 @@ def test_merged_is_unmerged(rank: int, alpha: float, targets: str) -> None:
 
 
 def test_what_it_adds_is_the_formula_and_its_gradient() -> None:
-    """W x + (alpha / r) B A x, in float64; the base has no gradient, and at the start A's is zero, for B is."""
+    """Compare with W x + (alpha / r) B A x in float64. The base has no gradient; initially A's gradient is zero, because B is."""
     layer = torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5, bias=False)}).double()
     attach(layer, 2, 3.0, "q", seed=1)
     q: Any = layer["q"].double()
@@ -93,8 +94,8 @@ def test_a_checkpoint_holds_adapters_where_there_are_any() -> None:
 
 
 @pytest.mark.parametrize(("rank", "targets", "words"), [
-    (4, "q,w", r"names w: this model's layers are down, gate, .*q, up"), (4, " ,", "names nothing"),
-    (17, "k", r"lora_rank=17.*blocks.0.attention.k \(16 x 32\).*16 at most"),
+    (4, "q,w", r"names w: this model's layers are down, gate, .*q, up"), (4, " ,", "names no layer"),
+    (17, "k", r"lora_rank=17.*blocks.0.attention.k \(16 x 32\).*at most 16"),
 ])  # fmt: skip
 def test_adapters_that_cannot_be(rank: int, targets: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -102,7 +103,7 @@ def test_adapters_that_cannot_be(rank: int, targets: str, words: str) -> None:
 
 
 def test_an_adapter_of_no_layer_is_not_merged() -> None:
-    with pytest.raises(ValueError, match="q.lora_a is an adapter of no layer"):
+    with pytest.raises(ValueError, match="q.lora_a is an adapter without a layer"):
         merged({"q.lora_a": torch.ones(1, 2)}, 1.0)
 
 
@@ -116,15 +117,15 @@ def test_patterns_freeze_what_they_match(patterns: str, left: int) -> None:
         sizes = trained_sizes(settings(optim__freeze=patterns), shape, whole(shape))
         assert {name: tuple(p.shape) for name, p in found.items()} == sizes
         assert len(found) == left - (shape != SHAPE)
-    assert len(trained_on_paper(settings(optim__freeze=patterns), SHAPE, whole(SHAPE))) == left
+    assert len(trained_on_meta(settings(optim__freeze=patterns), SHAPE, whole(SHAPE))) == left
 
 
 @pytest.mark.parametrize(("changed", "words"), [
     ({"optim__freeze": "embeding.*"}, r"optim.freeze: embeding.\* matches no parameter; .*embedding.weight"),
     ({"optim__freeze": "head.*,layers.*"}, r"layers.\* matches no parameter"),
-    ({"optim__freeze": "*"}, "every parameter that there is to train"),
+    ({"optim__freeze": "*"}, "freezes all trainable parameters"),
     ({"optim__freeze": "*lora*"}, "lora.* matches no parameter"),
-    ({"optim__freeze": "*lora*", "model__lora_rank": 2}, "every parameter that there is to train"),
+    ({"optim__freeze": "*lora*", "model__lora_rank": 2}, "freezes all trainable parameters"),
 ])  # fmt: skip
 def test_freezing_nothing_or_all_is_refused(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -133,7 +134,7 @@ def test_freezing_nothing_or_all_is_refused(changed: dict[str, Any], words: str)
 
 def test_a_stage_of_a_pipeline_must_have_something_to_train() -> None:
     first, last = (part_of(SHAPE, stage, 2, 0, 1) for stage in (0, 1))
-    with pytest.raises(UsageError, match="of a stage of the pipeline"):
+    with pytest.raises(UsageError, match="of a pipeline stage"):
         trained_sizes(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, first)
     assert list(trained_sizes(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, last)) == ["norm.weight", "head.weight"]
     assert [name for name, _ in trained(starting_model(settings(optim__freeze="embedding.*,blocks.*"), SHAPE, last))] == [

@@ -1,4 +1,4 @@
-"""Laws of what a mesh holds, takes and sends: bytes are those of a real model, seconds those of its schedule."""
+"""Laws of the predicted memory, time and traffic of a mesh: bytes match a real model, seconds match the schedule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
-from mpidp.parallel.tensor import Again, share_layers
+from mpidp.parallel.tensor import Regather, share_layers
 from mpidp.planning.mesh.memory import (
     Memory,
-    Model,
+    ModelSizes,
     Shape,
     Work,
     kept_of_block,
@@ -27,14 +27,14 @@ from mpidp.planning.mesh.memory import (
     parameters_of,
 )
 from mpidp.planning.mesh.search import KNOWN
-from mpidp.planning.mesh.time import Link, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.planning.mesh.time import LinkSpeed, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
 
-SMALL = Model(3, 64, 192, 4, 2, 512, 32)
+SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)
 BIG = KNOWN[6.74e9][1]
-FAST = Machine(5e14, 2e12, Link(0.0, 3e11), Link(0.0, 4e11), 8, 8, 0.0)
+FAST = Machine(5e14, 2e12, LinkSpeed(0.0, 3e11), LinkSpeed(0.0, 4e11), 8, 8, 0.0)
 
 
-def torch_shape(model: Model) -> TransformerShape:
+def torch_shape(model: ModelSizes) -> TransformerShape:
     return TransformerShape(
         model.vocab_size, model.num_layers, model.num_heads, model.num_kv_heads, model.model_dim, model.hidden_dim, model.seq_len,
         tie_embeddings=model.tie_embeddings,
@@ -42,7 +42,7 @@ def torch_shape(model: Model) -> TransformerShape:
 
 
 @pytest.mark.parametrize("model", [SMALL, replace(SMALL, tie_embeddings=True), replace(SMALL, num_kv_heads=4)])
-def test_parameters_are_those_of_the_model(model: Model) -> None:
+def test_parameters_are_those_of_the_model(model: ModelSizes) -> None:
     real = Transformer(torch_shape(model))
     assert model.parameters == sum(p.numel() for p in real.parameters()) == num_parameters(torch_shape(model))
     assert parameters_of(model, Shape(1, 1, 1), 0) == model.parameters
@@ -59,7 +59,8 @@ def test_published_models_have_their_published_sizes(name: str) -> None:
 @pytest.mark.parametrize("pp", [1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_no_parameter_is_lost(tp: int, pp: int, tied: bool) -> None:
-    """All ranks of a replica together hold the model once: but gains of norms on every rank of tp, and a tied table twice."""
+    """The ranks of a replica together hold the model once, except norm gains (on every rank of tp) and a tied embedding (twice).
+    """
     model, shape = replace(SMALL, tie_embeddings=tied), Shape(1, pp, tp)
     assert sum(layers_of(model, shape, stage) for stage in range(pp)) == model.num_layers
     held = tp * sum(parameters_of(model, shape, stage) for stage in range(pp))
@@ -68,7 +69,7 @@ def test_no_parameter_is_lost(tp: int, pp: int, tied: bool) -> None:
 
 
 def test_stages_are_cut_for_the_slowest() -> None:
-    """No other number of blocks on the last stage, with its head, makes the slowest stage faster; none is left empty."""
+    """No other number of blocks on the last stage, with its head, makes the slowest stage faster. No stage is empty."""
     for model, pp in ((BIG, 4), (BIG, 32), (replace(BIG, vocab_size=500000), 8), (SMALL, 3)):
         shape = Shape(1, pp, 1)
         layers = [layers_of(model, shape, stage) for stage in range(pp)]
@@ -81,8 +82,9 @@ def test_stages_are_cut_for_the_slowest() -> None:
         assert largest(model, shape, Work(64, 1)).total >= 0.99 * most.total
 
 
-def saved_bytes(model: Model, dtype: torch.dtype, part: str) -> float:
-    """A token, that autograd keeps of one block or of all after the blocks, without parameters and what is cast of them."""
+def saved_bytes(model: ModelSizes, dtype: torch.dtype, part: str) -> float:
+    """Return the bytes per token that autograd keeps of one block, or of everything after the blocks, without parameters and
+    casts of them."""
     real = Transformer(torch_shape(model))
     b, t = 3, model.seq_len
     found: dict[int, int] = {}
@@ -111,13 +113,13 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, kv: int) 
     model, size = replace(SMALL, num_kv_heads=kv, seq_len=24), dtype.itemsize
     work = Work(1, 1, number_bytes=size)
     assert kept_of_block(model, Shape(1, 1, 1), work) == pytest.approx(saved_bytes(model, dtype, "block"), rel=0.02)
-    logarithms = 4 * model.vocab_size  # of the logits are kept; the formula also has what lives beside them at the peak
+    logarithms = 4 * model.vocab_size  # kept for the backward; the formula includes other tensors that exist at the peak
     assert logits_bytes(model, Shape(1, 1, 1), size) >= 2 * logarithms
     assert saved_bytes(model, dtype, "head") == pytest.approx(logarithms + (12 if size == 4 else 10) * model.model_dim, rel=0.03)
 
 
 class Mirror:
-    """A ring of ranks that all have what this one has."""
+    """Simulates a ring of ranks that all hold this rank's values."""
 
     def __init__(self, size: int) -> None:
         self.size, self.sequence, self.length = size, True, 0
@@ -135,7 +137,7 @@ class Mirror:
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And backward has the whole again: the gradient is that of products which keep all."""
+    """Backward has the whole input again: the gradient equals that of products which keep everything."""
     model, b = replace(SMALL, num_kv_heads=4, seq_len=24, model_dim=128), 3
     shape = torch_shape(model)
     t, found, alive = model.seq_len, {}, []
@@ -149,9 +151,9 @@ def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch
             alive.append(x)
         return x
 
-    inside = Again.pack
+    inside = Regather.pack
 
-    def pack_inside(self: Again, x: torch.Tensor) -> Any:
+    def pack_inside(self: Regather, x: torch.Tensor) -> Any:
         packed = inside(self, x)
         pack(packed if isinstance(packed, torch.Tensor) else self.part)
         return packed
@@ -164,15 +166,15 @@ def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch
         return list(torch.autograd.grad(y.square().sum(), [x, *real.blocks["0"].parameters()]))
 
     buffers = {x.untyped_storage().data_ptr() for x in (real.cos, real.sin)}
-    monkeypatch.setattr(Again, "pack", pack_inside)
+    monkeypatch.setattr(Regather, "pack", pack_inside)
     mine = gradients()
     kept = kept_of_block(model, Shape(1, 1, tp), Work(1, 1, number_bytes=dtype.itemsize, sequence=True))
     assert kept == pytest.approx(sum(found.values()) / (b * t), rel=0.02)
-    monkeypatch.setattr(Again, "pack", lambda self, x: x)
+    monkeypatch.setattr(Regather, "pack", lambda self, x: x)
     assert all(torch.equal(one, other) for one, other in zip(mine, gradients(), strict=True))
 
 
-def total(shape: Shape, recompute: bool = False, model: Model = BIG) -> Memory:
+def total(shape: Shape, recompute: bool = False, model: ModelSizes = BIG) -> Memory:
     return largest(model, shape, Work(64, 1, float(recompute)))
 
 
@@ -199,7 +201,7 @@ def test_memory_falls_with_every_axis_and_level() -> None:
 
 
 def test_micro_batches_in_flight_are_those_of_1f1b() -> None:
-    """A stage keeps as many micro-batches as there are stages from it on, and never more than there are."""
+    """A stage keeps as many micro-batches as there are stages from it to the end, and at most all."""
     each = memory_of(BIG, Shape(1, 8, 1), Work(1, 1), 0).activations
     assert [memory_of(BIG, Shape(1, 8, 1), Work(m, 1), 0).activations / each for m in (2, 8, 64)] == [2, 8, 8]
     assert memory_of(BIG, Shape(1, 8, 1), Work(64, 1), 6).activations == pytest.approx(2 * each)
@@ -210,7 +212,7 @@ def test_micro_batches_in_flight_are_those_of_1f1b() -> None:
 
 
 def one_f_one_b(stages: int, count: int, forward: float, backward: float, late: float) -> float:
-    """Seconds of 1F1B, event by event."""
+    """Return the seconds of 1F1B by simulating every event."""
     order = []
     for s in range(stages):
         warm = min(count, stages - s)
@@ -237,14 +239,14 @@ def one_f_one_b(stages: int, count: int, forward: float, backward: float, late: 
 @pytest.mark.parametrize(("stages", "count"), [(1, 4), (2, 2), (2, 8), (4, 4), (4, 16), (8, 32)])
 @pytest.mark.parametrize("late", [0.0, 0.02])
 def test_a_pipeline_takes_what_its_schedule_takes(stages: int, count: int, late: float) -> None:
-    """Equal stages: a model without a vocabulary to speak of."""
+    """With equal stages: a model with a negligible vocabulary."""
     model = replace(BIG, vocab_size=0)
-    machine = replace(FAST, ranks_a_node=1, devices_a_node=1, between=Link(late, math.inf))
+    machine = replace(FAST, ranks_a_node=1, devices_a_node=1, between=LinkSpeed(late, math.inf))
     step = step_of(model, Shape(1, stages, 1), Work(count, 1), machine)
     each = step.compute_seconds / count
     seconds = step.compute_seconds + step.pipeline_seconds
     took = one_f_one_b(stages, count, each / 3, each * 2 / 3, late)
-    assert took * (1 - 1e-3) <= seconds <= took * (1 + 1e-3) + 1.1 * late  # exact where pp divides M - 1, else a message more
+    assert took * (1 - 1e-3) <= seconds <= took * (1 + 1e-3) + 1.1 * late  # exact if pp divides M - 1, else one message more
     if not late:
         assert step.pipeline_seconds / seconds == pytest.approx((stages - 1) / (count + stages - 1), rel=1e-2, abs=1e-4)
 
@@ -254,7 +256,7 @@ def test_operations_are_those_of_mfu() -> None:
         for shape in (Shape(1, 1, 1), Shape(2, 2, 2), Shape(4, 1, 4, 3)):
             step = step_of(BIG, shape, Work(16, 1, recompute), FAST)
             wanted = flops_per_token(torch_shape(BIG), BIG.parameters) * 16 * BIG.seq_len
-            assert step.flops * shape.ranks == pytest.approx(wanted, rel=1e-3)  # gains of norms are no products
+            assert step.flops * shape.ranks == pytest.approx(wanted, rel=1e-3)  # norm gains are not matrix products
     again = step_of(BIG, Shape(1, 1, 1), Work(16, 1, 1.0), FAST).compute_seconds
     assert 1.25 < again / step_of(BIG, Shape(1, 1, 1), Work(16, 1), FAST).compute_seconds < 1.45
 
@@ -271,7 +273,7 @@ def test_bytes_follow_the_formulas() -> None:
     wide = step_of(BIG, Shape(1, 4, 1), Work(3, 1), FAST)
     assert wide.pp_bytes == 2 * 3 * 4 * t * d and wide.between_bytes == 0
     away = step_of(BIG, Shape(4, 4, 1), Work(12, 1), FAST)
-    assert away.between_bytes == away.pp_bytes  # dp's four ranks lie in one node, stages do not
+    assert away.between_bytes == away.pp_bytes  # dp's four ranks are on one node, stages are not
 
 
 def test_links_are_shared_as_ranks_lie() -> None:
@@ -280,21 +282,21 @@ def test_links_are_shared_as_ranks_lie() -> None:
     assert half_allreduce(FAST, 8, 1, one).seconds == pytest.approx(7e9 / 3e11)
     whole = half_allreduce(FAST, 16, 1, one)  # one ring through both nodes
     assert whole.between and whole.seconds == pytest.approx(max(7.5e9 / 4e11, 7.5e9 / 3e11))
-    rails = half_allreduce(FAST, 4, 8, one)  # eight rings, one of each rank
+    rails = half_allreduce(FAST, 4, 8, one)  # eight rings, one for each local rank
     assert rails.between and rails.seconds == pytest.approx(8 * 6e9 / 4e11)
     assert message(FAST, Shape(1, 2, 8), one).seconds == pytest.approx(8 * one / 4e11)
     assert not message(FAST, Shape(1, 2, 4), one).between
 
 
 def test_hidden_traffic_is_not_waited_for() -> None:
-    slow = replace(FAST, between=Link(0.0, 1e10))
+    slow = replace(FAST, between=LinkSpeed(0.0, 1e10))
     steps = [step_of(BIG, Shape(64, 1, 1, 3), Work(64, 1), replace(slow, overlap=share)) for share in (0.0, 0.5, 1.0)]
     hidden = [steps[0].dp_seconds - one.dp_seconds for one in steps]
     assert hidden == pytest.approx([0, 0.5 * steps[0].compute_seconds, steps[0].compute_seconds])
 
 
 def test_ranks_that_share_devices_take_as_long_as_all_their_work() -> None:
-    crowded = replace(FAST, devices_a_node=2, inside=Link(0.0, math.inf))
+    crowded = replace(FAST, devices_a_node=2, inside=LinkSpeed(0.0, math.inf))
     free = [step_of(BIG, Shape(dp, 1, 1), Work(64, 1), crowded) for dp in (1, 2, 4, 8)]
     path = [one.compute_seconds + one.pipeline_seconds for one in free]
     assert path == pytest.approx([path[0], path[0] / 2, path[0] / 2, path[0] / 2])
@@ -307,5 +309,5 @@ def test_a_measured_run_is_predicted_exactly() -> None:
         flops, memory = measured_machine(SMALL, 2, step.compute_seconds, step.update_seconds, 4, 4)
         if machine.flops < 1e12:
             assert (flops, memory) == pytest.approx((machine.flops, machine.memory_bytes_per_second))
-        else:  # a small model on this machine is memory's alone: products are not told apart, but nothing is negative
+        else:  # a small model on this machine is bound by memory: no rate of products is measured, and nothing is negative
             assert flops > 0

@@ -1,4 +1,5 @@
-"""Laws of records: whole JSON lines at once, nothing twice after a restart, phases that add up, quiet progress."""
+"""Laws of metrics: lines are complete JSON and written at once, nothing is repeated after a restart, phases add up, and progress
+output is brief."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def test_lines_beyond_the_checkpoint_half_lines_and_ends_are_dropped(tmp_path: P
     path = tmp_path / "metrics.jsonl"
     whole = [{"step": s, "train_loss": 1.0 / s} for s in range(1, 8)]
     events = [{"event": "resume", "step": 2}, {"event": "skipped", "step": 4, "batch": 4}, {"event": "end", "step": 4}]
-    again = {"event": "skipped", "step": 4, "batch": 5}  # after the checkpoint: it will be skipped once more
+    again = {"event": "skipped", "step": 4, "batch": 5}  # after the checkpoint: it will be skipped again
     path.write_text("".join(json.dumps(line) + "\n" for line in [*whole, *events, again]) + "not JSON\n[]\n" + '{"step": 5, "tra')
     metrics = MetricsFile(path, step=4, next_batch=5)
     metrics.write({"event": "resume", "step": 4})
@@ -51,7 +52,7 @@ def test_lines_beyond_the_checkpoint_half_lines_and_ends_are_dropped(tmp_path: P
 def test_lines_wait_until_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The disk takes 20 bytes, then nothing, then all."""
+    """The disk accepts 20 bytes, then nothing, then everything."""
     room = [20]
 
     class Disk(io.FileIO):
@@ -91,10 +92,10 @@ def test_phases_add_up_and_start_anew() -> None:
                 time.sleep(0.01)
         with clock.timed("compute"):
             time.sleep(0.005)
-    taken = clock.take()
+    taken = clock.pop_seconds()
     assert set(taken) == {"data_seconds", "compute_seconds", "step_seconds"}
     assert taken["data_seconds"] >= 0.02 and taken["step_seconds"] >= taken["data_seconds"] + taken["compute_seconds"]
-    assert clock.take() == {}
+    assert clock.pop_seconds() == {}
 
 
 RECORD = {"train_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1e4, "mfu": None}
@@ -104,7 +105,7 @@ def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[
     progress = Progress(total_steps=50, active=True)
     for step in range(1, 51):
         progress.step({"step": step, **RECORD})
-    progress.say("words")
+    progress.print("words")
     progress.close()
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[:-1]] in (["1/50", "50/50"], ["50/50"]) and said[-1] == "words"
@@ -113,7 +114,7 @@ def test_progress_is_a_line_a_second_and_the_last(capsys: pytest.CaptureFixture[
 def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total_steps=1, active=False)
     progress.step({"step": 1, **RECORD})
-    progress.say("words")
+    progress.print("words")
     assert capsys.readouterr().out == ""
 
 
@@ -126,12 +127,13 @@ def test_mfu_is_claimed_where_the_peak_is_known() -> None:
     "written", ["", "{step1}", "{step1}{step2}", "{step1}{step2}{val2}", "{step1}{step2}{val2}{end2}", "{step1}{half}"]
 )
 def test_who_goes_on_for_a_dead_rank_writes_what_it_lacked_the_time_for(tmp_path: Path, written: str) -> None:
-    """Whatever the dead rank wrote of its last lines, each is there once; the end, and half a line, are taken back."""
+    """Each of the failed rank's last lines occurs once, however many it wrote; its end event and an incomplete line are removed.
+    """
     lines = {"step1": {"step": 1, "train_loss": 2.0}, "step2": {"step": 2, "train_loss": 1.0},
              "val2": {"step": 2, "val_loss": 1.5}, "end2": {"event": "end", "step": 2}}
     path = tmp_path / "metrics.jsonl"
     texts = {name: json.dumps(line) + "\n" for name, line in lines.items()}
-    begun = texts["step1"] * 5000 if written == "{step1}" else ""  # longer than what is looked at
+    begun = texts["step1"] * 5000 if written == "{step1}" else ""  # longer than the part that is examined
     path.write_text(begun + written.format(**texts, half='{"step": 2, "tra'))
     latest = [lines["step2"], lines["val2"]] if written else [lines["step1"], lines["step2"], lines["val2"]]
     metrics = MetricsFile(path, 2, 2, latest)

@@ -1,4 +1,4 @@
-"""Laws of mixtures: any beginning has about the shares that were asked for, documents stay whole, and what was got is told."""
+"""Laws of mixtures: every prefix has about the requested shares, documents stay whole, and the shares reached are reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.test_prepare import documents, write_lines
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """a.jsonl: 400 documents of a's; b.jsonl: 60 longer ones of b's; c/: two files."""
+    """a.jsonl: 400 documents of the letter a; b.jsonl: 60 longer ones of b; c/: two files."""
     monkeypatch.chdir(tmp_path)
     write_lines(Path("a.jsonl"), ["a" * (1 + i * i % 37) for i in range(400)])
     write_lines(Path("b.jsonl"), ["b" * (30 + i * i % 53) for i in range(60)])
@@ -30,7 +30,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_of(texts: list[str]) -> dict[str, int]:
-    """By the letter of the source, EOD included."""
+    """Count tokens by the letter of the source, including EOD."""
     return {letter: sum(len(t) + 1 for t in texts if t[0] == letter) for letter in "abc"}
 
 
@@ -41,8 +41,8 @@ def test_any_beginning_has_the_shares(sources: None, tmp_path: Path, capsys: pyt
         got = tokens_of(found[:n])
         total = got["a"] + got["b"]
         assert abs(got["a"] - 0.7 * total) <= 0.7 * 83 and abs(got["b"] - 0.3 * total) <= 0.7 * 83
-    for letter, path in (("a", "a.jsonl"), ("b", "b.jsonl")):  # each in its own order
-        prepare(path, out=f"alone_{letter}", val_fraction=0, say=False)
+    for letter, path in (("a", "a.jsonl"), ("b", "b.jsonl")):  # each source in its own order
+        prepare(path, out=f"alone_{letter}", val_fraction=0, verbose=False)
         mine = [text for text in found if text[0] == letter]
         assert mine == documents(tmp_path / f"alone_{letter}")[: len(mine)]
     assert set(map(tuple, index.source["sources"][0].items())) >= {("kind", "file"), ("name", "a.jsonl"), ("asked", 0.7)}
@@ -74,7 +74,7 @@ def test_so_many_tokens_in_all(sources: None, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_validation_has_the_shares_too(sources: None, tmp_path: Path) -> None:
-    """Whole documents of each source by its own draw; one of which none is drawn is left out of it alone."""
+    """Whole documents of each source, drawn separately. A source without drawn documents is left out of validation only."""
     prepare(["a.jsonl:0.5", "b.jsonl:0.4", "c:0.1"], out="out", val_fraction=0.2, split="document", tokens=1000, repeat=True)
     train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
     assert 800 <= sum(len(t) + 1 for t in train) < 900 and 200 <= sum(len(t) + 1 for t in val) < 300

@@ -1,4 +1,5 @@
-"""Laws of the Transformer: attention is the formula, positions are relative, documents are apart, dropout is a function."""
+"""Laws of the Transformer: attention equals the formula, positions are relative, documents are separate, and dropout is a pure
+function."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def formula(module: Attention, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d_k)) V head by head in float64, each key-value head serving its group of query heads."""
+    """softmax(Q K^T / sqrt(d_k)) V head by head in float64, with each key-value head serving its group of query heads."""
     x = x.double()
     t, e = x.shape[1], module.head_dim
     q, k, v = ((x @ w.weight.detach().double().T) for w in (module.q, module.k, module.v))
@@ -89,7 +90,7 @@ def test_rotary_positions_are_relative_and_keep_lengths() -> None:
     assert abs(score(5, 0) - score(0, 5)) > 1e-3 and abs(score(3, 0) - score(4, 0)) > 1e-4
     x = rand(2, 4, 64, 8)
     torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(rotate(x, cos, sin)[:, :, 0], x[:, :, 0])  # position 0 is no rotation
+    torch.testing.assert_close(rotate(x, cos, sin)[:, :, 0], x[:, :, 0])  # no rotation at position 0
 
 
 def test_rotary_angles_are_the_formula() -> None:
@@ -107,7 +108,7 @@ def test_positions_can_be_given() -> None:
     explicit = model(ids, torch.arange(10).expand(2, 10))
     torch.testing.assert_close(explicit, model(ids), rtol=1e-5, atol=1e-5)
     shifted = model(ids, torch.arange(10).expand(2, 10) + 14)
-    torch.testing.assert_close(shifted, model(ids), rtol=1e-4, atol=1e-4)  # all moved alike: nothing moves
+    torch.testing.assert_close(shifted, model(ids), rtol=1e-4, atol=1e-4)  # shifting all positions changes nothing
 
 
 def test_the_future_is_not_seen() -> None:
@@ -141,7 +142,7 @@ def test_dropout_is_a_pure_function_of_key_and_site() -> None:
         assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
     flat = keyed_dropout(x.flatten(), 0.4, key(123), 3)
-    assert torch.equal(first.flatten(), flat)  # a function of the place, not of the shape
+    assert torch.equal(first.flatten(), flat)  # depends on the position only, not on the shape
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -164,7 +165,7 @@ def test_masks_of_keys_and_sites_are_unrelated() -> None:
 
 
 def test_the_bits_of_a_mask_are_pinned() -> None:
-    """An older checkpoint goes on with the masks that it would have had: change this only on purpose."""
+    """A resumed run must get the same masks as before: only change this deliberately."""
     mask = (keyed_dropout(torch.ones(16), 0.5, key(1), 2) != 0).int().tolist()
     assert mask == [0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 1, 1, 0]
 
@@ -221,7 +222,7 @@ def test_counts() -> None:
 
 
 def test_one_graph_serves_all_blocks() -> None:
-    """torch.compile gives up after 8 of one function, and then runs it as it is written."""
+    """torch.compile gives up after 8 graphs of one function, and then runs it uncompiled."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()

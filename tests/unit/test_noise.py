@@ -1,4 +1,5 @@
-"""Laws of the gradient noise scale: unbiased for lanes of any size, the paper's for equal ones, no more than is known."""
+"""Laws of the gradient noise scale: unbiased for lanes of any size, equal to the paper's for equal lanes, and None if it is
+unknown."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import pytest
 from mpidp.metrics.gradient_noise import Noise, NoiseAverage, estimate, interval, mean
 
 DIM = 30
-TRUE = np.linspace(-0.4, 0.4, DIM)  # the gradient that all tokens share
+TRUE = np.linspace(-0.4, 0.4, DIM)  # the expected gradient of a token
 SPREAD = np.linspace(0.5, 3.0, DIM)  # standard deviation of one token's gradient, by coordinate
 SIGNAL_SQUARE, TRACE = float((TRUE**2).sum()), float((SPREAD**2).sum())
 
 
 def draw(tokens: list[int], rng: np.random.Generator) -> Noise | None:
-    """One step: lanes' mean gradients, drawn with the covariance that the mean of so many tokens has."""
+    """Draw the lanes' mean gradients of one step, with the covariance of a mean over so many tokens."""
     lanes = [TRUE + rng.standard_normal(DIM) * SPREAD / math.sqrt(n) for n in tokens]
     batch = np.average(lanes, axis=0, weights=tokens)
     return estimate([float(lane @ lane) for lane in lanes], tokens, float(batch @ batch))
@@ -30,13 +31,13 @@ def test_both_estimates_are_unbiased(tokens: list[int]) -> None:
     for values, true in (([n.signal_square for n in drawn], SIGNAL_SQUARE), ([n.trace for n in drawn], TRACE)):
         error = float(np.std(values)) / math.sqrt(len(values))
         assert abs(float(np.mean(values)) - true) < 4 * error
-        assert error < 0.2 * true  # the test could tell
+        assert error < 0.2 * true  # the test is able to detect a bias
     scale = mean(drawn).noise_scale_tokens  # type: ignore[union-attr]
     assert scale == pytest.approx(TRACE / SIGNAL_SQUARE, rel=0.25)
 
 
 def test_many_tokens_drawn_one_by_one() -> None:
-    """Not by the formula for the mean: token gradients are drawn, and summed over lanes as in training."""
+    """Token gradients are drawn, and summed over lanes as in training, instead of using the formula for the mean."""
     rng = np.random.default_rng(7)
     cuts, drawn = [0, 10, 30, 33, 64], []
     for _ in range(2000):
@@ -52,7 +53,7 @@ def test_many_tokens_drawn_one_by_one() -> None:
 
 
 def test_equal_lanes_give_the_papers_estimates() -> None:
-    """Section A.1: |G|^2 = (B b^2 - n s^2) / (B - n) and S = (s^2 - b^2) / (1/n - 1/B), lanes' squares averaged."""
+    """Section A.1: |G|^2 = (B b^2 - n s^2) / (B - n) and S = (s^2 - b^2) / (1/n - 1/B), with the mean of the lanes' squares."""
     squares, n, batch_square = [3.0, 4.5, 2.75, 5.0], 128, 1.25
     small, big = sum(squares) / 4, 4 * n
     noise = estimate(squares, [n] * 4, batch_square)
@@ -75,7 +76,7 @@ def test_units() -> None:
     squares, tokens, batch = [3.0, 4.0, 2.5], [10, 20, 30], 2.0
     one = estimate(squares, tokens, batch)
     louder = estimate([16 * s for s in squares], tokens, 16 * batch)  # gradients 4 times as large
-    longer = estimate(squares, [7 * n for n in tokens], batch)  # tokens a seventh as long
+    longer = estimate(squares, [7 * n for n in tokens], batch)  # each token's gradient a seventh as large
     assert one and louder and longer and one.noise_scale_tokens
     assert (louder.signal_square, louder.trace) == pytest.approx((16 * one.signal_square, 16 * one.trace))
     assert (longer.signal_square, longer.trace) == pytest.approx((one.signal_square, 7 * one.trace))
@@ -112,9 +113,9 @@ def test_lanes_that_agree_have_no_noise_not_even_below_zero() -> None:
 
 
 def test_a_signal_below_the_noise_has_no_scale() -> None:
-    noise = estimate([10.0, 10.0], [8, 8], 1.0)  # two lanes that all but cancel
+    noise = estimate([10.0, 10.0], [8, 8], 1.0)  # two lanes that nearly cancel
     assert noise is not None and noise.signal_square < 0 and noise.trace > 0 and noise.noise_scale_tokens is None
-    assert Noise(5e-324, 1e300).noise_scale_tokens is None  # the quotient is beyond all numbers
+    assert Noise(5e-324, 1e300).noise_scale_tokens is None  # the quotient exceeds the range of floats
     assert Noise(math.nan, 1.0).noise_scale_tokens is None
 
 
@@ -122,7 +123,7 @@ def test_averages_are_divided_not_quotients_averaged() -> None:
     average = NoiseAverage(decay=0.5)
     assert average.noise is None and average.noise_scale_tokens is None
     average.add(Noise(1.0, 10.0))
-    assert average.noise == Noise(1.0, 10.0)  # not drawn towards zero
+    assert average.noise == Noise(1.0, 10.0)  # not biased towards zero
     average.add(Noise(3.0, 10.0))
     assert average.noise_scale_tokens == pytest.approx(10.0 / ((1 + 2 * 3) / 3))
 
@@ -176,6 +177,6 @@ def test_no_interval_of_too_little() -> None:
     assert interval([]) is None and mean([]) is None
     assert interval([Noise(1.0, 2.0)] * 3) is None
     assert interval([Noise(-1.0, 2.0)] * 20) is None
-    assert interval([*[Noise(-0.1, 2.0)] * 9, Noise(1.0, 2.0)]) is None  # positive by one measurement alone
+    assert interval([*[Noise(-0.1, 2.0)] * 9, Noise(1.0, 2.0)]) is None  # positive because of a single measurement
     bounds = interval([Noise(1.0, 2.0)] * 20)
     assert bounds == pytest.approx((2.0, 2.0))

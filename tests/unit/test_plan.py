@@ -1,4 +1,4 @@
-"""Laws of the plan: its numbers follow from the formulas and the run's own lines, and it says what it does not know."""
+"""Laws of the plan: its numbers follow from the formulas and the run's own lines, and it states its assumptions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mpidp.plan import plan
 from mpidp.planning.ranks.measured import read, seconds
 from mpidp.planning.ranks.table import duration, table
 
-TOKENS = 2048  # a step
+TOKENS = 2048  # per step
 NOISE = {"noise_signal_square": 0.5, "noise_trace": 0.5 * 6144}  # a noise scale of 3 B
 TIMES = {"data_seconds": 0.0, "compute_seconds": 0.4, "comm_wait_seconds": 0.05, "update_seconds": 0.03, "step_seconds": 0.5}
 
 
 def write(run: Path, lines: list[dict[str, Any]], config: str = "", batch: int = 16, lanes: int = 8) -> Path:
-    """A run's folder of these lines."""
+    """Write a run's folder with these lines."""
     run.mkdir(parents=True)
     cut = f"global_batch = {batch}\nmicro_batch = 2\nlanes = {lanes}\n"
     (run / "config.toml").write_text(config or f"[model]\nmodel_dim = 128\n\n[train]\n{cut}")
@@ -61,7 +61,7 @@ def test_the_table_follows_from_the_formulas(tmp_path: Path) -> None:
     for multiple, ranks, micro_batches in ((1.0, 2, 4), (1.0, 4, 2), (2.0, 4, 4), (16.0, 16, 8), (0.25, 2, 1)):
         expected = rows[multiple]["steps"] * (micro_batches * 0.1 + 0.05 + 0.03)
         assert rows[multiple]["seconds"][str(ranks)] == pytest.approx(expected)
-    assert rows[1.0]["seconds"]["1"] == pytest.approx(200 * (8 * 0.1 + 0.03))  # alone, nothing is sent
+    assert rows[1.0]["seconds"]["1"] == pytest.approx(200 * (8 * 0.1 + 0.03))  # one rank sends nothing
     assert "16" not in rows[1.0]["seconds"]  # 8 lanes
     assert found["measured_step_seconds"] == 0.5
     every = [(s, int(p), m) for m, row in rows.items() for p, s in row["seconds"].items()]
@@ -79,8 +79,8 @@ def test_a_loss_on_the_way(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [start(2), *steps(1, 100), *later])
     found = plan([run], [2], loss=5.25)  # between 5.5 at step 50 and 5.0 at step 100
     assert found["steps"] == pytest.approx(75) and found["loss"] == 5.25
-    assert found["noise"]["noise_scale_tokens"] == pytest.approx(3 * TOKENS)  # later measurements are not of this way
-    assert plan([run], [2], loss=5.9)["steps"] == 50  # below it at the first evaluation
+    assert found["noise"]["noise_scale_tokens"] == pytest.approx(3 * TOKENS)  # later measurements do not count for this loss
+    assert plan([run], [2], loss=5.9)["steps"] == 50  # the loss is reached at the first evaluation
     with pytest.raises(UsageError, match=r"--loss=3: .* its best is 4\.0000"):
         plan([run], [2], loss=3.0)
 
@@ -111,10 +111,10 @@ def test_a_slow_beginning_is_not_timed(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_interpolated(tmp_path: Path) -> None:
-    """Of other batches, too: what a micro-batch takes and what communication takes is told apart."""
+    """With different batches: the times of a micro-batch and of communication are separated."""
     a = write(tmp_path / "a", [start(2), *steps(1, 100)])
     b = write(tmp_path / "b", [start(4), *steps(1, 20, {}, compute_seconds=0.2, comm_wait_seconds=0.07)], batch=32, lanes=16)
-    found = plan([a, b], [8])  # 4 micro-batches a rank in b
+    found = plan([a, b], [8])  # 4 micro-batches per rank in b
     assert [one["micro_batch"] for one in found["measured"]] == pytest.approx([0.1, 0.05])
     present = next(row for row in found["rows"] if row["multiple"] == 1)
     assert present["seconds"]["8"] == pytest.approx(100 * (0.05 + 0.09 + 0.03))
@@ -133,7 +133,7 @@ def test_ranks_that_are_not_said_are_one_and_that_is_said(tmp_path: Path) -> Non
     found = plan([run])
     assert found["ranks"] == 1 and found["ranks_not_said"] == [str(run)]
     text = table(found)
-    assert f"Not said in metrics.jsonl, and taken to be 1: the number of ranks of {run}." in text
+    assert f"The number of ranks is missing in metrics.jsonl and assumed to be 1: {run}." in text
     assert "Communication was not measured" in text
 
 
@@ -167,7 +167,7 @@ def test_no_evaluation_but_the_same_end(tmp_path: Path) -> None:
     [
         ([], 8, "has no line of a step"),
         ([start(2), *steps(1, 100, {})], 8, "--train.noise_every=10$"),
-        ([start(1), *steps(1, 100, {})], 1, r"--train.noise_every=10; a batch of one lane has none \(train.lanes\)"),
+        ([start(1), *steps(1, 100, {})], 1, r"--train.noise_every=10; a batch of one lane has no measurement \(train.lanes\)"),
         ([start(2), *steps(1, 100, {"noise_signal_square": -0.5, "noise_trace": 9.0})], 8, "smaller train.noise_every"),
         ([start(2), *steps(1, 40), *steps(41, 100, {})], 8, "0 noise measurements in the second half"),
         ([start(2), *({**line, "compute_seconds": None} for line in steps(1, 100))], 8, "no step can be timed"),
@@ -182,7 +182,7 @@ def test_what_cannot_be_planned_from_says_how_to_mend_it(tmp_path: Path, lines: 
 def test_folders_that_are_no_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give the folder of a run"):
         plan([tmp_path])
-    with pytest.raises(UsageError, match="are not a run's"):
+    with pytest.raises(UsageError, match="invalid global_batch"):
         plan([write(tmp_path / "a", steps(1, 9), "[train]\nsteps = 3\n")])
     with pytest.raises(UsageError, match="no batch of the table has 4096 lanes"):
         plan([write(tmp_path / "b", [start(2), *steps(1, 100)])], [4096])
@@ -197,11 +197,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     planning.main()
     said = capsys.readouterr().out
     assert said == table(plan([run])) + "\n" and max(map(len, said.splitlines())) < 140
-    assert "noise scale 6,144 tokens" in said and "predictions, not measurements" in said
+    assert "noise scale: 6,144 tokens" in said and "(not measured)" in said
     here = next(line for line in said.splitlines() if line.startswith("     16 "))
-    assert f"{duration(200 * 0.48)}*" in here and said.count("*") == 2  # the cell and its legend
+    assert f"{duration(200 * 0.48)}*" in here and said.count("*") == 2  # the cell and the legend
     monkeypatch.setattr(sys, "argv", ["plan", str(run), "--ranks", "2,0"])
-    with pytest.raises(UsageError, match="whole numbers from 1 up"):
+    with pytest.raises(UsageError, match="whole numbers of at least 1"):
         planning.main()
 
 

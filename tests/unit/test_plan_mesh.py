@@ -1,4 +1,4 @@
-"""Laws of `mpidp.plan mesh`: what fits comes first, every figure says where it is from, bad input is named."""
+"""Laws of `mpidp.plan mesh`: meshes that fit come first, every figure has a source, and invalid input is reported."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mpidp import plan as planning
 from mpidp.config.schema import Config, to_toml
 from mpidp.errors import UsageError
 from mpidp.planning.mesh import command_line
-from mpidp.planning.mesh.memory import Model
+from mpidp.planning.mesh.memory import ModelSizes
 from mpidp.planning.mesh.search import model_of, number, shapes
 from mpidp.planning.mesh.table import mesh_table
 
-SMALL = Model(3, 64, 192, 4, 2, 512, 32)
+SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)
 PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logits")
 
 
 def ask(*words: str) -> dict[str, Any]:
-    return command_line.answer(words)[0]
+    return command_line.plan_from_arguments(words)[0]
 
 
 def test_the_sample_of_the_issue(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_config_gives_the_model_and_the_batch(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not the default, which they stand in for."""
+    """It is not the default model, which the initial weights replace."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hf").mkdir()
     said = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 6, "vocab_size": 1000,
@@ -101,9 +101,9 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
     for place in ("run", "run/checkpoints/step_00000001"):
         assert ask("--config", "my.toml", "--ranks", "2", f"--train.init_from={place}")["model"] == wanted
     (tmp_path / "run/config.toml").write_text(to_toml(Config().with_values(model={"kind": "lstm"})))
-    for words, why in [("--train.init_from=run", "model.kind=lstm: it is not cut"), ("--model.kind=lstm", "it is not cut"),
-                       ("--model.kind=a:b", "model.kind=a:b: it is not cut"), ("--train.init_from=none", "none/config.toml"),
-                       ("--model.lora_rank=4", "model.lora_rank=4: adapters are not cut, so that each rank has a whole")]:
+    for words, why in [("--train.init_from=run", "model.kind=lstm: only data"), ("--model.kind=lstm", "only data parallelism"),
+                       ("--model.kind=a:b", "model.kind=a:b: only data"), ("--train.init_from=none", "none/config.toml"),
+                       ("--model.lora_rank=4", "model.lora_rank=4: adapters: only data parallelism is supported")]:
         with pytest.raises(UsageError, match=why):
             ask("--config", "my.toml", "--ranks", "2", "--vocab", "256", words)
     (tmp_path / "hf/config.json").write_text("{")
@@ -112,7 +112,7 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
 
 
 def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own step is then what is predicted."""
+    """The prediction then equals the measured step of this run."""
     monkeypatch.chdir(tmp_path)
     config = Config().with_values(train={"dtype": "float32", "lanes": 8}, run={"dir": "run"})
     (tmp_path / "run").mkdir()
@@ -125,7 +125,7 @@ def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch
     (row,) = found["rows"]
     assert (row["compute_seconds"], row["update_seconds"]) == pytest.approx((0.4, 0.002))
     assert [said for said in found["machine"] if "measured" in said] == found["machine"][:2]
-    with pytest.raises(UsageError, match="--vocab says how many tokens there are"):
+    with pytest.raises(UsageError, match="the vocabulary size is not known"):
         ask("--params", "1b", "--ranks", "1", "--calibrate", "run")
 
 
@@ -135,16 +135,16 @@ def test_figures_are_given_or_the_doctors_or_assumed(tmp_path: Path, monkeypatch
                "gpu": "NVIDIA A100-SXM4", "between": "nodes", "latency_seconds": 2e-6, "bandwidth_bytes_per_second": 2.5e9}
     (tmp_path / "cluster.json").write_text(json.dumps(cluster))
     said = ask("--params", "1b", "--ranks", "8", "--link-gbit", "600")["machine"]
-    assert "network of a node: 20 Gbit/s (cluster.json)" in said and "ranks a node: 4 (cluster.json)" in said
-    assert "link within a node: 600 Gbit/s a rank (given)" in said and "latency: 2 us (cluster.json)" in said
-    assert "products: 156 TFLOP/s a rank (assumed: half of what NVIDIA A100-SXM4 is sold for)" in said
+    assert "network of a node: 20 Gbit/s (cluster.json)" in said and "ranks per node: 4 (cluster.json)" in said
+    assert "link within a node: 600 Gbit/s per rank (given)" in said and "latency: 2 us (cluster.json)" in said
+    assert "matrix products: 156 TFLOP/s per rank (assumed: half of the peak of NVIDIA A100-SXM4)" in said
     said = ask("--params", "1b", "--ranks", "8", "--flops", "99t", "--node-gbit", "10")["machine"]
-    assert "products: 99 TFLOP/s a rank (given)" in said and "network of a node: 10 Gbit/s (given)" in said
+    assert "matrix products: 99 TFLOP/s per rank (given)" in said and "network of a node: 10 Gbit/s (given)" in said
 
 
-WRONG = {  # words: what is said
-    "--ranks 8": "give --params N",
-    "--params 7b --config x.toml --ranks 8": "one of them",
+WRONG = {  # command line: part of the message
+    "--ranks 8": "give either --params N",
+    "--params 7b --config x.toml --ranks 8": "give either --params",
     "--params seven --ranks 8": "--params=seven: give a number above 0",
     "--params -7b --ranks 8": "--params",
     "--params 7b": "--ranks",
@@ -155,13 +155,13 @@ WRONG = {  # words: what is said
     "--params 7b --ranks 8 --top 0": "--top=0",
     "--params 7b --ranks 8 --dtype fp8": "fp8",
     "--params 7b --ranks 8 --model.model_dim=3": "--model.model_dim=3: no such option",
-    "--params 7b --ranks 7919": "no mesh of so many",
-    "--params 1000 --ranks 8": "--params=1000: a vocabulary of 32,000",
+    "--params 7b --ranks 7919": "no mesh uses this number of ranks",
+    "--params 1000 --ranks 8": "--params=1000: no model of this size fits a vocabulary of 32,000",
     "--params 7b --ranks 8 --cluster nowhere.json": "nowhere.json: no such file",
     "--config nowhere.toml --ranks 8": "nowhere.toml",
-    "--params 7b --ranks 8 --cluster bad.json": "bad.json is not what mpidp.doctor writes",
+    "--params 7b --ranks 8 --cluster bad.json": "bad.json is not a file of mpidp.doctor",
     "--params 7b --ranks 8 --calibrate nowhere": "nowhere: no metrics.jsonl",
-    "--params 7b --ranks 8 --global-batch 2 --micro-batch 4": "more than the global batch of 2",
+    "--params 7b --ranks 8 --global-batch 2 --micro-batch 4": "exceeds the global batch of 2",
 }
 
 

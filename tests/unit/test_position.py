@@ -1,4 +1,4 @@
-"""Laws of where a run stands: every batch is counted once, and what gradient norm is usual is not moved by a few odd ones."""
+"""Laws of a run's position: every batch is counted once, and a few outliers do not change the usual gradient norm."""
 
 from __future__ import annotations
 

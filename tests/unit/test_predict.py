@@ -1,17 +1,17 @@
-"""Laws of predictions: what was measured stays as measured, what lies between is interpolated, lanes stay whole."""
+"""Laws of predictions: measured values are returned unchanged, values between them are interpolated, and lanes stay whole."""
 
 from __future__ import annotations
 
 import pytest
 
 from mpidp.data.lanes import Lanes
-from mpidp.planning.ranks.predict import Learned, Seconds, most_micro_batches, predict, scaled, seconds_at
+from mpidp.planning.ranks.predict import Learned, StepTimes, most_micro_batches, predict, scaled, seconds_at
 from mpidp.planning.ranks.table import duration
 
-MEASURED = [Seconds(8, 0.3, 0.09, 0.05), Seconds(1, 0.1, 0.001, 0.01), Seconds(2, 0.1, 0.05, 0.03)]
+MEASURED = [StepTimes(8, 0.3, 0.09, 0.05), StepTimes(1, 0.1, 0.001, 0.01), StepTimes(2, 0.1, 0.05, 0.03)]
 
 
-def same(found: Seconds, micro_batch: float, comm: float, update: float) -> bool:
+def same(found: StepTimes, micro_batch: float, comm: float, update: float) -> bool:
     return (found.micro_batch, found.comm, found.update) == pytest.approx((micro_batch, comm, update))
 
 
@@ -22,18 +22,19 @@ def test_seconds_are_linear_in_log2_of_ranks() -> None:
 
 def test_beyond_the_last_communication_goes_on_growing_and_never_falls() -> None:
     assert same(seconds_at(MEASURED, 32), 0.3, 0.13, 0.05)
-    assert seconds_at([Seconds(2, 0.1, 0.05, 0.0), Seconds(4, 0.1, 0.04, 0.0)], 64).comm == 0.04
+    assert seconds_at([StepTimes(2, 0.1, 0.05, 0.0), StepTimes(4, 0.1, 0.04, 0.0)], 64).comm == 0.04
 
 
 def test_what_one_run_says_of_communication() -> None:
     several, alone = MEASURED[:1], MEASURED[1:2]
     assert [seconds_at(several, ranks).comm for ranks in (1, 2, 8, 64)] == [0.0, 0.09, 0.09, 0.09]
-    assert [seconds_at(alone, ranks).comm for ranks in (1, 4)] == [0.001, 0.0]  # one rank knows nothing of others
+    assert [seconds_at(alone, ranks).comm for ranks in (1, 4)] == [0.001, 0.0]  # one rank does not communicate
 
 
 @pytest.mark.parametrize("noise_scale", [0.1, 3000.0, 1e9])
 def test_steps_and_tokens_lie_on_the_papers_hyperbola(noise_scale: float) -> None:
-    """(S / S_min - 1)(E / E_min - 1) = 1 for every batch, section 2.3, and the present batch takes the steps that it took."""
+    """(S / S_min - 1)(E / E_min - 1) = 1 for every batch (section 2.3), and the run's own batch takes the measured number of
+    steps."""
     learned = Learned(400, 2048, Lanes(16, 2, 8), noise_scale)
     rows = predict(learned, MEASURED, [1])
     for row in rows:

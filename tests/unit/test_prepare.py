@@ -1,4 +1,4 @@
-"""Laws of preparation: every text comes back from the shards, old shards are safe, and bad input is counted or refused."""
+"""Laws of preparation: every text can be restored from the shards, old shards are safe, and bad input is counted or rejected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def documents(out: Path, *splits: str) -> list[str]:
-    """Every document of the shards, decoded, with the document offsets checked on the way."""
+    """Return every document of the shards, decoded; check the document offsets."""
     tokenizer, found = load_tokenizer(out), []
     for split in splits or ("train",):
         stream = TokenStream(out, split)
@@ -46,7 +46,7 @@ def documents(out: Path, *splits: str) -> list[str]:
         for i, record in enumerate(stream.files):
             starts += (stream.doc_offsets(i).astype(np.int64) + at).tolist()
             at += record.tokens
-        whole = split == "train" or splits == ("val",)  # a document that validation cuts off begins in training
+        whole = split == "train" or splits == ("val",)  # a document that validation divides begins in training
         assert starts == ([0, *(ends + 1)][: len(starts)] if whole else starts)
         assert stream.num_documents == len(starts)
         assert tokenizer.count_bytes(ids) == stream.text_bytes
@@ -99,7 +99,7 @@ def test_whole_documents_are_drawn_for_validation(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "folder")
     write_lines(tmp_path / "folder/0.jsonl", ["another file", "in front"] * 10)
     prepare(str(tmp_path / "folder"), out=tmp_path / "more", val_fraction=0.2, split="document", seed=1)
-    assert set(val) <= set(documents(tmp_path / "more", "val"))  # other files do not change what is drawn
+    assert set(val) <= set(documents(tmp_path / "more", "val"))  # other files do not change the draws
 
 
 def test_a_damaged_source_leaves_the_old_shards(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_is_not_text_is_left_out_and_counted(corpus: Path, tmp_path: Path) 
     (corpus / ".git/config").write_text("hidden")
     (corpus / ".hidden").write_text("hidden")
     index = prepare(str(corpus), out=corpus / "out", val_fraction=0)
-    again = prepare(str(corpus), out=corpus / "out", val_fraction=0)  # its own output is no source
+    again = prepare(str(corpus), out=corpus / "out", val_fraction=0)  # its own output is not used as a source
     assert index == again and (index.source["empty"], index.source["binary"], index.source["files"]) == (1, 1, 6)
     assert len(documents(corpus / "out")) == 4
 
@@ -222,7 +222,7 @@ def test_foreign_files_are_not_touched(corpus: Path, tmp_path: Path) -> None:
 def test_a_run_killed_while_it_replaces_shards_is_made_good_by_the_next(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    """At every moment there is the old set, the new set, or no index; and preparing again always works."""
+    """At any moment there is the old set, the new set, or no index; preparing again always works."""
     out = tmp_path / "out"
     prepare(str(corpus), out=out, shards=3)
     old = (out / "index.json").read_bytes()
@@ -258,7 +258,7 @@ def test_a_given_tokenizer_is_stored_as_it_is(corpus: Path, tmp_path: Path) -> N
         prepare(str(corpus), str(tmp_path / "given.json"), tmp_path / "out")
     prepare(str(corpus), str(tmp_path / "given.json"), tmp_path / "out", eod="<stop>", val_fraction=0)
     assert (tmp_path / "out/tokenizer.json").read_text() == text and len(documents(tmp_path / "out")) == 4
-    prepare(str(corpus), str(tmp_path / "out"), tmp_path / "second", val_fraction=0)  # a folder of shards names its eod
+    prepare(str(corpus), str(tmp_path / "out"), tmp_path / "second", val_fraction=0)  # the folder of shards defines its eod
     assert (tmp_path / "second/train_00000.h5").read_bytes() == (tmp_path / "out/train_00000.h5").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Laws of the report: shares add up to all of the time, what was measured is where it belongs, and no more is claimed."""
+"""Laws of the report: shares add up to the total time, every measurement is in the right part, and nothing else is claimed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(step: int = 0, ranks: int = 2, at: float = 1000.0, **more: Any) -> dic
 
 
 def step(number: int, at: float, compute: tuple[float, ...] = (0.3, 0.5), **more: Any) -> dict[str, Any]:
-    """A step of 1 s at rank 0: 0.1 data, computing, waiting until all met after 0.75, 0.2 update, 0.05 between them."""
+    """A step of 1 s on rank 0: 0.1 data, compute, waiting until all arrived after 0.75, 0.2 update, 0.05 between them."""
     return {
         "step": number, "train_loss": 5.0 / number, "tokens": 100 * number, "tokens_per_second": 100.0, "mfu": None,
         "data_seconds": 0.1, "compute_seconds": compute[0], "comm_wait_seconds": 0.65 - compute[0], "update_seconds": 0.2,
@@ -62,7 +62,7 @@ def write(folder: Path, lines: list[dict[str, Any]], **settings: dict[str, Any])
 
 
 def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
-    """4 s of start, 4 steps of 1 s, 1.5 s of evaluations, half a second of a checkpoint, the rest unknown."""
+    """4 s of start, 4 steps of 1 s, 1.5 s of evaluations, 0.5 s of a checkpoint, the rest unknown."""
     fall = waterfall(read(write(tmp_path / "run", WHOLE)))
     assert fall.whole == pytest.approx(11.5) and list(fall.seconds) == list(PARTS)
     found = {part: seconds for part, seconds in fall.seconds.items() if seconds > 1e-9}
@@ -77,7 +77,7 @@ def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
 
 
 def test_a_slow_step_is_told_apart_from_a_usual_one(tmp_path: Path) -> None:
-    """Of 12 steps one computes 0.2 s longer, on all ranks; ideal are the fastest tenth."""
+    """Of 12 steps one computes 0.2 s longer on all ranks; the fastest tenth is taken as ideal."""
     lines = [start(), *(step(n, 1000.0 + n, (0.5, 0.5) if n == 7 else (0.3, 0.3)) for n in range(1, 13))]
     fall = waterfall(read(write(tmp_path / "run", lines)))
     assert fall.seconds["ideal"] == pytest.approx(12 * 0.3) and fall.seconds["slowdown"] == pytest.approx(0.2)
@@ -88,7 +88,7 @@ SECONDS = st.floats(0, 1e4) | st.sampled_from([0.0, 1e-9])
 
 @given(st.lists(st.tuples(*[SECONDS] * 6, st.lists(SECONDS, max_size=4), st.booleans()), min_size=1, max_size=12))
 def test_shares_add_up_to_all_of_the_time(rows: list[tuple[Any, ...]]) -> None:
-    """Whatever clocks say: also where parts are longer than the whole, and where ranks are longer than rank 0's step."""
+    """With any clocks: also if parts are longer than the whole, or other ranks are slower than rank 0's step."""
     lines: list[dict[str, Any]] = []
     at = 0.0
     for i, (data, compute, wait, update, stall, whole, ranks, dated) in enumerate(rows):
@@ -129,7 +129,8 @@ def test_a_straggler_is_told_apart_from_communication(tmp_path: Path) -> None:
 
 
 def test_what_a_restart_costs(tmp_path: Path) -> None:
-    """A job dies after step 4, the next goes on from step 2 an hour later: two steps are lost, the hour is nobody's."""
+    """A job ends after step 4, and the next resumes from step 2 an hour later: two steps are lost, and the hour belongs to no
+    job."""
     path = write(tmp_path / "run", [start(), *(step(n, 1000.0 + n) for n in (1, 2, 3, 4))]) / "metrics.jsonl"
     metrics = MetricsFile(path, step=2, next_batch=2)
     assert metrics.lost == pytest.approx({"lost_seconds": 2.0, "lost_steps": 2, "lost_joules": 60.0})
@@ -140,13 +141,13 @@ def test_what_a_restart_costs(tmp_path: Path) -> None:
     fall = waterfall(run)
     assert fall.whole == pytest.approx(4 + 2 + 2 + 4 + 2) and fall.seconds["lost"] == 2.0 and fall.seconds["start"] == 8.0
     assert costs(run, 0, 0).joules == pytest.approx(6 * 30.0)
-    again = MetricsFile(path, step=0, next_batch=0)  # back to the beginning: what was lost before is still lost
+    again = MetricsFile(path, step=0, next_batch=0)  # back to the beginning; the earlier loss still counts
     assert again.lost == pytest.approx({"lost_seconds": 2 + 2 + 4 + 2, "lost_steps": 6, "lost_joules": 180.0})
     again.close()
 
 
 def test_in_one_process_the_way_back_is_counted_once(tmp_path: Path) -> None:
-    """It went back at 1004.5 and began anew at 1005: 2.5 s were lost, half of one went by until it went on."""
+    """It returned at 1004.5 and began again at 1005: 2.5 s were lost, and half a second passed until it continued."""
     path = write(tmp_path / "run", [start(), *(step(n, 1000.0 + n) for n in (1, 2, 3, 4))]) / "metrics.jsonl"
     metrics = MetricsFile(path, step=2, next_batch=2)
     metrics.write(start(2, at=1004.5, setup_seconds=8.5, **metrics.lost))
@@ -187,7 +188,7 @@ def test_other_models_do_not_scale(tmp_path: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Are tags closed as they were opened? And what do they load?"""
+    """Checks that tags are closed in order, and collects what they load."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -235,7 +236,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_colours_can_be_read() -> None:
-    """Contrast with the paper, light and dark: 3:1 at least for lines and bars (WCAG 2.2, 1.4.11), 4.5:1 for words."""
+    """Contrast with the background, light and dark: at least 3:1 for lines and bars (WCAG 2.2, 1.4.11), 4.5:1 for text."""
     from mpidp.reporting.page import DARK, LIGHT, STYLE
 
     def light(colour: str) -> float:
@@ -263,7 +264,7 @@ def test_a_run_that_goes_on_now_says_so(tmp_path: Path) -> None:
 
 
 def test_old_records_are_read_for_what_they_say(tmp_path: Path) -> None:
-    """No times, no ranks, half a line at the end."""
+    """Records without times or ranks, and with an incomplete line at the end, are read."""
     old = [
         {
             key: value
@@ -331,7 +332,7 @@ def test_the_command(tmp_path: Path) -> None:
     ):
         failed = command(*words)
         assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr
-    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "metrics.jsonl"]  # as they were
+    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "metrics.jsonl"]  # the run's files are unchanged
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of coming back to full size: asked for only where it can be had, and not for ever at one step."""
+"""Laws of respawning: it is accepted only where it can work, and limited at one step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from mpidp.faults import respawn
 from mpidp.runtime import command
-from mpidp.runtime.environment import newcomer
+from mpidp.runtime.environment import is_replacement_rank
 from mpidp.training import recovery
 
 
@@ -23,9 +23,9 @@ from mpidp.training import recovery
     ],
 )
 def test_why_not(monkeypatch: pytest.MonkeyPatch, tolerant: bool, machines: int, words: list[bytes], why: str) -> None:
-    monkeypatch.setattr(respawn, "tolerant", lambda: tolerant)
+    monkeypatch.setattr(respawn, "launched_with_ulfm", lambda: tolerant)
     monkeypatch.setattr(respawn, "_launchers_words", lambda: words)
-    assert why in respawn.why_not(machines) and bool(why) == bool(respawn.why_not(machines))
+    assert why in respawn.obstacle_to_respawn(machines) and bool(why) == bool(respawn.obstacle_to_respawn(machines))
 
 
 def test_a_newcomer_is_one_by_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,13 +35,13 @@ def test_a_newcomer_is_one_by_what_the_launcher_says(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv("OMPI_PARENT_PORT", raising=False)
         if port:
             monkeypatch.setenv("OMPI_PARENT_PORT", port)
-        assert newcomer() is is_one
+        assert is_replacement_rank() is is_one
 
 
 def job(size: int, step: int, said: list[str]) -> Any:
     return SimpleNamespace(
         comm=SimpleNamespace(size=size), position=SimpleNamespace(step=step),
-        services=SimpleNamespace(progress=SimpleNamespace(say=said.append)),
+        services=SimpleNamespace(progress=SimpleNamespace(print=said.append)),
     )
 
 

@@ -1,5 +1,5 @@
-"""Laws of who is in a round of a quorum, whatever the order in which ranks come: each contribution joins one round, none later
-than the bound; no round waits for ever; and the log of a run is read as what it was."""
+"""Laws of the members of a quorum's rounds, in any order of arrival: each contribution joins one round within the bound; no round
+waits forever; and the log can be replayed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from hypothesis import strategies as st
 
 from mpidp.errors import MpidpError, UsageError
 from mpidp.strategies.arrivals import read_arrivals
-from mpidp.strategies.quorum_rounds import Roll
+from mpidp.strategies.quorum_rounds import RoundTracker
 
 
-def run(roll: Roll, chance: st.DataObject, rounds: int) -> list[list[int]]:
-    """Ranks that contribute a batch whenever chance lets them, and not before the round of the batch before is closed; the last
-    round meets. Gives the counts of each round; AssertionError when nobody can go on."""
-    ranks, found = len(roll.lanes), list[list[int]]()
+def run(tracker: RoundTracker, chance: st.DataObject, rounds: int) -> list[list[int]]:
+    """Simulate ranks that contribute a batch at random times, after the round of the previous batch is closed; the last round is
+    a meeting. Return the members of each round. AssertionError if no rank can continue."""
+    ranks, found = len(tracker.lanes), list[list[int]]()
     while len(found) < rounds:
-        able = [rank for rank in range(ranks) if roll.given[rank] <= len(found)]
-        while (closed := roll.close()) is None:
+        able = [rank for rank in range(ranks) if tracker.given[rank] <= len(found)]
+        while (closed := tracker.close_round()) is None:
             assert able, "all have given what they can, and the round does not close"
             rank = able.pop(chance.draw(st.integers(0, len(able) - 1)))
-            roll.hear(rank, 10.0**rank, roll.given[rank] + 1 == rounds)
-            if roll.given[rank] <= len(found):
+            tracker.add(rank, 10.0**rank, tracker.given[rank] + 1 == rounds)
+            if tracker.given[rank] <= len(found):
                 able.append(rank)
-        joined, tokens, meets = closed
-        assert tokens == sum(count * 10.0**rank for rank, count in enumerate(joined)) and meets == (len(found) + 1 == rounds)
+        joined, tokens, is_last = closed
+        assert tokens == sum(count * 10.0**rank for rank, count in enumerate(joined)) and is_last == (len(found) + 1 == rounds)
         found.append(joined)
     return found
 
@@ -36,7 +36,7 @@ def run(roll: Roll, chance: st.DataObject, rounds: int) -> list[list[int]]:
 @given(st.data(), st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 7))
 def test_each_joins_once_and_in_time(data: st.DataObject, lanes: list[int], staleness: int, rounds: int) -> None:
     needed = data.draw(st.integers(1, sum(lanes)))
-    found = run(Roll(lanes, needed, staleness), data, rounds)
+    found = run(RoundTracker(lanes, needed, staleness), data, rounds)
     had = [0] * len(lanes)
     for i, joined in enumerate(found, 1):
         had = [one + count for one, count in zip(had, joined, strict=True)]
@@ -47,26 +47,26 @@ def test_each_joins_once_and_in_time(data: st.DataObject, lanes: list[int], stal
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 6))
 def test_another_order_of_coming_repeats_the_rounds(data: st.DataObject, ranks: int, staleness: int, rounds: int) -> None:
-    found = run(Roll([1] * ranks, 1, staleness), data, rounds)
+    found = run(RoundTracker([1] * ranks, 1, staleness), data, rounds)
     order = [[rank for rank, count in enumerate(joined) for _ in range(count)] for joined in found]
-    assert run(Roll([1] * ranks, 1, staleness, order), data, rounds) == found
+    assert run(RoundTracker([1] * ranks, 1, staleness, order), data, rounds) == found
 
 
 def test_a_round_without_a_target_waits_for_all() -> None:
-    roll = Roll([1, 1], 1, 1)
-    roll.hear(0, 0.0, False)
-    assert roll.close() is None
-    roll.hear(1, 0.0, False)
-    assert roll.close() == ([1, 1], 0.0, False)
+    tracker = RoundTracker([1, 1], 1, 1)
+    tracker.add(0, 0.0, False)
+    assert tracker.close_round() is None
+    tracker.add(1, 0.0, False)
+    assert tracker.close_round() == ([1, 1], 0.0, False)
 
 
 @pytest.mark.parametrize("order", [[[0, 1]], [[0], [0, 1]]])
 def test_meetings_elsewhere_than_in_the_run_that_is_repeated(order: list[list[int]]) -> None:
-    roll = Roll([1, 1], 1, 1, order)
+    tracker = RoundTracker([1, 1], 1, 1, order)
     for rank in range(2):
-        roll.hear(rank, 1.0, len(order) > 1)
+        tracker.add(rank, 1.0, len(order) > 1)
     with pytest.raises(MpidpError, match="strategy.replay"):
-        list(iter(roll.close, None))
+        list(iter(tracker.close_round, None))
 
 
 LINES = [{"step": 1}, {"step": 2, "arrivals": [[0], [0, 1, 1]]}, {"step": 4, "arrivals": [[0, 1], [1], [0, 0, 1]]}]

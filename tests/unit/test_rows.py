@@ -1,4 +1,4 @@
-"""Laws of rows: what is learned is the completion, or what the assistant says; packing changes no loss; bad rows are told."""
+"""Laws of rows: the loss covers completions or assistant turns, packing changes no loss, and bad rows are reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def chat(*said: str, first: str = "user") -> dict[str, Any]:
 
 
 def rows_of(out: Path, split: str = "train") -> list[tuple[list[int], list[bool]]]:
-    """(ids, which are learned) of each document in order, padding after it included."""
+    """Return (ids, loss mask) of each document in order, including the padding after it."""
     stream = TokenStream(out, split)
     stream.check(contents=True)
     ids, mask = stream.read(0, stream.num_tokens), stream.read_mask(0, stream.num_tokens)
@@ -67,7 +67,7 @@ def rows_of(out: Path, split: str = "train") -> list[tuple[list[int], list[bool]
 
 
 def spoken(out: Path, split: str = "train") -> list[tuple[str, str]]:
-    """(text, learned text) of each row, for the byte tokenizer, EOD as "$"; the padding is left out."""
+    """Return (text, text with loss) of each row for the byte tokenizer, with EOD as "$" and without padding."""
     def text(ids: list[int]) -> str:
         return bytes(ord("$") if i == 256 else i for i in ids).decode()
 
@@ -76,7 +76,7 @@ def spoken(out: Path, split: str = "train") -> list[tuple[str, str]]:
 
 
 def test_of_a_pair_the_completion_and_the_end_are_learned(tmp_path: Path) -> None:
-    """A first token has nothing that foretells it."""
+    """A first token is not predicted, so it is no target."""
     source = write(tmp_path / "a.jsonl", pair("2+2=", "4"), pair("", "abc"), "", pair("say ", "hi there"))
     index = prepare(source, out=tmp_path / "out", form="prompt_completion", seq_len=16, val_fraction=0, shards=2)
     assert sorted(spoken(tmp_path / "out")) == [("2+2=4$", "4$"), ("abc$", "bc$"), ("say hi there$", "hi there$")]
@@ -87,7 +87,7 @@ def test_of_a_pair_the_completion_and_the_end_are_learned(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("template", "row", "text", "learned"), [
     (CHATML, chat("hi", "yo"), "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n$", "yo<|im_end|>\n$"),
     (STRICT, chat("one", "two", "three", "four"), "u:one\na:two\nu:three\na:four\n$", "two\nfour\n$"),
-    (STRICT, chat("one", "two", "three"), "u:one\na:two\nu:three\n$", "two\n"),  # the end follows what is not learned
+    (STRICT, chat("one", "two", "three"), "u:one\na:two\nu:three\n$", "two\n"),  # after a turn without loss EOD has none
     (MARKED, chat("one", "two", "three", "four"), "u:one;a:two.;u:three;a:four.;$", "two.four.$"),
     (MARKED, chat("first", "then", first="assistant"), "a:first.;u:then;$", "first."),
 ])  # fmt: skip
@@ -101,7 +101,7 @@ def test_of_a_conversation_what_the_assistant_says_is_learned(
 
 
 def hugging_face(folder: Path, eod: str, chat_template: Any = CHATML) -> str:
-    """A tokenizer whose special tokens are those of a template."""
+    """A tokenizer that contains a template's special tokens."""
     about = json.loads(train_bpe(iter(["user assistant: what it says, and what you said " * 9]), 280).to_json())
     first = 1 + max(about["model"]["vocab"].values())
     names = {"id": first, "content": "<|im_start|>"}, {"id": first + 1, "content": "<|im_end|>"}
@@ -116,7 +116,7 @@ def hugging_face(folder: Path, eod: str, chat_template: Any = CHATML) -> str:
 
 @pytest.mark.parametrize(("eod", "learned"), [("<|im_end|>", "yo<|im_end|>\n"), ("<|endoftext|>", "yo<|im_end|>\n<|endoftext|>")])
 def test_a_template_s_special_tokens_are_single_ids(tmp_path: Path, eod: str, learned: str) -> None:
-    """And an end that the template says itself is not learned twice."""
+    """An end token that the template writes itself is not added again."""
     tokenizer = hugging_face(tmp_path / "hf", eod)
     source = write(tmp_path / "a.jsonl", chat("hi", "yo"))
     prepare(source, tokenizer, tmp_path / "out", 1, 0.0, form="chat", seq_len=40, eod=eod)
@@ -148,7 +148,7 @@ def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
     [(ids, places)] = placer(tokenizer)([text])
     assert ids.tolist() == tokenizer.encode(text).tolist() and (np.diff(places) >= 0).all()
     for place in places:
-        if tokenizer.kind != "bpe" or text[:place].isascii():  # else a token may hold the end of one character and the next
+        if tokenizer.kind != "bpe" or text[:place].isascii():  # otherwise a token may span two characters
             assert tokenizer.decode(ids[places >= place]) == text[place:]
 
 
@@ -231,8 +231,8 @@ def test_no_row_crosses_a_window_and_few_windows_are_needed(lengths: list[int], 
 
 
 def test_packed_is_unpacked(tmp_path: Path) -> None:
-    """The loss of each row beside others is that of the row alone, in training and evaluation, and so is the gradient; and shards
-    cut a row where they like."""
+    """The loss of each packed row, and its gradient, equal those of the row alone, in training and evaluation. Shards may divide
+    a row anywhere."""
     words = ["the rank of a tree", "adds its lanes", "in order", "so that", "no one can tell", "who was there", "when done"]
     rows = [pair(words[i % 7], f"{words[i * 3 % 7]} {i}") for i in range(23)]
     source = write(tmp_path / "a.jsonl", *rows)

@@ -1,4 +1,5 @@
-"""Laws of a run's folder: one job at a time, a dead one gives way; begin, go on or refuse, naming what changed."""
+"""Laws of a run's folder: one job at a time, locks of dead jobs are taken over; start, resume, or reject with the changed
+settings."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.resume import find_checkpoint, refuse_changes, set_aside
+from mpidp.checkpoint.resume import find_checkpoint, reject_changed_settings, set_aside
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
@@ -51,7 +52,7 @@ def test_a_lock_names_its_holder_and_goes(tmp_path: Path) -> None:
     assert (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid())
     lock.release()
     assert not (tmp_path / "deep/run/lock").exists()
-    lock.release()  # twice does no harm
+    lock.release()  # releasing twice is harmless
     RunLock(tmp_path / "deep" / "run").release()
 
 
@@ -83,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_that_find_a_dead_holder_do_not_both_take_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One looks at the dead holder while another comes, looks and takes."""
+    """One job examines a dead holder while another one takes the lock over."""
     run, pid = tmp_path / "run", dead_pid()
     held(run, pid=pid)
     alive, tried, winners = run_lock._alive, [], []
@@ -105,7 +106,7 @@ def test_two_that_find_a_dead_holder_do_not_both_take_over(tmp_path: Path, monke
 
 
 def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
-    """mpirun may come back a moment before its ranks are gone."""
+    """mpirun may return shortly before its ranks have exited."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
     run = held(tmp_path / "run", pid=child.pid)
     RunLock(run, patience_seconds=20.0)
@@ -113,12 +114,12 @@ def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     child.wait()
 
 
-# --- holders that the kernel of this machine knows nothing of
+# --- holders on other machines, unknown to this kernel
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A holder counts ten times a second."""
+    """Make a holder update its counter ten times a second."""
     monkeypatch.setattr(run_lock, "COUNT_SECONDS", 0.1)
 
 
@@ -182,7 +183,7 @@ def test_a_job_of_another_host_that_is_gone_gives_way(tmp_path: Path, quick: Non
 
 
 def test_a_machine_that_was_started_anew_is_another(tmp_path: Path, quick: None) -> None:
-    """Its pids mean other processes now."""
+    """After a reboot its pids belong to other processes."""
     RunLock(held(tmp_path / "run", boot="before"), watch_seconds=0.2).release()
 
 
@@ -192,7 +193,7 @@ def test_a_holder_that_was_asleep_and_taken_for_dead_gives_up(tmp_path: Path, qu
         lock = RunLock(tmp_path, watch_seconds=0.5)
         os.kill(child.pid, signal.SIGCONT)
         assert said(child) == "lost\n" and child.wait(20) == 0
-        assert lock.held()  # the other's release left it alone
+        assert lock.held()  # the other's release did not affect it
         lock.release()
 
 
@@ -204,7 +205,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, job: str, restart: str) -> dict[str, 
 
 
 def test_a_requeued_job_takes_over_from_its_old_copy(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where slurmd alone died, the old copy still runs."""
+    """If only slurmd failed, the old copy still runs."""
     variables = slurm(monkeypatch, "7", "1")
     with elsewhere(tmp_path, **variables | {"SLURM_RESTART_COUNT": "0"}) as child:
         lock = RunLock(tmp_path, watch_seconds=600.0)
@@ -217,7 +218,7 @@ def test_a_requeued_job_takes_over_from_its_old_copy(tmp_path: Path, quick: None
 def test_nobody_else_takes_over_from_a_live_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, restart: str
 ) -> None:
-    """The same start of the job, an older copy of it, other jobs."""
+    """Neither the same start of the job, nor an older copy, nor other jobs."""
     variables = slurm(monkeypatch, "7", "3")
     with elsewhere(tmp_path, **variables):
         slurm(monkeypatch, job, restart)
@@ -240,7 +241,7 @@ def test_a_pid_that_was_given_to_another_process_holds_nothing(tmp_path: Path) -
     run = held(tmp_path / "run", started=1)
     RunLock(run, patience_seconds=0.0).release()
     with pytest.raises(UsageError, match=f"process {os.getpid()}"):
-        RunLock(held(run, started=run_lock.process(os.getpid())[1]), patience_seconds=0.0)
+        RunLock(held(run, started=run_lock.process_state(os.getpid())[1]), patience_seconds=0.0)
 
 
 def test_a_folder_that_vanished_is_nobody_else_s(tmp_path: Path, quick: None) -> None:
@@ -298,7 +299,7 @@ def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "config.toml", "tries.json"):
         (tmp_path / name).write_text(name)
     (tmp_path / "lock").write_text("")
-    spoil(tmp_path / "checkpoints/step_00000002")  # not even a valid one is needed
+    spoil(tmp_path / "checkpoints/step_00000002")  # a damaged checkpoint is enough
     reader, notes = find_checkpoint(tmp_path, "never", ALONE)
     assert reader is None and "previous_1" in notes[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "previous_1"]
@@ -321,7 +322,7 @@ FIXED_KEYS = {
 
 
 def other(value: Any, about: dataclasses.Field[Any]) -> Any:
-    """Some other value of the same type."""
+    """Return a different value of the same type."""
     if about.metadata["choices"]:
         return next((choice for choice in about.metadata["choices"] if choice != value), "other")
     return not value if isinstance(value, bool) else value + "x" if isinstance(value, str) else value + 1
@@ -337,11 +338,11 @@ def test_a_change_is_refused_by_name_or_taken(key: str) -> None:
     saved = {name: other(value, about) if name == key else value for name, about, value in fields_of(config)}
     if key in FIXED_KEYS:
         with pytest.raises(UsageError, match=rf"{re.escape(key)} was .*, is .*run\.dir.*resume=never") as caught:
-            refuse_changes(saved, config)
+            reject_changed_settings(saved, config)
         assert not any(f"{name} was" in str(caught.value) for name in FIXED_KEYS - {key})
     else:
-        refuse_changes(saved, config)
+        reject_changed_settings(saved, config)
 
 
 def test_a_checkpoint_of_an_older_version_lacks_new_keys() -> None:
-    refuse_changes({}, Config())
+    reject_changed_settings({}, Config())

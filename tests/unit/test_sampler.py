@@ -1,4 +1,4 @@
-"""Laws of the sampler: every window once an epoch, a pure function of its arguments, well mixed, read in long runs."""
+"""Laws of the sampler: every window once per epoch, a pure function of its arguments, well mixed, with long reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpidp.errors import DataError
 
 
 def of_epoch(sampler: Sampler, epoch: int) -> list[list[np.ndarray]]:
-    """The windows of each micro-batch of each batch of an epoch."""
+    """Return the windows of each micro-batch of each batch of an epoch."""
     first = epoch * sampler.steps_per_epoch
     return [[sampler.windows(batch, v) for v in range(sampler.lanes.num_micro_batches)]
             for batch in range(first, first + sampler.steps_per_epoch)]
@@ -27,7 +27,7 @@ def flat(batches: list[list[np.ndarray]]) -> np.ndarray:
 
 @st.composite
 def samplers(draw: st.DrawFn) -> Sampler:
-    """Small corpora with small blocks (token_bytes makes a block of 1..50 windows), so that every edge is met."""
+    """Draw small corpora with small blocks (token_bytes gives blocks of 1 to 50 windows), so that every edge case occurs."""
     global_batch = draw(st.integers(1, 24))
     micro_batch = draw(st.integers(1, global_batch))
     lanes = Lanes(global_batch, micro_batch, draw(st.integers(1, -(-global_batch // micro_batch))))
@@ -79,7 +79,7 @@ def test_a_lane_reads_its_own_part_in_pools_fetched_once(sampler: Sampler, epoch
                 assert not len(windows) or bool(pools)
                 if sampler.order == "shuffled":
                     assert set(windows) <= set(sampler.part(lane))
-    assert sum(map(len, fetched.values())) == sampler.num_windows  # nothing is fetched twice, or for nothing
+    assert sum(map(len, fetched.values())) == sampler.num_windows  # nothing is read twice or unnecessarily
     if sampler.order == "shuffled":
         follow = {sampler.following(pool) for pool in fetched} - {None}
         assert follow <= set(fetched) and all(pool in follow for pool in fetched if pool.number > 0)
@@ -92,7 +92,7 @@ def test_sequential_order_is_the_order_of_the_stream() -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A change of these numbers breaks the resumption of every run: do not."""
+    """Changing these numbers breaks the resume of existing runs."""
     sampler = Sampler(100_001, 10, Lanes(8, 2, 2), seed=1, token_bytes=2**10)
     assert sampler.windows(0, 0).tolist() == [3371, 3997]
     assert sampler.windows(9_999, 3).tolist() == [6982, 8555]
@@ -100,7 +100,7 @@ def test_the_order_is_pinned() -> None:
 
 @pytest.mark.parametrize("windows", [300, 5_000, 60_000])
 def test_shuffled_order_mixes(windows: int) -> None:
-    """Neighbours in the corpus rarely follow each other, epochs and seeds differ, and early windows come late too."""
+    """Neighbours in the corpus rarely follow each other, epochs and seeds differ, and early windows also occur late."""
     lanes = Lanes(32, 32, 1)
     sampler = Sampler(windows * 64 + 1, 64, lanes, seed=3)
     order = flat(of_epoch(sampler, 0))

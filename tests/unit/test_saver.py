@@ -1,4 +1,4 @@
-"""Laws of when to save, and of what a save leaves on the disk when somebody looks over its shoulder."""
+"""Laws of when to save, and of the files that a save leaves on the disk at any moment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALONE = MPI.COMM_SELF
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 10_000), st.integers(0, 100))
 def test_the_interval_loses_least(cost: float, num_nodes: int, failures: int) -> None:
-    """Of time to save, cost / interval, and time to do again, half an interval a failure."""
+    """It minimises the time to save, cost / interval, plus the time to repeat, half an interval per failure."""
     mean = (NODE_SECONDS / num_nodes + 5e4) / (1 + failures)
     best = best_interval(cost, 0.0, num_nodes, failures, 5e4)
 
@@ -54,8 +54,8 @@ def test_the_clock_decides_where_every_is_automatic(tmp_path: Path, monkeypatch:
     later = saver_module.FIRST_SECONDS
     assert saver.due(6, saver.flags())
     saver.begin(6, {"w": Entry(torch.ones(3))}, {})
-    saver.finish(must=True)
-    [event] = saver.news()
+    saver.wait_for_save(must=True)
+    [event] = saver.pop_events()
     interval = best_interval(event["cpu_seconds"] + event["stall_seconds"], event["seconds"], 1, 0, 0.0)
     later = interval - 2.0
     assert not saver.due(8, saver.flags())
@@ -67,13 +67,13 @@ def test_the_clock_decides_where_every_is_automatic(tmp_path: Path, monkeypatch:
 def test_the_step_decides_otherwise(tmp_path: Path, every: int) -> None:
     saver = saver_of(ALONE, tmp_path, every=every)
     assert [step for step in range(1, 10) if saver.due(step, np.zeros(4))] == ([3, 6, 9] if every else [])
-    saver.step = 6  # resumed there
+    saver.step = 6  # resumed at this step
     assert not saver.due(6, np.zeros(4))
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_the_files_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Every dtype and kind of shape, also in blocks that end anywhere, reads back by the library."""
+    """Every dtype and shape, also with blocks of any length, can be read by the safetensors library."""
     tensors = {"a/b": torch.arange(24).view(2, 3, 4), "none": torch.zeros(0, 3), "ü": torch.ones(1)}
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     pieces = [Piece(name, tensor, (0,) * tensor.dim()) for name, tensor in tensors.items()]
@@ -87,14 +87,14 @@ def test_the_files_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) 
 
 
 def test_a_save_that_is_waited_for_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest model that fits has no room for a copy beside it."""
+    """So that the largest model that fits in memory needs no second copy."""
     taken: list[int] = []
     saver = saver_of(ALONE, tmp_path)
-    take = saver._memory.take
-    monkeypatch.setattr(saver._memory, "take", lambda size, pinned: taken.append(size) or take(size, pinned))
+    take = saver._memory.allocate
+    monkeypatch.setattr(saver._memory, "allocate", lambda size, pinned: taken.append(size) or take(size, pinned))
     for step, wait in itertools.product((1, 2), (True, False)):
         saver.begin(2 * step + wait, {"w": Entry(torch.ones(3))}, {}, wait)
-        saver.finish(must=True)
+        saver.wait_for_save(must=True)
         assert saver._save is not None and saver._save.thread.join(10) is None
     assert taken == [12, 12] and len(committed(tmp_path / "checkpoints")) == 3
 
@@ -104,23 +104,23 @@ def test_no_memory_for_a_copy_costs_the_checkpoint_alone(tmp_path: Path, capsys:
         raise RuntimeError("not enough memory")
 
     saver: Saver = saver_of(ALONE, tmp_path)
-    saver._memory.take = none_left  # type: ignore[method-assign]
+    saver._memory.allocate = none_left  # type: ignore[method-assign]
     saver.begin(1, {"w": Entry(torch.ones(3))}, {})
-    saver.copied()
+    saver.wait_for_copy()
     while not saver.flags()[2]:
         pass
     assert saver.due(2, saver.flags())
-    assert [event["event"] for event in saver.news()] == ["save_failed"]
+    assert [event["event"] for event in saver.pop_events()] == ["save_failed"]
     assert "the checkpoint of step 1 could not be written" in capsys.readouterr().err
     saver.begin(2, {"w": Entry(torch.ones(3))}, {}, wait=True)
-    saver.finish(must=True)
+    saver.wait_for_save(must=True)
     assert [path.name for path in committed(tmp_path / "checkpoints")] == ["step_00000002"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED FOR LACK OF a GPU")
 @pytest.mark.parametrize("wait", [False, True])
 def test_what_lies_on_a_gpu_is_copied_before_it_changes(tmp_path: Path, wait: bool) -> None:
-    """Also what the GPU still computes when the save begins."""
+    """Including values that the GPU is still computing when the save begins."""
     saver = saver_of(ALONE, tmp_path)
     for step in range(1, 6):
         state = torch.zeros(4 << 20, device="cuda")
@@ -130,10 +130,10 @@ def test_what_lies_on_a_gpu_is_copied_before_it_changes(tmp_path: Path, wait: bo
         entries = {"w": Entry(state), "columns": columns, "step": Entry(torch.ones(()))}
         saver.begin(step, entries, {}, wait)
         if wait:
-            saver.finish(must=True)
-        saver.copied()
+            saver.wait_for_save(must=True)
+        saver.wait_for_copy()
         state.fill_(-1)
-        saver.finish(must=True)
+        saver.wait_for_save(must=True)
         reader = Reader(tmp_path / f"checkpoints/step_{step:08d}")
         assert torch.equal(reader["w"], torch.full((4 << 20,), 50.0 * step)) and reader["step"].item() == 1
         assert torch.equal(reader["columns"], torch.full((2 << 20, 1), 50.0 * step))

@@ -1,4 +1,4 @@
-"""Laws of schedules: nobody waits for ever, sums keep their order, and the bubble is as short as it is said to be."""
+"""Laws of schedules: no deadlock, a fixed order of sums, and a bubble as short as documented."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def schedules(stages: int, chunks: int, count: int) -> list[list[Instruction]]:
 
 
 def seconds(orders: list[list[Instruction]], stages: int, chunks: int) -> Fraction:
-    """Of a step in which a micro-batch's forward through a stage takes 1, its backward 2, and messages nothing. An AssertionError
-    when all wait for each other."""
+    """Return the time of a step in which a micro-batch takes 1 for a stage's forward, 2 for its backward, and messages take 0.
+    AssertionError on a deadlock."""
     done: dict[tuple[bool, int, int], Fraction] = {}
     clock, at, moved = [Fraction(0)] * stages, [0] * stages, True
     while moved:
@@ -44,7 +44,7 @@ def seconds(orders: list[list[Instruction]], stages: int, chunks: int) -> Fracti
 @pytest.mark.parametrize("chunks", [1, 2, 3, 4])
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_every_stage_gets_through(stages: int, chunks: int) -> None:
-    """Whatever the number of micro-batches; each once through each chunk, in order, and one word says which is the last."""
+    """For any number of micro-batches: each passes once through each chunk, in order, and the last one is marked."""
     for count in (*range(1, 18), 24, 31, 32):
         orders = schedules(stages, chunks, count)
         took = seconds(orders, stages, chunks)
@@ -62,8 +62,8 @@ def test_every_stage_gets_through(stages: int, chunks: int) -> None:
 
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_few_micro_batches_are_in_flight(chunks: int) -> None:
-    """The first stage keeps (1 + (S - 1) / (K S)) times what it keeps of 1F1B (Korthikanti 2022, section 4.2.3), and as little
-    when there are many micro-batches."""
+    """The first stage keeps (1 + (S - 1) / (K S)) times as much as with 1F1B (Korthikanti 2022, section 4.2.3), also with many
+    micro-batches."""
     stages = 4
     for count in (8, 64):
         open_, most = 0, 0

@@ -1,4 +1,5 @@
-"""Laws of the shard format: what was written is read, the same bytes each time, and nothing hostile is opened."""
+"""Laws of the shard format: a round trip restores the data, files have the same bytes each time, and hostile files are not
+opened."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ LENGTHS = [1000, 3, 4096, 1]
 
 
 def make_shards(folder: Path, lengths: list[int] = LENGTHS, vocab_size: int = 300, mask: bool = False) -> np.ndarray:
-    """A train split of random tokens; returns them."""
+    """Write a training split of random tokens; return them."""
     folder.mkdir(exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, vocab_size, sum(lengths))
     records, at = [], 0
@@ -46,7 +47,7 @@ def change_index(folder: Path, change: Any) -> None:
 
 
 def adopt(folder: Path, i: int = 0) -> None:
-    """Make the index believe in the bytes of a file, so that only its structure can betray it."""
+    """Update the index to the file's bytes, so that only its structure can reveal the fault."""
     path = folder / f"train_{i:05d}.h5"
 
     def change(raw: Any) -> None:
@@ -133,7 +134,7 @@ def test_only_the_index_is_read_at_first(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, name: str, make: Any) -> None:
-    """Replace a dataset by what make(file) puts there."""
+    """Replace a dataset by the result of make(file)."""
     with h5py.File(path, "r+") as file:
         del file[name]
         make(file)
@@ -210,7 +211,7 @@ def test_truncated_files_are_refused(tmp_path: Path, size: int) -> None:
     with pytest.raises(DataError, match="train_00000.h5.*bytes"):
         TokenStream(tmp_path).check()
     if size:
-        adopt(tmp_path)  # an index that says so too does not help
+        adopt(tmp_path)  # a matching index does not help
         with pytest.raises(DataError, match="train_00000.h5"):
             TokenStream(tmp_path).check()
 

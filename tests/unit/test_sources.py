@@ -1,4 +1,4 @@
-"""Laws of reading sources: every format gives its documents, and damage is named, counted or refused."""
+"""Laws of reading sources: every format gives its documents, and damage is reported, counted or rejected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARCHIVES = [".jsonl.gz", ".jsonl.zst", ".parquet"]
 
 
 def read(path: Path, **options: Any) -> tuple[list[str], Counts]:
-    """The documents of a file and what was counted."""
+    """Return the documents of a file and the counts."""
     reader, found, under_way = SourceReader(**options), [], ""
     for piece in reader.pieces(SourceFile(path.name, str(path), path.stat().st_size)):
         under_way += piece or ""
@@ -31,7 +31,7 @@ def read(path: Path, **options: Any) -> tuple[list[str], Counts]:
 
 
 def write(path: Path) -> None:
-    """TEXTS in the format of the name."""
+    """Write TEXTS in the format given by the file name."""
     lines = "".join(json.dumps({"text": text, "other": 1}) + "\n\n" for text in TEXTS).encode()
     if path.suffix == ".parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

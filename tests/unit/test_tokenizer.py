@@ -1,4 +1,4 @@
-"""Laws of the tokenizers: text comes back, bytes add up, EOD never comes from text, and bad files are refused."""
+"""Laws of the tokenizers: decoding restores the text, byte counts add up, text never produces EOD, and bad files are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of the tree over lanes: one sum, bit for bit, whoever computes which lanes in which order; few buffers; few roundings."""
+"""Laws of the tree over lanes: one sum, bit for bit, whichever rank computes which lanes in which order; few buffers; few
+roundings."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.tree import slots_needed
-from mpidp.reducers.tree_order import Folder, Node, fold, fold_all, held_after
+from mpidp.reducers.tree_order import Node, TreeSum, fold, fold_all, held_after
 
 Groups = list[list[list[int]]]  # the lanes of each rank of each group, in the order in which it computes them
 Place = tuple[int, int, int]  # (group, rank in it, slot)
@@ -21,7 +22,7 @@ Place = tuple[int, int, int]  # (group, rank in it, slot)
 
 @st.composite
 def shared_out(draw: st.DrawFn) -> tuple[int, Groups]:
-    """Any number of lanes; groups hold consecutive runs of them (some empty), their ranks any of those, in any order."""
+    """Draw any number of lanes; groups hold consecutive ranges of them (some empty), their ranks any of those, in any order."""
     num_lanes = draw(st.integers(1, 100))
     inner = sorted(draw(st.lists(st.integers(0, num_lanes), max_size=6)))
     groups: Groups = []
@@ -34,13 +35,13 @@ def shared_out(draw: st.DrawFn) -> tuple[int, Groups]:
 
 
 def gradients(num_lanes: int, seed: int) -> np.ndarray:
-    """(num_lanes, 5) float32 of very different sizes and signs: any other order of addition gives other bits."""
+    """Return (num_lanes, 5) float32 of very different magnitudes and signs: another order of addition gives other bits."""
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((num_lanes, 5)) * 10.0 ** rng.integers(-4, 5, (num_lanes, 5))).astype(np.float32)
 
 
 def reference(values: np.ndarray, level: int | None = None, index: int = 0) -> np.ndarray:
-    """The definition: node (k, i) is (k-1, 2i) + (k-1, 2i+1), or its left child where the right one has no lane."""
+    """The definition: node (k, i) is (k-1, 2i) + (k-1, 2i+1), or its left child if the right one has no lane."""
     level = (len(values) - 1).bit_length() if level is None else level
     if level == 0:
         return values[index]
@@ -56,27 +57,27 @@ def lanes_of(node: Node, num_lanes: int) -> set[int]:
 
 
 class Rank:
-    """One that does what its Folder says. A slot in use is never begun anew, nor an empty one read."""
+    """A rank that follows its TreeSum. It asserts that no used slot is overwritten and no empty one is read."""
 
     def __init__(self, lanes: Iterable[int], values: np.ndarray, siblings_share: bool) -> None:
-        folder = Folder(len(values), siblings_share)
+        tree_sum = TreeSum(len(values), siblings_share)
         self.slots: dict[int, np.ndarray] = {}
         self.holds: dict[int, set[int]] = {}
         for lane in lanes:
-            slot, fresh = folder.open(lane)
+            slot, fresh = tree_sum.open(lane)
             assert fresh == (slot not in self.holds), "a slot that holds a sum is not zeroed, any other is"
             self.slots[slot] = values[lane].copy() if fresh else self.slots[slot] + values[lane]
             self.holds[slot] = {lane} if fresh else self.holds[slot] | {lane}
-            for into, source in folder.close(lane):
+            for into, source in tree_sum.close(lane):
                 self.slots[into] = self.slots[into] + self.slots[source]
                 self.holds[into] |= self.holds.pop(source)
-        self.nodes, self.num_slots = folder.nodes, folder.num_slots
+        self.nodes, self.num_slots = tree_sum.nodes, tree_sum.num_slots
         assert self.holds == {slot: lanes_of(node, len(values)) for node, slot in self.nodes.items()}
         assert set(self.slots) == set(range(self.num_slots))
 
 
 def add(places: dict[Place, np.ndarray], additions: Sequence[tuple[Place, Place]]) -> None:
-    """In place. What was added to another is not read again."""
+    """Add in place. A slot that was added to another is not read again."""
     gone: set[Place] = set()
     for into, source in additions:
         assert into != source and not gone & {into, source}
@@ -102,7 +103,7 @@ def test_whoever_computes_which_lanes_the_bits_are_the_references(
             held += [(node, (g, r, slot)) for node, slot in rank.nodes.items()]
         additions, left_over = fold(held, num_lanes)
         add(places, additions)
-        # What a group is left with follows from its run of lanes, whoever of it computed which: others rely on that.
+        # The remaining nodes of a group depend only on its range of lanes, not on which rank computed which.
         run = sorted(lane for lanes in group for lane in lanes)
         assert [node for node, _ in left_over] == [node for node, _ in fold([((0, lane), lane) for lane in run], num_lanes)[1]]
         assert set().union(*(lanes_of(node, num_lanes) for node, _ in left_over)) == set(run)
@@ -125,19 +126,19 @@ def test_few_buffers(num_lanes: int, ranks: int, siblings_share: bool) -> None:
         if lanes.start % (1 << (len(lanes) - 1).bit_length()) == 0:
             assert num_slots <= math.ceil(math.log2(len(lanes))) + 1
         if len(lanes) == 1:
-            assert num_slots == 1  # as many ranks as lanes: no extra gradient buffer
+            assert num_slots == 1  # as many ranks as lanes need no extra gradient buffer
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.integers(2, 100), st.booleans())
 def test_a_rank_has_buffers_for_any_run_that_it_may_ever_own(data: st.DataObject, num_lanes: int, kept_apart: bool) -> None:
     lanes = Lanes(num_lanes, 1, num_lanes)
-    max_lanes = data.draw(st.integers(1, num_lanes - 1))  # two ranks at least, and none is without a lane
+    max_lanes = data.draw(st.integers(1, num_lanes - 1))  # at least two ranks, all with lanes
     first = data.draw(st.integers(0, num_lanes - 1))
     mine = range(first, data.draw(st.integers(first + 1, min(num_lanes, first + max_lanes))))
-    fixed = slots_needed(lanes, mine, 0, settled=True, kept_apart=kept_apart)
+    fixed = slots_needed(lanes, mine, 0, static=True, kept_apart=kept_apart)
     assert fixed == held_after(mine, num_lanes, not kept_apart)[1]
-    slots = slots_needed(lanes, mine, max_lanes, settled=True, kept_apart=kept_apart)
+    slots = slots_needed(lanes, mine, max_lanes, static=True, kept_apart=kept_apart)
     for start in range(num_lanes):
         for stop in range(start + 1, min(num_lanes, start + max_lanes) + 1):
             assert held_after(range(start, stop), num_lanes, not kept_apart)[1] <= slots, range(start, stop)
@@ -146,19 +147,19 @@ def test_a_rank_has_buffers_for_any_run_that_it_may_ever_own(data: st.DataObject
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.integers(1, 100), st.integers(1, 8), st.booleans())
 def test_a_thief_asks_for_room_and_never_overflows(data: st.DataObject, num_lanes: int, ranks: int, kept_apart: bool) -> None:
-    """It computes any first part of its own run, then any lanes at all, one more while fewer nodes than slots are held."""
+    """It computes any prefix of its own range, then any lanes, each one only while fewer nodes than slots are held."""
     lanes = Lanes(num_lanes, 1, num_lanes)
     mine = lanes.of_rank(data.draw(st.integers(0, ranks - 1)), ranks)
-    slots = slots_needed(lanes, mine, 0, settled=False, kept_apart=kept_apart)
+    slots = slots_needed(lanes, mine, 0, static=False, kept_apart=kept_apart)
     own = mine[: data.draw(st.integers(0, len(mine)))]
-    folder = Folder(num_lanes, siblings_share=not kept_apart)
+    tree_sum = TreeSum(num_lanes, siblings_share=not kept_apart)
     for i, lane in enumerate([*own, *data.draw(st.permutations(sorted(set(range(num_lanes)) - set(own))))]):
-        if i >= len(own) and len(folder.nodes) >= slots:
+        if i >= len(own) and len(tree_sum.nodes) >= slots:
             break
-        folder.open(lane)
-        folder.close(lane)
-        assert folder.num_slots <= slots
-    assert len(own) == num_lanes or slots > len(held_after(own, num_lanes, not kept_apart)[0])  # room for one at least
+        tree_sum.open(lane)
+        tree_sum.close(lane)
+        assert tree_sum.num_slots <= slots
+    assert len(own) == num_lanes or slots > len(held_after(own, num_lanes, not kept_apart)[0])  # space for at least one
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 5, 7, 8, 11, 12, 16, 37, 64, 100])

@@ -1,4 +1,4 @@
-"""Laws of the crash loop: so many starts in a row from one checkpoint, and no more until somebody has looked."""
+"""Laws of repeated crashes: a limited number of starts in a row from one checkpoint, until a user acts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from mpidp.errors import DataError, MpidpError, Stopped, UsageError
-from mpidp.faults.restarts import Tries
+from mpidp.faults.restarts import RestartLog
 
 
 def start(run: Path, step: int, most: int = 3, error: BaseException | None = None, rank: int = 0, killed: bool = False) -> None:
-    tries = Tries(run)
+    tries = RestartLog(run)
     tries.begin(step, most, rank=0)
     if not killed:
         tries.ended(error, rank)
@@ -33,7 +33,7 @@ def test_the_fourth_start_from_one_checkpoint_is_refused(tmp_path: Path, step: i
 
 def test_a_refusal_is_no_reason_of_its_own(tmp_path: Path) -> None:
     start(tmp_path, 4, error=ValueError("x"))
-    tries = Tries(tmp_path)
+    tries = RestartLog(tmp_path)
     with pytest.raises(UsageError) as caught:
         tries.begin(4, 1, rank=0)
     tries.ended(caught.value, 0)
@@ -63,7 +63,7 @@ def test_a_clean_end_is_no_try(tmp_path: Path, end: BaseException | None) -> Non
 
 
 def test_one_rank_tells_of_an_error_that_all_have(tmp_path: Path) -> None:
-    others = Tries(tmp_path)
+    others = RestartLog(tmp_path)
     others.begin(4, 3, rank=1)
     others.ended(MpidpError.on_every_rank("alike"), rank=1)
     assert not (tmp_path / "tries.json").exists()
@@ -73,7 +73,7 @@ def test_one_rank_tells_of_an_error_that_all_have(tmp_path: Path) -> None:
 
 
 def test_before_it_begins_nothing_counts(tmp_path: Path) -> None:
-    Tries(tmp_path).ended(UsageError("train.seed was 0, is 1"), 0)
+    RestartLog(tmp_path).ended(UsageError("train.seed was 0, is 1"), 0)
     assert not (tmp_path / "tries.json").exists()
 
 

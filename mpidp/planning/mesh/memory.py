@@ -1,24 +1,24 @@
-"""Bytes that each rank of a mesh holds, by part, from the sizes of the model alone. Pure; no torch, no MPI.
+"""Memory of each rank of a mesh, by part, computed from the sizes of the model. Pure; no torch, no MPI.
 
-With p the parameters of a rank (its stage's layers, matrices over tp), w the bytes of a product's number, n =
-micro_batch x seq_len tokens, f = min(M, pp - stage) micro-batches between their forward and their backward (1F1B,
-Narayanan 2021, section 2.2.1):
+With p the parameters of a rank (the layers of its stage, matrices divided by tp), w the bytes per number in matrix products, n =
+micro_batch x seq_len tokens, f = min(M, pp - stage) micro-batches between their forward and their backward (1F1B, Narayanan 2021,
+section 2.2.1):
 
-| part | bytes | over dp at |
+| part | bytes | divided by dp at |
 |---|---|---|
-| parameters | 4 p: float32 masters | shard 3 |
-| gradients | 4 p a slot | shard 2 |
+| parameters | 4 p: float32 master weights | shard 3 |
+| gradients | 4 p per slot | shard 2 |
 | optimizer | 8 p: AdamW's moments | shard 1 |
-| working | 16 bits: a copy of the weights, 2 p; shard 2, 3: two blocks' gradients and weights, whole | |
+| working | 16 bits: a copy of the weights, 2 p; shard 2, 3: full gradients and weights of two blocks | |
 | activations | f n layers (W + S / tp), W = 24 D + 8 (16 bits: 26 D + 8), S = w (4 D + 4 F) + 4 H | |
-| with recompute | f n layers 4 D, and one block's as above | |
+| with recompute | f n layers 4 D, and the activations of one block as above | |
 | logits | last stage: n V / tp times 8 (16 bits: 10): values, their logarithms, gradients | |
 
-W is what norms and residuals keep, which every rank of tp holds whole; S what lies between matrices that are cut. With
-mesh.sequence W and what is kept with recompute are 1 / tp (in 16 bits W = 20 D + 8 then: what products gather is kept once).
-They are counted from what autograd saves of mpidp.model.transformer (tests/unit/test_mesh_formulas.py does so again). Embedding
-and head are cut over tp by the vocabulary. Stages have layers such that the slowest, the last with its head, is as fast as can
-be.
+W are the activations of norms and residuals, which every rank of tp holds in full; S are those between matrices divided by tp.
+With mesh.sequence, W and what recompute keeps are divided by tp (in 16 bits W is then 20 D + 8: the gathered inputs of products
+are kept once). The formulas count what autograd saves in mpidp.model.transformer (checked in tests/unit/test_mesh_formulas.py).
+Embedding and head are divided by tp along the vocabulary. Layers are assigned to stages such that the slowest stage is as fast
+as possible; the last stage also computes the head.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from functools import lru_cache
 from mpidp.model.part import stage_layers
 from mpidp.model.shape import TransformerShape
 
-MASTER, MOMENTS = 4, 8  # bytes a parameter
+MASTER, MOMENTS = 4, 8  # bytes per parameter
 
 
 @dataclass(frozen=True)
-class Model:
-    """The sizes that decide parameters, bytes and operations."""
+class ModelSizes:
+    """The sizes of a model that determine its parameters, memory and operations."""
 
     num_layers: int
     model_dim: int
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def matrices(self) -> int:
-        """Parameters of a block's products."""
+        """Parameters of the matrices of a block."""
         kv_dim = self.model_dim // self.num_heads * self.num_kv_heads
         return self.model_dim * (2 * self.model_dim + 2 * kv_dim + 3 * self.hidden_dim)
 
@@ -58,17 +58,18 @@ class Model:
 
     @property
     def table(self) -> int:
-        """Parameters of the embedding; of the head as many."""
+        """Parameters of the embedding; the head has as many."""
         return self.vocab_size * self.model_dim
 
     @property
     def parameters(self) -> int:
+        """Parameters of the model."""
         return self.num_layers * self.block + self.model_dim + self.table * (1 if self.tie_embeddings else 2)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a mesh: dp replicas of pp stages of tp ranks, and what replicas hold a part of (level 0 to 3)."""
+    """A mesh: dp replicas of pp stages of tp ranks. shard: what is sharded over dp (level 0 to 3)."""
 
     dp: int
     pp: int
@@ -77,10 +78,11 @@ class Shape:
 
     @property
     def ranks(self) -> int:
+        """Number of ranks."""
         return self.dp * self.pp * self.tp
 
     def over_dp(self, level: int) -> int:
-        """Into how many parts what this level shares out is cut."""
+        """Return the number of shards of a part that is sharded from this level on."""
         return self.dp if self.shard >= level else 1
 
     def __str__(self) -> str:
@@ -89,19 +91,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How a step is cut, and in which numbers it is computed."""
+    """How a step is divided, and its number formats."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences
-    recompute: float = 0.0  # share of the blocks that keep only what goes in; mpidp.train knows 0 and 1
-    number_bytes: int = 2  # of products: 2 for bfloat16, 4 for float32
+    recompute: float = 0.0  # share of the blocks that keep only their inputs; mpidp.train supports 0 and 1
+    number_bytes: int = 2  # of matrix products: 2 for bfloat16, 4 for float32
     slots: int = 1  # gradient buffers
-    fused: bool = True  # attention whose T x T scores never reach memory
-    wire_bytes: int = 4  # of a number between ranks of tp and of pp: mpidp.train sends float32
-    sequence: bool = False  # mesh.sequence: norms and residuals cut over tp, too
+    fused: bool = True  # attention kernel that does not write its T x T scores to memory
+    wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
+    sequence: bool = False  # mesh.sequence: norms and residuals are divided by tp
 
     def micro_batches(self, shape: Shape) -> int:
-        """Of one replica: M."""
+        """Return M, the number of micro-batches per replica."""
         return -(-self.global_batch // (self.micro_batch * shape.dp))
 
 
@@ -118,55 +120,56 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Total bytes."""
         return sum(getattr(self, part.name) for part in fields(self))
 
 
 @lru_cache(maxsize=4096)
-def _layers(model: Model, pp: int) -> list[int]:
+def _layers(model: ModelSizes, pp: int) -> list[int]:
     sizes = (model.vocab_size, model.num_layers, model.num_heads, model.num_kv_heads, model.model_dim, model.hidden_dim)
     return [len(layers) for layers in stage_layers(TransformerShape(*sizes, model.seq_len), pp)]
 
 
-def layers_of(model: Model, shape: Shape, stage: int) -> int:
-    """Blocks of a stage: the last has fewer for its head's operations, the others are even. Pure."""
+def layers_of(model: ModelSizes, shape: Shape, stage: int) -> int:
+    """Return the number of blocks of a stage. The last stage has fewer, because it also computes the head. Pure."""
     return _layers(model, shape.pp)[stage]
 
 
-def stages_of(model: Model, shape: Shape) -> set[int]:
-    """Those of which one holds most, takes longest: the first, the first with most blocks, the last. Pure."""
+def stages_of(model: ModelSizes, shape: Shape) -> set[int]:
+    """Return the stages that can have the most memory or time: the first, the first with the most blocks, the last. Pure."""
     layers = _layers(model, shape.pp)
     return {0, layers.index(max(layers)), shape.pp - 1}
 
 
-def parameters_of(model: Model, shape: Shape, stage: int) -> float:
-    """Of each rank of a stage, before anything is shared out over dp. Gains of norms are on every rank of tp; tied tables on the
-    first and the last stage. Pure."""
+def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
+    """Return the parameters of each rank of a stage, before sharding over dp. Gains of norms are on every rank of tp; tied tables
+    are on the first and the last stage. Pure."""
     first, last = stage == 0, stage == shape.pp - 1
     tables = first + last - (model.tie_embeddings and shape.pp == 1)
     cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
     return cut / shape.tp + layers_of(model, shape, stage) * 2 * model.model_dim + last * model.model_dim
 
 
-def kept_of_block(model: Model, shape: Shape, work: Work) -> float:
-    """Bytes a token that one block keeps for its backward. Not fused: scores, their dropout and its mask, 5 bytes each in 16 bits
-    (Korthikanti 2022, section 4.1). Pure."""
+def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
+    """Return the bytes per token that one block keeps for its backward. Unfused attention also keeps scores, their dropout and
+    its mask, 5 bytes each in 16 bits (Korthikanti 2022, section 4.1). Pure."""
     d, w = model.model_dim, work.number_bytes
     whole = ((24 if w == 4 else 26) * d + 8) if not work.sequence else ((24 if w == 4 else 20) * d + 8) / shape.tp
     scores = 0 if work.fused else (2 * w + 1) * model.num_heads * model.seq_len
     return whole + (w * (4 * d + 4 * model.hidden_dim) + 4 * model.num_heads + scores) / shape.tp
 
 
-def logits_bytes(model: Model, shape: Shape, number_bytes: int) -> float:
-    """A token. Pure."""
+def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
+    """Return the bytes of logits per token. Pure."""
     return (8 if number_bytes == 4 else 10) * model.vocab_size / shape.tp
 
 
-def memory_of(model: Model, shape: Shape, work: Work, stage: int) -> Memory:
-    """Of each rank of a stage. Pure."""
+def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory:
+    """Return the memory of each rank of a stage. Pure."""
     p, small = parameters_of(model, shape, stage), work.number_bytes == 2
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
     working = 0.0
-    largest = max(model.block, model.table) / shape.tp  # gathered as a whole
+    largest = max(model.block, model.table) / shape.tp  # gathered in full
     if shape.shard >= 3 and shape.dp > 1:
         working += min(p, 2 * largest) * work.number_bytes
     elif small:
@@ -185,7 +188,7 @@ def memory_of(model: Model, shape: Shape, work: Work, stage: int) -> Memory:
     )
 
 
-def largest(model: Model, shape: Shape, work: Work) -> Memory:
-    """Of the stage that holds most: one of the first, which have most micro-batches in flight, or the last with its logits.
-    Pure."""
+def largest(model: ModelSizes, shape: Shape, work: Work) -> Memory:
+    """Return the memory of the stage that needs the most: one of the first, which have the most micro-batches in flight, or the
+    last, which has the logits. Pure."""
     return max((memory_of(model, shape, work, stage) for stage in stages_of(model, shape)), key=lambda one: one.total)

@@ -1,25 +1,26 @@
-"""Seconds and bytes of a step on a mesh, from what a rank computes a second and what links carry. Pure; no torch, no MPI.
+"""Time and bytes of a step on a mesh, from the compute speed of a rank and the speed of links. Pure; no torch, no MPI.
 
-Ranks lie in the order pp, dp, tp: a layer's tp ranks beside each other, stages far apart. With g members of a group, n bytes and
-M micro-batches a replica:
+Ranks are ordered pp, dp, tp: the tp ranks of a layer are neighbours, stages are far apart. With g the size of a group, n bytes
+and M micro-batches per replica:
 
 | what | seconds |
 |---|---|
-| computing | operations / flops + bytes that pass by memory / memory's bandwidth; a stage's micro-batch takes c |
+| compute | operations / flops + bytes read and written / memory bandwidth; c for a micro-batch of a stage |
 | tp | float32; a block: 2 allreduces of (B, T, D) forward, 2 backward, 2 with recompute; 1 for the embedding, 1 for the head |
-| tp, sequence | as many reduce_scatters, float32; 6 allgathers a block and 2 for the head, of w bytes; gains of norms |
+| tp, sequence | as many reduce_scatters, float32; 6 allgathers per block and 2 for the head, of w bytes; gains of norms |
 | pp | a float32 message of (B, T, D) each way (1 / tp of it with sequence), m; a micro-batch takes max c + 2 m (pp - 1) / pp |
 | pipeline | (M - 1) of these, and all stages' c + 2 m (pp - 1): with equal stages, a bubble of (pp - 1) / (M + pp - 1) |
-| dp, shard 0 | an allreduce of 4 p, behind 2/3 of a micro-batch (its backward) |
-| dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, behind a micro-batch |
-| dp, shard 2 | a reduce_scatter of 4 p a micro-batch and an allgather of 4 p, behind all micro-batches |
-| dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p a micro-batch, behind all micro-batches (Zhao 2023) |
-| dp, shard 2 and 3 | `gather_seconds` for each of these of each block, too: the host's, which nothing hides |
-| update | 28 bytes a parameter that a rank updates / memory's bandwidth |
+| dp, shard 0 | an allreduce of 4 p, overlaps with 2/3 of a micro-batch (its backward) |
+| dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, overlap with a micro-batch |
+| dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, overlap with all micro-batches |
+| dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p per micro-batch, overlap with all micro-batches (Zhao 2023) |
+| dp, shard 2 and 3 | `gather_seconds` for each of these of each block: host time that does not overlap |
+| update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
-An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, an allreduce twice that. A group whose members fill nodes
-makes as many rings through a node's network as it has of its ranks elsewhere. `overlap` is the share of "behind" that is had.
-Where ranks share devices, nothing is faster than all work of a node over its devices: then others fill a bubble.
+An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, an allreduce twice that. If a group extends
+beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node. `overlap` is the share of the
+possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node divided by its devices; other
+ranks then fill a bubble.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 
 from mpidp.planning.mesh.memory import (
     MASTER,
-    Model,
+    ModelSizes,
     Shape,
     Work,
     kept_of_block,
@@ -39,16 +40,16 @@ from mpidp.planning.mesh.memory import (
     stages_of,
 )
 
-BACKWARD = 2 / 3  # of computing
-PASSES = 4  # each byte that is kept is written and read, and so is its gradient
-ACCUMULATE = 12  # bytes a parameter and micro-batch: read, add, write
-CAST = 6  # bytes a parameter and micro-batch, where products are 16-bit
-UPDATE = 28  # bytes a parameter: AdamW reads four numbers and writes three
+BACKWARD = 2 / 3  # share of compute
+PASSES = 4  # each kept byte is written and read, and so is its gradient
+ACCUMULATE = 12  # bytes per parameter and micro-batch: read, add, write
+CAST = 6  # bytes per parameter and micro-batch, with 16-bit products
+UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
 
 
 @dataclass(frozen=True)
-class Link:
-    """One way."""
+class LinkSpeed:
+    """Speed of a link in one direction."""
 
     latency_seconds: float
     bandwidth_bytes_per_second: float
@@ -56,27 +57,28 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """What ranks compute on and talk over."""
+    """Compute speed of the ranks and speed of their links."""
 
-    flops: float  # of products, a second, of a rank with a device of its own
-    memory_bytes_per_second: float  # of a device's memory
-    inside: Link  # between two ranks of a node
-    between: Link  # the network of a node, which its ranks share
+    flops: float  # FLOP/s of matrix products, for a rank with its own device
+    memory_bytes_per_second: float  # of a device
+    inside: LinkSpeed  # between two ranks of a node
+    between: LinkSpeed  # network of a node, shared by its ranks
     ranks_a_node: int
     devices_a_node: int
-    overlap: float = 1.0  # of data parallel traffic with computing, where there is something to hide behind
-    gather_seconds: float = 0.0  # of a rank for each gather or scatter of one sharded block, beside its bytes: copies, hooks
+    overlap: float = 1.0  # share of the possible overlap of data-parallel traffic with compute that is achieved
+    gather_seconds: float = 0.0  # host time per gather or scatter of a sharded block (copies, hooks)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one group, a rank's part."""
+    """Traffic of a group, per rank."""
 
     sent_bytes: float = 0.0
     seconds: float = 0.0
     between: bool = False  # leaves the node
 
     def times(self, count: float) -> Traffic:
+        """Return this traffic, count times."""
         return Traffic(count * self.sent_bytes, count * self.seconds, self.between)
 
     def __add__(self, other: Traffic) -> Traffic:
@@ -84,7 +86,7 @@ class Traffic:
 
 
 def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -> Traffic:
-    """An allgather or a reduce_scatter of so many bytes over `size` ranks, each `stride` from the next. Pure."""
+    """Return the traffic of an allgather or reduce_scatter over `size` ranks with a rank distance of `stride`. Pure."""
     if size == 1:
         return Traffic()
     sent = num_bytes * (size - 1) / size
@@ -99,7 +101,7 @@ def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -
 
 
 def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
-    """From every rank of a stage to the next stage. Pure."""
+    """Return the traffic of a message from every rank of a stage to the next stage. Pure."""
     stride, k = shape.tp * shape.dp, machine.ranks_a_node
     if shape.ranks <= k:
         return Traffic(num_bytes, num_bytes / machine.inside.bandwidth_bytes_per_second + machine.inside.latency_seconds)
@@ -109,29 +111,30 @@ def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
 
 @dataclass(frozen=True)
 class Flow:
-    """Operations of products and bytes through memory, of one micro-batch on one rank, and its tp traffic."""
+    """Operations of matrix products, memory traffic and tp traffic of one micro-batch on one rank."""
 
     flops: float = 0.0
     num_bytes: float = 0.0
     tp: Traffic = Traffic()
 
     def seconds(self, machine: Machine) -> float:
-        """Without the traffic."""
+        """Return the compute time, without tp traffic."""
         return self.flops / machine.flops + self.num_bytes / machine.memory_bytes_per_second
 
     def times(self, count: float) -> Flow:
+        """Return this flow, count times."""
         return Flow(count * self.flops, count * self.num_bytes, self.tp.times(count))
 
     def __add__(self, other: Flow) -> Flow:
         return Flow(self.flops + other.flops, self.num_bytes + other.num_bytes, self.tp + other.tp)
 
 
-def _parts(model: Model, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """(a block, the embedding, norm and head): forward and backward of a micro-batch."""
+def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
+    """Return the flow of (a block, the embedding, norm and head): forward and backward of a micro-batch."""
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
-    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # the loss: largest, sum, target
+    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # for the loss: maximum, sum, target
     forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
     block_wire, head_wire = wire.times(4 + 2 * again), wire
@@ -143,33 +146,34 @@ def _parts(model: Model, shape: Shape, work: Work, machine: Machine) -> tuple[Fl
         block_wire, head_wire = gather.times(6) + scatter.times(4 + 2 * again) + gains.times(2), gather.times(2) + scatter + gains
     block = Flow((3 + again) * forward, kept + weights * model.block / shape.tp, block_wire)
     embedding = Flow(0.0, 3 * 4.0 * tokens * model.model_dim + weights * model.table / shape.tp, wire)
-    logits = PASSES / 2 * tokens * logits_bytes(model, shape, work.number_bytes)  # counted with their gradients already
+    logits = PASSES / 2 * tokens * logits_bytes(model, shape, work.number_bytes)  # logits_bytes includes gradients
     head = Flow(6.0 * tokens * model.table / shape.tp, logits + weights * model.table / shape.tp, head_wire + numbers)
     return block, embedding, head
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step on one mesh: seconds of the job, bytes that a rank of the busiest stage sends."""
+    """One step on one mesh: times, and the bytes that a rank of the busiest stage sends."""
 
     compute_seconds: float  # of the busiest stage, all its micro-batches
     tp_seconds: float  # of the busiest stage
     pipeline_seconds: float  # waiting in the bubble and for messages between stages
-    dp_seconds: float  # that is not hidden
+    dp_seconds: float  # not overlapped
     update_seconds: float
     tp_bytes: float
     pp_bytes: float
     dp_bytes: float
-    between_bytes: float  # of these, how many leave the node
-    flops: float  # that a rank computes, the mean over stages, without what is computed again
+    between_bytes: float  # part of these bytes that leaves the node
+    flops: float  # operations per rank, mean over stages, without recomputation
 
     @property
     def seconds(self) -> float:
+        """Time of the step."""
         return self.compute_seconds + self.tp_seconds + self.pipeline_seconds + self.dp_seconds + self.update_seconds
 
 
-def data_parallel(model: Model, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
-    """Of a step, on the stage with most parameters; and the host's seconds beside it. Pure."""
+def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
+    """Return the dp traffic of a step, on the stage with the most parameters, and its host time. Pure."""
     p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 
@@ -184,8 +188,8 @@ def data_parallel(model: Model, shape: Shape, work: Work, machine: Machine) -> t
     return traffic, each * units * (scatters + gathers)
 
 
-def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
-    """Pure."""
+def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> Step:
+    """Predict one step. Pure."""
     block, embedding, head = _parts(model, shape, work, machine)
     stages = {
         stage: block.times(layers_of(model, shape, stage)) + embedding.times(stage == 0) + head.times(stage == shape.pp - 1)
@@ -201,7 +205,7 @@ def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
     compute, one = m * slowest.seconds(machine), slowest.seconds(machine) + slowest.tp.seconds
     path = (m - 1) * (one + 2 * between.seconds * (pp - 1) / pp)
     path += whole.seconds(machine) + whole.tp.seconds + 2 * (pp - 1) * between.seconds
-    crowd = max(1.0, min(machine.ranks_a_node, shape.ranks) / machine.devices_a_node)  # ranks a device
+    crowd = max(1.0, min(machine.ranks_a_node, shape.ranks) / machine.devices_a_node)  # ranks per device
     shared = m * (crowd * whole.seconds(machine) + whole.tp.seconds) / pp
     path = max(path, shared)
     dp, hosts = data_parallel(model, shape, work, machine)
@@ -219,15 +223,15 @@ def step_of(model: Model, shape: Shape, work: Work, machine: Machine) -> Step:
 
 
 def measured_machine(
-    model: Model, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
+    model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
 ) -> tuple[float, float]:
-    """(flops, memory's bytes a second) of a run on one rank: the update is memory alone, and what memory does not take of
-    computing is products. Pure."""
+    """Return (FLOP/s, memory bytes/s) from a run on one rank. The update only uses memory; the compute time that memory does not
+    explain is matrix products. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
     memory = UPDATE * model.parameters / update_seconds
-    nothing = Link(0.0, math.inf)
+    nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
     whole = block.times(model.num_layers) + embedding + head
     rest = compute_seconds / micro_batches - whole.num_bytes / memory
-    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # an update in the cache would say that memory takes it all
+    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # an update in the cache would attribute all time to memory
     return whole.flops / rest, memory

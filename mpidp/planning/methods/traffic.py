@@ -1,15 +1,15 @@
-"""What a sum of gradients over all ranks sends, and how long a cluster's link takes for it. Pure.
+"""Traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
 
-With P ranks, n bytes of gradients, a link of latency a and bandwidth B, one node of k ranks behind each:
+With P ranks, n bytes of gradients, a link of latency a and bandwidth B per node, and k ranks per node:
 
 | what | seconds |
 |---|---|
-| reducer allreduce | 2 (P-1)/P n / B + 2 (P-1) a a message: a ring, one flow out of each node (Patarasuk & Yuan 2009) |
-| reducer tree | the same over nodes that share memory, else over ranks; on one node (P-1)/P n / B, which is read from memory |
-| comm.compress | the bytes that a node's ranks send to other nodes / B + 2 (P-1) a an exchange; powersgd makes two a bucket |
-| numbers that all tell each other | 2 ceil(log2 P) a |
+| reducer allreduce | 2 (P-1)/P n / B + 2 (P-1) a per message: a ring with one flow out of each node (Patarasuk & Yuan 2009) |
+| reducer tree | the same over nodes with shared memory, else over ranks; on one node (P-1)/P n / B, read from memory |
+| comm.compress | bytes from a node's ranks to other nodes / B + 2 (P-1) a per exchange; powersgd has two exchanges per bucket |
+| allgather of a few numbers | 2 ceil(log2 P) a |
 
-Making and reading codes is not counted.
+The time to compress and decompress is not counted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds
 from mpidp.comm.transport import PIECE_BYTES, pieces
 from mpidp.config.defaults import ratio
 from mpidp.config.resolve import model_shape, resolve_reducer
-from mpidp.config.schema import Config, fields_of
+from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model.part import whole
-from mpidp.model.starting import trained_on_paper
+from mpidp.model.starting import trained_on_meta
 from mpidp.reducers import tree_order
 from mpidp.reducers.buckets import Bucket, FlatLayout
 from mpidp.reducers.compression.compressed import method_of, trimmed
@@ -35,7 +35,7 @@ from mpidp.reducers.compression.compressed import method_of, trimmed
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks and the slowest link between two of them."""
+    """The ranks and the slowest link between two of them."""
 
     ranks: int
     nodes: int
@@ -44,94 +44,97 @@ class Cluster:
 
     @property
     def ranks_a_node(self) -> int:
+        """Ranks per node, rounded up."""
         return -(-self.ranks // self.nodes)
 
     @property
-    def tell_seconds(self) -> float:
-        """For a few numbers of every rank to reach all."""
+    def small_exchange_seconds(self) -> float:
+        """Time for an allgather of a few numbers."""
         return 2 * math.ceil(math.log2(self.ranks)) * self.latency_seconds
 
 
-def cluster_of(said: Mapping[str, Any], ranks: int, where: str) -> Cluster:
-    """From what the doctor wrote; ranks: 0 for as many as it saw. UsageError where it measured no link. Pure."""
+def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
+    """Return the cluster that the doctor measured. ranks: 0 for the number in the file. Raises UsageError if no link was
+    measured. Pure."""
     try:
-        seen = int(said["ranks"])
-        latency, bandwidth = float(said["latency_seconds"]), float(said["bandwidth_bytes_per_second"])
-        a_node = max(1, *map(int, said["ranks_per_node"]))
+        seen = int(content["ranks"])
+        latency, bandwidth = float(content["latency_seconds"]), float(content["bandwidth_bytes_per_second"])
+        a_node = max(1, *map(int, content["ranks_per_node"]))
         if not (latency >= 0 and 0 < bandwidth < math.inf):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{where} has no link between ranks: run `mpirun -np N python -m mpidp.doctor` on the job's nodes, or give --link"
+            f"{where} has no measured link: run `mpirun -np N python -m mpidp.doctor` on the nodes of the job, or give --link"
         ) from error
     ranks = ranks or seen
     return Cluster(ranks, -(-ranks // a_node), latency, bandwidth)
 
 
-def link_of(words: str, ranks: int) -> Cluster:
-    """--link=MBIT,MS: bandwidth of each node and delay one way, one rank a node. UsageError. Pure."""
+def link_of(given: str, ranks: int) -> Cluster:
+    """Parse --link=MBIT,MS: bandwidth of each node and one-way delay, with one rank per node. Raises UsageError. Pure."""
     try:
-        mbit, ms = map(float, words.split(","))
+        mbit, ms = map(float, given.split(","))
         if not (0 < mbit < math.inf and 0 <= ms < math.inf):
             raise ValueError
     except ValueError as error:
-        raise UsageError(f"--link={words}: give Mbit/s and ms one way with a comma between them, as --link=1000,0.1") from error
+        raise UsageError(f"--link={given}: give Mbit/s and one-way ms, separated by a comma, as --link=1000,0.1") from error
     return Cluster(ranks, ranks, ms / 1e3, mbit * 1e6 / 8)
 
 
 def lanes_of(config: Config) -> Lanes:
-    """The cut of a batch. Pure."""
+    """Return the lanes of a batch. Pure."""
     return Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the gradient."""
+    """Size of the gradient."""
 
     num_elements: int
     buckets: list[Bucket]
 
     @property
     def num_bytes(self) -> int:
+        """Bytes in float32."""
         return 4 * self.num_elements
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """Without the memory of a model. Independent."""
-    shape, settings = model_shape(config, vocab_size), {key: value for key, _, value in fields_of(config)}
-    layout = FlatLayout(trained_on_paper(settings, shape, whole(shape)))
+    """Return the sizes without allocating the model. Independent."""
+    shape, settings = model_shape(config, vocab_size), config.flat()
+    layout = FlatLayout(trained_on_meta(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
 
 
 @dataclass(frozen=True)
 class Sum:
-    """One sum of all buckets over all ranks."""
+    """The traffic of one sum of all buckets over all ranks."""
 
-    sent_bytes: int  # by rank 0, as metrics.jsonl counts them
-    link_bytes: float  # through a node's link, each way
-    messages: int  # one after the other
+    sent_bytes: int  # by rank 0, as counted in metrics.jsonl
+    link_bytes: float  # through a node's link, in each direction
+    messages: int  # sent one after the other
 
     def seconds(self, cluster: Cluster) -> float:
-        """Pure."""
+        """Return the time of the sum. Pure."""
         return self.link_bytes / cluster.bandwidth_bytes_per_second + self.messages * cluster.latency_seconds
 
 
 def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """By the config's reducer and compression. Pure."""
+    """Return the traffic of a sum with the reducer and compression of the configuration. Pure."""
     c, size = config.comm, cluster.ranks
     if size == 1:
         return Sum(0, 0.0, 0)
     if c.compress != "none":
-        share = ratio({key: value for key, _, value in fields_of(config)})
+        share = ratio(config.flat())
         method = method_of(c.compress, share, 0, c.rank, config.train.seed)
         sent = sum(method.bytes_sent(trimmed(bucket), 0, 0, size) for bucket in sizes.buckets)
-        return Sum(sent, sent * _away(cluster), 2 * (size - 1) * len(sizes.buckets) * (1 + (c.compress == "powersgd")))
+        return Sum(sent, sent * _outgoing_share(cluster), 2 * (size - 1) * len(sizes.buckets) * (1 + (c.compress == "powersgd")))
     reducer = resolve_reducer(config)
     if reducer == "tree":
         return _by_tree(config, sizes, cluster)
     if reducer == "root":
         sent = 4 * sum(shape.numel() for bucket in sizes.buckets for shape in bucket.shapes)
-        return Sum(sent, float((size + 1) * sent), 2 * len(sizes.buckets))  # gathered; sent back in two halves of a ring
+        return Sum(sent, float((size + 1) * sent), 2 * len(sizes.buckets))  # gathered, then returned in two halves of a ring
     if reducer == "naive":
         spans = [(o, o + shape.numel()) for bucket in sizes.buckets
                  for shape, o in zip(bucket.shapes, bucket.offsets, strict=True)]
@@ -143,21 +146,22 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Owners of a slice in each node that shares memory send each other the nodes of the tree that theirs is left with."""
+    """Return the traffic of the tree reducer. Ranks that share memory add their lanes; the owners of each slice then exchange the
+    partial sums that remain."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
     groups, count = -(-cluster.ranks // shared), lanes.num_lanes
     if groups == 1:
         return Sum(0, sizes.num_bytes * (cluster.ranks - 1) / cluster.ranks, 0)
-    mine = range(shared * count // cluster.ranks)
-    left = len(tree_order.fold([((0, lane), lane) for lane in mine], count)[1])
+    own_lanes = range(shared * count // cluster.ranks)
+    left = len(tree_order.fold([((0, lane), lane) for lane in own_lanes], count)[1])
     whole = config.comm.overlap in ("auto", "none")
     spans = [(0, sizes.num_elements)] if whole else [(bucket.start, bucket.stop) for bucket in sizes.buckets]
-    away = shared if shared > 1 else _away(cluster)
+    outgoing = shared if shared > 1 else _outgoing_share(cluster)
     sent, link_bytes, messages = 0, 0.0, 0
     for start, stop in spans:
         each = 4 * (stop - start) / shared
-        link_bytes += each * (left + 1) * (groups - 1) / groups * away
+        link_bytes += each * (left + 1) * (groups - 1) / groups * outgoing
         messages += 2 * (groups - 1) * math.ceil(each / PIECE_BYTES)
         for low, high in pieces(0, slice_bounds(stop - start, shared, NORM_BLOCK if whole else ALIGN)[1]):
             own = slice_bounds(high - low, groups)[1]
@@ -165,7 +169,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
     return Sum(sent, link_bytes, messages)
 
 
-def _away(cluster: Cluster) -> float:
-    """What every rank of a node sends to others of its node and away alike, through the node's link, in what one sends."""
+def _outgoing_share(cluster: Cluster) -> float:
+    """Bytes through the link of a node per byte that a rank sends, if each rank sends equally to all others."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

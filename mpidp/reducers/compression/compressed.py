@@ -27,21 +27,21 @@ from mpidp.comm.group import Group
 from mpidp.comm.slices import ALIGN
 from mpidp.comm.transport import Messages
 from mpidp.data.lanes import Lanes
-from mpidp.reducers.base import Reducer, Shares, Sums
+from mpidp.reducers.base import FlatReducer, LaneShares, Reducer
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 from mpidp.reducers.compression.codes import CODES
-from mpidp.reducers.compression.exchange import Exchange, Method, all_finite
+from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, all_finite
 from mpidp.reducers.compression.powersgd import PowerSGD
-from mpidp.reducers.compression.topk import Largest, Random
+from mpidp.reducers.compression.topk import RandomKMethod, TopKMethod
 
 
-def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Method:
+def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> CompressionMethod:
     """The method of comm.compress. ratio: comm.ratio, warmup: rounds until it is reached, rank: of powersgd. Pure."""
     if name == "powersgd":
         return PowerSGD(rank, seed)
     if name in ("topk", "randomk"):
-        return (Largest if name == "topk" else Random)(ratio, warmup)
-    return Method(CODES[name])
+        return (TopKMethod if name == "topk" else RandomKMethod)(ratio, warmup)
+    return CompressionMethod(CODES[name])
 
 
 def trimmed(bucket: Bucket) -> Bucket:
@@ -57,12 +57,12 @@ def padding_of(bucket: Bucket) -> Tensor:
     return torch.cat([torch.arange(end, then) for end, then in zip(ends, nexts, strict=True)]) - bucket.start
 
 
-class Compressed(Sums):
+class Compressed(FlatReducer):
     """Sums by a method that leaves something out, which comes later."""
 
     def __init__(
-        self, group: Group, lanes: Lanes, transport: Messages, shares: Shares, num_slots: int, method: Method, seed: int,
-        momentum: float = 0.0, **more: Any,
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int, method: CompressionMethod,
+        seed: int, momentum: float = 0.0, **more: Any,
     ) -> None:
         """seed: of all that is random in it. Independent."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
@@ -84,7 +84,7 @@ class Compressed(Sums):
     def sum(self, flat: Tensor, bucket: Bucket) -> None:
         bucket = trimmed(bucket)
         if bucket.index in self._round:  # nobody undid the round before
-            self.settle(True)
+            self.end_round(True)
         self._round[bucket.index] = bucket
         place = slice(bucket.start, bucket.stop)
         held = {name: tensor[place] for name, tensor in self.held.items()}
@@ -112,12 +112,12 @@ class Compressed(Sums):
             self._padding[bucket.index] = padding_of(bucket).to(self.buffer.flat.device)
         return self._padding[bucket.index]
 
-    def settle(self, applied: bool) -> None:
+    def end_round(self, applied: bool) -> None:
         if not applied:
             for bucket in self._round.values():
                 for name, tensor in self.held.items():
                     tensor[bucket.start : bucket.stop] = self._before[name][bucket.start : bucket.stop]
-        self.method.settle(applied)
+        self.method.end_round(applied)
         self.rounds += bool(self._round) and applied
         self._round.clear()
 
@@ -136,14 +136,14 @@ class Compressed(Sums):
             else:
                 tensor.zero_()
         mine = {name.removeprefix("method/"): value for name, value in state.items() if name.startswith("method/")}
-        self.method.settle(False)
+        self.method.end_round(False)
         self.method.load_state_dict(mine)
 
-    def go_on_from(self, before: Reducer | None) -> None:
+    def resume_from(self, before: Reducer | None) -> None:
         """What the dead held back is lost. Collective over all ranks."""
         state: dict[str, Tensor] = {}
         if before is not None:
-            before.settle(False)  # the step that failed
+            before.end_round(False)  # the step that failed
             state = {name: entry.tensor for name, entry in before.state_dict().items()}
         common = self.comm.bcast({name: tensor.cpu().numpy() for name, tensor in state.items() if name not in self.held})
         own = {name: tensor for name, tensor in state.items() if name in self.held}

@@ -132,7 +132,7 @@ def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
     return torch.zeros(n, device=wire.device), not n
 
 
-class Method:
+class CompressionMethod:
     """How a bucket's sum is made of exchanges; this base: of one, by one code."""
 
     keeps_zeros = True  # is 0 on all ranks 0 in the sum?
@@ -153,7 +153,7 @@ class Method:
         """By this rank for one sum of the bucket. Pure."""
         return bytes_sent(self.code(number), bucket.stop - bucket.start, rank, size)
 
-    def settle(self, applied: bool) -> None:
+    def end_round(self, applied: bool) -> None:
         """What it learned in this round holds from here on, or is forgotten. Independent."""
 
     def state_dict(self) -> dict[str, Tensor]:

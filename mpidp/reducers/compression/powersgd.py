@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import PLAIN, seed_of
-from mpidp.reducers.compression.exchange import Exchange, Method, Summed, all_finite, bytes_sent
+from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Summed, all_finite, bytes_sent
 
 
-class PowerSGD(Method):
+class PowerSGD(CompressionMethod):
     """Of rank `rank`; seed: of the first Q."""
 
     def __init__(self, rank: int, seed: int) -> None:
@@ -96,7 +96,7 @@ class PowerSGD(Method):
         first = bytes_sent(PLAIN, plain + sum(rows * r for rows, _, r in shapes), rank, size)
         return first + bytes_sent(PLAIN, sum(cols * r for _, cols, r in shapes), rank, size)
 
-    def settle(self, applied: bool) -> None:
+    def end_round(self, applied: bool) -> None:
         if applied:
             self._known = self._known | self._learned
         self._learned = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import PLAIN, Code, seed_of, uniform
-from mpidp.reducers.compression.exchange import Exchange, Method, Summed, all_finite, bytes_sent
+from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Summed, all_finite, bytes_sent
 
 CHUNK, NARROW = 1 << 12, 1 << 16  # values among which the largest are chosen; where so few of them are, among more
 
@@ -70,7 +70,7 @@ class TopK(Code):
         return found
 
 
-class Largest(Method):
+class TopKMethod(CompressionMethod):
     """topk."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
@@ -81,7 +81,7 @@ class Largest(Method):
         return TopK(ratio_at(self._ratio, self._warmup, number))
 
 
-class Random(Method):
+class RandomKMethod(CompressionMethod):
     """randomk: one of each run of 1 / ratio values, which one is drawn anew each round, alike on all ranks. So only values
     travel, and nothing is left out of their sum."""
 
