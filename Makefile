@@ -46,7 +46,7 @@ lint: $(VENV)/.test ## ruff
 types: $(VENV)/.test ## mypy
 
 $(PARTS) $(OPENMPI_PARTS):
-	$(SUITE) $@
+	$(SUITE) $@ $(if $(LEVEL),--level $(LEVEL))
 
 peer: .venv-openmpi/.ready ## PyTorch's own distributed tests over MPI and over gloo, on 3 and 4 ranks, under both MPIs
 	for n in 3 4; do python -m tests.peer -n $$n || exit 1; done

@@ -1,7 +1,7 @@
 """Convert shards to and from Megatron-LM's .bin and .idx files. Tokens and documents stay the same.
 
-  python -m data_tools.convert --to megatron SHARDS PREFIX                     writes PREFIX_train.bin, .idx (and PREFIX_val)
-  python -m data_tools.convert --from megatron PREFIX OUT --tokenizer FILE     reads PREFIX, or PREFIX_train and PREFIX_val
+  python -m data_tools.convert --to megatron SHARDS --out PREFIX                   writes PREFIX_train.bin, .idx (and PREFIX_val)
+  python -m data_tools.convert --from megatron PREFIX --out DIR --tokenizer FILE   reads PREFIX, or PREFIX_train and PREFIX_val
 
 The Megatron-LM files contain only token ids. Give the tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a
 folder that contains one).
@@ -13,7 +13,9 @@ import argparse
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, run_entry
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
+from mpidp.runtime.options import add_out, note_old_spelling, program
 
 
 def to_megatron(shards: Path, prefix: Path) -> list[str]:
@@ -116,36 +119,49 @@ def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: in
         tokens, documents, text = (sum(getattr(f, key) for f in of_split) for key in ("tokens", "documents", "text_bytes"))
         splits[split] = SplitRecord(tokens, documents, text, loss_mask=False)
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, {"kind": "megatron", "path": str(prefix)})
-    write_atomically(out / "tokenizer.json", stored)
-    write_atomically(out / "index.json", index.to_json())
+    write_file(out / "tokenizer.json", stored)
+    write_file(out / "index.json", index.to_json())
     return index
 
 
 def main() -> None:
     """Command-line entry point. Independent."""
-    parser = Parser(prog="python -m data_tools.convert", description=__doc__,
+    options = read_options(sys.argv[1:])
+    if options.to:
+        lines = to_megatron(options.input, Path(options.out))
+    else:
+        lines = from_megatron(
+            options.input, Path(options.out), options.tokenizer, options.shards, options.val_fraction, options.eod
+        )
+    print("\n".join(lines))
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the command line. Raises UsageError. Pure."""
+    parser = Parser(prog=program("data_tools.convert"), description=__doc__,
+                    usage="%(prog)s (--to megatron SHARDS | --from megatron PREFIX --tokenizer FILE) --out PATH [options]",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=("megatron",), help="write the shards in this format")
     direction.add_argument("--from", choices=("megatron",), dest="source", help="read this format and write shards")
     add("input", metavar="SHARDS|PREFIX", type=Path, help="what to read: a folder of shards, or a Megatron-LM prefix")
-    add("out", metavar="PREFIX|OUT", type=Path, help="what to write; it must not exist")
-    add("--tokenizer", help="with --from: byte, a tokenizer.json, or a folder that contains one")
+    add("old_out", nargs="?", help=argparse.SUPPRESS)
+    add_out(parser, "what to write: a prefix with --to, a folder that does not exist with --from", metavar="PATH")
+    add("--tokenizer", metavar="PATH", help="with --from: byte, a tokenizer.json, or a folder that contains one")
     add("--eod", help="with --from: the end-of-document token of the tokenizer.json, if it has an unusual name")
     add("--shards", type=int, metavar="N", default=4, help="with --from: number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="with --from and a single PREFIX: this fraction at its end becomes validation; 0: none (%(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args(list(arguments))
+    if options.old_out is not None and options.out is None:
+        note_old_spelling("a second path", "--out PATH")
+        options.out, options.old_out = options.old_out, None
+    if options.out is None or options.old_out is not None:
+        parser.error("give what to write once, with --out PATH")
     if options.source and not options.tokenizer:
         parser.error("--from megatron needs --tokenizer: the files hold token ids only")
-    if options.to:
-        lines = to_megatron(options.input, options.out)
-    else:
-        lines = from_megatron(
-            options.input, options.out, options.tokenizer, options.shards, options.val_fraction, options.eod
-        )
-    print("\n".join(lines))
+    return options
 
 
 if __name__ == "__main__":

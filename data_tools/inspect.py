@@ -7,6 +7,7 @@ from pathlib import Path
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.runtime.command import Parser, run_entry
+from mpidp.runtime.options import program
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
@@ -41,7 +42,7 @@ def _describe_split(stream: TokenStream, tokenizer: Tokenizer, excerpt_tokens: i
 
 def main() -> None:
     """Command-line entry point. Independent."""
-    parser = Parser(prog="python -m data_tools.inspect", description=__doc__)
+    parser = Parser(prog=program("data_tools.inspect"), description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a folder of shards")
     parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="length of the text shown (%(default)s)")
     options = parser.parse_args()

@@ -61,5 +61,5 @@ def check_options(options: PrepareOptions, chat_template: str | None = None) -> 
     if chat_template and options.form != "chat":
         raise UsageError("--chat-template applies to --format chat only")
     if options.tokens < 0 or options.repeat and not options.tokens:
-        raise UsageError("--tokens N must be above 0, and --repeat needs it: sources that start over never end")
+        raise UsageError("--tokens N must be above 0, and --repeat needs it: without a limit, a repeating mixture never ends")
     check_tokenizer(options.tokenizer)

@@ -31,7 +31,8 @@ from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
+from mpidp.runtime.options import add_out, program
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -219,15 +220,15 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
     """Move the old index away and the new shards in, remove stale shards, write the new index. _names_in handles a run that was
     interrupted at any point."""
     scratch, stale = out / SCRATCH, _names_in(out) - {record.name for record in index.files}
-    write_atomically(scratch / "new.json", index.to_json())
+    write_file(scratch / "new.json", index.to_json())
     if (out / "index.json").exists():
         os.replace(out / "index.json", scratch / "old.json")
     for record in index.files:
         os.replace(scratch / record.name, out / record.name)
     for name in stale:
         (out / name).unlink()
-    write_atomically(out / "tokenizer.json", tokenizer)
-    write_atomically(out / "index.json", index.to_json())
+    write_file(out / "tokenizer.json", tokenizer)
+    write_file(out / "index.json", index.to_json())
     shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks continue
 
 
@@ -251,7 +252,7 @@ def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, s
 
 def main() -> None:
     """Command-line entry point. Collective over COMM_WORLD."""
-    parser = Parser(prog="python -m data_tools.prepare", description=__doc__,
+    parser = Parser(prog=program("data_tools.prepare"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", action="append", help="a file, a folder (text, .jsonl[.gz|.zst], .parquet), or stdlib: the .py files of "
@@ -265,8 +266,9 @@ def main() -> None:
     add("--tokens", type=int, metavar="N", default=0,
         help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
     add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
-    add("--tokenizer", default="byte", help="byte, char, bpe:VOCAB (trained here) or a tokenizer.json (%(default)s)")
-    add("--out", default="shards/stdlib", help="the folder to write (%(default)s)")
+    add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
+        "that contains one (%(default)s)")
+    add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="validation share of tokens or documents; 0: none (%(default)s)")

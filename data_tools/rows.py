@@ -51,7 +51,7 @@ class RowReader(SourceReader):
         """Yield the rows of a file in order. Raises DataError for an unreadable file, and for a bad row with --strict."""
         self.counts.files += 1
         if not file.name.lower().endswith(LINE_SUFFIXES):
-            self.leave_out("binary", file, "is not a .jsonl, .jsonl.gz or .jsonl.zst file, which rows need")
+            self.leave_out("binary", file, "is not a .jsonl, .jsonl.gz or .jsonl.zst file; rows must be in such a file")
             return
         if file.size == 0:
             self.leave_out("empty", file, "is empty")

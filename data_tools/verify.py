@@ -8,6 +8,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, run_entry
+from mpidp.runtime.options import program
 
 PIECE_TOKENS = 2**22
 
@@ -36,8 +37,8 @@ def verify(folder: str | Path) -> str:
 
 def main() -> None:
     """Command-line entry point. Independent."""
-    parser = Parser(prog="python -m data_tools.verify", description=__doc__)
-    parser.add_argument("folder", metavar="DIR")
+    parser = Parser(prog=program("data_tools.verify"), description=__doc__)
+    parser.add_argument("folder", metavar="DIR", help="a folder of shards")
     print(verify(parser.parse_args().folder))
 
 

@@ -26,6 +26,8 @@ from mpidp.errors import HANG_EXIT_CODE, MpidpError
 from mpidp.runtime.command import PAUSE_SECONDS, Parser, run_entry
 from mpidp.runtime.environment import launched_size, launcher_rank
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
+from mpidp.runtime.options import add_data, add_json, program
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,13 +39,13 @@ T = TypeVar("T")
 
 def main() -> None:
     """Run all checks; print the table, write cluster.json, set the exit code. Collective over COMM_WORLD."""
-    parser = Parser(prog="python -m mpidp.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=program("mpidp.doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="require GPUs, and test whether MPI accepts device pointers")
     parser.add_argument("--network", action="store_true", help="measure with larger messages, for longer")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="check a folder of shards: visible on every node? read speed?")
+    add_data(parser, "to check: is it available on every node, and how fast is it read?", kind=Path)
     parser.add_argument("--run", type=Path, metavar="DIR", help="check a run.dir: writable? do locks work? enough space?")
     parser.add_argument("--clean", action="store_true", help="remove shared memory and session folders that your ended jobs left")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+    add_json(parser)
     parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="time limit of a check (%(default)g)")
     options = parser.parse_args()
     deadline = Deadline(options.deadline)
@@ -76,7 +78,7 @@ def one_line(result: CheckResult) -> str:
 
 def exit_before_mpi(message: str) -> NoReturn:
     """Print a message and exit. For use before MPI starts. Independent."""
-    print(f"mpidp: rank {launcher_rank()} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+    log.error("mpidp: rank %d on %s: %s", launcher_rank(), socket.gethostname(), message)
     sys.exit(1)
 
 
@@ -95,7 +97,7 @@ class Deadline:
         while (left := self.since + self.seconds - time.monotonic()) > 0:
             time.sleep(min(1.0, left))
         words = f"{self.check!r} takes longer than {self.seconds:g} s (--deadline); stacks follow, then the job ends"
-        print(f"mpidp: rank {launcher_rank()} hangs: {words} with exit code {HANG_EXIT_CODE}", file=sys.stderr, flush=True)
+        log.error("mpidp: rank %d hangs: %s with exit code %d", launcher_rank(), words, HANG_EXIT_CODE)
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(PAUSE_SECONDS)  # all ranks reach the deadline together: let each print its stacks before one ends the job
         os._exit(HANG_EXIT_CODE)

@@ -1,32 +1,30 @@
-"""Errors that a user can mend, each with the exit code that scripts and schedulers rely on.
-
-| code | meaning |
-|---|---|
-| 0 | done |
-| 1 | a crash, or a difference that was found |
-| 2 | usage or configuration (singletons too) |
-| 3 | data invalid |
-| 4 | checkpoints exist and none is valid |
-| 6 | a hang, from the ranks that wait |
-| 75 | stopped on request, resumable |
-"""
+"""Errors that a user can correct, and the exit codes of all commands."""
 
 from __future__ import annotations
 
 from typing import Self
 
 HANG_EXIT_CODE = 6
+EXIT_CODES = {  # `mpidp --help` prints this table
+    0: "success",
+    1: "a crash; or replay found a difference, or doctor a problem",
+    2: "wrong command line, configuration or launch",
+    3: "invalid data",
+    4: "checkpoints exist, but none is valid",
+    HANG_EXIT_CODE: "a rank hangs; the ranks that wait for it exit",
+    75: "stopped on request after a checkpoint; the same command resumes the run",
+}
 
 
 class MpidpError(Exception):
-    """An error whose message says what, where and how to mend it; printed without a traceback."""
+    """An error whose message says what is wrong, where, and how to correct it. It is printed without a traceback."""
 
     exit_code = 1
-    everywhere = False  # True once every rank holds it: rank 0 alone prints, all ranks leave together
+    everywhere = False  # True if every rank raises this error: only rank 0 prints it, and all ranks exit together
 
     @classmethod
     def on_every_rank(cls, message: str) -> Self:
-        """The error as every rank raises it alike."""
+        """Return an error that every rank raises with the same message."""
         error = cls(message)
         error.everywhere = True
         return error
@@ -39,31 +37,32 @@ class UsageError(MpidpError):
 
 
 class DataError(MpidpError):
-    """Sources or shards that cannot be trained on."""
+    """Invalid sources or shards."""
 
     exit_code = 3
 
 
 class CheckpointError(MpidpError):
-    """Checkpoints exist and none can be used."""
+    """Checkpoints exist, but none can be used."""
 
     exit_code = 4
 
 
 class Stopped(MpidpError):
-    """Stopped on request after a checkpoint; the same command goes on."""
+    """Stopped on request after a checkpoint. The same command resumes the run."""
 
     exit_code = 75
 
 
 class Damaged(MpidpError):
-    """The run returns to its last checkpoint: replicas differ and there is no majority, or batch after batch makes no update."""
+    """Only the last checkpoint can be trusted, so the run returns to it. Either replicas differ and it is unknown which one is
+    right, or several batches in a row could not be used for an update."""
 
-    next_batch = 0  # the run continues with this batch and skips those before; 0: with the batch that follows the checkpoint
+    next_batch = 0  # the batch to resume with, skipping those before it; 0: the one that followed the checkpoint
 
     @classmethod
     def at_batch(cls, message: str, next_batch: int) -> Self:
-        """The error as every rank raises it alike; the run continues with next_batch."""
+        """The error as every rank raises it alike; the run resumes with next_batch."""
         error = cls.on_every_rank(message)
         error.next_batch = next_batch
         return error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.options import add_compute, add_data, add_json, add_run, add_tokenizer, note_old_spelling, program
 
 
 def main() -> None:
@@ -33,24 +34,31 @@ def main() -> None:
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
     """Parse and check the command line. UsageError. Pure."""
-    parser = Parser(prog="python -m mpidp.evaluate", description=__doc__)
+    parser = Parser(
+        prog=program("mpidp.evaluate"),
+        usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE] [options]",
+        description="Evaluate a trained model: its loss on a split of shards or on a text, or its accuracy on multiple-choice "
+        "questions. The ranks share the work.",
+    )
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
-    add("--data", metavar="DIR", help="folder of shards (default: the run's training data); with --text or --choices: folder of "
-        "tokenizer.json (default: RUN's copy)")
+    add_run(parser)
+    add_data(parser, "to evaluate on", default="the run's data.path")
     add("--split", default="val", help="val or train (%(default)s)")
     add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file instead of shards")
     add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
     add("--choices", metavar="FILE", help="multiple-choice questions: .jsonl with context, choices and label (index from 0, or "
         "the right choice's text) per line")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (%(default)s)")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (%(default)s)")
-    add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (%(default)s)")
-    add("--json", action="store_true", help="print one JSON line to standard output and everything else to standard error")
+    add_tokenizer(parser)
+    add_compute(parser)
+    add_json(parser)
     options = parser.parse_args(arguments)
     if options.text is not None and options.choices is not None:
         parser.error("--text and --choices: give only one of them")
+    if options.data is not None and (options.text is not None or options.choices is not None):
+        note_old_spelling("--data with --text or --choices", "--tokenizer")
+        options.data, options.tokenizer = None, options.tokenizer or options.data
+    if options.tokenizer is not None and options.text is None and options.choices is None:
+        parser.error("--tokenizer works only with --text or --choices: shards are tokens already")
     if options.stride < 0:
         parser.error(f"--stride {options.stride}: must not be negative")
     if options.stride and options.text is None:

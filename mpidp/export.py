@@ -1,31 +1,41 @@
-"""`python -m mpidp.export RUN OUT --format hf [--dtype bfloat16]`: export a model in Hugging Face's format (docs/huggingface.md).
-"""
+"""Export a model in Hugging Face's format: `python -m mpidp.export RUN --out DIR [--dtype bfloat16]` (docs/huggingface.md)."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.options import add_out, add_run, note_old_spelling, program
 
 
 def main() -> None:
     """Export a model and print a summary on rank 0."""
-    parser = Parser(prog="python -m mpidp.export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
-    parser.add_argument("out", metavar="OUT", help="folder to create; it must not exist")
-    parser.add_argument("--format", default="hf", choices=("hf",), help="hf: for transformers, vLLM, llama.cpp (%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
-    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
-    options, world = begin(lambda: _checked(parser))
+    options, world = begin(lambda: read_options(sys.argv[1:]))
     summary = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9))
     if world.rank == 0:
         print(summary)
 
 
-def _checked(parser: Parser) -> argparse.Namespace:
-    options = parser.parse_args()
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the command line. Raises UsageError. Pure."""
+    parser = Parser(prog=program("mpidp.export"), usage="%(prog)s RUN --out DIR [options]",
+                    description="Export a trained model in Hugging Face's format. docs/huggingface.md describes it.")
+    add_run(parser)
+    parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
+    add_out(parser, "folder to create; it must not exist")
+    parser.add_argument("--format", default="hf", choices=("hf",), help="hf: for transformers, vLLM, llama.cpp (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
+    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
+    options = parser.parse_intermixed_args(list(arguments))
+    if options.old_out is not None and options.out is None:
+        note_old_spelling("RUN OUT", "RUN --out OUT")
+        options.out, options.old_out = options.old_out, None
+    if options.out is None or options.old_out is not None:
+        parser.error("give the folder to create once, with --out DIR")
     if not options.max_file_gb > 0:
         parser.error("--max-file-gb: must be above 0")
     return options

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.log import log
+from mpidp.runtime.options import add_compute, add_out, add_run, add_tokenizer, note_old_spelling, program
 
 
 def main() -> None:
@@ -34,12 +36,15 @@ def main() -> None:
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
     """Parse and check the command line. UsageError. Pure."""
-    parser = Parser(prog="python -m mpidp.generate", description=__doc__)
+    parser = Parser(
+        prog=program("mpidp.generate"), usage="[mpirun -np N] %(prog)s RUN [--prompt TEXT | --prompts FILE] [options]",
+        description="Generate text with a trained model. The ranks share the prompts.",
+    )
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
+    add_run(parser)
     add("--prompt", help="text to continue (default: a newline)")
     add("--prompts", metavar="FILE", help='file of prompts: .jsonl with {"prompt": TEXT} per line, or one prompt per line')
-    add("--out", metavar="FILE", help="write JSON lines to FILE, in the order of the prompts, and print nothing")
+    add_out(parser, "write JSON lines to this file, in the order of the prompts, and print nothing", metavar="FILE")
     add("--tokens", type=int, default=200, help="largest number of tokens to generate (%(default)s)")
     add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token (%(default)s)")
     add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: all (%(default)s)")
@@ -48,12 +53,13 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--batch", type=int, default=8, help="prompts per batch on each rank; does not change the texts (%(default)s)")
     add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
-    add("--data", metavar="DIR", help="folder of tokenizer.json (default: RUN's copy)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (%(default)s)")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (%(default)s)")
-    add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (%(default)s)")
+    add_tokenizer(parser)
+    add_compute(parser)
+    add("--data", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.data is not None:
+        note_old_spelling("--data", "--tokenizer")
+        options.tokenizer = options.tokenizer or options.data
     if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:
         parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
     if not 0 < options.top_p <= 1:
@@ -108,7 +114,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     with raise_together(grid.world):
         if firsts:
             loaded = load_model(reader, grid, options.device, options.threads)
-            tokenizer = load_tokenizer_for(loaded, reader, options.data)
+            tokenizer = load_tokenizer_for(loaded, reader, options.tokenizer)
             by_rows(loaded.model)
         for first in firsts:
             places = range(first, min(first + options.batch, len(rows)))
@@ -123,8 +129,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     found = sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])
     cut = sum(continuation.cut for _, continuation in found)
     if cut:
-        print(f"warning: {cut} of {len(rows)} outputs exceed the {seq_len}-token context; continuing with a sliding window of "
-              f"{seq_len // 2}-{seq_len} tokens", file=sys.stderr)
+        log.warning("warning: %d of %d outputs exceed the %d-token context; continuing with a sliding window of %d-%d tokens",
+                    cut, len(rows), seq_len, seq_len // 2, seq_len)
     return [
         rows[i] | {"text": continuation.text, "tokens": continuation.tokens, "ended": continuation.ended}
         for i, continuation in found

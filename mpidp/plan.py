@@ -1,10 +1,6 @@
-"""`python -m mpidp.plan RUN [RUN ...] [--ranks 1,2,4] [--loss X] [--json]`: predict how many ranks a run can use well.
-`[mpirun -np N] python -m mpidp.plan methods CONFIG.toml`: which training method pays on this cluster.
-`python -m mpidp.plan mesh --params 7b --ranks 64`: which mesh (dp x pp x tp) holds a model that is too large for one device.
+"""Predict training time: `python -m mpidp.plan RUN ...`, `plan methods [CONFIG.toml]` and `plan mesh --params 7b --ranks 64`.
 
-For more, add --help after `methods` or `mesh`. The first RUN supplies the gradient noise scale (train it with
---train.noise_every=10), which determines how much is learned from a batch. It and other runs of the same model on other numbers
-of ranks supply the time of a step. docs/plan.md explains the table.
+`plan RUN` is short for `plan ranks RUN`. docs/plan.md explains the tables.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.config.command_line import from_args
+from mpidp.config.schema import Config
 from mpidp.errors import UsageError
 from mpidp.metrics.gradient_noise import interval, mean
 from mpidp.planning.mesh import command_line
@@ -28,64 +25,93 @@ from mpidp.planning.ranks import measured, predict
 from mpidp.planning.ranks.table import methods_table, plot, table
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import launcher_rank
+from mpidp.runtime.options import add_json, add_ranks, program
 
 SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.name")  # settings that step times depend on
 
 
-METHODS_USAGE = """Compare training methods for this model on this cluster: predict what each sends and how long a step takes.
-With --run, train with each and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md
-explains the output."""
+TOPICS = {  # first argument: (one line of help, description)
+    "ranks": ("how many ranks a run can use well (`plan RUN` is short for `plan ranks RUN`)", """\
+Predict training time by batch size and number of ranks. The first RUN supplies the gradient noise scale (train it with
+--train.noise_every=10), which determines how much is learned from a batch. It and other runs of the same model on other numbers
+of ranks supply the time of a step. docs/plan.md explains the table."""),
+    "methods": ("which training method pays on this cluster", """\
+Compare training methods for this model on this cluster: predict what each sends and how long a step takes. With --run, train
+with each and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md explains it."""),
+    "mesh": ("which mesh (dp x pp x tp) holds a model that is too large for one device", command_line.DESCRIPTION),
+}
 
 
 def main() -> None:
     """Run the command line. Collective over COMM_WORLD with `methods`, else independent."""
-    if sys.argv[1:2] == ["methods"]:
-        which_method(sys.argv[2:])
+    words = sys.argv[1:]
+    if not words or words[0] not in (*TOPICS, "-h", "--help"):
+        words = ["ranks", *words]
+    if words[0] == "methods":
+        (options, settings), world = begin(lambda: read_options(words))
+        print_methods(options, from_args(settings), world)
         return
-    if sys.argv[1:2] == ["mesh"]:
-        which_mesh(sys.argv[2:])
-        return
-    parser = Parser(prog="python -m mpidp.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the one to plan")
-    parser.add_argument("--ranks", help="columns of the table, as 1,2,4; default: powers of two and the measured numbers")
-    parser.add_argument("--loss", type=float, help="target val_loss, which RUN must have reached; default: its last")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
-    options = parser.parse_args()
-    words = [] if options.ranks is None else options.ranks.split(",")
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        parser.error(f"--ranks={options.ranks}: give whole numbers of at least 1, separated by commas")
-    found = plan(options.runs, [int(word) for word in words], options.loss)
+    options, settings = read_options(words)
+    if options.topic == "mesh":
+        found, show = command_line.plan_from_options(options, settings), mesh_table
+    else:
+        found, show = plan(options.runs, options.ranks or (), options.loss), table
     if launcher_rank() == 0:
-        print(json.dumps(found, allow_nan=False) if options.json else table(found))
+        print(json.dumps(found, allow_nan=False) if options.json else show(found))
 
 
-def which_method(words: Sequence[str]) -> None:
-    """Run the command line after `methods`. Collective over COMM_WORLD."""
-    parser = Parser(prog="python -m mpidp.plan methods", usage="%(prog)s [CONFIG.toml] [--section.key=value ...] [options]",
-                    description=METHODS_USAGE, allow_abbrev=False)
-    parser.add_argument("--cluster", default="", metavar="FILE", help="file of mpidp.doctor; default: in run.dir, then here")
-    parser.add_argument("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node, one-way delay")
-    parser.add_argument("--ranks", type=int, help="default: those of this launch, else those of cluster.json")
-    parser.add_argument("--step-seconds", type=float, metavar="S",
-                        help="compute time of a step on one rank; default: measured now")
-    parser.add_argument("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
-                        help="train with each method on the ranks of this launch (default: %(const)g s each)")
-    parser.add_argument("--methods", default="", metavar="A,B", help="compare only these and synchronous; default: all")
-    parser.add_argument("--plot", default="", metavar="FILE.png", help="with --run: loss against time and bytes (matplotlib)")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse and check the command line; return (options, settings). Raises UsageError. Pure, except for reading CONFIG.toml."""
+    prog = program("mpidp.plan")
+    parser = Parser(prog=prog, description="Predict training time.", allow_abbrev=False)
+    topics = parser.add_subparsers(dest="topic", required=True, metavar="{ranks,methods,mesh}", prog=prog)
+    usages = {
+        "ranks": "%(prog)s RUN [RUN ...] [options]",
+        "methods": "[mpirun -np N] %(prog)s [CONFIG.toml] [--section.key=value ...] [options]",
+        "mesh": "%(prog)s (--params N | --config CONFIG.toml [--section.key=value ...]) --ranks P [options]",
+    }
+    of = {name: topics.add_parser(name, help=line, description=text, usage=usages[name], allow_abbrev=name == "ranks",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter) for name, (line, text) in TOPICS.items()}
+    of["ranks"].add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the one to plan")
+    add_ranks(of["ranks"], "powers of two, and the measured numbers", several=True)
+    of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: its last)")
+    _add_options_of_methods(of["methods"])
+    command_line.add_options(of["mesh"])
+    for one in of.values():
+        add_json(one)
+    options, settings = parser.parse_known_args(list(arguments))
+    if options.topic == "ranks" and settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    if options.topic == "methods":
+        _check_options_of_methods(options, of["methods"])
+        from_args(settings)
+    return options, settings
 
-    def read() -> tuple[argparse.Namespace, Any]:
-        options, settings = parser.parse_known_args(words)
-        for name, value in (("ranks", options.ranks), ("step-seconds", options.step_seconds), ("run", options.run)):
-            if value is not None and not 0 < value < math.inf:
-                parser.error(f"--{name}={value:g} must be more than 0")
-        if options.plot and not options.run:
-            parser.error("--plot shows the losses of trials: it needs --run")
-        if options.plot and importlib.util.find_spec("matplotlib") is None:
-            parser.error("--plot needs matplotlib: pip install matplotlib, or use --json")
-        return options, from_args(settings)
 
-    (options, config), world = begin(read)
+def _add_options_of_methods(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--cluster", default="", metavar="FILE", help="file of mpidp.doctor (default: in run.dir, then in this folder)")
+    add("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node, one-way delay")
+    add_ranks(parser, "those of this launch, else those of cluster.json")
+    add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank (default: measured now)")
+    add("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
+        help="train with each method on the ranks of this launch (%(const)g s each if SECONDS is not given)")
+    add("--methods", default="", metavar="A,B", help="compare only these and synchronous (default: all)")
+    add("--plot", default="", metavar="FILE.png", help="with --run: loss against time and bytes (matplotlib)")
+
+
+def _check_options_of_methods(options: argparse.Namespace, parser: Parser) -> None:
+    for name, value in (("step-seconds", options.step_seconds), ("run", options.run)):
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name}={value:g} must be more than 0")
+    if options.plot and not options.run:
+        parser.error("--plot shows the losses of trials: it needs --run")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib, or use --json")
+
+
+def print_methods(options: argparse.Namespace, config: Config, world: Any) -> None:
+    """Predict or try the methods, and print the table on rank 0. Collective over world."""
     from mpidp.planning.methods.trials import TrialOptions, compare_methods
 
     trial_options = TrialOptions(
@@ -97,13 +123,6 @@ def which_method(words: Sequence[str]) -> None:
         print(json.dumps(found, allow_nan=False) if options.json else methods_table(found), flush=True)
         if options.plot:
             plot(found, options.plot)
-
-
-def which_mesh(words: Sequence[str]) -> None:
-    """Run the command line after `mesh`. Independent."""
-    found, as_json = command_line.plan_from_arguments(words)
-    if launcher_rank() == 0:
-        print(json.dumps(found, allow_nan=False) if as_json else mesh_table(found))
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:

@@ -1,35 +1,30 @@
-"""`python -m mpidp.replay RUN --step S` or `python -m mpidp.replay RUN --against RUN2`: a run's steps anew, and who is right.
+"""Recompute steps of a run and compare them: `[mpirun -np N] python -m mpidp.replay RUN [--step S | --against RUN2]`.
 
-In memory, on one rank or more, whatever the run had: from the newest checkpoint before the step, or from the seed. What comes
-out is compared with the run's metrics.jsonl and checkpoints; nothing is written there. docs/replay.md says how to use it.
+The steps are recomputed in memory, on any number of ranks, from the newest checkpoint before them or from the initial weights.
+They are compared with the run's metrics.jsonl and checkpoints. Nothing is written. docs/replay.md describes the output.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
 import time
-from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 from mpidp.errors import MpidpError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.training.replayer import FIGURES, Replay, read_record, say
+from mpidp.runtime.options import add_data, add_json, program
 
 
 def main() -> None:
-    """Command line -> what differs; exit code 1 when something does. Collective over COMM_WORLD."""
-    parser = Parser(prog="python -m mpidp.replay", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of a run")
-    parser.add_argument("--step", type=int, metavar="S", help="replay up to this step, and look into it; default: the last")
-    parser.add_argument("--against", metavar="RUN2", help="where do two runs part, and why? With --step: have they by S?")
-    parser.add_argument("--data", metavar="DIR", help="shards; default: the run's data.path, as seen from here")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")
-    parser.add_argument("--threads", type=int, help="CPU threads a rank; default: the run's")
-    parser.add_argument("--json", action="store_true", help="one JSON line on standard output, everything else on standard error")
-    options, world = begin(parser.parse_args)
+    """Replay and print what differs; exit code 1 if something does. Collective over COMM_WORLD."""
+    options, world = begin(lambda: read_options(sys.argv[1:]))
+    from mpidp.training.replayer import say
+
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         found = world.bcast((against if options.against else look)(options, world), root=0)
         say(world, found["verdict"] if found["same"] else "")
@@ -39,31 +34,50 @@ def main() -> None:
         raise MpidpError.on_every_rank(found["verdict"])
 
 
-def look(options: Namespace, world: Any) -> dict[str, Any]:
-    """Replay up to options.step, compare with the record, and look into that step. Collective over world."""
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises UsageError. Pure."""
+    parser = Parser(prog=program("mpidp.replay"), usage="[mpirun -np N] %(prog)s RUN [--step S] [--against RUN2] [options]",
+                    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a run")
+    add("--step", type=int, metavar="S", help="last step to replay; lists its micro-batches (default: the last recorded)")
+    add("--against", metavar="RUN2", help="find the first step and tensor in which two runs differ, up to --step")
+    add_data(parser, "that the run was trained on", default="the run's data.path")
+    add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")
+    add("--threads", type=int, help="CPU threads per rank (default: the run's)")
+    add_json(parser)
+    return parser.parse_args(list(arguments))
+
+
+def look(options: argparse.Namespace, world: Any) -> dict[str, Any]:
+    """Replay up to options.step, compare with the record, and list that step's micro-batches. Collective over world."""
+    from mpidp.training.replayer import Replay, read_record, say
+
     record = read_record(options.run, world)
     step = record.last if options.step is None else options.step
     replay = Replay(record, step, options, world)
     found: dict[str, Any] = {"run": options.run, "step": step, "from": replay.source, "differences": []}
-    count, said = 0, time.monotonic()
+    count, printed = 0, time.monotonic()
     for seen in replay.batches(inside=True):
         facts = replay.compare(seen)
-        bad = [f"step {seen.step}: {words}" for same, words in facts if not same]
-        if seen.step == step or (bad and not found["differences"]) or time.monotonic() > said + 3:
-            said = time.monotonic()
-            say(world, f"step {seen.step}  " + ("  ".join(words for _, words in facts) or "not recorded"))
+        bad = [f"step {seen.step}: {text}" for same, text in facts if not same]
+        if seen.step == step or (bad and not found["differences"]) or time.monotonic() > printed + 3:
+            printed = time.monotonic()
+            say(world, f"step {seen.step}  " + ("  ".join(text for _, text in facts) or "not recorded"))
         _show(world, seen.micro_batches)
         found |= {"batch": seen.batch, **seen.figures, "micro_batches": seen.micro_batches}
         found["differences"] += bad
         count += len(facts)
     same, kind = not found["differences"], "close to" if replay.loose else "the same as"
     verdict = f"{options.run}: steps {replay.start + 1} to {step}, replayed from {replay.source}, are {'' if same else 'not '}"
-    verdict += f"{kind} what was recorded" + (f" ({count} comparisons)" if same else f", first: {found['differences'][0]}")
+    verdict += f"{kind} the record" + (f" ({count} comparisons)" if same else f"; first difference: {found['differences'][0]}")
     return found | {"same": same, "verdict": verdict}
 
 
 def _show(world: Any, rows: list[dict[str, Any]]) -> None:
-    """A line a micro-batch; the largest, and what is not finite, with its windows of the training split."""
+    """Print a line per micro-batch. Mark the largest and the non-finite values, with their windows of the training split."""
+    from mpidp.training.replayer import say
+
     say(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")
     tops = {key: max((row[key] for row in rows if row[key] is not None), default=0.0) for key in ("loss", "grad_norm")}
     for row in rows:
@@ -73,45 +87,49 @@ def _show(world: Any, rows: list[dict[str, Any]]) -> None:
         say(world, f"{row['micro_batch']:>11} {row['lane']:>5} {loss:>11.6g} {norm:>11.6g}{where}")
 
 
-def against(options: Namespace, world: Any) -> dict[str, Any]:
-    """The first step and tensor in which two runs part, by their records and by replays of both. Collective over world."""
+def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
+    """Find the first step and tensor in which two runs differ, from their records and replays. Collective over world."""
     from mpidp.faults.audit import checksum
+    from mpidp.training.replayer import FIGURES, Replay, read_record, say
 
     records = [read_record(run, world) for run in (options.run, options.against)]
     one, other = (record.lines for record in records)
     both = sorted(one.keys() & other.keys())
-    apart = {s: [f"{key} {one[s][key]} -> {other[s][key]}" for key in FIGURES if one[s][key] != other[s][key]] for s in both}
-    parted = next((s for s in both if apart[s]), 0)
-    step, names = options.step or parted, f"{options.run} and {options.against}"
+    different = {s: [f"{key} {one[s][key]} -> {other[s][key]}" for key in FIGURES if one[s][key] != other[s][key]] for s in both}
+    first_different = next((s for s in both if different[s]), 0)
+    step, names = options.step or first_different, f"{options.run} and {options.against}"
     found: dict[str, Any] = {"runs": [options.run, options.against], "step": step, "settings": [], "first": None}
     if not step:
-        same = f"the same up to step {both[-1]}, the last that both recorded" if both else "without a step that both recorded"
-        return found | {"same": bool(both), "verdict": f"{names} are {same}"}
-    parted = parted if parted <= step else 0
-    say(world, f"the records part at step {parted}: {', '.join(apart[parted])}" if parted else "")
+        same = f"are the same up to step {both[-1]}, the last in both records"
+        verdict = f"{names} {same if both else 'have no step in common'}"
+        return found | {"same": bool(both), "verdict": verdict}
+    first_different = first_different if first_different <= step else 0
+    if first_different:
+        say(world, f"the records differ from step {first_different}: {', '.join(different[first_different])}")
     traces: list[dict[int, tuple[str, dict[str, int]]]] = []
     metas, broken = [], []
     for record in records:
         replay, trace, wrong = Replay(record, step, options, world), {}, ""
         for seen in replay.batches(inside=False):
-            where = f"step {seen.step}" if seen.figures else f"the state after step {seen.step}, from which they begin"
+            where = f"step {seen.step}" if seen.figures else f"the state after step {seen.step}, before the first replayed step"
             trace[seen.batch] = where, seen.gradient | {name: checksum(tensor) for name, tensor in replay.tensors().items()}
-            wrong = wrong or next((f"{where}: {words}" for same, words in replay.compare(seen) if not same), "")
+            wrong = wrong or next((f"{where}: {text}" for same, text in replay.compare(seen) if not same), "")
         traces.append(trace)
         metas.append(replay.job.record.meta["config"] | {key: replay.job.record.meta[key] for key in ("data", "tokenizer")})
-        broken += [f"the record of {record.path} is not what its replay gives ({wrong})"] if wrong else []
+        broken += [f"the record of {record.path} differs from its replay ({wrong})"] if wrong else []
     found["settings"] = [f"{key}: {metas[0][key]} -> {metas[1][key]}" for key in metas[0]
                          if metas[0][key] != metas[1][key] and not key.startswith("run.")]
     say(world, "settings and data: " + ("; ".join(found["settings"]) or "no difference"))
-    mine, theirs = traces
-    found["first"] = next(((mine[batch][0], name) for batch in sorted(mine.keys() & theirs.keys())
-                           for name, bits in mine[batch][1].items() if bits != theirs[batch][1].get(name, bits)), None)
-    verdict = f"{names} are the same up to step {step}, replayed here"
+    first, second = traces
+    found["first"] = next(((first[batch][0], name) for batch in sorted(first.keys() & second.keys())
+                           for name, bits in first[batch][1].items() if bits != second[batch][1].get(name, bits)), None)
+    verdict = f"the replays of {names} are the same up to step {step}"
     if found["first"]:
-        verdict = f"{names} part in {found['first'][0]}: the first tensor that differs is {found['first'][1]}"
-    elif parted:
-        verdict += ": neither settings nor data parted them, but a machine or a fault (train.audit_every finds faults)"
-    return found | {"same": not (found["first"] or parted or broken), "verdict": "; ".join([verdict, *broken])}
+        verdict = f"{names} differ first in {found['first'][0]}, in the tensor {found['first'][1]}"
+    elif first_different:
+        verdict += ": settings and data do not explain the difference, so a machine computed something wrong (train.audit_every "
+        verdict += "detects this)"
+    return found | {"same": not (found["first"] or first_different or broken), "verdict": "; ".join([verdict, *broken])}
 
 
 if __name__ == "__main__":

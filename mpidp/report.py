@@ -25,13 +25,14 @@ from mpidp.reporting.waterfall import waterfall
 from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.environment import launcher_rank
 from mpidp.runtime.files import write_file
+from mpidp.runtime.options import add_out, program
 
 
 def main() -> None:
     """Read the runs and write the report. Independent."""
-    parser = Parser(prog="python -m mpidp.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=program("mpidp.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs (run.dir)")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the HTML file (%(default)s)")
+    add_out(parser, "the HTML file to write (%(default)s)", metavar="FILE", default="report.html")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write the charts as PNG (pip install 'mpidp[report]')")
     parser.add_argument(
         "--grams-per-kwh", type=float, default=0.0, metavar="G",
@@ -47,7 +48,7 @@ def main() -> None:
     runs = named([read(path) for path in options.runs])
     if launcher_rank():
         return
-    write(options.out, report(runs, options.grams_per_kwh, options.price_per_node_hour))
+    write(Path(options.out), report(runs, options.grams_per_kwh, options.price_per_node_hour))
     print(f"{options.out}: {', '.join(run.name for run in runs)}")
     if options.png is not None:
         from mpidp.reporting.pictures import draw

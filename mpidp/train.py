@@ -1,16 +1,18 @@
-"""`mpirun -np N python -m mpidp.train [CONFIG.toml] [--section.key=value ...]`: the whole program in reading order."""
+"""Train a model: `[mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidp.config import command_line
 from mpidp.config.schema import Config
-from mpidp.runtime.command import begin, run_entry
-from mpidp.runtime.environment import is_replacement_rank, launcher_rank
+from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.environment import is_replacement_rank
+from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -18,30 +20,33 @@ if TYPE_CHECKING:
     from mpidp.training.recovery import Crew
     from mpidp.training.run_plan import RunPlan
 
-USAGE = """usage: [mpirun -np N] python -m mpidp.train [CONFIG.toml] [--section.key=value ...] [--dry-run]
-
-Trains a Transformer language model from HDF5 token shards with data parallelism over MPI. The weights that come out do not
-depend on N. With no arguments it prepares shards of Python's own standard library and trains a small model on them."""
+DESCRIPTION = """Train a Transformer language model from HDF5 token shards over MPI. The weights do not depend on N.
+Without arguments: prepare shards of the source of Python's standard library, and train a small model on them."""
 
 DEFAULT_CORPUS = {"source": "stdlib", "tokenizer": "bpe:1024", "shards": 4, "val_fraction": 0.05, "seed": 0}
 
 
 def main() -> None:
-    """Command line -> run."""
-    words = sys.argv[1:]
-    if "--help" in words or "-h" in words:
-        if launcher_rank() == 0:
-            print(command_line.help_text(USAGE))
-        return
+    """Read the command line and train. Collective over COMM_WORLD."""
     if is_replacement_rank():
         from mpidp.faults.respawn import join
 
         world, crew = join()
         run(crew.config, world, crew=crew)
         return
-    dry = "--dry-run" in words
-    config, world = begin(lambda: command_line.from_args([word for word in words if word != "--dry-run"]))
-    run(config, world, dry)
+    (options, config), world = begin(lambda: read_options(sys.argv[1:]))
+    run(config, world, options.dry_run)
+
+
+def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse and check the command line. Raises UsageError. Pure, except for reading CONFIG.toml."""
+    parser = Parser(
+        prog=program("mpidp.train"), usage="[mpirun -np N] %(prog)s [CONFIG.toml] [--section.key=value ...] [--dry-run]",
+        description=DESCRIPTION, epilog=command_line.settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the configuration and the data, print them, and exit")
+    return command_line.parse_with_settings(parser, arguments)
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
@@ -51,7 +56,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
     from mpidp.runtime.ulfm import RankFailure
     from mpidp.training.attempts import RunAttempts
 
-    plan = _plan(config, world, dry) if crew is None else None  # newcomers make one with the others
+    plan = _plan(config, world, dry) if crew is None else None  # is_replacement_ranks make one with the others
     if dry:
         return None
     attempts = RunAttempts(config, plan, world if plan is None else plan.world, crew)

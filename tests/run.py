@@ -230,6 +230,8 @@ def minutes(seconds: float) -> str:
 def run_queue(queue: list[tuple[str, str]], logs: Path, show: bool, results: dict[str, Result]) -> None:
     """Run the parts one after the other, and print a line as each ends. Independent."""
     for name, level in queue:
+        if sys.stdout.isatty() and not show:
+            print(f"{name:<12} ...", end="\r", flush=True)
         found = run_part(name, level, logs, show)
         results[name] = found
         print(f"{name:<12} {minutes(found.seconds):>6}  {found}", flush=True)

@@ -82,10 +82,10 @@ class Calls:
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
         """Return a reused buffer, shape (elements,): new memory costs more than a sum. Independent."""
-        held, needed = self._space.get(name), elements * like.element_size()
-        if held is None or held.numel() < needed:
-            held = self._space[name] = torch.empty(needed, dtype=torch.uint8)
-        return held[:needed].view(like.dtype)
+        buffer, needed = self._space.get(name), elements * like.element_size()
+        if buffer is None or buffer.numel() < needed:
+            buffer = self._space[name] = torch.empty(needed, dtype=torch.uint8)
+        return buffer[:needed].view(like.dtype)
 
     def neighbours(self, added: torch.Tensor) -> Neighbours | None:
         """Return the reader of other ranks' memory, or None where it is slower or not possible.

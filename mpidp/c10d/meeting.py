@@ -59,17 +59,19 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
     The store is a TCPStore on rank 0 at a free port, which is broadcast by MPI. RuntimeError on all ranks if one cannot connect.
     """
     global _server
-    comm, here, failed = world(), socket.gethostname(), ""
+    comm, this_host, failed = world(), socket.gethostname(), ""
     store: Any = None
     if comm.rank == 0:
         try:
             store = _server = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False, multi_tenant=False)
         except RuntimeError as error:
             failed = str(error)
-    there, host, port, failed = comm.bcast((here, os.environ.get(HOST, here), store.port if store else 0, failed), root=0)
+    address = (this_host, os.environ.get(HOST, this_host), store.port if store else 0, failed)
+    root_host, host, port, failed = comm.bcast(address, root=0)
     if comm.rank and not failed:
         try:
-            store = dist.TCPStore("127.0.0.1" if there == here else host, port, None, False, timeout, wait_for_workers=False)
+            reachable = "127.0.0.1" if root_host == this_host else host
+            store = dist.TCPStore(reachable, port, None, False, timeout, wait_for_workers=False)
         except RuntimeError as error:
             failed = str(error)
     errors = [f"rank {rank}: {error}" for rank, error in enumerate(comm.allgather(failed)) if error]

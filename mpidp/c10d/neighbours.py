@@ -75,7 +75,7 @@ class Neighbours:
         return worst == FOUND
 
     def _probe(self, rank: int, row: list[int]) -> int:
-        """Try to read another rank's token. On another node, its process id may belong to an unrelated process here."""
+        """Try to read another rank's token. On another node, its process id may belong to an unrelated local process."""
         if self._function is None or os.environ.get(NEAR) == "messages":
             return IMPOSSIBLE
         found = torch.zeros(TOKEN, dtype=torch.int64)
@@ -89,8 +89,8 @@ class Neighbours:
         """Read another rank's memory. Failures are raised by the next _synchronize."""
         for begin in range(0, into.nbytes, READ_BYTES):
             length = min(READ_BYTES, into.nbytes - begin)
-            here, there = _Vector(into.data_ptr() + begin, length), _Vector(address + begin, length)
-            if self._function(self._pids[rank], here, 1, there, 1, 0) != length:
+            local, remote = _Vector(into.data_ptr() + begin, length), _Vector(address + begin, length)
+            if self._function(self._pids[rank], local, 1, remote, 1, 0) != length:
                 self._failed = self._failed or f"rank {rank}'s memory: {os.strerror(ctypes.get_errno())}"
 
     def _begin(self, tensor: torch.Tensor, call: str) -> list[int] | None:

@@ -1,5 +1,5 @@
-"""A thread that communicates while the rank computes: what is given to it is done in order, on every rank alike. Where MPI does
-not allow two threads to call it, all is done at once instead."""
+"""A thread that communicates while the rank computes. It runs its tasks in the order of submission. If the MPI library does not
+allow calls from two threads at a time, tasks run at once in the calling thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 
 class Task:
-    """Something that is being done in the background."""
+    """A task of the background thread."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -19,29 +19,29 @@ class Task:
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """By the thread. Independent."""
+        """Run the task and keep its exception; called by the thread. Independent."""
         try:
             self._work()
-        except BaseException as error:  # told by wait(): a thread's own traceback would be lost
+        except BaseException as error:  # raised by wait(): a thread's own traceback would be lost
             self._error = error
         self._done.set()
 
     def wait(self) -> None:
-        """Until it is done; raises what it raised. Independent: that others do theirs too is the caller's business."""
+        """Wait until the task is done; raise its exception. Independent: the caller ensures that the other ranks run theirs."""
         self._done.wait()
         if self._error is not None:
             raise self._error
 
 
 class Background:
-    """The thread, started when it is first needed. Independent; what it is given may be collective, in the same order on all."""
+    """The background thread, started by the first task. Independent; tasks may be collective if all ranks submit them alike."""
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> Task:
-        """Do this after what was submitted before."""
+        """Run this after the tasks submitted before it."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             task = Task(work)
             task.run()
@@ -54,7 +54,7 @@ class Background:
         return task
 
     def close(self) -> None:
-        """Once all is done. No more after it."""
+        """Finish all tasks and stop the thread."""
         if self._thread is not None:
             self._tasks.put(None)
             self._thread.join()

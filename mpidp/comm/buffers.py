@@ -1,4 +1,4 @@
-"""buf(tensor): a tensor as MPI sees it. Refuses what MPI cannot add or would misread."""
+"""buf(tensor): an MPI buffer specification of a tensor. Rejects tensors that MPI cannot add or would misread."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _DATATYPES = {
 
 
 def memory(tensor: torch.Tensor) -> Any:
-    """The tensor's bytes, on the host or (for a CUDA-aware MPI) on the device. Independent.
+    """Return the tensor's memory, on the host or (for a CUDA-aware MPI) on the device. Independent.
 
-    A CUDA caller must have synchronised the stream that writes the tensor: MPI does not, and nobody would notice.
+    For CUDA tensors, synchronize the stream that writes the tensor first: MPI does not, and would silently send old values.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"MPI needs contiguous memory, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
@@ -28,17 +28,17 @@ def memory(tensor: torch.Tensor) -> Any:
 
 
 def datatype(tensor: torch.Tensor) -> Any:
-    """Its MPI datatype; TypeError for those MPI has no portable sum for (bfloat16, float16)."""
+    """Return the MPI datatype of a tensor; TypeError for types without a portable MPI sum (bfloat16, float16)."""
     if tensor.dtype not in _DATATYPES:
         raise TypeError(f"MPI has no portable sum for {tensor.dtype}: reduce in float32, or send bytes and add in torch")
     return _DATATYPES[tensor.dtype]
 
 
 def buf(tensor: torch.Tensor) -> list[Any]:
-    """`comm.Allreduce(MPI.IN_PLACE, buf(t))`. Independent."""
+    """Return the buffer specification of a tensor, e.g. `comm.Allreduce(MPI.IN_PLACE, buf(t))`. Independent."""
     return [memory(tensor), tensor.numel(), datatype(tensor)]
 
 
 def bufv(tensor: torch.Tensor, counts: Sequence[int], offsets: Sequence[int]) -> list[Any]:
-    """The vector form: counts and offsets in elements, one a rank. Independent."""
+    """Return the vector form: counts and offsets in elements, one per rank. Independent."""
     return [memory(tensor), (list(counts), list(offsets)), datatype(tensor)]

@@ -1,11 +1,11 @@
-"""Who reads whose memory: the ranks of a node through MPI shared-memory windows, with messages between nodes.
+"""Groups of ranks that share memory: through MPI shared-memory windows on a node, with messages between nodes.
 
-A *group* is a set of ranks with consecutive places that share memory. It holds one sum of gradients: its first `num_rails`
-ranks own a slice of it each. The owners of one slice in all groups form a *rail*, along which messages go. With messages
-alone every rank is a group of its own, and the one rail is everybody.
+A *group* is a set of consecutive ranks that share memory. It holds one sum of gradients, of which its first `num_rails` ranks own
+a slice each. The owners of the same slice in all groups form a *rail*, along which they exchange messages. Without shared memory
+every rank is its own group, and the only rail contains all ranks.
 
-Where the job outlives its ranks the memory does too: a window dies with its communicator, so it is a file without a name, and
-what is left of a group goes on with the memory of the group before.
+With MPI fault tolerance (ULFM), shared memory must survive failed ranks. A window is freed with its communicator, so an anonymous
+file (memfd) is mapped instead, and the remaining ranks of a group keep the memory of the previous group.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ SHARED_MEMORY = "/dev/shm"  # where both MPIs keep shared windows
 
 @dataclass
 class Group:
-    """This rank's group, and its rail."""
+    """This rank's group and its rail."""
 
     node: MPI.Intracomm  # the ranks that share memory
-    rail: MPI.Intracomm  # owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns none
+    rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns none
     members: list[range]  # ranks of each group
-    index: int  # which group this is
+    index: int  # of this group
     num_rails: int
-    wait: Wait  # of this rank: nodes may differ
-    all_spin: bool  # does every rank of the job wait so?
-    shares: bool = False  # do the ranks of a node share memory, where there is more than one?
+    wait: Wait  # how this rank waits for requests; may differ between nodes
+    all_spin: bool  # whether every rank of the job waits with spin()
+    shares: bool = False  # whether the ranks of a node share memory
     _windows: list[MPI.Win] = field(default_factory=list)
-    _given: list[list[torch.Tensor]] = field(default_factory=list)  # all that memory() gave
-    _before: list[list[torch.Tensor]] = field(default_factory=list)  # what it will give, of the group before
+    _given: list[list[torch.Tensor]] = field(default_factory=list)  # all allocations, in order
+    _before: list[list[torch.Tensor]] = field(default_factory=list)  # allocations of the previous group, to be reused in order
 
     @property
     def owns(self) -> bool:
-        """Does this rank own a slice?"""
+        """Whether this rank owns a slice."""
         return self.node.rank < self.num_rails
 
     def slice_of(self, num_elements: int) -> slice:
-        """This rank's slice of a flat tensor: whole norm blocks, nothing for a rank that owns none. Independent."""
+        """Return this rank's slice of a flat tensor: whole norm blocks, empty if the rank owns none. Independent."""
         if not self.owns:
             return slice(0, 0)
         bounds = slice_bounds(num_elements, self.num_rails, NORM_BLOCK)
         return slice(bounds[self.node.rank], bounds[self.node.rank + 1])
 
     def fence(self, wait: Wait | None = None) -> None:
-        """What any rank of the group wrote before this is what all read after it. Collective over node."""
+        """Make writes by any rank of the group before this call visible to all after it. Collective over node."""
         if self.node.size > 1:
             for window in self._windows:
                 window.Sync()
@@ -66,9 +66,9 @@ class Group:
                 window.Sync()
 
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
-        """Zeroed float32 memory: `elements` for this rank (ranks may differ), and every rank's part in order. Where the job
-        outlives its ranks each part has `room` elements, untouched beyond, and a group that goes on with the memory of another
-        gets that: as it is, in the order in which the other asked for it. Collective over node."""
+        """Return zeroed float32 memory of all ranks, in order of ranks; this rank's part has `elements` elements (ranks may
+        differ). With fault tolerance each part has space for `room` elements, and a group that reuses the memory of a previous
+        group gets its allocations in the same order, with their contents. Collective over node."""
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found
@@ -78,7 +78,7 @@ class Group:
             parts = self._map(room)
         else:
             parts = self._window(elements)
-        parts[self.node.rank][:elements].zero_()  # touched by its owner: its pages lie near it, and are there before step 1
+        parts[self.node.rank][:elements].zero_()  # first touch by the owner: pages are local to it and exist before step 1
         self.fence()
         self._given.append(parts)
         return parts
@@ -90,8 +90,8 @@ class Group:
         return [_floats(window.Shared_query(rank)[0]) for rank in range(self.node.size)]
 
     def _map(self, elements: int) -> list[torch.Tensor]:
-        """Memory of the operating system's that no communicator owns: it is gone with the last process that sees it, and its
-        pages are there once they are written to."""
+        """Map an anonymous file that no communicator owns. It is freed with the last process that maps it; pages are allocated
+        at the first write."""
         counts = self.node.allgather(elements)
         handle = -1
         if self.node.rank == 0:
@@ -101,24 +101,24 @@ class Group:
         with raise_together(self.node):
             seen = os.open(path, os.O_RDWR) if self.node.rank else handle
             flat = _floats(mmap.mmap(seen, 4 * sum(counts)))
-        os.close(seen)  # once all have opened it
+        os.close(seen)  # all have opened it by now
         return list(flat.split(counts))
 
     def common(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Zeroed float32 memory, (elements,), of which the group has one copy; or that of the group before, as it is. Collective
-        over node."""
+        """Return zeroed float32 memory (elements,) with one copy per group, or that of the previous group with its contents.
+        Collective over node."""
         held = self.memory(elements if self.node.rank == 0 else 0, device)[0]
         self._given[-1] = [held]
         return held
 
     def own(self, elements: int, device: torch.device) -> torch.Tensor:
-        """The same as memory(), seen by this rank alone: (elements,). Independent."""
+        """Return memory as memory() does, but private to this rank: (elements,). Independent."""
         if not self._found(elements):
             self._given.append([torch.zeros(elements, device=device)])
         return self._given[-1][0]
 
     def _found(self, elements: int) -> list[torch.Tensor]:
-        """The next memory of the group before, where there is one and this rank's part is large enough."""
+        """Return the next allocation of the previous group if there is one and this rank's part is large enough, else []."""
         if not self._before:
             return []
         found = self._before.pop(0)
@@ -128,13 +128,13 @@ class Group:
         return found
 
     def reuse_memory(self, before: Group) -> None:
-        """Let memory() give what another group was given, of which this one's ranks were a part. Independent."""
+        """Make memory() return the allocations of a previous group that contained this group's ranks. Independent."""
         places = MPI.Group.Translate_ranks(self.node.group, list(range(self.node.size)), before.node.group)
-        # One part for many ranks is what they have in common, also when the rank is dead that asked for it.
+        # A single part is shared by all ranks, even if the rank that allocated it has failed.
         self._before = [parts if len(parts) == 1 else [parts[place] for place in places] for parts in before._given]
 
     def close(self) -> None:
-        """Free the windows: tensors over them must not be used any more. Collective over node, then over rail."""
+        """Free the windows; tensors over them must not be used afterwards. Collective over node, then over rail."""
         for window in reversed(self._windows):
             window.Unlock_all()
             window.Free()
@@ -154,13 +154,13 @@ def _waiting(mesh: Topology) -> tuple[Wait, bool]:
 
 
 def alone(mesh: Topology) -> Group:
-    """Every rank a group: messages alone. Collective over mesh.dp."""
+    """Make every rank its own group: messages only. Collective over mesh.dp."""
     members = [range(rank, rank + 1) for rank in range(mesh.dp.size)]
     return Group(MPI.COMM_SELF, revocable(mesh.dp.Dup()), members, mesh.dp.rank, 1, *_waiting(mesh))
 
 
 def by_node(mesh: Topology) -> Group:
-    """A group a node. Collective over mesh.dp."""
+    """Make one group per node. Collective over mesh.dp."""
     members, first = [], 0
     for size in mesh.node_sizes:
         members.append(range(first, first + size))
@@ -173,39 +173,40 @@ def by_node(mesh: Topology) -> Group:
 
 
 def regroup(mesh: Topology, before: Group) -> Group:
-    """Groups of the same kind over those who are left, with the memory that their groups had before. Collective over mesh.dp."""
+    """Make groups of the same kind over the remaining ranks, which keep the memory of their previous groups. Collective over
+    mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
     group.reuse_memory(before)
     return group
 
 
 def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
-    """The groups for comm.transport=auto|window|messages, and in words which and why. needed_bytes: shared memory that this
-    rank will ask for. A window larger than /dev/shm would end in a SIGBUS, so that is asked first, and all nodes take the
-    same path. Collective over mesh.dp."""
+    """Make the groups for comm.transport=auto|window|messages; return them and a description. needed_bytes: shared memory that
+    this rank will allocate. A window larger than /dev/shm would cause a SIGBUS, so its free space is checked first; all nodes
+    use the same transport. Collective over mesh.dp."""
     if transport == "messages":
         return alone(mesh), "messages"
     if device.type != "cpu":
-        return alone(mesh), "messages (windows hold gradients of the CPU)"
+        return alone(mesh), "messages (shared-memory windows need CPU gradients)"
     if max(mesh.node_sizes) == 1:
-        return alone(mesh), "messages (one rank a node)" if mesh.dp.size > 1 else "nothing to send"
+        return alone(mesh), "messages (one rank per node)" if mesh.dp.size > 1 else "none (one rank)"
     if launched_with_ulfm():
-        return by_node(mesh), "shared memory that outlives a rank"
+        return by_node(mesh), "shared memory that survives failed ranks"
     rows = mesh.dp.allgather((mesh.node_index, needed_bytes, _free_bytes()))
     for node, host in enumerate(mesh.hosts):
         needed = sum(n for index, n, _ in rows if index == node)
         free = min(n for index, _, n in rows if index == node)
         if needed > free:
             return alone(mesh), (
-                f"messages ({SHARED_MEMORY} on {host} has {free / 2**20:,.0f} MiB free, a shared window would take "
-                f"{needed / 2**20:,.0f}; a larger one, e.g. docker run --shm-size, makes averaging faster)"
+                f"messages ({SHARED_MEMORY} on {host} has {free / 2**20:,.0f} MiB free, a shared-memory window needs "
+                f"{needed / 2**20:,.0f} MiB; a larger {SHARED_MEMORY}, e.g. docker run --shm-size, makes averaging faster)"
             )
     return by_node(mesh), "window" + (", messages between nodes" if len(mesh.node_sizes) > 1 else "")
 
 
 def _free_bytes() -> int:
     try:
-        told = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0
-    return told.f_bavail * told.f_frsize
+    return status.f_bavail * status.f_frsize

@@ -1,8 +1,9 @@
-"""Gradients of GPUs from GPU to GPU without MPI: torch's own NCCL process group, which MPI brings together.
+"""Exchanges gradients between GPUs with NCCL: a torch NCCL process group, set up over MPI.
 
-The reducer `tree` stays what it is: ranks send each other the parts of their nodes, add them in the tree's order with torch, and
-send the sums: by NCCL's sends and receives, grouped, of which its all-to-all is made too. `allreduce` is NCCL's own sum. Nothing
-waits on the host: exchanges are in order with other work of the device's current stream. All else stays with MPI.
+The reducer `tree` works as with MPI: ranks exchange the parts of their tree nodes, add them with torch in the tree's order, and
+exchange the sums, with grouped NCCL sends and receives (NCCL's all-to-all is made of them, too). `allreduce` is NCCL's allreduce.
+The host does not wait: exchanges are ordered with the other work on the device's current stream. All other communication uses
+MPI.
 """
 
 from __future__ import annotations
@@ -24,54 +25,55 @@ from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import polite_barrier, raise_together
 
-MEETING_SECONDS = 60  # for ranks to reach the first
-EXCHANGE_SECONDS = 600  # then torch ends the process; run.hang_seconds is sooner, and says who is missing
+CONNECT_SECONDS = 60  # time-out for the ranks to connect to rank 0's store
+EXCHANGE_SECONDS = 600  # then torch ends the process; run.hang_seconds ends it earlier and reports the missing ranks
 
 
 class Nccl(Messages):
-    """Between ranks that are groups of one. It takes torch's default process group, of which a process has one at a time. What
-    exchanges is Collective over comm."""
+    """Messages over NCCL between ranks that share no memory. Uses torch's default process group, which a process has once.
+    Exchanges are Collective over comm."""
 
-    in_thread = False  # the stream that reduces is the one that computes: a thread would hide nothing
+    in_thread = False  # reductions use the same stream as computation: a thread would hide nothing
 
     def __init__(self, device: torch.device, comm: MPI.Intracomm, backend: str = "nccl") -> None:
-        """backend: of torch.distributed; gloo is the same on the CPU. MpidpError where ranks cannot reach each other. Collective
-        over comm."""
+        """backend: of torch.distributed; gloo does the same on CPUs. MpidpError if ranks cannot reach each other. Collective over
+        comm."""
         super().__init__(device, backend)
         self._comm = comm
         from torch import distributed
 
         self._torch = distributed
         here, store = socket.gethostname(), None
-        with self._together("nowhere"):
+        with self._together("to rank 0's store"):
             if comm.rank == 0:
                 store = self._store("127.0.0.1", 0)
         there, port = comm.bcast((here, store.port) if store is not None else None, root=0)
-        with self._together(f"at {there}, port {port}"):
+        with self._together(f"to {there}, port {port}"):
             store = store or self._store("127.0.0.1" if there == here else there, port)
-        with self._together(f"at {there}, port {port}"):  # once all can
-            self._meet(store)
+        with self._together(f"to {there}, port {port}"):  # all ranks have the store now
+            self._connect(store)
 
     @contextmanager
     def _together(self, where: str) -> Iterator[None]:
-        """Collective over comm."""
+        """Run the body; raise its error on every rank. Collective over comm."""
         with raise_together(self._comm):
             try:
                 yield
             except RuntimeError as error:
                 raise MpidpError(
-                    f"comm.gpu={self.mode}: the ranks did not meet {where}: {str(error).splitlines()[0]}. NCCL_SOCKET_IFNAME "
-                    "names the network interface to use, NCCL_DEBUG=INFO says more; comm.gpu=auto does without NCCL"
+                    f"comm.gpu={self.mode}: the ranks could not connect {where}: {str(error).splitlines()[0]}. Set "
+                    "NCCL_SOCKET_IFNAME to the network interface, set NCCL_DEBUG=INFO for details, or use comm.gpu=auto, which "
+                    "does not need NCCL"
                 ) from error
 
     def _store(self, host: str, port: int) -> Any:
-        """Where ranks find each other's addresses; port 0: it is here, at a free port."""
+        """Open the key-value store through which ranks exchange addresses; port 0: serve it here, on a free port."""
         return self._torch.TCPStore(  # type: ignore[attr-defined]
-            host, port, is_master=port == 0, timeout=timedelta(seconds=MEETING_SECONDS), wait_for_workers=False
+            host, port, is_master=port == 0, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False
         )
 
-    def _meet(self, store: Any) -> None:
-        """Connections are made, and tried by a sum, now rather than in step 1. It takes all ranks, but not MPI."""
+    def _connect(self, store: Any) -> None:
+        """Connect all ranks and test the connections with a sum, before step 1. Does not use MPI."""
         self._torch.init_process_group(
             self.mode, store=store, rank=self._comm.rank, world_size=self._comm.size,
             timeout=timedelta(seconds=EXCHANGE_SECONDS), device_id=self.device if self.device.type == "cuda" else None,
@@ -79,13 +81,13 @@ class Nccl(Messages):
         one = torch.ones(1, device=self.device)
         self._torch.all_reduce(one)
         if int(one) != self._comm.size:
-            raise RuntimeError(f"the sum of {self._comm.size} ones came out as {float(one)}")
+            raise RuntimeError(f"a test sum of {self._comm.size} ones gave {float(one)}")
 
     def load(self, piece: torch.Tensor, key: object) -> torch.Tensor:
         return piece
 
     def ready(self) -> None:
-        """Streams are in order by themselves."""
+        """Do nothing: NCCL runs in stream order."""
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -104,7 +106,7 @@ class Nccl(Messages):
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
     def _exchange(self, sends: dict[int, torch.Tensor], takes: dict[int, torch.Tensor]) -> None:
-        """Tensors to and from ranks, all under way at once; a rank may have none."""
+        """Send and receive tensors by rank, all at once; a rank may have none."""
         steps = [self._torch.P2POp(self._torch.isend, part, rank) for rank, part in sends.items()]
         steps += [self._torch.P2POp(self._torch.irecv, part, rank) for rank, part in takes.items()]
         for work in self._torch.batch_isend_irecv(steps) if steps else ():
@@ -113,36 +115,36 @@ class Nccl(Messages):
 
     def close(self) -> None:
         self._torch.destroy_process_group()
-        polite_barrier(self._comm)  # rank 0 has the store, which others may use until here
+        polite_barrier(self._comm)  # rank 0 serves the store, which other ranks may use until here
 
 
 def _by_rank(parts: RankParts) -> dict[int, torch.Tensor]:
-    """Those that are not empty. Pure."""
+    """Return the non-empty parts by rank. Pure."""
     tensor, lengths, starts = parts
     flat = tensor.view(-1)
     return {rank: flat[at : at + n] for rank, (n, at) in enumerate(zip(lengths, starts, strict=True)) if n}
 
 
 def open_transport(wanted: str, device: torch.device, comm: MPI.Intracomm) -> Messages:
-    """For comm.gpu=wanted. Collective over comm."""
+    """Open the transport for comm.gpu=wanted. Collective over comm."""
     path = gradient_path(wanted, device, comm)
     return Nccl(device, comm) if path == "nccl" else Messages(device, path)
 
 
 def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
-    """UsageError on every rank where comm.gpu=nccl cannot be had. Collective over mesh.dp."""
+    """Raise UsageError on every rank if comm.gpu=nccl cannot work. Collective over mesh.dp."""
     if wanted != "nccl":
         return
     with raise_together(mesh.dp):
         if launched_with_ulfm():
             raise UsageError(
-                "comm.gpu=nccl, but mpirun was told to let the job outlive its ranks, and NCCL's connections do not survive a "
-                "dead one: start without --with-ft ulfm (a dead rank then ends the job, which resumes), or use comm.gpu=auto"
+                "comm.gpu=nccl does not support recovery from failed ranks: start mpirun without --with-ft ulfm (a failed rank "
+                "then ends the job, which can be resumed), or use comm.gpu=auto"
             )
         if device.type != "cuda":
             raise UsageError(
-                f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU: see that every rank is given a GPU "
-                "(train.device=cuda says why one is not), or use comm.gpu=auto"
+                f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU: give every rank a GPU "
+                "(train.device=cuda reports why none is used), or use comm.gpu=auto"
             )
         if not has_nccl():
             raise UsageError(
@@ -151,25 +153,25 @@ def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
             )
     if shared := shared_gpus(mesh.dp.allgather((mesh.host.partition("#")[0], gpu_name(device)))):
         raise UsageError.on_every_rank(
-            f"comm.gpu=nccl, but {'; '.join(shared)}, and NCCL takes one rank a GPU: start no more ranks on a node than it has "
-            "GPUs, see that each is shown another one, or use comm.gpu=auto"
+            f"comm.gpu=nccl, but {'; '.join(shared)}, and NCCL supports one rank per GPU: start at most one rank per GPU, make a "
+            "different GPU visible to each, or use comm.gpu=auto"
         )
 
 
 def has_nccl() -> bool:
-    """Independent."""
+    """Return whether torch has NCCL. Independent."""
     from torch import distributed
 
     return distributed.is_available() and distributed.is_nccl_available()
 
 
 def gpu_name(device: torch.device) -> str:
-    """By its UUID, which tells GPUs apart also where each rank sees one alone, as number 0. Independent."""
+    """Return a GPU's name by UUID, which is unique even if each rank sees only one GPU, as number 0. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
 def shared_gpus(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """In words, GPUs on which several ranks are; rows: (host, GPU) of each rank. Pure."""
+    """Return a message for each GPU that several ranks share; rows: (host, GPU) of each rank. Pure."""
     users: dict[tuple[str, str], list[str]] = {}
     for rank, row in enumerate(rows):
         users.setdefault(row, []).append(str(rank))

@@ -1,4 +1,4 @@
-"""Averaging with some ranks of a communicator instead of all: a group, or one peer each way. In pieces."""
+"""Averages with some ranks of a communicator: within a group, or with one peer to send to and one to receive from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mpidp.comm.transport import Messages, pieces
 
 
 class Peers:
-    """Groups that come again keep their communicator."""
+    """Averages flat tensors with peers, piece by piece; keeps a communicator for each group."""
 
     def __init__(self, comm: MPI.Intracomm, transport: Messages) -> None:
         self.comm, self.transport = comm, transport
         self._groups: dict[tuple[int, ...], MPI.Intracomm] = {}
 
     def average(self, flat: Tensor, ranks: Sequence[int], spare: Tensor) -> None:
-        """flat (n,) becomes the mean over these ranks, of which this is one; spare: (n,), overwritten. The same bits on all of
-        them. Collective over the ranks."""
+        """Replace flat (n,) by the mean over these ranks, which include this one; spare: (n,), overwritten. The result has the
+        same bits on all of them. Collective over the ranks."""
         if len(ranks) == 2:
             self._exchange(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
         elif len(ranks) > 2:
@@ -33,18 +33,18 @@ class Peers:
                 self.transport.store(wire, flat[start:stop])
 
     def gossip(self, flat: Tensor, hop: int, spare: Tensor) -> None:
-        """flat (n,) becomes the mean of itself and that of the rank `hop` places before on the ring. Collective over comm."""
+        """Replace flat (n,) by the mean of itself and that of the rank `hop` places before on the ring. Collective over comm."""
         if hop % self.comm.size:
             self._exchange(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
 
     def _exchange(self, flat: Tensor, to: int, source: int, spare: Tensor) -> None:
-        """The mean of itself and what comes from `source`, while it goes to `to`."""
+        """Send flat to rank `to`, and average it with the tensor from rank `source`."""
         for start, stop in pieces(0, flat.numel()):
             wire = self.transport.load(flat[start:stop], "peers")
-            heard = self.transport.load(spare[start:stop], "heard")
-            self.comm.Sendrecv(buf(wire), to, 0, buf(heard), source, 0)
+            received = self.transport.load(spare[start:stop], "received")
+            self.comm.Sendrecv(buf(wire), to, 0, buf(received), source, 0)
             self.transport.sent_bytes += wire.nbytes
-            self.transport.store(heard, spare[start:stop])
+            self.transport.store(received, spare[start:stop])
             flat[start:stop].add_(spare[start:stop]).mul_(0.5)
 
     def _group(self, ranks: tuple[int, ...]) -> MPI.Intracomm:
@@ -53,6 +53,6 @@ class Peers:
         return self._groups[ranks]
 
     def close(self) -> None:
-        """Collective over the groups' ranks, in the order in which they came."""
+        """Free the communicators, in the order of creation. Collective over the groups' ranks."""
         while self._groups:
             self._groups.pop(next(iter(self._groups))).Free()

@@ -1,5 +1,5 @@
-"""Does this MPI take CUDA pointers? Flags that say so lie in both directions, and a wrong answer is a segfault: so try, in a
-process that may die."""
+"""Tests whether the MPI library accepts CUDA pointers. Its flags for this are unreliable in both directions, and a wrong answer
+causes a segmentation fault, so the test runs in a child process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print("device buffers work")
 
 
 def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
-    """Send, receive and reduce device memory in a child process, small and large, and compare. Independent."""
+    """Return whether a child process can send, receive and reduce small and large device buffers correctly. Independent."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
     try:
         child = subprocess.Popen(
@@ -38,18 +38,19 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
     except OSError:
         return False
     try:
-        said, _ = child.communicate(timeout=timeout_seconds)
+        output, _ = child.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         child.kill()
-        said, _ = child.communicate()
-    for left in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH's, when it died
-        left.unlink(missing_ok=True)
-    return child.returncode == 0 and b"device buffers work" in said
+        output, _ = child.communicate()
+    for file in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH leaves them when the process crashes
+        file.unlink(missing_ok=True)
+    return child.returncode == 0 and b"device buffers work" in output
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """host for CPU tensors; for CUDA as wanted: staged through pinned memory, device pointers, or nccl without MPI; auto: one of
-    the first two, by the probe, which must succeed on every rank. Collective over comm."""
+    """Return how gradients reach MPI: "host" for CPU tensors; for CUDA `wanted`, i.e. "staged" (through pinned memory), "device"
+    (device pointers) or "nccl" (without MPI). auto: "device" if the probe succeeds on every rank, else "staged". Collective over
+    comm."""
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

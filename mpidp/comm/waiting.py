@@ -1,5 +1,5 @@
-"""How a rank waits for the others: MPI's own wait spins, which is right where every rank has a core of its own; where ranks
-share cores, a rank that waits must leave its core to those that work."""
+"""How a rank waits for MPI requests. MPI's own wait spins, which is best if every rank has its own core. If ranks share cores, a
+waiting rank must yield its core to the ranks that compute."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Wait = Callable[[MPI.Request], None]
 
 
 def spin(request: MPI.Request) -> None:
-    """MPI's own wait. Independent."""
+    """Wait with MPI's own (spinning) wait. Independent."""
     request.Wait()
 
 
 def doze(request: MPI.Request, yields: int = 1000, first_seconds: float = 2e-5, longest_seconds: float = 5e-4) -> None:
-    """Look, and between looks let others run: by yielding the core at first, a millisecond or so, since what is waited for is
-    mostly near; then by sleeping, ever longer. Independent."""
+    """Poll, and give up the core between polls: first by yielding, for about a millisecond, since most waits are short; then by
+    sleeping for longer and longer. Independent."""
     for _ in range(yields):
         if request.Test():
             return
@@ -31,5 +31,5 @@ def doze(request: MPI.Request, yields: int = 1000, first_seconds: float = 2e-5, 
 
 
 def how_to_wait(num_ranks: int, num_cores: int) -> Wait:
-    """For num_ranks ranks of a node that has num_cores cores for them. Pure."""
+    """Return how num_ranks ranks of a node with num_cores cores should wait. Pure."""
     return doze if num_ranks > num_cores else spin

@@ -5,6 +5,7 @@ An unknown key or value is an error that names the nearest right one, before MPI
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -108,9 +109,15 @@ def from_args(arguments: Sequence[str]) -> Config:
     return checked(Config().with_values(**sections))
 
 
-def help_text(usage: str) -> str:
-    """Every key with default, unit and meaning."""
-    lines = [usage, "", "settings (--section.key=value; `*`: cannot change on resume)"]
+def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse a command's own options with argparse, and the rest as CONFIG.toml and --section.key=value. Raises UsageError."""
+    options, settings = parser.parse_known_args(list(arguments))
+    return options, from_args(settings)
+
+
+def settings_help() -> str:
+    """Return a line for every setting: key, default, meaning and unit. Pure."""
+    lines = ["settings (--section.key=value; `*`: cannot change on resume)"]
     for key, about, default in fields_of():
         meta = about.metadata
         star = "*" if meta["resume"] == FIXED else " "

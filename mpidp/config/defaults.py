@@ -1,52 +1,51 @@
-"""Defaults of the strategy settings that depend on other settings. Pure: no torch, no MPI."""
+"""Defaults of strategy settings that depend on other settings. Pure: no torch, no MPI."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from mpidp.config.settings import StrategySettings
 
 Settings = Mapping[str, Any]  # by section.key
 
-OF = {  # settings of section strategy that only these know; quorum: synchronous with strategy.quorum below 1
-    "quorum": ("synchronous",), "sync_every": ("local",), "staleness": ("delayed", "server", "quorum"),
-    "compensation": ("delayed",), "group": ("local",), "group_size": ("local",), "outer_lr": ("local",),
-    "outer_momentum": ("local",), "overlap": ("local",), "fragments": ("local",), "servers": ("server",), "mode": ("server",),
-    "replay": ("server", "quorum"), "meet_every": ("delayed", "local", "server", "quorum"),
-}
-
-DEFAULTS = {key: getattr(StrategySettings(), key) for key in OF}
+METHODS = {f.name: f.metadata["methods"] for f in fields(StrategySettings) if f.metadata["methods"]}  # that use a setting
+DEFAULTS = {name: getattr(StrategySettings, name) for name in METHODS}
 
 
 def kind(name: str, quorum: float) -> str:
-    """The method that strategy.name and strategy.quorum ask for. Pure."""
+    """Return the method that strategy.name and strategy.quorum select: quorum is synchronous with a quorum below 1. Pure."""
     return "quorum" if name == "synchronous" and quorum < 1 else name
 
 
-def _kind(settings: Settings) -> str:
+def method_of(settings: Settings) -> str:
+    """Return the method that the settings select. Pure."""
     return kind(settings["strategy.name"], settings["strategy.quorum"])
 
 
-def rhythm(settings: Settings, steps: int) -> tuple[int, int]:
-    """(sync_every, meet_every) with nothing left open, for a run of so many steps. ValueError when ranks would never average.
-    Independent."""
-    name, every, meet = _kind(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
+def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
+    """Return (sync_every, meet_every) for a run of this many steps, with automatic values filled in. ValueError if the ranks
+    would never average. Independent."""
+    name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
-    in_turn = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # rounds reach over each other, but at meetings
-    alone = settings["strategy.group"] == "all" and not in_turn
+    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # rounds overlap, except at synchronizations
+    global_average = settings["strategy.group"] == "all" and not overlapping
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
     if every > steps:
         raise ValueError(f"strategy.sync_every={every} is more than the {steps} steps of the run: the ranks would never average")
     every = every or min(50 if settings["strategy.group"] == "all" else 1, steps)
-    return every, meet or (every if alone else every * max(4 if in_turn else 1, -(-50 // every)))
+    return every, meet or (every if global_average else every * max(4 if overlapping else 1, -(-50 // every)))
 
 
 def outer(settings: Settings) -> tuple[float, float]:
-    """(outer_lr, outer_momentum) with nothing left open where there is an outer step. Momentum repeats a step that is late
-    (overlap), and what was held back of one is late: then less of it, or none (SparseLoCo, Sarfi 2025, section 3). Pure."""
+    """Return (outer_lr, outer_momentum), with automatic values filled in where the strategy has an outer step.
+
+    With overlap, and with sparse compression (error feedback), updates arrive late. Momentum would repeat them even later, so its
+    default is smaller, or 0 (SparseLoCo, Sarfi 2025, section 3). Pure.
+    """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
         return lr, momentum
@@ -56,12 +55,13 @@ def outer(settings: Settings) -> tuple[float, float]:
 
 
 def ratio(settings: Settings) -> float:
-    """comm.ratio with nothing left open. Of an average that is seldom, topk sends more. Pure."""
-    often = settings["strategy.name"] != "local"
-    usual = {"topk": 0.01 if often else 0.03, "randomk": 0.1}
+    """Return comm.ratio with its automatic value filled in. With strategy.name=local, topk sends more, because averages are
+    rare. Pure."""
+    topk = 0.03 if settings["strategy.name"] == "local" else 0.01
+    usual = {"topk": topk, "randomk": 0.1}
     return float(settings["comm.ratio"] or usual.get(settings["comm.compress"], 0.0))
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Those of these settings that this strategy knows. Independent."""
-    return {key: value for key, value in settings.items() if name in OF[key]}
+    """Return those of the settings that this strategy uses. Independent."""
+    return {key: value for key, value in settings.items() if name in METHODS[key]}

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from mpidp.config.defaults import kind, known_settings, outer, ratio, rhythm
+from mpidp.config.defaults import kind, known_settings, outer, ratio, sync_intervals
 from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
@@ -84,7 +84,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
     settings = config.flat()
     outer_lr, outer_momentum = outer(settings)
     try:
-        every, meet = rhythm(settings, steps)
+        every, meet = sync_intervals(settings, steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return config.with_values(

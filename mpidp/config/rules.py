@@ -1,19 +1,19 @@
-"""Which settings go together: one list of rules, for refusals before training and for the table of docs/methods.md. Pure."""
+"""Which settings can be combined: a list of rules, used to reject settings before training and for docs/methods.md. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mpidp.config.defaults import DEFAULTS, OF, Settings, _kind, kind
+from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 
 KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
-TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM has not
+TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM does not have
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What does not go together: these two, and why."""
+    """Two settings that cannot be combined, and the reason."""
 
     one: str
     other: str
@@ -31,12 +31,12 @@ def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
 
 
 def method_setting(name: str, quorum: float) -> str:
-    """The setting that asks for it, as one writes it. Pure."""
+    """Return the setting that selects this method, as a user writes it. Pure."""
     return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
 
 
 def _other(settings: Settings) -> bool:
-    return _kind(settings) != "synchronous"
+    return method_of(settings) != "synchronous"
 
 
 def _cut(settings: Settings) -> bool:
@@ -54,105 +54,105 @@ _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
-         "it sums one buffer a rank, at its own rhythm: comm.reducer=allreduce or naive"),
+         "it sums one buffer per rank, on its own schedule: use comm.reducer=allreduce or naive"),
     Rule(_OTHERS, "train.balance=measured|steal", _other, _is_not("train.balance", "even"),
-         "lanes move only where all ranks meet at every step"),
+         "lanes can only move between ranks that synchronize at every step"),
     Rule(_OTHERS, "train.audit_every", _other, _is_not("train.audit_every", 0),
-         "an audit compares lanes and replicas at every step, and here they differ or are late"),
+         "an audit compares lanes and replicas of the same step; here replicas differ or are late"),
     Rule(_OTHERS, "train.noise_every", _other, _is_not("train.noise_every", 0),
-         "it needs every lane's gradient at the same parameters, kept apart by comm.reducer=tree"),
+         "the noise scale needs separate gradients of all lanes at the same parameters: comm.reducer=tree"),
     Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
-         "it has a rhythm of its own: strategy.overlap, or strategy.name=delayed"),
+         "it overlaps in its own way: use strategy.overlap, or strategy.name=delayed"),
     Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
-         "NCCL's sums stand in the stream that computes: nothing would be hidden, and it has not been tried"),
+         "NCCL's sums run in the compute stream, so there would be no overlap; untested"),
     Rule("strategy.name=local|server", "train.spike", _is("strategy.name", "local", "server"), _is_not("train.spike", 0.0),
          "ranks would skip different steps"),
     Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
-         "a worker's push goes to the servers as it is: compression is of sums over ranks"),
+         "compression applies to sums over ranks, and workers push single gradients"),
     Rule("strategy.name=server", "optim.name=muon", _is("strategy.name", "server"), _is("optim.name", "muon"),
          "servers hold slices of the parameters, and Muon updates whole matrices"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.overlap=true", _partial, _is("strategy.overlap", True),
-         "there is no outer step to delay: parameters themselves are averaged"),
+         "there is no outer step to delay: parameters are averaged"),
     Rule("strategy.group=node|rotating|pairs|exponential", "comm.compress", _partial, _is_not("comm.compress", "none"),
-         "parameters are averaged, and an error in them is no gradient that could be made good for later"),
+         "parameters are averaged, and error feedback corrects gradients only"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.fragments", _partial, _is_not("strategy.fragments", 1),
          "the whole model is averaged within a group"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
-         "an outer step needs an anchor that all ranks have in common: strategy.group=all"),
-    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: _kind(s) in ("server", "quorum"),
-         "the parts of one replica would apply what arrives in different orders"),
+         "an outer step needs a common anchor of all ranks: use strategy.group=all"),
+    Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: method_of(s) in ("server", "quorum"),
+         "the ranks of one replica would apply updates in different orders"),
     Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
-         "they are oracles of the others, for whole models"),
+         "naive and root are reference implementations for whole models"),
     Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
-         "lanes would have to move in all parts of a replica at once"),
-    Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "a lane's gradient lies in several ranks"),
+         "lanes would have to move on all ranks of a replica together"),
+    Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "the gradient of a lane is spread over several ranks"),
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
-         "the ranks of a replica talk to each other during backward already"),
-    Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "it knows of replicas alone"),
-    Rule(_TIMES, "mesh.pp=1", _times, _is("mesh.pp", 1), "a stage comes again after the others, and there is one"),
-    Rule(_TIMES, _OTHERS, _times, _other, "it has not been tried"),
-    Rule(_TIMES, "comm.compress", _times, _is_not("comm.compress", "none"), "it has not been tried"),
-    Rule(_TIMES, "train.audit_every", _times, _is_not("train.audit_every", 0), "a lane's gradient is never there as a whole"),
+         "the ranks of a replica already communicate during backward"),
+    Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "NCCL is supported between replicas only"),
+    Rule(_TIMES, "mesh.pp=1", _times, _is("mesh.pp", 1), "interleaving needs several stages: mesh.pp above 1"),
+    Rule(_TIMES, _OTHERS, _times, _other, "untested"),
+    Rule(_TIMES, "comm.compress", _times, _is_not("comm.compress", "none"), "untested"),
+    Rule(_TIMES, "train.audit_every", _times, _is_not("train.audit_every", 0), "the complete gradient of a lane is never stored"),
     Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
-         "positions are shared out over the ranks that share a layer, and there is one"),
+         "positions are divided among tensor-parallel ranks: mesh.tp above 1"),
     Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),
-         "Muon updates whole matrices, and each rank has a part of them: mesh.pp cuts between layers"),
+         "Muon updates whole matrices, and each rank has a part of them: use mesh.pp, which keeps layers whole"),
     Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
-         "sums over ranks stand in the middle of a block"),
+         "a block contains sums over ranks"),
     Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
          lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
-         "the first and the last stage share the embedding, and add its gradients at every step"),
-    Rule(_SHARDS, _OTHERS, _shards, _other, "slices and shards are of one model that all ranks update together at every step"),
+         "the first and the last stage share the embedding, whose gradient they add at every step"),
+    Rule(_SHARDS, _OTHERS, _shards, _other, "sharding needs one model that all ranks update together at every step"),
     Rule(_SHARDS, "optim.name=muon", _shards, _is("optim.name", "muon"),
-         "Muon updates whole matrices, and a slice or a shard ends within one"),
+         "Muon updates whole matrices, and slices and shards divide them"),
     Rule(_SHARDS, "comm.compress", _shards, _is_not("comm.compress", "none"),
-         "what is held back is as large as the gradients that sharding is to share out, and it has not been tried"),
+         "residuals are as large as the gradients that sharding divides; untested"),
     Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
-         "an audit compares replicas, and nobody else holds the same state"),
-    Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "it has not been tried"),
+         "an audit compares replicas, and with sharding no two ranks hold the same state"),
+    Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "untested"),
     Rule(_FSDP, "mesh.pp above 1", _fsdp, _is_not("mesh.pp", 1),
-         "every forward and backward is collective over the replicas, and stages run several ahead: mesh.shard=1"),
-    Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"), "rank 0 alone updates"),
+         "forward and backward are collective over the replicas, but stages run at different micro-batches: use mesh.shard=1"),
+    Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"), "only rank 0 updates"),
     Rule(_FSDP, "comm.reducer=tree|naive|root", _fsdp, _is("comm.reducer", "tree", "naive", "root"),
-         "each rank receives the sum of its rows alone, from MPI's own reduce_scatter: comm.reducer=auto"),
+         "each rank receives only the sum of its rows, from MPI's reduce_scatter: use comm.reducer=auto"),
     Rule(_FSDP, "train.noise_every", _fsdp, _is_not("train.noise_every", 0),
-         "gradients are summed micro-batch by micro-batch: there is none of a lane"),
+         "gradients are summed micro-batch by micro-batch, not by lane"),
     Rule(_FSDP, "train.balance=measured|steal", _fsdp, _is_not("train.balance", "even"),
-         "all ranks run as many micro-batches as any: nobody is faster"),
-    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "it has not been tried"),
+         "all ranks run the same number of forwards and backwards"),
+    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "untested"),
     Rule(_FSDP, "comm.overlap=thread|poll", _fsdp, _is("comm.overlap", "thread", "poll"),
-         "FSDP2 begins its sums in backward by itself"),
-    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards go by messages"),
+         "FSDP2 already overlaps its sums with backward"),
+    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards are sent as messages"),
     Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"), "no rank or node has a copy"),
-    Rule(_FSDP, "optim.freeze", _fsdp, _is_not("optim.freeze", ""), "it has not been tried"),
-    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are small and are not cut: replicas alone, mesh.dp"),
+    Rule(_FSDP, "optim.freeze", _fsdp, _is_not("optim.freeze", ""), "untested"),
+    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are small and are not divided: use mesh.dp"),
     Rule(_FSDP, "model.lora_rank", _fsdp, _lora,
-         "what is trained is small: there is nothing to share out but a base that never changes"),
-    Rule(_NOT, "model.lora_rank", _not, _lora, "adapters stand on the Transformer's layers"),
-    Rule(_NOT, _CUT, _not, _cut, "of the Transformer alone it is known how to cut it into parts"),
-    Rule(_NOT, _FSDP, _not, _fsdp, "of the Transformer alone it is known what to gather at once: mesh.shard=1"),
-    Rule(_NOT, "train.recompute", _not, _is("train.recompute", True), "it is of the Transformer's blocks"),
-    Rule(_NOT, "train.compile", _not, _is("train.compile", True), "it is of the Transformer's blocks"),
+         "the trained parameters are small: there is little to divide except the frozen base"),
+    Rule(_NOT, "model.lora_rank", _not, _lora, "adapters are available for the Transformer's layers only"),
+    Rule(_NOT, _CUT, _not, _cut, "only the Transformer can be divided"),
+    Rule(_NOT, _FSDP, _not, _fsdp, "blocks to gather are defined for the Transformer only: use mesh.shard=1"),
+    Rule(_NOT, "train.recompute", _not, _is("train.recompute", True), "it applies to the Transformer's blocks"),
+    Rule(_NOT, "train.compile", _not, _is("train.compile", True), "it applies to the Transformer's blocks"),
     Rule("model.kind=MODULE:FACTORY", "optim.name=muon", lambda s: s["model.kind"] not in KINDS, _is("optim.name", "muon"),
-         "Muon is for hidden matrices, and of your own model it is not known which those are"),
+         "Muon is for hidden matrices, which are not identified in custom models"),
 ]
 
 
 def problems(settings: Settings) -> Iterator[str]:
-    """What is wrong, a sentence each. Independent."""
-    name = _kind(settings)
-    for key, names in OF.items():
+    """Yield a sentence for each problem. Independent."""
+    name = method_of(settings)
+    for key, names in METHODS.items():
         value = settings[f"strategy.{key}"]
         if not {name, settings["strategy.name"]} & {*names} and value != DEFAULTS[key]:
             those = " or ".join(one for one in names if one != "quorum") + " or strategy.quorum below 1" * ("quorum" in names)
-            yield f"strategy.{key}={value} means something with strategy.name={those} alone, not with {name}"
+            yield f"strategy.{key}={value} requires strategy.name={those}; it has no effect with {name}"
     yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
-        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0, and 1 at most: the share of the lanes to wait for"
+        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1: a share of the lanes"
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
-            yield f"{rule.one} does not go with {rule.other}: {rule.why}"
+            yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
     every, meet = settings["strategy.sync_every"], settings["strategy.meet_every"]
     if every and meet % every:
         yield f"strategy.meet_every={meet} must be a multiple of strategy.sync_every={every}"
@@ -161,18 +161,18 @@ def problems(settings: Settings) -> Iterator[str]:
     try:
         first, last = steps_of(settings["metrics.timeline"])
         if settings["metrics.kernels"] and not last:
-            yield "metrics.kernels=true is about the steps of a timeline: say which, as in metrics.timeline=10:12"
+            yield "metrics.kernels=true needs a timeline: set its steps, as in metrics.timeline=10:12"
         if 0 < settings["train.steps"] < last:
             yield f"metrics.timeline={first}:{last} ends beyond the run's train.steps={settings['train.steps']}"
     except ValueError as error:
         yield f"metrics.timeline={settings['metrics.timeline']}: {error}"
 
 
-LONGEST = 100  # steps of a timeline
+LONGEST = 100  # most steps of a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """(first, last) step of a timeline, from 1 on, both included; (0, 0) of none. ValueError. Pure."""
+    """Return the (first, last) step of a timeline, counted from 1 and inclusive; (0, 0) without a timeline. ValueError. Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")
@@ -180,26 +180,27 @@ def steps_of(timeline: str) -> tuple[int, int]:
         raise ValueError("give the first and the last step, as in 10:12")
     first, last = map(int, words)
     if not 1 <= first <= last < first + LONGEST:
-        raise ValueError(f"steps count from 1, the last is not before the first, and at most {LONGEST} can be looked at")
+        raise ValueError(f"steps count from 1, the last must not be before the first, and at most {LONGEST} are recorded")
     return first, last
 
 
 def _kind_problems(settings: Settings) -> Iterator[str]:
-    """Of model.kind, and of what goes with one kind alone."""
+    """Yield problems with model.kind and with settings of a single kind."""
     model = settings["model.kind"]
     module, colon, factory = model.partition(":")
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
-        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY of your own, as in models.rnn:make"
+        yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY for your own model, as in models.rnn:make"
     if model in KINDS and settings["model.options"]:
-        yield f"model.options={settings['model.options']} means something with a model.kind of your own alone, not with {model}"
+        yield f"model.options={settings['model.options']} requires a custom model.kind, not {model}"
     for key, value in TRANSFORMERS.items() if model == "lstm" else ():
         if settings[f"model.{key}"] != value:
-            yield f"model.{key}={settings[f'model.{key}']} means something with model.kind=transformer alone, not with lstm"
+            yield f"model.{key}={settings[f'model.{key}']} requires model.kind=transformer; it has no effect with lstm"
 
 
 def table() -> str:
-    """Of docs/methods.md: what does not go together; all else does. Independent."""
-    rows = [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in [("this", "does not go with", "because"), *rows]]
+    """Return the table of docs/methods.md: settings that cannot be combined. All others can. Independent."""
+    rows = [("setting", "cannot be combined with", "reason")]
+    rows += [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines.insert(1, "--- | --- | ---")
     return "\n".join(f"| {line} |" for line in lines)

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 MAX_DEFAULT_LANES = 64
 
 
+def even_ranges(num_lanes: int, size: int) -> list[range]:
+    """Split lanes into `size` contiguous ranges, as equal in length as possible. Pure."""
+    return [range(i * num_lanes // size, (i + 1) * num_lanes // size) for i in range(size)]
+
+
 @dataclass(frozen=True)
 class Lanes:
     """The partition of one global batch. Independent (no communication)."""
@@ -45,7 +50,7 @@ class Lanes:
         """Return the lanes of a rank: contiguous and as equal in number as possible. A rank >= world_size has none."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
-        return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
+        return even_ranges(self.num_lanes, world_size)[rank]
 
     def sequences(self, v: int) -> range:
         """Return the positions of micro-batch v's sequences in the global batch."""

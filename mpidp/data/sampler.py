@@ -125,12 +125,8 @@ class Sampler:
         """Return the smallest range that contains all windows that these micro-batches read in any epoch."""
         if self.order == "sequential" or not micro_batches:
             return range(self.num_windows if micro_batches else 0)
-        parts = [self.part(self._lane(v)) for v in micro_batches]
+        parts = [self.part(self.lanes.lane_of(v)) for v in micro_batches]
         return range(min(p.start for p in parts), max(p.stop for p in parts))
-
-    def _lane(self, v: int) -> int:
-        """Return the lane of micro-batch v (the inverse of Lanes.micro_batches)."""
-        return ((v + 1) * self.lanes.num_lanes - 1) // self.lanes.num_micro_batches
 
     def _places(self, lane: int) -> range:
         micro_batches = self.lanes.micro_batches(lane)
@@ -140,7 +136,7 @@ class Sampler:
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
         """Return (epoch, lane, positions); positions are relative to the lane's part, or to the epoch if sequential."""
         epoch, step = divmod(batch, self.steps_per_epoch)
-        lane, places = self._lane(v), self.lanes.sequences(v)
+        lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
         of_lane = range(self.lanes.global_batch) if self.order == "sequential" else self._places(lane)
         offset = step * len(of_lane) - of_lane.start

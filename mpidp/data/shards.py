@@ -37,7 +37,7 @@ import numpy as np
 from mpidp.data.index import FileRecord, read_index
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
-from mpidp.runtime.files import write_atomically
+from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
@@ -106,7 +106,7 @@ class TokenStream:
             if contents:
                 crc32, sha256 = checksums(self.path / self.files[i].name)
                 if (crc32, sha256) != (self.files[i].crc32, self.files[i].sha256):
-                    raise self._bad(i, f"its bytes changed since index.json was written (crc32 {crc32}, not "
+                    raise self._error(i, f"its bytes changed since index.json was written (crc32 {crc32}, not "
                                        f"{self.files[i].crc32})")
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -171,7 +171,7 @@ class TokenStream:
         """Return where documents start in a file, (d,) uint64, ascending. DataError if they are not, or are outside the file."""
         offsets = self._map(file).doc_offsets
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
-            raise self._bad(file, "its doc_offsets are not ascending or lie outside the file")
+            raise self._error(file, "its doc_offsets are not ascending or lie outside the file")
         return offsets
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
@@ -192,27 +192,27 @@ class TokenStream:
                 try:
                     self._mapped[i] = self._open(i)
                 except FileNotFoundError:
-                    raise self._bad(i, "it is missing") from None
+                    raise self._error(i, "it is missing") from None
                 except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # raised by h5py on damaged files
-                    raise self._bad(i, f"it cannot be opened as HDF5 ({error})") from None
+                    raise self._error(i, f"it cannot be opened as HDF5 ({error})") from None
             return self._mapped[i]
 
     def _open(self, i: int) -> _Mapped:
         record, path = self.files[i], self.path / self.files[i].name
         status = os.stat(path)
         if not S_ISREG(status.st_mode):
-            raise self._bad(i, "it is not a regular file")
+            raise self._error(i, "it is not a regular file")
         if status.st_size != record.size:
-            raise self._bad(i, f"it has {status.st_size} bytes, but index.json says {record.size}: truncated, or the wrong file")
+            raise self._error(i, f"it has {status.st_size} bytes, index.json says {record.size}: truncated, or the wrong file")
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(path, "r", locking=False) as file:
             if file.userblock_size:
-                raise self._bad(i, "it has an HDF5 user block, which shards must not have")
+                raise self._error(i, "it has an HDF5 user block, which shards must not have")
             wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
                       "tokenizer_sha256": self.tokenizer_sha256}
             for name, value in wanted.items():
                 if (found := _attribute(file, name)) != value:
-                    raise self._bad(i, f"its attribute {name} is {found!r}, but index.json says {value!r}")
+                    raise self._error(i, f"its attribute {name} is {found!r}, but index.json says {value!r}")
             lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
             if self.has_loss_mask:
                 lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
@@ -228,26 +228,26 @@ class TokenStream:
         """Validate a dataset; return its (offset, bytes) in the file."""
         key = name.encode()
         if not file.id.links.exists(key) or file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-            raise self._bad(i, f"it has no dataset {name}, or only a link to another file")
+            raise self._error(i, f"it has no dataset {name}, or only a link to another file")
         if h5py.h5o.get_info(file.id, key).type != h5py.h5o.TYPE_DATASET:
-            raise self._bad(i, f"{name} is not a dataset")
+            raise self._error(i, f"{name} is not a dataset")
         dataset = h5py.h5d.open(file.id, key)
         layout = dataset.get_create_plist()
         if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count() or layout.get_nfilters():
-            raise self._bad(i, f"{name} is not stored contiguously, unfiltered and inside the file")
+            raise self._error(i, f"{name} is not stored contiguously, unfiltered and inside the file")
         stored_type = {1: h5py.h5t.STD_U8LE, 2: h5py.h5t.STD_U16LE, 4: h5py.h5t.STD_U32LE, 8: h5py.h5t.STD_U64LE}
         if not dataset.get_type().equal(stored_type[dtype.itemsize]):
-            raise self._bad(i, f"{name} is not of type {dtype.name}")
+            raise self._error(i, f"{name} is not of type {dtype.name}")
         if dataset.shape != (length,):
-            raise self._bad(i, f"{name} has shape {dataset.shape}, but index.json says ({length},)")
+            raise self._error(i, f"{name} has shape {dataset.shape}, but index.json says ({length},)")
         if length == 0:
             return 0, 0
         size, offset = dataset.get_storage_size(), dataset.get_offset()
         if size != length * dtype.itemsize or offset is None or not 0 < offset <= self.files[i].size - size:
-            raise self._bad(i, f"{name} does not lie inside the file")
+            raise self._error(i, f"{name} does not lie inside the file")
         return offset, size
 
-    def _bad(self, i: int, reason: str) -> DataError:
+    def _error(self, i: int, reason: str) -> DataError:
         return DataError(f"{self.path / self.files[i].name}: {reason}; restore the file, or prepare {self.path} again")
 
 
@@ -305,6 +305,6 @@ def write_shard(
             for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
                 file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
 
-    write_atomically(path, write)
+    write_file(path, write)
     crc32, sha256 = checksums(path)
     return Written(path.stat().st_size, crc32, sha256)

@@ -102,21 +102,22 @@ class ModelFolder:
                     found[name], self._file_of[name] = (tuple(header.get_shape()), str(header.get_dtype())), path
         return found
 
-    def _check(self, there: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    def _check(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> None:
         wanted = {huggingface_name(name): size for name, size in self.sizes.items()}
-        spare = {"lm_head.weight"} if self.settings["tie_embeddings"] else set()  # unused copy of the embedding
-        extra = [name for name in there if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq")]
+        unused = {"lm_head.weight"} if self.settings["tie_embeddings"] else set()  # a copy of the embedding
+        known = {*wanted, *unused}
+        extra = [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
         complaints = [
-            *(f"{name} {list(size)} is missing" for name, size in wanted.items() if name not in there),
+            *(f"{name} {list(size)} is missing" for name, size in wanted.items() if name not in tensors),
             *(
-                f"{name} has shape {list(there[name][0])}, but config.json implies {list(size)}"
-                for name, size in wanted.items() if name in there and there[name][0] != size
+                f"{name} has shape {list(tensors[name][0])}, but config.json implies {list(size)}"
+                for name, size in wanted.items() if name in tensors and tensors[name][0] != size
             ),
             *(
-                f"{name} is {there[name][1]}, not one of {', '.join(NUMBERS)}"
-                for name in wanted if name in there and there[name][1] not in NUMBERS
+                f"{name} is {tensors[name][1]}, not one of {', '.join(NUMBERS)}"
+                for name in wanted if name in tensors and tensors[name][1] not in NUMBERS
             ),
-            *(f"{name} {list(there[name][0])} is not part of such a model" for name in extra),
+            *(f"{name} {list(tensors[name][0])} is not part of such a model" for name in extra),
         ]
         if complaints:
             more = f"; and {len(complaints) - _SHOWN} more" * (len(complaints) > _SHOWN)

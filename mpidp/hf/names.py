@@ -129,7 +129,7 @@ def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str
         "pad_token_id": None, "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
         "max_position_embeddings": shape.seq_len,
     }
-    ours = {
+    fixed = {
         "vocab_size": shape.vocab_size, "hidden_size": shape.model_dim, "intermediate_size": shape.hidden_dim,
         "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "hidden_act": "silu",
@@ -140,7 +140,7 @@ def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str
     }
     kept = {key: value for key, value in before.items() if key not in ("transformers_version", "_name_or_path")}
     if scaling is not None:  # llama.cpp's converter reads it here
-        ours["original_max_position_embeddings"] = int(scaling.original)
+        fixed["original_max_position_embeddings"] = int(scaling.original)
     usual |= kept
     usual["max_position_embeddings"] = max(usual["max_position_embeddings"], shape.seq_len)
-    return usual | ours
+    return usual | fixed

@@ -56,12 +56,12 @@ def _plain(content: bytes) -> dict[str, Any]:
     """Return the parts of a tokenizer.json that determine ids, in Hugging Face's format."""
     text = content.decode()
     try:
-        ours = json.loads(text).get("format") == FORMAT
+        is_mpidp = json.loads(text).get("format") == FORMAT
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"not a JSON object: {error}") from None
     from tokenizers import Tokenizer as HFTokenizers
 
-    if ours:
+    if is_mpidp:
         text = huggingface_json(tokenizer_from_json(text))
     try:
         parsed: dict[str, Any] = json.loads(HFTokenizers.from_str(text).to_str())

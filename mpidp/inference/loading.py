@@ -77,16 +77,16 @@ class Loaded:
         return torch.from_numpy(found)
 
 
-def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Tokenizer:
-    """Load the run's tokenizer, or the one in `data`: a folder of shards, or a tokenizer.json.
+def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Tokenizer:
+    """Load the run's tokenizer, or the one at `path`: a tokenizer.json, or a folder that contains one.
 
     Its BOS token is used only for fine-tuned models (train.init_from): others were trained without one. DataError if the
     tokenizer is missing or its size does not match the model. Independent.
     """
-    tokenizer = load_tokenizer(data or reader.path.parent.parent, reader.meta["eod"])
+    tokenizer = load_tokenizer(path or reader.path.parent.parent, reader.meta["eod"])
     rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
     if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: pass the right --data")
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give its --tokenizer")
     if "init_from" not in reader.meta:
         tokenizer.bos = None
     return tokenizer
@@ -95,14 +95,14 @@ def load_tokenizer_for(loaded: Loaded, reader: Reader, data: str | None) -> Toke
 def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Tokenizer]:
     """Open a run's newest checkpoint, its model (this rank's part) and its tokenizer.
 
-    options: a command's, with run, data, tp, pp, device and threads. UsageError, DataError, CheckpointError. Collective over
+    options: a command's, with run, tokenizer, tp, pp, device and threads. UsageError, DataError, CheckpointError. Collective over
     world.
     """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
     with raise_together(world):
         loaded = load_model(reader, grid, options.device, options.threads)
-        return reader, loaded, load_tokenizer_for(loaded, reader, options.data)
+        return reader, loaded, load_tokenizer_for(loaded, reader, options.tokenizer)
 
 
 def weights_at(path: Path) -> Reader | ModelFolder:

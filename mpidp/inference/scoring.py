@@ -32,7 +32,7 @@ def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> lis
     logits, losses, found = loaded.forward(ids[:, :-1]), loaded.losses or plain_losses, [0.0] * len(rows)
     if logits is not None:
         wanted = targets[:, 1:].to(logits.device)
-        found = [float(losses(row.float(), its)) for row, its in zip(logits, wanted, strict=True)]
+        found = [float(losses(row.float(), row_targets)) for row, row_targets in zip(logits, wanted, strict=True)]
     return found if loaded.stages is None else loaded.stages.drain(found)
 
 

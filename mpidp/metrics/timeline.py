@@ -84,10 +84,10 @@ class Timeline(StepObserver):
         try:
             yield
         finally:
-            if self._on:
-                self._told.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
             if name == "update":
                 self._close_sub_phase()
+            if self._on:
+                self._told.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
     def _begin_step(self, step: int) -> None:
         """A batch begins: of one of the steps?"""

@@ -33,20 +33,20 @@ def _hash32(x: Tensor) -> Tensor:
 
 
 def keyed_dropout(
-    x: Tensor, p: float, key: Tensor | None, site: int, here: range | None = None, length: int = 0
+    x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0
 ) -> Tensor:
     """Dropout with a mask that is a pure function of (key, site, index in x). It needs no random generator.
 
     x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: number of the dropout within the model.
-    here: x (B, len(here), D) has only these of `length` positions; its mask is the matching part of the whole sequence's mask.
+    local: x (B, len(local), D) has only these of `length` positions; its mask is the matching part of the whole sequence's mask.
     """
     if p == 0.0 or key is None:
         return x
     stream = _hash32((key + site * SITE) & 0xFFFFFFFF)
     places = torch.arange(x.numel(), device=x.device)
-    if here is not None and len(here) != length:
-        span = len(here) * x.shape[-1]  # elements of one sequence in x
-        places += (places // max(1, span)) * (length * x.shape[-1] - span) + here.start * x.shape[-1]
+    if local is not None and len(local) != length:
+        span = len(local) * x.shape[-1]  # elements of one sequence in x
+        places += (places // max(1, span)) * (length * x.shape[-1] - span) + local.start * x.shape[-1]
     bits = _hash32((places + stream) & 0xFFFFFFFF)
     bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # otherwise one mask could be a shifted copy of another
     keep = bits >= round(p * 2**32)
@@ -130,11 +130,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). With sequence parallelism, x has only this part's positions; cos and sin have all T."""
         length = cos.shape[-2]
-        here = self.part.positions(length)
+        local = self.part.positions(length)
         y = self.attention(self.attention_norm(x), cos, sin, mask, past)
-        x = x + keyed_dropout(y, self.dropout, key, 1, here, length)
+        x = x + keyed_dropout(y, self.dropout, key, 1, local, length)
         y = self.feed_forward(self.feed_forward_norm(x))
-        return x + keyed_dropout(y, self.dropout, key, 2, here, length)
+        return x + keyed_dropout(y, self.dropout, key, 2, local, length)
 
 
 class Transformer(nn.Module):

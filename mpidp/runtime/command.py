@@ -1,4 +1,4 @@
-"""What every command shares: errors become one message and one exit code, and a rank that fails ends the job."""
+"""Common parts of all commands: an error becomes one message and one exit code, and a rank that fails ends the job."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from mpidp.errors import MpidpError, UsageError
 from mpidp.runtime.environment import launched_size, launched_with_ulfm, launcher_rank
+from mpidp.runtime.log import log, set_level
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-PAUSE_SECONDS = 0.3  # for mpirun to pass on the last words before it is told to end
-LEAVE_SECONDS = 5.0  # that a rank waits for the others at the end of a job that may have lost some
+PAUSE_SECONDS = 0.3  # gives mpirun time to forward the last output before the job ends
+LEAVE_SECONDS = 5.0  # how long a rank waits for the others at the end of a job in which ranks may have failed
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UsageErrors, and which speaks once under mpirun. Independent."""
+    """An ArgumentParser that raises UsageError, and prints help only once under mpirun. Independent."""
 
     def error(self, message: str) -> NoReturn:
-        """A wrong command line."""
-        raise UsageError(f"{message} ({self.prog} --help says more)")
+        """Raise UsageError."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        """On the launcher's rank 0 alone."""
+        """Print help on the launcher's rank 0."""
         if launcher_rank() == 0:
             super().print_help(file)
 
 
 def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
-    """What the command line says, then MPI's world. A wrong word is found before MPI starts; under a launcher MPI then serves
-    to say it once, and to end ranks that read another line. Collective over COMM_WORLD."""
-    said: T | None = None
+    """Read the command line, start MPI, and return (options, MPI's world).
+
+    Raises UsageError before MPI starts if a single process reads a wrong command line. Under a launcher MPI is started first:
+    then only rank 0 prints the error, and ranks with another command line exit too. Collective over COMM_WORLD.
+    """
+    options: T | None = None
     wrong: UsageError | None = None
     try:
-        said = read_command_line()
+        options = read_command_line()
     except UsageError as error:
         if launched_size() < 2:
             raise
@@ -54,50 +58,50 @@ def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
     with raise_together(world):
         if wrong is not None:
             raise wrong
-    return cast(T, said), world
+    return cast(T, options), world
 
 
-_left: Any = None  # the world of those who are left when others have died
+_survivors: Any = None  # the communicator of the surviving ranks after a failure
 
 
 def go_on_in(world: MPI.Intracomm) -> None:
-    """Ranks have died: this is the world from here on. Independent."""
-    global _left
-    _left = world
+    """Use this communicator of the surviving ranks from now on. Independent."""
+    global _survivors
+    _survivors = world
 
 
 def _started_world() -> Any:
-    """The world when MPI runs in this process, else None; never starts MPI."""
+    """Return the world if MPI runs in this process, else None. Never starts MPI."""
     module = sys.modules.get("mpi4py.MPI")
-    return (_left or module.COMM_WORLD) if module and module.Is_initialized() and not module.Is_finalized() else None
+    return (_survivors or module.COMM_WORLD) if module and module.Is_initialized() and not module.Is_finalized() else None
 
 
-def _end(code: int, everywhere: bool, others_go_on: bool = False) -> NoReturn:
-    """Leave: in step when every rank leaves with this code, else by MPI_Abort, which ends the others too; or by a death that the
-    others see, where they can go on."""
+def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn:
+    """Exit with a code. everywhere: all ranks exit with it, so they synchronize first. Otherwise MPI_Abort ends the other ranks
+    too, unless they can continue without this one: then this rank fails in a way that they detect."""
     sys.stdout.flush()
     sys.stderr.flush()
     world = _started_world()
-    if world is not None and (world.size > 1 or _left):
+    if world is not None and (world.size > 1 or _survivors):
         if not everywhere and world.size > 1:
             time.sleep(PAUSE_SECONDS)
-            if others_go_on and launched_with_ulfm():
-                _die(world, code)
+            if others_continue and launched_with_ulfm():
+                _fail(world, code)
             world.Abort(code)
         if launched_with_ulfm():
             _leave(world, code)
-        if code:  # Open MPI kills slower ranks as soon as the first leaves with an error: leave together, rank 0 first
+        if code:  # Open MPI kills slower ranks as soon as one exits with an error: exit together, rank 0 first
             world.Barrier()
             time.sleep(PAUSE_SECONDS if world.rank else 0)
     sys.exit(code)
 
 
-def _die(world: Any, code: int) -> NoReturn:
-    """By SIGKILL, since Open MPI sees no other end as a failure. But where all fail alike the last one ends with the code:
-    mpirun's own would be 0."""
+def _fail(world: Any, code: int) -> NoReturn:
+    """End by SIGKILL, because Open MPI detects no other end as a failure. If all ranks fail alike, the last one exits with the
+    code instead, because mpirun's own exit code would be 0."""
     time.sleep(0 if world.rank else 2 * PAUSE_SECONDS)
     for _ in range(10):
-        with suppress(Exception):  # the failures themselves: only in a call does MPI hear of them
+        with suppress(Exception):  # raised for failed ranks: MPI learns of them only within a call
             world.Iprobe()
     if world.Get_failed().size + 1 < world.size:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -105,8 +109,8 @@ def _die(world: Any, code: int) -> NoReturn:
 
 
 def _leave(world: Any, code: int) -> NoReturn:
-    """After a failure MPI's own end may hang: those who are left meet, if they can, and are gone."""
-    with suppress(Exception):  # somebody died just now
+    """Exit without MPI_Finalize, which may hang after a failure. The surviving ranks synchronize first, if they can."""
+    with suppress(Exception):  # a rank may fail during the barrier
         request, began = world.Ibarrier(), time.monotonic()
         while not request.Test() and time.monotonic() - began < LEAVE_SECONDS:
             time.sleep(0.001)
@@ -114,14 +118,17 @@ def _leave(world: Any, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _fate(world: Any, others_go_on: bool = True) -> str:
-    go_on = others_go_on and launched_with_ulfm() and world is not None and world.size > 1
-    return "leaves the job to the others" if go_on else "ends the job"
+def _effect(world: Any, others_continue: bool = True) -> str:
+    """Describe what the exit of this rank means for the job. Pure."""
+    if others_continue and launched_with_ulfm() and world is not None and world.size > 1:
+        return "; the other ranks continue"
+    return " and ends the job"
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run a command's main and exit with its code (the table is in errors.py). Collective over COMM_WORLD."""
+    """Run a command's main and exit with its code (errors.EXIT_CODES). Collective over COMM_WORLD."""
     try:
+        set_level()
         main()
         sys.stdout.flush()
     except MpidpError as error:
@@ -130,22 +137,22 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         rank = launcher_rank() if world is None or world.size == 1 else world.rank
         if rank == 0 or not everywhere:
             place = "" if everywhere else f"rank {rank}: "
-            print(f"mpidp: {place}{error}", file=sys.stderr)
+            log.error("mpidp: %s%s", place, error)
         _end(error.exit_code, everywhere)
     except SystemExit as leave:
         world = _started_world()
-        if world is None or (world.size == 1 and not _left):
+        if world is None or (world.size == 1 and not _survivors):
             sys.exit(leave.code)
         code = leave.code if isinstance(leave.code, int) and leave.code else 1
-        print(f"mpidp: rank {world.rank} left by sys.exit({leave.code!r}) and {_fate(world)}", file=sys.stderr)
-        _end(code, everywhere=False, others_go_on=True)
+        log.error("mpidp: rank %d called sys.exit(%r)%s", world.rank, leave.code, _effect(world))
+        _end(code, everywhere=False, others_continue=True)
     except BaseException as error:
         world = _started_world()
-        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # as of `| head`: nobody reads on
+        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # as with `| head`: the reader has exited
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _end(1, everywhere=True)
         rank = launcher_rank() if world is None else world.rank
-        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # else others meet it, too
-        print(f"mpidp: rank {rank} failed and {_fate(world, alone)}:\n{traceback.format_exc()}", file=sys.stderr)
-        _end(1, everywhere=False, others_go_on=alone)
+        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # MPI's errors reach other ranks too
+        log.error("mpidp: rank %d failed%s:\n%s", rank, _effect(world, alone), traceback.format_exc())
+        _end(1, everywhere=False, others_continue=alone)
     _end(0, everywhere=True)

@@ -1,23 +1,33 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write, fsync, rename: the file is there whole or not at all. OSError names the file. Independent."""
+def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
+    """Write a file atomically: write a temporary file, fsync, rename it to path.
+
+    content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. OSError names the path; no
+    temporary file remains after an error. Independent.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
@@ -28,23 +38,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None] | str) -> None:
-    """Write a file atomically: write(temporary path), or a text, then fsync and rename it to path. Independent."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        if isinstance(write, str):
-            temporary.write_bytes(write.encode())
-        else:
-            write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,4 +1,4 @@
-"""Strategies by name: the only place where a name becomes a class."""
+"""Strategies by name. A new strategy is registered here."""
 
 from functools import partial
 from typing import Any
@@ -18,8 +18,8 @@ STRATEGIES: dict[str, Any] = {
 
 
 def strategy_of(name: str, quorum: float, level: int = 0, model: Any = None) -> Any:
-    """What makes the strategy that strategy.name, strategy.quorum and mesh.shard ask for; level: 1 where there are slices to deal
-    out (sharing.py), 2 and 3: of this model. Pure."""
+    """Return the constructor of the strategy for strategy.name and strategy.quorum. level: sharding level (mesh.shard), 0 to 3;
+    model: the model to shard, for levels 2 and 3. Pure."""
     if level >= 2:
         return partial(Sharded, model=model, level=level)
     return Sliced if level else STRATEGIES[kind(name, quorum)]

@@ -1,4 +1,4 @@
-"""The order in which gradients arrived, as metrics.jsonl has it: what an asynchronous run is replayed by."""
+"""Reads the order in which gradients arrived from metrics.jsonl, to replay an asynchronous run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from mpidp.errors import UsageError
 
-# By the step of a meeting, of what arrived since the one before. Parameter servers: of each server, the workers in the order of
-# their pushes. A quorum: of each round, the ranks whose contributions joined it, once for each.
+# Step of a synchronization point -> arrivals since the previous one. Parameter servers: for each server, the workers in the order
+# of their pushes. Quorum: for each round, the ranks whose contributions joined it, once for each contribution.
 Order = dict[int, list[list[int]]]
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
-    """Of a run with as many workers and servers; without servers, of a quorum that was as patient. UsageError when the file is
-    none of such a run. Independent."""
+    """Read the arrivals from a metrics.jsonl; {} if log is empty. The run must have had this many workers and servers, or, with
+    servers=0, a quorum with at most this staleness; otherwise UsageError. Independent."""
     if not log:
         return {}
     found: Order = {}
@@ -24,7 +24,7 @@ def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order
             if "arrivals" in record:
                 found[int(record["step"])] = record["arrivals"]
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"strategy.replay={log}: cannot be read ({error}); give the metrics.jsonl of a run") from error
+        raise UsageError(f"strategy.replay={log} cannot be read ({error}): give the metrics.jsonl of a run") from error
     if servers:
         _check_pushes(log, found, workers, servers)
     else:
@@ -35,26 +35,26 @@ def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order
 def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
     there = {(1 + max((max(one) for one in order if one), default=-1), len(order)) for order in found.values()}
     if there != {(workers, servers)}:
-        of = " and ".join(f"of {w} workers and {s} servers" for w, s in sorted(there)) or "of no parameter server"
-        raise UsageError(f"strategy.replay={log} is {of}: not of {workers} workers and {servers} servers as this run is")
+        of = " and ".join(f"{w} workers and {s} servers" for w, s in sorted(there)) or "no parameter servers"
+        raise UsageError(f"strategy.replay={log}: that run had {of}, but this run has {workers} workers and {servers} servers")
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
-    """Whoever repeats them must neither wait for ever nor need more memory than it has: in round i somebody gave batch i, nobody
-    gave more, nobody is later than the bound, and at the end all is in."""
+    """Check that the rounds can be replayed without deadlock and within the buffers: in round i at least one rank has contributed
+    batch i, no rank has contributed a later one, no rank is later than the bound, and at the end all batches are in."""
     for step, rounds in found.items():
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):
             if not set(joined) <= set(range(ranks)):
-                raise UsageError(f"strategy.replay={log} is of more than {ranks} ranks, as this run has")
+                raise UsageError(f"strategy.replay={log}: that run had more than the {ranks} ranks of this run")
             for rank in joined:
                 had[rank] += 1
             if not i - staleness <= min(had) <= max(had) == i:
                 raise UsageError(
-                    f"strategy.replay={log}, step {step}: no order of {ranks} ranks, of which none is later than "
+                    f"strategy.replay={log}, step {step}: this order of arrivals is not possible with {ranks} ranks and "
                     f"strategy.staleness={staleness}"
                 )
         if set(had) != {len(rounds)}:
-            raise UsageError(f"strategy.replay={log}, step {step}: not all that {ranks} ranks computed has arrived")
+            raise UsageError(f"strategy.replay={log}, step {step}: contributions of some of the {ranks} ranks are missing")
     if not found:
-        raise UsageError(f"strategy.replay={log} is of a run without a quorum: its lines tell of no arrivals")
+        raise UsageError(f"strategy.replay={log}: that run had no quorum (its lines have no arrivals)")

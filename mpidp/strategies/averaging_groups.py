@@ -1,14 +1,15 @@
-"""Who averages with whom at round t: schedules of partial aggregation. Pure.
+"""Which ranks average with each other in round t: schedules of partial aggregation. Pure.
 
-| group | at round t | source |
+| group | in round t | source |
 |---|---|---|
-| all | everybody with everybody | |
+| all | all ranks | |
 | node | the ranks of each node | hierarchical averaging |
-| rotating | groups of `group_size` neighbours on a ring, which moves on by one rank each round | |
-| pairs | a random perfect matching, drawn from t; of an odd number one rank stays alone | Lian 2018 (AD-PSGD), section 3 |
-| exponential | rank r hears r - 2^(t mod log2 P); after log2 P rounds it has heard all | Assran 2019 (SGP), appendix A |
+| rotating | groups of `group_size` neighbours on a ring; the groups shift by one rank each round | |
+| pairs | a random perfect matching, seeded by t; one of an odd number of ranks stays alone | Lian 2018 (AD-PSGD), section 3 |
+| exponential | rank r receives from rank r - 2^(t mod log2 P) | Assran 2019 (SGP), appendix A |
 
-Every round keeps the mean over all ranks: each rank's model is given away with weights that sum to one.
+Every round preserves the mean over all ranks: the weights with which a rank's model is used sum to one. With `exponential`, after
+log2 P rounds each rank has received, directly or indirectly, from every other one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ GROUPS = ("all", *PARTITIONS, "exponential")
 
 
 def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], group_size: int) -> list[tuple[int, ...]]:
-    """The groups of round t, each of ranks in order; every rank is in one. ValueError for a kind that is none of PARTITIONS.
-    Independent."""
+    """Return the groups of round t, each a sorted tuple of ranks; every rank is in exactly one. ValueError if kind is not in
+    PARTITIONS. Independent."""
     if kind == "node":
         return [tuple(ranks) for ranks in nodes]
     if kind == "rotating":
@@ -32,9 +33,9 @@ def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], grou
         ranks = list(range(size))
         random.Random(f"pairs {t}").shuffle(ranks)
         return [tuple(sorted(ranks[at : at + 2])) for at in range(0, size, 2)]
-    raise ValueError(f"{kind!r} is none of {', '.join(PARTITIONS)}")
+    raise ValueError(f"{kind!r} is not one of {', '.join(PARTITIONS)}")
 
 
 def hop(t: int, size: int) -> int:
-    """How far away on the ring the peer of round t is, under `exponential`; 0 for one rank alone. Independent."""
+    """Return the distance on the ring to the peer of round t with `exponential`; 0 if there is one rank. Independent."""
     return 2 ** (t % max(1, (size - 1).bit_length())) if size > 1 else 0

@@ -1,4 +1,4 @@
-"""torch's own optimizers, the learning rate as a pure function of the step, and the global norm that clipping needs."""
+"""torch's optimizers over flat parameters and over shards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mpidp.reducers.buckets import FlatLayout
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
-    """The same optimizer without the wrappers that serve torch.compile: these import torch._dynamo in every process, about a
-    second and 70 MB. Where torch has no such wrappers, the same class. Independent."""
+    """Return the optimizer class without its torch.compile wrappers, which would import torch._dynamo in every process (about one
+    second and 70 MB). Independent."""
     plain = {"add_param_group": inspect.unwrap(kind.add_param_group), "step": torch.no_grad()(inspect.unwrap(kind.step))}
     return type(kind.__name__, (kind,), plain)
 
@@ -23,7 +23,7 @@ def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
 def make_torch_optimizer(
     name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float
 ) -> torch.optim.Optimizer:
-    """torch's own. Independent."""
+    """Return the torch optimizer for optim.name. Independent."""
     kind = without_compiler
     if name == "muon":
         return kind(torch.optim.Muon)(members, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
@@ -34,14 +34,14 @@ def make_torch_optimizer(
 
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-Memory = Callable[[int], Tensor]  # gives that many zeroed float32 elements
+Memory = Callable[[int], Tensor]  # allocates that many zeroed float32 elements
 
 
 class Optimizer:
-    """torch's own optimizers over flat parameters, gradients and moments, of which this rank updates its share. Independent.
+    """A torch optimizer over flat parameters, gradients and moments. This rank updates its share of them. Independent.
 
-    Ranks that share memory update a part each; the share of the others they only see. What a part comes to does not depend
-    on where it is cut: adamw, adam and sgd work element by element, cut at multiples of ALIGN; muon updates whole matrices.
+    Ranks that share memory update one part each. The result does not depend on the cuts: adamw, adam and sgd work element by
+    element and are cut at multiples of ALIGN; muon updates whole matrices.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class Optimizer:
         beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), multiple: int = ALIGN,
         holds: range | None = None,
     ) -> None:
-        """Matrices decay, gains do not. name: adamw, adam, sgd (momentum beta1), or muon: torch's Muon on the hidden
-        matrices with its update scaled to AdamW's size, so that one learning rate serves both, and AdamW on the rest.
-        parameters, gradients: (num_elements,); share: (index, of how many), cut at multiples of `multiple` elements; holds:
-        the shares whose moments are here (those of all by default), in which case whoever cut them saves them, not muon."""
+        """Weight decay applies to matrices, not to gains. name: adamw, adam, sgd (momentum beta1) or muon. muon is torch's Muon
+        for the hidden matrices, with its update scaled to AdamW's so that one learning rate serves both, and AdamW for the rest.
+        parameters, gradients: (num_elements,). share: (index, count), cut at multiples of `multiple` elements. holds: the shares
+        whose moments this rank stores (default: all). With holds, the caller saves the moments, and muon is not supported."""
         if name not in (*MOMENTS, "muon"):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
         self.updates = 0
-        self._steps: list[Tensor] = []  # torch keeps one a piece
+        self._steps: list[Tensor] = []  # torch has one step counter per piece
         self._matrices = _hidden_matrices(layout) if name == "muon" else {}
         bounds = slice_bounds(layout.num_elements, share[1], multiple)
         self.held = range(bounds[holds.start], bounds[holds.stop]) if holds is not None else range(layout.num_elements)
@@ -87,7 +87,7 @@ class Optimizer:
         return make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2)
 
     def _give_state(self, part: torch.optim.Optimizer, piece: torch.nn.Parameter, muon: bool, parameters: Tensor) -> None:
-        """The piece's state as views of the flat moments, so that one copy serves all who share memory."""
+        """Make the piece's state views of the flat moments, so that ranks that share memory have one copy."""
         low = (piece.data_ptr() - parameters.data_ptr()) // 4 - self.held.start
         names = ("momentum_buffer",) if muon else MOMENTS.get(self._name, MOMENTS["adamw"])
         state = part.state[piece]
@@ -106,17 +106,17 @@ class Optimizer:
         self.updates += 1
 
     def set_updates(self, updates: int) -> None:
-        """So many updates were made."""
+        """Set the number of updates made so far."""
         self.updates = updates
         for step in self._steps:
             step.fill_(updates)
 
     def moments(self) -> dict[str, Tensor]:
-        """The flat state (num_elements,), by name."""
+        """Return the flat state tensors (num_elements,) by name."""
         return {f"/moment_{i}": flat for i, flat in enumerate(self._moments, 1)}
 
     def _views(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter, key, whole tensor of the state)."""
+        """Yield (parameter name, key, state tensor of the whole parameter)."""
         whole = [self._layout.views(flat) for flat in self._moments]
         for i, (_, what, _) in enumerate(self._layout.placed()):
             names = ("momentum_buffer",) if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
@@ -124,29 +124,29 @@ class Optimizer:
                 yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State tensors by `parameter/key`: of all parameters, whoever updates them."""
+        """Return the state tensors of all parameters by `parameter/key`, also of those that other ranks update."""
         found = {f"{what}/{key}": view for what, key, view in self._views()}
         return found | {f"{what}/step": torch.tensor(float(self.updates)) for what, key, _ in self._views() if key == "exp_avg"}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Give the state back. ValueError for an entry of no parameter."""
+        """Load the state. ValueError for an entry that belongs to no parameter."""
         views = {f"{what}/{key}": view for what, key, view in self._views()}
         for entry, value in state.items():
             if entry.endswith("/step") and entry.removesuffix("step") + "exp_avg" in views:
                 self.set_updates(int(value))
             elif entry not in views:
-                raise ValueError(f"optimizer state {entry!r} of no parameter of this model")
+                raise ValueError(f"optimizer state {entry!r} belongs to no parameter of this model")
             else:
                 views[entry].copy_(value.view_as(views[entry]))
 
 
 class ShardedOptimizer:
-    """torch's own optimizers over pieces of parameters, each memory of its own (strategies/sharded.py). Independent."""
+    """A torch optimizer over shards of parameters, each in separate memory (strategies/sharded.py). Independent."""
 
     def __init__(
         self, name: str, pieces: list[tuple[str, Tensor, bool]], weight_decay: float, beta1: float, beta2: float
     ) -> None:
-        """name: adamw, adam or sgd; pieces: (parameter, this rank's part of it, does it decay?)."""
+        """name: adamw, adam or sgd; pieces: (parameter name, this rank's shard, whether weight decay applies)."""
         self.updates = 0
         self._pieces = [torch.nn.Parameter(piece) for _, piece, _ in pieces]
         self.state = [{key: torch.zeros_like(piece) for key in MOMENTS[name]} for piece in self._pieces]
@@ -164,7 +164,7 @@ class ShardedOptimizer:
                         self._parts[-1].state[self._pieces[i]]["step"] = self._steps[-1]
 
     def step(self, gradients: list[Tensor], lr: float) -> None:
-        """Update the pieces by their gradients."""
+        """Update the shards with these gradients."""
         for piece, gradient in zip(self._pieces, gradients, strict=True):
             piece.grad = gradient
         for part in self._parts:
@@ -176,14 +176,14 @@ class ShardedOptimizer:
         self.updates += 1
 
     def set_updates(self, updates: int) -> None:
-        """So many updates were made."""
+        """Set the number of updates made so far."""
         self.updates = updates
         for step in self._steps:
             step.fill_(updates)
 
 
 def _hidden_matrices(layout: FlatLayout) -> dict[str, int]:
-    """The matrices that Muon updates, and their rank by cost: dealt out in that order, shares come out about equal."""
+    """Return the matrices that Muon updates, numbered by decreasing cost. Dealt out in this order, shares cost about the same."""
     outer = ("embedding.weight", "head.weight")
     hidden = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if p.dim() == 2 and not name.endswith(outer)]
     return {name: i for i, (_, name) in enumerate(sorted(hidden, reverse=True))}

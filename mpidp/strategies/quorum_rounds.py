@@ -1,9 +1,9 @@
-"""Who is in: which contributions each round of a quorum sums, decided in one place from the order in which they come. Pure.
+"""Decides which contributions each round of a quorum sums, from the order in which they arrive. Pure.
 
-Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. It closes when those who contributed
-to batch i hold `needed` lanes, something is in to learn from (in an epoch's last batch some lanes are empty), and nobody is more
-than `staleness` batches behind; at a meeting, when everything is in. What comes later joins the next round that closes: nothing
-is left out, nothing is summed twice.
+Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. Round i closes when the ranks that
+contributed to batch i hold at least `needed` lanes, the contributions contain target tokens (in an epoch's last batch some lanes
+are empty), and no rank is more than `staleness` batches behind. At a synchronization point it closes when all contributions have
+arrived. A later contribution joins the next round that closes, so every contribution is summed exactly once.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from mpidp.errors import MpidpError
 
 
 class RoundTracker:
-    """From one meeting to the next. Independent."""
+    """The rounds from one synchronization point to the next. Independent."""
 
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """lanes: of each rank; order: the ranks that join each round, once for each contribution, in a run that is repeated."""
+        """lanes: number of lanes of each rank; order: for a replay, the ranks in each round, once for each contribution."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
-        self.round = 0  # that closes next, and the batch that it is of
-        self.given = [0] * len(lanes)  # contributions of each rank that have come: of its batches below this one
-        self._waiting = [deque[float]() for _ in lanes]  # target tokens of those that are in no round yet
+        self.round = 0  # the round that closes next, and the number of its batch
+        self.given = [0] * len(lanes)  # number of contributions received from each rank
+        self._waiting = [deque[float]() for _ in lanes]  # target tokens of the contributions that have joined no round
         self._order = None if order is None else deque(order)
         self._synchronizes = False
 
     def add(self, rank: int, tokens: float, synchronizes: bool) -> None:
-        """The next contribution of a rank: its target tokens; is the batch a meeting's?"""
+        """Record a rank's next contribution. tokens: its target tokens; synchronizes: whether all ranks synchronize at its
+        batch."""
         self._waiting[rank].append(tokens)
         self.given[rank] += 1
         if self.given[rank] > self.round:
             self._synchronizes = synchronizes
 
     def close_round(self) -> tuple[list[int], float, bool] | None:
-        """How many contributions of each rank join the round that closes now, their target tokens, and whether it is a meeting's;
-        None: it must wait. MpidpError when a run that is repeated did otherwise."""
+        """Close the next round if possible. Return the number of contributions that join from each rank, their target tokens, and
+        whether all ranks synchronize at this round; None if the round must wait. MpidpError if this differs from the replayed
+        run."""
         joining = [len(waiting) for waiting in self._waiting]
         if self._order is not None:
             joining = self._repeated()
@@ -47,7 +49,7 @@ class RoundTracker:
             return None
         left = [len(waiting) - count for waiting, count in zip(self._waiting, joining, strict=True)]
         if self._synchronizes and (any(left) or min(self.given) <= self.round):
-            raise MpidpError("strategy.replay: this run meets where the one that it repeats did not")
+            raise MpidpError("strategy.replay: this run synchronizes at a step where the replayed run did not")
         if self._order is not None:
             self._order.popleft()
         tokens = sum(waiting.popleft() for waiting, count in zip(self._waiting, joining, strict=True) for _ in range(count))
@@ -56,11 +58,11 @@ class RoundTracker:
 
     def _enough(self) -> bool:
         present = sum(lanes for lanes, given in zip(self.lanes, self.given, strict=True) if given > self.round)
-        behind = self.round + 1 - min(self.given)  # batches, the slowest rank
+        behind = self.round + 1 - min(self.given)  # batches by which the slowest rank is late
         something = behind == 0 or any(map(sum, self._waiting))
         return present >= self.needed and something and behind <= (0 if self._synchronizes else self.staleness)
 
     def _repeated(self) -> list[int]:
         if not self._order:
-            raise MpidpError("strategy.replay: the run that it repeats made fewer rounds before it met")
+            raise MpidpError("strategy.replay: the replayed run made fewer rounds before it synchronized")
         return [list(self._order[0]).count(rank) for rank in range(len(self.lanes))]

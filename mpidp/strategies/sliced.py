@@ -1,8 +1,8 @@
-"""Synchronous with the optimizer's state in slices (mesh.shard=1; ZeRO-1, Rajbhandari 2020): who holds a copy of the parameters
-holds the state of its slice alone, updates that, and hears the other slices from those who updated them.
+"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each holder of a copy of the
+parameters stores the state of one slice, updates this slice, and receives the other slices from the ranks that updated them.
 
-No sum changes, and the update works element by element: the weights are those of level 0, bit for bit. Where the ranks of one
-node share their copy there is nothing to do: the state is there once already.
+Sums do not change, and updates work element by element: the weights equal those of level 0 bit for bit. If the ranks of one node
+share a copy, the state exists once on this node without sharding.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mpidp.strategies.synchronous import Synchronous
 
 
 class Sliced(Synchronous):
-    """The slices are cut by rank; a node that has one copy holds those of its ranks, which update one each."""
+    """Slices are cut by rank. A node with a shared copy stores the slices of its ranks, and each rank updates one."""
 
-    survives_failures = False  # a slice dies with its holder
+    survives_failures = False  # a slice is lost with the rank that holds it
 
     def updates(self) -> dict[str, Any] | None:
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         return {"share": (rank, size), "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
-        """Each copy hears the slices of the others: by messages along rails where ranks of a node share a copy."""
+        """Gather all slices into every copy. If the ranks of a node share a copy, each rail carries a part."""
         transport = self.reducer.transport
         with transport.timed():
             self.group.fence()
@@ -44,7 +44,7 @@ class Sliced(Synchronous):
             self.group.fence()
 
     def _of_nodes(self) -> list[range]:
-        """What this rank's rail carries of each node's slices: an equal part."""
+        """Return the part of each node's slices that this rank's rail carries. All rails carry equal parts."""
         bounds, rail, found = slice_bounds(self.flat.numel(), self.compute_comm.size), self.group.node.rank, []
         for members in self.group.members:
             start, stop = bounds[members.start], bounds[members.stop]
@@ -53,12 +53,12 @@ class Sliced(Synchronous):
         return found
 
     def _exchange(self, comm: MPI.Intracomm, parts: list[range]) -> None:
-        """Of the parameters each rank of comm has written its part; then all have all parts."""
+        """Allgather the parameters in place; parts: the range that each rank of comm has written. Collective over comm."""
         transport, step = self.reducer.transport, max(1, PIECE_BYTES // 4 // comm.size)
         for low in range(0, max(map(len, parts)), step):
             now = [part[low : low + step] for part in parts]
             lengths, starts = [len(part) for part in now], [part.start for part in now]
-            if transport.mode == "staged":  # one after the other, in pinned memory
+            if transport.mode == "staged":  # through pinned memory
                 places = [comm_rank * step for comm_rank in range(comm.size)]
                 wire = transport.scratch("slices", step * comm.size)
                 wire[places[comm.rank] :][: lengths[comm.rank]] = self.flat[now[comm.rank].start : now[comm.rank].stop].cpu()
@@ -70,11 +70,12 @@ class Sliced(Synchronous):
                 transport.allgatherv(comm, self.group.wait, (self.flat, lengths, starts))
 
     def flats(self) -> dict[str, Tensor]:
-        """Replicas agree on the parameters; nobody else has this one's state."""
+        """Only the parameters are replicated; the optimizer state is not."""
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Boxes of the state that this rank updates, an empty one where that is nothing. Independent."""
+        """Return the state that this rank updates, as boxes of the parameters' tensors. A parameter without such state has an
+        empty box. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
         for key, flat in zip(optimizer.keys, optimizer.moments().values(), strict=True):
@@ -91,7 +92,7 @@ class Sliced(Synchronous):
         return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Of boxes: those that state_dict has. ValueError for any other. Independent."""
+        """Load the boxes that state_dict returns. ValueError for any other entry. Independent."""
         assert self.optimizer is not None
         self.reducer.load_state_dict({
             name.removeprefix("reducer/"): value for name, value in state.items() if name.startswith("reducer/")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
+from mpidp.data.lanes import even_ranges
+
 if TYPE_CHECKING:
     from mpidp.comm.work_stealing import Tickets
 
@@ -20,11 +22,6 @@ FIRST_STEPS, EVERY_STEPS = 5, 10  # measured before the first change, and betwee
 MEMORY_STEPS = 20  # whose median is a rank's speed
 WORTH = 0.95  # of the time of the slowest rank: only what is predicted to be below is a reason to change
 SHORTEST_SECONDS = 1e-9  # a lane; clocks may say 0
-
-
-def even(num_lanes: int, size: int) -> list[range]:
-    """Contiguous lanes for each of `size` places, as even as they go: the cut of Lanes.of_rank. Independent."""
-    return [range(place * num_lanes // size, (place + 1) * num_lanes // size) for place in range(size)]
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
@@ -89,7 +86,8 @@ class Even:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        self.ranges = even(terms.num_lanes, terms.size - terms.idle) + terms.idle * [range(terms.num_lanes, terms.num_lanes)]
+        self.ranges = even_ranges(terms.num_lanes, terms.size - terms.idle)
+        self.ranges += terms.idle * [range(terms.num_lanes, terms.num_lanes)]
 
     def lanes(self, batch: int) -> Iterator[int]:
         """The own range."""
@@ -123,7 +121,8 @@ class Measured(Even):
         self._wait = EVERY_STEPS
         memories = [list(memory) for memory in self._measured]
         speed = [median(memory) for memory in memories]
-        candidates = [even(self.terms.num_lanes, self.terms.size), by_speed(self.terms.num_lanes, speed, self.terms.max_lanes)]
+        num_lanes = self.terms.num_lanes
+        candidates = [even_ranges(num_lanes, self.terms.size), by_speed(num_lanes, speed, self.terms.max_lanes)]
         best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # the even cut, where it is as good
         # The older and the newer half must both agree: a spell of noise in one of them is no reason to change.
         older = [median(memory[: len(memory) // 2]) for memory in memories]
@@ -143,7 +142,7 @@ class Steal:
     def __init__(self, terms: Terms) -> None:
         if terms.tickets is None:
             raise ValueError("stealing needs the tickets of the node")
-        self.ranges = even(terms.num_lanes, terms.size)
+        self.ranges = even_ranges(terms.num_lanes, terms.size)
         self._tickets, self._may_steal = terms.tickets, terms.may_steal
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 

@@ -22,7 +22,7 @@ from mpidp.reducers.tree import REDUCERS, slots_needed
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 from mpidp.runtime.topology import Topology
-from mpidp.training.balance import BALANCES, Balance, Terms, even
+from mpidp.training.balance import BALANCES, Balance, Terms
 
 
 class MemoryRequest(Protocol):
@@ -73,7 +73,7 @@ class DataParallelMemory:
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
     """Return (number of gradient buffers that a rank needs, the most lanes that it may get; 0 where its lanes never change).
     Independent."""
-    mine = even(lanes.num_lanes, size)[rank]
+    mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # up to three times the even share; the memory for gradients grows with its logarithm
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))

@@ -336,5 +336,5 @@ def test_evaluate_without_a_validation_split(place: Path, forks: Forks, finished
 def test_generate_with_another_tokenizer(place: Path, forks: Forks, finished: Path) -> None:
     (place / "text.txt").write_text("other text\n" * 300)
     expect(forks.run(place, "data_tools.prepare", "--source", "text.txt", "--tokenizer", "char", "--out", "others"), 0)
-    expect(forks.run(place, "mpidp.generate", finished, "--data", "others"), 3, "the tokenizer has")
-    expect(forks.run(place, "mpidp.generate", finished, "--data", "absent"), 3, "absent")
+    expect(forks.run(place, "mpidp.generate", finished, "--tokenizer", "others"), 3, "the tokenizer has")
+    expect(forks.run(place, "mpidp.generate", finished, "--tokenizer", "absent"), 3, "absent")

@@ -30,7 +30,7 @@ from tests.faults.test_bad_data import relist
 def exported(finished: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run exported as a Hugging Face folder, with weights in several files. Tests do not change it."""
     out = tmp_path_factory.mktemp("exported") / "hf"
-    expect(forks.run(finished.parent, "mpidp.export", "run", out, "--max-file-gb", "2e-5"), 0)
+    expect(forks.run(finished.parent, "mpidp.export", "run", "--out", out, "--max-file-gb", "2e-5"), 0)
     assert len(list(out.glob("*.safetensors"))) > 2
     return out
 
@@ -116,7 +116,7 @@ EMPTY = "run contains no checkpoint: train first, with --run.dir=run"
 USES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "evaluate": (("mpidp.evaluate", "run"), 4, EMPTY),
     "generate": (("mpidp.generate", "run"), 4, EMPTY),
-    "export": (("mpidp.export", "run", "out"), 4, EMPTY),
+    "export": (("mpidp.export", "run", "--out", "out"), 4, EMPTY),
     "init_from": (("mpidp.train", "tiny.toml", "--run.dir=out", "--train.init_from=run"), 4, EMPTY),
     "report": (("mpidp.report", "run", "--out", "out"), 2, "no line of a step: the run has not completed one yet"),
 }

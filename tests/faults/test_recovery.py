@@ -123,7 +123,6 @@ def check(row: Row, shell: Shell, undisturbed: list[tuple[Any, ...]]) -> None:
     assert dead(lines) == row.dead, ended
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("name", "time"), [(n, i) for i in range(SOAK or 1) for n, row in ROWS.items() if SOAK or row.always])
 def test_the_others_go_on(shell: Shell, undisturbed: list[tuple[Any, ...]], name: str, time: int) -> None:
     check(ROWS[name], shell, undisturbed)
@@ -228,7 +227,6 @@ def test_the_last_rank_hangs(shell: Shell) -> None:
     assert ended.err.count("mpidp: no rank has got further") == 1, ended
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("how", ["signal", "file"])
 def test_a_request_to_stop_after_a_recovery(shell: Shell, undisturbed: list[tuple[Any, ...]], how: str) -> None:
     started = start(shell, 3, "kill:0:2:reduce", program=("-c", SLOWLY))

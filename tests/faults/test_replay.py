@@ -77,16 +77,16 @@ def test_three_ranks_are_replayed_on_one_and_left_untouched(shell: Shell, forks:
 def test_a_tampered_line_is_named(run: Path, forks: Forks) -> None:
     alter_line(run, 5, "grad_norm", 3.5)
     ended = forks.run(run.parent, "mpidp.replay", "run", "--step", 6)
-    expect(ended, 1, "run: steps 5 to 6", "first: step 5: grad_norm differs: 3.5 recorded, ")
+    expect(ended, 1, "run: steps 5 to 6", "first difference: step 5: grad_norm differs: 3.5 recorded, ")
     assert "step 6  train_loss same" in ended.out
 
 
 def test_a_flipped_bit_is_named(run: Path, forks: Forks) -> None:
     flip_a_bit(run / "checkpoints/step_00000004", "model/head.weight")
     ended = forks.run(run.parent, "mpidp.replay", "run", "--step", 4)
-    expect(ended, 1, "first: step 4: checkpoint differs: model/head.weight in 1 of ", " elements, by up to ")
+    expect(ended, 1, "first difference: step 4: checkpoint differs: model/head.weight in 1 of ", " elements, by up to ")
     assert "step 4  train_loss same  grad_norm same" in ended.out
-    expect(forks.run(run.parent, "mpidp.replay", "run", "--step", 5), 1, "first: step 5: train_loss differs: ")
+    expect(forks.run(run.parent, "mpidp.replay", "run", "--step", 5), 1, "first difference: step 5: train_loss differs: ")
     (run / "checkpoints/step_00000004/rank_00000.safetensors").write_bytes(b"")
     found = told(forks, run.parent, "run", "--step", 5, code=1)  # replayed from the checkpoint before; only the damage differs
     assert found["from"] == "run/checkpoints/step_00000002"
@@ -96,7 +96,8 @@ def test_a_flipped_bit_is_named(run: Path, forks: Forks) -> None:
 @pytest.mark.parametrize(("words", "setting", "first"), [
     (["--optim.lr=0.004"], "optim.lr: 0.003 -> 0.004", ["step 1", "model/embedding.weight"]),
     (["--model.dropout=0.1"], "model.dropout: 0.0 -> 0.1", ["step 1", "gradient/embedding.weight"]),
-    (["--train.seed=5"], "train.seed: 1337 -> 5", ["the state after step 0, from which they begin", "model/embedding.weight"]),
+    (["--train.seed=5"], "train.seed: 1337 -> 5",
+     ["the state after step 0, before the first replayed step", "model/embedding.weight"]),
 ])
 def test_where_two_runs_part(run: Path, forks: Forks, words: list[str], setting: str, first: list[str]) -> None:
     expect(forks.run(run.parent, "mpidp.train", "tiny.toml", "--run.dir=other", *words), 0)
@@ -108,20 +109,20 @@ def test_runs_that_settings_did_not_part(run: Path, forks: Forks) -> None:
     shutil.copytree(run, run.parent / "other")
     ended = forks.run(run.parent, "mpidp.replay", "run", "--against", "other")
     expect(ended, 0)
-    assert ended.out == "run and other are the same up to step 6, the last that both recorded\n"
+    assert ended.out == "run and other are the same up to step 6, the last in both records\n"
     assert told(forks, run.parent, "run", "--against", "other", "--step", 3)["first"] is None
     alter_line(run.parent / "other", 3, "train_loss", 5.0)
     ended = forks.run(run.parent, "mpidp.replay", "run", "--against", "other")
-    expect(ended, 1, "neither settings nor data parted them", "the record of other is not what its replay gives (step 3: train_")
-    assert "the record of run is not" not in ended.err
+    expect(ended, 1, "settings and data do not explain the difference", "the record of other differs from its replay (step 3: ")
+    assert "the record of run differs" not in ended.err
 
 
 def test_memory_that_failed_in_one_of_two_runs(run: Path, forks: Forks) -> None:
     fault = {"MPIDP_FAULT": "flip:0:3,tensor=2,bit=20"}
     expect(forks.run(run.parent, "mpidp.train", "tiny.toml", "--run.dir=other", **fault), 0)
     ended = forks.run(run.parent, "mpidp.replay", "other", "--against", "run")
-    expect(ended, 1, "neither settings nor data parted them", "the record of other is not what its replay gives (step 4: train_")
-    assert "the record of run is not" not in ended.err
+    expect(ended, 1, "settings and data do not explain the difference", "the record of other differs from its replay (step 4: ")
+    assert "the record of run differs" not in ended.err
 
 
 def test_other_settings_after_a_resume(place: Path, forks: Forks) -> None:
@@ -156,7 +157,7 @@ def test_sums_that_depend_on_ranks_are_compared_closely(shell: Shell, forks: For
     expect(ended, 0)
     assert "the bits may differ (reducer allreduce, ranks 2 -> 1): compared within 1e-05" in ended.out
     alter_line(shell.folder / "run", 6, "train_loss", 5.0)
-    expect(forks.run(shell.folder, "mpidp.replay", "run"), 1, "are not close to what was recorded, first: step 6: train_loss")
+    expect(forks.run(shell.folder, "mpidp.replay", "run"), 1, "are not close to the record; first difference: step 6: train_loss")
 
 
 def test_what_cannot_be_replayed(run: Path, forks: Forks) -> None:

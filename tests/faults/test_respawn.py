@@ -78,7 +78,6 @@ ROWS: dict[str, tuple[str, list[int], list[tuple[list[int], int]], tuple[str, ..
 ALWAYS = ("messages", "rank 0", "two in a row, a newcomer then", "all but one")  # the others run only in the soak test
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("name", "time"), [(n, i) for i in range(SOAK or 1) for n in (ROWS if SOAK else ALWAYS)])
 def test_back_to_full_size(shell: Shell, undisturbed: Learned, name: str, time: int) -> None:  # noqa: F811
     faults, lost, events, words, nodes = ROWS[name]

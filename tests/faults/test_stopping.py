@@ -137,6 +137,7 @@ def test_the_old_copy_of_a_requeued_job(place: Path, forks: Forks, whole_hash: s
     assert not (place / "run" / "lock").exists() and not (place / "run" / "tries.json").exists()
 
 
+@pytest.mark.check
 def test_sigterm_to_open_mpi_s_mpirun(place: Path, forks: Forks, whole_hash: str) -> None:
     shell = Shell(place, "openmpi")
     started = begin(shell)

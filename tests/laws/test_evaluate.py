@@ -68,7 +68,7 @@ def test_a_split_without_any_target_has_no_loss(trained: tuple[Path, Ran], share
 
 def test_what_cannot_be_evaluated_is_refused_on_all_ranks(trained: tuple[Path, Ran], shared_tmp: Path) -> None:
     n = sizes(1, 3)[-1]
-    with pytest.raises(CheckpointError, match="no such run"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         at(n, lambda comm: evaluate(str(shared_tmp / "none"), None, comm))
     with pytest.raises(CheckpointError, match="no checkpoint"):
         at(n, lambda comm: evaluate(str(shared_tmp), None, comm))

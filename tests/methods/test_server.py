@@ -148,7 +148,7 @@ def test_an_order_of_other_workers_is_refused(shared_folder: Path, shared_tmp: P
     data = corpus(shared_folder)
     train_at(3, serving(data, shared_tmp / "first", "async", 1))
     again = serving(data, shared_tmp / "again", "async", 1)
-    for log, said in (("first/metrics.jsonl", "of 2 workers and 1 servers"), ("none.jsonl", "cannot be read")):
+    for log, said in (("first/metrics.jsonl", "that run had 2 workers and 1 servers"), ("none.jsonl", "cannot be read")):
         with pytest.raises(UsageError, match=said):
             train_at(4, again.with_values(strategy={"replay": str(shared_tmp / log)}))
 

@@ -214,7 +214,7 @@ def test_a_wrong_loop_is_told_so(wrong: Callable[[mpidp.DataParallel], None], sa
 @pytest.mark.parametrize(("settings", "more", "said"), [
     ({"strategy.name": "server"}, {}, "strategy.name=server is not supported"), ({"mesh.tp": 2}, {}, "has 'mesh.tp'"),
     ({"strategy.name": "local"}, {"steps": 0}, "strategy.name=local does not synchronize"),
-    ({"comm.reducer": "tree", "strategy.name": "delayed"}, {}, "does not go with"), ({"comm.copies": "node"}, {}, "comm.copies"),
+    ({"comm.reducer": "tree", "strategy.name": "delayed"}, {}, "be combined"), ({"comm.copies": "node"}, {}, "comm.copies"),
     ({}, {"optimizer": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
     ({}, {"optimizer": lambda p: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "not in the model"),
 ])  # fmt: skip

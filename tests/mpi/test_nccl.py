@@ -112,14 +112,14 @@ def test_a_training_is_the_one_over_mpi(
 
 def test_ranks_that_cannot_meet_say_where_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is given a port without a listener."""
-    monkeypatch.setattr(nccl, "MEETING_SECONDS", 2)
+    monkeypatch.setattr(nccl, "CONNECT_SECONDS", 2)
     real = Nccl._store
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         closed = silent.getsockname()[1]
         monkeypatch.setattr(Nccl, "_store", lambda wire, host, port: real(wire, host, closed if port else 0))
         for n in sizes(2, 3):
-            with pytest.raises(MpidpError, match=r"did not meet at .*port \d+.*NCCL_SOCKET_IFNAME.*comm.gpu=auto") as caught:
+            with pytest.raises(MpidpError, match=r"could not connect to .*port \d+.*NCCL_SOCKET_IFNAME.*comm.gpu=auto") as caught:
                 at(n, gloo)
             assert caught.value.exit_code == 1
     everywhere(not distributed.is_initialized(), "nothing is left of it")
@@ -169,7 +169,7 @@ def test_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "gpu_name", lambda device: f"GPU {WORLD.rank // 2}")
     if WORLD.size > 1:
         said = refused(torch.device("cuda", 0))
-        assert f"ranks 0, 1 share GPU 0 on {socket.gethostname()}" in said and "one rank a GPU" in said
+        assert f"ranks 0, 1 share GPU 0 on {socket.gethostname()}" in said and "one rank per GPU" in said
         assert ("ranks 2, 3 share GPU 1" in said) == (WORLD.size == 4) and "ranks 2 share" not in said
     monkeypatch.setattr(nccl, "gpu_name", lambda device: f"GPU {WORLD.rank}")
     at(WORLD.size, lambda comm: check_nccl("nccl", torch.device("cuda", 0), make_topology(comm)))
@@ -178,4 +178,4 @@ def test_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_job_that_outlives_its_ranks_is_told_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "launched_with_ulfm", lambda: True)
     said = refused(torch.device("cuda", 0))
-    assert "do not survive" in said and "without --with-ft ulfm" in said
+    assert "does not support recovery" in said and "without --with-ft ulfm" in said

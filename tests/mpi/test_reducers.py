@@ -17,13 +17,13 @@ from mpi4py import MPI
 from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.comm.group import Group, alone, by_node
 from mpidp.comm.transport import Messages
-from mpidp.data.lanes import Lanes
+from mpidp.data.lanes import Lanes, even_ranges
 from mpidp.reducers import overlap
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.reducers.tree import REDUCERS, slots_needed
 from mpidp.runtime.topology import make_topology
 from mpidp.strategies.synchronous import Synchronous
-from mpidp.training.balance import Even, Terms, even
+from mpidp.training.balance import Even, Terms
 from tests.tiny import (
     WORLD,
     at,
@@ -84,7 +84,7 @@ def reduced(
     with pretended(nodes):
         mesh = make_topology(comm)
     group = by_node(mesh) if nodes else alone(mesh)
-    ranges = even(lanes.num_lanes, comm.size)
+    ranges = even_ranges(lanes.num_lanes, comm.size)
     shares = Anyhow(ranges) if anyhow else Even(Terms(lanes.num_lanes, comm.size, comm.rank))
     slots = lanes.num_lanes if anyhow else 1
     if kind == "tree" and not anyhow:
@@ -203,7 +203,7 @@ def sent(comm: MPI.Intracomm, kind: str, nodes: int = 0) -> int:
     with pretended(nodes):
         mesh = make_topology(comm)
     group, lanes, wire = by_node(mesh) if nodes else alone(mesh), Lanes(8, 1), Messages(CPU)
-    slots = slots_needed(lanes, even(8, comm.size)[comm.rank], 0, static=True, kept_apart=False) if kind == "tree" else 1
+    slots = slots_needed(lanes, even_ranges(8, comm.size)[comm.rank], 0, static=True, kept_apart=False) if kind == "tree" else 1
     reducer = REDUCERS[kind](group, lanes, wire, Even(Terms(8, comm.size, comm.rank)), slots)
     named = [("w", torch.nn.Parameter(torch.zeros(200_000)))]
     reducer.attach(GradientBuffer(named, slots, 10**9, lambda n: group.memory(n, CPU), group.node.rank))
@@ -235,7 +235,7 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
 
     def look(comm: MPI.Intracomm) -> dict[int, bool]:
         named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
-        group, ranges = by_node(make_topology(comm)), even(7, comm.size)
+        group, ranges = by_node(make_topology(comm)), even_ranges(7, comm.size)
         slots = slots_needed(lanes, ranges[comm.rank], 0, static=True, kept_apart=True)
         reducer = REDUCERS["tree"](group, lanes, Messages(CPU), Even(Terms(7, comm.size, comm.rank)), slots)
         reducer.attach(GradientBuffer(named, slots, 600, lambda n: group.memory(n, CPU), group.node.rank))
@@ -260,7 +260,7 @@ def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
 
     for n in sizes(1, 2, 3):
         found = at(n, look)
-        assert [list(seen) for seen in found] == [list(lanes) for lanes in even(7, n)]
+        assert [list(seen) for seen in found] == [list(lanes) for lanes in even_ranges(7, n)]
         assert all(all(seen.values()) for seen in found)
 
 

@@ -49,7 +49,8 @@ C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch
 # Packages and modules without MPI, and without torch and MPI. `python -m mpidp.train --help` works on a login node.
 NO_MPI = {"mpidp.model", "mpidp.data", "mpidp.config", "mpidp.reporting", "mpidp.metrics", "mpidp.hf"}
 NO_TORCH = {
-    "mpidp.errors", "mpidp.runtime.environment", "mpidp.runtime.command", "mpidp.runtime.files", "mpidp.reporting",
+    "mpidp.errors", "mpidp.runtime.environment", "mpidp.runtime.command", "mpidp.runtime.files", "mpidp.runtime.log",
+    "mpidp.runtime.options", "mpidp.reporting",
     "mpidp.config.settings", "mpidp.config.schema", "mpidp.config.rules", "mpidp.config.defaults", "mpidp.config.command_line",
     "mpidp.data.lanes", "mpidp.data.permutation", "mpidp.data.sampler", "mpidp.reducers.tree_order", "mpidp.parallel.schedule",
     "mpidp.model.shape", "mpidp.model.part", "mpidp.faults.inject", "mpidp.faults.heartbeat", "mpidp.faults.watchdog",
@@ -188,7 +189,7 @@ def test_tools_leave_torch_and_mpi_alone_until_they_run() -> None:
 QUIET = [
     "mpidp", "mpidp.config.schema", "mpidp.runtime.command", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.export",
     "mpidp.errors", "mpidp.data.lanes", "mpidp.reducers.tree_order", "mpidp.parallel.schedule", "mpidp.training.balance",
-    "mpidp.faults.inject", "mpidp.plan", "mpidp.doctor", "mpidp.report", "data_tools.prepare",
+    "mpidp.faults.inject", "mpidp.plan", "mpidp.replay", "mpidp.doctor", "mpidp.report", "mpidp.__main__", "data_tools.prepare",
 ]
 
 

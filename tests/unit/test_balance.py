@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpidp.data.lanes import Lanes
+from mpidp.data.lanes import Lanes, even_ranges
 from mpidp.training.balance import (
     BALANCES,
     EVERY_STEPS,
@@ -21,7 +21,6 @@ from mpidp.training.balance import (
     Steal,
     Terms,
     by_speed,
-    even,
     slowest,
 )
 
@@ -37,8 +36,8 @@ def covers(ranges: Sequence[range], num_lanes: int) -> bool:
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_even_is_the_cut_of_lanes(num_lanes: int, size: int) -> None:
     lanes = Lanes(num_lanes, 1, num_lanes)
-    assert even(num_lanes, size) == [lanes.of_rank(place, size) for place in range(size)]
-    assert covers(even(num_lanes, size), num_lanes)
+    assert even_ranges(num_lanes, size) == [lanes.of_rank(place, size) for place in range(size)]
+    assert covers(even_ranges(num_lanes, size), num_lanes)
 
 
 @st.composite
@@ -119,7 +118,7 @@ def test_one_slow_step_changes_nothing() -> None:
 def test_measured_goes_back_to_even() -> None:
     balance = Measured(Terms(12, 2, 0))
     said = steps([balance], lambda step: [1.0, 2.0] if step < 40 else [1.0, 1.0], 40 + MEMORY_STEPS + EVERY_STEPS, noise=0.1)
-    assert len(said) == 2 and balance.ranges == even(12, 2)
+    assert len(said) == 2 and balance.ranges == even_ranges(12, 2)
 
 
 def test_changes_are_rare() -> None:
@@ -181,6 +180,6 @@ def test_balances_by_name() -> None:
     terms = Terms(7, 3, 1, tickets=FakeTickets(3, [], []))  # type: ignore[arg-type]
     made = {name: make(terms) for name, make in BALANCES.items()}
     assert {name: balance.static for name, balance in made.items()} == {"even": True, "measured": True, "steal": False}
-    assert all(balance.ranges == even(7, 3) for balance in made.values())
+    assert all(balance.ranges == even_ranges(7, 3) for balance in made.values())
     assert list(made["even"].lanes(0)) == [2, 3] and made["even"].observe([1.0] * 3, [1] * 3) is None
     made["even"].close()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidp.config import rules
-from mpidp.config.command_line import from_args, help_text, read_toml
+from mpidp.config.command_line import from_args, read_toml, settings_help
 from mpidp.config.schema import Config, checked, fields_of, to_toml
 from mpidp.config.settings import FIXED
 from mpidp.errors import UsageError
@@ -53,7 +53,7 @@ def test_every_key_has_a_default_within_its_limits_and_words(key: str, about: da
     assert not meta["choices"] or default in meta["choices"]
     assert meta["low"] is None or default >= meta["low"]
     assert meta["high"] is None or default <= meta["high"]
-    lines = [line for line in help_text("usage").splitlines() if line[3:].split(" ")[0] == key]
+    lines = [line for line in settings_help().splitlines() if line[3:].split(" ")[0] == key]
     assert len(lines) == 1 and meta["text"] in lines[0] and (lines[0][1] == "*") == (meta["resume"] == FIXED)
     assert all(choice in lines[0] for choice in meta["choices"])
 
@@ -145,8 +145,8 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--metrics.timeline=12"], ["metrics.timeline=12", "as in 10:12"]),
         (["--metrics.timeline=3:x"], ["metrics.timeline=3:x", "as in 10:12"]),
         (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "count from 1"]),
-        (["--metrics.timeline=5:4"], ["not before the first"]),
-        (["--metrics.timeline=1:101"], ["at most 100"]), (["--metrics.kernels=true"], ["metrics.kernels=true", "say which"]),
+        (["--metrics.timeline=5:4"], ["not be before the first"]),
+        (["--metrics.timeline=1:101"], ["at most 100"]), (["--metrics.kernels=true"], ["metrics.kernels=true", "needs a"]),
         (["--train.steps=11", "--metrics.timeline=10:12"], ["metrics.timeline=10:12", "train.steps=11"]),
         (["--train.spike=0.5"], ["train.spike=0.5 must be more than 1"]),
         (["--train.balance=steal", "--comm.transport=messages"], ["train.balance=steal", "comm.transport=messages"]),

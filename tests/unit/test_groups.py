@@ -53,5 +53,5 @@ def test_the_exponential_graph_is_exact_after_log2_rounds(size: int) -> None:
 def test_one_rank_is_alone() -> None:
     assert hop(3, 1) == 0
     assert partition("pairs", 5, 1, [], 2) == [(0,)]
-    with pytest.raises(ValueError, match="none of node, rotating, pairs"):
+    with pytest.raises(ValueError, match="not one of node, rotating, pairs"):
         partition("all", 0, 4, [], 2)

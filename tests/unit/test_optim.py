@@ -150,7 +150,7 @@ def test_a_state_can_be_carried_over(name: str, shares: int) -> None:
 def test_what_no_optimizer_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown optimizer 'adam2'"):
         Flat("adam2")
-    with pytest.raises(ValueError, match="'stranger/exp_avg' of no parameter"):
+    with pytest.raises(ValueError, match="'stranger/exp_avg' belongs to no parameter"):
         Flat("adamw").optimizers[0].load_state_dict({"stranger/exp_avg": torch.zeros(1)})
 
 

@@ -23,7 +23,7 @@ PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logi
 
 
 def ask(*words: str) -> dict[str, Any]:
-    return command_line.plan_from_arguments(words)[0]
+    return command_line.plan_from_options(*planning.read_options(["mesh", *words]))
 
 
 def test_the_sample_of_the_issue(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,14 +142,22 @@ def test_figures_are_given_or_the_doctors_or_assumed(tmp_path: Path, monkeypatch
     assert "matrix products: 99 TFLOP/s per rank (given)" in said and "network of a node: 10 Gbit/s (given)" in said
 
 
+def test_the_number_of_ranks_is_that_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cluster.json").write_text('{"ranks": 16}')
+    assert ask("--params", "1b")["ranks"] == 16 and ask("--params", "1b", "--ranks", "8")["ranks"] == 8
+
+
 WRONG = {  # command line: part of the message
     "--ranks 8": "give either --params N",
     "--params 7b --config x.toml --ranks 8": "give either --params",
     "--params seven --ranks 8": "--params=seven: give a number above 0",
     "--params -7b --ranks 8": "--params",
-    "--params 7b": "--ranks",
-    "--params 7b --ranks 1.5": "--ranks=1.5 must be a whole number",
-    "--params 7b --ranks 0": "--ranks=0",
+    "--params 7b": "give the number of ranks with --ranks",
+    "--params 7b --ranks 2,4": "give one whole number",
+    "--params 7b --cluster bad-ranks.json": "bad-ranks.json is not a file of mpidp.doctor",
+    "--params 7b --ranks 1.5": "--ranks: '1.5': give one whole number",
+    "--params 7b --ranks 0": "--ranks: '0': give one",
     "--params 7b --ranks 8 --global-batch 2.5": "--global-batch=2.5 must be a whole number",
     "--params 7b --ranks 8 --overlap 2": "--overlap=2 must be from 0 to 1",
     "--params 7b --ranks 8 --top 0": "--top=0",
@@ -169,6 +177,7 @@ WRONG = {  # command line: part of the message
 def test_bad_input_is_named(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.json").write_text('{"bandwidth_bytes_per_second": "fast"}')
+    (tmp_path / "bad-ranks.json").write_text('{"ranks": "two"}')
     with pytest.raises(UsageError) as caught:
         ask(*words.split())
     assert WRONG[words] in str(caught.value)

@@ -188,7 +188,7 @@ def said_by(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--modle.num_layers=2"], "there is no setting 'modle.num_layers'"), (["--nonsense"], "--nonsense has no value"),
         (["a.toml"], "a.toml: not a configuration"), (["--plot", "a.png"], "it needs --run"), (["--run", "0"], "more than 0"),
-        (["--run=nan"], "more than 0"), (["--ranks", "0"], "more than 0"), (["--step-seconds=-1"], "more than 0"),
+        (["--run=nan"], "more than 0"), (["--ranks", "0"], "give one whole number"), (["--step-seconds=-1"], "more than 0"),
     ],
 )
 def test_wrong_words(words: list[str], why: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,5 @@ def test_a_stream_without_a_window_is_refused(num_tokens: int) -> None:
 def test_lane_of_a_micro_batch(global_batch: int, micro_batch: int, data: st.DataObject) -> None:
     assume(micro_batch <= global_batch)
     lanes = Lanes(global_batch, micro_batch, data.draw(st.integers(1, -(-global_batch // micro_batch))))
-    sampler = Sampler(10, 1, lanes, seed=0)
     for lane in range(lanes.num_lanes):
-        assert all(sampler._lane(v) == lane for v in lanes.micro_batches(lane))
+        assert all(lanes.lane_of(v) == lane for v in lanes.micro_batches(lane))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,14 +23,16 @@ from mpidp.planning.mesh.search import (
     plan_mesh,
     vocab_size_of,
 )
-from mpidp.runtime.command import Parser
+from mpidp.runtime.options import add_ranks
 
 TOKENS = {True: 4 << 20, False: 1 << 19}  # tokens per step, assumed for models with at least 1 B parameters, and for smaller ones
 BYTES = {"bfloat16": 2, "float32": 4}
 OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
                                              "tie_embeddings", "head_dim", "vocab_size")]
-USAGE = """Find the meshes (dp x pp x tp, and what is sharded over dp) of a number of ranks that hold a model, and predict the
-step time of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy."""
+DESCRIPTION = """\
+Find the meshes (dp x pp x tp, and what is sharded over dp) of a number of ranks that hold a model, and predict the step time
+of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
+Settings of a run (--section.key=value) need --config."""
 NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
     ("params", "parameters of a LLaMA-like model, as 7b; or use --config", 1.0), ("memory", "GB per rank (80)", 1e9),
     ("samples", "samples in the data, as 100m, to print the number per rank", 1.0),
@@ -46,12 +49,10 @@ NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
 WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "gpus-per-node")
 
 
-def plan_from_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
-    """Parse the arguments; return (the results, whether to print JSON). Raises UsageError. Independent."""
-    parser = Parser(prog="python -m mpidp.plan mesh", usage="%(prog)s --params N --ranks P [options] [--section.key=value ...]",
-                    description=USAGE, allow_abbrev=False)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan mesh`, without --json. Pure."""
     parser.add_argument("--config", metavar="CONFIG.toml", help="use the model and batch of this configuration, not --params")
-    parser.add_argument("--ranks", required=True, help="number of ranks")
+    add_ranks(parser, "those of cluster.json")
     for name, about, _ in NUMBERS:
         parser.add_argument(f"--{name}", metavar="N", help=about)
     parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor; default: the one in this folder, if any")
@@ -61,8 +62,10 @@ def plan_from_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]
     parser.add_argument("--sequence", choices=["true", "false"], help="mesh.sequence (default: whichever is better)")
     parser.add_argument("--overlap", type=float, help="achieved share of the possible overlap of dp traffic with compute (0.8)")
     parser.add_argument("--top", type=int, default=5, help="number of meshes to show (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
-    options, settings = parser.parse_known_args(list(arguments))
+
+
+def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
+    """Return the meshes and their assumptions. settings: the --section.key=value of a run. Raises UsageError. Independent."""
     given = {name: number(text, name) * one for name, _, one in NUMBERS if (text := getattr(options, name.replace("-", "_")))}
     for name in WHOLE:
         if given.get(name, 1.0) % 1:
@@ -71,8 +74,10 @@ def plan_from_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]
         raise UsageError("give either --params N, as 7b, or --config CONFIG.toml")
     if settings and not options.config:
         raise UsageError(f"{settings[0]}: no such option; settings of a run need --config (see --help)")
-    if (ranks := number(options.ranks, "ranks")) % 1:
-        raise UsageError(f"--ranks={options.ranks} must be a whole number")
+    cluster = _cluster(options.cluster)
+    ranks = options.ranks or cluster.get("ranks", 0)
+    if not ranks:
+        raise UsageError("give the number of ranks with --ranks, or with --cluster a file of mpidp.doctor that has it")
     if options.overlap is not None and not 0 <= options.overlap <= 1:
         raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
     if options.top < 1:
@@ -92,15 +97,16 @@ def plan_from_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]
     default = values.get("train.global_batch") or max(1, TOKENS[model.parameters >= 1e9] // model.seq_len)
     number_bytes = BYTES[options.dtype or ("float32" if values.get("train.dtype") == "float32" else "bfloat16")]
     base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes)
-    figures = GivenFigures(given.get("flops"), given.get("memory-gbyte"), given.get("link-gbit"), given.get("node-gbit"),
-                    given.get("latency-us"), whole["ranks-per-node"] or None, whole["gpus-per-node"] or None, options.overlap)
+    figures = GivenFigures(
+        given.get("flops"), given.get("memory-gbyte"), given.get("link-gbit"), given.get("node-gbit"), given.get("latency-us"),
+        whole["ranks-per-node"] or None, whole["gpus-per-node"] or None, options.overlap,
+    )
     run = machine_of_run(Path(options.calibrate), whole["vocab"]) if options.calibrate else None
-    machine, sources = machine_of(figures, _cluster(options.cluster), run, number_bytes)
+    machine, sources = machine_of(figures, cluster, run, number_bytes)
     micro = [whole["micro-batch"]] if whole["micro-batch"] else MICRO_BATCHES
     again, parts = ([choice == "true"] if choice else [False, True] for choice in (options.recompute, options.sequence))
-    found = plan_mesh(model, taken, parameters, int(ranks), given.get("memory", 80e9), machine, sources, base, micro, again,
-                      parts, given.get("samples"), options.top)
-    return found, options.json
+    return plan_mesh(model, taken, parameters, ranks, given.get("memory", 80e9), machine, sources, base, micro, again,
+                     parts, given.get("samples"), options.top)
 
 
 def _reject_uncut(values: Mapping[str, Any]) -> None:
@@ -143,6 +149,7 @@ def _cluster(file: str | None) -> dict[str, Any]:
             cluster[key] = [int(one) for one in cluster.get(key) or []]
         for key in ("latency_seconds", "bandwidth_bytes_per_second"):
             cluster[key] = None if cluster.get(key) is None else float(cluster[key])
+        cluster["ranks"] = int(cluster.get("ranks") or 0)
         if cluster["bandwidth_bytes_per_second"] == 0:
             raise ValueError("a bandwidth of 0")
     except (ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpidp.config.defaults import rhythm
+from mpidp.config.defaults import sync_intervals
 from mpidp.config.resolve import workers
 from mpidp.config.schema import Config, checked, fields_of
 from mpidp.errors import UsageError
@@ -61,8 +61,8 @@ def to_paste(config: Config, other: Config) -> list[str]:
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
 
 
-def _rhythm(config: Config, steps: int) -> tuple[int, int]:
-    return rhythm(config.flat(), steps)
+def _sync_intervals(config: Config, steps: int) -> tuple[int, int]:
+    return sync_intervals(config.flat(), steps)
 
 
 def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> int:
@@ -71,7 +71,7 @@ def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> in
     if cluster.ranks == 1:
         return 0
     strategy, a_sum = config.strategy, one_sum(config, sizes, cluster).sent_bytes
-    every, meet = _rhythm(config, steps)
+    every, meet = _sync_intervals(config, steps)
     if strategy.name == "server":
         return steps * sizes.num_bytes
     if strategy.name != "local":
@@ -90,7 +90,7 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float)
     if cluster.ranks == 1:
         return compute
     a_sum, small = one_sum(config, sizes, cluster).seconds(cluster), cluster.small_exchange_seconds
-    every, meet = _rhythm(config, LONG)
+    every, meet = _sync_intervals(config, LONG)
     k, name, most = cluster.ranks_a_node, config.strategy.name, most_micro_batches(lanes_of(config), cluster.ranks)
     once = sizes.num_bytes / cluster.bandwidth_bytes_per_second
     if name == "synchronous":
@@ -138,7 +138,7 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
                 raise UsageError(f"{working} ranks, but the global batch has {count} lanes: raise train.global_batch")
             if chosen.comm.compress == "powersgd" and cluster.ranks == 1:
                 raise UsageError("comm.compress=powersgd on one rank: nothing is sent")
-            steps = _rhythm(chosen, LONG)[1]
+            steps = _sync_intervals(chosen, LONG)[1]
             sent = sent_bytes(chosen, sizes, cluster, steps) / steps
             rows.append(MethodRow(name, settings, "", sent, step_seconds(chosen, sizes, cluster, compute)))
         except UsageError as error:

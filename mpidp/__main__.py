@@ -1,0 +1,69 @@
+"""`mpidp COMMAND ...` and `python -m mpidp COMMAND ...`: start a command. Imports only the module of that command."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from mpidp import __version__
+from mpidp.errors import EXIT_CODES, UsageError
+from mpidp.runtime.command import run_entry
+from mpidp.runtime.environment import launcher_rank
+
+COMMANDS = {  # name: (module, what it does)
+    "prepare": ("data_tools.prepare", "convert text to shards of tokens"),
+    "inspect": ("data_tools.inspect", "show sizes, balance and an excerpt of shards"),
+    "verify": ("data_tools.verify", "check every checksum and every token id of shards"),
+    "convert": ("data_tools.convert", "convert shards to and from Megatron-LM's format"),
+    "train": ("mpidp.train", "train a model, or resume a run"),
+    "evaluate": ("mpidp.evaluate", "compute the loss, or the accuracy on multiple-choice questions"),
+    "generate": ("mpidp.generate", "generate text"),
+    "export": ("mpidp.export", "write a Hugging Face folder"),
+    "plan": ("mpidp.plan", "predict training time by ranks, method or mesh"),
+    "replay": ("mpidp.replay", "recompute steps and compare them with the record"),
+    "report": ("mpidp.report", "write one HTML page about runs"),
+    "doctor": ("mpidp.doctor", "check the launch, the machines and the folders"),
+}
+
+
+def help_text() -> str:
+    """Return the list of commands and the table of exit codes. Pure."""
+    return "\n".join([
+        "usage: [mpirun -np N] mpidp COMMAND [ARGUMENTS]      or: python -m mpidp COMMAND [ARGUMENTS]", "",
+        "Train Transformer language models over MPI. The number of ranks never changes what is learned.", "",
+        "commands (`mpidp COMMAND --help` lists the options of one):",
+        *(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()), "",
+        "options:",
+        "  -h, --help  show this text",
+        "  --version   show the version", "",
+        "exit codes:",
+        *(f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items()), "",
+        "MPIDP_LOG=debug, info (default), warning or error selects the messages that are printed.",
+    ])
+
+
+def main() -> None:
+    """Start the command that the first argument names. Collective over COMM_WORLD if the command is."""
+    if not sys.argv[1:]:
+        raise UsageError(f"no command is given: choose one of {', '.join(COMMANDS)} (see mpidp --help)")
+    command = sys.argv[1]
+    if command in ("-h", "--help", "help", "--version"):
+        if launcher_rank() == 0:
+            print(f"mpidp {__version__}" if command == "--version" else help_text())
+        return
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UsageError(f"there is no command {command!r}; did you mean {nearest!r}? (mpidp --help lists the commands)")
+    module, _ = COMMANDS[command]
+    sys.argv[:2] = [f"mpidp {command}"]
+    importlib.import_module(module).main()
+
+
+def run() -> None:
+    """Entry point of the installed script `mpidp`. Exits with the command's code."""
+    run_entry(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,97 @@
+"""Options that several commands have. Each has the same meaning, and the same wording, in all of them.
+
+| option | meaning |
+|---|---|
+| --data DIR | a folder of shards |
+| --tokenizer PATH | a tokenizer.json, or a folder that contains one |
+| --out PATH | what the command writes |
+| --ranks N | number of MPI ranks |
+| --json | one line of JSON on standard output instead of text; everything else goes to standard error |
+
+No torch, no MPI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from mpidp.runtime.environment import launcher_rank
+from mpidp.runtime.log import log
+
+
+def program(module: str) -> str:
+    """Return the name of a command as the user called it: "mpidp train" or "python -m mpidp.train". Independent."""
+    return sys.argv[0] if sys.argv[0].startswith("mpidp ") else f"python -m {module}"
+
+
+def note_old_spelling(old: str, new: str) -> None:
+    """Log one line that names the new spelling, on the launcher's rank 0. Independent."""
+    if launcher_rank() == 0:
+        log.warning("note: %s is an old spelling that still works; use %s", old, new)
+
+
+def rank_counts(text: str) -> list[int]:
+    """Parse "1,2,4" or "16k" into numbers of ranks. Raises ArgumentTypeError. Pure."""
+    counts = []
+    for word in text.lower().split(","):
+        try:
+            count = float(word.removesuffix("k")) * (1000 if word.endswith("k") else 1)
+        except ValueError:
+            count = 0.0
+        if not 1 <= count < 2**31 or count % 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least 1, separated by commas")
+        counts.append(int(count))
+    return counts
+
+
+def rank_count(text: str) -> int:
+    """Parse one number of ranks. Raises ArgumentTypeError. Pure."""
+    try:
+        (count,) = rank_counts(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}: give one whole number of at least 1") from None
+    return count
+
+
+def add_data(parser: argparse.ArgumentParser, use: str, default: str = "", kind: Any = str) -> None:
+    """Add --data DIR. use: what the command does with the shards. Pure."""
+    shown = f" (default: {default})" if default else ""
+    parser.add_argument("--data", metavar="DIR", type=kind, help=f"folder of shards {use}{shown}")
+
+
+def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", default: str | None = None) -> None:
+    """Add --out PATH. about: what is written. Pure."""
+    parser.add_argument("--out", metavar=metavar, default=default, help=about)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json. Pure."""
+    parser.add_argument("--json", action="store_true",
+                        help="print one line of JSON to standard output, and everything else to standard error")
+
+
+def add_ranks(parser: argparse.ArgumentParser, default: str, several: bool = False) -> None:
+    """Add --ranks: a list of numbers if several, else one number. default: described in words. Pure."""
+    parser.add_argument("--ranks", metavar="N[,N...]" if several else "N", type=rank_counts if several else rank_count,
+                        help=f"number of MPI ranks{', or several such numbers' * several} (default: {default})")
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add --tokenizer PATH for a trained model. Pure."""
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder that contains one (default: RUN's copy)")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add RUN, a trained model. Pure."""
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add how a trained model is computed: --device, --threads, --tp, --pp. Pure."""
+    add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (%(default)s)")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks per replica, like mesh.tp in training (%(default)s)")
+    add("--pp", type=int, default=1, help="pipeline stages per replica, like mesh.pp in training (%(default)s)")
