@@ -93,9 +93,9 @@ def train_one_step(called_at: float) -> None:
     timed(importlib.import_module, TORCH)("torch")
     attempts, after_step = bring("mpidp.training.attempts"), bring("mpidp.training.after_step")
     loader = bring("mpidp.data.loader")
-    run_plan = bring("mpidp.training.run_plan")
+    run_plan, run_summary = bring("mpidp.training.run_plan"), bring("mpidp.training.run_summary")
     run_plan.plan = timed(run_plan.plan, PLAN)
-    run_plan.RunPlan.say_what_runs = timed(run_plan.RunPlan.say_what_runs, SAY)
+    run_summary.log_summary = timed(run_summary.log_summary, SAY)
     attempts.build = timed(attempts.build, BUILD)
     for kind, function in ((run_plan.TokenStream, "__init__"), (run_plan.TokenStream, "check"),
                            (run_plan.Sampler, "__post_init__"),

@@ -12,6 +12,7 @@ from mpidp.config import command_line
 from mpidp.config.schema import Config
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import is_replacement_rank
+from mpidp.runtime.log import log
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
-    from mpidp.training import run_plan
+    from mpidp.training import run_plan, run_summary
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with raise_together(world):
@@ -92,7 +93,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
     plan = run_plan.plan(config, grid)
-    plan.say_what_runs()
+    run_summary.log_summary(plan, config, everything=dry)
     return plan
 
 
@@ -112,7 +113,7 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
         if world.rank == 0:
             from data_tools.prepare import prepare
 
-            print(f"no shards in {path}: preparing them from the source of Python's standard library", flush=True)
+            log.info("no shards in %s: preparing them from the source of Python's standard library", path)
             prepare(**corpus, out=str(path))
 
 

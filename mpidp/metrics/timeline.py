@@ -1,15 +1,14 @@
-"""Some steps of all ranks as spans: RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
+"""Trace some steps on all ranks as spans: RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
 
-Nothing is installed where it is not asked for. Where it is, spans are taken in the steps FIRST to LAST alone: a span costs about
-a microsecond. Clocks of machines are compared by barriers, before the first step and after the last, and moved onto rank 0's.
-On a GPU a span is the host's time: what the device does meanwhile is in the kernels of torch.profiler.
+Without metrics.timeline there is no overhead. Otherwise spans are recorded in steps FIRST to LAST only; a span costs about a
+microsecond. The clocks of the machines are compared with barriers before the first and after the last step, and times are
+converted to rank 0's clock. On a GPU, spans show the host's time; metrics.kernels records the device's kernels.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,31 +18,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-ROUNDS = 5  # of barriers
+ROUNDS = 5  # barriers per clock comparison
 PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
 SUB_PHASES = ("reduce", "apply", "publish")  # of an update
-NAMES = {"comm_wait": "wait"}  # how a phase is called in the trace, where it is called otherwise
-Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end by time.perf_counter(), thread, more
+NAMES = {"comm_wait": "wait"}  # names of spans in the trace that differ from the phase
+Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
 
 
 @dataclass
 class RankTimeline:
-    """What a rank hands to rank 0."""
+    """The spans of a rank, which it sends to rank 0."""
 
     host: str
     spans: list[Span]
     threads: list[str]
-    moments: list[float] = field(default_factory=list)  # by this rank's clock, when the clocks were compared
-    behind: list[float] = field(default_factory=list)  # then, of rank 0's clock, seconds
+    moments: list[float] = field(default_factory=list)  # times of the clock comparisons, by this rank's clock
+    behind: list[float] = field(default_factory=list)  # seconds to add to this rank's clock to get rank 0's, at these times
 
 
 class Timeline(StepObserver):
-    """Of one rank; without steps it does nothing."""
+    """Records the spans of one rank; does nothing if no steps are selected."""
 
     def __init__(
         self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False
@@ -52,8 +52,8 @@ class Timeline(StepObserver):
         self.first, self.last = steps
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
-        self._told, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
-        self._open: tuple[str, float] | None = None  # the sub-phase of the update that goes on, and when it began
+        self._recorded, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
+        self._open: tuple[str, float] | None = None  # the current sub-phase of an update, and when it began
 
     def open(self, comm: MPI.Intracomm, step: int) -> None:
         """Compare clocks before the first of the steps; step: updates made so far. Collective over comm."""
@@ -87,7 +87,7 @@ class Timeline(StepObserver):
             if name == "update":
                 self._close_sub_phase()
             if self._on:
-                self._told.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
+                self._recorded.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
     def _begin_step(self, step: int) -> None:
         """A batch begins: of one of the steps?"""
@@ -101,11 +101,11 @@ class Timeline(StepObserver):
     def _close_sub_phase(self) -> None:
         if self._open is not None and self._on:
             name, began = self._open
-            self._told.spans.append((name, began, time.perf_counter(), self._thread(), {}))
+            self._recorded.spans.append((name, began, time.perf_counter(), self._thread(), {}))
         self._open = None
 
     def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
-        """After a step at which all ranks met: write the file once the last is behind. Collective over comm."""
+        """Write the file if the last selected step is done. Call where all ranks synchronize. Collective over comm."""
         if not self.last or step < self.last:
             return
         self._on, self.last = False, 0
@@ -113,44 +113,44 @@ class Timeline(StepObserver):
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self._run_dir / f"timeline_kernels_rank{self._rank}.json"))
         self._compare(comm)
-        everyone = comm.gather(self._told)
+        everyone = comm.gather(self._recorded)
         if everyone is None or self._run_dir is None:
             return
         try:
             write_file(self._run_dir / "timeline.json", json.dumps(trace(everyone)).encode())
-        except OSError as error:  # a full disk does not stop the training
-            print(f"warning: {self._run_dir / 'timeline.json'}: {error}", file=sys.stderr, flush=True)
+        except OSError as error:  # a full disk must not stop training
+            log.warning("warning: %s: %s", self._run_dir / "timeline.json", error)
 
     def _compare(self, comm: MPI.Intracomm) -> None:
-        """Clocks, by the moments at which ranks leave barriers; those of one machine are one clock. Collective over comm."""
+        """Compare clocks by the times at which ranks leave barriers. Ranks of one machine share a clock. Collective over comm."""
         moments = []
         for _ in range(ROUNDS):
             comm.Barrier()
             moments.append(time.perf_counter())
-        rows = comm.allgather((self._told.host, moments))
+        rows = comm.allgather((self._recorded.host, moments))
         host, first = rows[0]
-        behind = [b - a for name, row in rows if name == self._told.host for a, b in zip(row, first, strict=True)]
-        self._told.moments.append(moments[-1])
-        self._told.behind.append(0.0 if host == self._told.host else statistics.median(behind))
+        behind = [b - a for name, row in rows if name == self._recorded.host for a, b in zip(row, first, strict=True)]
+        self._recorded.moments.append(moments[-1])
+        self._recorded.behind.append(0.0 if host == self._recorded.host else statistics.median(behind))
 
     def _thread(self) -> int:
         ident = threading.get_ident()
         if ident not in self._idents:
             self._idents[ident] = len(self._idents)
-            self._told.threads.append(threading.current_thread().name)
+            self._recorded.threads.append(threading.current_thread().name)
         return self._idents[ident]
 
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
-    """Chrome's trace format, microseconds since the first span: a process a rank, a row a thread. Pure."""
+    """Return the trace in Chrome's format: microseconds since the first span, a process per rank, a row per thread. Pure."""
     events: list[dict[str, Any]] = []
-    for rank, told in enumerate(everyone):
+    for rank, part in enumerate(everyone):
         about = {"ph": "M", "pid": rank}
-        events += [about | {"name": "process_name", "args": {"name": f"rank {rank} ({told.host})"}},
+        events += [about | {"name": "process_name", "args": {"name": f"rank {rank} ({part.host})"}},
                    about | {"name": "process_sort_index", "args": {"sort_index": rank}}]
-        events += [about | {"name": "thread_name", "tid": tid, "args": {"name": name}} for tid, name in enumerate(told.threads)]
-    moved = [[(rank, name, _moved(a, told), _moved(b, told), tid, more) for name, a, b, tid, more in told.spans]
-             for rank, told in enumerate(everyone)]
+        events += [about | {"name": "thread_name", "tid": tid, "args": {"name": name}} for tid, name in enumerate(part.threads)]
+    moved = [[(rank, name, _to_rank_0(a, part), _to_rank_0(b, part), tid, more) for name, a, b, tid, more in part.spans]
+             for rank, part in enumerate(everyone)]
     spans = sorted((span for rows in moved for span in rows), key=lambda span: (span[2], -span[3]))
     start = spans[0][2] if spans else 0.0
     for rank, name, began, ended, tid, more in spans:
@@ -160,7 +160,7 @@ def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def _moved(moment: float, told: RankTimeline) -> float:
-    """Onto rank 0's clock, which drifts evenly between two comparisons."""
-    (a, b), (behind, later) = told.moments, told.behind
+def _to_rank_0(moment: float, part: RankTimeline) -> float:
+    """Convert a time to rank 0's clock; the difference is interpolated linearly between two comparisons."""
+    (a, b), (behind, later) = part.moments, part.behind
     return moment + behind + (later - behind) * (moment - a) / (b - a if b > a else 1.0)

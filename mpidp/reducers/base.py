@@ -31,6 +31,7 @@ from mpidp.comm.transport import Messages, pieces
 from mpidp.comm.waiting import Wait, spin
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.buckets import Bucket, GradientBuffer
+from mpidp.runtime.log import log
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
@@ -204,7 +205,7 @@ class Reducer:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on with that; from the beginning without. Independent."""
         if "residual" in state and self.comm.rank == 0:
-            print("comm.compress was turned off: what had been held back of gradients is dropped", flush=True)
+            log.info("comm.compress was turned off: the stored compression error is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
         """Where another one of the same kind stood, of whose ranks these are left; None: this rank is new, and not rank 0.

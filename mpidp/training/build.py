@@ -17,6 +17,7 @@ from mpidp.faults.run_lock import RunLock
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.pipeline import Stages
 from mpidp.reducers import overlap
+from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 from mpidp.strategies import strategy_of
 from mpidp.strategies.optimizer import Optimizer
@@ -86,7 +87,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     else:  # a new measurement would take a while
         overlap.use(reducer, way := before.memory.reducer.overlap_mode)
     if plan.world.rank == 0 and plan.world.size > 1:
-        print(f"overlap {way}", flush=True)
+        log.info(f"overlap {way}")
     return strategy
 
 

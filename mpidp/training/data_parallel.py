@@ -20,6 +20,7 @@ from mpidp.reducers.base import Reducer
 from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.tree import REDUCERS, slots_needed
 from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 from mpidp.runtime.topology import Topology
 from mpidp.training.balance import BALANCES, Balance, Terms
@@ -152,7 +153,7 @@ def share_memory(
         how = f"{how}, {transport.mode}"
     if plan.world.rank == 0:
         held = HELD[c.mesh.shard].format(f"one copy per {'node' if one_copy else 'rank'}")
-        print(f"transport {how}; parameters and optimizer state: {held}", flush=True)
+        log.info(f"transport {how}; parameters and optimizer state: {held}")
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
     level = c.mesh.shard if c.mesh.shard > 1 or len(replicas) > 1 else 0
     return DataParallelMemory(group, balance, reducer, one_copy, replicas, level)

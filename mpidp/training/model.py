@@ -18,6 +18,7 @@ from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
 from mpidp.runtime.agreement import check_agreement, parameter_facts
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 from mpidp.training.initial_weights import Origin
 from mpidp.training.run_plan import RunPlan
@@ -44,7 +45,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     if grid.tp.size > 1:
         ring = TensorComm(grid, transport, config.mesh.sequence)
         share_layers(module, ring)
-        token_losses = loss_over(ring, parts.part.share(plan.shape.vocab_size).start)
+        token_losses = loss_over(ring, parts.part.own_range(plan.shape.vocab_size).start)
     return TrainedModel(module, trained(module), parts, token_losses, origin)
 
 
@@ -73,9 +74,8 @@ def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> No
     world."""
     others = parts.begin_alike(module)
     if others and world.rank == 0:
-        print(
-            f"warning: the model factory draws different initial weights on ranks {others} than on rank 0. All ranks use "
-            "the weights of rank 0, but a second run may differ. Draw the weights with torch's generator, which is seeded with "
-            "train.seed",
-            flush=True,
+        log.warning(
+            f"warning: the model factory draws different initial weights on ranks {others} than on rank 0. All ranks use the "
+            "weights of rank 0, but a second run may differ. Draw the weights with torch's generator, which is seeded with "
+            "train.seed"
         )

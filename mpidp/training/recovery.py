@@ -21,6 +21,7 @@ from mpidp.faults.respawn import add_rank
 from mpidp.faults.stop import StopRequest
 from mpidp.parallel.grid import whole
 from mpidp.runtime import command
+from mpidp.runtime.log import log
 from mpidp.runtime.topology import make_topology
 from mpidp.runtime.ulfm import commit, shrink
 from mpidp.training.job import Job
@@ -91,7 +92,7 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
         pass
     crew.respawn = False
     if world.rank == 0:
-        print(f"no process can be started to replace a failed rank: continuing with {world.size} ranks", flush=True)
+        log.info(f"no process can be started to replace a failed rank: continuing with {world.size} ranks")
     return world
 
 

@@ -17,6 +17,7 @@ from mpidp.metrics.tensorboard import Scalars
 from mpidp.model.shape import flops_per_token, num_parameters
 from mpidp.runtime.agreement import versions
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 from mpidp.training.initial_weights import Origin
 from mpidp.training.run_plan import RunPlan
 from mpidp.training.state import RunState
@@ -94,7 +95,7 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
     if origin is not None and origin.weights is not None:
         origin.keep(plan.run_dir)
-        print(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}", flush=True)
+        log.info(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}")
 
 
 def _facts(plan: RunPlan, model: torch.nn.Module, machines: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def check(
     assert ended.code == 0, ended
     lines = lines_of(shell.folder / "run")
     assert learned(lines) == undisturbed, f"{lines}\n{ended}"
-    assert ended.out.count("\n rank  host") <= 1 and ended.out.count("done: step") == 1, ended
+    assert ended.out.count("\nmodel: ") <= 1 and ended.out.count("done: step") == 1, ended
     return lines
 
 
@@ -178,8 +178,8 @@ def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) ->
 
 
 LAUNCHES = {
-    "mpich": ("mpirun -n 2", "here a rank that dies ends the job"), "openmpi": ("mpirun -n 2", "a rank that dies ends the job"),
-    "alone": ("", "here a rank that dies ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "mpirun's exit code"),
+    "mpich": ("mpirun -n 2", "a failed rank ends the job"), "openmpi": ("mpirun -n 2", "a failed rank ends the job"),
+    "alone": ("", "a failed rank ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "exit with an error code"),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 import mpidp
 from mpidp import __main__ as top
 from mpidp import errors
+from mpidp.config.schema import Config
 from mpidp.errors import EXIT_CODES, MpidpError, UsageError
 from mpidp.runtime import log as logs
 from mpidp.runtime.command import Parser
@@ -199,3 +200,12 @@ def test_messages_follow_mpidp_log(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.undo()
     logs.set_level()
     assert logs.log.level == logging.INFO
+
+
+def test_the_settings_that_differ_from_the_defaults() -> None:
+    from mpidp.training.run_summary import changed_settings
+
+    config = Config().with_values(train={"steps": 9, "noise_every": 0}, mesh={"sequence": True}, data={"path": "my shards"})
+    wanted = "settings that differ from the defaults: 'data.path=my shards' train.steps=9 mesh.sequence=true"
+    assert sorted(changed_settings(config)) == sorted(wanted)
+    assert changed_settings(Config()) == "settings that differ from the defaults: none"

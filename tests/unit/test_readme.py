@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mpidp.__main__ import COMMANDS
 from mpidp.config.command_line import from_args
 from mpidp.config.schema import fields_of
+from mpidp.errors import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("README.md", "README.zh.md")
@@ -22,8 +24,6 @@ LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 SECTIONS = "|".join(sorted({key.partition(".")[0] for key, _, _ in fields_of()}))
 SETTING = re.compile(rf"(?<![\w./-])(?:--)?((?:{SECTIONS})\.[a-z_]+)\b(?!\.)(?!/)")
 FILES = ("toml", "md", "py", "jsonl", "json", "sbatch")
-OF_DATA = {"prepare", "inspect", "verify", "convert"}
-OF_MPIDP = {"train", "evaluate", "generate", "export", "plan", "replay", "report", "doctor"}
 COMMAND = re.compile(
     r"(?<![\w/.-])(?:python -m ((?:mpidp|data_tools)\.[a-z_]+)|python ((?:examples|benchmarks)/\w+\.py)"
     r"|(?:python -m )?mpidp ([a-z]+))(?![\w.:])(.*)"
@@ -36,11 +36,6 @@ def read(name: str) -> str:
 
 def prose(name: str) -> str:
     return FENCED.sub("", read(name))
-
-
-def module_of(command: str) -> str:
-    assert command in OF_DATA | OF_MPIDP, f"mpidp {command}: no such command"
-    return f"{'data_tools' if command in OF_DATA else 'mpidp'}.{command}"
 
 
 def shown(name: str) -> list[str]:
@@ -56,7 +51,8 @@ def commands(name: str) -> list[tuple[str, list[str]]]:
         if match := COMMAND.search(line):
             words = shlex.split(match[4], comments=True)
             words = words[: words.index("|")] if "|" in words else words
-            found.append((match[1] or match[2] or module_of(match[3]), words))
+            assert not match[3] or match[3] in COMMANDS, f"mpidp {match[3]}: no such command"
+            found.append((match[1] or match[2] or COMMANDS[match[3]][0], words))
     return found
 
 
@@ -126,8 +122,14 @@ def test_every_module_target_and_option_that_is_named_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_readme_shows_every_command(name: str) -> None:
-    assert {module_of(command) for command in OF_DATA | OF_MPIDP} <= {module for module, _ in commands(name)}
+    assert {module for module, _ in COMMANDS.values()} <= {module for module, _ in commands(name)}
     assert {"train", "test", "setup"} <= {word for line in shown(name) for word in re.findall(r"^make ([a-z]+)", line)}
+
+
+@pytest.mark.parametrize("name", ["docs/commands.md", "docs/runs.md"])
+def test_the_tables_of_exit_codes_are_complete(name: str) -> None:
+    table = read(name).partition("## Exit codes")[2].partition("##")[0]
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.M)] == list(EXIT_CODES)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *PAGES])
