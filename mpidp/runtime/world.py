@@ -1,4 +1,4 @@
-"""Start MPI, refuse jobs that fell apart into singletons, and know who sits where."""
+"""Start MPI, and let all ranks raise an exception together."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 
 def start_mpi() -> MPI.Intracomm:
-    """COMM_WORLD, after refusing N jobs of one rank that were meant to be one job of N. Collective over COMM_WORLD."""
+    """Return COMM_WORLD. Raises UsageError if N ranks were launched, but each of them is a job of one rank. Collective over
+    COMM_WORLD."""
     world = MPI.COMM_WORLD
     if world.size == 1 and launched_size() > 1:
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00 ")
         raise UsageError(
             f"{launched_size()} ranks were started, but each is alone (rank 0 of 1): the launcher and the MPI library "
-            f"({library}) do not know each other. Start with the mpirun of that library (`mpirun -np {launched_size()} "
-            "python -m mpidp.train`), or name its interface: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH."
+            f"({library}) do not fit together. Start with the mpirun of that library (`mpirun -np {launched_size()} python -m "
+            "mpidp.train`), or with the interface that it needs: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH."
         )
     return world
 
 
 def polite_barrier(comm: MPI.Intracomm) -> None:
-    """A barrier that sleeps, so that ranks which wait long do not take the cores of those that work. Collective over comm."""
+    """Synchronize like a barrier, but sleep while waiting, so that the cores stay free for other ranks. Collective over comm."""
     request = comm.Ibarrier()
     pause = 1e-5
     while not request.Test():
@@ -39,21 +40,21 @@ def polite_barrier(comm: MPI.Intracomm) -> None:
 
 @contextmanager
 def raise_together(comm: MPI.Intracomm) -> Iterator[None]:
-    """An exception in the body on any rank is raised on every rank; ranks that are done sooner sleep.
+    """Raise an exception of any rank's body on every rank. Ranks that finish early sleep until the others have finished.
 
     The body must not communicate. Collective over comm."""
-    mine: Exception | None = None
+    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        mine = error
-    known = isinstance(mine, MpidpError)
-    word = None if mine is None else str(mine) if known else "".join(traceback.format_exception(mine))
+        own = error
+    known = isinstance(own, MpidpError)
+    text = None if own is None else str(own) if known else "".join(traceback.format_exception(own))
     polite_barrier(comm)
-    words = comm.allgather(None if mine is None else (getattr(mine, "exit_code", 1), known, word))
-    failed = [(rank, said) for rank, said in enumerate(words) if said is not None]
+    outcomes = comm.allgather(None if own is None else (getattr(own, "exit_code", 1), text))
+    failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return
-    rank, (code, known, word) = failed[0]
+    rank, (code, text) = failed[0]
     place = f"rank {rank}: " if comm.size > 1 and len(failed) < comm.size else ""
-    raise _BY_CODE.get(code, MpidpError).on_every_rank(place + word) from mine
+    raise _BY_CODE.get(code, MpidpError).on_every_rank(place + text) from own
