@@ -30,6 +30,7 @@ from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.agreement import check_agreement, versions
 from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
 from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together
 from mpidp.strategies.arrivals import Order, read_arrivals
@@ -88,7 +89,7 @@ class Plan:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
         if self.world.rank == 0:
             for note in notes:
-                print(note, flush=True)
+                log.info("%s", note)
         return plan
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
@@ -111,11 +112,10 @@ class Plan:
             metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
             metrics.write(end)
             metrics.close()
-        print(
+        log.info(
             f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
             f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
-            "start anew with --run.resume=never",
-            flush=True,
+            "start anew with --run.resume=never"
         )
 
 

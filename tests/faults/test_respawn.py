@@ -177,8 +177,8 @@ def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) ->
 
 
 LAUNCHES = {
-    "mpich": ("mpirun -n 2", "here a rank that dies ends the job"), "openmpi": ("mpirun -n 2", "a rank that dies ends the job"),
-    "alone": ("", "here a rank that dies ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "mpirun's exit code"),
+    "mpich": ("mpirun -n 2", "a failed rank ends the job"), "openmpi": ("mpirun -n 2", "a failed rank ends the job"),
+    "alone": ("", "a failed rank ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "exit with an error code"),
 }
 
 

@@ -16,15 +16,15 @@ from mpidp.training import recovery
 @pytest.mark.parametrize(
     ("tolerant", "machines", "words", "why"),
     [
-        (False, 1, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "a rank that dies ends the job"),
+        (False, 1, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "a failed rank ends the job"),
         (True, 2, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "on 2 machines"),
-        (True, 1, [b"bash", b"mpirun\0--with-ft\0ulfm"], "exit code"),
+        (True, 1, [b"bash", b"mpirun\0--with-ft\0ulfm"], "exit with an error code"),
         (True, 1, [b"bash", b"mpirun\0--prtemca\0state_base_recoverable\0001"], ""),
     ],
 )
 def test_why_not(monkeypatch: pytest.MonkeyPatch, tolerant: bool, machines: int, words: list[bytes], why: str) -> None:
     monkeypatch.setattr(respawn, "launched_with_ulfm", lambda: tolerant)
-    monkeypatch.setattr(respawn, "_launchers_words", lambda: words)
+    monkeypatch.setattr(respawn, "_ancestor_texts", lambda: words)
     assert why in respawn.obstacle_to_respawn(machines) and bool(why) == bool(respawn.obstacle_to_respawn(machines))
 
 
