@@ -112,10 +112,11 @@ class Plan:
             metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
             metrics.write(end)
             metrics.close()
-        log.info(
+        print(
             f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
             f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
-            "start anew with --run.resume=never"
+            "start anew with --run.resume=never",
+            flush=True,
         )
 
 
