@@ -43,14 +43,16 @@ class Saver:
     otherwise."""
 
     def __init__(
-        self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False
+        self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
+        may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
         """every: train.save_every; -1: rank 0's clock decides. share: (index, number) of this rank among the first ranks of the
-        nodes, which write the replicated tensors. alone: this rank holds tensors that no other rank has. Collective over comm."""
+        nodes, which write the replicated tensors. alone: this rank holds tensors that no other rank has.
+        may_commit: on rank 0, does this job still own run.dir? Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
-        self.may_commit: Callable[[], bool] = lambda: True  # on rank 0: does this job still own run.dir?
+        self._may_commit = may_commit
         self.step = self._before = -1  # steps of the newest save that was not dropped, and of the previous one
         self._number = 0  # number of saves that were started
         self._save: Save | None = None  # the newest save, on writers
@@ -60,6 +62,14 @@ class Saver:
         self.failures, self.trained = 0, 0.0  # of this run so far, from metrics.jsonl; seconds
         self._next, self._interval = time.monotonic() + FIRST_SECONDS, 0.0
         self._events: list[dict[str, Any]] = []
+
+    def resumed_at(self, step: int) -> None:
+        """The newest checkpoint is of this step; -1: there is none. Independent."""
+        self.step = step
+
+    def seen_before(self, failures: int, trained: float) -> None:
+        """Set the number of failures in the seconds of training that metrics.jsonl records. Independent."""
+        self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
         """Return (4,) for the step report: does the thread wait for records, write, fail; is a save due by the clock?"""
@@ -101,7 +111,7 @@ class Saver:
         if rank in self._writers:
             self._save = Save(
                 step, self.run_dir / "checkpoints" / f".writing_step_{step:08d}_{self._token}{self._number}",
-                entries, self.share, meta, rank, self._writers, self.keep, wait, self._memory, self.may_commit,
+                entries, self.share, meta, rank, self._writers, self.keep, wait, self._memory, self._may_commit,
             )
         self._stalled = time.monotonic() - began
 

@@ -33,18 +33,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 from mpidp.errors import UsageError
 from mpidp.runtime.log import log
+from mpidp.runtime.observers import StepObserver
 
 VARIABLE = "MPIDP_FAULT"
 EXAMPLE = f'{VARIABLE}="kill:1:5:reduce,after=0.01 delay:2:1,factor=2 flip:0:5,tensor=3,bit=20"'
-AFTER = ("evaluate", "checkpoint", "respawn")  # phases after the update
-PHASES = ("data", "compute", "comm_wait", "update", "reduce", "apply", "publish", *AFTER)
+PHASES = ("data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "checkpoint", "respawn")
 
 
 def _signal(number: int) -> None:
@@ -116,14 +116,13 @@ class Fault:
         _require(self.kind != "flip" or 0 <= self.bit <= 31, "flip needs bit=, from 0 to 31")
 
 
-class InjectedFaults:
+class InjectedFaults(StepObserver):
     """The injected faults, and which of them have occurred on this rank. False if no rank has any. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
         self.rank, self.of_this_rank = rank, [fault for fault in faults if fault.rank == rank]
         self._happened: Counter[Fault] = Counter()
-        self._step = 1
 
     def __bool__(self) -> bool:
         return bool(self.of_all_ranks)
@@ -133,10 +132,9 @@ class InjectedFaults:
         """Whether a fault on any rank changes gradients of single lanes. If so, lanes must be kept separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
-    def trigger(self, step: int, phase: str) -> None:
-        """Cause the faults that end or stop this rank when it enters a phase, now or by a timer. step: the next step."""
-        self._step = step
-        place = (step - (phase in AFTER), phase)
+    def enter(self, step: int, phase: str) -> None:
+        """Cause the faults that end or stop this rank when it enters a phase of a step, now or by a timer."""
+        place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
                 if fault.after:
@@ -165,13 +163,16 @@ class InjectedFaults:
                 host.numpy().view("uint32")[0] ^= 1 << fault.bit
                 first.copy_(host)
 
-    @contextmanager
-    def slowed(self) -> Iterator[None]:
+    def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
         """Context for the computation of a micro-batch; sleeps afterwards if a delay is injected."""
+        delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= step <= (f.until or step)]
+        return self._slowed(delays) if delays and name == "micro_batch" else None
+
+    @contextmanager
+    def _slowed(self, delays: Sequence[Fault]) -> Iterator[None]:
         began = time.perf_counter()
         yield
         took = time.perf_counter() - began
-        delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= self._step <= (f.until or self._step)]
         pause = sum(fault.seconds + (fault.factor - 1) * took for fault in delays)
         if pause:
             time.sleep(pause)

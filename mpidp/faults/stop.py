@@ -23,10 +23,13 @@ class StopRequest:
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
+        reason: str = "",
+    ) -> None:
         """stop_file: checked by requested(); None on ranks that do not check it. stop_at: seconds since 1970. lost: returns
-        whether another job has taken over the run."""
-        self.reason = ""
+        whether another job has taken over the run. reason: for a stop that was requested before."""
+        self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 

@@ -16,13 +16,14 @@ from typing import Any
 from mpidp.errors import HANG_EXIT_CODE
 from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
 from mpidp.runtime.log import log
+from mpidp.runtime.observers import StepObserver
 
 STEPS = 20  # a job without progress for this many usual steps has hung
 REMEMBERED = 50  # steps; their median is the usual step
 STACKS = 8  # ranks of a node that print their stacks
 
 
-class Watchdog:
+class Watchdog(StepObserver):
     """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, 20 usual steps),
     one rank of each node prints a report, and all processes exit with code 6.
 
@@ -31,11 +32,14 @@ class Watchdog:
     begin with the first phase. Independent.
     """
 
-    def __init__(self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0) -> None:
-        """board: None disables the watchdog."""
+    def __init__(
+        self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
+        on_hang: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """board: None disables the watchdog. abort: ends the whole job with an exit code. on_hang: receives the message when the
+        job hangs."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
-        self.last_words: Callable[[str], None] = lambda words: None  # receives the message when the job hangs
-        self.abort: Callable[[int], Any] = os._exit  # ends the whole job with an exit code
+        self._abort, self._on_hang = abort, on_hang
         self._at, self._bucket = (0, ""), -1
         self._entered = self._heard = math.inf
         self._step_began = 0.0
@@ -64,7 +68,11 @@ class Watchdog:
         if self.board is not None and self._at[1]:
             self.board.write(*self._at, self._bucket, self._entered, self._heard)
 
-    def reduces(self, bucket: int) -> None:
+    def progressed(self) -> None:
+        """Record a heartbeat in the current phase."""
+        self.beat()
+
+    def reducing(self, bucket: int) -> None:
         """Record that this rank begins to reduce a bucket."""
         self._bucket = bucket
         self.beat()
@@ -100,7 +108,7 @@ class Watchdog:
                     self._report(self.board, quiet, usual)
                     time.sleep(tick + 0.5)  # let other nodes reach their deadlines and report
                     threading.Timer(3.0, os._exit, (HANG_EXIT_CODE,)).start()  # in case MPI itself hangs
-                    self.abort(HANG_EXIT_CODE)
+                    self._abort(HANG_EXIT_CODE)
                 os._exit(HANG_EXIT_CODE)
         faulthandler.cancel_dump_traceback_later()
 
@@ -117,4 +125,4 @@ class Watchdog:
             log.error("stacks of rank %d (pid %d):", row.rank, row.pid)
             time.sleep(0.3)  # let mpirun forward this line
             os.kill(row.pid, signal.SIGUSR2)  # the rank prints its own stacks
-        self.last_words(message)
+        self._on_hang(message)

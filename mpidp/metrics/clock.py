@@ -7,18 +7,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
+
 
 class Clock:
     """Seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
 
-    def __init__(self) -> None:
+    def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
+        """observers: see every phase as a span."""
+        self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[Callable[[], float]]:
         """Context that times a phase. Yields a function that returns the seconds since it began."""
         begin = time.perf_counter()
-        yield lambda: time.perf_counter() - begin
+        with self._observers.span(phase):
+            yield lambda: time.perf_counter() - begin
         self._seconds[phase] += time.perf_counter() - begin
 
     def so_far(self, phase: str) -> float:

@@ -20,12 +20,15 @@ TAIL_BYTES = 1 << 16  # end of the file in which the last lines of a failed rank
 class MetricsFile:
     """RUN/metrics.jsonl: one JSON object per line, flushed at once, floats in full precision. Used on rank 0 only."""
 
-    def __init__(self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
+        also: Scalars | None = None,
+    ) -> None:
         """Open the file and delete incomplete lines, and lines of later steps and batches, which a resumed run repeats.
 
         latest: the last lines of a failed rank 0, which this rank replaces. Those that are missing in the file are added."""
         self._path = path
-        self.also: Scalars | None = None  # also gets each line
+        self.also: Scalars | None = None  # also gets each new line
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         if latest is not None:
             self._repair(latest)
@@ -37,6 +40,7 @@ class MetricsFile:
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         self._late = b""  # bytes that the full disk did not accept
         self._warned = False
+        self.also = also
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line. Non-finite numbers become null, which all JSON readers accept."""

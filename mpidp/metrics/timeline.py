@@ -11,20 +11,23 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp.metrics.clock import Clock
 from mpidp.runtime.files import write_file
 from mpidp.runtime.log import log
+from mpidp.runtime.observers import StepObserver
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 ROUNDS = 5  # barriers per clock comparison
+PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
+SUB_PHASES = ("reduce", "apply", "publish")  # of an update
+NAMES = {"comm_wait": "wait"}  # names of spans in the trace that differ from the phase
 Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
 
 
@@ -39,7 +42,7 @@ class RankTimeline:
     behind: list[float] = field(default_factory=list)  # seconds to add to this rank's clock to get rank 0's, at these times
 
 
-class Timeline:
+class Timeline(StepObserver):
     """Records the spans of one rank; does nothing if no steps are selected."""
 
     def __init__(
@@ -50,49 +53,56 @@ class Timeline:
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
         self._recorded, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
+        self._open: tuple[str, float] | None = None  # the current sub-phase of an update, and when it began
 
-    def attach(self, job: Any, comm: MPI.Intracomm) -> None:
-        """Watch this job's parts from here on. Collective over comm."""
-        if not self.last or job.position.step >= self.last:
+    def open(self, comm: MPI.Intracomm, step: int) -> None:
+        """Compare clocks before the first of the steps; step: updates made so far. Collective over comm."""
+        if not self.last or step >= self.last:
             self.last = 0
             return
-        self._rank, self._step = comm.rank, lambda: job.position.step + 1
+        self._rank = comm.rank
         self._compare(comm)
-        job.clock = TimelineClock(self)
-        job.engine.watched(self.around)
-        reducer = job.strategy.reducer
-        reducer.finish = self.around("reduction", reducer.finish)
-        name = "sum" if hasattr(reducer, "sum") else "reduce"  # which is in the other
-        setattr(reducer, name, self._bucket(getattr(reducer, name)))
-        job.strategy.enter = self._sub_phases(job.strategy.enter)
+
+    def enter(self, step: int, phase: str) -> None:
+        """A sub-phase of an update lasts until the next begins, the last until the update ends. Independent."""
+        if self.last and phase in SUB_PHASES:
+            self._close_sub_phase()
+            self._open = phase, time.perf_counter()
+
+    def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
+        """What is done inside, if the step is one of those. Independent."""
+        if not self.last or name == "micro_batch":
+            return None
+        return self._span(step, name, about)
 
     @contextmanager
-    def span(self, name: str, **more: Any) -> Iterator[None]:
-        """Context that is recorded as a span if the current step is selected. Independent."""
+    def _span(self, step: int, name: str, about: dict[str, Any]) -> Iterator[None]:
+        if name == "step":
+            self._begin_step(step)
+        about = about | ({"step": step} if name in PHASES else {})
         began = time.perf_counter()
         try:
             yield
         finally:
+            if name == "update":
+                self._close_sub_phase()
             if self._on:
-                self._recorded.spans.append((name, began, time.perf_counter(), self._thread(), more))
+                self._recorded.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
-    def around(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that does the same work inside a span."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self.span(name):
-                return work(*args, **kwargs)
-
-        return watched
-
-    def begin_step(self) -> None:
-        """Begin a batch; start recording if its step is selected. Independent."""
-        self._on = self.first <= self._step() <= self.last
+    def _begin_step(self, step: int) -> None:
+        """A batch begins: of one of the steps?"""
+        self._on = self.first <= step <= self.last
         if self._on and self._kernels and self._profiler is None:
             from torch.profiler import profile
 
             self._profiler = profile()
             self._profiler.__enter__()
+
+    def _close_sub_phase(self) -> None:
+        if self._open is not None and self._on:
+            name, began = self._open
+            self._recorded.spans.append((name, began, time.perf_counter(), self._thread(), {}))
+        self._open = None
 
     def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
         """Write the file if the last selected step is done. Call where all ranks synchronize. Collective over comm."""
@@ -129,56 +139,6 @@ class Timeline:
             self._idents[ident] = len(self._idents)
             self._recorded.threads.append(threading.current_thread().name)
         return self._idents[ident]
-
-    def _bucket(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
-            with self.span(f"bucket {args[-1].index}", bytes=4 * (args[-1].stop - args[-1].start)):
-                return work(*args)
-
-        return watched
-
-    def _sub_phases(self, enter: Callable[[str], None]) -> Callable[[str], None]:
-        """Record the phases of an update: each lasts until the next begins, the last until the update ends."""
-
-        def watched(phase: str) -> None:
-            enter(phase)
-            self.close_sub_phase()
-            self._open = phase, time.perf_counter()
-
-        return watched
-
-    _open: tuple[str, float] | None = None
-
-    def close_sub_phase(self) -> None:
-        """End the last phase of an update. Independent."""
-        if self._open is not None and self._on:
-            name, began = self._open
-            self._recorded.spans.append((name, began, time.perf_counter(), self._thread(), {}))
-        self._open = None
-
-
-class TimelineClock(Clock):
-    """A Clock whose phases are also recorded as spans."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self._timeline = timeline
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """As in Clock; also record the phase as a span."""
-        if phase == "step":
-            self._timeline.begin_step()
-        with self._timeline.span(SPAN_NAMES.get(phase, phase), step=self._timeline._step()):
-            try:
-                with super().timed(phase) as seconds:
-                    yield seconds
-            finally:
-                if phase == "update":
-                    self._timeline.close_sub_phase()
-
-
-SPAN_NAMES = {"comm_wait": "wait"}  # names of phases in the trace, if they differ
 
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_a_death(either: Shell, forks: Forks, whole_hash: str, fault: str) -> No
 @pytest.mark.parametrize("fault", ["usr1:1:3:data", "term:2:3:reduce", "usr1:0:4:checkpoint"])
 def test_a_word_to_a_rank(either: Shell, forks: Forks, whole_hash: str, fault: str) -> None:
     ended = either.train("--train.eval_every=2", ranks=3, MPIDP_FAULT=fault)
-    expect(ended, 75, f"stopped on request (SIG{fault[:4].strip(':').upper()}) at step ", "the same command goes on from here")
+    expect(ended, 75, f"stopped on request (SIG{fault[:4].strip(':').upper()}) at step ", "the same command resumes from here")
     check_goes_on(either, forks, whole_hash)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_the_example_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_is_asked_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert not faults_from_environment(0, {}) and not parse("  ") and parse("wrong:3:1")
-    with InjectedFaults().slowed():
-        InjectedFaults().trigger(1, "compute")
+    assert InjectedFaults().span(1, "micro_batch", {}) is None
+    InjectedFaults().enter(1, "compute")
     assert not capsys.readouterr().err
 
 
@@ -90,16 +91,17 @@ def test_a_delay_is_slept_after_every_micro_batch(text: str, pause: float | None
     monkeypatch.setattr(inject.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(inject.time, "sleep", slept.append)
     faults = parse(text, 1)
-    faults.trigger(3, "compute")
     for _ in range(2):
-        with faults.slowed():
+        with faults.span(3, "micro_batch", {}) or nullcontext():
             now[0] += 2.0
     assert slept == ([] if pause is None else [pytest.approx(pause)] * 2)
 
 
 def test_an_error_inside_is_no_reason_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inject.time, "sleep", lambda seconds: pytest.fail("slept"))
-    with pytest.raises(KeyError), parse("delay:0:1,seconds=1").slowed():
+    span = parse("delay:0:1,seconds=1").span(1, "micro_batch", {})
+    assert span is not None
+    with pytest.raises(KeyError), span:
         raise KeyError
 
 
@@ -109,8 +111,8 @@ def test_it_strikes_once_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch, c
     words = ["kill:2:3", "kill:2:4:apply", "kill:2:4:checkpoint"]
     faults = parse(f"{' '.join(words)} kill:1:2", 2)
     for at in [(step, phase) for step in (1, 2, 3, 2, 3, 4, 5) for phase in PHASES]:
-        faults.trigger(*at)
-    assert struck == [(3, "compute"), (4, "apply"), (5, "checkpoint")]  # the step in progress; for checkpoints the last one
+        faults.enter(*at)
+    assert struck == [(3, "compute"), (4, "apply"), (4, "checkpoint")]
     assert capsys.readouterr().err.splitlines() == [f"{VARIABLE}: rank 2: {word}" for word in words]
 
 
@@ -125,7 +127,7 @@ from mpidp.faults.inject import parse
 faults = parse(sys.argv[1])
 try:
     for phase in ("data", "compute", "reduce"):
-        faults.trigger(1, phase)
+        faults.enter(1, phase)
     time.sleep(60)
 finally:
     print("left", file=sys.stderr)
