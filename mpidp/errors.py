@@ -59,3 +59,10 @@ class Damaged(MpidpError):
     right, or several batches in a row could not be used for an update."""
 
     next_batch = 0  # the batch to resume with, skipping those before it; 0: the one that followed the checkpoint
+
+    @classmethod
+    def at_batch(cls, message: str, next_batch: int) -> Self:
+        """The error as every rank raises it alike; the run resumes with next_batch."""
+        error = cls.on_every_rank(message)
+        error.next_batch = next_batch
+        return error

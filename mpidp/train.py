@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mpidp.training.recovery import Crew
-    from mpidp.training.run_plan import Plan
+    from mpidp.training.run_plan import RunPlan
 
 DESCRIPTION = """Train a Transformer language model from HDF5 token shards over MPI. The weights do not depend on N.
 Without arguments: prepare shards of the source of Python's standard library, and train a small model on them."""
@@ -55,30 +55,30 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
     died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure
-    from mpidp.training.attempts import Course
+    from mpidp.training.attempts import RunAttempts
 
     plan = _plan(config, world, dry) if crew is None else None  # is_replacement_ranks make one with the others
     if dry:
         return None
-    course = Course(config, plan, world if plan is None else plan.world, crew)
+    attempts = RunAttempts(config, plan, world if plan is None else plan.world, crew)
     error: BaseException | None = None
     try:
         while True:
             try:
-                if (end := course.attempt()) is not None:
+                if (end := attempts.attempt()) is not None:
                     return end
             except Damaged as damage:
-                course.go_back(damage)
+                attempts.go_back(damage)
             except RankFailure as failure:
-                course.leave_the_dead(failure)
+                attempts.drop_failed_ranks(failure)
     except BaseException as failed:
         error = failed
         raise
     finally:
-        course.close(error)
+        attempts.close(error)
 
 
-def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
+def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     """What is to be run, checked, said, and with data to run on. Collective over world."""
     from mpidp.errors import UsageError
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from mpi4py import MPI
@@ -28,10 +29,11 @@ from mpidp.comm.buffers import buf, datatype, memory
 from mpidp.comm.group import Group
 from mpidp.comm.slices import NORM_BLOCK, squares_of_blocks
 from mpidp.comm.transport import Messages, pieces
-from mpidp.comm.waiting import spin
+from mpidp.comm.waiting import Wait, spin
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 from mpidp.runtime.log import log
+from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class LaneShares(Protocol):
@@ -57,6 +59,7 @@ class BucketWorker(Protocol):
         """Stop the thread. Independent."""
 
 
+NormOverParts = Callable[[GradientBuffer, torch.Tensor, torch.Tensor], float]  # (buffer, squares of blocks, flat) -> norm
 LaneObserver = Callable[[int, torch.Tensor], None]  # called with (lane, its flat gradient), before lanes are added
 
 
@@ -66,22 +69,40 @@ class Reducer:
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
     own_order = True  # whether the reducer fixes the order of addition; MPI's differs between blocking and other calls (Open MPI)
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
+    def __init__(
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
+        observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
+    ) -> None:
+        """norm_over_parts: computes the norm over the whole model, if this rank has a part of it."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
+        self.observers, self._over_parts = observers, norm_over_parts
         self.comm = group.rail
-        self.wait = group.wait  # inside a reduction
-        self.worker: BucketWorker | None = None  # reduces while backward goes on (overlap.py)
-        self.overlap_mode = "none"  # in which it does
-        self.on_reduce: Callable[[int], None] = lambda bucket: None  # which is about to be reduced
-        self.holds_sum = True  # does this rank hold the sum after finish()?
-        # (squares of blocks, the flat gradient) -> its norm over the whole model, where this rank has a part of it
-        self.norm_over_parts: Callable[[torch.Tensor, torch.Tensor], float] | None = None
+        self.wait = group.wait  # how to wait for requests in a reduction
+        self.worker: BucketWorker | None = None  # reduces during backward (overlap.py)
+        self.overlap_mode = "none"  # a key of OVERLAP_WAITS
+        self.holds_sum = True  # whether this rank holds the sum after finish()
         self.buffer: GradientBuffer
         self._fresh = True
 
     def attach(self, buffer: GradientBuffer) -> None:
         """Set the gradient buffer, which has at least num_slots slots. Independent."""
         self.buffer = buffer
+
+    def wait_by(self, wait: Wait | None) -> None:
+        """Set how to wait for requests in a reduction; None: as the group does. Independent; call it between steps."""
+        self.wait = wait or self.group.wait
+
+    def overlap_by(self, way: str, wait: Wait | None, worker: BucketWorker | None) -> None:
+        """Set the worker that reduces buckets during backward; None: no overlap. way: the name of the overlap mode (overlap.py).
+        Independent; call it between steps."""
+        self.stop_worker()
+        self.overlap_mode, self.worker = way, worker
+        self.wait_by(wait)
+
+    def stop_worker(self) -> None:
+        """Stop the reducing thread, if there is one. Independent."""
+        if self.worker is not None:
+            self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
         """Point .grad of a chunk to the memory into which micro-batch v accumulates. last: whether it is the rank's last
@@ -130,9 +151,13 @@ class Reducer:
         self.buffer.point(0)
 
     def turn(self, bucket: Bucket) -> None:
-        """Say which, and reduce it. Collective over all ranks."""
-        self.on_reduce(bucket.index)
-        self.reduce(bucket)
+        """Reduce one bucket and report it to the observers. Collective over all ranks."""
+        with self._seen(bucket):
+            self.reduce(bucket)
+
+    def _seen(self, bucket: Bucket) -> AbstractContextManager[Any]:
+        self.observers.reducing(bucket.index)
+        return self.observers.span(f"bucket {bucket.index}", bytes=4 * (bucket.stop - bucket.start))
 
     def reduce(self, bucket: Bucket) -> None:
         """Sum one bucket. Collective over all ranks."""
@@ -148,9 +173,9 @@ class Reducer:
         if self.group.node.size > 1:
             with self.transport.timed():
                 self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        if self.norm_over_parts is None:
+        if self._over_parts is None:
             return math.sqrt(squares.cumsum(0)[-1])
-        norm = self.norm_over_parts(squares, total)
+        norm = self._over_parts(self.buffer, squares, total)
         self.group.fence()  # all ranks have read the sum before any rank scales it
         return norm
 
@@ -158,7 +183,7 @@ class Reducer:
         """Return the L2 norm of a flat gradient (num_elements,) on this rank. Independent; if the model is cut, collective over
         the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
-        return math.sqrt(squares.cumsum(0)[-1]) if self.norm_over_parts is None else self.norm_over_parts(squares, flat)
+        return math.sqrt(squares.cumsum(0)[-1]) if self._over_parts is None else self._over_parts(self.buffer, squares, flat)
 
     def scale(self, factor: float) -> None:
         """Multiply the sum. Collective over the group."""
@@ -196,6 +221,11 @@ class FlatReducer(Reducer):
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
 
+    def turn_of(self, flat: torch.Tensor, bucket: Bucket) -> None:
+        """Call sum() and report it to the observers. Collective over all ranks."""
+        with self._seen(bucket):
+            self.sum(flat, bucket)
+
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         """Sum this bucket of flat (num_elements,) over the ranks, in place. Collective over all ranks."""
         raise NotImplementedError
@@ -231,8 +261,10 @@ class Root(Reducer):
 
     everyone_updates = False
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
-        super().__init__(group, lanes, transport, shares, num_slots)
+    def __init__(
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
+    ) -> None:
+        super().__init__(group, lanes, transport, shares, num_slots, **more)
         self.holds_sum = self.comm.rank == 0
 
     def reduce(self, bucket: Bucket) -> None:

@@ -89,14 +89,8 @@ class ReduceThread:
 
 def use(reducer: Reducer, way: str) -> None:
     """Reduce with this overlap mode from now on. Independent; call it between steps."""
-    if reducer.worker is not None:
-        reducer.worker.close()
-        reducer.worker = None
     wait = OVERLAP_WAITS[way]
-    reducer.overlap_mode = way
-    reducer.wait = reducer.group.wait if wait is None else wait
-    if wait is not None:
-        reducer.worker = ReduceThread(reducer.buffer.buckets, reducer.turn)
+    reducer.overlap_by(way, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.turn))
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
@@ -159,8 +153,8 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | Non
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(PROBE_ROUNDS):
         for way, wait in ways.items():
-            reducer.wait = reducer.group.wait if wait is None else wait
+            reducer.wait_by(wait)
             found[way].append(slowest(partial(plain if wait is None else overlapped, each)))
-    reducer.wait = reducer.group.wait
+    reducer.wait_by(None)
     reducer.load_state_dict({})  # forget the sums of the measurement
     return {way: statistics.median(times) for way, times in found.items()}

@@ -62,7 +62,7 @@ class Delayed(Synchronous):
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer = self.reducer
-        self._flat_reducer.wait = OVERLAP_WAITS["poll"] or self._flat_reducer.wait  # it is in a thread, and the core is wanted
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
         self._background = Background()
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
@@ -87,7 +87,7 @@ class Delayed(Synchronous):
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Start the sum of this batch's gradient, and apply that of k batches ago, whose norm is returned. tokens: target tokens
         of this rank's part. Collective over compute_comm."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed nothing
             self.buffer.flat[self._slot].zero_()
         then = self.flat.clone() if self.options.compensation else None
@@ -103,14 +103,13 @@ class Delayed(Synchronous):
         """Sum the gradient, in the thread. Collective over compute_comm."""
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
-            self._flat_reducer.on_reduce(bucket.index)
-            self._flat_reducer.sum(self.buffer.flat[pending.slot], bucket)
+            self._flat_reducer.turn_of(self.buffer.flat[pending.slot], bucket)
         self._flat_reducer.end_round(applied=True)  # residuals contain finite values only
 
     def _apply(self, lr: float, pending: PendingUpdate) -> StepStats:
         with self.reducer.transport.timed():
             pending.wait()
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         total, tokens = self.buffer.total, float(pending.tokens)
         torch.mul(self.buffer.flat[pending.slot], self.nominal_tokens / max(1.0, tokens), out=total)
         if pending.then is not None:

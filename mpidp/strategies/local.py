@@ -62,7 +62,7 @@ class Local(Synchronous):
         self._in_flight: list[Task | None] = [None] * options.fragments  # by fragment
         self._background = Background()
         if options.overlap:
-            self._flat_reducer.wait = OVERLAP_WAITS["poll"] or self._flat_reducer.wait
+            self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])
         self._steps = 0
         self._anchor = self.flat.clone() if self._outer else torch.empty(0)
         self._momentum = torch.zeros_like(self._anchor)
@@ -83,7 +83,7 @@ class Local(Synchronous):
         independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         synchronizes, every = self.synchronizes_at(self._steps), self.options.sync_every
         if self._outer:
             for i, buckets in enumerate(self._fragments):
@@ -147,8 +147,7 @@ class Local(Synchronous):
 
     def _sum(self, flat: Tensor, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            self._flat_reducer.on_reduce(bucket.index)
-            self._flat_reducer.sum(flat, bucket)
+            self._flat_reducer.turn_of(flat, bucket)
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:

@@ -6,7 +6,7 @@ A *synchronization point* (in docs/methods.md: a meeting) is a step after which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, Protocol
@@ -18,7 +18,6 @@ from mpidp.checkpoint.entry import Entry
 from mpidp.comm.group import Group
 from mpidp.config.defaults import DEFAULTS
 from mpidp.parallel.engine import GradientSink
-from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
 
 
@@ -72,15 +71,15 @@ class Strategy(GradientSink, Protocol):
     group: Group
     one_copy: bool  # whether a group has one copy of parameters and optimizer state
     reducer: Reducer
-    enter: Callable[[str], None]  # told of each phase of step(): reduce, apply, publish
+    buffer: Any  # the GradientBuffer; None if the strategy has none
     survives_failures: bool  # whether it can resume in memory after failed ranks; otherwise from the last checkpoint
-
-    def share_model(self, parts: ModelPartition) -> None:
-        """This rank has a part of the model, and others the rest: norms are of the whole. Once, before start(). Independent."""
 
     def synchronizes_at(self, step: int) -> bool:
         """Return whether this step (from 1) is a synchronization point: all ranks exchange their results, and have one common
         model afterwards. Only then evaluations, checkpoints and the end are possible. The same on every rank. Independent."""
+
+    def fill(self, forwards: int) -> None:
+        """Run this many dummy forward passes, if all ranks must run equally many. Collective for such strategies."""
 
     def start(self) -> None:
         """Prepare for the first step. Call once, after loading a checkpoint if any. Collective over compute_comm."""
@@ -115,6 +114,9 @@ class Strategy(GradientSink, Protocol):
     def resume_with_new_ranks(self, before: Any) -> None:
         """Broadcast rank 0's state from `before`, the previous strategy (None on new ranks). Per-rank state stays with the ranks
         that had it. If a rank fails meanwhile, `before` is unchanged. Collective over compute_comm."""
+
+    def flats(self) -> dict[str, Tensor]:
+        """Return the tensors on which replicas must agree, by suffix of their names. Independent."""
 
     def close(self) -> None:
         """Free shared memory, and with it parameters and state. Collective over compute_comm."""

@@ -73,7 +73,7 @@ class Quorum(Synchronous):
             )
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
-        self._flat_reducer.wait = OVERLAP_WAITS["poll"] or self._flat_reducer.wait  # it is in a thread, and the core is wanted
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floats, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
@@ -133,7 +133,7 @@ class Quorum(Synchronous):
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Contribute this rank's part of the batch, and make the update of the batch's round. tokens: target tokens of this
         rank's part. Collective over compute_comm at a synchronization point; otherwise it waits for the quorum only."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         self._begin()  # in case this rank computed nothing
         synchronizes = self.synchronizes_at(self._steps + 1)
         self._given.put((self._slot, tokens, synchronizes))
@@ -144,7 +144,7 @@ class Quorum(Synchronous):
             found = self._summed.get()
         if isinstance(found, BaseException):
             raise found
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         stats = self._apply(lr, found, limit)
         self._steps += not stats.skipped
         self._joined.append(found.joined)
@@ -252,8 +252,7 @@ class Quorum(Synchronous):
             flat += self.buffer.flat[other]
             self._free.append(other)
         for bucket in self.buffer.buckets:
-            self._flat_reducer.on_reduce(bucket.index)
-            self._flat_reducer.sum(flat, bucket)
+            self._flat_reducer.turn_of(flat, bucket)
         self._flat_reducer.end_round(applied=True)  # residuals contain finite values only
         self._summed.put(Round(slot, tokens, joined))
 

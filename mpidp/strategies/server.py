@@ -93,7 +93,7 @@ class Server(Synchronous):
     # Workers
 
     def _work(self, lr: float, tokens: int, limit: float, synchronizes: bool) -> StepStats:
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         if not sync:  # the push is a step by itself: it is clipped or skipped here
@@ -143,7 +143,7 @@ class Server(Synchronous):
             return self._serve_all(limit, synchronizes)
         while min(self._clocks) <= self._pushed:
             header = np.zeros(5)
-            self.enter("reduce")
+            self.reducer.observers.enter("reduce")
             with self.reducer.transport.timed():
                 self.group.wait(self._comm.Irecv(header, self._next(), HEADER))
             self._arrived.append(int(header[WORKER]))
@@ -177,7 +177,7 @@ class Server(Synchronous):
 
     def _apply(self, header: np.ndarray) -> None:
         """Apply a push, unless the worker or this server has found that it is not finite."""
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         arrived = self.buffer.flat[1, self._mine]
         norm = float(torch.linalg.vector_norm(arrived))
         if not header[TOKENS] or not math.isfinite(norm):
@@ -212,7 +212,7 @@ class Server(Synchronous):
     def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
         """Mode sync: add all workers' gradients of a batch in their order, scale, clip by the norm over all servers, and
         update."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
         total.zero_()
         for worker in range(self._workers):
@@ -229,7 +229,7 @@ class Server(Synchronous):
                 scale *= self.clip / norm
             if scale != 1.0:
                 total.mul_(scale)
-            self.enter("apply")
+            self.reducer.observers.enter("apply")
             assert self.optimizer is not None
             self.optimizer.step(lr)
             self._version += 1
@@ -254,7 +254,7 @@ class Server(Synchronous):
     def _publish_all(self) -> dict[str, Any]:
         """At a synchronization point, broadcast every server's slice; return the order of pushes for metrics.jsonl, except in
         mode sync. Collective over compute_comm."""
-        self.enter("publish")
+        self.reducer.observers.enter("publish")
         wire = self.reducer.transport
         with wire.timed():
             for server in range(self._servers):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 class Synchronous:
-    """Every step waits for all lanes."""
+    """Synchronous data parallelism: every step waits for all lanes."""
 
     survives_failures = True
     synchronizes_always = True
@@ -40,11 +39,13 @@ class Synchronous:
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None,
+        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """make_optimizer: all but the memory is given. clip: largest gradient norm, 0 for no clipping; nominal_tokens:
-        global_batch x seq_len, by which losses were divided; one_copy: the ranks of a group share parameters and optimizer
-        state, and each updates a part; most_slots: that this rank may need when others have died. Collective over comm."""
+        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, 0 for no
+        clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
+        share parameters and optimizer state; then each updates a part. spare_slots: more gradient buffers than the reducer needs.
+        most_slots: gradient buffers that this rank may need after failures of other ranks. parts: this rank's part of the model,
+        if the model is cut. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -61,27 +62,22 @@ class Synchronous:
             named_parameters, slots, bucket_bytes, lambda elements: group.memory(elements, device, elements // slots * room),
             group.node.rank,
         )
+        self._parts = parts
+        if parts is not None:
+            self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
-        self.optimizer: Optimizer | None = None  # under `root`, rank 0 alone has one
-        if (updates := self.optimizer_share()) is not None:
-            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **updates)
+        self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has one
+        if (share := self.optimizer_share()) is not None:
+            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **share)
         self._spare: list[Tensor] = []  # a copy of the shared tensors before the update
         if one_copy and launched_with_ulfm():
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
-        self._late: MPI.Exception | None = None
-        self.enter: Callable[[str], None] = lambda phase: None
-        self.complete: Callable[[], None] = lambda: None  # the sum, where ranks with other parts of the model add to it
+        self._late: MPI.Exception | None = None  # a failure to raise at the next micro_batch()
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
-
-    def share_model(self, parts: ModelPartition) -> None:
-        """This rank has a part of the model. Independent."""
-        self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
-        self.reducer.norm_over_parts = partial(parts.norm, self.buffer)
-        self.complete = partial(parts.tie, self.buffer, self.group)
 
     def optimizer_share(self) -> dict[str, Any] | None:
         """Return the arguments of Optimizer for the share of the parameters that this rank updates; None if it updates nothing.
@@ -109,8 +105,7 @@ class Synchronous:
     def release(self) -> None:
         """Remove the autograd hooks and stop the reducing thread. Independent."""
         self.buffer.forget()
-        if self.reducer.worker is not None:
-            self.reducer.worker.close()
+        self.reducer.stop_worker()
 
     def synchronizes_at(self, step: int) -> bool:
         """Return whether this step is a synchronization point. Independent."""
@@ -166,11 +161,14 @@ class Synchronous:
         """Sum the gradients, scale them to the mean over `tokens` target tokens, clip, and update. If the gradient of any lane is
         not finite, or the norm is above the limit, every rank skips the update, because every rank computes the same norm.
         Collective over compute_comm."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         with commit(self.compute_comm):  # before the end of this block no rank updates; after it all remaining ranks do
-            self.reducer.finish()
-            self.complete()
+            with self.reducer.observers.span("reduction"):
+                self.reducer.finish()
+            if self._parts is not None:
+                self._parts.tie(self.buffer, self.group)
+            self.reducer.observers.summed(self.buffer.total)
             if tokens:
                 norm = self.reducer.norm() * scale
                 if self.clip and norm > self.clip:
@@ -182,10 +180,10 @@ class Synchronous:
         self.reducer.end_round(applied=not skipped)
         if skipped:
             return StepStats(grad_norm=norm, skipped=True)
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         if self.optimizer is not None:
             self.optimizer.step(lr)
-        self.enter("publish")
+        self.reducer.observers.enter("publish")
         self._publish()
         return StepStats(grad_norm=norm, skipped=False)
 
@@ -213,6 +211,9 @@ class Synchronous:
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):
             other[mine] = one[mine]
+
+    def fill(self, forwards: int) -> None:
+        """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
         """Return the tensors on which replicas must agree, by suffix of their names. Independent."""
@@ -243,8 +244,7 @@ class Synchronous:
 
     def close(self) -> None:
         """Free shared memory, and with it parameters, gradients and state. Collective over compute_comm."""
-        if self.reducer.worker is not None:
-            self.reducer.worker.close()
+        self.reducer.stop_worker()
         self.group.fence()
         if self.group.node.size > 1:
             for p in self.parameters:

@@ -37,7 +37,7 @@ from mpidp.training.initial_weights import Origin, open_origin
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A resolved run, before anything large is made."""
 
     config: Config  # nothing left open
@@ -57,6 +57,10 @@ class Plan:
         return self.grid.world
 
     @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
     def mesh(self) -> Topology:
         """The replicas of this rank's part of the model, which is all of it unless mesh.tp or mesh.pp say otherwise."""
         return self.grid.replicas
@@ -66,7 +70,7 @@ class Plan:
         grid = self.grid
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
-    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
+    def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
         """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
         when a setting that must not change has changed. Collective over world."""
         plan = self
@@ -124,7 +128,7 @@ def _open(path: str, split: str) -> TokenStream | None:
     return stream if stream.num_tokens > 1 else None
 
 
-def plan(config: Config, grid: Grid) -> Plan:
+def plan(config: Config, grid: Grid) -> RunPlan:
     """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
     grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
@@ -193,4 +197,4 @@ def plan(config: Config, grid: Grid) -> Plan:
         trained_sizes(settings, shape, ModelPartition(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     check_agreement(world, facts | versions())
-    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
+    return RunPlan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)

@@ -18,12 +18,12 @@ from mpidp.runtime.log import log
 from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats
 
 if TYPE_CHECKING:
-    from mpidp.training.run_plan import Plan
+    from mpidp.training.run_plan import RunPlan
 
 Row = tuple[str, str, str, int, int, int]  # of a rank: host, cores, device, threads, lanes, parameters
 
 
-def log_summary(plan: Plan, given: Config, everything: bool = False) -> None:
+def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
     """Log the settings that differ from the defaults, model, memory, batch and data, on rank 0.
 
     given: the configuration before open values were resolved. All settings and a table of ranks are logged too, at level debug,
@@ -55,7 +55,7 @@ def changed_settings(given: Config) -> str:
     return f"settings that differ from the defaults: {' '.join(changed) or 'none'}"
 
 
-def rank_table(plan: Plan, rows: Sequence[Row]) -> list[str]:
+def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
     """Return a line per rank: host, cores, device, threads and lanes, and its place in the mesh if the model is cut. Pure."""
     cut = plan.grid.parts > 1
     places = "  dp pp tp   parameters" * cut
@@ -66,7 +66,7 @@ def rank_table(plan: Plan, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def model_line(plan: Plan, rows: Sequence[Row]) -> str:
+def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     """Return the kind and size of the model, and what a rank has of it. Pure."""
     words = [f"model: {plan.config.model.kind}, {num_parameters(plan.shape):,} parameters"]
     if plan.grid.parts > 1:
@@ -76,7 +76,7 @@ def model_line(plan: Plan, rows: Sequence[Row]) -> str:
     return ", ".join(words)
 
 
-def memory_line(plan: Plan, rows: Sequence[Row]) -> str:
+def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     """Return the memory that a rank needs between steps. Activations are not included. Pure."""
     c, size, count = plan.config, plan.mesh.dp.size, max(row[-1] for row in rows)
     slots = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c)
@@ -87,7 +87,7 @@ def memory_line(plan: Plan, rows: Sequence[Row]) -> str:
             f"{saved:,.0f} MiB per node for a copy of the checkpoint")
 
 
-def batch_line(plan: Plan) -> str:
+def batch_line(plan: RunPlan) -> str:
     """Return the size of the global batch, its parts, and the number of ranks. Pure."""
     c, t = plan.config, plan.config.train
     return (f"batch: {t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens per step, in "
@@ -95,7 +95,7 @@ def batch_line(plan: Plan) -> str:
             f"{_count(plan.grid.everyone.num_machines, 'machine')}")
 
 
-def data_line(plan: Plan) -> str:
+def data_line(plan: RunPlan) -> str:
     """Return the folder, the sizes of the splits, and the length of the run. Pure."""
     steps, epochs = plan.config.train.steps, plan.config.train.steps / plan.sampler.steps_per_epoch
     validation = f", {plan.validation.num_tokens:,} validation tokens" if plan.validation is not None else ""
@@ -111,9 +111,9 @@ def _is_partly_frozen(config: Config) -> bool:
     return bool(config.model.lora_rank or config.optim.freeze)
 
 
-def _parameters(plan: Plan) -> int:
+def _parameters(plan: RunPlan) -> int:
     return sum(math.prod(size) for size in plan.part.sizes(shapes_of(plan.shape)).values())
 
 
-def _trained_parameters(plan: Plan) -> int:
+def _trained_parameters(plan: RunPlan) -> int:
     return sum(map(math.prod, trained_sizes(plan.config.flat(), plan.shape, plan.part).values()))
