@@ -16,6 +16,7 @@ import os
 import shutil
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 from inside import WORLD, Stepper, config_of, corpus
@@ -52,7 +53,7 @@ class Saving(Stepper):
         WORLD.Barrier()
         began = time.perf_counter()
         if way in self.savers:
-            self.job.saver = self.savers[way]
+            self.job = replace(self.job, saver=self.savers[way])
             save(self.job, wait=way != "beside training")
             self.stalled += time.perf_counter() - began
         for _ in range(steps):

@@ -37,8 +37,9 @@ from mpidp.model.transformer import Transformer
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.grid import make_grid
 from mpidp.runtime.command import begin, run_entry
+from mpidp.runtime.observers import StepObservers
 from mpidp.training.lr_schedule import Schedule
-from mpidp.training.run_plan import Plan, plan
+from mpidp.training.run_plan import RunPlan, plan
 
 HOOKS = ("none", "fp16", "powersgd")
 RANK, EXACT_STEPS = 4, 10  # PowerSGD: rank of the factors, and steps before it starts (torch's default of 1,000 is for long runs)
@@ -47,7 +48,7 @@ RANK, EXACT_STEPS = 4, 10  # PowerSGD: rank of the factors, and steps before it 
 class Ddp:
     """Model and optimizer, with the bytes sent and the wait time of each step."""
 
-    def __init__(self, planned: Plan, hook: str) -> None:
+    def __init__(self, planned: RunPlan, hook: str) -> None:
         """Collective over planned.world."""
         world, optim = planned.world, planned.config.optim
         with socket.socket() as probe:
@@ -56,7 +57,9 @@ class Ddp:
         os.environ |= {"MASTER_PORT": str(port), "RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group("gloo", init_method="env://")
-        self.size, self.clip, self.slowed = world.size, optim.clip, faults_from_environment(world.rank).slowed
+        self.size, self.clip = world.size, optim.clip
+        self.observers = StepObservers([faults_from_environment(world.rank)], lambda: self.steps)
+        self.steps = 0
         self.plain = Transformer(planned.shape, planned.config.train.seed)
         # PowerSGD's hook reduces twice per bucket, from callbacks in no fixed order: with several buckets gloo could mix them up
         one_bucket = sum(4 * p.numel() for p in self.plain.parameters()) / 2**20 + 1 if hook == "powersgd" else None
@@ -89,12 +92,13 @@ class Ddp:
         """tokens: targets of the global batch. Collective."""
         for v in mine:
             mb = batch[v]
-            with self.slowed(), contextlib.nullcontext() if v == mine[-1] else self.model.no_sync():
+            with self.observers.span("micro_batch"), contextlib.nullcontext() if v == mine[-1] else self.model.no_sync():
                 logits = self.model(mb.tokens)
                 loss = F.cross_entropy(logits.flatten(0, 1), mb.targets.flatten(), ignore_index=-100, reduction="sum")
                 (loss * (self.size / tokens)).backward()  # DDP takes the mean over ranks
                 if v == mine[-1]:
                     self.waited += time.perf_counter() - self.last_bucket
+        self.steps += 1
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.clip)
         for group in self.optimizer.param_groups:

@@ -22,7 +22,7 @@ from mpidp.training.build import build
 from mpidp.training.job import Job
 from mpidp.training.run_plan import plan
 from mpidp.training.step import compute
-from mpidp.training.step_report import share
+from mpidp.training.step_report import exchange_reports
 
 WORLD = MPI.COMM_WORLD
 MODELS = {  # by approximate number of parameters with a byte vocabulary
@@ -69,8 +69,8 @@ class Stepper:
     def __call__(self) -> None:
         torch.set_num_threads(self.threads)
         done = compute(self.job, self.batch)
-        board = share(self.job, done, 0.0, False)
-        self.job.strategy.step(1e-3, board.tokens)
+        report = exchange_reports(self.job, done, 0.0, False)
+        self.job.strategy.step(1e-3, report.tokens)
 
 
 def in_turns(variants: dict[str, Callable[[], None] | None], repeats: int, skip: int = 2) -> dict[str, list[float]]:

@@ -45,10 +45,10 @@ def train_measured() -> None:
     from mpi4py import MPI
 
     from mpidp import train
-    from mpidp.training import build, loop
+    from mpidp.training import after_step, attempts, build
 
     world, found = MPI.COMM_WORLD, {}
-    make, log_step = build.build, loop.log_step
+    make, log_step = build.build, after_step.log_step
 
     def everyone(value: Any) -> list[Any]:
         world.Barrier()
@@ -73,7 +73,7 @@ def train_measured() -> None:
         if world.rank == 0:
             print(f"\nmeasured {json.dumps(found)}", flush=True)
 
-    build.build, loop.log_step = made, logged
+    attempts.build, after_step.log_step = made, logged
     train.run_entry(main)
 
 

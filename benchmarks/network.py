@@ -99,7 +99,7 @@ def rejection(settings: list[str]) -> str:
     try:
         from_args(settings)
     except UsageError as error:
-        unknown = "there is no setting" in str(error) or "is not one of" in str(error)
+        unknown = "unknown setting" in str(error) or "is not one of" in str(error)
         return "not supported by this version" if unknown else f"rejected: {error}"
     return ""
 

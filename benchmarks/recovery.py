@@ -34,11 +34,11 @@ def train_measured(folder: Path) -> None:
 
     import mpidp.runtime.command
     import mpidp.train
-    from mpidp.faults.inject import STRIKES
+    from mpidp.faults.inject import ACTIONS
     from mpidp.runtime import ulfm
-    from mpidp.training import loop
+    from mpidp.training import after_step
 
-    rank, kill, revoke, log_step = MPI.COMM_WORLD.rank, STRIKES["kill"], ulfm.revoke, loop.log_step
+    rank, kill, revoke, log_step = MPI.COMM_WORLD.rank, ACTIONS["kill"], ulfm.revoke, after_step.log_step
 
     def note(what: str) -> None:
         with open(folder / f"{what}_{rank}", "a") as file:
@@ -56,7 +56,7 @@ def train_measured(folder: Path) -> None:
         log_step(*args, **kwargs)
         note("step")
 
-    STRIKES["kill"], ulfm.revoke, loop.log_step = noted_kill, noted_revoke, noted_step
+    ACTIONS["kill"], ulfm.revoke, after_step.log_step = noted_kill, noted_revoke, noted_step
     mpidp.runtime.command.run_entry(mpidp.train.main)
 
 

@@ -91,16 +91,17 @@ def train_one_step(called_at: float) -> None:
     train = bring("mpidp.train")
     mpi = timed(importlib.import_module, MPI)("mpi4py.MPI")
     timed(importlib.import_module, TORCH)("torch")
-    build, fit, loader = bring("mpidp.training.build"), bring("mpidp.training.loop"), bring("mpidp.data.loader")
-    run_plan = bring("mpidp.training.run_plan")
+    attempts, after_step = bring("mpidp.training.attempts"), bring("mpidp.training.after_step")
+    loader = bring("mpidp.data.loader")
+    run_plan, run_summary = bring("mpidp.training.run_plan"), bring("mpidp.training.run_summary")
     run_plan.plan = timed(run_plan.plan, PLAN)
-    run_plan.Plan.say_what_runs = timed(run_plan.Plan.say_what_runs, SAY)
-    build.build = timed(build.build, BUILD)
+    run_summary.log_summary = timed(run_summary.log_summary, SAY)
+    attempts.build = timed(attempts.build, BUILD)
     for kind, function in ((run_plan.TokenStream, "__init__"), (run_plan.TokenStream, "check"),
                            (run_plan.Sampler, "__post_init__"),
                            (loader.Loader, "__init__"), (loader.Loader, "__next__")):
         setattr(kind, function, timed(getattr(kind, function), DATA))
-    log_step = fit.log_step
+    log_step = after_step.log_step
 
     def first_logged(*args: Any, **kwargs: Any) -> None:
         log_step(*args, **kwargs)
@@ -108,7 +109,7 @@ def train_one_step(called_at: float) -> None:
         if mpi.COMM_WORLD.rank == 0:
             print(f"\nmeasured {json.dumps(SECONDS)}", flush=True)
 
-    fit.log_step = first_logged
+    after_step.log_step = first_logged
     train.run_entry(train.main)
 
 

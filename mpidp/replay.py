@@ -115,7 +115,7 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
             trace[seen.batch] = where, seen.gradient | {name: checksum(tensor) for name, tensor in replay.tensors().items()}
             wrong = wrong or next((f"{where}: {text}" for same, text in replay.compare(seen) if not same), "")
         traces.append(trace)
-        metas.append(replay.job.meta["config"] | {key: replay.job.meta[key] for key in ("data", "tokenizer")})
+        metas.append(replay.job.record.meta["config"] | {key: replay.job.record.meta[key] for key in ("data", "tokenizer")})
         broken += [f"the record of {record.path} differs from its replay ({wrong})"] if wrong else []
     found["settings"] = [f"{key}: {metas[0][key]} -> {metas[1][key]}" for key in metas[0]
                          if metas[0][key] != metas[1][key] and not key.startswith("run.")]

@@ -12,13 +12,14 @@ from mpidp.config import command_line
 from mpidp.config.schema import Config
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.environment import is_replacement_rank
+from mpidp.runtime.log import log
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mpidp.training.recovery import Crew
-    from mpidp.training.run_plan import Plan
+    from mpidp.training.run_plan import RunPlan
 
 DESCRIPTION = """Train a Transformer language model from HDF5 token shards over MPI. The weights do not depend on N.
 Without arguments: prepare shards of the source of Python's standard library, and train a small model on them."""
@@ -54,36 +55,36 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
     died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure
-    from mpidp.training.attempts import Course
+    from mpidp.training.attempts import RunAttempts
 
     plan = _plan(config, world, dry) if crew is None else None  # is_replacement_ranks make one with the others
     if dry:
         return None
-    course = Course(config, plan, world if plan is None else plan.world, crew)
+    attempts = RunAttempts(config, plan, world if plan is None else plan.world, crew)
     error: BaseException | None = None
     try:
         while True:
             try:
-                if (end := course.attempt()) is not None:
+                if (end := attempts.attempt()) is not None:
                     return end
             except Damaged as damage:
-                course.go_back(damage)
+                attempts.go_back(damage)
             except RankFailure as failure:
-                course.leave_the_dead(failure)
+                attempts.drop_failed_ranks(failure)
     except BaseException as failed:
         error = failed
         raise
     finally:
-        course.close(error)
+        attempts.close(error)
 
 
-def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
+def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     """What is to be run, checked, said, and with data to run on. Collective over world."""
     from mpidp.errors import UsageError
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
-    from mpidp.training import run_plan
+    from mpidp.training import run_plan, run_summary
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with raise_together(world):
@@ -92,7 +93,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> Plan:
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
     plan = run_plan.plan(config, grid)
-    plan.say_what_runs()
+    run_summary.log_summary(plan, config, everything=dry)
     return plan
 
 
@@ -112,7 +113,7 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
         if world.rank == 0:
             from data_tools.prepare import prepare
 
-            print(f"no shards in {path}: preparing them from the source of Python's standard library", flush=True)
+            log.info("no shards in %s: preparing them from the source of Python's standard library", path)
             prepare(**corpus, out=str(path))
 
 

@@ -14,12 +14,12 @@ from mpidp.checkpoint.saver import Saver
 from mpidp.checkpoint.writer import THREAD
 
 
-def saver_of(comm: MPI.Intracomm, run: Path, keep: int = 3, nodes: int = 0, every: int = 1) -> Saver:
+def saver_of(comm: MPI.Intracomm, run: Path, keep: int = 3, nodes: int = 0, every: int = 1, **more: Any) -> Saver:
     """Return a saver for ranks on `nodes` nodes of equal size; 0: one node per rank. The last rank may hold entries of its own.
     Collective over comm."""
     a_node = comm.size // (nodes or comm.size)
     node, place = divmod(comm.rank, a_node)
-    return Saver(comm, run, every, keep, None if place else (node, comm.size // a_node), alone=comm.rank == comm.size - 1)
+    return Saver(comm, run, every, keep, None if place else (node, comm.size // a_node), alone=comm.rank == comm.size - 1, **more)
 
 
 def save(run: Path, step: int, entries: Mapping[str, Entry], meta: Mapping[str, Any], comm: MPI.Intracomm, keep: int) -> Path:

@@ -29,6 +29,7 @@ from mpidp.config.schema import Config, checked
 from mpidp.data.index import FileRecord, SplitRecord, read_index
 from mpidp.data.shards import TokenStream, write_shard
 from mpidp.errors import MpidpError
+from mpidp.faults.inject import InjectedFaults
 from mpidp.parallel.grid import make_grid
 from mpidp.parallel.schedule import one_f_one_b
 from mpidp.reducers.base import Reducer
@@ -226,10 +227,10 @@ def small_blocks(elements: int = 256) -> Iterator[None]:
         yield
 
 
-def job_at(comm: MPI.Intracomm, config: Config) -> Job:
+def job_at(comm: MPI.Intracomm, config: Config, faults: InjectedFaults | None = None) -> Job:
     """Build a training up to its first step; closed when the work of `at` is done. Collective over comm."""
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    OPEN.append(build(plan(config, make_grid(comm, config.mesh.tp, config.mesh.pp, config.mesh.dp))))
+    OPEN.append(build(plan(config, make_grid(comm, config.mesh.tp, config.mesh.pp, config.mesh.dp)), faults))
     return OPEN[-1]
 
 

@@ -1,4 +1,4 @@
-"""What is written of global tensors: boxes of them, shared out among those that hold the same, in safetensors files."""
+"""Boxes of global tensors, divided among the ranks that hold the same data, and written to safetensors files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 
-SYNC_BYTES = 64 << 20  # go to the disk before more is written, so that a long file comes further all the time
-DTYPES = {  # as safetensors calls them
+SYNC_BYTES = 64 << 20  # fdatasync after each, so that a large file reaches the disk at a steady pace
+DTYPES = {  # names in safetensors
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
 
-Box = list[list[int]]  # [start, stop) along each dimension; nothing of a scalar
+Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """The tensor of which `key` is a box: where a rank holds several boxes of one tensor they are name#0, name#1, ... Pure."""
+    """Return the name of the tensor that contains box `key`. Several boxes of a tensor are called name#0, name#1, ... Pure."""
     return key.partition("#")[0]
 
 
 def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The elements [low, high) of a tensor of this shape, in row-major order, as boxes (from which indices on, how large) in that
-    order: of a matrix a first row in part, whole rows, a last row in part, where there are such. Pure."""
+    """Return the elements [low, high) of a tensor, in row-major order, as boxes (first indices, size) in that order.
+
+    For a matrix: the rest of a first row, complete rows, the beginning of a last row, as far as they exist. Pure."""
     if low >= high:
         return []
     if len(shape) <= 1:
@@ -53,7 +54,7 @@ def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tupl
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows along dim 0, elements a row); a scalar is one row."""
+    """Return (rows along dim 0, elements per row); a scalar is one row."""
     rows = shape[0] if shape else 1
     elements = 1
     for length in shape[1:]:
@@ -62,37 +63,39 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Which rows [start, stop) of each replicated tensor writer `rank` of `size` writes: about 1/size of all elements, each row
-    once. Pure."""
+    """Return the rows [start, stop) of each replicated tensor that writer `rank` of `size` writes: about 1/size of all elements.
+    Each row is written once. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
-    mine, offset = {}, 0
+    share, offset = {}, 0
     for name in sorted(shapes):
         rows, elements = _rows(shapes[name])
         start, stop = (min(rows, max(0, -(-(edge - offset) // max(1, elements)))) for edge in (low, high))
         if start < stop:
-            mine[name] = (start, stop)
+            share[name] = (start, stop)
         offset += rows * elements
-    return mine
+    return share
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor, from the indices `at` on, as large as `tensor`: what one rank writes of it."""
+    """A box of a global tensor that one rank writes: it begins at the indices `at` and has the shape of `tensor`."""
 
-    name: str  # in its file: the tensor's, or tensor#0, tensor#1, ... where the rank writes several boxes of it
+    name: str  # in the file: the tensor's name, or name#0, name#1, ... for several boxes of a tensor
     tensor: Tensor
     at: tuple[int, ...]
 
     @property
     def box(self) -> Box:
-        """As a manifest has it."""
+        """The box as stored in a manifest."""
         return [[start, start + length] for start, length in zip(self.at, self.tensor.shape, strict=True)]
 
 
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
-    """What this rank writes, in the order of its file: part share[0] of share[1] of what all ranks hold (None: nothing of that),
-    and whatever it alone holds. Independent."""
+    """Return the pieces that this rank writes, in the order of its file.
+
+    share: (index, number) of this rank among the writers of replicated tensors; None: it writes none of them. In addition, a rank
+    writes all tensors that only it holds. Independent."""
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
     for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
@@ -101,11 +104,12 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
     for name, entry in entries.items():
         if entry.layout != "replicated" and (entry.shape is None or entry.tensor.numel()):
             found.append(Piece(name, entry.tensor.detach(), entry.place))
-    return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))  # each at a multiple of its element's size
+    # Sorted so that each piece is aligned to its element size.
+    return sorted(found, key=lambda piece: (-piece.tensor.element_size(), piece.name))
 
 
 def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """The tensors of entries as a manifest has them. Independent."""
+    """Return the description of the entries' tensors for a manifest. Independent."""
     return {
         tensor_of(name): {
             "shape": list(e.shape if e.shape is not None else e.tensor.shape),
@@ -116,8 +120,10 @@ def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
-    """A safetensors file of pieces whose bytes, in their order, are the blocks: (bytes, crc32 of it), once it is on the disk.
-    The interpreter is free for other threads meanwhile. OSError names the file, and nothing is left of it. Independent."""
+    """Write a safetensors file and fsync it. Return (size in bytes, crc32).
+
+    blocks: the bytes of the pieces, in order. Other threads can run meanwhile. OSError names the file; the incomplete file is
+    removed. Independent."""
     about: dict[str, Any] = {}
     offset = 0
     for piece in pieces:
@@ -139,6 +145,6 @@ def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryvie
             os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
-            path.unlink()  # others may need the room
+            path.unlink()  # free the space for others
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return size, crc

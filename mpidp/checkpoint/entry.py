@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: named global tensors, each with how its parts lie over the ranks."""
+"""The entries of a checkpoint: named global tensors and their distribution over the ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ Layout = Literal["replicated", "sharded", "additive"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One rank's part of a named global tensor: a box of it, from the indices `at` on (none: from the beginning), of a tensor of
-    `shape` (None: it is the whole).
+    """One rank's part of a named global tensor.
 
-    replicated: all replicas hold the same; who writes it does not matter.
-    sharded: this rank alone holds its part.
-    additive: the global value is the sum over ranks (residuals of error feedback); loading gives the sum to rank 0, or
-    to each its own part where as many ranks load as wrote.
+    The part is a box that begins at the indices `at` (empty: at the beginning) of a tensor of `shape` (None: the part is the
+    whole tensor).
+
+    replicated: all replicas hold the same values; any of them may write the tensor.
+    sharded: only this rank holds its part.
+    additive: the global value is the sum over ranks (residuals of error feedback). If as many ranks load as wrote, each gets its
+    own part; otherwise rank 0 gets the sum.
     """
 
     tensor: Tensor

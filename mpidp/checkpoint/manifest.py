@@ -1,11 +1,11 @@
-"""Checkpoints on disk: one file a writer, a checksummed manifest that is written last, and a rename that commits.
+"""Checkpoints on disk: a file per writer, a manifest with checksums that is written last, and a rename that commits.
 
-    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, no pickle; by whom (saver.py)
-                                 /manifest.json                 written last: sizes, crc32, which box lies where
+    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per writer
+                                 /manifest.json                 written last: sizes, crc32, place of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 
-Pieces are boxes of *global* tensors, so what N ranks wrote loads onto any other number. A directory counts only
-under its final name, with a manifest whose own crc32 is right and files whose sizes and crc32 are the manifest's.
+Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A directory is valid only under its
+final name, with a manifest whose own crc32 is correct and files whose sizes and crc32 match the manifest.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
 
 
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
-    """RUN/checkpoints/`temporary`, with all the files that body["files"] tells of, becomes step_XXXXXXXX; then all but the newest
-    `keep` are forgotten. OSError when it could not; after the rename nothing matters that much. Independent."""
+    """Rename the complete folder `temporary` to step_XXXXXXXX, then delete all but the newest `keep` checkpoints.
+
+    body: the manifest; its "files" must exist. OSError if the rename fails; later errors are ignored. Independent."""
     for record in body["files"]:
-        with open(temporary / record["file"], "rb") as file:  # opened, since a server is asked anew then
+        with open(temporary / record["file"], "rb") as file:  # a file server reports the current size when a file is opened
             if os.fstat(file.fileno()).st_size != record["bytes"]:
-                raise OSError(f"{temporary / record['file']}: not of the {record['bytes']} bytes that were written")
+                raise OSError(f"{temporary / record['file']}: size differs from the {record['bytes']} bytes that were written")
     write_file(temporary / "manifest.json", _seal({"format": FORMAT, **body}))
     folder, final = temporary.parent, temporary.with_name(f"step_{body['step']:08d}")
     replaced = folder / f".replaced_{final.name}"
-    if final.exists():  # an invalid one that was passed over, or the same step without its end record
+    if final.exists():  # an invalid checkpoint, or one of the same step without the end record
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
@@ -66,72 +67,72 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """The newest `keep` stay. A directory is renamed before it is emptied, so none is ever half there."""
-    for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # of jobs that were killed here
+    """Delete all but the newest `keep` checkpoints. Rename each before its files are deleted, so that none is incomplete."""
+    for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # left behind by killed jobs
         shutil.rmtree(path, ignore_errors=True)
     for path in committed(folder)[keep:]:
-        doomed = folder / f".old_{path.name}"
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        old = folder / f".old_{path.name}"
+        os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def committed(folder: Path) -> list[Path]:
-    """Directories under their final names, newest first; valid or not. Independent.
+    """Return the directories with final names, newest first, valid or not. Independent.
 
-    One that was to be replaced counts until its successor has the final name.
+    A directory that is being replaced is included until the new one has its final name.
     """
     found = [p for p in folder.iterdir() if _STEP_DIR.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: (int(p.name.rpartition("_")[2]), not p.name.startswith(".")), reverse=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's body. CheckpointError when it is absent, cut short or altered. Independent."""
+    """Return the manifest's body. CheckpointError if it is missing, incomplete or modified. Independent."""
     try:
         text = (path / "manifest.json").read_text()
         crc = json.loads(text)["crc32"]
         begin = text.index("\n") + 1
         content = text[begin : text.rindex("}")]
         if zlib.crc32(content.encode()) != crc:
-            raise CheckpointError(f"{path / 'manifest.json'}: its crc32 is wrong, it was altered")
+            raise CheckpointError(f"{path / 'manifest.json'}: wrong crc32, the file was modified")
         body: dict[str, Any] = json.loads(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'manifest.json'}: cannot be read ({error})") from error
     if body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {body.get('format')}, this mpidp reads format {FORMAT}")
+        raise CheckpointError(f"{path}: checkpoint format {body.get('format')}, but this version of mpidp reads format {FORMAT}")
     return body
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What a checkpoint says is used inside. CheckpointError where that is something else than this mpidp writes: checksums speak
-    of accidents, not of whoever made the file. Independent."""
+    """Context for using a checkpoint's content. Errors become CheckpointError: correct checksums do not prove that mpidp wrote
+    the file. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
-        words = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: its checksums are right, but it is no checkpoint of this mpidp ({words})") from error
+        text = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: correct checksums, but not a checkpoint of this version of mpidp ({text})") from error
 
 
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Size and crc32 of one file of a checkpoint. CheckpointError. Independent."""
+    """Check size and crc32 of one file of a checkpoint. CheckpointError. Independent."""
     file = path / record["file"]
     if file.parent != path:
-        raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not a file beside it")
+        raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not in the same folder")
     try:
         if file.stat().st_size != record["bytes"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {record['bytes']}")
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, but {record['bytes']} in the manifest")
         with open(file, "rb") as handle:
             crc = _crc32(handle)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
     if crc != record["crc32"]:
-        raise CheckpointError(f"{file}: its crc32 is wrong, a bit was flipped")
+        raise CheckpointError(f"{file}: wrong crc32, the file is corrupted")
 
 
 def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes every check, and why newer ones were passed over. The files are checked by all
-    ranks, each its share. (None, []) when there is none at all. CheckpointError when none of those there is valid.
-    Collective over comm."""
+    """Return the newest valid checkpoint, and the reasons why newer ones were skipped. The ranks divide the files to check.
+
+    (None, []) if there are no checkpoints. CheckpointError if there are some, but none is valid. Collective over comm."""
     names = comm.bcast([p.name for p in committed(run_dir / "checkpoints")] if comm.rank == 0 else None, root=0)
     reasons: list[str] = []
     for name in names:
@@ -146,6 +147,6 @@ def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[
     if not names:
         return None, []
     raise CheckpointError.on_every_rank(
-        f"no checkpoint in {run_dir / 'checkpoints'} is valid: {'; '.join(reasons)}. Bring one back from a copy, or start "
-        "anew with --run.resume=never"
+        f"no checkpoint in {run_dir / 'checkpoints'} is valid: {'; '.join(reasons)}. Restore one from a backup, or start "
+        "a new run with --run.resume=never"
     )

@@ -1,4 +1,4 @@
-"""Reads the tensors of one checkpoint."""
+"""Read the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mpidp.errors import CheckpointError
 
 
 class Reader(Mapping[str, Tensor]):
-    """The global tensors of a checkpoint by name, assembled from their pieces when asked for. Independent."""
+    """The global tensors of a checkpoint by name, assembled from their pieces on access. Independent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = read_manifest(path)
-        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # of a tensor: in which file, by which name there, which box
+        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # for each tensor: file, name in the file, box
         with readable(path):
             self._pieces |= {name: [] for name in self.meta["tensors"]}
             self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
@@ -37,34 +37,35 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The whole tensor; of an additive one, the sum of its parts in rank order. CheckpointError when a part is missing."""
+        """Return the whole tensor; for an additive one, the sum of its parts in rank order. CheckpointError if one is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
-        """The box from `at` on, of this shape; the whole when it is left out. Only what lies in it is read. CheckpointError when
-        something of it is missing."""
+        """Return the box that begins at `at` and has this shape (default: the whole tensor). Reads only the box.
+
+        CheckpointError if a part of it is missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """What this entry holds of the tensor. CheckpointError when the tensor is of another shape, or something is missing."""
+        """Return the box of the tensor that this entry holds. CheckpointError if the shapes differ, or if a part is missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
-                raise CheckpointError(f"{self.path}: {name} has shape {there}, this model's has {tuple(shape)}")
+                raise CheckpointError(f"{self.path}: {name} has shape {there}, but {tuple(shape)} in this model")
         return self.part(name, entry.place, entry.tensor.shape) if entry.tensor.numel() else torch.empty_like(entry.tensor)
 
     def _assembled(self, name: str, pieces: Iterable[tuple[str, str, Box]], at: Sequence[int], shape: Sequence[int]) -> Tensor:
         about = self.meta["tensors"][name]
         dtype = getattr(torch, about["dtype"])
         if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self._bytes:
-            raise ValueError(f"{name} of shape {about['shape']} in {self._bytes} bytes")
+            raise ValueError(f"{name}: shape {about['shape']} does not fit in {self._bytes} bytes")
         found = torch.zeros(tuple(shape), dtype=dtype)
         filled = 0
         for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
-                raise ValueError(f"{name} of shape {about['shape']} from {box}")
+                raise ValueError(f"{name}: box {box} is outside shape {about['shape']}")
             ranges = [
                 (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
             ]
@@ -83,14 +84,15 @@ class Reader(Mapping[str, Tensor]):
                 place.copy_(piece)
             filled += piece.numel()
         if about["layout"] != "additive" and filled != found.numel():
-            raise CheckpointError(f"{self.path}: {name} has {filled} of {found.numel()} elements")
+            raise CheckpointError(f"{self.path}: {name} is incomplete, {filled} of {found.numel()} elements")
         return found
 
     def under(
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
-        """All tensors whose names begin with prefix, without it; of an additive one, what this rank of `size` goes on with.
-        boxes: by tensor, those that this rank holds of it, which alone are then read, and given by the boxes' names."""
+        """Return all tensors whose names begin with prefix, under their names without it. For additive tensors, see own().
+
+        boxes: for each tensor, the boxes that this rank holds; only these are read, and returned under the boxes' names."""
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
             held = (boxes or {}).get(name.removeprefix(prefix))
@@ -101,9 +103,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """The whole tensor; of an additive one, what this rank of `size` goes on with."""
+        """Return the whole tensor; for an additive one, the part with which this rank of `size` ranks continues."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
-        if about["layout"] == "additive":  # written by as many: to each its own; else the sum to rank 0
+        if about["layout"] == "additive":  # each rank gets its own part if as many ranks wrote; else rank 0 gets all
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
         with readable(self.path):
             return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

@@ -1,9 +1,8 @@
-"""Which checkpoint a run resumes from, and what may not change when it does."""
+"""Find the checkpoint to resume from, and reject changed settings."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
 
@@ -32,9 +32,9 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
             for record in reader.meta["files"][comm.rank :: comm.size]:
                 check_file(path, record)
         return reader
-    found, passed_over = newest_valid(path, comm)
-    for reason in passed_over if comm.rank == 0 else ():
-        print(f"skipped an invalid checkpoint: {reason}", file=sys.stderr)
+    found, skipped = newest_valid(path, comm)
+    for reason in skipped if comm.rank == 0 else ():
+        log.warning("skipped an invalid checkpoint: %s", reason)
     with raise_together(comm):
         if found is None:
             raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")
@@ -50,7 +50,8 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """What the bits depend on besides data and settings: kept in every checkpoint, a change is said in one line. Independent."""
+    """Return the facts, besides data and settings, on which the bits of the results depend. They are stored in each checkpoint;
+    on resume, changes are logged. Independent."""
     return {
         "threads": config.train.threads,
         "dtype": config.train.dtype,
@@ -69,7 +70,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def set_aside(run_dir: Path) -> Path | None:
-    """Move an earlier run's files into RUN/previous_N, so that resume=never loses nothing. Independent."""
+    """Move the files of an earlier run to RUN/previous_N, so that run.resume=never deletes nothing. Independent."""
     names = ["checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json", "timeline.json", "tensorboard"]
     names = [n for n in names if (run_dir / n).exists()]
     if not names:
@@ -85,10 +86,10 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Reader | None, list[str]]:
-    """What `run.resume` says to start from, and what to tell the user. Collective over comm.
+    """Return the checkpoint that `run.resume` selects (None: start from the beginning), and messages for the user.
 
-    auto: the newest valid checkpoint, else the beginning. must: CheckpointError when there is none. never: the beginning;
-    an earlier run's files are set aside.
+    auto: the newest valid checkpoint, if any. must: CheckpointError if there is none. never: start from the beginning; the files
+    of an earlier run are moved to RUN/previous_N. Collective over comm.
     """
     notes: list[str] = []
     if resume == "never":
@@ -99,19 +100,19 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
         if aside is not None:
             notes.append(f"run.resume=never: the earlier run was moved to {aside}")
         return None, notes
-    path, passed_over = manifest.newest_valid(run_dir, comm)
-    notes += [f"passed over an invalid checkpoint: {reason}" for reason in passed_over]
+    path, skipped = manifest.newest_valid(run_dir, comm)
+    notes += [f"skipped an invalid checkpoint: {reason}" for reason in skipped]
     if path is None:
         if resume == "must":
             raise CheckpointError.on_every_rank(
-                f"run.resume=must, but {run_dir / 'checkpoints'} holds no checkpoint; use auto to begin"
+                f"run.resume=must, but {run_dir / 'checkpoints'} contains no checkpoint; use run.resume=auto to start a new run"
             )
         return None, notes
     return Reader(path), notes
 
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config) -> None:
-    """UsageError naming every setting that must stay as it was and did not. saved: {section.key: value}. Independent."""
+    """Raise UsageError if settings have changed that must not change on resume. saved: {section.key: value}. Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"
         for key, about, value in fields_of(config)
@@ -119,6 +120,6 @@ def reject_changed_settings(saved: Mapping[str, Any], config: Config) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{config.run.dir} holds a checkpoint of another run: {'; '.join(changed)}. Give the old values to go on, another "
-            "--run.dir to begin beside it, or --run.resume=never to set it aside"
+            f"{config.run.dir} contains a checkpoint of a run with other settings: {'; '.join(changed)}. Use the old values to "
+            "resume, another --run.dir for a new run, or --run.resume=never to move the old run to previous_N and start anew"
         )

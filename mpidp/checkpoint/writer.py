@@ -1,8 +1,8 @@
-"""One save of one rank: a thread that copies what is to be saved, writes the copy, and on rank 0 commits the checkpoint.
+"""One save on one rank: a thread that copies the state, writes the copy, and on rank 0 commits the checkpoint.
 
-No MPI here: the ranks meet in the folder `.writing_step_XXXXXXXX_<token>`. Each writer puts its file there and then, but for rank
-0, a record of it; when rank 0 has all records the checkpoint is committed. What fails for lack of room, or of a folder, is tried
-again with growing pauses until the main thread drops it. What was not committed counts for nothing, and is cleared away later.
+Uses no MPI: the ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. Each writer writes its data file and then
+(except on rank 0) a record of it. When rank 0 has read all records, it commits the checkpoint. A write that fails, for example on
+a full disk, is retried with growing pauses until the main thread drops the save. Uncommitted folders are deleted later.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import traceback
@@ -28,30 +27,31 @@ from mpidp.checkpoint.boxes import Piece, describe, pieces_of, write_pieces
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.manifest import commit
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 
 THREAD = "mpidp-save"
-BLOCK = 4 << 20  # bytes written at a time
-LONGEST_PAUSE = 60.0  # seconds between two tries
-LOST_SECONDS = 600.0  # records that have not come by then, and by 20 times what rank 0 took to write, never will
-IDLE, WAITS, WRITES, FAILS = range(4)  # it is done; looks for records; writes; sleeps until it tries again
+BLOCK = 4 << 20  # bytes per write
+LONGEST_PAUSE = 60.0  # seconds between two attempts
+LOST_SECONDS = 600.0  # rank 0 waits this long for records, or 20 times its own writing time if that is longer
+IDLE, WAITS, WRITES, FAILS = range(4)  # finished; waiting for records; writing; sleeping until the next attempt
 
 
 class Dropped(Exception):  # noqa: N818
-    """The main thread wants no more of this save."""
+    """The main thread has dropped this save."""
 
 
 class PeerFilesError(OSError):
-    """What other ranks wrote is gone: it does not help that this one writes again."""
+    """Files of other ranks are missing. Writing this rank's file again would not help."""
 
 
 class HostMemory:
-    """Where copies lie, one after the other."""
+    """Memory for the copies of successive saves."""
 
     def __init__(self) -> None:
         self._bytes: Tensor | None = None
 
     def allocate(self, size: int, pinned: bool) -> Tensor:
-        """(size,) bytes; the same as the last time when the size is. Independent."""
+        """Return a uint8 tensor of (size,); the same memory as before if the size is unchanged. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -60,25 +60,25 @@ class HostMemory:
 
 @dataclass
 class Save:
-    """Begins when it is made. Independent."""
+    """A save; its thread starts when the object is created. Independent."""
 
     step: int
     folder: Path  # RUN/checkpoints/.writing_...
     entries: Mapping[str, Entry]
-    share: tuple[int, int] | None  # of what all ranks hold (pieces_of)
+    share: tuple[int, int] | None  # this rank's share of replicated tensors (pieces_of)
     meta: Mapping[str, Any]
     rank: int
     writers: list[int]
-    keep: int  # checkpoints
-    wait: bool  # the main thread waits for it: nothing is copied on the CPU, and nothing tried again
+    keep: int  # number of checkpoints to keep
+    wait: bool  # the main thread waits: no copy on the CPU, and no retries
     memory: HostMemory
     may_commit: Callable[[], bool]
     state: int = WRITES
     error: Exception | None = None
     progress: int = 0
-    saved: dict[str, float] | None = None  # on rank 0, once it is committed: what it cost
+    saved: dict[str, float] | None = None  # on rank 0 after the commit: its cost
     dropping: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)  # the state is not read any more
+    released: threading.Event = field(default_factory=threading.Event)  # set when the state is no longer read
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Save:
             self.state = IDLE
 
     def _try(self, blocks: list[memoryview]) -> None:
-        """Write and commit, again and again until it works or is dropped."""
+        """Write and commit; retry until it succeeds or is dropped."""
         pause = 1.0
         while True:
             self.state = WRITES
@@ -113,27 +113,27 @@ class Save:
                 self._fail(error, None if self.wait or isinstance(error, PeerFilesError) else pause)
             except Dropped:
                 raise
-            except Exception as error:  # a mistake in here is no reason to stop training
+            except Exception as error:  # a bug here must not stop training
                 self._fail(error, None)
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _fail(self, error: Exception, pause: float | None) -> None:
-        """Say so, once, and sleep: for so long, or until the save is dropped."""
+        """Print a warning once, then sleep for `pause` seconds (None: until the save is dropped)."""
         if self.error is None and not self.wait:
-            print(f"warning: rank {self.rank}: the checkpoint of step {self.step} could not be written "
-                  f"({describe_error(error)}). Training goes on, and it is tried again", file=sys.stderr, flush=True)
+            log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
+                        "is retried", self.rank, self.step, describe_error(error))
         self.error, self.state = error, FAILS
         if self.dropping.wait(pause):
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """The bytes of the pieces in order: of a copy, or of the state itself when that does not change meanwhile."""
+        """Return the bytes of the pieces, in order: of a copy, or of the state itself if the main thread waits."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:
                 return [_bytes_of(piece.tensor).data for piece in self._pieces]
             stream = torch.cuda.Stream(self._device) if self._device else None
-            with nullcontext() if stream is None else torch.cuda.stream(stream):  # on its device, too
+            with nullcontext() if stream is None else torch.cuda.stream(stream):  # this also selects the device
                 host, offset = self.memory.allocate(sum(piece.tensor.nbytes for piece in self._pieces), stream is not None), 0
                 if stream is not None and self._ready is not None:
                     stream.wait_event(self._ready)
@@ -143,12 +143,12 @@ class Save:
                     place = host[offset : offset + piece.tensor.nbytes]
                     if piece.tensor.is_cuda:
                         place.view(piece.tensor.dtype).view(piece.tensor.shape).copy_(piece.tensor, non_blocking=True)
-                    else:  # by numpy: torch would start a pool of threads for this one
+                    else:  # with NumPy, since torch would start a thread pool for this thread
                         np.copyto(place.numpy(), _bytes_of(piece.tensor))
                     offset += piece.tensor.nbytes
                 if stream is not None:
                     stream.synchronize()
-        except Exception as error:  # no memory
+        except Exception as error:  # out of memory
             self.released.set()
             if not isinstance(error, Dropped):
                 self._fail(error, None)
@@ -165,41 +165,41 @@ class Save:
                 yield block[at : at + BLOCK]
 
     def _write(self, blocks: list[memoryview]) -> None:
-        """This rank's file; and a record of it, for rank 0 to find."""
+        """Write this rank's file, and a record of it for rank 0."""
         name = f"rank_{self.rank:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
         ranges = {piece.name: piece.box for piece in self._pieces}
         file = {"file": f"{name}.safetensors", "bytes": size, "crc32": crc, "pieces": ranges}
-        first = self.share is not None and self.share[0] == 0  # of those that hold the same
-        told = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
-        self._records[self.rank] = {"file": file, "tensors": describe(told)}  # once each
+        first = self.share is not None and self.share[0] == 0  # the first writer describes the replicated tensors
+        described = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
+        self._records[self.rank] = {"file": file, "tensors": describe(described)}  # each tensor is described once
         if self.rank:
             write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode())
 
     def _collect(self) -> None:
-        """Look for the records of the others until all are there. A server's news may be late: the folder is listed anew."""
+        """Wait for the records of all writers. List the folder each time, since file servers may show new files late."""
         self.state, began, pause = WAITS, time.monotonic(), 0.002
         until = began + max(LOST_SECONDS, 20 * (began - self.began))
         while missing := [rank for rank in self.writers if rank not in self._records]:
             try:
                 there = set(os.listdir(self.folder))
             except FileNotFoundError as error:
-                raise PeerFilesError(f"{self.folder} has vanished") from error
+                raise PeerFilesError(f"{self.folder} has disappeared") from error
             for rank in missing:
                 if f"rank_{rank:05d}.json" in there:
                     self._records[rank] = json.loads((self.folder / f"rank_{rank:05d}.json").read_bytes())
             if time.monotonic() > until:
-                raise PeerFilesError(f"{self.folder}: ranks {missing} have left no record")
+                raise PeerFilesError(f"{self.folder}: no record from ranks {missing}")
             if self.dropping.wait(pause):
                 raise Dropped
             pause = min(0.25, 1.5 * pause)
         self.state = WRITES
 
     def _commit(self) -> None:
-        """All parts are there: make them the checkpoint of this step."""
+        """Commit the checkpoint of this step once all files are complete."""
         if not self.may_commit():
-            raise OSError(f"{self.folder.parents[1]}: its lock is not this job's any more")
+            raise OSError(f"{self.folder.parents[1]}: this job no longer holds its lock")
         for rank in self.writers:
             (self.folder / f"rank_{rank:05d}.json").unlink(missing_ok=True)
         records = [self._records[rank] for rank in self.writers]
@@ -214,5 +214,5 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def describe_error(error: Exception) -> str:
-    """What it says to a user; a mistake of ours with where it happened. Independent."""
+    """Return the message of an OSError, or the traceback of any other exception. Independent."""
     return str(error) if isinstance(error, OSError) else "".join(traceback.format_exception(error)).strip()

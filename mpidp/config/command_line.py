@@ -1,6 +1,6 @@
-"""Where settings come from: a TOML file first, then `--section.key=value`; and what --help says of them.
+"""Read settings from a TOML file and from `--section.key=value` arguments, and print their help.
 
-An unknown key or value is an error that names the nearest right one, before MPI starts. Nothing here imports torch or MPI.
+An unknown key or value raises UsageError with the closest valid one, before MPI starts. Imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> Any:
-    """A command-line word or a TOML value as the field's type, within its choices and limits."""
+    """Convert a command-line word or a TOML value to the field's type and check its choices and limits."""
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
     try:
@@ -46,7 +46,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
             if value != value or value in (float("inf"), float("-inf")):
                 raise ValueError
     except (ValueError, KeyError, OverflowError) as error:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
+        wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
         raise UsageError(f"{where}: {key}={raw!r} must be {wanted}") from error
     if meta["choices"] and value not in meta["choices"]:
         near = _nearest(value, meta["choices"])
@@ -60,27 +60,29 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
 def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
     known = {name: about for name, about, _ in fields_of()}
     if key not in known:
-        raise UsageError(f"{where}: there is no setting {key!r}; did you mean {_nearest(key, list(known))!r}? (--help lists all)")
+        raise UsageError(f"{where}: unknown setting {key!r}; did you mean {_nearest(key, list(known))!r}? (--help lists all)")
     chosen[key] = _convert(key, raw, known[key], where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A configuration file as {section.key: value}, unchecked. UsageError when it cannot be read."""
+    """Return the settings of a TOML file as {section.key: value}, unchecked. UsageError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             tree = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a configuration that can be read ({error})") from error
+        raise UsageError(f"{path}: cannot read this configuration file ({error})") from error
     flat: dict[str, Any] = {}
     for section, values in tree.items():
         if not isinstance(values, dict):
-            raise UsageError(f"{path}: {section!r} stands outside a section; write [section] and key = value below it")
+            raise UsageError(f"{path}: {section!r} is outside a section; write [section] and key = value below it")
         flat.update({f"{section}.{key}": value for key, value in values.items()})
     return flat
 
 
 def from_args(arguments: Sequence[str]) -> Config:
-    """CONFIG.toml (at most one), then --section.key=value or --section.key value. UsageError. Independent."""
+    """Return the config of command-line arguments: at most one CONFIG.toml, and --section.key=value or --section.key value.
+
+    Arguments override the file. UsageError. Independent."""
     chosen: dict[str, Any] = {}
     words = list(arguments)
     files = 0
@@ -97,7 +99,7 @@ def from_args(arguments: Sequence[str]) -> Config:
         else:
             files += 1
             if files > 1:
-                raise UsageError(f"command line: a second configuration file {word!r}; give one, then --section.key=value")
+                raise UsageError(f"command line: a second configuration file {word!r}; give only one")
             for key, value in read_toml(Path(word)).items():
                 _assign(chosen, key, value, word)
     for key, raw in overrides:

@@ -1,4 +1,4 @@
-"""From what a config leaves open to plain values: threads, device, precision, steps; and what the bits depend on."""
+"""Fill in the automatic values of a config: threads, device, precision, steps, model shape."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
-    """UsageError where ranks may die and the others are to go on: what a dead rank alone held is gone. Independent."""
+    """Raise UsageError if sharding is combined with ULFM, since the shard of a failed rank would be lost. Independent."""
     if level and launched_with_ulfm():
         raise UsageError(
-            f"mesh.shard={level} under mpirun --with-ft ulfm: a rank that dies takes its shard of the state with it, and the "
-            "others could not go on. Start without --with-ft (the same command goes on from the last checkpoint), or set "
-            "mesh.shard=0"
+            f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "
+            "other ranks could not continue. Start without --with-ft (after a failure, the same command resumes from the last "
+            "checkpoint), or set mesh.shard=0"
         )
 
 
 def resolve_reducer(config: Config) -> str:
-    """auto depends on the config alone, never on ranks, memory or host: the tree for synchronous without compression. Pure."""
+    """Return the reducer. auto: tree for synchronous training without compression, else allreduce. It depends on the
+    config only. Pure."""
     if config.comm.reducer != "auto":
         return config.comm.reducer
-    plain = kind_of(config) == "synchronous" and config.comm.compress == "none" and config.mesh.shard < 2  # there MPI sums
+    # With mesh.shard=2 or 3, FSDP2 reduces gradients.
+    plain = kind_of(config) == "synchronous" and config.comm.compress == "none" and config.mesh.shard < 2
     return "tree" if plain else "allreduce"
 
 
 def kind_of(config: Config) -> str:
-    """The method that section strategy asks for. Pure."""
+    """Return the method that section strategy selects. Pure."""
     return kind(config.strategy.name, config.strategy.quorum)
 
 
 def workers(config: Config, size: int) -> int:
-    """How many of so many ranks compute gradients: all but those that serve. UsageError when none is left. Pure."""
+    """Return the number of ranks that compute gradients: all but the servers. UsageError if none remains. Pure."""
     serving = (config.strategy.servers or 1) if config.strategy.name == "server" else 0
     if serving >= size:
         raise UsageError(
-            f"strategy.servers={serving} of {size} rank{'s' * (size > 1)}: no rank is left to compute gradients; start more "
+            f"strategy.servers={serving} of {size} rank{'s' * (size > 1)}: no rank remains to compute gradients; start more "
             "ranks than servers"
         )
     return size - serving
 
 
 def model_shape(config: Config, vocab_size: int) -> Shape:
-    """The model's shape with its defaults filled in; vocab_size: of the tokenizer. A user's own model is made and tried.
-    UsageError where the model has fewer tokens, and for one that cannot be trained. Independent."""
+    """Return the model's shape with automatic values filled in. A user's own model is created and tested.
+
+    vocab_size: of the tokenizer. UsageError if the model's vocabulary is smaller, or if the model cannot be trained.
+    Independent."""
     m = config.model
     if m.vocab_size and m.vocab_size < vocab_size:
         raise UsageError(
-            f"model.vocab_size={m.vocab_size}, but the tokenizer of {config.data.path} has {vocab_size} tokens: some would have "
-            "no row in the embedding. Prepare the text with the model's own tokenizer, or leave model.vocab_size out"
+            f"model.vocab_size={m.vocab_size}, but the tokenizer of {config.data.path} has {vocab_size} tokens, which do "
+            "not fit in the embedding. Prepare the data with the model's tokenizer, or leave model.vocab_size at 0"
         )
     vocab_size = m.vocab_size or vocab_size
     if m.kind == "lstm":
@@ -72,7 +76,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """The config with nothing left open: what is printed, saved and compared on resume. UsageError. Pure."""
+    """Return the config with all automatic values filled in, as it is printed, saved and compared on resume. UsageError. Pure."""
     check_shards(config.mesh.shard)
     t, m = config.train, config.model
     steps = t.steps or 300
@@ -97,11 +101,11 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
-            "eval_every": -(-t.eval_every // meet) * meet,  # at a meeting
+            "eval_every": -(-t.eval_every // meet) * meet,  # only where all ranks synchronize
             "save_every": -(-t.save_every // meet) * meet if t.save_every > 0 else t.save_every,
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
         comm={"reducer": resolve_reducer(config), "ratio": ratio(settings)}
-        # an overlap of its own: a thread that reduced during backward would sum what is not to be summed yet
+        # other strategies and FSDP2 do not reduce during backward in this way
         | ({"overlap": "none"} if kind_of(config) != "synchronous" or config.mesh.shard >= 2 else {}),
     )

@@ -1,4 +1,4 @@
-"""Which settings can be combined: a list of rules, used to reject settings before training and for docs/methods.md. Pure."""
+"""Unsupported combinations of settings: the rules that training checks and the table in docs/methods.md. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 
-KINDS = ("transformer", "lstm")  # of models; any other is MODULE:FACTORY
-TRANSFORMERS = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings that the LSTM does not have
+KINDS = ("transformer", "lstm")  # built-in values of model.kind; any other is MODULE:FACTORY
+TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings and their defaults
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def _is_not(key: str, value: object) -> Callable[[Settings], bool]:
 
 
 def method_setting(name: str, quorum: float) -> str:
-    """Return the setting that selects this method, as a user writes it. Pure."""
+    """Return the setting that selects the method, as written on the command line. Pure."""
     return f"strategy.quorum={quorum:g}" if kind(name, quorum) == "quorum" else f"strategy.name={name}"
 
 
@@ -54,93 +54,98 @@ _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
-         "it sums one buffer per rank, on its own schedule: use comm.reducer=allreduce or naive"),
+         "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
     Rule(_OTHERS, "train.balance=measured|steal", _other, _is_not("train.balance", "even"),
-         "lanes can only move between ranks that synchronize at every step"),
+         "lanes can move only if all ranks synchronize at every step"),
     Rule(_OTHERS, "train.audit_every", _other, _is_not("train.audit_every", 0),
-         "an audit compares lanes and replicas of the same step; here replicas differ or are late"),
+         "an audit compares lanes and replicas, which differ between ranks or arrive late with these methods"),
     Rule(_OTHERS, "train.noise_every", _other, _is_not("train.noise_every", 0),
-         "the noise scale needs separate gradients of all lanes at the same parameters: comm.reducer=tree"),
+         "the measurement needs the gradients of single lanes at equal parameters, as comm.reducer=tree provides them"),
     Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
-         "it overlaps in its own way: use strategy.overlap, or strategy.name=delayed"),
+         "these methods overlap communication in their own way; use strategy.overlap or strategy.name=delayed"),
     Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
-         "NCCL's sums run in the compute stream, so there would be no overlap; untested"),
+         "NCCL runs in the compute stream, so nothing would overlap; not tested"),
     Rule("strategy.name=local|server", "train.spike", _is("strategy.name", "local", "server"), _is_not("train.spike", 0.0),
          "ranks would skip different steps"),
     Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
-         "compression applies to sums over ranks, and workers push single gradients"),
+         "compression works on sums over ranks, and workers send their gradients to servers individually"),
     Rule("strategy.name=server", "optim.name=muon", _is("strategy.name", "server"), _is("optim.name", "muon"),
-         "servers hold slices of the parameters, and Muon updates whole matrices"),
+         "Muon updates whole matrices, and servers hold slices of them"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.overlap=true", _partial, _is("strategy.overlap", True),
-         "there is no outer step to delay: parameters are averaged"),
+         "partial groups average parameters directly and have no outer step that could be delayed"),
     Rule("strategy.group=node|rotating|pairs|exponential", "comm.compress", _partial, _is_not("comm.compress", "none"),
-         "parameters are averaged, and error feedback corrects gradients only"),
+         "partial groups average parameters directly; error feedback works only for gradients and updates"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.fragments", _partial, _is_not("strategy.fragments", 1),
-         "the whole model is averaged within a group"),
+         "partial groups always average the whole model"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
-         "an outer step needs a common anchor of all ranks: use strategy.group=all"),
+         "an outer step needs an anchor that all ranks share; use strategy.group=all"),
     Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: method_of(s) in ("server", "quorum"),
-         "the ranks of one replica would apply updates in different orders"),
+         "the ranks of a replica would apply updates in different orders"),
     Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
-         "naive and root are reference implementations for whole models"),
+         "reference implementations; they need the whole model on each rank"),
     Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
-         "lanes would have to move on all ranks of a replica together"),
+         "a lane would have to move on all ranks of a replica at once"),
     Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "the gradient of a lane is spread over several ranks"),
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
-         "the ranks of a replica already communicate during backward"),
-    Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "NCCL is supported between replicas only"),
-    Rule(_TIMES, "mesh.pp=1", _times, _is("mesh.pp", 1), "interleaving needs several stages: mesh.pp above 1"),
-    Rule(_TIMES, _OTHERS, _times, _other, "untested"),
-    Rule(_TIMES, "comm.compress", _times, _is_not("comm.compress", "none"), "untested"),
-    Rule(_TIMES, "train.audit_every", _times, _is_not("train.audit_every", 0), "the complete gradient of a lane is never stored"),
+         "the ranks of a replica already communicate with each other during backward"),
+    Rule(_CUT, "comm.gpu=nccl", _cut, _is("comm.gpu", "nccl"), "comm.gpu=nccl supports data parallelism only"),
+    Rule(_TIMES, "mesh.pp=1", _times, _is("mesh.pp", 1), "interleaving needs at least two stages"),
+    Rule(_TIMES, _OTHERS, _times, _other, "not tested"),
+    Rule(_TIMES, "comm.compress", _times, _is_not("comm.compress", "none"), "not tested"),
+    Rule(_TIMES, "train.audit_every", _times, _is_not("train.audit_every", 0),
+         "the gradient of a lane is never complete on one rank"),
     Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
-         "positions are divided among tensor-parallel ranks: mesh.tp above 1"),
+         "sequence parallelism divides positions among the tp ranks, so it needs at least two"),
     Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),
-         "Muon updates whole matrices, and each rank has a part of them: use mesh.pp, which keeps layers whole"),
+         "Muon updates whole matrices, and tensor parallelism splits them; use mesh.pp, which splits between layers"),
     Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
-         "a block contains sums over ranks"),
+         "tensor parallelism communicates in the middle of a block"),
     Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
          lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
-         "the first and the last stage share the embedding, whose gradient they add at every step"),
+         "the first and the last stage share the embedding and must add its gradients at every step"),
     Rule(_SHARDS, _OTHERS, _shards, _other, "sharding needs one model that all ranks update together at every step"),
     Rule(_SHARDS, "optim.name=muon", _shards, _is("optim.name", "muon"),
-         "Muon updates whole matrices, and slices and shards divide them"),
+         "Muon updates whole matrices, and shards can end inside a matrix"),
     Rule(_SHARDS, "comm.compress", _shards, _is_not("comm.compress", "none"),
-         "residuals are as large as the gradients that sharding divides; untested"),
+         "error feedback would need as much memory as the gradients that sharding distributes; not tested"),
     Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
          "an audit compares replicas, and with sharding no two ranks hold the same state"),
-    Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "untested"),
+    Rule(_SHARDS, "comm.gpu=nccl", _shards, _is("comm.gpu", "nccl"), "not tested"),
     Rule(_FSDP, "mesh.pp above 1", _fsdp, _is_not("mesh.pp", 1),
-         "forward and backward are collective over the replicas, but stages run at different micro-batches: use mesh.shard=1"),
-    Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"), "only rank 0 updates"),
+         "forward and backward are collective over replicas, but stages work on different micro-batches; use mesh.shard=1"),
+    Rule("mesh.shard=1", "comm.reducer=root", _is("mesh.shard", 1), _is("comm.reducer", "root"),
+         "with comm.reducer=root only rank 0 updates parameters"),
     Rule(_FSDP, "comm.reducer=tree|naive|root", _fsdp, _is("comm.reducer", "tree", "naive", "root"),
-         "each rank receives only the sum of its rows, from MPI's reduce_scatter: use comm.reducer=auto"),
+         "FSDP2 reduces gradients with MPI's reduce_scatter; use comm.reducer=auto"),
     Rule(_FSDP, "train.noise_every", _fsdp, _is_not("train.noise_every", 0),
-         "gradients are summed micro-batch by micro-batch, not by lane"),
+         "gradients are reduced after each micro-batch, so the gradient of a lane does not exist"),
     Rule(_FSDP, "train.balance=measured|steal", _fsdp, _is_not("train.balance", "even"),
-         "all ranks run the same number of forwards and backwards"),
-    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "untested"),
+         "all ranks must compute the same number of micro-batches"),
+    Rule(_FSDP, "train.compile", _fsdp, _is("train.compile", True), "not tested"),
     Rule(_FSDP, "comm.overlap=thread|poll", _fsdp, _is("comm.overlap", "thread", "poll"),
-         "FSDP2 already overlaps its sums with backward"),
-    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards are sent as messages"),
-    Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"), "no rank or node has a copy"),
-    Rule(_FSDP, "optim.freeze", _fsdp, _is_not("optim.freeze", ""), "untested"),
-    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are small and are not divided: use mesh.dp"),
+         "FSDP2 overlaps its communication with backward by itself"),
+    Rule(_FSDP, "comm.transport=window", _fsdp, _is("comm.transport", "window"), "shards are sent as MPI messages"),
+    Rule(_FSDP, "comm.copies=node", _fsdp, _is("comm.copies", "node"),
+         "parameters are sharded; no rank or node holds a full copy"),
+    Rule(_FSDP, "optim.freeze", _fsdp, _is_not("optim.freeze", ""), "not tested"),
+    Rule(_CUT, "model.lora_rank", _cut, _lora, "adapters are not split; use data parallelism only (mesh.dp)"),
     Rule(_FSDP, "model.lora_rank", _fsdp, _lora,
-         "the trained parameters are small: there is little to divide except the frozen base"),
-    Rule(_NOT, "model.lora_rank", _not, _lora, "adapters are available for the Transformer's layers only"),
-    Rule(_NOT, _CUT, _not, _cut, "only the Transformer can be divided"),
-    Rule(_NOT, _FSDP, _not, _fsdp, "blocks to gather are defined for the Transformer only: use mesh.shard=1"),
-    Rule(_NOT, "train.recompute", _not, _is("train.recompute", True), "it applies to the Transformer's blocks"),
-    Rule(_NOT, "train.compile", _not, _is("train.compile", True), "it applies to the Transformer's blocks"),
+         "the trained adapters are too small to be worth sharding"),
+    Rule(_NOT, "model.lora_rank", _not, _lora, "LoRA is implemented for the built-in Transformer only"),
+    Rule(_NOT, _CUT, _not, _cut, "model parallelism is implemented for the built-in Transformer only"),
+    Rule(_NOT, _FSDP, _not, _fsdp, "parameter sharding is implemented for the built-in Transformer only; use mesh.shard=1"),
+    Rule(_NOT, "train.recompute", _not, _is("train.recompute", True),
+         "implemented for the blocks of the built-in Transformer only"),
+    Rule(_NOT, "train.compile", _not, _is("train.compile", True),
+         "implemented for the blocks of the built-in Transformer only"),
     Rule("model.kind=MODULE:FACTORY", "optim.name=muon", lambda s: s["model.kind"] not in KINDS, _is("optim.name", "muon"),
-         "Muon is for hidden matrices, which are not identified in custom models"),
+         "Muon is for hidden matrices, and mpidp cannot tell which matrices of your own model are hidden"),
 ]
 
 
 def problems(settings: Settings) -> Iterator[str]:
-    """Yield a sentence for each problem. Independent."""
+    """Yield one message for each problem. Independent."""
     name = method_of(settings)
     for key, names in METHODS.items():
         value = settings[f"strategy.{key}"]
@@ -149,7 +154,7 @@ def problems(settings: Settings) -> Iterator[str]:
             yield f"strategy.{key}={value} requires strategy.name={those}; it has no effect with {name}"
     yield from _kind_problems(settings)
     if settings["strategy.quorum"] <= 0:
-        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1: a share of the lanes"
+        yield f"strategy.quorum={settings['strategy.quorum']} must be above 0 and at most 1: the share of the lanes to wait for"
     for rule in RULES:
         if rule.has_one(settings) and rule.has_other(settings):
             yield f"{rule.one} cannot be combined with {rule.other}: {rule.why}"
@@ -163,42 +168,42 @@ def problems(settings: Settings) -> Iterator[str]:
         if settings["metrics.kernels"] and not last:
             yield "metrics.kernels=true needs a timeline: set its steps, as in metrics.timeline=10:12"
         if 0 < settings["train.steps"] < last:
-            yield f"metrics.timeline={first}:{last} ends beyond the run's train.steps={settings['train.steps']}"
+            yield f"metrics.timeline={first}:{last} ends after train.steps={settings['train.steps']}"
     except ValueError as error:
         yield f"metrics.timeline={settings['metrics.timeline']}: {error}"
 
 
-LONGEST = 100  # most steps of a timeline
+MAX_STEPS = 100  # maximum number of steps in a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """Return the (first, last) step of a timeline, counted from 1 and inclusive; (0, 0) without a timeline. ValueError. Pure."""
+    """Return (first, last) step of a timeline, counted from 1, both included; (0, 0) for none. ValueError. Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")
     if len(words) != 2 or not all(word.isascii() and word.isdecimal() for word in words):
         raise ValueError("give the first and the last step, as in 10:12")
     first, last = map(int, words)
-    if not 1 <= first <= last < first + LONGEST:
-        raise ValueError(f"steps count from 1, the last must not be before the first, and at most {LONGEST} are recorded")
+    if not 1 <= first <= last < first + MAX_STEPS:
+        raise ValueError(f"steps count from 1, the last must not be before the first, and at most {MAX_STEPS} are recorded")
     return first, last
 
 
 def _kind_problems(settings: Settings) -> Iterator[str]:
-    """Yield problems with model.kind and with settings of a single kind."""
+    """Yield the problems of model.kind and of settings that only some kinds of model use."""
     model = settings["model.kind"]
     module, colon, factory = model.partition(":")
     if model not in KINDS and not (colon and factory.isidentifier() and all(map(str.isidentifier, module.split(".")))):
         yield f"model.kind={model} must be {', '.join(KINDS)}, or MODULE:FACTORY for your own model, as in models.rnn:make"
     if model in KINDS and settings["model.options"]:
         yield f"model.options={settings['model.options']} requires a custom model.kind, not {model}"
-    for key, value in TRANSFORMERS.items() if model == "lstm" else ():
+    for key, value in TRANSFORMER_ONLY.items() if model == "lstm" else ():
         if settings[f"model.{key}"] != value:
             yield f"model.{key}={settings[f'model.{key}']} requires model.kind=transformer; it has no effect with lstm"
 
 
 def table() -> str:
-    """Return the table of docs/methods.md: settings that cannot be combined. All others can. Independent."""
+    """Return the table of unsupported combinations for docs/methods.md. Independent."""
     rows = [("setting", "cannot be combined with", "reason")]
     rows += [(f"`{rule.one}`", f"`{rule.other}`", rule.why) for rule in RULES]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]

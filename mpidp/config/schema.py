@@ -1,6 +1,6 @@
-"""The configuration: all sections of settings, what contradicts what, and how it is written down.
+"""The configuration: all sections of settings, checks for contradictions, and TOML output.
 
-How settings are given is arguments.py's business. Nothing here imports torch or MPI.
+command_line.py reads settings from files and arguments. Imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpidp.model.shape import rope_scaling
 
 @dataclass(frozen=True)
 class Config:
-    """All sections. `Config()` is a run of the embedded corpus."""
+    """All sections of settings. `Config()` trains on the embedded corpus."""
 
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -46,7 +46,7 @@ class Config:
     energy: EnergySettings = field(default_factory=EnergySettings)
 
     def with_values(self, **sections: Mapping[str, Any]) -> Config:
-        """A copy: config.with_values(train={"lanes": 8}). Values are trusted; checks are from_args's."""
+        """Return a copy with changed values: config.with_values(train={"lanes": 8}). Values are not checked."""
         return dataclasses.replace(self, **{s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()})
 
     def flat(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Config:
 
 
 def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """(section.key, field, value) of every setting, in order."""
+    """Yield (section.key, field, value) for each setting, in order."""
     config = config or Config()
     for section in dataclasses.fields(Config):
         part = getattr(config, section.name)
@@ -63,11 +63,11 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
             yield f"{section.name}.{f.name}", f, getattr(part, f.name)
 
 
-def _misshapen(model: ModelSettings) -> Iterator[str]:
+def _shape_problems(model: ModelSettings) -> Iterator[str]:
     if model.head_dim % 2:
         yield f"model.head_dim={model.head_dim} must be even"
     elif not model.head_dim and (model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2):
-        yield f"model.model_dim={model.model_dim} must be an even multiple of model.num_heads={model.num_heads}"
+        yield (f"model.model_dim={model.model_dim} / model.num_heads={model.num_heads}: the head size must be an even integer")
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         yield f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
     try:
@@ -77,7 +77,7 @@ def _misshapen(model: ModelSettings) -> Iterator[str]:
 
 
 def checked(config: Config) -> Config:
-    """The same config once no setting contradicts another. UsageError. Independent."""
+    """Return the config unchanged. UsageError if settings contradict each other. Independent."""
     model, train, optim, comm = config.model, config.train, config.optim, config.comm
     problems = []
     if train.global_batch < train.micro_batch:
@@ -85,37 +85,37 @@ def checked(config: Config) -> Config:
     num_micro_batches = -(-train.global_batch // train.micro_batch)
     if train.lanes > num_micro_batches:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
-    taken_from_there = train.init_from and not model.vocab_size  # then most of the model is still to be learned from there
-    if model.kind == "transformer" and not taken_from_there:
-        problems += _misshapen(model)
+    shape_unknown = train.init_from and not model.vocab_size  # the shape will be read from init_from
+    if model.kind == "transformer" and not shape_unknown:
+        problems += _shape_problems(model)
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
-        problems.append("train.steps, train.tokens and train.epochs: give one of them")
+        problems.append("set only one of train.steps, train.tokens and train.epochs")
     problems += rules.problems(config.flat())
     plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
     needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")
     if needs_tree and comm.reducer not in ("auto", "tree"):
-        problems.append(f"{', '.join(needs_tree)}: works with comm.reducer=tree, not with comm.reducer={comm.reducer}")
+        problems.append(f"{', '.join(needs_tree)}: requires comm.reducer=tree, not comm.reducer={comm.reducer}")
     if comm.compress != "none" and (needs_tree or comm.reducer not in ("auto", "allreduce")):
         wrong = needs_tree + [f"comm.reducer={comm.reducer}"] * (comm.reducer not in ("auto", "allreduce"))
-        problems.append(f"comm.compress={comm.compress} is a sum of messages of its own and works without {', '.join(wrong)}")
+        problems.append(f"comm.compress={comm.compress} is not supported with {', '.join(wrong)}")
     if comm.compress not in ("topk", "randomk"):
         sparse = {"comm.ratio": comm.ratio, "comm.ratio_warmup": comm.ratio_warmup, "comm.momentum": comm.momentum}
         problems += [
-            f"{key}={value} is for comm.compress=topk and randomk, not for comm.compress={comm.compress}"
+            f"{key}={value} requires comm.compress=topk or randomk, not comm.compress={comm.compress}"
             for key, value in sparse.items() if value
         ]
     if train.balance == "steal" and comm.transport == "messages":
-        problems.append("train.balance=steal takes lanes through a shared window, and comm.transport=messages forbids one")
+        problems.append("train.balance=steal needs a shared memory window, and comm.transport=messages disables it")
     if train.balance == "steal" and comm.overlap in ("thread", "poll"):
-        problems.append("comm.overlap needs to know a rank's last lane, and with train.balance=steal nobody does")
+        problems.append("comm.overlap needs to know the last lane of a rank, which is not known with train.balance=steal")
     if comm.gpu == "nccl":
         nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
         others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]
         if others:
-            problems.append(f"comm.gpu=nccl adds gradients of GPUs in their own stream: not with {', '.join(others)}")
+            problems.append(f"comm.gpu=nccl reduces gradients on the GPU and is not supported with {', '.join(others)}")
     if 0 < train.spike <= 1:
-        problems.append(f"train.spike={train.spike} must be more than 1, the usual gradient norm, or 0")
+        problems.append(f"train.spike={train.spike} must be more than 1 (a multiple of the usual gradient norm), or 0 (off)")
     if optim.min_lr > optim.lr:
         problems.append(f"optim.min_lr={optim.min_lr} is more than optim.lr={optim.lr}")
     if train.steps and optim.warmup_steps > train.steps:
@@ -126,7 +126,7 @@ def checked(config: Config) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The config as a file that from_args reads back to the same config."""
+    """Return the config as TOML text; from_args reads it back to the same config."""
     lines: list[str] = []
     section = ""
     for key, _, value in fields_of(config):

@@ -1,12 +1,12 @@
-"""Do the replicas still hold the same bits, and does every rank compute what another would? Memory and cores fail silently.
+"""Audits detect silent errors of memory and cores.
 
-Every `every` steps two things are looked at. *Weights*: replicas compare checksums of parameters and optimizer state, tensor by
-tensor; one that differs from a majority is overwritten from it, and where there is none the run goes back to its last
-checkpoint, before which weights were compared too. *Computing*: of every rank one lane is computed a second time by another
-rank, in rotation, before the gradients are added; the two must agree bit for bit, else the step is done again.
+Every `every` steps an audit checks two things. *Weights*: replicas compare checksums of parameters and optimizer state, tensor by
+tensor. A replica that differs from the majority is overwritten with the majority's state; without a majority the run returns to
+its last checkpoint, before which weights were also compared. *Computation*: one lane of each rank is computed a second time by
+another rank, in rotation, before gradients are reduced. If the two results are not bit-identical, the step is repeated.
 
-On a mesh each part of the model is compared with the same part of the other replicas. What every rank of a stage has (gains of
-norms) is compared between these, too: where replicas know no better, the run goes back.
+On a mesh, each part of the model is compared with the same part of the other replicas. Parameters that all ranks of a stage hold
+(gains of norms) are compared within the stage, too. If they differ only there, the run returns to its last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mpidp.reducers.buckets import FlatLayout, GradientBuffer
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum of its float32 as integers, modulo 2^64: any one flipped bit changes it, the order of addition does not.
-    Independent."""
+    """Return the sum of a float32 tensor's bits as integers, modulo 2^64. Any flipped bit changes it; the order of addition does
+    not. Independent."""
     return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
-    """(a row that more than half agree with, those that differ from it); (None, all) when there is no majority. Pure."""
+    """Return (index of the majority's row, indices of rows that differ from it); (None, all) without a majority. Pure."""
     row, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None, list(range(len(rows)))
@@ -42,14 +42,14 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
-    """The ranks that most pairs which disagree have in common: with three ranks or more each is in two pairs, so one that
-    computes wrongly stands out. Pure."""
+    """Return the ranks that occur in most of the disagreeing pairs. With three or more ranks, each rank is in two pairs, so a
+    rank that computes wrong results occurs more often than the others. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
 
 class SpareSlot:
-    """What the engine sees of a strategy when a lane is computed for comparison only: gradients go to a spare slot."""
+    """Takes the place of the strategy while a lane is computed for comparison only: gradients go to a spare slot."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
         self._buffer, self._slot = buffer, slot
@@ -58,61 +58,61 @@ class SpareSlot:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Backward of micro-batch v runs inside. Independent."""
+        """Context in which the backward of micro-batch v runs. Independent."""
         self._buffer.point(self._slot)
         yield
 
 
 @dataclass
 class AuditFinding:
-    """What an audit found: the same on every rank."""
+    """An error that an audit found; equal on all ranks."""
 
-    ranks: list[int]  # whose bits differ, or all that may be wrong
+    ranks: list[int]  # ranks with different bits, or all ranks that may be wrong
     what: str
     repaired: bool
 
 
 class Audit:
-    """The bookkeeping of audits; who computes and who is asked is fit's business."""
+    """The state of audits. training/step.py runs the computations."""
 
     def __init__(
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
         is_cut: Callable[[str], bool],
     ) -> None:
-        """every: 0 for never. replicas: the ranks that hold each copy of the flat tensors, named after what they hold.
-        is_cut: has each rank of a stage another part of this parameter?"""
+        """every: steps between audits; 0: never. replicas: the ranks that share each copy of the flat tensors. flats: the flat
+        tensors by name. is_cut: whether the ranks of a stage hold different parts of this parameter."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
-        self._lanes: dict[int, int] = {}  # audited in this step -> whose they are by rights
+        self._lanes: dict[int, int] = {}  # lanes audited in this step -> the rank that owns each
         self._table = np.zeros((3, self.comm.size), dtype=np.int64)
 
     def _rank(self, replica: int) -> int:
-        """In the whole job, of who has this rank's part in another replica. Independent."""
+        """Return the job rank that holds this rank's part of the model in another replica. Independent."""
         return replica * self._grid.parts + self._grid.model.rank
 
-    def _told(self, *mine: AuditFinding | None) -> AuditFinding | None:
-        """What any rank found: the same on every rank. Collective over the job's ranks."""
-        found = [finding for finding in mine if finding is not None]
-        if self._grid.parts == 1:  # all have compared the same
+    def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
+        """Return the findings of all ranks as one, equal on all ranks. Collective over the job's ranks."""
+        found = [finding for finding in own if finding is not None]
+        if self._grid.parts == 1:  # all ranks have the same result
             return found[0] if found else None
         any_found = np.array([len(found)])
         self._grid.world.Allreduce(MPI.IN_PLACE, any_found)
         if not any_found[0]:
             return None
-        told = [one for some in self._grid.world.allgather(found) for one in some]
-        ranks = sorted({rank for one in told for rank in one.ranks})
-        return AuditFinding(ranks, "; ".join(dict.fromkeys(one.what for one in told)), all(one.repaired for one in told))
+        findings = [one for some in self._grid.world.allgather(found) for one in some]
+        ranks = sorted({rank for one in findings for rank in one.ranks})
+        return AuditFinding(ranks, "; ".join(dict.fromkeys(one.what for one in findings)), all(one.repaired for one in findings))
 
     def due(self, step: int) -> bool:
-        """Is this step audited? Independent."""
+        """Return whether this step is audited. Independent."""
         return bool(self.every) and step % self.every == 0
 
     # Computing -----------------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
-        """A step's audit begins: (lane that this rank computes a second time, all lanes looked at). Independent."""
+        """Begin the audit of a step. Return (lane that this rank computes a second time, all audited lanes). Independent."""
         size, round_ = self.comm.size, step // self.every
-        # Not half way round: there the same two would check each other twice, and which of them is wrong would not show.
+        # Not offset size / 2: the same two ranks would check each other twice, and one could not tell which of them is wrong.
         offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
         offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]
@@ -121,13 +121,13 @@ class Audit:
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
     def record(self, lane: int, gradient: Tensor) -> None:
-        """This rank has computed a lane in the ordinary way. Independent."""
+        """Record the checksum of a lane that this rank computed as part of the step. Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)
             self._table[2, self._lanes[lane]] += self.comm.rank
 
     def compare(self, lane: int, gradient: Tensor) -> AuditFinding | None:
-        """This rank has computed a lane a second time: do all pairs agree? Collective over the job's ranks."""
+        """Compare the second computation of a lane with the first, on all ranks. Collective over the job's ranks."""
         whose = self._lanes[lane]
         self._table[1, whose] = checksum(gradient)
         again = np.zeros(self.comm.size, dtype=np.int64)
@@ -138,19 +138,19 @@ class Audit:
         lane_of = {rank: lane for lane, rank in self._lanes.items()}
         wrong = [r for r in range(self.comm.size) if first[r] != second[r]]
         if not wrong:
-            return self._told()
+            return self._combine()
         ranks = [self._rank(r) for r in suspects([(by[r], int(again[r])) for r in wrong])]
         pairs = ", ".join(f"lane {lane_of[r]} (rank {self._rank(by[r])} and rank {self._rank(int(again[r]))})" for r in wrong)
-        return self._told(AuditFinding(ranks, f"two computations of one lane differ: {pairs}", repaired=False))
+        return self._combine(AuditFinding(ranks, f"two computations of one lane differ: {pairs}", repaired=False))
 
     # Weights -------------------------------------------------------------------------------------------------------------
 
     def weights(self) -> AuditFinding | None:
-        """Compare the replicas, and repair what a majority knows better. Collective over the job's ranks."""
-        return self._told(self._between_replicas(), self._within_stage())
+        """Compare the replicas and repair those that differ from the majority. Collective over the job's ranks."""
+        return self._combine(self._between_replicas(), self._within_stage())
 
     def _views(self) -> dict[str, Tensor]:
-        """Of every parameter and what belongs to it, by name. Independent."""
+        """Return the views of all parameters and their optimizer state, by name. Independent."""
         layout: FlatLayout = self.buffer.layout
         return {
             f"{name}{suffix}": view for suffix, flat in self._flats.items()
@@ -159,17 +159,17 @@ class Audit:
 
     def _between_replicas(self) -> AuditFinding | None:
         views = self._views()
-        speak = [members[0] for members in self.replicas]  # ranks that share a copy all see the same
-        good, bad, what = _compare(self.comm, views, speak)
+        first_ranks = [members[0] for members in self.replicas]  # ranks that share a copy read the same memory
+        good, bad, what = _compare(self.comm, views, first_ranks)
         if not bad:
             return None
         ranks = [self._rank(rank) for b in bad for rank in self.replicas[b]]
         if good is None:
-            return AuditFinding(ranks, f"{what} between replicas, and there is no majority", repaired=False)
+            return AuditFinding(ranks, f"{what} between replicas, without a majority", repaired=False)
         for flat in self._flats.values():
             wire = flat.cpu()
             for start, stop in pieces(0, wire.numel()):
-                self.comm.Bcast(buf(wire[start:stop]), root=speak[good])
+                self.comm.Bcast(buf(wire[start:stop]), root=first_ranks[good])
             flat.copy_(wire)
         return AuditFinding(ranks, f"{what} from the majority's", repaired=True)
 
@@ -183,12 +183,13 @@ class Audit:
         return AuditFinding([first + b for b in bad], f"{what} between the ranks of a stage", repaired=False) if bad else None
 
 
-def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], speak: Sequence[int]) -> tuple[int | None, list[int], str]:
-    """(whose are right, whose are not, of those who speak; words), as vote has it. Collective over comm."""
+def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[int | None, list[int], str]:
+    """Compare the checksums of views on `ranks`. Return (index of a correct rank or None, indices of wrong ranks, description).
+    Collective over comm."""
     row = np.array([checksum(view) for view in views.values()], dtype=np.int64)
     table = np.empty((comm.size, len(row)), dtype=np.int64)
     comm.Allgather(row, table)
-    rows = [tuple(table[rank].tolist()) for rank in speak]
+    rows = [tuple(table[rank].tolist()) for rank in ranks]
     good, bad = vote(rows)
     base = rows[good if good is not None else 0]
     different = [name for i, name in enumerate(views) if any(rows[b][i] != base[i] for b in bad)]

@@ -1,24 +1,25 @@
-"""Faults on purpose, for tests and benchmarks: the environment variable MPIDP_FAULT says which, where and when.
+"""Fault injection for tests and benchmarks. The environment variable MPIDP_FAULT defines which faults occur, where and when.
 
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
-Words are separated by spaces: `kind:rank:step[:phase][,name=value...]`. rank: its number when the job started. step: the one
-being computed, counted from 1; in the phases evaluate, checkpoint and respawn the one that was made last. Each happens once in a
-process, also where the run goes back or goes on without a dead rank. Nothing here imports torch or MPI.
+Faults are separated by spaces; each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
+started. step: the step being computed, counted from 1; in the phases evaluate, checkpoint and respawn, the last completed step.
+Each fault occurs once per process, even if the run returns to a checkpoint or continues without failed ranks. Imports neither
+torch nor MPI.
 
 | kind | what happens |
 |---|---|
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | os._exit(3), sys.exit(3), a RuntimeError |
-| hang, gil | it sleeps for ever; gil: and lets no other thread run |
-| delay | in steps from this one (until=): it sleeps after each micro-batch: seconds=, and (factor= - 1) times what that took |
-| nan | the gradient of one batch is not finite; times=: of so many batches in a row |
-| wrong | the gradient is wrong: once, a glitch that is gone when the step is done again; until=: in all those steps |
-| flip | after the update, a bit of the first number of a parameter is flipped: tensor= (which, in order), bit= (0..31) |
+| hang, gil | the rank sleeps forever; gil: and keeps the GIL, so that no other thread runs |
+| delay | from this step on (to until=), the rank sleeps after each micro-batch: seconds= plus (factor= - 1) x its duration |
+| nan | the gradient of one batch is not finite; times=: the gradients of that many batches in a row |
+| wrong | the gradient is wrong: once (correct when the step is repeated); until=: in all steps up to this one |
+| flip | after the update, one bit of a parameter's first element flips: tensor= (index of the parameter), bit= (0..31) |
 
-nan and wrong need comm.reducer=tree, which keeps lanes apart. Those of the first three lines strike when the phase begins
-(default: compute), or `after=SECONDS` later, whatever the rank does by then. Phases of a step: data, compute, comm_wait, update,
-and in that reduce, apply, publish; after it evaluate, checkpoint; where dead ranks are replaced, respawn.
+nan and wrong need comm.reducer=tree, which keeps lanes separate. Faults of the first three rows occur when the phase begins
+(default: compute), or `after=SECONDS` later in any phase (not sysexit, raise, hang). Phases of a step: data, compute, comm_wait,
+update; within update: reduce, apply, publish; after the update: evaluate, checkpoint; when failed ranks are replaced: respawn.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 from mpidp.errors import UsageError
+from mpidp.runtime.log import log
+from mpidp.runtime.observers import StepObserver
 
 VARIABLE = "MPIDP_FAULT"
 EXAMPLE = f'{VARIABLE}="kill:1:5:reduce,after=0.01 delay:2:1,factor=2 flip:0:5,tensor=3,bit=20"'
-AFTER = ("evaluate", "checkpoint", "respawn")  # the update
-PHASES = ("data", "compute", "comm_wait", "update", "reduce", "apply", "publish", *AFTER)
+PHASES = ("data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "checkpoint", "respawn")
 
 
 def _signal(number: int) -> None:
@@ -60,20 +62,20 @@ def _hold_the_gil() -> NoReturn:
 
 
 def _raise() -> NoReturn:
-    raise RuntimeError(f"a fault on purpose ({VARIABLE})")
+    raise RuntimeError(f"an injected fault ({VARIABLE})")
 
 
 def make_nan(lane: int, gradient: Any) -> None:
-    """The lane's gradient is not finite."""
+    """Make the lane's gradient non-finite."""
     gradient[0] = math.nan
 
 
 def make_wrong(lane: int, gradient: Any) -> None:
-    """A core that adds wrongly, at one place."""
+    """Add 1 to the first element of the gradient, like a faulty core."""
     gradient[0] += 1.0
 
 
-ANYWHERE: dict[str, Callable[[], None]] = {  # a timer's thread can do these to the whole process
+ANYWHERE: dict[str, Callable[[], None]] = {  # these affect the whole process, so a timer thread can cause them
     "kill": partial(_signal, signal.SIGKILL), "segv": partial(_signal, signal.SIGSEGV), "stop": partial(_signal, signal.SIGSTOP),
     "term": partial(_signal, signal.SIGTERM), "usr1": partial(_signal, signal.SIGUSR1), "exit": partial(os._exit, 3),
     "gil": _hold_the_gil,
@@ -82,12 +84,12 @@ ACTIONS = ANYWHERE | {"sysexit": partial(sys.exit, 3), "raise": _raise, "hang": 
 OPTIONS = dict.fromkeys(ACTIONS, ("phase",)) | dict.fromkeys(ANYWHERE, ("phase", "after")) | {
     "delay": ("seconds", "factor", "until"), "nan": ("times",), "wrong": ("until",), "flip": ("tensor", "bit"),
 }
-WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # numbers; the others may have a fraction
+WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # integer options; the others are floats
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One word, read. ValueError for what cannot be."""
+    """One fault. ValueError if its options are not valid."""
 
     kind: str
     rank: int
@@ -96,46 +98,43 @@ class Fault:
     after: float = 0.0
     seconds: float = 0.0
     factor: float = 1.0
-    until: int = 0  # 0: delay: for ever; wrong: this step
+    until: int = 0  # last step; 0: no limit for delay, a single step for wrong
     times: int = 1
     tensor: int = -1
     bit: int = -1
     word: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        _need(self.rank >= 0, f"rank {self.rank} must be 0 or more")
-        _need(self.step >= 1, f"step {self.step} must be 1 or more")
-        _need(self.phase in PHASES, f"phase {self.phase!r} is none of {', '.join(PHASES)}")
+        _require(self.rank >= 0, f"rank {self.rank} must be 0 or more")
+        _require(self.step >= 1, f"step {self.step} must be 1 or more")
+        _require(self.phase in PHASES, f"phase {self.phase!r} is not one of {', '.join(PHASES)}")
         for name, low in (("after", 0), ("seconds", 0), ("factor", 1), ("times", 1)):
-            _need(low <= getattr(self, name) < math.inf, f"{name}={getattr(self, name)} must be {low} or more")
-        _need(self.until in (0, max(self.until, self.step)), f"until={self.until} is before step {self.step}")
-        _need(self.kind != "delay" or self.seconds > 0 or self.factor > 1, "it needs seconds= above 0 or factor= above 1")
-        _need(self.kind != "flip" or self.tensor >= 0, "it needs tensor=, 0 or more")
-        _need(self.kind != "flip" or 0 <= self.bit <= 31, "it needs bit=, in 0..31")
+            _require(low <= getattr(self, name) < math.inf, f"{name}={getattr(self, name)} must be {low} or more")
+        _require(self.until in (0, max(self.until, self.step)), f"until={self.until} is before step {self.step}")
+        _require(self.kind != "delay" or self.seconds > 0 or self.factor > 1, "delay needs seconds= above 0 or factor= above 1")
+        _require(self.kind != "flip" or self.tensor >= 0, "flip needs tensor=, 0 or more")
+        _require(self.kind != "flip" or 0 <= self.bit <= 31, "flip needs bit=, from 0 to 31")
 
 
-class InjectedFaults:
-    """What goes wrong on this rank, and what of it has happened. False when nothing does on any rank. Independent."""
+class InjectedFaults(StepObserver):
+    """The injected faults, and which of them have occurred on this rank. False if no rank has any. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
         self.rank, self.of_this_rank = rank, [fault for fault in faults if fault.rank == rank]
         self._happened: Counter[Fault] = Counter()
-        self._step = 1
 
     def __bool__(self) -> bool:
         return bool(self.of_all_ranks)
 
     @property
     def changes_gradients(self) -> bool:
-        """Are gradients of single lanes to be spoilt, on any rank? Then lanes must be kept apart."""
+        """Whether a fault on any rank changes gradients of single lanes. If so, lanes must be kept separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
-    def trigger(self, step: int, phase: str) -> None:
-        """This rank enters a phase, step being the next to be made: what is to end or stop it there does so, now or from a
-        timer."""
-        self._step = step
-        place = (step - (phase in AFTER), phase)
+    def enter(self, step: int, phase: str) -> None:
+        """Cause the faults that end or stop this rank when it enters a phase of a step, now or by a timer."""
+        place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
                 if fault.after:
@@ -146,8 +145,8 @@ class InjectedFaults:
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """What is to be done to each lane's gradient in this step. A glitch happens at the first attempt alone: it is gone when
-        the step is done again; what lasts several steps happens always: a core that has failed."""
+        """Return the functions that change each lane's gradient in this step. A fault of a single step occurs at the first
+        attempt only; a fault of several steps occurs at each attempt, like a broken core."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
@@ -156,7 +155,7 @@ class InjectedFaults:
         ]
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
-        """After the update of a step: the bits of parameters that are to be flipped."""
+        """Flip bits of parameters after the update of a step."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
@@ -164,37 +163,40 @@ class InjectedFaults:
                 host.numpy().view("uint32")[0] ^= 1 << fault.bit
                 first.copy_(host)
 
+    def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
+        """Context for the computation of a micro-batch; sleeps afterwards if a delay is injected."""
+        delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= step <= (f.until or step)]
+        return self._slowed(delays) if delays and name == "micro_batch" else None
+
     @contextmanager
-    def slowed(self) -> Iterator[None]:
-        """A micro-batch is computed inside; the delays follow it."""
+    def _slowed(self, delays: Sequence[Fault]) -> Iterator[None]:
         began = time.perf_counter()
         yield
         took = time.perf_counter() - began
-        delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= self._step <= (f.until or self._step)]
         pause = sum(fault.seconds + (fault.factor - 1) * took for fault in delays)
         if pause:
             time.sleep(pause)
 
     def _once(self, fault: Fault) -> bool:
-        """Is there a time left for it to happen? Then it does, and says so."""
+        """Return whether the fault should occur now; count the occurrence and print it."""
         if self._happened[fault] >= fault.times:
             return False
         self._happened[fault] += 1
-        print(f"{VARIABLE}: rank {self.rank}: {fault.word}", file=sys.stderr, flush=True)
+        log.warning("%s: rank %d: %s", VARIABLE, self.rank, fault.word)
         return True
 
 
 def parse(text: str, rank: int = 0) -> InjectedFaults:
-    """The faults that a text asks for, as seen by this rank; UsageError when it cannot be read. Independent."""
+    """Parse the text of MPIDP_FAULT for a rank. UsageError. Independent."""
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
 def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ) -> InjectedFaults:
-    """The faults of MPIDP_FAULT, of which rank 0 speaks; none when it is not set. UsageError. Independent."""
+    """Return the faults of MPIDP_FAULT; none if it is not set. Rank 0 prints a warning. UsageError. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     if faults and rank == 0:
-        print(f"{VARIABLE} is set: THIS RUN HAS FAULTS ON PURPOSE: {text}", file=sys.stderr, flush=True)
+        log.warning("%s is set: THIS RUN HAS INJECTED FAULTS: %s", VARIABLE, text)
     return faults
 
 
@@ -202,16 +204,16 @@ def _fault(word: str) -> Fault:
     try:
         where, *pairs = word.split(",")
         kind, *places = where.split(":")
-        _need(kind in OPTIONS, f"{kind!r} is none of {', '.join(OPTIONS)}")
-        _need(2 <= len(places) <= 2 + ("phase" in OPTIONS[kind]), f"{kind} is written {kind}:rank:step"
+        _require(kind in OPTIONS, f"{kind!r} is not one of {', '.join(OPTIONS)}")
+        _require(2 <= len(places) <= 2 + ("phase" in OPTIONS[kind]), f"{kind} is written {kind}:rank:step"
               + "[:phase]" * ("phase" in OPTIONS[kind]))
         values: dict[str, Any] = {"rank": _number("rank", places[0]), "step": _number("step", places[1])}
         values |= dict(zip(["phase"], places[2:], strict=False))
         names = [name for name in OPTIONS[kind] if name != "phase"]
         for pair in pairs:
             name, _, value = pair.partition("=")
-            _need(name in names, f"{kind} takes {', '.join(names) or 'no more'}, not {name!r}")
-            _need(name not in values, f"{name} is said twice")
+            _require(name in names, f"{kind} takes {', '.join(names) or 'no more options'}, not {name!r}")
+            _require(name not in values, f"{name} is given twice")
             values[name] = _number(name, value)
         return Fault(kind, word=word, **values)
     except ValueError as error:
@@ -222,9 +224,9 @@ def _number(name: str, text: str) -> float:
     try:
         return int(text) if name in WHOLE else float(text)
     except ValueError:
-        raise ValueError(f"{name} {text!r} is not a {'whole ' * (name in WHOLE)}number") from None
+        raise ValueError(f"{name} {text!r} is not {'an integer' if name in WHOLE else 'a number'}") from None
 
 
-def _need(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(otherwise)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,9 +1,9 @@
-"""A new process in the place of a rank that died: the launcher starts the job's own command once more, and both sides meet in
-one communicator.
+"""Replace a failed rank by a new process: the launcher starts the job's command again, and the new process joins the other
+ranks in one communicator.
 
-What MPI has for this waits for everybody and for ever. So rank 0 alone has the process started; whatever all must call comes
-after an agreement that all are there, runs in a thread, and is waited for so long and no longer: who dies costs the attempt.
-Each new process is a job of its own to the launcher: those started by one call were not told of each other's deaths.
+MPI's calls for this wait for all ranks without a time limit. Therefore rank 0 alone starts the process. Collective calls come
+after an agreement that all ranks are present, run in a thread, and have a time limit; if a rank fails, only the attempt is lost.
+Each new process is started by a separate call: processes started by one call were not notified of each other's failures.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from typing import Any
 from mpi4py import MPI
 
 from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
 from mpidp.runtime.ulfm import agree, revocable
 
 OPTION = "state_base_recoverable"
 LAUNCH = f"mpirun --with-ft ulfm --prtemca {OPTION} 1 --mca coll ^han,adapt"
-START_SECONDS = 40.0  # for a process to start: it comes before it imports what is slow
-MEET_SECONDS = 20.0  # for a call that all are about to make: milliseconds where nobody dies
+START_SECONDS = 40.0  # time limit for a process to start; it connects before its slow imports
+CONNECT_SECONDS = 20.0  # time limit for a collective call; it takes milliseconds if no rank fails
 
 
 def obstacle_to_respawn(machines: int) -> str:
-    """Why a job on so many machines cannot replace ranks that die; nothing where it can. Independent."""
+    """Return why a job on this many machines cannot replace failed ranks; empty if it can. Independent."""
     if not launched_with_ulfm():
-        return "here a rank that dies ends the job"
+        return "without ULFM, a failed rank ends the job"
     if machines > 1:
-        return f"on {machines} machines a second new rank does not reach the first (Open MPI 5.0)"
-    if not any(OPTION.encode() in words for words in _launchers_words()):
-        return "mpirun's exit code would be that of a failure"
+        return f"on {machines} machines, a second new rank cannot connect to the first (Open MPI 5.0)"
+    if not any(OPTION.encode() in text for text in _ancestor_texts()):
+        return "mpirun would exit with an error code"
     return ""
 
 
-def _launchers_words() -> list[bytes]:
-    """Command lines and environments of this process's ancestors: mpirun, or its daemon, is one."""
+def _ancestor_texts() -> list[bytes]:
+    """Return command lines and environments of this process's ancestors, which include mpirun or its daemon."""
     found, pid = [], os.getppid()
-    with suppress(OSError, IndexError, ValueError):  # of another user
+    with suppress(OSError, IndexError, ValueError):  # processes of other users cannot be read
         while pid > 1:
             found += [Path(f"/proc/{pid}/{what}").read_bytes() for what in ("cmdline", "environ")]
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -51,23 +52,25 @@ def _launchers_words() -> list[bytes]:
 
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
-    """The ranks of world in their order, and after them a new one, which holds rank 0's message. None when that failed: world is
-    what it was, unless somebody died. alive: called all the time. Collective over world."""
+    """Start a new rank. Return a communicator of world's ranks and the new one, last; the new rank receives rank 0's message.
+
+    None if this failed; world is unchanged unless a rank failed. alive: called repeatedly while waiting. Collective over
+    world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
-    inter = _with_timeout(lambda late: _bridge(world, pair), MEET_SECONDS, alive)
+    inter = _with_timeout(lambda late: _bridge(world, pair), CONNECT_SECONDS, alive)
     if not agree(world, inter is not None):
         return None
-    larger = _with_timeout(lambda late: inter.Merge(high=False), MEET_SECONDS, alive)
+    larger = _with_timeout(lambda late: inter.Merge(high=False), CONNECT_SECONDS, alive)
     if not agree(world, larger is not None):
         return None
     return larger if _broadcast(revocable(larger), message) is not None else None
 
 
 def join() -> tuple[MPI.Intracomm, Any]:
-    """The new process's side of it: (all ranks, the message). Where they do not meet the process is gone. Collective over those
-    whom it joins."""
+    """Join the job, in the new process. Return (communicator of all ranks, the message). If this fails, the process ends.
+    Collective over all ranks."""
     try:
         parent = MPI.Comm.Get_parent()
         pair = parent.Merge(high=True)
@@ -78,15 +81,16 @@ def join() -> tuple[MPI.Intracomm, Any]:
         message = None
     if message is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.alarm(0)  # set by is_replacement_rank
+    signal.alarm(0)  # set by is_replacement_rank()
     return world, message
 
 
 def _start(late: threading.Event) -> MPI.Intracomm:
-    """This rank and a new process, started by the command line of this one. Independent."""
-    info = MPI.Info.Create({"wdir": os.getcwd(), "PMIX_BINDTO": "none", "PMIX_MAPBY": "slot:OVERSUBSCRIBE"})  # no slot gets free
+    """Start a new process with this rank's command line. Return a communicator of both. Independent."""
+    # OVERSUBSCRIBE, since a failed rank's slot is not released.
+    info = MPI.Info.Create({"wdir": os.getcwd(), "PMIX_BINDTO": "none", "PMIX_MAPBY": "slot:OVERSUBSCRIBE"})
     parent = MPI.COMM_SELF.Spawn(sys.executable, sys.orig_argv[1:], 1, info)
-    if late.is_set():  # it will find nobody, and leave
+    if late.is_set():  # the new process finds no other rank and exits
         raise MPI.Exception(MPI.ERR_SPAWN)
     pair = parent.Merge(high=False)
     parent.Disconnect()
@@ -94,28 +98,29 @@ def _start(late: threading.Event) -> MPI.Intracomm:
 
 
 def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
-    """Between world and the new process. pair: on rank 0, the two of them. Collective over world."""
-    ours = world.Dup()
+    """Return an intercommunicator between world and the new process. pair: rank 0 and it. Collective over world."""
+    duplicate = world.Dup()
     try:
-        return ours.Create_intercomm(0, pair, 1)
-    except MPI.Exception:  # rank 0 alone sees that the new one is dead
-        ours.Revoke()
+        return duplicate.Create_intercomm(0, pair, 1)
+    except MPI.Exception:  # only rank 0 detects that the new process failed
+        duplicate.Revoke()
         raise
 
 
 def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
-    """Rank 0's message on all, or None on all. Collective over world."""
-    told = None
+    """Broadcast rank 0's message; return None on all ranks if this fails. Collective over world."""
+    received = None
     if agree(world, True):
         try:
-            told = world.bcast(message)
+            received = world.bcast(message)
         except MPI.Exception:
             world.Revoke()
-    return told if agree(world, told is not None) else None
+    return received if agree(world, received is not None) else None
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """What the call gives; None when it fails or has not returned by then: its thread stays behind, and finds its event set."""
+    """Run call in a thread and return its result; None if it fails or times out. After a timeout the thread keeps
+    running, and its event is set."""
     found: list[Any] = []
     late = threading.Event()
 
@@ -123,7 +128,7 @@ def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive:
         try:
             found.append(call(late))
         except MPI.Exception as failure:
-            print(f"warning: {failure}", file=sys.stderr, flush=True)
+            log.warning("warning: %s", failure)
             found.append(None)
 
     threading.Thread(target=run, name="respawn", daemon=True).start()

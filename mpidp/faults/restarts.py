@@ -1,4 +1,4 @@
-"""A run that starts again and again and gets nowhere is not started once more: RUN/tries.json counts, and says why."""
+"""Limit repeated starts without progress: RUN/tries.json counts starts from the same checkpoint and records the last error."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from mpidp.runtime.files import write_file
 
 
 class RestartLog:
-    """Starts in a row from the same checkpoint that did not end well. Independent."""
+    """The starts in a row from the same checkpoint that failed. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
-        """begun: this process joins a start that is counted already."""
+        """begun: True in a process that joins a start which is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """A start from the checkpoint of this step; -1: from the beginning. UsageError on rank 0 after `most` of them."""
+        """Count a start from the checkpoint of this step (-1: from the beginning). UsageError on rank 0 after `most` starts."""
         self._begun = True
         if rank:
             return
-        told = self._read()
-        tries = int(told["tries"]) if told.get("step") == step else 0
+        record = self._read()
+        tries = int(record["tries"]) if record.get("step") == step else 0
         if tries >= most:
             self._begun = False
             where = f"the checkpoint of step {step}" if step >= 0 else "the beginning"
             raise UsageError(
-                f"{tries} starts in a row from {where} ended without another checkpoint. The last one "
-                + (f"said: {told['words']}. " if told["words"] else "left no word: it was killed (memory? a node? the time?). ")
-                + f"When that is mended, remove {self.path}, or allow more with --run.tries={tries + 1}"
+                f"{tries} starts in a row from {where} ended without another checkpoint. "
+                + (f"The last error was: {record['words']}. " if record["words"] else
+                   "The last one left no error message: it was killed (out of memory, node failure or time limit?). ")
+                + f"When the cause is fixed, remove {self.path}, or allow more starts with --run.tries={tries + 1}"
             )
         self._write({"step": step, "tries": tries + 1, "words": ""})
 
-    def failed(self, words: str) -> None:
-        """The last words of this start."""
-        self._write(self._read() | {"words": words[:2000]})
+    def failed(self, message: str) -> None:
+        """Record the error message of this start."""
+        self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """What came of it, on the rank that knows: rank 0, and any that fails alone."""
+        """Record how this start ended. Writes on rank 0, and on a rank that fails alone."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere
@@ -53,11 +54,11 @@ class RestartLog:
 
     def _read(self) -> dict[str, Any]:
         try:
-            told = json.loads(self.path.read_text())
-            return {"step": int(told["step"]), "tries": int(told["tries"]), "words": str(told["words"])}
+            record = json.loads(self.path.read_text())
+            return {"step": int(record["step"]), "tries": int(record["tries"]), "words": str(record["words"])}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def _write(self, told: dict[str, Any]) -> None:
-        with suppress(OSError):  # a full disk must not stop a run that needs none
-            write_file(self.path, json.dumps(told).encode())
+    def _write(self, record: dict[str, Any]) -> None:
+        with suppress(OSError):  # a full disk must not stop the run
+            write_file(self.path, json.dumps(record).encode())

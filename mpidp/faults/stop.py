@@ -1,5 +1,5 @@
-"""Being asked to stop: a signal, a file or the job's time limit sets a flag; the ranks agree on it in the step. No MPI call in a
-handler."""
+"""Stop requests: a signal, a file or the job's time limit sets a flag, and the ranks agree on it in the step. Signal handlers
+make no MPI calls."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ TAKEN_OVER = "another copy of this job has taken over"
 
 
 class StopRequest:
-    """Set by SIGUSR1 (the one signal that both mpiruns hand on), SIGTERM, SIGINT, a file STOP in run.dir, the clock, or the loss
-    of the run's lock. Independent."""
+    """A stop is requested by SIGUSR1 (the only signal that both mpiruns forward), SIGTERM, SIGINT, a file STOP in run.dir, the
+    time limit, or the loss of the run's lock. Independent."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False) -> None:
-        """stop_file: looked for by wanted(); None on ranks that need not look. stop_at: seconds since 1970. lost: is the run
-        another's now?"""
-        self.reason = ""
+    def __init__(
+        self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
+        reason: str = "",
+    ) -> None:
+        """stop_file: checked by requested(); None on ranks that do not check it. stop_at: seconds since 1970. lost: returns
+        whether another job has taken over the run. reason: for a stop that was requested before."""
+        self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
@@ -34,7 +37,7 @@ class StopRequest:
         self.reason = signal.Signals(number).name
 
     def requested(self) -> bool:
-        """Has this rank been asked to stop?"""
+        """Return whether a stop has been requested on this rank."""
         if self._lost():
             self.reason = TAKEN_OVER
         elif not self.reason and self._stop_file is not None and self._stop_file.exists():
@@ -44,7 +47,7 @@ class StopRequest:
         return bool(self.reason)
 
     def close(self) -> None:
-        """Give the signals back, and take the file away: it was obeyed."""
+        """Restore the signal handlers and remove the stop file."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._stop_file is not None and self.reason not in ("", TAKEN_OVER):
@@ -52,23 +55,24 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """When to stop for a job that ends then: so much earlier, but at most a tenth of what is left. Never for a job without an
-    end, or one that is past: it belongs to another job. Pure."""
+    """Return when to stop a job that ends at `end`: early_seconds before, or a tenth of the remaining time if that is less.
+
+    Infinity if there is no end, or if it is in the past and therefore belongs to another job. Pure."""
     if end is None or end <= now or not early_seconds:
         return math.inf
     return end - min(early_seconds, (end - now) / 10)
 
 
 def job_end(environment: Mapping[str, str] = os.environ, timeout_seconds: float = 5.0) -> float | None:
-    """When Slurm will end this job, in seconds since 1970: newer versions say it in the environment, others when asked. None
-    where nobody knows. Independent."""
+    """Return when Slurm will end this job, in seconds since 1970, from the environment or from squeue; None if unknown.
+    Independent."""
     job = environment.get("SLURM_JOB_ID")
     if not job:
         return None
     with suppress(ValueError):
         return float(environment.get("SLURM_JOB_END_TIME", ""))
-    with suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):  # "N/A" is no time either
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, check=True,
+    with suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):  # squeue may print N/A
+        result = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True, check=True,
                                timeout=timeout_seconds, stdin=subprocess.DEVNULL, env=dict(environment))
-        return datetime.fromisoformat(asked.stdout.split()[0]).timestamp()
+        return datetime.fromisoformat(result.stdout.split()[0]).timestamp()
     return None

@@ -20,7 +20,7 @@ from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.folder import ModelFolder
 from mpidp.model.kinds import saved_shape
-from mpidp.model.part import refuse
+from mpidp.model.part import check_split
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.grid import Grid, make_grid
 from mpidp.parallel.model_part import ModelPartition
@@ -67,7 +67,7 @@ class Loaded:
         logits, tp = self.forward(tokens, caches), self.grid.tp
         found = np.zeros((len(tokens), self.model.shape.vocab_size), dtype=np.float32)
         if logits is not None:
-            columns = self.model.part.share(found.shape[1])
+            columns = self.model.part.own_range(found.shape[1])
             found[:, columns.start : columns.stop] = logits[:, -1].float().cpu().numpy()
             if tp.size > 1:
                 tp.Allreduce(MPI.IN_PLACE, found)  # exact: each entry is nonzero on one rank only
@@ -136,7 +136,7 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])
-        refuse(shape, grid.tp.size, grid.pp.size)
+        check_split(shape, grid.tp.size, grid.pp.size)
         parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]
         model = base_weights(settings, shape, parts.part)
@@ -151,7 +151,7 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
     if grid.tp.size > 1:
         tensor_comm = TensorComm(grid, wire)
         share_layers(model, tensor_comm)
-        loaded.losses = loss_over(tensor_comm, parts.part.share(shape.vocab_size).start)
+        loaded.losses = loss_over(tensor_comm, parts.part.own_range(shape.vocab_size).start)
     if grid.pp.size > 1:
         loaded.stages = Stages(grid, wire, where)
     return loaded

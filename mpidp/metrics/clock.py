@@ -1,4 +1,4 @@
-"""Seconds spent in each phase of a step."""
+"""Measure the seconds spent in each phase of a step."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
+
 
 class Clock:
-    """Seconds spent in named phases, which may lie inside each other, since the last take(). Independent."""
+    """Seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
 
-    def __init__(self) -> None:
+    def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
+        """observers: notified of each phase as a span."""
+        self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """Gives a function that says how many seconds it has been."""
+        """Context that times a phase. Yields a function that returns the seconds since it began."""
         begin = time.perf_counter()
-        yield lambda: time.perf_counter() - begin
+        with self._observers.span(phase):
+            yield lambda: time.perf_counter() - begin
         self._seconds[phase] += time.perf_counter() - begin
 
     def so_far(self, phase: str) -> float:
-        """Seconds spent in it since the last take()."""
+        """Return the seconds spent in a phase since the last pop_seconds()."""
         return self._seconds[phase]
 
     def pop_seconds(self) -> dict[str, float]:
-        """{phase_seconds: ...}, and start anew."""
+        """Return {"<phase>_seconds": seconds} and reset all phases."""
         taken = {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
         self._seconds.clear()
         return taken

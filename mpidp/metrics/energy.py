@@ -1,8 +1,8 @@
-"""Joules by the counters of the machine: CPUs by RAPL (Linux's powercap), GPUs by NVML. Where there is no counter, or no
-permission to read it, there is no figure: nothing is guessed.
+"""Energy in joules from hardware counters: CPUs with RAPL (Linux powercap), GPUs with NVML. If a counter is missing or not
+readable, no value is reported; nothing is estimated.
 
-One rank of a machine reads for all of it: whole CPU packages with their memory, whoever uses them, and each GPU of the job once.
-What it read goes to the others with the board of the next step (step.py), so that measuring costs no message.
+One rank per machine reads the counters: whole CPU packages with their memory (including other processes), and each GPU of the job
+once. The values are sent with the report of the next step, so that measuring needs no extra message.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
-EACH_SECONDS = 0.2  # that counters are read, at most
-SELDOM_SECONDS = 30.0  # and at least, by a thread: RAPL's begin anew after some 260 kJ, a quarter of an hour
-Counter = Callable[[], float]  # J since it was last read; OSError
+EACH_SECONDS = 0.2  # minimum time between two readings
+SELDOM_SECONDS = 30.0  # maximum time, kept by a thread: RAPL counters wrap around after about 260 kJ (15 minutes)
+Counter = Callable[[], float]  # returns J since the last call; OSError
 
 
 class Zone:
-    """A RAPL counter: microjoules that begin anew beyond a largest value."""
+    """A RAPL counter in microjoules, which wraps around at a maximum."""
 
     def __init__(self, folder: Path) -> None:
-        """OSError, ValueError where it cannot be read."""
+        """OSError or ValueError if it cannot be read."""
         self._file = folder / "energy_uj"
         self._range = int((folder / "max_energy_range_uj").read_text())
         self._before = int(self._file.read_text())
@@ -37,10 +37,10 @@ class Zone:
 
 
 class Gpu:
-    """A GPU's counter: millijoules since the driver was loaded."""
+    """The energy counter of a GPU, in millijoules since the driver was loaded."""
 
     def __init__(self, nvml: Any, uuid: str) -> None:
-        """nvml: the module pynvml, or alike. Its error where the GPU has none (before Volta; a part of a GPU)."""
+        """nvml: the module pynvml. NVMLError if the GPU has no counter (older than Volta, or a MIG instance)."""
         self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._before = int(nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
@@ -51,8 +51,8 @@ class Gpu:
 
 
 def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
-    """(counters of all packages and their memory, why there is none). Cores and uncore are parts of a package, psys and mmio
-    tell of the same once more: not counted. Independent."""
+    """Return (counters of all packages and their memory, reason if there are none). Cores and uncore are parts of a package, and
+    psys and mmio count the same energy again, so they are skipped. Independent."""
     found: list[Zone] = []
     folders = []
     for folder in sorted(root.glob("intel-rapl:*")):  # AMD's, too
@@ -70,7 +70,7 @@ def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
 
 
 def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
-    """(counters of these GPUs, why they are not there): all or none. Independent."""
+    """Return (counters of these GPUs, reason if there are none): of all GPUs, or of none. Independent."""
     if not uuids:
         return [], ""
     try:
@@ -79,13 +79,13 @@ def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
         pynvml.nvmlInit()
         return [Gpu(pynvml, uuid) for uuid in uuids], ""
     except ImportError:
-        return [], "the package nvidia-ml-py is not here (pip install 'mpidp[energy]')"
-    except Exception as error:  # NVML's own, of many kinds
+        return [], "the package nvidia-ml-py is not installed (pip install 'mpidp[energy]')"
+    except Exception as error:  # NVML raises many kinds of errors
         return [], f"NVML: {error}"
 
 
 class Meter:
-    """What this rank's machine used, if this rank reads its counters. Independent."""
+    """The energy that this rank's machine used, if this rank reads the counters. Independent."""
 
     def __init__(self, counters: Sequence[Counter] = ()) -> None:
         self._counters, self._lock, self._joules = list(counters), threading.Lock(), 0.0
@@ -94,49 +94,51 @@ class Meter:
             threading.Thread(target=self._seldom, name="energy", daemon=True).start()
 
     def pop_joules(self, now: bool = False) -> float:
-        """J since this was last called, as far as counters were read; now: and they are."""
+        """Return the joules measured since the last call. now: read the counters even if the last reading is recent."""
         if not self._counters:
             return 0.0
         with self._lock:
             if now or time.monotonic() - self._read > EACH_SECONDS:
-                self._look()
+                self._read_counters()
             taken, self._joules = self._joules, 0.0
             return taken
 
     def close(self) -> None:
-        """No thread reads any more."""
+        """Stop the thread."""
         self._stop.set()
 
-    def _look(self) -> None:
+    def _read_counters(self) -> None:
         self._read = time.monotonic()
         for counter in self._counters:
-            with suppress(Exception):  # a device that fell off the bus; the next read may tell all
+            with suppress(Exception):  # for example a lost device; the next reading may include the energy
                 self._joules += counter()
 
     def _seldom(self) -> None:
         while not self._stop.wait(SELDOM_SECONDS):
             with self._lock:
                 if time.monotonic() - self._read > SELDOM_SECONDS:
-                    self._look()
+                    self._read_counters()
 
 
 def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POWERCAP) -> tuple[Meter, dict[str, str]]:
-    """(this rank's meter, what it has or lacks in words: cpu, gpu). reads: for its machine, whose GPUs of the job have these
-    uuids; other ranks say nothing. Independent."""
+    """Return (this rank's meter, status of its counters: {"cpu": "RAPL" or a reason, "gpu": "NVML" or a reason}).
+
+    reads: whether this rank reads for its machine. uuids: the job's GPUs on this machine. The status is empty on other ranks.
+    Independent."""
     if not wanted or not reads:
         return Meter(), {}
     cpu, no_cpu = zones(root)
     gpu, no_gpu = gpus(uuids)
-    said = {"cpu": no_cpu or "RAPL", **({"gpu": no_gpu or "NVML"} if uuids else {})}
-    return Meter([*cpu, *gpu]), said
+    status = {"cpu": no_cpu or "RAPL", **({"gpu": no_gpu or "NVML"} if uuids else {})}
+    return Meter([*cpu, *gpu]), status
 
 
-def common_counters(said: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """(what all machines measure of cpu and gpu, why not more), from what each said. Only what all have sums up. Pure."""
-    told = [one for one in said if one]
+def common_counters(statuses: Sequence[dict[str, str]]) -> tuple[list[str], str]:
+    """Return (which of cpu and gpu all machines measure, reasons for the others) from the status of each rank. Pure."""
+    machines = [one for one in statuses if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
-                if any(part in one for one in told) and all(one.get(part, by) == by for one in told)]
+                if any(part in one for one in machines) and all(one.get(part, by) == by for one in machines)]
     reasons = dict.fromkeys(
-        why for one in told for part, why in one.items() if part not in measured and why not in ("RAPL", "NVML")
+        why for one in machines for part, why in one.items() if part not in measured and why not in ("RAPL", "NVML")
     )
-    return measured, "; ".join(reasons) or ("" if told else "metrics.energy=false")
+    return measured, "; ".join(reasons) or ("" if machines else "metrics.energy=false")

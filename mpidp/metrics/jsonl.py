@@ -1,11 +1,10 @@
-"""What a run did: timed phases, one JSON line a step, progress for people on rank 0."""
+"""RUN/metrics.jsonl: one JSON line per step, evaluation or event."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,32 +12,38 @@ from typing import IO, Any
 
 from mpidp.metrics.tensorboard import Scalars
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 
-TAIL_BYTES = 1 << 16  # of a file in which the last lines of a rank that died are looked for
+TAIL_BYTES = 1 << 16  # end of the file in which the last lines of a failed rank 0 are searched
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one JSON object a line, flushed at once, floats in full precision. Rank 0 alone has one."""
+    """RUN/metrics.jsonl: one JSON object per line, flushed at once, floats in full precision. Used on rank 0 only."""
 
-    def __init__(self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Lines of later steps and batches, which a resumed run will do again, and a half line are dropped. latest: this goes on
-        in the place of one that may have lacked the time to write these, and did not write beyond."""
+    def __init__(
+        self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
+        also: Scalars | None = None,
+    ) -> None:
+        """Open the file and delete incomplete lines, and lines of later steps and batches, which a resumed run repeats.
+
+        latest: the last lines of a failed rank 0, which this rank replaces. Those that are missing in the file are added."""
         self._path = path
-        self.also: Scalars | None = None  # is told of each line, too
-        self.lost: dict[str, float] = {}  # what was spent on the lines that are dropped
+        self.also: Scalars | None = None  # also gets each new line
+        self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         if latest is not None:
-            self._mend(latest)
+            self._repair(latest)
         elif path.exists():
             lines = path.read_bytes().split(b"\n")
             kept = [line for line in lines if _belongs(line, step, next_batch)]
             self.lost = lost(list(parsed(lines)), list(parsed(kept)))
             write_file(path, b"".join(line + b"\n" for line in kept))
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._late = b""  # what the disk had no room for
-        self._said = False
+        self._late = b""  # bytes that the full disk did not accept
+        self._warned = False
+        self.also = also
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Numbers that are not finite become null, which every JSON reader takes."""
+        """Append a line. Non-finite numbers become null, which all JSON readers accept."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if self.also is not None:
             self.also.write(plain)
@@ -46,13 +51,13 @@ class MetricsFile:
         try:
             while self._late:
                 self._late = self._late[self._file.write(self._late) :]
-        except OSError as error:  # a full disk does not stop the training
-            if not self._said:
-                print(f"warning: {self._path}: {error}. Its lines wait until there is room", file=sys.stderr, flush=True)
-            self._said = True
+        except OSError as error:  # a full disk must not stop training
+            if not self._warned:
+                log.warning("warning: %s: %s. Its lines are kept in memory until they can be written", self._path, error)
+            self._warned = True
 
-    def _mend(self, latest: Sequence[Mapping[str, Any]]) -> None:
-        """Take the end of the run and a half line away again, and put in what is missing of the latest lines."""
+    def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:
+        """Delete an incomplete line and the end record, and add those of the latest lines that are missing."""
         with open(self._path, "rb+") as file:
             start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
             file.seek(start)
@@ -61,14 +66,14 @@ class MetricsFile:
                 lines.pop()
             file.truncate(start + sum(map(len, lines)))
         known = {_kind(json.loads(line)) for line in lines[bool(start) :]}
-        self._file, self._late, self._said = open(self._path, "ab", buffering=0), b"", False  # noqa: SIM115
+        self._file, self._late, self._warned = open(self._path, "ab", buffering=0), b"", False  # noqa: SIM115
         for line in latest:
             if _kind(line) not in known:
                 self.write(line)
         self._file.close()
 
     def close(self) -> None:
-        """What found no room by now is lost."""
+        """Close the file. Lines that the disk still does not accept are lost."""
         with suppress(OSError):
             self._file.write(self._late)
             os.fsync(self._file.fileno())
@@ -78,14 +83,14 @@ class MetricsFile:
 
 
 def past(path: Path) -> tuple[int, float]:
-    """(starts and recoveries after the first start, seconds of training) of which a run's file tells. Independent."""
+    """Return (restarts and recoveries, seconds of training) according to a run's file. Independent."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
     return failures, sum(line.get("step_seconds", 0.0) for line in lines)
 
 
 def parsed(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
-    """The records among these lines; what is cut off or is none is left out. Pure."""
+    """Yield the records of these lines; skip incomplete and invalid lines. Pure."""
     for line in lines:
         with suppress(ValueError):
             record = json.loads(line)
@@ -94,7 +99,7 @@ def parsed(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
 
 
 def number(line: Mapping[str, Any], name: str) -> float | None:
-    """A finite number of a line, or None. Pure."""
+    """Return a finite number of a line, or None. Pure."""
     value = line.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -102,8 +107,10 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 
 
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
-    """Seconds of work since the line before, for each. Before a `start` no more counts than its process is old, and nothing that
-    is counted as lost: the rest nobody worked. Lines without a time take none. Pure."""
+    """Yield, for each line, the seconds of work since the previous line.
+
+    Before a `start` line, only the age of its process counts, without seconds that are recorded as lost, since no job worked on
+    the run in the remaining time. Lines without a time count as 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:
@@ -117,7 +124,7 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What was spent on the lines that are not kept, and what was lost before already and is told in them. Pure."""
+    """Return seconds, steps and joules of the lines that are not kept, including earlier losses recorded in them. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}
@@ -129,12 +136,12 @@ def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) 
 
 
 def id_of(line: Mapping[str, Any]) -> str:
-    """The line itself, to be looked up. Pure."""
+    """Return a line as a hashable key. Pure."""
     return json.dumps(line, sort_keys=True)
 
 
 def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What there is one line of."""
+    """Return the key of a line: no two lines of a file have the same."""
     return line["step"], line.get("event"), line.get("batch"), "val_loss" in line
 
 

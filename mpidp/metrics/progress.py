@@ -1,4 +1,4 @@
-"""The progress bar and progress lines of rank 0."""
+"""Progress output of rank 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.runtime.environment import launched_size
 
-PEAK_FLOPS = {  # dense bf16 matrix products a second by the makers' datasheets, by a part of the device's name
+PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by a part of the device name
     "H200": 989e12,
     "H100": 989e12,
     "GH200": 989e12,
@@ -20,12 +20,12 @@ PEAK_FLOPS = {  # dense bf16 matrix products a second by the makers' datasheets,
 
 
 def peak_flops(device_name: str) -> float | None:
-    """None where it is not known: MFU is then not claimed."""
+    """Return the peak FLOP/s of a device; None if unknown, in which case no MFU is reported."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 class Progress:
-    """Plain lines on rank 0, at most one in three seconds, or a live line by rich when a person watches. Independent."""
+    """Prints at most one line every three seconds; on a terminal, updates a live line with rich. Independent."""
 
     def __init__(self, total_steps: int, active: bool) -> None:
         self.total_steps, self.active = total_steps, active
@@ -33,7 +33,7 @@ class Progress:
         self._began = time.perf_counter()
         self._first_step: int | None = None
         self._status: Any = None
-        if active and sys.stdout.isatty() and not launched_size():  # Open MPI gives every rank a terminal of its own
+        if active and sys.stdout.isatty() and not launched_size():  # Open MPI gives each rank its own terminal
             from rich.console import Console
 
             self._status = Console().status("starting")
@@ -44,7 +44,7 @@ class Progress:
             print(text, flush=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One line for a step's record, unless the last was less than three seconds ago."""
+        """Print a line for a step's record, unless the last line is less than three seconds old."""
         step = int(record["step"])
         now = time.perf_counter()
         if self._first_step is None:

@@ -1,4 +1,4 @@
-"""The figures of metrics.jsonl for TensorBoard, by torch's own writer: RUN/tensorboard."""
+"""Write the numbers of metrics.jsonl to RUN/tensorboard, with torch's SummaryWriter."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ LEFT_OUT = ("step", "unix_seconds")
 
 
 def check_tensorboard(wanted: bool) -> None:
-    """UsageError when it is wanted and not here. Independent."""
+    """Raise UsageError if TensorBoard is wanted but not installed. Independent."""
     if wanted and importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
-            "metrics.tensorboard=true, but the package tensorboard is not here: pip install 'mpidp[tensorboard]' (or tensorboard "
-            "itself), or leave it false: metrics.jsonl has the same figures"
+            "metrics.tensorboard=true, but the package tensorboard is not installed: pip install 'mpidp[tensorboard]', or set it "
+            "to false (metrics.jsonl has the same numbers)"
         )
 
 
 class Scalars:
-    """A writer of one run. Rank 0 alone has one. Independent."""
+    """Writes the scalars of a run. Used on rank 0 only. Independent."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """step: after which it goes on; what an earlier job wrote of later ones is hidden."""
+        """step: the last step before this job; TensorBoard hides later steps that an earlier job wrote."""
         from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Each number of a line under its name, at the line's step: steps/NAME, and val/NAME of an evaluation; events as text."""
+        """Write each number of a line at its step, as steps/NAME, or val/NAME for evaluations; write events as text."""
         if "event" in line:
             self._writer.add_text("events", f"step {line['step']}: {line['event']}", int(line["step"]))
             return
@@ -41,5 +41,5 @@ class Scalars:
                 self._writer.add_scalar(f"{group}/{name}", value, int(line["step"]))
 
     def close(self) -> None:
-        """What was written is on the disk."""
+        """Flush and close the files."""
         self._writer.close()

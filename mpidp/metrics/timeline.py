@@ -1,46 +1,49 @@
-"""Some steps of all ranks as spans: RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
+"""Trace some steps on all ranks as spans: RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
 
-Nothing is installed where it is not asked for. Where it is, spans are taken in the steps FIRST to LAST alone: a span costs about
-a microsecond. Clocks of machines are compared by barriers, before the first step and after the last, and moved onto rank 0's.
-On a GPU a span is the host's time: what the device does meanwhile is in the kernels of torch.profiler.
+Without metrics.timeline there is no overhead. Otherwise spans are recorded in steps FIRST to LAST only; a span costs about a
+microsecond. The clocks of the machines are compared with barriers before the first and after the last step, and times are
+converted to rank 0's clock. On a GPU, spans show the host's time; metrics.kernels records the device's kernels.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpidp.metrics.clock import Clock
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
+from mpidp.runtime.observers import StepObserver
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-ROUNDS = 5  # of barriers
-Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end by time.perf_counter(), thread, more
+ROUNDS = 5  # barriers per clock comparison
+PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
+SUB_PHASES = ("reduce", "apply", "publish")  # phases within an update
+NAMES = {"comm_wait": "wait"}  # names of spans in the trace that differ from the phase
+Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
 
 
 @dataclass
 class RankTimeline:
-    """What a rank hands to rank 0."""
+    """The spans of a rank, which it sends to rank 0."""
 
     host: str
     spans: list[Span]
     threads: list[str]
-    moments: list[float] = field(default_factory=list)  # by this rank's clock, when the clocks were compared
-    behind: list[float] = field(default_factory=list)  # then, of rank 0's clock, seconds
+    moments: list[float] = field(default_factory=list)  # times of the clock comparisons, by this rank's clock
+    behind: list[float] = field(default_factory=list)  # seconds to add to this rank's clock to get rank 0's, at these times
 
 
-class Timeline:
-    """Of one rank; without steps it does nothing."""
+class Timeline(StepObserver):
+    """Records the spans of one rank; does nothing if no steps are selected."""
 
     def __init__(
         self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False
@@ -49,53 +52,60 @@ class Timeline:
         self.first, self.last = steps
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
-        self._told, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
+        self._recorded, self._on, self._idents = RankTimeline(host, [], []), False, dict[int, int]()
+        self._open: tuple[str, float] | None = None  # the current sub-phase of an update, and when it began
 
-    def attach(self, job: Any, comm: MPI.Intracomm) -> None:
-        """Watch this job's parts from here on. Collective over comm."""
-        if not self.last or job.position.step >= self.last:
+    def open(self, comm: MPI.Intracomm, step: int) -> None:
+        """Compare clocks before the first selected step. step: number of updates so far. Collective over comm."""
+        if not self.last or step >= self.last:
             self.last = 0
             return
-        self._rank, self._step = comm.rank, lambda: job.position.step + 1
+        self._rank = comm.rank
         self._compare(comm)
-        job.clock = TimelineClock(self)
-        job.engine.watched(self.around)
-        reducer = job.strategy.reducer
-        reducer.finish = self.around("reduction", reducer.finish)
-        name = "sum" if hasattr(reducer, "sum") else "reduce"  # which is in the other
-        setattr(reducer, name, self._bucket(getattr(reducer, name)))
-        job.strategy.enter = self._sub_phases(job.strategy.enter)
+
+    def enter(self, step: int, phase: str) -> None:
+        """Begin a phase within an update. It lasts until the next begins; the last one ends with the update. Independent."""
+        if self.last and phase in SUB_PHASES:
+            self._close_sub_phase()
+            self._open = phase, time.perf_counter()
+
+    def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
+        """Return a context that is recorded as a span if the step is selected; None if it is not recorded. Independent."""
+        if not self.last or name == "micro_batch":
+            return None
+        return self._span(step, name, about)
 
     @contextmanager
-    def span(self, name: str, **more: Any) -> Iterator[None]:
-        """What is done inside, if the step is one of those. Independent."""
+    def _span(self, step: int, name: str, about: dict[str, Any]) -> Iterator[None]:
+        if name == "step":
+            self._begin_step(step)
+        about = about | ({"step": step} if name in PHASES else {})
         began = time.perf_counter()
         try:
             yield
         finally:
+            if name == "update":
+                self._close_sub_phase()
             if self._on:
-                self._told.spans.append((name, began, time.perf_counter(), self._thread(), more))
+                self._recorded.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
-    def around(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same work, as a span."""
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self.span(name):
-                return work(*args, **kwargs)
-
-        return watched
-
-    def begin_step(self) -> None:
-        """A batch begins: of one of the steps? Independent."""
-        self._on = self.first <= self._step() <= self.last
+    def _begin_step(self, step: int) -> None:
+        """Begin a batch; start recording if its step is selected."""
+        self._on = self.first <= step <= self.last
         if self._on and self._kernels and self._profiler is None:
             from torch.profiler import profile
 
             self._profiler = profile()
             self._profiler.__enter__()
 
+    def _close_sub_phase(self) -> None:
+        if self._open is not None and self._on:
+            name, began = self._open
+            self._recorded.spans.append((name, began, time.perf_counter(), self._thread(), {}))
+        self._open = None
+
     def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
-        """After a step at which all ranks met: write the file once the last is behind. Collective over comm."""
+        """Write the file if the last selected step is done. Call where all ranks synchronize. Collective over comm."""
         if not self.last or step < self.last:
             return
         self._on, self.last = False, 0
@@ -103,94 +113,44 @@ class Timeline:
             self._profiler.__exit__(None, None, None)
             self._profiler.export_chrome_trace(str(self._run_dir / f"timeline_kernels_rank{self._rank}.json"))
         self._compare(comm)
-        everyone = comm.gather(self._told)
+        everyone = comm.gather(self._recorded)
         if everyone is None or self._run_dir is None:
             return
         try:
             write_file(self._run_dir / "timeline.json", json.dumps(trace(everyone)).encode())
-        except OSError as error:  # a full disk does not stop the training
-            print(f"warning: {self._run_dir / 'timeline.json'}: {error}", file=sys.stderr, flush=True)
+        except OSError as error:  # a full disk must not stop training
+            log.warning("warning: %s: %s", self._run_dir / "timeline.json", error)
 
     def _compare(self, comm: MPI.Intracomm) -> None:
-        """Clocks, by the moments at which ranks leave barriers; those of one machine are one clock. Collective over comm."""
+        """Compare clocks by the times at which ranks leave barriers. Ranks of one machine share a clock. Collective over comm."""
         moments = []
         for _ in range(ROUNDS):
             comm.Barrier()
             moments.append(time.perf_counter())
-        rows = comm.allgather((self._told.host, moments))
+        rows = comm.allgather((self._recorded.host, moments))
         host, first = rows[0]
-        behind = [b - a for name, row in rows if name == self._told.host for a, b in zip(row, first, strict=True)]
-        self._told.moments.append(moments[-1])
-        self._told.behind.append(0.0 if host == self._told.host else statistics.median(behind))
+        behind = [b - a for name, row in rows if name == self._recorded.host for a, b in zip(row, first, strict=True)]
+        self._recorded.moments.append(moments[-1])
+        self._recorded.behind.append(0.0 if host == self._recorded.host else statistics.median(behind))
 
     def _thread(self) -> int:
         ident = threading.get_ident()
         if ident not in self._idents:
             self._idents[ident] = len(self._idents)
-            self._told.threads.append(threading.current_thread().name)
+            self._recorded.threads.append(threading.current_thread().name)
         return self._idents[ident]
-
-    def _bucket(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
-            with self.span(f"bucket {args[-1].index}", bytes=4 * (args[-1].stop - args[-1].start)):
-                return work(*args)
-
-        return watched
-
-    def _sub_phases(self, enter: Callable[[str], None]) -> Callable[[str], None]:
-        """Of an update: each lasts until the next begins, the last until the update ends."""
-
-        def watched(phase: str) -> None:
-            enter(phase)
-            self.close_sub_phase()
-            self._open = phase, time.perf_counter()
-
-        return watched
-
-    _open: tuple[str, float] | None = None
-
-    def close_sub_phase(self) -> None:
-        """Of the update that ends. Independent."""
-        if self._open is not None and self._on:
-            name, began = self._open
-            self._told.spans.append((name, began, time.perf_counter(), self._thread(), {}))
-        self._open = None
-
-
-class TimelineClock(Clock):
-    """A clock whose phases are spans too."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self._timeline = timeline
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """As a Clock's."""
-        if phase == "step":
-            self._timeline.begin_step()
-        with self._timeline.span(SPAN_NAMES.get(phase, phase), step=self._timeline._step()):
-            try:
-                with super().timed(phase) as seconds:
-                    yield seconds
-            finally:
-                if phase == "update":
-                    self._timeline.close_sub_phase()
-
-
-SPAN_NAMES = {"comm_wait": "wait"}  # for others: how a phase is called in the trace
 
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
-    """Chrome's trace format, microseconds since the first span: a process a rank, a row a thread. Pure."""
+    """Return the trace in Chrome's format: microseconds since the first span, a process per rank, a row per thread. Pure."""
     events: list[dict[str, Any]] = []
-    for rank, told in enumerate(everyone):
+    for rank, part in enumerate(everyone):
         about = {"ph": "M", "pid": rank}
-        events += [about | {"name": "process_name", "args": {"name": f"rank {rank} ({told.host})"}},
+        events += [about | {"name": "process_name", "args": {"name": f"rank {rank} ({part.host})"}},
                    about | {"name": "process_sort_index", "args": {"sort_index": rank}}]
-        events += [about | {"name": "thread_name", "tid": tid, "args": {"name": name}} for tid, name in enumerate(told.threads)]
-    moved = [[(rank, name, _moved(a, told), _moved(b, told), tid, more) for name, a, b, tid, more in told.spans]
-             for rank, told in enumerate(everyone)]
+        events += [about | {"name": "thread_name", "tid": tid, "args": {"name": name}} for tid, name in enumerate(part.threads)]
+    moved = [[(rank, name, _to_rank_0(a, part), _to_rank_0(b, part), tid, more) for name, a, b, tid, more in part.spans]
+             for rank, part in enumerate(everyone)]
     spans = sorted((span for rows in moved for span in rows), key=lambda span: (span[2], -span[3]))
     start = spans[0][2] if spans else 0.0
     for rank, name, began, ended, tid, more in spans:
@@ -200,7 +160,7 @@ def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def _moved(moment: float, told: RankTimeline) -> float:
-    """Onto rank 0's clock, which drifts evenly between two comparisons."""
-    (a, b), (behind, later) = told.moments, told.behind
+def _to_rank_0(moment: float, part: RankTimeline) -> float:
+    """Convert a time to rank 0's clock; the difference is interpolated linearly between two comparisons."""
+    (a, b), (behind, later) = part.moments, part.behind
     return moment + behind + (later - behind) * (moment - a) / (b - a if b > a else 1.0)

@@ -41,13 +41,13 @@ class Part:
             return next(i for i, layers in enumerate(self.chunks) if int(names[1]) in layers)
         return 0 if names[0] == "embedding" else len(self.chunks) - 1
 
-    def share(self, count: int) -> range:
+    def own_range(self, count: int) -> range:
         """Return this rank's range of `count` rows, channels or heads, divided as evenly as possible. Pure."""
         return range(self.index * count // self.size, (self.index + 1) * count // self.size)
 
     def positions(self, count: int) -> range:
         """Return the positions, of `count` in a sequence, whose hidden states this rank has between branches. Pure."""
-        return self.share(count) if self.sequence else range(count)
+        return self.own_range(count) if self.sequence else range(count)
 
     def global_name(self, name: str) -> str:
         """Return the name in the whole model of a parameter of this part: a tied head is "embedding.weight". Pure."""
@@ -58,7 +58,7 @@ class Part:
         unit = self.head_dim if ".attention." in name else 1  # heads are never split
         if name.endswith((*ROWS, *COLUMNS)):
             dim = int(name.endswith(COLUMNS))
-            units = self.share(size[dim] // unit)
+            units = self.own_range(size[dim] // unit)
             cut = slice(units.start * unit, units.stop * unit)
             return (cut, slice(0, size[1])) if dim == 0 else (slice(0, size[0]), cut)
         return tuple(slice(0, length) for length in size)
@@ -115,7 +115,7 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
     return [*(range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)), range(rest, count)]
 
 
-def refuse(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
+def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
     """Raise UsageError if the model cannot be split this way; the message suggests the nearest possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:

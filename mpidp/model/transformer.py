@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = len(part.share(shape.num_heads)), len(part.share(shape.num_kv_heads))
+        self.num_heads, self.num_kv_heads = len(part.own_range(shape.num_heads)), len(part.own_range(shape.num_kv_heads))
         self.head_dim = shape.head_dim
         self.q = nn.Linear(shape.model_dim, self.num_heads * self.head_dim, bias=False)
         self.k = nn.Linear(shape.model_dim, self.num_kv_heads * self.head_dim, bias=False)
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
-        hidden_dim = len(part.share(shape.hidden_dim))
+        hidden_dim = len(part.own_range(shape.hidden_dim))
         self.gate = nn.Linear(shape.model_dim, hidden_dim, bias=False)
         self.up = nn.Linear(shape.model_dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, shape.model_dim, bias=False)
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.recompute = False  # activation checkpointing: recompute each block in backward
-        vocabulary = len(self.part.share(shape.vocab_size))
+        vocabulary = len(self.part.own_range(shape.vocab_size))
         self.embedding: nn.Module | None = None
         self.norm: nn.Module | None = None
         self.head: nn.Module | None = None

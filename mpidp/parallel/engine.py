@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from mpidp.errors import DataError
 from mpidp.parallel.evaluation import _num_pairs, _windows
 from mpidp.parallel.pipeline import BACKWARD, FORWARD, Stages
 from mpidp.parallel.schedule import Forward, Instruction
+from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
@@ -53,25 +54,21 @@ class Engine:
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
+        observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
         """dtype: of matrix products under autocast (master weights stay float32); nominal_tokens: what every loss is divided
         by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires). stages: this rank's
         place in a pipeline; token_losses: logits, targets -> their sum; reports_loss: losses of this rank count, else another has
-        them too."""
+        them too. observers: see every micro-batch and phase. fill: runs so many more forwards, for strategies in which all ranks
+        must run as many as any rank."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
-        self.slowed: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each micro-batch, for tests of slow ranks
-        self.beat: Callable[[], None] = lambda: None  # after each: the watchdog sees that this rank gets further
-        self.fill: Callable[[int], None] = lambda forwards: None  # so many more, where all ranks must make as many as any does
+        self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
         """What torch had allocated at most on this CUDA device. Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-
-    def watched(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-        """From here on every forward and backward goes through around(its name, it): a timeline's. Independent."""
-        self._forward, self._backward = around("forward", self._forward), around("backward", self._backward)  # type: ignore[method-assign]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -94,15 +91,16 @@ class Engine:
         loss_of: dict[int, Tensor] = {}
         waiting: dict[tuple[int, int], PendingBackward] = {}
         for instruction in schedule:
-            with self.slowed():
+            with self.observers.span("micro_batch"):
                 v, chunk = instruction.v, instruction.chunk
                 if isinstance(instruction, Forward):
-                    waiting[v, chunk] = self._forward(batch[v], batch.batch, chunk)
+                    with self.observers.span("forward"):
+                        waiting[v, chunk] = self._forward(batch[v], batch.batch, chunk)
                     continue
                 pending = waiting.pop((v, chunk))
-                with strategy.micro_batch(v, instruction.last, chunk):
+                with strategy.micro_batch(v, instruction.last, chunk), self.observers.span("backward"):
                     loss = self._backward(pending)
-            self.beat()
+            self.observers.progressed()
             if chunk:
                 loss_of.setdefault(v, loss)  # that of the last chunk, which comes first
                 continue
@@ -152,13 +150,13 @@ class Engine:
     @torch.no_grad()
     def evaluate(
         self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0,
-        enter: Callable[[str], None] = lambda phase: None, replicas: MPI.Intracomm | None = None,
+        replicas: MPI.Intracomm | None = None,
     ) -> tuple[float, int]:
         """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
 
         Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
         `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks. DataError
-        for an id beyond the vocabulary, or no target at all. enter: is told what this rank does; replicas: among whom the batches
+        for an id beyond the vocabulary, or no target at all. replicas: among whom the batches
         are dealt out, where several ranks of comm compute one together. Collective over comm.
         """
         self.model.eval()
@@ -171,7 +169,7 @@ class Engine:
         counts = np.zeros(len(starts), dtype=np.int64)
         among = replicas or comm
         for i in range(among.rank, len(starts), among.size):
-            enter("evaluate")
+            self.observers.enter("evaluate")
             length = min(span, targets - starts[i])
             read = stream.read(starts[i], length + 1)
             stream.check_ids(starts[i], read)
@@ -190,7 +188,7 @@ class Engine:
         forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
         self.fill(max(of_ranks) - of_ranks[among.rank])
-        enter("evaluate_wait")
+        self.observers.enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
         comm.Allreduce(MPI.IN_PLACE, counts)
         self.model.train()

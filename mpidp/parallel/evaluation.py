@@ -1,4 +1,4 @@
-"""Which windows an evaluation reads."""
+"""Cuts the data of an evaluation into windows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def _num_pairs(length: int, seq_len: int) -> int:
-    """How many pairs _windows makes of so many inputs."""
+    """Return the number of arrays that _windows returns."""
     return (length >= seq_len) + (length % seq_len > 0)
 
 
 def _windows(length: int, seq_len: int) -> list[np.ndarray]:
-    """Of so many inputs the places of the full windows, (n, T + 1), and of a short rest, (1, rest + 1): inputs and their targets.
-    Pure."""
+    """Return the positions of inputs and targets for `length` inputs: the full windows (n, T + 1), then the short rest
+    (1, rest + 1). Pure."""
     full = length // seq_len
     parts = [np.arange(full)[:, None] * seq_len + np.arange(seq_len + 1)] if full else []
     return parts + ([np.arange(full * seq_len, length + 1)[None]] if length % seq_len else [])

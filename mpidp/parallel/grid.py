@@ -1,5 +1,6 @@
-"""The mesh of ranks: dp replicas of pp stages of tp ranks each. Rank r of the job, counted node by node, is replica r // (pp tp),
-stage r // tp % pp, and number r % tp in its stage: ranks that share every layer are neighbours, on one node where they can be."""
+"""The mesh of ranks: dp replicas, each of pp stages of tp ranks. Ranks are numbered node by node. Rank r belongs to replica
+r // (pp tp) and stage r // tp % pp, and has index r % tp in its stage: tensor-parallel ranks are neighbours, on one node if
+possible."""
 
 from __future__ import annotations
 
@@ -20,34 +21,35 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Grid:
-    """Who this rank works with, and as what."""
+    """The communicators of this rank in the mesh."""
 
-    world: MPI.Intracomm  # everybody, node by node
-    everyone: Topology  # where they sit
-    replicas: Topology  # those that have the same part of the model
-    model: MPI.Intracomm  # this rank's replica: stage by stage, in each by number
-    pp: MPI.Intracomm  # the stages of one number in it, first to last
+    world: MPI.Intracomm  # all ranks, node by node
+    everyone: Topology  # the placement of all ranks
+    replicas: Topology  # the ranks with the same part of the model, one per replica
+    model: MPI.Intracomm  # the ranks of this replica, stage by stage
+    pp: MPI.Intracomm  # the ranks of this replica with the same tensor-parallel index, one per stage
     tp: MPI.Intracomm  # the ranks of this stage
-    wait: Wait  # for messages of these
+    wait: Wait  # for requests on these communicators
 
     @property
     def parts(self) -> int:
-        """Into how many the model is cut."""
+        """The number of parts of the model."""
         return int(self.model.size)
 
     @property
     def label(self) -> str:
-        """Of this rank's part, in the names of what only those know that have the same."""
+        """A name of this rank's part, for checkpoint entries that only ranks with the same part have."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(replica, stage, number in the stage) of a rank of world. Pure."""
+        """Return (replica, stage, index in the stage) of a rank of world. Pure."""
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
-        """L2 norm over the whole model. squares: of each chunk of this part (blocks,) float64, in flat order; twice: the squares
-        among them that another part counts. Summed in the order of the whole model's flat tensor, last chunks of last stages
-        first: where stages alone are cut, the bits of one rank. Collective over model."""
+        """Return the L2 norm over the whole model. squares: for each chunk of this part the squares of its blocks, (blocks,)
+        float64, in flat order; twice: the sum of those squares that another part counts, too. They are summed in the order of the
+        whole model's flat tensor (last chunks of last stages first), so pipeline stages do not change the bits. Collective over
+        model."""
         if self.model.size == 1:
             return float(torch.cat(squares[::-1]).cumsum(0)[-1].sqrt())
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
@@ -65,21 +67,22 @@ class Grid:
 
 
 def whole(mesh: Topology) -> Grid:
-    """Every rank has the whole model. Independent."""
+    """Return the mesh in which every rank has the whole model. Independent."""
     alone = MPI.COMM_SELF
     return Grid(mesh.dp, mesh, mesh, alone, alone, alone, how_to_wait(mesh.local_size, mesh.cores))
 
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
-    """The mesh of dp x pp x tp ranks (dp 0: as many as go). UsageError when the ranks do not make one. Collective over world."""
+    """Make the mesh of dp x pp x tp ranks (dp=0: world.size / (pp tp)). UsageError if the number of ranks does not fit.
+    Collective over world."""
     everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
     if ordered.size % parts or (dp and dp * parts != ordered.size):
         wanted = f"mesh.tp={tp} x mesh.pp={pp}" + (f" x mesh.dp={dp}" if dp else "")
         near = sorted({max(parts, ordered.size // parts * parts), -(-ordered.size // parts) * parts}) if not dp else [dp * parts]
         raise UsageError.on_every_rank(
-            f"{wanted} does not make up the {ordered.size} rank{'s' * (ordered.size > 1)} of this job: start "
-            f"{' or '.join(map(str, near))}, or change mesh.*"
+            f"{wanted} does not fit the {ordered.size} rank{'s' * (ordered.size > 1)} of this job: start "
+            f"{' or '.join(map(str, near))} ranks, or change mesh.*"
         )
     if parts == 1:
         return whole(everyone)
@@ -92,6 +95,6 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
 
     model, column, row = split(replica), split(replica * tp + number), split(replica * pp + stage)
     mesh = make_topology(split(part))
-    # Cores are shared with the ranks that have other parts of the model.
+    # Ranks with other parts of the model use the same cores.
     mesh = replace(mesh, cores=max(1, everyone.cores * mesh.local_size // everyone.local_size))
     return Grid(ordered, everyone, mesh, model, column, row, how_to_wait(everyone.local_size, everyone.cores))

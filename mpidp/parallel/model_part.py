@@ -1,7 +1,7 @@
-"""This rank's part of the model among the others' parts: how it is saved, loaded and counted once.
+"""Saves, loads and hashes this rank's part of the model, so that every parameter counts once.
 
-A checkpoint names global tensors, so what was trained on one mesh goes on on any other. What only those know that have the very
-same part (a flat tensor of a strategy) is named after the part, and goes on where the model is cut in the same way.
+A checkpoint names the tensors of the whole model, so a run can resume on any mesh. Flat tensors of a strategy belong to one part
+of the model; they are named after the part, and can be loaded only if the model is cut in the same way.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from mpidp.reducers.buckets import GradientBuffer
 
 
 class BoxReader(Protocol):
-    """Where parameters are read from."""
+    """A source of parameters: a checkpoint or a model folder."""
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """What this entry holds of model/PARAMETER. Independent."""
+        """Read the entry's box of model/PARAMETER. Independent."""
 
 
 class ModelPartition:
-    """Independent, but for what says otherwise."""
+    """This rank's part of the model, and its place in the whole model. Independent, except where a method says otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
-        """sequence: are positions shared out between branches? chunks: how often each stage comes."""
+        """sequence: whether sequence parallelism is used; chunks: number of chunks per pipeline stage."""
         self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
         self.part = self._part_of(grid.model.rank)
 
@@ -47,34 +47,34 @@ class ModelPartition:
         return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence, self.chunks)
 
     def counts(self, name: str) -> bool:
-        """Is a parameter saved and counted here, and not by others that have it too? Pure."""
+        """Whether this rank saves and counts a parameter that other ranks may have, too. Pure."""
         part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Of PARAMETER[/KEY] of this part: what the whole model calls it, and which box of the whole's tensor it is. What belongs
-        to no parameter is called after this part."""
+        """Return the global name and the entry with its box in the whole model, for PARAMETER[/KEY] of this part. The name of an
+        entry that belongs to no parameter begins with this part's label."""
         what, slash, key = name.partition("/")
         whole = self.part.global_name(what)
         if whole not in self.sizes:
             return f"{self.grid.label}/{name}", entry
         box, size = self.part.box(whole, self.sizes[whole]), self.sizes[whole]
         here = tuple(s.stop - s.start for s in box)
-        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # the number of its updates
+        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar: the number of updates
             return f"{whole}{slash}{key}", entry
         at = tuple(s.start + inside for s, inside in zip(box, entry.place, strict=True))
         return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, at, size)
 
     def _saves(self, name: str, entry: Entry) -> bool:
-        """Does this rank give it to a checkpoint? Else another one does, which has the same."""
+        """Whether this rank saves the entry; otherwise another rank saves the same entry."""
         what = name.partition("/")[0]
         if self.part.global_name(what) not in self.sizes:
             return True
         return self.counts(what) and (self.part.index == 0 or entry.tensor.dim() > 0)
 
     def entries(self, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Entry]:
-        """What a checkpoint is made of, as far as this rank has it."""
+        """Return the entries that this rank contributes to a checkpoint."""
         found: dict[str, Entry] = {}
         for where, held in (("model", parameters_of(model)), ("strategy", strategy)):
             for name, entry in held.items():
@@ -87,8 +87,8 @@ class ModelPartition:
 
     @torch.no_grad()
     def begin_alike(self, model: nn.Module) -> list[int]:
-        """Give all replicas rank 0's parameters, while each rank has memory of its own: in what a node shares, all would write
-        theirs. Returns the ranks that had others. Collective over grid.replicas.dp."""
+        """Broadcast rank 0's parameters to all replicas. Call it before parameters are in shared memory, to which all ranks would
+        write. Return the ranks whose parameters differed. Collective over grid.replicas.dp."""
         dp = self.grid.replicas.dp
         hashes = dp.allgather(weights_sha256(model))
         others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
@@ -101,14 +101,14 @@ class ModelPartition:
 
     @torch.no_grad()
     def load(self, reader: BoxReader, model: nn.Module) -> None:
-        """The parameters of this part, from a checkpoint of any mesh, or from a folder."""
+        """Load the parameters of this part from a checkpoint of any mesh, or from a model folder."""
         for name, entry in parameters_of(model).items():
             whole, placed = (name, entry) if self.grid.parts == 1 else self._placed(name, entry)
             entry.tensor.copy_(reader.box(f"model/{whole}", placed))
 
     def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
-        """What the strategy's load_state_dict is given; strategy: what it has now. UsageError where it was written for parts that
-        are cut in another way."""
+        """Read the state for the strategy's load_state_dict; strategy: its current state. UsageError if the saved state belongs
+        to a model that was cut in another way."""
         dp, of_whole = self.grid.replicas.dp, {self.part.global_name(name): name for name, _ in model.named_parameters()}
         boxes = boxes_held({name: entry for name, entry in strategy.items() if name.partition("/")[0] in of_whole.values()})
         if self.grid.parts == 1 and not any(name.startswith("strategy/part_") for name in reader):
@@ -132,12 +132,13 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} has state that belongs to parts of a model cut in another way (of strategy.name other than "
-            "synchronous, or of comm.compress): go on with the mesh.tp and mesh.pp that it was trained with"
+            f"{reader.path} has state of a model that was cut in another way (state of comm.compress, or of a strategy.name "
+            "other than synchronous, cannot be cut anew): resume with the mesh.tp and mesh.pp that it was trained with"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
-        """Of a flat gradient of this part over the whole model; squares: of its blocks. Collective over grid.model."""
+        """Return the norm over the whole model of a gradient; flat: this part's; squares: of its blocks. Collective over
+        grid.model."""
         twice, layout = 0.0, buffer.layout
         if self.grid.parts > 1:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
@@ -146,19 +147,19 @@ class ModelPartition:
         return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in buffer.spans], twice)
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """Where embedding and head are one tensor and lie in two stages, their gradients are added: both have the sum. Collective
-        over grid.pp and group.node."""
+        """Add the gradients of embedding and head if they are one tensor in two stages; both stages get the sum. Collective over
+        grid.pp and group.node."""
         pp = self.grid.pp
         if not self.part.tied or pp.size == 1 or pp.rank not in (0, pp.size - 1):
             return
         layout, other = buffer.layout, pp.size - 1 - pp.rank
         name = "embedding.weight" if self.part.has_embedding else "head.weight"
         found = [v for (_, n, _), v in zip(layout.placed(), layout.views(buffer.total), strict=True) if n == name]
-        if not found:  # it is frozen, in both
+        if not found:  # frozen in both stages
             return
         view = found[0]
         mine = view.view(-1).cpu()
-        group.fence()  # all have read theirs before one of them writes
+        group.fence()  # all ranks have read the gradient before one of them writes
         theirs = torch.empty_like(mine)
         for start, stop in pieces(0, mine.numel()):
             pp.Sendrecv(buf(mine[start:stop]), other, recvbuf=buf(theirs[start:stop]), source=other)
@@ -167,14 +168,15 @@ class ModelPartition:
         group.fence()
 
     def sha256(self, model: nn.Module) -> str:
-        """sha256 over the whole model's float32 parameters in name order, little-endian bytes. Collective over grid.world."""
+        """Return the sha256 of the whole model's float32 parameters, in order of names, little-endian. Collective over
+        grid.world."""
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)
         reshard_all(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
-        gathers = grid.world.rank == 0  # from the ranks of the first replica
+        gathers = grid.world.rank == 0  # receives from the ranks of the first replica
         for name, size in sorted(self.sizes.items()):
             held = whole(mine[name]).float().cpu().contiguous() if name in mine else torch.empty(0)
             gathered = torch.empty(size if gathers else 0)
@@ -184,18 +186,18 @@ class ModelPartition:
                     continue
                 box = part.box(name, size)
                 if rank == grid.model.rank and rank:
-                    self._pass(held, target=0)
+                    self._send(held, target=0)
                 elif gathers:
-                    gathered[box] = self._take([s.stop - s.start for s in box], rank) if rank else held
+                    gathered[box] = self._receive([s.stop - s.start for s in box], rank) if rank else held
             digest.update(gathered.numpy().tobytes())
         return str(grid.world.bcast(digest.hexdigest() if grid.world.rank == 0 else None))
 
-    def _pass(self, tensor: Tensor, target: int) -> None:
+    def _send(self, tensor: Tensor, target: int) -> None:
         flat = tensor.view(-1)
         for start, stop in pieces(0, flat.numel()):
             self.grid.model.Send(buf(flat[start:stop]), target)
 
-    def _take(self, size: list[int], source: int) -> Tensor:
+    def _receive(self, size: list[int], source: int) -> Tensor:
         found = torch.empty(size)
         flat = found.view(-1)
         for start, stop in pieces(0, flat.numel()):

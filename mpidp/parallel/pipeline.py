@@ -1,5 +1,5 @@
-"""Between the stages of a pipeline: hidden states go forward, their gradients back, each a message that is named after its
-micro-batch. Sends do not wait for whoever receives them; a step ends when all have been taken."""
+"""Messages between pipeline stages: hidden states forward, their gradients backward. The tag of a message names its micro-batch.
+Sends do not block; at the end of a step all sends are complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORWARD, BACKWARD = 0, 1
 
 
 class Stages:
-    """This rank's place among the stages of its replica; of one stage alone, which sends nothing."""
+    """This rank's stage in the pipeline of its replica. With one stage nothing is sent."""
 
     def __init__(self, grid: Grid, transport: Messages, device: torch.device, chunks: int = 1) -> None:
-        """chunks: how often each stage comes, the first after the last."""
+        """chunks: number of chunks per stage; the first stage follows the last one."""
         self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
         self.index, self.count = self.comm.rank, self.comm.size
         self.first, self.last = self.index == 0, self.index == self.count - 1
@@ -27,23 +27,23 @@ class Stages:
         self._sent: list[tuple[MPI.Request, Tensor]] = []
 
     def is_first(self, chunk: int = 0) -> bool:
-        """Does nothing come before this chunk of the stage? Pure."""
+        """Whether this chunk of this stage is the first of the model. Pure."""
         return self.first and chunk == 0
 
     def is_last(self, chunk: int = 0) -> bool:
-        """Does nothing come after it? Pure."""
+        """Whether this chunk of this stage is the last of the model. Pure."""
         return self.last and chunk == self.chunks - 1
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
-        """What the stage before (FORWARD) or after (BACKWARD) sent of micro-batch v to a chunk, float32: residual streams are,
-        whatever the layers compute in. Independent, once that stage has come so far."""
+        """Receive hidden states from the previous stage (FORWARD) or gradients from the next one (BACKWARD) for a chunk of
+        micro-batch v. float32, like the residual stream, in any training precision. Independent; waits until they are sent."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
         self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))
         return wire.to(self._device)
 
     def send(self, kind: int, v: int, x: Tensor, chunk: int = 0) -> None:
-        """Hidden states of a chunk on to the next stage, or their gradient back to the one before. Independent."""
+        """Send a chunk's hidden states to the next stage, or gradients to the previous one. Independent."""
         target, to = (self.index + 1, chunk + self.last) if kind == FORWARD else (self.index - 1, chunk - self.first)
         wire = x.detach().float().contiguous().cpu()
         self._sent = [(request, held) for request, held in self._sent if not request.Test()]
@@ -52,14 +52,14 @@ class Stages:
         self._transport.sent_bytes += wire.nbytes
 
     def _tag(self, kind: int, v: int, chunk: int) -> int:
-        """chunk: of whoever receives."""
+        """chunk: the receiver's."""
         return 2 * (v * self.chunks + chunk) + kind
 
     def drain(self, losses: list[float]) -> list[float]:
-        """Until all that was sent is taken; all stages have the losses of the last one then. Collective over comm."""
-        told = np.array(losses)
+        """Wait until all sends are complete; return the losses of the last stage on all stages. Collective over comm."""
+        last_losses = np.array(losses)
         for request, _ in self._sent:
             self.wait(request)
-        self.wait(self.comm.Ibcast(told, root=self.count - 1))
+        self.wait(self.comm.Ibcast(last_losses, root=self.count - 1))
         self._sent.clear()
-        return told.tolist()  # type: ignore[no-any-return]
+        return last_losses.tolist()  # type: ignore[no-any-return]

@@ -1,11 +1,12 @@
-"""The order of forwards and backwards of one step, as data. Pure.
+"""The order of forward and backward passes in one step, as a list of instructions. Pure.
 
 A pipeline of S stages runs 1F1B (Narayanan 2021, "PipeDream-Flush"; Megatron-LM, section 2.2): stage s begins with S - 1 - s
-forwards, then alternates a forward and a backward, and ends with the backwards that are left. Gradient accumulation is the case
-of one stage. Backwards come in the order of micro-batches at every stage, so sums are those of one rank.
+forward passes, then alternates forward and backward passes, and ends with the remaining backward passes. Gradient accumulation is
+the special case of one stage. Every stage runs backward passes in the order of micro-batches, so sums have the bits of one rank.
 
-Interleaved (Narayanan 2021, section 2.2), each stage has several runs of layers, chunks: chunk c of stage s comes before chunk c
-of stage s + 1, and that of the last stage before chunk c + 1 of the first. A bubble is then a chunk long, not a stage.
+Interleaved (Narayanan 2021, section 2.2), each stage has several ranges of layers, called chunks. Chunk c of stage s is followed
+by chunk c of stage s + 1; chunk c of the last stage is followed by chunk c + 1 of the first. The bubble shrinks from the time of
+a stage to the time of a chunk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Forward:
-    """Of micro-batch v through a chunk of the stage's layers."""
+    """Forward pass of micro-batch v through a chunk of the stage's layers."""
 
     v: int
     chunk: int = 0
@@ -24,7 +25,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Of micro-batch v; last: no later backward of this step touches the gradients."""
+    """Backward pass of micro-batch v; last: whether it is the last one of the step on this rank."""
 
     v: int
     last: bool
@@ -35,7 +36,8 @@ Instruction = Forward | Backward
 
 
 def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -> Iterator[Instruction]:
-    """Stage `stage` of `stages`: the micro-batches of this replica's lanes in order, at most stages - stage in flight. Pure."""
+    """Yield the schedule of stage `stage` of `stages` for this replica's micro-batches, in order. At most stages - stage
+    micro-batches are in flight. Pure."""
     ahead = min(stages - 1 - stage, len(micro_batches))
     for v in micro_batches[:ahead]:
         yield Forward(v)
@@ -46,9 +48,9 @@ def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -
 
 
 def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: int) -> Iterator[Instruction]:
-    """1F1B over chunks: micro-batches pass in groups, one for each stage or a few more, and a group is through a chunk before
-    it comes to the next. Any number of micro-batches: Narayanan's groups are of exactly as many as there are stages, and wait
-    for ever when the last is smaller. Each chunk sees micro-batches in their order. Pure."""
+    """Yield the interleaved 1F1B schedule. Micro-batches run in groups; a group finishes one chunk before it enters the next. In
+    Narayanan's schedule every group has exactly `stages` micro-batches, and a smaller last group deadlocks. Here groups have
+    `stages` micro-batches or a few more, so any number works. Each chunk sees the micro-batches in order. Pure."""
     count = len(micro_batches)
     parts = max(1, count // stages)
     groups = [micro_batches[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
@@ -64,7 +66,7 @@ def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: i
 
 
 def one_by_one(micro_batches: Iterable[int]) -> Iterator[Instruction]:
-    """One stage, where it is not known before what comes: none is said to be the last."""
+    """Yield the schedule of a single stage whose micro-batches are not known in advance: none is marked as the last. Pure."""
     for v in micro_batches:
         yield Forward(v)
         yield Backward(v, last=False)

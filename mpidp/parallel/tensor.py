@@ -1,15 +1,15 @@
-"""What tensor parallelism adds to a part of the model, from outside: sums over the ranks that share its layers.
+"""Adds tensor parallelism to a part of the model: sums over the ranks that share its layers.
 
-Megatron-LM (Shoeybi 2019, section 3): where a branch begins its input is everybody's, and its gradient is summed in backward (f);
-where it ends what each rank has of it is summed in forward, and its gradient is everybody's (g). The vocabulary is cut too: rows
-of the embedding that are elsewhere add zero, and the loss is computed from each rank's own logits (section 3, "parallel
-cross-entropy"): a maximum, a sum and the target's logit are all that is sent. Sums are float32, whatever the layers compute in.
+Megatron-LM (Shoeybi 2019, section 3). At the start of a branch all ranks have the same input, and its gradient is summed over the
+ranks in backward (f). At the end of a branch the ranks' partial results are summed in forward, and all ranks have the same
+gradient (g). The vocabulary is cut, too: embedding rows on other ranks contribute zero, and the loss is computed from each rank's
+logits (section 3, "parallel cross-entropy"), for which only a maximum, a sum and the target's logit are communicated. Sums are in
+float32 in any training precision.
 
-Sequence parallelism (Korthikanti 2022, section 4.2.2): between branches a rank has its positions alone. f gathers them, and adds
-and shares out their gradients in backward; g adds and shares out, and gathers gradients. Products keep this rank's positions,
-and gather them anew in backward. Norms see a part of the positions: their gains pass through the first f, which adds what
-each rank has of their gradients, micro-batch by micro-batch, so that they are equal for all that comes after: lanes, replicas,
-optimizers.
+Sequence parallelism (Korthikanti 2022, section 4.2.2): between branches a rank has only its own positions. f gathers positions in
+forward and reduce-scatters their gradients in backward; g reduce-scatters in forward and gathers gradients in backward. For
+backward, matrix products save only this rank's positions and gather the others again. Norms see a part of the positions, so the
+gradients of their gains are summed over the ranks for each micro-batch; after that they are equal on all ranks of a stage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, 
 
 
 class SequenceNorm(nn.Module):
-    """An RMSNorm of this rank's positions."""
+    """An RMSNorm over this rank's positions."""
 
     def __init__(self, norm: nn.RMSNorm, tp: TensorComm) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class SequenceNorm(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """An embedding of which this rank has the rows from `first` on."""
+    """An embedding whose rows from `first` on are on this rank."""
 
     def __init__(self, embedding: nn.Embedding, first: int, tp: TensorComm) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class VocabEmbedding(nn.Module):
 
 
 class _Loss(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target] over rows whose logits lie in slices on the ranks."""
+    """Sum of -log softmax(logits)[target] over rows whose logits are cut over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: TensorComm) -> Tensor:
@@ -78,8 +78,8 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The sum of token losses from this rank's logits (N, V of this rank), whose first column is id `first`, and targets (N,), of
-    which -100 does not count. The same on every rank of a stage."""
+    """Return a function that sums the token losses. Its arguments are this rank's logits (N, vocabulary of this rank), whose
+    first column is id `first`, and targets (N,), where -100 is ignored. Every rank of a stage gets the same result."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]
@@ -89,24 +89,24 @@ def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Regather:
-    """What products keep of gathered positions for backward: this rank's, of which the whole is gathered again, once for all."""
+    """Saved-tensor hooks that keep only this rank's positions for backward, and gather all again, once for all uses."""
 
     def __init__(self, part: Tensor, whole: Tensor, tp: TensorComm) -> None:
-        """part: (B, t, D), of which whole (B, T, D) was gathered."""
+        """part: this rank's (B, t, D); whole: the gathered (B, T, D)."""
         self.part, self._tp, self._length = part.detach(), tp, whole.shape[1]
         self._place, self._numel = whole.data_ptr(), whole.numel()
-        self._kept = self._left = 0  # how often it is kept, and not yet asked for again
+        self._kept = self._left = 0  # how often it was saved; how many of these were not yet unpacked
         self._whole: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
-        """Of saved_tensors_hooks, while the whole lives."""
+        """Pack hook: save only the shape of the gathered tensor. Call it while the gathered tensor exists."""
         if x.data_ptr() != self._place or x.numel() != self._numel or not x.is_contiguous():
             return x
         self._kept += 1
         return x.shape
 
     def unpack(self, packed: Any) -> Tensor:
-        """Collective over tp.comm: backward runs in the same order on all ranks."""
+        """Unpack hook: gather again. Collective over tp.comm; backward runs in the same order on all its ranks."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
@@ -118,12 +118,12 @@ class Regather:
 
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
-    """Put f before a module and, if it ends a branch, g after it. keep: the whole of what f gathered, for backward."""
+    """Put f before a module and, if it ends a branch, g after it. keep: whether to save the gathered positions for backward."""
     inner = module.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:
         if tp.sequence and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the products would: half as much to send and to keep
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the products would do: halves messages and saved memory
         whole = enter_branch(x, tp)
         if keep:
             y = inner(whole, *args)
@@ -137,21 +137,21 @@ def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None
 
 
 def share_layers(model: Any, tp: TensorComm) -> None:
-    """Make a part of a Transformer compute its share of every layer together with the other ranks of its stage. Independent."""
+    """Make a part of a Transformer compute every layer together with the other ranks of its stage. Independent."""
     keep = not tp.sequence
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
-        tp.length = args[1].shape[-2]  # of the rotary table: x may have a part of the positions
+        tp.length = args[1].shape[-2]  # from the rotary table: x may have a part of the positions
 
     for block in model.blocks.values():
         block.register_forward_pre_hook(enter)
         for branch in (block.attention, block.feed_forward):
-            _between(branch, tp, keep or model.recompute)  # a block that is computed again gathers again
+            _between(branch, tp, keep or model.recompute)  # recomputation of a block gathers again anyway
         if tp.sequence:
             block.attention_norm = SequenceNorm(block.attention_norm, tp)
             block.feed_forward_norm = SequenceNorm(block.feed_forward_norm, tp)
     if model.embedding is not None:
-        model.embedding = VocabEmbedding(model.embedding, model.part.share(model.shape.vocab_size).start, tp)
+        model.embedding = VocabEmbedding(model.embedding, model.part.own_range(model.shape.vocab_size).start, tp)
     if model.head is not None:
         if tp.sequence:
             model.norm = SequenceNorm(model.norm, tp)

@@ -1,6 +1,6 @@
-"""The ranks that share the layers of a stage: sums over them, positions in parts, and both as autograd sees them (f and g).
+"""Communication between the tensor-parallel ranks of a stage: sums, gathers, reduce-scatters, and autograd functions (f and g).
 
-Sums are float32, whatever the layers compute in; positions are gathered as they are. The same bits on all ranks.
+Sums are in float32 in any training precision; gathers keep the dtype. All ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mpidp.parallel.grid import Grid
 
 
 class TensorComm:
-    """The ranks of a stage, and how tensors are summed and gathered over them."""
+    """Sums and gathers over the tensor-parallel ranks of a stage."""
 
     def __init__(self, grid: Grid, transport: Messages, sequence: bool = False) -> None:
-        """sequence: are positions shared out between branches?"""
+        """sequence: whether positions are split between branches (sequence parallelism)."""
         self.comm, self._wait, self._transport, self.sequence = grid.tp, grid.wait, transport, sequence
-        self.length = 0  # positions of the sequences that are computed now
+        self.length = 0  # number of positions of the current sequences
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Of every rank's x, of any shape: a new tensor of its dtype. Collective over comm."""
+        """Return the sum of every rank's x, of any shape, as a new tensor of x's dtype. Collective over comm."""
         with torch.no_grad():
             total = x.detach().to(torch.float32, copy=True).contiguous()
             flat = total.view(-1)
@@ -36,12 +36,13 @@ class TensorComm:
             return total.to(x.dtype)
 
     def _cut(self, length: int, each: int) -> tuple[list[int], list[int]]:
-        """(counts, starts) of every rank's positions, in units of which there are `each` a position: cut as Part.share does."""
+        """Return (counts, starts) of every rank's positions, in elements with `each` elements per position; cut as in
+        Part.share."""
         bounds = [i * length // self.comm.size * each for i in range(self.comm.size + 1)]
         return [b - a for a, b in zip(bounds, bounds[1:], strict=False)], bounds[:-1]
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """(B, this rank's positions, D) of every rank -> (B, length, D). Collective over comm."""
+        """Gather positions: (B, this rank's positions, D) -> (B, length, D). Collective over comm."""
         with torch.no_grad():
             b, _, d = x.shape
             whole = torch.empty(length, b, d, dtype=x.dtype, device=x.device)
@@ -55,7 +56,7 @@ class TensorComm:
             return whole.transpose(0, 1).contiguous()
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Of the sum of every rank's x, (B, length, D), this rank's positions. Collective over comm."""
+        """Reduce-scatter: return this rank's positions of the sum of every rank's x, (B, length, D). Collective over comm."""
         with torch.no_grad():
             b, length, d = x.shape
             counts, _ = self._cut(length, b * d)
@@ -69,7 +70,7 @@ class TensorComm:
 
 
 class SumInBackward(torch.autograd.Function):
-    """The identity; in backward a sum."""
+    """f: the identity in forward, a sum in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -82,7 +83,7 @@ class SumInBackward(torch.autograd.Function):
 
 
 class SumInForward(torch.autograd.Function):
-    """g: a sum; in backward the identity."""
+    """g: a sum in forward, the identity in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -94,7 +95,7 @@ class SumInForward(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """f of a sequence in parts."""
+    """f with sequence parallelism: gather in forward, reduce-scatter in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -107,7 +108,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """g of a sequence in parts."""
+    """g with sequence parallelism: reduce-scatter in forward, gather in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -120,11 +121,12 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """f: (B, T, D), or this rank's positions of it -> (B, T, D). Backward is collective over comm; where positions are in
-    parts this is, too."""
+    """Apply f to x, (B, T, D), or this rank's positions of it with sequence parallelism; return (B, T, D). Backward is collective
+    over tp.comm; with sequence parallelism this call is, too."""
     return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """g: of the sum of every rank's (B, T, D), all, or this rank's positions. Collective over comm."""
+    """Apply g: return the sum of every rank's x, (B, T, D); with sequence parallelism, this rank's positions of it. Collective
+    over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from mpi4py import MPI
@@ -27,9 +28,11 @@ from mpidp.comm.buffers import buf, datatype, memory
 from mpidp.comm.group import Group
 from mpidp.comm.slices import NORM_BLOCK, squares_of_blocks
 from mpidp.comm.transport import Messages, pieces
-from mpidp.comm.waiting import spin
+from mpidp.comm.waiting import Wait, spin
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.buckets import Bucket, GradientBuffer
+from mpidp.runtime.log import log
+from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class LaneShares(Protocol):
@@ -55,6 +58,7 @@ class BucketWorker(Protocol):
         """No more. Independent."""
 
 
+NormOverParts = Callable[[GradientBuffer, torch.Tensor, torch.Tensor], float]  # (buffer, squares of blocks, flat) -> norm
 LaneObserver = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
 
 
@@ -64,22 +68,40 @@ class Reducer:
     everyone_updates = True  # else rank 0 alone
     own_order = True  # in which it adds, else MPI's, which is not the same in blocking calls and others (Open MPI)
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
+    def __init__(
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
+        observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
+    ) -> None:
+        """norm_over_parts: the norm over the whole model, where this rank holds a part of it."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
+        self.observers, self._over_parts = observers, norm_over_parts
         self.comm = group.rail
         self.wait = group.wait  # inside a reduction
         self.worker: BucketWorker | None = None  # reduces while backward goes on (overlap.py)
         self.overlap_mode = "none"  # in which it does
-        self.on_reduce: Callable[[int], None] = lambda bucket: None  # which is about to be reduced
         self.holds_sum = True  # does this rank hold the sum after finish()?
-        # (squares of blocks, the flat gradient) -> its norm over the whole model, where this rank has a part of it
-        self.norm_over_parts: Callable[[torch.Tensor, torch.Tensor], float] | None = None
         self.buffer: GradientBuffer
         self._fresh = True
 
     def attach(self, buffer: GradientBuffer) -> None:
         """Give it the gradients; the buffer has at least num_slots slots. Independent."""
         self.buffer = buffer
+
+    def wait_by(self, wait: Wait | None) -> None:
+        """Wait this way inside a reduction; None: as the group does. Independent, between steps."""
+        self.wait = wait or self.group.wait
+
+    def overlap_by(self, way: str, wait: Wait | None, worker: BucketWorker | None) -> None:
+        """Let this worker reduce buckets while backward runs; None: nobody does. way: its name (overlap.py). Independent, between
+        steps."""
+        self.stop_worker()
+        self.overlap_mode, self.worker = way, worker
+        self.wait_by(wait)
+
+    def stop_worker(self) -> None:
+        """End the thread that reduces. Independent."""
+        if self.worker is not None:
+            self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
         """Point .grad of a chunk to where micro-batch v accumulates; last: the rank's last of this step. Independent."""
@@ -127,9 +149,13 @@ class Reducer:
         self.buffer.point(0)
 
     def turn(self, bucket: Bucket) -> None:
-        """Say which, and reduce it. Collective over all ranks."""
-        self.on_reduce(bucket.index)
-        self.reduce(bucket)
+        """Reduce one bucket, seen by the observers. Collective over all ranks."""
+        with self._seen(bucket):
+            self.reduce(bucket)
+
+    def _seen(self, bucket: Bucket) -> AbstractContextManager[Any]:
+        self.observers.reducing(bucket.index)
+        return self.observers.span(f"bucket {bucket.index}", bytes=4 * (bucket.stop - bucket.start))
 
     def reduce(self, bucket: Bucket) -> None:
         """Sum one bucket. Collective over all ranks."""
@@ -145,9 +171,9 @@ class Reducer:
         if self.group.node.size > 1:
             with self.transport.timed():
                 self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        if self.norm_over_parts is None:
+        if self._over_parts is None:
             return math.sqrt(squares.cumsum(0)[-1])
-        norm = self.norm_over_parts(squares, total)
+        norm = self._over_parts(self.buffer, squares, total)
         self.group.fence()  # it has read all of the sum, which others are about to scale
         return norm
 
@@ -155,7 +181,7 @@ class Reducer:
         """L2 norm of any flat gradient that this rank holds, (num_elements,). Independent, but where the model is cut: then
         collective over the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
-        return math.sqrt(squares.cumsum(0)[-1]) if self.norm_over_parts is None else self.norm_over_parts(squares, flat)
+        return math.sqrt(squares.cumsum(0)[-1]) if self._over_parts is None else self._over_parts(self.buffer, squares, flat)
 
     def scale(self, factor: float) -> None:
         """Multiply the sum. Collective over the group."""
@@ -179,7 +205,7 @@ class Reducer:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on with that; from the beginning without. Independent."""
         if "residual" in state and self.comm.rank == 0:
-            print("comm.compress was turned off: what had been held back of gradients is dropped", flush=True)
+            log.info("comm.compress was turned off: the stored compression error is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
         """Where another one of the same kind stood, of whose ranks these are left; None: this rank is new, and not rank 0.
@@ -192,6 +218,11 @@ class FlatReducer(Reducer):
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
+
+    def turn_of(self, flat: torch.Tensor, bucket: Bucket) -> None:
+        """sum(), seen by the observers. Collective over all ranks."""
+        with self._seen(bucket):
+            self.sum(flat, bucket)
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         """Sum over the ranks, in place, what flat (num_elements,) holds of this bucket. Collective over all ranks."""
@@ -227,8 +258,10 @@ class Root(Reducer):
 
     everyone_updates = False
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
-        super().__init__(group, lanes, transport, shares, num_slots)
+    def __init__(
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
+    ) -> None:
+        super().__init__(group, lanes, transport, shares, num_slots, **more)
         self.holds_sum = self.comm.rank == 0
 
     def reduce(self, bucket: Bucket) -> None:

@@ -1,7 +1,7 @@
-"""Flat memory: parameters and gradients as views into flat tensors, cut into buckets that autograd hooks fill.
+"""Flat memory: parameters and gradients are views of flat tensors, cut into buckets. Autograd hooks report complete buckets.
 
-The flat layout depends on the model alone (parameters in reverse order of definition, which is about the order in which
-backward finishes them), never on bucket size or number of ranks: only the cuts into buckets and slices do.
+The layout depends only on the model: parameters are in reverse order of definition, which is roughly the order in which backward
+finishes them. The bucket size and the number of ranks only change the cuts into buckets and slices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpidp.comm.slices import ALIGN, NORM_BLOCK, _round_up
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run of whole parameters in the flat buffer: elements [start, stop)."""
+    """Consecutive whole parameters in the flat buffer: elements [start, stop)."""
 
     index: int
     start: int
@@ -28,16 +28,16 @@ class Bucket:
 
 
 def unit_of(name: str) -> str:
-    """The part of the model that is never cut between two stages of a pipeline: `blocks.3` of blocks.3.attention.q.weight, else
-    the first word. Pure."""
+    """Return the unit of a parameter, which is never cut between two pipeline stages: `blocks.3` for blocks.3.attention.q.weight;
+    for names without a number, the first word. Pure."""
     words = name.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
 
 
 class FlatLayout:
-    """Where each parameter lies in a flat tensor of num_elements, a multiple of NORM_BLOCK. Units begin at multiples of it: a
-    pipeline stage has the blocks that the whole model has. Independent."""
+    """The place of each parameter in a flat tensor of num_elements elements, a multiple of NORM_BLOCK. Units begin at multiples
+    of NORM_BLOCK, so the norm blocks of a pipeline stage are those of the whole model. Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))
@@ -52,23 +52,23 @@ class FlatLayout:
         self.num_elements = _round_up(offset, NORM_BLOCK)
 
     def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
-        """(offset, name, parameter) in flat order."""
+        """Return (offset, name, parameter) in flat order."""
         return [(o, name, p) for o, (name, p) in zip(self.offsets, self.parameters, strict=True)]
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """A flat tensor (num_elements,) as tensors of the parameters' shapes, in flat order."""
+        """Return views of a flat tensor (num_elements,) with the parameters' shapes, in flat order."""
         return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
 
     def adopt(self, flat: torch.Tensor) -> None:
-        """Make the parameters views of flat, keeping their values."""
+        """Make the parameters views of flat; they keep their values."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
-                if view.data_ptr() != p.data_ptr():  # else they are: this goes on in the memory of one before
+                if view.data_ptr() != p.data_ptr():  # else p is this view already, in memory reused after a failure
                     view.copy_(p)
                 p.data = view
 
     def cut(self, bucket_bytes: int) -> list[Bucket]:
-        """Buckets of whole parameters, of at least bucket_bytes (the last may be smaller)."""
+        """Cut into buckets of whole parameters with at least bucket_bytes each (the last may be smaller)."""
         buckets: list[Bucket] = []
         members: list[tuple[int, str, torch.nn.Parameter]] = []
         placed = self.placed()
@@ -85,28 +85,29 @@ class FlatLayout:
 
 
 class GradientBuffer:
-    """`slots` flat float32 gradient buffers of all parameters, shape (slots, num_elements). Independent, as memory is."""
+    """`slots` flat float32 gradient buffers for all parameters, shape (slots, num_elements). Independent if `memory` is."""
 
     def __init__(
         self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
         memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
     ) -> None:
-        """memory: gives that many zeroed float32 elements to each of the ranks that see each other's, of which this is number
-        `me`; torch's own memory, seen by nobody else, when it is left out."""
+        """memory: allocates that many zeroed float32 elements for each of the ranks that share memory, among which this rank has
+        index `me`; default: private memory."""
         self.layout = FlatLayout(named_parameters)
         self.num_elements = self.layout.num_elements
         needed = slots * self.num_elements
         parts = [torch.zeros(needed, device=self.layout.device)] if memory is None else memory(needed)
         self.parts = [part.view(-1, self.num_elements) for part in parts]  # every rank's slots
         self.flat = self.parts[me]
-        self.total = self.parts[0][0]  # where the sum lies once it is made
+        self.total = self.parts[0][0]  # the sum, after the reduction
         self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
         self.buckets = self.layout.cut(bucket_bytes)
         self.cut_chunks(lambda name: 0, 1)
         self._hooks: list[RemovableHandle] = []
 
     def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
-        """From here on parameters are pointed chunk by chunk: chunk_of(name) of `count`, later ones first in flat order."""
+        """Divide the parameters into `count` chunks for point(); chunk_of: chunk of a name. Later chunks come first in flat
+        order."""
         chunks = [chunk_of(name) for name, _ in self.layout.parameters]
         starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
                   for chunk in range(count)]
@@ -115,7 +116,7 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad, or those of a chunk, a view of this slot; backward then adds into it."""
+        """Make every .grad, or those of one chunk, a view of this slot, into which backward then accumulates."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:
@@ -123,7 +124,7 @@ class GradientBuffer:
                 self._pointing_at[one] = slot
 
     def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
-        """While armed(), call begin(bucket) from backward as soon as all gradients of a bucket are in."""
+        """From backward, call begin(bucket) as soon as all gradients of a bucket are complete, if armed() is true."""
         for bucket in self.buckets:
             waiting = set(bucket.names)
 
@@ -139,6 +140,6 @@ class GradientBuffer:
                     self._hooks.append(p.register_post_accumulate_grad_hook(lambda grad, name=name, hook=hook: hook(grad, name)))
 
     def forget(self) -> None:
-        """Backward has no more to do with it."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()

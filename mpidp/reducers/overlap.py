@@ -87,14 +87,8 @@ class ReduceThread:
 
 def use(reducer: Reducer, way: str) -> None:
     """Reduce this way from here on. Independent, between steps."""
-    if reducer.worker is not None:
-        reducer.worker.close()
-        reducer.worker = None
     wait = OVERLAP_WAITS[way]
-    reducer.overlap_mode = way
-    reducer.wait = reducer.group.wait if wait is None else wait
-    if wait is not None:
-        reducer.worker = ReduceThread(reducer.buffer.buckets, reducer.turn)
+    reducer.overlap_by(way, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.turn))
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
@@ -156,8 +150,8 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | Non
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(PROBE_ROUNDS):
         for way, wait in ways.items():
-            reducer.wait = reducer.group.wait if wait is None else wait
+            reducer.wait_by(wait)
             found[way].append(slowest(partial(plain if wait is None else overlapped, each)))
-    reducer.wait = reducer.group.wait
+    reducer.wait_by(None)
     reducer.load_state_dict({})  # nothing was summed yet
     return {way: statistics.median(times) for way, times in found.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +53,11 @@ def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_a
 class Tree(Reducer):
     """The same bits, whoever computes a lane and whoever adds it."""
 
-    def __init__(self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1) -> None:
+    def __init__(
+        self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
+    ) -> None:
         """num_slots: what slots_needed says."""
-        super().__init__(group, lanes, transport, shares, num_slots)
+        super().__init__(group, lanes, transport, shares, num_slots, **more)
         self._first = {lanes.micro_batches(lane)[0]: lane for lane in range(lanes.num_lanes)}
         self._last = {lanes.micro_batches(lane)[-1]: lane for lane in range(lanes.num_lanes)}
         self._plan = lru_cache(maxsize=64)(self._make_plan)

@@ -1,9 +1,9 @@
-"""The order in which lanes are added: a fixed binary tree, so that the sum does not depend on who adds first. Pure.
+"""The order in which lanes are added: a fixed binary tree, so that the bits of the sum do not depend on the ranks. Pure.
 
-Node (k, i) is the sum of lanes [i 2^k, (i+1) 2^k) that exist; its value is (k-1, 2i) + (k-1, 2i+1), or the left child
-alone where the right one has no lane. Float32 addition is commutative but not associative: with the shape of the tree
-fixed by the number of lanes L, the same bits come out however the lanes are shared out over ranks, in whatever order they
-are computed. At most ceil(log2 L) roundings lie on the path of any lane.
+Node (k, i) is the sum of lanes [i 2^k, (i+1) 2^k), as far as they exist. Its value is (k-1, 2i) + (k-1, 2i+1), or the left child
+alone if the right one has no lanes. Float32 addition is commutative but not associative. The shape of the tree depends only on
+the number of lanes L, so the sum has the same bits for every assignment of lanes to ranks and every order of computation. At most
+ceil(log2 L) roundings lie on the path of a lane.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 Node = tuple[int, int]  # (level, index)
-Place = TypeVar("Place")  # where a node's value lies
+Place = TypeVar("Place")  # the location of a node's value
 
 
 def promoted(node: Node, num_lanes: int) -> Node:
-    """The highest node with the same value: one without a right sibling is its parent."""
+    """Return the highest node with the same value: a node without a right sibling equals its parent. Pure."""
     level, index = node
     while index % 2 == 0 and level < (num_lanes - 1).bit_length() and (index + 1) << level >= num_lanes:
         level, index = level + 1, index // 2
@@ -24,22 +24,24 @@ def promoted(node: Node, num_lanes: int) -> Node:
 
 
 class TreeSum:
-    """Where each lane's gradient goes, and what is added to what after it, for lanes in any order. Independent.
+    """The part of the tree that one rank computes, for lanes in any order: the slot of each lane, and the additions after it.
+    Independent.
 
-    Slots are a rank's gradient buffers. Siblings that the rank holds both are added at once, so few slots are needed: at
-    most log2 + 1 for an aligned run of lanes, 2 log2 + 1 for any run.
+    Slots are a rank's gradient buffers. Two siblings on the same rank are added at once, so few slots are needed: at most
+    log2(n) + 1 for an aligned range of n lanes, 2 log2(n) + 1 for any range.
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: lanes are single micro-batches, so a leaf may accumulate straight onto its sibling, which is the
-        very addition that the tree asks for."""
+        """siblings_share: if every lane is a single micro-batch, a lane may accumulate directly onto its sibling, which is the
+        addition of the tree."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
-        self.nodes: dict[Node, int] = {}  # what the rank holds, and in which slot
-        self.num_slots = 0  # touched so far
-        self._slot_of: dict[int, int] = {}  # lanes begun and not done
+        self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots
+        self.num_slots = 0  # slots used so far
+        self._slot_of: dict[int, int] = {}  # slots of lanes that are open
 
     def open(self, lane: int) -> tuple[int, bool]:
-        """(slot, fresh): the lane accumulates there; a fresh slot must be zeroed first, else it holds the sibling."""
+        """Begin a lane: return (the slot into which it accumulates, whether it is fresh). Zero a fresh slot first; otherwise it
+        holds the sibling."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot
@@ -49,7 +51,7 @@ class TreeSum:
         return slot, sibling is None
 
     def close(self, lane: int) -> list[tuple[int, int]]:
-        """The lane is in: the additions slot[into] += slot[from] that follow, in order."""
+        """End a lane: return the additions (into, from) that follow, in order: slot[into] += slot[from]."""
         slot, node = self._slot_of.pop(lane), (0, lane)
         if self._slot_of.pop(lane ^ 1, None) is not None:
             node = (1, lane // 2)
@@ -69,7 +71,7 @@ class TreeSum:
 
 
 def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tuple[dict[Node, int], int]:
-    """(nodes and their slots, slots touched) of a rank that computes these lanes in this order. Independent."""
+    """Return (nodes and their slots, number of slots used) of a rank that computes these lanes in this order. Independent."""
     tree_sum = TreeSum(num_lanes, siblings_share)
     for lane in lanes:
         tree_sum.open(lane)
@@ -78,16 +80,14 @@ def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tu
 
 
 def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], list[tuple[Node, Place]]]:
-    """As much of the tree as these nodes allow: additions (into, from) in order, and the nodes left over, left to right.
-
-    Raises ValueError when two nodes hold the same lane. Independent.
-    """
+    """Add these nodes as far as the tree allows: return the additions (into, from) in order, and the remaining nodes from left to
+    right. ValueError if two nodes contain the same lane. Independent."""
     additions: list[tuple[Place, Place]] = []
     stack: list[tuple[Node, Place]] = []
     covered = 0
     for node, place in sorted(held, key=lambda one: one[0][1] << one[0][0]):
         if node[1] << node[0] < covered:
-            raise ValueError(f"lane {node[1] << node[0]} is there twice")
+            raise ValueError(f"lane {node[1] << node[0]} occurs twice")
         covered = (node[1] + 1) << node[0]
         stack.append((promoted(node, num_lanes), place))
         while len(stack) > 1 and stack[-1][0][1] % 2 == 1 and stack[-2][0] == (stack[-1][0][0], stack[-1][0][1] - 1):
@@ -98,8 +98,9 @@ def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple
 
 
 def fold_all(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], Place]:
-    """The whole tree: additions in order and where the sum then lies. ValueError when a lane is missing. Independent."""
+    """Add the whole tree: return the additions in order, and the place of the sum. ValueError if a lane is missing.
+    Independent."""
     additions, left_over = fold(held, num_lanes)
     if [node for node, _ in left_over] != [((num_lanes - 1).bit_length(), 0)]:
-        raise ValueError(f"not every one of {num_lanes} lanes is there once: left with {[node for node, _ in left_over]}")
+        raise ValueError(f"each of {num_lanes} lanes must occur once, but these nodes remain: {[node for node, _ in left_over]}")
     return additions, left_over[0][1]

@@ -1,4 +1,4 @@
-"""Checks that all ranks hold the same facts."""
+"""Check that all ranks have the same software, configuration and parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpidp.errors import UsageError
 
 
 def versions() -> dict[str, str]:
-    """What every rank must have the same of. Independent."""
+    """Return the versions that must be equal on all ranks. Independent."""
     return {
         "mpidp": mpidp.__version__,
         "python": platform.python_version(),
@@ -28,13 +28,13 @@ def versions() -> dict[str, str]:
 
 
 def parameter_facts(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
-    """What every rank's parameters must have in common. Independent."""
-    told = {f"parameter {i}": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named)}
-    return {"parameters": str(len(named)), **told}
+    """Return names, shapes and dtypes of the parameters, which must be equal on all ranks. Independent."""
+    facts = {f"parameter {i}": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(named)}
+    return {"parameters": str(len(named)), **facts}
 
 
 def check_agreement(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
-    """UsageError on every rank, naming what differs and where, unless all ranks hold the same facts. Collective over comm."""
+    """Raise UsageError on all ranks if their facts differ; it names the differences. Collective over comm."""
     everyone = comm.allgather(facts)
     different = [
         f"{name}: rank 0 has {everyone[0].get(name)}, rank {rank} has {theirs.get(name)}"
@@ -44,7 +44,7 @@ def check_agreement(comm: MPI.Intracomm, facts: dict[str, str]) -> None:
     ]
     if different:
         raise UsageError.on_every_rank(
-            "the ranks do not agree, so they would not train one model: "
+            "the ranks differ and would not train the same model: "
             + "; ".join(different[:5])
-            + ". Give all nodes the same environment, configuration and data (a shared folder, or the same copy)"
+            + ". All nodes need the same environment, configuration and data (a shared folder, or identical copies)"
         )

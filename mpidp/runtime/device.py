@@ -12,16 +12,16 @@ from mpidp.runtime.topology import Topology
 
 
 def resolve_threads(wanted: int, mesh: Topology) -> int:
-    """CPU threads a rank: as wanted, else the cores that the ranks of this node may use / their number. Independent."""
+    """Return the number of CPU threads: as wanted, else cores of this node / ranks on this node. Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 
 def resolve_device(wanted: str, mesh: Topology) -> torch.device:
-    """cuda:{local_rank % device_count}, else cpu. UsageError for a cuda that is not there. Independent."""
+    """Return cuda:{local_rank % device_count}, or cpu. UsageError if cuda is wanted and not available. Independent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            f"train.device=cuda, but torch sees no CUDA device on {mesh.host}: use train.device=cpu, or install a CUDA build of "
-            f"torch (this one is {torch.__version__}) and check the job's GPU request"
+            f"train.device=cuda, but torch finds no CUDA device on {mesh.host}. Use train.device=cpu, or install a CUDA build of "
+            f"torch (this one is {torch.__version__}) and check that the job requests a GPU"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -31,23 +31,23 @@ def resolve_device(wanted: str, mesh: Topology) -> torch.device:
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on CUDA that has it, else float32. Independent."""
+    """Return the dtype. auto: bfloat16 if the GPU supports it, else float32. Independent."""
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
 
 
 def check_compiler(wanted: bool, device: torch.device) -> None:
-    """UsageError when torch.compile is asked for on the CPU and there is no C++ compiler. Independent."""
+    """Raise UsageError if torch.compile is wanted on the CPU and there is no C++ compiler. Independent."""
     if wanted and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UsageError(
-            "train.compile=true needs a C++ compiler on the CPU, and g++ is not on the PATH: install it, name another one in the "
-            "environment variable CXX, or leave train.compile=false"
+            "train.compile=true needs a C++ compiler on the CPU, and g++ is not on PATH. Install it, set the environment "
+            "variable CXX to another compiler, or use train.compile=false"
         )
 
 
 def set_determinism(device: torch.device, wanted: bool) -> None:
-    """On CUDA, choose kernels whose bits repeat. Must come before the first cuBLAS call. Independent."""
+    """On CUDA, use deterministic kernels. Call before the first cuBLAS call. Independent."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(wanted)

@@ -1,4 +1,4 @@
-"""Which ranks share a node."""
+"""Topology: which ranks share a node."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Topology:
-    """Who takes part, and where: the replicas of one part of the model, or of all of it (grid.py has the other axes)."""
+    """The data-parallel ranks that hold the same part of the model, and their nodes. grid.py has the other axes of the mesh."""
 
-    dp: MPI.Intracomm  # ranks that average gradients with each other, node by node
-    hosts: list[str]  # of each node
-    node_sizes: list[int]  # ranks of each node
-    node_index: int  # which node this is
-    local_rank: int  # place among the ranks of this node
-    cores: int  # that the ranks of this node may use
-    numbers: list[int] = field(default_factory=list)  # of each rank, when the job began; those who came later go on counting
+    dp: MPI.Intracomm  # these ranks, ordered by node
+    hosts: list[str]  # host name of each node
+    node_sizes: list[int]  # number of ranks on each node
+    node_index: int  # index of this rank's node
+    local_rank: int  # index among the ranks of this node
+    cores: int  # CPU cores that the ranks of this node may use
+    numbers: list[int] = field(default_factory=list)  # each rank's original number; replacement ranks get new numbers
 
     @property
     def host(self) -> str:
@@ -30,7 +30,7 @@ class Topology:
 
     @property
     def num_machines(self) -> int:
-        """Nodes, but for those that are pretended."""
+        """Number of machines; smaller than num_nodes with MPIDP_PRETEND_NODES."""
         return len({host.partition("#")[0] for host in self.hosts})
 
     @property
@@ -43,11 +43,13 @@ class Topology:
 
 
 def make_topology(world: MPI.Intracomm, before: Topology | None = None, number: int | None = None) -> Topology:
-    """Nodes are told apart by host name, which holds in containers too. Where a launcher dealt ranks out over nodes in turn,
-    dp counts them anew, node by node; rank 0 stays rank 0. before: of a job that lost ranks, of which world has the others.
-    number: of a rank that came later. Collective over world.
+    """Return the topology of world. Nodes are identified by host name, which also works in containers.
 
-    MPIDP_PRETEND_NODES=k in the environment cuts one node's ranks into k, for tests and benchmarks on one machine.
+    dp orders the ranks by node, even if the launcher distributed them round-robin; rank 0 stays rank 0. before: the topology
+    before ranks failed; world contains the remaining ranks. number: the original number of a replacement rank. Collective over
+    world.
+
+    MPIDP_PRETEND_NODES=k divides the ranks of one node into k virtual nodes, for tests and benchmarks on one machine.
     """
     pretended = int(os.environ.get("MPIDP_PRETEND_NODES", "1"))
     host = socket.gethostname() + (f"#{world.rank * pretended // world.size}" if pretended > 1 else "")

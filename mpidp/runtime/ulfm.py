@@ -1,8 +1,8 @@
-"""Going on without ranks that died: MPI's User-Level Failure Mitigation, as Open MPI has it (`mpirun --with-ft ulfm`).
+"""Recovery from failed ranks with MPI's User-Level Failure Mitigation (ULFM), as in Open MPI (`mpirun --with-ft ulfm`).
 
-A rank that meets a failure revokes its communicators, so that nobody waits for it in one of them. What must happen on all who are
-left or on none is decided by an agreement, which no death can split. Between two agreements a rank may be as far as the next one
-and no further: whoever goes on after a failure has taken part in just one more, which said no.
+A rank that detects a failure revokes its communicators, so that no other rank waits for it. Operations that must happen on all
+remaining ranks or on none end with an agreement (MPI_Comm_agree), whose result is the same on all of them. No rank passes an
+agreement before all remaining ranks have reached it; after a failure, the next agreement is false on all.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from mpi4py import MPI
 from mpidp.errors import MpidpError
 from mpidp.runtime.environment import launched_with_ulfm
 
-_made: list[MPI.Intracomm] = []  # communicators in which others may wait for this rank
+_revocable: list[MPI.Intracomm] = []  # communicators in which other ranks may wait for this one
 
 
 class RankFailure(Exception):
-    """A rank died: all who are left hold this, at the same agreement."""
+    """A rank failed. Raised on all remaining ranks at the same agreement."""
 
 
 def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """The same communicator, which a failure will revoke. Independent."""
+    """Register a communicator to be revoked after a failure, and return it. Independent."""
     if launched_with_ulfm():
-        _made.append(comm)
+        _revocable.append(comm)
     return comm
 
 
 def revoke() -> None:
-    """Whoever waits in a communicator of this rank's, or comes to wait there, meets the failure too. Independent."""
-    for comm in _made:
+    """Revoke this rank's registered communicators: all current and later calls in them fail on all ranks. Independent."""
+    for comm in _revocable:
         if comm not in (MPI.COMM_NULL, MPI.COMM_SELF):
             with suppress(MPI.Exception):
                 comm.Revoke()
 
 
 def is_failure(error: BaseException) -> bool:
-    """Is it one after which others can go on? Independent."""
+    """Return whether the remaining ranks can continue after this error. Independent."""
     return launched_with_ulfm() and isinstance(error, (RankFailure, MPI.Exception))
 
 
 def agree(comm: MPI.Intracomm, ok: bool) -> bool:
-    """Has nobody died, and says every rank yes? The same answer on all who are left. Collective over comm."""
+    """Return True if no rank failed and ok is true on all; all remaining ranks get the same result. Collective over comm."""
     try:
         return bool(comm.Agree(int(ok)))
-    except MPI.Exception:  # somebody died
+    except MPI.Exception:  # a rank failed
         return False
 
 
@@ -71,13 +71,13 @@ def commit(comm: MPI.Intracomm) -> Iterator[None]:
         revoke()
     if not agree(comm, failure is None):
         revoke()
-        raise RankFailure(str(failure or known or "a rank died")) from failure
+        raise RankFailure(str(failure or known or "a rank failed")) from failure
     if known is not None:
         raise known
 
 
 def shrink(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Those who are left, in their order; all others' communicators are gone. Collective over comm, after a RankFailure."""
+    """Return a communicator of the remaining ranks, in their order. Call after a RankFailure. Collective over comm."""
     left = cast(MPI.Intracomm, comm.Shrink())
-    _made.clear()
+    _revocable.clear()
     return revocable(left)

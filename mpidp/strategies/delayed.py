@@ -1,12 +1,13 @@
-"""The non-blocking asynchronous update: gradients are summed while the next batches are computed, and applied k steps late.
+"""Delayed updates: gradients are summed while the next batches are computed, and are applied k steps late.
 
-At step s a rank gives the gradient of its part of batch s to a thread that sums it over the ranks, and applies the sum of batch
-s - k, which was computed at the parameters of k updates ago (staleness k). Every rank applies the same sums in the same order:
-replicas stay equal. At k = 0 it is `synchronous` with a reducer of one buffer. The first k steps make no update; `finish` makes
-those that are left.
+At step s a rank passes the gradient of its part of batch s to a thread that sums it over the ranks, and applies the sum of batch
+s - k, which was computed at the parameters of k updates ago (staleness k). All ranks apply the same sums in the same order, so
+replicas stay equal. With k = 0 this is `synchronous` with a single-buffer reducer. The first k steps make no update; finish()
+applies the remaining sums.
 
-Delay compensation (Zheng 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation", eq. 10): the gradient at
-today's parameters is guessed from the late one g by its diagonal second moment, g + lambda g * g * (theta - theta_then).
+Delay compensation (Zheng 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation", eq. 10) estimates the gradient
+at the current parameters theta from the late gradient g: g + lambda g * g * (theta - theta_then), where theta_then are the
+parameters at which g was computed.
 """
 
 from __future__ import annotations
@@ -34,23 +35,24 @@ from mpidp.strategies.synchronous import Synchronous
 
 @dataclass
 class PendingUpdate:
-    """A batch whose gradient is on its way."""
+    """A batch whose gradient is not yet applied."""
 
-    slot: int  # the gradient buffer in which it is summed
-    tokens: Tensor  # (1,) float64: target tokens of this rank's part; of the batch once it is summed
-    limit: float  # of the gradient's norm
-    then: Tensor | None = None  # the parameters at which it was computed, where delay is compensated
-    task: Task | None = None  # None: summed
+    slot: int  # index of its gradient buffer
+    tokens: Tensor  # (1,) float64: target tokens of this rank's part; after the sum, of the batch
+    limit: float  # largest gradient norm that is applied
+    then: Tensor | None = None  # the parameters at which it was computed, for delay compensation
+    task: Task | None = None  # the running sum; None when it is done
 
     def wait(self) -> None:
-        """Until it is summed. Collective over those who sum it."""
+        """Wait until the gradient is summed. Collective over compute_comm."""
         if self.task is not None:
             self.task.wait()
             self.task = None
 
 
 class Delayed(Synchronous):
-    """Slots of the gradient buffer: 0 for what is applied, and k + 1 in turn for what is computed and what is in flight."""
+    """Uses slot 0 of the gradient buffer for the sum that is applied, and k + 1 slots in turn for the current batch and those in
+    flight."""
 
     survives_failures = False
     synchronizes_always = False
@@ -60,7 +62,7 @@ class Delayed(Synchronous):
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer = self.reducer
-        self._flat_reducer.wait = OVERLAP_WAITS["poll"] or self._flat_reducer.wait  # it is in a thread, and the core is wanted
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
         self._background = Background()
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
@@ -83,10 +85,10 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Send off this batch's gradient, apply that of k batches ago; grad_norm is that one's. tokens: of this rank's part.
-        Collective over compute_comm."""
-        self.enter("reduce")
-        if self._fresh:  # it computed nothing
+        """Start the sum of this batch's gradient, and apply that of k batches ago, whose norm is returned. tokens: target tokens
+        of this rank's part. Collective over compute_comm."""
+        self.reducer.observers.enter("reduce")
+        if self._fresh:  # this rank computed nothing
             self.buffer.flat[self._slot].zero_()
         then = self.flat.clone() if self.options.compensation else None
         pending = PendingUpdate(self._slot, torch.tensor([float(tokens)], dtype=torch.float64), limit, then)
@@ -98,17 +100,16 @@ class Delayed(Synchronous):
         return self._apply(lr, self._in_flight.popleft())
 
     def _sum(self, pending: PendingUpdate) -> None:
-        """In the thread. Collective over compute_comm."""
+        """Sum the gradient, in the thread. Collective over compute_comm."""
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
-            self._flat_reducer.on_reduce(bucket.index)
-            self._flat_reducer.sum(self.buffer.flat[pending.slot], bucket)
-        self._flat_reducer.end_round(applied=True)  # what is not finite was left out of residuals already
+            self._flat_reducer.turn_of(self.buffer.flat[pending.slot], bucket)
+        self._flat_reducer.end_round(applied=True)  # residuals contain finite values only
 
     def _apply(self, lr: float, pending: PendingUpdate) -> StepStats:
         with self.reducer.transport.timed():
             pending.wait()
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         total, tokens = self.buffer.total, float(pending.tokens)
         torch.mul(self.buffer.flat[pending.slot], self.nominal_tokens / max(1.0, tokens), out=total)
         if pending.then is not None:
@@ -123,13 +124,13 @@ class Delayed(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def finish(self) -> None:
-        """Apply what is in flight. Collective over compute_comm."""
+        """Apply the gradients in flight. Collective over compute_comm."""
         while self._in_flight:
             self._apply(self._lr, self._in_flight.popleft())
 
     def state_dict(self) -> dict[str, Entry]:
-        """With the sums that are in flight, for which it waits: a resumed run applies them as this one will. Independent, at the
-        same step on all ranks."""
+        """Wait for the sums in flight and include them, so that a resumed run applies them, too. Independent, at the same step on
+        all ranks."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()

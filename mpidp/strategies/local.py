@@ -1,15 +1,16 @@
-"""Ranks that learn by themselves and average now and then: local SGD, DiLoCo, partial aggregation and gossip.
+"""Ranks train independently and average periodically: local SGD, DiLoCo, partial aggregation and gossip.
 
 A rank updates its own parameters from its own lanes (inner steps). Every `sync_every` steps
 
-- with group=all, the outer gradient anchor - theta_r is averaged over the ranks, weighted by target tokens, and an outer step of
-  SGD with Nesterov momentum is made from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1, outer_momentum=0
-  is local SGD (Stich 2019): the parameters are averaged. `fragments`: parts of the model in turn (Douillard 2025, Streaming
-  DiLoCo, section 2.2). `overlap`: an average is begun, and applied a round later to what was learned meanwhile (Kale 2025).
-- with any other group, parameters themselves are averaged within the round's group (groups.py).
+- with group=all, the outer gradient anchor - theta_r is averaged over the ranks, weighted by target tokens. Then SGD with
+  Nesterov momentum makes an outer step from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with
+  outer_momentum=0 is local SGD (Stich 2019): parameters are averaged. `fragments`: parts of the model are averaged in turn
+  (Douillard 2025, Streaming DiLoCo, section 2.2). `overlap`: an average is started, and applied one round later to the parameters
+  of that time (Kale 2025).
+- with any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
-At a meeting everybody averages with everybody, at once: then there is one common model. Memory: anchor and outer momentum, 8
-bytes a parameter, with group=all; 8 more with overlap.
+At a synchronization point all ranks average at once, so that there is one common model. Memory with group=all: 8 bytes per
+parameter for anchor and outer momentum, 8 more with overlap.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from mpidp.strategies.averaging_groups import hop, partition
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
-SUM, OWN = 1, 2  # slots: an average in flight; what this rank gave to it
+SUM, OWN = 1, 2  # slots of the gradient buffer: an average in flight; this rank's contribution to it
 
 
 class Local(Synchronous):
-    """The gradient buffer's slot 0 holds a step's own gradient, then, between steps, what is being averaged."""
+    """Slot 0 of the gradient buffer holds the step's gradient, and between steps the values that are averaged at once."""
 
     survives_failures = False
     synchronizes_always = False
@@ -54,14 +55,14 @@ class Local(Synchronous):
         buckets = self.buffer.buckets
         if options.fragments > len(buckets):
             raise UsageError.on_every_rank(
-                f"strategy.fragments={options.fragments}, but parameters make only {len(buckets)} buckets: lower comm.bucket_mb"
+                f"strategy.fragments={options.fragments}, but parameters have only {len(buckets)} buckets: lower comm.bucket_mb"
             )
         self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
-        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # learned from since each was averaged last
-        self._flying: list[Task | None] = [None] * options.fragments
+        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # processed since each was averaged last
+        self._in_flight: list[Task | None] = [None] * options.fragments  # by fragment
         self._background = Background()
         if options.overlap:
-            self._flat_reducer.wait = OVERLAP_WAITS["poll"] or self._flat_reducer.wait
+            self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])
         self._steps = 0
         self._anchor = self.flat.clone() if self._outer else torch.empty(0)
         self._momentum = torch.zeros_like(self._anchor)
@@ -77,11 +78,12 @@ class Local(Synchronous):
             self._anchor.copy_(self.flat)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """An inner step, and what of averaging is due after it. A gradient that is not finite makes no update on this rank, and
-        the step counts. tokens: of this rank's part. Collective over compute_comm where averaging is due; else independent."""
+        """Make an inner step, and the averages that are due. A gradient that is not finite makes no update on this rank, but the
+        step counts. tokens: target tokens of this rank's part. Collective over compute_comm if an average is due, else
+        independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         synchronizes, every = self.synchronizes_at(self._steps), self.options.sync_every
         if self._outer:
             for i, buckets in enumerate(self._fragments):
@@ -90,7 +92,7 @@ class Local(Synchronous):
         elif synchronizes:
             self._average_all()
         elif self._steps % every == 0:
-            self._mix(self._steps // every)
+            self._average_group(self._steps // every)
         return stats
 
     def _inner(self, lr: float, tokens: int, limit: float) -> StepStats:
@@ -105,32 +107,32 @@ class Local(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def _average(self, i: int, buckets: Sequence[Bucket], at_once: bool) -> None:
-        """Fragment i: apply the average that is in flight, begin the next, and when it must be at once apply that too."""
-        if (task := self._flying[i]) is not None:
+        """Apply the average of fragment i that is in flight, and start the next one; with at_once, apply that one, too."""
+        if (task := self._in_flight[i]) is not None:
             with self.reducer.transport.timed():
                 task.wait()
-            self._flying[i] = None
+            self._in_flight[i] = None
             for part in map(_slice, buckets):
                 self._outer_step(part, self.buffer.flat[SUM, part], self.buffer.flat[OWN, part])
-        share = self._share(i)
+        weight = self._weight(i)
         target = self.buffer.flat[0 if at_once else SUM]
         for part in map(_slice, buckets):
             torch.sub(self._anchor[part], self.flat[part], out=target[part])
             if not at_once:
                 self.buffer.flat[OWN, part] = target[part]
-            target[part].mul_(share)
-        task = self._background.submit(partial(self._sum, target, buckets))  # after those in flight: they use one communicator
+            target[part].mul_(weight)
+        task = self._background.submit(partial(self._sum, target, buckets))  # after those in flight: same communicator
         if not at_once:
-            self._flying[i] = task
+            self._in_flight[i] = task
             return
         with self.reducer.transport.timed():
             task.wait()
         for part in map(_slice, buckets):
             self._outer_step(part, target[part], None)
 
-    def _share(self, i: int) -> float:
-        """This rank's weight in an average: its part of the tokens. MpidpError when nobody learned from any. Collective over
-        compute_comm."""
+    def _weight(self, i: int) -> float:
+        """Return this rank's weight in the average of fragment i: its fraction of the target tokens. MpidpError if there are
+        none. Collective over compute_comm."""
         total = self._tokens[i : i + 1].clone()
         with self.reducer.transport.timed():
             self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(total)))
@@ -138,20 +140,19 @@ class Local(Synchronous):
         if not total:
             raise MpidpError.on_every_rank(
                 f"step {self._steps}: no rank has made an update for strategy.sync_every={self.options.sync_every} steps, "
-                "because its gradient was not finite or its batches had no target token: lower optim.lr, or look at the data "
-                "there; the last checkpoint is kept"
+                "because gradients were not finite or batches had no target tokens: lower optim.lr, or check the data of these "
+                "steps; the last checkpoint is kept"
             )
         return mine / float(total)
 
     def _sum(self, flat: Tensor, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            self._flat_reducer.on_reduce(bucket.index)
-            self._flat_reducer.sum(flat, bucket)
+            self._flat_reducer.turn_of(flat, bucket)
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Of the anchor, by the averaged outer gradient; parameters become it. own: what this rank gave to that average, a round
-        ago: then they keep what was learned since."""
+        """Update the anchor with the averaged outer gradient, and set the parameters to it. own: this rank's contribution to an
+        average of the previous round; with it, the parameters keep the inner steps made since."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)
@@ -162,15 +163,15 @@ class Local(Synchronous):
             self.flat[part] = anchor
 
     def _average_all(self) -> None:
-        """Parameters, over all ranks alike. Collective over compute_comm."""
+        """Average the parameters over all ranks with equal weights. Collective over compute_comm."""
         target = self.buffer.flat[0]
         torch.div(self.flat, self.compute_comm.size, out=target)
         with self.reducer.transport.timed():
             self._sum(target, self.buffer.buckets)
         self.flat.copy_(target)
 
-    def _mix(self, t: int) -> None:
-        """Parameters, within the group of round t. Collective over that group."""
+    def _average_group(self, t: int) -> None:
+        """Average the parameters within the group of round t. Collective over that group."""
         size, options = self.compute_comm.size, self.options
         with self.reducer.transport.timed():
             if options.group == "exponential":
@@ -181,7 +182,8 @@ class Local(Synchronous):
             self._peers.average(self.flat, mine, self.buffer.flat[0])
 
     def state_dict(self) -> dict[str, Entry]:
-        """At a meeting: parameters are the anchor, nothing is in flight; each rank has inner state of its own. Independent."""
+        """Return the state at a synchronization point: the parameters equal the anchor, nothing is in flight, and each rank has
+        its own inner state. Independent."""
         size, rank = self.compute_comm.size, self.compute_comm.rank
         assert self.optimizer is not None
         found = {"steps": Entry(torch.tensor(self._steps))}
@@ -193,7 +195,8 @@ class Local(Synchronous):
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Of another number of ranks: each takes the inner state of one of them in turn. Independent."""
+        """Load the state. If the number of ranks has changed, rank r takes the inner state of rank r modulo the old number.
+        Independent."""
         assert self.optimizer is not None
         self._steps = int(state["steps"])
         row = self.compute_comm.rank % len(state["inner/updates"])

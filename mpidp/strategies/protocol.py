@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, Protocol
@@ -15,7 +15,6 @@ from mpidp.checkpoint.entry import Entry
 from mpidp.comm.group import Group
 from mpidp.config.defaults import DEFAULTS
 from mpidp.parallel.engine import GradientSink
-from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
 
 
@@ -70,15 +69,15 @@ class Strategy(GradientSink, Protocol):
     group: Group
     one_copy: bool  # of parameters and state in a group
     reducer: Reducer
-    enter: Callable[[str], None]  # told of each phase of step(): reduce, apply, publish
+    buffer: Any  # of flat gradients, a GradientBuffer; None where there is none
     survives_failures: bool  # after a death, in the same memory; else from the last checkpoint
-
-    def share_model(self, parts: ModelPartition) -> None:
-        """This rank has a part of the model, and others the rest: norms are of the whole. Once, before start(). Independent."""
 
     def synchronizes_at(self, step: int) -> bool:
         """Do all ranks tell each other at this step (from 1) what they computed, and hold one common model after it? Only then is
         there an evaluation, a checkpoint, an end. The same on every rank. Independent."""
+
+    def fill(self, forwards: int) -> None:
+        """Run so many more forwards, where every rank must run as many as any rank. Collective where there are any."""
 
     def start(self) -> None:
         """Once, before the first step or after a restore. Collective over compute_comm."""
@@ -114,6 +113,9 @@ class Strategy(GradientSink, Protocol):
         """Rank 0 and others had the state of another strategy, `before`; None: this rank is new. Now all have rank 0's, and what
         is each rank's own is of those who had it. When somebody dies meanwhile, `before` is as before. Collective over
         compute_comm."""
+
+    def flats(self) -> dict[str, Tensor]:
+        """The flat tensors on which all replicas agree, by suffix of their names. Independent."""
 
     def close(self) -> None:
         """Give shared memory back: parameters and state are gone with it. Collective over compute_comm."""

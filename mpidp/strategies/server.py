@@ -1,17 +1,18 @@
-"""The parameter server: N workers compute gradients, M servers hold parameters and optimizer state in slices, and update them.
+"""The parameter server: N workers compute gradients; M servers hold slices of parameters and optimizer state, and update them.
 
-A worker pushes the slices of its gradient to the servers and waits for theirs of the parameters, without a barrier over all (Li
-2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3). The last M ranks of the job serve: a server
-computes no gradient, a worker holds no optimizer state.
+A worker pushes slices of its gradient to the servers and waits for their slices of the parameters, without a global barrier (Li
+2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3). The last M ranks of the job are servers.
+Servers compute no gradients; workers hold no optimizer state.
 
 | mode | a server applies | and answers |
 |---|---|---|
-| sync | the sum of all workers' gradients of a batch, added in their order | when it is applied |
-| async | every push as it comes | at once |
-| ssp | every push as it comes | a worker that is at most `staleness` batches ahead of the slowest (Ho 2013) |
+| sync | the sum of all workers' gradients of a batch, added in order of workers | after the update |
+| async | every push when it arrives | at once |
+| ssp | every push when it arrives | workers at most `staleness` batches ahead of the slowest (Ho 2013) |
 
-A push of n of the batch's |B| target tokens is a step of lr n / |B|: all pushes of a batch make up a step. One that is r whole
-rounds of updates late counts 1 / (1 + r) of that (Zhang 2016, "Staleness-aware Async-SGD", eq. 6, by rounds).
+A push with n of the batch's |B| target tokens is applied with learning rate lr n / |B|, so that all pushes of a batch make up one
+step. If it is late by r whole rounds of updates, the rate is divided by 1 + r (Zhang 2016, "Staleness-aware Async-SGD", eq. 6,
+with the delay counted in rounds).
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
 HEADER, GRADIENT, ANSWER, PARAMETERS = range(4)  # tags
-WORKER, BATCH, TOKENS, VERSION, LR = range(5)  # of a header, float64
-PendingReceive = tuple[MPI.Request, Tensor | None, Tensor | None]  # what is received, into what, for where
-ANSWERED, NORM, SKIPPED = range(3)  # of an answer: the version of the slice; of `sync`, what came of the step
+WORKER, BATCH, TOKENS, VERSION, LR = range(5)  # fields of a header, float64
+PendingReceive = tuple[MPI.Request, Tensor | None, Tensor | None]  # request, wire tensor, destination
+ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice; in mode sync, gradient norm and skipped
 
 
 class Server(Synchronous):
-    """On workers, slot 0 of the gradient buffer is what they push; on servers, what arrives (1) and the sum (0)."""
+    """Workers push slot 0 of the gradient buffer. Servers receive into slot 1 and sum in slot 0."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, with a reducer of one buffer. Collective over comm."""
+        """As Synchronous, with a single-buffer reducer. Collective over comm."""
         super().__init__(*parts, **more)
         self._comm, size = self.reducer.comm, self.compute_comm.size
         self._workers, self._servers = size - self.options.servers, self.options.servers
@@ -56,16 +57,16 @@ class Server(Synchronous):
         me = self.compute_comm.rank - self._workers
         self._mine = slice(self._bounds[me], self._bounds[me + 1]) if me >= 0 else None
         among = self.compute_comm.Split(int(me >= 0), self.compute_comm.rank)
-        self._among = among  # the servers, or the workers
-        self._versions = [0] * self._servers  # of the slices that this worker has
-        self._version = 0  # of the slice that this server has: updates of it
-        self._pushed = 0  # batches of which a worker has pushed its part, a server has had all parts
-        self._clocks = [0] * self._workers  # batches of each worker that have arrived
-        self._waiting: dict[int, int] = {}  # workers that have no answer yet, and the batch that they pushed
+        self._among = among  # communicator of the servers, or of the workers
+        self._versions = [0] * self._servers  # version of each slice on this worker
+        self._version = 0  # number of updates of this server's slice
+        self._pushed = 0  # number of batches that a worker has pushed, or a server has received from all workers
+        self._clocks = [0] * self._workers  # number of pushes received from each worker
+        self._waiting: dict[int, int] = {}  # workers that wait for an answer, and the batch that they pushed
         self._steps = 0
         self._stats = StepStats(0.0, False)
-        self._arrived: list[int] = []  # since the last meeting, in their order
-        self._expected: deque[int] = deque()  # the order to repeat
+        self._arrived: list[int] = []  # workers in order of their pushes since the last synchronization point
+        self._expected: deque[int] = deque()  # the order to replay
 
     def updates(self) -> dict[str, Any] | None:
         """Independent."""
@@ -77,8 +78,9 @@ class Server(Synchronous):
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """A worker: push, and wait for the answer. A server: serve until every worker's push of this batch is applied. tokens: of
-        this rank's part. Collective over compute_comm at a meeting; else between workers and servers."""
+        """A worker pushes its gradient and waits for the answers. A server serves until it has applied every worker's push of
+        this batch. tokens: target tokens of this rank's part. Collective over compute_comm at a synchronization point, else
+        between workers and servers."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
             stats = self._work(lr, tokens, limit, synchronizes)
@@ -86,21 +88,21 @@ class Server(Synchronous):
             stats = self._serve(limit, synchronizes)
         self._pushed += 1
         self._steps += not stats.skipped
-        return replace(stats, extra=self._give_all()) if synchronizes else stats
+        return replace(stats, extra=self._publish_all()) if synchronizes else stats
 
-    # A worker
+    # Workers
 
     def _work(self, lr: float, tokens: int, limit: float, synchronizes: bool) -> StepStats:
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        if not sync:  # a step of its own: clipped here, or not made at all
+        if not sync:  # the push is a step by itself: it is clipped or skipped here
             norm = float(global_norm(gradient)) * scale if tokens else 0.0
             if not (math.isfinite(norm) and norm <= limit):
                 tokens = 0
             gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
         with self.reducer.transport.timed():
-            # Receives first: a server that answers never waits for a worker that still pushes to another one.
+            # Post receives first, so that an answering server never waits for a worker that still pushes to another server.
             pulls = [self._begin_pull(server, parameters=not synchronizes) for server in range(self._servers)]
             self._push(gradient, lr, tokens)
             for server, (answer, parts) in enumerate(pulls):
@@ -134,48 +136,48 @@ class Server(Synchronous):
             if wire is not None and piece is not None:
                 self.reducer.transport.store(wire, piece)
 
-    # A server
+    # Servers
 
     def _serve(self, limit: float, synchronizes: bool) -> StepStats:
         if self.options.mode == "sync":
             return self._serve_all(limit, synchronizes)
         while min(self._clocks) <= self._pushed:
             header = np.zeros(5)
-            self.enter("reduce")
+            self.reducer.observers.enter("reduce")
             with self.reducer.transport.timed():
                 self.group.wait(self._comm.Irecv(header, self._next(), HEADER))
             self._arrived.append(int(header[WORKER]))
-            self._take(header)
+            self._receive_push(header)
             self._apply(header)
             self._waiting[int(header[WORKER])] = int(header[BATCH])
             self._clocks[int(header[WORKER])] += 1
-            self._answer(synchronizes)
+            self._answer_ready(synchronizes)
         return self._stats
 
     def _next(self) -> int:
-        """From whom the next push is taken: from anybody, or as it was in the run that is repeated."""
+        """Return the source of the next push: any worker, or the one in the replayed run."""
         if not self.options.arrivals:
             return MPI.ANY_SOURCE
         if not self._expected:
-            meeting = min((step for step in self.options.arrivals if step > self._steps), default=-1)
-            order = self.options.arrivals.get(meeting, [[]] * self._servers)[self.compute_comm.rank - self._workers]
+            next_sync = min((step for step in self.options.arrivals if step > self._steps), default=-1)
+            order = self.options.arrivals.get(next_sync, [[]] * self._servers)[self.compute_comm.rank - self._workers]
             if not order:
-                raise MpidpError(f"strategy.replay: no order of arrivals after step {self._steps}: that run was shorter")
+                raise MpidpError(f"strategy.replay: the replayed run has no arrivals after step {self._steps}: it was shorter")
             self._expected.extend(order)
         return self._expected.popleft()
 
-    def _take(self, header: np.ndarray) -> None:
+    def _receive_push(self, header: np.ndarray) -> None:
         assert self._mine is not None
         transport, arrived = self.reducer.transport, self.buffer.flat[1]
         with transport.timed():
             for start, stop in pieces(self._mine.start, self._mine.stop):
-                wire = transport.load(arrived[start:stop], "take")
+                wire = transport.load(arrived[start:stop], "receive")
                 self.group.wait(self._comm.Irecv(buf(wire), int(header[WORKER]), GRADIENT))
                 transport.store(wire, arrived[start:stop])
 
     def _apply(self, header: np.ndarray) -> None:
-        """A push, unless the worker or this server finds that it is not finite: then it changes nothing."""
-        self.enter("apply")
+        """Apply a push, unless the worker or this server has found that it is not finite."""
+        self.reducer.observers.enter("apply")
         arrived = self.buffer.flat[1, self._mine]
         norm = float(torch.linalg.vector_norm(arrived))
         if not header[TOKENS] or not math.isfinite(norm):
@@ -187,35 +189,36 @@ class Server(Synchronous):
         self._version += 1
         self._stats = StepStats(norm, False)
 
-    def _answer(self, synchronizes: bool) -> None:
-        """Those who may go on; all of them after a meeting's batch, for which nobody is given parameters here: all get them
-        together."""
+    def _answer_ready(self, synchronizes: bool) -> None:
+        """Answer the waiting workers that may continue. After the batch of a synchronization point answers have no parameters,
+        because all ranks get them together."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
             last = synchronizes and batch == self._pushed
             if last or self.options.mode == "async" or batch + 1 - slowest <= self.options.staleness:
                 del self._waiting[worker]
-                self._give(worker, self._stats, parameters=not last)
+                self._answer(worker, self._stats, parameters=not last)
 
-    def _give(self, worker: int, stats: StepStats, parameters: bool) -> None:
+    def _answer(self, worker: int, stats: StepStats, parameters: bool) -> None:
         assert self._mine is not None
         wire = self.reducer.transport
         with wire.timed():
             self._comm.Send(np.array([self._version, stats.grad_norm, stats.skipped], dtype=np.float64), worker, ANSWER)
             for start, stop in pieces(self._mine.start, self._mine.stop) if parameters else ():
-                piece = wire.load(self.flat[start:stop], "give")
+                piece = wire.load(self.flat[start:stop], "answer")
                 self._comm.Send(buf(piece), worker, PARAMETERS)
                 wire.sent_bytes += piece.nbytes
 
     def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
-        """A batch of all workers: added in their order, scaled, clipped by the norm over all servers, applied once."""
-        self.enter("reduce")
+        """Mode sync: add all workers' gradients of a batch in their order, scale, clip by the norm over all servers, and
+        update."""
+        self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
         total.zero_()
         for worker in range(self._workers):
             with self.reducer.transport.timed():
                 self.group.wait(self._comm.Irecv(header, worker, HEADER))
-            self._take(header)
+            self._receive_push(header)
             tokens, lr = tokens + header[TOKENS], header[LR]
             total.copy_(self.buffer.flat[1, self._mine]) if worker == 0 else total.add_(self.buffer.flat[1, self._mine])
         scale = self.nominal_tokens / max(1.0, tokens)
@@ -226,13 +229,13 @@ class Server(Synchronous):
                 scale *= self.clip / norm
             if scale != 1.0:
                 total.mul_(scale)
-            self.enter("apply")
+            self.reducer.observers.enter("apply")
             assert self.optimizer is not None
             self.optimizer.step(lr)
             self._version += 1
         stats = StepStats(norm, skipped)
         for worker in range(self._workers):
-            self._give(worker, stats, parameters=not synchronizes)
+            self._answer(worker, stats, parameters=not synchronizes)
         return stats
 
     def _norm_over_servers(self) -> float:
@@ -246,12 +249,12 @@ class Server(Synchronous):
                 self.group.wait(self._among.Iallreduce(MPI.IN_PLACE, buf(squares)))
         return math.sqrt(squares.cumsum(0)[-1])
 
-    # All
+    # All ranks
 
-    def _give_all(self) -> dict[str, Any]:
-        """A meeting: every server's slice is everybody's; all know in what order pushes came, where that may be any. Collective
-        over compute_comm."""
-        self.enter("publish")
+    def _publish_all(self) -> dict[str, Any]:
+        """At a synchronization point, broadcast every server's slice; return the order of pushes for metrics.jsonl, except in
+        mode sync. Collective over compute_comm."""
+        self.reducer.observers.enter("publish")
         wire = self.reducer.transport
         with wire.timed():
             for server in range(self._servers):
@@ -265,7 +268,7 @@ class Server(Synchronous):
         return {} if self.options.mode == "sync" else {"arrivals": [order for _, order in rows]}
 
     def state_dict(self) -> dict[str, Entry]:
-        """The servers' slices of the optimizer's state; of the workers nothing. Independent."""
+        """Return the server's slice of the optimizer state; workers have none. Independent."""
         steps = {"steps": Entry(torch.tensor([self._steps, self._pushed]))}
         if self._mine is None:
             return steps
@@ -279,7 +282,7 @@ class Server(Synchronous):
         return steps | slices | {"server/updates": Entry(counts, "sharded", (index, 0), (self._servers, 2))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Of any number of servers and workers. Independent."""
+        """Load the state of a run with any number of servers and workers. Independent."""
         self._steps, self._pushed = map(int, state["steps"])
         self._clocks = [self._pushed] * self._workers
         updates, self._version = (int(one) for one in state["server/updates"].max(0).values)

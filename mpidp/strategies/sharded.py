@@ -12,7 +12,7 @@ sum's order is MPI's: the weights are those of level 0 to rounding, not to the b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -72,14 +72,14 @@ class Sharded:
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, *, model: torch.nn.Module, level: int,
+        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
+        model: torch.nn.Module, level: int,
     ) -> None:
         """As Synchronous; of the reducer only the lanes are looked at. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy, self.level = comm, group, reducer, False, level
         self.model: Any = model
         self.clip, self.nominal_tokens = clip, nominal_tokens
-        self.enter: Callable[[str], None] = lambda phase: None
-        self._parts: ModelPartition | None = None
+        self._parts = parts
         lanes, shares = reducer.lanes, reducer.shares
         self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)  # of any rank
         self._made = self._open = 0  # forwards of this step; of them those whose backward is not counted yet
@@ -145,7 +145,7 @@ class Sharded:
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """As Synchronous.step, on shards: the norm is a sum over ranks in their order, the same bits on each. Collective over
         compute_comm."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         reshard_all(self.model)
         gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # of all: idle ones too
         scale = self.nominal_tokens / max(1, tokens)
@@ -154,19 +154,15 @@ class Sharded:
             scale *= self.clip / norm
         skipped = not (tokens and math.isfinite(norm) and norm <= limit)
         if not skipped:
-            self.enter("apply")
+            self.reducer.observers.enter("apply")
             for gradient in gradients:
                 gradient.mul_(scale)
             self.optimizer.step(gradients, lr)
         self.discard()
         gathers = 2 * self._most if self.level == 3 else 1  # before each forward and backward, or once
         self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)  # and a sum after each backward
-        self.enter("publish")
+        self.reducer.observers.enter("publish")
         return StepStats(grad_norm=norm, skipped=skipped)
-
-    def share_model(self, parts: ModelPartition) -> None:
-        """This rank has a part of the model. Independent."""
-        self._parts = parts
 
     def _norm(self, gradients: list[Tensor]) -> float:
         here = self._parts.counts if self._parts else lambda name: True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,11 +39,12 @@ class Synchronous:
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
-        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None,
+        spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
         """make_optimizer: all but the memory is given. clip: largest gradient norm, 0 for no clipping; nominal_tokens:
         global_batch x seq_len, by which losses were divided; one_copy: the ranks of a group share parameters and optimizer
-        state, and each updates a part; most_slots: that this rank may need when others have died. Collective over comm."""
+        state, and each updates a part; most_slots: that this rank may need when others have died; parts: where
+        this rank has a part of the model. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -61,6 +61,9 @@ class Synchronous:
             named_parameters, slots, bucket_bytes, lambda elements: group.memory(elements, device, elements // slots * room),
             group.node.rank,
         )
+        self._parts = parts
+        if parts is not None:
+            self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
@@ -72,16 +75,8 @@ class Synchronous:
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # was the last update not finished by all who share it?
         self._late: MPI.Exception | None = None
-        self.enter: Callable[[str], None] = lambda phase: None
-        self.complete: Callable[[], None] = lambda: None  # the sum, where ranks with other parts of the model add to it
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
-
-    def share_model(self, parts: ModelPartition) -> None:
-        """This rank has a part of the model. Independent."""
-        self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
-        self.reducer.norm_over_parts = partial(parts.norm, self.buffer)
-        self.complete = partial(parts.tie, self.buffer, self.group)
 
     def updates(self) -> dict[str, Any] | None:
         """Which share of the parameters this rank updates, as Optimizer wants it; None: nothing of them. Independent."""
@@ -108,8 +103,7 @@ class Synchronous:
     def release(self) -> None:
         """Backward calls nothing here any more, and no thread reduces. Independent."""
         self.buffer.forget()
-        if self.reducer.worker is not None:
-            self.reducer.worker.close()
+        self.reducer.stop_worker()
 
     def synchronizes_at(self, step: int) -> bool:
         """Independent."""
@@ -165,11 +159,14 @@ class Synchronous:
         """Sum, scale to the mean over `tokens` target tokens, clip, update. A gradient that is not finite in any lane, or whose
         norm is beyond the limit, skips the update on every rank alike, because every rank sees the same norm. Collective over
         compute_comm."""
-        self.enter("reduce")
+        self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         with commit(self.compute_comm):  # up to here nobody has updated anything; from here on everybody who is left does
-            self.reducer.finish()
-            self.complete()
+            with self.reducer.observers.span("reduction"):
+                self.reducer.finish()
+            if self._parts is not None:
+                self._parts.tie(self.buffer, self.group)
+            self.reducer.observers.summed(self.buffer.total)
             if tokens:
                 norm = self.reducer.norm() * scale
                 if self.clip and norm > self.clip:
@@ -181,10 +178,10 @@ class Synchronous:
         self.reducer.end_round(applied=not skipped)
         if skipped:
             return StepStats(grad_norm=norm, skipped=True)
-        self.enter("apply")
+        self.reducer.observers.enter("apply")
         if self.optimizer is not None:
             self.optimizer.step(lr)
-        self.enter("publish")
+        self.reducer.observers.enter("publish")
         self._publish()
         return StepStats(grad_norm=norm, skipped=False)
 
@@ -211,6 +208,9 @@ class Synchronous:
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):
             other[mine] = one[mine]
+
+    def fill(self, forwards: int) -> None:
+        """Ranks may run different numbers of forwards. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
         """All that replicas must agree on, by the suffix that tells it apart. Independent."""
@@ -241,8 +241,7 @@ class Synchronous:
 
     def close(self) -> None:
         """Give shared memory back; parameters, gradients and state are gone with it. Collective over compute_comm."""
-        if self.reducer.worker is not None:
-            self.reducer.worker.close()
+        self.reducer.stop_worker()
         self.group.fence()
         if self.group.node.size > 1:
             for p in self.parameters:

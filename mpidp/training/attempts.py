@@ -1,13 +1,14 @@
-"""The course of a run from its plan to its end: attempts, each of which trains until the end, a death or damage; then the next
-begins where the state is: in the memory of those who are left, else in the last checkpoint.
+"""The attempts of a run. Each attempt trains until the end, a failure of ranks, or damage. The next attempt continues from the
+memory of the surviving ranks, or else from the last checkpoint.
 
-`train.run` walks it. All state between attempts is here; what is done to it is in recovery.py (who goes on, and with what) and
-loop.py (training).
+`train.run` repeats attempts. RunAttempts holds the state between them; recovery.py decides which ranks continue with which state.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mpidp.errors import Damaged
 from mpidp.faults.inject import InjectedFaults, faults_from_environment
 from mpidp.faults.restarts import RestartLog
 from mpidp.faults.run_lock import RunLock
+from mpidp.faults.stop import StopRequest, job_end, stop_time
 from mpidp.runtime.ulfm import RankFailure, commit
 from mpidp.runtime.world import raise_together
 from mpidp.training import loop, recovery
@@ -25,61 +27,61 @@ from mpidp.training.build import build
 from mpidp.training.checkpoints import restore
 from mpidp.training.job import Job
 from mpidp.training.recovery import Crew
-from mpidp.training.run_plan import Plan
+from mpidp.training.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-MOST_RETURNS = 3  # to the last checkpoint, in one command: a machine that fails more often is to be mended
+MAX_RETURNS = 3  # to the last checkpoint in one command: a machine that fails more often needs repair
 
 
-class Course:
-    """One rank's part in it; all ranks take the same turns."""
+class RunAttempts:
+    """The attempts of one rank. All ranks make the same calls."""
 
-    def __init__(self, config: Config, plan: Plan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
-        """plan: of those who start the run; newcomers have none yet, but a crew that they join. Collective over world."""
+    def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
+        """plan: of the ranks that start the run. crew: of a replacement rank, which has no plan yet. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
-        self.run_dir = Path(config.run.dir)
-        self.growing = crew is not None  # newcomers may be the first of several
-        self.tries = RestartLog(self.run_dir, begun=self.growing)
+        self.growing = crew is not None  # more replacement ranks may follow
+        self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
-        self.job: Job | None = None  # with which those go on who are left when ranks have died
-        self._next_batch = 0  # after a rollback
-        self._untold: list[dict[str, Any]] = []  # events that led to the job
+        self.job: Job | None = None  # the job whose state the surviving ranks hold
+        self.stop: StopRequest | None = None  # of that job
+        self._next_batch = 0  # after a return to a checkpoint
+        self._events: list[dict[str, Any]] = []  # that led to the job; not recorded yet
         self._failed_at = 0.0
         if crew is None:
             assert plan is not None
             self.number = world.rank
             with raise_together(world):
                 self.faults: InjectedFaults = faults_from_environment(self.number)
-                self.lock = RunLock(self.run_dir) if world.rank == 0 else None
+                self.lock = RunLock(plan.run_dir) if world.rank == 0 else None
             self.crew = Crew(plan.config, plan.asked_threads, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
-            crew.events.append({"event": "went_back", "why": "all who held the run's state have died"})  # for when they do
+            crew.events.append({"event": "went_back", "why": "all who held the run's state have died"})  # in case they do
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather, take up the state, train: the end record; None when the job is to grow first. Damaged, RankFailure. Collective
-        over world."""
+        """Gather the ranks, take the state, train. Returns the end record, or None when the job must grow first. Damaged,
+        RankFailure. Collective over world."""
         self._gather()
         assert self.plan is not None
         with commit(self.world):
-            if (ended := self._take_up(self.plan)) is not None:
+            if (ended := self._take_state(self.plan)) is not None:
                 return ended
         assert self.job is not None
-        if recovery.wanting(self.crew, self.job):
+        if recovery.must_grow(self.crew, self.job):
             self.growing = True
             return None
-        self.job.lock, self.job.watchdog.last_words = self.lock, self.tries.failed
-        told, self._untold, self._failed_at = self._untold, [], 0.0
+        events, self._events, self._failed_at = self._events, [], 0.0
         with commit(self.world):
-            end = loop.run_to_end(self.job, False, told)
+            self.stop = listen(self.job, self.stop)
+            end = loop.run_to_end(self.job, self.stop, events)
         self.tries.ended(None, self.world.rank)
         return end
 
     def _gather(self) -> None:
-        """World as large as it is to be, and the plan for it."""
+        """Bring the world to its size, and make the plan for it."""
         while self.growing and self.crew.lacks(self.world.size):
             self.world = recovery.one_more(self.world, self.crew, self.job)
         self.growing = False
@@ -88,27 +90,30 @@ class Course:
                 self.plan = recovery.regroup(self.plan, self.world, self.crew, self.number)
         self.world = self.plan.world
 
-    def _take_up(self, plan: Plan) -> dict[str, Any] | None:
-        """The job of all who are here, with the run's state from wherever it is; the end record of a run that is over."""
+    def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
+        """Make the job of all ranks, with the run's state from wherever it is. Returns the end record of a run that is over."""
         with raise_together(self.world):
             if self.world.rank == 0 and self.lock is None:
-                self.lock = RunLock(self.run_dir, ours=True)
+                self.lock = RunLock(plan.run_dir, ours=True)
         held = self.world.allgather(self.job is not None)
         if self.job is not None and self.job.comm is self.world:
-            return None  # nobody came
+            return None  # no rank joined
         if not any(held):
             return self._from_disk(plan)
         if self.job is not None and all(held):
-            self.job, event = recovery.rebuild(plan, self.faults, self.job, self._failed_at)
+            self.job, event = recovery.rebuild(self._build, plan, self.job, self._failed_at)
         else:
-            self.job, event = recovery.hand_over(plan, self.faults, self.job, self._failed_at)
-        self._untold = [*self._untold, event]
+            self.job, event = recovery.hand_over(self._build, plan, self.job, self._failed_at)
+        self._events = [*self._events, event]
         return None
 
-    def _from_disk(self, plan: Plan) -> dict[str, Any] | None:
-        """The job as the last checkpoint has it, or at its beginning; or the end record of a run that is over."""
+    def _build(self, plan: RunPlan, before: Job | None = None) -> Job:
+        return build(plan, self.faults, before, self.lock, self.tries.failed)
+
+    def _from_disk(self, plan: RunPlan) -> dict[str, Any] | None:
+        """Make the job from the last checkpoint, or from the beginning. Returns the end record of a run that is over."""
         run, events = plan.config.run, self.crew.events
-        reader, notes = find_checkpoint(Path(run.dir), "auto" if events else run.resume, self.world)
+        reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, self.world)
         plan = plan.adopt(reader, notes)
         if reader is not None and (end := plan.has_ended(reader)) is not None:
             plan.say_ended(end)
@@ -117,39 +122,57 @@ class Course:
             if not events:
                 self.tries.begin(reader.meta["step"] if reader is not None else -1, run.tries, self.world.rank)
         with commit(self.world):
-            job = build(plan, self.faults)
+            job = self._build(plan)
             if reader is not None:
                 restore(job, reader)
         if reader is not None and self._next_batch:
-            job.position.go_on_with(self._next_batch)
-            job.passed_over_at = job.position.step
-        self.job, self._untold = job, [*([{"event": "resume"}] if reader is not None else []), *events[-1:]]
+            job.position.skip_to(self._next_batch)
+            job.state.skipped_from = job.position.step
+        self.job, self._events = job, [*([{"event": "resume"}] if reader is not None else []), *events[-1:]]
         return None
 
     def go_back(self, damage: Damaged) -> None:
-        """The state is no good: the next attempt begins at the last checkpoint, after a spike beyond its batches. `damage` itself
-        when that was tried often enough. Independent."""
-        self._next_batch, self.job = damage.next_batch, None
+        """The state is damaged: the next attempt starts from the last checkpoint. Raises `damage` itself after MAX_RETURNS.
+        Independent."""
+        self._next_batch, self.job, self.stop = damage.next_batch, None, None
         self.crew.returns += not self._next_batch
-        if self.crew.returns > MOST_RETURNS:
+        if self.crew.returns > MAX_RETURNS:
             raise damage
         past = {"event": "rolled_back", "batch": damage.next_batch - 1} if damage.next_batch else {"event": "went_back"}
         self.crew.events.append(past | {"why": str(damage)})
 
-    def leave_the_dead(self, failure: RankFailure) -> None:
-        """Ranks have died: the next attempt is of those who are left. Collective over them."""
+    def drop_failed_ranks(self, failure: RankFailure) -> None:
+        """Ranks have failed: the next attempt is made by the surviving ranks. Collective over them."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
-        self.world = recovery.those_left(self.world, str(failure))
+        self.world = recovery.survivors(self.world, str(failure))
         if self.job is not None and not self.job.strategy.survives_failures:
-            recovery.abandon(self.job)
-            self.job, self._failed_at = None, 0.0
+            recovery.abandon(self.job, self.stop)
+            self.job, self.stop, self._failed_at = None, None, 0.0
             method = method_setting(self.config.strategy.name, self.config.strategy.quorum)
             why = f"ranks died, and {method} cannot go on in the middle of a step"
             self.crew.events.append({"event": "went_back", "why": why})
 
     def close(self, error: BaseException | None) -> None:
-        """Tell why it ended, where it did not end well, unless another job has the folder by now. Independent."""
+        """Note why the run ended, unless it ended well or another job holds the folder by now. Independent."""
         if error is not None and (self.lock is None or self.lock.held()):
             self.tries.ended(error, self.world.rank)
         if self.lock is not None:
             self.lock.release()
+
+
+def listen(job: Job, before: StopRequest | None) -> StopRequest:
+    """Listen for requests to stop; rank 0 also watches the file STOP, the job's time limit and the lock, and prints when the time
+    limit will stop the run. before: of the job that this one continues. Collective over job.comm."""
+    first, state, config = job.comm.rank == 0, job.state, job.config
+    if not state.recovered:  # asking the scheduler takes time
+        end = job_end() if first else None
+        state.stop_at = job.comm.bcast(stop_time(end, time.time(), config.run.stop_early_seconds))
+        if end is not None and state.stop_at < math.inf:
+            ends, stops = (f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" for moment in (end, state.stop_at))
+            job.services.progress.print(
+                f"the job's time ends at {ends}: at {stops} the run writes a checkpoint and stops (exit code 75)"
+            )
+    lock, reason = job.services.lock, before.reason if before is not None else ""
+    if state.recovered and job.comm.size < config.faults.min_ranks:
+        reason = f"{job.comm.size} ranks are left, and faults.min_ranks is {config.faults.min_ranks}"
+    return StopRequest(job.run_dir / "STOP" if first else None, state.stop_at, lambda: lock is not None and lock.lost, reason)

@@ -1,4 +1,4 @@
-"""Audits of replicas in the training loop."""
+"""Audits in the training loop: compare the replicas, and report what was found."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from mpidp.training.job import Job
 
 
 def audit_weights(job: Job, now: bool = False) -> None:
-    """Where it is due, or now: do all replicas hold the same bits? Damaged when they do not and no majority knows better.
-    Collective over job.comm."""
+    """Check that all replicas hold the same bits, when an audit is due or `now`. Damaged when they differ and there is no
+    majority to repair from. Collective over job.comm."""
     step = job.position.step
     if not now:
-        job.faults.flip(step, list(job.engine.model.parameters()))
+        job.services.faults.flip(step, list(job.engine.model.parameters()))
     if not (job.audit.due(step) or (now and job.audit.every)):
         return
     finding = job.audit.weights()
     if finding is None:
         return
-    say_finding(job, step, finding, "repaired" if finding.repaired else "back to the last checkpoint")
+    report_finding(job, step, finding, "repaired" if finding.repaired else "back to the last checkpoint")
     if not finding.repaired:
         raise Damaged.on_every_rank(f"step {step}: ranks {finding.ranks}: {finding.what}")
 
 
-def say_finding(job: Job, step: int, finding: AuditFinding, then: str) -> None:
-    """Of an audit: to people and to metrics.jsonl. Independent."""
-    job.record({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
-                "then": then})
-    job.progress.print(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {then}")
+def report_finding(job: Job, step: int, finding: AuditFinding, action: str) -> None:
+    """Write the finding to metrics.jsonl and print it. Independent."""
+    job.record.write({"event": "audit", "step": job.position.step, "of_step": step, "ranks": finding.ranks, "what": finding.what,
+                      "then": action})
+    job.services.progress.print(f"step {step}  audit: ranks {finding.ranks}: {finding.what}; {action}")

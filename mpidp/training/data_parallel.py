@@ -1,4 +1,4 @@
-"""Who shares what with whom in a job: lanes among ranks, memory within a node."""
+"""Data parallelism in a job: which ranks share lanes, and which share memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from mpidp.comm.work_stealing import Tickets
 from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
+from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import Reducer
 from mpidp.reducers.compression.compressed import Compressed, method_of
 from mpidp.reducers.tree import REDUCERS, slots_needed
 from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
+from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 from mpidp.runtime.topology import Topology
 from mpidp.training.balance import BALANCES, Balance, Terms
 
 
-class Asked(Protocol):
-    """Who wants memory: a plan (planned.py), or a loop of the user's own (library.py)."""
+class MemoryRequest(Protocol):
+    """What share_memory needs to know. A RunPlan is one; library.py has another."""
 
     @property
     def config(self) -> Config:
-        """Nothing left open."""
+        """The resolved configuration."""
 
     @property
     def mesh(self) -> Topology:
@@ -36,44 +39,44 @@ class Asked(Protocol):
 
     @property
     def world(self) -> MPI.Intracomm:
-        """Everybody."""
+        """All ranks."""
 
     @property
     def lanes(self) -> Lanes:
-        """Of a batch."""
+        """The lanes of a batch."""
 
     @property
     def device(self) -> torch.device:
-        """Of this rank."""
+        """The device of this rank."""
 
     @property
     def shape(self) -> Any:
-        """Of the model: num_layers is how many units of it begin a block of the norm."""
+        """The model's shape. Each of its num_layers units begins a new block of the norm."""
 
 
-SHARED = (  # by mesh.shard, what replicas hold; of one copy there is nothing to share out
-    "{}", "{}, which has a slice of the state where there are several", "a shard a rank, and whole parameters in a step",
-    "a shard a rank",
+HELD = (  # by mesh.shard: what a rank holds of parameters and optimizer state
+    "{}", "{}, each with a slice of the state", "one shard per rank, and whole parameters in a step", "one shard per rank",
 )
 
 
-@dataclass
-class Sharing:
-    """The outcome."""
+@dataclass(frozen=True)
+class DataParallelMemory:
+    """The ranks that share memory, the lanes of each rank, and the reducer."""
 
     group: Group
     balance: Balance
     reducer: Reducer
-    one_copy: bool  # of parameters and optimizer state in a group
-    replicas: list[range]  # ranks of each copy
-    level: int  # mesh.shard; 0 where there is one copy alone, and nothing to deal out
+    one_copy: bool  # the ranks of a group share one copy of parameters and optimizer state
+    replicas: list[range]  # the ranks that hold each copy
+    level: int  # mesh.shard, or 0 where there is only one copy and nothing to slice
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """(gradient buffers that a rank needs, most lanes that it may get: 0 where it keeps what it begins with). Independent."""
+    """Return (number of gradient buffers that a rank needs, the most lanes that it may get; 0 where its lanes never change).
+    Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
-    if kind == "measured":  # up to three times the even share: memory for gradients grows with its logarithm
+    if kind == "measured":  # up to three times the even share; the memory for gradients grows with its logarithm
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))
     if config.comm.reducer != "tree":
         return 1, most
@@ -82,24 +85,28 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 
 def held_buffers(config: Config) -> int:
-    """Buffers as large as a gradient that compression needs: what is held back, and what it was before. Pure."""
+    """Number of buffers of a gradient's size that compression needs: the residual, and its previous value. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
-SAID = ("12 bytes a parameter, or once a node", "by mesh.shard a part of it")  # of optimizer state: whole; not
+STATE = ("12 bytes per parameter, or once per node", "a part of it, by mesh.shard")  # optimizer state: whole, sharded
 
 
 def held_floats(config: Config, slots: int, size: int) -> float:
-    """A rank's float32 for each parameter, between steps: it, two moments, gradients; by mesh.shard on so many replicas. Pure."""
+    """float32 numbers per parameter on a rank between steps: parameter, two moments, gradients. size: number of replicas.
+    Pure."""
     return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
 
 
 def share_memory(
-    plan: Asked, transport: Messages, num_parameters: int, looked_at: bool = False, before: tuple[Group, bool] | None = None
-) -> Sharing:
-    """Groups, balance and reducer as the config asks; rank 0 says what came of it. looked_at: lanes are looked at one by one for
-    other reasons than the config says. before: the group in whose memory those who are left of it go on, and whether there was
-    one copy in it. UsageError when what was asked for cannot be had. Collective over plan.mesh.dp."""
+    plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
+    parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
+) -> DataParallelMemory:
+    """Make groups, balance and reducer as configured; rank 0 prints which.
+
+    parts: the part of the model on this rank. looked_at: lanes are kept apart for other reasons than the configuration (injected
+    faults). before: the group whose memory the surviving ranks keep, and whether it shared one copy. UsageError when the
+    configuration cannot be met. Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
@@ -108,42 +115,45 @@ def share_memory(
     kind = c.train.balance if world.size > 1 else "even"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
-    # Replicas are what an audit compares: on one node there must be one a rank.
+    # An audit compares replicas, so on one node each rank must hold its own.
     by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
-    elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with what fills gaps
+    elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with padding
     wanted = c.comm.transport if tree else "messages"
     if before is not None:
-        group, words, by_node = regroup(mesh, before[0]), "as before", before[1]
+        group, how, by_node = regroup(mesh, before[0]), "as before", before[1]
     else:
-        group, words = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
-    windowed = len(group.members) < world.size  # for all alike, also for a rank that is alone on its node
+        group, how = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
+    windowed = len(group.members) < world.size  # the same on all ranks, also on a rank that is alone on its node
     if wanted == "window" and not windowed and world.size > 1 and before is None:
-        raise UsageError.on_every_rank(f"comm.transport=window, but it can only be {words}; comm.transport=auto goes on so")
+        raise UsageError.on_every_rank(f"comm.transport=window is not possible here, only {how}. Use comm.transport=auto")
     tickets = None
     if kind == "steal":
         if launched_with_ulfm():
-            kind, words = "even", f"{words}; balance even: lanes are stolen through a window, which dies with any of its ranks"
+            kind, how = "even", f"{how}; balance even: stealing needs a window, and a window fails with any of its ranks"
         elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
         else:
-            kind, words = "even", f"{words}; balance even: lanes are stolen through a window"
+            kind, how = "even", f"{how}; balance even: stealing needs a window"
     reducer: Reducer
     balance = BALANCES[kind](Terms(
         lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,
         lambda: reducer.has_free_slot(), c.strategy.servers,
     ))
+    seen: dict[str, Any] = {
+        "observers": observers, "norm_over_parts": parts.norm if parts is not None and parts.grid.parts > 1 else None,
+    }
     if c.comm.compress == "none":
-        reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots)
+        reducer = REDUCERS[c.comm.reducer](group, lanes, transport, balance, slots, **seen)
     else:
         method = method_of(c.comm.compress, c.comm.ratio, c.comm.ratio_warmup, c.comm.rank, c.train.seed)
-        reducer = Compressed(group, lanes, transport, balance, slots, method, c.train.seed, c.comm.momentum)
+        reducer = Compressed(group, lanes, transport, balance, slots, method, c.train.seed, c.comm.momentum, **seen)
     one_copy = by_node and windowed
     if transport.mode != "host":
-        words = f"{words}, {transport.mode}"
+        how = f"{how}, {transport.mode}"
     if plan.world.rank == 0:
-        held = f"one copy a {'node' if one_copy else 'rank'}"
-        print(f"transport {words}; parameters and optimizer state: {SHARED[c.mesh.shard].format(held)}", flush=True)
+        held = HELD[c.mesh.shard].format(f"one copy per {'node' if one_copy else 'rank'}")
+        log.info(f"transport {how}; parameters and optimizer state: {held}")
     replicas = group.members if one_copy else [range(rank, rank + 1) for rank in range(world.size)]
     level = c.mesh.shard if c.mesh.shard > 1 or len(replicas) > 1 else 0
-    return Sharing(group, balance, reducer, one_copy, replicas, level)
+    return DataParallelMemory(group, balance, reducer, one_copy, replicas, level)

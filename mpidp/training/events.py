@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl that the loop writes: of a start, of a step, of a batch that made no update, of the end."""
+"""The lines of metrics.jsonl that the training loop writes: start, step, skipped batch, end."""
 
 from __future__ import annotations
 
@@ -6,35 +6,26 @@ import time
 from typing import Any
 
 from mpidp.metrics.gradient_noise import Noise
-from mpidp.metrics.jsonl import MetricsFile
 from mpidp.runtime.environment import BEGAN
 from mpidp.training.job import Job
-from mpidp.training.step_report import Board
+from mpidp.training.step_report import StepReport
 
-NAMED_RANKS = 64  # that a line tells of; where there are more, lines do so in turn
-
-
-def open_metrics(job: Job) -> None:
-    """RUN/metrics.jsonl, and what else rank 0 tells of lines. Independent."""
-    if job.comm.rank == 0:
-        latest = job.lines if job.went_on else None
-        job.metrics = MetricsFile(job.run_dir / "metrics.jsonl", job.position.step, job.position.batch, latest)
-        job.metrics.also = job.open_scalars(job.position.step)
+NAMED_RANKS = 64  # with more ranks, only every n-th line lists the seconds of each rank
 
 
 def record_start(job: Job) -> None:
-    """What runs, and what was lost since the checkpoint it goes on from. Independent."""
-    job.record({
+    """Write what runs, and what was lost since the checkpoint. Independent."""
+    job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
-        **(job.metrics.lost if job.metrics is not None else {}), **job.facts,
+        **job.record.lost(), **job.record.facts,
     })
 
 
 def spent(job: Job) -> dict[str, Any]:
-    """Seconds of phases since the last line that told, and bytes sent. What the strategy spent in communication is not its
-    update. Independent."""
-    seconds = job.clock.pop_seconds()
+    """Seconds of each phase and bytes sent since the last call. The strategy's communication counts as comm_wait, not as update.
+    Independent."""
+    seconds = job.services.clock.pop_seconds()
     sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:
         seconds["comm_wait_seconds"] += comm_seconds
@@ -42,42 +33,42 @@ def spent(job: Job) -> dict[str, Any]:
     return {**seconds, "comm_bytes": sent_bytes}
 
 
-def log_step(job: Job, learned: dict[str, Any], board: Board, epoch: int) -> None:
-    """The line of a step. Seconds are this rank's, but for what the slowest rank cost: the mean of the others' wait for it, and
-    where lists tell of each rank. Independent."""
+def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
+    """Write the line of a step. Seconds are those of this rank, except the cost of the slowest rank (the mean time that the
+    others waited for it) and the lists with one entry per rank. Independent."""
     at, seconds = job.position, spent(job)
-    speed = board.tokens / (board.steps * seconds["step_seconds"])
-    slowest = int(board.seconds.argmax())
+    speed = report.tokens / (report.steps * seconds["step_seconds"])
+    slowest = int(report.seconds.argmax())
     line = {
-        "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.mfu(speed), "epoch": epoch,
-        **seconds, "slowest_rank": slowest, "slowest_cost_seconds": float(board.seconds[slowest] - board.seconds.mean()),
+        "step": at.step, **learned, "tokens": at.tokens, "tokens_per_second": speed, "mfu": job.record.mfu(speed), "epoch": epoch,
+        **seconds, "slowest_rank": slowest, "slowest_cost_seconds": float(report.seconds[slowest] - report.seconds.mean()),
         "skipped": at.skipped,
     }
-    if board.met and at.step % -(-len(board.seconds) // NAMED_RANKS) == 0:
-        line["rank_compute_seconds"] = [round(one / board.steps, 6) for one in board.seconds.tolist()]
-        line["rank_data_seconds"] = [round(one / board.steps, 6) for one in board.data_seconds.tolist()]
-    if board.met and job.facts.get("energy_of"):
-        line["energy_joules"] = board.joules
-    job.lines.clear()
-    job.record(line)
-    job.progress.step(line)
+    if report.synchronized and at.step % -(-len(report.seconds) // NAMED_RANKS) == 0:
+        line["rank_compute_seconds"] = [round(one / report.steps, 6) for one in report.seconds.tolist()]
+        line["rank_data_seconds"] = [round(one / report.steps, 6) for one in report.data_seconds.tolist()]
+    if report.synchronized and job.record.facts.get("energy_of"):
+        line["energy_joules"] = report.joules
+    job.state.lines.clear()
+    job.record.write(line)
+    job.services.progress.step(line)
 
 
 def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
-    """A batch that made no update, and what it took. Independent."""
-    job.record({"event": "skipped", "step": job.position.step, "batch": batch, "grad_norm": grad_norm, **spent(job)})
+    """Write the line of a batch that made no update. Independent."""
+    job.record.write({"event": "skipped", "step": job.position.step, "batch": batch, "grad_norm": grad_norm, **spent(job)})
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
-    """With what was spent since the last step's line. Collective over job.comm."""
-    told = job.clock.pop_seconds()
-    if job.facts.get("energy_of"):
-        told["energy_joules"] = job.comm.allreduce(job.meter.pop_joules(now=True))
-    job.record(end | told)
+    """Write the end, with the seconds since the last step. Collective over job.comm."""
+    rest = job.services.clock.pop_seconds()
+    if job.record.facts.get("energy_of"):
+        rest["energy_joules"] = job.comm.allreduce(job.services.meter.pop_joules(now=True))
+    job.record.write(end | rest)
 
 
 def noise(job: Job, measured: Noise | None) -> dict[str, float | None]:
-    """What the step's line says of the gradient noise scale; nothing when it was not measured. Independent."""
+    """The fields of a step's line for the gradient noise scale; empty when it was not measured. Independent."""
     if measured is None:
         return {}
     job.position.noise.add(measured)

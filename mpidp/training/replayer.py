@@ -18,6 +18,7 @@ from typing import Any
 
 from mpidp.config.defaults import kind
 from mpidp.errors import CheckpointError, DataError, UsageError
+from mpidp.runtime.observers import StepObserver
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
 
@@ -79,6 +80,23 @@ class Seen:
     gradient: dict[str, int] = field(default_factory=dict)  # checksums of the sum over lanes, not yet scaled
 
 
+class SumObserver(StepObserver):
+    """Notes checksums of each step's gradient: the sum over lanes, not yet scaled."""
+
+    def __init__(self) -> None:
+        self._total: Any = None
+
+    def summed(self, total: Any) -> None:
+        self._total = total.clone()
+
+    def checksums(self, layout: Any) -> dict[str, int]:
+        """By parameter, in the order of the model; empty before the first step. Independent."""
+        from mpidp.faults.audit import checksum
+
+        sums = list(zip(layout.placed(), layout.views(self._total), strict=True))
+        return {f"gradient/{name}": checksum(total) for (_, name, _), total in reversed(sums)}
+
+
 class Replay:
     """A run as it was before a step, or as near as its checkpoints are."""
 
@@ -124,8 +142,9 @@ class Replay:
             self.plan = plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
             if meta and meta["data"] != self.plan.training.index_sha256:
                 raise DataError.on_every_rank(f"{data} holds other data than {record.path} was trained on: give --data DIR")
-            self.job = build.build(self.plan)
-        if (begun := self.job.meta.get("init_from")) is not None:
+            self._sums = SumObserver()
+            self.job = build.build(self.plan, observers=[self._sums])
+        if (begun := self.job.record.meta.get("init_from")) is not None:
             self.source = f"the weights of {begun['path']}"
             if begun != meta.get("init_from", begun):
                 raise DataError.on_every_rank(f"{begun['path']} has other weights now than {record.path} began with")
@@ -133,7 +152,7 @@ class Replay:
             restore(self.job, reader)
             self.source = str(reader.path)
         self.start = self.job.position.step
-        saved, now = meta.get("fingerprint", {}), self.job.meta["fingerprint"]
+        saved, now = meta.get("fingerprint", {}), self.job.record.meta["fingerprint"]
         self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]
         if now["reducer"] != "tree" and not meta.get("ranks") == world.size == 1:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
@@ -143,36 +162,27 @@ class Replay:
     def batches(self, inside: bool) -> Iterator[Seen]:
         """The state to begin from, then each batch up to the last step; inside: look into that one's micro-batches.
         Collective over job.comm."""
-        from mpidp.faults.audit import checksum
         from mpidp.training.loop import close
         from mpidp.training.step import compute
-        from mpidp.training.step_report import share
+        from mpidp.training.step_report import exchange_reports
 
         job, at, record = self.job, self.job.position, self.record
-        strategy: Any = job.strategy
-        norm, layout = strategy.reducer.norm, strategy.buffer.layout
+        sums, spike, max_skipped = self._sums, job.config.train.spike, job.config.train.max_skipped
         seen = Seen(at.step, at.batch - 1)
-
-        def seen_norm() -> float:  # it is asked for when the sum is there, and not yet scaled
-            sums = list(zip(layout.placed(), layout.views(strategy.buffer.total), strict=True))
-            seen.gradient = {f"gradient/{name}": checksum(total) for (_, name, _), total in reversed(sums)}
-            return float(norm())
-
-        strategy.reducer.norm = norm if inside else seen_norm
         made = self.last in record.lines or self.last in record.checkpoints
         with closing(job.open_loader(at.batch)) as loader:
             yield seen
-            while at.step < self.last and at.skipped_in_a_row < job.max_skipped and (made or at.batch <= max(record.skipped)):
+            while at.step < self.last and at.skipped_in_a_row < max_skipped and (made or at.batch <= max(record.skipped)):
                 for passed in range(at.batch, record.passed.get(at.step, -1) + 1):
                     next(loader)
-                    at.go_on_with(passed + 1)
+                    at.skip_to(passed + 1)
                 batch, seen = next(loader), Seen(at.step + 1, at.batch)
                 seen.micro_batches = self._inside(batch) if inside and seen.step == self.last else []
-                board, lr = share(job, compute(job, batch), 0.0, False), job.schedule.lr_at(seen.step)
-                stats = strategy.step(lr, board.tokens, at.norm_limit(job.spike))
-                seen.skipped = stats.skipped
-                seen.figures = dict(zip(FIGURES, map(_finite, (board.loss, stats.grad_norm, lr)), strict=True))
-                at.count(stats, board.tokens)
+                report, lr = exchange_reports(job, compute(job, batch), 0.0, False), job.schedule.lr_at(seen.step)
+                stats = job.strategy.step(lr, report.tokens, at.norm_limit(spike))
+                seen.skipped, seen.gradient = stats.skipped, {} if inside else sums.checksums(job.strategy.buffer.layout)
+                seen.figures = dict(zip(FIGURES, map(_finite, (report.loss, stats.grad_norm, lr)), strict=True))
+                at.count(stats, report.tokens)
                 yield seen
         close(job)
 
@@ -183,7 +193,7 @@ class Replay:
         from mpidp.parallel.schedule import one_f_one_b
 
         job, rows = self.job, []
-        for v in [v for lane in job.balance.ranges[job.mesh.dp.rank] for v in job.lanes.micro_batches(lane)]:
+        for v in job.micro_batches():
             aside = SpareSlot(job.audit.buffer, len(job.audit.buffer.flat) - 1)
             done = job.engine.run(one_f_one_b([v]), batch, aside)
             tokens = max(1, done.num_tokens[0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import fingerprint, reject_changed_settings
 from mpidp.comm.nccl import check_nccl
 from mpidp.config import resolve
-from mpidp.config.schema import Config, checked, fields_of, to_toml
+from mpidp.config.schema import Config, checked, fields_of
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import check_targets
 from mpidp.data.sampler import Sampler
@@ -24,23 +22,23 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.tensorboard import check_tensorboard
-from mpidp.model.part import Part, part_of, refuse
-from mpidp.model.shape import Shape, TransformerShape, num_parameters, shapes_of
+from mpidp.model.part import Part, check_split, part_of
+from mpidp.model.shape import Shape, TransformerShape
 from mpidp.model.starting import trained_sizes
 from mpidp.parallel.grid import Grid
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.agreement import check_agreement, versions
 from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
-from mpidp.runtime.environment import launched_with_ulfm, numbers
+from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together
 from mpidp.strategies.arrivals import Order, read_arrivals
-from mpidp.training.data_parallel import SAID, gradient_slots, held_buffers, held_floats
 from mpidp.training.initial_weights import Origin, open_origin
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A resolved run, before anything large is made."""
 
     config: Config  # nothing left open
@@ -60,6 +58,10 @@ class Plan:
         return self.grid.world
 
     @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
     def mesh(self) -> Topology:
         """The replicas of this rank's part of the model, which is all of it unless mesh.tp or mesh.pp say otherwise."""
         return self.grid.replicas
@@ -69,44 +71,7 @@ class Plan:
         grid = self.grid
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
-    def say_what_runs(self) -> None:
-        """Configuration, model and ranks, on rank 0. Collective over world."""
-        dp, grid = self.mesh.dp, self.grid
-        lanes = self.lanes.of_rank(dp.rank, dp.size - self.config.strategy.servers)
-        device = f"{self.device} {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else "cpu"
-        cores = numbers(sorted(os.sched_getaffinity(0)))
-        count = sum(math.prod(size) for size in self.part.sizes(shapes_of(self.shape)).values())
-        rows = self.world.gather((grid.everyone.host, cores, device, self.config.train.threads, len(lanes), count), root=0)
-        if rows is None:
-            return
-        slots = gradient_slots(self.config, self.lanes, 0, dp.size)[0] + held_buffers(self.config)
-        c, t = self.config, self.config.train
-        print(to_toml(c))
-        cut = grid.parts > 1
-        places = "  dp pp tp   parameters" * cut
-        print(f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}{places}")
-        for rank, (host, bound, where, threads, num_lanes, mine) in enumerate(rows):
-            place = "  {:>2} {:>2} {:>2} ".format(*grid.coordinates(rank)) + f"{mine:>12,}" if cut else ""
-            print(f"{rank:>5}  {host:<20} {bound:<12} {where:<24} {threads:>7} {num_lanes:>6}{place}")
-        whole, count = num_parameters(self.shape), max(row[-1] for row in rows)
-        trained, asked = count, bool(c.model.lora_rank or c.optim.freeze)
-        if asked:
-            settings = c.flat()
-            trained = sum(map(math.prod, trained_sizes(settings, self.shape, self.part).values()))
-        floats = held_floats(c, slots, dp.size) * trained + max(0, count - trained)
-        print(
-            f"\n{whole:,} parameters{f', at most {count:,} on a rank' * cut}{f', {trained:,} of them trained here' * asked}; "
-            f"{floats / 2**18:,.0f} MiB a rank for weights, optimizer state "
-            f"({SAID[c.mesh.shard > 0]}) and {slots} gradient buffer{'s' * (slots > 1)}, "
-            f"{12 * count / self.mesh.num_nodes / 2**20:,.0f} on the first of a node for the copy that is saved; "
-            f"{t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens a step in "
-            f"{self.lanes.num_micro_batches} micro-batches, {t.lanes} lanes; {t.steps} steps, "
-            f"{t.steps / self.sampler.steps_per_epoch:.2f} epochs of {self.training.num_tokens:,} tokens; "
-            f"reducer {c.comm.reducer}, compress {c.comm.compress}, strategy {c.strategy.name}\n",
-            flush=True,
-        )
-
-    def adopt(self, reader: Reader | None, notes: list[str]) -> Plan:
+    def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
         """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
         when a setting that must not change has changed. Collective over world."""
         plan = self
@@ -128,7 +93,7 @@ class Plan:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
         if self.world.rank == 0:
             for note in notes:
-                print(note, flush=True)
+                log.info("%s", note)
         return plan
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
@@ -164,7 +129,7 @@ def _open(path: str, split: str) -> TokenStream | None:
     return stream if stream.num_tokens > 1 else None
 
 
-def plan(config: Config, grid: Grid) -> Plan:
+def plan(config: Config, grid: Grid) -> RunPlan:
     """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
     grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
@@ -216,7 +181,7 @@ def plan(config: Config, grid: Grid) -> Plan:
     check_nccl(config.comm.gpu, device, grid.replicas)
     with raise_together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)
-        refuse(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
+        check_split(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
                 f"model.kind={config.model.kind} on documents that are kept apart ({config.data.path}): it is not told where one "
@@ -233,4 +198,4 @@ def plan(config: Config, grid: Grid) -> Plan:
         trained_sizes(settings, shape, ModelPartition(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     check_agreement(world, facts | versions())
-    return Plan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
+    return RunPlan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)

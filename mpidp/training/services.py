@@ -1,23 +1,74 @@
-"""What runs beside training: the energy meter."""
+"""What runs beside training: watchdog, injected faults, timeline, clocks, progress, energy meter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
+from mpidp.config.rules import steps_of
+from mpidp.faults.heartbeat import open_heartbeat_board
+from mpidp.faults.inject import InjectedFaults
+from mpidp.faults.run_lock import RunLock
+from mpidp.faults.watchdog import Watchdog
+from mpidp.metrics.clock import Clock
 from mpidp.metrics.energy import Meter, common_counters, open_meter
+from mpidp.metrics.progress import Progress
+from mpidp.metrics.timeline import Timeline
+from mpidp.runtime.observers import StepObserver, StepObservers
+from mpidp.training.run_plan import RunPlan
+from mpidp.training.state import RunState
+
+
+@dataclass
+class Services:
+    """The parts of a job that training would work without."""
+
+    faults: InjectedFaults  # injected on this rank
+    watchdog: Watchdog
+    timeline: Timeline
+    observers: StepObservers  # the three above, as one
+    clock: Clock
+    progress: Progress
+    meter: Meter
+    machines: dict[str, Any]  # number of devices, what the meter measures
+    lock: RunLock | None = None  # on rank 0, held by the command
+
+    def close(self) -> None:
+        """Stop measuring and close the progress bar. Independent."""
+        self.meter.close()
+        self.progress.close()
+
+
+def make_services(
+    plan: RunPlan, state: RunState, faults: InjectedFaults, lock: RunLock | None, on_hang: Callable[[str], None],
+    more: Sequence[StepObserver] = (),
+) -> Services:
+    """on_hang: is called with the report of a hang. more: further observers of every step. Collective over plan.world."""
+    config, world, host = plan.config, plan.world, plan.grid.everyone.host
+    board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
+    # With one rank os._exit is enough. With several, mpirun takes the exit code from MPI_Abort.
+    abort: dict[str, Any] = {"abort": world.Abort} if world.size > 1 else {}
+    watchdog = Watchdog(board, config.run.hang_seconds, 10.0 if config.train.compile else 3.0, on_hang=on_hang, **abort)
+    first_last = steps_of(config.metrics.timeline)
+    timeline = Timeline(first_last, plan.run_dir, host.partition("#")[0], config.metrics.kernels)
+    observers = StepObservers([watchdog, faults, timeline, *more], lambda: state.position.step)
+    meter, machines = watch_energy(config.metrics.energy, host, plan.device, world)
+    progress = Progress(config.train.steps, world.rank == 0)
+    return Services(faults, watchdog, timeline, observers, Clock(observers), progress, meter, machines, lock)
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
-    """(this rank's meter, what the `start` line says: devices, what is measured on all machines, why not more). The first rank of
-    a machine reads, also where nodes are pretended. Collective over world."""
+    """Return this rank's meter, and the facts for the `start` line: number of devices, what is measured on all machines, and why
+    not more. The first rank of each machine reads the counters, also with pretended nodes. Collective over world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
     machine = host.partition("#")[0]
     rows = world.allgather((machine, str(device) if cuda else host, uuid))
     reads = [row[0] for row in rows].index(machine) == world.rank
-    meter, said = open_meter(wanted, reads, sorted({row[2] for row in rows if row[0] == machine and row[2]}))
-    measured, why = common_counters(world.allgather(said))
+    meter, found = open_meter(wanted, reads, sorted({row[2] for row in rows if row[0] == machine and row[2]}))
+    measured, why = common_counters(world.allgather(found))
     return meter, {"devices": len({row[:2] for row in rows}), "energy_of": measured, "energy_not": why}

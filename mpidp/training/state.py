@@ -1,56 +1,86 @@
-"""Where a run stands."""
+"""The state of a run besides parameters and optimizer state."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
 
 from mpidp.metrics.gradient_noise import NoiseAverage
 from mpidp.strategies.protocol import StepStats
 
-REMEMBERED = 32  # gradient norms, of which the usual one is the median
-
-KNOWN_AFTER = 20  # updates
+REMEMBERED = 32  # gradient norms; their median is the usual norm
+KNOWN_AFTER = 20  # updates: before that no norm is usual
 
 
 @dataclass
 class Position:
-    """Where a run stands; all of it goes into the checkpoint."""
+    """Where a run stands. Every checkpoint holds all of it."""
 
     step: int = 0  # updates made
     skipped: int = 0  # batches that made no update
     skipped_in_a_row: int = 0
-    tokens: int = 0  # target tokens learned from
+    tokens: int = 0  # target tokens of all updates
     val_loss: float | None = None
     best_val_loss: float | None = None
     evaluations_since_best: int = 0
-    evaluated_step: int = 0  # at which val_loss was measured
+    evaluated_step: int = 0  # the step at which val_loss was measured
     noise: NoiseAverage = field(default_factory=NoiseAverage)
-    norms: list[float] = field(default_factory=list)  # of the gradients of the last updates
+    norms: list[float] = field(default_factory=list)  # gradient norms of the last updates
 
     def __post_init__(self) -> None:
-        if isinstance(self.noise, dict):  # as a checkpoint keeps it
+        if isinstance(self.noise, dict):  # as read from a checkpoint
             self.noise = NoiseAverage(**self.noise)
 
     @property
     def batch(self) -> int:
-        """The next batch: the loader's whole state."""
+        """The number of the next batch. It is the loader's whole state."""
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
-        """The gradient norm beyond which a batch makes no update: `spike` times the median of the last ones, which a few odd ones
-        do not move and which is the same bits on any machine. None at first, and when spike is 0. Independent."""
+        """Return the largest gradient norm that makes an update: `spike` times the median of the last norms. A few unusual norms
+        do not move the median, and it has the same bits on any machine. Infinity at first, and when spike is 0. Independent."""
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
-        """A batch is behind; tokens: its target tokens. Independent."""
+        """Count a batch that was trained on or skipped; tokens: its target tokens. Independent."""
         if stats.skipped:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         else:
             self.step, self.tokens, self.skipped_in_a_row = self.step + 1, self.tokens + tokens, 0
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
-    def go_on_with(self, batch: int) -> None:
-        """Pass over the batches before this one. Independent."""
+    def evaluated(self, loss: float) -> None:
+        """Note val_loss at this step. Independent."""
+        better = self.best_val_loss is None or loss < self.best_val_loss
+        self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
+        self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
+        self.evaluated_step = self.step
+
+    def skip_to(self, batch: int) -> None:
+        """Skip the batches before this one. Independent."""
         self.skipped, self.skipped_in_a_row = batch - self.step, 0
+
+
+@dataclass
+class RunState:
+    """What a run knows besides parameters and optimizer state. It moves as a whole from one job to the next."""
+
+    position: Position = field(default_factory=Position)
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl since the last update, on every rank
+    skipped_from: int = -1  # step of the checkpoint from which batches were skipped last
+    stop_at: float = math.inf  # seconds since 1970: shortly before the job's time limit
+    recovered: bool = False  # this job continues the state of a job that lost ranks
+    unreported: np.ndarray | None = None  # what this rank computed since the ranks synchronized last (step_report.py)
+
+    def portable(self) -> RunState:
+        """A copy without what belongs to one rank. Independent."""
+        return replace(self, unreported=None)
+
+    def adopt(self, other: RunState) -> None:
+        """Take every value of another state. Independent."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(other, one.name))

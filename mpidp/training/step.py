@@ -1,5 +1,4 @@
-"""One step's work before the update: this rank's lanes, looked at where that is due, and the board on which all tell each other
-what they computed."""
+"""Forward and backward of one step on this rank, with audits where they are due."""
 
 from __future__ import annotations
 
@@ -12,39 +11,40 @@ from mpidp.faults.audit import AuditFinding, SpareSlot
 from mpidp.parallel.engine import Computed
 from mpidp.parallel.schedule import interleaved, one_by_one, one_f_one_b
 from mpidp.reducers.base import LaneObserver
-from mpidp.training.audits import say_finding
+from mpidp.training.audits import report_finding
 from mpidp.training.job import Job
 
-ATTEMPTS = 3  # at a step whose gradients two ranks do not agree on
+ATTEMPTS = 3  # at a step in which two ranks disagree on a gradient
 
 
 def compute(job: Job, batch: Batch) -> Computed:
-    """Forward and backward of this rank's lanes. In an audited step some lanes are computed by two ranks; where they differ the
-    step is done again, and MpidpError names the suspects when that does not help. Independent, but for audited steps: then
-    collective over job.comm."""
-    step = job.position.step + 1
+    """Forward and backward of this rank's lanes. In an audited step two ranks compute some of the lanes. When they differ, the
+    step is computed again; after ATTEMPTS differences MpidpError names the suspected ranks. Independent, except for audited
+    steps: these are collective over job.comm."""
+    step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
-    observers = []
-    if job.noise_every and step % job.noise_every == 0:
-        observers.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
+    looks = []
+    noise_every = job.config.train.noise_every
+    if noise_every and step % noise_every == 0:
+        looks.append(lambda lane, gradient: squares.update({lane: float(squares_of_blocks(gradient).sum())}))
     if not job.audit.due(step):
-        job.strategy.observe_lanes([*job.faults.gradient_faults(step), *observers])
+        job.strategy.observe_lanes([*faults.gradient_faults(step), *looks])
         return _run(job, batch, squares, job.balance.lanes(batch.batch))
     finding: AuditFinding | None = None
     for attempt in range(ATTEMPTS):
         again, _ = job.audit.begin(step, job.balance.ranges)
-        job.strategy.observe_lanes([*job.faults.gradient_faults(step, attempt), *observers, job.audit.record])
-        # Lanes do not change hands in this step: a rank that took one could be asked to check itself.
+        job.strategy.observe_lanes([*faults.gradient_faults(step, attempt), *looks, job.audit.record])
+        # Lanes do not move between ranks in this step. Otherwise a rank could be asked to check itself.
         done = _run(job, batch, squares, iter(job.balance.ranges[job.mesh.dp.rank]))
-        finding = _compute_again(job, batch, again, job.faults.gradient_faults(step, attempt=1))
+        finding = _compute_again(job, batch, again, faults.gradient_faults(step, attempt=1))
         if finding is None:
             return done
-        say_finding(job, step, finding, "the step is done again")
+        report_finding(job, step, finding, "the step is computed again")
         job.strategy.discard()
     assert finding is not None
     raise MpidpError.on_every_rank(
-        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. Take ranks {finding.ranks} out of the job (a core or memory of "
-        "theirs fails) and start again: the last checkpoint is from before"
+        f"step {step}: {finding.what}, {ATTEMPTS} times in a row. A core or the memory of ranks {finding.ranks} fails: exclude "
+        "their nodes and start again. The last checkpoint was written before the failure"
     )
 
 
@@ -61,7 +61,7 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 
 
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
-    """Another rank's lane, in a spare slot; spoils: faults on purpose. Collective over job.comm."""
+    """Compute a lane of another rank in a spare slot and compare. spoils: injected faults. Collective over job.comm."""
     aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:

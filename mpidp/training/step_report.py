@@ -1,4 +1,4 @@
-"""What the ranks report to each other after a step."""
+"""What the ranks report to each other after computing a step."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mpidp.training.job import Job
 
 
 @dataclass
-class Board:
-    """What all ranks tell each other of the steps since they met last, mostly one; the same on every rank. Between meetings it
-    is what this rank alone knows of its step."""
+class StepReport:
+    """The reports of all ranks for the steps since they synchronized last, mostly one step; the same on every rank. Between
+    synchronizations it holds what this rank alone knows of its step."""
 
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
-    seconds: np.ndarray  # (P,) of computing
-    data_seconds: np.ndarray  # (P,) of waiting for data
-    counts: np.ndarray  # (P,) lanes computed
-    lane_squares: np.ndarray  # (L,) squared norms of their gradients, where measured
-    saving: np.ndarray  # (4,) ranks that write a checkpoint, or try to; is one due by the clock? (saver.py)
-    stop: bool
-    met: bool  # did they?
-    divisor: int  # target tokens of this step, of all ranks, or of this one where each makes a step of its own
-    steps: int  # that it tells of
-    joules: float = 0.0  # of all machines since this was last told
+    seconds: np.ndarray  # (P,) spent computing
+    data_seconds: np.ndarray  # (P,) spent waiting for data
+    counts: np.ndarray  # (P,) computed lanes
+    lane_squares: np.ndarray  # (L,) squared norms of the lanes' gradients, where measured
+    saving: np.ndarray  # (4,) see Saver.flags
+    stop: bool  # was any rank asked to stop?
+    synchronized: bool  # did the ranks exchange their reports?
+    divisor: int  # target tokens of this step: of all ranks, or of this rank where each rank makes its own step
+    steps: int  # number of steps in the report
+    joules: float = 0.0  # of all machines since the last report
 
     @property
     def tokens(self) -> int:
@@ -37,48 +37,52 @@ class Board:
 
     @property
     def loss(self) -> float:
-        """Mean over tokens. Loss sums of micro-batches are added in their order: the figure does not depend on the number of
-        ranks."""
+        """Mean over tokens. The loss sums of micro-batches are added in their order, so the number of ranks does not change
+        it."""
         return sum(self.losses.tolist()) / max(1.0, self.tokens)
 
 
-def share(job: Job, done: Computed, seconds: float, stop: bool) -> Board:
-    """Put what this rank computed on everybody's board; where the strategy lets ranks meet more seldom, it stays with this rank
-    until then. From here on the state may change: no rank copies it for a checkpoint any more. Collective over job.comm."""
-    with job.clock.timed("stall"):  # inside comm_wait, and no communication
-        job.saver.wait_for_recent_save(job.position.step + 1)
+def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
+    """Report what this rank computed to all ranks. Where the strategy synchronizes less often, keep the report until then. After
+    this call no rank copies the state for a checkpoint any more, so an update may change it. Collective over job.comm."""
+    clock, step = job.services.clock, job.position.step + 1
+    with clock.timed("stall"):  # part of comm_wait, but not communication
+        job.saver.wait_for_recent_save(step)
         job.saver.wait_for_copy()
-    met, size, count = job.strategy.synchronizes_at(job.position.step + 1), job.comm.size, job.lanes.num_micro_batches
+    synchronized, rank, size = job.strategy.synchronizes_at(step), job.comm.rank, job.comm.size
+    count = job.lanes.num_micro_batches
     lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, data, counts, squares, saving, stops, steps, joules = np.split(flat, np.cumsum(lengths)[:-1])
-    reports_loss = job.engine.reports_loss  # else another rank of this replica does
-    if reports_loss or not met:
+    reports_losses = job.engine.reports_loss  # else another rank of this replica reports them
+    if reports_losses or not synchronized:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
-    data[job.comm.rank], joules[0] = job.clock.so_far("data"), job.meter.pop_joules()
-    spent[job.comm.rank], counts[job.comm.rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
+    data[rank], joules[0] = clock.so_far("data"), job.services.meter.pop_joules()
+    spent[rank], counts[rank] = seconds, len(set(map(job.lanes.lane_of, done.micro_batches)))
     squares[list(done.lane_squares)] = list(done.lane_squares.values())
-    steps[0] = job.comm.rank == 0
-    if not met:
-        job.untold = (0.0 if job.untold is None else job.untold) + flat
-        job.untold[: 2 * count * (not reports_loss)] = 0.0
-        spent[:] = seconds  # of the others it knows nothing
-        return Board(losses, num_tokens, spent, data, counts, squares, saving, False, False, sum(done.num_tokens), 1)
-    if job.untold is not None:
-        flat += job.untold
-        job.untold = None
+    steps[0] = rank == 0
+    state, own_tokens = job.state, sum(done.num_tokens)
+    if not synchronized:
+        state.unreported = (0.0 if state.unreported is None else state.unreported) + flat
+        state.unreported[: 2 * count * (not reports_losses)] = 0.0
+        spent[:] = seconds  # it knows nothing of the other ranks
+        return StepReport(losses, num_tokens, spent, data, counts, squares, saving, False, False, own_tokens, 1)
+    if state.unreported is not None:
+        flat += state.unreported
+        state.unreported = None
     saving[:], stops[0] = job.saver.flags(), stop
-    job.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
-    divisor = int(num_tokens.sum()) if job.strategy.synchronizes_always else sum(done.num_tokens)
-    stop, told = bool(stops[0]), (int(steps[0]), float(joules[0]))
-    return Board(losses, num_tokens, spent, data, counts, squares, saving, stop, True, divisor, *told)
+    job.memory.group.wait(job.comm.Iallreduce(MPI.IN_PLACE, flat))
+    divisor = int(num_tokens.sum()) if job.strategy.synchronizes_always else own_tokens
+    any_stop, rest = bool(stops[0]), (int(steps[0]), float(joules[0]))
+    return StepReport(losses, num_tokens, spent, data, counts, squares, saving, any_stop, True, divisor, *rest)
 
 
-def noise_of(job: Job, board: Board, grad_norm: float) -> Noise | None:
-    """The gradient noise of a step in which lanes were measured; None in others, or where it cannot be said. Independent."""
-    if not board.lane_squares.any():
+def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
+    """The gradient noise of a step in which lanes were measured; None in other steps, and where it cannot be estimated.
+    Independent."""
+    if not report.lane_squares.any():
         return None
-    tokens = [int(board.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]
-    nominal = job.engine.nominal_tokens  # by which losses were divided before backward
-    squares = [s * (nominal / n) ** 2 if n else 0.0 for s, n in zip(board.lane_squares.tolist(), tokens, strict=True)]
+    tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]
+    nominal = job.engine.nominal_tokens  # losses were divided by it before backward
+    squares = [s * (nominal / n) ** 2 if n else 0.0 for s, n in zip(report.lane_squares.tolist(), tokens, strict=True)]
     return estimate(squares, tokens, grad_norm**2)

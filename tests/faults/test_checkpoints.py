@@ -63,9 +63,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "manifest not text": (MANIFEST, lambda p: p.write_bytes(b"\xff\xfe\n}"), "manifest.json: cannot be read"),
     "manifest a list": (MANIFEST, lambda p: p.write_bytes(b"[1]\n}"), "manifest.json: cannot be read"),
     "no tensors": (TENSORS, Path.unlink, "rank_00000.safetensors: cannot be read"),
-    "tensors cut": (TENSORS, cut, "bytes, the manifest says"),
-    "tensors with a flipped bit": (TENSORS, flip, "its crc32 is wrong, a bit was flipped"),
-    "tensors of no bytes": (TENSORS, lambda p: p.write_bytes(b""), "0 bytes, the manifest says"),
+    "tensors cut": (TENSORS, cut, "in the manifest"),
+    "tensors with a flipped bit": (TENSORS, flip, "wrong crc32, the file is corrupted"),
+    "tensors of no bytes": (TENSORS, lambda p: p.write_bytes(b""), "0 bytes, but"),
     "tensors a folder": (TENSORS, lambda p: (p.unlink(), p.mkdir()), "rank_00000.safetensors: "),
 }
 
@@ -75,7 +75,7 @@ def test_the_newest_checkpoint_is_damaged(place: Path, half_run: Path, forks: Fo
     file, damage, reason = DAMAGES[name]
     damage(half_run / "checkpoints" / "step_00000004" / file)
     said = goes_on(place, forks, whole_hash, from_step=2)
-    assert "passed over an invalid checkpoint: run/checkpoints/step_00000004" in said and reason in said, said
+    assert "skipped an invalid checkpoint: run/checkpoints/step_00000004" in said and reason in said, said
 
 
 @pytest.mark.parametrize("module", ["mpidp.evaluate", "mpidp.generate"])
@@ -83,13 +83,13 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(place: Path, half_run: Path, 
     flip(half_run / "checkpoints" / "step_00000004" / TENSORS)
     ended = forks.run(place, module, "run")
     assert ended.code == 0, ended
-    assert "step_00000004/rank_00000.safetensors: its crc32 is wrong" in ended.err, ended
+    assert "step_00000004/rank_00000.safetensors: wrong crc32" in ended.err, ended
 
 
 def test_no_checkpoint_is_valid(place: Path, half_run: Path, forks: Forks) -> None:
     flip(half_run / "checkpoints" / "step_00000004" / TENSORS)
     cut(half_run / "checkpoints" / "step_00000002" / MANIFEST)
-    words = ("no checkpoint in run/checkpoints is valid", "step_00000004/rank_00000.safetensors: its crc32 is wrong",
+    words = ("no checkpoint in run/checkpoints is valid", "step_00000004/rank_00000.safetensors: wrong crc32",
              "step_00000002/manifest.json", "--run.resume=never")
     expect(forks.run(place, "mpidp.train", "tiny.toml"), 4, *words)
     expect(forks.run(place, "mpidp.evaluate", "run"), 4, *words)
@@ -105,7 +105,7 @@ def test_no_checkpoint_is_valid_under_mpirun(either: Shell, killed: Path) -> Non
 
 
 def test_must_resume_and_cannot(either: Shell) -> None:
-    expect(either.train("--run.resume=must", ranks=2), 4, "run.resume=must, but run/checkpoints holds no checkpoint")
+    expect(either.train("--run.resume=must", ranks=2), 4, "run.resume=must, but run/checkpoints contains no checkpoint")
 
 
 def test_runs_that_are_not_there(place: Path, forks: Forks) -> None:
@@ -120,7 +120,7 @@ def test_one_checkpoint_by_its_own_name(place: Path, half_run: Path, forks: Fork
     expect(forks.run(place, "mpidp.evaluate", "run/checkpoints/step_00000002"), 0)
     flip(half_run / "checkpoints" / "step_00000002" / TENSORS)
     ended = forks.run(place, "mpidp.evaluate", "run/checkpoints/step_00000002")
-    expect(ended, 4, "step_00000002/rank_00000.safetensors: its crc32 is wrong")
+    expect(ended, 4, "step_00000002/rank_00000.safetensors: wrong crc32")
 
 
 def test_what_killed_writers_left_is_ignored(place: Path, half_run: Path, forks: Forks, whole_hash: str) -> None:
@@ -230,8 +230,8 @@ def test_the_lock_of_another_host(place: Path, half_run: Path, forks: Forks, who
     """Its holder is gone, so its counter stands still."""
     (half_run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "7"}))
     said = goes_on(place, forks, whole_hash, from_step=4)
-    assert "run/lock: held by a job on elsewhere (pid 1, job 7): looking for 10 s whether it is alive" in said
-    assert "run/lock: taken over from a job on elsewhere (pid 1, job 7), which is gone" in said
+    assert "run/lock: held by a job on elsewhere (pid 1, job 7); checking for 10 s whether it is still running" in said
+    assert "run/lock: taken over from a job on elsewhere (pid 1, job 7), which is no longer running" in said
 
 
 def test_the_lock_of_another_host_where_the_job_lives(place: Path, half_run: Path, forks: Forks) -> None:
@@ -250,7 +250,7 @@ def test_the_lock_of_another_host_where_the_job_lives(place: Path, half_run: Pat
     ended = forks.run(place, "mpidp.train", "tiny.toml")
     done.set()
     thread.join()
-    expect(ended, 2, "run/lock: in use by a job on elsewhere (pid 1, job 7). If that job is gone, remove the file")
+    expect(ended, 2, "run/lock: in use by a job on elsewhere (pid 1, job 7). If that job no longer runs, remove the file")
     assert (half_run / "lock").exists()
 
 

@@ -5,7 +5,7 @@
 | SIGSTOP | 6; rank 1, compute of step 4, stopped; the stacks of a waiting rank | code of both mpiruns, output |
 | it sleeps forever | 6; rank 1, compute of step 4; its stacks | same |
 | it never returns from a C function that holds the GIL | the same: it prints its stacks itself | same |
-| it is stopped, alone on its node | 6; rank 1 gives no sign of life; ranks of other nodes report this too | output |
+| it is stopped, alone on its node | 6; rank 1 sends no heartbeat; ranks of other nodes report this too | output |
 | it sleeps, alone on its node | 6; ranks of other nodes name its phase | output |
 | run.dir is removed, then it is stopped | 6; rank 1, compute of step 4, stopped | output |
 | each batch of an evaluation takes 3 s, and all of it 12 s | 0: slow, not hung | code, hash |
@@ -28,7 +28,7 @@ from tests.faults.commands import ENTER, Ended, Shell, end_record, family, fault
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 SLEEP = "time.sleep(10000)"
 HOLD = "lock = ctypes.PyDLL(None).pthread_mutex_lock; mutex = ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"
-WHERE = "in compute of step 4 since"
+WHERE = "in compute of step 4 for"
 
 
 def hang(shell: Shell, fault: str, ranks: int = 3, **extra: str) -> Ended:
@@ -45,7 +45,7 @@ def hang(shell: Shell, fault: str, ranks: int = 3, **extra: str) -> Ended:
 
 def words(ended: Ended) -> list[str]:
     """Return the lines that report which rank all others wait for."""
-    found = [line for line in ended.err.splitlines() if "no rank has got further for" in line]
+    found = [line for line in ended.err.splitlines() if "no rank has made progress for" in line]
     assert found and all("(run.hang_seconds is 4)" in line and "exit code 6" in line for line in found), ended
     return [line.partition("(run.hang_seconds is 4): ")[2] for line in found]
 
@@ -55,7 +55,7 @@ def words(ended: Ended) -> list[str]:
 def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
     ended = hang(either, fault)
     (said,) = words(ended)  # once per node
-    assert said.startswith("everybody waits for rank 1 (") and WHERE in said, ended
+    assert said.startswith("the other ranks wait for rank 1 (") and WHERE in said, ended
     assert "; of the others 2 are in comm_wait" in said, ended
     assert ("stopped (state T)" in said) == (fault == STOP), ended
     if fault == STOP:  # it cannot print: the stacks are those of a waiting rank
@@ -63,19 +63,19 @@ def test_a_rank_that_gets_no_further(either: Shell, fault: str) -> None:
     else:
         assert re.search(r'File "<string>", line \d+ in run\b', ended.err), ended
     left = json.loads((either.folder / "run" / "tries.json").read_text())
-    assert left["tries"] == 1 and left["words"].startswith("everybody waits for rank 1 ("), left
+    assert left["tries"] == 1 and left["words"].startswith("the other ranks wait for rank 1 ("), left
 
 
 def test_a_rank_alone_on_its_node(place: Path) -> None:
     ended = hang(Shell(place, "mpich"), STOP, ranks=2, MPIDP_PRETEND_NODES="2")
     (said,) = words(ended)
-    assert said.startswith("everybody waits for rank 1 (") and "not heard of; of the others 1 is in comm_wait" in said, ended
+    assert said.startswith("the other ranks wait for rank 1 (") and "no heartbeat received; of the others 1" in said, ended
 
 
 def test_a_rank_on_another_node(place: Path) -> None:
     """Rank 0 reports the position of rank 1 from the file that rank 1's node wrote into the folder."""
     said = words(hang(Shell(place, "mpich"), SLEEP, ranks=2, MPIDP_PRETEND_NODES="2"))
-    assert 1 <= len(said) <= 2 and all(one.startswith("everybody waits for rank 1 (") and WHERE in one for one in said), said
+    assert 1 <= len(said) <= 2 and all(one.startswith("the other ranks wait for rank 1 (") and WHERE in one for one in said), said
 
 
 def test_a_run_dir_that_vanished(place: Path) -> None:

@@ -143,9 +143,9 @@ def test_with_compression_they_go_on_with_what_they_hold(shell: Shell, undisturb
 
 PLACES = (  # in a recovery: its communications, and rank 0's files
     "mpidp.training.recovery.make_topology", "mpidp.training.data_parallel.regroup", "mpidp.training.build.Optimizer",
-    "mpidp.training.build.open_heartbeat_board", "mpidp.training.recovery.committed",
-    "mpidp.strategies.synchronous.Synchronous.resume_after_failure", "mpidp.training.events.MetricsFile",
-    "mpidp.training.build.Loader",
+    "mpidp.training.services.open_heartbeat_board", "mpidp.training.recovery.committed",
+    "mpidp.strategies.synchronous.Synchronous.resume_after_failure", "mpidp.training.run_record.MetricsFile",
+    "mpidp.training.job.Loader",
 )
 DIES = """
 import os, sys, pydoc, mpidp.runtime.command, mpidp.train, mpidp.training.loop, mpidp.training.recovery
@@ -224,7 +224,7 @@ def test_the_last_rank_fails(shell: Shell) -> None:
 def test_the_last_rank_hangs(shell: Shell) -> None:
     ended = start(shell, 2, "kill:0:2:compute hang:1:4", "--run.hang_seconds=2").wait()
     assert ended.code == 6, ended
-    assert ended.err.count("mpidp: no rank has got further") == 1, ended
+    assert ended.err.count("mpidp: no rank has made progress") == 1, ended
 
 
 @pytest.mark.parametrize("how", ["signal", "file"])

@@ -56,7 +56,7 @@ def check(
     assert ended.code == 0, ended
     lines = lines_of(shell.folder / "run")
     assert learned(lines) == undisturbed, f"{lines}\n{ended}"
-    assert ended.out.count("\n rank  host") <= 1 and ended.out.count("done: step") == 1, ended
+    assert ended.out.count("\nmodel: ") <= 1 and ended.out.count("done: step") == 1, ended
     return lines
 
 
@@ -136,8 +136,9 @@ PLACES = {  # and the number of ranks at the end
     ("mpidp.training.recovery.make_topology", True): 4, ("mpidp.training.build.Optimizer", True): 4,
     ("mpidp.training.build.Optimizer", False): 4,
     ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", False): 4,
-    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", True): 4, ("mpidp.training.events.MetricsFile", False): 4,
-    ("mpidp.training.build.Loader", True): 4,
+    ("mpidp.strategies.synchronous.Synchronous.resume_with_new_ranks", True): 4,
+    ("mpidp.training.run_record.MetricsFile", False): 4,
+    ("mpidp.training.job.Loader", True): 4,
 }
 
 
@@ -161,12 +162,12 @@ def test_no_process_can_be_started(shell: Shell, undisturbed: Learned) -> None: 
     assert ended.code == 183, ended  # Open MPI's code, which keeps the earlier failure
     lines = lines_of(shell.folder / "run")
     assert learned(lines) == undisturbed and dead(lines) == [1, 2] and not came(lines), ended
-    assert ended.out.count("no new rank can be started in the place of a dead one: 2 go on") == 1, ended
+    assert ended.out.count("no process can be started to replace a failed rank: continuing with 2 ranks") == 1, ended
 
 
 def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) -> None:  # noqa: F811
     started = start(shell, 3, "kill:0:2:reduce", program=("-c", SLOWLY))
-    started.until("new ranks 3: 3 go on")
+    started.until("new ranks 3: continuing with 3 ranks")
     (shell.folder / "run" / "STOP").touch()
     members = family(started.process.pid)
     ended = started.wait()
@@ -177,8 +178,8 @@ def test_a_request_to_stop_with_newcomers(shell: Shell, undisturbed: Learned) ->
 
 
 LAUNCHES = {
-    "mpich": ("mpirun -n 2", "here a rank that dies ends the job"), "openmpi": ("mpirun -n 2", "a rank that dies ends the job"),
-    "alone": ("", "here a rank that dies ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "mpirun's exit code"),
+    "mpich": ("mpirun -n 2", "a failed rank ends the job"), "openmpi": ("mpirun -n 2", "a failed rank ends the job"),
+    "alone": ("", "a failed rank ends the job"), "no option": ("mpirun --with-ft ulfm -n 2", "exit with an error code"),
 }
 
 

@@ -49,7 +49,7 @@ def begin(shell: Shell, ranks: int = 2) -> Started:
 
 def check_stopped(shell: Shell, ended: Ended, reason: str) -> int:
     """Assert that it printed once why it stopped, after a checkpoint. Return the step."""
-    expect(ended, 75, f"stopped on request ({reason}) at step ", "checkpoint written; the same command goes on from here")
+    expect(ended, 75, f"stopped on request ({reason}) at step ", "checkpoint written; the same command resumes from here")
     run = shell.folder / "run"
     step = steps_logged(run)[-1]
     assert step < 6, "it was not stopped in time"
@@ -130,7 +130,7 @@ def test_the_old_copy_of_a_requeued_job(place: Path, forks: Forks, whole_hash: s
     ended = forks.run(place, "mpidp.train", "tiny.toml", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     expect(ended, 0)
     (place / "go").touch()
-    expect(old.wait(), 1, "another copy of this job has taken over run: this one stops at step ", "and writes nothing more")
+    expect(old.wait(), 1, "another copy of this job has taken over run: this copy stops at step ", "and writes nothing more")
     assert end_record(place / "run")["weights_sha256"] == whole_hash
     assert steps_logged(place / "run") == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (place / "run" / "checkpoints").iterdir())[-1] == "step_00000006"

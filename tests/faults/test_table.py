@@ -64,7 +64,7 @@ def test_a_death(either: Shell, forks: Forks, whole_hash: str, fault: str) -> No
     words = ("-m", "mpidp.train", "tiny.toml", "--train.eval_every=2")
     ended = end_of(either.start(*words, ranks=3, MPIDP_FAULT=fault))
     assert ended.code not in (0, 6) and "done:" not in ended.said, ended
-    assert f"MPIDP_FAULT is set: THIS RUN HAS FAULTS ON PURPOSE: {fault}" in ended.err, ended
+    assert f"MPIDP_FAULT is set: THIS RUN HAS INJECTED FAULTS: {fault}" in ended.err, ended
     assert any(f": {word}" in ended.err for word in fault.split()), ended
     check_goes_on(either, forks, whole_hash)
 
@@ -72,7 +72,7 @@ def test_a_death(either: Shell, forks: Forks, whole_hash: str, fault: str) -> No
 @pytest.mark.parametrize("fault", ["usr1:1:3:data", "term:2:3:reduce", "usr1:0:4:checkpoint"])
 def test_a_word_to_a_rank(either: Shell, forks: Forks, whole_hash: str, fault: str) -> None:
     ended = either.train("--train.eval_every=2", ranks=3, MPIDP_FAULT=fault)
-    expect(ended, 75, f"stopped on request (SIG{fault[:4].strip(':').upper()}) at step ", "the same command goes on from here")
+    expect(ended, 75, f"stopped on request (SIG{fault[:4].strip(':').upper()}) at step ", "the same command resumes from here")
     check_goes_on(either, forks, whole_hash)
 
 
@@ -131,7 +131,7 @@ OTHER_VERSIONS = "import mpidp.runtime.agreement; plain = mpidp.runtime.agreemen
 ], ids=["settings", "versions", "folder"])
 def test_ranks_that_are_not_alike(either: Shell, rank_1: list[str], said: str) -> None:
     command = ["mpirun", "-n", "1", "python", "-m", "mpidp.train", "tiny.toml", ":", "-n", "1", "python", *rank_1]
-    expect(either.start_command(command).wait(), 2, "the ranks do not agree", said)
+    expect(either.start_command(command).wait(), 2, "the ranks differ", said)
     assert not (either.folder / "run" / "metrics.jsonl").exists()
 
 

@@ -69,8 +69,8 @@ WRONG = {
     "unknown key": (["--model.num_layer=2"], ["'model.num_layer'", "did you mean 'model.num_layers'"]),
     "unknown section": (["--modle.num_layers=2"], ["did you mean 'model.num_layers'"]),
     "unknown word": (["--optim.name=adamv"], ["optim.name='adamv'", "did you mean 'adam"]),
-    "not a number": (["--train.steps=ten"], ["train.steps='ten' must be a whole number"]),
-    "fraction": (["--train.steps=1.5"], ["train.steps='1.5' must be a whole number"]),
+    "not a number": (["--train.steps=ten"], ["train.steps='ten' must be an integer"]),
+    "fraction": (["--train.steps=1.5"], ["train.steps='1.5' must be an integer"]),
     "too small": (["--train.global_batch=0"], ["train.global_batch=0 must be at least 1"]),
     "too large": (["--model.dropout=1.5"], ["model.dropout=1.5 must be from 0.0 to 0.99"]),
     "not finite": (["--optim.lr=nan"], ["optim.lr='nan' must be a number"]),
@@ -78,8 +78,8 @@ WRONG = {
     "second file": (["tiny.toml"], ["a second configuration file 'tiny.toml'"]),
     "missing file": (["absent.toml"], ["a second configuration file 'absent.toml'"]),
     "batch below micro-batch": (["--train.micro_batch=8"], ["train.global_batch=4 is smaller than train.micro_batch=8"]),
-    "heads": (["--model.num_heads=3"], ["model.model_dim=16 must be an even multiple of model.num_heads=3"]),
-    "two lengths": (["--train.tokens=500"], ["train.steps, train.tokens and train.epochs: give one of them"]),
+    "heads": (["--model.num_heads=3"], ["model.model_dim=16 / model.num_heads=3: the head size must be an even integer"]),
+    "two lengths": (["--train.tokens=500"], ["set only one of train.steps, train.tokens and train.epochs"]),
     "lanes": (["--train.lanes=9"], ["train.lanes=9 is more than the 4 micro-batches"]),
 }
 
@@ -92,10 +92,10 @@ def test_wrong_words(shell: Shell, name: str) -> None:
 
 
 BAD_FILES = {
-    "malformed": (b"[train\nsteps = 3", "not a configuration that can be read"),
-    "not UTF-8": (b"[run]\ndir = '\xff'", "not a configuration that can be read"),
-    "outside a section": (b"steps = 3", "'steps' stands outside a section"),
-    "unknown key": (b"[train]\nstep = 3", "there is no setting 'train.step'; did you mean 'train.steps'?"),
+    "malformed": (b"[train\nsteps = 3", "cannot read this configuration file"),
+    "not UTF-8": (b"[run]\ndir = '\xff'", "cannot read this configuration file"),
+    "outside a section": (b"steps = 3", "'steps' is outside a section"),
+    "unknown key": (b"[train]\nstep = 3", "unknown setting 'train.step'; did you mean 'train.steps'?"),
 }
 WRONG_KINDS = {
     "a table for a number": (b"[train.steps]\nx = 3", "train.steps="),
@@ -121,7 +121,7 @@ def test_values_of_a_wrong_kind(shell: Shell, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["absent.toml", "shards"])
 def test_configuration_files_that_cannot_be_opened(shell: Shell, name: str) -> None:
-    expect(shell.run("-m", "mpidp.train", name), 2, f"{name}: not a configuration that can be read")
+    expect(shell.run("-m", "mpidp.train", name), 2, f"{name}: cannot read this configuration file")
 
 
 @pytest.mark.quick
@@ -192,7 +192,7 @@ def test_ranks_that_do_not_read_the_same_data(either: Shell) -> None:
     expect(either.run("-m", "data_tools.prepare", "--source", "other.txt", "--out", "others", "--shards", 2), 0)
     train = ["python", "-m", "mpidp.train", "tiny.toml"]
     command = ["mpirun", "-n", "1", *train, ":", "-n", "1", *train, "--data.path=others"]
-    expect(either.start_command(command).wait(), 2, "the ranks do not agree", "data.path: rank 0 has shards, rank 1 has others",
+    expect(either.start_command(command).wait(), 2, "the ranks differ", "data.path: rank 0 has shards, rank 1 has others",
            "data index: rank 0 has ")
     assert not (either.folder / "run").exists()
 
@@ -240,11 +240,30 @@ def test_mpirun_inside_a_larger_slurm_step(either: Shell, ranks: int) -> None:
     assert f"on {ranks} rank" in ended.out
 
 
+SUMMARY = ("settings that differ from the defaults: ",
+           "model: transformer, ", "memory: ", "batch: 4 sequences x ", "data: shards, ")
+
+
+@pytest.mark.parametrize("level", ["", "debug", "warning"])
+def test_a_run_starts_with_a_summary(place: Path, forks: Forks, level: str) -> None:
+    """The changed settings and four lines; every setting and a table of ranks at level debug; nothing at level warning."""
+    ended = forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=1", MPIDP_LOG=level)
+    expect(ended, 0)
+    assert "done: step 1" in ended.out and ended.err == ""
+    lines = ended.out.splitlines()
+    assert [sum(line.startswith(start) for line in lines) for start in SUMMARY] == [int(level != "warning")] * len(SUMMARY)
+    assert ("grams_per_kwh = 0.0" in lines and any(line.startswith(" rank  host") for line in lines)) == (level == "debug")
+    if not level:
+        first = lines.index(next(line for line in lines if line.startswith(SUMMARY[0])))
+        assert "train.steps=1" in lines[first].split() and "run.dir=run" in lines[first].split()
+        assert all(line.startswith(start) for line, start in zip(lines[first:], SUMMARY, strict=False)) and lines[first + 5] == ""
+
+
 def test_dry_run_writes_nothing(place: Path, forks: Forks) -> None:
     before = listing(place)
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--dry-run")
     expect(ended, 0)
-    assert "parameters" in ended.out and "64 tokens a step" in ended.out
+    assert "[optim]" in ended.out and "\n rank  host" in ended.out and "64 tokens per step" in ended.out
     assert listing(place) == before and not (place / "run").exists()
 
 

@@ -275,7 +275,7 @@ def test_a_cut_that_is_not_to_be_had_is_refused(
 def test_ranks_that_make_no_mesh_are_told_how_many_would() -> None:
     if WORLD.size < 3:
         pytest.skip("needs three ranks")
-    with pytest.raises(UsageError, match=r"mesh.tp=2 x mesh.pp=1 does not make up the 3 ranks of this job: start 2 or 4"):
+    with pytest.raises(UsageError, match=r"mesh.tp=2 x mesh.pp=1 does not fit the 3 ranks of this job: start 2 or 4"):
         at(3, lambda comm: make_grid(comm, 2))
 
 

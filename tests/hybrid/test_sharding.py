@@ -18,7 +18,7 @@ from mpidp.config.schema import Config
 from mpidp.strategies.optimizer import MOMENTS
 from mpidp.training.job import Job
 from mpidp.training.step import compute
-from mpidp.training.step_report import share
+from mpidp.training.step_report import exchange_reports
 from tests.memory_formulas import of_replicas, of_shards
 from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, Ran, at, corpus, job_at, pretended, sizes, small_blocks, tiny, train_at
@@ -140,8 +140,8 @@ def one_step(job: Job, limit: float = float("inf")) -> bool:
     loader = job.open_loader(0)
     batch = next(loader)
     loader.close()
-    board = share(job, compute(job, batch), 0.0, False)
-    return not job.strategy.step(1e-2, board.tokens, limit).skipped
+    report = exchange_reports(job, compute(job, batch), 0.0, False)
+    return not job.strategy.step(1e-2, report.tokens, limit).skipped
 
 
 def held_at(comm: MPI.Intracomm, config: Config) -> tuple[dict[str, int], dict[str, int], int, list[tuple[int, ...]], int]:

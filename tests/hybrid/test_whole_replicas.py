@@ -88,11 +88,11 @@ def test_a_rank_that_computes_wrongly_is_found(
     """All ranks repeat the step, and the weights are those of a run without the error."""
     data, ranks = corpus(shared_folder), mesh[0] * mesh[1] * mesh[2]
     named: list[list[int]] = []
-    monkeypatch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
+    monkeypatch.setattr(mpidp.training.step, "report_finding", lambda job, step, finding, action: named.append(finding.ranks))
 
     def glitch(comm: MPI.Intracomm, fault: str) -> str:
         job = job_at(comm, config_of(data, shared_tmp / "run", mesh, sequence, audit_every=1))
-        job.faults = parse(fault, comm.rank) if fault else InjectedFaults()
+        job.services.faults = parse(fault, comm.rank) if fault else InjectedFaults()
         for number in range(2):
             learn(job, number)
         return job.parts.sha256(job.engine.model)
@@ -104,7 +104,7 @@ def test_a_rank_that_computes_wrongly_is_found(
         assert len(named) == 1 and ranks - 1 in named[0]
     if mesh[0] == 1:
         return  # no other rank has this part, and a rank with a permanent fault agrees with itself
-    with pytest.raises(MpidpError, match=rf"Take ranks \[.*{ranks - 1}\] out of the job"):
+    with pytest.raises(MpidpError, match=rf"memory of ranks \[.*{ranks - 1}\] fails"):
         at(ranks, lambda comm: glitch(comm, f"wrong:{ranks - 1}:2,until=3"))
 
 

@@ -22,7 +22,7 @@ from mpidp.config.schema import Config
 from mpidp.errors import MpidpError, Stopped, UsageError
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.strategies.synchronous import Synchronous
-from mpidp.training import events
+from mpidp.training import run_record
 from tests.registries import OPTIMIZERS
 from tests.tiny import WORLD, FailedElsewhere, Ran, at, corpus, everywhere, read_metrics, tiny, train_at
 
@@ -87,7 +87,7 @@ def stopped_after(step: int, n: int, config: Config) -> None:
         return caught.value.exit_code, caught.value.everywhere, str(caught.value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "MetricsFile", Watched)
+        patch.setattr(run_record, "MetricsFile", Watched)
         said = at(n, run)
     assert said == [(75, True, said[0][2])] * n  # alike on every rank
     assert f"at step {step}" in said[0][2] and "STOP" in said[0][2]

@@ -226,8 +226,8 @@ def test_an_order_of_another_run_is_refused(shared_folder: Path, shared_tmp: Pat
             train_at(ranks, config)
         return str(caught.value)
 
-    assert "is of more than" in refused(n - 1)
-    assert "did not meet at step 3" in refused(n, meet_every=3)
+    assert "had more than the" in refused(n - 1)
+    assert "did not synchronize at step 3" in refused(n, meet_every=3)
     assert "cannot be read" in refused(n, replay="none.jsonl")
 
 

@@ -110,16 +110,16 @@ def test_nobody_is_further_ahead_than_the_bound(shared_folder: Path, shared_tmp:
     strategy = {"name": "server", "mode": "ssp", "staleness": staleness, "meet_every": 24, "servers": 1}
     config = tiny(corpus(shared_folder), shared_tmp / "run", strategy=strategy, train={"steps": 24, "save_every": 0})
     ahead: list[int] = []
-    real = Server._give
+    real = Server._answer
 
-    def give(self: Server, worker: int, stats: Any, parameters: bool) -> None:
+    def answer(self: Server, worker: int, stats: Any, parameters: bool) -> None:
         if parameters:  # otherwise it is the last batch, followed by a meeting
             ahead.append(self._clocks[worker] - min(self._clocks))
         real(self, worker, stats, parameters)
 
     def run(comm: MPI.Intracomm) -> list[int]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Server, "_give", give)
+            patch.setattr(Server, "_answer", answer)
             mpidp.train.run(config, comm)
         return ahead
 
@@ -154,5 +154,5 @@ def test_an_order_of_other_workers_is_refused(shared_folder: Path, shared_tmp: P
 
 
 def test_more_servers_than_ranks(shared_folder: Path, shared_tmp: Path) -> None:
-    with pytest.raises(UsageError, match="strategy.servers=2 of 2 ranks: no rank is left to compute gradients"):
+    with pytest.raises(UsageError, match="strategy.servers=2 of 2 ranks: no rank remains to compute gradients"):
         train_at(2, serving(corpus(shared_folder), shared_tmp / "run", "async", 2))

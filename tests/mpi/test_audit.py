@@ -30,11 +30,13 @@ def flip(flat: torch.Tensor, place: int, bit: int) -> None:
     flat[place : place + 1].view(torch.int32).bitwise_xor_(1 << bit if bit < 31 else -(1 << 31))
 
 
-def audited_job(comm: MPI.Intracomm, data: Path, run: Path, /, **sections: dict[str, Any]) -> Job:
+def audited_job(
+    comm: MPI.Intracomm, data: Path, run: Path, faults: InjectedFaults | None = None, /, **sections: dict[str, Any]
+) -> Job:
     """Return a job after two steps, so that its moments are not zero."""
     sections["comm"] = {"copies": "rank", "overlap": "none"} | sections.get("comm", {})
     sections["train"] = {"audit_every": 1} | sections.get("train", {})
-    job = job_at(comm, tiny(data, run, **sections))
+    job = job_at(comm, tiny(data, run, **sections), faults)
     for number in range(2):
         learn(job, number)
         job.strategy.step(0.01, 256)
@@ -140,12 +142,12 @@ def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tup
     spoiler = Spoiler(random.Random(job.comm.size))
     patch.setattr(mpidp.faults.inject, "make_wrong", spoiler)
     named: list[list[int]] = []
-    patch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding.ranks))
+    patch.setattr(mpidp.training.step, "report_finding", lambda job, step, finding, action: named.append(finding.ranks))
     found = []
     for i in range(WRONG):
         rank, number = spoiler.chance.randrange(job.comm.size), 2 + i
         spoiler.draw(job.strategy.buffer.num_elements)
-        job.faults = parse(f"wrong:{rank}:{number + 1},until={number + 1 + until}", job.comm.rank)
+        job.services.faults = parse(f"wrong:{rank}:{number + 1},until={number + 1 + until}", job.comm.rank)
         named.clear()
         try:
             done = learn(job, number)
@@ -159,7 +161,7 @@ def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tup
         job.strategy.reducer.finish()  # whatever is in the buffers
         job.strategy.group.fence()
         job.comm.Barrier()
-        job.faults = InjectedFaults()
+        job.services.faults = InjectedFaults()
     return found
 
 
@@ -172,9 +174,8 @@ def test_every_glitch_is_found_and_gone_when_the_step_is_done_again(
     data = corpus(shared_folder)
 
     def audit(comm: MPI.Intracomm) -> None:
-        job = audited_job(comm, data, shared_tmp / str(comm.size), train={"balance": kind})
-        if comm.rank == comm.size - 1:
-            job.engine.slowed = parse(f"delay:{comm.rank}:1,seconds=0.003", comm.rank).slowed
+        slow = parse(f"delay:{comm.size - 1}:1,seconds=0.003", comm.rank)
+        job = audited_job(comm, data, shared_tmp / str(comm.size), slow, train={"balance": kind})
         with pytest.MonkeyPatch.context() as patch:
             for rank, named, ended in wrong_gradients(job, 0, patch):
                 assert ended == "done" and len(named) == 1 and rank in named[0]
@@ -201,9 +202,8 @@ def test_lanes_are_stolen_where_nobody_looks(
     monkeypatch.setattr(Tickets, "steal", steal)
 
     def work(comm: MPI.Intracomm) -> int:
-        job = audited_job(comm, data, shared_tmp, train={"balance": "steal", "audit_every": 100})
-        if comm.rank == comm.size - 1:
-            job.engine.slowed = parse(f"delay:{comm.rank}:1,seconds=0.02", comm.rank).slowed
+        slow = parse(f"delay:{comm.size - 1}:1,seconds=0.02", comm.rank)
+        job = audited_job(comm, data, shared_tmp, slow, train={"balance": "steal", "audit_every": 100})
         for number in (2, 3):
             learn(job, number)
             job.strategy.step(0.01, 256)
@@ -221,7 +221,7 @@ def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder
             for rank, named, ended in wrong_gradients(job, 1, patch):
                 suspected = [rank] if comm.size > 2 else [0, 1]
                 assert named == [suspected] * mpidp.training.step.ATTEMPTS, (rank, named)
-                assert f"Take ranks {suspected} out of the job" in ended
+                assert f"memory of ranks {suspected} fails" in ended
 
     for n in sizes(2, 3, 4):
         at(n, audit)
@@ -230,7 +230,7 @@ def test_every_rank_that_computes_wrongly_again_and_again_is_named(shared_folder
 def test_nobody_is_suspected_of_nothing(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = corpus(shared_folder)
     named: list[Any] = []
-    monkeypatch.setattr(mpidp.training.step, "say_finding", lambda job, step, finding, then: named.append(finding))
+    monkeypatch.setattr(mpidp.training.step, "report_finding", lambda job, step, finding, action: named.append(finding))
 
     def audit(comm: MPI.Intracomm) -> None:
         for kind in ("even", "steal"):

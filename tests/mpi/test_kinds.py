@@ -66,4 +66,4 @@ def test_all_begin_with_rank_0s_weights(shared_folder: Path, shared_tmp: Path, c
     runs = [train_at(n, tiny(corpus(shared_folder), shared_tmp / str(n), model=model, train=TRAIN)) for n in sizes(1, 2)]
     assert len({run.sha256 for run in runs}) == 1
     if WORLD.rank == 0 and WORLD.size > 1:
-        assert "the factory gives other initial weights on ranks [1] than on rank 0" in capsys.readouterr().out
+        assert "the model factory draws different initial weights on ranks [1] than on rank 0" in capsys.readouterr().err

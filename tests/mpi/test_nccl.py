@@ -110,6 +110,7 @@ def test_a_training_is_the_one_over_mpi(
             assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay works without it
 
 
+@pytest.mark.check  # it waits for time-outs
 def test_ranks_that_cannot_meet_say_where_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is given a port without a listener."""
     monkeypatch.setattr(nccl, "CONNECT_SECONDS", 2)

@@ -170,7 +170,6 @@ def test_only_environment_changes_the_environment_at_import() -> None:
         assert not changes or name == "mpidp/runtime/environment.py", name
 
 
-@pytest.mark.xfail(reason="classes are being renamed")
 def test_one_class_name_has_one_meaning() -> None:
     places: dict[str, list[str]] = {}
     for name in FILES:

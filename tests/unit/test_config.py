@@ -81,7 +81,7 @@ def test_an_unknown_key_names_the_nearest(word: str, near: str) -> None:
 
 def test_unknown_keys_of_any_kind_are_refused_with_words() -> None:
     for key in ("", "x", "é", "train", "train.", ".steps", "data.path.x", "a" * 1000):
-        assert "there is no setting" in refused(f"--{key}=1")
+        assert "unknown setting" in refused(f"--{key}=1")
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--comm.compress=bf16", "--train.audit_every=3"], ["comm.compress=bf16", "train.audit_every=3"]),
         (["--comm.compress=bf16", "--train.balance=steal"], ["comm.compress=bf16", "train.balance=steal"]),
         (["--comm.compress=onebit", "--comm.transport=window"], ["comm.compress=onebit", "comm.transport=window"]),
-        (["--comm.compress=int4", "--comm.momentum=0.9"], ["comm.momentum=0.9", "topk and randomk", "comm.compress=int4"]),
-        (["--comm.compress=powersgd", "--comm.ratio=0.1"], ["comm.ratio=0.1", "topk and randomk"]),
-        (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk and randomk", "comm.compress=none"]),
+        (["--comm.compress=int4", "--comm.momentum=0.9"], ["comm.momentum=0.9", "topk or randomk", "comm.compress=int4"]),
+        (["--comm.compress=powersgd", "--comm.ratio=0.1"], ["comm.ratio=0.1", "topk or randomk"]),
+        (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk or randomk", "comm.compress=none"]),
         (["--metrics.timeline=12"], ["metrics.timeline=12", "as in 10:12"]),
         (["--metrics.timeline=3:x"], ["metrics.timeline=3:x", "as in 10:12"]),
         (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "count from 1"]),
@@ -167,11 +167,11 @@ def test_all_contradictions_are_told_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[train\n", "not a configuration"), ("steps = 3\n", "stands outside a section"), ("[train]\nstep = 3\n", "train.steps"),
+    [("[train\n", "cannot read this"), ("steps = 3\n", "is outside a section"), ("[train]\nstep = 3\n", "train.steps"),
      ("[training]\nsteps = 3\n", "train.steps"), ("[train]\nsteps = '3x'\n", "whole number"),
      ("[train]\nsteps = true\n", "whole number"), ("[train]\ncompile = 1\n", "true or false"),
      ("[optim]\nlr = nan\n", "a number"), ("[train]\nsteps = [1]\n", "whole number"),
-     ("[run]\ndir = []\n", "a word"),
+     ("[run]\ndir = []\n", "a string"),
      ("[train.steps]\nx = 1\n", "whole number")],
 )
 def test_a_wrong_file_is_refused_by_its_name(tmp_path: Path, text: str, said: str) -> None:

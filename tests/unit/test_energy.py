@@ -130,7 +130,7 @@ def test_gpus_are_counted_by_their_uuid(tmp_path: Path, monkeypatch: pytest.Monk
     meter, said = open_meter(True, True, ["GPU-a", "GPU-x"], tmp_path)
     assert meter.pop_joules(now=True) == 0.0 and said["gpu"] == "NVML: Not Found"
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "nvidia-ml-py is not here" in open_meter(True, True, ["GPU-a"], tmp_path)[1]["gpu"]
+    assert "nvidia-ml-py is not installed" in open_meter(True, True, ["GPU-a"], tmp_path)[1]["gpu"]
 
 
 @pytest.mark.parametrize(("said", "measured", "why"), [

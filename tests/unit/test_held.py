@@ -73,5 +73,5 @@ def test_where_ranks_may_die_nothing_is_sharded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(resolve, "launched_with_ulfm", lambda: True)
     resolve.check_shards(0)
     for level in (1, 2, 3):
-        with pytest.raises(UsageError, match=f"mesh.shard={level} under mpirun --with-ft ulfm"):
+        with pytest.raises(UsageError, match=f"mesh.shard={level} is not supported with mpirun --with-ft ulfm"):
             resolve.check_shards(level)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,13 @@ def test_the_example_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert [parse(text, rank).of_this_rank for rank in range(4)] == [[flip], [kill], [delay], []]
     assert faults_from_environment(1, {VARIABLE: text}).of_this_rank == [kill] and not capsys.readouterr().err
     faults_from_environment(0, {VARIABLE: text})
-    assert capsys.readouterr().err == f"{VARIABLE} is set: THIS RUN HAS FAULTS ON PURPOSE: {text}\n"
+    assert capsys.readouterr().err == f"{VARIABLE} is set: THIS RUN HAS INJECTED FAULTS: {text}\n"
 
 
 def test_nothing_is_asked_for_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert not faults_from_environment(0, {}) and not parse("  ") and parse("wrong:3:1")
-    with InjectedFaults().slowed():
-        InjectedFaults().trigger(1, "compute")
+    assert InjectedFaults().span(1, "micro_batch", {}) is None
+    InjectedFaults().enter(1, "compute")
     assert not capsys.readouterr().err
 
 
@@ -90,16 +91,17 @@ def test_a_delay_is_slept_after_every_micro_batch(text: str, pause: float | None
     monkeypatch.setattr(inject.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(inject.time, "sleep", slept.append)
     faults = parse(text, 1)
-    faults.trigger(3, "compute")
     for _ in range(2):
-        with faults.slowed():
+        with faults.span(3, "micro_batch", {}) or nullcontext():
             now[0] += 2.0
     assert slept == ([] if pause is None else [pytest.approx(pause)] * 2)
 
 
 def test_an_error_inside_is_no_reason_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inject.time, "sleep", lambda seconds: pytest.fail("slept"))
-    with pytest.raises(KeyError), parse("delay:0:1,seconds=1").slowed():
+    span = parse("delay:0:1,seconds=1").span(1, "micro_batch", {})
+    assert span is not None
+    with pytest.raises(KeyError), span:
         raise KeyError
 
 
@@ -109,14 +111,14 @@ def test_it_strikes_once_where_it_was_told_to(monkeypatch: pytest.MonkeyPatch, c
     words = ["kill:2:3", "kill:2:4:apply", "kill:2:4:checkpoint"]
     faults = parse(f"{' '.join(words)} kill:1:2", 2)
     for at in [(step, phase) for step in (1, 2, 3, 2, 3, 4, 5) for phase in PHASES]:
-        faults.trigger(*at)
-    assert struck == [(3, "compute"), (4, "apply"), (5, "checkpoint")]  # the step in progress; for checkpoints the last one
+        faults.enter(*at)
+    assert struck == [(3, "compute"), (4, "apply"), (4, "checkpoint")]
     assert capsys.readouterr().err.splitlines() == [f"{VARIABLE}: rank 2: {word}" for word in words]
 
 
 ENDS: dict[str, tuple[int, str]] = {
     "kill": (-signal.SIGKILL, ""), "segv": (-signal.SIGSEGV, ""), "exit": (3, ""), "sysexit": (3, "left"), "term": (-15, ""),
-    "usr1": (-signal.SIGUSR1, ""), "raise": (1, "RuntimeError: a fault on purpose (MPIDP_FAULT)"),
+    "usr1": (-signal.SIGUSR1, ""), "raise": (1, "RuntimeError: an injected fault (MPIDP_FAULT)"),
     "kill:0:1:reduce,after=0.05": (-signal.SIGKILL, ""), "exit:0:1:reduce,after=0.05": (3, ""),
 }
 CHILD = """
@@ -125,7 +127,7 @@ from mpidp.faults.inject import parse
 faults = parse(sys.argv[1])
 try:
     for phase in ("data", "compute", "reduce"):
-        faults.trigger(1, phase)
+        faults.enter(1, phase)
     time.sleep(60)
 finally:
     print("left", file=sys.stderr)
@@ -158,34 +160,34 @@ def test_what_never_ends(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dely:1:1,seconds=1", "'dely' is none of kill, segv, stop, term, usr1, exit, gil, sysexit, raise, hang, delay, nan, wr"),
+        ("dely:1:1,seconds=1", "'dely' is not one of kill, segv, stop, term, usr1, exit, gil, sysexit, raise, hang, delay"),
         ("kill", "kill is written kill:rank:step[:phase]"),
         ("kill:1", "kill is written kill:rank:step[:phase]"),
         ("kill:1:2:data:3", "kill is written kill:rank:step[:phase]"),
-        ("kill:1:2:lunch", "phase 'lunch' is none of data, compute, comm_wait, update, reduce"),
+        ("kill:1:2:lunch", "phase 'lunch' is not one of data, compute, comm_wait, update, reduce"),
         ("kill:-1:2", "rank -1 must be 0 or more"),
-        ("kill:1.5:2", "rank '1.5' is not a whole number"),
+        ("kill:1.5:2", "rank '1.5' is not an integer"),
         ("kill:1:0", "step 0 must be 1 or more"),
-        ("kill:1:x", "step 'x' is not a whole number"),
+        ("kill:1:x", "step 'x' is not an integer"),
         ("kill:1:1,after=-1", "after=-1.0 must be 0 or more"),
         ("kill:1:1,after=inf", "after=inf must"),
         ("kill:1:1,seconds=1", "kill takes after, not 'seconds'"),
-        ("raise:1:1,after=1", "raise takes no more, not 'after'"),
+        ("raise:1:1,after=1", "raise takes no more options, not 'after'"),
         ("delay:1:1:compute,seconds=1", "delay is written delay:rank:step;"),
         ("delay:1:1", "seconds= above 0 or factor= above 1"),
         ("delay:1:1,seconds=-1", "seconds=-1.0 must be 0 or more"),
         ("delay:1:1,seconds=nan", "seconds=nan must"),
         ("delay:1:1,factor=0.5", "factor=0.5 must be 1 or more"),
         ("delay:1:1,seconds=fast", "seconds 'fast' is not a number"),
-        ("delay:1:1,seconds=1,seconds=1", "seconds is said twice"),
+        ("delay:1:1,seconds=1,seconds=1", "seconds is given twice"),
         ("delay:1:3,until=2,seconds=1", "until=2 is before step 3"),
-        ("flip:1:5", "it needs tensor=, 0 or more"),
-        ("flip:1:5,tensor=1,bit=32", "it needs bit=, in 0..31"),
-        ("flip:1:5,tensor=-1,bit=3", "it needs tensor=, 0 or more"),
+        ("flip:1:5", "flip needs tensor=, 0 or more"),
+        ("flip:1:5,tensor=1,bit=32", "flip needs bit=, from 0 to 31"),
+        ("flip:1:5,tensor=-1,bit=3", "flip needs tensor=, 0 or more"),
         ("nan:1:1,times=0", "times=0 must be 1 or more"),
         ("wrong:1:7,until=6", "until=6 is before step 7"),
         ("wrong:1:7, until=9", "wrong takes until, not ''"),
-        ("wrong:1:7,until", "until '' is not a whole number"),
+        ("wrong:1:7,until", "until '' is not an integer"),
     ],
 )
 def test_what_cannot_be_read_is_said_with_how_to_write_it(text: str, said: str) -> None:

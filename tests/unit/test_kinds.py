@@ -18,7 +18,7 @@ from mpidp.errors import UsageError
 from mpidp.model.kinds import make_model, saved_shape
 from mpidp.model.lstm import LSTM
 from mpidp.model.own import options_of
-from mpidp.model.part import refuse
+from mpidp.model.part import check_split
 from mpidp.model.shape import CustomShape, LSTMShape, flops_per_token, num_parameters, shapes_of
 
 V, D, T = 11, 8, 6
@@ -50,8 +50,8 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     again = make_model(shape, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(UsageError, match="leave them at 1"):
-        refuse(shape, 2, 1)
-    refuse(shape, 1, 1)
+        check_split(shape, 2, 1)
+    check_split(shape, 1, 1)
 
 
 @pytest.mark.parametrize("i", [1, 2])

@@ -106,7 +106,7 @@ def test_what_a_config_cannot_take_is_listed_with_the_reason() -> None:
     assert not rows["synchronous"].refused and "train.audit_every" in rows["delayed"].refused
     assert all(row.step_seconds is None and row.speed is None for row in rows.values() if row.refused)
     alone = {row.method: row for row in predict(CONFIG, 1024, Cluster(1, 1, 0.0, 1e9), 0.1)}
-    assert "no rank is left" in alone["server-async"].refused and "nothing is sent" in alone["powersgd"].refused
+    assert "no rank remains" in alone["server-async"].refused and "nothing is sent" in alone["powersgd"].refused
     assert alone["topk"].sent_bytes == 0 and recommend(list(alone.values()), tried=False)[0] == "synchronous"
     assert [row.method for row in predict(CONFIG, 1024, SLOW, 0.1, ["topk"])] == ["synchronous", "topk"]
     with pytest.raises(UsageError, match="unknown: top; known are synchronous, bf16"):
@@ -186,8 +186,8 @@ def said_by(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--modle.num_layers=2"], "there is no setting 'modle.num_layers'"), (["--nonsense"], "--nonsense has no value"),
-        (["a.toml"], "a.toml: not a configuration"), (["--plot", "a.png"], "it needs --run"), (["--run", "0"], "more than 0"),
+        (["--modle.num_layers=2"], "unknown setting 'modle.num_layers'"), (["--nonsense"], "--nonsense has no value"),
+        (["a.toml"], "a.toml: cannot read"), (["--plot", "a.png"], "it needs --run"), (["--run", "0"], "more than 0"),
         (["--run=nan"], "more than 0"), (["--ranks", "0"], "give one whole number"), (["--step-seconds=-1"], "more than 0"),
     ],
 )

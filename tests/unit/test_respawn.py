@@ -16,15 +16,15 @@ from mpidp.training import recovery
 @pytest.mark.parametrize(
     ("tolerant", "machines", "words", "why"),
     [
-        (False, 1, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "a rank that dies ends the job"),
+        (False, 1, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "a failed rank ends the job"),
         (True, 2, [b"mpirun\0--prtemca\0state_base_recoverable\0001"], "on 2 machines"),
-        (True, 1, [b"bash", b"mpirun\0--with-ft\0ulfm"], "exit code"),
+        (True, 1, [b"bash", b"mpirun\0--with-ft\0ulfm"], "exit with an error code"),
         (True, 1, [b"bash", b"mpirun\0--prtemca\0state_base_recoverable\0001"], ""),
     ],
 )
 def test_why_not(monkeypatch: pytest.MonkeyPatch, tolerant: bool, machines: int, words: list[bytes], why: str) -> None:
     monkeypatch.setattr(respawn, "launched_with_ulfm", lambda: tolerant)
-    monkeypatch.setattr(respawn, "_launchers_words", lambda: words)
+    monkeypatch.setattr(respawn, "_ancestor_texts", lambda: words)
     assert why in respawn.obstacle_to_respawn(machines) and bool(why) == bool(respawn.obstacle_to_respawn(machines))
 
 
@@ -40,17 +40,18 @@ def test_a_newcomer_is_one_by_what_the_launcher_says(monkeypatch: pytest.MonkeyP
 
 def job(size: int, step: int, said: list[str]) -> Any:
     return SimpleNamespace(
-        comm=SimpleNamespace(size=size), position=SimpleNamespace(step=step), progress=SimpleNamespace(print=said.append)
+        comm=SimpleNamespace(size=size), position=SimpleNamespace(step=step),
+        services=SimpleNamespace(progress=SimpleNamespace(print=said.append)),
     )
 
 
 def test_three_attempts_at_a_step() -> None:
     said: list[str] = []
     crew = recovery.Crew(None, 0, full=4, number=4, respawn=True)
-    assert not recovery.wanting(crew, job(4, 1, said))
+    assert not recovery.must_grow(crew, job(4, 1, said))
     for step in (1, 1, 1, 2, 2, 2):
-        assert recovery.wanting(crew, job(3, step, said)), step
+        assert recovery.must_grow(crew, job(3, step, said)), step
     assert not said
-    assert not recovery.wanting(crew, job(3, 2, said)) and not recovery.wanting(crew, job(3, 3, said))
-    assert said == ["new ranks died 3 times at step 2: 3 go on without more"]
-    assert not recovery.wanting(recovery.Crew(None, 0, full=4, number=4, respawn=False), job(3, 1, said))
+    assert not recovery.must_grow(crew, job(3, 2, said)) and not recovery.must_grow(crew, job(3, 3, said))
+    assert said == ["new ranks failed 3 times at step 2: continuing with 3 ranks"]
+    assert not recovery.must_grow(recovery.Crew(None, 0, full=4, number=4, respawn=False), job(3, 1, said))

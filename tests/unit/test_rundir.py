@@ -177,7 +177,8 @@ def test_a_job_of_another_host_that_is_gone_gives_way(tmp_path: Path, quick: Non
     assert lock.held() and json.loads((tmp_path / "run/lock").read_text())["pid"] == os.getpid()
     words = f"a job on elsewhere (pid {os.getpid()}, job 7)"
     out = capfd.readouterr().out
-    assert f"held by {words}: looking for 0.5 s whether it is alive" in out and f"taken over from {words}, which is gone" in out
+    assert f"held by {words}; checking for 0.5 s whether it is still running" in out
+    assert f"taken over from {words}, which is no longer running" in out
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     lock.release()
 
@@ -280,7 +281,7 @@ def test_resume_goes_on_from_the_newest_valid(tmp_path: Path, resume: str) -> No
     spoil(tmp_path / "checkpoints/step_00000006")
     reader, notes = find_checkpoint(tmp_path, resume, ALONE)
     assert reader is not None and reader.meta["step"] == 4
-    assert len(notes) == 1 and "passed over" in notes[0] and "step_00000006" in notes[0]
+    assert len(notes) == 1 and "skipped" in notes[0] and "step_00000006" in notes[0]
     for step in (2, 4):
         spoil(tmp_path / f"checkpoints/step_{step:08d}")
     with pytest.raises(CheckpointError, match=r"no checkpoint .* is valid.*step_00000006.*resume=never"):

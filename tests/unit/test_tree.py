@@ -186,12 +186,12 @@ def test_one_rank_with_all_lanes_is_left_with_the_sum_in_its_first_slot(num_lane
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        ([(0, 0), (0, 2)], "not every one of 3 lanes"),
-        ([(1, 0)], "not every one of 3 lanes"),
-        ([], "not every one of 3 lanes"),
-        ([(1, 0), (0, 1), (0, 2)], "lane 1 is there twice"),
-        ([(1, 0), (1, 1), (2, 0)], "lane 0 is there twice"),
-        ([(0, 1), (0, 1)], "lane 1 is there twice"),
+        ([(0, 0), (0, 2)], "each of 3 lanes must occur once"),
+        ([(1, 0)], "each of 3 lanes must occur once"),
+        ([], "each of 3 lanes must occur once"),
+        ([(1, 0), (0, 1), (0, 2)], "lane 1 occurs twice"),
+        ([(1, 0), (1, 1), (2, 0)], "lane 0 occurs twice"),
+        ([(0, 1), (0, 1)], "lane 1 occurs twice"),
     ],
 )
 def test_lanes_that_are_missing_or_twice_are_refused(nodes: list[Node], said: str) -> None:

@@ -22,7 +22,7 @@ def test_the_fourth_start_from_one_checkpoint_is_refused(tmp_path: Path, step: i
     for _ in range(3):
         start(tmp_path, step, error=DataError("train.h5 is damaged"), rank=1)
     where = "the checkpoint of step 40" if step == 40 else "the beginning"
-    words = f"3 starts in a row from {where} ended .*said: rank 1: train.h5 is damaged.*--run.tries=4"
+    words = f"3 starts in a row from {where} ended .*error was: rank 1: train.h5 is damaged.*--run.tries=4"
     for _ in range(2):  # and again
         with pytest.raises(UsageError, match=words):
             start(tmp_path, step)
@@ -37,14 +37,14 @@ def test_a_refusal_is_no_reason_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         tries.begin(4, 1, rank=0)
     tries.ended(caught.value, 0)
-    with pytest.raises(UsageError, match="said: rank 0: ValueError: x"):
+    with pytest.raises(UsageError, match="error was: rank 0: ValueError: x"):
         start(tmp_path, 4, most=1)
 
 
 def test_who_was_killed_left_no_word(tmp_path: Path) -> None:
     start(tmp_path, 4, error=ValueError("an older word"))
     start(tmp_path, 4, killed=True)
-    with pytest.raises(UsageError, match="2 starts .* left no word: it was killed"):
+    with pytest.raises(UsageError, match="2 starts .* left no error message: it was killed"):
         start(tmp_path, 4, most=2)
 
 
@@ -68,7 +68,7 @@ def test_one_rank_tells_of_an_error_that_all_have(tmp_path: Path) -> None:
     others.ended(MpidpError.on_every_rank("alike"), rank=1)
     assert not (tmp_path / "tries.json").exists()
     start(tmp_path, 4, error=MpidpError.on_every_rank("alike"))
-    with pytest.raises(UsageError, match="said: alike"):
+    with pytest.raises(UsageError, match="error was: alike"):
         start(tmp_path, 4, most=1)
 
 

@@ -32,6 +32,7 @@ from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.topology import make_topology
 from mpidp.runtime.world import polite_barrier, raise_together
 from mpidp.training import build, loop
+from mpidp.training.attempts import listen
 from mpidp.training.initial_weights import open_origin
 from mpidp.training.run_plan import plan
 
@@ -225,7 +226,7 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             job = build.build(plan(config, make_grid(world)))
-            end = loop.run_to_end(job, False, [])
+            end = loop.run_to_end(job, listen(job, None), [])
     except Stopped as stop:
         raise Stopped.on_every_rank("stopped on request; the trials are deleted") from stop
     except MpidpError as error:

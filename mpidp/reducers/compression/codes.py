@@ -1,19 +1,19 @@
-"""Codes: a run of float32 values as fewer bytes, and back. Pure torch, on whatever device the values are.
+"""Codes: encode float32 values in fewer bytes, and decode them. Pure torch, on the device of the values.
 
-| code | bytes a value | what is said of a value |
+| code | bytes per value | encoded value |
 |---|---|---|
-| plain | 4 | all |
-| bf16 | 2 | its first 8 bits of significand |
-| fp16 | 2 | its first 11, in units of a power of two a block |
-| int8, int4 | 1, 1/2 | a multiple of a 127th, a 7th of the block's largest, rounded at random (QSGD, Alistarh 2017) |
-| int2 | 1/4 | 0, or its sign and the mean of those that are large in the block (ternary weight networks, Li 2016) |
-| onebit | 1/8 | its sign; the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
+| plain | 4 | the value |
+| bf16 | 2 | 8 bits of significand |
+| fp16 | 2 | 11 bits of significand, in units of a power of two per block |
+| int8, int4 | 1, 1/2 | a multiple of the block's largest / 127 or / 7, stochastically rounded (QSGD, Alistarh 2017) |
+| int2 | 1/4 | 0, or the sign times the mean size of the block's large values (ternary weight networks, Li 2016) |
+| onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
 
-A scale is 4 bytes a block. What a code does not say of x has a smaller sum of squares than x itself (in the mean, where rounding
-is random): else what is held back would grow without end under error feedback (Karimireddy 2019, assumption A). With the block's
-largest of n values for the highest of k levels, it is at most (1 + sqrt(n)) / 2k - 1 of it: 0.21 for int4, but 7.5 for three
-levels. So int2 does not round at random: it leaves 0.19 of the sum of squares of normal values, onebit 0.36, and less than all of
-any: sum(x^2) - m s^2, where s is the mean of the m that are large.
+A scale takes 4 bytes per block. The error of every code has a smaller sum of squares than x itself (in the mean over stochastic
+rounding); otherwise residuals would grow without bound under error feedback (Karimireddy 2019, assumption A). If the largest of n
+values is mapped to the highest of k levels, the error is at most (1 + sqrt(n)) / 2k - 1 of the sum of squares: 0.21 for int4, but
+7.5 for three levels. So int2 does not round stochastically. For normal values its error is 0.19 of the sum of squares, that of
+onebit 0.36. For any values it is sum(x^2) - m s^2, where s is the mean size of the m large ones.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256  # values that share a scale
-SMALL = 2.0**-126  # no scale is smaller: what is smaller than any of its multiples is not said
+SMALL = 2.0**-126  # the smallest scale, so that scales are not denormal
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that depends on all of the numbers, and on their order. Pure."""
+    """Return a seed that depends on all numbers and their order. Pure."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
 def uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) that repeat with the seed. Independent."""
+    """Return uniform random numbers in [0, 1), determined by the seed. Independent."""
     return torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """uint8 values (n,) below 2^bits, 8 // bits a byte: (ceil(n bits / 8),). Pure."""
-    rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # far neighbours share a byte: rows are long
+    """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits per byte: (ceil(n bits / 8),). Pure."""
+    rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # distant values share a byte: long rows
     packed = rows[0].clone()
     for i, row in enumerate(rows[1:], 1):
         packed |= row << (i * bits)
@@ -48,38 +48,38 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """What pack was given: uint8 (n,). Pure."""
+    """Reverse pack: return uint8 (n,). Pure."""
     if bits == 8:
         return packed
     return torch.stack([(packed >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]).view(-1)[:n]
 
 
 def blocks(x: Tensor) -> Tensor:
-    """(n,) as rows of BLOCK, zeros at the end: (ceil(n / BLOCK), BLOCK). Pure."""
+    """Return x (n,) as rows of BLOCK values, padded with zeros: (ceil(n / BLOCK), BLOCK). Pure."""
     return (F.pad(x, (0, -x.numel() % BLOCK)) if x.numel() % BLOCK else x).view(-1, BLOCK)
 
 
 def mean_size(rows: Tensor) -> Tensor:
-    """Mean absolute value of each row, (rows, 1), where a sum could overflow. Pure."""
+    """Return the mean absolute value of each row, (rows, 1), without overflow of the sum. Pure."""
     return (rows.abs() / rows.shape[1]).sum(1, keepdim=True)
 
 
 class Code:
-    """The family; this base is `plain`."""
+    """Base class of codes; it is the code `plain`."""
 
-    keeps_zeros = True  # is 0 said as it is?
+    keeps_zeros = True  # whether 0 is decoded as 0
 
     def num_bytes(self, n: int) -> int:
-        """Of n values, whatever they are. Pure."""
+        """Return the number of bytes for any n values. Pure."""
         return 4 * n
 
     def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
-        """Say x, float32 (n,), n > 0, all finite, in wire, uint8 (num_bytes(n),) at a multiple of 4 bytes. seed: of what is
-        random in it. Independent."""
+        """Encode x, float32 (n,), n > 0, all finite, into wire, uint8 (num_bytes(n),), aligned to 4 bytes. seed: for stochastic
+        rounding. Independent."""
         wire.view(torch.float32).copy_(x)
 
     def decode(self, wire: Tensor, n: int) -> Tensor:
-        """What wire says: float32 (n,). Independent."""
+        """Decode wire: return float32 (n,). Independent."""
         return wire.view(torch.float32).clone()
 
 
@@ -98,7 +98,7 @@ class BFloat16(Code):
 
 
 class Scaled(Code):
-    """A scale a block, then the block's values in its units."""
+    """Base class of codes with one scale per block, and the values in units of the scale."""
 
     bits: int
 
@@ -106,13 +106,13 @@ class Scaled(Code):
         return 4 * -(-n // BLOCK) + -(-n * self.bits // 8)
 
     def parts(self, wire: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """(scales, float32 (ceil(n / BLOCK), 1); the rest, uint8): views of wire. Pure."""
+        """Return views of wire: (scales, float32 (ceil(n / BLOCK), 1); encoded values, uint8). Pure."""
         cut = 4 * -(-n // BLOCK)
         return wire[:cut].view(torch.float32).view(-1, 1), wire[cut:]
 
 
 class Float16(Scaled):
-    """Units of a power of two near the block's largest / 2^15, so that nothing overflows: |x - decoded| <= 2^-11 |x|, or 2^-39
+    """Scales are powers of two near the block's largest / 2^15, so that no value overflows: |x - decoded| <= 2^-11 |x|, or 2^-39
     of the block's largest."""
 
     bits = 16
@@ -130,8 +130,7 @@ class Float16(Scaled):
 
 
 class Integer(Scaled):
-    """Multiples of the scale, from -levels to levels, rounded up or down at random with the mean of what is rounded.
-    |x - decoded| <= scale."""
+    """Multiples of the scale from -levels to levels, stochastically rounded without bias. |x - decoded| <= scale."""
 
     def __init__(self, bits: int) -> None:
         """bits: 8 or 4."""
@@ -139,7 +138,7 @@ class Integer(Scaled):
         self.levels = 2 ** (bits - 1) - 1
 
     def scale(self, rows: Tensor) -> Tensor:
-        """(blocks, BLOCK) -> (blocks, 1). Pure."""
+        """Return the scale of each block: (blocks, BLOCK) -> (blocks, 1). Pure."""
         return rows.abs().amax(1, keepdim=True) / self.levels
 
     def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
@@ -157,7 +156,7 @@ class Integer(Scaled):
 
 
 class Ternary(Scaled):
-    """-s, 0 or s: of those beyond 3/4 of the block's mean size (best for normal values) the sign, and their mean size s."""
+    """-s, 0 or s. Values above 3/4 of the block's mean size are large (best for normal values); s is their mean size."""
 
     bits = 2
 
@@ -175,7 +174,7 @@ class Ternary(Scaled):
 
 
 class OneBit(Scaled):
-    """(|x - decoded|)^2 summed is sum(x^2) - n mean|x|^2, block by block. There is no 0: it is said as the mean."""
+    """In each block, the sum of (x - decoded)^2 is sum(x^2) - n mean|x|^2. There is no code for 0: it becomes the mean size."""
 
     bits = 1
     keeps_zeros = False

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,10 @@ class Compressed(FlatReducer):
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int, method: CompressionMethod,
-        seed: int, momentum: float = 0.0,
+        seed: int, momentum: float = 0.0, **more: Any,
     ) -> None:
         """seed: of all that is random in it. Independent."""
-        super().__init__(group, lanes, transport, shares, num_slots)
+        super().__init__(group, lanes, transport, shares, num_slots, **more)
         self.method, self.momentum = method, momentum
         self.exchange = Exchange(self.comm, transport, lambda request: self.wait(request), seed)
         self.rounds = 0  # settled, and applied

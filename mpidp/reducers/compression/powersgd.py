@@ -1,11 +1,11 @@
-"""PowerSGD (Vogels 2019): the sum of the ranks' matrices as a product of two thin ones, by a step of power iteration.
+"""PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin ones, with one power iteration.
 
-For a matrix M_i of each rank, (rows, cols), and Q, (cols, r), the same on all ranks (algorithm 1, with sums for means):
-P = orthogonalised sum of M_i Q; Q' = sum of M_i^T P; the sum is taken for P Q'^T, and Q' begins the next round (warm start,
-section 4.2). Rank i keeps back M_i - P (M_i^T P)^T, a projection of M_i: it adds up to the sum of M_i less what is applied.
-Vectors, and matrices that two thin ones would not make smaller, travel as they are.
+M_i, (rows, cols), is the matrix of rank i; Q, (cols, r), is the same on all ranks (algorithm 1, with sums instead of means):
+P = orthogonalized sum of M_i Q; Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T, and Q' is the Q of the next round
+(warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T; the residuals add up to the sum of M_i minus P Q'^T.
+Vectors, and matrices that the thin ones would not make smaller, are sent uncompressed.
 
-Every rank orthogonalises the same numbers: ranks on CPUs of different kinds could come to other bits.
+All ranks orthogonalize the same numbers. Ranks with different kinds of CPUs could get different bits.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Sum
 
 
 class PowerSGD(CompressionMethod):
-    """Of rank `rank`; seed: of the first Q."""
+    """rank: number of columns of the thin matrices (comm.rank); seed: for the first Q."""
 
     def __init__(self, rank: int, seed: int) -> None:
         super().__init__(PLAIN)
         self.rank, self.seed = rank, seed
-        self._known: dict[str, Tensor] = {}  # Q by parameter
-        self._learned: dict[str, Tensor] = {}  # in this round
+        self._applied_q: dict[str, Tensor] = {}  # Q by parameter, after the last applied round
+        self._round_q: dict[str, Tensor] = {}  # Q' of this round
 
     def thin(self, shape: torch.Size) -> tuple[int, int, int]:
-        """(rows, cols, r) of the matrix that a parameter is taken for; r = 0 where it travels as it is. Pure."""
+        """Return (rows, cols, r) of a parameter as a matrix; r = 0 if it is sent uncompressed. Pure."""
         rows = shape[0] if len(shape) > 1 else 1
         cols = shape.numel() // rows if rows else 0
         r = min(self.rank, rows, cols)
         return rows, cols, r if r * (rows + cols) < rows * cols else 0
 
     def _matrices(self, bucket: Bucket) -> Iterator[tuple[str, slice, int, int, int]]:
-        """(name, place in the bucket, rows, cols, r) of those that are made thin."""
+        """Yield (name, place in the bucket, rows, cols, r) of the compressed matrices."""
         for name, shape, offset in zip(bucket.names, bucket.shapes, bucket.offsets, strict=True):
             rows, cols, r = self.thin(shape)
             if r:
                 yield name, slice(offset - bucket.start, offset - bucket.start + rows * cols), rows, cols, r
 
     def _others(self, bucket: Bucket) -> list[slice]:
-        """Places in the bucket of what travels as it is."""
+        """Return the places in the bucket of the uncompressed parameters."""
         return [
             slice(offset - bucket.start, offset - bucket.start + shape.numel())
             for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True) if not self.thin(shape)[2]
         ]
 
     def _start(self, name: str, cols: int, r: int) -> Tensor:
-        known = self._known.get(name)
-        if known is not None and known.shape == (cols, r):
-            return known
+        previous = self._applied_q.get(name)
+        if previous is not None and previous.shape == (cols, r):
+            return previous
         generator = torch.Generator().manual_seed(seed_of(self.seed, zlib.crc32(name.encode())))
         return torch.randn(cols, r, generator=generator)  # on the CPU: the same on every device
 
@@ -85,8 +85,8 @@ class PowerSGD(CompressionMethod):
             return made
         sums = found.total.split([q.numel() for q in right])
         for (name, place, _, _, _), p, q, both in zip(matrices, bases, right, sums, strict=True):
-            self._learned[name] = both.view_as(q).clone()
-            total[place] = (p @ self._learned[name].T).view(-1)
+            self._round_q[name] = both.view_as(q).clone()
+            total[place] = (p @ self._round_q[name].T).view(-1)
             unsent[place] -= (p @ q.T).view(-1)
         return made
 
@@ -98,11 +98,11 @@ class PowerSGD(CompressionMethod):
 
     def end_round(self, applied: bool) -> None:
         if applied:
-            self._known = self._known | self._learned
-        self._learned = {}
+            self._applied_q = self._applied_q | self._round_q
+        self._round_q = {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self._known | self._learned
+        return self._applied_q | self._round_q
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._known, self._learned = dict(state), {}
+        self._applied_q, self._round_q = dict(state), {}

@@ -1,8 +1,8 @@
-"""Few values of many: the largest (topk), or the same random ones on all ranks (randomk).
+"""Sends a small fraction of the values: the largest ones (topk), or random ones, the same on all ranks (randomk).
 
-Aji & Heafield 2017; Stich 2018 (both converge with error feedback); Deep Gradient Compression (Lin 2018) for the warm-up of the
-ratio and, in compressed.py, the momentum. topk: of the sum that an owner made, again the k largest travel (gTop-k, Shi 2019), not
-all that any rank sent, whose number is not known in advance: the rest stays with the owner.
+Aji & Heafield 2017; Stich 2018 (both converge with error feedback). The warm-up of the ratio, and the momentum in compressed.py,
+are from Deep Gradient Compression (Lin 2018). With topk the owner sends the k largest values of its sum (gTop-k, Shi 2019) and
+keeps the rest as a residual; the number of all values that any rank sent would not be known in advance.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import PLAIN, Code, seed_of, uniform
 from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Summed, all_finite, bytes_sent
 
-CHUNK, NARROW = 1 << 12, 1 << 16  # values among which the largest are chosen; where so few of them are, among more
+CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values among which the largest are chosen; LARGE_CHUNK for small ratios
 
 
 def ratio_at(ratio: float, warmup: int, number: int) -> float:
-    """The share sent in round `number`, from 0: ratio once `warmup` rounds are over; in them it falls by the same factor each,
-    from 1 before the first. With 0.001 and 4: 0.25, 0.06, 0.016, 0.004 (Lin 2018, section 3.4). Pure."""
+    """Return the fraction of values sent in round `number`, from 0. It falls exponentially from 1 to `ratio` in `warmup` rounds.
+    With ratio 0.001 and warmup 4: 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin 2018, section 3.4). Pure."""
     return float(ratio ** ((number + 1) / (warmup + 1))) if number < warmup else ratio
 
 
 def count(ratio: float, n: int) -> int:
-    """How many of n values. Pure."""
+    """Return how many of n values are sent, at least one. Pure."""
     return min(n, max(1, round(ratio * n)))
 
 
 class TopK(Code):
-    """Of each chunk of values the k of largest size, as they are, and where they stand (Peng 2024, DeMo, section 3; SparseLoCo,
-    Sarfi 2025, section 3): places in a chunk take 2 bytes. In loss it was no better than the largest of a whole slice
+    """The k largest values of each chunk, in float32, and their places in the chunk, in 2 bytes (DeMo, Peng 2024, section 3;
+    SparseLoCo, Sarfi 2025, section 3). The loss was no better than with the largest values of a whole slice
     (docs/results/2026-11-25-per-token.md)."""
 
     def __init__(self, ratio: float) -> None:
-        self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else NARROW
+        self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else LARGE_CHUNK
 
     def _rows(self, n: int) -> list[tuple[int, int, int]]:
-        """(rows, of so many values, of which so many travel): whole chunks, then the rest. Pure."""
+        """Return (number of rows, values per row, values sent per row): for whole chunks, then for the rest. Pure."""
         whole, rest = divmod(n, self.chunk)
         return [(rows, width, count(self.ratio, width)) for rows, width in ((whole, self.chunk), (1, rest)) if rows and width]
 
@@ -47,7 +47,7 @@ class TopK(Code):
         return 6 * sum(rows * k for rows, _, k in self._rows(n))
 
     def _parts(self, wire: Tensor, n: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """(first value, width, values float32 (rows, k), places int16 (rows, k)): views of wire. Pure."""
+        """Yield views of wire: (index of the first value, width, values float32 (rows, k), places int16 (rows, k)). Pure."""
         at, start = 0, 0
         cut = 4 * sum(rows * k for rows, _, k in self._rows(n))
         values, places = wire[:cut].view(torch.float32), wire[cut:].view(torch.int16)
@@ -71,7 +71,7 @@ class TopK(Code):
 
 
 class TopKMethod(CompressionMethod):
-    """topk."""
+    """comm.compress=topk."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(TopK(ratio))
@@ -82,15 +82,16 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """randomk: one of each run of 1 / ratio values, which one is drawn anew each round, alike on all ranks. So only values
-    travel, and nothing is left out of their sum."""
+    """comm.compress=randomk: sends one value of each range of 1 / ratio values. The places are drawn anew in each round with the
+    same seed on all ranks, so only values are sent, and their sum is exact up to rounding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
         self._ratio, self._warmup = ratio, warmup
 
     def places(self, bucket: Bucket, number: int, seed: int) -> Tensor:
-        """Ascending, int64 (k,), within the bucket: on the CPU, so that they do not depend on the device. Pure."""
+        """Return the places within the bucket, ascending, int64 (k,). They are computed on the CPU, so they do not depend on the
+        device. Pure."""
         k = self._count(bucket, number)
         edges = torch.arange(k + 1) * (bucket.stop - bucket.start) // k
         widths = edges[1:] - edges[:-1]

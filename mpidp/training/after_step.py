@@ -1,0 +1,92 @@
+"""What follows a step: its line in the log, a new balance, an evaluation, a checkpoint, the decision to stop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mpidp.data.loader import Loader
+from mpidp.errors import Damaged, MpidpError
+from mpidp.faults.stop import StopRequest
+from mpidp.strategies.protocol import StepStats
+from mpidp.training.checkpoints import report_saves, save, stop_run
+from mpidp.training.events import log_skipped, log_step, noise
+from mpidp.training.job import Job
+from mpidp.training.step_report import StepReport, noise_of
+
+
+def ended(job: Job) -> str:
+    """Why the run is over, or an empty string. The same on every rank. Independent."""
+    at, train = job.position, job.config.train
+    if at.step >= train.steps:
+        return "steps"
+    if train.target_loss and at.val_loss is not None and at.val_loss <= train.target_loss:
+        return "target_loss"
+    return "patience" if train.patience and at.evaluations_since_best >= train.patience else ""
+
+
+def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
+    """Log a step that made an update. Independent."""
+    learned = {"train_loss": report.loss, "lr": lr, "grad_norm": stats.grad_norm, **stats.extra}
+    log_step(job, learned | noise(job, noise_of(job, report, stats.grad_norm)), report, epoch)
+
+
+def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
+    """Log a batch that made no update. After train.max_skipped in a row raise Damaged, so that the run returns to the last
+    checkpoint and skips all batches up to this one; or MpidpError, when there is no checkpoint since the last such return. The
+    same on every rank. Independent."""
+    at, progress, train = job.position, job.services.progress, job.config.train
+    why = "it has no target token" if tokens == 0 else "its gradient is not finite"
+    if tokens and math.isfinite(grad_norm):
+        why = f"its gradient norm {grad_norm:.3g} is more than {train.spike:g} times the usual (train.spike)"
+    log_skipped(job, batch, grad_norm)
+    progress.print(f"step {at.step}  batch {batch} skipped: {why}")
+    if at.skipped_in_a_row < train.max_skipped:
+        return
+    what = f"{at.skipped_in_a_row} batches in a row, up to batch {batch}, made no update ({why})"
+    if job.saver.step > job.state.skipped_from:
+        progress.print(f"{what}: returning to the last checkpoint, to continue with batch {batch + 1}")
+        raise Damaged.at_batch(what, batch + 1)
+    raise MpidpError.on_every_rank(
+        f"{what}, and no checkpoint was made {'since the last return' if job.state.skipped_from >= 0 else 'yet'}: lower "
+        "optim.lr, lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
+    )
+
+
+def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
+    """Distribute the lanes again from the measured speed of the ranks, if that pays. The same on every rank. Independent."""
+    change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
+    if change:
+        loader.expect(job.micro_batches())
+        step = job.position.step
+        job.record.write({"event": "balance", "step": step, "lanes": [len(lanes) for lanes in job.balance.ranges]})
+        job.services.progress.print(f"step {step}  {change}")
+
+
+def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
+    """Do what is due after the last step: evaluate, stop, or save. Skips work that was done before a rank failed. Collective over
+    job.comm."""
+    at, every = job.position, job.config.train.eval_every
+    job.services.timeline.write_if_complete(job.comm, at.step)
+    if every and at.step % every == 0 and at.evaluated_step != at.step:
+        evaluate(job)
+    if must_stop and not ended(job):
+        raise stop_run(job, stop)
+    if at.batch and not ended(job) and job.saver.due(at.step, saving):
+        save(job)
+    report_saves(job)
+
+
+def evaluate(job: Job) -> None:
+    """Measure val_loss at this step. Collective over job.comm."""
+    validation, config, at = job.plan.validation, job.config, job.position
+    if validation is None:
+        return
+    with job.phase("evaluate"):
+        loss, tokens = job.engine.evaluate(
+            validation, job.comm, config.model.seq_len, job.lanes.micro_batch, config.train.eval_tokens, job.mesh.dp
+        )
+    at.evaluated(loss)
+    job.record.write({"step": at.step, "val_loss": loss, "val_tokens": tokens})
+    job.services.progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")

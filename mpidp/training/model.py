@@ -1,0 +1,81 @@
+"""The model of a job: initial weights, the part of this rank, tensor parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.comm.transport import Messages
+from mpidp.model.frozen import trained
+from mpidp.model.shape import CustomShape
+from mpidp.model.starting import base_weights, prepared
+from mpidp.parallel.model_part import ModelPartition
+from mpidp.parallel.tensor import loss_over, share_layers
+from mpidp.parallel.tensor_comm import TensorComm
+from mpidp.runtime.agreement import check_agreement, parameter_facts
+from mpidp.runtime.log import log
+from mpidp.runtime.world import raise_together
+from mpidp.training.initial_weights import Origin
+from mpidp.training.run_plan import RunPlan
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model on its device, and what is known of it."""
+
+    module: Any
+    named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
+    parts: ModelPartition
+    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # over a sharded vocabulary; None: the plain cross entropy
+    origin: Origin | None  # of the initial weights, where they were not drawn
+
+
+def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
+    """module: the model of a job that this one continues; None: a new one. Collective over plan.world."""
+    config, grid = plan.config, plan.grid
+    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
+    if module is None:
+        module, origin = _new(plan, parts)
+    token_losses = None
+    if grid.tp.size > 1:
+        ring = TensorComm(grid, transport, config.mesh.sequence)
+        share_layers(module, ring)
+        token_losses = loss_over(ring, parts.part.own_range(plan.shape.vocab_size).start)
+    return TrainedModel(module, trained(module), parts, token_losses, origin)
+
+
+def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
+    """A model with its initial weights, equal on all replicas."""
+    config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
+    settings = config.flat()
+    base = base_weights(settings, shape, parts.part)
+    if origin is not None and origin.weights is not None:
+        origin = origin.load(parts, base)
+    with raise_together(world):
+        module: Any = prepared(base, settings, shape, parts.part)
+    if config.mesh.shard < 2:  # FSDP2 moves one block at a time, so no device ever holds the whole model
+        module.to(plan.device)
+    module.recompute = config.train.recompute
+    check_agreement(plan.mesh.dp, parameter_facts(trained(module)) | (module.facts() if isinstance(shape, CustomShape) else {}))
+    if isinstance(shape, CustomShape):
+        _begin_alike(module, parts, world)
+    if config.train.compile:
+        module.compile_blocks()
+    return module, origin
+
+
+def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
+    """Give every rank the initial weights of rank 0, with a warning where the user's factory drew others. Collective over
+    world."""
+    others = parts.begin_alike(module)
+    if others and world.rank == 0:
+        log.warning(
+            f"warning: the model factory draws different initial weights on ranks {others} than on rank 0. All ranks use the "
+            "weights of rank 0, but a second run may differ. Draw the weights with torch's generator, which is seeded with "
+            "train.seed"
+        )

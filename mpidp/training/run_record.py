@@ -1,0 +1,112 @@
+"""The record of a run: RUN/metrics.jsonl, TensorBoard, and the facts that start lines and checkpoints hold."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpidp.checkpoint.resume import fingerprint
+from mpidp.config.schema import to_toml
+from mpidp.metrics.jsonl import MetricsFile
+from mpidp.metrics.progress import peak_flops
+from mpidp.metrics.tensorboard import Scalars
+from mpidp.model.shape import flops_per_token, num_parameters
+from mpidp.runtime.agreement import versions
+from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
+from mpidp.training.initial_weights import Origin
+from mpidp.training.run_plan import RunPlan
+from mpidp.training.state import RunState
+
+
+@dataclass
+class RunRecord:
+    """Rank 0 writes the files; every rank keeps the lines since the last update."""
+
+    run_dir: Path
+    meta: dict[str, Any]  # in every checkpoint: config, fingerprint, data
+    facts: dict[str, Any]  # in the `start` line: hosts, versions, data, FLOPs
+    state: RunState
+    writes: bool  # is this rank 0?
+    tensorboard: bool
+    file: MetricsFile | None = None  # while the job runs
+
+    def open(self) -> None:
+        """Open the files, without the lines of later steps. Independent."""
+        at = self.state.position
+        if self.writes:
+            latest = self.state.lines if self.state.recovered else None
+            also = Scalars(self.run_dir / "tensorboard", at.step) if self.tensorboard else None
+            self.file = MetricsFile(self.run_dir / "metrics.jsonl", at.step, at.batch, latest, also)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl with the time. Independent."""
+        line = line | {"unix_seconds": round(time.time(), 3)}
+        self.state.lines.append(line)
+        if self.file is not None:
+            self.file.write(line)
+
+    def lost(self) -> dict[str, float]:
+        """What was spent on the lines that open() dropped. Independent."""
+        return self.file.lost if self.file is not None else {}
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilization; None where the peak of the devices is not known. Independent."""
+        peak = self.facts["peak_flops_per_second"]
+        return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
+
+    def close(self) -> None:
+        """Independent."""
+        if self.file is not None:
+            self.file.close()
+
+
+def make_run_record(
+    plan: RunPlan, model: torch.nn.Module, origin: Origin | None, machines: dict[str, Any], state: RunState,
+    before: RunRecord | None,
+) -> RunRecord:
+    """before: the record of the job that this one continues. Writes config.toml and the tokenizer of a new run. Independent."""
+    config, first = plan.config, plan.world.rank == 0
+    meta = {
+        "config": config.flat(),
+        "fingerprint": fingerprint(config, plan.device),
+        "data": plan.training.index_sha256,
+        "tokenizer": plan.training.tokenizer_sha256,
+        "eod": plan.training.eod,
+        "shape": asdict(plan.shape),
+        "ranks": plan.world.size,
+    }
+    if origin is not None:
+        meta["init_from"] = {"path": origin.path, "weights_sha256": origin.weights_sha256}
+    elif before is not None and "init_from" in before.meta:
+        meta["init_from"] = before.meta["init_from"]
+    if first and before is None:
+        _write_files(plan, origin)
+    return RunRecord(plan.run_dir, meta, _facts(plan, model, machines, meta), state, first, config.metrics.tensorboard)
+
+
+def _write_files(plan: RunPlan, origin: Origin | None) -> None:
+    """The tokenizer lies beside the weights, so that the run can be used without its data."""
+    write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())
+    write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
+    if origin is not None and origin.weights is not None:
+        origin.keep(plan.run_dir)
+        log.info(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}")
+
+
+def _facts(plan: RunPlan, model: torch.nn.Module, machines: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
+    everyone, data, device = plan.grid.everyone, plan.training, plan.device
+    frozen = sum(p.numel() for _, p in model.named_parameters() if p.dim() > 1 and not p.requires_grad)
+    flops = flops_per_token(plan.shape, num_parameters(plan.shape)) - 2.0 * frozen  # frozen matrices need no gradients
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return machines | {
+        "nodes": dict(zip(everyone.hosts, everyone.node_sizes, strict=True)), "versions": versions(),
+        "fingerprint": meta["fingerprint"], "parameters": num_parameters(plan.shape), "flops_per_token": flops,
+        "peak_flops_per_second": peak and peak * machines["devices"],
+        "data": {"path": plan.config.data.path, "index_sha256": meta["data"], "train_tokens": data.num_tokens,
+                 "val_tokens": plan.validation.num_tokens if plan.validation else 0, "vocab_size": data.vocab_size},
+    }

@@ -1,0 +1,119 @@
+"""The lines that a run prints at its start."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpidp.config.schema import Config, to_toml
+from mpidp.model.shape import num_parameters, shapes_of
+from mpidp.model.starting import trained_sizes
+from mpidp.runtime.environment import numbers
+from mpidp.runtime.log import log
+from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats
+
+if TYPE_CHECKING:
+    from mpidp.training.run_plan import RunPlan
+
+Row = tuple[str, str, str, int, int, int]  # of a rank: host, cores, device, threads, lanes, parameters
+
+
+def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
+    """Log the settings that differ from the defaults, model, memory, batch and data, on rank 0.
+
+    given: the configuration before open values were resolved. All settings and a table of ranks are logged too, at level debug,
+    or at level info if `everything`. Collective over plan.world.
+    """
+    dp = plan.mesh.dp
+    lanes = plan.lanes.of_rank(dp.rank, dp.size - plan.config.strategy.servers)
+    device = f"{plan.device} {torch.cuda.get_device_name(plan.device)}" if plan.device.type == "cuda" else "cpu"
+    cores = numbers(sorted(os.sched_getaffinity(0)))
+    row = (plan.grid.everyone.host, cores, device, plan.config.train.threads, len(lanes), _parameters(plan))
+    rows = plan.world.gather(row, root=0)
+    if rows is None:
+        return
+    details = log.info if everything else log.debug
+    details("%s", to_toml(plan.config))
+    details("%s", "\n".join([*rank_table(plan, rows), ""]))
+    log.info("%s", changed_settings(given))
+    log.info("%s", model_line(plan, rows))
+    log.info("%s", memory_line(plan, rows))
+    log.info("%s", batch_line(plan))
+    log.info("%s\n", data_line(plan))
+
+
+def changed_settings(given: Config) -> str:
+    """Return a line of the settings that differ from the defaults. Pure."""
+    defaults = Config().flat()
+    text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.flat().items()}
+    changed = [shlex.quote(f"{key}={text[key]}") for key, value in given.flat().items() if value != defaults[key]]
+    return f"settings that differ from the defaults: {' '.join(changed) or 'none'}"
+
+
+def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
+    """Return a line per rank: host, cores, device, threads and lanes, and its place in the mesh if the model is cut. Pure."""
+    cut = plan.grid.parts > 1
+    places = "  dp pp tp   parameters" * cut
+    lines = [f"{'rank':>5}  {'host':<20} {'cores':<12} {'device':<24} {'threads':>7} {'lanes':>6}{places}"]
+    for rank, (host, cores, device, threads, lanes, parameters) in enumerate(rows):
+        place = "  {:>2} {:>2} {:>2} ".format(*plan.grid.coordinates(rank)) + f"{parameters:>12,}" if cut else ""
+        lines.append(f"{rank:>5}  {host:<20} {cores:<12} {device:<24} {threads:>7} {lanes:>6}{place}")
+    return lines
+
+
+def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
+    """Return the kind and size of the model, and what a rank has of it. Pure."""
+    words = [f"model: {plan.config.model.kind}, {num_parameters(plan.shape):,} parameters"]
+    if plan.grid.parts > 1:
+        words.append(f"at most {max(row[-1] for row in rows):,} on a rank")
+    if _is_partly_frozen(plan.config):
+        words.append(f"{_trained_parameters(plan):,} of them trained on rank 0")
+    return ", ".join(words)
+
+
+def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
+    """Return the memory that a rank needs between steps. Activations are not included. Pure."""
+    c, size, count = plan.config, plan.mesh.dp.size, max(row[-1] for row in rows)
+    slots = gradient_slots(c, plan.lanes, 0, size)[0] + held_buffers(c)
+    trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
+    floats = held_floats(c, slots, size) * trained + max(0, count - trained)
+    saved = 12 * count / plan.mesh.num_nodes / 2**20
+    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {_count(slots, 'gradient buffer')}); "
+            f"{saved:,.0f} MiB per node for a copy of the checkpoint")
+
+
+def batch_line(plan: RunPlan) -> str:
+    """Return the size of the global batch, its parts, and the number of ranks. Pure."""
+    c, t = plan.config, plan.config.train
+    return (f"batch: {t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens per step, in "
+            f"{plan.lanes.num_micro_batches} micro-batches and {t.lanes} lanes, on {_count(plan.world.size, 'rank')} of "
+            f"{_count(plan.grid.everyone.num_machines, 'machine')}")
+
+
+def data_line(plan: RunPlan) -> str:
+    """Return the folder, the sizes of the splits, and the length of the run. Pure."""
+    steps, epochs = plan.config.train.steps, plan.config.train.steps / plan.sampler.steps_per_epoch
+    validation = f", {plan.validation.num_tokens:,} validation tokens" if plan.validation is not None else ""
+    return (f"data: {plan.config.data.path}, {plan.training.num_tokens:,} training tokens{validation}; {_count(steps, 'step')}, "
+            f"{epochs:.2f} epochs")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _is_partly_frozen(config: Config) -> bool:
+    return bool(config.model.lora_rank or config.optim.freeze)
+
+
+def _parameters(plan: RunPlan) -> int:
+    return sum(math.prod(size) for size in plan.part.sizes(shapes_of(plan.shape)).values())
+
+
+def _trained_parameters(plan: RunPlan) -> int:
+    return sum(map(math.prod, trained_sizes(plan.config.flat(), plan.shape, plan.part).values()))
