@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Self
 
 HANG_EXIT_CODE = 6
-EXIT_CODES = {  # `mpidp --help` prints this table
-    0: "success",
-    1: "a crash; or replay found a difference, or doctor a problem",
-    2: "wrong command line, configuration or launch",
+EXIT_CODES = {  # `mpidp --help` and docs/commands.md show this table
+    0: "success, or nothing left to do",
+    1: "a crash, or a difference that replay found, or a problem that doctor found",
+    2: "invalid usage or configuration; also a launch in which each process is a separate MPI job",
     3: "invalid data",
     4: "checkpoints exist, but none is valid",
-    HANG_EXIT_CODE: "a rank hangs; the ranks that wait for it exit",
-    75: "stopped on request after a checkpoint; the same command resumes the run",
+    HANG_EXIT_CODE: "a hang: no rank made progress within the time limit",
+    75: "stopped on request; the same command resumes the run",
 }
 
 

@@ -1,4 +1,7 @@
-"""What the launcher and the CPU say, before MPI or torch is imported; the only file that changes the environment at import."""
+"""The launcher's environment variables, and the variables that must be set before MPI or torch is imported.
+
+This is the only file that changes the environment when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-BEGAN = time.time()  # about when this process did
-
-JOIN_SECONDS = 60  # that a new process has to join a job
+BEGAN = time.time()  # about the start of this process
+JOIN_SECONDS = 60  # time limit for a replacement rank to join the job
 
 
 def ask_for_reproducible_blas() -> None:
-    """On Intel CPUs, have MKL's float32 products give the same bits at any number of threads (strict conditional numerical
-    reproducibility): a rank has more threads when there are fewer ranks. Must come before torch is imported. Independent.
+    """Make MKL's float32 products on Intel CPUs independent of the number of threads (strict conditional numerical
+    reproducibility), because a rank has more threads when there are fewer ranks. Call this before torch is imported. Independent.
     """
     try:
         cpu = Path("/proc/cpuinfo").read_text()
@@ -26,11 +28,11 @@ def ask_for_reproducible_blas() -> None:
 
 
 ask_for_reproducible_blas()
-os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # Open MPI's windows in shared memory: ucx has none, and says so at length
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # ucx has no shared-memory windows, and prints long warnings
 
 
 def launcher_rank() -> int:
-    """This process's rank by the launcher's environment, before MPI starts; 0 when alone. Independent."""
+    """Return this process's rank from the launcher's environment, before MPI starts; 0 without a launcher. Independent."""
     for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -38,9 +40,9 @@ def launcher_rank() -> int:
 
 
 def launched_size() -> int:
-    """How many ranks the launcher meant to start, by its environment; 0 when it does not say. Independent.
+    """Return the number of ranks that the launcher started, from its environment; 0 if unknown. Independent.
 
-    Open MPI's and Hydra's own variables decide alone where they are set: `mpirun -n 1` inside a larger Slurm step is legal.
+    The variables of Open MPI and Hydra take precedence over Slurm's: `mpirun -n 1` inside a larger Slurm step is valid.
     """
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if os.environ.get(name, "").isdigit():
@@ -50,17 +52,17 @@ def launched_size() -> int:
 
 
 def launched_with_ulfm() -> bool:
-    """Does the launcher let the job outlive its ranks? Open MPI's does under `mpirun --with-ft ulfm`. Independent."""
+    """True if the job continues when a rank fails, as with Open MPI's `mpirun --with-ft ulfm`. Independent."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112
 
 
-if launched_with_ulfm():  # after a failure these two have given wrong sums without a word, over two nodes
+if launched_with_ulfm():  # on two nodes, these two components returned wrong sums after a failure, without an error
     os.environ.setdefault("OMPI_MCA_coll", "^han,adapt")
 
 
 def is_replacement_rank() -> bool:
-    """Was this process started in the place of a rank that died (comm/respawn.py)? Then it is gone in a minute, whatever it waits
-    for, unless it has met the others by then. Independent."""
+    """True if this process replaces a failed rank (faults/respawn.py). It is then killed after JOIN_SECONDS, unless it joins the
+    job and cancels the alarm. Independent."""
     if launched_with_ulfm() and "OMPI_PARENT_PORT" in os.environ:
         signal.alarm(JOIN_SECONDS)
         return True

@@ -30,6 +30,7 @@ from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.agreement import check_agreement, versions
 from mpidp.runtime.device import check_compiler, resolve_device, resolve_dtype, resolve_threads, set_determinism
 from mpidp.runtime.environment import launched_with_ulfm
+from mpidp.runtime.log import log
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together
 from mpidp.strategies.arrivals import Order, read_arrivals
@@ -92,7 +93,7 @@ class RunPlan:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
         if self.world.rank == 0:
             for note in notes:
-                print(note, flush=True)
+                log.info("%s", note)
         return plan
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:

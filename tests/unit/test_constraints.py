@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_PINNED = {"mpidp", "pip", "setuptools", "wheel"}
+OF_TORCH = ("nvidia-", "cuda-", "triton")  # the CUDA build of torch requires exact versions of them
 
 
 def normal(name: str) -> str:
@@ -36,5 +37,5 @@ def test_what_is_installed_is_what_is_pinned() -> None:
     installed = {normal(one.name): one.version.partition("+")[0] for one in distributions() if one.name}  # torch: 2.13.0+cpu
     pinned = pins()
     missing = [f"{name}=={version}" for name, version in sorted(installed.items())
-               if name not in NOT_PINNED and pinned.get(name) != version]
+               if name not in NOT_PINNED and not name.startswith(OF_TORCH) and pinned.get(name) != version]
     assert not missing, "constraints.txt has no such line:\n" + "\n".join(missing)
