@@ -94,8 +94,8 @@ class Piece:
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
     """Return the pieces that this rank writes, in the order of its file.
 
-    These are part share[0] of share[1] of the replicated tensors (None: no part), and all tensors that only this rank holds.
-    Independent."""
+    share: (index, number) of this rank among the writers of replicated tensors; None: it writes none of them. In addition, a rank
+    writes all tensors that only it holds. Independent."""
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
     for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():

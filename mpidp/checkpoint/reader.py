@@ -60,12 +60,12 @@ class Reader(Mapping[str, Tensor]):
         about = self.meta["tensors"][name]
         dtype = getattr(torch, about["dtype"])
         if not 0 <= math.prod(about["shape"]) * dtype.itemsize <= self._bytes:
-            raise ValueError(f"{name} of shape {about['shape']} in {self._bytes} bytes")
+            raise ValueError(f"{name}: shape {about['shape']} does not fit in {self._bytes} bytes")
         found = torch.zeros(tuple(shape), dtype=dtype)
         filled = 0
         for file, key, box in pieces:
             if any(not 0 <= start <= stop <= length for (start, stop), length in zip(box, about["shape"], strict=True)):
-                raise ValueError(f"{name} of shape {about['shape']} from {box}")
+                raise ValueError(f"{name}: box {box} is outside shape {about['shape']}")
             ranges = [
                 (max(start, a), min(stop, a + length)) for (start, stop), a, length in zip(box, at, shape, strict=True)
             ]
@@ -84,7 +84,7 @@ class Reader(Mapping[str, Tensor]):
                 place.copy_(piece)
             filled += piece.numel()
         if about["layout"] != "additive" and filled != found.numel():
-            raise CheckpointError(f"{self.path}: {name} has {filled} of {found.numel()} elements")
+            raise CheckpointError(f"{self.path}: {name} is incomplete, {filled} of {found.numel()} elements")
         return found
 
     def under(
@@ -105,7 +105,7 @@ class Reader(Mapping[str, Tensor]):
     def own(self, name: str, rank: int, size: int) -> Tensor:
         """Return the whole tensor; for an additive one, the part with which this rank of `size` ranks continues."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
-        if about["layout"] == "additive":  # as many ranks wrote: each gets its own part; otherwise rank 0 gets the sum
+        if about["layout"] == "additive":  # each rank gets its own part if as many ranks wrote; else rank 0 gets all
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
         with readable(self.path):
             return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

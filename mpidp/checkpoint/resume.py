@@ -50,8 +50,8 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return what bit-identical results depend on besides data and settings. Stored in each checkpoint; on resume, changes are
-    logged. Independent."""
+    """Return the facts, besides data and settings, on which the bits of the results depend. They are stored in each checkpoint;
+    on resume, changes are logged. Independent."""
     return {
         "threads": config.train.threads,
         "dtype": config.train.dtype,
@@ -112,7 +112,7 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
 
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config) -> None:
-    """UsageError that names the settings that changed but must not change on resume. saved: {section.key: value}. Independent."""
+    """Raise UsageError if settings have changed that must not change on resume. saved: {section.key: value}. Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"
         for key, about, value in fields_of(config)

@@ -48,7 +48,7 @@ class Saver:
     ) -> None:
         """every: train.save_every; -1: rank 0's clock decides. share: (index, number) of this rank among the first ranks of the
         nodes, which write the replicated tensors. alone: this rank holds tensors that no other rank has.
-        may_commit: on rank 0, does this job still own run.dir? Collective over comm."""
+        may_commit: on rank 0, returns whether this job still holds the run's lock. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
@@ -59,7 +59,7 @@ class Saver:
         self._memory = HostMemory()
         self._stalled = 0.0  # seconds for which the save stopped the main thread
         self._warned = False
-        self.failures, self.trained = 0, 0.0  # of this run so far, from metrics.jsonl; seconds
+        self.failures, self.trained = 0, 0.0  # number of failures, and seconds of training, from metrics.jsonl
         self._next, self._interval = time.monotonic() + FIRST_SECONDS, 0.0
         self._events: list[dict[str, Any]] = []
 

@@ -171,7 +171,7 @@ class Save:
         size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
         ranges = {piece.name: piece.box for piece in self._pieces}
         file = {"file": f"{name}.safetensors", "bytes": size, "crc32": crc, "pieces": ranges}
-        first = self.share is not None and self.share[0] == 0  # of the ranks with replicated tensors
+        first = self.share is not None and self.share[0] == 0  # the first writer describes the replicated tensors
         described = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
         self._records[self.rank] = {"file": file, "tensors": describe(described)}  # each tensor is described once
         if self.rank:

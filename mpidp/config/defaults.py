@@ -8,9 +8,10 @@ from typing import Any
 
 from mpidp.config.settings import StrategySettings
 
-Settings = Mapping[str, Any]  # by section.key
+Settings = Mapping[str, Any]  # {section.key: value}
 
-METHODS = {f.name: f.metadata["methods"] for f in fields(StrategySettings) if f.metadata["methods"]}  # that use a setting
+# {setting: the methods that use it}
+METHODS = {f.name: f.metadata["methods"] for f in fields(StrategySettings) if f.metadata["methods"]}
 DEFAULTS = {name: getattr(StrategySettings, name) for name in METHODS}
 
 

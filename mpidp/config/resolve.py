@@ -16,7 +16,7 @@ from mpidp.runtime.environment import launched_with_ulfm
 
 
 def check_shards(level: int) -> None:
-    """UsageError if sharding is combined with ULFM, since the shard of a failed rank would be lost. Independent."""
+    """Raise UsageError if sharding is combined with ULFM, since the shard of a failed rank would be lost. Independent."""
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "
@@ -101,11 +101,11 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
-            "eval_every": -(-t.eval_every // meet) * meet,  # where all ranks synchronize
+            "eval_every": -(-t.eval_every // meet) * meet,  # only where all ranks synchronize
             "save_every": -(-t.save_every // meet) * meet if t.save_every > 0 else t.save_every,
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
         comm={"reducer": resolve_reducer(config), "ratio": ratio(settings)}
-        # these reduce at other times than after backward
+        # other strategies and FSDP2 do not reduce during backward in this way
         | ({"overlap": "none"} if kind_of(config) != "synchronous" or config.mesh.shard >= 2 else {}),
     )

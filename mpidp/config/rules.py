@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
 
 KINDS = ("transformer", "lstm")  # built-in values of model.kind; any other is MODULE:FACTORY
-TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # model settings and defaults
+TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings and their defaults
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def problems(settings: Settings) -> Iterator[str]:
         yield f"metrics.timeline={settings['metrics.timeline']}: {error}"
 
 
-MAX_STEPS = 100  # of a timeline
+MAX_STEPS = 100  # maximum number of steps in a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:

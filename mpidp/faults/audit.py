@@ -67,7 +67,7 @@ class SpareSlot:
 class AuditFinding:
     """An error that an audit found; equal on all ranks."""
 
-    ranks: list[int]  # with different bits, or all that may be wrong
+    ranks: list[int]  # ranks with different bits, or all ranks that may be wrong
     what: str
     repaired: bool
 
@@ -93,7 +93,7 @@ class Audit:
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
         """Return the findings of all ranks as one, equal on all ranks. Collective over the job's ranks."""
         found = [finding for finding in own if finding is not None]
-        if self._grid.parts == 1:  # all ranks made the same comparison
+        if self._grid.parts == 1:  # all ranks have the same result
             return found[0] if found else None
         any_found = np.array([len(found)])
         self._grid.world.Allreduce(MPI.IN_PLACE, any_found)

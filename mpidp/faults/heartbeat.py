@@ -2,8 +2,8 @@
 
 The ranks of a node share a small memory with a slot for each rank. A write takes microseconds and does not touch the disk, and
 the slot of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress,
-the node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, since nodes must not write to
-the same page. If the folder disappears or is not writable, only information about other nodes is missing.
+the node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, since two nodes must not
+write to the same page. If the folder disappears or is not writable, only information about other nodes is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SLOT = struct.Struct("<qqdd24s")  # step, bucket, time at which the phase began,
 NODE = struct.Struct("<ddd")  # another node: its file's time stamp, time at which it changed, last heartbeat there
 CLOCK = struct.Struct("<d")  # time at which this node last wrote its file
 WAITS = ("comm_wait", "reduce", "publish", "evaluate_wait", "checkpoint_wait")  # phases in which a rank mostly waits for others
-ORDER = (  # of the phases of a step
+ORDER = (  # order of the phases within a step
     "data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "evaluate_wait", "checkpoint",
     "checkpoint_wait",
 )
@@ -155,7 +155,7 @@ class HeartbeatBoard:
     def claim_report(self) -> bool:
         """Return True on the first rank of a node that calls this: it prints the report. On the others, wait until the process
         of that rank has exited, then return False."""
-        with suppress(OSError, ValueError):  # there is no file
+        with suppress(OSError, ValueError):  # no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

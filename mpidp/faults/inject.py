@@ -75,7 +75,7 @@ def make_wrong(lane: int, gradient: Any) -> None:
     gradient[0] += 1.0
 
 
-ANYWHERE: dict[str, Callable[[], None]] = {  # faults of the whole process, which a timer thread can cause
+ANYWHERE: dict[str, Callable[[], None]] = {  # these affect the whole process, so a timer thread can cause them
     "kill": partial(_signal, signal.SIGKILL), "segv": partial(_signal, signal.SIGSEGV), "stop": partial(_signal, signal.SIGSTOP),
     "term": partial(_signal, signal.SIGTERM), "usr1": partial(_signal, signal.SIGUSR1), "exit": partial(os._exit, 3),
     "gil": _hold_the_gil,
@@ -98,7 +98,7 @@ class Fault:
     after: float = 0.0
     seconds: float = 0.0
     factor: float = 1.0
-    until: int = 0  # last step; 0: no end (delay), this step only (wrong)
+    until: int = 0  # last step; 0: no limit for delay, a single step for wrong
     times: int = 1
     tensor: int = -1
     bit: int = -1

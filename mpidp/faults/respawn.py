@@ -44,7 +44,7 @@ def obstacle_to_respawn(machines: int) -> str:
 def _ancestor_texts() -> list[bytes]:
     """Return command lines and environments of this process's ancestors, which include mpirun or its daemon."""
     found, pid = [], os.getppid()
-    with suppress(OSError, IndexError, ValueError):  # a process of another user
+    with suppress(OSError, IndexError, ValueError):  # processes of other users cannot be read
         while pid > 1:
             found += [Path(f"/proc/{pid}/{what}").read_bytes() for what in ("cmdline", "environ")]
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -76,7 +76,7 @@ class RunLock:
                 return self._replace(confirm=not ours)
             if not holder or all(holder.get(key, self._me[key]) == self._me[key] for key in ("host", "boot")):
                 who = f"process {holder['pid']} on this host" if _alive(holder) else "" if free else "another process"
-                if not who and self._is(handle):  # otherwise it was released and removed after it was opened
+                if not who and self._is(handle):  # otherwise the file was removed after it was opened
                     self._handle = handle
                     return self._write(handle)
                 who, give_up = who or "another process", waited >= patience

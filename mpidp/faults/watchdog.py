@@ -100,7 +100,7 @@ class Watchdog(StepObserver):
                 self._heard += now - before  # this process was stopped for a while, perhaps all others too
             before = now
             usual, deadline = self.timeouts()
-            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # in case this thread never runs again
+            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread never runs again
             if now - self._entered > usual / 4:
                 self.board.exchange(usual / 20)
             if now - self._heard > deadline and (quiet := self.board.quiet_seconds()) > deadline:

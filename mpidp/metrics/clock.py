@@ -14,7 +14,7 @@ class Clock:
     """Seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
 
     def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
-        """observers: see every phase as a span."""
+        """observers: notified of each phase as a span."""
         self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 

@@ -94,7 +94,7 @@ class Meter:
             threading.Thread(target=self._seldom, name="energy", daemon=True).start()
 
     def pop_joules(self, now: bool = False) -> float:
-        """Return the J measured since the last call. now: read the counters now, else only if the last reading is old enough."""
+        """Return the joules measured since the last call. now: read the counters even if the last reading is recent."""
         if not self._counters:
             return 0.0
         with self._lock:

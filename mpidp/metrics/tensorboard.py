@@ -13,7 +13,7 @@ LEFT_OUT = ("step", "unix_seconds")
 
 
 def check_tensorboard(wanted: bool) -> None:
-    """UsageError if TensorBoard is wanted but not installed. Independent."""
+    """Raise UsageError if TensorBoard is wanted but not installed. Independent."""
     if wanted and importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "metrics.tensorboard=true, but the package tensorboard is not installed: pip install 'mpidp[tensorboard]', or set it "

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 5  # barriers per clock comparison
 PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
-SUB_PHASES = ("reduce", "apply", "publish")  # of an update
+SUB_PHASES = ("reduce", "apply", "publish")  # phases within an update
 NAMES = {"comm_wait": "wait"}  # names of spans in the trace that differ from the phase
 Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
 
@@ -56,7 +56,7 @@ class Timeline(StepObserver):
         self._open: tuple[str, float] | None = None  # the current sub-phase of an update, and when it began
 
     def open(self, comm: MPI.Intracomm, step: int) -> None:
-        """Compare clocks before the first of the steps; step: updates made so far. Collective over comm."""
+        """Compare clocks before the first selected step. step: number of updates so far. Collective over comm."""
         if not self.last or step >= self.last:
             self.last = 0
             return
@@ -64,13 +64,13 @@ class Timeline(StepObserver):
         self._compare(comm)
 
     def enter(self, step: int, phase: str) -> None:
-        """A sub-phase of an update lasts until the next begins, the last until the update ends. Independent."""
+        """Begin a phase within an update. It lasts until the next begins; the last one ends with the update. Independent."""
         if self.last and phase in SUB_PHASES:
             self._close_sub_phase()
             self._open = phase, time.perf_counter()
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """What is done inside, if the step is one of those. Independent."""
+        """Return a context that is recorded as a span if the step is selected; None if it is not recorded. Independent."""
         if not self.last or name == "micro_batch":
             return None
         return self._span(step, name, about)
@@ -90,7 +90,7 @@ class Timeline(StepObserver):
                 self._recorded.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
     def _begin_step(self, step: int) -> None:
-        """A batch begins: of one of the steps?"""
+        """Begin a batch; start recording if its step is selected."""
         self._on = self.first <= step <= self.last
         if self._on and self._kernels and self._profiler is None:
             from torch.profiler import profile

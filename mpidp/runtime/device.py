@@ -38,7 +38,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def check_compiler(wanted: bool, device: torch.device) -> None:
-    """UsageError if torch.compile is wanted on the CPU and there is no C++ compiler. Independent."""
+    """Raise UsageError if torch.compile is wanted on the CPU and there is no C++ compiler. Independent."""
     if wanted and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UsageError(
             "train.compile=true needs a C++ compiler on the CPU, and g++ is not on PATH. Install it, set the environment "

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from mpidp.errors import MpidpError
 from mpidp.runtime.environment import launched_with_ulfm
 
-_made: list[MPI.Intracomm] = []  # communicators in which other ranks may wait for this one
+_revocable: list[MPI.Intracomm] = []  # communicators in which other ranks may wait for this one
 
 
 class RankFailure(Exception):
@@ -26,13 +26,13 @@ class RankFailure(Exception):
 def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
     """Register a communicator to be revoked after a failure, and return it. Independent."""
     if launched_with_ulfm():
-        _made.append(comm)
+        _revocable.append(comm)
     return comm
 
 
 def revoke() -> None:
     """Revoke this rank's registered communicators: all current and later calls in them fail on all ranks. Independent."""
-    for comm in _made:
+    for comm in _revocable:
         if comm not in (MPI.COMM_NULL, MPI.COMM_SELF):
             with suppress(MPI.Exception):
                 comm.Revoke()
@@ -79,5 +79,5 @@ def commit(comm: MPI.Intracomm) -> Iterator[None]:
 def shrink(comm: MPI.Intracomm) -> MPI.Intracomm:
     """Return a communicator of the remaining ranks, in their order. Call after a RankFailure. Collective over comm."""
     left = cast(MPI.Intracomm, comm.Shrink())
-    _made.clear()
+    _revocable.clear()
     return revocable(left)

@@ -68,8 +68,8 @@ class Server(Synchronous):
         self._arrived: list[int] = []  # workers in order of their pushes since the last synchronization point
         self._expected: deque[int] = deque()  # the order to replay
 
-    def updates(self) -> dict[str, Any] | None:
-        """Independent."""
+    def optimizer_share(self) -> dict[str, Any] | None:
+        """Return the share of a server; None for a worker. Independent."""
         index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
         return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
 

@@ -278,7 +278,7 @@ def test_a_missing_piece_is_named(run: Path) -> None:
     body = read_manifest(path)
     del body["files"][0]["pieces"]["model/w"]
     (path / "manifest.json").write_bytes(manifest._seal(body))
-    with pytest.raises(CheckpointError, match="model/w has 0 of 120 elements"):
+    with pytest.raises(CheckpointError, match="model/w is incomplete, 0 of 120 elements"):
         Reader(path)["model/w"]
 
 
