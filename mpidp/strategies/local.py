@@ -68,11 +68,11 @@ class Local(Synchronous):
         self._momentum = torch.zeros_like(self._anchor)
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Independent."""
+        """Return the number of slots for overlap: SUM and OWN. Independent."""
         return 2 * options.overlap
 
     def start(self) -> None:
-        """Collective over compute_comm."""
+        """Make all replicas and anchors equal to rank 0's parameters. Collective over compute_comm."""
         super().start()
         if self._outer:
             self._anchor.copy_(self.flat)
@@ -210,7 +210,7 @@ class Local(Synchronous):
             self._momentum.copy_(state["outer/momentum"])
 
     def close(self) -> None:
-        """Collective over compute_comm."""
+        """Stop the thread and free communicators and memory. Collective over compute_comm."""
         self._background.close()
         self._peers.close()
         super().close()
