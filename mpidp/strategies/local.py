@@ -2,7 +2,7 @@
 
 A rank updates its own parameters from its own lanes (inner steps). Every `sync_every` steps
 
-- with group=all, the outer gradient anchor - theta_r is averaged over the ranks, weighted by target tokens. Then SGD with
+- with group=all, the outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with
   Nesterov momentum makes an outer step from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with
   outer_momentum=0 is local SGD (Stich 2019): parameters are averaged. `fragments`: parts of the model are averaged in turn
   (Douillard 2025, Streaming DiLoCo, section 2.2). `overlap`: an average is started, and applied one round later to the parameters
