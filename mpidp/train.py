@@ -51,13 +51,16 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
-    """Plan, then attempts until one reaches the end: one path for a new run, a resumed one, and one that goes on after ranks
-    died. crew: told to a process that joins a running job. Returns the end record. Collective over world."""
+    """Plan the run, then make attempts until one reaches the end. Return the end record.
+
+    New runs, resumed runs and runs with failed ranks take this same path. dry: only plan. crew: the state of the job that a
+    replacement rank joins. Collective over world.
+    """
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure
     from mpidp.training.attempts import RunAttempts
 
-    plan = _plan(config, world, dry) if crew is None else None  # is_replacement_ranks make one with the others
+    plan = _plan(config, world, dry) if crew is None else None  # replacement ranks make it together with the other ranks
     if dry:
         return None
     attempts = RunAttempts(config, plan, world if plan is None else plan.world, crew)
@@ -79,7 +82,7 @@ def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | No
 
 
 def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
-    """What is to be run, checked, said, and with data to run on. Collective over world."""
+    """Check the configuration and the data, and log a summary. Prepares the default corpus if needed. Collective over world."""
     from mpidp.errors import UsageError
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
@@ -97,9 +100,8 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     return plan
 
 
-
 def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping[str, Any]) -> None:
-    """Shards of the embedded corpus when data.path is the default and holds none: rank 0 makes them, the others sleep.
+    """Prepare shards of the embedded corpus if data.path is the default and has none. Rank 0 prepares them; other ranks sleep.
     Collective over world."""
     from mpidp.runtime.world import raise_together
 

@@ -1,4 +1,4 @@
-"""Runs a schedule: forward and backward of micro-batches. It fills gradients and owns no optimizer."""
+"""Runs the forward and backward passes of a schedule, and evaluations. It accumulates gradients and has no optimizer."""
 
 from __future__ import annotations
 
@@ -24,68 +24,69 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """A 32-bit key of (seed, batch, micro-batch): randomness belongs to the data, not to a rank. Pure."""
+    """Return a 32-bit key of (seed, batch, micro-batch), so that dropout depends on the data and not on the rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 
 @dataclass
 class PendingBackward:
-    """A micro-batch between its forward and its backward."""
+    """A micro-batch between its forward and backward pass."""
 
     mb: MicroBatch
-    received: Tensor | None  # hidden states from the stage before, where there is one
-    output: Tensor | None  # the loss sum, or hidden states for the stage after; None: it has no sequence
-    chunk: int = 0  # of the stage's layers
+    received: Tensor | None  # hidden states from the previous stage; None on the first
+    output: Tensor | None  # the loss sum, or hidden states for the next stage; None if the micro-batch is empty
+    chunk: int = 0  # chunk of the stage's layers
 
 
 @dataclass
 class Computed:
-    """What a rank computed of a global batch."""
+    """The results of a rank's micro-batches of a global batch."""
 
     micro_batches: list[int]
-    losses: list[float]  # sums of token losses, nats
-    num_tokens: list[int]  # target tokens
-    lane_squares: dict[int, float] = field(default_factory=dict)  # squared norms of lanes' gradients, where measured
+    losses: list[float]  # sum of token losses in nats, per micro-batch
+    num_tokens: list[int]  # target tokens, per micro-batch
+    lane_squares: dict[int, float] = field(default_factory=dict)  # squared gradient norm per lane, if measured
 
 
 class Engine:
-    """A model on a device with a precision. Independent, except where a method says otherwise."""
+    """Runs a model on a device with a precision. Independent, except where a method says otherwise."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
-        """dtype: of matrix products under autocast (master weights stay float32); nominal_tokens: what every loss is divided
-        by before backward, so that sums over the whole batch stay of the size of a mean (16-bit wires). stages: this rank's
-        place in a pipeline; token_losses: logits, targets -> their sum; reports_loss: losses of this rank count, else another has
-        them too. observers: see every micro-batch and phase. fill: runs so many more forwards, for strategies in which all ranks
-        must run as many as any rank."""
+        """dtype: of matrix products under autocast (master weights stay float32). nominal_tokens: every loss is divided by it
+        before backward, so that sums over the batch have the size of a mean (for 16-bit wire formats). stages: this rank's
+        pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports the same
+        losses. observers: called for every micro-batch and phase. fill: runs dummy forward passes, for strategies in which all
+        ranks must run equally many."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
         self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
-        """What torch had allocated at most on this CUDA device. Independent."""
+        """Return torch's peak memory on this CUDA device; None on the CPU. Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def hidden(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """What a chunk of this rank's part of the model makes of a micro-batch, or of the hidden states of the stage before."""
+        """Run a chunk of this rank's part of the model on a micro-batch, or on hidden states received from the previous stage.
+        Return hidden states, or logits on the last stage."""
         with self._autocast():
             x = mb.tokens if received is None else received
             place = () if self.stages is None else (mb.tokens.shape[1], chunk)
             return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Sum of token losses of a micro-batch in nats, float32 scalar on the device. Of the last stage."""
+        """Return the sum of token losses of a micro-batch in nats, a float32 scalar on the device. Last stage only."""
         return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
-        """Walk the schedule over micro-batches of a global batch. Independent; in a pipeline all its stages must."""
+        """Run the schedule on micro-batches of a global batch. Independent; with pipeline parallelism all stages must call it."""
         self.model.train()
         done, losses, num_tokens = [], [], []
         loss_of: dict[int, Tensor] = {}
@@ -102,16 +103,16 @@ class Engine:
                     loss = self._backward(pending)
             self.observers.progressed()
             if chunk:
-                loss_of.setdefault(v, loss)  # that of the last chunk, which comes first
+                loss_of.setdefault(v, loss)  # the last chunk has the loss; its backward comes first
                 continue
             losses.append(loss_of.pop(v, loss))
             done.append(v)
             num_tokens.append(pending.mb.num_tokens)
-        told = torch.stack(losses).tolist() if losses else []
-        return Computed(done, told if self.stages is None else self.stages.drain(told), num_tokens)
+        sums = torch.stack(losses).tolist() if losses else []
+        return Computed(done, sums if self.stages is None else self.stages.drain(sums), num_tokens)
 
     def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> PendingBackward:
-        if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch has no sequence left
+        if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch is empty
             return PendingBackward(mb, None, None, chunk)
         key = None
         if self.dropout:
@@ -119,7 +120,7 @@ class Engine:
         return self._forward_stage(mb, key, chunk)
 
     def _forward_stage(self, mb: MicroBatch, key: Tensor | None, chunk: int = 0) -> PendingBackward:
-        """Take hidden states from the stage before, where there is one; give the stage after what becomes of them."""
+        """Receive hidden states from the previous stage, run the chunk, and send the result to the next stage."""
         received = None
         if self.stages is not None and not self.stages.is_first(chunk):
             b, t = mb.tokens.shape
@@ -133,7 +134,8 @@ class Engine:
         return PendingBackward(mb, received, output, chunk)
 
     def _backward(self, pending: PendingBackward) -> Tensor:
-        """The loss sum, on the device and not waited for; nothing from stages that do not know it."""
+        """Run the backward pass. Return the loss sum as a tensor on the device, without synchronization; 0 on stages without
+        it."""
         nothing = torch.zeros((), device=self.device)
         if pending.output is None:
             return nothing
@@ -152,12 +154,13 @@ class Engine:
         self, stream: TokenStream, comm: MPI.Intracomm, seq_len: int, sequences: int, max_tokens: int = 0,
         replicas: MPI.Intracomm | None = None,
     ) -> tuple[float, int]:
-        """Mean loss in nats a token over the stream, every token (but the first) once as a target, and their number.
+        """Return the mean loss in nats per token over the stream, and the number of targets. Every token except the first is a
+        target once.
 
-        Windows of seq_len do not see each other; the last may be short; max_tokens > 0 stops after that many. Batches of
-        `sequences` windows are dealt out over the ranks and added in order: the same bits at any number of ranks. DataError
-        for an id beyond the vocabulary, or no target at all. replicas: among whom the batches
-        are dealt out, where several ranks of comm compute one together. Collective over comm.
+        Windows of seq_len tokens are independent; the last may be short. max_tokens > 0 stops after that many tokens. Batches of
+        `sequences` windows are distributed over the ranks and added in order, so the bits do not depend on the number of ranks.
+        replicas: if several ranks of comm compute a batch together, the communicator over which batches are distributed.
+        DataError for an id beyond the vocabulary, or if there is no target. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -189,25 +192,26 @@ class Engine:
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
         self.fill(max(of_ranks) - of_ranks[among.rank])
         self.observers.enter("evaluate_wait")
-        comm.Allreduce(MPI.IN_PLACE, sums)  # each entry has one writer, so this adds zeros
+        comm.Allreduce(MPI.IN_PLACE, sums)  # exact: each entry is nonzero on one rank only
         comm.Allreduce(MPI.IN_PLACE, counts)
         self.model.train()
         counted = int(counts.sum())
         if counted == 0:
             raise DataError.on_every_rank(
-                f"{stream.path}: none of the first {targets:,} targets of split {stream.split!r} counts by its loss mask; "
-                "evaluate on more of it (train.eval_tokens), or prepare it again"
+                f"{stream.path}: the loss mask excludes all of the first {targets:,} targets of split {stream.split!r}; "
+                "evaluate on more tokens (train.eval_tokens), or prepare the data again"
             )
         return float(sum(sums.tolist())) / counted, counted
 
 
 def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of cross entropies in nats: logits (N, V), targets (N,), of which -100 does not count. Pure."""
+    """Return the sum of cross entropies in nats; logits: (N, V); targets: (N,), where -100 is ignored. Pure."""
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 class GradientSink(Protocol):
-    """What the engine needs: somewhere for gradients to go."""
+    """The part of a strategy that the engine uses: it accumulates gradients."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
-        """Backward of micro-batch v through a chunk of layers runs inside; last: the rank's last of this step. Independent."""
+        """Run the backward pass of micro-batch v through a chunk of layers inside. last: whether it is the rank's last of this
+        step. Independent."""

@@ -86,7 +86,7 @@ class ModelPartition:
         return found
 
     @torch.no_grad()
-    def begin_alike(self, model: nn.Module) -> list[int]:
+    def broadcast_parameters(self, model: nn.Module) -> list[int]:
         """Broadcast rank 0's parameters to all replicas. Call it before parameters are in shared memory, to which all ranks would
         write. Return the ranks whose parameters differed. Collective over grid.replicas.dp."""
         dp = self.grid.replicas.dp
@@ -133,7 +133,7 @@ class ModelPartition:
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
             f"{reader.path} has state of a model that was cut in another way (state of comm.compress, or of a strategy.name "
-            "other than synchronous, cannot be cut anew): resume with the mesh.tp and mesh.pp that it was trained with"
+            "other than synchronous, cannot be cut differently): resume with the mesh.tp and mesh.pp that it was trained with"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:

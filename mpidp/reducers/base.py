@@ -1,16 +1,17 @@
-"""How the contributions to the gradient are added: one protocol, and its simplest members.
+"""Reducers sum the gradients over the ranks. This module has their base class and the simplest ones.
 
 | name | sum | bits depend on | use |
 |---|---|---|---|
-| tree | owners of slices add lanes along a fixed binary tree (owners.py) | the lanes alone | the default |
-| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | least bytes when lanes are uneven |
-| naive | one MPI_Allreduce a parameter | the same | the oracle of allreduce |
-| root | gathered, added and applied by rank 0, sent back | ranks | the oldest form; an oracle |
+| tree | owners of slices add lanes along a fixed binary tree (tree.py) | the lanes only | default |
+| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | fewest bytes if lanes are uneven |
+| naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
+| root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
 
-and those of comm.compress, which send less (compressed.py).
+The reducers of comm.compress send less (compression/compressed.py). naive and root are reference implementations: simple and
+slow, for comparison in tests.
 
-After `finish`, `buffer.total` holds the sum over all lanes of the global batch: on every rank, except under `root`, where rank
-0 alone holds it, updates, and `publish`es.
+After finish(), `buffer.total` holds the sum over all lanes of the global batch. It does so on every rank, except with `root`,
+where only rank 0 holds it, updates the parameters and publishes them with publish().
 """
 
 from __future__ import annotations
@@ -36,107 +37,108 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class LaneShares(Protocol):
-    """Which lanes each rank computes in this step (balance.py)."""
+    """The lanes that each rank computes in this step (training/balance.py)."""
 
     ranges: list[range]
-    static: bool  # known to all before the step; else lanes change hands within a group, and ranks tell afterwards
+    static: bool  # whether they are fixed before the step; otherwise ranks of a node steal lanes from each other
 
 
 class BucketWorker(Protocol):
-    """A thread that reduces buckets in their order (overlap.py)."""
+    """A thread that reduces buckets in order (overlap.py)."""
 
     def submit(self, bucket: Bucket) -> None:
-        """Its gradients are complete. Independent."""
+        """Queue a bucket whose gradients are complete. Independent."""
 
     def missing(self) -> list[Bucket]:
-        """Not submitted in this step. Independent."""
+        """Return the buckets that were not submitted in this step. Independent."""
 
     def wait(self) -> None:
-        """Until all are reduced. Collective over those who share the work."""
+        """Wait until all buckets are reduced. Collective over the ranks that reduce."""
 
     def close(self) -> None:
-        """No more. Independent."""
+        """Stop the thread. Independent."""
 
 
 NormOverParts = Callable[[GradientBuffer, torch.Tensor, torch.Tensor], float]  # (buffer, squares of blocks, flat) -> norm
-LaneObserver = Callable[[int, torch.Tensor], None]  # (lane, its flat gradient), before it is added to any other
+LaneObserver = Callable[[int, torch.Tensor], None]  # called with (lane, its flat gradient), before lanes are added
 
 
 class Reducer:
-    """A member of the family; this base keeps one gradient buffer into which all micro-batches of the rank accumulate."""
+    """Base class of reducers. It accumulates all micro-batches of the rank in one gradient buffer."""
 
-    everyone_updates = True  # else rank 0 alone
-    own_order = True  # in which it adds, else MPI's, which is not the same in blocking calls and others (Open MPI)
+    everyone_updates = True  # whether all ranks update the parameters, or only rank 0
+    own_order = True  # whether the reducer fixes the order of addition; MPI's differs between blocking and other calls (Open MPI)
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
         observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
     ) -> None:
-        """norm_over_parts: the norm over the whole model, where this rank holds a part of it."""
+        """norm_over_parts: computes the norm over the whole model, if this rank has a part of it."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.observers, self._over_parts = observers, norm_over_parts
         self.comm = group.rail
-        self.wait = group.wait  # inside a reduction
-        self.worker: BucketWorker | None = None  # reduces while backward goes on (overlap.py)
-        self.overlap_mode = "none"  # in which it does
-        self.holds_sum = True  # does this rank hold the sum after finish()?
+        self.wait = group.wait  # how to wait for requests in a reduction
+        self.worker: BucketWorker | None = None  # reduces during backward (overlap.py)
+        self.overlap_mode = "none"  # a key of OVERLAP_WAITS
+        self.holds_sum = True  # whether this rank holds the sum after finish()
         self.buffer: GradientBuffer
         self._fresh = True
 
     def attach(self, buffer: GradientBuffer) -> None:
-        """Give it the gradients; the buffer has at least num_slots slots. Independent."""
+        """Set the gradient buffer, which has at least num_slots slots. Independent."""
         self.buffer = buffer
 
     def wait_by(self, wait: Wait | None) -> None:
-        """Wait this way inside a reduction; None: as the group does. Independent, between steps."""
+        """Set how to wait for requests in a reduction; None: as the group does. Independent; call it between steps."""
         self.wait = wait or self.group.wait
 
     def overlap_by(self, way: str, wait: Wait | None, worker: BucketWorker | None) -> None:
-        """Let this worker reduce buckets while backward runs; None: nobody does. way: its name (overlap.py). Independent, between
-        steps."""
+        """Set the worker that reduces buckets during backward; None: no overlap. way: the name of the overlap mode (overlap.py).
+        Independent; call it between steps."""
         self.stop_worker()
         self.overlap_mode, self.worker = way, worker
         self.wait_by(wait)
 
     def stop_worker(self) -> None:
-        """End the thread that reduces. Independent."""
+        """Stop the reducing thread, if there is one. Independent."""
         if self.worker is not None:
             self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        """Point .grad of a chunk to where micro-batch v accumulates; last: the rank's last of this step. Independent."""
+        """Point .grad of a chunk to the memory into which micro-batch v accumulates. last: whether it is the rank's last
+        micro-batch of the step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
             self._fresh = False
 
     def close(self, v: int, chunk: int = 0) -> None:
-        """Micro-batch v is in, as far as it is this chunk's. Independent."""
+        """End micro-batch v for this chunk. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """In the step that begins, show each of these every lane; ValueError where lanes are not kept apart. Independent."""
+        """Call each observer with every lane in the next step; ValueError if lanes are not kept apart. Independent."""
         if observers:
-            raise ValueError(f"{type(self).__name__} adds lanes as they come: they cannot be looked at one by one")
+            raise ValueError(f"{type(self).__name__} adds lanes immediately: single lanes cannot be observed")
 
     def discard(self) -> None:
-        """Forget the gradients of the step that has begun. Independent."""
+        """Discard the gradients of the current step. Independent."""
         self._fresh = True
 
     def has_free_slot(self) -> bool:
-        """Is there room for one more lane, whichever it is? Independent."""
+        """Return whether there is a free slot for any one more lane. Independent."""
         return True
 
     def overlaps(self) -> bool:
-        """May reductions begin in this step before finish? Independent."""
+        """Return whether reductions may begin before finish() in this step. Independent."""
         return self.worker is not None
 
     def begin(self, bucket: Bucket) -> None:
-        """The rank's own gradients of this bucket are complete: its reduction starts. Independent."""
+        """Start the reduction of a bucket whose gradients on this rank are complete. Independent."""
         assert self.worker is not None
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """buffer.total now holds the sum. Collective over all ranks."""
+        """Finish the sum, so that buffer.total holds it. Collective over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
                 for bucket in self.worker.missing():
@@ -149,7 +151,7 @@ class Reducer:
         self.buffer.point(0)
 
     def turn(self, bucket: Bucket) -> None:
-        """Reduce one bucket, seen by the observers. Collective over all ranks."""
+        """Reduce one bucket and report it to the observers. Collective over all ranks."""
         with self._seen(bucket):
             self.reduce(bucket)
 
@@ -162,8 +164,8 @@ class Reducer:
         raise NotImplementedError
 
     def norm(self) -> float:
-        """L2 norm of the sum, from squares of fixed blocks added in order: the same bits whoever computes which blocks.
-        Collective over the group."""
+        """Return the L2 norm of the sum. Squares of fixed blocks are added in a fixed order, so the bits do not depend on the
+        ranks. Collective over the group."""
         total, mine = self.buffer.total, self.group.slice_of(self.buffer.num_elements)
         squares = torch.zeros(total.numel() // NORM_BLOCK, dtype=torch.float64)
         if mine.start < mine.stop:
@@ -174,12 +176,12 @@ class Reducer:
         if self._over_parts is None:
             return math.sqrt(squares.cumsum(0)[-1])
         norm = self._over_parts(self.buffer, squares, total)
-        self.group.fence()  # it has read all of the sum, which others are about to scale
+        self.group.fence()  # all ranks have read the sum before any rank scales it
         return norm
 
     def norm_of(self, flat: torch.Tensor) -> float:
-        """L2 norm of any flat gradient that this rank holds, (num_elements,). Independent, but where the model is cut: then
-        collective over the ranks that have its parts."""
+        """Return the L2 norm of a flat gradient (num_elements,) on this rank. Independent; if the model is cut, collective over
+        the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
         return math.sqrt(squares.cumsum(0)[-1]) if self._over_parts is None else self._over_parts(self.buffer, squares, flat)
 
@@ -190,47 +192,47 @@ class Reducer:
             self.group.fence()
 
     def publish(self, tensors: Iterable[torch.Tensor]) -> None:
-        """What the ranks that updated wrote is everybody's from here on. Collective over all ranks."""
+        """Make the updated parameters visible on all ranks. Collective over all ranks."""
         with self.transport.timed():
             self.group.fence()
 
     def end_round(self, applied: bool) -> None:
-        """The sums since this was last called went into an update, or are as if they had not been. The same on all ranks.
-        Independent."""
+        """End a round of sums. applied: whether the sums since the last call went into an update; otherwise the reducer restores
+        the state before them. Call it with the same value on all ranks. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """What it goes on with besides the gradients of a step: copies. Independent."""
+        """Return copies of the state that a resumed run needs (none in this base class). Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on with that; from the beginning without. Independent."""
+        """Load the state; {} resets it. Independent."""
         if "residual" in state and self.comm.rank == 0:
             log.info("comm.compress was turned off: the stored compression error is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Where another one of the same kind stood, of whose ranks these are left; None: this rank is new, and not rank 0.
-        Collective over all ranks."""
+        """Take over the state of a reducer of the same kind on the ranks before a failure; None: this rank is new, and is not
+        rank 0. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):
-    """A reducer of one buffer a rank that can as well sum any other flat tensor of the same layout: what strategies that average
-    at another rhythm need. Whoever sums every bucket once says afterwards what became of it: end_round()."""
+    """A reducer with one gradient buffer per rank that can also sum any other flat tensor of the same layout, as strategies need
+    that do not sum at every step. After summing every bucket once, call end_round()."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
 
     def turn_of(self, flat: torch.Tensor, bucket: Bucket) -> None:
-        """sum(), seen by the observers. Collective over all ranks."""
+        """Call sum() and report it to the observers. Collective over all ranks."""
         with self._seen(bucket):
             self.sum(flat, bucket)
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
-        """Sum over the ranks, in place, what flat (num_elements,) holds of this bucket. Collective over all ranks."""
+        """Sum this bucket of flat (num_elements,) over the ranks, in place. Collective over all ranks."""
         raise NotImplementedError
 
 
 class Allreduce(FlatReducer):
-    """The sum of MPI or of NCCL, in pieces."""
+    """comm.reducer=allreduce: MPI's or NCCL's allreduce, in pieces."""
 
     own_order = False
 
@@ -246,7 +248,7 @@ class Allreduce(FlatReducer):
 
 
 class Naive(Allreduce):
-    """One Allreduce a parameter: the form that everybody can check by eye."""
+    """comm.reducer=naive: one Allreduce per parameter. A reference implementation, simple enough to verify by reading."""
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True):
@@ -254,7 +256,8 @@ class Naive(Allreduce):
 
 
 class Root(Reducer):
-    """Gather to rank 0, which adds in rank order, updates, and broadcasts the parameters."""
+    """comm.reducer=root: rank 0 gathers the gradients, adds them in order of ranks, updates the parameters and broadcasts them. A
+    reference implementation."""
 
     everyone_updates = False
 
@@ -270,7 +273,7 @@ class Root(Reducer):
             wire = self.transport.load(piece, "root")
             if self.holds_sum:
                 gathered = self.transport.scratch("gathered", self.comm.size * wire.numel())
-                self.comm.Gather(buf(wire), [memory(gathered), wire.numel(), datatype(gathered)], root=0)  # a count a rank
+                self.comm.Gather(buf(wire), [memory(gathered), wire.numel(), datatype(gathered)], root=0)  # the count is per rank
                 rows = gathered.view(self.comm.size, -1)
                 for rank in range(1, self.comm.size):
                     rows[0] += rows[rank]

@@ -1,8 +1,9 @@
-"""Reduce buckets in a thread while backward fills the next ones; and whether that pays here, by measurement.
+"""Reduces buckets in a thread while backward fills the next ones; measures whether this is faster.
 
-Non-blocking collectives hardly progress by themselves, so a thread drives them: it blocks in MPI (`thread`), or looks and
-sleeps (`poll`), which leaves the core to backward. On one node there is nothing to hide behind: averaging is bound by memory
-and backward by the same cores. Between nodes it depends on the network, the MPI and spare cores: hence measured.
+Non-blocking collectives make little progress by themselves, so a thread drives them. It blocks in MPI (`thread`), or polls and
+sleeps (`poll`), which leaves the core to backward. On one node overlap has no benefit: sums are bound by memory bandwidth, and
+backward needs the same cores. Between nodes the benefit depends on the network, the MPI library and spare cores, so it is
+measured.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from mpidp.reducers.buckets import Bucket
 OVERLAP_WAITS: dict[str, Wait | None] = {
     "none": None, "thread": spin, "poll": partial(doze, yields=0, first_seconds=5e-5, longest_seconds=5e-5)
 }
-PROBE_BYTES = 16 << 20  # of buckets, at most, in one round of the probe
+PROBE_BYTES = 16 << 20  # largest size of the buckets in one round of the measurement
 PROBE_ROUNDS = 3
 
 
 class ReduceThread:
-    """A thread that does work(bucket) for every bucket of a step, in their order on every rank, once they are submitted."""
+    """A thread that calls work(bucket) for every submitted bucket of a step, in the same order on every rank."""
 
     def __init__(self, buckets: list[Bucket], work: Callable[[Bucket], None]) -> None:
         self._buckets, self._work = buckets, work
         self._submitted: set[int] = set()
-        self._done = 0  # buckets of this step
+        self._done = 0  # number of buckets of this step that are reduced
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -42,17 +43,18 @@ class ReduceThread:
         self._thread.start()
 
     def submit(self, bucket: Bucket) -> None:
-        """Its gradients are complete on this rank. Independent."""
+        """Queue a bucket whose gradients are complete on this rank. Independent."""
         with self._changed:
             self._submitted.add(bucket.index)
             self._changed.notify_all()
 
     def missing(self) -> list[Bucket]:
-        """Those of this step that were not submitted yet. Independent."""
+        """Return the buckets that were not submitted in this step. Independent."""
         return [bucket for bucket in self._buckets if bucket.index not in self._submitted]
 
     def wait(self) -> None:
-        """Until all buckets of the step are reduced; raises what the work raised. Collective over those who share the work."""
+        """Wait until all buckets of the step are reduced; raise an exception of the work. Collective over the ranks that
+        reduce."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == len(self._buckets) or self._error is not None)
             if self._error is not None:
@@ -61,7 +63,7 @@ class ReduceThread:
             self._submitted.clear()
 
     def close(self) -> None:
-        """No more work. Independent."""
+        """Stop the thread. Independent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -79,42 +81,43 @@ class ReduceThread:
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
-        except BaseException as error:  # told by wait(): a thread's own traceback would be lost
+        except BaseException as error:  # raised by wait(): a thread's own traceback would be lost
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
 
 def use(reducer: Reducer, way: str) -> None:
-    """Reduce this way from here on. Independent, between steps."""
+    """Reduce with this overlap mode from now on. Independent; call it between steps."""
     wait = OVERLAP_WAITS[way]
     reducer.overlap_by(way, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.turn))
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
-    """Take the wanted way; for auto, the one that hides most of a reduction behind computing here. Returns words that say which
-    and why. Collective over comm."""
+    """Use the wanted overlap mode; for auto, the fastest in a measurement of concurrent computation and reduction. Return a
+    description of the choice. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
         return wanted
     alone, in_thread = len(reducer.group.members) == 1, reducer.transport.in_thread
     if alone or not in_thread or not static or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         return "none"
-    # Between nodes `poll` was seen to hang where ranks bound to one core share it, cause unknown: not offered there.
+    # Between nodes, `poll` was seen to hang if ranks that are bound to one core share it. The cause is unknown; do not use it
+    # there.
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
-    # Nor where it would mean another call of MPI, with other bits, than the other ways: a measurement may not choose those.
+    # Exclude it also if it would use a different MPI call with different bits: a measurement must not decide the bits.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
     seconds = measure(reducer, comm, {way: wait for way, wait in OVERLAP_WAITS.items() if way != "poll" or poll})
-    reducer.transport.pop_counts()  # what was sent to measure is no step's
+    reducer.transport.pop_counts()  # the measurement does not count as communication of a step
     best = min(seconds, key=seconds.__getitem__)
     use(reducer, best)
     compared = ", ".join(f"{way} {one / seconds['none']:.2f}" for way, one in seconds.items())
-    return f"{best} (measured, time of computing and reducing: {compared})"
+    return f"{best} (measured, relative time of computation and reduction: {compared})"
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Seconds, by way, of the slowest rank, for computing that takes as long as reducing does and ends bucket by bucket. The
-    gradients are lost. Collective over comm."""
+    """Return the seconds of the slowest rank for each overlap mode. The test computes as long as a reduction takes, and completes
+    bucket by bucket. It overwrites the gradients. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 
@@ -145,7 +148,7 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | Non
         worker.wait()
         worker.close()
 
-    slowest(reduce_all)  # connections are made, memory is touched
+    slowest(reduce_all)  # warm up: open connections, touch memory
     each = min(slowest(reduce_all) for _ in range(2)) / len(buckets)
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(PROBE_ROUNDS):
@@ -153,5 +156,5 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | Non
             reducer.wait_by(wait)
             found[way].append(slowest(partial(plain if wait is None else overlapped, each)))
     reducer.wait_by(None)
-    reducer.load_state_dict({})  # nothing was summed yet
+    reducer.load_state_dict({})  # forget the sums of the measurement
     return {way: statistics.median(times) for way, times in found.items()}

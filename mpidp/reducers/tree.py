@@ -1,8 +1,9 @@
-"""The reducer `tree`: owners of slices add what the ranks hold, in the order of the tree over lanes (see tree_order.py).
+"""The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
-On a node whose ranks share memory an owner adds straight from its neighbours' buffers, in its own slice of them, which nobody
-else reads; the sum lies in the first rank's slot 0. Between groups the owners of a slice exchange messages: each sends every
-other the nodes that its group is left with, for that one's part of the slice, adds its own part, and receives the sums.
+On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum ends in slot 0
+of the first rank. Between groups, the owners of the same slice exchange messages: the slice is cut into one part per group; each
+owner sends every other owner its part of the remaining tree nodes, adds the nodes of all groups for its own part, and sends this
+sum to the others.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from mpidp.reducers import tree_order
 from mpidp.reducers.base import Allreduce, LaneObserver, LaneShares, Naive, Reducer, Root
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 
-CACHED = 1 << 16  # elements that stay in the cache between two additions
+CACHED = 1 << 16  # block size in elements that stays in the cache between two additions
 Slot = tuple[int, int]  # (rank in the group, slot)
 Held = tuple[tuple[tree_order.Node, Slot], ...]
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """Who adds what to what in one step."""
+    """The additions of one step."""
 
     additions: list[tuple[Slot, Slot]]  # (into, from) in this group
-    left_over: list[Slot]  # where the nodes that this group is left with then lie, left to right
-    num_nodes: list[int]  # how many nodes each group is left with
-    program: list[tuple[tuple[int, int], tuple[int, int]]]  # (into, from) between groups, each (group, which node)
-    sum_at: tuple[int, int]
+    left_over: list[Slot]  # slots of the tree nodes that remain in this group, left to right
+    num_nodes: list[int]  # number of remaining nodes of each group
+    program: list[tuple[tuple[int, int], tuple[int, int]]]  # (into, from) between groups, each (group, index of the node)
+    sum_at: tuple[int, int]  # (group, index of the node) of the sum
 
 
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
-    """Gradient buffers of a rank that begins with the lanes `mine`: for the worst run of at most max_lanes lanes (0: it keeps
-    those), and two more unless static. kept_apart: some steps look at each lane alone. Independent."""
+    """Return the number of gradient buffers that a rank needs. mine: its lanes at the start. max_lanes: if above 0, the rank may
+    later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two more buffers are
+    needed. kept_apart: whether some steps observe single lanes. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
@@ -51,12 +53,12 @@ def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_a
 
 
 class Tree(Reducer):
-    """The same bits, whoever computes a lane and whoever adds it."""
+    """comm.reducer=tree: the bits of the sum do not depend on which rank computes or adds a lane."""
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
     ) -> None:
-        """num_slots: what slots_needed says."""
+        """num_slots: from slots_needed()."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self._first = {lanes.micro_batches(lane)[0]: lane for lane in range(lanes.num_lanes)}
         self._last = {lanes.micro_batches(lane)[-1]: lane for lane in range(lanes.num_lanes)}
@@ -64,20 +66,20 @@ class Tree(Reducer):
         self.observe_lanes(())
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        self._observers = observers
+        self._lane_observers = observers
         self._share = self.lanes.num_lanes == self.lanes.num_micro_batches and not observers
         self.discard()
 
     def discard(self) -> None:
-        self._folds: list[tuple[int, int]] | None = None  # of the last lane, where backward's end is overlapped
+        self._folds: list[tuple[int, int]] | None = None  # additions after the last lane, done per bucket during backward
         self._held: Held | None = None
-        # A chunk's micro-batches come in order, and so do its folds; at the end all chunks lie in the same slots.
+        # Every chunk sees the micro-batches and additions in the same order, so all chunks end in the same slots.
         self._tree_sums = [tree_order.TreeSum(self.lanes.num_lanes, self._share) for _ in self.spans]
         self._slots = [0 for _ in self.spans]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Elements of each chunk; before there is a buffer, of one."""
+        """The elements (start, stop) of each chunk."""
         return self.buffer.spans if hasattr(self, "buffer") else [(0, 0)]
 
     def attach(self, buffer: GradientBuffer) -> None:
@@ -94,11 +96,11 @@ class Tree(Reducer):
                 start, stop = self.spans[chunk]
                 self.buffer.flat[slot, start:stop].zero_()
         if last and self.overlaps():
-            self._folds = tree_sum.close(self._last[v])  # bucket by bucket, as backward fills them
+            self._folds = tree_sum.close(self._last[v])  # added per bucket when backward has filled it
 
     def close(self, v: int, chunk: int = 0) -> None:
         if v in self._last and self._folds is None:
-            for observe in self._observers:
+            for observe in self._lane_observers:
                 observe(self._last[v], self.buffer.flat[self._slots[chunk]])
             self._fold(self._tree_sums[chunk].close(self._last[v]), *self.spans[chunk])
 
@@ -107,7 +109,7 @@ class Tree(Reducer):
             self.buffer.flat[into, start:stop] += self.buffer.flat[source, start:stop]
 
     def overlaps(self) -> bool:
-        return self.worker is not None and not self._observers and self.shares.static
+        return self.worker is not None and not self._lane_observers and self.shares.static
 
     def begin(self, bucket: Bucket) -> None:
         self._fold(self._folds or [], bucket.start, bucket.stop)
@@ -117,7 +119,7 @@ class Tree(Reducer):
         return len(self._tree_sums[0].nodes) < self.num_slots
 
     def finish(self) -> None:
-        """buffer.total now holds the sum, for all of the group to read. Collective over all ranks."""
+        """Finish the sum, so that all ranks of the group can read it in buffer.total. Collective over all ranks."""
         self._held = self._gather_held() if not self.shares.static else None
         if self.worker is not None:
             super().finish()
@@ -133,7 +135,7 @@ class Tree(Reducer):
         self._reduce(bucket.start, bucket.stop, ALIGN)
 
     def _reduce(self, start: int, stop: int, multiple: int) -> None:
-        """Sum the elements [start, stop), whose slices are cut at multiples. Collective over all ranks."""
+        """Sum the elements [start, stop); slices are cut at multiples of `multiple`. Collective over all ranks."""
         self.group.fence(self.wait)
         if not self.group.owns:
             return
@@ -146,7 +148,7 @@ class Tree(Reducer):
                 self._add_between_groups(plan, *piece)
 
     def _gather_held(self) -> Held:
-        """What every rank of the group holds, where lanes may have changed hands. Collective over the group."""
+        """Return the tree nodes and slots of all ranks of the group, after lanes were stolen. Collective over the group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
         for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node
@@ -156,7 +158,8 @@ class Tree(Reducer):
         )
 
     def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> FoldPlan:
-        """held: None where each rank computed its range in order. ValueError unless every lane is there once."""
+        """Plan the additions. held: nodes and their slots in the group; None if each rank computed its range in order. ValueError
+        unless every lane occurs once."""
         count = self.lanes.num_lanes
         if held is None:
             of_ranks = [tree_order.held_after(ranges[r], count, share)[0] for r in self.group.members[self.group.index]]
@@ -169,14 +172,14 @@ class Tree(Reducer):
             everywhere += [(node, (g, j)) for j, node in enumerate(nodes)]
             num_nodes.append(len(nodes))
         if [node for node, _ in left_over] != [node for node, (g, _) in everywhere if g == self.group.index]:
-            raise ValueError(f"the ranks of group {self.group.index} hold {held}: not their lanes of {ranges}")
+            raise ValueError(f"the ranks of group {self.group.index} hold {held}, which are not their lanes of {ranges}")
         return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
     def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:
-        """Block by block, so that what is added twice is still in the cache. The last addition of a lone group writes the sum."""
+        """Add the nodes of this group, block by block for the cache. If there is one group, the last addition writes the sum."""
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
-            return  # it lies there already
+            return  # the sum is in place already
         for start in range(low, high, CACHED):
             block = slice(start, min(start + CACHED, high))
             for i, ((r, j), (s, k)) in enumerate(plan.additions):
@@ -188,7 +191,7 @@ class Tree(Reducer):
                 total[block] = self.buffer.parts[r][j, block]
 
     def _add_between_groups(self, plan: FoldPlan, start: int, stop: int) -> None:
-        """Every owner sends each other one its nodes' parts; that one adds; all receive the sums. Collective over the rail."""
+        """Exchange the remaining nodes of all groups, add this owner's part, and gather the sums. Collective over the rail."""
         comm, wire, wait = self.group.rail, self.transport, self.wait
         bounds = slice_bounds(stop - start, comm.size)
         lengths = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
@@ -198,11 +201,11 @@ class Tree(Reducer):
         received: list[torch.Tensor] = []
         for j in range(max(plan.num_nodes)):
             sends = [n if j < len(mine) and g != comm.rank else 0 for g, n in enumerate(lengths)]
-            takes = [length if j < plan.num_nodes[g] and g != comm.rank else 0 for g in range(comm.size)]
-            received.append(wire.scratch(("take", j), comm.size * length).view(comm.size, length))
+            receives = [length if j < plan.num_nodes[g] and g != comm.rank else 0 for g in range(comm.size)]
+            received.append(wire.scratch(("received", j), comm.size * length).view(comm.size, length))
             source = mine[j] if j < len(mine) else mine[0]
             places = [g * length for g in range(comm.size)]
-            wire.alltoallv(comm, wait, (source, sends, bounds[:-1]), (received[j], takes, places))
+            wire.alltoallv(comm, wait, (source, sends, bounds[:-1]), (received[j], receives, places))
 
         def part(place: tuple[int, int]) -> torch.Tensor:
             g, j = place
@@ -210,7 +213,7 @@ class Tree(Reducer):
 
         for into, source_place in plan.program:
             target = part(into)
-            target += part(source_place)  # in place: this rank's own part, sent or received, and not needed again
+            target += part(source_place)  # in place: the values are this rank's own or received, and not needed again
         total = wire.load(self.buffer.total[start:stop], "total") if wire.mode == "host" else mine[0]
         if part(plan.sum_at).data_ptr() != total[low:high].data_ptr():
             total[low:high] = part(plan.sum_at)

@@ -1,4 +1,7 @@
-"""What train.fit asks of a strategy. A new method is a new file that keeps to this; the loop gets no branch for it."""
+"""The interface of strategies to the training loop. A new strategy is a new file that implements it; the loop does not change.
+
+A *synchronization point* (in docs/methods.md: a meeting) is a step after which all ranks have one common model.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,11 @@ from mpidp.reducers.base import LaneObserver, Reducer
 
 @dataclass(frozen=True)
 class StepStats:
-    """What an update came to: the norm of the averaged gradient before clipping (0 where none was due yet); skipped when it was
-    not finite or above the limit, or when no target token was in the batch."""
+    """The result of an update."""
 
-    grad_norm: float
-    skipped: bool
-    extra: Mapping[str, Any] = field(default_factory=dict)  # more for the step's line
+    grad_norm: float  # of the averaged gradient before clipping; 0 if there was no update to make
+    skipped: bool  # the gradient was not finite or above the limit, or the batch had no target tokens
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more entries for the step's line in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -62,60 +64,59 @@ class StrategyOptions:
 
 
 class Strategy(GradientSink, Protocol):
-    """How gradients become updates, together."""
+    """Turns gradients into parameter updates, together with the other ranks."""
 
     compute_comm: MPI.Intracomm  # the ranks that share the lanes
-    synchronizes_always: bool  # at every step
+    synchronizes_always: bool  # whether every step is a synchronization point
     group: Group
-    one_copy: bool  # of parameters and state in a group
+    one_copy: bool  # whether a group has one copy of parameters and optimizer state
     reducer: Reducer
-    buffer: Any  # of flat gradients, a GradientBuffer; None where there is none
-    survives_failures: bool  # after a death, in the same memory; else from the last checkpoint
+    buffer: Any  # the GradientBuffer; None if the strategy has none
+    survives_failures: bool  # whether it can resume in memory after failed ranks; otherwise from the last checkpoint
 
     def synchronizes_at(self, step: int) -> bool:
-        """Do all ranks tell each other at this step (from 1) what they computed, and hold one common model after it? Only then is
-        there an evaluation, a checkpoint, an end. The same on every rank. Independent."""
+        """Return whether this step (from 1) is a synchronization point: all ranks exchange their results, and have one common
+        model afterwards. Only then evaluations, checkpoints and the end are possible. The same on every rank. Independent."""
 
     def fill(self, forwards: int) -> None:
-        """Run so many more forwards, where every rank must run as many as any rank. Collective where there are any."""
+        """Run this many dummy forward passes, if all ranks must run equally many. Collective for such strategies."""
 
     def start(self) -> None:
-        """Once, before the first step or after a restore. Collective over compute_comm."""
+        """Prepare for the first step. Call once, after loading a checkpoint if any. Collective over compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """In the step that begins, show each of these every lane that this rank computes. Independent."""
+        """Call each observer with every lane that this rank computes in the next step. Independent."""
 
     def discard(self) -> None:
-        """Forget the gradients of the step that has begun: it is done again. Independent."""
+        """Discard the gradients of the current step, which is run again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Turn the step's gradients into an update; tokens: target tokens of the global batch, or of this rank's part of it where
-        ranks do not meet every step; limit: of the gradient's norm, beyond which there is none. Collective."""
+        """Make an update from the step's gradients. tokens: target tokens of the global batch; if not every step is a
+        synchronization point, of this rank's part. limit: gradient norm above which the update is skipped. Collective."""
 
     def finish(self) -> None:
-        """Drain what is in flight: afterwards there is one common model. Collective."""
+        """Apply all updates in flight; afterwards all ranks have one common model. Collective."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Everything but the parameters that an exact resume needs. Independent."""
+        """Return the state, besides the parameters, that an exact resume needs. Independent."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Independent."""
+        """Load the state. Independent."""
 
     def release(self) -> None:
-        """Ranks have died: let go of the parameters, for another strategy that goes on with them. May be called again.
+        """Release the parameters after a failure of ranks, so that another strategy can use them. May be called repeatedly.
         Independent."""
 
     def resume_after_failure(self, before: Any) -> None:
-        """Of those who are left of another strategy's ranks, in whose memory this one works: go on where that one stood. When
-        somebody dies meanwhile, all is as before. Collective over compute_comm."""
+        """Resume from the state of `before`, the strategy on the ranks before a failure. This strategy works on the remaining
+        ranks in the same memory. If another rank fails meanwhile, `before` is unchanged. Collective over compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
-        """Rank 0 and others had the state of another strategy, `before`; None: this rank is new. Now all have rank 0's, and what
-        is each rank's own is of those who had it. When somebody dies meanwhile, `before` is as before. Collective over
-        compute_comm."""
+        """Broadcast rank 0's state from `before`, the previous strategy (None on new ranks). Per-rank state stays with the ranks
+        that had it. If a rank fails meanwhile, `before` is unchanged. Collective over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
-        """The flat tensors on which all replicas agree, by suffix of their names. Independent."""
+        """Return the tensors on which replicas must agree, by suffix of their names. Independent."""
 
     def close(self) -> None:
-        """Give shared memory back: parameters and state are gone with it. Collective over compute_comm."""
+        """Free shared memory, and with it parameters and state. Collective over compute_comm."""

@@ -1,12 +1,12 @@
-"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or parameters too (3): torch's FSDP2
+"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or also parameters (3): torch's FSDP2
 (Zhao 2023; ZeRO-2 and 3, Rajbhandari 2020) over mpidp.c10d.
 
-Every rank has some rows of each parameter. A block's parameters are gathered before it computes; its gradient is summed over the
-ranks, micro-batch by micro-batch, and each keeps its rows. At level 2 the parameters stay until the step's last backward, at
-level 3 until the block is done.
+Every rank has some rows of each parameter. A block's parameters are gathered before it computes. Its gradient is summed over the
+ranks for each micro-batch, and each rank keeps its rows. The gathered parameters are kept until the last backward of the step
+(level 2), or until the block is done (level 3).
 
-So forwards and backwards are collective: a rank with fewer micro-batches, or empty ones, runs others that count for nothing. The
-sum's order is MPI's: the weights are those of level 0 to rounding, not to the bit.
+Forward and backward passes are therefore collective: a rank with fewer or empty micro-batches runs dummy passes. MPI chooses the
+order of addition, so weights equal those of level 0 up to rounding only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
-    """Each rank keeps its rows of every parameter. UsageError when torch.distributed is in use. Collective over comm."""
+    """Shard the model: each rank keeps its rows of every parameter. UsageError if torch.distributed is in use. Collective over
+    comm."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -41,19 +42,19 @@ def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> 
     import mpidp.c10d
 
     if dist.is_initialized():
-        raise UsageError.on_every_rank(f"mesh.shard={level} uses torch.distributed, which something else in this process uses")
+        raise UsageError.on_every_rank(f"mesh.shard={level} needs torch.distributed, which this process has initialized already")
     mpidp.c10d.use(comm)
     dist.init_process_group("mpi4py", init_method="mpi://")
     world: Any = dist.group.WORLD
     mesh = DeviceMesh.from_group(world, device.type)
     for module in [*model.blocks.children(), model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=level == 3)
-        module.set_gradient_divide_factor(1.0)  # a sum: losses were divided by all ranks' tokens
+        module.set_gradient_divide_factor(1.0)  # sum, not mean: losses were divided by the tokens of all ranks
         module.set_force_sum_reduction_for_comms(True)
 
 
 def unshard_for_good() -> None:
-    """The end of shard(): sharded models cannot be used any more. Collective over its comm."""
+    """End torch.distributed after shard(); sharded models cannot be used afterwards. Collective over shard()'s comm."""
     import torch.distributed as dist
 
     import mpidp.c10d
@@ -63,11 +64,11 @@ def unshard_for_good() -> None:
 
 
 class Sharded:
-    """Every step waits for all lanes."""
+    """A synchronous strategy on shards."""
 
-    survives_failures = False  # shards die with their holder
+    survives_failures = False  # a shard is lost with the rank that holds it
     synchronizes_always = True
-    buffer: Any = None  # of flat gradients: there is none
+    buffer: Any = None  # there is no flat gradient buffer
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
@@ -75,17 +76,18 @@ class Sharded:
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: torch.nn.Module, level: int,
     ) -> None:
-        """As Synchronous; of the reducer only the lanes are looked at. Collective over comm."""
+        """As Synchronous; only the lanes, shares and transport of the reducer are used. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy, self.level = comm, group, reducer, False, level
         self.model: Any = model
         self.clip, self.nominal_tokens = clip, nominal_tokens
         self._parts = parts
         lanes, shares = reducer.lanes, reducer.shares
-        self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)  # of any rank
-        self._made = self._open = 0  # forwards of this step; of them those whose backward is not counted yet
+        # Forward passes of every rank per step: as many as the rank with the most micro-batches needs.
+        self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)
+        self._made = self._open = 0  # forward passes of this step; of them, those without backward
         shard(model, comm, level, reducer.transport.device)
         self.named = list(model.named_parameters())
-        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # when all are gathered once
+        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # per gather of all shards
         pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
@@ -96,11 +98,11 @@ class Sharded:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Backward of micro-batch v runs inside; after the last one those that this rank lacks. Collective over compute_comm,
-        but for v."""
+        """Run the backward pass of micro-batch v inside; after the last one, run dummy passes up to the number of the other
+        ranks. Collective over compute_comm; v may differ."""
         self._keep(last and self._made + 1 >= self._most)
         yield
-        if not self._open:  # it was empty
+        if not self._open:  # the micro-batch was empty
             self._idle()
         self._open, self._made = 0, self._made + 1
         while last and self._made < self._most:
@@ -109,45 +111,45 @@ class Sharded:
             self._open, self._made = 0, self._made + 1
 
     def _keep(self, last: bool) -> None:
-        """Level 2: parameters stay as they are until the step's last backward."""
+        """Level 2: keep the gathered parameters until the last backward of the step."""
         if self.level == 2:
             self.model.set_reshard_after_backward(last)
 
     def _idle(self) -> None:
-        """A forward and a backward that add zero to every gradient."""
+        """Run a dummy forward and backward pass that adds zero to every gradient."""
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device)
         (self.model(tokens).float().sum() * 0.0).backward()
 
     @torch.no_grad()
     def fill(self, forwards: int) -> None:
-        """So many that nobody looks at. Collective over compute_comm, whose other ranks have as many more to make."""
+        """Run this many dummy forward passes, which other ranks have in excess. Collective over compute_comm."""
         for _ in range(forwards):
             self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
 
     def synchronizes_at(self, step: int) -> bool:
-        """Independent."""
+        """Return True: all ranks synchronize at every step. Independent."""
         return True
 
     def start(self) -> None:
-        """Replicas are equal by their seed. Independent."""
+        """Do nothing: replicas are equal because of their seed. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """ValueError: there are no gradients of lanes. Independent."""
+        """Raise ValueError: there are no separate gradients of lanes. Independent."""
         if observers:
-            raise ValueError("sharded gradients are summed as they come: lanes cannot be looked at one by one")
+            raise ValueError("sharded gradients are summed immediately: single lanes cannot be observed")
 
     def discard(self) -> None:
-        """Independent."""
+        """Discard the gradients of the current step. Independent."""
         self._made = 0
         for _, p in self.named:
             p.grad = None
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """As Synchronous.step, on shards: the norm is a sum over ranks in their order, the same bits on each. Collective over
+        """As Synchronous.step, on shards. The norm is summed in order of ranks, with the same bits on each. Collective over
         compute_comm."""
         self.reducer.observers.enter("reduce")
         reshard_all(self.model)
-        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # of all: idle ones too
+        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # dummy passes make them, too
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
         if self.clip and norm > self.clip:
@@ -159,8 +161,8 @@ class Sharded:
                 gradient.mul_(scale)
             self.optimizer.step(gradients, lr)
         self.discard()
-        gathers = 2 * self._most if self.level == 3 else 1  # before each forward and backward, or once
-        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)  # and a sum after each backward
+        gathers = 2 * self._most if self.level == 3 else 1  # one before each forward and backward, or one per step
+        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)  # and one sum after each backward
         self.reducer.observers.enter("publish")
         return StepStats(grad_norm=norm, skipped=skipped)
 
@@ -175,21 +177,21 @@ class Sharded:
         return self._parts.grid.norm([torch.tensor([squares], dtype=torch.float64)]) if self._parts else math.sqrt(squares)
 
     def finish(self) -> None:
-        """Nothing is in flight between steps. Independent."""
+        """Do nothing: no update is in flight between steps. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Nobody else holds the same. Independent."""
+        """Return {}: no tensor is replicated. Independent."""
         return {}
 
     def held(self) -> dict[str, int]:
-        """Bytes by what they are for, now. Independent."""
+        """Return the bytes in use by purpose. Independent."""
         local = [shard_of(p).tensor for _, p in self.named]
         gradients = [shard_of(p.grad).tensor for _, p in self.named if p.grad is not None]
         moments = [one for row in self.optimizer.state for one in row.values()]
         return bytes_by_use(parameters=local, gradients=gradients, optimizer=moments)
 
     def state_dict(self) -> dict[str, Entry]:
-        """This rank's rows of the optimizer's state. Independent."""
+        """Return this rank's rows of the optimizer state. Independent."""
         found: dict[str, Entry] = {}
         for (name, p), state in zip(self.named, self.optimizer.state, strict=True):
             part = shard_of(p)
@@ -199,15 +201,15 @@ class Sharded:
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Of boxes, those that state_dict has. Independent."""
+        """Load the boxes that state_dict returns. Independent."""
         own = {name: value for name, value in state.items() if not name.startswith("reducer/")}
         self.reducer.load_state_dict({name.removeprefix("reducer/"): state[name] for name in state if name not in own})
         load_boxes(own, self.state_dict(), self.optimizer)
 
     def release(self) -> None:
-        """Independent."""
+        """Do nothing. Independent."""
 
     def close(self) -> None:
-        """Parameters and state are gone. Collective over compute_comm."""
+        """Free parameters and state. Collective over compute_comm."""
         unshard_for_good()
         self.group.close()

@@ -27,7 +27,8 @@ class Sliced(Synchronous):
 
     survives_failures = False  # a slice is lost with the rank that holds it
 
-    def updates(self) -> dict[str, Any] | None:
+    def optimizer_share(self) -> dict[str, Any] | None:
+        """Return this rank's slice and the slices that its memory holds. Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         return {"share": (rank, size), "holds": members if self.one_copy else range(rank, rank + 1)}
 

@@ -1,7 +1,7 @@
-"""Exact synchronous data parallelism: all lanes of a step are averaged, everybody (or the root) updates, all are equal.
+"""Exact synchronous data parallelism: each step averages all lanes, and all replicas (or rank 0) make the same update.
 
-theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)): the mean over tokens of
-the global batch, never a mean of means. docs/equations.md has the formula and its law.
+theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)): the mean over the tokens of
+the global batch, not a mean of means. docs/equations.md has the formula and its law.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 class Synchronous:
-    """Every step waits for all lanes."""
+    """Synchronous data parallelism: every step waits for all lanes."""
 
     survives_failures = True
     synchronizes_always = True
@@ -41,10 +41,11 @@ class Synchronous:
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """make_optimizer: all but the memory is given. clip: largest gradient norm, 0 for no clipping; nominal_tokens:
-        global_batch x seq_len, by which losses were divided; one_copy: the ranks of a group share parameters and optimizer
-        state, and each updates a part; most_slots: that this rank may need when others have died; parts: where
-        this rank has a part of the model. Collective over comm."""
+        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, 0 for no
+        clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
+        share parameters and optimizer state; then each updates a part. spare_slots: more gradient buffers than the reducer needs.
+        most_slots: gradient buffers that this rank may need after failures of other ranks. parts: this rank's part of the model,
+        if the model is cut. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -67,29 +68,30 @@ class Synchronous:
         reducer.attach(self.buffer)
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
-        self.optimizer: Optimizer | None = None  # under `root`, rank 0 alone has one
-        if (updates := self.updates()) is not None:
-            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **updates)
-        self._spare: list[Tensor] = []  # a copy of all that is updated in common, as it was before
+        self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has one
+        if (share := self.optimizer_share()) is not None:
+            self.optimizer = make_optimizer(self.buffer.layout, self.flat, self.buffer.total, memory=memory, **share)
+        self._spare: list[Tensor] = []  # a copy of the shared tensors before the update
         if one_copy and launched_with_ulfm():
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
-        self.torn = False  # was the last update not finished by all who share it?
-        self._late: MPI.Exception | None = None
+        self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
+        self._late: MPI.Exception | None = None  # a failure to raise at the next micro_batch()
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
-    def updates(self) -> dict[str, Any] | None:
-        """Which share of the parameters this rank updates, as Optimizer wants it; None: nothing of them. Independent."""
+    def optimizer_share(self) -> dict[str, Any] | None:
+        """Return the arguments of Optimizer for the share of the parameters that this rank updates; None if it updates nothing.
+        Independent."""
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Gradient buffers beyond those of its reducer. Independent."""
+        """Return the number of gradient buffers that the strategy needs in addition to the reducer's. Independent."""
         return 0
 
     def resume_after_failure(self, before: Synchronous) -> None:
-        """Also back to the copy where the last update was not finished. Collective over compute_comm."""
+        """Restore the copy if the last update is incomplete, then resume. Collective over compute_comm."""
         if before.torn:
             self._copy_share(before._spare, list(self.flats().values()))
         if self.optimizer is not None and before.optimizer is not None:
@@ -101,12 +103,12 @@ class Synchronous:
             self.start()
 
     def release(self) -> None:
-        """Backward calls nothing here any more, and no thread reduces. Independent."""
+        """Remove the autograd hooks and stop the reducing thread. Independent."""
         self.buffer.forget()
         self.reducer.stop_worker()
 
     def synchronizes_at(self, step: int) -> bool:
-        """Independent."""
+        """Return whether this step is a synchronization point. Independent."""
         return self.synchronizes_always or step % self.options.meet_every == 0 or step == self.options.total_steps
 
     def start(self) -> None:
@@ -114,7 +116,7 @@ class Synchronous:
         self._spread([self.flat])
 
     def resume_with_new_ranks(self, before: Synchronous | None) -> None:
-        """Collective over compute_comm."""
+        """Broadcast rank 0's state. Collective over compute_comm."""
         updates = 0
         if before is not None and self.compute_comm.rank == 0:
             for mine, theirs in zip(self.flats().values(), before.flats().values(), strict=True):
@@ -127,18 +129,18 @@ class Synchronous:
         self.reducer.resume_from(before.reducer if before is not None else None)
 
     def _spread(self, flats: list[Tensor]) -> None:
-        """Rank 0's to all. Collective over compute_comm."""
+        """Broadcast rank 0's tensors. Collective over compute_comm."""
         self.group.fence()
         for flat in flats:
-            wire = flat.cpu()  # the very memory, on the CPU
+            wire = flat.cpu()  # on the CPU this is flat itself
             for start, stop in pieces(0, wire.numel()):
-                self.compute_comm.Bcast(buf(wire[start:stop]), root=0)  # of one copy, all receive the same
+                self.compute_comm.Bcast(buf(wire[start:stop]), root=0)  # ranks that share a copy receive the same values
             flat.copy_(wire)
         self.group.fence()
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Backward of micro-batch v runs inside. Independent."""
+        """Run the backward pass of micro-batch v inside. Independent."""
         if self._late is not None:
             raise self._late
         self._last = last
@@ -148,20 +150,20 @@ class Synchronous:
         self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Needs a reducer that keeps lanes apart. Independent."""
+        """Observe lanes; the reducer must keep them apart. Independent."""
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
-        """Independent."""
+        """Discard the gradients of the current step. Independent."""
         self.reducer.discard()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Sum, scale to the mean over `tokens` target tokens, clip, update. A gradient that is not finite in any lane, or whose
-        norm is beyond the limit, skips the update on every rank alike, because every rank sees the same norm. Collective over
-        compute_comm."""
+        """Sum the gradients, scale them to the mean over `tokens` target tokens, clip, and update. If the gradient of any lane is
+        not finite, or the norm is above the limit, every rank skips the update, because every rank computes the same norm.
+        Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        with commit(self.compute_comm):  # up to here nobody has updated anything; from here on everybody who is left does
+        with commit(self.compute_comm):  # before the end of this block no rank updates; after it all remaining ranks do
             with self.reducer.observers.span("reduction"):
                 self.reducer.finish()
             if self._parts is not None:
@@ -171,7 +173,7 @@ class Synchronous:
                 norm = self.reducer.norm() * scale
                 if self.clip and norm > self.clip:
                     scale *= self.clip / norm
-            skipped = not (tokens and math.isfinite(norm) and norm <= limit)  # without tokens every target is masked
+            skipped = not (tokens and math.isfinite(norm) and norm <= limit)  # tokens is 0 if every target is masked
             if not skipped:
                 self.reducer.scale(scale)
                 self._copy_share(list(self.flats().values()), self._spare)
@@ -186,8 +188,9 @@ class Synchronous:
         return StepStats(grad_norm=norm, skipped=False)
 
     def _publish(self) -> None:
-        """Where parameters are in common a rank that dies in the update tears them: then all go back to the copy. Else the step
-        is made, and what fails here is told when gradients are to be written again, which others may still read."""
+        """Publish the updated parameters. If a rank fails during an update of shared parameters, they are incomplete, and all
+        ranks restore the copy. Otherwise the step counts, and a failure here is raised at the next micro_batch(), before
+        gradients that other ranks may still read are overwritten. Collective over compute_comm."""
         if self._spare:
             self.torn = True
             with commit(self.compute_comm):
@@ -203,29 +206,29 @@ class Synchronous:
             self._late = failure
 
     def _copy_share(self, source: list[Tensor], target: list[Tensor]) -> None:
-        """This rank's share of tensors that the group has in common. Independent."""
+        """Copy this rank's share of tensors that the group shares. Independent."""
         bounds = slice_bounds(self.flat.numel(), self.group.node.size)
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):
             other[mine] = one[mine]
 
     def fill(self, forwards: int) -> None:
-        """Ranks may run different numbers of forwards. Independent."""
+        """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """All that replicas must agree on, by the suffix that tells it apart. Independent."""
+        """Return the tensors on which replicas must agree, by suffix of their names. Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:
-        """Bytes by what they are for; in a window, the node's. Independent."""
+        """Return the bytes in use by purpose; memory in a window counts for the whole node. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
     def finish(self) -> None:
-        """Nothing is in flight between steps. Independent."""
+        """Do nothing: no update is in flight between steps. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
-        """Optimizer state (under `root` rank 0 alone holds it), and what the reducer holds back. Independent."""
+        """Return the optimizer state (with comm.reducer=root only on rank 0) and the reducer's state. Independent."""
         if self.optimizer is None:
             return {}
         layout: Layout = "replicated" if self.reducer.everyone_updates else "sharded"
@@ -233,14 +236,14 @@ class Synchronous:
         return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Independent."""
+        """Load the state. Independent."""
         held = {name: value for name, value in state.items() if name.startswith("reducer/")}
         self.reducer.load_state_dict({name.removeprefix("reducer/"): value for name, value in held.items()})
         if self.optimizer is not None:
             self.optimizer.load_state_dict({name: value for name, value in state.items() if name not in held})
 
     def close(self) -> None:
-        """Give shared memory back; parameters, gradients and state are gone with it. Collective over compute_comm."""
+        """Free shared memory, and with it parameters, gradients and state. Collective over compute_comm."""
         self.reducer.stop_worker()
         self.group.fence()
         if self.group.node.size > 1:

@@ -72,7 +72,7 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
 def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
     """Give every rank the initial weights of rank 0, with a warning where the user's factory drew others. Collective over
     world."""
-    others = parts.begin_alike(module)
+    others = parts.broadcast_parameters(module)
     if others and world.rank == 0:
         log.warning(
             f"warning: the model factory draws different initial weights on ranks {others} than on rank 0. All ranks use the "

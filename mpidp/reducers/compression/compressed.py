@@ -1,15 +1,15 @@
-"""A reducer that sends less and forgets nothing: error feedback (Seide 2014; Karimireddy 2019) for every method of comm.compress.
+"""Compressed sums with error feedback (Seide 2014; Karimireddy 2019), for every method of comm.compress.
 
-    x_i = g_i + r_i;  total = what the method makes of all x_i;  r_i <- what rank i knows that total does not say
+    x_i = g_i + r_i;  total = compressed sum of all x_i;  r_i <- compression error on rank i
 
-A rank's residual r_i holds what its own code left out, and in the slice whose sum it made what the second code left out too. So
-at any time: sum over rounds of total + sum over ranks of r_i = sum over rounds and ranks of g_i, up to float32 rounding.
+The residual r_i holds the error of the rank's own encoding, and, in the slice that this rank sums, the error of encoding the sum.
+So at any time: sum over rounds of total + sum over ranks of r_i = sum over rounds and ranks of g_i, up to float32 rounding.
 
-A round sums every bucket once. Until it is settled it can be undone: a step that is skipped leaves residuals as before it. Where
-a value is not finite on any rank the bucket's sum is nan on all, and no residual changes.
+A round sums every bucket once. It can be undone until end_round(): a skipped step does not change the residuals. If a value is
+not finite on any rank, the bucket's sum is nan on all ranks, and no residual changes.
 
-With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2) g_i is u_i <- m u_i + g_i, and u_i begins anew at 0
-where its value was sent.
+With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), g_i is replaced by u_i <- m u_i + g_i, and u_i is
+reset to 0 where its value was sent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from mpidp.reducers.compression.topk import RandomKMethod, TopKMethod
 
 
 def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> CompressionMethod:
-    """The method of comm.compress. ratio: comm.ratio, warmup: rounds until it is reached, rank: of powersgd. Pure."""
+    """Return the method for comm.compress. ratio: comm.ratio; warmup: comm.ratio_warmup, in rounds; rank: comm.rank, for
+    powersgd. Pure."""
     if name == "powersgd":
         return PowerSGD(rank, seed)
     if name in ("topk", "randomk"):
@@ -45,31 +46,31 @@ def method_of(name: str, ratio: float, warmup: int, rank: int, seed: int) -> Com
 
 
 def trimmed(bucket: Bucket) -> Bucket:
-    """Without what lies behind its last parameter: nothing of that travels. Pure."""
+    """Return the bucket without the padding after its last parameter, which is not sent. Pure."""
     end = bucket.offsets[-1] + bucket.shapes[-1].numel()
     return replace(bucket, stop=min(bucket.stop, -(-end // ALIGN) * ALIGN))
 
 
 def padding_of(bucket: Bucket) -> Tensor:
-    """Places in the bucket, int64, that no parameter has. Pure."""
+    """Return the places in the bucket, int64, that belong to no parameter. Pure."""
     ends = [offset + shape.numel() for offset, shape in zip(bucket.offsets, bucket.shapes, strict=True)]
     nexts = [*bucket.offsets[1:], bucket.stop]
     return torch.cat([torch.arange(end, then) for end, then in zip(ends, nexts, strict=True)]) - bucket.start
 
 
 class Compressed(FlatReducer):
-    """Sums by a method that leaves something out, which comes later."""
+    """Sums with a compression method and feeds its errors back into the next round."""
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int, method: CompressionMethod,
         seed: int, momentum: float = 0.0, **more: Any,
     ) -> None:
-        """seed: of all that is random in it. Independent."""
+        """seed: for all random numbers of the method. Independent."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self.method, self.momentum = method, momentum
         self.exchange = Exchange(self.comm, transport, lambda request: self.wait(request), seed)
-        self.rounds = 0  # settled, and applied
-        self._round: dict[int, Bucket] = {}  # summed since
+        self.rounds = 0  # number of applied rounds
+        self._round: dict[int, Bucket] = {}  # buckets summed in the current round
         self._padding: dict[int, Tensor] = {}
 
     def attach(self, buffer: GradientBuffer) -> None:
@@ -78,12 +79,12 @@ class Compressed(FlatReducer):
         self.held, self._before = ({name: torch.zeros_like(buffer.flat[0]) for name in names} for _ in range(2))
 
     def bytes_sent(self, bucket: Bucket) -> int:
-        """By this rank for the next sum of the bucket. Independent."""
+        """Return the bytes that this rank sends for the next sum of the bucket. Independent."""
         return self.method.bytes_sent(trimmed(bucket), self.rounds, self.comm.rank, self.comm.size)
 
     def sum(self, flat: Tensor, bucket: Bucket) -> None:
         bucket = trimmed(bucket)
-        if bucket.index in self._round:  # nobody undid the round before
+        if bucket.index in self._round:  # the previous round was not undone
             self.end_round(True)
         self._round[bucket.index] = bucket
         place = slice(bucket.start, bucket.stop)
@@ -122,7 +123,7 @@ class Compressed(FlatReducer):
         self._round.clear()
 
     def state_dict(self) -> dict[str, Entry]:
-        """Copies: a thread may sum again while they are written. A round that nobody undid is in it."""
+        """Return copies, because a thread may sum again while they are written. They include a round that was not undone."""
         found = {name: Entry(tensor.clone(), "additive") for name, tensor in self.held.items()}
         found["rounds"] = Entry(torch.tensor([self.rounds + bool(self._round)]))
         return found | {f"method/{name}": Entry(tensor) for name, tensor in self.method.state_dict().items()}
@@ -140,10 +141,10 @@ class Compressed(FlatReducer):
         self.method.load_state_dict(mine)
 
     def resume_from(self, before: Reducer | None) -> None:
-        """What the dead held back is lost. Collective over all ranks."""
+        """Take over the state; the residuals of failed ranks are lost. Collective over all ranks."""
         state: dict[str, Tensor] = {}
         if before is not None:
-            before.end_round(False)  # the step that failed
+            before.end_round(False)  # undo the failed step
             state = {name: entry.tensor for name, entry in before.state_dict().items()}
         common = self.comm.bcast({name: tensor.cpu().numpy() for name, tensor in state.items() if name not in self.held})
         own = {name: tensor for name, tensor in state.items() if name in self.held}

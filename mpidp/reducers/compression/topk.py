@@ -82,7 +82,7 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """comm.compress=randomk: sends one value of each range of 1 / ratio values. The places are drawn anew in each round with the
+    """comm.compress=randomk: sends one value of each range of 1 / ratio values. The places are drawn again in each round with the
     same seed on all ranks, so only values are sent, and their sum is exact up to rounding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
