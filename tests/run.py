@@ -103,9 +103,9 @@ PARTS: dict[str, list[Command]] = {
     "faults": [alone(*THREE_AT_A_TIME, "tests/faults", again=True)],
     "soak-short": [plain("python", "-m", "tests.faults.soak", "--short")],
     "openmpi": [
-        openmpi(3, "tests/mpi"),
+        openmpi(3, "tests/mpi", MPIDP_LEVEL="quick"),
         openmpi(3, "tests/c10d"),
-        openmpi(4, "tests/laws", "-k", "ranks or resume or elastic"),
+        openmpi(4, "tests/laws", "-k", "ranks or resume or elastic", MPIDP_LEVEL="quick"),
         openmpi(3, "tests/hybrid", MPIDP_EVERY="6"),
         openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_EVERY="6"),
     ],
@@ -127,7 +127,8 @@ PARTS: dict[str, list[Command]] = {
         benchmark("c10d.py --kib 1,1024 --models 1M --repeats 2", ranks=2),
     ],
     "long": [
-        mpich(4, "tests/methods"), openmpi(4, "tests/methods"), mpich(2, "tests/mpi"), mpich(3, "tests/mpi"),
+        mpich(4, "tests/methods"), openmpi(4, "tests/methods"),
+        mpich(2, "tests/mpi"), mpich(3, "tests/mpi"), openmpi(3, "tests/mpi"),
         mpich(8, "tests/hybrid"), openmpi(4, "tests/hybrid"), mpich(8, "tests/laws"), openmpi(8, "tests/laws"),
         alone(*THREE_AT_A_TIME, "tests/faults", again=True),
     ],

@@ -1,8 +1,9 @@
 """The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
-On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group; the sum ends in slot 0
-of the first rank. Between groups the owners of a slice exchange messages. Each sends the remaining tree nodes of its group to the
-other owners, to each its part of the slice; adds the nodes of all groups for its own part; and the owners exchange the sums.
+On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum ends in slot 0
+of the first rank. Between groups, the owners of the same slice exchange messages: the slice is cut into one part per group; each
+owner sends every other owner its part of the remaining tree nodes, adds the nodes of all groups for its own part, and sends this
+sum to the others.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class FoldPlan:
 
 
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
-    """Return the number of gradient buffers that a rank needs which begins with the lanes `mine`. max_lanes: it may later own any
-    range of up to this many lanes (0: it keeps `mine`). static: lanes are fixed before each step; otherwise two more buffers are
-    needed. kept_apart: some steps observe single lanes. Independent."""
+    """Return the number of gradient buffers that a rank needs. mine: its lanes at the start. max_lanes: if above 0, the rank may
+    later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two more buffers are
+    needed. kept_apart: whether some steps observe single lanes. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
@@ -65,7 +66,7 @@ class Tree(Reducer):
         self.observe_lanes(())
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        self._observers = observers
+        self._lane_observers = observers
         self._share = self.lanes.num_lanes == self.lanes.num_micro_batches and not observers
         self.discard()
 
@@ -99,7 +100,7 @@ class Tree(Reducer):
 
     def close(self, v: int, chunk: int = 0) -> None:
         if v in self._last and self._folds is None:
-            for observe in self._observers:
+            for observe in self._lane_observers:
                 observe(self._last[v], self.buffer.flat[self._slots[chunk]])
             self._fold(self._tree_sums[chunk].close(self._last[v]), *self.spans[chunk])
 
@@ -108,7 +109,7 @@ class Tree(Reducer):
             self.buffer.flat[into, start:stop] += self.buffer.flat[source, start:stop]
 
     def overlaps(self) -> bool:
-        return self.worker is not None and not self._observers and self.shares.static
+        return self.worker is not None and not self._lane_observers and self.shares.static
 
     def begin(self, bucket: Bucket) -> None:
         self._fold(self._folds or [], bucket.start, bucket.stop)

@@ -62,18 +62,18 @@ class Delayed(Synchronous):
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer = self.reducer
-        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
         self._background = Background()
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Independent."""
+        """Return staleness + 1: one slot for the current batch and one for each in flight. Independent."""
         return options.staleness + 1
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Independent."""
+        """Accumulate the gradient of micro-batch v in the current slot. Independent."""
         if self._fresh:
             self.buffer.flat[self._slot].zero_()
             self._fresh = False
@@ -81,7 +81,7 @@ class Delayed(Synchronous):
         yield
 
     def discard(self) -> None:
-        """Independent."""
+        """Discard the gradient of the current step. Independent."""
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
@@ -142,7 +142,7 @@ class Delayed(Synchronous):
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Independent."""
+        """Load the state, with the sums that were in flight. Independent."""
         late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
         super().load_state_dict({name: value for name, value in state.items() if name not in late})
         self._in_flight.clear()
@@ -154,11 +154,11 @@ class Delayed(Synchronous):
             self._slot = self._slot % (self.options.staleness + 1) + 1
 
     def release(self) -> None:
-        """Independent."""
+        """Release the parameters, and drop the sums in flight. Independent."""
         super().release()
         self._in_flight.clear()
 
     def close(self) -> None:
-        """Collective over compute_comm."""
+        """Stop the thread and free the memory. Collective over compute_comm."""
         self._background.close()
         super().close()

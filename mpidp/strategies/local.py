@@ -2,7 +2,7 @@
 
 A rank updates its own parameters from its own lanes (inner steps). Every `sync_every` steps
 
-- with group=all, the outer gradient anchor - theta_r is averaged over the ranks, weighted by target tokens. Then SGD with
+- with group=all, the outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with
   Nesterov momentum makes an outer step from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with
   outer_momentum=0 is local SGD (Stich 2019): parameters are averaged. `fragments`: parts of the model are averaged in turn
   (Douillard 2025, Streaming DiLoCo, section 2.2). `overlap`: an average is started, and applied one round later to the parameters
@@ -68,11 +68,11 @@ class Local(Synchronous):
         self._momentum = torch.zeros_like(self._anchor)
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Independent."""
+        """Return the number of slots for overlap: SUM and OWN. Independent."""
         return 2 * options.overlap
 
     def start(self) -> None:
-        """Collective over compute_comm."""
+        """Make all replicas and anchors equal to rank 0's parameters. Collective over compute_comm."""
         super().start()
         if self._outer:
             self._anchor.copy_(self.flat)
@@ -210,7 +210,7 @@ class Local(Synchronous):
             self._momentum.copy_(state["outer/momentum"])
 
     def close(self) -> None:
-        """Collective over compute_comm."""
+        """Stop the thread and free communicators and memory. Collective over compute_comm."""
         self._background.close()
         self._peers.close()
         super().close()

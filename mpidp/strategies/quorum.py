@@ -73,7 +73,7 @@ class Quorum(Synchronous):
             )
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
-        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it is in a thread, and the core is wanted
+        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floats, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
@@ -91,7 +91,7 @@ class Quorum(Synchronous):
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received there from each rank
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Independent."""
+        """Return staleness + 1 (see the class). Independent."""
         return options.staleness + 1
 
     def start(self) -> None:
@@ -107,7 +107,7 @@ class Quorum(Synchronous):
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Independent."""
+        """Accumulate the gradient of micro-batch v in the current slot. Independent."""
         self._begin()
         self.buffer.point(self._slot)
         yield
@@ -126,7 +126,7 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def discard(self) -> None:
-        """Independent."""
+        """Discard the gradient of the current step. Independent."""
         if self._slot:
             self.buffer.flat[self._slot].zero_()
 
@@ -273,7 +273,7 @@ class Quorum(Synchronous):
         self._steps, self._joined = int(own["steps"]), [row for row in joined if len(row) == len(self._lanes)]
 
     def release(self) -> None:
-        """Independent."""
+        """Release the parameters, and end the thread. Independent."""
         super().release()
         self._closing = True
 

@@ -74,7 +74,7 @@ class Server(Synchronous):
         return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Independent."""
+        """Return 1 on servers, which need a slot to receive into, else 0. Independent."""
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
@@ -294,6 +294,6 @@ class Server(Synchronous):
                 flat[self._mine] = state[f"server{name}"][self._mine].to(flat.device)
 
     def close(self) -> None:
-        """Collective over compute_comm."""
+        """Free the communicator and the memory. Collective over compute_comm."""
         self._among.Free()
         super().close()

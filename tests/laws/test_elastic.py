@@ -287,7 +287,7 @@ def test_a_glitch_is_found_and_its_step_done_again(
     run = train(n, corpus(shared_folder), shared_tmp, inject="wrong:1:4",
                 train={"audit_every": 4, "balance": kind, "noise_every": 4})
     found = run.events("audit")
-    assert [(e["of_step"], e["then"]) for e in found] == [(4, "the step is done again")] and 1 in found[0]["ranks"]
+    assert [(e["of_step"], e["then"]) for e in found] == [(4, "the step is computed again")] and 1 in found[0]["ranks"]
     quiet = train(n, corpus(shared_folder), shared_tmp / "quiet", train={"audit_every": 4, "balance": kind, "noise_every": 4})
     same(run, quiet)
     assert run.sha256 == alone.sha256
