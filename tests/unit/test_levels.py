@@ -54,3 +54,16 @@ def test_make_and_ci_know_every_part() -> None:
     assert targets >= set(run.PARTS) | {"test", "check"}
     ci = [part for part, _ in run.TEST + run.CHECK + run.BESIDE_CHECK]
     assert {part for part in run.PARTS if part not in ("long", "soak", "slurm")} == set(ci)
+
+
+def test_tables_and_selections_name_tests_that_exist() -> None:
+    """A renamed test must not leave its level or a part unnoticed."""
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").glob("*/test_*.py")}
+    for start, _, _ in levels.TABLES:
+        file, _, name = start.partition("::")
+        assert any(path.startswith(file) and f"def {name}" in text for path, text in sources.items()), start
+    for words, folder in ((run.OPENMPI_METHODS, "methods"), (run.SLURM_SHORT, "slurm"), ("ranks or resume or elastic", "laws")):
+        text = "".join(path + text for path, text in sources.items() if path.startswith(f"tests/{folder}/"))
+        assert [word for word in words.split(" or ") if word.rstrip("0123456789") not in text] == []
+    paths = {word for commands in run.PARTS.values() for command in commands for word in command.words if "tests/" in word}
+    assert paths and all((ROOT / path.removeprefix("--ignore=")).exists() for path in paths)
