@@ -183,7 +183,9 @@ class Reducer:
         """Return the L2 norm of a flat gradient (num_elements,) on this rank. Independent; if the model is cut, collective over
         the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
-        return math.sqrt(squares.cumsum(0)[-1]) if self._norm_over_parts is None else self._norm_over_parts(self.buffer, squares, flat)
+        if self._norm_over_parts is None:
+            return math.sqrt(squares.cumsum(0)[-1])
+        return self._norm_over_parts(self.buffer, squares, flat)
 
     def scale(self, factor: float) -> None:
         """Multiply the sum. Collective over the group."""
