@@ -39,7 +39,10 @@ T = TypeVar("T")
 
 def main() -> None:
     """Run all checks; print the table, write cluster.json, set the exit code. Collective over COMM_WORLD."""
-    parser = Parser(prog=program("mpidp.doctor"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog=program("mpidp.doctor"), usage="[mpirun -np N] %(prog)s [options]", description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--gpu", action="store_true", help="require GPUs, and test whether MPI accepts device pointers")
     parser.add_argument("--network", action="store_true", help="measure with larger messages, for longer")
     add_data(parser, "to check: is it available on every node, and how fast is it read?", kind=Path)

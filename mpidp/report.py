@@ -27,10 +27,15 @@ from mpidp.runtime.environment import launcher_rank
 from mpidp.runtime.files import write_file
 from mpidp.runtime.options import add_out, program
 
+DESCRIPTION = """\
+Report what runs did, and where their time and energy went. Writes one HTML file without scripts or network access. Several
+runs are compared. docs/report.md explains how to read it."""
+
 
 def main() -> None:
     """Read the runs and write the report. Independent."""
-    parser = Parser(prog=program("mpidp.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=program("mpidp.report"), usage="%(prog)s RUN [RUN ...] [options]", description=DESCRIPTION,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs (run.dir)")
     add_out(parser, "the HTML file to write (%(default)s)", metavar="FILE", default="report.html")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write the charts as PNG (pip install 'mpidp[report]')")

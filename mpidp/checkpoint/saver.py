@@ -68,11 +68,11 @@ class Saver:
         self.step = step
 
     def seen_before(self, failures: int, trained: float) -> None:
-        """Set the number of failures in the seconds of training that metrics.jsonl records. Independent."""
+        """Set the number of failures and the seconds of training so far, as recorded in metrics.jsonl. Independent."""
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return (4,) for the step report: does the thread wait for records, write, fail; is a save due by the clock?"""
+        """Return four flags for the step report: the thread waits for records, writes, fails; a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)

@@ -30,7 +30,7 @@ EXCHANGE_SECONDS = 600  # then torch ends the process; run.hang_seconds ends it 
 
 
 class Nccl(Messages):
-    """Messages over NCCL between ranks that share no memory. Uses torch's default process group, which a process has once.
+    """Messages over NCCL between ranks that share no memory. Uses torch's default process group, of which a process has one.
     Exchanges are Collective over comm."""
 
     in_thread = False  # reductions use the same stream as computation: a thread would hide nothing

@@ -48,9 +48,9 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """Return how gradients reach MPI: "host" for CPU tensors; for CUDA `wanted`, i.e. "staged" (through pinned memory), "device"
-    (device pointers) or "nccl" (without MPI). auto: "device" if the probe succeeds on every rank, else "staged". Collective over
-    comm."""
+    """Return how gradients are exchanged. CPU tensors: "host". CUDA tensors: as wanted, "staged" (through pinned memory),
+    "device" (device pointers passed to MPI) or "nccl" (without MPI); with wanted="auto", "device" if the probe succeeds on every
+    rank, else "staged". Collective over comm."""
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

@@ -12,7 +12,7 @@ from mpidp.runtime.files import write_file
 
 
 class RestartLog:
-    """The starts in a row from the same checkpoint that failed. Independent."""
+    """Counts the failed starts in a row from the same checkpoint. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
         """begun: True in a process that joins a start which is already counted."""

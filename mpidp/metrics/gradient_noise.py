@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Noise:
-    """Estimates of one step, or means over steps. Both are unbiased. signal_square can be negative: average, then divide."""
+    """Estimates of one step, or means over steps. Both are unbiased, and signal_square can be negative."""
 
     signal_square: float  # |g|^2, squared norm of the gradient of the mean loss per token
     trace: float  # tr(Sigma) of the gradient of one token; unit: that of signal_square times tokens

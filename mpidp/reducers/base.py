@@ -75,7 +75,7 @@ class Reducer:
     ) -> None:
         """norm_over_parts: computes the norm over the whole model, if this rank has a part of it."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
-        self.observers, self._over_parts = observers, norm_over_parts
+        self.observers, self._norm_over_parts = observers, norm_over_parts
         self.comm = group.rail
         self.wait = group.wait  # how to wait for requests in a reduction
         self.worker: BucketWorker | None = None  # reduces during backward (overlap.py)
@@ -88,16 +88,16 @@ class Reducer:
         """Set the gradient buffer, which has at least num_slots slots. Independent."""
         self.buffer = buffer
 
-    def wait_by(self, wait: Wait | None) -> None:
+    def set_wait(self, wait: Wait | None) -> None:
         """Set how to wait for requests in a reduction; None: as the group does. Independent; call it between steps."""
         self.wait = wait or self.group.wait
 
-    def overlap_by(self, way: str, wait: Wait | None, worker: BucketWorker | None) -> None:
-        """Set the worker that reduces buckets during backward; None: no overlap. way: the name of the overlap mode (overlap.py).
+    def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
+        """Set the worker that reduces buckets during backward; None: no overlap. mode: a key of OVERLAP_WAITS (overlap.py).
         Independent; call it between steps."""
         self.stop_worker()
-        self.overlap_mode, self.worker = way, worker
-        self.wait_by(wait)
+        self.overlap_mode, self.worker = mode, worker
+        self.set_wait(wait)
 
     def stop_worker(self) -> None:
         """Stop the reducing thread, if there is one. Independent."""
@@ -146,16 +146,16 @@ class Reducer:
                 self.worker.wait()
             else:
                 for bucket in self.buffer.buckets:
-                    self.turn(bucket)
+                    self.reduce_observed(bucket)
         self._fresh = True
         self.buffer.point(0)
 
-    def turn(self, bucket: Bucket) -> None:
+    def reduce_observed(self, bucket: Bucket) -> None:
         """Reduce one bucket and report it to the observers. Collective over all ranks."""
-        with self._seen(bucket):
+        with self._observed(bucket):
             self.reduce(bucket)
 
-    def _seen(self, bucket: Bucket) -> AbstractContextManager[Any]:
+    def _observed(self, bucket: Bucket) -> AbstractContextManager[Any]:
         self.observers.reducing(bucket.index)
         return self.observers.span(f"bucket {bucket.index}", bytes=4 * (bucket.stop - bucket.start))
 
@@ -173,9 +173,9 @@ class Reducer:
         if self.group.node.size > 1:
             with self.transport.timed():
                 self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        if self._over_parts is None:
+        if self._norm_over_parts is None:
             return math.sqrt(squares.cumsum(0)[-1])
-        norm = self._over_parts(self.buffer, squares, total)
+        norm = self._norm_over_parts(self.buffer, squares, total)
         self.group.fence()  # all ranks have read the sum before any rank scales it
         return norm
 
@@ -183,7 +183,9 @@ class Reducer:
         """Return the L2 norm of a flat gradient (num_elements,) on this rank. Independent; if the model is cut, collective over
         the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
-        return math.sqrt(squares.cumsum(0)[-1]) if self._over_parts is None else self._over_parts(self.buffer, squares, flat)
+        if self._norm_over_parts is None:
+            return math.sqrt(squares.cumsum(0)[-1])
+        return self._norm_over_parts(self.buffer, squares, flat)
 
     def scale(self, factor: float) -> None:
         """Multiply the sum. Collective over the group."""
@@ -221,9 +223,9 @@ class FlatReducer(Reducer):
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
 
-    def turn_of(self, flat: torch.Tensor, bucket: Bucket) -> None:
+    def sum_observed(self, flat: torch.Tensor, bucket: Bucket) -> None:
         """Call sum() and report it to the observers. Collective over all ranks."""
-        with self._seen(bucket):
+        with self._observed(bucket):
             self.sum(flat, bucket)
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:

@@ -87,10 +87,10 @@ class ReduceThread:
                 self._changed.notify_all()
 
 
-def use(reducer: Reducer, way: str) -> None:
+def use(reducer: Reducer, mode: str) -> None:
     """Reduce with this overlap mode from now on. Independent; call it between steps."""
-    wait = OVERLAP_WAITS[way]
-    reducer.overlap_by(way, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.turn))
+    wait = OVERLAP_WAITS[mode]
+    reducer.set_overlap(mode, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.reduce_observed))
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
@@ -107,15 +107,15 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
     # Exclude it also if it would use a different MPI call with different bits: a measurement must not decide the bits.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
-    seconds = measure(reducer, comm, {way: wait for way, wait in OVERLAP_WAITS.items() if way != "poll" or poll})
+    seconds = measure(reducer, comm, {mode: wait for mode, wait in OVERLAP_WAITS.items() if mode != "poll" or poll})
     reducer.transport.pop_counts()  # the measurement does not count as communication of a step
     best = min(seconds, key=seconds.__getitem__)
     use(reducer, best)
-    compared = ", ".join(f"{way} {one / seconds['none']:.2f}" for way, one in seconds.items())
+    compared = ", ".join(f"{mode} {one / seconds['none']:.2f}" for mode, one in seconds.items())
     return f"{best} (measured, relative time of computation and reduction: {compared})"
 
 
-def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
+def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
     """Return the seconds of the slowest rank for each overlap mode. The test computes as long as a reduction takes, and completes
     bucket by bucket. It overwrites the gradients. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
@@ -150,11 +150,11 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, ways: Mapping[str, Wait | Non
 
     slowest(reduce_all)  # warm up: open connections, touch memory
     each = min(slowest(reduce_all) for _ in range(2)) / len(buckets)
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, list[float]] = {mode: [] for mode in modes}
     for _ in range(PROBE_ROUNDS):
-        for way, wait in ways.items():
-            reducer.wait_by(wait)
-            found[way].append(slowest(partial(plain if wait is None else overlapped, each)))
-    reducer.wait_by(None)
+        for mode, wait in modes.items():
+            reducer.set_wait(wait)
+            found[mode].append(slowest(partial(plain if wait is None else overlapped, each)))
+    reducer.set_wait(None)
     reducer.load_state_dict({})  # forget the sums of the measurement
-    return {way: statistics.median(times) for way, times in found.items()}
+    return {mode: statistics.median(times) for mode, times in found.items()}

@@ -62,7 +62,7 @@ class Delayed(Synchronous):
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer = self.reducer
-        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
+        self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
         self._background = Background()
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
@@ -103,7 +103,7 @@ class Delayed(Synchronous):
         """Sum the gradient, in the thread. Collective over compute_comm."""
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
-            self._flat_reducer.turn_of(self.buffer.flat[pending.slot], bucket)
+            self._flat_reducer.sum_observed(self.buffer.flat[pending.slot], bucket)
         self._flat_reducer.end_round(applied=True)  # residuals contain finite values only
 
     def _apply(self, lr: float, pending: PendingUpdate) -> StepStats:

@@ -62,7 +62,7 @@ class Local(Synchronous):
         self._in_flight: list[Task | None] = [None] * options.fragments  # by fragment
         self._background = Background()
         if options.overlap:
-            self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])
+            self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])
         self._steps = 0
         self._anchor = self.flat.clone() if self._outer else torch.empty(0)
         self._momentum = torch.zeros_like(self._anchor)
@@ -147,7 +147,7 @@ class Local(Synchronous):
 
     def _sum(self, flat: Tensor, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            self._flat_reducer.turn_of(flat, bucket)
+            self._flat_reducer.sum_observed(flat, bucket)
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:

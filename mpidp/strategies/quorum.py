@@ -73,7 +73,7 @@ class Quorum(Synchronous):
             )
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
-        self._flat_reducer.wait_by(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
+        self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floats, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
@@ -252,7 +252,7 @@ class Quorum(Synchronous):
             flat += self.buffer.flat[other]
             self._free.append(other)
         for bucket in self.buffer.buckets:
-            self._flat_reducer.turn_of(flat, bucket)
+            self._flat_reducer.sum_observed(flat, bucket)
         self._flat_reducer.end_round(applied=True)  # residuals contain finite values only
         self._summed.put(Round(slot, tokens, joined))
 

@@ -315,4 +315,5 @@ def test_sent_bytes_are_those_foretold(
     (found, s), _ = at(2, sent)
     model = ModelSizes(s.num_layers, s.model_dim, s.hidden_dim, s.num_heads, s.num_kv_heads, s.vocab_size, s.seq_len)
     work = Work(2, 2, float(recompute), 2 if dtype == "bfloat16" else 4, sequence=sequence)
-    assert found == step_of(model, Shape(1, 1, 2), work, Machine(1.0, 1.0, LinkSpeed(0.0, 1.0), LinkSpeed(0.0, 1.0), 8, 8)).tp_bytes
+    machine = Machine(1.0, 1.0, LinkSpeed(0.0, 1.0), LinkSpeed(0.0, 1.0), 8, 8)
+    assert found == step_of(model, Shape(1, 1, 2), work, machine).tp_bytes

@@ -53,5 +53,5 @@ def test_a_few_odd_ones_do_not_move_it(odd: int) -> None:
 
 def test_batches_that_are_passed_over() -> None:
     at = Position(step=5, skipped=2, skipped_in_a_row=2)
-    at.go_on_with(11)
+    at.skip_to(11)
     assert (at.batch, at.step, at.skipped, at.skipped_in_a_row) == (11, 5, 6, 0)
