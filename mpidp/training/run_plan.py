@@ -1,4 +1,4 @@
-"""A resolved run, before anything large is made: what is said of it, and what it demands of a checkpoint that it goes on from."""
+"""The plan of a run: the data is open and checked, and the configuration is resolved, before any large memory is used."""
 
 from __future__ import annotations
 
