@@ -1,8 +1,7 @@
-"""How the lanes of a step are shared out among the ranks: evenly, by measured speed, or by stealing. Pure.
+"""Distribution of the lanes of a step among the ranks: even, by measured speed, or by work stealing. Pure.
 
-Ranks are numbered by place (node after node), and the ranges of neighbouring places are neighbours. Who computes a lane never
-changes a bit of the sum, so a balance is free to change its mind; all ranks must only make it up from the same numbers.
-"""
+Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. Which rank computes a lane does not
+change the sum, so the distribution may change at any step, as long as all ranks derive it from the same numbers."""
 
 from __future__ import annotations
 
@@ -18,25 +17,24 @@ from mpidp.data.lanes import even_ranges
 if TYPE_CHECKING:
     from mpidp.comm.work_stealing import Tickets
 
-FIRST_STEPS, EVERY_STEPS = 5, 10  # measured before the first change, and between changes
-MEMORY_STEPS = 20  # whose median is a rank's speed
-WORTH = 0.95  # of the time of the slowest rank: only what is predicted to be below is a reason to change
-SHORTEST_SECONDS = 1e-9  # a lane; clocks may say 0
+FIRST_STEPS, EVERY_STEPS = 5, 10  # number of measured steps before the first change, and between changes
+MEMORY_STEPS = 20  # a rank's speed is the median over so many steps
+WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction
+SHORTEST_SECONDS = 1e-9  # of a lane; a clock may measure 0
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
-    """Contiguous lanes for each place, 1 to max_lanes, such that the slowest is done as soon as can be. Independent.
+    """Return contiguous lanes for each place, 1 to max_lanes, that minimize the time of the slowest rank. Independent.
 
-    Each next lane goes to who would be done with it first, which is the optimum, since the cost of one more lane never falls;
-    of equals the lower place takes it. ValueError when there are too few lanes, or more than max_lanes a rank.
-    """
+    Each next lane goes to the rank that would finish it first. This is optimal because the cost of one more lane never falls.
+    Ties go to the lower place. ValueError if there are too few lanes, or more than max_lanes per rank."""
     size = len(seconds_per_lane)
     most = num_lanes if max_lanes is None else max_lanes
     if not size <= num_lanes <= size * most:
-        raise ValueError(f"{num_lanes} lanes cannot be shared out among {size} ranks, 1 to {most} each")
+        raise ValueError(f"{num_lanes} lanes cannot be distributed among {size} ranks, 1 to {most} each")
     counts = [1] * size
     seconds = [max(SHORTEST_SECONDS, one) for one in seconds_per_lane]
-    done = [(2 * one, place) for place, one in enumerate(seconds) if most > 1]  # when, with one lane more
+    done = [(2 * one, place) for place, one in enumerate(seconds) if most > 1]  # (time with one more lane, place)
     heapq.heapify(done)
     for _ in range(num_lanes - size):
         _, place = heapq.heappop(done)
@@ -49,34 +47,33 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
 
 @dataclass(frozen=True)
 class Terms:
-    """What a balance is made of; it takes what it needs."""
+    """The arguments of a balance. Each kind uses those that it needs."""
 
     num_lanes: int
     size: int  # ranks that share the lanes
     place: int  # of this rank
-    max_lanes: int | None = None  # that a rank may ever own: there are gradient slots for them (measured)
+    max_lanes: int | None = None  # the most lanes per rank, limited by its gradient slots (measured)
     tickets: Tickets | None = None  # of this rank's node (steal)
     first_place: int = 0  # of this rank's node (steal)
-    may_steal: Callable[[], bool] = lambda: True  # is there room for the gradient of one more lane? (steal)
-    idle: int = 0  # of the ranks, the last, which compute nothing (even)
+    may_steal: Callable[[], bool] = lambda: True  # is there a free slot for the gradient of one more lane? (steal)
+    idle: int = 0  # the number of last ranks that compute nothing (even)
 
 
 class Balance(Protocol):
-    """Who computes which lanes."""
+    """Which rank computes which lanes."""
 
-    ranges: list[range]  # of this step, by place: what a rank expects to compute
-    static: bool  # are they what it will compute?
+    ranges: list[range]  # lanes of this step by place, as known before the step
+    static: bool  # no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """The lanes that this rank computes of global batch number `batch`, one by one as it comes to them. Every rank calls
-        this once a step. Independent."""
+        """Yield the lanes that this rank computes of global batch `batch`. Every rank calls this once per step. Independent."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """After a step: the seconds that each place computed, and how many lanes; the same numbers on every rank. Words for
-        the log when the ranges change. Independent."""
+        """Take the seconds of computing and the number of lanes of each place in the last step; the same on every rank. Returns a
+        message for the log if the ranges change. Independent."""
 
     def close(self) -> None:
-        """The end of the run. Collective over the ranks of a node."""
+        """Release shared memory. Collective over the ranks of a node."""
 
 
 class Even:
@@ -90,19 +87,19 @@ class Even:
         self.ranges += terms.idle * [range(terms.num_lanes, terms.num_lanes)]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """The own range."""
+        """Yield this rank's range."""
         return iter(self.ranges[self.terms.place])
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Nothing to learn."""
+        """Never changes the ranges."""
         return None
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Does nothing."""
 
 
 class Measured(Even):
-    """More lanes for faster ranks, by the median of what a lane took them. ValueError when max_lanes is too low."""
+    """Gives more lanes to faster ranks, by the median time per lane. ValueError if max_lanes is too low."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -111,7 +108,7 @@ class Measured(Even):
         self._wait = FIRST_STEPS
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Every few steps: other ranges, where they make the slowest rank's compute faster by more than noise does."""
+        """Every few steps, change the ranges if this speeds up the slowest rank by more than noise would."""
         for memory, spent, count in zip(self._measured, seconds, counts, strict=True):
             if count:
                 memory.append(spent / count)
@@ -123,32 +120,32 @@ class Measured(Even):
         speed = [median(memory) for memory in memories]
         num_lanes = self.terms.num_lanes
         candidates = [even_ranges(num_lanes, self.terms.size), by_speed(num_lanes, speed, self.terms.max_lanes)]
-        best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # the even cut, where it is as good
-        # The older and the newer half must both agree: a spell of noise in one of them is no reason to change.
+        best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # prefers the even ranges if they are as good
+        # Both the older and the newer half must agree, so that noise in one of them causes no change.
         older = [median(memory[: len(memory) // 2]) for memory in memories]
         newer = [median(memory[len(memory) // 2 :]) for memory in memories]
         if any(slowest(best, each) >= WORTH * slowest(self.ranges, each) for each in (speed, older, newer)):
             return None
         old, new = (" ".join(str(len(lanes)) for lanes in ranges) for ranges in (self.ranges, best))
         self.ranges = best
-        return f"lanes {old} -> {new} (measured {' '.join(f'{one:.3g}' for one in speed)} s a lane)"
+        return f"lanes {old} -> {new} (measured {' '.join(f'{one:.3g}' for one in speed)} s per lane)"
 
 
 class Steal:
-    """An even start; who is done takes lanes of others on its node, while there is room for their gradients."""
+    """Starts with even ranges. A rank that is done takes lanes of other ranks on its node, while it has free slots."""
 
     static = False
 
     def __init__(self, terms: Terms) -> None:
         if terms.tickets is None:
-            raise ValueError("stealing needs the tickets of the node")
+            raise ValueError("work stealing needs the tickets of the node")
         self.ranges = even_ranges(terms.num_lanes, terms.size)
         self._tickets, self._may_steal = terms.tickets, terms.may_steal
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """The own lanes that no other has taken, then others'."""
-        self._tickets.begin(self._of_node)  # now, not with the first lane: others may steal before that
+        """Yield this rank's lanes that no other rank took, then lanes of other ranks."""
+        self._tickets.begin(self._of_node)  # before the first lane is asked for: other ranks may steal before that
         return self._take()
 
     def _take(self) -> Iterator[int]:
@@ -158,16 +155,16 @@ class Steal:
             yield lane
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Nothing to learn: every step begins evenly."""
+        """Never changes the ranges: every step starts evenly."""
         return None
 
     def close(self) -> None:
-        """Give up the tickets. Collective over the node."""
+        """Release the tickets. Collective over the node."""
         self._tickets.close()
 
 
 def slowest(ranges: Sequence[range], seconds_per_lane: Sequence[float]) -> float:
-    """Seconds of the rank that is done last. Independent."""
+    """Return the seconds of the slowest rank. Independent."""
     return max(len(lanes) * one for lanes, one in zip(ranges, seconds_per_lane, strict=True))
 
 

@@ -1,7 +1,7 @@
-"""train.init_from: where a run's first weights come from, a run of ours or a Hugging Face folder, and what they demand of it.
+"""train.init_from: initial weights from another run or from a Hugging Face folder.
 
-Weights alone are taken, into a fresh optimizer at step 0, each rank its own part of them on whatever mesh. RUN/init.json keeps
-what was found there: once there is a checkpoint, the run goes on without the folder.
+Only the weights are loaded; the optimizer starts fresh at step 0. Each rank loads its own part, on any mesh. RUN/init.json stores
+what was found in the source, so that the run can resume without it once there is a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
 from mpidp.runtime.world import raise_together
 
-KEYS = (  # of section model: what decides its weights and what they compute
+KEYS = (  # settings of section model that determine the shape and the meaning of the weights
     "kind", "options", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
     "rope_scaling", "norm_eps", "head_dim", "vocab_size",
 )
@@ -33,39 +33,39 @@ KEYS = (  # of section model: what decides its weights and what they compute
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run begins with."""
+    """The source of a run's initial weights."""
 
-    path: str  # as train.init_from has it
+    path: str  # the value of train.init_from
     settings: dict[str, Any]  # of section model
-    weights: Reader | ModelFolder | None = None  # None: the run has a checkpoint of its own
-    tokenizer: Path | None = None  # its tokenizer.json, where it has one
-    come_along: tuple[Path, ...] = ()  # files to be kept in RUN/hf
-    weights_sha256: str = ""  # once they were loaded
-    wanted_sha256: str = ""  # by a run that goes on with them; "": any will do
+    weights: Reader | ModelFolder | None = None  # None: the run resumes from its own checkpoint
+    tokenizer: Path | None = None  # tokenizer.json of the source, if it has one
+    come_along: tuple[Path, ...] = ()  # files to copy to RUN/hf
+    weights_sha256: str = ""  # set after loading
+    wanted_sha256: str = ""  # required by a run that resumes with these weights; "": any
 
     def completed(self, config: Config) -> Config:
-        """The config with the model that is there. UsageError for one that says otherwise. Pure."""
+        """Return the config with the model settings of the source. UsageError if the config contradicts them. Pure."""
         plain = Config().model
         wrong = [
-            f"model.{key}={said!r}, but it has {value!r}"
+            f"model.{key}={given!r}, but it has {value!r}"
             for key, value in self.settings.items()
-            if (said := getattr(config.model, key)) not in (value, getattr(plain, key))
+            if (given := getattr(config.model, key)) not in (value, getattr(plain, key))
         ]
         if wrong:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
         return config.with_values(model=self.settings)
 
     def check_tokenizer(self, data: Path, used: bytes) -> None:
-        """DataError unless `data` was prepared with the tokenizer that belongs to the weights. Independent."""
+        """Raise DataError unless `data` was prepared with the tokenizer of the source. Independent."""
         if self.tokenizer is not None and not tokens.same(self.tokenizer, used):
             raise DataError(
-                f"{data} was prepared with another tokenizer than {self.tokenizer}: its ids would mean other text to the model. "
-                f"Prepare the text again: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"
+                f"{data} was prepared with a different tokenizer than {self.tokenizer}, so its ids mean different text to "
+                f"the model. Prepare the text again with: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"
             )
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
-        """This rank's part of the weights, into a model that is whole on its replica's ranks. Afterwards their hash is known, by
-        which they are the same on any mesh. DataError for others than wanted. Collective over parts.grid.world."""
+        """Load this rank's part of the weights into the model, and compute the hash of all weights, which does not depend on the
+        mesh. DataError if it is not the required hash. Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
@@ -75,7 +75,7 @@ class Origin:
         return replace(self, weights_sha256=found)
 
     def keep(self, run_dir: Path) -> None:
-        """RUN/init.json, and in RUN/hf what belongs to the model besides. Independent."""
+        """Write RUN/init.json, and copy the files that belong to the model to RUN/hf. Independent."""
         if self.come_along:
             shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()
@@ -86,21 +86,21 @@ class Origin:
 
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
-    """What train.init_from names, checked; None where it names nothing. UsageError, DataError, CheckpointError. Collective over
-    world."""
+    """Open and check the source that train.init_from names; None if it names none. UsageError, DataError, CheckpointError.
+    Collective over world."""
     if not config.train.init_from:
         return None
     kept, is_run, path = None, False, Path(config.train.init_from)
     with raise_together(world):
         if world.rank == 0:
-            kept = None if config.model.lora_rank else _kept(config)  # adapters are saved without what they lie on
+            kept = None if config.model.lora_rank else _kept(config)  # checkpoints of adapters do not contain the base weights
             is_run = any((path / name).exists() for name in ("checkpoints", "manifest.json", "metrics.jsonl"))
             if path.exists() and path.resolve() == Path(config.run.dir).resolve():
-                raise UsageError(f"train.init_from={path} is run.dir itself: to go on with a run, leave train.init_from out")
+                raise UsageError(f"train.init_from={path} is run.dir itself. To resume a run, leave train.init_from out")
             if kept is None and not is_run and not (path / "config.json").is_file():
                 raise UsageError(
-                    f"train.init_from={path} is neither a run (no checkpoints) nor a Hugging Face folder (no config.json). A "
-                    "model of the Hub is fetched before: hf download NAME --local-dir DIR"
+                    f"train.init_from={path} is neither a run (no checkpoints) nor a Hugging Face folder (no config.json). "
+                    "Download a model of the Hub first: hf download NAME --local-dir DIR"
                 )
     kept, is_run = world.bcast((kept, is_run))
     if kept is not None:
@@ -115,7 +115,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
 
 
 def _kept(config: Config) -> Origin | None:
-    """As RUN/init.json has it, of a run that has a checkpoint."""
+    """The source as recorded in RUN/init.json, if the run has a checkpoint."""
     run_dir = Path(config.run.dir)
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None
@@ -133,7 +133,7 @@ def _of_run(path: str, reader: Reader) -> Origin:
     run = reader.path.parent.parent
     if reader.meta["config"].get("model.lora_rank", 0):
         raise UsageError.on_every_rank(
-            f"train.init_from={path} is a run of adapters: export it (python -m mpidp.export), and begin with that folder"
+            f"train.init_from={path} is a LoRA run. Export it with python -m mpidp.export, and use the exported folder"
         )
     with readable(reader.path):
         saved, plain = reader.meta["config"], Config().flat()

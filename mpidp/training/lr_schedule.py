@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """lr_at(step) for steps counted from 1."""
+    """A learning rate for each step. Steps count from 1."""
 
     kind: str  # cosine | linear | constant | wsd
     lr: float
@@ -17,8 +17,8 @@ class Schedule:
     total_steps: int
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up to lr, then: cosine or linear decay to min_lr at the last step; constant; or wsd, constant with
-        linear decay over the last fifth (warmup-stable-decay, Hu 2024). Pure."""
+        """Return the learning rate of a step: linear warm-up to lr, then one of cosine or linear decay to min_lr at the last
+        step; constant; or wsd, constant with linear decay over the last fifth (warmup-stable-decay, Hu 2024). Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -1,6 +1,6 @@
-"""A run as it was before one of its steps, on any number of ranks, and its batches learned from anew, compared with its record.
+"""Replay of a run: restore the state before a step, on any number of ranks, repeat the steps, and compare with the record.
 
-In memory: from the newest checkpoint before the step, or from the seed. Nothing is written where the run is.
+The replay starts from the newest checkpoint before the step, or from the seed. It works in memory and does not write to RUN.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mpidp.runtime.observers import StepObserver
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
 
-CLOSE = 1e-5  # relative, where the same bits cannot be had
+CLOSE = 1e-5  # relative difference that counts as close, where equal bits are not possible
 FIGURES = ("train_loss", "grad_norm", "lr")  # of a line of metrics.jsonl
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
          "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
-         "run.hang_seconds": 0.0}  # none of it changes a bit, but for what the fingerprint has
+         "run.hang_seconds": 0.0}  # these do not change the result, except for what the fingerprint records
 
 
 def say(world: Any, words: str) -> None:
-    """On rank 0. Independent."""
+    """Print a message on rank 0. Independent."""
     if world.rank == 0 and words:
         print(words, flush=True)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run left."""
+    """The files of a run that a replay uses."""
 
     path: Path
     lines: dict[int, dict[str, Any]]  # of metrics.jsonl, by step
@@ -49,7 +49,7 @@ class Record:
 
 
 def read_record(run: str, world: Any) -> Record:
-    """As rank 0 sees it. UsageError when there is no such run. Collective over world."""
+    """Read the record of a run on rank 0, for all ranks. UsageError if there is no such run. Collective over world."""
     from mpidp.checkpoint.manifest import committed
     from mpidp.runtime.world import raise_together
 
@@ -64,13 +64,13 @@ def read_record(run: str, world: Any) -> Record:
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
         if not last:
-            raise UsageError(f"{run}: no run is there, neither a step in metrics.jsonl nor a checkpoint")
+            raise UsageError(f"{run}: not a run, there is neither a step in metrics.jsonl nor a checkpoint")
     return world.bcast(Record(Path(run), lines, skipped, passed, saved, last), root=0)
 
 
 @dataclass
 class Seen:
-    """A batch that was learned from anew; without figures: the state from which the replay begins."""
+    """A replayed batch. Without figures: the state from which the replay starts."""
 
     step: int  # that it made, or was to make
     batch: int
@@ -90,7 +90,7 @@ class SumObserver(StepObserver):
         self._total = total.clone()
 
     def checksums(self, layout: Any) -> dict[str, int]:
-        """By parameter, in the order of the model; empty before the first step. Independent."""
+        """Return the checksums by parameter, in the order of the model. Independent."""
         from mpidp.faults.audit import checksum
 
         sums = list(zip(layout.placed(), layout.views(self._total), strict=True))
@@ -98,10 +98,10 @@ class SumObserver(StepObserver):
 
 
 class Replay:
-    """A run as it was before a step, or as near as its checkpoints are."""
+    """A run restored to its newest checkpoint before a step, or to its beginning."""
 
     def __init__(self, record: Record, last: int, options: Namespace, world: Any) -> None:
-        """UsageError for a step that the run did not get to, DataError without its data. Collective over world."""
+        """UsageError for a step that the run did not reach, DataError if its data is missing. Collective over world."""
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
         from mpidp.config import command_line, rules
@@ -117,7 +117,7 @@ class Replay:
                 reader = open_run(record.checkpoints[at], world)
                 break
             except CheckpointError as error:
-                say(world, f"passed over an invalid checkpoint: {error}")
+                say(world, f"skipped an invalid checkpoint: {error}")
         with raise_together(world):  # the settings in force: the next checkpoint's; after the last one, the last start's
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
@@ -126,28 +126,28 @@ class Replay:
             name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
             if kind(name, quorum) != "synchronous":
                 raise UsageError(
-                    f"{record.path} was trained with {rules.method_setting(name, quorum)}: its steps are its ranks' own, "
-                    "and only steps that all ranks made together can be replayed"
+                    f"{record.path} was trained with {rules.method_setting(name, quorum)}: replay supports synchronous "
+                    "runs only"
                 )
             if reader is not None and not settings.get("model.lora_rank", 0):
                 settings["train.init_from"] = ""  # all that it gave is in the checkpoint, but for what adapters lie on
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
             if not (Path(data) / "index.json").exists():
-                raise DataError(f"{record.path} was trained on {data}, and seen from here no shards are there: give --data DIR")
+                raise DataError(f"{record.path} was trained on {data}, which holds no shards here: give --data DIR")
         with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
             settings["run.dir"] = world.bcast(scratch, root=0)
             plain = command_line.from_args([f"--{key}={value}" for key, value in settings.items()])
             # An audit that is never due: there is room for the gradient of a micro-batch aside.
             self.plan = plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
             if meta and meta["data"] != self.plan.training.index_sha256:
-                raise DataError.on_every_rank(f"{data} holds other data than {record.path} was trained on: give --data DIR")
+                raise DataError.on_every_rank(f"{data} is not the data that {record.path} was trained on: give --data DIR")
             self._sums = SumObserver()
             self.job = build.build(self.plan, observers=[self._sums])
         if (begun := self.job.record.meta.get("init_from")) is not None:
             self.source = f"the weights of {begun['path']}"
             if begun != meta.get("init_from", begun):
-                raise DataError.on_every_rank(f"{begun['path']} has other weights now than {record.path} began with")
+                raise DataError.on_every_rank(f"{begun['path']} has changed since {record.path} started from it")
         if reader is not None:
             restore(self.job, reader)
             self.source = str(reader.path)
@@ -157,10 +157,10 @@ class Replay:
         if now["reducer"] != "tree" and not meta.get("ranks") == world.size == 1:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
         say(world, f"{record.path}: {last - self.start} steps to replay, {self.start + 1} to {last}, from {self.source}"
-             + (f"; the bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""))
+             + (f"; bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""))
 
     def batches(self, inside: bool) -> Iterator[Seen]:
-        """The state to begin from, then each batch up to the last step; inside: look into that one's micro-batches.
+        """Yield the first state, then each batch up to the last step. inside: also record the micro-batches of the last step.
         Collective over job.comm."""
         from mpidp.training.loop import close
         from mpidp.training.step import compute
@@ -187,7 +187,7 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Each micro-batch by itself, in a spare slot: its mean loss, and the norm of that one's gradient. Collective."""
+        """Compute each micro-batch alone, in a spare slot: mean loss and gradient norm. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b
@@ -203,14 +203,14 @@ class Replay:
         return [row for part in job.comm.allgather(rows) for row in part]
 
     def tensors(self) -> dict[str, Any]:
-        """Parameters in model order, then optimizer state, by their names in a checkpoint. Independent."""
+        """Return parameters in model order, then optimizer state, by their names in a checkpoint. Independent."""
         from mpidp.checkpoint.local_parameters import parameters_of
 
         found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}
         return found | {f"strategy/{name}": entry.tensor for name, entry in self.job.strategy.state_dict().items()}
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:
-        """(is it as recorded?, words) of each thing that the run recorded of this batch. Collective over job.comm."""
+        """Compare a batch with its record: (equal?, message) for each recorded figure. Collective over job.comm."""
         line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
         if not seen.figures or seen.skipped or recorded:
             words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"

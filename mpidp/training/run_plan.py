@@ -39,10 +39,10 @@ from mpidp.training.initial_weights import Origin, open_origin
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A resolved run, before anything large is made."""
+    """A resolved run: configuration, data, grid of ranks, model shape. Holds no large memory."""
 
-    config: Config  # nothing left open
-    asked_threads: int  # as the user gave it; 0: automatic
+    config: Config  # resolved: no automatic values left
+    asked_threads: int  # train.threads as the user set it; 0: automatic
     grid: Grid
     device: torch.device
     training: TokenStream
@@ -50,8 +50,8 @@ class RunPlan:
     sampler: Sampler
     lanes: Lanes
     shape: Shape
-    arrivals: Order  # at parameter servers or in a quorum, to be repeated
-    origin: Origin | None = None  # of the first weights, where they are not drawn
+    arrivals: Order  # order of arrivals to replay, at parameter servers or in quorum rounds
+    origin: Origin | None = None  # source of the initial weights; None: drawn at random
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -63,7 +63,7 @@ class RunPlan:
 
     @property
     def mesh(self) -> Topology:
-        """The replicas of this rank's part of the model, which is all of it unless mesh.tp or mesh.pp say otherwise."""
+        """The replicas of this rank's part of the model; of the whole model unless mesh.tp or mesh.pp are above 1."""
         return self.grid.replicas
 
     @property
@@ -72,8 +72,8 @@ class RunPlan:
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
     def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
-        """The plan as the checkpoint it goes on from demands: its number of threads unless one was asked for. UsageError
-        when a setting that must not change has changed. Collective over world."""
+        """Return the plan for resuming from a checkpoint: with its number of threads, unless the user set one. UsageError if a
+        setting that must not change has changed. Collective over world."""
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
@@ -82,8 +82,10 @@ class RunPlan:
                     plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
                 reject_changed_settings(reader.meta["config"], plan.config)
                 if reader.meta["data"] != self.training.index_sha256:
-                    raise UsageError(f"data.path={self.config.data.path} holds other data than the run in {self.config.run.dir}")
-            if self.origin is not None and self.origin.weights is not None:  # of adapters; all else is in the checkpoint
+                    raise UsageError(
+                        f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
+                    )
+            if self.origin is not None and self.origin.weights is not None:  # the base weights of adapters
                 wanted = reader.meta.get("init_from", {}).get("weights_sha256", "")
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=wanted))
             now = fingerprint(plan.config, self.device)
@@ -97,7 +99,7 @@ class RunPlan:
         return plan
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
-        """The end record when the run is over and nothing that decides its end has changed since. Independent."""
+        """Return the end record if the run is over and no setting that decides its end has changed. Independent."""
         with readable(reader.path):
             end: dict[str, Any] | None = reader.meta["end"]
             if end is None or end["step"] >= self.config.train.steps and end["reason"] == "steps":
@@ -107,7 +109,7 @@ class RunPlan:
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
     def say_ended(self, end: dict[str, Any]) -> None:
-        """On rank 0; also mends a metrics file whose last line was lost. Independent."""
+        """Print on rank 0 that the run is over. Also restores a lost last line of the metrics file. Independent."""
         if self.world.rank:
             return
         file = Path(self.config.run.dir) / "metrics.jsonl"
@@ -118,8 +120,8 @@ class RunPlan:
             metrics.close()
         print(
             f"the run in {self.config.run.dir} has ended at step {end['step']} ({end['reason']}), val_loss {end['val_loss']}, "
-            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to go on, choose another --run.dir, or "
-            "start anew with --run.resume=never",
+            f"weights_sha256 {end['weights_sha256']}: nothing to do. Raise train.steps to continue, choose another --run.dir, or "
+            "start again with --run.resume=never",
             flush=True,
         )
 
@@ -130,8 +132,8 @@ def _open(path: str, split: str) -> TokenStream | None:
 
 
 def plan(config: Config, grid: Grid) -> RunPlan:
-    """Open and check the data, resolve the config, and have all ranks agree on it. UsageError, DataError. Collective over
-    grid.world."""
+    """Open and check the data, resolve the configuration, and check that all ranks agree on it. UsageError, DataError. Collective
+    over grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
     origin = open_origin(config, world)
     with raise_together(world):
@@ -184,14 +186,14 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         check_split(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
-                f"model.kind={config.model.kind} on documents that are kept apart ({config.data.path}): it is not told where one "
-                "ends. Use model.kind=transformer, or data.documents=joined"
+                f"model.kind={config.model.kind} with data.documents=apart ({config.data.path}): only the Transformer supports "
+                "document boundaries. Use model.kind=transformer, or data.documents=joined"
             )
         if grid.parts > 1 and launched_with_ulfm():
             raise UsageError(
-                "mesh.tp or mesh.pp above 1 under mpirun --with-ft: a rank that dies takes a part of the model along, which "
-                "no other in its replica has. Start without it: when a rank dies the job ends, and the same command goes on "
-                "from the last checkpoint"
+                "mesh.tp or mesh.pp above 1 under mpirun --with-ft is not supported: a failed rank loses a part of the model "
+                "that no other rank of its replica holds. Start without --with-ft: when a rank fails the job ends, and the same "
+                "command resumes from the last checkpoint"
             )
     settings = {key: value for key, _, value in fields_of(resolved) if key != "train.threads"}
     with raise_together(world):

@@ -59,7 +59,7 @@ def larger(folder: Path, forks: Forks) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path, Forks], None], int, list[str]]] = {
     "files missing": (two_missing, 3, ["hf: 2 of ", "weight files are missing: model-00001-of-"]),
     "pickled": (pickled, 3, ["hf: its weights are pickled (pytorch_model.bin)", "can execute any code", "safetensors"]),
-    "another tokenizer": (another, 3, ["another tokenizer than hf/tokenizer.json", "prepare --tokenizer hf/tokenizer.json"]),
+    "another tokenizer": (another, 3, ["a different tokenizer than hf/tokenizer.json", "prepare --tokenizer hf/tokenizer.json"]),
     "a larger tokenizer": (larger, 2, ["model.vocab_size=257", "shards has 260"]),
 }
 

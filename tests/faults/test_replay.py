@@ -155,7 +155,7 @@ def test_sums_that_depend_on_ranks_are_compared_closely(shell: Shell, forks: For
     assert shell.train("--comm.reducer=allreduce", ranks=2).code == 0
     ended = forks.run(shell.folder, "mpidp.replay", "run")
     expect(ended, 0)
-    assert "the bits may differ (reducer allreduce, ranks 2 -> 1): compared within 1e-05" in ended.out
+    assert "bits may differ (reducer allreduce, ranks 2 -> 1): compared within 1e-05" in ended.out
     alter_line(shell.folder / "run", 6, "train_loss", 5.0)
     expect(forks.run(shell.folder, "mpidp.replay", "run"), 1, "are not close to the record; first difference: step 6: train_loss")
 
@@ -164,14 +164,14 @@ def test_what_cannot_be_replayed(run: Path, forks: Forks) -> None:
     place = run.parent
     expect(forks.run(place, "mpidp.replay", "run", "--step", 7), 2, "run: step 7 cannot be replayed; steps 1 to 6 can")
     expect(forks.run(place, "mpidp.replay", "run", "--step", 0), 2, "steps 1 to 6 can")
-    expect(forks.run(place, "mpidp.replay", "nowhere"), 2, "nowhere: no run is there")
+    expect(forks.run(place, "mpidp.replay", "nowhere"), 2, "nowhere: not a run")
     expect(forks.run(place, "mpidp.replay", "run", "--step", "x"), 2, "invalid int value")
     shutil.move(place / "shards", place / "moved")
-    expect(forks.run(place, "mpidp.replay", "run"), 3, "trained on shards, and seen from here no shards are there: give --data")
+    expect(forks.run(place, "mpidp.replay", "run"), 3, "trained on shards, which holds no shards here: give --data")
     expect(forks.run(place, "mpidp.replay", "run", "--data", "moved"), 0)
     index = json.loads((place / "moved/index.json").read_text())
     (place / "moved/index.json").write_text(json.dumps(index, indent=3))
-    expect(forks.run(place, "mpidp.replay", "run", "--data", "moved"), 3, "moved holds other data than run was trained on")
+    expect(forks.run(place, "mpidp.replay", "run", "--data", "moved"), 3, "moved is not the data that run was trained on")
 
 
 def test_steps_that_ranks_did_not_make_together(place: Path, forks: Forks) -> None:

@@ -177,7 +177,7 @@ def test_other_data_on_resume(place: Path, half_run: Path, forks: Forks) -> None
     (place / "other.txt").write_text("other text\n" * 300)
     expect(forks.run(place, "data_tools.prepare", "--source", "other.txt", "--out", "others"), 0)
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--data.path=others")
-    expect(ended, 2, "data.path=others holds other data than the run in run")
+    expect(ended, 2, "data.path=others is not the data that the run in run was trained on")
 
 
 def test_changes_on_resume_that_are_legal(place: Path, half_run: Path, forks: Forks) -> None:

@@ -338,7 +338,7 @@ def test_a_damaged_folder_is_refused_with_the_reason(folders: dict[str, Path], t
 def test_data_of_another_tokenizer_is_refused(folders: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text(3000))
     prepare(str(tmp_path / "text.txt"), "bpe:270", tmp_path / "other", shards=1, verbose=False)
-    with pytest.raises(DataError, match=r"another tokenizer than .*untied/tokenizer.json.*prepare --tokenizer"):
+    with pytest.raises(DataError, match=r"a different tokenizer than .*untied/tokenizer.json.*prepare --tokenizer"):
         train_at(1, begun(tmp_path / "other", folders["untied"], tmp_path / "run"))
     shutil.copytree(folders["untied"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
     prepare(str(tmp_path / "text.txt"), "bpe:300", tmp_path / "larger", shards=1, verbose=False)

@@ -1,4 +1,4 @@
-"""Every name that the examples and benchmarks import from mpidp exists, also where a function imports it."""
+"""Every name that the examples, benchmarks and tests import from this project exists, also where a function imports it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("examples", "benchmarks")
-PROGRAMS = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+FOLDERS = ("examples", "benchmarks", "tests")
+PROGRAMS = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
