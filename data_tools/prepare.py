@@ -237,7 +237,7 @@ def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, s
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
     lines = [
-        f"{out}: {len(index.files)} shards of {documents:,} documents from {counts.files:,} files",
+        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {counts.files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in counts.complaints()),
