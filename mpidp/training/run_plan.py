@@ -1,4 +1,4 @@
-"""A resolved run, before anything large is made: what is said of it, and what it demands of a checkpoint that it goes on from."""
+"""A resolved run, before it allocates large memory: its checks, its summary, and what a checkpoint must match to be resumed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class RunPlan:
             now = self.config.flat()
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
-    def say_ended(self, end: dict[str, Any]) -> None:
+    def print_end(self, end: dict[str, Any]) -> None:
         """Print on rank 0 that the run is over. Also restores a lost last line of the metrics file. Independent."""
         if self.world.rank:
             return
