@@ -263,7 +263,7 @@ class DataParallel:
         self.items.next_batch += 1
         self.steps += not self.stats.skipped
         if self.steps == self._total:
-            strategy.finish()
+            strategy.drain()
         return True
 
     def sha256(self) -> str:

@@ -23,11 +23,11 @@ from mpidp.runtime.options import add_data, add_json, program
 def main() -> None:
     """Replay and print what differs; exit code 1 if something does. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
-    from mpidp.training.replayer import print_once
+    from mpidp.training.replayer import print_on_rank_0
 
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        found = world.bcast((against if options.against else look)(options, world), root=0)
-        print_once(world, found["verdict"] if found["same"] else "")
+        found = world.bcast((against if options.against else inspect_step)(options, world), root=0)
+        print_on_rank_0(world, found["verdict"] if found["same"] else "")
     if world.rank == 0 and options.json:
         print(json.dumps(found))
     if not found["same"]:
@@ -49,9 +49,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(arguments))
 
 
-def look(options: argparse.Namespace, world: Any) -> dict[str, Any]:
+def inspect_step(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Replay up to options.step, compare with the record, and list that step's micro-batches. Collective over world."""
-    from mpidp.training.replayer import Replay, print_once, read_record
+    from mpidp.training.replayer import Replay, print_on_rank_0, read_record
 
     record = read_record(options.run, world)
     step = record.last if options.step is None else options.step
@@ -63,7 +63,7 @@ def look(options: argparse.Namespace, world: Any) -> dict[str, Any]:
         bad = [f"step {seen.step}: {text}" for same, text in facts if not same]
         if seen.step == step or (bad and not found["differences"]) or time.monotonic() > printed + 3:
             printed = time.monotonic()
-            print_once(world, f"step {seen.step}  " + ("  ".join(text for _, text in facts) or "not recorded"))
+            print_on_rank_0(world, f"step {seen.step}  " + ("  ".join(text for _, text in facts) or "not recorded"))
         _show(world, seen.micro_batches)
         found |= {"batch": seen.batch, **seen.figures, "micro_batches": seen.micro_batches}
         found["differences"] += bad
@@ -76,21 +76,21 @@ def look(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 def _show(world: Any, rows: list[dict[str, Any]]) -> None:
     """Print a line per micro-batch. Mark the largest and the non-finite values, with their windows of the training split."""
-    from mpidp.training.replayer import print_once
+    from mpidp.training.replayer import print_on_rank_0
 
-    print_once(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")
+    print_on_rank_0(world, f"{'micro-batch':>11} {'lane':>5} {'loss':>11} {'grad_norm':>11}" if rows else "")
     tops = {key: max((row[key] for row in rows if row[key] is not None), default=0.0) for key in ("loss", "grad_norm")}
     for row in rows:
         marks = [f"{key} {'not finite' if row[key] is None else 'largest'}" for key in tops if row[key] in (None, tops[key])]
         loss, norm = (math.nan if row[key] is None else row[key] for key in tops)
         where = f"   {', '.join(marks)}; windows {row['windows']}" if marks else ""
-        print_once(world, f"{row['micro_batch']:>11} {row['lane']:>5} {loss:>11.6g} {norm:>11.6g}{where}")
+        print_on_rank_0(world, f"{row['micro_batch']:>11} {row['lane']:>5} {loss:>11.6g} {norm:>11.6g}{where}")
 
 
 def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Find the first step and tensor in which two runs differ, from their records and replays. Collective over world."""
     from mpidp.faults.audit import checksum
-    from mpidp.training.replayer import FIGURES, Replay, print_once, read_record
+    from mpidp.training.replayer import FIGURES, Replay, print_on_rank_0, read_record
 
     records = [read_record(run, world) for run in (options.run, options.against)]
     one, other = (record.lines for record in records)
@@ -105,7 +105,7 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
         return found | {"same": bool(both), "verdict": verdict}
     first_different = first_different if first_different <= step else 0
     if first_different:
-        print_once(world, f"the records differ from step {first_different}: {', '.join(different[first_different])}")
+        print_on_rank_0(world, f"the records differ from step {first_different}: {', '.join(different[first_different])}")
     traces: list[dict[int, tuple[str, dict[str, int]]]] = []
     metas, broken = [], []
     for record in records:
@@ -119,7 +119,7 @@ def against(options: argparse.Namespace, world: Any) -> dict[str, Any]:
         broken += [f"the record of {record.path} differs from its replay ({wrong})"] if wrong else []
     found["settings"] = [f"{key}: {metas[0][key]} -> {metas[1][key]}" for key in metas[0]
                          if metas[0][key] != metas[1][key] and not key.startswith("run.")]
-    print_once(world, "settings and data: " + ("; ".join(found["settings"]) or "no difference"))
+    print_on_rank_0(world, "settings and data: " + ("; ".join(found["settings"]) or "no difference"))
     first, second = traces
     found["first"] = next(((first[batch][0], name) for batch in sorted(first.keys() & second.keys())
                            for name, bits in first[batch][1].items() if bits != second[batch][1].get(name, bits)), None)

@@ -2,7 +2,7 @@
 
 At step s a rank passes the gradient of its part of batch s to a thread that sums it over the ranks, and applies the sum of batch
 s - k, which was computed at the parameters of k updates ago (staleness k). All ranks apply the same sums in the same order, so
-replicas stay equal. With k = 0 this is `synchronous` with a single-buffer reducer. The first k steps make no update; finish()
+replicas stay equal. With k = 0 this is `synchronous` with a single-buffer reducer. The first k steps make no update; drain()
 applies the remaining sums.
 
 Delay compensation (Zheng 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation", eq. 10) estimates the gradient
@@ -123,7 +123,7 @@ class Delayed(Synchronous):
         self.optimizer.step(lr)
         return StepStats(grad_norm=norm, skipped=False)
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Apply the gradients in flight. Collective over compute_comm."""
         while self._in_flight:
             self._apply(self._lr, self._in_flight.popleft())

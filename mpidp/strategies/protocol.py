@@ -94,7 +94,7 @@ class Strategy(GradientSink, Protocol):
         """Make an update from the step's gradients. tokens: target tokens of the global batch; if not every step is a
         synchronization point, of this rank's part. limit: gradient norm above which the update is skipped. Collective."""
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Apply all updates in flight; afterwards all ranks have one common model. Collective."""
 
     def state_dict(self) -> dict[str, Entry]:

@@ -176,7 +176,7 @@ class Sharded:
         squares = sum(rows.tolist())
         return self._parts.grid.norm([torch.tensor([squares], dtype=torch.float64)]) if self._parts else math.sqrt(squares)
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Do nothing: no update is in flight between steps. Independent."""
 
     def flats(self) -> dict[str, Tensor]:

@@ -224,7 +224,7 @@ class Synchronous:
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Do nothing: no update is in flight between steps. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:

@@ -48,7 +48,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
         if report.synchronized:
             rebalance(job, report, loader)
             follow_up(job, stop, report.saving, report.stop)
-    job.strategy.finish()
+    job.strategy.drain()
     if at.evaluated_step != at.step:
         evaluate(job)
     return end_run(job, reason)

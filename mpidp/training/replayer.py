@@ -30,10 +30,10 @@ PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0
          "run.hang_seconds": 0.0}  # these do not change the result, except for what the fingerprint records
 
 
-def print_once(world: Any, message: str) -> None:
+def print_on_rank_0(world: Any, text: str) -> None:
     """Print a message on rank 0. Independent."""
-    if world.rank == 0 and message:
-        print(message, flush=True)
+    if world.rank == 0 and text:
+        print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_record(run: str, world: Any) -> Record:
     with raise_together(world):
         file = Path(run) / "metrics.jsonl"
         text = file.read_bytes() if file.is_file() else b""
-        records = [json.loads(line) for line in text.split(b"\n")[:-1]]  # the rest is half a line
+        records = [json.loads(line) for line in text.split(b"\n")[:-1]]  # an incomplete last line is left out
         lines = {line["step"]: line for line in records if "train_loss" in line}
         skipped = [line["batch"] for line in records if line.get("event") == "skipped"]
         passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back"}
@@ -117,7 +117,7 @@ class Replay:
                 reader = open_run(record.checkpoints[at], world)
                 break
             except CheckpointError as error:
-                print_once(world, f"skipped an invalid checkpoint: {error}")
+                print_on_rank_0(world, f"skipped an invalid checkpoint: {error}")
         with raise_together(world):  # the settings in force: the next checkpoint's; after the last one, the last start's
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
@@ -156,8 +156,9 @@ class Replay:
         self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]
         if now["reducer"] != "tree" and not meta.get("ranks") == world.size == 1:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
-        print_once(world, f"{record.path}: {last - self.start} steps to replay, {self.start + 1} to {last}, from {self.source}"
-             + (f"; bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""))
+        steps = f"{last - self.start} steps to replay, {self.start + 1} to {last}, from {self.source}"
+        loose = f"; bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""
+        print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
         """Yield the first state, then each batch up to the last step. inside: also record the micro-batches of the last step.

@@ -1,4 +1,4 @@
-"""A resolved run, before it allocates large memory: its checks, its summary, and what a checkpoint must match to be resumed."""
+"""The plan of a run: the data is open and checked, and the configuration is resolved, before any large memory is used."""
 
 from __future__ import annotations
 

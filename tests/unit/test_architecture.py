@@ -170,6 +170,20 @@ def test_only_environment_changes_the_environment_at_import() -> None:
         assert not changes or name == "mpidp/runtime/environment.py", name
 
 
+PARTS = {"engine", "reducer", "strategy", "saver", "watchdog", "timeline", "observers", "audit", "faults"}  # of a job
+
+
+@pytest.mark.parametrize("name", MPIDP)
+def test_no_part_of_a_job_is_changed_from_outside(name: str) -> None:
+    """A part gets what it needs from its constructor: nobody assigns its attributes, or replaces its methods, afterwards."""
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        for target in (inner for outer in targets for inner in ast.walk(outer) if isinstance(inner, ast.Attribute)):
+            owner = target.value
+            held = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+            assert held.lstrip("_") not in PARTS or not isinstance(target.ctx, ast.Store), f"{name}:{node.lineno}"
+
+
 def test_one_class_name_has_one_meaning() -> None:
     places: dict[str, list[str]] = {}
     for name in FILES:
