@@ -49,7 +49,7 @@ class Computed:
 
 
 class Engine:
-    """Runs a model on a device with a precision. Independent, except where a method says otherwise."""
+    """Runs a model on a device with a precision. Independent, except where stated otherwise."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,

@@ -1,7 +1,7 @@
 """Recovery after ranks failed: the surviving ranks continue in the same processes, with the state in their own memory.
 
 They form new groups and build a new job from the parts that do not depend on the number of ranks: the model, and the memory of
-parameters, optimizer state and gradients. Nobody writes to this memory before the next update is agreed on. So a further failure
+parameters, optimizer state and gradients. No rank writes to this memory before the next update is agreed on. So a further failure
 during recovery changes nothing: the next attempt starts where this one did.
 
 With faults.respawn new processes then join until the job has its full size. All ranks build a new job, and rank 0 sends its state
@@ -59,7 +59,7 @@ def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
     """Return the world of the surviving ranks. MpidpError when MPI failed, for the reason `why`, and no rank did. Collective over
     the surviving ranks of world."""
     left = shrink(world)
-    command.go_on_in(left)
+    command.continue_in(left)
     if left.size == world.size:
         raise MpidpError.on_every_rank(f"MPI failed ({why}), but no rank has failed")
     return left
@@ -99,7 +99,7 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int) -> RunPlan:
     """Return the plan for the ranks of a new world. Replacement ranks have no plan; with them all ranks make a new one. number:
     of this rank. Collective over world."""
-    command.go_on_in(world)
+    command.continue_in(world)
     known = all(world.allgather(plan is not None))
     mesh = make_topology(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:

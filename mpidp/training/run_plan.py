@@ -108,7 +108,7 @@ class RunPlan:
             now = self.config.flat()
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
-    def say_ended(self, end: dict[str, Any]) -> None:
+    def print_end(self, end: dict[str, Any]) -> None:
         """Print on rank 0 that the run is over. Also restores a lost last line of the metrics file. Independent."""
         if self.world.rank:
             return
