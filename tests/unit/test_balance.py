@@ -72,7 +72,7 @@ def test_half_the_speed_is_half_the_lanes() -> None:
 def test_what_cannot_be_shared_out_is_refused(num_lanes: int, size: int, most: int | None) -> None:
     with pytest.raises(ValueError, match=f"{num_lanes} lanes cannot be distributed among {size} ranks"):
         by_speed(num_lanes, [1.0] * size, most)
-    with pytest.raises(ValueError, match="cannot be shared out"):
+    with pytest.raises(ValueError, match="cannot be distributed among"):
         Measured(Terms(num_lanes, size, 0, most))
 
 
