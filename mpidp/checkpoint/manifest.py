@@ -5,7 +5,7 @@
     RUN/latest                                                  the name of the newest committed checkpoint
 
 Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A directory is valid only under its
-final name, with a manifest whose own crc32 is correct and files whose sizes and crc32 match the manifest.
+final name. The crc32 of its manifest must be correct, and the sizes and crc32 of its files must match the manifest.
 """
 
 from __future__ import annotations

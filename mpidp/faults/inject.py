@@ -118,7 +118,7 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults of a job, and which of them have occurred on this rank. False if the job has none. Independent."""
+    """The injected faults of a job, and which of them have occurred on this rank. bool() is False without faults. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)

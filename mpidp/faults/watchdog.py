@@ -25,7 +25,7 @@ STACKS = 8  # maximum number of ranks per node that print their stacks
 
 class Watchdog(StepObserver):
     """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, 20 usual steps),
-    one rank of each node prints a report, and all processes exit with code 6.
+    one rank of each node prints a report. All processes then exit with code 6.
 
     A thread checks this, because blocking MPI calls release the GIL. If the GIL is never released, faulthandler's timer ends the
     process. The first occurrence of a phase may take `first_times` as long, because it compiles, connects or reads cold files.

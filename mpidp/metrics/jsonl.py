@@ -110,8 +110,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line, these are at most its setup_seconds, and seconds that are recorded as lost are not counted again: in the
-    remaining time no job worked on the run. Lines without a time count as 0. Pure."""
+    For a `start` line, these are at most its setup_seconds, because no job worked on the run before. Seconds that the line
+    records as lost are not counted again. Lines without a time count as 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:

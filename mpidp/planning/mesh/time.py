@@ -20,7 +20,7 @@ number of bytes, p the parameters of a rank, w the bytes per number, M the micro
 An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a for bandwidth B and latency a. An allreduce takes twice as
 long. If a group extends beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node.
 `overlap` is the share of the possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node
-divided by its devices, because other ranks of the device compute during a bubble.
+divided by its devices: during a bubble, other ranks use the device.
 """
 
 from __future__ import annotations

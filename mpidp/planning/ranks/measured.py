@@ -83,7 +83,7 @@ def _add(run: MeasuredRun, line: dict[str, Any]) -> None:
 
 
 def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None, str]:
-    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run; otherwise it is the
+    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run. Otherwise it is the
     step at which val_loss reached `loss`, interpolated linearly between evaluations. Raises UsageError if the run did not reach
     `loss`. Pure."""
     if loss is None:
