@@ -24,9 +24,9 @@ from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
-YOUNG_SECONDS = 2.0  # when a save is due, wait for the previous one until it is this old (for runs with short steps)
-FIRST_SECONDS = 60.0  # with train.save_every=-1: time of the first save, whose cost is measured
-NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node
+YOUNG_SECONDS = 2.0  # seconds; if a save is due, wait for the previous save until it is this old (for runs with short steps)
+FIRST_SECONDS = 60.0  # seconds until the first save with train.save_every=-1; its cost is measured
+NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node, in seconds
 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:

@@ -29,7 +29,7 @@ class MetricsFile:
         step, next_batch: last step that is kept, and first batch that is not. latest: the last lines of a failed rank 0, which
         this rank replaces; those that are missing in the file are added. also: TensorBoard files that receive the same lines."""
         self._path = path
-        self.also: Scalars | None = None  # also gets each new line
+        self.also: Scalars | None = None  # TensorBoard files that receive each new line
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         if latest is not None:
             self._repair(latest)

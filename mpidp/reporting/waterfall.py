@@ -18,7 +18,7 @@ from typing import Any
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # the ideal is the slowest step among the fastest steps, which are this share of all
+IDEAL_SHARE = 0.1  # the ideal is the compute time of the slowest step in this fastest share of steps
 PARTS = {  # in the order of the waterfall
     "ideal": "compute, if every step were as fast as the fastest tenth of steps",
     "slowdown": "compute time above the ideal",
@@ -41,7 +41,7 @@ class Waterfall:
 
     seconds: dict[str, float]
     tokens: int  # number of tokens trained on
-    dated: bool  # the lines have times; otherwise the time between steps is not known
+    dated: bool  # whether the lines have times; otherwise the time between steps is unknown
 
     @property
     def whole(self) -> float:
