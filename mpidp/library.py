@@ -116,8 +116,9 @@ class DataParallel:
 
         optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: from from_dataset; its
         seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train. steps: total number
-        of updates; needed by strategies that do not synchronize at each step, which synchronize the models at the last one.
-        clip: largest gradient norm, 0: off. threads: as train.threads. UsageError. Collective over comm (COMM_WORLD).
+        of updates; needed by strategies that do not synchronize at each step, because they synchronize the models at the last
+        step. clip: largest gradient norm; 0: no clipping. threads: as train.threads. Raises UsageError if an argument or a
+        setting is not supported. Collective over comm (COMM_WORLD).
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -195,7 +196,7 @@ class DataParallel:
     def micro_batches(self) -> Iterator[Any]:
         """Yield this rank's micro-batches of the rest of the epoch, as returned by collate.
 
-        torch's generator is seeded for each micro-batch, so dropout and masks depend on the data and not on the rank.
+        torch's generator is seeded for each micro-batch, so dropout and masks depend on the data and not on the rank. Raises
         UsageError if the loop omits backward or step. Collective over comm: all ranks must iterate to the end.
         """
         items = self.items
@@ -218,7 +219,7 @@ class DataParallel:
                 self.step()  # this rank had no items of the batch
 
     def _skip_empty(self) -> bool:
-        """Skip empty micro-batches (an epoch's last batch). Returns whether another one remains."""
+        """Skip empty micro-batches (an epoch's last batch). Return whether another one remains."""
         while not self._updated and self._remaining and not self.items.count(self.items.next_batch, self._remaining[0]):
             with self.strategy.micro_batch(self._remaining[0], len(self._remaining) == 1):
                 self._remaining.pop(0)
@@ -228,10 +229,11 @@ class DataParallel:
         """Do nothing: gradients are cleared at the start of each batch. Independent."""
 
     def backward(self, loss: Tensor, count: int | None = None) -> None:
-        """Compute gradients; call it once per micro-batch, in place of loss.backward(). UsageError. Independent.
+        """Compute gradients; call it once per micro-batch, in place of loss.backward(). Raises UsageError if it is called twice
+        for a micro-batch, or if p.grad was replaced. Independent.
 
-        loss: the mean over the micro-batch's items, or over `count` other units (e.g. tokens). The update uses the mean over the
-        whole batch.
+        loss: the mean over the micro-batch's items, or over `count` other units (e.g. tokens). The update uses the gradient of
+        the mean over the whole batch.
         """
         if not self._remaining:
             raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")
@@ -249,7 +251,7 @@ class DataParallel:
     def step(self) -> bool:
         """Update the parameters after this rank's last micro-batch of a batch; before it, do nothing.
 
-        Returns whether the update was made. Collective over comm if the strategy synchronizes at this step.
+        Return whether the update was made. Collective over comm if the strategy synchronizes at this step.
         """
         if self._updated or self._skip_empty():
             return False
@@ -281,7 +283,8 @@ class DataParallel:
                 "items": self.items.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state, before the first micro-batch. UsageError. Independent."""
+        """Load a state. Call it before the first micro-batch. Raises UsageError if the settings of the data set have changed.
+        Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the same tensors

@@ -1,10 +1,13 @@
 """Decides which contributions each round of a quorum sums, from the order in which they arrive. Pure.
 
-Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. Round i closes when all of these
-conditions hold: (1) the ranks that contributed to batch i hold at least `needed` lanes; (2) the contributions contain target
-tokens (in an epoch's last batch some lanes are empty); (3) no rank is more than `staleness` batches behind. At a synchronization
-point (a meeting in docs/methods.md), the round closes only when all contributions have arrived. A contribution that arrives after
-its round joins the next round that closes. So every contribution is summed exactly once.
+Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. Round i closes when
+
+1. the ranks that have contributed to batch i hold at least `needed` lanes,
+2. the contributions contain target tokens (in an epoch's last batch some lanes are empty), and
+3. no rank is more than `staleness` batches behind.
+
+At a synchronization point (in docs/methods.md: a meeting), the round closes only when all contributions have arrived. A
+contribution that arrives after its round joins the next round that closes. So every contribution is summed exactly once.
 """
 
 from __future__ import annotations
