@@ -1,9 +1,9 @@
-"""The order of documents from one or more sources, and their positions in the output. It does not depend on the number of ranks.
+"""Arrange the documents of one or more sources in the output. The result does not depend on the number of ranks.
 
 A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
 about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Each document goes
 into the first of the last few windows with enough room, so no document crosses a window boundary. The rest of a window is filled
-with end-of-document tokens that are excluded from the loss. Packing needs all document lengths: about 100 bytes of memory each.
+with end-of-document tokens that are excluded from the loss. Packing needs about 100 bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.cut import PIECE_TOKENS, Stream
 
-OPEN = 64  # windows that are searched for room
+OPEN = 64  # number of last windows that are searched for room
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
@@ -28,8 +28,9 @@ def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return (source, index of the document within the source) for each document of a mixture, int64 (n,) each.
 
-    Stops after `tokens` tokens (0: no limit) or when the next source is exhausted; with `repeat`, that source starts over. Each
-    source must have a document. Pure."""
+    Stops after `tokens` tokens (0: no limit), or when the next source is exhausted. With `repeat`, an exhausted source starts
+    over instead. Each source must have a document. Pure.
+    """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
     which: list[int] = []
@@ -52,8 +53,10 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
 
 
 def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """Return (start of each document, total number of tokens). The total is whole windows plus one token, because the last window
-    needs a target for its last token. Pure."""
+    """Pack documents into windows; return (start of each document in the output, total number of tokens). Pure.
+
+    The total is that of whole windows plus one token, because the last window needs a target for its last token.
+    """
     places = np.empty(len(lengths), dtype=np.int64)
     rooms: list[list[int]] = []  # [start of the free space, free tokens] of the last windows
     windows = 0
@@ -70,7 +73,7 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
 
 @dataclass
 class Arrangement:
-    """Documents of several streams, arranged as one stream. Read like any Stream."""
+    """Documents of several streams, arranged as one stream with the interface Tokens (cut.py)."""
 
     streams: Sequence[Stream]
     which: np.ndarray  # (n,) the stream of each document, in output order

@@ -39,7 +39,7 @@ def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, tr
 
 
 class Saver:
-    """Saves the checkpoints of a job; one on each rank. All ranks make the same calls. Methods are Independent unless they say
+    """Saves the checkpoints of a job; one on each rank. All ranks make the same calls. Methods are Independent unless stated
     otherwise."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Read a Hugging Face model folder (LLaMA family): config.json, and safetensors in one file or in several with an index.
+"""Read a Hugging Face model folder (LLaMA family): config.json, and weights in one or several safetensors files.
 
 The folder is validated first. No code from it is executed; pickled weights are rejected.
 """
@@ -30,7 +30,7 @@ _SHOWN = 5
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. DataError. Independent."""
+    """Read a JSON object from a file. Raises DataError if the file cannot be read or has no such object. Independent."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -54,7 +54,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class ModelFolder:
-    """A model in a Hugging Face folder. DataError if it is invalid, before any weight is read. Independent."""
+    """A model in a Hugging Face folder. Raises DataError, before any weight is read, if it is invalid. Independent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,14 +64,14 @@ class ModelFolder:
         self._check(self._headers(self._files()))
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the entry's box of model/PARAMETER, like Reader.box of a checkpoint. Reads only the data inside the box."""
+        """Read the entry's box of the parameter `name`, model/PARAMETER, like Reader.box. Reads only the data inside the box."""
         name = huggingface_name(name.removeprefix("model/"))
         cut = tuple(slice(at, at + length) for at, length in zip(entry.place, entry.tensor.shape, strict=True))
         with _opened(self._file_of[name]) as file:
             return file.get_slice(name)[cut] if entry.shape is not None else file.get_tensor(name)  # type: ignore[no-any-return]
 
     def _files(self) -> list[Path]:
-        """Return the weight files, after checking that all exist."""
+        """Return the weight files. Raises DataError if one is missing, or if the weights are pickled."""
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             alone = self.path / "model.safetensors"

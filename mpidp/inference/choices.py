@@ -1,4 +1,4 @@
-"""Multiple-choice questions: reading, encoding and accuracies. Pure.
+"""Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
 the plain sum. `accuracy_norm` divides it by the choice's UTF-8 bytes; the harness's acc_norm divides by characters, which is
@@ -23,7 +23,7 @@ EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
 
 @dataclass(frozen=True)
 class Question:
-    """A question. line: line number in its file; label: index of the right choice."""
+    """A multiple-choice question. line: line number in the file; label: index of the right choice."""
 
     line: int
     context: str
@@ -43,7 +43,7 @@ class EncodedChoice:
 def read_choices(path: str | Path) -> list[Question]:
     """Read questions from a .jsonl file. A label is an index from 0, or the right choice's text.
 
-    DataError names the line. Independent.
+    Raises DataError, which names the line, if a question is invalid. Independent.
     """
     found = []
     for number, row in read_rows(path, EXAMPLE):
@@ -77,8 +77,8 @@ def encode(tokenizer: Tokenizer, item: Question, seq_len: int, path: str | Path 
     """Encode each choice with its context as one document, which starts with BOS or an end-of-document token.
 
     Context and choice are encoded together, as in a corpus. The choice's tokens are those after the longest common prefix with
-    the encoded context. Contexts that are too long are truncated on the left. DataError if a choice alone is too long.
-    Independent.
+    the encoded context. Contexts that are too long are truncated on the left. Raises DataError if a choice alone is
+    too long. Independent.
     """
     found = []
     try:
@@ -101,7 +101,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoice]], scores: np.ndarray) -> dict[str, Any]:
-    """Return the accuracies. scores: (questions, largest number of choices), log-likelihoods in nats. Pure."""
+    """Return accuracies and question counts. scores: (questions, largest number of choices), log-likelihoods in nats. Pure."""
     right = dict.fromkeys(("accuracy", "accuracy_norm", "accuracy_token"), 0)
     for item, rows, row in zip(items, encoded, scores, strict=True):
         plain = row[: len(item.choices)]

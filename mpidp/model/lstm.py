@@ -27,7 +27,7 @@ class LSTM(nn.Module):
         """Return None: this model generates without a cache. Independent."""
 
     def __init__(self, shape: LSTMShape, seed: int = 0, part: Part | None = None) -> None:
-        """Parameters are initialized on the CPU, so a seed gives the same float32 values on every device."""
+        """Make the layers. They are initialized on the CPU, so a seed gives the same float32 values on every device."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         d = shape.model_dim
@@ -59,8 +59,8 @@ class LSTM(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64; positions: ignored; doc_ids: not supported (UsageError), because the state would have to be reset
-        within a window; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation).
+        x: tokens (B, T) int64; positions: ignored; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation).
+        Raises UsageError if doc_ids is given: the state would have to be reset within a window.
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(

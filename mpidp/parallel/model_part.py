@@ -35,7 +35,7 @@ class BoxReader(Protocol):
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Independent, except where a method says otherwise."""
+    """This rank's part of the model, and its place in the whole model. Independent, except where stated otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
         """sequence: whether sequence parallelism is used; chunks: number of chunks per pipeline stage."""

@@ -64,7 +64,7 @@ def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
 _survivors: Any = None  # the communicator of the surviving ranks after a failure
 
 
-def go_on_in(world: MPI.Intracomm) -> None:
+def continue_in(world: MPI.Intracomm) -> None:
     """Use this communicator of the surviving ranks from now on. Independent."""
     global _survivors
     _survivors = world

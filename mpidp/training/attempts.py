@@ -60,7 +60,7 @@ class RunAttempts:
             self.crew = Crew(plan.config, plan.asked_threads, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
-            crew.events.append({"event": "went_back", "why": "all ranks that held the run's state have failed"})  # if they do
+            crew.events.append({"event": "went_back", "why": "all ranks with the run's state have failed"})  # in case they do
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
@@ -120,7 +120,7 @@ class RunAttempts:
         reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, self.world)
         plan = plan.adopt(reader, notes)
         if reader is not None and (end := plan.has_ended(reader)) is not None:
-            plan.say_ended(end)
+            plan.print_end(end)
             return end
         with raise_together(self.world):
             if not events:
@@ -154,7 +154,7 @@ class RunAttempts:
             recovery.abandon(self.job, self.stop)
             self.job, self.stop, self._failed_at = None, None, 0.0
             method = method_setting(self.config.strategy.name, self.config.strategy.quorum)
-            why = f"ranks failed, and {method} cannot resume in the middle of a step"
+            why = f"ranks failed, and {method} cannot continue in the middle of a step"
             self.crew.events.append({"event": "went_back", "why": why})
 
     def close(self, error: BaseException | None) -> None:

@@ -59,7 +59,7 @@ def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
     """Return the world of the surviving ranks. Raises MpidpError if no rank has failed. why: the error that MPI reported.
     Collective over the surviving ranks of world."""
     left = shrink(world)
-    command.go_on_in(left)
+    command.continue_in(left)
     if left.size == world.size:
         raise MpidpError.on_every_rank(f"MPI failed ({why}), but no rank has failed")
     return left
@@ -101,7 +101,7 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int) -> RunPlan:
     """Return the plan for the ranks of a new world. If the world has replacement ranks, which have no plan, all ranks make a new
     plan. number: this rank's number, which it keeps when the world changes. Collective over world."""
-    command.go_on_in(world)
+    command.continue_in(world)
     known = all(world.allgather(plan is not None))
     mesh = make_topology(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:

@@ -109,7 +109,7 @@ class RunPlan:
             now = self.config.flat()
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
-    def say_ended(self, end: dict[str, Any]) -> None:
+    def print_end(self, end: dict[str, Any]) -> None:
         """Print on rank 0 that the run is over. Write the last line of the metrics file if it is missing. Independent."""
         if self.world.rank:
             return
