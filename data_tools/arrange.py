@@ -55,7 +55,7 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
 def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
     """Pack documents into windows; return (start of each document in the output, total number of tokens). Pure.
 
-    The total is that of whole windows plus one token, because the last window needs a target for its last token.
+    The total is a whole number of windows plus one token, because the last window needs a target for its last token.
     """
     places = np.empty(len(lengths), dtype=np.int64)
     rooms: list[list[int]] = []  # [start of the free space, free tokens] of the last windows
@@ -78,10 +78,10 @@ class Arrangement:
     streams: Sequence[Stream]
     which: np.ndarray  # (n,) the stream of each document, in output order
     starts: np.ndarray  # (n,) start of each document in its stream
-    lengths: np.ndarray  # (n,) tokens
+    lengths: np.ndarray  # (n,) number of tokens of each document
     places: np.ndarray  # (n,) start of each document in the output, ascending
     tokens: int
-    eod: int  # fills the gaps between documents
+    eod: int  # id that fills the gaps between documents
     masked: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Arrangement:
     def of(
         cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
     ) -> Arrangement:
-        """Build a mixture. It is packed if window is not 0. Independent."""
+        """Arrange the documents of a mixture. They are packed if window is not 0. Independent."""
         found = [lengths_of(stream) for stream in streams]
         which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
         starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)
@@ -110,7 +110,7 @@ class Arrangement:
         return self._read(start, stop, mask=False)
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask (uint8) of tokens [start, stop) in the same pieces."""
+        """Yield the loss mask (uint8) of tokens [start, stop) in pieces of PIECE_TOKENS."""
         return self._read(start, stop, mask=True)
 
     def _read(self, start: int, stop: int, mask: bool) -> Iterator[np.ndarray]:
@@ -132,5 +132,5 @@ class Arrangement:
         return (self.places[low:high] - start).astype(np.uint64)
 
     def taken(self) -> list[tuple[int, int]]:
-        """Return (documents, tokens) for each stream."""
+        """Return the numbers (documents, tokens) taken from each stream."""
         return [(int((self.which == s).sum()), int(self.lengths[self.which == s].sum())) for s in range(len(self.streams))]

@@ -76,9 +76,9 @@ class Template:
                 after = text if i + 1 == len(messages) else self._render(messages[: i + 1], False)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise DataError(
-                        f"the chat template renders the first {i + 1} messages differently when more messages follow, or its "
-                        "generation prompt differs from the start of the answer, so the assistant's part cannot be located: "
-                        "mark it with "
+                        "the assistant's part of the text cannot be located: the chat template renders the first "
+                        f"{i + 1} messages differently when more messages follow, or its generation prompt differs from the "
+                        "start of the answer. Mark the part with "
                         "{% generation %} ... {% endgeneration %} in the template (--chat-template FILE)"
                     )
                 spans.append((len(before), len(after)))

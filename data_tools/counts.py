@@ -1,4 +1,4 @@
-"""Counts of the input that was read and skipped during preparation."""
+"""Count the input that is read and skipped during preparation."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Raw:
     masked: bool = False
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), or their loss mask."""
+        """Return tokens [start, stop), or their loss mask if `mask` is true."""
         if mask:
             return np.fromfile(f"{self.path}.mask", np.uint8, count=stop - start, offset=start)
         dtype = f"<u{self.token_bytes}"
@@ -109,7 +109,7 @@ class Stream:
         return all(raw.masked for raw in self.raws)
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), across the files of several ranks, or their loss mask."""
+        """Return tokens [start, stop), or their loss mask if `mask` is true, from the files of one or more ranks."""
         found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -171,8 +171,8 @@ class Tokens(Protocol):
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
     """Plan the shards of each split. Shard k of K starts at token k N // K of the N tokens.
 
-    streams: by name, "train" and, if whole documents were chosen for validation, "val". Otherwise the end of "train", at least 2
-    tokens, becomes validation. The number of validation shards is proportional to the size of the split. Raises
+    streams: by name; "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at least 2 tokens,
+    becomes validation. The number of validation shards is proportional to the size of the split. Raises
     DataError if a split is too small and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens

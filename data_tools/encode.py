@@ -118,7 +118,7 @@ def _tokens(row: TrainingRow, encoded: Iterator[tuple[np.ndarray, np.ndarray]], 
     never includes the first token, because nothing precedes it.
     """
     ids, masks = [], []
-    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest belongs to other rows
+    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest of `encoded` belongs to other rows
         ids.append(found)
         masks.append(np.zeros(len(found), dtype=np.uint8))
         for start, stop in spans:

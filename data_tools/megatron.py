@@ -44,7 +44,7 @@ class MegatronWriter:
         self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
-        """Write the index and move both files to their final names. starts: (d,), of the documents; tokens: in total."""
+        """Write the index and move both files to their final names. starts: (d,), of documents; tokens: the total."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
             raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")

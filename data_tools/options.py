@@ -1,4 +1,4 @@
-"""The options of a preparation and their checks."""
+"""The options of data_tools.prepare, and checks of their values."""
 
 from __future__ import annotations
 

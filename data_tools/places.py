@@ -36,7 +36,7 @@ def _hugging_face(stored: str) -> Callable[[list[str]], list[Placed]]:
     from tokenizers import Tokenizer as Library
 
     about = json.loads(stored)
-    about["post_processor"] = None  # it adds BOS, which templates write themselves, and may exclude spaces from the offsets
+    about["post_processor"] = None  # it would add BOS, which templates write, and may exclude spaces from offsets
     library: Any = Library.from_str(json.dumps(about))
     library.no_truncation()
     library.no_padding()

@@ -54,7 +54,8 @@ def prepare(
     "chat". Rows are packed so that none crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream
     becomes validation) or "document" (whole documents, chosen by a hash of seed, file name and index in the file; the seed has
     no other use). Rows are always split by document. eod: the end-of-document token of the tokenizer.json. verbose: print a
-    summary on rank 0. Raises UsageError for invalid options and DataError for unreadable sources; OUT is then unchanged.
+    summary on rank 0. Raises UsageError if an option is invalid and DataError if a source cannot be read. OUT is then
+    unchanged.
     """
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
@@ -116,7 +117,7 @@ def _encode(
 
 
 def _names_in(out: Path) -> set[str]:
-    """Return the names of the shards in OUT that this program, or a killed run of it, wrote. Raises UsageError for others."""
+    """Return the names of the shards that this program, or a killed run of it, wrote. Raises UsageError if OUT has others."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is not a folder; choose another")
     ours: set[str] = set()
@@ -231,7 +232,7 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
         (out / name).unlink()
     write_file(out / "tokenizer.json", tokenizer)
     write_file(out / "index.json", index.to_json())
-    shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks continue
+    shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
 
 
 def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, seconds: float, ranks: int) -> str:

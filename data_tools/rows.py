@@ -74,7 +74,7 @@ class RowReader(SourceReader):
                         yield row
 
     def skip(self, kind: str, place: str, reason: str) -> None:
-        """Count a skipped row. Raises DataError with --strict."""
+        """Count a skipped row. With --strict, raise DataError instead."""
         if self.strict:
             raise DataError(f"{place}: {reason}; correct the line, or omit --strict to skip such lines")
         self.counts.note(kind, f"{place}: {reason}")

@@ -34,7 +34,7 @@ class SourceFile:
 
     name: str  # relative to the source, with "/"
     path: str
-    size: int  # bytes
+    size: int  # in bytes
 
 
 def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str, Any]]:
@@ -84,8 +84,8 @@ class SourceReader:
     """Reads files into documents and counts problems. Independent."""
 
     bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
-    strict: bool = False  # raise DataError for a malformed line
-    alone: bool = False  # the source is a single file: skipping it is an error
+    strict: bool = False  # whether a malformed line raises DataError
+    alone: bool = False  # whether the source is a single file: skipping it is then an error
     counts: Counts = field(default_factory=Counts)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
@@ -198,7 +198,7 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
             end = len(data)
             while end > len(data) - 4 and end > 1 and data[end - 1] & 0xC0 == 0x80:  # continuation bytes of a character
                 end -= 1
-            end -= 1  # and its first byte
+            end -= 1  # and the character's first byte
         rest = data[end:]
         if end:
             yield data[:end]
@@ -269,5 +269,5 @@ def _zst_chunks(file: SourceFile) -> Iterator[bytes]:
                     raise OSError(f"damaged zstandard data ({error})") from None
                 data = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
-        if frame is not None:  # the library's own reader does not report this
+        if frame is not None:  # zstandard's own reader does not report this
             raise OSError("the compressed data ends too early")

@@ -114,11 +114,11 @@ class DataParallel:
     ) -> None:
         """Broadcast rank 0's parameters and buffers and set up the strategy.
 
-        optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: from from_dataset; their
-        seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train. steps: total number
-        of updates, for strategies that do not synchronize at each step; they synchronize the models at the last step. clip:
-        largest gradient norm, 0: off. threads: as train.threads. Raises UsageError if a setting, the model or the optimizer is
-        not supported. Collective over comm (COMM_WORLD).
+        optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
+        from_dataset, whose seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train.
+        steps: total number of updates, for strategies that do not synchronize at each step; they synchronize the models at the
+        last step. clip: largest gradient norm, 0: off. threads: as train.threads. Raises UsageError if a setting, the model or
+        the optimizer is not supported. Collective over comm (COMM_WORLD).
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -147,10 +147,10 @@ class DataParallel:
         overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # number of updates made
-        self.stats = StepStats(0.0, False)  # of the last update: grad_norm, skipped
+        self.stats = StepStats(0.0, False)  # of the last update: gradient norm, and whether it was skipped
         self.loss = 0.0  # mean over the last batch, or over this rank's part of it if the strategy does not always synchronize
         self._remaining: list[int] = []  # this rank's micro-batches that still need backward()
-        self._updated = True  # whether step() was made for the batch
+        self._updated = True  # whether step() has updated the parameters for the batch
         self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # of each micro-batch: sum of losses, number of items
 
     def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
@@ -203,7 +203,7 @@ class DataParallel:
         epoch = items.next_batch // len(items)
         while items.next_batch // len(items) == epoch:
             if not self._updated:
-                self.strategy.discard()  # an earlier loop was left in the middle of this batch
+                self.strategy.discard()  # the caller left an earlier loop in the middle of this batch
             batch, self._remaining, self._updated = items.next_batch, list(self._own_micro_batches), False
             self._loss_sums[:] = 0.0
             while self._skip_empty():
@@ -285,7 +285,7 @@ class DataParallel:
         """Load a state, before the first micro-batch. Raises UsageError if the dataset has changed. Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the same tensors
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the tensors of `state` itself
         self.strategy.load_state_dict(state["strategy"])
         self.steps = state["steps"]
 

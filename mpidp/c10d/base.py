@@ -1,4 +1,4 @@
-"""The base class of the process group: torch.distributed's queries, shutdown, and the start of each call."""
+"""The base class of the process group. It answers torch.distributed's queries, starts calls, and shuts the group down."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def root_of(opts: Any) -> int:
 
 
 def check(valid: bool, name: str, message: str) -> None:
-    """Raise ValueError with `message` unless `valid`. It is called before anything is sent. name: the call's name."""
+    """Raise ValueError with `name` and `message` unless `valid`. Call it before anything is sent: the group then stays usable."""
     if not valid:
         raise ValueError(f"mpi4py: {name}: {message}")
 
 
-_ProcessGroup: Any = ProcessGroup  # typed as Any: Python methods cannot match its C++ overloads
+_ProcessGroup: Any = ProcessGroup  # typed as Any: Python methods cannot match the C++ overloads
 
 
 class Base(_ProcessGroup):
@@ -51,7 +51,7 @@ class Base(_ProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
-        """Make a group that owns `comm`. timeout: used by calls that give none; store: used by this group only, or None."""
+        """Make a group that owns `comm`. timeout: for calls that give none; store: of this group only, or None."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
@@ -59,7 +59,7 @@ class Base(_ProcessGroup):
         self._calls = Calls(comm, blocking)
         self._turns = Turns(self._calls, name, store)
         self._name, self._description = name, ""
-        self._messages: list[Message] = []  # sends and receives; keeps their buffers alive until they complete
+        self._messages: list[Message] = []  # sends and receives; the list keeps their buffers alive
         self._coalesced: list[Promise] | None = None
         self._barriers = 0
         self._sequence = 0
@@ -136,7 +136,7 @@ class Base(_ProcessGroup):
         with suppress(MPI.Exception, NotImplementedError):
             self.comm.Revoke()
 
-    # Starting a call.
+    # Methods that start a call.
 
     def _seconds(self, opts: Any, timeout: timedelta | None = None) -> float:
         chosen = timeout or getattr(opts, "timeout", None)
@@ -144,7 +144,7 @@ class Base(_ProcessGroup):
 
     def _begin(self, name: str, work: Callable[[], None], inputs: list[torch.Tensor], result: Any, opts: Any,
                timeout: Any = None) -> Promise:
-        """Queue the collective `work`. name: torch's name of the call, optionally followed by a space and details."""
+        """Queue the collective `work`; return its Work. name: torch's name of the call, then optionally a space and details."""
         if self.comm == MPI.COMM_NULL:
             raise DistBackendError(f"mpi4py: {name}: group {self._name} was destroyed")
         self._sequence += 1

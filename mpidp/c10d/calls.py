@@ -62,7 +62,8 @@ def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) ->
 
 
 class Calls:
-    """Collectives over one communicator. One thread at a time may use it. Methods are Collective over comm, unless Independent.
+    """Collectives over one communicator. One thread at a time may use it. Methods are Collective over comm
+    unless they say Independent.
 
     Tensors are contiguous and on the host; kind is a key of sums.OPS.
     """
@@ -75,7 +76,7 @@ class Calls:
         self.aborted: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
         self._neighbours: Neighbours | None = None
-        self._searched = comm.size == 1  # whether neighbours() has tested if ranks can read memory
+        self._searched = comm.size == 1  # whether _neighbours has its final value
 
     def wait(self, request: MPI.Request) -> None:
         """Wait for a request. Raises Aborted if the group was aborted. Independent."""
@@ -84,7 +85,7 @@ class Calls:
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
         """Return a buffer of shape (elements,) that is reused between calls with the same name. Independent.
 
-        Allocating a new buffer takes longer than the sum itself.
+        Buffers are reused because allocating a new one takes longer than the sum itself.
         """
         buffer, needed = self._space.get(name), elements * like.element_size()
         if buffer is None or buffer.numel() < needed:

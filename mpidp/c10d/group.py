@@ -21,12 +21,12 @@ class MpiGroup(Reductions, Moves):
     """The "mpi4py" process group. send and recv are Collective over the two ranks, other methods over the group."""
 
     def barrier(self, opts: object = None, timeout: timedelta | None = None) -> Promise:
-        """Return a work that completes when all ranks have called barrier()."""
+        """Return a Work that completes when all ranks have called barrier()."""
         seconds = opts if isinstance(opts, timedelta) else timeout
         return self._begin("barrier", self._calls.barrier, [], [], opts, seconds)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """Wait until all ranks have called it. Raises RuntimeError if a rank does not call it within the timeout.
+        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if one does not within the timeout.
 
         Rank 0's error names the first missing rank, or all of them if wait_all_ranks is true.
         """

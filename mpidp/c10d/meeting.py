@@ -25,10 +25,10 @@ from torch import distributed
 from mpidp.c10d.base import NAME
 from mpidp.c10d.group import MpiGroup
 
-dist: Any = distributed  # typed as Any: its stubs are incomplete
+dist: Any = distributed  # typed as Any: torch's type stubs are incomplete
 distributed_c10d: Any = distributed.distributed_c10d
 MEETING_TIMEOUT = timedelta(minutes=30)
-PAUSE_SECONDS = 0.3  # before Abort: lets mpirun forward the last output
+PAUSE_SECONDS = 0.3  # pause before Abort, so that mpirun can forward the last output
 HOST = "MPIDP_C10D_HOST"  # name or address of rank 0's host, if other nodes cannot reach it by its host name
 WAIT = "MPIDP_C10D_WAIT"  # block or poll; default: block if all ranks of the group are on one node with a core each
 _world: MPI.Intracomm | None = None
@@ -107,7 +107,10 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
 
 
 def _blocking(comm: MPI.Intracomm) -> bool:
-    """Return whether ranks may poll without pauses in MPI's blocking calls: the same on all ranks. Collective over comm."""
+    """Return whether ranks may use MPI's blocking calls, which poll without pauses. Collective over comm.
+
+    All ranks get the same result.
+    """
     rows = comm.allgather((socket.gethostname(), sorted(os.sched_getaffinity(0)), os.environ.get(WAIT, "")))
     choices = {choice for _, _, choice in rows if choice}
     if choices:

@@ -12,8 +12,8 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
     """Wait for all ranks. Raises RuntimeError if a rank is missing after `seconds`. Collective over comm.
 
     Rank 0's error names the first missing rank, or all of them if wait_all_ranks is true. Rank 0 then does not answer the other
-    ranks, so they also time out and raise RuntimeError. number: of this barrier in the group, from 1; tag: used by no other
-    messages.
+    ranks, so they also time out and raise RuntimeError. number: counts the barriers of the group, from 1; tag: a tag that
+    no other messages use.
     """
     end = time.monotonic() + seconds
     message, milliseconds = np.array([number]), round(1000 * seconds)

@@ -20,12 +20,12 @@ from mpidp.c10d.sums import ADDERS, HALVES, average
 
 BLOCK_BYTES = 1 << 19  # bytes read and reduced at a time; they fit in a core's cache
 READ_BYTES = 1 << 26  # most bytes per system call; Linux's limit is 2 GiB
-ALIGN = 64  # slices start at multiples of this many elements
+ALIGN = 64  # each rank's part starts at a multiple of this many elements
 NEAR = "MPIDP_C10D_NEAR"  # if "messages" on any rank: large reductions within a node use messages, too
 SET_PTRACER, ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # PR_SET_PTRACER for prctl (Linux's Yama module)
 TOKEN = 2  # number of random integers that identify a process
 FOUND, DENIED, IMPOSSIBLE = range(3)
-Exchange = Callable[[list[int]], list[list[int]]]  # an allgather: this rank's numbers -> all ranks' numbers
+Exchange = Callable[[list[int]], list[list[int]]]  # an allgather of each rank's list of numbers
 
 
 class _Vector(ctypes.Structure):
@@ -33,7 +33,7 @@ class _Vector(ctypes.Structure):
 
 
 def _reader() -> Any:
-    """Return the C function process_vm_readv, or None if the system does not have it."""
+    """Return the C function process_vm_readv, or None if the system has no such function."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
     if function is not None:
         function.restype = ctypes.c_ssize_t
@@ -61,7 +61,7 @@ class Neighbours:
     def can_read_all(self) -> bool:
         """Return whether all ranks can read each other's memory.
 
-        If only permission is missing (Yama's ptrace_scope 1), each rank grants it, as MPI libraries do, and tries again.
+        If only permission is missing (Yama's ptrace_scope 1), each rank grants permission, as MPI libraries do, and tries again.
         """
         token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
         table = self._exchange([os.getpid(), token.data_ptr(), *token.tolist()])
@@ -157,7 +157,7 @@ class Neighbours:
         self._add(flat[low:high], [place + low * size for place in places], kind, flat[low:high])
         self._synchronize()
         for i in range(1, self.ranks):
-            rank = (self.rank + i) % self.ranks  # each rank starts with a different one
+            rank = (self.rank + i) % self.ranks  # each rank starts by reading from a different rank
             self._read(rank, places[rank] + rank * share * size, flat[rank * share : (rank + 1) * share])
         self._synchronize()
         return True

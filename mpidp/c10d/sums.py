@@ -1,4 +1,4 @@
-"""MPI's counterparts of torch's dtypes and reductions. MPI has no bfloat16 and float16, so torch reduces these."""
+"""MPI's counterparts of torch's dtypes and reductions. MPI has no bfloat16 or float16, so torch reduces these types."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BITS = ("BAND", "BOR", "BXOR")
 
 
 def kind_of(op: Any, dtype: torch.dtype) -> str:
-    """Return the reduction's name, e.g. SUM. Raises TypeError or ValueError if it is not supported for the dtype. Pure."""
+    """Return the reduction's name, e.g. SUM. Raises ValueError if it is unknown, TypeError if it does not suit dtype. Pure."""
     name = next((name for name, known in _KINDS.items() if op == known), None)
     if name is None:
         raise ValueError(f"mpi4py: reduction {op} is not supported: use one of {', '.join(OPS)}")

@@ -1,8 +1,9 @@
-"""Order and timeouts of a group's collectives.
+"""Keeps the order of a group's collectives, and checks their timeouts.
 
 Collectives of a group run one after another, in the group's thread or, if the group is idle, in the caller's thread. A watch
-thread ends a call that takes too long with an error that names the call and the missing ranks. To find them, each rank that has
-waited for a while writes its rank and call to the group's store, once. A rank without an entry at the timeout is missing.
+thread ends a call that takes too long with an error that names the call and the missing ranks. To find the missing ranks, each
+rank that has waited for a while writes its rank and call to the group's store, once. A rank without an entry at the timeout is
+missing.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Turns:
     def _report_waiting(self, work: Queued) -> None:
         if self._store is not None:
             with suppress(Exception):
-                self._store = self._store.clone()  # a new connection: another thread may wait in the first one
+                self._store = self._store.clone()  # a new connection: another thread may be waiting on the first one
                 self._store.set_timeout(STORE_TIMEOUT)
             _quietly(lambda: self._store.append(self._key(work.number), f"{self.calls.comm.rank} {work.name};"))
 
@@ -165,7 +166,7 @@ def format_ranks(ranks: list[int]) -> str:
 
 
 def _quietly(work: Callable[[], Any]) -> Any:
-    """Return work(), or None if it raises, e.g. because the store's server has exited."""
+    """Return work(), or None if it raises an exception, e.g. because the store's server has exited."""
     try:
         return work()
     except Exception:

@@ -115,7 +115,7 @@ class Queued(Promise):
     """A collective in a group's queue (turns.py)."""
 
     def __init__(self, work: Callable[[], None], result: Any, name: str, seconds: float) -> None:
-        """work: runs the collective; result: its output tensors; name: for messages; seconds: timeout."""
+        """work: runs the collective; result: the output tensors; name: for messages; seconds: timeout in seconds."""
         super().__init__(result, name)
         self.seconds = seconds
         self.number = 0  # number of the collective in its group, from 1
@@ -226,14 +226,14 @@ class Message(Promise):
             self.end(error)
 
     def source_rank(self) -> int:
-        """Return the sender's rank in the group; -1 before completion."""
+        """Return the sender's rank in the group, or -1 before completion."""
         return self._source
 
     _source_rank = source_rank
 
 
 class Coalesced(Promise):
-    """Several coalesced calls as one Work."""
+    """One Work for several coalesced calls."""
 
     def __init__(self, works: list[Promise]) -> None:
         super().__init__([work.result() for work in works], " + ".join(work.name for work in works) or "nothing")

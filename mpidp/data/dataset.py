@@ -33,7 +33,7 @@ class Items:
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """Return the number of items in micro-batch v of a global batch. In an epoch's last batch it may be less, or 0."""
+        """Return the number of items in micro-batch v of a global batch. It may be smaller, or 0, in an epoch's last batch."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 
@@ -50,7 +50,7 @@ class Items:
         return self._order[1][places.start : places.stop]
 
     def read(self, batch: int, v: int) -> tuple[int, Any]:
-        """Return (number of items, collated items) of a micro-batch; (0, None) if it is empty.
+        """Return (number of items, collated items) of a micro-batch, or (0, None) if the micro-batch is empty.
 
         Raises DataError, which names the item, if the dataset raises an exception.
         """

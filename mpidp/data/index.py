@@ -14,7 +14,7 @@ from mpidp.errors import DataError
 INDEX_FORMAT = "mpidp-shards"
 VERSION = 1
 MAX_INDEX_BYTES = 256 * 2**20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # no folders, no hidden files, no ".."
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # excludes folders, hidden files and ".."
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Index:
     files: list[FileRecord]
     source: dict[str, Any]
     sha256: str = ""  # of index.json itself
-    window: int = 0  # packed: no document crosses a multiple of this many tokens; 0: documents are concatenated
+    window: int = 0  # if packed: no document crosses a multiple of this many tokens; 0: not packed
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
         """Return the contents of tokenizer.json. Raises DataError if it is missing or has changed."""

@@ -1,8 +1,8 @@
 """Lanes: a partition of the global batch that does not depend on the number of ranks. Pure.
 
-A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter), and
-these into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are accumulated in order. V and L
-are fixed for a run. The result of a lane is bit-identical on any rank.
+A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter). The
+micro-batches are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are
+accumulated in order. V and L are fixed for a run. The result of a lane is bit-identical on any rank.
 """
 
 from __future__ import annotations

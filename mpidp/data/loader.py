@@ -60,11 +60,11 @@ class MicroBatch:
         return MicroBatch(self.v, change(self.tokens), change(self.targets), self.num_tokens, positions, doc_ids)
 
     def pinned(self) -> MicroBatch:
-        """Return a copy in pinned memory. Independent."""
+        """Return a copy of the micro-batch in pinned memory. Independent."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy to the device, asynchronously. Independent."""
+        """Return the micro-batch on the device. The copy is asynchronous. Independent."""
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -107,7 +107,7 @@ def check_targets(stream: TokenStream, first: int) -> None:
 class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    micro_batches: the v that this rank is expected to compute. prefetch: number of batches to read ahead. resident:
+    micro_batches: numbers v that this rank is expected to compute. prefetch: number of batches to read ahead. resident:
     whether the tokens of these micro-batches stay on a CUDA device: "true", "false", or "auto" (if they need less than a quarter
     of its free memory). resident has no effect on CPUs, with a loss mask, or if documents are kept apart. An error in the thread,
     for example DataError for an id outside the vocabulary, is raised by next() and by every later next().
@@ -173,7 +173,7 @@ class Loader:
                     ahead.append(self._read(batch, v))
                 self._queue.put(ahead)
                 batch += 1
-        except BaseException as error:  # next() raises it in the main thread
+        except BaseException as error:  # next() raises the error in the main thread
             self._queue.put(error)
 
     def _read_now(self, batch: int, v: int) -> MicroBatch:

@@ -32,8 +32,8 @@ ORDERS = ("shuffled", "sequential")
 class Pool(NamedTuple):
     """A number of blocks that are fetched together. Pools of a lane and epoch are read in the order of their numbers."""
 
-    lane: int  # sequential order: the micro-batch v
-    epoch: int  # sequential order: the batch
+    lane: int  # with sequential order: the micro-batch v
+    epoch: int  # with sequential order: the batch
     number: int
 
 
@@ -46,7 +46,7 @@ class Sampler:
     lanes: Lanes
     seed: int
     order: str = "shuffled"
-    token_bytes: int = 2  # as stored; determines the number of windows in a block
+    token_bytes: int = 2  # bytes of a stored token; determines the number of windows in a block
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -108,7 +108,7 @@ class Sampler:
         return self._pools_of(self.part(lane), positions, epoch, lane)
 
     def following(self, pool: Pool) -> Pool | None:
-        """Return the pool that the lane reads next in this epoch, or None."""
+        """Return the pool that the lane reads next in this epoch, or None if this is the last."""
         if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
             return None
         return pool._replace(number=pool.number + 1)
@@ -183,7 +183,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return windows [run RUN, (run + 1) RUN) of a pool. Permuting RUN windows takes hardly longer than one micro-batch's."""
+    """Return windows [run RUN, (run + 1) RUN) of a pool. RUN windows are permuted at once, because this is hardly slower
+    than permuting those of one micro-batch."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

@@ -41,7 +41,7 @@ from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-PIECE_BYTES = 4 * 2**20  # read and hashed at a time
+PIECE_BYTES = 4 * 2**20  # bytes read and hashed at a time
 
 
 @dataclass
@@ -110,7 +110,7 @@ class TokenStream:
                                        f"{self.files[i].crc32})")
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [start, start + count), copied, (count,) uint16 or uint32."""
+        """Return a copy of tokens [start, start + count): (count,) uint16 or uint32."""
         out = np.empty(count, dtype=self.dtype)
         for i, first, n, at in self._pieces(start, count):
             out[at : at + n] = self._map(i).tokens[first : first + n]
@@ -165,10 +165,10 @@ class TokenStream:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
             raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}; the file "
-                            f"is damaged: python -m data_tools.verify {self.path}, then prepare it again")
+                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare it again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
-        """Return where documents start in a file, (d,) uint64. Raises DataError if not ascending, or outside the file."""
+        """Return where documents start in a file, (d,) uint64. Raises DataError if they are invalid."""
         offsets = self._map(file).doc_offsets
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets are not ascending or lie outside the file")
@@ -193,7 +193,7 @@ class TokenStream:
                     self._mapped[i] = self._open(i)
                 except FileNotFoundError:
                     raise self._error(i, "it is missing") from None
-                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # raised by h5py on damaged files
+                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises these on damaged files
                     raise self._error(i, f"it cannot be opened as HDF5 ({error})") from None
             return self._mapped[i]
 
@@ -272,7 +272,7 @@ def checksums(path: Path) -> tuple[str, str]:
 
 
 class Written(NamedTuple):
-    """Size and checksums of a written file, for the index."""
+    """The size in bytes and the checksums of a written file, for the index."""
 
     size: int
     crc32: str

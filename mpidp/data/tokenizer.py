@@ -182,7 +182,7 @@ class HFTokenizer(Tokenizer):
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
 
     def _count_table(self, vocab: dict[str, int]) -> np.ndarray | None:
-        """Return bytes per id for byte-level BPE, where each character of a token is one byte; else None."""
+        """Return bytes per id for byte-level BPE, where each character of a token is one byte. Else return None."""
         parsed = json.loads(self._text)
         if (parsed.get("decoder") or {}).get("type") != "ByteLevel":
             return None
@@ -221,7 +221,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
-    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if malformed."""
+    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if it is malformed."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Conversion of config.json and tensor names between mpidp and Hugging Face (LLaMA family). Pure, without torch.
+"""Convert config.json and tensor names between mpidp and Hugging Face (LLaMA family). Pure, without torch.
 
 Both use the same layout of weights and half-split rotary positions, so no weights are permuted.
 """

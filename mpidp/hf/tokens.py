@@ -74,7 +74,7 @@ def _plain(content: bytes) -> dict[str, Any]:
 
 
 def _byte_names() -> list[str]:
-    """Return the character of each byte in byte-level BPE (GPT-2): the byte itself if printable, else from U+0100 on."""
+    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

@@ -77,7 +77,7 @@ def _write_weights(
             {huggingface_name(name): weight(name).to(dtype).contiguous() for name in names}, folder / file,
             metadata={"format": "pt"},
         )
-        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors makes it owner-only, ignoring the umask
+        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors ignores the umask and makes files owner-only
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
         place |= {huggingface_name(name): file for name in names}

@@ -1,8 +1,9 @@
 """Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the plain sum. `accuracy_norm` divides it by the choice's UTF-8 bytes; the harness's acc_norm divides by characters, which is
-the same for ASCII. `accuracy_token` divides it by the choice's tokens. In a tie the first choice wins.
+the plain sum. `accuracy_norm` divides it by the choice's UTF-8 bytes; the harness's acc_norm divides by the number of
+characters, which is the same for ASCII text. `accuracy_token` divides it by the choice's tokens. Of choices with equal scores,
+the first is taken.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def encode(tokenizer: Tokenizer, item: Question, seq_len: int, path: str | Path 
                 raise DataError(f"choice {place} has {counted} tokens; the model's context is {seq_len} tokens (model.seq_len)")
             whole = [tokenizer.begin, *ids]
             found.append(EncodedChoice(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
-    except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: an unpaired surrogate
+    except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: the text has an unpaired surrogate
         raise DataError(f"{path}, line {item.line}: {error}") from None
     return found
 

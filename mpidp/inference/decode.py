@@ -19,7 +19,7 @@ class DecodedText:
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
         """ids: the prompt; tokens: maximum number to add; on_token: called with each new token, returns True to
-        stop; seed: of the random generator."""
+        stop; seed: seeds the random generator."""
         self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
         self.start = 0  # index of the first id in the window
@@ -40,7 +40,7 @@ class DecodedText:
         return self.ids[self.start + (0 if self.cache is None else self.cache.length) :]
 
     def add(self, token: int, eod: int) -> None:
-        """Append a token. If it is `eod`, end the sequence instead."""
+        """Append a token. If the token is `eod`, end the sequence instead."""
         if token == eod:
             self.ended = "eod"
             return

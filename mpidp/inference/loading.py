@@ -33,14 +33,14 @@ from mpidp.runtime.world import raise_together
 
 @dataclass
 class Loaded:
-    """A model on its device, or this rank's part of the model. dtype: of matrix products."""
+    """A model, or this rank's part of it, on its device. dtype: the dtype of matrix products."""
 
     model: Any
     device: torch.device
     dtype: torch.dtype
     grid: Grid
     stages: Stages | None = None  # this rank's place in a pipeline
-    losses: Callable[[Tensor, Tensor], Tensor] | None = None  # losses of this rank's part of the logits; None: plain_losses
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None  # computes losses from this rank's logits; None: plain_losses
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
@@ -95,7 +95,7 @@ def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Toke
 def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Tokenizer]:
     """Open a run's newest checkpoint, its model (this rank's part) and its tokenizer.
 
-    options: of a command, with run, tokenizer, tp, pp, device and threads. Raises CheckpointError or DataError if a file is
+    options: the parsed options run, tokenizer, tp, pp, device and threads. Raises CheckpointError or DataError if a file is
     missing or damaged, and UsageError if an option does not suit the model. Collective over world.
     """
     grid = make_grid(world, options.tp, options.pp)

@@ -39,7 +39,7 @@ def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> lis
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:
     """Compute n rows of numbers, each on one replica; return all rows, (n, width) float64. shape: (n, width).
 
-    The result is bit-identical for any number of replicas. work(i): returns row i, of at most `width` numbers; collective over
+    The result is bit-identical for any number of replicas. work(i): returns row i, at most `width` numbers; collective over
     grid.model. Collective over grid.world.
     """
     found = np.zeros(shape)

@@ -21,7 +21,7 @@ class Cache:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, each (K, capacity, E)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's keys and values (K, T, E) of the next T positions; return those of all positions so far.
+        """Append a layer's keys and values (K, T, E) of the next T positions; return the keys and values so far.
 
         Does not change `length`: the model increases it after the last layer. Raises ValueError if the cache is full.
         """
@@ -44,9 +44,9 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of T new positions over all positions so far: q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E).
+    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
 
-    Rows are computed one at a time, without padding or masks, so the other rows cannot change a row's result.
+    The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
     """
     rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i])) for i, cache in enumerate(caches)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)

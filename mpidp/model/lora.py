@@ -32,7 +32,7 @@ def saved_names(names: Sequence[str]) -> list[str]:
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the layers that get adapters: those whose last name is in targets, e.g. "q,v".
+    """Return the layers that get adapters: those whose last name component is in targets, e.g. "q,v".
 
     layers: (outputs, inputs) by name. Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller
     dimension. Pure.

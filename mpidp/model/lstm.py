@@ -41,8 +41,11 @@ class LSTM(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Initialize the parameters: embedding and head normal with std 1/sqrt(D); cells uniform in +-1/sqrt(D); biases 0,
-        except 1 for the forget gates (Jozefowicz 2015)."""
+        """Initialize the parameters.
+
+        Embedding and head are normal with std 1/sqrt(D). Cells are uniform in +-1/sqrt(D). Biases are 0, except those of forget
+        gates, which are 1 (Jozefowicz 2015).
+        """
         generator, bound, d = torch.Generator().manual_seed(seed), 1.0 / math.sqrt(self.shape.model_dim), self.shape.model_dim
         for name, p in sorted(self.named_parameters()):
             if p.dim() == 1:

@@ -81,8 +81,8 @@ def set_generator(key: int, device: torch.device) -> None:
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
-    settings: section model, by name; changed: the settings that differ from their defaults. Raises UsageError if the model
-    cannot be trained. Independent.
+    settings: all settings of section model, by name; changed: those that differ from their defaults. Raises UsageError if the
+    model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
     known = {key: value for key, value in settings.items() if key not in ("kind", "options")} | {"vocab_size": vocab_size}
@@ -104,7 +104,7 @@ def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any],
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """Parse model.options, e.g. "width=64,act=gelu". Integers, numbers, true and false are converted. Pure.
+    """Parse model.options, e.g. "width=64,act=gelu". Values that are numbers, true or false are converted. Pure.
 
     Raises UsageError if an option is not NAME=VALUE.
     """

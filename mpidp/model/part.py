@@ -22,7 +22,7 @@ COLUMNS = ("attention.o.weight", "feed_forward.down.weight")
 class Part:
     """The part of a model on one rank."""
 
-    chunks: tuple[range, ...]  # a range of layers for each chunk; mesh.interleave chunks
+    chunks: tuple[range, ...]  # one range of layers per chunk; there are mesh.interleave chunks
     has_embedding: bool = True  # whether this is the first stage
     has_head: bool = True  # whether this is the last stage, with the last norm and the head
     index: int = 0  # tensor-parallel index, below size
@@ -90,7 +90,7 @@ def part_of(
 ) -> Part:
     """Return the part of a rank in pipeline stage `stage` of `stages`, with tensor-parallel index `index` of `size`.
 
-    sequence: sequence parallelism; chunks: chunks of layers per stage (mesh.interleave). Pure.
+    sequence: whether to use sequence parallelism; chunks: chunks of layers per stage (mesh.interleave). Pure.
     """
     runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
     return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)

@@ -1,4 +1,4 @@
-"""Model shapes: what determines the parameters' names, sizes and cost. Pure, without torch."""
+"""Model shapes: the settings that determine the names, sizes and cost of parameters. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TransformerShape:
 
 
 class RopeScaling(NamedTuple):
-    """Rotary scaling of Llama 3.1: low frequencies are divided by `factor`, high ones stay, those between are interpolated."""
+    """Rotary scaling of Llama 3.1: low frequencies are divided by `factor`, high ones are kept, others interpolated."""
 
     factor: float
     low: float  # low frequencies: wavelengths above original / low
@@ -61,7 +61,7 @@ class LSTMShape:
     seq_len: int
     dropout: float = 0.0
     tie_embeddings: bool = False
-    head_dim: ClassVar[int] = 1  # it has no heads
+    head_dim: ClassVar[int] = 1  # an LSTM has no heads
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         d = self.model_dim
@@ -85,7 +85,7 @@ class CustomShape:
     factory: str  # module:factory
     arguments: Mapping[str, Any]  # the factory's arguments
     parameters: Sequence[tuple[str, Sequence[int]]]  # name and shape of each parameter
-    tie_embeddings: ClassVar[bool] = False  # tied parameters have only one name anyway
+    tie_embeddings: ClassVar[bool] = False  # `parameters` has tied parameters only once
     head_dim: ClassVar[int] = 1
     dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a key
 
@@ -120,7 +120,10 @@ def num_parameters(shape: Shape) -> int:
 
 
 def flops_per_token(shape: Shape, parameters: int) -> float:
-    """Return floating-point operations per token, forward and backward: 6 N + 12 layers T H E (Chowdhery 2022, appendix B)."""
+    """Return floating-point operations per token, forward and backward: 6 N + 12 layers T H E (Chowdhery 2022, appendix B).
+
+    N: parameters without an untied embedding; T: seq_len; H: heads; E: head size.
+    """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()
     width = shape.num_heads * shape.head_dim

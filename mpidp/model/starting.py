@@ -17,7 +17,7 @@ from mpidp.model.lora import A, B, adapters_of, attach
 from mpidp.model.part import Part
 from mpidp.model.shape import Shape, shapes_of
 
-Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earlier versions lack some
+Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earlier versions have fewer
 
 
 def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:

@@ -49,13 +49,13 @@ def keyed_dropout(
         span = len(local) * x.shape[-1]  # elements of one sequence in x
         places += (places // max(1, span)) * (length * x.shape[-1] - span) + local.start * x.shape[-1]
     bits = _hash32((places + stream) & 0xFFFFFFFF)
-    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # otherwise one mask could be a shifted copy of another
+    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # without this, one mask could be a shifted copy of another
     keep = bits >= round(p * 2**32)
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
 
 
 def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (length, head_dim); the second half of a row repeats the first."""
+    """Return cos and sin of the rotary angles, each (length, head_dim). The second half of a row repeats the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high ones
         turns = scaling.original * frequency / (2 * math.pi)
@@ -116,7 +116,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on each branch's output."""
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on each branch's output."""
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Initialize matrices: normal with std 1/sqrt(D), divided by sqrt(2 layers) at the end of a residual branch (GPT-2).
 
-        A part draws all tensors of the model, one at a time, and keeps its own slices.
+        A part draws all tensors of the model, one at a time, and keeps its own boxes.
         """
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
@@ -194,9 +194,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), tokens attend only to
-        equal ids; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation); length: T, needed if x has only
-        this part's positions (sequence parallelism); chunk: index into part.chunks; caches: one per row, with the positions
+        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), tokens attend only to tokens
+        with equal ids; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation); length: T, needed if x has
+        only this part's positions (sequence parallelism); chunk: index into part.chunks; caches: one per row, with the positions
         before x. Afterwards the caches include x.
         """
         t = length or x.shape[1]
