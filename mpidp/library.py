@@ -250,7 +250,7 @@ class DataParallel:
     def step(self) -> bool:
         """Update the parameters if this rank's last micro-batch of a batch is done; otherwise do nothing.
 
-        Return whether the update was made. Collective over comm if the strategy synchronizes at this step.
+        Returns whether the update was made. Collective over comm if the strategy synchronizes at this step.
         """
         if self._updated or self._skip_empty():
             return False
