@@ -145,6 +145,6 @@ def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryvie
             os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
-            path.unlink()  # free the space for others
+            path.unlink()  # free the space for other files
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return size, crc

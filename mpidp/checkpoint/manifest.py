@@ -5,7 +5,7 @@
     RUN/latest                                                  the name of the newest committed checkpoint
 
 Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A directory is valid only under its
-final name, with a manifest whose own crc32 is correct and files whose sizes and crc32 match the manifest.
+final name. The crc32 of its manifest must be correct, and the sizes and crc32 of its files must match the manifest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     write_file(temporary / "manifest.json", _seal({"format": FORMAT, **body}))
     folder, final = temporary.parent, temporary.with_name(f"step_{body['step']:08d}")
     replaced = folder / f".replaced_{final.name}"
-    if final.exists():  # an invalid checkpoint, or one of the same step without the end record
+    if final.exists():  # an invalid checkpoint, or a checkpoint of the same step that was saved before the end of the run
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)

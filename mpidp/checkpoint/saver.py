@@ -1,9 +1,9 @@
 """Asynchronous checkpoints: which rank writes what and when, and how all ranks handle failures in the same way.
 
-`begin` starts a save. A thread (writer.py) copies the state while the next step is computed; the state does not change until the
-next update, and `wait_for_copy` is called before it. The thread then writes the copy during training: one file per node, of equal
-size. If the next save is due before this one is finished, the ranks decide by the flags that they exchange in the step report: a
-failing save is dropped in favor of the new one; if the disk is slow, the new save is skipped.
+`begin` starts a save. A thread (writer.py) copies the state while the next step is computed. The state does not change before the
+next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training: one file per node,
+of equal size. The next save may be due before this one is finished. The ranks then decide by the flags that they exchange in the
+step report: a failing save is dropped and the new one begins; if the disk is slow, the new save is skipped.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
-YOUNG_SECONDS = 2.0  # when a save is due, wait for the previous one until it is this old (for runs with short steps)
-FIRST_SECONDS = 60.0  # with train.save_every=-1: time of the first save, whose cost is measured
-NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node
+YOUNG_SECONDS = 2.0  # seconds; if a save is due, wait for the previous save until it is this old (for runs with short steps)
+FIRST_SECONDS = 60.0  # seconds until the first save with train.save_every=-1; its cost is measured
+NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node, in seconds
 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:

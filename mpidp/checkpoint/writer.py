@@ -70,16 +70,16 @@ class Save:
     rank: int
     writers: list[int]  # ranks that write a file
     keep: int  # number of checkpoints to keep
-    wait: bool  # the main thread waits: no copy on the CPU, and no retries
+    wait: bool  # if the main thread waits, the state is not copied on the CPU, and failed writes are not retried
     memory: HostMemory
     may_commit: Callable[[], bool]  # on rank 0: returns whether this job still holds the run's lock
     state: int = WRITES
-    error: Exception | None = None  # of the last failed attempt
+    error: Exception | None = None  # the error of the last failed attempt
     progress: int = 0  # number of blocks written
     saved: dict[str, float] | None = None  # on rank 0 after the commit: seconds and CPU seconds of the save
     dropping: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)  # set when the state is no longer read
-    began: float = field(default_factory=time.monotonic)  # seconds
+    released: threading.Event = field(default_factory=threading.Event)  # set when the thread no longer reads the state
+    began: float = field(default_factory=time.monotonic)  # start of the save
 
     def __post_init__(self) -> None:
         self._device = next((entry.tensor.device for entry in self.entries.values() if entry.tensor.is_cuda), None)
@@ -148,7 +148,7 @@ class Save:
                     offset += piece.tensor.nbytes
                 if stream is not None:
                     stream.synchronize()
-        except Exception as error:  # out of memory
+        except Exception as error:  # for example out of memory
             self.released.set()
             if not isinstance(error, Dropped):
                 self._fail(error, None)

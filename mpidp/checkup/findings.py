@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mpidp.runtime.environment import numbers
 
-VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # in order of severity; `wrong` makes the command fail
+VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # in ascending order of severity; `wrong` makes the command fail
 WIDTH = 130
 MOST_LINES = 8  # maximum number of lines of a list within a result
 

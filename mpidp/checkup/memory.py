@@ -30,7 +30,7 @@ class Segment:
     name: str
     bytes: int
     owner: str
-    own: bool  # it belongs to this user
+    own: bool  # whether it belongs to this user
     age_seconds: float
     state: str  # "used", "gone" (no process has it open) or "unknown"
 
@@ -83,7 +83,8 @@ def _in_use(folder: Path) -> set[str]:
 def _leased(path: Path) -> Iterator[None]:
     """Hold a lease on a file. The kernel grants it only if no other process has the file open or mapped, in any container. Raises
     OSError otherwise."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent if another process opens the file; by default it kills
+    # SIGIO is sent if another process opens the file; by default it would end this process.
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)

@@ -30,7 +30,7 @@ HOW = {
 class NetworkLink:
     """A measurement between two ranks."""
 
-    ends: tuple[str, str]  # hosts
+    ends: tuple[str, str]  # hosts of the two ranks
     latency_seconds: float
     bandwidth_bytes_per_second: float
     interface: str  # the interface of the first host that sent the messages; "" if unknown
@@ -84,7 +84,7 @@ def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) 
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()
-    while not out[0]:  # the first byte of each message is 1 in the last one
+    while not out[0]:  # the first byte is 1 in the last message, and 0 in all others
         out[0] = len(times) >= most or (len(times) > 0 and time.perf_counter() - began > seconds)
         start = time.perf_counter()
         comm.Send(out, other, TAG)

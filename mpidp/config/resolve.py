@@ -103,7 +103,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
-            "eval_every": -(-t.eval_every // meet) * meet,  # a step at which all ranks synchronize
+            "eval_every": -(-t.eval_every // meet) * meet,  # rounded up to a step at which all ranks synchronize
             "save_every": -(-t.save_every // meet) * meet if t.save_every > 0 else t.save_every,
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},

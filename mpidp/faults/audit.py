@@ -113,7 +113,7 @@ class Audit:
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
         """Begin the audit of a step. Return (lane that this rank computes a second time, all audited lanes). Independent."""
         size, round_ = self.comm.size, step // self.every
-        # Without the offset size / 2: two ranks would check each other twice, which does not show which of them is wrong.
+        # The offset size / 2 is skipped: two ranks would check each other twice, which does not show which of them is wrong.
         offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
         offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]

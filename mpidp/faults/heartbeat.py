@@ -38,7 +38,7 @@ ORDER = (  # order of the phases within a step
 SILENT = "?"  # state of a rank without a heartbeat
 LOST = {"T": "stopped (state T)", "t": "stopped by a debugger (state t)", "Z": "exited (state Z)", "X": "exited"}
 STATES = LOST | {SILENT: "no heartbeat received", "D": "waiting for a disk or a file server (state D)"}
-NAMED = 4  # ranks listed in one message
+NAMED = 4  # maximum number of ranks listed in a message
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class HeartbeatRow:
     step: int = 0
     phase: str = ""
     bucket: int = -1  # the gradient bucket that is being reduced; -1: none
-    entered: float = 0.0  # when the phase began
-    heard: float = math.inf  # the last heartbeat
-    state: str = SILENT  # state letter of its process in /proc
+    entered: float = 0.0  # time since the phase began
+    heard: float = math.inf  # time since the last heartbeat
+    state: str = SILENT  # state letter of the process in /proc
 
     @property
     def place(self) -> tuple[int, int]:

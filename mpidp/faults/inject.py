@@ -76,7 +76,7 @@ def make_wrong(lane: int, gradient: Any) -> None:
     gradient[0] += 1.0
 
 
-ANYWHERE: dict[str, Callable[[], None]] = {  # these affect the whole process, so a timer thread can cause them
+ANYWHERE: dict[str, Callable[[], None]] = {  # faults of the whole process, which a timer thread can cause
     "kill": partial(_signal, signal.SIGKILL), "segv": partial(_signal, signal.SIGSEGV), "stop": partial(_signal, signal.SIGSTOP),
     "term": partial(_signal, signal.SIGTERM), "usr1": partial(_signal, signal.SIGUSR1), "exit": partial(os._exit, 3),
     "gil": _hold_the_gil,
@@ -97,7 +97,7 @@ class Fault:
     step: int  # counted from 1
     phase: str = "compute"
     after: float = 0.0  # seconds after the phase begins
-    seconds: float = 0.0  # constant part of a delay
+    seconds: float = 0.0  # constant part of a delay, in seconds
     factor: float = 1.0  # slowdown of each micro-batch by a delay
     until: int = 0  # last step; 0: no limit for delay, a single step for wrong
     times: int = 1  # number of batches
@@ -118,7 +118,7 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults of a job, and which of them have occurred on this rank. False if the job has none. Independent."""
+    """The injected faults of a job, and which of them have occurred on this rank. bool() is False without faults. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)

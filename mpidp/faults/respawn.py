@@ -26,8 +26,8 @@ from mpidp.runtime.ulfm import agree, revocable
 
 OPTION = "state_base_recoverable"  # with it, mpirun continues after a rank has failed
 LAUNCH = f"mpirun --with-ft ulfm --prtemca {OPTION} 1 --mca coll ^han,adapt"
-START_SECONDS = 40.0  # time limit for a process to start; it connects before its slow imports
-CONNECT_SECONDS = 20.0  # time limit for a collective call; it takes milliseconds if no rank fails
+START_SECONDS = 40.0  # time limit for a process to start and connect, which happens before its slow imports
+CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes milliseconds if no rank fails
 
 
 def obstacle_to_respawn(machines: int) -> str:

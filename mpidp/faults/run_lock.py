@@ -19,7 +19,7 @@ from mpidp.faults.heartbeat import process_state
 from mpidp.runtime.log import log
 
 COUNT_SECONDS = 1.0  # time between two updates of the counter in the lock
-LOCK_BYTES = 512  # size of the lock; each write replaces all of it
+LOCK_BYTES = 512  # size of the lock file; each write replaces the whole content
 
 
 class RunLock:

@@ -25,7 +25,7 @@ STACKS = 8  # maximum number of ranks per node that print their stacks
 
 class Watchdog(StepObserver):
     """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, 20 usual steps),
-    one rank of each node prints a report, and all processes exit with code 6.
+    one rank of each node prints a report. All processes then exit with code 6.
 
     A thread checks this, because blocking MPI calls release the GIL. If the GIL is never released, faulthandler's timer ends the
     process. The first occurrence of a phase may take `first_times` as long, because it compiles, connects or reads cold files.
@@ -43,7 +43,7 @@ class Watchdog(StepObserver):
         self._at, self._bucket = (0, ""), -1
         self._entered = self._heard = math.inf
         self._step_began = 0.0
-        self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps, in seconds
         self._done: set[str] = {""}  # phases that were completed at least once
         self._stop = threading.Event()
         if board is not None:
@@ -97,7 +97,7 @@ class Watchdog(StepObserver):
         while not self._stop.wait(tick):
             now = time.monotonic()
             if now - before > tick + 2:
-                self._heard += now - before  # this process was stopped for a while, perhaps all others too
+                self._heard += now - before  # this process was stopped for a while, perhaps together with all others
             before = now
             usual, deadline = self.timeouts()
             faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread never runs again

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
-EACH_SECONDS = 0.2  # minimum time between two readings
-SELDOM_SECONDS = 30.0  # maximum time, ensured by a thread: RAPL counters wrap around after about 260 kJ (15 minutes)
+EACH_SECONDS = 0.2  # minimum time between two readings of the counters
+SELDOM_SECONDS = 30.0  # maximum time between them, ensured by a thread: RAPL counters wrap around after about 260 kJ (15 minutes)
 Counter = Callable[[], float]  # returns the joules since its last call; raises OSError if it cannot be read
 
 

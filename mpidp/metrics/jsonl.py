@@ -29,7 +29,7 @@ class MetricsFile:
         step, next_batch: last step that is kept, and first batch that is not. latest: the last lines of a failed rank 0, which
         this rank replaces; those that are missing in the file are added. also: TensorBoard files that receive the same lines."""
         self._path = path
-        self.also: Scalars | None = None  # also gets each new line
+        self.also: Scalars | None = None  # TensorBoard files that receive each new line
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         if latest is not None:
             self._repair(latest)
@@ -110,8 +110,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line, these are at most its setup_seconds, and seconds that are recorded as lost are not counted again: in the
-    remaining time no job worked on the run. Lines without a time count as 0. Pure."""
+    For a `start` line, these are at most its setup_seconds, because no job worked on the run before. Seconds that the line
+    records as lost are not counted again. Lines without a time count as 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:

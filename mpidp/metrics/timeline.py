@@ -24,10 +24,10 @@ from mpidp.runtime.observers import StepObserver
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-ROUNDS = 5  # barriers per clock comparison
+ROUNDS = 5  # number of barriers per clock comparison
 PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
 SUB_PHASES = ("reduce", "apply", "publish")  # phases within an update
-NAMES = {"comm_wait": "wait"}  # names of spans in the trace that differ from the phase
+NAMES = {"comm_wait": "wait"}  # phases whose spans have another name in the trace
 Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
 
 

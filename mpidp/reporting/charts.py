@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 250  # of a chart, in SVG units
+WIDTH, HEIGHT = 560, 250  # size of a chart in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 40  # margins of a chart
 MOST_POINTS = 240  # maximum number of points per curve; more would not be visible
 MOST_COLUMNS = 96  # maximum number of columns of a heat map
@@ -23,7 +23,7 @@ class Curve:
 
     name: str
     points: Sequence[tuple[float, float]]
-    dots: bool = False  # draw each point (for curves of few points)
+    dots: bool = False  # whether each point is drawn as a dot (for curves of few points)
 
 
 def short(value: float) -> str:

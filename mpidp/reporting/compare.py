@@ -30,8 +30,8 @@ SAME = (
     "data.path",
     "train.micro_batch",
 )
-FREE = ("strategy.servers",)  # exceptions: settings that may differ
-OWN = ("run.", "faults.", "metrics.", "energy.")  # settings that the table of differences leaves out
+FREE = ("strategy.servers",)  # exceptions, which may differ
+OWN = ("run.", "faults.", "metrics.", "energy.")  # settings that are left out of the table of differences
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ScalingPoint:
 
     ranks: int
     speed: float  # tokens per second, median of the runs
-    efficiency: float | None  # speed per rank, relative to that with the fewest ranks
+    efficiency: float | None  # speed per rank, relative to the speed per rank with the fewest ranks
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Costs:
     of: str  # what was measured
     why: str  # the reason why energy is missing or incomplete
     node_hours: float | None
-    grams: float | None  # CO2e
+    grams: float | None  # emissions, CO2e
     price: float | None  # in the currency of the given rate
 
 

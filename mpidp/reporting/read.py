@@ -16,7 +16,7 @@ from mpidp.config.command_line import read_toml
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number, parsed, took
 
-ALIVE_SECONDS = 10.0  # a running job touches its lock every second
+ALIVE_SECONDS = 10.0  # a lock that is older has no running job, because jobs write to it every second
 
 
 @dataclass
@@ -28,7 +28,7 @@ class RecordedRun:
     config: dict[str, Any]  # {section.key: value}
     lines: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)  # the last `start` line
-    going: bool = False  # a job is writing to the run now
+    going: bool = False  # whether a job is writing to the run now
 
     @property
     def starts(self) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """From ideal to measured throughput: where the time of a run went, in shares that add up to the total. Pure.
 
 The total is the time of all jobs, from the start of the process to the last line. It includes steps that were lost because a
-restart went back to a checkpoint, and excludes time in which no job worked on the run. The time of a step is divided according to
-rank 0's line in metrics.jsonl, which has the phases of rank 0 and the compute time of each rank. The mean compute time of the
-ranks has two parts: the ideal, which is the compute time in the fastest tenth of all steps, and the slowdown, which is the rest.
+restart went back to a checkpoint, and excludes time in which no job worked on the run. Rank 0's line in metrics.jsonl has the
+phases of rank 0 in a step, and the compute time of each rank. The mean compute time of the ranks has two parts. The ideal is the
+compute time in the fastest tenth of all steps; the slowdown is the rest.
 The time by which the slowest rank exceeds the mean is waiting for stragglers. Any longer wait of rank 0 is communication that was
 not overlapped.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # the ideal is the slowest step among the fastest steps, which are this share of all
+IDEAL_SHARE = 0.1  # the ideal is the compute time of the slowest step in this fastest share of steps
 PARTS = {  # in the order of the waterfall
     "ideal": "compute, if every step were as fast as the fastest tenth of steps",
     "slowdown": "compute time above the ideal",
@@ -41,7 +41,7 @@ class Waterfall:
 
     seconds: dict[str, float]
     tokens: int  # number of tokens trained on
-    dated: bool  # the lines have times; otherwise the time between steps is not known
+    dated: bool  # whether the lines have times; otherwise the time between steps is unknown
 
     @property
     def whole(self) -> float:
@@ -100,7 +100,7 @@ def _ranks(line: Mapping[str, Any], name: str) -> list[float]:
 
 
 def waterfall(run: RecordedRun) -> Waterfall:
-    """Split the time of a whole run. Pure."""
+    """Divide the time of a whole run into the parts of the waterfall. Pure."""
     steps = [of_step(line) for line in run.steps]
     seconds = dict.fromkeys(PARTS, 0.0)
     computed = sorted(step["compute"] for step in steps)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-PAUSE_SECONDS = 0.3  # gives mpirun time to forward the last output before the job ends
+PAUSE_SECONDS = 0.3  # a pause in which mpirun forwards the last output before the job ends
 LEAVE_SECONDS = 5.0  # how long a rank waits for the others at the end of a job in which ranks may have failed
 T = TypeVar("T")
 
@@ -148,11 +148,11 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         _end(code, everywhere=False, others_continue=True)
     except BaseException as error:
         world = _started_world()
-        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # as with `| head`: the reader has exited
+        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # the reader has exited, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _end(1, everywhere=True)
         rank = launcher_rank() if world is None else world.rank
-        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # MPI's errors reach other ranks too
+        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # MPI's errors reach other ranks, too
         log.error("mpidp: rank %d failed%s:\n%s", rank, _effect(world, alone), traceback.format_exc())
         _end(1, everywhere=False, others_continue=alone)
     _end(0, everywhere=True)

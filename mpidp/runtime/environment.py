@@ -17,8 +17,8 @@ JOIN_SECONDS = 60  # seconds; time limit for a replacement rank to join the job
 
 def ask_for_reproducible_blas() -> None:
     """Make MKL's float32 products on Intel CPUs independent of the number of threads (strict conditional numerical
-    reproducibility), because a rank has more threads when there are fewer ranks. Call this before torch is imported. Independent.
-    """
+    reproducibility). Otherwise results would depend on the number of ranks, since fewer ranks have more threads each. Must be
+    called before torch is imported. Independent."""
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -25,7 +25,7 @@ from mpidp.planning.mesh.search import (
 )
 from mpidp.runtime.options import add_ranks
 
-TOKENS = {True: 4 << 20, False: 1 << 19}  # tokens per step, assumed for models with at least 1 B parameters, and for smaller ones
+TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step, for models with at least 1 B parameters and for others
 BYTES = {"bfloat16": 2, "float32": 4}
 OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
                                              "tie_embeddings", "head_dim", "vocab_size")]
@@ -33,7 +33,7 @@ DESCRIPTION = """\
 Find the meshes (dp x pp x tp, and what is sharded over dp) of a number of ranks that hold a model, and predict the step time
 of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
 Settings of a run (--section.key=value) need --config."""
-NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
+NUMBERS = (  # option, help, factor to convert the value to bytes, operations or seconds
     ("params", "parameters of a LLaMA-like model, as 7b; or use --config", 1.0), ("memory", "memory per rank, GB (80)", 1e9),
     ("samples", "samples in the data, as 100m, to print the number per rank", 1.0),
     ("vocab", "vocabulary size; default: that of the published model or of the config's data, or 32,000", 1.0),

@@ -96,11 +96,11 @@ class Work:
     global_batch: int  # sequences
     micro_batch: int  # sequences
     recompute: float = 0.0  # share of the blocks that keep only their inputs; mpidp.train supports 0 and 1
-    number_bytes: int = 2  # of matrix products: 2 for bfloat16, 4 for float32
+    number_bytes: int = 2  # bytes per number in matrix products: 2 for bfloat16, 4 for float32
     slots: int = 1  # number of gradient buffers
     fused: bool = True  # whether the attention kernel keeps its T x T scores out of memory
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
-    sequence: bool = False  # mesh.sequence: norms and residuals are divided by tp
+    sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
 
     def micro_batches(self, shape: Shape) -> int:
         """Return M, the number of micro-batches per replica."""

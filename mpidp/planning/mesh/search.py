@@ -29,11 +29,11 @@ KNOWN = {  # parameters: (name, sizes), as published
     405.85e9: ("Llama 3.1 405B", ModelSizes(126, 16384, 53248, 128, 8, 128256, 8192)),
 }
 NEAR = 0.05  # relative difference in parameters up to which a published model is used
-VOCAB, SEQ_LEN = 32000, 4096  # defaults of other models
+VOCAB, SEQ_LEN = 32000, 4096  # vocabulary and sequence length of models that are not published
 ROOM = 0.9  # usable share of the memory; the rest is for libraries, message buffers and fragmentation
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # micro-batch sizes that are tried
 SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed: an H100 in a node of eight, by bytes per number
+FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed FLOP/s by bytes per number, and bytes/s: an H100 in a node of eight
 INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed; bytes/s, bytes/s, s, ranks, share
 OF_PEAK = 0.5  # assumed share of the datasheet's FLOP/s
 

@@ -20,7 +20,7 @@ number of bytes, p the parameters of a rank, w the bytes per number, M the micro
 An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a for bandwidth B and latency a. An allreduce takes twice as
 long. If a group extends beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node.
 `overlap` is the share of the possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node
-divided by its devices, because other ranks of the device compute during a bubble.
+divided by its devices: during a bubble, other ranks use the device.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
-    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # for the loss: maximum, sum, target
+    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: maximum, sum and target of each token
     forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
     block_wire, head_wire = wire.times(4 + 2 * again), wire
@@ -155,8 +155,8 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
 class Step:
     """The times of one step on one mesh, and the bytes that a rank of the busiest stage sends."""
 
-    compute_seconds: float  # of the busiest stage, all its micro-batches
-    tp_seconds: float  # of the busiest stage
+    compute_seconds: float  # compute time of the busiest stage, for all micro-batches
+    tp_seconds: float  # tp traffic of the busiest stage, for all micro-batches
     pipeline_seconds: float  # waiting in the bubble and for messages between stages
     dp_seconds: float  # data-parallel traffic that is not overlapped
     update_seconds: float

@@ -119,12 +119,12 @@ class MethodRow:
     """The predicted or measured figures of a method."""
 
     method: str
-    settings: list[str]  # for the command line
+    settings: list[str]  # settings that select the method on the command line
     refused: str = ""  # the reason why the method cannot be used, or empty
-    sent_bytes: float | None = None  # per step, by rank 0
+    sent_bytes: float | None = None  # by rank 0 per step
     step_seconds: float | None = None
     speed: float | None = None  # relative to synchronous
-    loss: float | None = None  # reached in a trial
+    loss: float | None = None  # loss reached in a trial
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:

@@ -60,7 +60,7 @@ class TrialResult:
     """The result of a trial, read by rank 0."""
 
     problem: str = ""  # error message of a trial that failed
-    loss: float = 0.0  # at the end
+    loss: float = 0.0  # loss at the end
     loss_name: str = ""  # "val_loss" or "train_loss"
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # (seconds, bytes sent, train_loss) after each step
 

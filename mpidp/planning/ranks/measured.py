@@ -32,7 +32,7 @@ class MeasuredRun:
     lanes: Lanes  # of a batch
     steps: int = 0  # number of the last step
     tokens: int = 0  # tokens trained on
-    train_loss: float | None = None  # at the last step
+    train_loss: float | None = None  # train_loss at the last step
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, val_loss)
     noises: list[tuple[int, Noise]] = field(default_factory=list)  # (step, gradient noise of this step)
     starts: list[tuple[int | None, list[dict[str, Any]]]] = field(default_factory=list)  # of each job: (ranks, lines of steps)
@@ -83,7 +83,7 @@ def _add(run: MeasuredRun, line: dict[str, Any]) -> None:
 
 
 def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None, str]:
-    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run; otherwise it is the
+    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run. Otherwise it is the
     step at which val_loss reached `loss`, interpolated linearly between evaluations. Raises UsageError if the run did not reach
     `loss`. Pure."""
     if loss is None:

@@ -104,7 +104,7 @@ def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = Fals
 
 def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
     """Return the step times on this number of ranks, interpolated between measurements. Runs on one rank do not communicate, so
-    the time of communication is taken from runs on several ranks; it is 0 if there are none.
+    the time of communication is taken from runs on several ranks. It is 0 if there are none.
 
     measured: at least one, and no two with the same number of ranks. Pure."""
     measured = sorted(measured, key=lambda one: one.ranks)

@@ -125,7 +125,8 @@ def methods_table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], file: str) -> None:
-    """Plot the train_loss of each method that was tried, against time and against bytes sent. file: the picture. Independent."""
+    """Plot the train_loss of each method that was tried, against time and against bytes sent. file: path of the picture.
+    Independent."""
     import matplotlib
 
     matplotlib.use("Agg")
