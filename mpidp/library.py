@@ -115,7 +115,7 @@ class DataParallel:
         """Broadcast rank 0's parameters and buffers and set up the strategy.
 
         optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
-        from_dataset, whose seed also seeds random numbers in forward. settings: those of sections strategy and comm in mpidp.train.
+        from_dataset, whose seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train.
         steps: total number of updates, for strategies that do not synchronize at each step; they synchronize the models at the
         last step. clip: largest gradient norm, 0: off. threads: as train.threads. Raises UsageError if a setting, the model or
         the optimizer is not supported. Collective over comm (COMM_WORLD).
