@@ -84,7 +84,7 @@ def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     floats = held_floats(c, slots, size) * trained + max(0, count - trained)
     saved = 12 * count / plan.mesh.num_nodes / 2**20
     return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {_count(slots, 'gradient buffer')}); "
-            f"{saved:,.0f} MiB per node for a copy of the checkpoint")
+            f"{saved:,.0f} MiB per node to buffer a checkpoint while it is written")
 
 
 def batch_line(plan: RunPlan) -> str:
