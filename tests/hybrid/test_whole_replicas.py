@@ -167,12 +167,12 @@ def test_a_run_of_a_mesh_is_replayed_on_one_rank(shared_folder: Path, shared_tmp
     run, cut = shared_tmp / "run", mesh[2] > 1
     train_at(mesh[0] * mesh[1] * mesh[2], config_of(corpus(shared_folder), run, mesh, sequence, steps=4))
     words = Namespace(run=str(run), step=None, against=None, data=None, device="cpu", threads=1)
-    (found,) = at(1, lambda comm: mpidp.replay.look(words, comm))
+    (found,) = at(1, lambda comm: mpidp.replay.inspect_step(words, comm))
     assert found["same"] and f"are {'close to' if cut else 'the same as'} the record (" in found["verdict"], found
     if WORLD.rank == 0:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         (third,) = [line for line in lines if line.get("step") == 3 and "lr" in line]
         third["train_loss"] *= 1.001
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (found,) = at(1, lambda comm: mpidp.replay.look(words, comm))
+    (found,) = at(1, lambda comm: mpidp.replay.inspect_step(words, comm))
     assert not found["same"] and len(found["differences"]) == 1 and "step 3: train_loss" in found["verdict"], found

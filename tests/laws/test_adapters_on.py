@@ -16,7 +16,7 @@ from mpidp.errors import DataError, MpidpError, UsageError
 from mpidp.evaluate import evaluate
 from mpidp.export import export
 from mpidp.generate import generate, read_options
-from mpidp.replay import look
+from mpidp.replay import inspect_step
 from tests.hybrid.test_init_from import folder
 from tests.tiny import WORLD, at, corpus, sizes, tiny, train_at
 
@@ -48,7 +48,7 @@ def base(where: Path, data: Path, kind: str) -> Path:
 
 def replayed(n: int, run: Path, step: int) -> dict[str, Any]:
     options = argparse.Namespace(run=str(run), step=step, data=None, device=None, threads=None)
-    return at(n, lambda comm: look(options, comm))[0]
+    return at(n, lambda comm: inspect_step(options, comm))[0]
 
 
 @pytest.mark.parametrize("kind", ["folder", "run"])

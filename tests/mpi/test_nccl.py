@@ -19,7 +19,7 @@ from mpidp.comm import nccl
 from mpidp.comm.nccl import Nccl, check_nccl
 from mpidp.data.lanes import Lanes
 from mpidp.errors import MpidpError, UsageError
-from mpidp.replay import look
+from mpidp.replay import inspect_step
 from mpidp.runtime.topology import make_topology
 from tests.mpi.test_reducers import CPU, CUTS, SHAPES, check_bits, exact, reduced
 from tests.tiny import WORLD, at, corpus, everywhere, sizes, tiny, train_at
@@ -107,7 +107,7 @@ def test_a_training_is_the_one_over_mpi(
         if kind == "tree":
             assert run.sha256 == alone.sha256 and run.learned == alone.learned
             options = Namespace(run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None)
-            assert at(1, lambda comm, options=options: look(options, comm))[0]["same"]  # a replay works without it
+            assert at(1, lambda comm, options=options: inspect_step(options, comm))[0]["same"]  # a replay works without it
 
 
 @pytest.mark.check  # it waits for time-outs
