@@ -1,9 +1,9 @@
-"""The order of documents from one or more sources, and their positions in the output. It does not depend on the number of ranks.
+"""Arrange the documents of one or more sources in the output. The result does not depend on the number of ranks.
 
 A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
 about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Each document goes
 into the first of the last few windows with enough room, so no document crosses a window boundary. The rest of a window is filled
-with end-of-document tokens that are excluded from the loss. Packing needs all document lengths: about 100 bytes of memory each.
+with end-of-document tokens that are excluded from the loss. Packing needs about 100 bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.cut import PIECE_TOKENS, Stream
 
-OPEN = 64  # windows that are searched for room
+OPEN = 64  # number of last windows that are searched for room
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
@@ -28,8 +28,9 @@ def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:
 def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, repeat: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return (source, index of the document within the source) for each document of a mixture, int64 (n,) each.
 
-    Stops after `tokens` tokens (0: no limit) or when the next source is exhausted; with `repeat`, that source starts over. Each
-    source must have a document. Pure."""
+    Stops after `tokens` tokens (0: no limit), or when the next source is exhausted. With `repeat`, an exhausted source starts
+    over instead. Each source must have a document. Pure.
+    """
     if len(lengths) == 1 and not tokens:
         return np.zeros(len(lengths[0]), dtype=np.int64), np.arange(len(lengths[0]))
     which: list[int] = []
@@ -52,8 +53,10 @@ def mix(lengths: Sequence[np.ndarray], weights: Sequence[float], tokens: int, re
 
 
 def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """Return (start of each document, total number of tokens). The total is whole windows plus one token, because the last window
-    needs a target for its last token. Pure."""
+    """Pack documents into windows; return (start of each document in the output, total number of tokens). Pure.
+
+    The total is a whole number of windows plus one token, because the last window needs a target for its last token.
+    """
     places = np.empty(len(lengths), dtype=np.int64)
     rooms: list[list[int]] = []  # [start of the free space, free tokens] of the last windows
     windows = 0
@@ -70,15 +73,15 @@ def pack(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
 
 @dataclass
 class Arrangement:
-    """Documents of several streams, arranged as one stream. Read like any Stream."""
+    """Documents of several streams, arranged as one stream with the interface Tokens (cut.py)."""
 
     streams: Sequence[Stream]
     which: np.ndarray  # (n,) the stream of each document, in output order
     starts: np.ndarray  # (n,) start of each document in its stream
-    lengths: np.ndarray  # (n,) tokens
+    lengths: np.ndarray  # (n,) number of tokens of each document
     places: np.ndarray  # (n,) start of each document in the output, ascending
     tokens: int
-    eod: int  # fills the gaps between documents
+    eod: int  # id that fills the gaps between documents
     masked: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class Arrangement:
     def of(
         cls, streams: Sequence[Stream], weights: Sequence[float], tokens: int, repeat: bool, window: int, eod: int
     ) -> Arrangement:
-        """Build a mixture. It is packed if window is not 0. Independent."""
+        """Arrange the documents of a mixture. They are packed if window is not 0. Independent."""
         found = [lengths_of(stream) for stream in streams]
         which, numbers = mix([lengths for _, lengths in found], weights, tokens, repeat)
         starts, lengths = np.empty(len(which), dtype=np.int64), np.empty(len(which), dtype=np.int64)
@@ -107,7 +110,7 @@ class Arrangement:
         return self._read(start, stop, mask=False)
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask (uint8) of tokens [start, stop) in the same pieces."""
+        """Yield the loss mask (uint8) of tokens [start, stop) in pieces of PIECE_TOKENS."""
         return self._read(start, stop, mask=True)
 
     def _read(self, start: int, stop: int, mask: bool) -> Iterator[np.ndarray]:
@@ -129,5 +132,5 @@ class Arrangement:
         return (self.places[low:high] - start).astype(np.uint64)
 
     def taken(self) -> list[tuple[int, int]]:
-        """Return (documents, tokens) for each stream."""
+        """Return the numbers (documents, tokens) taken from each stream."""
         return [(int((self.which == s).sum()), int(self.lengths[self.which == s].sum())) for s in range(len(self.streams))]

@@ -1,9 +1,10 @@
 """Chat templates: render a conversation to text and locate the assistant's parts of the text. Pure, apart from reading files.
 
-Templates are rendered as in transformers: jinja2's immutable sandbox (templates are untrusted input) with trim_blocks,
-lstrip_blocks and loop controls; raise_exception, tojson and strftime_now; the tokenizer's special tokens by name (bos_token); no
-tools. The assistant's parts are those that the template marks with {% generation %}. A template without these marks is rendered
-up to each assistant turn (with add_generation_prompt) and again with the turn included; the part is the difference.
+Templates are rendered as in transformers, in jinja2's immutable sandbox, because templates are untrusted input. trim_blocks,
+lstrip_blocks and loop controls are on. A template can use raise_exception, tojson, strftime_now and the tokenizer's special
+tokens by name (bos_token). It gets no tools. The assistant's parts are those that the template marks with {% generation %}. A
+template without these marks is rendered up to each assistant turn (with add_generation_prompt), and again with the turn included.
+The assistant's part is the difference.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Spans = list[tuple[int, int]]  # characters [start, stop) of a text
 
 
 class TemplateRejection(ValueError):  # noqa: N818
-    """The template raised an error for a conversation."""
+    """Raised if the template raises an error for a conversation."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Template:
     def render(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, Spans]:
         """Return the text of a conversation and the spans of the assistant's parts.
 
-        Raises TemplateRejection if the template rejects the conversation, and DataError if the text of the first messages changes
-        when more messages follow: the start of a turn is then unknown."""
+        Raises TemplateRejection if the template rejects the conversation. Raises DataError if the text of the first messages
+        changes when more messages follow, because the start of a turn is then unknown.
+        """
         if self._marks:
             return self._marked(self._render(messages, False))
         text = self._render(messages, False)
@@ -74,9 +76,9 @@ class Template:
                 after = text if i + 1 == len(messages) else self._render(messages[: i + 1], False)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise DataError(
-                        f"the chat template renders the first {i + 1} messages differently when more messages follow, or its "
-                        "generation prompt differs from the start of the answer, so the assistant's part cannot be located: "
-                        "mark it with "
+                        "the assistant's part of the text cannot be located: the chat template renders the first "
+                        f"{i + 1} messages differently when more messages follow, or its generation prompt differs from the "
+                        "start of the answer. Mark the part with "
                         "{% generation %} ... {% endgeneration %} in the template (--chat-template FILE)"
                     )
                 spans.append((len(before), len(after)))
@@ -104,8 +106,11 @@ class Template:
 
 
 def find_template(file: str | None, tokenizer: str) -> Template:
-    """Find the template: --chat-template, else chat_template.jinja or the key `chat_template` of tokenizer_config.json, both
-    in the folder of the tokenizer.json. Raises UsageError if there is none and DataError if it cannot be read. Independent."""
+    """Return the chat template. Raises UsageError if there is none and DataError if it cannot be read. Independent.
+
+    The template is `file` (--chat-template) if given. Otherwise it is chat_template.jinja, or the key `chat_template` of
+    tokenizer_config.json, in the folder of the tokenizer.json.
+    """
     path = Path(tokenizer)
     folder = path if path.is_dir() else path.parent if path.exists() else None
     about = _read_json(folder / "tokenizer_config.json") if folder is not None else {}

@@ -32,10 +32,11 @@ from mpidp.runtime.options import add_out, note_old_spelling, program
 
 
 def to_megatron(shards: Path, prefix: Path) -> list[str]:
-    """Write every split as PREFIX_SPLIT.bin and .idx; return a line about each.
+    """Write every split as PREFIX_SPLIT.bin and .idx; return a line of text about each split.
 
-    If the end of training cuts a document in two, the rest becomes the first document of validation. Raises UsageError or
-    DataError. Independent."""
+    If the end of training cuts a document in two, the rest becomes the first document of validation. Raises UsageError if a file
+    exists or cannot be written, and DataError if the shards are damaged or have a loss mask. Independent.
+    """
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]
     if any(stream.has_loss_mask for stream in streams):
         raise DataError(f"{shards} has a loss mask, which .bin and .idx cannot store: the masked tokens would be trained on")
@@ -63,8 +64,12 @@ def to_megatron(shards: Path, prefix: Path) -> list[str]:
 
 
 def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_fraction: float, eod: str | None) -> list[str]:
-    """Write shards from PREFIX (its last val_fraction becomes validation) or from PREFIX_train and PREFIX_val; return a line
-    about each split. Documents without tokens are skipped. Raises UsageError or DataError. Independent."""
+    """Write shards from Megatron-LM files; return a line of text about each split.
+
+    Reads PREFIX, whose last val_fraction becomes validation, or PREFIX_train and PREFIX_val. Skips documents without tokens.
+    Raises UsageError if an argument is invalid or `out` exists, and DataError if the files are damaged or do not match the
+    tokenizer. Independent.
+    """
     if out.exists():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
     if shards < 1 or not 0 <= val_fraction < 1:
@@ -110,7 +115,7 @@ def _check(ids: np.ndarray, encoder: Tokenizer, source: MegatronReader, number: 
 def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: int, val_fraction: float, prefix: Path) -> Index:
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
-    share = val_fraction if "val" not in streams else 0.5  # any value above 0: a validation split exists
+    share = val_fraction if "val" not in streams else 0.5  # with a validation split, any value above 0 will do
     plans = plan_shards(streams, shards, share)
     files = [cut_shard(plan, streams[plan.stream], out, encoder, sha256)[0] for plan in plans]
     splits = {}
@@ -137,7 +142,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError. Pure."""
+    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(prog=program("data_tools.convert"), description=__doc__,
                     usage="%(prog)s (--to megatron SHARDS | --from megatron PREFIX --tokenizer FILE) --out PATH [options]",
                     formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""Counts of the input that was read and skipped during preparation."""
+"""Count the input that is read and skipped during preparation."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Counts:
         return always | ({"long": self.long} if self.long else {})
 
     def complaints(self) -> list[str]:
-        """Return a line for each kind of problem."""
+        """Return a line of text for each kind of problem."""
         texts = {"empty": "empty files or documents skipped", "binary": "binary or special files skipped",
                  "bad_utf8": "documents with invalid UTF-8", "malformed": "malformed lines or rows skipped",
                  "long": "rows longer than a window, skipped (or truncated with --truncate)"}
         lines = []
         for kind, places in self.problems.items():
             count = getattr(self, kind)
-            of_files = kind == "empty" and not any(": " in place for place in places)  # for rows the reason follows the place
+            of_files = kind == "empty" and not any(": " in place for place in places)  # rows have ": REASON" after the place
             where = "" if of_files else f": {', '.join(places)}{', ...' if count > len(places) else ''}"
             lines.append(f"{count:,} {texts[kind]}{where}")
         return lines
@@ -49,7 +49,7 @@ class Counts:
         return f"{self.files} files: {self.empty} empty, {self.binary} binary, {self.malformed} malformed lines"
 
     def add(self, other: Counts) -> None:
-        """Add another rank's counts."""
+        """Add the counts and locations of another reader."""
         for key in ("files", "documents", "empty", "binary", "bad_utf8", "malformed", "long"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for kind, places in other.problems.items():

@@ -1,4 +1,4 @@
-"""From raw streams to shards: choose the shard boundaries, then write each shard from the raw files of the ranks."""
+"""Cut raw streams into shards: choose the shard boundaries, then write each shard from the raw files of the ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ PIECE_TOKENS = 2**20
 
 
 class RawWriter:
-    """Writes a stream: FOLDER/NAME.tokens (ids), FOLDER/NAME.documents (uint64, the start of each document) and, with a loss
-    mask, FOLDER/NAME.mask (uint8)."""
+    """Writes the raw files of a stream.
+
+    FOLDER/NAME.tokens has the ids, FOLDER/NAME.documents the start of each document (uint64) and, with a loss mask,
+    FOLDER/NAME.mask the mask (uint8).
+    """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
         self.path, self.tokens, self.documents = folder / name, 0, 0
@@ -29,7 +32,7 @@ class RawWriter:
         self._mask = open(f"{self.path}.mask", "wb", buffering=PIECE_TOKENS) if masked else None  # noqa: SIM115
 
     def add(self, ids: np.ndarray) -> None:
-        """Append to the current document, or start the next one."""
+        """Append ids to the current document. If the last document has ended, start a new one."""
         if not self._inside:
             self._starts.write(np.array([self.tokens], dtype="<u8").tobytes())
             self.documents, self._inside = self.documents + 1, True
@@ -37,7 +40,7 @@ class RawWriter:
         self.tokens += len(ids)
 
     def end_document(self, eod: int) -> None:
-        """End the current document."""
+        """End the current document with the end-of-document token."""
         self.end_document_with(np.array([eod]))
 
     def end_document_with(self, ids: np.ndarray) -> None:
@@ -53,7 +56,7 @@ class RawWriter:
         self._inside = False
 
     def close(self) -> Raw:
-        """Close the files; return their description."""
+        """Close the files, and return a Raw to read them with."""
         self._ids.close()
         self._starts.close()
         if self._mask is not None:
@@ -72,7 +75,7 @@ class Raw:
     masked: bool = False
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), or their loss mask."""
+        """Return tokens [start, stop), or their loss mask if `mask` is true."""
         if mask:
             return np.fromfile(f"{self.path}.mask", np.uint8, count=stop - start, offset=start)
         dtype = f"<u{self.token_bytes}"
@@ -106,7 +109,7 @@ class Stream:
         return all(raw.masked for raw in self.raws)
 
     def read(self, start: int, stop: int, mask: bool = False) -> np.ndarray:
-        """Return tokens [start, stop), across the files of several ranks, or their loss mask."""
+        """Return tokens [start, stop), or their loss mask if `mask` is true, from the files of one or more ranks."""
         found = [raw.read(a, b, mask) for raw, _, a, b in self._overlaps(start, stop)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -116,7 +119,7 @@ class Stream:
             yield self.read(at, min(at + PIECE_TOKENS, stop))
 
     def masks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the loss mask (uint8) in the same pieces."""
+        """Yield the loss mask (uint8) of tokens [start, stop) in pieces of PIECE_TOKENS."""
         for at in range(start, stop, PIECE_TOKENS):
             yield self.read(at, min(at + PIECE_TOKENS, stop), mask=True)
 
@@ -166,11 +169,11 @@ class Tokens(Protocol):
 
 
 def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float) -> list[ShardPlan]:
-    """Plan the shards of each split. Shard k of K starts at token k N // K. streams: {"train"}, or {"train", "val"} when
-    documents are split.
+    """Plan the shards of each split. Shard k of K starts at token k N // K of the N tokens.
 
-    A validation split cut from "train" takes its end, at least 2 tokens. Its number of shards is proportional to its size.
-    Raises DataError if a split is too small and UsageError if there are more shards than tokens.
+    streams: by name; "val" exists if whole documents were chosen for validation. Otherwise the end of "train", at least 2 tokens,
+    becomes validation. The number of validation shards is proportional to the size of the split. Raises
+    DataError if a split is too small and UsageError if there are more shards than tokens.
     """
     total = streams["train"].tokens
     by_document = "val" in streams
@@ -196,7 +199,7 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
 def cut_shard(
     plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
 ) -> tuple[FileRecord, int]:
-    """Write one shard into folder; return its record and its number of tokens in the loss mask. Independent."""
+    """Write one shard into folder; return its record and the number of its tokens that the loss mask includes. Independent."""
     text_bytes = learned = 0
 
     def pieces() -> Iterator[np.ndarray]:

@@ -36,7 +36,7 @@ class Routing:
         return {name: RawWriter(self.scratch, f"{name}-{self.source}-{self.rank}", dtype, masked) for name in names}
 
     def stream(self, file: SourceFile, number: int) -> str:
-        """Return the stream of document `number` of a file. It does not depend on the rest of the corpus. Pure."""
+        """Return the stream of document `number` of a file. The result does not depend on other documents. Pure."""
         return "val" if self.val_share and _drawn(self.seed, file.name, number) < self.val_share else "train"
 
 
@@ -83,8 +83,10 @@ def _batches(pieces: Iterator[T], characters_of: Callable[[T], int]) -> Iterator
 def encode_rows(
     files: list[SourceFile], reader: RowReader, encoder: Tokenizer, routing: Routing, max_tokens: int, truncate: bool
 ) -> dict[str, Raw]:
-    """Encode a rank's rows. Each row is a document of at most max_tokens tokens; longer rows are truncated or skipped.
-    Independent."""
+    """Encode a rank's rows. Independent.
+
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped.
+    """
     writers = routing.writers(token_dtype(encoder.vocab_size), masked=True)
     encode = placer(encoder) if reader.template is not None else None
     rows = ((routing.stream(file, number), row) for file in files for number, row in enumerate(reader.rows(file)))
@@ -92,7 +94,7 @@ def encode_rows(
         texts = [text for _, row in batch for text, _ in row.parts]
         if encode is not None:
             encoded = iter(encode(texts))
-        else:  # each part is in the loss mask as a whole or not at all
+        else:  # the loss mask includes each part completely or not at all
             encoded = ((ids, np.zeros(len(ids), dtype=np.int64)) for ids in encoder.encode_batch(texts))
         for name, row in batch:
             ids, mask = _tokens(row, encoded, encoder.eod)
@@ -112,10 +114,11 @@ def encode_rows(
 def _tokens(row: TrainingRow, encoded: Iterator[tuple[np.ndarray, np.ndarray]], eod: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids, loss mask) of a row. Appends an end-of-document token if the row does not end with one.
 
-    The appended token is in the loss mask if the row ends with a trained part, unless that part already contains the token. The
-    first token is never in the mask: nothing precedes it."""
+    The loss mask includes the appended token if the row ends with a trained part that does not yet contain this token. The mask
+    never includes the first token, because nothing precedes it.
+    """
     ids, masks = [], []
-    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest belongs to other rows
+    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest of `encoded` belongs to other rows
         ids.append(found)
         masks.append(np.zeros(len(found), dtype=np.uint8))
         for start, stop in spans:

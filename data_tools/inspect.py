@@ -11,7 +11,10 @@ from mpidp.runtime.options import program
 
 
 def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
-    """Describe splits, shards, their skew and the start of each split's text. Raises DataError if unreadable. Independent."""
+    """Describe splits, shards, their skew and the start of each split's text. Independent.
+
+    Raises DataError if the shards cannot be read.
+    """
     index = TokenStream(folder).index
     tokenizer = load_tokenizer(folder)
     source = ", ".join(f"{key} {value}" for key, value in index.source.items())

@@ -1,8 +1,8 @@
-"""Megatron-LM's indexed dataset: PREFIX.bin (the ids of all sequences, concatenated) and PREFIX.idx. Both are checked when read.
+"""Read and write Megatron-LM's indexed dataset: PREFIX.bin (the concatenated ids of all sequences) and PREFIX.idx (the index).
 
 PREFIX.idx, little-endian: b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S uint64, number of
-document bounds uint64; then S lengths int32 (tokens), S offsets int64 (bytes in .bin), and the bounds int64: document d is the
-sequences [bounds[d], bounds[d + 1]). (Megatron-Core, datasets/indexed_dataset.py.)
+document bounds uint64; then S lengths int32 (tokens), S offsets int64 (bytes in .bin), and the bounds int64. Document d consists
+of the sequences [bounds[d], bounds[d + 1]). (Megatron-Core, datasets/indexed_dataset.py.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MegatronWriter:
         self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
-        """Write the index and move both files to their final names. starts: (d,) document starts, the first 0; tokens: total."""
+        """Write the index and move both files to their final names. starts: (d,), of documents; tokens: the total."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
             raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
@@ -101,11 +101,11 @@ class MegatronReader:
         if sequences and (self._lengths.min() < 0 or self._offsets.min() < 0 or last.max() > size):
             raise wrong(f"some sequences lie outside the {size} bytes of {self.path}")
         if self._bounds[0] < 0 or self._bounds[-1] != sequences or (np.diff(self._bounds) < 0).any():
-            raise wrong("the document bounds do not ascend to the number of sequences")
+            raise wrong("the document bounds must not be negative or decrease, and must end at the number of sequences")
         self._bytes = np.memmap(self.path, dtype="u1", mode="r") if size else np.empty(0, dtype="u1")
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Yield the ids of each document, its sequences joined. Sequences before the first bound form one more document."""
+        """Yield the concatenated ids of each document's sequences. Sequences before the first bound form one more document."""
         edges = [0, *self._bounds.tolist()]
         for low, high in zip(edges, edges[1:], strict=False):
             if low < high or low != 0:

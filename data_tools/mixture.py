@@ -22,7 +22,7 @@ class Source:
 
 
 def parse_sources(specs: str | Sequence[str]) -> list[Source]:
-    """Parse PATH, or several PATH:WEIGHT with relative weights. Raises UsageError. Independent."""
+    """Parse PATH, or several PATH:WEIGHT with relative weights. Raises UsageError if a weight or path is invalid. Independent."""
     specs = [specs] if isinstance(specs, str) else list(specs)
     found = [_parse(spec) for spec in specs]
     if not found:
@@ -52,10 +52,11 @@ def _parse(word: str) -> tuple[str, float | None]:
 def lay_out(
     split: str, streams: list[Stream], sources: list[Source], tokens: int, repeat: bool, window: int, eod: int
 ) -> tuple[Arrangement, list[tuple[int, int]]]:
-    """Arrange the documents of a split; return them with (documents, tokens) taken from each source.
+    """Arrange the documents of a split; return the arrangement, and (documents, tokens) taken from each source.
 
-    A source without validation documents is left out of validation. Raises DataError for a source without training documents.
-    Independent."""
+    A source without validation documents is left out of validation. Raises DataError if a source has no training documents.
+    Independent.
+    """
     used = [s for s, stream in enumerate(streams) if stream.tokens]
     if split == "train" and len(used) < len(streams):
         empty = next(s for s in range(len(streams)) if s not in used)
@@ -66,7 +67,7 @@ def lay_out(
 
 
 def mixture_record(sources: list[Source], taken: list[tuple[int, int]], available: list[int]) -> list[dict[str, Any]]:
-    """Return the record of a mixture for index.json: each source's requested share and what was taken of its documents. Pure."""
+    """Return the record of a mixture for index.json: the requested share and the tokens and documents taken, by source. Pure."""
     total = max(1, sum(tokens for _, tokens in taken))
     return [
         {"asked": round(source.share, 6), "got": round(tokens / total, 6), "tokens": tokens, "documents": documents,
@@ -76,7 +77,7 @@ def mixture_record(sources: list[Source], taken: list[tuple[int, int]], availabl
 
 
 def mixture_lines(sources: list[Source], records: list[dict[str, Any]]) -> list[str]:
-    """Format the records of a mixture, a line per source; no lines without records. Pure."""
+    """Return a line of text per source of a mixture. Returns no lines if there are no records. Pure."""
     return [
         f"{source.path}: {one['asked']:.1%} requested, {one['got']:.1%} taken: {one['tokens']:,} tokens, "
         f"{one['documents']:,} documents{' (all)' * (one['documents'] == one['of_documents'])}"

@@ -1,4 +1,4 @@
-"""The options of a preparation and their checks."""
+"""The options of data_tools.prepare, and checks of their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpidp.errors import UsageError
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The options of the command line or of prepare(). `split` is resolved: never empty."""
+    """The options of the command line or of prepare(). `split` is never empty."""
 
     sources: list[Source]
     tokenizer: str = "byte"
@@ -23,9 +23,9 @@ class PrepareOptions:
     bad_utf8: str = "replace"
     strict: bool = False
     form: str = "text"  # --format
-    seq_len: int = 0
+    seq_len: int = 0  # window length in tokens; 0: documents are not packed
     truncate: bool = False
-    tokens: int = 0
+    tokens: int = 0  # of the mixture; 0: no limit
     repeat: bool = False
 
     @property
@@ -34,7 +34,7 @@ class PrepareOptions:
         return self.form != "text" or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
-        """Return the token limit of a split, a part of --tokens; 0: no limit."""
+        """Return the token limit of a split: its part of --tokens. 0 means no limit."""
         val = round(self.tokens * self.val_fraction) if self.split == "document" else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 

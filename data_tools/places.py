@@ -1,4 +1,4 @@
-"""Encode text and return, for each token, the character at which it begins. This maps spans of characters to tokens.
+"""Encode text and return, for each token, the character at which the token begins. This maps spans of characters to tokens.
 
 Special tokens in the text ("<|im_end|>") become ids, because a chat template wrote the text. As in transformers, a message that
 contains such a token is encoded the same way: only the template can prevent this.
@@ -14,7 +14,7 @@ import numpy as np
 
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
-Placed = tuple[np.ndarray, np.ndarray]  # ids, and the character at which each begins: int64 (n,) each
+Placed = tuple[np.ndarray, np.ndarray]  # ids, and the character at which each id begins: int64 (n,) each
 
 
 def placer(tokenizer: Tokenizer) -> Callable[[list[str]], list[Placed]]:
@@ -36,7 +36,7 @@ def _hugging_face(stored: str) -> Callable[[list[str]], list[Placed]]:
     from tokenizers import Tokenizer as Library
 
     about = json.loads(stored)
-    about["post_processor"] = None  # it adds BOS, which templates write themselves, and may exclude spaces from the offsets
+    about["post_processor"] = None  # it would add BOS, which templates write, and may exclude spaces from offsets
     library: Any = Library.from_str(json.dumps(about))
     library.no_truncation()
     library.no_padding()

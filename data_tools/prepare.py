@@ -1,8 +1,8 @@
 """Convert text to shards: `[mpirun -np N] python -m data_tools.prepare --source DIR --tokenizer bpe:8192 --out shards/mine`.
 
 The shards are identical for any number of ranks. Each rank encodes whole files, about the same number of bytes per rank, into raw
-temporary files in OUT. Together these files form the token stream. Each rank then writes some of the shards from it. Memory use
-does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
+temporary files in OUT. Together these files form the token stream. Each rank then writes some of the shards from this stream.
+Memory use does not grow with the corpus. Existing shards in OUT are replaced only after the new ones are complete.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def prepare(
     repeat: an exhausted source starts over. form: "text", or training rows with a loss mask (rows.py): "prompt_completion",
     "chat". Rows are packed so that none crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream
     becomes validation) or "document" (whole documents, chosen by a hash of seed, file name and index in the file; the seed has
-    no other use). Rows are always split by document. eod: the end-of-document token of a given tokenizer.json. verbose: print a
-    summary on rank 0. Raises UsageError for invalid options and DataError for unreadable sources; OUT is then unchanged.
+    no other use). Rows are always split by document. eod: the end-of-document token of the tokenizer.json. verbose: print a
+    summary on rank 0. Raises UsageError if an option is invalid and DataError if a source cannot be read. OUT is then
+    unchanged.
     """
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
@@ -116,7 +117,7 @@ def _encode(
 
 
 def _names_in(out: Path) -> set[str]:
-    """Return the shards in OUT that this program wrote, also in a killed run. Raises UsageError if there are other shards."""
+    """Return the names of the shards that this program, or a killed run of it, wrote. Raises UsageError if OUT has others."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is not a folder; choose another")
     ours: set[str] = set()
@@ -152,7 +153,7 @@ def _make_scratch(out: Path, ours: set[str]) -> None:
 
 
 def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
-    """Return a rank's files: those whose middle byte lies in the rank's part of all bytes."""
+    """Return the files whose middle byte lies in the rank's part of all bytes."""
     total, before, selected = sum(f.size for f in files) or 1, 0, []
     for f in files:
         if min(size - 1, (2 * before + f.size) * size // (2 * total)) == rank:
@@ -165,7 +166,7 @@ def _write(
     raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, abouts: list[dict[str, Any]], options: PrepareOptions,
     out: Path, team: Team,
 ) -> Index:
-    """Write the shards, each rank some of them, and move them into place. raws: by rank, source and stream. Collective."""
+    """Write the shards, each rank some of them, and move them to OUT. raws: by rank, source and stream. Collective."""
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
@@ -217,8 +218,10 @@ def _streams(
 
 
 def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
-    """Move the old index away and the new shards in, remove stale shards, write the new index. _names_in handles a run that was
-    interrupted at any point."""
+    """Move the old index away and the new shards in, remove stale shards, and write the new index.
+
+    The next run recovers from an interruption at any point (_names_in).
+    """
     scratch, stale = out / SCRATCH, _names_in(out) - {record.name for record in index.files}
     write_file(scratch / "new.json", index.to_json())
     if (out / "index.json").exists():
@@ -229,7 +232,7 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
         (out / name).unlink()
     write_file(out / "tokenizer.json", tokenizer)
     write_file(out / "index.json", index.to_json())
-    shutil.rmtree(scratch, ignore_errors=True)  # before the other ranks continue
+    shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
 
 
 def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, seconds: float, ranks: int) -> str:
@@ -237,7 +240,7 @@ def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, s
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
     lines = [
-        f"{out}: {len(index.files)} shards of {documents:,} documents from {counts.files:,} files",
+        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {counts.files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in counts.complaints()),

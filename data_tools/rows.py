@@ -1,4 +1,4 @@
-"""Training rows with a loss mask: .jsonl lines {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
+"""Read training rows with a loss mask: .jsonl lines {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
 The loss is on the completion or on the assistant's turns. The rest of a row is context.
 """
@@ -27,11 +27,11 @@ class RowSkipped(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One line: texts that are encoded separately, each with the spans of characters that are in the loss."""
+    """The texts of one line, which are encoded separately. Each has the spans of characters that are in the loss."""
 
-    place: str
+    place: str  # file and line number
     parts: list[tuple[str, Spans]]
-    ends: bool  # the row ends with a part in the loss, so the end-of-document token is in the loss too
+    ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
 
 
 @dataclass
@@ -41,14 +41,14 @@ class RowReader(SourceReader):
     template: Template | None = None  # chat template; None for prompt/completion rows
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of the rows, to train a tokenizer; None ends a row."""
+        """Yield the text of the rows, to train a tokenizer. None ends a row."""
         for row in self.rows(file):
             for text, _ in row.parts:
                 yield text
             yield None
 
     def rows(self, file: SourceFile) -> Iterator[TrainingRow]:
-        """Yield the rows of a file in order. Raises DataError for an unreadable file, and for a bad row with --strict."""
+        """Yield the rows of a file in order. Raises DataError if the file cannot be read or, with --strict, a row is bad."""
         self.counts.files += 1
         if not file.name.lower().endswith(LINE_SUFFIXES):
             self.leave_out("binary", file, "is not a .jsonl, .jsonl.gz or .jsonl.zst file; rows must be in such a file")
@@ -74,7 +74,7 @@ class RowReader(SourceReader):
                         yield row
 
     def skip(self, kind: str, place: str, reason: str) -> None:
-        """Count a skipped row. Raises DataError with --strict."""
+        """Count a skipped row. With --strict, raise DataError instead."""
         if self.strict:
             raise DataError(f"{place}: {reason}; correct the line, or omit --strict to skip such lines")
         self.counts.note(kind, f"{place}: {reason}")

@@ -1,7 +1,7 @@
 """Find the files of a source in a fixed order and read them in pieces of bounded size. Bad input is counted and skipped.
 
-A file is a stream of pieces of text in which None ends a document. A text file is one document. A .jsonl file (also .gz and .zst)
-has one document per line in the field `text`, a .parquet file one per row in the column `text`.
+A file is read as a stream of pieces of text, in which None ends a document. A text file is one document. A .jsonl file (also .gz
+and .zst) has one document per line, in the field `text`. A .parquet file has one document per row, in the column `text`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class SourceFile:
 
     name: str  # relative to the source, with "/"
     path: str
-    size: int  # bytes
+    size: int  # in bytes
 
 
 def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str, Any]]:
-    """Return the files of a source in a fixed order, and a description for index.json. Independent.
+    """Return the files of a source in a fixed order, and a description of the source for index.json. Independent.
 
-    source: "stdlib", a file or a folder (recursive; hidden files and leave_out are skipped). Raises DataError if it is missing,
-    unreadable or empty.
+    source: "stdlib", a file or a folder (recursive; hidden files and leave_out are skipped). Raises DataError if
+    the source is missing, unreadable or empty.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source == "stdlib" else source)
     try:
@@ -84,12 +84,12 @@ class SourceReader:
     """Reads files into documents and counts problems. Independent."""
 
     bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
-    strict: bool = False  # raise DataError for a malformed line
-    alone: bool = False  # the source is a single file: skipping it is an error
+    strict: bool = False  # whether a malformed line raises DataError
+    alone: bool = False  # whether the source is a single file: skipping it is then an error
     counts: Counts = field(default_factory=Counts)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
-        """Yield the text of a file; None ends a document. Raises DataError that names the file if it cannot be read."""
+        """Yield the text of a file. None ends a document. Raises DataError, which names the file, if it cannot be read."""
         self.counts.files += 1
         lower = file.name.lower()
         with self.names(file):
@@ -140,7 +140,10 @@ class SourceReader:
             self.counts.note("bad_utf8", file.path)
 
     def _documents(self, found: Iterator[tuple[str, str | bytes | None, str]]) -> Iterator[str | None]:
-        """Yield the documents of (place, text, reason): text is bytes if undecodable, None if malformed for that reason."""
+        """Yield the documents of `found`: (place, text, reason), where text is bytes if it is not valid Unicode.
+
+        text is None if the document is malformed; reason then describes the problem.
+        """
         for place, text, reason in found:
             if text is None:
                 if self.strict:
@@ -186,7 +189,7 @@ class SourceReader:
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield pieces of about PIECE_BYTES. Each ends after a newline if it has one, else between two characters."""
+    """Yield pieces of about PIECE_BYTES. A piece ends after a newline if it has one, else between two characters."""
     rest = b""
     while data := stream.read(PIECE_BYTES):
         data = rest + data
@@ -195,7 +198,7 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
             end = len(data)
             while end > len(data) - 4 and end > 1 and data[end - 1] & 0xC0 == 0x80:  # continuation bytes of a character
                 end -= 1
-            end -= 1  # and its first byte
+            end -= 1  # and the character's first byte
         rest = data[end:]
         if end:
             yield data[:end]
@@ -212,7 +215,7 @@ def decoded(raw: bytes) -> tuple[str, bool]:
 
 
 def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
-    """Return (text, "") of a JSON line; bytes instead of text if it is not valid Unicode; (None, reason) if malformed."""
+    """Return (text, "") of a JSON line. text is bytes if not valid Unicode. Returns (None, reason) if the line is malformed."""
     text, replaced = decoded(line)
     try:
         value = json.loads(text)
@@ -229,7 +232,7 @@ def _text_of_line(line: bytes) -> tuple[str | bytes | None, str]:
 
 
 def raw_lines(file: SourceFile) -> Iterator[bytes]:
-    """Yield the lines of a .jsonl, plain or compressed. Raises UsageError if the decompressor is missing. Independent."""
+    """Yield the lines of a .jsonl file, plain or compressed. Raises UsageError if the decompressor is missing. Independent."""
     lower = file.name.lower()
     if lower.endswith(".zst"):
         yield from _split_lines(_zst_chunks(file))
@@ -266,5 +269,5 @@ def _zst_chunks(file: SourceFile) -> Iterator[bytes]:
                     raise OSError(f"damaged zstandard data ({error})") from None
                 data = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
-        if frame is not None:  # the library's own reader does not report this
+        if frame is not None:  # zstandard's own reader does not report this
             raise OSError("the compressed data ends too early")

@@ -21,7 +21,7 @@ class Team:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise an exception on all ranks if one rank raises one. Ranks that finish early sleep. Collective."""
+        """Run the body. If it raises an exception on one rank, raise it on all. Ranks that finish early sleep. Collective."""
         if self.comm is None:
             yield
             return

@@ -14,7 +14,7 @@ PIECE_TOKENS = 2**22
 
 
 def verify(folder: str | Path) -> str:
-    """Check headers, checksums, ids, offsets and tokenizer; return a summary. Raises DataError on damage. Independent."""
+    """Check headers, checksums, ids, offsets and tokenizer; return a summary. Raises DataError if one is wrong. Independent."""
     index = TokenStream(folder).index
     index.tokenizer_bytes(Path(folder))
     tokenizer = load_tokenizer(folder)

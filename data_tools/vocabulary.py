@@ -1,4 +1,4 @@
-"""Make the tokenizer of a preparation: load a given one, or build one from the corpus."""
+"""Make the tokenizer of the shards: load a given one, or build one from the corpus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpidp.data.tokenizer import (
 )
 from mpidp.errors import DataError, UsageError
 
-BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; its files are taken in the order of a hash of their names
+BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; files are read in the order of a hash of their names
 
 
 def check_tokenizer(spec: str) -> None:
@@ -38,9 +38,9 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of a corpus, the same on every rank. Collective.
 
-    files: all files; own_files: those of this rank. Rank 0 trains BPE on at most BPE_TRAINING_CHARACTERS.
+    files: all files; own_files: those of this rank. Rank 0 trains BPE, on at most BPE_TRAINING_CHARACTERS characters.
     """
-    reader = replace(reader, counts=Counts())  # do not count problems in this pass
+    reader = replace(reader, counts=Counts())  # separate counts: problems are counted when the files are encoded
     characters: set[str] = set()
     stored: tuple[str, int | None] | None = None
     with team.raise_together():

@@ -44,7 +44,7 @@ def help_text() -> str:
 
 
 def main() -> None:
-    """Start the command that the first argument names. Collective over COMM_WORLD if the command is."""
+    """Start the command that the first argument names. Collective over COMM_WORLD if the command is collective."""
     if not sys.argv[1:]:
         raise UsageError(f"no command is given: choose one of {', '.join(COMMANDS)} (see mpidp --help)")
     command = sys.argv[1]
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run() -> None:
-    """Entry point of the installed script `mpidp`. Exits with the command's code."""
+    """Entry point of the installed script `mpidp`. Exits with the exit code of the command."""
     run_entry(main)
 
 

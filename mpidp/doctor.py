@@ -107,7 +107,7 @@ class Deadline:
 
 
 def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) -> None:
-    """Exit if /dev/shm is too small for MPI to start. Segments of ended jobs may have filled it. Independent."""
+    """Exit if /dev/shm is too small for MPI to start. Shared memory that ended jobs left may have filled it. Independent."""
     host, (place, ranks) = socket.gethostname(), launch.on_this_node(environ)
     room = memory.check_shm({host: facts.shared_memory()}, ranks)
     if room.verdict != WRONG:
@@ -155,8 +155,8 @@ class Checkup:
             self.found += run_check(what, check, *given)
 
     def measure(self, what: str, measure: Callable[[], T | CheckResult]) -> list[T]:
-        """Call `measure` on every rank and return the answers in rank order. It must not communicate. A CheckResult is not an
-        answer: the first one is added to the table. Collective over world."""
+        """Call `measure` on every rank and return the answers in rank order. `measure` must not communicate. It may return a
+        CheckResult instead of an answer; the first of these is added to the table. Collective over world."""
         self.deadline.enter(what)
         try:
             own = measure()
@@ -184,7 +184,7 @@ def examine(
     host = hosts[world.rank]
     first = hosts.index(host) == world.rank  # first rank of its node
 
-    mpirun = measure("mpirun", lambda: launch.mpirun_here() if world.size == 1 else ("", ""))  # only needed for a single rank
+    mpirun = measure("mpirun", lambda: launch.mpirun_here() if world.size == 1 else ("", ""))  # needed only with a single rank
     check("launch", lambda: launch.check_launch(world.size, launched, library, launcher, mpirun[0] if mpirun else ("", "")))
     check("Slurm", launch.check_slurm, world.size, environ)
     check("nodes", hardware.check_nodes, everyone)

@@ -58,11 +58,11 @@ class Damaged(MpidpError):
     """Only the last checkpoint can be trusted, so the run returns to it. Either replicas differ and it is unknown which one is
     right, or several batches in a row could not be used for an update."""
 
-    next_batch = 0  # the batch to resume with, skipping those before it; 0: the one that followed the checkpoint
+    next_batch = 0  # the batch to resume with, skipping those before it; 0: the first batch after the checkpoint
 
     @classmethod
     def at_batch(cls, message: str, next_batch: int) -> Self:
-        """The error as every rank raises it alike; the run resumes with next_batch."""
+        """Return an error that every rank raises with the same message. The run resumes with batch next_batch."""
         error = cls.on_every_rank(message)
         error.next_batch = next_batch
         return error

@@ -1,5 +1,5 @@
-"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE] [--json]`: evaluate a trained model:
-its loss on a validation split or a text, or its accuracy on multiple-choice questions. Ranks share the work."""
+"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE] [--json]`: evaluate a trained model.
+Computes the loss on a validation split or a text, or the accuracy on multiple-choice questions. Ranks share the work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check the command line. UsageError. Pure."""
+    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.evaluate"),
         usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE] [options]",
@@ -82,8 +82,9 @@ def _summary(found: dict[str, Any]) -> str:
 def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of --text, as one document after BOS or an end-of-document token.
 
-    Each token is a target once, with at least seq_len - stride tokens of context if the text has so many before it. The number of
-    ranks does not change the figures. UsageError, DataError, CheckpointError. Collective over world.
+    Each token is a target once. Its context has at least seq_len - stride tokens, if the text has as many before it. The number
+    of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the tokenizer is
+    invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     import numpy as np
 
@@ -112,7 +113,8 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """Return {accuracy, accuracy_norm, accuracy_token, items, chance, cut_items, step} of --choices; see inference/choices.py.
 
-    The number of ranks does not change the figures. DataError, CheckpointError. Collective over world.
+    The number of ranks does not change the results. Raises DataError if the questions or the tokenizer are invalid, and
+    CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
@@ -143,8 +145,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
-    Each token except the first is a target once. The number of ranks does not change the figures. DataError if the data was
-    prepared with another tokenizer. Collective over world.
+    Each token except the first is a target once. The number of ranks does not change the results. Raises DataError if the data
+    was prepared with another tokenizer. Collective over world.
     """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream

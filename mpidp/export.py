@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError. Pure."""
+    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(prog=program("mpidp.export"), usage="%(prog)s RUN --out DIR [options]",
                     description="Export a trained model in Hugging Face's format. docs/huggingface.md describes it.")
     add_run(parser)
@@ -44,7 +44,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9) -> str:
     """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
 
-    CheckpointError, UsageError. Collective over world.
+    Raises CheckpointError if the run has no valid checkpoint, and UsageError if the model is not a Transformer or `out` exists.
+    Collective over world.
     """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.tokenizer import load_tokenizer

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check the command line. UsageError. Pure."""
+    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.generate"), usage="[mpirun -np N] %(prog)s RUN [--prompt TEXT | --prompts FILE] [options]",
         description="Generate text with a trained model. The ranks share the prompts.",
@@ -88,9 +88,11 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 def generate(world: Any, options: argparse.Namespace, write: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world; other ranks return no rows.
 
-    A row has the keys of its input line, and text (generated), tokens (their number), ended (tokens, eod or stop). Batches of
-    prompts are distributed over the replicas, which does not change any text. write: called with the first prompt and then with
-    its text, piece by piece. UsageError, DataError, CheckpointError. Collective over world.
+    A row has the keys of its input line, and three more: text (the generated text), tokens (number of generated tokens), ended
+    (why it ended: tokens, eod or stop). Batches of prompts are distributed over the replicas, which does not change any text.
+    write: called with the first prompt and then with its text, piece by piece. Raises UsageError if --out cannot be written,
+    DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over
+    world.
     """
     from mpidp.checkpoint.resume import open_run
     from mpidp.inference.decode import continue_prompts
@@ -149,9 +151,9 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _encoded(tokenizer: Any, prompt: str, seq_len: int, index: int) -> list[int]:
-    """Encode a prompt: after BOS if the tokenizer has one. An empty prompt becomes BOS or the end-of-document token.
+    """Encode a prompt, with BOS before it if the tokenizer has BOS. An empty prompt becomes BOS or the end-of-document token.
 
-    DataError if the prompt does not fit into the model's context.
+    Raises DataError if the prompt does not fit into the model's context.
     """
     from mpidp.errors import DataError
 

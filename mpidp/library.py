@@ -10,8 +10,8 @@
             optimizer.backward(loss)                                           # in place of loss.backward()
             optimizer.step()
 
-Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks give the bits of one rank, because
-the order in which lanes are added does not depend on the ranks (reducers/tree.py). See docs/library.md.
+Start it with `mpirun -np N python -m mpi4py program.py`. With the default settings, N ranks compute bit for bit what one rank
+computes: the order in which lanes are added does not depend on the number of ranks (reducers/tree.py). See docs/library.md.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from mpidp.training.data_parallel import share_memory
 class TorchOptimizer:
     """Adapts a torch.optim optimizer to the interface that strategies use. Independent.
 
-    It steps on the averaged gradient with its own learning rate and keeps its own state.
+    The optimizer updates with the averaged gradient, with its own learning rate, and keeps its own state.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TorchOptimizer:
         self._gradients = [(p, view) for (_, _, p), view in zip(layout.placed(), layout.views(gradients), strict=True)]
 
     def step(self, lr: float) -> None:
-        """Update all parameters, on every rank. lr is ignored."""
+        """Update all parameters with the averaged gradient. lr is ignored."""
         before = [p.grad for p, _ in self._gradients]
         for p, view in self._gradients:
             p.grad = view
@@ -105,7 +105,7 @@ class SharingPlan:
 
 
 class DataParallel:
-    """Data-parallel training of a model by all ranks. It replaces the optimizer in a training loop."""
+    """Data-parallel training of a model by all ranks. This class replaces the optimizer in a training loop."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer], items: Items,
@@ -114,10 +114,11 @@ class DataParallel:
     ) -> None:
         """Broadcast rank 0's parameters and buffers and set up the strategy.
 
-        optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: from from_dataset; its
-        seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train. steps: total number
-        of updates; needed by strategies that do not synchronize at each step, which synchronize the models at the last one.
-        clip: largest gradient norm, 0: off. threads: as train.threads. UsageError. Collective over comm (COMM_WORLD).
+        optimizer: a torch.optim optimizer, or a function that makes one from model.parameters(). items: the result of
+        from_dataset, whose seed also seeds random numbers in forward. settings: sections strategy and comm, as for mpidp.train.
+        steps: total number of updates, for strategies that do not synchronize at each step; they synchronize the models at the
+        last step. clip: largest gradient norm, 0: off. threads: as train.threads. Raises UsageError if a setting, the model or
+        the optimizer is not supported. Collective over comm (COMM_WORLD).
         """
         mesh = make_grid(comm or start_mpi()).replicas
         self.model, self.items, self.comm, self.lanes = model, items, mesh.dp, items.lanes
@@ -145,12 +146,12 @@ class DataParallel:
         self.strategy.start()
         overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
-        self.steps = 0  # updates made
-        self.stats = StepStats(0.0, False)  # of the last update: grad_norm, skipped
-        self.loss = 0.0  # mean over the last batch; over this rank's part if the strategy does not synchronize at each step
-        self._remaining: list[int] = []  # this rank's micro-batches without backward so far
-        self._updated = True  # whether the batch's update was made
-        self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # for each micro-batch: sum of losses, number of items
+        self.steps = 0  # number of updates made
+        self.stats = StepStats(0.0, False)  # of the last update: gradient norm, and whether it was skipped
+        self.loss = 0.0  # mean over the last batch, or over this rank's part of it if the strategy does not always synchronize
+        self._remaining: list[int] = []  # this rank's micro-batches that still need backward()
+        self._updated = True  # whether step() has updated the parameters for the batch
+        self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # of each micro-batch: sum of losses, number of items
 
     def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
         for key in settings:
@@ -196,13 +197,13 @@ class DataParallel:
         """Yield this rank's micro-batches of the rest of the epoch, as returned by collate.
 
         torch's generator is seeded for each micro-batch, so dropout and masks depend on the data and not on the rank.
-        UsageError if the loop omits backward or step. Collective over comm: all ranks must iterate to the end.
+        Raises UsageError if the loop omits backward or step. Collective over comm: all ranks must iterate to the end.
         """
         items = self.items
         epoch = items.next_batch // len(items)
         while items.next_batch // len(items) == epoch:
             if not self._updated:
-                self.strategy.discard()  # an earlier loop was left in the middle of this batch
+                self.strategy.discard()  # the caller left an earlier loop in the middle of this batch
             batch, self._remaining, self._updated = items.next_batch, list(self._own_micro_batches), False
             self._loss_sums[:] = 0.0
             while self._skip_empty():
@@ -218,7 +219,7 @@ class DataParallel:
                 self.step()  # this rank had no items of the batch
 
     def _skip_empty(self) -> bool:
-        """Skip empty micro-batches (an epoch's last batch). Returns whether another one remains."""
+        """Skip the empty micro-batches of an epoch's last batch. Returns whether another micro-batch remains."""
         while not self._updated and self._remaining and not self.items.count(self.items.next_batch, self._remaining[0]):
             with self.strategy.micro_batch(self._remaining[0], len(self._remaining) == 1):
                 self._remaining.pop(0)
@@ -228,10 +229,10 @@ class DataParallel:
         """Do nothing: gradients are cleared at the start of each batch. Independent."""
 
     def backward(self, loss: Tensor, count: int | None = None) -> None:
-        """Compute gradients; call it once per micro-batch, in place of loss.backward(). UsageError. Independent.
+        """Compute gradients. Call it once per micro-batch, in place of loss.backward(). Independent.
 
         loss: the mean over the micro-batch's items, or over `count` other units (e.g. tokens). The update uses the mean over the
-        whole batch.
+        whole batch. Raises UsageError if it is called twice for a micro-batch, or if p.grad was replaced.
         """
         if not self._remaining:
             raise UsageError("backward() was called twice for one micro-batch: add the losses and call it once")
@@ -247,7 +248,7 @@ class DataParallel:
                 self._loss_sums[:, v] = loss.item() * count, count
 
     def step(self) -> bool:
-        """Update the parameters after this rank's last micro-batch of a batch; before it, do nothing.
+        """Update the parameters if this rank's last micro-batch of a batch is done; otherwise do nothing.
 
         Returns whether the update was made. Collective over comm if the strategy synchronizes at this step.
         """
@@ -273,23 +274,23 @@ class DataParallel:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state. Call it between batches, at the same step on all ranks, after a synchronization.
 
-        With strategy.name=synchronous and no compression all ranks have the same state, which can be loaded at any number of
-        ranks. Otherwise each rank must save and load its own. Independent.
+        With strategy.name=synchronous and no compression, all ranks have the same state, and any number of ranks can load it.
+        Otherwise each rank must save and load its own state. Independent.
         """
         own = {name: entry.tensor.clone() for name, entry in self.strategy.state_dict().items()}
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "strategy": own,
                 "items": self.items.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state, before the first micro-batch. UsageError. Independent."""
+        """Load a state, before the first micro-batch. Raises UsageError if the dataset has changed. Independent."""
         self.items.load_state_dict(state["items"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the same tensors
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would use the tensors of `state` itself
         self.strategy.load_state_dict(state["strategy"])
         self.steps = state["steps"]
 
     def close(self) -> None:
-        """Free shared memory; the model keeps its parameters. Not needed at the end of a program. Collective over comm."""
+        """Free shared memory. The model keeps its parameters. Not needed at the end of a program. Collective over comm."""
         kept = [p.detach().clone() for p in self.strategy.parameters]
         self._balance.close()
         self.strategy.close()

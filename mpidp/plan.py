@@ -33,17 +33,18 @@ SAME = ("model.", "train.micro_batch", "train.dtype", "train.device", "optim.nam
 TOPICS = {  # first argument: (one line of help, description)
     "ranks": ("how many ranks a run can use well (`plan RUN` is short for `plan ranks RUN`)", """\
 Predict training time by batch size and number of ranks. The first RUN supplies the gradient noise scale (train it with
---train.noise_every=10), which determines how much is learned from a batch. It and other runs of the same model on other numbers
-of ranks supply the time of a step. docs/plan.md explains the table."""),
+--train.noise_every=10), which determines how much is learned from a batch. This run, and other runs of the same model on other
+numbers of ranks, supply the time of a step. docs/plan.md explains the table."""),
     "methods": ("which training method pays on this cluster", """\
-Compare training methods for this model on this cluster: predict what each sends and how long a step takes. With --run, train
-with each and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md explains it."""),
+Compare training methods for this model on this cluster: predict how much each method sends and how long a step takes. With --run,
+train with each method and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md explains
+it."""),
     "mesh": ("which mesh (dp x pp x tp) holds a model that is too large for one device", command_line.DESCRIPTION),
 }
 
 
 def main() -> None:
-    """Run the command line. Collective over COMM_WORLD with `methods`, else independent."""
+    """Run the command. Collective over COMM_WORLD with `methods`, else independent."""
     words = sys.argv[1:]
     if not words or words[0] not in (*TOPICS, "-h", "--help"):
         words = ["ranks", *words]
@@ -61,7 +62,8 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse and check the command line; return (options, settings). Raises UsageError. Pure, except for reading CONFIG.toml."""
+    """Parse and check the command line; return (options, settings). Raises UsageError if it is invalid. Pure, except for reading
+    CONFIG.toml."""
     prog = program("mpidp.plan")
     parser = Parser(prog=prog, description="Predict training time.", allow_abbrev=False)
     topics = parser.add_subparsers(dest="topic", required=True, metavar="{ranks,methods,mesh}", prog=prog)
@@ -126,7 +128,8 @@ def print_methods(options: argparse.Namespace, config: Config, world: Any) -> No
 
 
 def plan(runs: Sequence[Path], columns: Sequence[int] = (), loss: float | None = None) -> dict[str, Any]:
-    """Return the plan as plain values (seconds, tokens). Raises UsageError if the runs are not suitable. Independent."""
+    """Return the plan as plain values (seconds, tokens). Raises UsageError if the runs cannot be compared, or if the first run
+    has too few noise measurements. Independent."""
     recorded = [measured.read(run) for run in runs]
     first = recorded[0]
     for other in recorded[1:]:
@@ -170,7 +173,8 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
 
 
 def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
-    """Return the noise scale in the second half of the steps that the loss took, its bounds, and its value in each quarter."""
+    """Return the noise scale in the second half of the steps needed to reach the loss, its bounds, and its value in each quarter
+    of these steps."""
     if not run.noises:
         one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
         raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")
@@ -189,8 +193,8 @@ def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
 
 
 def _columns(lanes: int, present: int, timed: Sequence[int]) -> list[int]:
-    """Return the measured numbers of ranks and powers of two up to four times the ranks used (at least 16), or up to the largest
-    number of lanes in the table if that is smaller."""
+    """Return the numbers of ranks for the table's columns: all measured numbers, and the powers of two up to a limit. The limit
+    is four times the largest number of ranks used, at least 16, but not above the largest number of lanes in the table."""
     most = min(int(lanes * predict.MULTIPLES[-1]), max(16, 4 * max(present, *timed)))
     return sorted({present, *timed, *(1 << i for i in range(most.bit_length()))})
 

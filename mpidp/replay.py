@@ -21,7 +21,7 @@ from mpidp.runtime.options import add_data, add_json, program
 
 
 def main() -> None:
-    """Replay and print what differs; exit code 1 if something does. Collective over COMM_WORLD."""
+    """Replay steps and print the differences. Exit with code 1 if there are any. Collective over COMM_WORLD."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
     from mpidp.training.replayer import print_on_rank_0
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line. Raises UsageError. Pure."""
+    """Parse the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(prog=program("mpidp.replay"), usage="[mpirun -np N] %(prog)s RUN [--step S] [--against RUN2] [options]",
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

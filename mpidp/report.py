@@ -72,7 +72,8 @@ def named(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
 
 
 def report(runs: Sequence[RecordedRun], grams_per_kwh: float = 0.0, price_per_node_hour: float = 0.0) -> str:
-    """Return the page. Factors of 0 are replaced by those of each run. Pure, except for the date."""
+    """Return the HTML page. If an argument is 0, the value in the configuration of each run is used. Pure, except for the
+    date."""
     falls = {run.name: waterfall(run) for run in runs}
     spent = {
         run.name: costs(run, grams_per_kwh or float(run.config.get("energy.grams_per_kwh", 0.0)),

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse and check the command line. Raises UsageError. Pure, except for reading CONFIG.toml."""
+    """Parse and check the command line. Raises UsageError if it is invalid. Pure, except for reading CONFIG.toml."""
     parser = Parser(
         prog=program("mpidp.train"), usage="[mpirun -np N] %(prog)s [CONFIG.toml] [--section.key=value ...] [--dry-run]",
         description=DESCRIPTION, epilog=command_line.settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,14 +53,14 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 def run(config: Config, world: MPI.Intracomm, dry: bool = False, crew: Crew | None = None) -> dict[str, Any] | None:
     """Plan the run, then make attempts until one reaches the end. Return the end record.
 
-    New runs, resumed runs and runs with failed ranks take this same path. dry: only plan. crew: the state of the job that a
-    replacement rank joins. Collective over world.
+    New runs, resumed runs and runs with failed ranks take this same path. dry: only plan the run. crew: the facts about the run
+    that a replacement rank has received; None on other ranks. Collective over world.
     """
     from mpidp.errors import Damaged
     from mpidp.runtime.ulfm import RankFailure
     from mpidp.training.attempts import RunAttempts
 
-    plan = _plan(config, world, dry) if crew is None else None  # replacement ranks make it together with the other ranks
+    plan = _plan(config, world, dry) if crew is None else None  # replacement ranks make the plan later, with the other ranks
     if dry:
         return None
     attempts = RunAttempts(config, plan, world if plan is None else plan.world, crew)

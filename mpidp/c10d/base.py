@@ -1,4 +1,4 @@
-"""The base class of the process group: torch.distributed's queries, shutdown, and the start of each call."""
+"""The base class of the process group. It answers torch.distributed's queries, starts calls, and shuts the group down."""
 
 from __future__ import annotations
 
@@ -21,34 +21,37 @@ Tensors = torch.Tensor | Sequence[torch.Tensor]
 
 
 def as_list(tensors: Tensors) -> list[torch.Tensor]:
-    """Return the tensors as a list; a single tensor becomes a list of one. Pure."""
+    """Return the tensors as a list. A single tensor becomes a list of one. Pure."""
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
 def op_of(opts: Any) -> Any:
-    """Return the reduction in a call's options; SUM without options. Pure."""
+    """Return the reduction that a call's options name, or SUM if there are no options. Pure."""
     return getattr(opts, "reduceOp", ReduceOp.SUM if opts is None else opts)
 
 
 def root_of(opts: Any) -> int:
-    """Return the root rank in a call's options; 0 without options. Pure."""
+    """Return the root rank that a call's options name, or 0 if there are no options. Pure."""
     return int(getattr(opts, "rootRank", opts or 0))
 
 
 def check(valid: bool, name: str, message: str) -> None:
-    """Raise ValueError unless the arguments of call `name` are valid. Nothing has been sent yet."""
+    """Raise ValueError with `name` and `message` unless `valid`. Call it before anything is sent: the group then stays usable."""
     if not valid:
         raise ValueError(f"mpi4py: {name}: {message}")
 
 
-_ProcessGroup: Any = ProcessGroup  # typed as Any: Python methods cannot match its C++ overloads
+_ProcessGroup: Any = ProcessGroup  # typed as Any: Python methods cannot match the C++ overloads
 
 
 class Base(_ProcessGroup):
-    """A process group that owns its communicator and frees it. Independent, except shutdown: Collective over the group."""
+    """A process group that owns its communicator and frees it.
+
+    shutdown is Collective over the group. The other methods are Independent.
+    """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
-        """timeout: default for calls without their own; store: a store used by this group only, or None."""
+        """Make a group that owns `comm`. timeout: for calls that give none; store: of this group only, or None."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
@@ -56,14 +59,14 @@ class Base(_ProcessGroup):
         self._calls = Calls(comm, blocking)
         self._turns = Turns(self._calls, name, store)
         self._name, self._description = name, ""
-        self._messages: list[Message] = []  # keeps buffers alive until their messages complete
+        self._messages: list[Message] = []  # sends and receives; the list keeps their buffers alive
         self._coalesced: list[Promise] | None = None
         self._barriers = 0
         self._sequence = 0
 
-    label = NAME  # prefix of this group's calls in the profiler
+    label = NAME  # prefix of the names of this group's calls in the profiler
 
-    # Queries by torch. The C++ base class answers them from its Backend objects; this group has none.
+    # torch's queries. The C++ base class answers them from its Backend objects, and this group has no Backend object.
 
     def getBackendName(self) -> str:
         return NAME
@@ -120,18 +123,20 @@ class Base(_ProcessGroup):
     getSequenceNumberForGroup = _get_sequence_number_for_group
 
     def shutdown(self) -> None:
-        """Wait for all started calls, then free the communicator. A second call does nothing. A group with a call that timed out
-        keeps its communicator."""
+        """Wait for all started calls, then free the communicator. A second call does nothing.
+
+        The communicator is not freed if a call has timed out.
+        """
         if self.comm != MPI.COMM_NULL and self._turns.close() and all(message.close() for message in self._messages):
             self.comm.Free()
 
     def abort(self) -> None:
-        """End running calls with an error: on this rank and, if MPI supports ULFM, on all ranks of the group."""
+        """End running calls with an error on this rank. If MPI supports ULFM, end them on all ranks of the group."""
         self._turns.abort(DistBackendError(f"mpi4py: group {self._name} was aborted"))
         with suppress(MPI.Exception, NotImplementedError):
             self.comm.Revoke()
 
-    # Starting a call.
+    # Methods that start a call.
 
     def _seconds(self, opts: Any, timeout: timedelta | None = None) -> float:
         chosen = timeout or getattr(opts, "timeout", None)
@@ -139,7 +144,7 @@ class Base(_ProcessGroup):
 
     def _begin(self, name: str, work: Callable[[], None], inputs: list[torch.Tensor], result: Any, opts: Any,
                timeout: Any = None) -> Promise:
-        """Queue a collective. name: torch's name of the call, optionally followed by a space and details for messages."""
+        """Queue the collective `work`; return its Work. name: torch's name of the call, then optionally a space and details."""
         if self.comm == MPI.COMM_NULL:
             raise DistBackendError(f"mpi4py: {name}: group {self._name} was destroyed")
         self._sequence += 1

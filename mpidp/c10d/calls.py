@@ -1,4 +1,4 @@
-"""The collectives over contiguous host tensors: which MPI functions they call, and how they split large tensors.
+"""Collectives over contiguous host tensors. This file chooses the MPI functions and splits large tensors.
 
 All ranks must call the same MPI functions. The choice depends only on sizes, dtypes and `blocking`, which are the same on all
 ranks. Large messages are split, because MPI counts are ints and because both MPI libraries allocate memory when they reduce
@@ -20,8 +20,8 @@ from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
-NEAR_BYTES = 1 << 20  # from this size on, reading other ranks' memory is faster than messages (half precision: from SMALL_BYTES)
-LARGEST_BYTES = 1 << 30  # per MPI call, over all ranks
+NEAR_BYTES = 1 << 20  # reductions of this size or more read other ranks' memory, which is faster; half precision: SMALL_BYTES
+LARGEST_BYTES = 1 << 30  # most bytes in one MPI call, over all ranks
 
 
 def octets(tensor: torch.Tensor) -> list[Any]:
@@ -35,18 +35,18 @@ def numbers(tensor: torch.Tensor) -> list[Any]:
 
 
 def parts(tensor: torch.Tensor, lengths: Sequence[int]) -> list[Any]:
-    """Return an MPI buffer that splits the tensor into one part per rank; lengths: in bytes. Independent."""
+    """Return an MPI buffer that splits the tensor into one part per rank. lengths: bytes of each part. Independent."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [memory(tensor), (list(lengths), starts), MPI.BYTE]
 
 
 def private_tag(which: int) -> int:
-    """Return a tag for internal messages, at the top of the tag range. Pure."""
+    """Return a tag for internal messages: the largest tag that MPI allows, minus `which`. Pure."""
     return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0) - which
 
 
 def send(comm: MPI.Intracomm, tensor: torch.Tensor, to: int, tag: int) -> list[MPI.Request]:
-    """Start sending a tensor, in pieces of at most LARGEST_BYTES. Independent."""
+    """Start sending a tensor in pieces of at most LARGEST_BYTES, and return the requests. Independent."""
     flat = tensor.view(-1).view(torch.uint8)
     return [comm.Isend(octets(piece), to, tag) for piece in flat.split(LARGEST_BYTES)] if len(flat) else [
         comm.Isend(octets(flat), to, tag)
@@ -54,7 +54,7 @@ def send(comm: MPI.Intracomm, tensor: torch.Tensor, to: int, tag: int) -> list[M
 
 
 def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) -> list[MPI.Request]:
-    """Start receiving a tensor, in the same pieces as send. Independent."""
+    """Start receiving a tensor in the same pieces as send, and return the requests. Independent."""
     flat = tensor.view(-1).view(torch.uint8)
     return [comm.Irecv(octets(piece), source, tag) for piece in flat.split(LARGEST_BYTES)] if len(flat) else [
         comm.Irecv(octets(flat), source, tag)
@@ -62,33 +62,38 @@ def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) ->
 
 
 class Calls:
-    """Collectives over one communicator, for one thread at a time. Each method except `wait` is Collective over comm.
+    """Collectives over one communicator. One thread at a time may use it. Methods are Collective over comm
+    unless they say Independent.
 
     Tensors are contiguous and on the host; kind is a key of sums.OPS.
     """
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
-        """blocking: use MPI's blocking calls for large reductions. They are up to 2.7x as fast (Open MPI), but spin."""
+        """blocking: use MPI's blocking calls for large reductions. With Open MPI they are up to 2.7x as fast,
+        but they poll without pauses."""
         self.comm = comm
         self.blocking = blocking
         self.aborted: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
         self._neighbours: Neighbours | None = None
-        self._searched = comm.size == 1  # whether _neighbours is final
+        self._searched = comm.size == 1  # whether _neighbours has its final value
 
     def wait(self, request: MPI.Request) -> None:
-        """Wait for a request; raises Aborted. Independent."""
+        """Wait for a request. Raises Aborted if the group was aborted. Independent."""
         wait_for(request, self.aborted)
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """Return a reused buffer, shape (elements,): new memory costs more than a sum. Independent."""
+        """Return a buffer of shape (elements,) that is reused between calls with the same name. Independent.
+
+        Buffers are reused because allocating a new one takes longer than the sum itself.
+        """
         buffer, needed = self._space.get(name), elements * like.element_size()
         if buffer is None or buffer.numel() < needed:
             buffer = self._space[name] = torch.empty(needed, dtype=torch.uint8)
         return buffer[:needed].view(like.dtype)
 
     def neighbours(self, added: torch.Tensor) -> Neighbours | None:
-        """Return the reader of other ranks' memory, or None where it is slower or not possible.
+        """Return the object that reads other ranks' memory, or None if that is slower for this tensor or not possible.
 
         The first large reduction tests whether all ranks can read each other's memory.
         """
@@ -101,24 +106,24 @@ class Calls:
         return self._neighbours
 
     def exchange(self, numbers: list[int]) -> list[list[int]]:
-        """Return the numbers of all ranks, shape (ranks, numbers). Synchronizes the ranks."""
+        """Gather each rank's list of numbers and return one list per rank. This also synchronizes the ranks."""
         table = torch.empty(self.comm.size, len(numbers), dtype=torch.int64)
         table[self.comm.rank] = torch.tensor(numbers)
         self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(table), 8 * len(numbers), MPI.BYTE]))
         return table.tolist()
 
     def barrier(self) -> None:
-        """Wait until all ranks have called it."""
+        """Wait until all ranks have called barrier()."""
         self.wait(self.comm.Ibarrier())
 
     def bcast(self, tensor: torch.Tensor, root: int) -> None:
-        """Broadcast root's tensor, in place."""
+        """Broadcast the root's tensor into the tensors of the other ranks."""
         flat = tensor.view(-1)
         for begin, end in pieces(0, flat.numel(), flat.element_size()):
             self.wait(self.comm.Ibcast(octets(flat[begin:end]), root))
 
     def allreduce(self, tensor: torch.Tensor, kind: str) -> None:
-        """Reduce over all ranks, in place."""
+        """Reduce the tensor over all ranks, in place."""
         flat = tensor.view(-1)
         if self.comm.size == 1:
             return
@@ -136,7 +141,7 @@ class Calls:
             average(flat, self.comm.size)
 
     def _allreduce_by_hand(self, piece: torch.Tensor, kind: str) -> None:
-        """Reduce a dtype that MPI cannot reduce: each rank reduces its share in float32, then all gather the shares."""
+        """Reduce a dtype that MPI cannot reduce: each rank reduces its share in float32, then all ranks gather the shares."""
         ranks, length = self.comm.size, piece.numel()
         share = -(-length // ranks)
         padded = self.scratch("padded", piece, share * ranks)
@@ -153,7 +158,7 @@ class Calls:
         fold(got.view(self.comm.size, -1), kind, target.view(-1))
 
     def reduce(self, tensor: torch.Tensor, kind: str, root: int) -> None:
-        """Reduce to the root, in place. On other ranks the tensor is unchanged."""
+        """Reduce the tensor to the root, in place. On other ranks the tensor is unchanged."""
         flat = tensor.view(-1)
         if self.comm.size > 1 and tensor.dtype not in DATATYPES:
             whole = flat if self.comm.rank == root else flat.clone()
@@ -218,7 +223,7 @@ class Calls:
             rows[:, begin:end].copy_(got.view(ranks, -1))
 
     def allgatherv(self, source: torch.Tensor, target: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Concatenate all ranks' sources into target; lengths: bytes of each rank's source."""
+        """Concatenate all ranks' sources into target. lengths: bytes of each rank's source."""
         if target.nbytes <= LARGEST_BYTES:
             self.wait(self.comm.Iallgatherv(octets(source), parts(target, lengths)))
             return
@@ -260,7 +265,7 @@ class Calls:
         if max(*sent, *received) <= most:
             self.wait(self.comm.Ialltoallv(parts(source, sent), parts(target, received)))
             return
-        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know whether its part is large
+        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know the size of their part
         incoming = target.view(-1).view(torch.uint8).split(list(received))
         packed = torch.cat([part for part in outgoing if len(part) <= most] or [source.new_empty(0, dtype=torch.uint8)])
         short_sent, short_taken = ([n if n <= most else 0 for n in lengths] for lengths in (sent, received))

@@ -18,17 +18,17 @@ from mpidp.c10d.works import Message, Promise
 
 
 class MpiGroup(Reductions, Moves):
-    """The "mpi4py" process group. Methods are Collective over the group; send and recv are Collective over the two ranks."""
+    """The "mpi4py" process group. send and recv are Collective over the two ranks, other methods over the group."""
 
     def barrier(self, opts: object = None, timeout: timedelta | None = None) -> Promise:
-        """Wait until all ranks have called it."""
+        """Return a Work that completes when all ranks have called barrier()."""
         seconds = opts if isinstance(opts, timedelta) else timeout
         return self._begin("barrier", self._calls.barrier, [], [], opts, seconds)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier that identifies missing ranks. Raises RuntimeError; rank 0's error names the first missing rank.
+        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if one does not within the timeout.
 
-        wait_all_ranks: name all missing ranks.
+        Rank 0's error names the first missing rank, or all of them if wait_all_ranks is true.
         """
         self._barriers += 1
         seconds = self.seconds if timeout is None else timeout.total_seconds()
@@ -38,25 +38,25 @@ class MpiGroup(Reductions, Moves):
                  record: Callable[[], None] | None) -> Promise:
         message = Message(requests, hosted, receives, name, self.seconds)
         message.record = record
-        self._messages = [other for other in self._messages if not other.progress()]  # testing a request lets MPI progress
+        self._messages = [other for other in self._messages if not other.progress()]  # testing a request lets MPI make progress
         self._messages.append(message)
         if self._coalesced is not None:
             self._coalesced.append(message)
         return message
 
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Promise:
-        """Send a tensor. It may be overwritten once the work is complete."""
+        """Start sending a tensor to rank dst. It may be overwritten once the returned work is complete."""
         hosted, record = self._hosted("send", tensors)
         return self._message(send(self.comm, hosted.load(), dst, tag), hosted, False, f"send to rank {dst}, tag {tag}", record)
 
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Promise:
-        """Receive a tensor. It may be read once the work is complete."""
+        """Start receiving a tensor from rank src. It may be read once the returned work is complete."""
         hosted, record = self._hosted("recv", tensors)
         requests = receive(self.comm, hosted.empty(), src, tag)
         return self._message(requests, hosted, True, f"recv from rank {src}, tag {tag}", record)
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Promise:
-        """Receive a tensor from any rank. torch reads the sender's rank from the work."""
+        """Start receiving a tensor from any rank. torch reads the sender's rank from the returned work."""
         hosted, record = self._hosted("recvAnySource", tensors)
         requests = receive(self.comm, hosted.empty(), MPI.ANY_SOURCE, tag)
         return self._message(requests, hosted, True, f"recv from any rank, tag {tag}", record)

@@ -1,4 +1,4 @@
-"""Host buffers: contiguous host copies of the caller's tensors, for MPI to read and write.
+"""Host buffers: contiguous host copies of the caller's tensors, which MPI reads and writes.
 
 A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current stream. The copy back finishes
 before the work is complete, so any stream may read the result.
@@ -16,7 +16,7 @@ class HostBuffer:
     """The host buffer of one tensor of a call. Independent."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Must run in the caller's thread: it records an event on the stream that writes the tensor."""
+        """Must run in the caller's thread, because it records an event on the caller's current stream."""
         self.tensor = tensor.detach()
         self._host: torch.Tensor | None = None
         self._written: Any = None
@@ -24,7 +24,7 @@ class HostBuffer:
             self._written = torch.cuda.current_stream(self.tensor.device).record_event()
 
     def empty(self) -> torch.Tensor:
-        """Return a contiguous host tensor of the same shape, to be written. It is the tensor itself where possible."""
+        """Return a contiguous host tensor of the same shape, to be written: the tensor itself if it is contiguous on the host."""
         if self._host is None:
             plain = self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
             cuda = self.tensor.device.type == "cuda"

@@ -1,7 +1,8 @@
 """Registration with torch.distributed: the `mpi://` rendezvous, the creation of groups, and the end of the process.
 
 Ranks and sizes come from MPI, and each group gets a communicator made from MPI's world. torch dispatches functional collectives
-to the group's methods, except all_gather_into_tensor_out, which goes to the C++ base class. This file registers a kernel for it.
+to the group's methods, except all_gather_into_tensor_out, which it dispatches to the C++ base class. This file registers a kernel
+for that function.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from torch import distributed
 from mpidp.c10d.base import NAME
 from mpidp.c10d.group import MpiGroup
 
-dist: Any = distributed  # typed as Any: its stubs are incomplete
+dist: Any = distributed  # typed as Any: torch's type stubs are incomplete
 distributed_c10d: Any = distributed.distributed_c10d
 MEETING_TIMEOUT = timedelta(minutes=30)
-PAUSE_SECONDS = 0.3  # before Abort: lets mpirun forward the last output
+PAUSE_SECONDS = 0.3  # pause before Abort, so that mpirun can forward the last output
 HOST = "MPIDP_C10D_HOST"  # name or address of rank 0's host, if other nodes cannot reach it by its host name
 WAIT = "MPIDP_C10D_WAIT"  # block or poll; default: block if all ranks of the group are on one node with a core each
 _world: MPI.Intracomm | None = None
@@ -54,9 +55,10 @@ def world() -> MPI.Intracomm:
 
 
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Yield (store, rank, size): torch's rendezvous handler for mpi:// . Collective over the world.
+    """Handle torch's rendezvous for mpi:// : yield (store, rank, size). Collective over the world.
 
-    The store is a TCPStore on rank 0 at a free port, which is broadcast by MPI. RuntimeError on all ranks if one cannot connect.
+    The store is a TCPStore on rank 0 at a free port. Rank 0 broadcasts its address with MPI. Raises RuntimeError on all
+    ranks if one of them cannot connect.
     """
     global _server
     comm, this_host, failed = world(), socket.gethostname(), ""
@@ -84,7 +86,10 @@ def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iter
 
 
 def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
-    """Create a group; torch calls it. Collective over the group's members only."""
+    """Create a process group. torch calls this function. Collective over the group's members only.
+
+    Raises RuntimeError if torch's rank differs from MPI's.
+    """
     comm, ranks = world(), list(opts.global_ranks_in_group)
     ranks = ranks or list(range(opts.group_size))
     if comm.rank != ranks[opts.group_rank] or max(ranks) >= comm.size:
@@ -102,7 +107,10 @@ def make_group(opts: Any, backend_options: Any = None) -> MpiGroup:
 
 
 def _blocking(comm: MPI.Intracomm) -> bool:
-    """Return whether ranks may spin in MPI's blocking calls; the same on all ranks. Collective over comm."""
+    """Return whether ranks may use MPI's blocking calls, which poll without pauses. Collective over comm.
+
+    All ranks get the same result.
+    """
     rows = comm.allgather((socket.gethostname(), sorted(os.sched_getaffinity(0)), os.environ.get(WAIT, "")))
     choices = {choice for _, _, choice in rows if choice}
     if choices:
@@ -122,7 +130,7 @@ def _all_gather_out(input: torch.Tensor, group_size: int, group_name: Any, *, ou
 
 
 def _prepare() -> None:
-    """Register the kernel and the exit handlers, when the first group is made."""
+    """Register the kernel and the exit handlers. Only the first call has an effect."""
     global _library
     if _library is not None:
         return
@@ -147,7 +155,7 @@ def _notice_failure() -> None:
 def _leave() -> None:
     """Shut down the groups at the end of the process.
 
-    After an uncaught error this aborts all ranks: MPI_Finalize would wait for ranks that wait for this one. It also aborts if a
+    After an uncaught error, abort all ranks: MPI_Finalize would wait for ranks that in turn wait for this one. Also abort if a
     group's thread is still inside MPI because other ranks did not join a call.
     """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]

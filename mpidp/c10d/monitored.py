@@ -9,10 +9,11 @@ from mpi4py import MPI
 
 
 def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all_ranks: bool, tag: int) -> None:
-    """Wait for all ranks; raise RuntimeError after `seconds`. Collective over comm.
+    """Wait for all ranks. Raises RuntimeError if a rank is missing after `seconds`. Collective over comm.
 
-    Rank 0's error names the first missing rank; with wait_all_ranks, all of them. Rank 0 does not answer the other ranks then, so
-    they time out and raise, too. number: counts the group's barriers; tag: used by no other messages.
+    Rank 0's error names the first missing rank, or all of them if wait_all_ranks is true. Rank 0 then does not answer the other
+    ranks, so they also time out and raise RuntimeError. number: counts the barriers of the group, from 1; tag: a tag that
+    no other messages use.
     """
     end = time.monotonic() + seconds
     message, milliseconds = np.array([number]), round(1000 * seconds)
@@ -42,7 +43,7 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
 
 
 def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
-    """Return whether the rank reports to this barrier in time. Collective over the two ranks."""
+    """Return whether the rank reports to barrier `number` before the time `end`. Collective over the two ranks."""
     received = np.zeros(1, dtype=int)
     while received[0] < number:
         report = comm.Irecv(received, rank, tag)

@@ -1,4 +1,4 @@
-"""Collectives that move data without reducing it, under torch.distributed's old and new names. Collective over the group."""
+"""Collectives that move data without reducing it. Each has torch.distributed's old and new names. Collective over the group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Moves(Base):
     """Broadcast, gather, scatter and all-to-all. Shapes and semantics are those of torch.distributed."""
 
     def broadcast(self, tensors: Tensors, opts: Any = None, timeout: timedelta | None = None) -> Promise:
-        """Broadcast the root's tensors, in place."""
+        """Broadcast the root's tensors into the tensors of the other ranks."""
         given, root = as_list(tensors), root_of(opts)
         hosted = [HostBuffer(tensor) for tensor in given]
 
@@ -37,7 +37,7 @@ class Moves(Base):
     _allgather_base = all_gather_single
 
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Promise:
-        """all_gather_single for several tensors."""
+        """Run all_gather_single for several tensors."""
         outs, ins = as_list(outputs), as_list(inputs)
         check(all(o.numel() == i.numel() * self.comm.size and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
                "all_gather", "the output must have the input's dtype and (number of ranks) times its elements")
@@ -58,7 +58,7 @@ class Moves(Base):
         return self._gathered("all_gather", [list(row) for row in lists], ins, opts)
 
     def allgather_coalesced(self, output_lists: Any, inputs: Tensors, opts: Any = None) -> Promise:
-        """allgather for several inputs. output_lists: one list per rank, with a tensor for each input."""
+        """Run allgather for several inputs. output_lists: one list per rank, with a tensor for each input."""
         return self._gathered("all_gather", [list(row) for row in zip(*output_lists, strict=True)], as_list(inputs), opts)
 
     def _gathered(self, name: str, lists: list[list[torch.Tensor]], ins: list[torch.Tensor], opts: Any) -> Promise:
@@ -119,7 +119,10 @@ class Moves(Base):
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor, output_splits: Any = (), input_splits: Any = (),
                           opts: Any = None) -> Promise:
-        """Exchange slices of one tensor. splits: length along dimension 0 for each rank; empty: equal lengths."""
+        """Send a part of the input to each rank, and store the parts received in the output, ordered by rank.
+
+        splits: length of each part along dimension 0; empty: equal lengths.
+        """
         source, target = HostBuffer(input), HostBuffer(output)
         sent, received = self._lengths(input, list(input_splits or ())), self._lengths(output, list(output_splits or ()))
 
@@ -132,7 +135,7 @@ class Moves(Base):
     alltoall_base = all_to_all_single
 
     def _lengths(self, tensor: torch.Tensor, splits: list[int]) -> list[int]:
-        """Return the bytes of each rank's part."""
+        """Return the size of each rank's part in bytes."""
         if not splits:
             check(tensor.dim() > 0 and tensor.shape[0] % self.comm.size == 0, "all_to_all",
                    "without splits, dimension 0 must be a multiple of the number of ranks")

@@ -1,4 +1,4 @@
-"""Large reductions within a node, without messages: each rank reads the other ranks' tensors and reduces its own slice.
+"""Large reductions within a node, without messages. Each rank reads its part of the other ranks' tensors and reduces it.
 
 Linux's process_vm_readv copies from another process's memory. The ranks synchronize three times, because a tensor must not change
 while another rank reads it: at the start, when they exchange addresses; between reduction and gathering; and at the end. A shared
@@ -18,14 +18,14 @@ import torch
 
 from mpidp.c10d.sums import ADDERS, HALVES, average
 
-BLOCK_BYTES = 1 << 19  # read and reduced at a time; fits in a core's cache
-READ_BYTES = 1 << 26  # per system call; Linux's limit is 2 GiB
-ALIGN = 64  # slices start at multiples of this many elements
-NEAR = "MPIDP_C10D_NEAR"  # "messages" on any rank: use messages for large reductions within a node, too
+BLOCK_BYTES = 1 << 19  # bytes read and reduced at a time; they fit in a core's cache
+READ_BYTES = 1 << 26  # most bytes per system call; Linux's limit is 2 GiB
+ALIGN = 64  # each rank's part starts at a multiple of this many elements
+NEAR = "MPIDP_C10D_NEAR"  # if "messages" on any rank: large reductions within a node use messages, too
 SET_PTRACER, ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # PR_SET_PTRACER for prctl (Linux's Yama module)
-TOKEN = 2  # random numbers that identify a process
+TOKEN = 2  # number of random integers that identify a process
 FOUND, DENIED, IMPOSSIBLE = range(3)
-Exchange = Callable[[list[int]], list[list[int]]]  # an allgather: this rank's numbers -> all ranks' numbers
+Exchange = Callable[[list[int]], list[list[int]]]  # an allgather of each rank's list of numbers
 
 
 class _Vector(ctypes.Structure):
@@ -33,7 +33,7 @@ class _Vector(ctypes.Structure):
 
 
 def _reader() -> Any:
-    """Return the C function process_vm_readv, or None if the system does not have it."""
+    """Return the C function process_vm_readv, or None if the system has no such function."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
     if function is not None:
         function.restype = ctypes.c_ssize_t
@@ -43,7 +43,7 @@ def _reader() -> Any:
 
 
 class Neighbours:
-    """Reductions of one group by reading other ranks' memory. Public methods are Collective over the group.
+    """Reduces tensors of one group by reading other ranks' memory. Public methods are Collective over the group.
 
     Tensors are flat, contiguous, on the host, with a dtype of sums.ADDED; kind is a key of sums.OPS. Raises RuntimeError on all
     ranks if their calls differ, or if reading memory fails.
@@ -54,14 +54,14 @@ class Neighbours:
         self._exchange = exchange
         self._function = _reader()
         self._failed = ""
-        self._blocks = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)  # data read; partial sums are kept in the first
+        self._blocks = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)  # data read; the first block also stores partial sums
         self._wide = torch.empty(BLOCK_BYTES // 2)  # float32 sums of half-precision values
         self._pids: list[int] = []
 
     def can_read_all(self) -> bool:
         """Return whether all ranks can read each other's memory.
 
-        If only permission is missing (Yama's ptrace_scope 1), each rank grants it, as MPI libraries do, and tries again.
+        If only permission is missing (Yama's ptrace_scope 1), each rank grants permission, as MPI libraries do, and tries again.
         """
         token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
         table = self._exchange([os.getpid(), token.data_ptr(), *token.tolist()])
@@ -75,7 +75,10 @@ class Neighbours:
         return worst == FOUND
 
     def _probe(self, rank: int, row: list[int]) -> int:
-        """Try to read another rank's token. On another node, its process id may belong to an unrelated local process."""
+        """Try to read another rank's token; return FOUND, DENIED or IMPOSSIBLE.
+
+        The process id of a rank on another node may belong to an unrelated local process. The token then differs.
+        """
         if self._function is None or os.environ.get(NEAR) == "messages":
             return IMPOSSIBLE
         found = torch.zeros(TOKEN, dtype=torch.int64)
@@ -86,7 +89,7 @@ class Neighbours:
         return FOUND if found.tolist() == row[2:] else IMPOSSIBLE
 
     def _read(self, rank: int, address: int, into: torch.Tensor) -> None:
-        """Read another rank's memory. Failures are raised by the next _synchronize."""
+        """Read another rank's memory at `address`. The next _synchronize raises an error if this fails."""
         for begin in range(0, into.nbytes, READ_BYTES):
             length = min(READ_BYTES, into.nbytes - begin)
             local, remote = _Vector(into.data_ptr() + begin, length), _Vector(address + begin, length)
@@ -94,7 +97,11 @@ class Neighbours:
                 self._failed = self._failed or f"rank {rank}'s memory: {os.strerror(ctypes.get_errno())}"
 
     def _begin(self, tensor: torch.Tensor, call: str) -> list[int] | None:
-        """Return all ranks' addresses; None on all ranks if a tensor is in pinned memory, which other processes cannot read."""
+        """Return the address of each rank's tensor.
+
+        Returns None on all ranks if a tensor is in pinned memory, which other processes cannot read. Raises RuntimeError if the
+        ranks' calls differ.
+        """
         signature = [tensor.nbytes, zlib.crc32(f"{call} {tensor.dtype}".encode())]
         table = self._exchange([tensor.data_ptr(), int(tensor.is_pinned()), *signature])
         for rank, (_, _, *found) in enumerate(table):
@@ -141,7 +148,7 @@ class Neighbours:
                 into.copy_(total)
 
     def allreduce(self, flat: torch.Tensor, kind: str) -> bool:
-        """Reduce over all ranks, in place. Returns False, without any change, if it is not possible."""
+        """Reduce a tensor over all ranks, in place. Returns False and changes nothing if a tensor is in pinned memory."""
         places, size = self._begin(flat, f"all_reduce {kind}"), flat.element_size()
         if places is None:
             return False
@@ -150,7 +157,7 @@ class Neighbours:
         self._add(flat[low:high], [place + low * size for place in places], kind, flat[low:high])
         self._synchronize()
         for i in range(1, self.ranks):
-            rank = (self.rank + i) % self.ranks  # each rank starts with a different one
+            rank = (self.rank + i) % self.ranks  # each rank starts by reading from a different rank
             self._read(rank, places[rank] + rank * share * size, flat[rank * share : (rank + 1) * share])
         self._synchronize()
         return True
@@ -158,7 +165,7 @@ class Neighbours:
     def reduce_scatter(self, rows: torch.Tensor, out: torch.Tensor, kind: str) -> bool:
         """Reduce rows (ranks, n) and store row r in out (n) on rank r. out must not overlap rows.
 
-        Returns False, without any change, if it is not possible.
+        Returns False and changes nothing if a tensor is in pinned memory.
         """
         places = self._begin(rows, f"reduce_scatter {kind}")
         if places is not None:

@@ -1,4 +1,4 @@
-"""Record calls in torch's profiler, from start to completion, in any thread, with their tensors' shapes."""
+"""Record calls in torch's profiler: from start to completion, in any thread, with the shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def recorded(name: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None] | None:
-    """Start a profiler record and return the function that ends it; None if the profiler is off. Independent."""
+    """Start a profiler record and return the function that ends it. Returns None if the profiler is off. Independent."""
     if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return None
     handle = torch.autograd._record_function_with_args_enter(name, *tensors)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Reductions, under torch.distributed's old and new names. Collective over the group."""
+"""Reductions. Each has torch.distributed's old and new names. Collective over the group."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mpidp.c10d.works import Promise
 
 
 class Reductions(Base):
-    """Collectives that reduce. Shapes and semantics are those of torch.distributed."""
+    """Collectives that reduce tensors. Shapes and semantics are those of torch.distributed."""
 
     def allreduce(self, tensors: Tensors, opts: Any = None, timeout: timedelta | None = None) -> Promise:
-        """Reduce over all ranks, in place."""
+        """Reduce tensors over all ranks, in place."""
         given, op = as_list(tensors), op_of(opts)
         if any(tensor.is_sparse for tensor in given):
             return self._sparse_allreduce(given, op, opts)
@@ -45,7 +45,7 @@ class Reductions(Base):
         return self._begin("all_reduce of sparse tensors", work, given, given, opts)
 
     def reduce(self, tensors: Tensors, opts: Any = None, *, op: Any = None) -> Promise:
-        """Reduce to the root, in place."""
+        """Reduce tensors to the root, in place."""
         given, root = as_list(tensors), root_of(opts)
         kinds = [kind_of(op_of(opts) if op is None else op, tensor.dtype) for tensor in given]
         hosted = [HostBuffer(tensor) for tensor in given]
@@ -59,13 +59,13 @@ class Reductions(Base):
         return self._begin("reduce", work, given, given, opts)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Promise:
-        """Reduce the input; rank r gets the r-th part of the result as output."""
+        """Reduce the input over all ranks. Rank r gets the r-th part of the result as output."""
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     _reduce_scatter_base = reduce_scatter_single
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Promise:
-        """reduce_scatter_single for several tensors."""
+        """Run reduce_scatter_single for several tensors."""
         outs, ins = as_list(outputs), as_list(inputs)
         kinds = [kind_of(op_of(opts), tensor.dtype) for tensor in ins]
         check(all(o.numel() * self.comm.size == i.numel() and o.dtype == i.dtype for o, i in zip(outs, ins, strict=True)),
@@ -82,7 +82,7 @@ class Reductions(Base):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def reduce_scatter(self, outputs: Tensors, inputs: Any, opts: Any = None) -> Promise:
-        """Reduce a list of inputs, one per rank; rank r gets the r-th result. Sizes may differ between ranks."""
+        """Reduce a list with one input per rank. Rank r gets the r-th result. Sizes may differ between ranks."""
         outs, lists = as_list(outputs), [inputs] if isinstance(outputs, torch.Tensor) else list(inputs)
         kind = kind_of(op_of(opts), outs[0].dtype)
         rows = [([HostBuffer(i) for i in every], HostBuffer(o)) for every, o in zip(lists, outs, strict=True)]

@@ -1,4 +1,4 @@
-"""MPI's counterparts of torch's dtypes and reductions. bfloat16 and float16 have none and are reduced in Python."""
+"""MPI's counterparts of torch's dtypes and reductions. MPI has no bfloat16 or float16, so torch reduces these types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADDERS: dict[str, Any] = {
     "SUM": torch.add, "AVG": torch.add, "PRODUCT": torch.mul, "MIN": torch.minimum, "MAX": torch.maximum,
     "BAND": torch.bitwise_and, "BOR": torch.bitwise_or, "BXOR": torch.bitwise_xor,
 }
-ADDED = (  # dtypes that torch can reduce, for neighbours.py; bool and larger unsigned integers are left to MPI
+ADDED = (  # dtypes that neighbours.py reduces with torch; MPI reduces bool and larger unsigned integers
     torch.float32, torch.float64, *HALVES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
     torch.complex64, torch.complex128,
 )
@@ -35,7 +35,7 @@ _BITS = ("BAND", "BOR", "BXOR")
 
 
 def kind_of(op: Any, dtype: torch.dtype) -> str:
-    """Return the reduction's name, e.g. SUM. TypeError or ValueError if it is not supported for the dtype. Pure."""
+    """Return the reduction's name, e.g. SUM. Raises ValueError if it is unknown, TypeError if it does not suit dtype. Pure."""
     name = next((name for name, known in _KINDS.items() if op == known), None)
     if name is None:
         raise ValueError(f"mpi4py: reduction {op} is not supported: use one of {', '.join(OPS)}")
@@ -50,7 +50,7 @@ def kind_of(op: Any, dtype: torch.dtype) -> str:
 
 
 def mpi_op(kind: str, dtype: torch.dtype) -> MPI.Op:
-    """Return MPI's operation for a reduction; for bool, a logical one. Pure."""
+    """Return MPI's operation for a reduction. For bool it is a logical operation. Pure."""
     return OF_BOOLS[kind] if dtype == torch.bool else OPS[kind]
 
 
@@ -63,7 +63,7 @@ def average(tensor: torch.Tensor, ranks: int) -> None:
 
 
 def fold(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """Reduce blocks (ranks, n) into out (n), in rank order. Adds in float32 and rounds once. Independent."""
+    """Reduce blocks (ranks, n) into out (n), in rank order. Values are added in float32 and rounded once. Independent."""
     blocks = blocks.float()
     if kind in ("SUM", "AVG"):
         done = blocks.sum(0)

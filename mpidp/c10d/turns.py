@@ -1,8 +1,9 @@
-"""Order and timeouts of a group's collectives.
+"""Keeps the order of a group's collectives, and checks their timeouts.
 
 Collectives of a group run one after another, in the group's thread or, if the group is idle, in the caller's thread. A watch
-thread ends a call that takes too long with an error that names the call and the missing ranks. To find them, each rank that has
-waited for a while writes its rank and call to the group's store, once. A rank without an entry at the timeout is missing.
+thread ends a call that takes too long with an error that names the call and the missing ranks. To find the missing ranks, each
+rank that has waited for a while writes its rank and call to the group's store, once. A rank without an entry at the timeout is
+missing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch.distributed import DistBackendError
 from mpidp.c10d.calls import Calls
 from mpidp.c10d.works import Queued
 
-CHECK_SECONDS = 0.1  # between checks by the watch thread
-REPORT_SECONDS = 1.0  # a rank that has waited this long writes to the store (or a third of the timeout, if shorter)
+CHECK_SECONDS = 0.1  # time between two checks by the watch thread
+REPORT_SECONDS = 1.0  # a rank that waits this long (at most a third of the timeout) writes to the store
 STORE_TIMEOUT = timedelta(seconds=10)  # keeps the store from blocking the watch thread
 NAMED = 8  # most ranks listed in one message
 
@@ -39,7 +40,7 @@ class Turns:
         self.running: Queued | None = None
         self.number = 0
         self._store = store
-        self._last: threading.Event | None = None  # of the last call; the call itself would keep its tensors alive
+        self._last: threading.Event | None = None  # set when the last call ends; the call itself would keep tensors alive
         self._waiting: queue.SimpleQueue[Queued | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._turn = threading.RLock()
@@ -49,8 +50,8 @@ class Turns:
     def submit(self, work: Queued, at_once: bool) -> Queued:
         """Queue a collective, or run it at once if `at_once` is true and the group is idle.
 
-        at_once: the caller would wait for it anyway. A call made in a future's callback runs at once, inside the call whose
-        future it is.
+        at_once: the caller would wait for it anyway. A collective that the group's own thread submits, in a future's callback,
+        always runs at once.
         """
         if self.broken is not None:
             work.drop(self.broken)
@@ -89,7 +90,10 @@ class Turns:
                 self.abort(work.error)
 
     def close(self) -> bool:
-        """Finish the queued calls and stop the thread. Returns False if the group is broken: its thread may never leave MPI."""
+        """Finish the queued calls and stop the thread. Returns False if the group is broken.
+
+        The thread of a broken group may never return from MPI.
+        """
         _watch.remove(self)
         if self.broken is not None:
             return False
@@ -105,7 +109,7 @@ class Turns:
         work = self.running
         if work is not None:
             work.end(self.broken)
-        while True:  # empty the queue here: the thread may never leave MPI
+        while True:  # empty the queue here: the thread may never return from MPI
             try:
                 waiting = self._waiting.get_nowait()
             except queue.Empty:
@@ -114,7 +118,7 @@ class Turns:
                 waiting.drop(self.broken)
 
     def check_timeout(self) -> None:
-        """Report a long wait, and abort after the timeout. Called by the watch thread."""
+        """Report a long wait to the store, and abort after the timeout. The watch thread calls this method."""
         work = self.running
         if work is None or work.ended or work.began == 0.0 or self.broken is not None:
             return
@@ -131,12 +135,12 @@ class Turns:
     def _report_waiting(self, work: Queued) -> None:
         if self._store is not None:
             with suppress(Exception):
-                self._store = self._store.clone()  # a new connection: another thread may wait in the first one
+                self._store = self._store.clone()  # a new connection: another thread may be waiting on the first one
                 self._store.set_timeout(STORE_TIMEOUT)
             _quietly(lambda: self._store.append(self._key(work.number), f"{self.calls.comm.rank} {work.name};"))
 
     def _timeout_message(self, work: Queued) -> str:
-        """Name the call, the ranks that did not join it, and the ranks that are in another call."""
+        """Return a message that names the call, the ranks that did not join it, and the ranks that are in another call."""
         size = self.calls.comm.size
         entries = _quietly(lambda: self._store.get(self._key(work.number)).decode()) if self._store is not None else None
         message = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (number {work.number} of group {self.name})"
@@ -162,7 +166,7 @@ def format_ranks(ranks: list[int]) -> str:
 
 
 def _quietly(work: Callable[[], Any]) -> Any:
-    """Return work(), or None if it raises, e.g. because the store's server has exited."""
+    """Return work(), or None if it raises an exception, e.g. because the store's server has exited."""
     try:
         return work()
     except Exception:

@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import Work
 from mpidp.c10d.hosted import HostBuffer, device_of
 from mpidp.c10d.waiting import LONGEST_SECONDS, YIELDS
 
-FOREVER = timedelta(0)  # in torch, zero means: no timeout given
+FOREVER = timedelta(0)  # torch passes zero if no timeout is given
 
 
 def tensors_in(result: Any) -> Iterator[torch.Tensor]:
@@ -44,7 +44,7 @@ class Promise(Work):
         self.record: Callable[[], None] | None = None  # ends the profiler's record
 
     def end(self, error: BaseException | None = None) -> None:
-        """Complete the work. Only the first call has an effect."""
+        """Complete the work, with an error if one is given. Only the first call has an effect."""
         with self._lock:
             if self.finished.is_set():
                 return
@@ -73,7 +73,7 @@ class Promise(Work):
         return self.finished.wait(seconds)
 
     def synchronize(self) -> None:
-        """Same as wait(): results are on the host when it returns."""
+        """Wait for completion, like wait()."""
         self.wait()
 
     def is_completed(self) -> bool:
@@ -91,8 +91,8 @@ class Promise(Work):
     def get_future(self) -> Any:
         """Return a future of the result.
 
-        Errors are raised in a callback, so that C++ sees them, too. Future.set_exception would store the error as a value, which
-        crashes DDP's reducer.
+        A callback raises the call's error, so that C++ code receives it, too. Future.set_exception would store the error as a
+        value, which crashes DDP's reducer.
         """
         with self._lock:
             if self._future is not None:
@@ -115,16 +115,16 @@ class Queued(Promise):
     """A collective in a group's queue (turns.py)."""
 
     def __init__(self, work: Callable[[], None], result: Any, name: str, seconds: float) -> None:
-        """work: runs the collective; seconds: timeout."""
+        """work: runs the collective; result: the output tensors; name: for messages; seconds: timeout in seconds."""
         super().__init__(result, name)
         self.seconds = seconds
-        self.number = 0  # counts the group's collectives
+        self.number = 0  # number of the collective in its group, from 1
         self.began = 0.0
-        self.reported = False  # whether it wrote to the store
+        self.reported = False  # whether this rank's wait was written to the store
         self._work: Callable[[], None] | None = work
 
     def run(self) -> None:
-        """Run the collective and complete the work. Called by turns.py."""
+        """Run the collective and complete the work. turns.py calls this method."""
         work, self._work = self._work, None
         if self.ended or work is None:
             return
@@ -141,7 +141,7 @@ class Queued(Promise):
             self.end()
 
     def drop(self, error: BaseException) -> None:
-        """Complete with an error, without running."""
+        """Complete the work with an error, without running the collective."""
         self._work = None
         self.end(error)
 
@@ -160,7 +160,7 @@ class Message(Promise):
         self._testing = threading.Lock()
 
     def progress(self) -> bool:
-        """Test the requests and complete the work if they are done. Returns whether it is complete."""
+        """Test the requests and complete the work if they are done. Returns whether the work is complete."""
         with self._testing:
             if self.ended:
                 return True
@@ -200,7 +200,7 @@ class Message(Promise):
         return True
 
     def close(self) -> bool:
-        """Cancel a receive that has no matching send. Returns whether nothing is pending."""
+        """Cancel a receive that has no matching send. Returns whether the message is complete."""
         if not self.progress() and self._receives:
             with self._testing:
                 for request in self._requests:
@@ -226,14 +226,14 @@ class Message(Promise):
             self.end(error)
 
     def source_rank(self) -> int:
-        """Return the sender's rank in the group; -1 before completion."""
+        """Return the sender's rank in the group, or -1 before completion."""
         return self._source
 
     _source_rank = source_rank
 
 
 class Coalesced(Promise):
-    """Several coalesced calls as one Work."""
+    """One Work for several coalesced calls."""
 
     def __init__(self, works: list[Promise]) -> None:
         super().__init__([work.result() for work in works], " + ".join(work.name for work in works) or "nothing")

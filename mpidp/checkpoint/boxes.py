@@ -1,4 +1,4 @@
-"""Boxes of global tensors, divided among the ranks that hold the same data, and written to safetensors files."""
+"""Boxes of global tensors: how the ranks that hold the same data divide them, and how they are written to safetensors files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 
-SYNC_BYTES = 64 << 20  # fdatasync after each, so that a large file reaches the disk at a steady pace
-DTYPES = {  # names in safetensors
+SYNC_BYTES = 64 << 20  # fdatasync is called after this many bytes, so that a large file reaches the disk at a steady pace
+DTYPES = {  # the dtypes and their names in safetensors files
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
@@ -28,20 +28,20 @@ Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """Return the name of the tensor that contains box `key`. Several boxes of a tensor are called name#0, name#1, ... Pure."""
+    """Return the name of the tensor that contains box `key`. Several boxes of one tensor are named name#0, name#1, ... Pure."""
     return key.partition("#")[0]
 
 
 def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the elements [low, high) of a tensor, in row-major order, as boxes (first indices, size) in that order.
+    """Divide the elements [low, high) of a tensor, in row-major order, into boxes. Return [(first indices, size)] in order.
 
-    For a matrix: the rest of a first row, complete rows, the beginning of a last row, as far as they exist. Pure."""
+    A matrix gives at most three boxes: the end of one row, complete rows, and the beginning of another row. Pure."""
     if low >= high:
         return []
     if len(shape) <= 1:
         return [((low,), (high - low,)) if shape else ((), ())]
     row = math.prod(shape[1:])
-    first, last = -(-low // row), high // row  # whole rows
+    first, last = -(-low // row), high // row  # rows first to last - 1 are complete
 
     def inside(number: int, start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         found = boxes_of_run(shape[1:], start - number * row, stop - number * row)
@@ -54,7 +54,7 @@ def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tupl
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (rows along dim 0, elements per row); a scalar is one row."""
+    """Return (rows along dim 0, elements per row). A scalar has one row."""
     rows = shape[0] if shape else 1
     elements = 1
     for length in shape[1:]:
@@ -63,8 +63,8 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Return the rows [start, stop) of each replicated tensor that writer `rank` of `size` writes: about 1/size of all elements.
-    Each row is written once. Pure."""
+    """Return {name: (start, stop)}, the rows of replicated tensors that writer `rank` of `size` writes: about 1/size of all
+    elements. Every row is written by exactly one writer. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0
@@ -81,7 +81,7 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
 class Piece:
     """A box of a global tensor that one rank writes: it begins at the indices `at` and has the shape of `tensor`."""
 
-    name: str  # in the file: the tensor's name, or name#0, name#1, ... for several boxes of a tensor
+    name: str  # name in the file: that of the tensor, or name#0, name#1, ... for several boxes of a tensor
     tensor: Tensor
     at: tuple[int, ...]
 
@@ -94,8 +94,8 @@ class Piece:
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
     """Return the pieces that this rank writes, in the order of its file.
 
-    share: (index, number) of this rank among the writers of replicated tensors; None: it writes none of them. In addition, a rank
-    writes all tensors that only it holds. Independent."""
+    share: (index of this rank, number of ranks) among the writers of replicated tensors; None if this rank writes none of them.
+    In addition, a rank writes all tensors that only it holds. Independent."""
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
     for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
@@ -122,8 +122,8 @@ def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
 def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
     """Write a safetensors file and fsync it. Return (size in bytes, crc32).
 
-    blocks: the bytes of the pieces, in order. Other threads can run meanwhile. OSError names the file; the incomplete file is
-    removed. Independent."""
+    blocks: the bytes of the pieces, in order. Other threads can run during the writes. If a write fails, removes the incomplete
+    file and raises OSError with its name. Independent."""
     about: dict[str, Any] = {}
     offset = 0
     for piece in pieces:
@@ -145,6 +145,6 @@ def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryvie
             os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
-            path.unlink()  # free the space for others
+            path.unlink()  # free the space for other files
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return size, crc

@@ -48,7 +48,7 @@ def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
 
 
 def whole(p: Tensor) -> Tensor:
-    """Return a complete parameter. Collective over the ranks that hold shards of it."""
+    """Return a parameter in full. Collective over the ranks that hold shards of it."""
     tensor: Any = p.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
@@ -64,7 +64,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """Return the sharded entries, grouped by tensor. Pure."""
+    """Return the sharded entries as {tensor: {key: entry}}. Pure."""
     found: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         if entry.shape is not None and entry.layout == "sharded":
@@ -73,7 +73,8 @@ def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
 
 
 def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer: Any) -> None:
-    """Copy loaded boxes of optimizer state into `held`. ValueError for an entry without a parameter. Independent."""
+    """Copy loaded boxes of optimizer state into the tensors of `held`. Raises ValueError if an entry of `state` belongs to no
+    parameter. Independent."""
     for name, value in state.items():
         if name.endswith("/step"):
             optimizer.set_updates(int(value))
@@ -84,7 +85,7 @@ def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer
 
 
 def bytes_by_use(**tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Return the bytes of storage by use; storage that several tensors share counts once. Independent."""
+    """Return {use: bytes of storage}. Storage that several tensors share is counted once. Independent."""
     return {
         what: sum({s.data_ptr(): s.nbytes() for t in some if (s := t.untyped_storage()).nbytes()}.values())
         for what, some in tensors.items()

@@ -5,7 +5,7 @@
     RUN/latest                                                  the name of the newest committed checkpoint
 
 Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A directory is valid only under its
-final name, with a manifest whose own crc32 is correct and files whose sizes and crc32 match the manifest.
+final name. The crc32 of its manifest must be correct, and the sizes and crc32 of its files must match the manifest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     """Rename the complete folder `temporary` to step_XXXXXXXX, then delete all but the newest `keep` checkpoints.
 
-    body: the manifest; its "files" must exist. OSError if the rename fails; later errors are ignored. Independent."""
+    body: the content of the manifest; all files that it lists must exist. Raises OSError if a file is incomplete or the rename
+    fails. Errors after the rename are ignored. Independent."""
     for record in body["files"]:
         with open(temporary / record["file"], "rb") as file:  # a file server reports the current size when a file is opened
             if os.fstat(file.fileno()).st_size != record["bytes"]:
@@ -42,7 +43,7 @@ def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     write_file(temporary / "manifest.json", _seal({"format": FORMAT, **body}))
     folder, final = temporary.parent, temporary.with_name(f"step_{body['step']:08d}")
     replaced = folder / f".replaced_{final.name}"
-    if final.exists():  # an invalid checkpoint, or one of the same step without the end record
+    if final.exists():  # an invalid checkpoint, or a checkpoint of the same step that was saved before the end of the run
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
@@ -67,7 +68,7 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Rename each before its files are deleted, so that none is incomplete."""
+    """Delete all but the newest `keep` checkpoints. Each is renamed first, so that no checkpoint is ever incomplete."""
     for path in [*folder.glob(".old_*"), *folder.glob(".writing_*")]:  # left behind by killed jobs
         shutil.rmtree(path, ignore_errors=True)
     for path in committed(folder)[keep:]:
@@ -86,7 +87,7 @@ def committed(folder: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest's body. CheckpointError if it is missing, incomplete or modified. Independent."""
+    """Return the content of the manifest. Raises CheckpointError if it is missing, incomplete or modified. Independent."""
     try:
         text = (path / "manifest.json").read_text()
         crc = json.loads(text)["crc32"]
@@ -104,8 +105,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Context for using a checkpoint's content. Errors become CheckpointError: correct checksums do not prove that mpidp wrote
-    the file. Independent."""
+    """Context that converts errors to CheckpointError while a checkpoint is read. A file with correct checksums may still have
+    been written by another program. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -114,7 +115,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Check size and crc32 of one file of a checkpoint. CheckpointError. Independent."""
+    """Check one file of a checkpoint. Raises CheckpointError if its size or crc32 is wrong. Independent."""
     file = path / record["file"]
     if file.parent != path:
         raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not in the same folder")
@@ -132,7 +133,8 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
 def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint, and the reasons why newer ones were skipped. The ranks divide the files to check.
 
-    (None, []) if there are no checkpoints. CheckpointError if there are some, but none is valid. Collective over comm."""
+    Returns (None, []) if there are no checkpoints. Raises CheckpointError if none of the checkpoints is valid. Collective over
+    comm."""
     names = comm.bcast([p.name for p in committed(run_dir / "checkpoints")] if comm.rank == 0 else None, root=0)
     reasons: list[str] = []
     for name in names:

@@ -37,19 +37,23 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor; for an additive one, the sum of its parts in rank order. CheckpointError if one is missing."""
+        """Return the whole tensor. An additive tensor is the sum of its parts in rank order.
+
+        Raises CheckpointError if a part is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
         """Return the box that begins at `at` and has this shape (default: the whole tensor). Reads only the box.
 
-        CheckpointError if a part of it is missing."""
+        Raises CheckpointError if a part of the box is missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box of the tensor that this entry holds. CheckpointError if the shapes differ, or if a part is missing."""
+        """Return the box of the tensor that this entry holds.
+
+        Raises CheckpointError if the shapes of the tensor and the entry differ, or if a part of the box is missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
@@ -90,9 +94,9 @@ class Reader(Mapping[str, Tensor]):
     def under(
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
-        """Return all tensors whose names begin with prefix, under their names without it. For additive tensors, see own().
+        """Return {name without prefix: tensor} of all tensors whose names begin with prefix. For additive tensors, see own().
 
-        boxes: for each tensor, the boxes that this rank holds; only these are read, and returned under the boxes' names."""
+        boxes: for each tensor, the boxes that this rank holds. Only these are read, and returned under the names of the boxes."""
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
             held = (boxes or {}).get(name.removeprefix(prefix))
@@ -103,9 +107,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor; for an additive one, the part with which this rank of `size` ranks continues."""
+        """Return the whole tensor, or for an additive one the part with which rank `rank` of `size` ranks continues."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
-        if about["layout"] == "additive":  # each rank gets its own part if as many ranks wrote; else rank 0 gets all
+        if about["layout"] == "additive":  # each rank gets its own part if as many ranks wrote it; else rank 0 gets all parts
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
         with readable(self.path):
             return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

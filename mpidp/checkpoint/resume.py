@@ -21,8 +21,8 @@ from mpidp.runtime.world import raise_together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """Open the newest valid checkpoint of a run's folder, or the checkpoint in `path` itself. CheckpointError. Collective over
-    comm."""
+    """Open the newest valid checkpoint of a run's folder, or the checkpoint in `path` itself. Raises CheckpointError if there is
+    no valid checkpoint. Collective over comm."""
     with raise_together(comm):
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder")
@@ -42,7 +42,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
-    """Return the error message for a base model that changed after LoRA adapters were trained on it. Pure."""
+    """Return the error message for a base model that has changed since LoRA adapters were trained on it. Pure."""
     return (
         f"the weights in {path} have changed: the adapters were trained on weights_sha256 {wanted}, found {found}. Restore the "
         "original weights. A LoRA run does not store its base model, so do not train or modify the base model"
@@ -50,8 +50,8 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the facts, besides data and settings, on which the bits of the results depend. They are stored in each checkpoint;
-    on resume, changes are logged. Independent."""
+    """Return the facts, besides data and settings, on which the exact bits of the results depend. They are stored in each
+    checkpoint. When a run resumes, changes are logged. Independent."""
     return {
         "threads": config.train.threads,
         "dtype": config.train.dtype,
@@ -88,8 +88,8 @@ def set_aside(run_dir: Path) -> Path | None:
 def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Reader | None, list[str]]:
     """Return the checkpoint that `run.resume` selects (None: start from the beginning), and messages for the user.
 
-    auto: the newest valid checkpoint, if any. must: CheckpointError if there is none. never: start from the beginning; the files
-    of an earlier run are moved to RUN/previous_N. Collective over comm.
+    auto: the newest valid checkpoint, if any. must: the same, but raises CheckpointError if there is none. never: no checkpoint;
+    the files of an earlier run are moved to RUN/previous_N. Collective over comm.
     """
     notes: list[str] = []
     if resume == "never":
@@ -112,7 +112,8 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
 
 
 def reject_changed_settings(saved: Mapping[str, Any], config: Config) -> None:
-    """Raise UsageError if settings have changed that must not change on resume. saved: {section.key: value}. Independent."""
+    """Raise UsageError if a setting that must not change on resume has changed. saved: {section.key: value} of the checkpoint.
+    Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"
         for key, about, value in fields_of(config)

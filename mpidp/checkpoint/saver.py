@@ -1,9 +1,9 @@
 """Asynchronous checkpoints: which rank writes what and when, and how all ranks handle failures in the same way.
 
-`begin` starts a save. A thread (writer.py) copies the state while the next step is computed; the state does not change until the
-next update, and `wait_for_copy` is called before it. The thread then writes the copy during training: one file per node, of equal
-size. If the next save is due before this one is finished, the ranks decide by the flags that they exchange in the step report: a
-failing save is dropped in favor of the new one; if the disk is slow, the new save is skipped.
+`begin` starts a save. A thread (writer.py) copies the state while the next step is computed. The state does not change before the
+next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training: one file per node,
+of equal size. The next save may be due before this one is finished. The ranks then decide by the flags that they exchange in the
+step report: a failing save is dropped and the new one begins; if the disk is slow, the new save is skipped.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
-YOUNG_SECONDS = 2.0  # when a save is due, wait for the previous one until it is this old (for runs with short steps)
-FIRST_SECONDS = 60.0  # with train.save_every=-1: time of the first save, whose cost is measured
-NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node
+YOUNG_SECONDS = 2.0  # seconds; if a save is due, wait for the previous save until it is this old (for runs with short steps)
+FIRST_SECONDS = 60.0  # seconds until the first save with train.save_every=-1; its cost is measured
+NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node, in seconds
 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:
@@ -39,32 +39,33 @@ def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, tr
 
 
 class Saver:
-    """Saves the checkpoints of a job; one on each rank. All ranks make the same calls. Methods are Independent unless they say
-    otherwise."""
+    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks make the same calls. Independent, except for methods
+    marked as collective."""
 
     def __init__(
         self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
-        """every: train.save_every; -1: rank 0's clock decides. share: (index, number) of this rank among the first ranks of the
-        nodes, which write the replicated tensors. alone: this rank holds tensors that no other rank has.
-        may_commit: on rank 0, returns whether this job still holds the run's lock. Collective over comm."""
+        """every: train.save_every; -1: saves are due by rank 0's clock. keep: number of checkpoints to keep. share: (index,
+        number) of this rank among the first ranks of the nodes, which write the replicated tensors; None on other ranks. alone:
+        this rank holds tensors that no other rank has. may_commit: on rank 0, returns whether this job still holds the lock of
+        the run. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
         self._may_commit = may_commit
-        self.step = self._before = -1  # steps of the newest save that was not dropped, and of the previous one
+        self.step = self._before = -1  # step of the newest save that was not dropped, and of the save before it
         self._number = 0  # number of saves that were started
         self._save: Save | None = None  # the newest save, on writers
         self._memory = HostMemory()
-        self._stalled = 0.0  # seconds for which the save stopped the main thread
+        self._stalled = 0.0  # seconds for which the main thread waited for the newest save
         self._warned = False
         self.failures, self.trained = 0, 0.0  # number of failures, and seconds of training, from metrics.jsonl
         self._next, self._interval = time.monotonic() + FIRST_SECONDS, 0.0
         self._events: list[dict[str, Any]] = []
 
     def resumed_at(self, step: int) -> None:
-        """The newest checkpoint is of this step; -1: there is none. Independent."""
+        """Record that the newest checkpoint is that of `step`; -1 if there is none. Independent."""
         self.step = step
 
     def seen_before(self, failures: int, trained: float) -> None:
@@ -72,7 +73,8 @@ class Saver:
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return four flags for the step report: the thread waits for records, writes, fails; a save is due by the clock."""
+        """Return four flags for the step report: whether the thread waits for records, whether it writes, whether its last
+        attempt failed, and whether a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
@@ -101,9 +103,9 @@ class Saver:
         return True
 
     def begin(self, step: int, entries: Mapping[str, Entry], meta: Mapping[str, Any], wait: bool = False) -> None:
-        """Begin a save of entries, which must not change before wait_for_copy() returns (wait: before wait_for_save() returns).
+        """Begin a save of `entries`. No other save may be running.
 
-        No other save may be running."""
+        The entries must not change before wait_for_copy() returns, or with wait=True before wait_for_save() returns."""
         began, rank = time.monotonic(), self.comm.rank
         self._note()
         self._next = began + (self._interval or FIRST_SECONDS)
@@ -116,16 +118,16 @@ class Saver:
         self._stalled = time.monotonic() - began
 
     def wait_for_copy(self) -> None:
-        """Wait until this rank's state has been copied. It may change once all ranks have returned from here and synchronized."""
+        """Wait until this rank's state has been copied. The state may change once all ranks have returned and synchronized."""
         if self._save and not self._save.released.is_set():
             began = time.monotonic()
             self._save.released.wait()
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait for the current save. If it fails, it is dropped; with must=True, MpidpError is then raised on all ranks.
+        """Wait for the current save. A save that fails is dropped; with must=True, MpidpError is then raised on all ranks.
 
-        enter: called with the phase whenever a rank makes progress. Collective over comm."""
+        enter: called with the name of the phase whenever a rank makes progress. Collective over comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]
@@ -150,13 +152,13 @@ class Saver:
                 ) from error
 
     def pop_events(self) -> list[dict[str, Any]]:
-        """Return and clear the events since the last call; on rank 0 only."""
+        """Return and clear the events since the last call. Other ranks than rank 0 return an empty list."""
         self._note()
         events, self._events = self._events, []
         return events if self.comm.rank == 0 else []
 
     def _note(self) -> None:
-        """Record an event if the newest save has finished; on rank 0."""
+        """Record an event if the newest save has been committed, which only rank 0 knows."""
         if self._save and self._save.saved:
             cost, self._save.saved = self._save.saved | {"stall_seconds": self._stalled}, None
             self._events.append({"event": "saved", "step": self._save.step, **cost})
@@ -164,7 +166,7 @@ class Saver:
                 self._pace(cost["cpu_seconds"] + self._stalled, cost["seconds"], self._save.began)
 
     def _pace(self, cost: float, seconds: float, began: float) -> None:
-        """Compute when the next save is due from the cost of this one; on rank 0."""
+        """On rank 0, compute from the cost of this save when the next one is due."""
         num_nodes = self.share[1] if self.share else 1
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
@@ -179,7 +181,7 @@ class Saver:
             self._save.released.wait()
 
     def _drop(self) -> Exception | None:
-        """Drop the failed save, on all ranks, when no thread is writing. Return the error of this rank."""
+        """Drop the failed save. All ranks call this when no thread is writing. Return the error of this rank."""
         error = None
         if self._save:
             self._save.dropping.set()

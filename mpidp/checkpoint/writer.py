@@ -37,21 +37,21 @@ IDLE, WAITS, WRITES, FAILS = range(4)  # finished; waiting for records; writing;
 
 
 class Dropped(Exception):  # noqa: N818
-    """The main thread has dropped this save."""
+    """Raised in the thread after the main thread has dropped the save."""
 
 
 class PeerFilesError(OSError):
-    """Files of other ranks are missing. Writing this rank's file again would not help."""
+    """Raised if files of other ranks are missing. Writing this rank's file again would not help."""
 
 
 class HostMemory:
-    """Memory for the copies of successive saves."""
+    """Host memory that successive saves reuse for their copies of the state."""
 
     def __init__(self) -> None:
         self._bytes: Tensor | None = None
 
     def allocate(self, size: int, pinned: bool) -> Tensor:
-        """Return a uint8 tensor of (size,); the same memory as before if the size is unchanged. Independent."""
+        """Return a uint8 tensor of shape (size,). Reuses memory if the size is unchanged. pinned: page-locked. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -60,26 +60,26 @@ class HostMemory:
 
 @dataclass
 class Save:
-    """A save; its thread starts when the object is created. Independent."""
+    """One save of this rank's state. Its thread starts when the object is created. Independent."""
 
     step: int
     folder: Path  # RUN/checkpoints/.writing_...
     entries: Mapping[str, Entry]
     share: tuple[int, int] | None  # this rank's share of replicated tensors (pieces_of)
-    meta: Mapping[str, Any]
+    meta: Mapping[str, Any]  # further content of the manifest
     rank: int
-    writers: list[int]
+    writers: list[int]  # ranks that write a file
     keep: int  # number of checkpoints to keep
-    wait: bool  # the main thread waits: no copy on the CPU, and no retries
+    wait: bool  # if the main thread waits, the state is not copied on the CPU, and failed writes are not retried
     memory: HostMemory
-    may_commit: Callable[[], bool]
+    may_commit: Callable[[], bool]  # on rank 0: returns whether this job still holds the run's lock
     state: int = WRITES
-    error: Exception | None = None
-    progress: int = 0
-    saved: dict[str, float] | None = None  # on rank 0 after the commit: its cost
+    error: Exception | None = None  # the error of the last failed attempt
+    progress: int = 0  # number of blocks written
+    saved: dict[str, float] | None = None  # on rank 0 after the commit: seconds and CPU seconds of the save
     dropping: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)  # set when the state is no longer read
-    began: float = field(default_factory=time.monotonic)
+    released: threading.Event = field(default_factory=threading.Event)  # set when the thread no longer reads the state
+    began: float = field(default_factory=time.monotonic)  # start of the save
 
     def __post_init__(self) -> None:
         self._device = next((entry.tensor.device for entry in self.entries.values() if entry.tensor.is_cuda), None)
@@ -127,7 +127,7 @@ class Save:
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """Return the bytes of the pieces, in order: of a copy, or of the state itself if the main thread waits."""
+        """Return the bytes of the pieces, in order. They are a copy, or the state itself if the main thread waits."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:
@@ -143,12 +143,12 @@ class Save:
                     place = host[offset : offset + piece.tensor.nbytes]
                     if piece.tensor.is_cuda:
                         place.view(piece.tensor.dtype).view(piece.tensor.shape).copy_(piece.tensor, non_blocking=True)
-                    else:  # with NumPy, since torch would start a thread pool for this thread
+                    else:  # NumPy, because torch would start a thread pool for this thread
                         np.copyto(place.numpy(), _bytes_of(piece.tensor))
                     offset += piece.tensor.nbytes
                 if stream is not None:
                     stream.synchronize()
-        except Exception as error:  # out of memory
+        except Exception as error:  # for example out of memory
             self.released.set()
             if not isinstance(error, Dropped):
                 self._fail(error, None)

@@ -1,4 +1,4 @@
-"""Facts about one rank and its machine. The checks compare the facts of all ranks."""
+"""Collect facts about one rank and its machine. The checks compare the facts of all ranks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Facts of one rank. Plain values only, because ranks exchange them."""
+    """Facts about one rank and its machine. The fields have plain values, because ranks exchange them."""
 
     rank: int
     host: str
     cores: tuple[int, ...]  # cores that the rank may use
     host_cores: int  # number of cores of the machine
     threads: dict[str, str] = field(default_factory=dict)  # the variables in THREADS that are set
-    versions: dict[str, str] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)  # modules that cannot be imported or used, and the error
+    versions: dict[str, str] = field(default_factory=dict)  # of libraries, by name
+    broken: dict[str, str] = field(default_factory=dict)  # modules that cannot be imported or used, and their errors
     gpus: tuple[tuple[str, str], ...] = ()  # (UUID, name) of visible GPUs
-    shm: tuple[int, int] = (0, 0)  # size and free bytes of /dev/shm
+    shm: tuple[int, int] = (0, 0)  # size of /dev/shm and free space in it, bytes
 
 
 def gather(rank: int, library: str) -> MachineFacts:
@@ -53,7 +53,7 @@ def gather(rank: int, library: str) -> MachineFacts:
 
 
 def shared_memory() -> tuple[int, int]:
-    """Return (size, free bytes) of /dev/shm; zeros if there is none. Independent."""
+    """Return (size, free space) of /dev/shm in bytes, or zeros if it does not exist. Independent."""
     with suppress(OSError):
         status = os.statvfs(SHARED_MEMORY)
         return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize

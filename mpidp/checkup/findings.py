@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from mpidp.runtime.environment import numbers
 
-VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # in order of severity; `wrong` makes the command fail
+VERDICTS = ("ok", "skipped", "note", "warning", "wrong")  # in ascending order of severity; `wrong` makes the command fail
 WIDTH = 130
-MOST_LINES = 8  # lines shown of a list within a result
+MOST_LINES = 8  # maximum number of lines of a list within a result
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class CheckResult:
     """One row of the table. The field names are the keys of --json."""
 
     what: str  # name of the check
-    verdict: str
+    verdict: str  # one of VERDICTS
     words: str  # what was found
     fix: str = ""  # how to correct it
 
@@ -34,7 +34,7 @@ def failed_check(what: str, error: Exception) -> CheckResult:
 
 
 def run_check(what: str, check: Callable[..., CheckResult | list[CheckResult]], *given: object) -> list[CheckResult]:
-    """Run a check and return its results. An exception becomes a result. Independent."""
+    """Run a check and return its results. If the check raises an exception, return a warning. Independent."""
     try:
         found = check(*given)
     except Exception as error:
@@ -43,7 +43,7 @@ def run_check(what: str, check: Callable[..., CheckResult | list[CheckResult]], 
 
 
 def table(results: Sequence[CheckResult]) -> str:
-    """Format the results: one row each, and below it the fix. Pure."""
+    """Format the results as a table: a row for each result, with its fix below. Pure."""
     name = max(len(result.what) for result in results)
     lines = []
     for result in results:
@@ -61,7 +61,7 @@ def _wrapped(start: str, text: str) -> list[str]:
 
 
 def listed(lines: Sequence[str]) -> str:
-    """Return the first MOST_LINES lines and the number of the others. Pure."""
+    """Join the first MOST_LINES lines, and add the number of lines that are left out. Pure."""
     more = [f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     return "\n".join([*lines[:MOST_LINES], *more])
 

@@ -1,4 +1,4 @@
-"""Checks of ranks, cores, threads and GPUs: which rank uses which, and which are shared. Pure, except `probe`."""
+"""Check which cores, threads and GPUs each rank uses, and which of them are shared. Pure, except `probe`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_nodes(facts: Sequence[MachineFacts]) -> CheckResult:
         each = f"{len(facts) // len(counts)} rank{'s' * (len(facts) > len(counts))}{' each' * (len(counts) > 1)}"
         return CheckResult("nodes", "ok", f"{total}, {each}: {', '.join(list(counts)[:8])}{' ...' * (len(counts) > 8)}")
     words = f"{total} with unequal numbers of ranks:\n" + listed([f"{host} {count}" for host, count in counts.items()])
-    fix = "nodes with more ranks have fewer cores per rank: --ntasks-per-node, or -ppn of mpirun"
+    fix = "nodes with more ranks have fewer cores per rank: use --ntasks-per-node of Slurm, or -ppn of mpirun"
     return CheckResult("nodes", "note", words, fix)
 
 
@@ -41,10 +41,10 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
         fix = BIND.get(launcher, "bind each rank to its own cores").format(k=max(1, members[0].host_cores // len(members)))
         if crowd and len(crowd) == members[0].host_cores:
             words = f"{host}: {len(members)} ranks share its {len(crowd)} cores"
-            found.append(CheckResult("cores", "warning", words, "fine for a trial; for speed, at most one rank per core"))
+            found.append(CheckResult("cores", "warning", words, "fine for a trial; for speed, use at most one rank per core"))
         elif crowd:
             words = f"{host}: {ranks([one.rank for one in members if set(one.cores) <= set(crowd)])} share core {numbers(crowd)}"
-            found.append(CheckResult("cores", "wrong", words, f"{fix}; or fewer ranks, or more cores (--cpus-per-task)"))
+            found.append(CheckResult("cores", "wrong", words, f"{fix}; or use fewer ranks or more cores (--cpus-per-task)"))
         elif len(usable) < members[0].host_cores and launcher:
             words = f"{host}: its ranks may use {len(usable)} of {members[0].host_cores} cores"
             found.append(CheckResult("cores", "note", words, f"{fix}; no change needed if the job has only these cores"))
@@ -55,13 +55,14 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
 
 
 def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
-    """Return the smallest set of cores of a node to which more ranks are bound than it has cores; () if there is none. Pure."""
+    """Return the smallest set of cores to which more ranks are bound than it has cores, or () if there is none. facts: of a node.
+    Pure."""
     sets = sorted({one.cores for one in facts} | {tuple(sorted({core for one in facts for core in one.cores}))}, key=len)
     return next((cores for cores in sets if sum(set(one.cores) <= set(cores) for one in facts) > len(cores)), ())
 
 
 def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
-    """Compare the threads set by environment variables with the number of cores. Pure."""
+    """Compare the numbers of threads in environment variables with the number of cores. Pure."""
     found, each = [], 0
     for host, members in nodes(facts).items():
         cores = len({core for one in members for core in one.cores})
@@ -99,29 +100,29 @@ def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
 
 
 def probe() -> bool:
-    """True if Sendrecv and Allreduce of device memory give correct results. Runs in a child process, which may crash.
-    Independent."""
+    """Return True if Sendrecv and Allreduce of device memory give correct results. The test runs in a child process, because MPI
+    may crash in it. Independent."""
     from mpidp.comm.probe import device_buffers_work
 
     return device_buffers_work(60.0)
 
 
 def check_probe(facts: Sequence[MachineFacts], works: Sequence[bool | None]) -> CheckResult:
-    """Report the results of `probe`. works: by rank, None where it did not run. Pure."""
+    """Report the results of `probe`. works: the result of each rank; None if it did not run there. Pure."""
     tried = [one for one in works if one is not None]
     if not any(one.gpus for one in facts):
         return CheckResult("CUDA-aware MPI", "skipped", "no GPU")
     if not tried:
         return CheckResult("CUDA-aware MPI", "skipped", "not tested", "--gpu tests it in a child process")
     if all(tried):
-        return CheckResult("CUDA-aware MPI", "ok", "Sendrecv and Allreduce of device memory (12 bytes and 4 MiB) are right")
+        return CheckResult("CUDA-aware MPI", "ok", "Sendrecv and Allreduce of device memory (12 bytes and 4 MiB) are correct")
     words = f"device pointers crash MPI or give wrong values on {tried.count(False)} of {len(tried)} nodes: gradients go through "
     fix = "use an MPI built with CUDA, or one over UCX with CUDA; for Cray MPICH set MPICH_GPU_SUPPORT_ENABLED=1"
     return CheckResult("CUDA-aware MPI", "note", words + "pinned host memory (comm.gpu=auto detects this)", fix)
 
 
 def summary(facts: Sequence[MachineFacts]) -> dict[str, Any]:
-    """Return the entries of cluster.json about the nodes. Pure."""
+    """Return the entries of cluster.json that describe the nodes. Pure."""
     by_host = nodes(facts)
     return {
         "hosts": list(by_host),

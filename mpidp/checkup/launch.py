@@ -1,4 +1,4 @@
-"""Checks of the launch: did launcher and MPI library form one job of the right size? Pure, except `mpirun_here`."""
+"""Check that the launcher and the MPI library form one job of the right size. Pure, except `mpirun_here`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = ("single", "funneled", "serialized", "multiple")
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
-    """Return what started this process: the mpirun of "Open MPI" or "MPICH", "srun", or "" for no launcher. Pure."""
+    """Return the launcher of this process: "Open MPI" or "MPICH" for their mpirun, "srun", or "" without a launcher. Pure."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return "Open MPI"
     if "MPI_LOCALNRANKS" in environ:
@@ -32,12 +32,13 @@ def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def incompatible(kind: str, launcher: str) -> bool:
-    """True if this launcher cannot start one job with this kind of MPI library. Pure."""
+    """Return True if this launcher cannot start one job with this kind of MPI library. Pure."""
     return (launcher == "Open MPI") != (kind == "Open MPI") and launcher in ("Open MPI", "MPICH")
 
 
 def mpirun_here() -> tuple[str, str]:
-    """Return (path, "MPICH", "Open MPI" or "other") of the mpirun on the PATH; ("", "") if there is none. Independent."""
+    """Return (path, kind) of the mpirun on the PATH; kind is "MPICH", "Open MPI" or "other". ("", "") without one.
+    Independent."""
     if not (path := shutil.which("mpirun")):
         return "", ""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
@@ -46,8 +47,9 @@ def mpirun_here() -> tuple[str, str]:
 
 
 def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
-    """Check that N processes form one job of N ranks, not N jobs of one. launched: ranks that the launcher started, 0 if unknown.
-    Pure."""
+    """Check that N processes form one job of N ranks, not N jobs of one rank.
+
+    launched: number of ranks that the launcher started, 0 if unknown. mpirun: from mpirun_here(). Pure."""
     kind = library.rpartition(" ")[0]
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):
@@ -55,12 +57,12 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
         srun = {"MPICH": "srun --mpi=pmi2", "Open MPI": "srun --mpi=pmix"}.get(kind, "srun --mpi=... (srun --mpi=list)")
         here = f" (the one on the PATH is {mpirun[1]}'s, {mpirun[0]})" if mpirun[0] else ""
         fix = f"use the mpirun of {kind}{here}, or `{srun} -n {launched} python -m mpidp.doctor`"
-        return CheckResult("launch", "wrong", f"{words}fit together. Training rejects such a launch, or fails in it", fix)
+        return CheckResult("launch", "wrong", f"{words}fit together. Training exits with an error after such a launch", fix)
     if size > 1:
         return CheckResult("launch", "ok", f"{size} ranks, started by {starter}; MPI library {library}")
     words = f"one rank, {f'started by {starter}' if launcher else 'no launcher'}; MPI library {library}"
     if not mpirun[0]:
-        return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install its module; srun may work too")
+        return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install an MPI module, or try srun")
     if mpirun[1] not in (kind, "other"):
         fix = f"put the mpirun of {kind} first on the PATH: with the other one, N ranks become N jobs of one rank"
         return CheckResult("launch", "warning", f"{words}; but the mpirun on the PATH is {mpirun[1]}'s ({mpirun[0]})", fix)
@@ -96,17 +98,17 @@ def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:
     """Check whether the remaining ranks can continue after a rank fails. Pure."""
     if environ.get("OMPI_MCA_mpi_ft_enable") not in ("1", "true"):
         words = "the job ends when a rank fails; started again, it resumes from its last checkpoint"
-        fix = "to continue without failed ranks: Open MPI 5 and mpirun --with-ft ulfm --mca coll ^han,adapt"
+        fix = "to continue without failed ranks, use Open MPI 5 and mpirun --with-ft ulfm --mca coll ^han,adapt"
         return CheckResult("dead ranks", "note", words, fix)
     excluded = environ.get("OMPI_MCA_coll", "")
     if not excluded.startswith("^") or "han" not in excluded:
-        words = "ULFM is on together with coll/han, which can return wrong sums after a failure"
+        words = "ULFM and coll/han are both enabled; coll/han can return wrong sums after a failure"
         return CheckResult("dead ranks", "wrong", words, "add --mca coll ^han,adapt to mpirun")
-    return CheckResult("dead ranks", "ok", "ULFM is on: the remaining ranks continue within the job")
+    return CheckResult("dead ranks", "ok", "ULFM is enabled: the remaining ranks continue within the job")
 
 
 def check_versions(facts: Sequence[MachineFacts]) -> list[CheckResult]:
-    """Check that all ranks have the same library versions; training requires it. Pure."""
+    """Check that all ranks have the same library versions, as training requires. Pure."""
     found, first = [], facts[0]
     fix = "give every node the same environment: a shared folder, or a copy (jobs/stage_env.sh)"
     for name, why in {name: why for one in facts for name, why in one.broken.items()}.items():

@@ -1,4 +1,4 @@
-"""/dev/shm: its size, and the segments that killed jobs left in it. They occupy memory until they are removed."""
+"""Check the size of /dev/shm and find the segments that killed jobs left in it. These occupy memory until they are removed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from mpidp.checkup.facts import SHARED_MEMORY
 from mpidp.checkup.findings import CheckResult, listed, size
 
-# MPICH and its derivatives; windows and messages of Open MPI 5 and 4; UCX; PSM
+# names of segments of MPICH and its derivatives, of Open MPI 5 and 4 (windows and messages), of UCX and of PSM
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
-SMALL = 64 << 20  # docker's default
-OF_A_RANK = 5 << 18  # MPICH 5 needs 1.02 MiB per rank at start, and crashes with a bus error without it
+SMALL = 64 << 20  # bytes; the default of docker
+OF_A_RANK = 5 << 18  # bytes; MPICH 5 needs 1.02 MiB per rank at start, and crashes with a bus error without it
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Segment:
     name: str
     bytes: int
     owner: str
-    own: bool  # it belongs to this user
+    own: bool  # whether it belongs to this user
     age_seconds: float
-    state: str  # "used"; "gone": no process has it open; "unknown"
+    state: str  # "used", "gone" (no process has it open) or "unknown"
 
     def __str__(self) -> str:
         hours, minutes = divmod(int(max(0.0, self.age_seconds)) // 60, 60)
@@ -55,7 +55,7 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
 
 
 def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Remove this user's segments that no process has open, after a second check. Return the removed ones. Independent."""
+    """Remove this user's segments that no process has open, after a second check. Return the removed segments. Independent."""
     in_use, removed = _in_use(folder), []
     for one in segments:
         if one.own and one.state == "gone" and one.name not in in_use:
@@ -66,7 +66,7 @@ def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> li
 
 
 def _in_use(folder: Path) -> set[str]:
-    """Return the names that a process of this machine maps or has open, as far as this user can see."""
+    """Return the names of files in `folder` that a process of this machine maps or has open, as far as this user can see."""
     start, found = f"{folder.resolve()}/", set[str]()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -83,7 +83,8 @@ def _in_use(folder: Path) -> set[str]:
 def _leased(path: Path) -> Iterator[None]:
     """Hold a lease on a file. The kernel grants it only if no other process has the file open or mapped, in any container. Raises
     OSError otherwise."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent if another process opens the file; by default it kills
+    # SIGIO is sent if another process opens the file; by default it would end this process.
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -104,7 +105,7 @@ def _state_by_lease(path: Path) -> str:
 
 
 def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> list[CheckResult]:
-    """Report segments that ended jobs left behind. Pure."""
+    """Report the segments that ended jobs left in /dev/shm. Pure."""
     left = [one for one in segments if one.state != "used" and one not in removed]
     own = [one for one in left if one.own and one.state == "gone"]
     others = [one for one in left if one not in own]
@@ -127,14 +128,15 @@ def _these(segments: Sequence[Segment]) -> str:
 
 
 def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckResult:
-    """Check for enough space for a shared window and for MPI to start `starting` ranks on a node. rooms: (size, free) by host.
-    Pure."""
+    """Check that there is enough space for a shared window, and for MPI to start `starting` ranks on a node.
+
+    rooms: (size, free space) of /dev/shm in bytes, by host. Pure."""
     host = min(rooms, key=lambda name: rooms[name][1])
     total, free = rooms[host]
     words = f"{SHARED_MEMORY} on {host}: {size(free)} free of {size(total)}"
     fix = "docker run --shm-size=8g, or mount -o remount,size=50% /dev/shm (a container's default is 64 MiB)"
     if free < OF_A_RANK * starting:
-        return CheckResult("shared memory", "wrong", f"{words}: too little for MPI to start, it may crash with a bus error", fix)
+        return CheckResult("shared memory", "wrong", f"{words}: too little for MPI to start; MPI may crash with a bus error", fix)
     if free < SMALL:
         words += ": gradients will be sent as messages instead of through a shared window"
         return CheckResult("shared memory", "warning", words, fix)

@@ -1,4 +1,4 @@
-"""Measure the network between ranks: latency, bandwidth, the interface in use; and the offsets of clocks."""
+"""Measure the network between ranks (latency, bandwidth, the interface in use) and the offsets of clocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TAG = 7
-SMALL = 256 << 10  # bytes of a first message, which decides how large the next ones can be
-SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s: memory with too many users; a 1 Gbit/s network
+SMALL = 256 << 10  # bytes of a first message, whose time determines the size of the next messages
+SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; slower means shared cores, or a network of 1 Gbit/s
 SETTINGS = ("FI_", "UCX_", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_CH4_OFI", "MPICH_OFI_", "HYDRA_IFACE", "PRTE_MCA_prte_if",
             "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
 HOW = {
@@ -30,10 +30,10 @@ HOW = {
 class NetworkLink:
     """A measurement between two ranks."""
 
-    ends: tuple[str, str]  # hosts
+    ends: tuple[str, str]  # hosts of the two ranks
     latency_seconds: float
     bandwidth_bytes_per_second: float
-    interface: str  # interface of the first host that carried the messages; "" if unknown
+    interface: str  # the interface of the first host that sent the messages; "" if unknown
 
     def __str__(self) -> str:
         a, b = self.ends
@@ -46,8 +46,8 @@ def _speed(bandwidth: float) -> str:
 
 
 def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Return rounds of pairs of ranks that measure at the same time: the first ranks of neighbouring nodes, or ranks 0 and 1 of a
-    single node. hosts: by rank. Pure."""
+    """Return lists of pairs of ranks; the pairs of one list measure at the same time. The pairs are the first ranks of
+    neighbouring nodes, or ranks 0 and 1 of a single node. hosts: the host of each rank. Pure."""
     firsts = [hosts.index(host) for host in dict.fromkeys(hosts)]
     if len(firsts) == 1:
         return [[(0, 1)]] if len(hosts) > 1 else []
@@ -56,7 +56,8 @@ def pairs(hosts: Sequence[str]) -> list[list[tuple[int, int]]]:
 
 
 def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[NetworkLink]:
-    """Measure every pair, about a second per round. Collective over world."""
+    """Measure the link of every pair. thorough: use larger messages, for up to 3 s per pair instead of 0.5 s. Collective over
+    world."""
     from mpidp.runtime.world import polite_barrier
 
     largest, seconds = (64 << 20, 3.0) if thorough else (4 << 20, 0.5)
@@ -78,12 +79,12 @@ def measure(world: MPI.Intracomm, hosts: Sequence[str], thorough: bool) -> list[
 
 
 def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) -> list[float]:
-    """Send messages back and forth until a limit is reached. Return half of each round-trip time, without the first one.
-    Collective over the two."""
+    """Exchange messages of `size` bytes with pong() on rank `other`, until there are `most` of them or `seconds` have passed.
+    Return half of each round-trip time, without the first one. Collective over the two ranks."""
     comm.send(size, other, TAG)
     out, back, times = bytearray(size), bytearray(size), list[float]()
     began = time.perf_counter()
-    while not out[0]:  # the first byte of each message is 1 in the last one
+    while not out[0]:  # the first byte is 1 in the last message, and 0 in all others
         out[0] = len(times) >= most or (len(times) > 0 and time.perf_counter() - began > seconds)
         start = time.perf_counter()
         comm.Send(out, other, TAG)
@@ -93,7 +94,7 @@ def ping(comm: MPI.Intracomm, other: int, size: int, most: int, seconds: float) 
 
 
 def pong(comm: MPI.Intracomm, other: int) -> None:
-    """Answer ping. Collective over the two."""
+    """Send back the messages that ping() on rank `other` sends. Collective over the two ranks."""
     back = bytearray(comm.recv(source=other, tag=TAG))
     while not back[0]:
         comm.Recv(back, other, TAG)
@@ -114,7 +115,7 @@ def _sent() -> dict[str, int]:
 
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
-    """Return the interface that sent the most, if it sent at least this many bytes, else "". Pure."""
+    """Return the interface that sent the most bytes, or "" if it sent fewer than `least`. Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
@@ -140,7 +141,8 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes, which locks, logs and time limits rely on. times: by rank, right after a barrier. Pure."""
+    """Compare the clocks of nodes, because locks, logs and time limits use them. times: of each rank, right after a barrier.
+    Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))
@@ -152,7 +154,7 @@ def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
 
 
 def summary(links: Sequence[NetworkLink]) -> dict[str, Any]:
-    """Return the entries of cluster.json about the network: the slowest link. Pure."""
+    """Return the entries of cluster.json that describe the slowest link. Pure."""
     return {
         "between": None if not links else "ranks of one node" if links[0].ends[0] == links[0].ends[1] else "nodes",
         "latency_seconds": max((link.latency_seconds for link in links), default=None),

@@ -1,5 +1,5 @@
-"""Session folders that killed mpiruns of Open MPI left behind. Each is named after its process id. A later mpirun with the same
-process id fails to start ("The PMIx server's listener thread failed to start")."""
+"""Find the session folders that killed mpiruns of Open MPI left behind. Each is named after the process id of its mpirun. A later
+mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return this user's session folders without a process. folder: the temporary folder by default. Independent."""
+    """Return this user's session folders whose mpirun has ended. folder: where they are; default: the temporary folder.
+    Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # removed in the meantime
@@ -41,7 +42,7 @@ def find(host: str, folder: Path | None = None) -> list[Session]:
 
 
 def clean(sessions: Sequence[Session]) -> list[Session]:
-    """Remove the sessions whose processes are still gone. Return the removed ones. Independent."""
+    """Remove those session folders whose mpirun is still not running. Return the removed sessions. Independent."""
     removed = []
     for one in sessions:
         path = Path(one.path)

@@ -1,4 +1,4 @@
-"""Checks of folders: do all nodes see the shards and run.dir, how fast are reads, do locks work, is there space?"""
+"""Check folders: whether all nodes see the shards and run.dir, how fast reads are, whether locks work, how much space is free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpidp.config.command_line import read_toml
 from mpidp.config.settings import RunSettings
 from mpidp.errors import UsageError
 
-CHUNK = 4 << 20
+CHUNK = 4 << 20  # bytes per read
 SLOW_READ = 50e6  # bytes/s per rank: far more than training reads, so a lower speed points at a problem
 LOCKS = {"flock": fcntl.flock, "fcntl": fcntl.lockf}
 PROBE = ".doctor.lock"
@@ -29,9 +29,9 @@ class ReadTest:
     """The result of one rank's test read of the shards."""
 
     host: str
-    bytes: int = 0
+    bytes: int = 0  # number of bytes read
     seconds: float = 0.0
-    problem: str = ""
+    problem: str = ""  # error message, if nothing was read
 
 
 def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> ReadTest:
@@ -53,13 +53,13 @@ def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> Read
 
 
 def speed(found: Sequence[ReadTest]) -> float | None:
-    """Return the bytes per second of all ranks together; None if nothing was read. Pure."""
+    """Return the bytes per second that all ranks read together, or None if nothing was read. Pure."""
     longest = max((one.seconds for one in found), default=0.0)
     return sum(one.bytes for one in found) / longest if longest else None
 
 
 def check_read(found: Sequence[ReadTest], folder: str) -> CheckResult:
-    """Check the folder given by --data. Pure."""
+    """Report whether all ranks could read the folder given by --data, and how fast. Pure."""
     without = [(rank, one.host) for rank, one in enumerate(found) if one.problem]
     if without:
         words = f"{found[without[0][0]].problem} ({where(without)})"
@@ -71,25 +71,26 @@ def check_read(found: Sequence[ReadTest], folder: str) -> CheckResult:
     words = f"{folder}: {(speed(found) or 0.0) / 1e6:,.0f} MB/s, {total} read by {len(found)} rank{'s' * (len(found) > 1)}"
     if slow < SLOW_READ and slowest.bytes > CHUNK:
         fix = "copy the shards to a local disk, or stripe them (lfs setstripe -c 8 on Lustre)"
-        return CheckResult("data", "warning", f"{words}; a rank on {slowest.host} only {slow / 1e6:,.0f} MB/s", fix)
+        return CheckResult("data", "warning", f"{words}; a rank on {slowest.host} reads only {slow / 1e6:,.0f} MB/s", fix)
     return CheckResult("data", "ok", words)
 
 
 def make_locked_file(folder: Path) -> int | CheckResult:
-    """Create a file in run.dir and lock it in every way that works there; return its descriptor. Independent."""
+    """Create a file in run.dir and lock it with each kind of lock that works there. Return its file descriptor. Independent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / PROBE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         return CheckResult("run.dir", "wrong", f"cannot be written: {error}", "choose another folder with --run.dir=DIR")
     for lock in LOCKS.values():
-        with suppress(OSError):  # lock_states on other ranks reports it
+        with suppress(OSError):  # lock_states() on other ranks reports the error
             lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
 
 
 def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
-    """Try each kind of lock: True if another process holds it, False if not, or the error. Independent."""
+    """Try each kind of lock. Return {kind: True if another process holds the lock, False if not, or an error message}.
+    Independent."""
     found: dict[str, bool | str] = {}
     for name, lock in LOCKS.items():
         try:
@@ -104,13 +105,13 @@ def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
 
 
 def lock_states_in_child(folder: Path) -> dict[str, bool | str]:
-    """Run lock_states in a child process, for a job of one rank. Independent."""
+    """Run lock_states() in a child process, because a job of one rank has no other process. Independent."""
     child = subprocess.run([sys.executable, "-c", _CHILD, str(folder)], capture_output=True, text=True, timeout=60, check=False)
     return {name: f"'{name}': True" in child.stdout for name in LOCKS}
 
 
 def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
-    """Check that locks in run.dir exclude other processes. Pure."""
+    """Check that locks in run.dir exclude other processes. states: results of lock_states(). Pure."""
     bad = {name: next((one[name] for one in states if one[name] is not True), True) for name in LOCKS}
     if all(answer is True for answer in bad.values()):
         return CheckResult("locks", "ok", f"flock and fcntl exclude other processes ({len(states)} tried)")
@@ -121,7 +122,7 @@ def check_locks(states: Sequence[Mapping[str, bool | str]]) -> CheckResult:
 
 
 def check_room(folder: Path) -> CheckResult:
-    """Compare free space with the checkpoints that will exist at once (run.keep, and one being written). Independent."""
+    """Check that there is space for all checkpoints that exist at once: run.keep of them, and one being written. Independent."""
     parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     status, keep = os.statvfs(parent), RunSettings.keep
     free, words = status.f_bavail * status.f_frsize, f"{folder}: {size(status.f_bavail * status.f_frsize)} free"

@@ -1,5 +1,5 @@
 """A thread that communicates while the rank computes. It runs its tasks in the order of submission. If the MPI library does not
-allow calls from two threads at a time, tasks run at once in the calling thread."""
+allow calls from two threads at a time, submit() runs each task at once, in the calling thread."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ class Task:
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run the task and keep its exception; called by the thread. Independent."""
+        """Run the task and keep its exception for wait(). The background thread calls this. Independent."""
         try:
             self._work()
-        except BaseException as error:  # raised by wait(): a thread's own traceback would be lost
+        except BaseException as error:  # wait() raises it in the calling thread; here it would be lost
             self._error = error
         self._done.set()
 
     def wait(self) -> None:
-        """Wait until the task is done; raise its exception. Independent: the caller ensures that the other ranks run theirs."""
+        """Wait until the task is done, and raise its exception if there is one. Independent: if the task is collective, the
+        caller ensures that the other ranks run it, too."""
         self._done.wait()
         if self._error is not None:
             raise self._error
 
 
 class Background:
-    """The background thread, started by the first task. Independent; tasks may be collective if all ranks submit them alike."""
+    """The background thread, started by the first task. Independent. Tasks may be collective if all ranks submit the same tasks
+    in the same order."""
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> Task:
-        """Run this after the tasks submitted before it."""
+        """Submit a task that calls work() after all earlier tasks, and return the task."""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             task = Task(work)
             task.run()

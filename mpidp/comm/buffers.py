@@ -20,7 +20,8 @@ _DATATYPES = {
 def memory(tensor: torch.Tensor) -> Any:
     """Return the tensor's memory, on the host or (for a CUDA-aware MPI) on the device. Independent.
 
-    For CUDA tensors, synchronize the stream that writes the tensor first: MPI does not, and would silently send old values.
+    For CUDA tensors, first synchronize the stream that writes the tensor. MPI does not synchronize it, and would silently send
+    old values.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"MPI needs contiguous memory, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
@@ -28,7 +29,8 @@ def memory(tensor: torch.Tensor) -> Any:
 
 
 def datatype(tensor: torch.Tensor) -> Any:
-    """Return the MPI datatype of a tensor; TypeError for types without a portable MPI sum (bfloat16, float16)."""
+    """Return the MPI datatype of a tensor. Raises TypeError for types that MPI cannot sum portably, such as bfloat16 and
+    float16."""
     if tensor.dtype not in _DATATYPES:
         raise TypeError(f"MPI has no portable sum for {tensor.dtype}: reduce in float32, or send bytes and add in torch")
     return _DATATYPES[tensor.dtype]
@@ -40,5 +42,6 @@ def buf(tensor: torch.Tensor) -> list[Any]:
 
 
 def bufv(tensor: torch.Tensor, counts: Sequence[int], offsets: Sequence[int]) -> list[Any]:
-    """Return the vector form: counts and offsets in elements, one per rank. Independent."""
+    """Return the buffer specification for collectives with one part per rank, e.g. Alltoallv. counts, offsets: size and start of
+    each rank's part, in elements. Independent."""
     return [memory(tensor), (list(counts), list(offsets)), datatype(tensor)]

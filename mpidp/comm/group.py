@@ -1,11 +1,11 @@
-"""Groups of ranks that share memory: through MPI shared-memory windows on a node, with messages between nodes.
+"""Groups of ranks that share memory: through MPI shared-memory windows on a node, and with MPI messages between nodes.
 
-A *group* is a set of consecutive ranks that share memory. It holds one sum of gradients, of which its first `num_rails` ranks own
-a slice each. The owners of the same slice in all groups form a *rail*, along which they exchange messages. Without shared memory
-every rank is its own group, and the only rail contains all ranks.
+A *group* is a set of consecutive ranks that share memory. It holds one sum of gradients. Each of its first `num_rails` ranks owns
+one slice of this sum. The owners of the same slice in all groups form a *rail*, along which they exchange messages. Without
+shared memory every rank is its own group, and the only rail contains all ranks.
 
-With MPI fault tolerance (ULFM), shared memory must survive failed ranks. A window is freed with its communicator, so an anonymous
-file (memfd) is mapped instead, and the remaining ranks of a group keep the memory of the previous group.
+With MPI fault tolerance (ULFM), shared memory must survive failed ranks. A window is freed with its communicator. So a group maps
+an anonymous file (memfd) instead, and after a failure the remaining ranks keep the memory of their previous group.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpidp.runtime.topology import Topology
 from mpidp.runtime.ulfm import revocable
 from mpidp.runtime.world import raise_together
 
-SHARED_MEMORY = "/dev/shm"  # where both MPIs keep shared windows
+SHARED_MEMORY = "/dev/shm"  # where MPICH and Open MPI keep shared-memory windows
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Group:
 
     node: MPI.Intracomm  # the ranks that share memory
     rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns none
-    members: list[range]  # ranks of each group
-    index: int  # of this group
-    num_rails: int
+    members: list[range]  # the ranks of each group, by index of the group
+    index: int  # of this rank's group in members
+    num_rails: int  # number of slices of the sum
     wait: Wait  # how this rank waits for requests; may differ between nodes
     all_spin: bool  # whether every rank of the job waits with spin()
     shares: bool = False  # whether the ranks of a node share memory
     _windows: list[MPI.Win] = field(default_factory=list)
-    _given: list[list[torch.Tensor]] = field(default_factory=list)  # all allocations, in order
+    _given: list[list[torch.Tensor]] = field(default_factory=list)  # all allocations of memory, in order
     _before: list[list[torch.Tensor]] = field(default_factory=list)  # allocations of the previous group, to be reused in order
 
     @property
@@ -66,9 +66,10 @@ class Group:
                 window.Sync()
 
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
-        """Return zeroed float32 memory of all ranks, in order of ranks; this rank's part has `elements` elements (ranks may
-        differ). With fault tolerance each part has space for `room` elements, and a group that reuses the memory of a previous
-        group gets its allocations in the same order, with their contents. Collective over node."""
+        """Return zeroed float32 memory: one tensor per rank of the group, in order of ranks. This rank's tensor has `elements`
+        elements; other ranks may request other sizes. With fault tolerance each tensor has space for `room` elements. A group
+        that reuses the memory of a previous group then gets the same allocations in the same order, with their contents.
+        Collective over node."""
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found
@@ -78,7 +79,7 @@ class Group:
             parts = self._map(room)
         else:
             parts = self._window(elements)
-        parts[self.node.rank][:elements].zero_()  # first touch by the owner: pages are local to it and exist before step 1
+        parts[self.node.rank][:elements].zero_()  # the owner writes first: pages are then near its core, before step 1
         self.fence()
         self._given.append(parts)
         return parts
@@ -90,8 +91,8 @@ class Group:
         return [_floats(window.Shared_query(rank)[0]) for rank in range(self.node.size)]
 
     def _map(self, elements: int) -> list[torch.Tensor]:
-        """Map an anonymous file that no communicator owns. It is freed with the last process that maps it; pages are allocated
-        at the first write."""
+        """Map an anonymous file, which belongs to no communicator. The system frees the file when the last process that maps it
+        ends. Pages are allocated at the first write."""
         counts = self.node.allgather(elements)
         handle = -1
         if self.node.rank == 0:
@@ -101,18 +102,19 @@ class Group:
         with raise_together(self.node):
             seen = os.open(path, os.O_RDWR) if self.node.rank else handle
             flat = _floats(mmap.mmap(seen, 4 * sum(counts)))
-        os.close(seen)  # all have opened it by now
+        os.close(seen)  # all ranks have opened the file by now
         return list(flat.split(counts))
 
     def common(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return zeroed float32 memory (elements,) with one copy per group, or that of the previous group with its contents.
-        Collective over node."""
+        """Return float32 memory (elements,) that all ranks of the group share. It is zeroed, or has the contents of the previous
+        group's memory. Collective over node."""
         held = self.memory(elements if self.node.rank == 0 else 0, device)[0]
         self._given[-1] = [held]
         return held
 
     def own(self, elements: int, device: torch.device) -> torch.Tensor:
-        """Return memory as memory() does, but private to this rank: (elements,). Independent."""
+        """Return float32 memory (elements,) that is private to this rank. It is zeroed, or has the contents from before a
+        failure. Independent."""
         if not self._found(elements):
             self._given.append([torch.zeros(elements, device=device)])
         return self._given[-1][0]
@@ -134,7 +136,7 @@ class Group:
         self._before = [parts if len(parts) == 1 else [parts[place] for place in places] for parts in before._given]
 
     def close(self) -> None:
-        """Free the windows; tensors over them must not be used afterwards. Collective over node, then over rail."""
+        """Free the windows. Tensors in their memory must not be used afterwards. Collective over node, then over rail."""
         for window in reversed(self._windows):
             window.Unlock_all()
             window.Free()
@@ -154,7 +156,7 @@ def _waiting(mesh: Topology) -> tuple[Wait, bool]:
 
 
 def alone(mesh: Topology) -> Group:
-    """Make every rank its own group: messages only. Collective over mesh.dp."""
+    """Make every rank its own group, so that all ranks exchange MPI messages. Collective over mesh.dp."""
     members = [range(rank, rank + 1) for rank in range(mesh.dp.size)]
     return Group(MPI.COMM_SELF, revocable(mesh.dp.Dup()), members, mesh.dp.rank, 1, *_waiting(mesh))
 
@@ -181,9 +183,9 @@ def regroup(mesh: Topology, before: Group) -> Group:
 
 
 def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
-    """Make the groups for comm.transport=auto|window|messages; return them and a description. needed_bytes: shared memory that
-    this rank will allocate. A window larger than /dev/shm would cause a SIGBUS, so its free space is checked first; all nodes
-    use the same transport. Collective over mesh.dp."""
+    """Make the groups for comm.transport=auto, window or messages. Return this rank's group and a description of the transport.
+    needed_bytes: size of the shared memory that this rank will allocate. Because a window larger than the free space of /dev/shm
+    would cause a SIGBUS, the free space is checked first. All nodes use the same transport. Collective over mesh.dp."""
     if transport == "messages":
         return alone(mesh), "messages"
     if device.type != "cpu":

@@ -1,9 +1,9 @@
-"""Exchanges gradients between GPUs with NCCL: a torch NCCL process group, set up over MPI.
+"""Exchanges gradients between GPUs with NCCL. MPI is used only to set up torch's NCCL process group.
 
 The reducer `tree` works as with MPI: ranks exchange the parts of their tree nodes, add them with torch in the tree's order, and
-exchange the sums, with grouped NCCL sends and receives (NCCL's all-to-all is made of them, too). `allreduce` is NCCL's allreduce.
-The host does not wait: exchanges are ordered with the other work on the device's current stream. All other communication uses
-MPI.
+exchange the sums. The exchanges are grouped NCCL sends and receives, of which NCCL's own all-to-all consists, too. The reducer
+`allreduce` uses NCCL's allreduce. The host does not wait for exchanges. They run in order with the other work on the device's
+current stream. All communication other than of gradients uses MPI.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import polite_barrier, raise_together
 
 CONNECT_SECONDS = 60  # time-out for the ranks to connect to rank 0's store
-EXCHANGE_SECONDS = 600  # then torch ends the process; run.hang_seconds ends it earlier and reports the missing ranks
+EXCHANGE_SECONDS = 600  # time limit of an exchange; run.hang_seconds is shorter, and its report names the missing ranks
 
 
 class Nccl(Messages):
-    """Messages over NCCL between ranks that share no memory. Uses torch's default process group, of which a process has one.
-    Exchanges are Collective over comm."""
+    """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because it uses
+    torch's default process group. Exchanges are Collective over comm."""
 
-    in_thread = False  # reductions use the same stream as computation: a thread would hide nothing
+    in_thread = False  # reductions use the same stream as computation, so a thread could not overlap them
 
     def __init__(self, device: torch.device, comm: MPI.Intracomm, backend: str = "nccl") -> None:
-        """backend: of torch.distributed; gloo does the same on CPUs. MpidpError if ranks cannot reach each other. Collective over
-        comm."""
+        """Connect the ranks of comm. backend: the backend of torch.distributed; gloo does the same on CPUs. Raises MpidpError if
+        ranks cannot connect. Collective over comm."""
         super().__init__(device, backend)
         self._comm = comm
         from torch import distributed
@@ -55,7 +55,7 @@ class Nccl(Messages):
 
     @contextmanager
     def _together(self, where: str) -> Iterator[None]:
-        """Run the body; raise its error on every rank. Collective over comm."""
+        """Run the body. If it fails on any rank, raise MpidpError on every rank. Collective over comm."""
         with raise_together(self._comm):
             try:
                 yield
@@ -67,7 +67,8 @@ class Nccl(Messages):
                 ) from error
 
     def _store(self, host: str, port: int) -> Any:
-        """Open the key-value store through which ranks exchange addresses; port 0: serve it here, on a free port."""
+        """Connect to the key-value store through which ranks exchange addresses. With port 0, start the store on this rank, at a
+        free port."""
         return self._torch.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=port == 0, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False
         )
@@ -87,7 +88,7 @@ class Nccl(Messages):
         return piece
 
     def ready(self) -> None:
-        """Do nothing: NCCL runs in stream order."""
+        """Do nothing, because NCCL operations run in stream order."""
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -106,7 +107,7 @@ class Nccl(Messages):
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
     def _exchange(self, sends: dict[int, torch.Tensor], takes: dict[int, torch.Tensor]) -> None:
-        """Send and receive tensors by rank, all at once; a rank may have none."""
+        """Send sends[rank] to each rank and receive takes[rank] from each rank, all at once. Both may lack ranks."""
         steps = [self._torch.P2POp(self._torch.isend, part, rank) for rank, part in sends.items()]
         steps += [self._torch.P2POp(self._torch.irecv, part, rank) for rank, part in takes.items()]
         for work in self._torch.batch_isend_irecv(steps) if steps else ():
@@ -166,7 +167,8 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a GPU's name by UUID, which is unique even if each rank sees only one GPU, as number 0. Independent."""
+    """Return a name of the GPU that contains its UUID. GPU numbers are not unique: a rank that sees only one GPU numbers it 0.
+    Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -1,4 +1,4 @@
-"""Averages with some ranks of a communicator: within a group, or with one peer to send to and one to receive from."""
+"""Averages tensors with some ranks of a communicator: with a group of ranks, or with the tensor received from one other rank."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mpidp.comm.transport import Messages, pieces
 
 
 class Peers:
-    """Averages flat tensors with peers, piece by piece; keeps a communicator for each group."""
+    """Averages flat tensors with other ranks, piece by piece. Keeps a communicator for each group of ranks."""
 
     def __init__(self, comm: MPI.Intracomm, transport: Messages) -> None:
         self.comm, self.transport = comm, transport
         self._groups: dict[tuple[int, ...], MPI.Intracomm] = {}
 
     def average(self, flat: Tensor, ranks: Sequence[int], spare: Tensor) -> None:
-        """Replace flat (n,) by the mean over these ranks, which include this one; spare: (n,), overwritten. The result has the
-        same bits on all of them. Collective over the ranks."""
+        """Replace flat, (n,), by its mean over `ranks`, which include this rank. spare: (n,), is overwritten. All these ranks get
+        the same bits. Collective over the ranks."""
         if len(ranks) == 2:
             self._exchange(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
         elif len(ranks) > 2:
@@ -33,7 +33,8 @@ class Peers:
                 self.transport.store(wire, flat[start:stop])
 
     def gossip(self, flat: Tensor, hop: int, spare: Tensor) -> None:
-        """Replace flat (n,) by the mean of itself and that of the rank `hop` places before on the ring. Collective over comm."""
+        """Replace flat, (n,), by the mean of this rank's flat and the flat of the rank `hop` places before it on the ring. spare:
+        (n,), is overwritten. Collective over comm."""
         if hop % self.comm.size:
             self._exchange(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
 

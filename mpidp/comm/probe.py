@@ -1,5 +1,5 @@
-"""Tests whether the MPI library accepts CUDA pointers. Its flags for this are unreliable in both directions, and a wrong answer
-causes a segmentation fault, so the test runs in a child process."""
+"""Tests whether the MPI library accepts CUDA pointers. The library's own flags for this are unreliable, and a wrong answer causes
+a segmentation fault. So the test runs in a child process."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
     except subprocess.TimeoutExpired:
         child.kill()
         output, _ = child.communicate()
-    for file in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH leaves them when the process crashes
+    for file in Path("/dev/shm").glob(f"mpich_shm_{child.pid:x}_*"):  # MPICH does not remove them if the process crashes
         file.unlink(missing_ok=True)
     return child.returncode == 0 and b"device buffers work" in output
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """Return how gradients are exchanged. CPU tensors: "host". CUDA tensors: as wanted, "staged" (through pinned memory),
-    "device" (device pointers passed to MPI) or "nccl" (without MPI); with wanted="auto", "device" if the probe succeeds on every
-    rank, else "staged". Collective over comm."""
+    """Return how gradients are exchanged. For CPU tensors, return "host". For CUDA tensors, return `wanted` if it is "staged"
+    (through pinned memory), "device" (device pointers passed to MPI) or "nccl" (without MPI). With wanted="auto", return "device"
+    if the probe succeeds on every rank, else "staged". Collective over comm."""
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

@@ -1,8 +1,9 @@
 """Passes tensors to MPI, directly or through pinned host memory.
 
-For a piece of a tensor, `Messages` returns a *wire* tensor that MPI may read and write. On the CPU this is the piece itself. On
-CUDA it is a pinned host copy (mode "staged"), or the piece itself after its stream is synchronized (mode "device", if a probe has
-shown that the MPI library is CUDA-aware). Reducers that exchange wire tensors through these methods can also use NCCL (nccl.py).
+For a piece of a tensor, `Messages` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the piece
+itself. On CUDA it is a pinned host copy (mode "staged"), or the piece itself after its stream is synchronized (mode "device").
+Mode "device" is used only if a probe has shown that the MPI library is CUDA-aware. Reducers that exchange wire tensors through
+these methods can also use NCCL (nccl.py).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ RankParts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # (tensor, length
 
 
 class Messages:
-    """Exchanges over MPI. Counts the bytes that this rank sent and the seconds that it spent in the strategy's exchanges, until
-    pop_counts(). The bytes include messages between the ranks of one replica. Independent."""
+    """Exchanges tensors over MPI. Counts the bytes that this rank sends and the seconds that it spends in the strategy's
+    exchanges; pop_counts() returns both. The bytes include messages between the ranks of one replica. Independent."""
 
-    in_thread = True  # whether a thread may exchange during backward
+    in_thread = True  # whether a thread may exchange gradients during backward
 
     def __init__(self, device: torch.device, mode: str = "host") -> None:
         """mode: host (CPU tensors), staged or device (CUDA tensors)."""
@@ -36,7 +37,7 @@ class Messages:
         self._scratch: dict[object, torch.Tensor] = {}
 
     def scratch(self, key: object, elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a wire buffer (elements,), reused for the same key; a key must always have the same dtype."""
+        """Return a wire buffer (elements,). Calls with the same key return the same memory and must have the same dtype."""
         held = self._scratch.get(key)
         if held is None or held.numel() < elements:
             staged = self.mode == "staged"
@@ -45,7 +46,7 @@ class Messages:
         return held[:elements]
 
     def load(self, piece: torch.Tensor, key: object) -> torch.Tensor:
-        """Return the wire tensor with the piece's current values."""
+        """Return a wire tensor with the current values of `piece`. key: identifies the buffer, if the values must be copied."""
         if piece.device.type == "cpu":
             return piece
         if self.mode == "staged":
@@ -57,7 +58,7 @@ class Messages:
         return piece
 
     def store(self, wire: torch.Tensor, piece: torch.Tensor) -> None:
-        """Copy a wire tensor's values into the piece, before later work on the device's stream."""
+        """Copy the values of a wire tensor into `piece`, before later work on the device's stream."""
         if wire.data_ptr() != piece.data_ptr():
             piece.copy_(wire)
 
@@ -67,7 +68,7 @@ class Messages:
             torch.cuda.current_stream(self.device).synchronize()
 
     def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
-        """Send each rank its part of source, and receive each rank's part into target; both are wire tensors, and a rank sends
+        """Send each rank its part of source, and receive a part from each rank into target. Both are wire tensors. A rank sends
         nothing to itself. Collective over comm."""
         wait(comm.Ialltoallv(bufv(*source), bufv(*target)))
         self.sent_bytes += source[0].element_size() * sum(source[1])
@@ -78,8 +79,9 @@ class Messages:
         self.sent_bytes += whole[0].element_size() * whole[1][comm.rank] * (comm.size - 1)
 
     def allreduce(self, comm: MPI.Intracomm, wait: Wait, wire: torch.Tensor, blocking: bool) -> None:
-        """Sum over the ranks in place. MPI chooses the order of addition, and another one if blocking (up to 2.7 times as fast
-        with Open MPI); blocking must be the same on all ranks. Collective over comm."""
+        """Sum a wire tensor over the ranks in place. MPI chooses the order of addition. blocking: use MPI's blocking call, which
+        is up to 2.7 times as fast with Open MPI but adds in another order. All ranks must pass the same value. Collective over
+        comm."""
         if blocking:
             comm.Allreduce(MPI.IN_PLACE, buf(wire))
         else:
@@ -101,10 +103,11 @@ class Messages:
         self.seconds += time.perf_counter() - begin
 
     def synchronize(self) -> None:
-        """Wait until started exchanges are done; with MPI they are done when they return. Independent."""
+        """Wait until started exchanges are done. Does nothing with MPI, whose exchanges are done when the methods return.
+        Independent."""
 
     def close(self) -> None:
-        """End the exchanges. Collective over the ranks that exchange."""
+        """Close the transport after the last exchange. Collective over the ranks that exchange."""
 
 
 def pieces(start: int, stop: int, element_bytes: int = 4) -> Iterator[tuple[int, int]]:

@@ -18,8 +18,9 @@ def spin(request: MPI.Request) -> None:
 
 
 def doze(request: MPI.Request, yields: int = 1000, first_seconds: float = 2e-5, longest_seconds: float = 5e-4) -> None:
-    """Poll, and give up the core between polls: first by yielding, for about a millisecond, since most waits are short; then by
-    sleeping for longer and longer. Independent."""
+    """Poll the request, and give up the core between polls. The first `yields` polls take about a millisecond and only yield the
+    core, because most waits are short. Later polls sleep for increasing times, from first_seconds to longest_seconds.
+    Independent."""
     for _ in range(yields):
         if request.Test():
             return
@@ -31,5 +32,5 @@ def doze(request: MPI.Request, yields: int = 1000, first_seconds: float = 2e-5, 
 
 
 def how_to_wait(num_ranks: int, num_cores: int) -> Wait:
-    """Return how num_ranks ranks of a node with num_cores cores should wait. Pure."""
+    """Return the function with which num_ranks ranks should wait on a node with num_cores cores. Pure."""
     return doze if num_ranks > num_cores else spin

@@ -2,12 +2,12 @@
 
 A rank takes lanes of its own range from the left; other ranks (thieves) take them from the right. Two counters per range make
 this safe without a lock. `claimed` counts permissions: a rank that draws a number below the length of the range may take one more
-lane of it. `stolen` counts thefts: the s-th theft takes the s-th lane from the right. As all takers draw permissions from one
-counter, no lane is taken twice or left over, whatever the delays.
+lane of it. `stolen` counts thefts: the s-th theft takes the s-th lane from the right. All ranks draw permissions for a range from
+the same counter. So no lane is taken twice or left over, whatever the delays.
 
-All access is by MPI_Fetch_and_op in one long epoch. On shared memory this needs no progress by the rank that owns the counter,
-and there are no direct loads and stores whose visibility would matter. With Open MPI, select the shared-memory component before
-MPI starts: OMPI_MCA_osc=^ucx.
+All access is by MPI_Fetch_and_op in one long epoch. On shared memory this works even if the rank that owns the counter does not
+call MPI. No rank loads or stores a counter directly, so memory visibility is MPI's concern. With Open MPI, set OMPI_MCA_osc=^ucx
+before MPI starts, so that it uses its shared-memory component.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import numpy as np
 from mpi4py import MPI
 
 CLAIMED, STOLEN = 0, 1
-COUNTERS = 2  # per range, in one set
+COUNTERS = 2  # number of counters per range, in one set
 COUNTER_BYTES = 8  # int64
 
 
 class Tickets:
     """Hands out the lanes of this node. Independent, except for the constructor and close().
 
-    Between two calls of begin() all ranks of the node must synchronize (a barrier, an allreduce), after the last next_own() and
-    steal() of one step and before the first of the next. A training step does this.
+    Between the last next_own() or steal() of one step and the first of the next step, all ranks of the node must synchronize,
+    e.g. in an allreduce. Every training step contains one.
     """
 
     def __init__(self, node: MPI.Intracomm) -> None:
-        """node: ranks that share memory; ranges are in the order of its ranks. Collective over node."""
+        """node: the ranks that share memory. The ranges of lanes given to begin() are in the order of these ranks. Collective
+        over node."""
         self.size = node.size
         self._me = node.rank
         self._node = node
@@ -46,7 +47,7 @@ class Tickets:
 
     def begin(self, ranges: Sequence[range]) -> None:
         """Begin a step in which rank i of the node owns the lanes ranges[i]. All ranks of the node call this with the same
-        ranges. ValueError unless there is one range per rank."""
+        ranges. Raises ValueError unless there is one range per rank."""
         if len(ranges) != self.size:
             raise ValueError(f"{len(ranges)} ranges of lanes for {self.size} ranks of a node")
         self._ranges, self._taken = ranges, 0
@@ -54,24 +55,24 @@ class Tickets:
         self._zero(self._set ^ 1)  # the previous step's set, which is no longer in use
 
     def next_own(self) -> int | None:
-        """Take the next lane of this rank's range; None if all are taken."""
+        """Take and return the next lane of this rank's range. Return None if all lanes are taken."""
         if not self._permitted(self._me):
             return None
         self._taken += 1
         return self._ranges[self._me][self._taken - 1]
 
     def steal(self) -> int | None:
-        """Take a lane from the rank with the most lanes left; None if no rank has any."""
+        """Take and return a lane of the rank with the most lanes left. Return None if no rank has any."""
         while True:
             left = [len(lanes) - self._draw(rank, CLAIMED, 0, MPI.NO_OP) for rank, lanes in enumerate(self._ranges)]
             victim = max(range(self.size), key=left.__getitem__)
             if left[victim] <= 0:
                 return None
-            if self._permitted(victim):  # else other ranks were faster; every failed attempt means fewer lanes left
+            if self._permitted(victim):  # otherwise another rank took the lane: fewer are left, try again
                 return self._ranges[victim][-1 - self._draw(victim, STOLEN, 1, MPI.SUM)]
 
     def close(self) -> None:
-        """Free the memory. Call it on every rank or not at all, so not after an error. Collective over node."""
+        """Free the memory. All ranks must call this, so do not call it after an error on one rank. Collective over node."""
         self._win.Unlock_all()
         self._win.Free()
 

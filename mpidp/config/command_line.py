@@ -1,6 +1,7 @@
 """Read settings from a TOML file and from `--section.key=value` arguments, and print their help.
 
-An unknown key or value raises UsageError with the closest valid one, before MPI starts. Imports neither torch nor MPI.
+An unknown key or value raises UsageError, and the message suggests the closest valid one. Imports neither torch nor MPI, so
+that errors are reported before MPI starts.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the settings of a TOML file as {section.key: value}, unchecked. UsageError if it cannot be read."""
+    """Return the settings of a TOML file as {section.key: value}, unchecked. Raises UsageError if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             tree = tomllib.load(file)
@@ -80,9 +81,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def from_args(arguments: Sequence[str]) -> Config:
-    """Return the config of command-line arguments: at most one CONFIG.toml, and --section.key=value or --section.key value.
+    """Build the configuration from command-line arguments.
 
-    Arguments override the file. UsageError. Independent."""
+    arguments: at most one CONFIG.toml, and settings as --section.key=value or --section.key value, which override the file.
+    Raises UsageError if a key or a value is not valid, or if settings contradict each other. Independent."""
     chosen: dict[str, Any] = {}
     words = list(arguments)
     files = 0
@@ -112,13 +114,14 @@ def from_args(arguments: Sequence[str]) -> Config:
 
 
 def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse a command's own options with argparse, and the rest as CONFIG.toml and --section.key=value. Raises UsageError."""
+    """Parse a command's own options with argparse, and the other arguments with from_args. Raises UsageError if one is not
+    valid."""
     options, settings = parser.parse_known_args(list(arguments))
     return options, from_args(settings)
 
 
 def settings_help() -> str:
-    """Return a line for every setting: key, default, meaning and unit. Pure."""
+    """Return the help text of all settings: a line for each, with its key, default, meaning and unit. Pure."""
     lines = ["settings (--section.key=value; `*`: cannot change on resume)"]
     for key, about, default in fields_of():
         meta = about.metadata

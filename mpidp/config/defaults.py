@@ -16,7 +16,8 @@ DEFAULTS = {name: getattr(StrategySettings, name) for name in METHODS}
 
 
 def kind(name: str, quorum: float) -> str:
-    """Return the method that strategy.name and strategy.quorum select: quorum is synchronous with a quorum below 1. Pure."""
+    """Return the method that strategy.name and strategy.quorum select: "quorum" if the strategy is synchronous and the quorum is
+    below 1, otherwise the name. Pure."""
     return "quorum" if name == "synchronous" and quorum < 1 else name
 
 
@@ -26,12 +27,12 @@ def method_of(settings: Settings) -> str:
 
 
 def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
-    """Return (sync_every, meet_every) for a run of this many steps, with automatic values filled in. ValueError if the ranks
-    would never average. Independent."""
+    """Return (sync_every, meet_every) for a run of this many steps, with automatic values filled in. Raises ValueError if
+    the ranks would never average. Independent."""
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
-    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # rounds overlap, except at synchronizations
+    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # except at synchronizations
     global_average = settings["strategy.group"] == "all" and not overlapping
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10
@@ -44,8 +45,8 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
 def outer(settings: Settings) -> tuple[float, float]:
     """Return (outer_lr, outer_momentum), with automatic values filled in where the strategy has an outer step.
 
-    With overlap, and with sparse compression (error feedback), updates arrive late. Momentum would repeat them even later, so its
-    default is smaller, or 0 (SparseLoCo, Sarfi 2025, section 3). Pure.
+    Updates arrive late with overlap, and with sparse compression because of error feedback. Momentum would apply them again, even
+    later. Its default is therefore smaller with overlap, and 0 with sparse compression (SparseLoCo, Sarfi 2025, section 3). Pure.
     """
     lr, momentum = settings["strategy.outer_lr"], settings["strategy.outer_momentum"]
     if settings["strategy.name"] != "local" or settings["strategy.group"] != "all":
@@ -64,5 +65,5 @@ def ratio(settings: Settings) -> float:
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Return those of the settings that this strategy uses. Independent."""
+    """Return those of `settings` that the strategy `name` uses. Independent."""
     return {key: value for key, value in settings.items() if name in METHODS[key]}

@@ -26,8 +26,8 @@ def check_shards(level: int) -> None:
 
 
 def resolve_reducer(config: Config) -> str:
-    """Return the reducer. auto: tree for synchronous training without compression, else allreduce. It depends on the
-    config only. Pure."""
+    """Return the name of the reducer. The value auto means tree for synchronous training without compression, else allreduce.
+    Depends only on the config. Pure."""
     if config.comm.reducer != "auto":
         return config.comm.reducer
     # With mesh.shard=2 or 3, FSDP2 reduces gradients.
@@ -36,12 +36,12 @@ def resolve_reducer(config: Config) -> str:
 
 
 def kind_of(config: Config) -> str:
-    """Return the method that section strategy selects. Pure."""
+    """Return the method that the settings strategy.* select. Pure."""
     return kind(config.strategy.name, config.strategy.quorum)
 
 
 def workers(config: Config, size: int) -> int:
-    """Return the number of ranks that compute gradients: all but the servers. UsageError if none remains. Pure."""
+    """Return the number of ranks that compute gradients: all but the servers. Raises UsageError if no rank remains. Pure."""
     serving = (config.strategy.servers or 1) if config.strategy.name == "server" else 0
     if serving >= size:
         raise UsageError(
@@ -52,10 +52,10 @@ def workers(config: Config, size: int) -> int:
 
 
 def model_shape(config: Config, vocab_size: int) -> Shape:
-    """Return the model's shape with automatic values filled in. A user's own model is created and tested.
+    """Return the model's shape with automatic values filled in. A user's own model is also created and tested.
 
-    vocab_size: of the tokenizer. UsageError if the model's vocabulary is smaller, or if the model cannot be trained.
-    Independent."""
+    vocab_size: number of tokens in the tokenizer. Raises UsageError if model.vocab_size is smaller, or if the model cannot be
+    trained. Independent."""
     m = config.model
     if m.vocab_size and m.vocab_size < vocab_size:
         raise UsageError(
@@ -76,7 +76,9 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
-    """Return the config with all automatic values filled in, as it is printed, saved and compared on resume. UsageError. Pure."""
+    """Return the config with all automatic values filled in, as it is printed, saved and compared on resume.
+
+    Raises UsageError if sharding is combined with ULFM, or if the ranks would never average. Pure."""
     check_shards(config.mesh.shard)
     t, m = config.train, config.model
     steps = t.steps or 300
@@ -101,11 +103,11 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
-            "eval_every": -(-t.eval_every // meet) * meet,  # only where all ranks synchronize
+            "eval_every": -(-t.eval_every // meet) * meet,  # rounded up to a step at which all ranks synchronize
             "save_every": -(-t.save_every // meet) * meet if t.save_every > 0 else t.save_every,
         },
         optim={"warmup_steps": min(100, steps // 10) if warmup < 0 else warmup},
         comm={"reducer": resolve_reducer(config), "ratio": ratio(settings)}
-        # other strategies and FSDP2 do not reduce during backward in this way
+        # comm.overlap applies only to synchronous training without FSDP2
         | ({"overlap": "none"} if kind_of(config) != "synchronous" or config.mesh.shard >= 2 else {}),
     )

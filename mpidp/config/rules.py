@@ -15,9 +15,9 @@ TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_th
 class Rule:
     """Two settings that cannot be combined, and the reason."""
 
-    one: str
+    one: str  # the two settings, as shown to the user
     other: str
-    has_one: Callable[[Settings], bool]
+    has_one: Callable[[Settings], bool]  # whether the settings contain the first one
     has_other: Callable[[Settings], bool]
     why: str
 
@@ -60,11 +60,11 @@ RULES = [
     Rule(_OTHERS, "train.audit_every", _other, _is_not("train.audit_every", 0),
          "an audit compares lanes and replicas, which differ between ranks or arrive late with these methods"),
     Rule(_OTHERS, "train.noise_every", _other, _is_not("train.noise_every", 0),
-         "the measurement needs the gradients of single lanes at equal parameters, as comm.reducer=tree provides them"),
+         "the measurement needs the gradient of each lane at the same parameters, which only comm.reducer=tree keeps"),
     Rule(_OTHERS, "comm.overlap=thread|poll", _other, _is("comm.overlap", "thread", "poll"),
          "these methods overlap communication in their own way; use strategy.overlap or strategy.name=delayed"),
     Rule(_OTHERS, "comm.gpu=nccl", _other, _is("comm.gpu", "nccl"),
-         "NCCL runs in the compute stream, so nothing would overlap; not tested"),
+         "NCCL runs in the compute stream, so communication would not overlap with compute; not tested"),
     Rule("strategy.name=local|server", "train.spike", _is("strategy.name", "local", "server"), _is_not("train.spike", 0.0),
          "ranks would skip different steps"),
     Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
@@ -79,13 +79,13 @@ RULES = [
          "partial groups always average the whole model"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.outer_lr|outer_momentum", _partial,
          lambda s: s["strategy.outer_lr"] >= 0 or s["strategy.outer_momentum"] >= 0,
-         "an outer step needs an anchor that all ranks share; use strategy.group=all"),
+         "an outer step starts from parameters that all ranks share; use strategy.group=all"),
     Rule(_CUT, "strategy.name=server or quorum<1", _cut, lambda s: method_of(s) in ("server", "quorum"),
          "the ranks of a replica would apply updates in different orders"),
     Rule(_CUT, "comm.reducer=naive|root", _cut, _is("comm.reducer", "naive", "root"),
-         "reference implementations; they need the whole model on each rank"),
+         "these reference implementations need the whole model on each rank"),
     Rule(_CUT, "train.balance=measured|steal", _cut, _is_not("train.balance", "even"),
-         "a lane would have to move on all ranks of a replica at once"),
+         "all ranks of a replica would have to move a lane at the same time"),
     Rule(_CUT, "train.noise_every", _cut, _is_not("train.noise_every", 0), "the gradient of a lane is spread over several ranks"),
     Rule(_CUT, "comm.overlap=thread|poll", _cut, _is("comm.overlap", "thread", "poll"),
          "the ranks of a replica already communicate with each other during backward"),
@@ -140,12 +140,12 @@ RULES = [
     Rule(_NOT, "train.compile", _not, _is("train.compile", True),
          "implemented for the blocks of the built-in Transformer only"),
     Rule("model.kind=MODULE:FACTORY", "optim.name=muon", lambda s: s["model.kind"] not in KINDS, _is("optim.name", "muon"),
-         "Muon is for hidden matrices, and mpidp cannot tell which matrices of your own model are hidden"),
+         "Muon is for hidden matrices, and mpidp does not know which matrices of your own model are hidden"),
 ]
 
 
 def problems(settings: Settings) -> Iterator[str]:
-    """Yield one message for each problem. Independent."""
+    """Yield an error message for each value or combination of settings that is not valid. Independent."""
     name = method_of(settings)
     for key, names in METHODS.items():
         value = settings[f"strategy.{key}"]
@@ -177,7 +177,9 @@ MAX_STEPS = 100  # maximum number of steps in a timeline
 
 
 def steps_of(timeline: str) -> tuple[int, int]:
-    """Return (first, last) step of a timeline, counted from 1, both included; (0, 0) for none. ValueError. Pure."""
+    """Return (first, last) step of a timeline, counted from 1, both included; (0, 0) for none.
+
+    Raises ValueError if the text does not have the form FIRST:LAST, or if a step is not valid. Pure."""
     if not timeline:
         return 0, 0
     words = timeline.split(":")
@@ -185,7 +187,7 @@ def steps_of(timeline: str) -> tuple[int, int]:
         raise ValueError("give the first and the last step, as in 10:12")
     first, last = map(int, words)
     if not 1 <= first <= last < first + MAX_STEPS:
-        raise ValueError(f"steps count from 1, the last must not be before the first, and at most {MAX_STEPS} are recorded")
+        raise ValueError(f"steps are counted from 1, the last must not be before the first, and at most {MAX_STEPS} are recorded")
     return first, last
 
 

@@ -31,7 +31,7 @@ from mpidp.model.shape import rope_scaling
 
 @dataclass(frozen=True)
 class Config:
-    """All sections of settings. `Config()` trains on the embedded corpus."""
+    """All sections of settings. `Config()` has the defaults, which train on the embedded corpus."""
 
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -77,7 +77,7 @@ def _shape_problems(model: ModelSettings) -> Iterator[str]:
 
 
 def checked(config: Config) -> Config:
-    """Return the config unchanged. UsageError if settings contradict each other. Independent."""
+    """Check the config and return it unchanged. Raises UsageError if settings contradict each other. Independent."""
     model, train, optim, comm = config.model, config.train, config.optim, config.comm
     problems = []
     if train.global_batch < train.micro_batch:
@@ -85,7 +85,7 @@ def checked(config: Config) -> Config:
     num_micro_batches = -(-train.global_batch // train.micro_batch)
     if train.lanes > num_micro_batches:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
-    shape_unknown = train.init_from and not model.vocab_size  # the shape will be read from init_from
+    shape_unknown = train.init_from and not model.vocab_size  # the shape is read from init_from later
     if model.kind == "transformer" and not shape_unknown:
         problems += _shape_problems(model)
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
@@ -108,7 +108,7 @@ def checked(config: Config) -> Config:
     if train.balance == "steal" and comm.transport == "messages":
         problems.append("train.balance=steal needs a shared memory window, and comm.transport=messages disables it")
     if train.balance == "steal" and comm.overlap in ("thread", "poll"):
-        problems.append("comm.overlap needs to know the last lane of a rank, which is not known with train.balance=steal")
+        problems.append("comm.overlap needs to know each rank's last lane in advance, but train.balance=steal decides it later")
     if comm.gpu == "nccl":
         nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
         others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]

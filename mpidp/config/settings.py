@@ -19,8 +19,8 @@ def setting(
 ) -> Any:
     """Return a dataclass field with its description for --help and its limits.
 
-    resume: whether it may change on resume. methods: the strategies that use a setting of section strategy; "quorum" stands for
-    strategy.name=synchronous with strategy.quorum below 1.
+    low, high: limits of the value, both included. resume: FIXED if the setting must not change on resume, else FREE. methods: the
+    strategies that use a setting strategy.*; "quorum" means strategy.name=synchronous with strategy.quorum below 1.
     """
     about = {
         "text": text, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "resume": resume,
@@ -31,7 +31,7 @@ def setting(
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The training data."""
+    """Settings data.*: the training data."""
 
     path: str = setting("shards/stdlib", "folder with the shards; the default corpus is prepared if it does not exist", "path")
     verify: bool = setting(False, "verify all checksums before training, not only sizes and headers", "bool")
@@ -45,7 +45,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model."""
+    """Settings model.*: the model and its shape."""
 
     kind: str = setting("transformer", "transformer, lstm, or your own model as MODULE:FACTORY (docs/library.md)", resume=FIXED)
     options: str = setting("", "extra arguments for your own model: NAME=VALUE,...", resume=FIXED)
@@ -70,7 +70,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Length of training, batch, device, evaluation and checkpoints."""
+    """Settings train.*: length of training, batch, device, evaluation and checkpoints."""
 
     init_from: str = setting(
         "", "take model and initial weights from a run or a Hugging Face folder (docs/huggingface.md)", "path", resume=FIXED,
@@ -89,7 +89,7 @@ class TrainSettings:
         "auto", "precision of matrix products; auto: bfloat16 if the GPU supports it, else float32", "",
         ("auto", "float32", "bfloat16"),
     )
-    compile: bool = setting(False, "torch.compile each block (needs a C++ compiler)", "bool")
+    compile: bool = setting(False, "compile each block with torch.compile (needs a C++ compiler)", "bool")
     recompute: bool = setting(False, "activation checkpointing: store only each block's input and recompute the rest", "bool")
     deterministic: bool = setting(True, "on CUDA, use only deterministic kernels", "bool")
     threads: int = setting(0, "CPU threads per rank; 0: cores of the node / ranks on the node", "threads", low=0)
@@ -112,7 +112,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The optimizer."""
+    """Settings optim.*: the optimizer and its schedule."""
 
     name: str = setting("adamw", "optimizer, as in torch.optim", "", ("adamw", "adam", "sgd", "muon"), resume=FIXED)
     schedule: str = setting("cosine", "learning rate schedule after warmup", "", ("cosine", "linear", "constant", "wsd"))
@@ -128,20 +128,20 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """The training strategy: how ranks synchronize. `methods` names the strategies that use a setting."""
+    """Settings strategy.*: how ranks synchronize. `methods` lists the strategies that use a setting."""
 
     name: str = setting(
         "synchronous", "training strategy (docs/methods.md)", "", ("synchronous", "delayed", "local", "server"), resume=FIXED,
     )
     quorum: float = setting(
-        1.0, "synchronous: update when this share of the lanes has arrived; late gradients join a later step", "of the lanes",
+        1.0, "synchronous: update when this share of the lanes has arrived; late gradients are added later", "of the lanes",
         low=0.0, high=1.0, resume=FIXED, methods=("synchronous",),
     )
     sync_every: int = setting(
         0, "local: steps between averages; 0: 50, or 1 with partial groups", "steps", low=0, resume=FIXED, methods=("local",),
     )
     meet_every: int = setting(
-        0, "steps between synchronizations of all ranks (all but synchronous); 0: automatic", "steps", low=0, resume=FIXED,
+        0, "all methods but synchronous: steps between synchronizations of all ranks; 0: automatic", "steps", low=0, resume=FIXED,
         methods=("delayed", "local", "server", "quorum"),
     )
     staleness: int = setting(
@@ -165,24 +165,25 @@ class StrategySettings:
         high=0.9999999, methods=("local",),
     )
     overlap: bool = setting(
-        False, "local with group=all: overlap an average with training and apply it one round later", "bool", resume=FIXED,
+        False, "local with group=all: overlap each average with training and apply it at the next average", "bool", resume=FIXED,
         methods=("local",),
     )
-    servers: int = setting(0, "server: number of server ranks, the last of the job; 0: one", "ranks", low=0, methods=("server",))
+    servers: int = setting(0, "server: number of servers, which are the last ranks; 0: one", "ranks", low=0, methods=("server",))
     mode: str = setting(
         "async", "server: how servers wait for workers", "", ("sync", "async", "ssp"), resume=FIXED, methods=("server",),
     )
     replay: str = setting(
-        "", "server, quorum: metrics.jsonl of a run whose order of arrivals is repeated", "path", methods=("server", "quorum"),
+        "", "server, quorum: apply gradients in the order recorded in this metrics.jsonl", "path", methods=("server", "quorum"),
     )
     fragments: int = setting(
-        1, "local with group=all: number of model parts, averaged in turn", "", low=1, resume=FIXED, methods=("local",),
+        1, "local with group=all: number of parts of the model, which are averaged in turn", "", low=1, resume=FIXED,
+        methods=("local",),
     )
 
 
 @dataclass(frozen=True)
 class CommSettings:
-    """Gradient communication."""
+    """Settings comm.*: how gradients are reduced, compressed and sent."""
 
     reducer: str = setting(
         "auto", "gradient reduction; auto: tree (bit-identical on any number of ranks), or allreduce with compression", "",
@@ -198,7 +199,7 @@ class CommSettings:
     )
     ratio_warmup: int = setting(0, "steps in which the ratio decreases from 1 to its value", "steps", low=0)
     momentum: float = setting(
-        0.0, "topk, randomk: momentum applied on each rank before compression, in place of sgd's; 0: off", "", low=0.0,
+        0.0, "topk, randomk: momentum on each rank before compression, instead of the momentum of sgd; 0: off", "", low=0.0,
         high=0.9999999,
     )
     rank: int = setting(4, "powersgd: rank of the approximation", "", low=1)
@@ -211,7 +212,8 @@ class CommSettings:
         ("auto", "node", "rank"),
     )
     overlap: str = setting(
-        "auto", "reduce gradients during backward; auto: measured at start", "", ("auto", "thread", "poll", "none"),
+        "auto", "how gradients are reduced during backward; auto: the fastest, measured at the start", "",
+        ("auto", "thread", "poll", "none"),
     )
     bucket_mb: float = setting(4.0, "size of a gradient bucket", "MiB", low=0.001)
     gpu: str = setting(
@@ -222,22 +224,22 @@ class CommSettings:
 
 @dataclass(frozen=True)
 class MeshSettings:
-    """The mesh of dp x pp x tp ranks that share one model (docs/parallel.md)."""
+    """Settings mesh.*: the mesh of dp x pp x tp ranks that train one model (docs/parallel.md)."""
 
     tp: int = setting(1, "tensor parallelism: ranks that share each layer", "ranks", low=1)
     pp: int = setting(1, "pipeline parallelism: number of stages", "stages", low=1)
     dp: int = setting(0, "data parallelism: replicas of pp x tp ranks each; 0: ranks / (pp x tp)", "replicas", low=0)
     interleave: int = setting(1, "interleaved pipeline: chunks of layers per stage; more chunks make a smaller bubble", "chunks",
                               low=1)
-    sequence: bool = setting(False, "sequence parallelism: divide positions among the tp ranks between branches to save memory")
+    sequence: bool = setting(False, "sequence parallelism: divide the positions of norms and residuals among the tp ranks")
     shard: int = setting(
-        0, "sharding between replicas: 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
+        0, "sharding over replicas: 0: off; 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
     )
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The run's folder, resuming, hangs and time limit."""
+    """Settings run.*: the folder of the run, resuming, hangs and the time limit."""
 
     dir: str = setting("runs/default", "folder of the run: config, metrics and checkpoints", "path")
     resume: str = setting(
@@ -246,9 +248,9 @@ class RunSettings:
     )
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
     hang_seconds: float = setting(
-        60.0, "a job without progress for this long (and for 20 steps) has hung and exits with code 6; 0: off", "s", low=0.0,
+        60.0, "end the job with exit code 6 if it makes no progress for this long (and 20 usual steps); 0: off", "s", low=0.0,
     )
-    tries: int = setting(3, "starts in a row from the same checkpoint before another start is rejected", "", low=1)
+    tries: int = setting(3, "maximum number of successive starts from the same checkpoint", "", low=1)
     stop_early_seconds: float = setting(
         120.0, "save a checkpoint and exit with code 75 this long before the job's time limit; 0: off", "s", low=0.0,
     )
@@ -256,7 +258,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class FaultSettings:
-    """Recovery from failed ranks."""
+    """Settings faults.*: recovery from failed ranks."""
 
     min_ranks: int = setting(1, "with ULFM: continue after failures if at least this many ranks remain", "ranks", low=1)
     respawn: bool = setting(False, "with ULFM: start new ranks to replace failed ranks, if the launcher supports it", "bool")
@@ -264,17 +266,17 @@ class FaultSettings:
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """What is recorded besides metrics.jsonl (docs/report.md)."""
+    """Settings metrics.*: what is recorded besides metrics.jsonl (docs/report.md)."""
 
     timeline: str = setting("", "steps FIRST:LAST to trace on all ranks, written to RUN/timeline.json; empty: none", "steps")
-    kernels: bool = setting(False, "trace kernels with torch.profiler in these steps too, one file per rank", "bool")
+    kernels: bool = setting(False, "also trace kernels with torch.profiler in the steps of timeline, one file per rank", "bool")
     tensorboard: bool = setting(False, "write scalars to RUN/tensorboard too (pip install 'mpidp[tensorboard]')", "bool")
     energy: bool = setting(True, "read the energy counters of CPUs (RAPL) and GPUs (NVML), if available", "bool")
 
 
 @dataclass(frozen=True)
 class EnergySettings:
-    """Emissions and prices for mpidp.report."""
+    """Settings energy.*: emissions and prices for mpidp.report."""
 
     grams_per_kwh: float = setting(0.0, "carbon intensity of your electricity (CO2e), for mpidp.report; 0: unknown", "g/kWh",
                                    low=0.0)

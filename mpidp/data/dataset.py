@@ -1,8 +1,8 @@
-"""Batches of any map-style dataset: each item exactly once per epoch at any number of ranks. Independent; it knows no ranks.
+"""Batches of any map-style dataset. An epoch has each item exactly once, at any number of ranks. Independent.
 
-Position k of epoch e is item permute(k) of a Feistel permutation keyed by (seed, e), so no index list is stored. A global batch
-is the next `batch` positions, split into micro-batches and lanes as in training (mpidp/data/lanes.py). The last batch of an epoch
-may be shorter. The state is one integer.
+Position k of epoch e has item permute(k), where permute is a Feistel permutation keyed by (seed, e). So no index list is stored.
+A global batch is the next `batch` positions, split into micro-batches and lanes as in training (mpidp/data/lanes.py). The last
+batch of an epoch may be shorter. The whole state is the number of the next batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpidp.errors import DataError, UsageError
 
 
 class Items:
-    """Micro-batches of a dataset, by (batch, v). Batches are numbered from 0 over all epochs; next_batch is the whole state."""
+    """Micro-batches of a dataset, by (batch, v). Batches are numbered from 0 over all epochs."""
 
     def __init__(
         self, dataset: Any, lanes: Lanes, seed: int, shuffle: bool, collate: Callable[[list[Any]], Any] | None
@@ -26,19 +26,19 @@ class Items:
         self.dataset, self.lanes, self.seed, self.shuffle = dataset, lanes, seed, shuffle
         self.num_items, self.next_batch = len(dataset), 0
         self._collate = collate
-        self._order: tuple[int, list[int]] = (-1, [])  # (batch, its items) of the last batch read
+        self._order: tuple[int, list[int]] = (-1, [])  # the last batch read, and its item indices
 
     def __len__(self) -> int:
-        """Global batches per epoch."""
+        """Return the number of global batches per epoch."""
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """Return the number of items in micro-batch v of a global batch; fewer or none in an epoch's last batch."""
+        """Return the number of items in micro-batch v of a global batch. It may be smaller, or 0, in an epoch's last batch."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 
     def indices(self, batch: int, v: int) -> list[int]:
-        """Return the indices of these items, in order."""
+        """Return the dataset indices of the items in micro-batch v of a global batch, in order."""
         if self._order[0] != batch:
             epoch, step = divmod(batch, len(self))
             start = step * self.lanes.global_batch
@@ -50,9 +50,9 @@ class Items:
         return self._order[1][places.start : places.stop]
 
     def read(self, batch: int, v: int) -> tuple[int, Any]:
-        """Return (number of items, collated items) of a micro-batch; (0, None) if it is empty.
+        """Return (number of items, collated items) of a micro-batch, or (0, None) if the micro-batch is empty.
 
-        DataError names the item if the dataset raises.
+        Raises DataError, which names the item, if the dataset raises an exception.
         """
         found = []
         for i in self.indices(batch, v):
@@ -73,7 +73,7 @@ class Items:
         return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the saved batch, at any number of ranks. UsageError if the dataset's settings have changed."""
+        """Continue at the saved batch, at any number of ranks. Raises UsageError if settings have changed."""
         now = self.state_dict()
         changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
         if changed:
@@ -88,8 +88,9 @@ def from_dataset(
     """Return the batches of a map-style dataset for mpidp.library.
 
     dataset: anything with len() and [i]; batch: items per step over all ranks; micro_batch: items per forward pass, 0: an
-    eighth of the batch, so that up to 8 ranks can share it; lanes: as train.lanes; collate: turns a list of items into a batch,
-    by default torch's default_collate. UsageError, DataError. Independent.
+    eighth of the batch, so that up to 8 ranks can share it; lanes: as train.lanes; collate: makes a batch of a list of items, by
+    default with torch's default_collate. Raises UsageError if an argument is invalid, and DataError if there are no items.
+    Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

@@ -14,17 +14,17 @@ from mpidp.errors import DataError
 INDEX_FORMAT = "mpidp-shards"
 VERSION = 1
 MAX_INDEX_BYTES = 256 * 2**20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # no folders, no hidden files, no ".."
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # excludes folders, hidden files and ".."
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One shard as the index describes it."""
+    """The index's record of one shard."""
 
     name: str
     split: str
     tokens: int
-    documents: int  # that start in this file
+    documents: int  # number of documents that start in this file
     text_bytes: int  # UTF-8 bytes of the tokens' text
     size: int  # bytes of the file
     crc32: str
@@ -38,7 +38,7 @@ class SplitRecord:
     tokens: int
     documents: int
     text_bytes: int
-    loss_mask: bool
+    loss_mask: bool  # whether its shards have a loss mask
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Index:
     """A validated index.json."""
 
     vocab_size: int
-    eod: int
+    eod: int  # end-of-document id
     tokenizer_kind: str
     tokenizer_sha256: str
     splits: dict[str, SplitRecord]
     files: list[FileRecord]
     source: dict[str, Any]
     sha256: str = ""  # of index.json itself
-    window: int = 0  # packed: no document crosses a multiple of this many tokens; 0: documents are concatenated
+    window: int = 0  # if packed: no document crosses a multiple of this many tokens; 0: not packed
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
-        """Return the contents of tokenizer.json. DataError if it is missing or has changed."""
+        """Return the contents of tokenizer.json. Raises DataError if it is missing or has changed."""
         path = folder / "tokenizer.json"
         try:
             content = path.read_bytes()
@@ -67,7 +67,7 @@ class Index:
         return content
 
     def to_json(self) -> str:
-        """Return the contents of index.json. They depend on the shards only, not on who wrote them or when."""
+        """Return the contents of index.json. They depend on the shards only, so equal shards have an equal index."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
         packed = {"window": self.window} if self.window else {}
         return json.dumps({
@@ -78,7 +78,7 @@ class Index:
 
 
 def read_index(folder: Path, name: str = "index.json") -> Index:
-    """Read the index of a folder of shards. DataError if it is missing or invalid. Independent."""
+    """Read the index of a folder of shards. Raises DataError if it is missing or invalid. Independent."""
     path = folder / name
     try:
         with open(path, "rb") as file:

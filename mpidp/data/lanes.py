@@ -1,8 +1,8 @@
 """Lanes: a partition of the global batch that does not depend on the number of ranks. Pure.
 
-A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter), and
-these into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are accumulated in order. V and L
-are fixed for a run. Any rank may compute a lane; the result is bit-identical.
+A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter). The
+micro-batches are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are
+accumulated in order. V and L are fixed for a run. The result of a lane is bit-identical on any rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def even_ranges(num_lanes: int, size: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Lanes:
-    """The partition of one global batch. Independent (no communication)."""
+    """The partition of one global batch into micro-batches and lanes. Independent."""
 
     global_batch: int  # sequences per step
     micro_batch: int  # sequences per forward pass
@@ -35,7 +35,7 @@ class Lanes:
 
     @property
     def num_micro_batches(self) -> int:
-        """V, the number of micro-batches."""
+        """The number of micro-batches, V."""
         return -(-self.global_batch // self.micro_batch)
 
     def micro_batches(self, lane: int) -> range:

@@ -2,7 +2,7 @@
 
 The whole state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Another
 rank's lane may move to this rank, so other micro-batches are read on demand, with the same bits. On CUDA, a rank's part of the
-corpus stays on the device if it fits, and a batch is then one gather.
+corpus stays on the device if it fits. A micro-batch is then made with one gather.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
 
 IGNORED = -100  # target that is ignored by the loss (torch's convention)
-RESIDENT_SHARE = 0.25  # resident="auto": largest part of the device's free memory to use
-PIECE_TOKENS = 2**23
+RESIDENT_SHARE = 0.25  # with resident="auto": largest share of the device's free memory to use
+PIECE_TOKENS = 2**23  # tokens read at a time
 
 
 @dataclass
 class MicroBatch:
     """The data of one forward pass. b may be less than micro_batch, or 0, in an epoch's last batch."""
 
-    v: int
+    v: int  # number of the micro-batch in its global batch
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, -100 where a target is ignored
-    num_tokens: int  # targets that are not ignored
+    num_tokens: int  # number of targets that are not ignored
     positions: Tensor | None = None  # (b, T) int64, within each document
     doc_ids: Tensor | None = None  # (b, T) int64
 
@@ -40,9 +40,9 @@ class MicroBatch:
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
         """Make a micro-batch of windows (b, T + 1) int64 on the host. Pure.
 
-        counts: (b, T + 1) bool, which tokens are targets; None: all. starts: (b, T + 1) bool, which tokens start a document, if
-        documents are kept apart. Document starts are not targets: nothing precedes them. Tokens before the first start of a
-        window are the rest of an earlier document.
+        counts: (b, T + 1) bool, true for tokens that are targets; None: all are. starts: (b, T + 1) bool, true for tokens that
+        start a document; None: documents are not kept apart. The first token of a document is not a target, because nothing
+        precedes it. Tokens before the first start in a window belong to an earlier document.
         """
         targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
         if counts is not None:
@@ -60,11 +60,11 @@ class MicroBatch:
         return MicroBatch(self.v, change(self.tokens), change(self.targets), self.num_tokens, positions, doc_ids)
 
     def pinned(self) -> MicroBatch:
-        """Return a copy in pinned memory. Independent."""
+        """Return a copy of the micro-batch in pinned memory. Independent."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy to the device, asynchronously. Independent."""
+        """Return the micro-batch on the device. The copy is asynchronous. Independent."""
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -72,13 +72,13 @@ class MicroBatch:
 class Batch:
     """One global batch: batch[v] is micro-batch v, prefetched or read on demand. Thread-safe.
 
-    IndexError if v is too large. A read error (DataError) closes the loader.
+    Raises IndexError if v is out of range. Raises DataError if reading fails, which also closes the loader.
     """
 
     batch: int  # numbered from 0 over all epochs
     epoch: int
-    micro_batches: dict[int, MicroBatch]  # by v: those read so far
-    read: Callable[[int, int], MicroBatch]  # reads another one, by (batch, v)
+    micro_batches: dict[int, MicroBatch]  # the micro-batches read so far, by v
+    read: Callable[[int, int], MicroBatch]  # reads another micro-batch, from (batch, v)
 
     def __getitem__(self, v: int) -> MicroBatch:
         found = self.micro_batches.get(v)
@@ -88,7 +88,7 @@ class Batch:
 
 
 def check_targets(stream: TokenStream, first: int) -> None:
-    """Raise DataError if the loss mask excludes all of the first `first` targets. Stops reading at the first included one.
+    """Raise DataError if the loss mask excludes all of the first `first` targets. Stops reading at the first included target.
 
     Independent.
     """
@@ -107,10 +107,10 @@ def check_targets(stream: TokenStream, first: int) -> None:
 class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    micro_batches: the v that this rank is expected to compute. prefetch: batches to read ahead. resident: "auto", "true" or
-    "false": on CUDA, keep the tokens that these v read on the device ("auto": if they need less than a quarter of its free
-    memory). It has no effect on CPUs, with a loss mask, or if documents are kept apart. Errors of the thread (DataError: an id
-    outside the vocabulary) are raised by next(), and by every later next().
+    micro_batches: numbers v that this rank is expected to compute. prefetch: number of batches to read ahead. resident:
+    whether the tokens of these micro-batches stay on a CUDA device: "true", "false", or "auto" (if they need less than a quarter
+    of its free memory). resident has no effect on CPUs, with a loss mask, or if documents are kept apart. An error in the thread,
+    for example DataError for an id outside the vocabulary, is raised by next() and by every later next().
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Loader:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._micro_batches = tuple(micro_batches)
         self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
-        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool advised; thread only
+        self._advised: dict[int, tuple[int, int]] = {}  # by lane: (epoch, number) of the last pool advised
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._error: BaseException | None = None
         self._closed = threading.Event()
@@ -149,7 +149,10 @@ class Loader:
         return batch
 
     def expect(self, micro_batches: Sequence[int]) -> None:
-        """Prefetch these v from now on. Batches prefetched before read new v on demand. Resident tokens do not change."""
+        """Prefetch these micro-batches from now on. Resident tokens do not change.
+
+        Batches that are already prefetched read the other micro-batches on demand.
+        """
         self._micro_batches = tuple(micro_batches)
 
     def close(self) -> None:
@@ -170,7 +173,7 @@ class Loader:
                     ahead.append(self._read(batch, v))
                 self._queue.put(ahead)
                 batch += 1
-        except BaseException as error:  # next() raises it in the main thread
+        except BaseException as error:  # next() raises the error in the main thread
             self._queue.put(error)
 
     def _read_now(self, batch: int, v: int) -> MicroBatch:
@@ -208,7 +211,7 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Advise the kernel of each pool's blocks once, one pool ahead. Not for lanes read on demand: their rank advised them."""
+        """Ask the kernel to read the blocks of this micro-batch's pools and of the following pools ahead, once for each pool."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):
@@ -247,7 +250,7 @@ class _Resident:
     def make(
         cls, stream: TokenStream, sampler: Sampler, micro_batches: Sequence[int], device: torch.device, resident: str
     ) -> _Resident | None:
-        """Load the tokens to the device; return None if they are to be streamed instead."""
+        """Load the tokens to the device. Returns None if they must be streamed instead."""
         windows = sampler.extent(micro_batches)
         if device.type != "cuda" or resident == "false" or stream.has_loss_mask or stream.apart or not windows:
             return None

@@ -7,12 +7,12 @@ from functools import lru_cache
 
 import numpy as np
 
-ROUNDS = 8
+ROUNDS = 8  # of the Feistel network
 
 
 @lru_cache(maxsize=1024)
 def keys_of(*key: object) -> np.ndarray:
-    """Return independent round keys (ROUNDS, 1) uint64 for any key with a stable repr."""
+    """Return independent keys for the Feistel rounds, (ROUNDS, 1) uint64, from any values with a stable repr."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
 
@@ -23,7 +23,7 @@ def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Invert permute()."""
+    """Apply the inverse of permute() to each x (uint64)."""
     return _walk(x, n, keys, inverse=True)
 
 
@@ -37,7 +37,7 @@ def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Apply a balanced Feistel network on 2 half_bits bits. It uses only integers, so all machines agree."""
+    """Apply a balanced Feistel network on 2 half_bits bits. It uses only integers, so all machines give the same result."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = x >> shift, x & mask
     if inverse:

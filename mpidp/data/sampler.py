@@ -1,9 +1,9 @@
-"""The order of windows: which windows a micro-batch has, as a pure function of (seed, batch, micro-batch). Independent.
+"""The order of windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
 
 Window w consists of tokens [w T, w T + T + 1) of the stream: T inputs, and the T targets shifted by one. An epoch has each window
-once. Batches are numbered over all epochs; the last batch of an epoch may be shorter.
+exactly once. Batches are numbered over all epochs; the last batch of an epoch may be shorter.
 
-order="sequential": position k of an epoch is window k.
+order="sequential": position k of an epoch has window k.
 
 order="shuffled": each lane reads its own contiguous part of the stream. Within a part, blocks of about 1 MiB are permuted. The
 windows of 16 consecutive permuted blocks (a pool) are then permuted again. So reads are long, and neighbouring windows of the
@@ -30,23 +30,23 @@ ORDERS = ("shuffled", "sequential")
 
 
 class Pool(NamedTuple):
-    """A sequence of blocks that is fetched together. Pools of a lane and epoch are read in the order of their numbers."""
+    """A number of blocks that are fetched together. Pools of a lane and epoch are read in the order of their numbers."""
 
-    lane: int  # sequential order: the micro-batch v
-    epoch: int  # sequential order: the batch
+    lane: int  # with sequential order: the micro-batch v
+    epoch: int  # with sequential order: the batch
     number: int
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The order of a stream's windows. DataError if the stream is shorter than one window."""
+    """The order of a stream's windows. Raises DataError if the stream is shorter than one window."""
 
     num_tokens: int
     seq_len: int  # T, tokens per window
     lanes: Lanes
     seed: int
     order: str = "shuffled"
-    token_bytes: int = 2  # as stored; determines the number of windows in a block
+    token_bytes: int = 2  # bytes of a stored token; determines the number of windows in a block
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -57,17 +57,17 @@ class Sampler:
 
     @cached_property
     def num_windows(self) -> int:
-        """Windows per epoch."""
+        """The number of windows per epoch."""
         return max(0, self.num_tokens - 1) // self.seq_len
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Global batches per epoch; the last may be shorter."""
+        """The number of global batches per epoch. The last one may be shorter."""
         return -(-self.num_windows // self.lanes.global_batch)
 
     @cached_property
     def block_windows(self) -> int:
-        """Windows per block."""
+        """The number of windows per block."""
         return max(1, BLOCK_BYTES // (self.seq_len * self.token_bytes))
 
     def batch_sequences(self, batch: int) -> int:
@@ -82,7 +82,7 @@ class Sampler:
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Return window ids (b,) int64 of micro-batch v; fewer or none in an epoch's last batch."""
+        """Return window ids (b,) int64 of micro-batch v. In an epoch's last batch there may be fewer ids, or none."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
             return np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -99,7 +99,7 @@ class Sampler:
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
-        """Return the pools that contain windows(batch, v), usually one."""
+        """Return the pools that contain windows(batch, v): usually one pool."""
         epoch, lane, positions = self._positions(batch, v)
         if not positions:
             return []
@@ -108,7 +108,7 @@ class Sampler:
         return self._pools_of(self.part(lane), positions, epoch, lane)
 
     def following(self, pool: Pool) -> Pool | None:
-        """Return the pool that the lane reads next in this epoch, or None."""
+        """Return the pool that the lane reads next in this epoch, or None if this is the last."""
         if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
             return None
         return pool._replace(number=pool.number + 1)
@@ -134,7 +134,7 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions); positions are relative to the lane's part, or to the epoch if sequential."""
+        """Return (epoch, lane, positions). Positions are relative to the lane's part, or to the epoch if order is sequential."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -146,7 +146,7 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return where the shorter last block ends among the permuted blocks, and the number of windows it lacks."""
+        """Return the position at which the shorter last block ends after permutation, and the number of windows it lacks."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
@@ -183,7 +183,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return RUN windows of a pool. Permuting many at once costs hardly more than permuting those of one micro-batch."""
+    """Return windows [run RUN, (run + 1) RUN) of a pool. RUN windows are permuted at once, because this is hardly slower
+    than permuting those of one micro-batch."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

@@ -1,6 +1,6 @@
 """The shard format: HDF5 files of tokens and an index.json. Files are validated, then mapped into memory.
 
-    DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last: the commit)
+    DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last)
 
 A shard has these datasets, contiguous and unfiltered so that they can be mapped:
   tokens       (n,)  uint16 if vocab_size <= 65536, else uint32
@@ -11,11 +11,11 @@ and the scalar attributes format, version, split, shard, num_shards, vocab_size,
 index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window (optional),
 splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size, crc32,
 sha256}]. text_bytes: UTF-8 bytes of the tokens' text; size: bytes of the file; crc32, sha256: of the file. With a window, no
-document crosses a multiple of this many tokens, each split ends with one more token, and documents are to be kept apart. The
-tokens of a split, over its files in the order of the index, form one stream.
+document crosses a multiple of this many tokens, each split ends with one more token, and documents must be kept apart. The files
+of a split, in the order of the index, form one stream of tokens.
 
-An HDF5 file can be malicious: external storage can return any file of the machine, links can lead to other files, and small files
-can declare huge data. So only hard-linked, contiguous, unfiltered datasets inside the file, with the index's length, are mapped.
+An HDF5 file can be malicious. External storage and links can refer to any file of the machine, and a small file can declare huge
+datasets. So only hard-linked, contiguous, unfiltered datasets inside the file, with the index's length, are mapped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
-PIECE_BYTES = 4 * 2**20  # read and hashed at a time
+PIECE_BYTES = 4 * 2**20  # bytes read and hashed at a time
 
 
 @dataclass
@@ -58,8 +58,8 @@ class _Mapped:
 class TokenStream:
     """All tokens of one split, concatenated over its shards in index order. Independent. Thread-safe.
 
-    The constructor reads only index.json; a shard is opened at its first read. DataError if the index or split is missing or
-    invalid.
+    The constructor reads only index.json. A shard is opened at its first read. Raises DataError if the index or the split is
+    missing or invalid.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -75,21 +75,21 @@ class TokenStream:
         self.text_bytes: int = totals.text_bytes
         self.has_loss_mask: bool = totals.loss_mask
         self.vocab_size, self.eod = index.vocab_size, index.eod
-        self.apart: bool = index.window > 0  # attention within documents; document starts are not targets
+        self.apart: bool = index.window > 0  # whether attention stays within documents, and document starts are not targets
         self.tokenizer_sha256, self.index_sha256 = index.tokenizer_sha256, index.sha256
         self.dtype = token_dtype(self.vocab_size)
         self.token_bytes: int = self.dtype.itemsize
-        self.bytes_read = 0  # by read() and read_mask()
-        self.bytes_fetched = 0  # by advise()
+        self.bytes_read = 0  # bytes returned by read() and read_mask()
+        self.bytes_fetched = 0  # bytes that advise() asked the kernel to read
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
         self._mapped: dict[int, _Mapped] = {}
-        self._checked: dict[int, np.ndarray] = {}  # document starts, by file
+        self._checked: dict[int, np.ndarray] = {}  # validated document starts, by file
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
-        """Set whether documents are kept apart, from data.documents (auto, joined, apart).
+        """Set whether documents are kept apart. documents: the value of data.documents (auto, joined, apart).
 
-        UsageError if the shards were packed for another window length. Independent.
+        Raises UsageError if the shards were packed for another window length. Independent.
         """
         packed = self.index.window
         self.apart = documents == "apart" or documents == "auto" and packed > 0
@@ -100,7 +100,7 @@ class TokenStream:
             )
 
     def check(self, files: Iterable[int] | None = None, contents: bool = False) -> None:
-        """Check existence, size and header of files (default: all); contents: their checksums, too. DataError names the file."""
+        """Raise DataError if a file (default: all) is missing or has a wrong size, header or, with `contents`, checksum."""
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
@@ -110,7 +110,7 @@ class TokenStream:
                                        f"{self.files[i].crc32})")
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return a copy of tokens [start, start + count), (count,) uint16 or uint32."""
+        """Return a copy of tokens [start, start + count): (count,) uint16 or uint32."""
         out = np.empty(count, dtype=self.dtype)
         for i, first, n, at in self._pieces(start, count):
             out[at : at + n] = self._map(i).tokens[first : first + n]
@@ -119,7 +119,7 @@ class TokenStream:
         return out
 
     def read_mask(self, start: int, count: int) -> np.ndarray | None:
-        """Return which of these tokens are targets, (count,) bool; None if the split has no loss mask."""
+        """Return (count,) bool, true for tokens that are targets. Returns None if the split has no loss mask."""
         if not self.has_loss_mask:
             return None
         out = np.empty(count, dtype=np.bool_)
@@ -132,7 +132,7 @@ class TokenStream:
         return out
 
     def read_starts(self, start: int, count: int) -> np.ndarray:
-        """Return which of tokens [start, start + count) start a document, (count,) bool."""
+        """Return (count,) bool, true for tokens of [start, start + count) that start a document."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             if i not in self._checked:
@@ -160,15 +160,15 @@ class TokenStream:
         return self.files[i].name, position - int(self._starts[i])
 
     def check_ids(self, start: int, ids: np.ndarray) -> None:
-        """Raise DataError if ids (count,), read at `start`, are not all below the vocabulary size."""
+        """Raise DataError if an id is not below the vocabulary size. ids: (count,), read from position `start` of the stream."""
         if ids.size and ids.max() >= self.vocab_size:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
             raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}; the file "
-                            f"is damaged: python -m data_tools.verify {self.path}, then prepare it again")
+                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare it again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
-        """Return where documents start in a file, (d,) uint64, ascending. DataError if they are not, or are outside the file."""
+        """Return where documents start in a file, (d,) uint64. Raises DataError if they are invalid."""
         offsets = self._map(file).doc_offsets
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets are not ascending or lie outside the file")
@@ -193,7 +193,7 @@ class TokenStream:
                     self._mapped[i] = self._open(i)
                 except FileNotFoundError:
                     raise self._error(i, "it is missing") from None
-                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # raised by h5py on damaged files
+                except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises these on damaged files
                     raise self._error(i, f"it cannot be opened as HDF5 ({error})") from None
             return self._mapped[i]
 
@@ -203,7 +203,7 @@ class TokenStream:
         if not S_ISREG(status.st_mode):
             raise self._error(i, "it is not a regular file")
         if status.st_size != record.size:
-            raise self._error(i, f"it has {status.st_size} bytes, index.json says {record.size}: truncated, or the wrong file")
+            raise self._error(i, f"it has {status.st_size} bytes, not the index's {record.size}: truncated, or the wrong file")
         spans: dict[str, tuple[int, int]] = {}
         with h5py.File(path, "r", locking=False) as file:
             if file.userblock_size:
@@ -212,7 +212,7 @@ class TokenStream:
                       "tokenizer_sha256": self.tokenizer_sha256}
             for name, value in wanted.items():
                 if (found := _attribute(file, name)) != value:
-                    raise self._error(i, f"its attribute {name} is {found!r}, but index.json says {value!r}")
+                    raise self._error(i, f"its attribute {name} is {found!r}, but index.json implies {value!r}")
             lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
             if self.has_loss_mask:
                 lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
@@ -225,7 +225,7 @@ class TokenStream:
         return _Mapped(mapped, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
 
     def _span(self, i: int, file: h5py.File, name: str, length: int, dtype: np.dtype[Any]) -> tuple[int, int]:
-        """Validate a dataset; return its (offset, bytes) in the file."""
+        """Validate a dataset, and return its offset and size in the file, in bytes."""
         key = name.encode()
         if not file.id.links.exists(key) or file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
             raise self._error(i, f"it has no dataset {name}, or only a link to another file")
@@ -239,7 +239,7 @@ class TokenStream:
         if not dataset.get_type().equal(stored_type[dtype.itemsize]):
             raise self._error(i, f"{name} is not of type {dtype.name}")
         if dataset.shape != (length,):
-            raise self._error(i, f"{name} has shape {dataset.shape}, but index.json says ({length},)")
+            raise self._error(i, f"{name} has shape {dataset.shape}, but index.json implies ({length},)")
         if length == 0:
             return 0, 0
         size, offset = dataset.get_storage_size(), dataset.get_offset()
@@ -252,7 +252,7 @@ class TokenStream:
 
 
 def _attribute(file: h5py.File, name: str) -> int | str | None:
-    """Return a scalar attribute, or None."""
+    """Return a scalar attribute, or None if there is no such attribute."""
     if name not in file.attrs or file.attrs.get_id(name).shape != ():
         return None
     value = file.attrs[name]
@@ -272,7 +272,7 @@ def checksums(path: Path) -> tuple[str, str]:
 
 
 class Written(NamedTuple):
-    """Size and checksums of a written file, for the index."""
+    """The size in bytes and the checksums of a written file, for the index."""
 
     size: int
     crc32: str

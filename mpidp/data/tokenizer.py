@@ -22,7 +22,7 @@ import numpy as np
 from mpidp.errors import DataError, UsageError
 
 FORMAT = "mpidp-tokenizer"
-MAX_FILE_BYTES = 256 * 2**20  # larger than any tokenizer in use; limits what a malicious file can make us read
+MAX_FILE_BYTES = 256 * 2**20  # no tokenizer in use is larger; limits the memory that a malicious file can use
 MAX_VOCAB = 2**24
 USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
 
@@ -47,7 +47,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Encode a text, without EOD. DataError for a character that is not in a char vocabulary."""
+        """Encode a text, without EOD. Raises DataError if a character is not in a char vocabulary."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Encode several texts."""
@@ -59,11 +59,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def count_bytes(self, ids: np.ndarray) -> int:
-        """Return the number of UTF-8 bytes of the ids' text (EOD: 0), from a table of bytes per token or by decoding."""
+        """Return the number of UTF-8 bytes of the text of these ids. EOD has 0 bytes."""
 
     @abstractmethod
     def to_json(self) -> str:
-        """Return the contents of tokenizer.json. For a loaded file this is exactly its text, so its sha256 does not change."""
+        """Return the contents of tokenizer.json. For a loaded file this is exactly its text, so the sha256 does not change."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -88,7 +88,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, for small corpora. characters: distinct; id i is the i-th."""
+    """One token per character, for small corpora. characters: all distinct; the i-th has id i."""
 
     kind = "char"
 
@@ -123,10 +123,10 @@ class CharTokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json through the `tokenizers` library.
+    """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    text: the file's contents. eod: the token (or id) that ends a document; None: one of USUAL_EOD. DataError if the file is
-    malformed or has no such token. Encoding adds no special tokens and never truncates or pads.
+    text: the file's contents. eod: the token (or id) that ends a document; None: one of USUAL_EOD. Raises DataError if the
+    file is malformed or has no such token. Encoding adds no special tokens and never truncates or pads.
     """
 
     kind = "bpe"
@@ -170,7 +170,7 @@ class HFTokenizer(Tokenizer):
         return self._text
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Encode again if EOD occurs in the text and the file does not mark it as special: split each EOD in its middle."""
+        """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""
         if not (ids == self.eod).any() or self._eod_text not in text or len(self._eod_text) < 2:
             return ids
         half = len(self._eod_text) // 2
@@ -182,7 +182,7 @@ class HFTokenizer(Tokenizer):
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
 
     def _count_table(self, vocab: dict[str, int]) -> np.ndarray | None:
-        """Return bytes per id for byte-level BPE, where each character of a token is one byte; else None."""
+        """Return bytes per id for byte-level BPE, where each character of a token is one byte. Else return None."""
         parsed = json.loads(self._text)
         if (parsed.get("decoder") or {}).get("type") != "ByteLevel":
             return None
@@ -196,10 +196,10 @@ class HFTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """Load a tokenizer.json, or the one in a folder (shards, a run). Independent.
+    """Load a tokenizer.json, or the one in a folder of shards or of a run. Independent.
 
     eod: for Hugging Face files, the token that ends a document; None: the one in the folder's index.json, else one of USUAL_EOD.
-    DataError if the file is missing, malformed or too large.
+    Raises DataError if the file is missing, malformed or too large.
     """
     path = Path(path)
     if path.is_dir():
@@ -221,7 +221,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
-    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). DataError if malformed."""
+    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if it is malformed."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -242,7 +242,7 @@ def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
 
 
 def check_bpe_size(vocab_size: int, option: str = "") -> None:
-    """Raise UsageError if byte-level BPE cannot have this size, or without the `tokenizers` library. Independent."""
+    """Raise UsageError if byte-level BPE cannot have this size, or if `tokenizers` is missing. Independent."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise UsageError(f"--tokenizer {option or f'bpe:{vocab_size}'}: the vocabulary size must be in 257..{MAX_VOCAB} "
                          "(at least 256 bytes and EOD)")
@@ -252,7 +252,7 @@ def check_bpe_size(vocab_size: int, option: str = "") -> None:
 def train_bpe(texts: Iterator[str], vocab_size: int) -> HFTokenizer:
     """Train byte-level BPE with at most vocab_size ids (EOD is 0, then 256 bytes). The same texts give the same tokenizer.
 
-    UsageError if vocab_size is below 257 or the `tokenizers` library is missing. Independent.
+    Raises UsageError if vocab_size is below 257 or the `tokenizers` library is missing. Independent.
     """
     check_bpe_size(vocab_size)
     tokenizers = _library()

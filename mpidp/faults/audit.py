@@ -1,9 +1,9 @@
 """Audits detect silent errors of memory and cores.
 
 Every `every` steps an audit checks two things. *Weights*: replicas compare checksums of parameters and optimizer state, tensor by
-tensor. A replica that differs from the majority is overwritten with the majority's state; without a majority the run returns to
-its last checkpoint, before which weights were also compared. *Computation*: one lane of each rank is computed a second time by
-another rank, in rotation, before gradients are reduced. If the two results are not bit-identical, the step is repeated.
+tensor. A replica that differs from the majority is overwritten with the majority's state. Without a majority the run returns to
+its last checkpoint; the weights were compared before it was saved. *Computation*: before gradients are reduced, one lane of each
+rank is computed a second time by another rank, in rotation. If the two results are not bit-identical, the step is repeated.
 
 On a mesh, each part of the model is compared with the same part of the other replicas. Parameters that all ranks of a stage hold
 (gains of norms) are compared within the stage, too. If they differ only there, the run returns to its last checkpoint.
@@ -28,13 +28,14 @@ from mpidp.reducers.buckets import FlatLayout, GradientBuffer
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the sum of a float32 tensor's bits as integers, modulo 2^64. Any flipped bit changes it; the order of addition does
-    not. Independent."""
+    """Return the sum of a float32 tensor's bits, read as integers, modulo 2^64. A flipped bit always changes the sum; the order
+    of addition does not. Independent."""
     return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
-    """Return (index of the majority's row, indices of rows that differ from it); (None, all) without a majority. Pure."""
+    """Return (index of the majority's row, indices of rows that differ from it), or (None, all indices) without a majority.
+    Pure."""
     row, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None, list(range(len(rows)))
@@ -49,7 +50,7 @@ def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
 
 
 class SpareSlot:
-    """Takes the place of the strategy while a lane is computed for comparison only: gradients go to a spare slot."""
+    """Replaces the strategy while a lane is computed only for comparison. Gradients are written to a spare slot."""
 
     def __init__(self, buffer: GradientBuffer, slot: int) -> None:
         self._buffer, self._slot = buffer, slot
@@ -68,8 +69,8 @@ class AuditFinding:
     """An error that an audit found; equal on all ranks."""
 
     ranks: list[int]  # ranks with different bits, or all ranks that may be wrong
-    what: str
-    repaired: bool
+    what: str  # description for the user
+    repaired: bool  # whether these ranks now have the majority's state
 
 
 class Audit:
@@ -79,8 +80,8 @@ class Audit:
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
         is_cut: Callable[[str], bool],
     ) -> None:
-        """every: steps between audits; 0: never. replicas: the ranks that share each copy of the flat tensors. flats: the flat
-        tensors by name. is_cut: whether the ranks of a stage hold different parts of this parameter."""
+        """every: steps between audits; 0: never. replicas: for each replica, the ranks that share its flat tensors. flats: the
+        flat tensors by name. is_cut: returns whether the ranks of a stage hold different parts of this parameter."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
         self._lanes: dict[int, int] = {}  # lanes audited in this step -> the rank that owns each
@@ -93,7 +94,7 @@ class Audit:
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
         """Return the findings of all ranks as one, equal on all ranks. Collective over the job's ranks."""
         found = [finding for finding in own if finding is not None]
-        if self._grid.parts == 1:  # all ranks have the same result
+        if self._grid.parts == 1:  # without a mesh, all ranks have the same result
             return found[0] if found else None
         any_found = np.array([len(found)])
         self._grid.world.Allreduce(MPI.IN_PLACE, any_found)
@@ -112,7 +113,7 @@ class Audit:
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
         """Begin the audit of a step. Return (lane that this rank computes a second time, all audited lanes). Independent."""
         size, round_ = self.comm.size, step // self.every
-        # Not offset size / 2: the same two ranks would check each other twice, and one could not tell which of them is wrong.
+        # The offset size / 2 is skipped: two ranks would check each other twice, which does not show which of them is wrong.
         offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
         offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]
@@ -159,7 +160,7 @@ class Audit:
 
     def _between_replicas(self) -> AuditFinding | None:
         views = self._views()
-        first_ranks = [members[0] for members in self.replicas]  # ranks that share a copy read the same memory
+        first_ranks = [members[0] for members in self.replicas]  # ranks that share flat tensors read the same memory
         good, bad, what = _compare(self.comm, views, first_ranks)
         if not bad:
             return None
@@ -184,8 +185,8 @@ class Audit:
 
 
 def _compare(comm: MPI.Intracomm, views: Mapping[str, Tensor], ranks: Sequence[int]) -> tuple[int | None, list[int], str]:
-    """Compare the checksums of views on `ranks`. Return (index of a correct rank or None, indices of wrong ranks, description).
-    Collective over comm."""
+    """Compare the checksums of views on `ranks`. Return (index of a correct rank or None, indices of wrong ranks, a description
+    of the difference). Collective over comm."""
     row = np.array([checksum(view) for view in views.values()], dtype=np.int64)
     table = np.empty((comm.size, len(row)), dtype=np.int64)
     comm.Allgather(row, table)

@@ -1,9 +1,10 @@
-"""The heartbeat board: where each rank is, recorded outside MPI, so that a hang report can name the ranks that others wait for.
+"""The heartbeat board records the step and phase of each rank without MPI. A hang report uses it to name the ranks that others
+wait for.
 
-The ranks of a node share a small memory with a slot for each rank. A write takes microseconds and does not touch the disk, and
-the slot of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress,
-the node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, since two nodes must not
-write to the same page. If the folder disappears or is not writable, only information about other nodes is missing.
+The ranks of a node share a small memory with a slot for each rank. A write takes microseconds and does not touch the disk. The
+slot of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress, the
+node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, because two nodes must not write
+to the same page. If the folder disappears or is not writable, only information about other nodes is missing.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 SLOT = struct.Struct("<qqdd24s")  # step, bucket, time at which the phase began, time of the last heartbeat, phase
-NODE = struct.Struct("<ddd")  # another node: its file's time stamp, time at which it changed, last heartbeat there
+NODE = struct.Struct("<ddd")  # of another node: time stamp of its file, time at which the file changed, last heartbeat
 CLOCK = struct.Struct("<d")  # time at which this node last wrote its file
 WAITS = ("comm_wait", "reduce", "publish", "evaluate_wait", "checkpoint_wait")  # phases in which a rank mostly waits for others
 ORDER = (  # order of the phases within a step
     "data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "evaluate_wait", "checkpoint",
     "checkpoint_wait",
 )
-SILENT = "?"
+SILENT = "?"  # state of a rank without a heartbeat
 LOST = {"T": "stopped (state T)", "t": "stopped by a debugger (state t)", "Z": "exited (state Z)", "X": "exited"}
 STATES = LOST | {SILENT: "no heartbeat received", "D": "waiting for a disk or a file server (state D)"}
-NAMED = 4  # ranks listed in one message
+NAMED = 4  # maximum number of ranks listed in a message
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class HeartbeatRow:
     step: int = 0
     phase: str = ""
     bucket: int = -1  # the gradient bucket that is being reduced; -1: none
-    entered: float = 0.0  # when the phase began
-    heard: float = math.inf  # the last heartbeat
-    state: str = SILENT  # state letter of its process in /proc
+    entered: float = 0.0  # time since the phase began
+    heard: float = math.inf  # time since the last heartbeat
+    state: str = SILENT  # state letter of the process in /proc
 
     @property
     def place(self) -> tuple[int, int]:
-        """Progress of the rank, for comparisons: step and phase."""
+        """(step, index of the phase): the progress of the rank, for comparisons."""
         return self.step, ORDER.index(self.phase) if self.phase in ORDER else len(ORDER)
 
     def __str__(self) -> str:
@@ -75,8 +76,8 @@ class HeartbeatRow:
 def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
     """Find the ranks that the others wait for. Return (a message, their rows).
 
-    These are the stopped or exited processes, if any. Otherwise the ranks with the least progress, if they are in a phase of work
-    (not of waiting); otherwise ranks without a heartbeat; otherwise the ranks with the least progress. Pure."""
+    They are the first of these groups that is not empty: 1. stopped or exited processes; 2. the ranks with the least progress, if
+    they are not in a phase of waiting; 3. ranks without a heartbeat; 4. the ranks with the least progress. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = [row for row in heard if row.place == min(other.place for other in heard)]
     silent = [row for row in rows if row.state == SILENT]
@@ -127,7 +128,8 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write this node's file and read those of other nodes, unless a rank of this node did so less than every_seconds ago."""
+        """Write this node's file and read the files of other nodes, unless a rank of this node did so in the last
+        every_seconds."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:
             return
@@ -153,9 +155,9 @@ class HeartbeatBoard:
         return [found.get(r) or HeartbeatRow(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
 
     def claim_report(self) -> bool:
-        """Return True on the first rank of a node that calls this: it prints the report. On the others, wait until the process
-        of that rank has exited, then return False."""
-        with suppress(OSError, ValueError):  # no shared file
+        """Return True on the first rank of a node that calls this method; this rank prints the report. On the other ranks, wait
+        until the process of that rank has exited, then return False."""
+        with suppress(OSError, ValueError):  # there is no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -178,7 +180,7 @@ class HeartbeatBoard:
         return rows
 
     def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:
-        """Return (time stamp, rows) of another node's file; no rows if there is no file of this job."""
+        """Return (time stamp, rows) of another node's file. Returns no rows if the file is missing or is of another job."""
         try:
             content: dict[str, Any] = json.loads((self._folder / f"{host}.json").read_text())
             rows = [HeartbeatRow(**row) for row in content["rows"]] if content["token"] == self._token else []
@@ -199,7 +201,9 @@ def open_heartbeat_board(comm: MPI.Intracomm, host: str, run_dir: Path) -> Heart
 
 
 def process_state(pid: int) -> tuple[str, int]:
-    """Return (state letter, start time) of a process on this machine; state X: no such process; ("", 0): unknown. Independent."""
+    """Return (state letter, start time in clock ticks) of a process on this machine.
+
+    Returns ("X", 0) if there is no such process, and ("", 0) if its state is unknown. Independent."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], int(fields[19])

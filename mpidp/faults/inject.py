@@ -11,15 +11,16 @@ torch nor MPI.
 |---|---|
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | os._exit(3), sys.exit(3), a RuntimeError |
-| hang, gil | the rank sleeps forever; gil: and keeps the GIL, so that no other thread runs |
-| delay | from this step on (to until=), the rank sleeps after each micro-batch: seconds= plus (factor= - 1) x its duration |
-| nan | the gradient of one batch is not finite; times=: the gradients of that many batches in a row |
-| wrong | the gradient is wrong: once (correct when the step is repeated); until=: in all steps up to this one |
+| hang, gil | the rank sleeps forever; with gil it also keeps the GIL, so that no other thread runs |
+| delay | from this step on (to until=), each micro-batch is followed by a sleep of seconds= plus (factor= - 1) x its time |
+| nan | the gradient of one batch is not finite; with times=, those of that many successive batches |
+| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, in all steps up to that one |
 | flip | after the update, one bit of a parameter's first element flips: tensor= (index of the parameter), bit= (0..31) |
 
 nan and wrong need comm.reducer=tree, which keeps lanes separate. Faults of the first three rows occur when the phase begins
-(default: compute), or `after=SECONDS` later in any phase (not sysexit, raise, hang). Phases of a step: data, compute, comm_wait,
-update; within update: reduce, apply, publish; after the update: evaluate, checkpoint; when failed ranks are replaced: respawn.
+(default: compute). With `after=SECONDS` they occur that much later, in any phase; sysexit, raise and hang do not support this.
+Phases of a step: data, compute, comm_wait, update; within update: reduce, apply, publish; after the update: evaluate, checkpoint;
+when failed ranks are replaced: respawn.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _raise() -> NoReturn:
 
 
 def make_nan(lane: int, gradient: Any) -> None:
-    """Make the lane's gradient non-finite."""
+    """Set the first element of the lane's gradient to NaN."""
     gradient[0] = math.nan
 
 
@@ -75,7 +76,7 @@ def make_wrong(lane: int, gradient: Any) -> None:
     gradient[0] += 1.0
 
 
-ANYWHERE: dict[str, Callable[[], None]] = {  # these affect the whole process, so a timer thread can cause them
+ANYWHERE: dict[str, Callable[[], None]] = {  # faults of the whole process, which a timer thread can cause
     "kill": partial(_signal, signal.SIGKILL), "segv": partial(_signal, signal.SIGSEGV), "stop": partial(_signal, signal.SIGSTOP),
     "term": partial(_signal, signal.SIGTERM), "usr1": partial(_signal, signal.SIGUSR1), "exit": partial(os._exit, 3),
     "gil": _hold_the_gil,
@@ -89,20 +90,20 @@ WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # integer options; 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. ValueError if its options are not valid."""
+    """One fault to inject. Raises ValueError if an option is not valid."""
 
     kind: str
-    rank: int
-    step: int
+    rank: int  # number of the rank when the job started
+    step: int  # counted from 1
     phase: str = "compute"
-    after: float = 0.0
-    seconds: float = 0.0
-    factor: float = 1.0
+    after: float = 0.0  # seconds after the phase begins
+    seconds: float = 0.0  # constant part of a delay, in seconds
+    factor: float = 1.0  # slowdown of each micro-batch by a delay
     until: int = 0  # last step; 0: no limit for delay, a single step for wrong
-    times: int = 1
-    tensor: int = -1
+    times: int = 1  # number of batches
+    tensor: int = -1  # index of the parameter
     bit: int = -1
-    word: str = field(default="", compare=False)
+    word: str = field(default="", compare=False)  # the fault as written in MPIDP_FAULT
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"rank {self.rank} must be 0 or more")
@@ -117,7 +118,7 @@ class Fault:
 
 
 class InjectedFaults(StepObserver):
-    """The injected faults, and which of them have occurred on this rank. False if no rank has any. Independent."""
+    """The injected faults of a job, and which of them have occurred on this rank. bool() is False without faults. Independent."""
 
     def __init__(self, faults: Sequence[Fault] = (), rank: int = 0) -> None:
         self.of_all_ranks = tuple(faults)
@@ -133,7 +134,7 @@ class InjectedFaults(StepObserver):
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults that end or stop this rank when it enters a phase of a step, now or by a timer."""
+        """Cause the faults that end or stop this rank when it enters a phase of a step, at once or with a timer."""
         place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
@@ -187,12 +188,13 @@ class InjectedFaults(StepObserver):
 
 
 def parse(text: str, rank: int = 0) -> InjectedFaults:
-    """Parse the text of MPIDP_FAULT for a rank. UsageError. Independent."""
+    """Parse the text of MPIDP_FAULT for a rank. Raises UsageError if the text is not valid. Independent."""
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
 def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ) -> InjectedFaults:
-    """Return the faults of MPIDP_FAULT; none if it is not set. Rank 0 prints a warning. UsageError. Independent."""
+    """Return the faults in MPIDP_FAULT; none if it is not set. Rank 0 prints a warning if there are faults. Raises UsageError if
+    the variable is not valid. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     if faults and rank == 0:

@@ -1,9 +1,9 @@
 """Replace a failed rank by a new process: the launcher starts the job's command again, and the new process joins the other
 ranks in one communicator.
 
-MPI's calls for this wait for all ranks without a time limit. Therefore rank 0 alone starts the process. Collective calls come
-after an agreement that all ranks are present, run in a thread, and have a time limit; if a rank fails, only the attempt is lost.
-Each new process is started by a separate call: processes started by one call were not notified of each other's failures.
+The MPI calls for this wait for all ranks without a time limit. Therefore rank 0 alone starts the process. Each collective call
+follows an agreement that all ranks are present, and runs in a thread with a time limit. If a rank fails, only the attempt fails.
+Each new process is started by a separate call, because processes started by one call were not notified of each other's failures.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.ulfm import agree, revocable
 
-OPTION = "state_base_recoverable"
+OPTION = "state_base_recoverable"  # with it, mpirun continues after a rank has failed
 LAUNCH = f"mpirun --with-ft ulfm --prtemca {OPTION} 1 --mca coll ^han,adapt"
-START_SECONDS = 40.0  # time limit for a process to start; it connects before its slow imports
-CONNECT_SECONDS = 20.0  # time limit for a collective call; it takes milliseconds if no rank fails
+START_SECONDS = 40.0  # time limit for a process to start and connect, which happens before its slow imports
+CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes milliseconds if no rank fails
 
 
 def obstacle_to_respawn(machines: int) -> str:
-    """Return why a job on this many machines cannot replace failed ranks; empty if it can. Independent."""
+    """Return the reason why a job on this many machines cannot replace failed ranks, or "" if it can. Independent."""
     if not launched_with_ulfm():
         return "without ULFM, a failed rank ends the job"
     if machines > 1:
@@ -42,7 +42,7 @@ def obstacle_to_respawn(machines: int) -> str:
 
 
 def _ancestor_texts() -> list[bytes]:
-    """Return command lines and environments of this process's ancestors, which include mpirun or its daemon."""
+    """Return the command lines and environments of this process's ancestors, which include mpirun or its daemon."""
     found, pid = [], os.getppid()
     with suppress(OSError, IndexError, ValueError):  # processes of other users cannot be read
         while pid > 1:
@@ -52,10 +52,9 @@ def _ancestor_texts() -> list[bytes]:
 
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
-    """Start a new rank. Return a communicator of world's ranks and the new one, last; the new rank receives rank 0's message.
+    """Start a new rank, which receives rank 0's message. Return a communicator of world's ranks followed by the new rank.
 
-    None if this failed; world is unchanged unless a rank failed. alive: called repeatedly while waiting. Collective over
-    world."""
+    Returns None if this fails. alive: called repeatedly during the wait. Collective over world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
@@ -69,8 +68,9 @@ def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> M
 
 
 def join() -> tuple[MPI.Intracomm, Any]:
-    """Join the job, in the new process. Return (communicator of all ranks, the message). If this fails, the process ends.
-    Collective over all ranks."""
+    """Join the job; called in the new process. Return (communicator of all ranks, rank 0's message).
+
+    If this fails, the process kills itself. Collective over all ranks."""
     try:
         parent = MPI.Comm.Get_parent()
         pair = parent.Merge(high=True)
@@ -86,7 +86,7 @@ def join() -> tuple[MPI.Intracomm, Any]:
 
 
 def _start(late: threading.Event) -> MPI.Intracomm:
-    """Start a new process with this rank's command line. Return a communicator of both. Independent."""
+    """Start a new process with this rank's command line. Return a communicator of this rank and the new process. Independent."""
     # OVERSUBSCRIBE, since a failed rank's slot is not released.
     info = MPI.Info.Create({"wdir": os.getcwd(), "PMIX_BINDTO": "none", "PMIX_MAPBY": "slot:OVERSUBSCRIBE"})
     parent = MPI.COMM_SELF.Spawn(sys.executable, sys.orig_argv[1:], 1, info)
@@ -98,7 +98,8 @@ def _start(late: threading.Event) -> MPI.Intracomm:
 
 
 def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
-    """Return an intercommunicator between world and the new process. pair: rank 0 and it. Collective over world."""
+    """Return an intercommunicator between world and the new process. pair: on rank 0, a communicator of rank 0 and the new
+    process. Collective over world."""
     duplicate = world.Dup()
     try:
         return duplicate.Create_intercomm(0, pair, 1)
@@ -119,8 +120,8 @@ def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
 
 
 def _with_timeout(call: Callable[[threading.Event], Any], seconds: float, alive: Callable[[], None]) -> Any:
-    """Run call in a thread and return its result; None if it fails or times out. After a timeout the thread keeps
-    running, and its event is set."""
+    """Run `call` in a thread and return its result, or None if it fails or times out. After a timeout the thread keeps running,
+    and the event that `call` received is set."""
     found: list[Any] = []
     late = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Limit repeated starts without progress: RUN/tries.json counts starts from the same checkpoint and records the last error."""
+"""Limit repeated starts without progress. RUN/tries.json counts the starts from one checkpoint and records the last error."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from mpidp.runtime.files import write_file
 
 
 class RestartLog:
-    """Counts the failed starts in a row from the same checkpoint. Independent."""
+    """Counts successive failed starts from the same checkpoint. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
         """begun: True in a process that joins a start which is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of this step (-1: from the beginning). UsageError on rank 0 after `most` starts."""
+        """Count a start from the checkpoint of this step, or from the beginning if it is -1. Raises UsageError on rank 0 after
+        `most` starts."""
         self._begun = True
         if rank:
             return
@@ -41,7 +42,8 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. Writes on rank 0, and on a rank that fails alone."""
+        """Record how this start ended. error: the exception that ended it, or None. Only rank 0 and a rank that fails alone write
+        the file."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

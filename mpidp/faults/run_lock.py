@@ -18,26 +18,26 @@ from mpidp.errors import UsageError
 from mpidp.faults.heartbeat import process_state
 from mpidp.runtime.log import log
 
-COUNT_SECONDS = 1.0  # between two updates of the counter in the lock
-LOCK_BYTES = 512  # size of the lock; each write replaces all of it
+COUNT_SECONDS = 1.0  # time between two updates of the counter in the lock
+LOCK_BYTES = 512  # size of the lock file; each write replaces the whole content
 
 
 class RunLock:
     """RUN/lock, held by rank 0 while the job runs; taken over when its holder no longer exists. Independent.
 
     Between processes of one machine, the kernel's lock on the open file decides; it is released when its holder exits. Between
-    machines, the file's content decides: a thread of the holder increments a counter in it, and a lock whose counter does not
-    change has no holder. A requeued Slurm job takes the lock from its own earlier start, which may still run if only the Slurm
-    daemon of its node failed. The earlier start then finds a different token in the file.
+    machines, the content of the file decides: a thread of the holder increments a counter in it, and a lock whose counter does
+    not change has no holder. A requeued Slurm job takes the lock from its own earlier start, which may still run if only the
+    Slurm daemon of its node failed. The earlier start then finds a different token in the file.
     """
 
     def __init__(
         self, run_dir: Path, patience_seconds: float = 3.0, watch_seconds: float = 10.0, ours: bool = False
     ) -> None:
-        """Acquire the lock. UsageError if the folder is not writable, or if a running job holds the lock.
+        """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
-        patience_seconds: how long to wait for a holder on this machine, since mpirun may exit shortly before its ranks.
-        watch_seconds: how long a holder on another machine is observed. ours: the holder was a failed rank of this job."""
+        patience_seconds: how long to wait for a holder on this machine, because mpirun may exit shortly before its ranks.
+        watch_seconds: how long to observe a holder on another machine. ours: True if the holder was a failed rank of this job."""
         self.path = run_dir / "lock"
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
@@ -52,7 +52,7 @@ class RunLock:
         self._thread.start()
 
     def held(self) -> bool:
-        """Return whether this job still holds the lock; also True if the folder has been deleted."""
+        """Return whether this job still holds the lock. Also returns True if the folder has been deleted."""
         return not self.lost and self._check(write=False)
 
     def release(self) -> None:
@@ -99,12 +99,13 @@ class RunLock:
             time.sleep(0.1)
 
     def _follows(self, holder: Mapping[str, Any], ours: bool) -> bool:
-        """Return whether this is a later start of the holder's Slurm job (ours: the same start)."""
+        """Return whether this is a later start of the holder's Slurm job, or with `ours` the same start."""
         job, restart = self._me["job"], self._me["restart"]
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 
     def _replace(self, confirm: bool) -> None:
-        """Replace the file, which the old holder notices. confirm: wait, then check that no other job replaced the file, too."""
+        """Replace the lock file; the old holder detects this. confirm: wait, then check that no other job has replaced it as
+        well."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
         self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
         _lock_file(self._handle)
@@ -125,7 +126,8 @@ class RunLock:
             self._me["count"] += 1
 
     def _check(self, write: bool) -> bool:
-        """Return whether the file still has this job's token. Opens it anew, since network file systems then read new data."""
+        """Return whether the file still has this job's token. Opens the file anew, so that network file systems read current
+        data."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDWR)
             try:
@@ -144,7 +146,7 @@ class RunLock:
 
 
 def _myself() -> dict[str, Any]:
-    """Return what a holder writes: its process, machine (`boot` distinguishes machines of the same name) and job."""
+    """Return what a holder writes: its process, machine and job. `boot` distinguishes machines with the same name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -157,7 +159,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _holder(handle: int) -> dict[str, Any]:
-    """Return the file's content; empty if it is incomplete, because its writer failed or has not written yet."""
+    """Return the content of the file, or {} if it is incomplete because its writer failed or has not finished."""
     try:
         found = json.loads(os.pread(handle, 4096, 0))
         pid, restart = int(found["pid"]), int(found.get("restart", 0))
@@ -167,7 +169,7 @@ def _holder(handle: int) -> dict[str, Any]:
 
 
 def _lock_file(handle: int) -> bool:
-    """Try to acquire the kernel's lock. Also True on file systems without such locks, where only the content counts."""
+    """Try to acquire the kernel's lock. Also returns True on file systems without such locks, where only the content counts."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -178,7 +180,7 @@ def _lock_file(handle: int) -> bool:
 
 
 def _alive(holder: Mapping[str, Any]) -> bool:
-    """Return whether the holder's process on this machine is running. False for zombies, and for another process with its pid."""
+    """Return whether the holder's process is running on this machine. Zombies and other processes with its pid do not count."""
     if (pid := holder.get("pid", 0)) <= 0:
         return False
     try:

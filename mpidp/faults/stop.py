@@ -1,5 +1,5 @@
-"""Stop requests: a signal, a file or the job's time limit sets a flag, and the ranks agree on it in the step. Signal handlers
-make no MPI calls."""
+"""Stop requests: a signal, a file or the job's time limit sets a flag on one rank, and the ranks exchange these flags in each
+step. Signal handlers make no MPI calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TAKEN_OVER = "another copy of this job has taken over"
 
 
 class StopRequest:
-    """A stop is requested by SIGUSR1 (the only signal that both mpiruns forward), SIGTERM, SIGINT, a file STOP in run.dir, the
-    time limit, or the loss of the run's lock. Independent."""
+    """Detects requests to stop: SIGUSR1 (the only signal that both mpiruns forward), SIGTERM, SIGINT, a file STOP in run.dir, the
+    time limit, and the loss of the run's lock. Independent."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -27,8 +27,8 @@ class StopRequest:
         self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
         reason: str = "",
     ) -> None:
-        """stop_file: checked by requested(); None on ranks that do not check it. stop_at: seconds since 1970. lost: returns
-        whether another job has taken over the run. reason: for a stop that was requested before."""
+        """stop_file: the file STOP; None on ranks that do not check for it. stop_at: time limit, in seconds since 1970. lost:
+        returns whether another job has taken over the run. reason: that of a stop which was already requested, else empty."""
         self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -55,17 +55,18 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return when to stop a job that ends at `end`: early_seconds before, or a tenth of the remaining time if that is less.
+    """Return the time at which to stop a job that ends at `end`: earlier by early_seconds, or by a tenth of the remaining time if
+    that is less.
 
-    Infinity if there is no end, or if it is in the past and therefore belongs to another job. Pure."""
+    Times are in seconds since 1970. Returns infinity if `end` is None, or in the past and therefore that of another job. Pure."""
     if end is None or end <= now or not early_seconds:
         return math.inf
     return end - min(early_seconds, (end - now) / 10)
 
 
 def job_end(environment: Mapping[str, str] = os.environ, timeout_seconds: float = 5.0) -> float | None:
-    """Return when Slurm will end this job, in seconds since 1970, from the environment or from squeue; None if unknown.
-    Independent."""
+    """Return the time at which Slurm will end this job, in seconds since 1970, from the environment or from squeue. Returns None
+    if it is unknown. Independent."""
     job = environment.get("SLURM_JOB_ID")
     if not job:
         return None

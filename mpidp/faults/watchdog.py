@@ -18,32 +18,32 @@ from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 
-STEPS = 20  # a job without progress for this many usual steps has hung
-REMEMBERED = 50  # steps; their median is the usual step
-STACKS = 8  # ranks of a node that print their stacks
+STEPS = 20  # a job without progress for the time of this many usual steps has hung
+REMEMBERED = 50  # number of recent steps; their median time is that of a usual step
+STACKS = 8  # maximum number of ranks per node that print their stacks
 
 
 class Watchdog(StepObserver):
     """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, 20 usual steps),
-    one rank of each node prints a report, and all processes exit with code 6.
+    one rank of each node prints a report. All processes then exit with code 6.
 
-    A thread checks this, since blocking MPI calls release the GIL. If the GIL is never released, faulthandler's timer ends the
-    process. The first occurrence of a phase (compiling, connecting, reading cold files) may take `first_times` as long. Checks
-    begin with the first phase. Independent.
+    A thread checks this, because blocking MPI calls release the GIL. If the GIL is never released, faulthandler's timer ends the
+    process. The first occurrence of a phase may take `first_times` as long, because it compiles, connects or reads cold files.
+    Checks begin with the first phase. Independent.
     """
 
     def __init__(
         self, board: HeartbeatBoard | None, hang_seconds: float, first_times: float = 3.0, abort: Callable[[int], Any] = os._exit,
         on_hang: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """board: None disables the watchdog. abort: ends the whole job with an exit code. on_hang: receives the message when the
-        job hangs."""
+        """board: None disables the watchdog. abort: ends the whole job with an exit code. on_hang: called with the message when
+        the job hangs."""
         self.board, self.hang_seconds, self.first_times = board, hang_seconds, first_times
         self._abort, self._on_hang = abort, on_hang
         self._at, self._bucket = (0, ""), -1
         self._entered = self._heard = math.inf
         self._step_began = 0.0
-        self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)  # durations of the last steps, in seconds
         self._done: set[str] = {""}  # phases that were completed at least once
         self._stop = threading.Event()
         if board is not None:
@@ -78,7 +78,7 @@ class Watchdog(StepObserver):
         self.beat()
 
     def timeouts(self) -> tuple[float, float]:
-        """Return the seconds without progress that are allowed: usually, and in the current phase."""
+        """Return the allowed seconds without progress: (in general, in the current phase)."""
         usual = max(self.hang_seconds, STEPS * statistics.median_low(self._seconds or [0.0]))
         return usual, usual * (1.0 if self._at[1] in self._done else self.first_times)
 
@@ -97,7 +97,7 @@ class Watchdog(StepObserver):
         while not self._stop.wait(tick):
             now = time.monotonic()
             if now - before > tick + 2:
-                self._heard += now - before  # this process was stopped for a while, perhaps all others too
+                self._heard += now - before  # this process was stopped for a while, perhaps together with all others
             before = now
             usual, deadline = self.timeouts()
             faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread never runs again

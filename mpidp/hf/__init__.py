@@ -1,1 +1,1 @@
-"""Import and export of LLaMA-family models in Hugging Face's format (docs/huggingface.md)."""
+"""Import and export LLaMA-family models in Hugging Face's format (docs/huggingface.md)."""

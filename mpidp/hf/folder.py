@@ -1,6 +1,6 @@
-"""Read a Hugging Face model folder (LLaMA family): config.json, and safetensors in one file or in several with an index.
+"""Read a Hugging Face model folder (LLaMA family): config.json, and weights in one or several safetensors files.
 
-The folder is validated first. No code from it is executed; pickled weights are rejected.
+The folder is validated first. No code from the folder is executed, and pickled weights are rejected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpidp.model.shape import shapes_of
 
 MAX_JSON_BYTES = 64 * 2**20
 NUMBERS = ("F32", "F16", "BF16", "F64")
-COMPANION_FILES = (  # the model's other files: copied to RUN/hf, and to the folder of an export
+COMPANION_FILES = (  # other files of a model, which are copied to RUN/hf and to an exported folder
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )
@@ -30,7 +30,7 @@ _SHOWN = 5
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. DataError. Independent."""
+    """Read a JSON object from a file. Raises DataError if the file cannot be read or has no object. Independent."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -54,24 +54,24 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class ModelFolder:
-    """A model in a Hugging Face folder. DataError if it is invalid, before any weight is read. Independent."""
+    """A model in a Hugging Face folder. Raises DataError, before any weight is read, if it is invalid. Independent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings = settings_of(read_object(path / "config.json"), path / "config.json")
         self.sizes = shapes_of(shape_of(self.settings))
-        self._file_of: dict[str, Path] = {}  # by Hugging Face's tensor name
+        self._file_of: dict[str, Path] = {}  # the file of each tensor, by Hugging Face's name
         self._check(self._headers(self._files()))
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the entry's box of model/PARAMETER, like Reader.box of a checkpoint. Reads only the data inside the box."""
+        """Read the entry's box of a parameter, like Reader.box. name: model/PARAMETER. Reads only the data inside the box."""
         name = huggingface_name(name.removeprefix("model/"))
         cut = tuple(slice(at, at + length) for at, length in zip(entry.place, entry.tensor.shape, strict=True))
         with _opened(self._file_of[name]) as file:
             return file.get_slice(name)[cut] if entry.shape is not None else file.get_tensor(name)  # type: ignore[no-any-return]
 
     def _files(self) -> list[Path]:
-        """Return the weight files, after checking that all exist."""
+        """Return the weight files. Raises DataError if one is missing, or if the weights are pickled."""
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
             alone = self.path / "model.safetensors"

@@ -1,6 +1,6 @@
-"""Conversion of config.json and tensor names between mpidp and Hugging Face (LLaMA family). Pure, without torch.
+"""Convert config.json and tensor names between mpidp and Hugging Face (LLaMA family). Pure, without torch.
 
-Weights have the same layout in both. Rotary positions are half-split in both, so no weights are permuted.
+Both use the same layout of weights and half-split rotary positions, so no weights are permuted.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def huggingface_name(name: str) -> str:
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return the settings of section model from a config.json. DataError for missing keys and unsupported values. Pure.
+    """Return the settings of section model from a config.json. Pure.
 
-    where: the file's path, for error messages.
+    Raises DataError if a key is missing or a value is not supported. where: the file's path, for error messages.
     """
 
     def problem(message: str) -> DataError:
@@ -79,7 +79,7 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], problem: Any, limit: int) -> tuple[float, str]:
-    """Return (rope_theta, rope_scaling), from the keys of transformers 5 (rope_parameters) or of older versions."""
+    """Return (rope_theta, rope_scaling). Reads the keys of transformers 5 (rope_parameters) and of older versions."""
     parameters = config.get("rope_parameters") or {}
     scaling = {**parameters, **(config.get("rope_scaling") or {})}
     if not all(isinstance(value, (int, float, str, type(None))) for value in scaling.values()):
@@ -112,10 +112,10 @@ def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
 
 
 def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json of a model. Pure.
+    """Return the contents of config.json for a model. Pure.
 
-    before: config.json of the model it was fine-tuned from; its other keys are kept. The result has rope_theta and torch_dtype
-    for old versions of transformers, and rope_parameters and dtype for new ones.
+    before: config.json of the model that this one was fine-tuned from; its other keys are kept. The result has rope_theta and
+    torch_dtype for old versions of transformers, and rope_parameters and dtype for new ones.
     """
     scaling = rope_scaling(shape.rope_scaling)
     rope: dict[str, Any] = {"rope_type": "default"}

@@ -15,8 +15,8 @@ EOD = USUAL_EOD[0]
 def huggingface_json(tokenizer: Tokenizer) -> str:
     """Return a Hugging Face tokenizer.json. Hugging Face tokenizers are returned unchanged.
 
-    Byte and char tokenizers become BPE without merges. It drops unknown characters, where mpidp's char tokenizer raises
-    DataError.
+    Byte and char tokenizers become BPE tokenizers without merges. The result drops unknown characters, while mpidp's char
+    tokenizer raises DataError.
     """
     if not isinstance(tokenizer, (ByteTokenizer, CharTokenizer)):
         return tokenizer.to_json()
@@ -38,7 +38,10 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
 
 
 def same(file: Path, used: bytes) -> bool:
-    """Return whether a tokenizer.json gives the same ids as the contents `used` of another. Formatting is ignored. DataError."""
+    """Return whether a tokenizer.json gives the same ids as `used`, the contents of another one. Formatting is ignored.
+
+    Raises DataError if one of them is not a readable tokenizer.json.
+    """
     try:
         return _plain(file.read_bytes()) == _plain(used)
     except (OSError, UnicodeDecodeError, DataError) as error:
@@ -71,7 +74,7 @@ def _plain(content: bytes) -> dict[str, Any]:
 
 
 def _byte_names() -> list[str]:
-    """Return byte-level BPE's character for each byte (GPT-2): itself if printable, else from U+0100 on."""
+    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

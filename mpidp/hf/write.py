@@ -28,11 +28,11 @@ def write_folder(
     out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, eod: int, dtype: str = "float32",
     max_file_bytes: int = 5 * 10**9, before: Path | None = None,
 ) -> None:
-    """Create the folder `out`. UsageError if it exists or cannot be written. Independent.
+    """Create the folder `out`. Raises UsageError if it exists or cannot be written. Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; eod: its end-of-document id; before:
-    a folder with the other files of the model that this one was fine-tuned from, which are copied. Only one weight file is in
-    memory at a time.
+    a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight file is
+    in memory at a time.
     """
     if out.exists():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
@@ -53,7 +53,7 @@ def write_folder(
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Assign tensors to files, in order: each file has at most max_bytes, but at least one tensor. Pure."""
+    """Assign tensors to files, in order. Each file has at least one tensor and, if it has several, at most max_bytes. Pure."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -77,7 +77,7 @@ def _write_weights(
             {huggingface_name(name): weight(name).to(dtype).contiguous() for name in names}, folder / file,
             metadata={"format": "pt"},
         )
-        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors makes it owner-only, ignoring the umask
+        os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors ignores the umask and makes files owner-only
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
         place |= {huggingface_name(name): file for name in names}

@@ -1,8 +1,9 @@
-"""Multiple-choice questions: reading, encoding and accuracies. Pure.
+"""Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the plain sum. `accuracy_norm` divides it by the choice's UTF-8 bytes; the harness's acc_norm divides by characters, which is
-the same for ASCII. `accuracy_token` divides it by the choice's tokens. In a tie the first choice wins.
+the plain sum. `accuracy_norm` divides it by the choice's UTF-8 bytes; the harness's acc_norm divides by the number of
+characters, which is the same for ASCII text. `accuracy_token` divides it by the choice's tokens. Of choices with equal scores,
+the first is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
 
 @dataclass(frozen=True)
 class Question:
-    """A question. line: line number in its file; label: index of the right choice."""
+    """A multiple-choice question. line: line number in the file; label: index of the right choice."""
 
     line: int
     context: str
@@ -43,7 +44,7 @@ class EncodedChoice:
 def read_choices(path: str | Path) -> list[Question]:
     """Read questions from a .jsonl file. A label is an index from 0, or the right choice's text.
 
-    DataError names the line. Independent.
+    Raises DataError, which names the line, if a question is invalid. Independent.
     """
     found = []
     for number, row in read_rows(path, EXAMPLE):
@@ -77,8 +78,8 @@ def encode(tokenizer: Tokenizer, item: Question, seq_len: int, path: str | Path 
     """Encode each choice with its context as one document, which starts with BOS or an end-of-document token.
 
     Context and choice are encoded together, as in a corpus. The choice's tokens are those after the longest common prefix with
-    the encoded context. Contexts that are too long are truncated on the left. DataError if a choice alone is too long.
-    Independent.
+    the encoded context. Contexts that are too long are truncated on the left. Raises DataError if a choice alone is
+    too long. Independent.
     """
     found = []
     try:
@@ -90,7 +91,7 @@ def encode(tokenizer: Tokenizer, item: Question, seq_len: int, path: str | Path 
                 raise DataError(f"choice {place} has {counted} tokens; the model's context is {seq_len} tokens (model.seq_len)")
             whole = [tokenizer.begin, *ids]
             found.append(EncodedChoice(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
-    except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: an unpaired surrogate
+    except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: the text has an unpaired surrogate
         raise DataError(f"{path}, line {item.line}: {error}") from None
     return found
 
@@ -101,7 +102,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoice]], scores: np.ndarray) -> dict[str, Any]:
-    """Return the accuracies. scores: (questions, largest number of choices), log-likelihoods in nats. Pure."""
+    """Return accuracies and question counts. scores: (questions, largest number of choices), log-likelihoods in nats. Pure."""
     right = dict.fromkeys(("accuracy", "accuracy_norm", "accuracy_token"), 0)
     for item, rows, row in zip(items, encoded, scores, strict=True):
         plain = row[: len(item.choices)]

@@ -15,14 +15,15 @@ from mpidp.inference.speech import StreamedText
 
 
 class DecodedText:
-    """A sequence during generation, and its window: the part that the model sees."""
+    """A sequence during generation. Its window is the part that the model sees."""
 
     def __init__(self, model: Any, ids: list[int], tokens: int, seed: int, on_token: Callable[[int], bool]) -> None:
-        """ids: the prompt; tokens: maximum number to add; on_token: called with each new token, returns True to stop."""
+        """ids: the prompt; tokens: maximum number to add; on_token: called with each new token, returns True to
+        stop; seed: seeds the random generator."""
         self.ids, self.on_token = list(ids), on_token
         self.limit = len(ids) + tokens
-        self.start = 0  # of the window
-        self.ended = "tokens" if tokens == 0 else ""  # why it ended: tokens, eod or stop; "" while it grows
+        self.start = 0  # index of the first id in the window
+        self.ended = "tokens" if tokens == 0 else ""  # why generation ended: tokens, eod or stop; "" while it continues
         self.generator = torch.Generator().manual_seed(seed)
         self._model, self._seq_len = model, model.shape.seq_len
         self.cache = model.new_cache(self.limit)
@@ -30,8 +31,8 @@ class DecodedText:
     def unseen(self) -> list[int]:
         """Return the ids to pass to the model next: those that are not in the cache.
 
-        If the window exceeds seq_len, it shrinks to its last half and the cache is rebuilt: cached keys are rotated by their
-        position in the window and cannot be shifted.
+        If the window exceeds seq_len, it shrinks to its last half. The cache is then rebuilt, because cached keys are rotated by
+        their position in the window.
         """
         if len(self.ids) - self.start > self._seq_len:
             self.start = len(self.ids) - max(1, self._seq_len // 2)
@@ -39,7 +40,7 @@ class DecodedText:
         return self.ids[self.start + (0 if self.cache is None else self.cache.length) :]
 
     def add(self, token: int, eod: int) -> None:
-        """Append a token. eod ends the sequence and is not appended."""
+        """Append a token. If the token is `eod`, end the sequence instead."""
         if token == eod:
             self.ended = "eod"
             return
@@ -54,8 +55,8 @@ class DecodedText:
 def decode(loaded: Loaded, rows: list[DecodedText], sampling: Sampling, eod: int, vocab_size: int | None = None) -> None:
     """Generate until all sequences have ended. Collective over loaded.grid.model.
 
-    Sequences that need one position run as a batch; longer inputs run one at a time, so nothing is padded. eod: the id that ends
-    a sequence, -1 for none. vocab_size: the tokenizer's; the additional ids of a padded vocabulary are never drawn.
+    Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. eod: the id that ends
+    a sequence, -1 for none. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
@@ -73,9 +74,9 @@ class Continuation:
     """The text generated for a prompt."""
 
     text: str
-    tokens: int
-    ended: str  # why: tokens, eod or stop
-    cut: bool  # whether it exceeded the model's context
+    tokens: int  # number of generated tokens
+    ended: str  # why generation ended: tokens, eod or stop
+    cut: bool  # whether prompt and text exceeded the model's context
 
 
 def continue_prompts(

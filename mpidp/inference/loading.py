@@ -33,14 +33,14 @@ from mpidp.runtime.world import raise_together
 
 @dataclass
 class Loaded:
-    """A model, or this rank's part of it, on its device, with the dtype of its matrix products."""
+    """A model, or this rank's part of it, on its device. dtype: the dtype of matrix products."""
 
     model: Any
     device: torch.device
     dtype: torch.dtype
     grid: Grid
     stages: Stages | None = None  # this rank's place in a pipeline
-    losses: Callable[[Tensor, Tensor], Tensor] | None = None  # losses from this rank's part of the logits; None: plain
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None  # computes losses from this rank's logits; None: plain_losses
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
@@ -80,13 +80,13 @@ class Loaded:
 def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Tokenizer:
     """Load the run's tokenizer, or the one at `path`: a tokenizer.json, or a folder that contains one.
 
-    Its BOS token is used only for fine-tuned models (train.init_from): others were trained without one. DataError if the
-    tokenizer is missing or its size does not match the model. Independent.
+    The tokenizer's BOS token is used only for fine-tuned models (train.init_from), because other models were trained without one.
+    Raises DataError if the tokenizer is missing or its size does not match the model. Independent.
     """
     tokenizer = load_tokenizer(path or reader.path.parent.parent, reader.meta["eod"])
     rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
     if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give its --tokenizer")
+        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give another --tokenizer")
     if "init_from" not in reader.meta:
         tokenizer.bos = None
     return tokenizer
@@ -95,8 +95,8 @@ def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Toke
 def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Tokenizer]:
     """Open a run's newest checkpoint, its model (this rank's part) and its tokenizer.
 
-    options: a command's, with run, tokenizer, tp, pp, device and threads. UsageError, DataError, CheckpointError. Collective over
-    world.
+    options: the parsed options run, tokenizer, tp, pp, device and threads. Raises CheckpointError or DataError if a file is
+    missing or damaged, and UsageError if an option does not suit the model. Collective over world.
     """
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
@@ -106,7 +106,10 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
 
 
 def weights_at(path: Path) -> Reader | ModelFolder:
-    """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. DataError. Independent."""
+    """Open the weights of a run's newest checkpoint, of one checkpoint, or of a Hugging Face folder. Independent.
+
+    Raises DataError if `path` is none of these.
+    """
     if (path / "config.json").is_file():
         return ModelFolder(path)
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
@@ -119,7 +122,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 def load_base(reader: Reader, parts: ModelPartition, model: Any) -> None:
     """Load the base model of a LoRA run (train.init_from), which its checkpoints do not contain.
 
-    Does nothing if the run has no init_from. DataError if the base is missing or has changed. Independent; whole models only.
+    Does nothing if the run has no init_from. Raises DataError if the base is missing or has changed. Does not support parts of
+    models. Independent.
     """
     if "init_from" not in reader.meta:
         return
@@ -131,7 +135,10 @@ def load_base(reader: Reader, parts: ModelPartition, model: Any) -> None:
 
 
 def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
-    """Load the checkpoint's model (this rank's part), ready for inference. CheckpointError, UsageError. Independent."""
+    """Load the checkpoint's model (this rank's part), ready for inference. Independent.
+
+    Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid or the device is not possible.
+    """
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])

@@ -10,7 +10,7 @@ from mpidp.errors import DataError
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file. DataError if it cannot be read, is not UTF-8, or is empty. Independent."""
+    """Return the text of a UTF-8 file. Raises DataError if it cannot be read, is not UTF-8, or is empty. Independent."""
     try:
         text = Path(path).read_bytes().decode()
     except OSError as error:
@@ -25,7 +25,7 @@ def read_text(path: str | Path) -> str:
 def read_rows(path: str | Path, wanted: str) -> list[tuple[int, dict[str, Any]]]:
     """Return (line number from 1, object) for each nonblank line of a .jsonl file. wanted: an example row, for error messages.
 
-    DataError. Independent.
+    Raises DataError if the file cannot be read or a line is not a JSON object. Independent.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -44,9 +44,9 @@ def read_rows(path: str | Path, wanted: str) -> list[tuple[int, dict[str, Any]]]
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read prompts: from a .jsonl file the rows, each with a string "prompt" and any other keys; else one prompt per line.
+    """Read prompts. A row of a .jsonl file has a string "prompt" and any other keys. A line of another file is a prompt.
 
-    Blank lines are skipped. DataError. Independent.
+    Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
     """
     if Path(path).suffix == ".jsonl":
         rows = read_rows(path, '{"prompt": "Once upon"}')

@@ -13,8 +13,8 @@ from torch import Tensor
 class Sampling:
     """Sampling parameters.
 
-    temperature: divides the logits; 0 selects the likeliest token. top_k: sample from the k likeliest tokens; 0: all. top_p: of
-    these, sample from the smallest set with this total probability; 1: all (nucleus sampling, Holtzman 2020).
+    temperature: divides the logits; 0 selects the likeliest token. top_k: sample from the k likeliest tokens; 0: from all. top_p:
+    sample from the smallest set of these with this total probability; 1: from all (nucleus sampling, Holtzman 2020).
     """
 
     temperature: float = 0.8
@@ -36,7 +36,7 @@ class Sampling:
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of the likeliest tokens with a total probability of at least top_p; set the others to zero.
 
-    (V,) -> (V,), not rescaled. Ties are broken by the lower id. Pure.
+    Returns (V,) for probabilities (V,), not rescaled. Of equal tokens, the one with the lower id comes first. Pure.
     """
     ordered, ids = probabilities.sort(descending=True, stable=True)
     before = ordered.double().cumsum(0) - ordered

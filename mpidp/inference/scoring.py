@@ -1,4 +1,4 @@
-"""Losses and log-likelihoods of given texts. The work is distributed over the replicas; results do not depend on their number."""
+"""Losses and log-likelihoods of given texts, computed by all replicas. Results do not depend on the number of replicas."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ UNSCORED = -100  # target that is ignored by the loss
 def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
     """For each row (ids, n), return the sum of the losses of the last n ids, in nats.
 
-    Rows are padded on the right, which causal attention does not see. All ranks of a replica get the same result. Collective over
-    loaded.grid.model.
+    Rows are padded on the right. Causal attention ignores this padding. All ranks of a replica get the same result. Collective
+    over loaded.grid.model.
     """
     ids = torch.zeros(len(rows), max(len(row) for row, _ in rows), dtype=torch.int64)
     targets = torch.full_like(ids, UNSCORED)
@@ -37,10 +37,10 @@ def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> lis
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:
-    """Compute n rows of figures, each on one replica; return them all, shape (n, width), float64.
+    """Compute n rows of numbers, each on one replica; return all rows, (n, width) float64. shape: (n, width).
 
-    The result is bit-identical for any number of replicas. work(i): returns at most `width` figures; collective over grid.model.
-    Collective over grid.world.
+    The result is bit-identical for any number of replicas. work(i): returns row i, at most `width` numbers; collective over
+    grid.model. Collective over grid.world.
     """
     found = np.zeros(shape)
     for i in range(grid.world.rank // grid.parts, shape[0], grid.world.size // grid.parts):
@@ -55,7 +55,8 @@ def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequenc
 def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Return sliding windows (begin, scored, end) over the targets, so that each target is scored once. Pure.
 
-    A window spans [begin, end) and scores [scored, end). Each window after the first ends `stride` later and is seq_len long.
+    A window spans [begin, end) and scores [scored, end). Each window after the first ends `stride` after the previous one and is
+    seq_len long.
     """
     found, end = [], 0
     while end < targets:
@@ -67,7 +68,7 @@ def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int
 def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, together: int) -> float:
     """Return the sum of the losses of all ids except the first, in nats, computed in sliding windows.
 
-    Each id is scored with at least seq_len - stride ids of context, if the text has so many before it. together: windows per
+    Each id has at least seq_len - stride ids of context, or all ids before it if there are fewer. together: windows per
     batch. Collective over loaded.grid.world.
     """
     cut = windows(len(ids) - 1, seq_len, stride)

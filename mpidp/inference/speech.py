@@ -1,4 +1,4 @@
-"""Streaming of generated text: characters are written as soon as they are certain. Pure."""
+"""Stream generated text: characters are written as soon as they are certain. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 class StreamedText:
     """The text generated after a prompt, written piece by piece.
 
-    Held back until they are certain: incomplete UTF-8 characters, and text that may be the start of a stop string.
+    Incomplete UTF-8 characters, and text that may be the start of a stop string, are held back until they are certain.
     """
 
     def __init__(
         self, decode: Callable[[list[int]], str], last: Sequence[int] = (), stops: Sequence[str] = (),
         write: Callable[[str], None] | None = None,
     ) -> None:
-        """decode: ids -> text; last: the prompt's ids, since some tokenizers decode a text's first token differently; stops:
-        nonempty strings; write: called with each piece of text."""
+        """decode: returns the text of ids; last: the prompt's ids, because some tokenizers decode the first token differently;
+        stops: nonempty strings; write: called with each piece of text."""
         self._decode, self._before, self._stops, self._write = decode, list(last[-1:]), stops, write
         self._skip = len(decode(self._before))
         self.ids: list[int] = []
@@ -24,7 +24,7 @@ class StreamedText:
         self._text, self._written = "", 0
 
     def add(self, token: int) -> bool:
-        """Add a token. Returns True if the text now contains a stop string."""
+        """Append a token. Returns True if the text now contains a stop string."""
         self.ids.append(token)
         if not self._stops and self._write is None:
             return False

@@ -11,10 +11,10 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 class Clock:
-    """Seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
+    """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
 
     def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
-        """observers: notified of each phase as a span."""
+        """observers: each phase is reported to them as a span."""
         self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 

@@ -1,8 +1,8 @@
-"""Energy in joules from hardware counters: CPUs with RAPL (Linux powercap), GPUs with NVML. If a counter is missing or not
+"""Measure energy in joules with hardware counters: RAPL (Linux powercap) for CPUs, NVML for GPUs. If a counter is missing or not
 readable, no value is reported; nothing is estimated.
 
-One rank per machine reads the counters: whole CPU packages with their memory (including other processes), and each GPU of the job
-once. The values are sent with the report of the next step, so that measuring needs no extra message.
+One rank per machine reads the counters. CPU counters cover whole packages with their memory, including other processes; the
+energy of each GPU of the job is counted once. The values are sent with the report of the next step, without an extra message.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
-EACH_SECONDS = 0.2  # minimum time between two readings
-SELDOM_SECONDS = 30.0  # maximum time, kept by a thread: RAPL counters wrap around after about 260 kJ (15 minutes)
-Counter = Callable[[], float]  # returns J since the last call; OSError
+EACH_SECONDS = 0.2  # minimum time between two readings of the counters
+SELDOM_SECONDS = 30.0  # maximum time between them, ensured by a thread: RAPL counters wrap around after about 260 kJ (15 minutes)
+Counter = Callable[[], float]  # returns the joules since its last call; raises OSError if it cannot be read
 
 
 class Zone:
     """A RAPL counter in microjoules, which wraps around at a maximum."""
 
     def __init__(self, folder: Path) -> None:
-        """OSError or ValueError if it cannot be read."""
+        """folder: that of the counter in powercap. Raises OSError or ValueError if the counter cannot be read."""
         self._file = folder / "energy_uj"
         self._range = int((folder / "max_energy_range_uj").read_text())
         self._before = int(self._file.read_text())
@@ -40,7 +40,7 @@ class Gpu:
     """The energy counter of a GPU, in millijoules since the driver was loaded."""
 
     def __init__(self, nvml: Any, uuid: str) -> None:
-        """nvml: the module pynvml. NVMLError if the GPU has no counter (older than Volta, or a MIG instance)."""
+        """nvml: the module pynvml. Raises NVMLError if the GPU has no counter (older than Volta, or a MIG instance)."""
         self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._before = int(nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
 
@@ -55,7 +55,7 @@ def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
     psys and mmio count the same energy again, so they are skipped. Independent."""
     found: list[Zone] = []
     folders = []
-    for folder in sorted(root.glob("intel-rapl:*")):  # AMD's, too
+    for folder in sorted(root.glob("intel-rapl:*")):  # AMD CPUs use this name, too
         with suppress(OSError):
             name = (folder / "name").read_text().strip()
             if name.startswith("package") or name == "dram":
@@ -70,7 +70,7 @@ def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
 
 
 def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
-    """Return (counters of these GPUs, reason if there are none): of all GPUs, or of none. Independent."""
+    """Return (counters of these GPUs, ""), or ([], reason) if a GPU has no readable counter. Independent."""
     if not uuids:
         return [], ""
     try:
@@ -85,7 +85,7 @@ def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
 
 
 class Meter:
-    """The energy that this rank's machine used, if this rank reads the counters. Independent."""
+    """Sums the energy that this rank's machine uses, if this rank reads the counters. Independent."""
 
     def __init__(self, counters: Sequence[Counter] = ()) -> None:
         self._counters, self._lock, self._joules = list(counters), threading.Lock(), 0.0
@@ -123,8 +123,8 @@ class Meter:
 def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POWERCAP) -> tuple[Meter, dict[str, str]]:
     """Return (this rank's meter, status of its counters: {"cpu": "RAPL" or a reason, "gpu": "NVML" or a reason}).
 
-    reads: whether this rank reads for its machine. uuids: the job's GPUs on this machine. The status is empty on other ranks.
-    Independent."""
+    wanted: metrics.energy. reads: whether this rank reads the counters of its machine; on other ranks the status is empty. uuids:
+    the job's GPUs on this machine. root: folder of the RAPL counters. Independent."""
     if not wanted or not reads:
         return Meter(), {}
     cpu, no_cpu = zones(root)
@@ -134,7 +134,8 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
 
 
 def common_counters(statuses: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """Return (which of cpu and gpu all machines measure, reasons for the others) from the status of each rank. Pure."""
+    """Return (those of "cpu" and "gpu" that all machines measure, the reasons why others are missing). statuses: of all ranks.
+    Pure."""
     machines = [one for one in statuses if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
                 if any(part in one for one in machines) and all(one.get(part, by) == by for one in machines)]

@@ -1,10 +1,10 @@
 """The gradient noise scale, estimated from the gradient norms of lanes: the batch size, in tokens, beyond which a larger batch
 brings little benefit. Pure.
 
-A lane of n_l tokens has the mean gradient G_l, the global batch of B = sum n_l tokens the mean gradient G. When tokens are
-drawn independently, E|G_l|^2 = |g|^2 + tr(Sigma) / n_l and E|G|^2 = |g|^2 + tr(Sigma) / B, with g the true gradient and
-Sigma the covariance of one token's gradient. McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", sections
-2.2 and A.1, solve this for two batch sizes; here every lane is a small batch, and lanes may hold different numbers of tokens.
+A lane of n_l tokens has the mean gradient G_l. The global batch of B = sum n_l tokens has the mean gradient G. If tokens are
+drawn independently, E|G_l|^2 = |g|^2 + tr(Sigma) / n_l and E|G|^2 = |g|^2 + tr(Sigma) / B. Here g is the true gradient, and
+Sigma is the covariance of one token's gradient. McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", sections
+2.2 and A.1, solve this for two batch sizes. Here every lane is a small batch, and lanes may hold different numbers of tokens.
 
 Tokens of one sequence are not independent. The result is the noise of lanes, expressed in tokens. It applies to batches that
 consist of more such lanes; it is not the variance over single tokens.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Noise:
-    """Estimates of one step, or means over steps. Both are unbiased, and signal_square can be negative."""
+    """Unbiased estimates of signal and noise in one step, or their means over steps. signal_square can be negative."""
 
     signal_square: float  # |g|^2, squared norm of the gradient of the mean loss per token
     trace: float  # tr(Sigma) of the gradient of one token; unit: that of signal_square times tokens
@@ -34,14 +34,16 @@ class Noise:
 
 
 def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_square: float) -> Noise | None:
-    """Unbiased Noise of one global batch from |G_l|^2 of its lanes, their target tokens and |G|^2. Pure.
+    """Return an unbiased estimate of the noise of one global batch.
+
+    lane_squares: |G_l|^2 of each lane. lane_tokens: number n_l of target tokens of each lane. batch_square: |G|^2. Pure.
 
     sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 has the mean (L - 1) tr(Sigma) for any n_l. Each lane is weighted by its
-    tokens; for Gaussian gradients this pooled estimate has the smallest variance. With equal lanes these are the paper's S and
-    |G|^2 (section A.1), where B_small is a lane and B_big the batch. Lanes without target tokens are skipped.
+    tokens; for Gaussian gradients this pooled estimate has the smallest variance. With equal lanes the results are the paper's S
+    and |G|^2 (section A.1), where B_small is a lane and B_big is the batch. Lanes without target tokens are skipped.
 
-    None if fewer than two lanes have tokens, or if a number is not finite. ValueError if the lists have different lengths.
-    Sums are exact before a single rounding (fsum), so they do not depend on the order of lanes or on the ranks that hold them.
+    Returns None if fewer than two lanes have tokens, or if a number is not finite. Raises ValueError if the lists have different
+    lengths or a count is negative. Each sum is rounded only once (fsum), so it does not depend on the order of the lanes.
     """
     if len(lane_squares) != len(lane_tokens) or any(n < 0 for n in lane_tokens):
         raise ValueError(f"{len(lane_squares)} squares and {len(lane_tokens)} token counts; counts must not be negative")
@@ -59,8 +61,8 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
 
 
 def mean(noises: Sequence[Noise]) -> Noise | None:
-    """Return the means of signal and trace; None for an empty list. The mean of their quotients would be biased (section A.1).
-    Pure."""
+    """Return the means of signal_square and trace; None for an empty list. The mean of the quotients trace / signal_square would
+    be biased (section A.1). Pure."""
     if not noises:
         return None
     return Noise(math.fsum(n.signal_square for n in noises) / len(noises), math.fsum(n.trace for n in noises) / len(noises))
@@ -69,8 +71,8 @@ def mean(noises: Sequence[Noise]) -> Noise | None:
 def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] | None:
     """Return an interval of about two standard errors around the noise scale of the mean, in tokens.
 
-    Uses a jackknife of the logarithm over consecutive blocks (Efron & Stein 1981). None with fewer than four measurements, or if
-    the noise scale is undefined when one of the blocks is left out. Pure."""
+    Uses a jackknife of the logarithm over consecutive groups of measurements, called blocks (Efron & Stein 1981). Returns None
+    with fewer than four measurements, or if the noise scale is undefined without one of the blocks. Pure."""
     whole = mean(noises)
     scale = whole.noise_scale_tokens if whole else None
     blocks = min(blocks, len(noises))
@@ -90,10 +92,10 @@ def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] |
 
 @dataclass
 class NoiseAverage:
-    """Running averages of signal and trace (section A.1). The fields are plain numbers and form the complete state for a
+    """Running averages of signal_square and trace (section A.1). The fields are plain numbers and form the complete state for a
     checkpoint: NoiseAverage(**asdict(average)) continues with the same bits. Independent."""
 
-    decay: float = 0.95  # weight of the past at each measurement; averages about 1 / (1 - decay) measurements
+    decay: float = 0.95  # weight of earlier measurements; averages over about 1 / (1 - decay) measurements
     signal_square: float = 0.0
     trace: float = 0.0
     weight: float = 0.0  # total weight of n measurements: 1 - decay^n

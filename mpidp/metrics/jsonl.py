@@ -14,7 +14,7 @@ from mpidp.metrics.tensorboard import Scalars
 from mpidp.runtime.files import write_file
 from mpidp.runtime.log import log
 
-TAIL_BYTES = 1 << 16  # end of the file in which the last lines of a failed rank 0 are searched
+TAIL_BYTES = 1 << 16  # size of the end of the file that is searched for the last lines of a failed rank 0
 
 
 class MetricsFile:
@@ -26,9 +26,10 @@ class MetricsFile:
     ) -> None:
         """Open the file and delete incomplete lines, and lines of later steps and batches, which a resumed run repeats.
 
-        latest: the last lines of a failed rank 0, which this rank replaces. Those that are missing in the file are added."""
+        step, next_batch: last step that is kept, and first batch that is not. latest: the last lines of a failed rank 0, which
+        this rank replaces; those that are missing in the file are added. also: TensorBoard files that receive the same lines."""
         self._path = path
-        self.also: Scalars | None = None  # also gets each new line
+        self.also: Scalars | None = None  # TensorBoard files that receive each new line
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         if latest is not None:
             self._repair(latest)
@@ -38,7 +39,7 @@ class MetricsFile:
             self.lost = lost(list(parsed(lines)), list(parsed(kept)))
             write_file(path, b"".join(line + b"\n" for line in kept))
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._late = b""  # bytes that the full disk did not accept
+        self._late = b""  # bytes that a full disk did not accept
         self._warned = False
         self.also = also
 
@@ -57,7 +58,7 @@ class MetricsFile:
             self._warned = True
 
     def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:
-        """Delete an incomplete line and the end record, and add those of the latest lines that are missing."""
+        """Delete an incomplete last line and the end record, and add those of the latest lines that are missing."""
         with open(self._path, "rb+") as file:
             start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
             file.seek(start)
@@ -83,7 +84,7 @@ class MetricsFile:
 
 
 def past(path: Path) -> tuple[int, float]:
-    """Return (restarts and recoveries, seconds of training) according to a run's file. Independent."""
+    """Return (number of restarts and recoveries, seconds of training) as recorded in a run's file. Independent."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
     return failures, sum(line.get("step_seconds", 0.0) for line in lines)
@@ -99,7 +100,7 @@ def parsed(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
 
 
 def number(line: Mapping[str, Any], name: str) -> float | None:
-    """Return a finite number of a line, or None. Pure."""
+    """Return the value of `name` in a line, or None if it is not a finite number. Pure."""
     value = line.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -109,8 +110,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    Before a `start` line, only the age of its process counts, without seconds that are recorded as lost, since no job worked on
-    the run in the remaining time. Lines without a time count as 0. Pure."""
+    For a `start` line, these are at most its setup_seconds, because no job worked on the run before. Seconds that the line
+    records as lost are not counted again. Lines without a time count as 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:
@@ -124,7 +125,8 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return seconds, steps and joules of the lines that are not kept, including earlier losses recorded in them. Pure."""
+    """Return the seconds, steps and joules of the lines that are not kept, and the earlier losses recorded in these lines.
+    Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}
@@ -136,12 +138,12 @@ def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) 
 
 
 def id_of(line: Mapping[str, Any]) -> str:
-    """Return a line as a hashable key. Pure."""
+    """Return a line as a string that can be a dictionary key. Pure."""
     return json.dumps(line, sort_keys=True)
 
 
 def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the key of a line: no two lines of a file have the same."""
+    """Return a key that is different for every line of a file."""
     return line["step"], line.get("event"), line.get("batch"), "val_loss" in line
 
 

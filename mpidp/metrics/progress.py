@@ -1,4 +1,4 @@
-"""Progress output of rank 0."""
+"""Print the progress of training on rank 0."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def check_tensorboard(wanted: bool) -> None:
 
 
 class Scalars:
-    """Writes the scalars of a run. Used on rank 0 only. Independent."""
+    """Writes the scalars of a run for TensorBoard. Used on rank 0 only. Independent."""
 
     def __init__(self, folder: Path, step: int) -> None:
         """step: the last step before this job; TensorBoard hides later steps that an earlier job wrote."""
@@ -31,7 +31,7 @@ class Scalars:
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Write each number of a line at its step, as steps/NAME, or val/NAME for evaluations; write events as text."""
+        """Write a line of metrics.jsonl at its step: each number as steps/NAME (val/NAME in an evaluation), an event as text."""
         if "event" in line:
             self._writer.add_text("events", f"step {line['step']}: {line['event']}", int(line["step"]))
             return

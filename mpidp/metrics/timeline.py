@@ -1,8 +1,8 @@
-"""Trace some steps on all ranks as spans: RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
+"""Trace some steps on all ranks as spans and write RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
 
-Without metrics.timeline there is no overhead. Otherwise spans are recorded in steps FIRST to LAST only; a span costs about a
+Without metrics.timeline there is no overhead. Otherwise spans are recorded in steps FIRST to LAST only; each span takes about a
 microsecond. The clocks of the machines are compared with barriers before the first and after the last step, and times are
-converted to rank 0's clock. On a GPU, spans show the host's time; metrics.kernels records the device's kernels.
+converted to rank 0's clock. On a GPU, spans show the time on the host; metrics.kernels records the kernels on the device.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mpidp.runtime.observers import StepObserver
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-ROUNDS = 5  # barriers per clock comparison
+ROUNDS = 5  # number of barriers per clock comparison
 PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
 SUB_PHASES = ("reduce", "apply", "publish")  # phases within an update
-NAMES = {"comm_wait": "wait"}  # names of spans in the trace that differ from the phase
+NAMES = {"comm_wait": "wait"}  # phases whose spans have another name in the trace
 Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
 
 
@@ -43,7 +43,7 @@ class RankTimeline:
 
 
 class Timeline(StepObserver):
-    """Records the spans of one rank; does nothing if no steps are selected."""
+    """Records the spans of one rank. Does nothing if no steps are selected."""
 
     def __init__(
         self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False
@@ -64,7 +64,7 @@ class Timeline(StepObserver):
         self._compare(comm)
 
     def enter(self, step: int, phase: str) -> None:
-        """Begin a phase within an update. It lasts until the next begins; the last one ends with the update. Independent."""
+        """Begin a phase within an update. The phase ends when the next one begins or the update ends. Independent."""
         if self.last and phase in SUB_PHASES:
             self._close_sub_phase()
             self._open = phase, time.perf_counter()
@@ -105,7 +105,7 @@ class Timeline(StepObserver):
         self._open = None
 
     def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
-        """Write the file if the last selected step is done. Call where all ranks synchronize. Collective over comm."""
+        """Write timeline.json if the last selected step is complete. Called where all ranks synchronize. Collective over comm."""
         if not self.last or step < self.last:
             return
         self._on, self.last = False, 0
@@ -142,7 +142,8 @@ class Timeline(StepObserver):
 
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
-    """Return the trace in Chrome's format: microseconds since the first span, a process per rank, a row per thread. Pure."""
+    """Return the trace in Chrome's format: times in microseconds since the first span, a process per rank, a row per thread.
+    Pure."""
     events: list[dict[str, Any]] = []
     for rank, part in enumerate(everyone):
         about = {"ph": "M", "pid": rank}

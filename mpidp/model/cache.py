@@ -1,7 +1,8 @@
-"""The key-value cache of one sequence: the next token needs one forward position instead of the whole window.
+"""The key-value cache of one sequence. With it, the model computes one position for the next token, not the whole window.
 
-`model.new_cache(positions)` returns a cache for this many positions, or None if the model has none; then each token is computed
-from the whole window. The forward argument `caches` is a list with one cache per row of the input. Pure torch.
+`model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. Without a
+cache, each token is computed from the whole window. The argument `caches` of forward is a list with one cache per row of the
+input. Pure torch.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ class Cache:
     def __init__(self, capacity: int) -> None:
         """capacity: largest number of positions."""
         self.capacity, self.length = capacity, 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, (K, capacity, E) each
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, each (K, capacity, E)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (K, T, E) of the next T positions; return those of all positions so far.
+        """Append a layer's keys and values (K, T, E) of the next T positions; return the keys and values so far.
 
-        The model increases `length` after the last layer.
+        Does not change `length`: the model increases it after the last layer. Raises ValueError if the cache is full.
         """
         end = self.length + k.shape[1]
         if end > self.capacity:
@@ -43,16 +44,16 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of T new positions over all positions so far: q (B, H, T, E), k and v (B, K, T, E) -> (B, H, T, E).
+    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
 
-    Rows are computed one at a time, without padding or masks, so the other rows cannot change a row's result.
+    The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
     """
     rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i])) for i, cache in enumerate(caches)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q: (H, T, E), the last T positions; k, v: (K, S, E), all S positions."""
+    """Return attention (H, T, E) of one sequence. q: (H, T, E), the last T positions; k, v: (K, S, E), all S positions."""
     (h, t, e), (heads, s, _) = q.shape, k.shape
     if t == 1:  # treat a group's query heads as several queries to one key-value head
         return F.scaled_dot_product_attention(q.reshape(1, heads, h // heads, e), k[None], v[None]).view(h, 1, e)

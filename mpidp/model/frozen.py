@@ -18,7 +18,7 @@ SHOWN = 6  # example names in an error message
 def frozen(names: Sequence[str], patterns: str) -> set[str]:
     """Return the parameter names that match one of the fnmatch patterns, e.g. "embedding.*,blocks.0.*".
 
-    UsageError if a pattern matches no name. Pure.
+    Raises UsageError if a pattern matches no name. Pure.
     """
     found: set[str] = set()
     for pattern in (part.strip() for part in patterns.split(",") if part.strip()):
@@ -31,5 +31,5 @@ def frozen(names: Sequence[str], patterns: str) -> set[str]:
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, parameter) of the parameters that are trained. Independent."""
+    """Return (name, parameter) of each parameter that is trained. Independent."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""The model classes by shape: the only place that maps model.kind to a class. Pure."""
+"""Maps model.kind to a shape class, and a shape to its model class. No other file does this. Pure."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ MODELS: dict[type, Any] = {TransformerShape: Transformer, LSTMShape: LSTM, Custo
 
 
 def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
-    """Make the model, or a part of it, with parameters initialized from the seed. UsageError if a custom model fails. Pure."""
+    """Make the model, or a part of it, with parameters initialized from the seed. Pure.
+
+    Raises UsageError if the factory of a custom model fails.
+    """
     return MODELS[type(shape)](shape, seed, part)
 
 
 def saved_shape(kind: str, saved: Mapping[str, Any]) -> Shape:
-    """Return the shape saved in a checkpoint of a run with this model.kind. TypeError if it is another kind's. Pure."""
+    """Return the shape saved in a checkpoint of a run with this model.kind. Pure.
+
+    Raises TypeError if the saved fields are those of another kind.
+    """
     return SHAPES.get(kind, CustomShape)(**saved)  # type: ignore[no-any-return]

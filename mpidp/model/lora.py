@@ -1,8 +1,8 @@
 """LoRA: low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x; only A and B are trained.
 
-A (rank, inputs) is initialized uniformly in +-1/sqrt(inputs), as torch does for a linear layer, from (seed, layer name) on the
-CPU. So its values do not depend on which other layers have adapters. B (outputs, rank) is zero, so the model starts as the base
-model. Both are parameters of the layer, `lora_a` and `lora_b`; the layer keeps its name. Pure torch, no MPI.
+A (rank, inputs) is initialized uniformly in +-1/sqrt(inputs), as torch does for a linear layer. The random numbers depend only on
+(seed, layer name), not on which other layers have adapters. B (outputs, rank) is zero, so the model starts as the base model.
+A and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name. Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def is_adapter(name: str) -> bool:
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return the parameters that a checkpoint contains: only the adapters if there are any, else all. Pure."""
+    """Return the names of the parameters that a checkpoint contains: the adapters if there are any, else all. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the layers that get adapters: those whose last name is in targets, e.g. "q,v".
+    """Return the layers that get adapters: those whose last name component is in targets, e.g. "q,v".
 
-    layers: (outputs, inputs) by name. UsageError if a target matches no layer, or the rank exceeds a layer's smaller dimension.
-    Pure.
+    layers: (outputs, inputs) by name. Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller
+    dimension. Pure.
     """
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     if not wanted or wanted - known:
@@ -52,7 +52,10 @@ def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) ->
 
 
 def attach(model: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Add adapters to the target layers and freeze all other parameters. UsageError (see adapters_of). Independent."""
+    """Add adapters to the target layers and freeze all other parameters. Independent.
+
+    Raises UsageError if a target matches no layer or the rank is too large.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = adapters_of({name: layer.weight.shape for name, layer in layers.items()}, rank, targets)
     model.requires_grad_(False)
@@ -83,7 +86,7 @@ class _Add:
 def merged(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """Merge the adapters into the base weights: W + (alpha / rank) B A, in float32, under the base model's names.
 
-    state: all parameters by name. ValueError for an adapter without its layer. Pure.
+    state: all parameters by name. Raises ValueError if the layer of an adapter is missing. Pure.
     """
     found = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
     for name, a in state.items():

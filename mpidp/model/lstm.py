@@ -27,7 +27,7 @@ class LSTM(nn.Module):
         """Return None: this model generates without a cache. Independent."""
 
     def __init__(self, shape: LSTMShape, seed: int = 0, part: Part | None = None) -> None:
-        """Parameters are initialized on the CPU, so a seed gives the same float32 values on every device."""
+        """Make the layers. They are initialized on the CPU, so a seed gives the same float32 values on every device."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         d = shape.model_dim
@@ -41,8 +41,11 @@ class LSTM(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Initialize the parameters: embedding and head normal with std 1/sqrt(D); cells uniform in +-1/sqrt(D); biases 0,
-        except 1 for the forget gates (Jozefowicz 2015)."""
+        """Initialize the parameters.
+
+        Embedding and head are normal with std 1/sqrt(D). Cells are uniform in +-1/sqrt(D). Biases are 0, except those of forget
+        gates, which are 1 (Jozefowicz 2015).
+        """
         generator, bound, d = torch.Generator().manual_seed(seed), 1.0 / math.sqrt(self.shape.model_dim), self.shape.model_dim
         for name, p in sorted(self.named_parameters()):
             if p.dim() == 1:
@@ -59,8 +62,8 @@ class LSTM(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64; positions: ignored; doc_ids: not supported (UsageError), because the state would have to be reset
-        within a window; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation).
+        x: tokens (B, T) int64; positions: ignored; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation).
+        Raises UsageError if doc_ids is given: the state would have to be reset within a window.
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(

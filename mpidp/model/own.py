@@ -24,8 +24,10 @@ from mpidp.model.shape import CustomShape
 
 
 class CustomModel(nn.Module):
-    """Wraps the user's model in the interface of mpidp's models: tokens (B, T) -> logits (B, T, V). Parameter names stay the
-    same."""
+    """Gives the user's model the interface of mpidp's models: tokens (B, T) -> logits (B, T, V).
+
+    Parameters keep their names.
+    """
 
     recompute = False
 
@@ -33,13 +35,13 @@ class CustomModel(nn.Module):
         """Return None: custom models generate without a cache. Independent."""
 
     def __init__(self, shape: CustomShape, seed: int = 0, part: Part | None = None) -> None:
-        """Call the factory with torch's generator seeded by `seed`. UsageError if it fails."""
+        """Call the factory with torch's generator seeded by `seed`. Raises UsageError if the factory fails."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.own = _make(shape.factory, shape.arguments, seed)
 
     def named_parameters(self, *args: Any, **more: Any) -> Any:
-        """Yield the user's parameters, without a prefix. Independent."""
+        """Yield the names, without a prefix, and the parameters of the user's model. Independent."""
         return self.own.named_parameters(*args, **more)
 
     def forward(
@@ -47,8 +49,8 @@ class CustomModel(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) for tokens x (B, T) int64.
 
-        key: seeds torch's generators, so that random numbers (dropout) depend on the micro-batch and not on the rank. doc_ids:
-        not supported (UsageError).
+        key: seeds torch's generators, so that random numbers (dropout) depend on the micro-batch and not on the rank. Raises
+        UsageError if doc_ids is given: custom models do not support packed documents.
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(
@@ -59,7 +61,7 @@ class CustomModel(nn.Module):
         return self.own(x)
 
     def facts(self) -> dict[str, str]:
-        """Return hashes of the buffers, which must be equal on all ranks. (Parameters are broadcast from rank 0.) Independent."""
+        """Return a hash of each buffer. Buffers are not broadcast, so they must be equal on all ranks. Independent."""
         found = {}
         for name, buffer in self.own.named_buffers():
             found[f"buffer {name}"] = hashlib.sha256(repr(buffer.tolist()).encode()).hexdigest()[:16]
@@ -67,9 +69,9 @@ class CustomModel(nn.Module):
 
 
 def set_generator(key: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of this device. torch.manual_seed would also queue a call for each unused device.
+    """Seed torch's generators of the CPU and of this device. Independent.
 
-    Independent.
+    torch.manual_seed is not used, because it would also queue a call for each unused device.
     """
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
@@ -79,8 +81,8 @@ def set_generator(key: int, device: torch.device) -> None:
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
-    settings: section model, by name; changed: those that differ from their defaults. UsageError if the model cannot be trained.
-    Independent.
+    settings: all settings of section model, by name; changed: those that differ from their defaults. Raises UsageError if the
+    model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
     known = {key: value for key, value in settings.items() if key not in ("kind", "options")} | {"vocab_size": vocab_size}
@@ -102,7 +104,10 @@ def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any],
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """Parse model.options, e.g. "width=64,act=gelu". Integers, numbers, true and false are converted. UsageError. Pure."""
+    """Parse model.options, e.g. "width=64,act=gelu". Values that are numbers, true or false are converted. Pure.
+
+    Raises UsageError if an option is not NAME=VALUE.
+    """
     found: dict[str, Any] = {}
     for option in filter(None, (part.strip() for part in text.split(","))):
         key, equals, raw = (part.strip() for part in option.partition("="))
@@ -124,7 +129,7 @@ def _value(raw: str) -> Any:
 
 
 def _find(kind: str) -> Callable[..., nn.Module]:
-    """Import the factory that model.kind names. UsageError. Independent."""
+    """Import the factory that model.kind names. Raises UsageError if it does not exist or makes no nn.Module. Independent."""
     module, _, name = kind.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name, None)
@@ -181,8 +186,11 @@ def _check_parameters(kind: str, model: nn.Module) -> None:
 
 
 def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
-    """Run the model in training and evaluation mode. UsageError for logits of a wrong size, without gradient, or that depend on
-    later tokens, and for buffers that training changes: they would depend on which micro-batches a rank computes."""
+    """Run the model in training and evaluation mode.
+
+    Raises UsageError if the logits have a wrong size, have no gradient, or depend on later tokens. Also raises UsageError if
+    training changes a buffer: the buffer would then depend on which micro-batches a rank computes.
+    """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size
     if not _logits(kind, model.train(), tokens, vocab_size).requires_grad:

@@ -1,9 +1,10 @@
-"""The part of the Transformer on one rank: some layers (pipeline parallelism), and of each layer some heads, hidden channels and
-vocabulary rows (tensor parallelism: Shoeybi 2019, Megatron-LM, section 3). Pure.
+"""The part of the Transformer on one rank. Pure.
 
-Query, key, value, gate and up are split by rows; o and down, which follow them, by columns. So each residual branch needs one sum
-over the ranks. Embedding and head are split by vocabulary. Norms are replicated. Between branches a rank has all positions of a
-sequence, or only its share of them (sequence parallelism: Korthikanti 2022, section 4.2.2).
+With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
+some heads and hidden channels of each layer, and some rows of the vocabulary. The weights of query, key, value, gate and up are
+split by rows. Those of o and down, which follow them, are split by columns, so each residual branch needs one sum over the ranks.
+Embedding and head are split by vocabulary. Norms are replicated. Between branches, a rank has all positions of a sequence, or
+only its share of them (sequence parallelism: Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ COLUMNS = ("attention.o.weight", "feed_forward.down.weight")
 class Part:
     """The part of a model on one rank."""
 
-    chunks: tuple[range, ...]  # ranges of layers; one, or mesh.interleave of them
-    has_embedding: bool = True  # true on the first stage
-    has_head: bool = True  # the last norm and the head; true on the last stage
+    chunks: tuple[range, ...]  # one range of layers per chunk; there are mesh.interleave chunks
+    has_embedding: bool = True  # whether this is the first stage
+    has_head: bool = True  # whether this is the last stage, with the last norm and the head
     index: int = 0  # tensor-parallel index, below size
     size: int = 1  # number of tensor-parallel ranks
-    tied: bool = False  # embedding and head share one tensor
-    head_dim: int = 1
-    sequence: bool = False  # sequence parallelism: positions are split between branches
+    tied: bool = False  # whether embedding and head share one tensor
+    head_dim: int = 1  # size of an attention head
+    sequence: bool = False  # whether positions are split over the ranks between branches (sequence parallelism)
 
     @property
     def layers(self) -> list[int]:
@@ -46,11 +47,11 @@ class Part:
         return range(self.index * count // self.size, (self.index + 1) * count // self.size)
 
     def positions(self, count: int) -> range:
-        """Return the positions, of `count` in a sequence, whose hidden states this rank has between branches. Pure."""
+        """Return the positions whose hidden states this rank has between branches. count: positions of a sequence. Pure."""
         return self.own_range(count) if self.sequence else range(count)
 
     def global_name(self, name: str) -> str:
-        """Return the name in the whole model of a parameter of this part: a tied head is "embedding.weight". Pure."""
+        """Return the name that a parameter has in the whole model. The name of a tied head is "embedding.weight". Pure."""
         return "embedding.weight" if self.tied and name == "head.weight" else name
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
@@ -64,14 +65,14 @@ class Part:
         return tuple(slice(0, length) for length in size)
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has any of a parameter of the whole model. Pure."""
+        """Return whether this rank has at least a part of this parameter of the whole model. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
         return self.has_head and (names[0] != "embedding" or self.tied) or names[0] == "embedding" and self.has_embedding
 
     def sizes(self, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of this rank's parameters; whole: shapes in the whole model. Pure."""
+        """Return the shapes of this rank's parameters. whole: shapes in the whole model. Pure."""
         return {name: tuple(s.stop - s.start for s in self.box(name, size)) for name, size in whole.items() if self.has(name)}
 
     def is_cut(self, name: str) -> bool:
@@ -89,16 +90,16 @@ def part_of(
 ) -> Part:
     """Return the part of a rank in pipeline stage `stage` of `stages`, with tensor-parallel index `index` of `size`.
 
-    sequence: sequence parallelism; chunks: chunks of layers per stage (mesh.interleave). Pure.
+    sequence: whether to use sequence parallelism; chunks: chunks of layers per stage (mesh.interleave). Pure.
     """
     runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
     return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
-    """Return the layers of each stage: contiguous, at least one, and so that the slowest stage is as fast as possible.
+    """Divide the layers into contiguous stages of at least one layer, so that the slowest stage is as fast as possible.
 
-    Speed is estimated by floating-point operations per token, including the head's. Pure.
+    A stage's time is estimated by its floating-point operations per token, including those of the head. Pure.
     """
     if not isinstance(shape, TransformerShape) or stages == 1:
         return [range(shape.num_layers)]
@@ -116,7 +117,7 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
 
 
 def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
-    """Raise UsageError if the model cannot be split this way; the message suggests the nearest possible values. Pure."""
+    """Raise UsageError if the model cannot be split this way. The message suggests the nearest possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: leave them at 1")

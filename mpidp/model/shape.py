@@ -1,4 +1,4 @@
-"""Model shapes: what determines the parameters' names, sizes and cost. Pure, without torch."""
+"""Model shapes: the settings that determine the names, sizes and cost of parameters. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TransformerShape:
     num_heads: int
     num_kv_heads: int
     model_dim: int
-    hidden_dim: int  # of SwiGLU
+    hidden_dim: int  # width of SwiGLU
     seq_len: int
     dropout: float = 0.0
     tie_embeddings: bool = False
@@ -32,7 +32,7 @@ class TransformerShape:
 
 
 class RopeScaling(NamedTuple):
-    """Rotary scaling of Llama 3.1: low frequencies are divided by `factor`, high ones stay, those between are interpolated."""
+    """Rotary scaling of Llama 3.1: low frequencies are divided by `factor`, high ones are kept, others interpolated."""
 
     factor: float
     low: float  # low frequencies: wavelengths above original / low
@@ -41,7 +41,7 @@ class RopeScaling(NamedTuple):
 
 
 def rope_scaling(text: str) -> RopeScaling | None:
-    """Parse "llama3:FACTOR,LOW,HIGH,ORIGINAL"; None for "". ValueError. Pure."""
+    """Parse "llama3:FACTOR,LOW,HIGH,ORIGINAL". Returns None for "". Raises ValueError if the text is invalid. Pure."""
     if not text:
         return None
     kind, _, numbers = text.partition(":")
@@ -61,7 +61,7 @@ class LSTMShape:
     seq_len: int
     dropout: float = 0.0
     tie_embeddings: bool = False
-    head_dim: ClassVar[int] = 1  # it has no heads
+    head_dim: ClassVar[int] = 1  # an LSTM has no heads
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         d = self.model_dim
@@ -71,7 +71,7 @@ class LSTMShape:
         return found if self.tie_embeddings else found | {"head.weight": (self.vocab_size, d)}
 
     def flops_per_token(self) -> float:
-        """6 N, where N counts the matrices' elements: each is used in one forward and two backward products per token."""
+        """Return 6 N for N matrix elements. Each element is used in one forward and two backward products per token."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.model_dim
         return 6.0 * (num_parameters(self) - embedding)
 
@@ -85,20 +85,20 @@ class CustomShape:
     factory: str  # module:factory
     arguments: Mapping[str, Any]  # the factory's arguments
     parameters: Sequence[tuple[str, Sequence[int]]]  # name and shape of each parameter
-    tie_embeddings: ClassVar[bool] = False  # tied parameters have only one name anyway
+    tie_embeddings: ClassVar[bool] = False  # `parameters` has tied parameters only once
     head_dim: ClassVar[int] = 1
     dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a key
 
     @property
     def num_layers(self) -> int:
-        """The number of parameters: an upper bound on the unknown number of layers."""
+        """An upper bound on the number of layers, which is unknown: the number of parameter tensors."""
         return len(self.parameters)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(size) for name, size in self.parameters}
 
     def flops_per_token(self) -> float:
-        """6 N, where N counts the matrices' elements. An estimate: it assumes one product per matrix and token."""
+        """Return 6 N, where N is the number of matrix elements. This estimate assumes one product per matrix and token."""
         return 6.0 * sum(math.prod(size) for _, size in self.parameters if len(size) >= 2)
 
 
@@ -106,12 +106,12 @@ Shape: TypeAlias = TransformerShape | LSTMShape | CustomShape
 
 
 def default_hidden_dim(model_dim: int) -> int:
-    """Return 8/3 model_dim, rounded up to a multiple of 64: SwiGLU then has as many parameters as a 4x MLP."""
+    """Return 8/3 model_dim, rounded up to a multiple of 64. SwiGLU then has about as many parameters as a 4x MLP."""
     return -(-(8 * model_dim) // (3 * 64)) * 64
 
 
 def num_parameters(shape: Shape) -> int:
-    """Return the number of parameters, by formula: making the model on torch's meta device would import torch._dynamo."""
+    """Return the number of parameters, computed by formula. Making the model on the meta device would import torch._dynamo."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
     d, heads = shape.model_dim, 2 * shape.num_heads + 2 * shape.num_kv_heads
@@ -120,7 +120,10 @@ def num_parameters(shape: Shape) -> int:
 
 
 def flops_per_token(shape: Shape, parameters: int) -> float:
-    """Return floating-point operations per token, forward and backward: 6 N + 12 layers T H E (Chowdhery 2022, appendix B)."""
+    """Return floating-point operations per token, forward and backward: 6 N + 12 layers T H E (Chowdhery 2022, appendix B).
+
+    N: parameters without an untied embedding; T: seq_len; H: heads; E: head size.
+    """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()
     width = shape.num_heads * shape.head_dim

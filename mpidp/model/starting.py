@@ -17,19 +17,22 @@ from mpidp.model.lora import A, B, adapters_of, attach
 from mpidp.model.part import Part
 from mpidp.model.shape import Shape, shapes_of
 
-Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earlier versions lack some
+Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earlier versions have fewer
 
 
 def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
     """Make the model, or this part of it, with weights initialized from the seed and without adapters.
 
-    It is on the CPU and the same on every rank. Independent.
+    The weights are on the CPU and are the same on every rank. Independent.
     """
     return make_model(shape, settings["train.seed"], part)
 
 
 def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
-    """Add the run's LoRA adapters to the model and freeze parameters; return the model. UsageError. Independent."""
+    """Add the run's LoRA adapters to the model, freeze parameters, and return the model. Independent.
+
+    Raises UsageError if model.lora_targets or optim.freeze matches nothing, or if model.lora_rank is too large.
+    """
     if rank := settings.get("model.lora_rank", 0):
         attach(model, rank, settings["model.lora_alpha"], settings["model.lora_targets"], settings["train.seed"])
     if patterns := settings.get("optim.freeze", ""):
@@ -41,7 +44,10 @@ def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:
 
 
 def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the trained parameters of this part. UsageError, also if nothing is trained. Pure."""
+    """Return the shapes of the trained parameters of this part. Pure.
+
+    Raises UsageError if no parameter is trained, and for the reasons given in prepared().
+    """
     sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
     if rank := settings.get("model.lora_rank", 0):
         layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}

@@ -22,11 +22,11 @@ from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shape
 
 SITE = 0x9E3779B9  # difference between the dropout keys of two sites
 
-Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of new positions (q, k, v) over them and the cached ones
+Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # computes attention of new positions (q, k, v) over cached and new ones
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """Mix a 32-bit integer (Wellons' lowbias32). Uses int64, so all devices agree."""
+    """Hash 32-bit integers (Wellons' lowbias32). Computed in int64, so all devices give the same result."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -35,10 +35,11 @@ def _hash32(x: Tensor) -> Tensor:
 def keyed_dropout(
     x: Tensor, p: float, key: Tensor | None, site: int, local: range | None = None, length: int = 0
 ) -> Tensor:
-    """Dropout with a mask that is a pure function of (key, site, index in x). It needs no random generator.
+    """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
 
     x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: number of the dropout within the model.
-    local: x (B, len(local), D) has only these of `length` positions; its mask is the matching part of the whole sequence's mask.
+    local: the positions of x (B, len(local), D) in a sequence of `length` positions. The mask is that part of the whole
+    sequence's mask.
     """
     if p == 0.0 or key is None:
         return x
@@ -48,13 +49,13 @@ def keyed_dropout(
         span = len(local) * x.shape[-1]  # elements of one sequence in x
         places += (places // max(1, span)) * (length * x.shape[-1] - span) + local.start * x.shape[-1]
     bits = _hash32((places + stream) & 0xFFFFFFFF)
-    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # otherwise one mask could be a shifted copy of another
+    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # without this, one mask could be a shifted copy of another
     keep = bits >= round(p * 2**32)
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
 
 
 def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (length, head_dim); the second half of a row repeats the first."""
+    """Return cos and sin of the rotary angles, each (length, head_dim). The second half of a row repeats the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high ones
         turns = scaling.original * frequency / (2 * math.pi)
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.num_heads * self.head_dim, shape.model_dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None = None) -> Tensor:
-        """x: (B, T, D) -> (B, T, D); mask: (B, 1, T, T) bool, None: causal; past: attention with a cache, replaces the mask."""
+        """Return (B, T, D) for x (B, T, D). mask: (B, 1, T, T) bool, None: causal; past: attention with a cache."""
         b, t, _ = x.shape
         q = self.q(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -110,12 +111,12 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden_dim, shape.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Return (B, T, D) for x (B, T, D)."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on each branch's output."""
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on each branch's output."""
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). With sequence parallelism, x has only this part's positions; cos and sin have all T."""
+        """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has this part's positions; cos and sin have all T."""
         length = cos.shape[-2]
         local = self.part.positions(length)
         y = self.attention(self.attention_norm(x), cos, sin, mask, past)
@@ -144,7 +145,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, shape: TransformerShape, seed: int = 0, part: Part | None = None) -> None:
-        """Parameters are initialized on the CPU, so a seed gives the same float32 values on every device and in every part."""
+        """Initialize the parameters on the CPU, so a seed gives the same float32 values on every device and in every part."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
         self.recompute = False  # activation checkpointing: recompute each block in backward
@@ -172,7 +173,7 @@ class Transformer(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Initialize matrices: normal with std 1/sqrt(D), divided by sqrt(2 layers) at the end of a residual branch (GPT-2).
 
-        A part draws all tensors of the model, one at a time, and keeps its own slices.
+        A part draws all tensors of the model, one at a time, and keeps its own boxes.
         """
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
@@ -193,10 +194,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), attention only between equal
-        ids; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T, needed if x has only this
-        part's positions (sequence parallelism); chunk: index into part.chunks; caches: one per row, with the positions before
-        x. They include x afterwards.
+        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), tokens attend only to tokens
+        with equal ids; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation); length: T, needed if x has
+        only this part's positions (sequence parallelism); chunk: index into part.chunks; caches: one per row, with the positions
+        before x. Afterwards the caches include x.
         """
         t = length or x.shape[1]
         if caches is not None:

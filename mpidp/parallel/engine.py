@@ -1,4 +1,4 @@
-"""Runs the forward and backward passes of a schedule, and evaluations. It accumulates gradients and has no optimizer."""
+"""Runs the forward and backward passes of a schedule, and evaluations. The engine accumulates gradients and has no optimizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PendingBackward:
 
 @dataclass
 class Computed:
-    """The results of a rank's micro-batches of a global batch."""
+    """The results of one rank for its micro-batches of a global batch."""
 
     micro_batches: list[int]
     losses: list[float]  # sum of token losses in nats, per micro-batch
@@ -49,18 +49,18 @@ class Computed:
 
 
 class Engine:
-    """Runs a model on a device with a precision. Independent, except where a method says otherwise."""
+    """Runs a model on a device, with matrix products in a given precision. Independent, except where a method says otherwise."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
-        """dtype: of matrix products under autocast (master weights stay float32). nominal_tokens: every loss is divided by it
-        before backward, so that sums over the batch have the size of a mean (for 16-bit wire formats). stages: this rank's
-        pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports the same
-        losses. observers: called for every micro-batch and phase. fill: runs dummy forward passes, for strategies in which all
-        ranks must run equally many."""
+        """dtype: type of matrix products under autocast; master weights stay float32. nominal_tokens: every loss is divided by
+        this number before backward, so that sums over the batch have the size of a mean and fit into 16-bit wire formats. stages:
+        this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports
+        the same losses. observers: called for every micro-batch and phase. fill: runs dummy forward passes, for strategies in
+        which all ranks must run the same number."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
@@ -82,7 +82,8 @@ class Engine:
             return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Return the sum of token losses of a micro-batch in nats, a float32 scalar on the device. Last stage only."""
+        """Return the sum of token losses of a micro-batch in nats, a float32 scalar on the device. Call it on the last stage
+        only."""
         return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
@@ -134,8 +135,8 @@ class Engine:
         return PendingBackward(mb, received, output, chunk)
 
     def _backward(self, pending: PendingBackward) -> Tensor:
-        """Run the backward pass. Return the loss sum as a tensor on the device, without synchronization; 0 on stages without
-        it."""
+        """Run the backward pass. Return the loss sum as a tensor on the device, without waiting for the device. Return 0 on
+        stages that do not compute the loss."""
         nothing = torch.zeros((), device=self.device)
         if pending.output is None:
             return nothing
@@ -158,9 +159,9 @@ class Engine:
         target once.
 
         Windows of seq_len tokens are independent; the last may be short. max_tokens > 0 stops after that many tokens. Batches of
-        `sequences` windows are distributed over the ranks and added in order, so the bits do not depend on the number of ranks.
-        replicas: if several ranks of comm compute a batch together, the communicator over which batches are distributed.
-        DataError for an id beyond the vocabulary, or if there is no target. Collective over comm.
+        `sequences` windows are distributed over the ranks. Their losses are added in order, so the bits do not depend on the
+        number of ranks. replicas: if several ranks of comm compute a batch together, the communicator over which batches are
+        distributed. Raises DataError if an id is outside the vocabulary, or if there is no target. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -213,5 +214,5 @@ class GradientSink(Protocol):
     """The part of a strategy that the engine uses: it accumulates gradients."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
-        """Run the backward pass of micro-batch v through a chunk of layers inside. last: whether it is the rank's last of this
-        step. Independent."""
+        """Return a context in which the backward pass of micro-batch v through a chunk of layers must run. last: whether v is the
+        rank's last micro-batch of this step. Independent."""

@@ -1,6 +1,6 @@
-"""The mesh of ranks: dp replicas, each of pp stages of tp ranks. Ranks are numbered node by node. Rank r belongs to replica
-r // (pp tp) and stage r // tp % pp, and has index r % tp in its stage: tensor-parallel ranks are neighbours, on one node if
-possible."""
+"""The mesh of ranks: there are dp replicas, each replica has pp stages, and each stage has tp ranks. Ranks are numbered node by
+node. Rank r belongs to replica r // (pp tp) and stage r // tp % pp, and has index r % tp in its stage: tensor-parallel ranks are
+neighbours, on one node if possible."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def whole(mesh: Topology) -> Grid:
 
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
-    """Make the mesh of dp x pp x tp ranks (dp=0: world.size / (pp tp)). UsageError if the number of ranks does not fit.
+    """Make the mesh of dp x pp x tp ranks (dp=0: world.size / (pp tp)). Raises UsageError if the number of ranks does not fit.
     Collective over world."""
     everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
@@ -96,6 +96,6 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
 
     model, column, row = split(replica), split(replica * tp + number), split(replica * pp + stage)
     mesh = make_topology(split(part))
-    # Ranks with other parts of the model use the same cores.
+    # The ranks with other parts of the model use the rest of the node's cores.
     mesh = replace(mesh, cores=max(1, everyone.cores * mesh.local_size // everyone.local_size))
     return Grid(ordered, everyone, mesh, model, column, row, how_to_wait(everyone.local_size, everyone.cores))

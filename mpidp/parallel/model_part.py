@@ -35,7 +35,7 @@ class BoxReader(Protocol):
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Independent, except where a method says otherwise."""
+    """This rank's part of the model, and its place in the whole model. Independent, except where stated otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
         """sequence: whether sequence parallelism is used; chunks: number of chunks per pipeline stage."""
@@ -47,7 +47,8 @@ class ModelPartition:
         return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence, self.chunks)
 
     def counts(self, name: str) -> bool:
-        """Whether this rank saves and counts a parameter that other ranks may have, too. Pure."""
+        """Return whether this rank saves and counts its part of a parameter. If several ranks hold the same values, only one of
+        them does. Pure."""
         part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
@@ -87,8 +88,8 @@ class ModelPartition:
 
     @torch.no_grad()
     def broadcast_parameters(self, model: nn.Module) -> list[int]:
-        """Broadcast rank 0's parameters to all replicas. Call it before parameters are in shared memory, to which all ranks would
-        write. Return the ranks whose parameters differed. Collective over grid.replicas.dp."""
+        """Broadcast rank 0's parameters to all replicas. Call it before parameters are in shared memory, where all ranks of a
+        node would write to the same place. Return the ranks whose parameters differed. Collective over grid.replicas.dp."""
         dp = self.grid.replicas.dp
         hashes = dp.allgather(weights_sha256(model))
         others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
@@ -107,8 +108,8 @@ class ModelPartition:
             entry.tensor.copy_(reader.box(f"model/{whole}", placed))
 
     def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
-        """Read the state for the strategy's load_state_dict; strategy: its current state. UsageError if the saved state belongs
-        to a model that was cut in another way."""
+        """Read and return the state for the strategy's load_state_dict. strategy: the strategy's current state. Raises UsageError
+        if the saved state belongs to a model that was cut in another way."""
         dp, of_whole = self.grid.replicas.dp, {self.part.global_name(name): name for name, _ in model.named_parameters()}
         boxes = boxes_held({name: entry for name, entry in strategy.items() if name.partition("/")[0] in of_whole.values()})
         if self.grid.parts == 1 and not any(name.startswith("strategy/part_") for name in reader):
@@ -137,8 +138,8 @@ class ModelPartition:
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
-        """Return the norm over the whole model of a gradient; flat: this part's; squares: of its blocks. Collective over
-        grid.model."""
+        """Return the L2 norm of a gradient over the whole model. flat: this part's gradient; squares: sum of squares of each of
+        its blocks. Collective over grid.model."""
         twice, layout = 0.0, buffer.layout
         if self.grid.parts > 1:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
@@ -147,8 +148,8 @@ class ModelPartition:
         return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in buffer.spans], twice)
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """Add the gradients of embedding and head if they are one tensor in two stages; both stages get the sum. Collective over
-        grid.pp and group.node."""
+        """If embedding and head are one tied parameter in two stages, add their gradients. Both stages get the sum. Collective
+        over grid.pp and group.node."""
         pp = self.grid.pp
         if not self.part.tied or pp.size == 1 or pp.rank not in (0, pp.size - 1):
             return

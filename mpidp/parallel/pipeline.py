@@ -1,5 +1,5 @@
-"""Messages between pipeline stages: hidden states forward, their gradients backward. The tag of a message names its micro-batch.
-Sends do not block; at the end of a step all sends are complete."""
+"""Messages between pipeline stages: hidden states forward, their gradients backward. The tag of a message identifies its
+micro-batch. Sends do not block; at the end of a step all sends are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stages:
     """This rank's stage in the pipeline of its replica. With one stage nothing is sent."""
 
     def __init__(self, grid: Grid, transport: Messages, device: torch.device, chunks: int = 1) -> None:
-        """chunks: number of chunks per stage; the first stage follows the last one."""
+        """chunks: number of chunks per stage. The last stage sends chunk c to chunk c + 1 of the first stage."""
         self.comm, self.wait, self._transport, self._device = grid.pp, grid.wait, transport, device
         self.index, self.count = self.comm.rank, self.comm.size
         self.first, self.last = self.index == 0, self.index == self.count - 1
@@ -36,7 +36,8 @@ class Stages:
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
         """Receive hidden states from the previous stage (FORWARD) or gradients from the next one (BACKWARD) for a chunk of
-        micro-batch v. float32, like the residual stream, in any training precision. Independent; waits until they are sent."""
+        micro-batch v. They are float32, like the residual stream, in any training precision. Independent, but waits until the
+        other stage has sent them."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
         self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))
@@ -52,7 +53,7 @@ class Stages:
         self._transport.sent_bytes += wire.nbytes
 
     def _tag(self, kind: int, v: int, chunk: int) -> int:
-        """chunk: the receiver's."""
+        """Return the tag of a message. chunk: the chunk that receives it."""
         return 2 * (v * self.chunks + chunk) + kind
 
     def drain(self, losses: list[float]) -> list[float]:

@@ -2,11 +2,12 @@
 
 A pipeline of S stages runs 1F1B (Narayanan 2021, "PipeDream-Flush"; Megatron-LM, section 2.2): stage s begins with S - 1 - s
 forward passes, then alternates forward and backward passes, and ends with the remaining backward passes. Gradient accumulation is
-the special case of one stage. Every stage runs backward passes in the order of micro-batches, so sums have the bits of one rank.
+the special case of one stage. Every stage runs backward passes in the order of micro-batches, so gradient sums have the same bits
+as on one rank.
 
-Interleaved (Narayanan 2021, section 2.2), each stage has several ranges of layers, called chunks. Chunk c of stage s is followed
-by chunk c of stage s + 1; chunk c of the last stage is followed by chunk c + 1 of the first. The bubble shrinks from the time of
-a stage to the time of a chunk.
+In the interleaved schedule (Narayanan 2021, section 2.2), each stage has several ranges of layers, called chunks. Chunk c of
+stage s is followed by chunk c of stage s + 1; chunk c of the last stage is followed by chunk c + 1 of the first. The idle time at
+the start and the end of a step (the bubble) shrinks in proportion to the size of a chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Instruction = Forward | Backward
 
 
 def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -> Iterator[Instruction]:
-    """Yield the schedule of stage `stage` of `stages` for this replica's micro-batches, in order. At most stages - stage
+    """Yield the schedule of stage `stage` of `stages` for this replica's micro-batches, in order. At most (stages - stage)
     micro-batches are in flight. Pure."""
     ahead = min(stages - 1 - stage, len(micro_batches))
     for v in micro_batches[:ahead]:

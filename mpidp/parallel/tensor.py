@@ -1,15 +1,15 @@
 """Adds tensor parallelism to a part of the model: sums over the ranks that share its layers.
 
-Megatron-LM (Shoeybi 2019, section 3). At the start of a branch all ranks have the same input, and its gradient is summed over the
-ranks in backward (f). At the end of a branch the ranks' partial results are summed in forward, and all ranks have the same
-gradient (g). The vocabulary is cut, too: embedding rows on other ranks contribute zero, and the loss is computed from each rank's
-logits (section 3, "parallel cross-entropy"), for which only a maximum, a sum and the target's logit are communicated. Sums are in
-float32 in any training precision.
+This follows Megatron-LM (Shoeybi 2019, section 3). At the start of a branch all ranks have the same input; the function f sums
+its gradient over the ranks in backward. At the end of a branch the function g sums the ranks' partial results in forward; all
+ranks have the same gradient. The vocabulary is cut, too. A rank's embedding returns zero for tokens whose rows are on other
+ranks. The loss is computed from each rank's logits (section 3, "parallel cross-entropy"); only a maximum, a sum and the target's
+logit are communicated. Sums are in float32 in any training precision.
 
 Sequence parallelism (Korthikanti 2022, section 4.2.2): between branches a rank has only its own positions. f gathers positions in
 forward and reduce-scatters their gradients in backward; g reduce-scatters in forward and gathers gradients in backward. For
-backward, matrix products save only this rank's positions and gather the others again. Norms see a part of the positions, so the
-gradients of their gains are summed over the ranks for each micro-batch; after that they are equal on all ranks of a stage.
+backward, matrix products save only this rank's positions and gather the others again. A norm layer processes only this rank's
+positions. So the gradient of its gain is summed over the ranks for each micro-batch, and is then equal on all ranks of a stage.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SequenceNorm(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """An embedding whose rows from `first` on are on this rank."""
+    """An embedding of which this rank holds a range of rows that begins with row `first`."""
 
     def __init__(self, embedding: nn.Embedding, first: int, tp: TensorComm) -> None:
         super().__init__()
@@ -89,13 +89,14 @@ def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Regather:
-    """Saved-tensor hooks that keep only this rank's positions for backward, and gather all again, once for all uses."""
+    """Saved-tensor hooks of autograd. They save only this rank's positions for backward, and gather all positions again once, for
+    all uses."""
 
     def __init__(self, part: Tensor, whole: Tensor, tp: TensorComm) -> None:
-        """part: this rank's (B, t, D); whole: the gathered (B, T, D)."""
+        """part: this rank's positions, (B, t, D). whole: the gathered positions, (B, T, D)."""
         self.part, self._tp, self._length = part.detach(), tp, whole.shape[1]
         self._place, self._numel = whole.data_ptr(), whole.numel()
-        self._kept = self._left = 0  # how often it was saved; how many of these were not yet unpacked
+        self._kept = self._left = 0  # how often the tensor was saved; how often it must still be unpacked
         self._whole: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
@@ -118,12 +119,13 @@ class Regather:
 
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
-    """Put f before a module and, if it ends a branch, g after it. keep: whether to save the gathered positions for backward."""
+    """Apply f before a module and, if the module ends a branch, g after it. keep: whether to save the gathered positions for
+    backward."""
     inner = module.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:
         if tp.sequence and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # as the products would do: halves messages and saved memory
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as autocast does later: halves messages and saved memory
         whole = enter_branch(x, tp)
         if keep:
             y = inner(whole, *args)
@@ -141,7 +143,7 @@ def share_layers(model: Any, tp: TensorComm) -> None:
     keep = not tp.sequence
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
-        tp.length = args[1].shape[-2]  # from the rotary table: x may have a part of the positions
+        tp.length = args[1].shape[-2]  # from the rotary table, because x may have only a part of the positions
 
     for block in model.blocks.values():
         block.register_forward_pre_hook(enter)

@@ -25,7 +25,8 @@ class TensorComm:
         self.length = 0  # number of positions of the current sequences
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Return the sum of every rank's x, of any shape, as a new tensor of x's dtype. Collective over comm."""
+        """Return the sum (or another reduction `op`) of x over the ranks as a new tensor with x's shape and dtype. Collective
+        over comm."""
         with torch.no_grad():
             total = x.detach().to(torch.float32, copy=True).contiguous()
             flat = total.view(-1)
@@ -36,7 +37,7 @@ class TensorComm:
             return total.to(x.dtype)
 
     def _cut(self, length: int, each: int) -> tuple[list[int], list[int]]:
-        """Return (counts, starts) of every rank's positions, in elements with `each` elements per position; cut as in
+        """Return (counts, starts) of every rank's positions, in elements. each: elements per position. Positions are cut as in
         Part.share."""
         bounds = [i * length // self.comm.size * each for i in range(self.comm.size + 1)]
         return [b - a for a, b in zip(bounds, bounds[1:], strict=False)], bounds[:-1]
@@ -121,12 +122,12 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply f to x, (B, T, D), or this rank's positions of it with sequence parallelism; return (B, T, D). Backward is collective
-    over tp.comm; with sequence parallelism this call is, too."""
+    """Apply f to x and return (B, T, D). x: (B, T, D); with sequence parallelism, only this rank's positions. Backward is
+    collective over tp.comm; with sequence parallelism this call is, too."""
     return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply g: return the sum of every rank's x, (B, T, D); with sequence parallelism, this rank's positions of it. Collective
-    over tp.comm."""
+    """Apply g: return the sum of x, (B, T, D), over the ranks. With sequence parallelism, return only this rank's positions of
+    the sum. Collective over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,1 +1,1 @@
-"""Predictions behind `python -m mpidp.plan`: how many ranks, which mesh, which method. Nothing here trains, except trials."""
+"""Predictions for `python -m mpidp.plan`: how many ranks, which mesh, which method. Only methods/trials.py trains."""

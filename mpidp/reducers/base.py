@@ -1,4 +1,4 @@
-"""Reducers sum the gradients over the ranks. This module has their base class and the simplest ones.
+"""Reducers sum the gradients over the ranks. This module has the base class of reducers and the simplest reducers.
 
 | name | sum | bits depend on | use |
 |---|---|---|---|
@@ -7,11 +7,11 @@
 | naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
 | root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
 
-The reducers of comm.compress send less (compression/compressed.py). naive and root are reference implementations: simple and
-slow, for comparison in tests.
+The reducers of comm.compress send fewer bytes (compression/compressed.py). naive and root are reference implementations: simple
+and slow, for comparison in tests.
 
-After finish(), `buffer.total` holds the sum over all lanes of the global batch. It does so on every rank, except with `root`,
-where only rank 0 holds it, updates the parameters and publishes them with publish().
+After finish(), `buffer.total` holds the sum over all lanes of the global batch. Every rank holds the sum, except with `root`:
+there only rank 0 holds it, updates the parameters, and broadcasts them in publish().
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LaneShares(Protocol):
     """The lanes that each rank computes in this step (training/balance.py)."""
 
     ranges: list[range]
-    static: bool  # whether they are fixed before the step; otherwise ranks of a node steal lanes from each other
+    static: bool  # whether ranges are fixed before the step; otherwise ranks of a node steal lanes from each other
 
 
 class BucketWorker(Protocol):
@@ -66,13 +66,13 @@ class Reducer:
     """Base class of reducers. It accumulates all micro-batches of the rank in one gradient buffer."""
 
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
-    own_order = True  # whether the reducer fixes the order of addition; MPI's differs between blocking and other calls (Open MPI)
+    own_order = True  # whether the reducer fixes the order of addition; Open MPI's order differs between blocking and other calls
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
         observers: StepObservers = NO_OBSERVERS, norm_over_parts: NormOverParts | None = None,
     ) -> None:
-        """norm_over_parts: computes the norm over the whole model, if this rank has a part of it."""
+        """norm_over_parts: computes the norm over the whole model, if this rank has only a part of the model."""
         self.group, self.lanes, self.transport, self.shares, self.num_slots = group, lanes, transport, shares, num_slots
         self.observers, self._norm_over_parts = observers, norm_over_parts
         self.comm = group.rail
@@ -88,7 +88,8 @@ class Reducer:
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
-        """Set how to wait for requests in a reduction; None: as the group does. Independent; call it between steps."""
+        """Set how to wait for requests in a reduction; None: wait as the group does elsewhere. Independent; call it between
+        steps."""
         self.wait = wait or self.group.wait
 
     def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
@@ -104,18 +105,19 @@ class Reducer:
             self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        """Point .grad of a chunk to the memory into which micro-batch v accumulates. last: whether it is the rank's last
-        micro-batch of the step. Independent."""
+        """Make every .grad of a chunk of layers a view of the memory into which micro-batch v accumulates. last: whether v is the
+        rank's last micro-batch of the step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
             self._fresh = False
 
     def close(self, v: int, chunk: int = 0) -> None:
-        """End micro-batch v for this chunk. Independent."""
+        """End micro-batch v for this chunk of layers. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with every lane in the next step; ValueError if lanes are not kept apart. Independent."""
+        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not keep
+        lanes apart. Independent."""
         if observers:
             raise ValueError(f"{type(self).__name__} adds lanes immediately: single lanes cannot be observed")
 
@@ -124,7 +126,7 @@ class Reducer:
         self._fresh = True
 
     def has_free_slot(self) -> bool:
-        """Return whether there is a free slot for any one more lane. Independent."""
+        """Return whether a slot is free for the gradient of one more lane. Independent."""
         return True
 
     def overlaps(self) -> bool:
@@ -137,7 +139,7 @@ class Reducer:
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Finish the sum, so that buffer.total holds it. Collective over all ranks."""
+        """Finish the sum. Afterwards buffer.total holds it. Collective over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
                 for bucket in self.worker.missing():
@@ -187,7 +189,7 @@ class Reducer:
         return self._norm_over_parts(self.buffer, squares, flat)
 
     def scale(self, factor: float) -> None:
-        """Multiply the sum. Collective over the group."""
+        """Multiply the sum by `factor`. Collective over the group."""
         if factor != 1.0 and self.holds_sum:
             self.buffer.total[self.group.slice_of(self.buffer.num_elements)].mul_(factor)
             self.group.fence()
@@ -198,8 +200,8 @@ class Reducer:
             self.group.fence()
 
     def end_round(self, applied: bool) -> None:
-        """End a round of sums. applied: whether the sums since the last call went into an update; otherwise the reducer restores
-        the state before them. Call it with the same value on all ranks. Independent."""
+        """End a round, which consists of the sums since the last call. applied: whether an update used these sums; otherwise the
+        reducer restores its state from before the round. All ranks must pass the same value. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return copies of the state that a resumed run needs (none in this base class). Independent."""
@@ -211,13 +213,13 @@ class Reducer:
             log.info("comm.compress was turned off: the stored compression error is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state of a reducer of the same kind on the ranks before a failure; None: this rank is new, and is not
-        rank 0. Collective over all ranks."""
+        """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. None: this rank is
+        new. Rank 0 is never new. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):
-    """A reducer with one gradient buffer per rank that can also sum any other flat tensor of the same layout, as strategies need
-    that do not sum at every step. After summing every bucket once, call end_round()."""
+    """A reducer with one gradient buffer per rank. It can also sum any other flat tensor of the same layout, which strategies
+    need that do not sum at every step. Call end_round() after every bucket was summed once."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)
@@ -233,7 +235,7 @@ class FlatReducer(Reducer):
 
 
 class Allreduce(FlatReducer):
-    """comm.reducer=allreduce: MPI's or NCCL's allreduce, in pieces."""
+    """Implements comm.reducer=allreduce with MPI's or NCCL's allreduce, in pieces."""
 
     own_order = False
 
@@ -249,7 +251,8 @@ class Allreduce(FlatReducer):
 
 
 class Naive(Allreduce):
-    """comm.reducer=naive: one Allreduce per parameter. A reference implementation, simple enough to verify by reading."""
+    """Implements comm.reducer=naive with one Allreduce per parameter. A reference implementation, simple enough to verify by
+    reading."""
 
     def sum(self, flat: torch.Tensor, bucket: Bucket) -> None:
         for shape, offset in zip(bucket.shapes, bucket.offsets, strict=True):
@@ -257,8 +260,8 @@ class Naive(Allreduce):
 
 
 class Root(Reducer):
-    """comm.reducer=root: rank 0 gathers the gradients, adds them in order of ranks, updates the parameters and broadcasts them. A
-    reference implementation."""
+    """Implements comm.reducer=root: rank 0 gathers the gradients, adds them in order of ranks, updates the parameters and
+    broadcasts them. A reference implementation."""
 
     everyone_updates = False
 

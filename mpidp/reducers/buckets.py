@@ -24,12 +24,12 @@ class Bucket:
     stop: int
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    offsets: tuple[int, ...]  # of each parameter in the flat buffer
+    offsets: tuple[int, ...]  # offset of each parameter in the flat buffer, in elements
 
 
 def unit_of(name: str) -> str:
-    """Return the unit of a parameter, which is never cut between two pipeline stages: `blocks.3` for blocks.3.attention.q.weight;
-    for names without a number, the first word. Pure."""
+    """Return the unit to which a parameter belongs. A unit is never divided between two pipeline stages. The unit of
+    blocks.3.attention.q.weight is `blocks.3`; for names without a number it is the first word. Pure."""
     words = name.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
@@ -37,7 +37,7 @@ def unit_of(name: str) -> str:
 
 class FlatLayout:
     """The place of each parameter in a flat tensor of num_elements elements, a multiple of NORM_BLOCK. Units begin at multiples
-    of NORM_BLOCK, so the norm blocks of a pipeline stage are those of the whole model. Independent."""
+    of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model. Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))
@@ -63,12 +63,12 @@ class FlatLayout:
         """Make the parameters views of flat; they keep their values."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
-                if view.data_ptr() != p.data_ptr():  # else p is this view already, in memory reused after a failure
+                if view.data_ptr() != p.data_ptr():  # otherwise p already is this view, in memory reused after a failure
                     view.copy_(p)
                 p.data = view
 
     def cut(self, bucket_bytes: int) -> list[Bucket]:
-        """Cut into buckets of whole parameters with at least bucket_bytes each (the last may be smaller)."""
+        """Return buckets of whole parameters, each with at least bucket_bytes. The last bucket may be smaller."""
         buckets: list[Bucket] = []
         members: list[tuple[int, str, torch.nn.Parameter]] = []
         placed = self.placed()
@@ -91,13 +91,13 @@ class GradientBuffer:
         self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
         memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
     ) -> None:
-        """memory: allocates that many zeroed float32 elements for each of the ranks that share memory, among which this rank has
-        index `me`; default: private memory."""
+        """memory: called with a number of elements, returns zeroed float32 memory of this size for each rank that shares memory.
+        me: index of this rank among them. Default: private memory."""
         self.layout = FlatLayout(named_parameters)
         self.num_elements = self.layout.num_elements
         needed = slots * self.num_elements
         parts = [torch.zeros(needed, device=self.layout.device)] if memory is None else memory(needed)
-        self.parts = [part.view(-1, self.num_elements) for part in parts]  # every rank's slots
+        self.parts = [part.view(-1, self.num_elements) for part in parts]  # the slots of every rank that shares memory
         self.flat = self.parts[me]
         self.total = self.parts[0][0]  # the sum, after the reduction
         self.views = list(zip(*(self.layout.views(slot) for slot in self.flat), strict=True))
@@ -106,8 +106,8 @@ class GradientBuffer:
         self._hooks: list[RemovableHandle] = []
 
     def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
-        """Divide the parameters into `count` chunks for point(); chunk_of: chunk of a name. Later chunks come first in flat
-        order."""
+        """Divide the parameters into `count` chunks for point(). chunk_of: returns the chunk of a parameter name. Later chunks
+        come first in flat order."""
         chunks = [chunk_of(name) for name, _ in self.layout.parameters]
         starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
                   for chunk in range(count)]
@@ -116,7 +116,7 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad, or those of one chunk, a view of this slot, into which backward then accumulates."""
+        """Make every .grad, or those of one chunk, a view of this slot. Backward then accumulates into the slot."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:
@@ -124,7 +124,7 @@ class GradientBuffer:
                 self._pointing_at[one] = slot
 
     def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
-        """From backward, call begin(bucket) as soon as all gradients of a bucket are complete, if armed() is true."""
+        """During backward, call begin(bucket) as soon as all gradients of a bucket are complete, if armed() is true."""
         for bucket in self.buckets:
             waiting = set(bucket.names)
 

@@ -1,9 +1,9 @@
-"""Reduces buckets in a thread while backward fills the next ones; measures whether this is faster.
+"""Reduces buckets in a thread while backward fills the next ones, and measures whether this is faster.
 
-Non-blocking collectives make little progress by themselves, so a thread drives them. It blocks in MPI (`thread`), or polls and
-sleeps (`poll`), which leaves the core to backward. On one node overlap has no benefit: sums are bound by memory bandwidth, and
-backward needs the same cores. Between nodes the benefit depends on the network, the MPI library and spare cores, so it is
-measured.
+Non-blocking collectives make little progress by themselves, so a thread drives them. In mode `thread` it blocks in MPI. In mode
+`poll` it polls and sleeps, which leaves the core to backward. On one node overlap has no benefit: sums are bound by memory
+bandwidth, and backward needs the same cores. Between nodes the benefit depends on the network, the MPI library and spare cores,
+so it is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mpidp.reducers.buckets import Bucket
 OVERLAP_WAITS: dict[str, Wait | None] = {
     "none": None, "thread": spin, "poll": partial(doze, yields=0, first_seconds=5e-5, longest_seconds=5e-5)
 }
-PROBE_BYTES = 16 << 20  # largest size of the buckets in one round of the measurement
+PROBE_BYTES = 16 << 20  # the measurement reduces the buckets in the first PROBE_BYTES of the buffer
 PROBE_ROUNDS = 3
 
 
@@ -53,8 +53,8 @@ class ReduceThread:
         return [bucket for bucket in self._buckets if bucket.index not in self._submitted]
 
     def wait(self) -> None:
-        """Wait until all buckets of the step are reduced; raise an exception of the work. Collective over the ranks that
-        reduce."""
+        """Wait until all buckets of the step are reduced. If work() raised an exception, raise it here. Collective over the ranks
+        that reduce."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == len(self._buckets) or self._error is not None)
             if self._error is not None:
@@ -81,7 +81,7 @@ class ReduceThread:
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
-        except BaseException as error:  # raised by wait(): a thread's own traceback would be lost
+        except BaseException as error:  # wait() raises it in the calling thread; here it would be lost
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
@@ -94,18 +94,18 @@ def use(reducer: Reducer, mode: str) -> None:
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
-    """Use the wanted overlap mode; for auto, the fastest in a measurement of concurrent computation and reduction. Return a
-    description of the choice. Collective over comm."""
+    """Use the wanted overlap mode. For auto, measure computation together with reduction in each mode, and use the fastest mode.
+    Return a description of the choice. static: whether lanes are fixed before each step. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
         return wanted
     alone, in_thread = len(reducer.group.members) == 1, reducer.transport.in_thread
     if alone or not in_thread or not static or MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         return "none"
-    # Between nodes, `poll` was seen to hang if ranks that are bound to one core share it. The cause is unknown; do not use it
+    # Between nodes, `poll` can hang if several ranks are bound to the same core. The cause is unknown, so `poll` is not used
     # there.
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
-    # Exclude it also if it would use a different MPI call with different bits: a measurement must not decide the bits.
+    # Exclude `poll` also if it would use an MPI call with different bits, because a measurement must not decide the bits.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
     seconds = measure(reducer, comm, {mode: wait for mode, wait in OVERLAP_WAITS.items() if mode != "poll" or poll})
     reducer.transport.pop_counts()  # the measurement does not count as communication of a step
@@ -116,8 +116,8 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Return the seconds of the slowest rank for each overlap mode. The test computes as long as a reduction takes, and completes
-    bucket by bucket. It overwrites the gradients. Collective over comm."""
+    """Return the seconds of the slowest rank for each overlap mode. For each bucket, the test computes for as long as a reduction
+    of the bucket takes. It overwrites the gradients. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 

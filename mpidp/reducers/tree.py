@@ -1,9 +1,9 @@
 """The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
-On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum ends in slot 0
-of the first rank. Between groups, the owners of the same slice exchange messages: the slice is cut into one part per group; each
-owner sends every other owner its part of the remaining tree nodes, adds the nodes of all groups for its own part, and sends this
-sum to the others.
+On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum is stored in
+slot 0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one part per
+group, and each owner adds one part: it receives this part of the other groups' remaining tree nodes, adds the nodes of all
+groups, and sends the sum to the other owners.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mpidp.reducers import tree_order
 from mpidp.reducers.base import Allreduce, LaneObserver, LaneShares, Naive, Reducer, Root
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 
-CACHED = 1 << 16  # block size in elements that stays in the cache between two additions
+CACHED = 1 << 16  # elements per block; a block stays in the cache between two additions
 Slot = tuple[int, int]  # (rank in the group, slot)
 Held = tuple[tuple[tree_order.Node, Slot], ...]
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """The additions of one step."""
+    """Plan of the additions of one step."""
 
     additions: list[tuple[Slot, Slot]]  # (into, from) in this group
     left_over: list[Slot]  # slots of the tree nodes that remain in this group, left to right
@@ -42,9 +42,9 @@ class FoldPlan:
 
 
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
-    """Return the number of gradient buffers that a rank needs. mine: its lanes at the start. max_lanes: if above 0, the rank may
-    later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two more buffers are
-    needed. kept_apart: whether some steps observe single lanes. Independent."""
+    """Return the number of gradient buffers that a rank needs. mine: the rank's lanes at the start. max_lanes: if above 0, the
+    rank may later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two more
+    buffers are needed. kept_apart: whether some steps observe single lanes. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
@@ -58,7 +58,7 @@ class Tree(Reducer):
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
     ) -> None:
-        """num_slots: from slots_needed()."""
+        """num_slots: the result of slots_needed()."""
         super().__init__(group, lanes, transport, shares, num_slots, **more)
         self._first = {lanes.micro_batches(lane)[0]: lane for lane in range(lanes.num_lanes)}
         self._last = {lanes.micro_batches(lane)[-1]: lane for lane in range(lanes.num_lanes)}
@@ -96,7 +96,7 @@ class Tree(Reducer):
                 start, stop = self.spans[chunk]
                 self.buffer.flat[slot, start:stop].zero_()
         if last and self.overlaps():
-            self._folds = tree_sum.close(self._last[v])  # added per bucket when backward has filled it
+            self._folds = tree_sum.close(self._last[v])  # begin() adds them bucket by bucket
 
     def close(self, v: int, chunk: int = 0) -> None:
         if v in self._last and self._folds is None:
@@ -176,7 +176,8 @@ class Tree(Reducer):
         return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
     def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:
-        """Add the nodes of this group, block by block for the cache. If there is one group, the last addition writes the sum."""
+        """Add the tree nodes of this group, block by block, so that blocks stay in the cache. If there is only one group, the
+        last addition writes the total."""
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
             return  # the sum is in place already

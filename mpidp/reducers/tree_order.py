@@ -1,9 +1,9 @@
 """The order in which lanes are added: a fixed binary tree, so that the bits of the sum do not depend on the ranks. Pure.
 
-Node (k, i) is the sum of lanes [i 2^k, (i+1) 2^k), as far as they exist. Its value is (k-1, 2i) + (k-1, 2i+1), or the left child
-alone if the right one has no lanes. Float32 addition is commutative but not associative. The shape of the tree depends only on
-the number of lanes L, so the sum has the same bits for every assignment of lanes to ranks and every order of computation. At most
-ceil(log2 L) roundings lie on the path of a lane.
+Node (k, i) is the sum of the lanes in [i 2^k, (i+1) 2^k) that exist. Its value is (k-1, 2i) + (k-1, 2i+1), or the value of the
+left child alone if the right child has no lanes. Float32 addition is commutative but not associative. The shape of the tree
+depends only on the number of lanes L, so the sum has the same bits for every assignment of lanes to ranks and every order of
+computation. The gradient of a lane is rounded at most ceil(log2 L) times.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def promoted(node: Node, num_lanes: int) -> Node:
 
 
 class TreeSum:
-    """The part of the tree that one rank computes, for lanes in any order: the slot of each lane, and the additions after it.
+    """Computes the slot of each lane of one rank, and the additions that follow the lane. Lanes may come in any order.
     Independent.
 
-    Slots are a rank's gradient buffers. Two siblings on the same rank are added at once, so few slots are needed: at most
-    log2(n) + 1 for an aligned range of n lanes, 2 log2(n) + 1 for any range.
+    Slots are a rank's gradient buffers. Two siblings on the same rank are added at once. So a rank needs at most log2(n) + 1
+    slots for an aligned range of n lanes, and at most 2 log2(n) + 1 for any range.
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: if every lane is a single micro-batch, a lane may accumulate directly onto its sibling, which is the
-        addition of the tree."""
+        """siblings_share: whether a lane accumulates directly onto its sibling. If every lane is a single micro-batch, this
+        equals the tree's addition."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
         self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots
         self.num_slots = 0  # slots used so far
         self._slot_of: dict[int, int] = {}  # slots of lanes that are open
 
     def open(self, lane: int) -> tuple[int, bool]:
-        """Begin a lane: return (the slot into which it accumulates, whether it is fresh). Zero a fresh slot first; otherwise it
-        holds the sibling."""
+        """Begin a lane. Return (slot into which the lane accumulates, whether the slot is fresh). The caller zeroes a fresh slot.
+        Any other slot holds the sibling."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot
@@ -51,7 +51,7 @@ class TreeSum:
         return slot, sibling is None
 
     def close(self, lane: int) -> list[tuple[int, int]]:
-        """End a lane: return the additions (into, from) that follow, in order: slot[into] += slot[from]."""
+        """End a lane. Return the additions (into, from) that follow, in order. Each means slot[into] += slot[from]."""
         slot, node = self._slot_of.pop(lane), (0, lane)
         if self._slot_of.pop(lane ^ 1, None) is not None:
             node = (1, lane // 2)
@@ -71,7 +71,7 @@ class TreeSum:
 
 
 def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tuple[dict[Node, int], int]:
-    """Return (nodes and their slots, number of slots used) of a rank that computes these lanes in this order. Independent."""
+    """Return (nodes and their slots, number of slots used) for a rank that computes these lanes in this order. Independent."""
     tree_sum = TreeSum(num_lanes, siblings_share)
     for lane in lanes:
         tree_sum.open(lane)
@@ -80,8 +80,8 @@ def held_after(lanes: Iterable[int], num_lanes: int, siblings_share: bool) -> tu
 
 
 def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], list[tuple[Node, Place]]]:
-    """Add these nodes as far as the tree allows: return the additions (into, from) in order, and the remaining nodes from left to
-    right. ValueError if two nodes contain the same lane. Independent."""
+    """Combine the nodes in `held` as far as the tree allows. Return the additions (into, from) in order, and the remaining nodes
+    from left to right. Raises ValueError if two nodes contain the same lane. Independent."""
     additions: list[tuple[Place, Place]] = []
     stack: list[tuple[Node, Place]] = []
     covered = 0
@@ -98,8 +98,8 @@ def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple
 
 
 def fold_all(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], Place]:
-    """Add the whole tree: return the additions in order, and the place of the sum. ValueError if a lane is missing.
-    Independent."""
+    """Combine the nodes in `held` to the whole tree. Return the additions in order, and the place of the sum. Raises ValueError
+    if a lane is missing. Independent."""
     additions, left_over = fold(held, num_lanes)
     if [node for node, _ in left_over] != [((num_lanes - 1).bit_length(), 0)]:
         raise ValueError(f"each of {num_lanes} lanes must occur once, but these nodes remain: {[node for node, _ in left_over]}")

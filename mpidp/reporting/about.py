@@ -1,4 +1,4 @@
-"""Sections of the report about one run, besides its curves: what was run, its cost, its events, its settings. Pure."""
+"""Make the sections of the report that describe a run: what was run, its energy and cost, its events, its settings. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mpidp.reporting.costs import J_PER_KWH, Costs, machines
 from mpidp.reporting.page import folded, paragraph, section, table
 from mpidp.reporting.read import RecordedRun
 
-MOST_EVENTS = 200
-MOST_HOSTS = 16
+MOST_EVENTS = 200  # maximum number of events shown
+MOST_HOSTS = 16  # maximum number of hosts shown
 
 
 def what_ran(run: RecordedRun) -> str:
@@ -51,12 +51,12 @@ def what_ran(run: RecordedRun) -> str:
 
 
 def dict_by_line(rows: Sequence[tuple[dict[str, Any], float]]) -> dict[int, float]:
-    """Map the identity of each line to its value. Pure."""
+    """Return {id(line): value} of rows (line, value). Pure."""
     return {id(line): value for line, value in rows}
 
 
 def energy(run: RecordedRun, spent: Costs) -> str:
-    """Return the section about energy and costs. Pure."""
+    """Return the section about energy, node-hours, CO2e and price. Pure."""
     rows = []
     if spent.joules is None:
         rows.append(("energy", f"not available: {spent.why}"))
@@ -101,7 +101,7 @@ def _formatted(key: str, value: Any) -> str:
 
 
 def settings(run: RecordedRun) -> str:
-    """Return the section of settings: those that differ from the defaults, then all. Pure."""
+    """Return the section about settings: first those that differ from the defaults, then all. Pure."""
     defaults = Config().flat()
     rows = [(key, str(value)) for key, value in run.config.items()]
     other = [(key, value) for key, value in rows if str(defaults.get(key)) != value]

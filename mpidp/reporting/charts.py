@@ -1,7 +1,7 @@
-"""Charts as SVG text, for a page without network access or scripts: curves, bars, and a heat map of ranks over time. Pure.
+"""Draw charts as SVG text, for a page without network access or scripts: curves, bars, and a heat map of ranks and steps. Pure.
 
-Colours are CSS classes of the page (s0, s1, ...), one set for light and one for dark. They are distinguishable with colour vision
-deficiency, and curves also differ in their dashes. Values are in <title> elements, which browsers show as tooltips.
+Colours are CSS classes of the page (s0, s1, ...), with one set for light and one for dark screens. They can be distinguished with
+colour vision deficiency, and curves also differ in their dashes. Values are in <title> elements, which browsers show as tooltips.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 40
-MOST_POINTS = 240  # per curve; more would not be visible
-MOST_COLUMNS = 96  # per heat map
+WIDTH, HEIGHT = 560, 250  # size of a chart in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 40  # margins of a chart
+MOST_POINTS = 240  # maximum number of points per curve; more would not be visible
+MOST_COLUMNS = 96  # maximum number of columns of a heat map
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Curve:
 
     name: str
     points: Sequence[tuple[float, float]]
-    dots: bool = False  # draw each point (for curves of few points)
+    dots: bool = False  # whether each point is drawn as a dot (for curves of few points)
 
 
 def short(value: float) -> str:
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return round numbers within [low, high]. Pure."""
+    """Return about `count` round numbers within [low, high], for the ticks of an axis. Pure."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -60,7 +60,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Reduce to at most `most` points: means of runs of equal length. The first and last x are kept. Pure."""
+    """Reduce a curve to at most `most` points, each the mean of about equally many points. Keeps the first and the last x.
+    Pure."""
     if len(points) <= most:
         return list(points)
     found = []
@@ -77,7 +78,7 @@ def svg(width: float, height: float, label: str, body: Sequence[str]) -> str:
 
 
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
-    """Return a text element. Pure."""
+    """Return an SVG text element at (x, y). kind: its CSS class. Pure."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(content)}</text>'
 
 
@@ -85,8 +86,8 @@ def curves(
     title: str, lines: Sequence[Curve], x_name: str, y_name: str, x_format: Callable[[float], str] = short,
     y_format: Callable[[float], str] = short, zero: bool = False, x_ticks: Sequence[float] = (),
 ) -> str:
-    """Return a chart of curves; "" if no curve has a point. zero: the y axis begins at 0. x_ticks: positions, by default round
-    numbers. Pure."""
+    """Return a chart of curves, or "" if no curve has a point. zero: True if the y axis begins at 0. x_ticks: positions of ticks,
+    by default round numbers. Pure."""
     lines = [
         Curve(line.name, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)], line.dots) for line in lines
     ]
@@ -133,7 +134,7 @@ def curves(
 
 
 def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
-    """Return a list of names with their colours. Pure."""
+    """Return a legend. entries: (CSS class of the colour, name). kind: "line" or "bar". Pure."""
     marks = {
         "line": '<line x1="1" x2="25" y1="6" y2="6" class="line {0}"/>',
         "bar": '<rect width="12" height="12" class="bar {0}"/>',
@@ -151,8 +152,8 @@ def figure(title: str, picture: str, below: str = "") -> str:
 
 
 def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
-    """Return a waterfall chart. rows: (name, start of its bar, end, label), in shares of the total. The first bar is the ideal.
-    Pure."""
+    """Return a waterfall chart. rows: (name, start of the bar, end of the bar, label), where start and end are shares of the
+    total. The first bar is the ideal. Pure."""
     row, left, right, width = 26, 132, 210, 760
     span = width - left - right
     body = []
@@ -173,7 +174,7 @@ def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
 
 
 def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], form: Callable[[float], str] = duration) -> str:
-    """Return a stacked bar per row, with a legend. names: of the parts. Pure."""
+    """Return a chart with a stacked bar for each row, and a legend. rows: (name, parts). names: those of the parts. Pure."""
     row, left, right, width = 22, 120, 90, 760
     longest = max(math.fsum(parts) for _, parts in rows) or 1.0
     span = width - left - right
@@ -195,8 +196,8 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], fo
 def heat_map(
     rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[float], form: Callable[[float], str], usual: float
 ) -> str:
-    """Return a heat map: a row of cells per rank. The colour grows with the time above usual, up to twice the usual time. rows:
-    one value per column; columns: the steps. Pure."""
+    """Return a heat map with a row of cells for each rank. The colour grows with the time above `usual`, up to twice this time.
+    rows: (name, one value per column). columns: the steps. Pure."""
     row, left, width = 18, 120, 760
     wide = (width - left - 12) / len(columns)
     body = []

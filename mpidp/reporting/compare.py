@@ -1,4 +1,4 @@
-"""Comparison of several runs: figures, curves, and scaling with the number of ranks. Pure."""
+"""Compare several runs: their figures, curves, and scaling with the number of ranks. Pure."""
 
 from __future__ import annotations
 
@@ -30,30 +30,33 @@ SAME = (
     "data.path",
     "train.micro_batch",
 )
-FREE = ("strategy.servers",)
-OWN = ("run.", "faults.", "metrics.", "energy.")  # settings that the table of differences leaves out
+FREE = ("strategy.servers",)  # exceptions, which may differ
+OWN = ("run.", "faults.", "metrics.", "energy.")  # settings that are left out of the table of differences
 
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """All runs with one number of ranks."""
+    """The result of all runs on one number of ranks."""
 
     ranks: int
     speed: float  # tokens per second, median of the runs
-    efficiency: float | None  # speed per rank, relative to that with the fewest ranks
+    efficiency: float | None  # speed per rank, relative to the speed per rank with the fewest ranks
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """kind: "strong", "weak", or "" if no efficiency can be computed; why: the reason."""
+    """The scaling of several runs with the number of ranks."""
 
-    kind: str
-    why: str
+    kind: str  # "strong", "weak", or "" if no efficiency can be computed
+    why: str  # the reason for this kind
     rows: list[ScalingPoint]
 
 
 def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scaling:
-    """Strong scaling: all runs have the same global batch. Weak: the batch is proportional to the ranks. Otherwise none. Pure."""
+    """Return the scaling of runs with these (ranks, global batch, tokens per second).
+
+    It is strong if all runs have the same global batch, and weak if the batch is proportional to the number of ranks. Otherwise
+    no efficiency is computed. Pure."""
     by_ranks: dict[int, list[float]] = {}
     batches: dict[int, set[int]] = {}
     for ranks, batch, speed in ranks_batches_speeds:
@@ -79,7 +82,7 @@ def scaling_of(ranks_batches_speeds: Sequence[tuple[int, int, float]]) -> Scalin
 
 
 def scaling(runs: Sequence[RecordedRun]) -> Scaling:
-    """Return the scaling of runs of one model and method; otherwise none, with the reason. Pure."""
+    """Return the scaling of the runs. If their models or methods differ, the result has no points, only the reason. Pure."""
     different = [key for key in differences(runs) if key.startswith(SAME) and key not in FREE]
     if different:
         return Scaling("", f"scaling not computed: the runs differ in {', '.join(different)}", [])
@@ -107,7 +110,7 @@ def scaling_chart(found: Scaling) -> str:
 
 
 def scaling_section(found: Scaling) -> str:
-    """Return the section about scaling, with the kind or the reason for none. Pure."""
+    """Return the section about scaling: the kind of scaling or the reason why there is none, a table and a chart. Pure."""
     rows = [(str(row.ranks), f"{row.speed:,.0f}", f"{100 * row.efficiency:.1f}%" if row.efficiency is not None else "-")
             for row in found.rows]
     shown = note if not found.kind else paragraph

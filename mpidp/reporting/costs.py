@@ -1,4 +1,4 @@
-"""Energy, node-hours, CO2e and price, from measured values and given factors. Nothing is estimated. Pure."""
+"""Compute energy, node-hours, CO2e and price from measured values and given factors. Nothing is estimated. Pure."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ PARTS_MEASURED = {"cpu": "CPU packages and their memory", "gpu": "GPUs"}
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a run. None: not known. `why`: the reason why energy is missing or incomplete."""
+    """Costs of a run; None if unknown."""
 
     joules: float | None
     of: str  # what was measured
-    why: str
+    why: str  # the reason why energy is missing or incomplete
     node_hours: float | None
-    grams: float | None  # CO2e
-    price: float | None
+    grams: float | None  # emissions, CO2e
+    price: float | None  # in the currency of the given rate
 
 
 def machines(start: dict) -> int:
-    """Return the number of machines of a `start` line. Pretended nodes of one machine count as one. Pure."""
+    """Return the number of machines in a `start` line. Virtual nodes on one machine (MPIDP_PRETEND_NODES) count as one. Pure."""
     nodes = start.get("nodes")
     return len({str(host).partition("#")[0] for host in nodes}) if isinstance(nodes, dict) and nodes else 0
 
 
 def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) -> Costs:
-    """Compute the costs of a run. A factor of 0 means that none was given. Pure."""
+    """Return the costs of a run. A factor of 0 means that the factor is unknown. Pure."""
     starts = run.starts
     of = [tuple(start.get("energy_of") or ()) for start in starts]
     why = "; ".join(dict.fromkeys(str(start["energy_not"]) for start in starts if start.get("energy_not")))
@@ -62,7 +62,7 @@ def _node_hours(run: RecordedRun) -> float | None:
 
 
 def joules_until(run: RecordedRun) -> Iterator[tuple[dict, float]]:
-    """Yield (line, energy in J up to this line) for all lines. Pure."""
+    """Yield (line, energy in joules up to this line) for all lines. Pure."""
     so_far = 0.0
     for line in run.lines:
         so_far += (number(line, "energy_joules") or 0.0) + (number(line, "lost_joules") or 0.0)

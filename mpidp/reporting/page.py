@@ -1,4 +1,4 @@
-"""The HTML page around the charts: one file with its own style, for light and dark screens and for print. Pure."""
+"""Write the HTML page around the charts: one file with its own style sheet, for light and dark screens and for print. Pure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ h1.next{break-before:page;margin-top:0}tr,.note{break-inside:avoid}}
 
 
 def page(title: str, under: str, sections: Sequence[str]) -> str:
-    """Return the whole HTML file. Pure."""
+    """Return the whole HTML file. under: line below the title. sections: HTML of the sections. Pure."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -74,34 +74,34 @@ def page(title: str, under: str, sections: Sequence[str]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """Return a section with a heading; "" if all parts are empty. Pure."""
+    """Return HTML for a section with a heading, or "" if all parts are empty. Pure."""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>" if any(parts) else ""
 
 
 def charts(*figures: str) -> str:
-    """Place figures side by side if there is space. Pure."""
+    """Return HTML that places figures side by side if there is space. Pure."""
     return f'<div class="charts">{"".join(figures)}</div>' if any(figures) else ""
 
 
 def cards(rows: Sequence[tuple[str, str]]) -> str:
-    """Return cards. rows: (value, name). Pure."""
+    """Return HTML for a row of cards, each of which shows a value above its name. rows: (value, name). Pure."""
     return '<div class="cards">' + "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in rows
     ) + "</div>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Return a paragraph. Pure."""
+    """Return HTML for a paragraph of text. kind: its CSS class. Pure."""
     return f'<p class="{kind}">{escape(text)}</p>'
 
 
 def note(text: str) -> str:
-    """Return a highlighted paragraph. Pure."""
+    """Return HTML for a highlighted paragraph of text. Pure."""
     return f'<p class="note" role="note">{escape(text)}</p>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Return a table. numbers: indices of numeric columns. Pure."""
+    """Return HTML for a table. numbers: indices of the columns that contain numbers. Pure."""
     kinds = [' class="n"' if i in numbers else "" for i in range(len(head))]
     top = "" if not any(head) else "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True))
     body = "".join(
@@ -112,5 +112,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
 
 
 def folded(title: str, *parts: str) -> str:
-    """Return a block that is collapsed until the reader opens it. Pure."""
+    """Return HTML that shows only the title until the reader opens it. Pure."""
     return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"

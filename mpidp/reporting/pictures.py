@@ -1,4 +1,4 @@
-"""The charts of the report as PNG files, drawn with matplotlib, for papers and slides."""
+"""Draw the charts of the report with matplotlib and write them as PNG files, for papers and slides."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mpidp.reporting.waterfall import PARTS, waterfall
 
 
 def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
-    """Write loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png if there is scaling. Return the paths.
-    Raises UsageError if they cannot be written. Independent."""
+    """Write loss.png, throughput.png, waterfall_RUN.png, ranks_RUN.png, and scaling.png for runs on several numbers of ranks.
+    Return the paths. Raises UsageError if a file cannot be written. Independent."""
     made = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,8 @@ def draw(runs: Sequence[RecordedRun], folder: Path) -> list[Path]:
 
 
 def draw_scaling(found: Scaling, path: Path) -> Path:
-    """Draw speed against ranks, titled with the kind of scaling. Raises OSError. Independent."""
+    """Draw speed against the number of ranks and write it to `path`. Raises OSError if the file cannot be written.
+    Independent."""
 
     def fill(axes: Any) -> None:
         ranks, first = [row.ranks for row in found.rows], found.rows[0]

@@ -1,5 +1,6 @@
-"""Read a run's folder for mpidp.report: config.toml and metrics.jsonl. For older runs, whose `start` line has no hosts and
-versions, also the metadata of the newest checkpoint. Needs neither MPI nor torch, and changes nothing in RUN."""
+"""Read config.toml and metrics.jsonl in a run's folder for mpidp.report. The `start` line of older runs has no hosts and
+versions; for these runs, the metadata of the newest checkpoint are read, too. Needs neither MPI nor torch, and changes nothing in
+RUN."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from mpidp.config.command_line import read_toml
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number, parsed, took
 
-ALIVE_SECONDS = 10.0  # a running job touches its lock every second
+ALIVE_SECONDS = 10.0  # a lock that is older has no running job, because jobs write to it every second
 
 
 @dataclass
@@ -27,11 +28,11 @@ class RecordedRun:
     config: dict[str, Any]  # {section.key: value}
     lines: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)  # the last `start` line
-    going: bool = False  # a job is writing to the run now
+    going: bool = False  # whether a job is writing to the run now
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """The `start` lines, except those of steps that were later dropped."""
+        """The `start` lines of the file: one for each job, except for jobs whose steps were dropped later."""
         return [line for line in self.lines if line.get("event") == "start"]
 
     @property
@@ -60,22 +61,22 @@ class RecordedRun:
         return int(number(self.steps[-1], "tokens") or 0)
 
     def total(self, name: str) -> float:
-        """Return the sum of a figure over all lines."""
+        """Return the sum of the values of `name` in all lines."""
         return sum(number(line, name) or 0.0 for line in self.lines)
 
     def worked(self) -> list[tuple[dict[str, Any], float]]:
-        """Return each line with the time of all jobs up to it (s), lost steps included; [] if the lines have no times."""
+        """Return (line, seconds of all jobs up to this line, with lost steps) for each line; [] if the lines have no times."""
         if not any("unix_seconds" in line for line in self.lines):
             return []
         each = (a + (number(line, "lost_seconds") or 0.0) for a, line in zip(took(self.lines), self.lines, strict=True))
         return list(zip(self.lines, accumulate(each), strict=True))
 
     def seconds(self) -> float:
-        """Return the time of all jobs; if it was not recorded, the time of the steps."""
+        """Return the total time of all jobs in seconds. If it was not recorded, return that of the steps."""
         return self.worked()[-1][1] if self.worked() else self.total("step_seconds")
 
     def starting(self) -> float:
-        """Return the part of this time that jobs spent on starting, and on restarting after failures."""
+        """Return the seconds in which jobs started, or restarted after failures. They are part of seconds()."""
         return sum(gap for gap, line in zip(took(self.lines), self.lines, strict=True) if line.get("event") == "start")
 
 
@@ -102,7 +103,7 @@ def read(path: Path) -> RecordedRun:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    """Return facts from the newest checkpoint, if there is a readable one."""
+    """Return facts from the newest checkpoint, or {} if it cannot be read."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         newest = sorted((path / "checkpoints").glob("step_*"))[-1:]
         for folder in newest:

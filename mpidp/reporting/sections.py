@@ -1,4 +1,4 @@
-"""The report's sections about one run. Pure."""
+"""Make the sections of the report about one run. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpidp.reporting.page import cards, charts, note, paragraph, section, table
 from mpidp.reporting.read import RecordedRun
 from mpidp.reporting.waterfall import PARTS, Waterfall
 
-MOST_ROWS = 32  # ranks shown; of more, the slowest and the fastest are shown
+MOST_ROWS = 32  # maximum number of ranks shown; of more ranks, only the slowest and the fastest are shown
 
 
 def of_run(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
@@ -23,7 +23,7 @@ def of_run(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
 
 
 def state(run: RecordedRun, fall: Waterfall) -> str:
-    """Return notes about a run that has not finished, or whose records are of an older version. Pure."""
+    """Return notes about a run that has not finished, or that was recorded by an older version. Pure."""
     last, of = run.steps[-1]["step"], run.config.get("train.steps")
     parts = []
     if run.going:
@@ -38,8 +38,8 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
     if not fall.dated:
         parts.append(
             note(
-                "Its lines have no times (an older version wrote them): the time between steps is not known, and shares are "
-                "relative to the time of the steps only."
+                "The lines of metrics.jsonl have no times, because an older version wrote them. The time between steps is "
+                "therefore unknown, and shares are relative to the time of the steps only."
             )
         )
     return "".join(parts)
@@ -70,7 +70,7 @@ def figures(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
 
 
 def learning(run: RecordedRun) -> str:
-    """Return the curves of loss against tokens, time and energy. Pure."""
+    """Return the section with curves of loss against tokens, time and energy. Pure."""
     spent, joules = dict_by_line(run.worked()), dict_by_line(list(joules_until(run)))
     hours = max(spent.values(), default=0.0)
     unit, name = (3600.0, "hours") if hours > 7200 else (60.0, "minutes") if hours > 120 else (1.0, "seconds")
@@ -93,7 +93,7 @@ def learning(run: RecordedRun) -> str:
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:
-    """Return (step, value) of a figure for all steps that have it. Pure."""
+    """Return (step, value of `name`) for all steps that have this value. Pure."""
     return [(line["step"], value) for line in run.steps if (value := number(line, name)) is not None]
 
 
@@ -118,7 +118,7 @@ def speed(run: RecordedRun) -> str:
 
 
 def time_spent(run: RecordedRun, fall: Waterfall) -> str:
-    """Return the waterfall as chart and table. Pure."""
+    """Return the section that shows the waterfall as a chart and a table. Pure."""
     speeds, shares, rows, so_far = fall.speeds(), fall.shares, [], 0.0
     kept = [part for part in PARTS if fall.seconds[part] > 0 or part == "ideal"]
     for part in kept:
@@ -141,7 +141,8 @@ def time_spent(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], list[float]]]]:
-    """Return (steps, rows of (rank, compute seconds, data seconds) by step) since the last change of ranks. Pure."""
+    """Return (steps, rows) since the last change of ranks. Each row is (rank, compute seconds of each step, data seconds of each
+    step). Pure."""
     count = run.ranks
     lines = [line for line in run.steps if isinstance(line.get("rank_compute_seconds"), list)
              and len(line["rank_compute_seconds"]) == count == len(line.get("rank_data_seconds") or [])]
@@ -153,7 +154,7 @@ def per_rank(run: RecordedRun) -> tuple[list[int], list[tuple[int, list[float], 
 
 
 def ranks(run: RecordedRun) -> str:
-    """Return the section about ranks: the mean step of each, and its compute time over the steps. Pure."""
+    """Return the section about ranks: the mean time per step of each rank, and a heat map of its compute time by step. Pure."""
     steps, rows = per_rank(run)
     if not rows:
         return section("Ranks", paragraph("The compute time of each rank was not recorded.", "soft"))
@@ -172,7 +173,7 @@ def ranks(run: RecordedRun) -> str:
         f"Rank {slowest} was the slowest in {times} of {len(steps)} steps. On average a rank waited {duration(lost)} per step "
         f"for the slowest."
         if len(rows) > 1
-        else "With one rank there is nothing to wait for."
+        else "With one rank, there is no wait for other ranks."
     )
     if len(rows) > MOST_ROWS:
         remark += f" Shown are the {MOST_ROWS // 2} slowest and the {MOST_ROWS // 2} fastest of {len(rows)} ranks."

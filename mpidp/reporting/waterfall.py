@@ -1,10 +1,11 @@
 """From ideal to measured throughput: where the time of a run went, in shares that add up to the total. Pure.
 
 The total is the time of all jobs, from the start of the process to the last line. It includes steps that were lost because a
-restart went back to a checkpoint, and excludes time in which no job worked on the run. A step is split by rank 0's line, which
-has rank 0's phases and the compute time of each rank. The ranks' mean compute time is split into the ideal, the time at the speed
-of the fastest tenth of all steps, and the rest (slowdown). The time of the slowest rank above the mean is waiting for stragglers.
-What rank 0 waited beyond that is communication that was not overlapped.
+restart went back to a checkpoint, and excludes time in which no job worked on the run. Rank 0's line in metrics.jsonl has the
+phases of rank 0 in a step, and the compute time of each rank. The mean compute time of the ranks has two parts. The ideal is the
+compute time in the fastest tenth of all steps; the slowdown is the rest.
+The time by which the slowest rank exceeds the mean is waiting for stragglers. Any longer wait of rank 0 is communication that was
+not overlapped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from mpidp.metrics.jsonl import number
 from mpidp.reporting.read import RecordedRun
 
-IDEAL_SHARE = 0.1  # the ideal is the slowest step of this fastest share of steps
+IDEAL_SHARE = 0.1  # the ideal is the compute time of the slowest step in this fastest share of steps
 PARTS = {  # in the order of the waterfall
     "ideal": "compute, if every step were as fast as the fastest tenth of steps",
     "slowdown": "compute time above the ideal",
@@ -26,7 +27,7 @@ PARTS = {  # in the order of the waterfall
     "data": "waiting for data",
     "update": "parameter updates",
     "evaluation": "evaluation",
-    "checkpoint": "checkpoints, as far as training waited for them",
+    "checkpoint": "waiting for checkpoints",
     "skipped": "batches without an update",
     "lost": "steps that were lost and repeated after a restart",
     "start": "starting, and restarting after failures",
@@ -39,12 +40,12 @@ class Waterfall:
     """Seconds by part. They add up to the total time of the run."""
 
     seconds: dict[str, float]
-    tokens: int
-    dated: bool  # the lines have times; otherwise the time between steps is not known
+    tokens: int  # number of tokens trained on
+    dated: bool  # whether the lines have times; otherwise the time between steps is unknown
 
     @property
     def whole(self) -> float:
-        """Return the total time, seconds."""
+        """The total time in seconds."""
         return math.fsum(self.seconds.values())
 
     @property
@@ -53,8 +54,8 @@ class Waterfall:
         return {part: seconds / self.whole if self.whole else 0.0 for part, seconds in self.seconds.items()}
 
     def speeds(self) -> dict[str, float]:
-        """Return tokens per second by part: the speed if only this part and the parts before it took time. The first is the ideal
-        speed, the last the measured one."""
+        """Return tokens per second by part: the speed if only this part and the parts before it took time. The first speed is the
+        ideal, the last is the measured speed."""
         found, so_far = {}, 0.0
         for part, seconds in self.seconds.items():
             so_far += seconds
@@ -63,7 +64,7 @@ class Waterfall:
 
     @property
     def goodput(self) -> float:
-        """Share of the total time that was spent in steps that were kept."""
+        """The share of the total time that was spent in steps that were not lost."""
         of_steps = ("ideal", "slowdown", "straggler", "communication", "data", "update")
         return sum(self.seconds[part] for part in of_steps) / self.whole if self.whole else 0.0
 
@@ -77,10 +78,10 @@ def of_step(line: Mapping[str, Any]) -> dict[str, float]:
     wait -= stall
     other = max(0.0, whole - data - compute - wait - stall - update)
     computed, fetched = _ranks(line, "rank_compute_seconds"), _ranks(line, "rank_data_seconds")
-    if computed and len(fetched) == len(computed):  # then only the sum of rank 0's own phases is used
+    if computed and len(fetched) == len(computed):  # in this case only the sum of rank 0's phases is used
         total, count = data + compute + wait, len(computed)
         longest = max(a + b for a, b in zip(computed, fetched, strict=True))
-        scale = min(1.0, total / longest) if longest else 0.0  # clocks differ slightly
+        scale = min(1.0, total / longest) if longest else 0.0  # the clocks of ranks differ slightly
         compute, data = scale * sum(computed) / count, scale * sum(fetched) / count
         straggler = scale * longest - compute - data
         communication = total - scale * longest
@@ -99,7 +100,7 @@ def _ranks(line: Mapping[str, Any], name: str) -> list[float]:
 
 
 def waterfall(run: RecordedRun) -> Waterfall:
-    """Split the time of a whole run. Pure."""
+    """Divide the time of a whole run into the parts of the waterfall. Pure."""
     steps = [of_step(line) for line in run.steps]
     seconds = dict.fromkeys(PARTS, 0.0)
     computed = sorted(step["compute"] for step in steps)

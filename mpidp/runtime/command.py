@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-PAUSE_SECONDS = 0.3  # gives mpirun time to forward the last output before the job ends
+PAUSE_SECONDS = 0.3  # a pause in which mpirun forwards the last output before the job ends
 LEAVE_SECONDS = 5.0  # how long a rank waits for the others at the end of a job in which ranks may have failed
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError, and prints help only once under mpirun. Independent."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
+        """Raise UsageError with argparse's message."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
 def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
     """Read the command line, start MPI, and return (options, MPI's world).
 
-    Raises UsageError before MPI starts if a single process reads a wrong command line. Under a launcher MPI is started first:
-    then only rank 0 prints the error, and ranks with another command line exit too. Collective over COMM_WORLD.
+    Raises UsageError if the command line is not valid. Without a launcher, this happens before MPI starts. Under a launcher, MPI
+    starts first, so that only rank 0 prints the error and all ranks exit. Collective over COMM_WORLD.
     """
     options: T | None = None
     wrong: UsageError | None = None
@@ -64,21 +64,21 @@ def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:
 _survivors: Any = None  # the communicator of the surviving ranks after a failure
 
 
-def go_on_in(world: MPI.Intracomm) -> None:
-    """Use this communicator of the surviving ranks from now on. Independent."""
+def continue_in(world: MPI.Intracomm) -> None:
+    """Set the communicator of the surviving ranks, which replaces COMM_WORLD after a failure. Independent."""
     global _survivors
     _survivors = world
 
 
 def _started_world() -> Any:
-    """Return the world if MPI runs in this process, else None. Never starts MPI."""
+    """Return the communicator of all ranks if MPI runs in this process, else None. Never starts MPI."""
     module = sys.modules.get("mpi4py.MPI")
     return (_survivors or module.COMM_WORLD) if module and module.Is_initialized() and not module.Is_finalized() else None
 
 
 def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn:
-    """Exit with a code. everywhere: all ranks exit with it, so they synchronize first. Otherwise MPI_Abort ends the other ranks
-    too, unless they can continue without this one: then this rank fails in a way that they detect."""
+    """Exit with a code. everywhere: True if all ranks exit with this code; they synchronize first. Otherwise MPI_Abort ends the
+    other ranks, too. If they can continue without this rank, it fails in a way that they detect instead."""
     sys.stdout.flush()
     sys.stderr.flush()
     world = _started_world()
@@ -97,11 +97,11 @@ def _end(code: int, everywhere: bool, others_continue: bool = False) -> NoReturn
 
 
 def _fail(world: Any, code: int) -> NoReturn:
-    """End by SIGKILL, because Open MPI detects no other end as a failure. If all ranks fail alike, the last one exits with the
-    code instead, because mpirun's own exit code would be 0."""
+    """Kill this process with SIGKILL, because Open MPI detects no other exit as a failure. If all ranks fail, the last one exits
+    with the code instead, because otherwise the exit code of mpirun would be 0."""
     time.sleep(0 if world.rank else 2 * PAUSE_SECONDS)
     for _ in range(10):
-        with suppress(Exception):  # raised for failed ranks: MPI learns of them only within a call
+        with suppress(Exception):  # raised if a rank has failed; MPI detects failures only within a call
             world.Iprobe()
     if world.Get_failed().size + 1 < world.size:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -119,7 +119,7 @@ def _leave(world: Any, code: int) -> NoReturn:
 
 
 def _effect(world: Any, others_continue: bool = True) -> str:
-    """Describe what the exit of this rank means for the job. Pure."""
+    """Describe the effect of this rank's exit on the job. Pure."""
     if others_continue and launched_with_ulfm() and world is not None and world.size > 1:
         return "; the other ranks continue"
     return " and ends the job"
@@ -148,11 +148,11 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         _end(code, everywhere=False, others_continue=True)
     except BaseException as error:
         world = _started_world()
-        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # as with `| head`: the reader has exited
+        if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # the reader has exited, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _end(1, everywhere=True)
         rank = launcher_rank() if world is None else world.rank
-        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # MPI's errors reach other ranks too
+        alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # MPI's errors reach other ranks, too
         log.error("mpidp: rank %d failed%s:\n%s", rank, _effect(world, alone), traceback.format_exc())
         _end(1, everywhere=False, others_continue=alone)
     _end(0, everywhere=True)

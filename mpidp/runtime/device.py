@@ -1,4 +1,4 @@
-"""Threads, device and precision of a rank."""
+"""Choose the threads, the device and the precision of a rank."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mpidp.runtime.topology import Topology
 
 
 def resolve_threads(wanted: int, mesh: Topology) -> int:
-    """Return the number of CPU threads: as wanted, else cores of this node / ranks on this node. Independent."""
+    """Return the number of CPU threads: `wanted`, or if this is 0, cores of this node / ranks on this node. Independent."""
     return wanted or max(1, mesh.cores // mesh.local_size)
 
 
 def resolve_device(wanted: str, mesh: Topology) -> torch.device:
-    """Return cuda:{local_rank % device_count}, or cpu. UsageError if cuda is wanted and not available. Independent."""
+    """Return cuda:{local_rank % device_count}, or cpu. Raises UsageError if cuda is wanted but not available.
+    Independent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"train.device=cuda, but torch finds no CUDA device on {mesh.host}. Use train.device=cpu, or install a CUDA build of "
@@ -31,7 +32,7 @@ def resolve_device(wanted: str, mesh: Topology) -> torch.device:
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype. auto: bfloat16 if the GPU supports it, else float32. Independent."""
+    """Return the dtype of matrix products. auto: bfloat16 if the GPU supports it, else float32. Independent."""
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
@@ -47,7 +48,7 @@ def check_compiler(wanted: bool, device: torch.device) -> None:
 
 
 def set_determinism(device: torch.device, wanted: bool) -> None:
-    """On CUDA, use deterministic kernels. Call before the first cuBLAS call. Independent."""
+    """On CUDA, use only deterministic kernels if `wanted`. Must be called before the first cuBLAS call. Independent."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(wanted)

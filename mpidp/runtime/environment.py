@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-BEGAN = time.time()  # about the start of this process
-JOIN_SECONDS = 60  # time limit for a replacement rank to join the job
+BEGAN = time.time()  # when this process started, approximately; seconds since 1970
+JOIN_SECONDS = 60  # seconds; time limit for a replacement rank to join the job
 
 
 def ask_for_reproducible_blas() -> None:
     """Make MKL's float32 products on Intel CPUs independent of the number of threads (strict conditional numerical
-    reproducibility), because a rank has more threads when there are fewer ranks. Call this before torch is imported. Independent.
-    """
+    reproducibility). Otherwise results would depend on the number of ranks, since fewer ranks have more threads each. Must be
+    called before torch is imported. Independent."""
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -52,7 +52,7 @@ def launched_size() -> int:
 
 
 def launched_with_ulfm() -> bool:
-    """True if the job continues when a rank fails, as with Open MPI's `mpirun --with-ft ulfm`. Independent."""
+    """Return True if the job continues when a rank fails, as with Open MPI's `mpirun --with-ft ulfm`. Independent."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112
 
 
@@ -61,8 +61,8 @@ if launched_with_ulfm():  # on two nodes, these two components returned wrong su
 
 
 def is_replacement_rank() -> bool:
-    """True if this process replaces a failed rank (faults/respawn.py). It is then killed after JOIN_SECONDS, unless it joins the
-    job and cancels the alarm. Independent."""
+    """Return True if this process replaces a failed rank (faults/respawn.py). If so, an alarm kills it after JOIN_SECONDS, unless
+    it has joined the job and cancelled the alarm. Independent."""
     if launched_with_ulfm() and "OMPI_PARENT_PORT" in os.environ:
         signal.alarm(JOIN_SECONDS)
         return True

@@ -11,8 +11,8 @@ from pathlib import Path
 def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
     """Write a file atomically: write a temporary file, fsync, rename it to path.
 
-    content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. OSError names the path; no
-    temporary file remains after an error. Independent.
+    content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. If a write fails, removes the
+    temporary file and raises OSError with the path. Independent.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -32,7 +32,7 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable. Independent."""
+    """fsync a directory, so that renames in it survive a crash of the machine. Independent."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,5 @@
-"""Observers of a step: the watchdog, injected faults and the timeline look at a step from inside through one interface."""
+"""Observers of a step: the interface through which the watchdog, injected faults and the timeline are notified of its
+progress."""
 
 from __future__ import annotations
 
@@ -10,55 +11,56 @@ AFTER_UPDATE = ("evaluate", "evaluate_wait", "checkpoint", "checkpoint_wait", "r
 
 
 class StepObserver:
-    """One observer. Every method does nothing here; a subclass overrides those that it needs. Independent."""
+    """Base class of observers. Its methods do nothing; a subclass overrides those that it needs. Independent."""
 
     def enter(self, step: int, phase: str) -> None:
-        """The rank enters a phase of this step (counted from 1)."""
+        """Called when the rank enters a phase of this step (counted from 1)."""
 
     def progressed(self) -> None:
-        """The rank has finished a micro-batch."""
+        """Called when the rank has finished a micro-batch."""
 
     def reducing(self, bucket: int) -> None:
-        """The rank begins to reduce this bucket. May be called from another thread."""
+        """Called when the rank begins to reduce this bucket, possibly from another thread."""
 
     def summed(self, total: Any) -> None:
-        """total, (num_elements,), holds the sum of the gradients over all lanes, not yet scaled."""
+        """Called with the sum of the gradients over all lanes, of shape (num_elements,), before it is scaled."""
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        """A context around a piece of work, or None."""
+        """Return a context that is entered during a piece of work, or None."""
         return None
 
 
 class StepObservers:
-    """Several observers as one. The engine, the reducer and the strategy hold it and report to it. Independent."""
+    """Notifies several observers. The engine, the reducer and the strategy report the progress of a step to it. Independent."""
 
     def __init__(self, observers: Sequence[StepObserver] = (), steps_made: Callable[[], int] = lambda: 0) -> None:
-        """steps_made: the number of updates made so far."""
+        """steps_made: returns the number of updates so far."""
         self._observers, self._steps_made = list(observers), steps_made
 
     def enter(self, phase: str) -> None:
-        """The rank enters a phase of the current step; the phases of AFTER_UPDATE belong to the step that was made last."""
+        """Report that the rank enters a phase of the current step. The phases in AFTER_UPDATE belong to the last completed
+        step."""
         step = self._step(phase)
         for observer in self._observers:
             observer.enter(step, phase)
 
     def progressed(self) -> None:
-        """See StepObserver."""
+        """Report that the rank has finished a micro-batch."""
         for observer in self._observers:
             observer.progressed()
 
     def reducing(self, bucket: int) -> None:
-        """See StepObserver."""
+        """Report that the rank begins to reduce this bucket."""
         for observer in self._observers:
             observer.reducing(bucket)
 
     def summed(self, total: Any) -> None:
-        """See StepObserver."""
+        """Report the sum of the gradients over all lanes, before it is scaled."""
         for observer in self._observers:
             observer.summed(total)
 
     def span(self, name: str, **about: Any) -> AbstractContextManager[Any]:
-        """A context around a piece of work: of a phase, a micro-batch, a forward, a backward, a reduction, a bucket."""
+        """Return a context for a piece of work: a phase, a micro-batch, a forward, a backward, a reduction or a bucket."""
         spans = [span for one in self._observers if (span := one.span(self._step(name), name, about)) is not None]
         return _all(spans) if spans else nullcontext()
 

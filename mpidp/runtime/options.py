@@ -1,4 +1,4 @@
-"""Options that several commands have. Each has the same meaning, and the same wording, in all of them.
+"""Options that several commands have. Each option has the same meaning and the same help text in all commands.
 
 | option | meaning |
 |---|---|
@@ -8,7 +8,7 @@
 | --ranks N | number of MPI ranks |
 | --json | one line of JSON on standard output instead of text; everything else goes to standard error |
 
-No torch, no MPI.
+Imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def note_old_spelling(old: str, new: str) -> None:
 
 
 def rank_counts(text: str) -> list[int]:
-    """Parse "1,2,4" or "16k" into numbers of ranks. Raises ArgumentTypeError. Pure."""
+    """Parse "1,2,4" or "16k" into numbers of ranks. Raises ArgumentTypeError if one is not a whole number of at least 1. Pure."""
     counts = []
     for word in text.lower().split(","):
         try:
@@ -47,7 +47,7 @@ def rank_counts(text: str) -> list[int]:
 
 
 def rank_count(text: str) -> int:
-    """Parse one number of ranks. Raises ArgumentTypeError. Pure."""
+    """Parse one number of ranks. Raises ArgumentTypeError if it is not a whole number of at least 1. Pure."""
     try:
         (count,) = rank_counts(text)
     except (ValueError, argparse.ArgumentTypeError):
@@ -62,7 +62,7 @@ def add_data(parser: argparse.ArgumentParser, use: str, default: str = "", kind:
 
 
 def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", default: str | None = None) -> None:
-    """Add --out PATH. about: what is written. Pure."""
+    """Add --out PATH. about: help text that describes what is written. Pure."""
     parser.add_argument("--out", metavar=metavar, default=default, help=about)
 
 
@@ -73,7 +73,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ranks(parser: argparse.ArgumentParser, default: str, several: bool = False) -> None:
-    """Add --ranks: a list of numbers if several, else one number. default: described in words. Pure."""
+    """Add --ranks, which takes a list of numbers if `several`, else one number. default: a description of the default. Pure."""
     parser.add_argument("--ranks", metavar="N[,N...]" if several else "N", type=rank_counts if several else rank_count,
                         help=f"number of MPI ranks{', or several such numbers' * several} (default: {default})")
 
@@ -84,12 +84,12 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add RUN, a trained model. Pure."""
+    """Add the argument RUN, the folder of a trained model. Pure."""
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    """Add how a trained model is computed: --device, --threads, --tp, --pp. Pure."""
+    """Add the options for computing with a trained model: --device, --threads, --tp, --pp. Pure."""
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on (%(default)s)")
     add("--threads", type=int, default=0, help="CPU threads per rank; 0: as in training (%(default)s)")

@@ -1,4 +1,4 @@
-"""Topology: which ranks share a node."""
+"""Determine which ranks share a node."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mpidp.runtime.ulfm import revocable
 
 @dataclass(frozen=True)
 class Topology:
-    """The data-parallel ranks that hold the same part of the model, and their nodes. grid.py has the other axes of the mesh."""
+    """The data-parallel ranks that hold the same part of the model, and their nodes. parallel/grid.py has the other axes."""
 
-    dp: MPI.Intracomm  # these ranks, ordered by node
+    dp: MPI.Intracomm  # communicator of these ranks, ordered by node
     hosts: list[str]  # host name of each node
     node_sizes: list[int]  # number of ranks on each node
     node_index: int  # index of this rank's node

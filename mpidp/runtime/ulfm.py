@@ -16,7 +16,7 @@ from mpi4py import MPI
 from mpidp.errors import MpidpError
 from mpidp.runtime.environment import launched_with_ulfm
 
-_revocable: list[MPI.Intracomm] = []  # communicators in which other ranks may wait for this one
+_revocable: list[MPI.Intracomm] = []  # communicators in which other ranks may wait for this rank
 
 
 class RankFailure(Exception):
@@ -53,8 +53,8 @@ def agree(comm: MPI.Intracomm, ok: bool) -> bool:
 
 @contextmanager
 def commit(comm: MPI.Intracomm) -> Iterator[None]:
-    """Run the body: it succeeds on all ranks, or RankFailure is raised on all. An error that all ranks raise passes through. Does
-    nothing unless mpirun was started with ULFM. Collective over comm."""
+    """Run the body. Either it succeeds on all ranks, or RankFailure is raised on all. An MpidpError that all ranks raise is
+    passed on. Without ULFM, only runs the body. Collective over comm."""
     if not launched_with_ulfm():
         yield
         return

@@ -16,7 +16,8 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 
 def start_mpi() -> MPI.Intracomm:
-    """Return COMM_WORLD. UsageError if a job of N ranks was started as N jobs of one rank. Collective over COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank. Collective over
+    COMM_WORLD."""
     world = MPI.COMM_WORLD
     if world.size == 1 and launched_size() > 1:
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00 ")
@@ -29,7 +30,8 @@ def start_mpi() -> MPI.Intracomm:
 
 
 def polite_barrier(comm: MPI.Intracomm) -> None:
-    """A barrier that sleeps while it waits, so that waiting ranks do not use the cores of working ranks. Collective over comm."""
+    """Wait at a barrier and sleep meanwhile, so that waiting ranks do not use the cores of working ranks. Collective over
+    comm."""
     request = comm.Ibarrier()
     pause = 1e-5
     while not request.Test():
@@ -39,7 +41,7 @@ def polite_barrier(comm: MPI.Intracomm) -> None:
 
 @contextmanager
 def raise_together(comm: MPI.Intracomm) -> Iterator[None]:
-    """Run the body; an exception on any rank is raised on all ranks. Ranks that finish early sleep.
+    """Run the body. An exception on any rank is raised on all ranks. Ranks that finish early sleep until all have finished.
 
     The body must not communicate. Collective over comm."""
     own_error: Exception | None = None

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from mpidp.errors import UsageError
 
-# Step of a synchronization point -> arrivals since the previous one. Parameter servers: for each server, the workers in the order
-# of their pushes. Quorum: for each round, the ranks whose contributions joined it, once for each contribution.
+# Maps the step of each synchronization point to the arrivals since the previous one. With parameter servers: for each server, the
+# workers in the order of their pushes. With a quorum: for each round, the ranks whose contributions joined it, once for each
+# contribution.
 Order = dict[int, list[list[int]]]
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
-    """Read the arrivals from a metrics.jsonl; {} if log is empty. The run must have had this many workers and servers, or, with
-    servers=0, a quorum with at most this staleness; otherwise UsageError. Independent."""
+    """Read the arrivals of a run. log: the run's metrics.jsonl; if it is "", return {}. Raises UsageError if that run had other
+    numbers of workers and servers. With servers=0, raises UsageError if it had no quorum, or a staleness above this one.
+    Independent."""
     if not log:
         return {}
     found: Order = {}
@@ -40,8 +42,9 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
-    """Check that the rounds can be replayed without deadlock and within the buffers: in round i at least one rank has contributed
-    batch i, no rank has contributed a later one, no rank is later than the bound, and at the end all batches are in."""
+    """Raise UsageError if the rounds cannot be replayed without deadlock and within the buffers. When round i closes, at least
+    one rank must have contributed batch i, no rank a later batch, and each rank all batches up to i - staleness. At the end each
+    rank must have contributed all batches."""
     for step, rounds in found.items():
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):

@@ -1,4 +1,4 @@
-"""Which ranks average with each other in round t: schedules of partial aggregation. Pure.
+"""Schedules of partial averaging: which ranks average with each other in round t. Pure.
 
 | group | in round t | source |
 |---|---|---|
@@ -8,8 +8,8 @@
 | pairs | a random perfect matching, seeded by t; one of an odd number of ranks stays alone | Lian 2018 (AD-PSGD), section 3 |
 | exponential | rank r receives from rank r - 2^(t mod log2 P) | Assran 2019 (SGP), appendix A |
 
-Every round preserves the mean over all ranks: the weights with which a rank's model is used sum to one. With `exponential`, after
-log2 P rounds each rank has received, directly or indirectly, from every other one.
+Every round preserves the mean over all ranks, because the weights with which a rank's model is used sum to one. With
+`exponential`, after log2 P rounds each rank has received, directly or indirectly, from every other one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GROUPS = ("all", *PARTITIONS, "exponential")
 
 
 def partition(kind: str, t: int, size: int, nodes: Sequence[Sequence[int]], group_size: int) -> list[tuple[int, ...]]:
-    """Return the groups of round t, each a sorted tuple of ranks; every rank is in exactly one. ValueError if kind is not in
-    PARTITIONS. Independent."""
+    """Return the groups of round t, each a sorted tuple of ranks; every rank is in exactly one. Raises ValueError if kind is not
+    in PARTITIONS. Independent."""
     if kind == "node":
         return [tuple(ranks) for ranks in nodes]
     if kind == "rotating":

@@ -1,9 +1,9 @@
 """Delayed updates: gradients are summed while the next batches are computed, and are applied k steps late.
 
-At step s a rank passes the gradient of its part of batch s to a thread that sums it over the ranks, and applies the sum of batch
-s - k, which was computed at the parameters of k updates ago (staleness k). All ranks apply the same sums in the same order, so
-replicas stay equal. With k = 0 this is `synchronous` with a single-buffer reducer. The first k steps make no update; drain()
-applies the remaining sums.
+At step s a rank passes the gradient of its part of batch s to a thread, which sums it over the ranks. At the same step the rank
+applies the sum of batch s - k, which was computed at the parameters of k updates ago (staleness k). All ranks apply the same sums
+in the same order, so replicas stay equal. With k = 0 this is `synchronous` with a single-buffer reducer. The first k steps make
+no update; drain() applies the remaining sums.
 
 Delay compensation (Zheng 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation", eq. 10) estimates the gradient
 at the current parameters theta from the late gradient g: g + lambda g * g * (theta - theta_then), where theta_then are the
@@ -58,11 +58,11 @@ class Delayed(Synchronous):
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, but the reducer is a FlatReducer. Collective over comm."""
+        """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Collective over comm."""
         super().__init__(*parts, **more)
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer = self.reducer
-        self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
+        self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # sums run in a thread, which must leave the core to backward
         self._background = Background()
         self._in_flight: deque[PendingUpdate] = deque()
         self._slot, self._fresh, self._lr = 1, True, 0.0
@@ -85,8 +85,8 @@ class Delayed(Synchronous):
         self._fresh = True
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Start the sum of this batch's gradient, and apply that of k batches ago, whose norm is returned. tokens: target tokens
-        of this rank's part. Collective over compute_comm."""
+        """Start the sum of this batch's gradient, and apply the sum of k batches ago. Return the norm of the applied sum. tokens:
+        number of target tokens in this rank's part of the batch. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed nothing
             self.buffer.flat[self._slot].zero_()
@@ -129,8 +129,8 @@ class Delayed(Synchronous):
             self._apply(self._lr, self._in_flight.popleft())
 
     def state_dict(self) -> dict[str, Entry]:
-        """Wait for the sums in flight and include them, so that a resumed run applies them, too. Independent, at the same step on
-        all ranks."""
+        """Return the state. It includes the sums in flight, so that a resumed run applies them; wait until they are complete.
+        Independent, but call it at the same step on all ranks."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()

@@ -4,9 +4,9 @@ A rank updates its own parameters from its own lanes (inner steps). Every `sync_
 
 - with group=all, the outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with
   Nesterov momentum makes an outer step from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with
-  outer_momentum=0 is local SGD (Stich 2019): parameters are averaged. `fragments`: parts of the model are averaged in turn
-  (Douillard 2025, Streaming DiLoCo, section 2.2). `overlap`: an average is started, and applied one round later to the parameters
-  of that time (Kale 2025).
+  outer_momentum=0 is local SGD (Stich 2019), which averages parameters. With `fragments`, parts of the model are averaged in turn
+  (Douillard 2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in one round and applied in the next, to
+  the rank's parameters at that time (Kale 2025).
 - with any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
 At a synchronization point all ranks average at once, so that there is one common model. Memory with group=all: 8 bytes per
@@ -36,17 +36,19 @@ from mpidp.strategies.averaging_groups import hop, partition
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
-SUM, OWN = 1, 2  # slots of the gradient buffer: an average in flight; this rank's contribution to it
+SUM, OWN = 1, 2  # slots of the gradient buffer for an average in flight: the sum; this rank's contribution
 
 
 class Local(Synchronous):
-    """Slot 0 of the gradient buffer holds the step's gradient, and between steps the values that are averaged at once."""
+    """Updates each rank's parameters locally and averages them periodically. Slot 0 of the gradient buffer holds the gradient
+    during a step, and afterwards the values that are averaged at once."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, but the reducer is a FlatReducer. UsageError for more fragments than buckets. Collective."""
+        """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are more fragments
+        than buckets. Collective."""
         super().__init__(*parts, **more)
         options = self.options
         assert isinstance(self.reducer, FlatReducer)
@@ -58,7 +60,7 @@ class Local(Synchronous):
                 f"strategy.fragments={options.fragments}, but parameters have only {len(buckets)} buckets: lower comm.bucket_mb"
             )
         self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
-        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # processed since each was averaged last
+        self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # target tokens since each fragment's average
         self._in_flight: list[Task | None] = [None] * options.fragments  # by fragment
         self._background = Background()
         if options.overlap:
@@ -68,7 +70,7 @@ class Local(Synchronous):
         self._momentum = torch.zeros_like(self._anchor)
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return the number of slots for overlap: SUM and OWN. Independent."""
+        """Return 2 with overlap, for the slots SUM and OWN, else 0. Independent."""
         return 2 * options.overlap
 
     def start(self) -> None:
@@ -78,9 +80,9 @@ class Local(Synchronous):
             self._anchor.copy_(self.flat)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an inner step, and the averages that are due. A gradient that is not finite makes no update on this rank, but the
-        step counts. tokens: target tokens of this rank's part. Collective over compute_comm if an average is due, else
-        independent."""
+        """Make an inner step, and the averages that are due. If its gradient is not finite, this rank makes no update, but the
+        step is counted. tokens: number of target tokens in this rank's part of the batch. Collective over compute_comm if an
+        average is due, else independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
         self.reducer.observers.enter("reduce")
@@ -107,7 +109,7 @@ class Local(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def _average(self, i: int, buckets: Sequence[Bucket], at_once: bool) -> None:
-        """Apply the average of fragment i that is in flight, and start the next one; with at_once, apply that one, too."""
+        """If an average of fragment i is in flight, apply it. Then start the next average; with at_once, apply that one, too."""
         if (task := self._in_flight[i]) is not None:
             with self.reducer.transport.timed():
                 task.wait()
@@ -121,7 +123,7 @@ class Local(Synchronous):
             if not at_once:
                 self.buffer.flat[OWN, part] = target[part]
             target[part].mul_(weight)
-        task = self._background.submit(partial(self._sum, target, buckets))  # after those in flight: same communicator
+        task = self._background.submit(partial(self._sum, target, buckets))  # in the thread, after sums in flight
         if not at_once:
             self._in_flight[i] = task
             return
@@ -131,8 +133,8 @@ class Local(Synchronous):
             self._outer_step(part, target[part], None)
 
     def _weight(self, i: int) -> float:
-        """Return this rank's weight in the average of fragment i: its fraction of the target tokens. MpidpError if there are
-        none. Collective over compute_comm."""
+        """Return this rank's weight in the average of fragment i: its fraction of the target tokens. Raises MpidpError if no rank
+        has target tokens. Collective over compute_comm."""
         total = self._tokens[i : i + 1].clone()
         with self.reducer.transport.timed():
             self.group.wait(self.compute_comm.Iallreduce(MPI.IN_PLACE, buf(total)))
@@ -151,8 +153,9 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with the averaged outer gradient, and set the parameters to it. own: this rank's contribution to an
-        average of the previous round; with it, the parameters keep the inner steps made since."""
+        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: this rank's
+        contribution, if the average was started in the previous round. In that case the parameters keep the inner steps made
+        since then."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)

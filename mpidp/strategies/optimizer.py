@@ -38,10 +38,10 @@ Memory = Callable[[int], Tensor]  # allocates that many zeroed float32 elements
 
 
 class Optimizer:
-    """A torch optimizer over flat parameters, gradients and moments. This rank updates its share of them. Independent.
+    """A torch optimizer over flat parameters, gradients and moments. This rank updates its share of the parameters. Independent.
 
-    Ranks that share memory update one part each. The result does not depend on the cuts: adamw, adam and sgd work element by
-    element and are cut at multiples of ALIGN; muon updates whole matrices.
+    Ranks that share memory update one share each. The result does not depend on the shares: adamw, adam and sgd work element by
+    element, and their shares are cut at multiples of ALIGN; muon updates whole matrices.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class Optimizer:
         beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), multiple: int = ALIGN,
         holds: range | None = None,
     ) -> None:
-        """Weight decay applies to matrices, not to gains. name: adamw, adam, sgd (momentum beta1) or muon. muon is torch's Muon
-        for the hidden matrices, with its update scaled to AdamW's so that one learning rate serves both, and AdamW for the rest.
-        parameters, gradients: (num_elements,). share: (index, count), cut at multiples of `multiple` elements. holds: the shares
-        whose moments this rank stores (default: all). With holds, the caller saves the moments, and muon is not supported."""
+        """Weight decay applies to matrices, not to gains. name: adamw, adam, sgd (momentum beta1) or muon. muon uses torch's Muon
+        for the hidden matrices and AdamW for the other parameters. Muon's update is scaled to the size of AdamW's, so that one
+        learning rate serves both. parameters, gradients: (num_elements,). share: (index, count) of the share that this rank
+        updates, cut at multiples of `multiple` elements. holds: the shares whose moments this rank stores (default: all). With
+        `holds`, the caller saves the moments, and muon is not supported."""
         if name not in (*MOMENTS, "muon"):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -129,7 +130,7 @@ class Optimizer:
         return found | {f"{what}/step": torch.tensor(float(self.updates)) for what, key, _ in self._views() if key == "exp_avg"}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. ValueError for an entry that belongs to no parameter."""
+        """Load the state. Raises ValueError for an entry that belongs to no parameter."""
         views = {f"{what}/{key}": view for what, key, view in self._views()}
         for entry, value in state.items():
             if entry.endswith("/step") and entry.removesuffix("step") + "exp_avg" in views:
@@ -183,7 +184,8 @@ class ShardedOptimizer:
 
 
 def _hidden_matrices(layout: FlatLayout) -> dict[str, int]:
-    """Return the matrices that Muon updates, numbered by decreasing cost. Dealt out in this order, shares cost about the same."""
+    """Return the matrices that Muon updates, numbered by decreasing cost. If shares receive matrices in turn in this order, all
+    shares cost about the same."""
     outer = ("embedding.weight", "head.weight")
     hidden = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if p.dim() == 2 and not name.endswith(outer)]
     return {name: i for i, (_, name) in enumerate(sorted(hidden, reverse=True))}

@@ -1,4 +1,5 @@
-"""The interface of strategies to the training loop. A new strategy is a new file that implements it; the loop does not change.
+"""The interface of strategies to the training loop. A new strategy is a new file that implements this interface; the training
+loop does not change.
 
 A *synchronization point* (in docs/methods.md: a meeting) is a step after which all ranks have one common model.
 """
@@ -23,32 +24,32 @@ from mpidp.reducers.base import LaneObserver, Reducer
 
 @dataclass(frozen=True)
 class StepStats:
-    """The result of an update."""
+    """The result of Strategy.step()."""
 
-    grad_norm: float  # of the averaged gradient before clipping; 0 if there was no update to make
-    skipped: bool  # the gradient was not finite or above the limit, or the batch had no target tokens
+    grad_norm: float  # norm of the averaged gradient before clipping; 0 if no update was due
+    skipped: bool  # whether the gradient was not finite or above the limit, or the batch had no target tokens
     extra: Mapping[str, Any] = field(default_factory=dict)  # more entries for the step's line in metrics.jsonl
 
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """The settings of section strategy, resolved, and facts about the run. Defaults and meanings are in config/settings.py and
-    config/defaults.py; each strategy reads the settings that it knows."""
+    """The resolved settings of section strategy, and facts about the run. Meanings and defaults are in config/settings.py and
+    config/defaults.py. Each strategy reads only the settings that it uses."""
 
-    sync_every: int  # steps
+    sync_every: int  # steps between averages
     meet_every: int  # steps between synchronization points
-    staleness: int
+    staleness: int  # largest delay of a gradient, in batches
     quorum: float  # fraction of the lanes
-    compensation: float
+    compensation: float  # lambda of delay compensation
     outer_lr: float
     outer_momentum: float
     overlap: bool
     fragments: int
     group: str
     group_size: int
-    servers: int  # the last ranks are servers
-    mode: str
-    total_steps: int = 0
+    servers: int  # number of servers, which are the last ranks
+    mode: str  # of the parameter server: sync, async or ssp
+    total_steps: int = 0  # number of updates of the run
     arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # the order to replay (arrivals.py)
     nodes: Sequence[Sequence[int]] = ()  # the ranks of each node
 
@@ -72,27 +73,29 @@ class Strategy(GradientSink, Protocol):
     one_copy: bool  # whether a group has one copy of parameters and optimizer state
     reducer: Reducer
     buffer: Any  # the GradientBuffer; None if the strategy has none
-    survives_failures: bool  # whether it can resume in memory after failed ranks; otherwise from the last checkpoint
+    survives_failures: bool  # whether it can resume from memory after a failure of ranks; otherwise from a checkpoint
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether this step (from 1) is a synchronization point: all ranks exchange their results, and have one common
-        model afterwards. Only then evaluations, checkpoints and the end are possible. The same on every rank. Independent."""
+        """Return whether this step (counted from 1) is a synchronization point: all ranks exchange their results, and have one
+        common model afterwards. Evaluations, checkpoints and the end of the run are possible only at these steps. The result is
+        the same on every rank. Independent."""
 
     def fill(self, forwards: int) -> None:
-        """Run this many dummy forward passes, if all ranks must run equally many. Collective for such strategies."""
+        """Run `forwards` dummy forward passes, in strategies in which all ranks must run the same number; otherwise do nothing.
+        Collective in the former case."""
 
     def start(self) -> None:
-        """Prepare for the first step. Call once, after loading a checkpoint if any. Collective over compute_comm."""
+        """Prepare for the first step. Call it once; if a checkpoint is loaded, after that. Collective over compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with every lane that this rank computes in the next step. Independent."""
+        """Call each observer with the gradient of every lane that this rank computes in the next step. Independent."""
 
     def discard(self) -> None:
-        """Discard the gradients of the current step, which is run again. Independent."""
+        """Discard the gradients of the current step, which will be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. tokens: target tokens of the global batch; if not every step is a
-        synchronization point, of this rank's part. limit: gradient norm above which the update is skipped. Collective."""
+        """Make an update from the step's gradients. tokens: number of target tokens in the global batch, or in this rank's part
+        of it if not every step is a synchronization point. limit: gradient norm above which the update is skipped. Collective."""
 
     def drain(self) -> None:
         """Apply all updates in flight; afterwards all ranks have one common model. Collective."""
@@ -109,14 +112,14 @@ class Strategy(GradientSink, Protocol):
 
     def resume_after_failure(self, before: Any) -> None:
         """Resume from the state of `before`, the strategy on the ranks before a failure. This strategy works on the remaining
-        ranks in the same memory. If another rank fails meanwhile, `before` is unchanged. Collective over compute_comm."""
+        ranks in the same memory. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
         """Broadcast rank 0's state from `before`, the previous strategy (None on new ranks). Per-rank state stays with the ranks
-        that had it. If a rank fails meanwhile, `before` is unchanged. Collective over compute_comm."""
+        that had it. If a rank fails during this call, `before` is unchanged. Collective over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the tensors on which replicas must agree, by suffix of their names. Independent."""
+        """Return the tensors that must be equal on all replicas, by suffix of their names. Independent."""
 
     def close(self) -> None:
         """Free shared memory, and with it parameters and state. Collective over compute_comm."""

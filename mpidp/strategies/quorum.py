@@ -1,11 +1,11 @@
 """A quorum: a step's update is made when a part of the lanes has arrived. Late gradients join a later update; none is dropped.
 
 Every rank computes its lanes of batch i at the parameters theta_i and contributes the gradient. Round i sums the contributions
-that have arrived when it closes (quorum_rounds.py), and makes the update from theta_i to theta_{i+1} on every rank: the summed
-gradient divided by the target tokens in the round, as in `synchronous`. A rank that is late with batch i finds round i closed,
-makes the same update, and continues with batch i + 1. So replicas are equal at the same step. A late gradient was computed at the
-right parameters, but is added up to `staleness` rounds later. At a synchronization point all contributions have arrived, so
-nothing is in flight at a checkpoint, an evaluation or the end.
+that have arrived when it closes (quorum_rounds.py). Every rank divides the sum by the number of target tokens in the round, as in
+`synchronous`, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i finds round i closed, makes the
+same update, and continues with batch i + 1. So replicas are equal at the same step. A late gradient was computed at the
+parameters theta_i of its batch, but is added up to `staleness` rounds later. At a synchronization point all contributions have
+arrived, so nothing is in flight at a checkpoint, an evaluation or the end.
 
 This is Eager-SGD's majority collective (Li 2020, "Taming unbalanced training workloads in deep learning with partial collective
 operations", section 4) with the bounded staleness of SSP (Ho 2013, section 3). A thread of rank 0 receives notices of
@@ -40,15 +40,16 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.quorum_rounds import RoundTracker
 from mpidp.strategies.synchronous import Synchronous
 
-# Tags: notice of a contribution, to rank 0; members of a closed round, from rank 0. Both are float64: target tokens, whether
-# ranks synchronize at this batch; and for CLOSED the number of contributions of each rank.
+# Tags. GIVEN: notice of a contribution, sent to rank 0. CLOSED: members of a closed round, sent by rank 0. Both messages have
+# float64 values: number of target tokens, whether ranks synchronize at this batch, and with CLOSED the number of contributions of
+# each rank.
 GIVEN, CLOSED = range(2)
 FIRST_SECONDS, LONGEST_SECONDS = 5e-5, 5e-4  # pause between two polls, growing while nothing happens
 
 
 @dataclass(frozen=True)
 class Round:
-    """A summed round."""
+    """A round whose sum is complete."""
 
     slot: int  # index of the gradient buffer with the sum
     tokens: float  # target tokens in the sum
@@ -56,14 +57,15 @@ class Round:
 
 
 class Quorum(Synchronous):
-    """Slot 0 of the gradient buffer is for the update. Of the others, one accumulates the current batch, and at most `staleness`
-    wait for a sum, are being summed, or wait for their update."""
+    """Slot 0 of the gradient buffer holds the gradient of the update. One other slot accumulates the current batch. The remaining
+    `staleness` slots hold gradients that wait for a sum, are being summed, or wait for their update."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, but the reducer is a FlatReducer. UsageError where threads may not call MPI. Collective over comm."""
+        """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if the MPI library does not
+        support calls from several threads. Collective over comm."""
         super().__init__(*parts, **more)
         self._alone = self.compute_comm.size == 1  # one rank needs no thread
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE and not self._alone:
@@ -73,7 +75,7 @@ class Quorum(Synchronous):
             )
         assert isinstance(self.reducer, FlatReducer)
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
-        self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # it runs in a thread, and must leave the core to backward
+        self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # sums run in a thread, which must leave the core to backward
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
         self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floats, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
@@ -86,7 +88,7 @@ class Quorum(Synchronous):
         self._given: SimpleQueue[tuple[int, float, bool]] = SimpleQueue()  # to the thread: slot, target tokens, synchronizes
         self._summed: SimpleQueue[Round | BaseException] = SimpleQueue()  # from the thread
         # Used by the thread only:
-        self._waiting: deque[int] = deque()  # slots of contributions that have joined no round
+        self._waiting: deque[int] = deque()  # slots of contributions that have not joined a round
         self._sends: list[tuple[MPI.Request, np.ndarray]] = []
         self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received there from each rank
 
@@ -95,7 +97,8 @@ class Quorum(Synchronous):
         return options.staleness + 1
 
     def start(self) -> None:
-        """Start; UsageError if the run to replay synchronized at other steps. Collective over compute_comm."""
+        """Prepare for the first step. Raises UsageError if the run to replay synchronized at other steps. Collective over
+        compute_comm."""
         super().start()
         order, last = self.options.arrivals, self.options.total_steps
         missing = [step for step in range(1, last + 1) if order and self.synchronizes_at(step) and step not in order]
@@ -131,8 +134,9 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Contribute this rank's part of the batch, and make the update of the batch's round. tokens: target tokens of this
-        rank's part. Collective over compute_comm at a synchronization point; otherwise it waits for the quorum only."""
+        """Contribute this rank's part of the batch, and make the update of the batch's round. tokens: number of target tokens in
+        this rank's part of the batch. Collective over compute_comm at a synchronization point; otherwise this rank waits for the
+        quorum only."""
         self.reducer.observers.enter("reduce")
         self._begin()  # in case this rank computed nothing
         synchronizes = self.synchronizes_at(self._steps + 1)
@@ -195,7 +199,7 @@ class Quorum(Synchronous):
                     pause = FIRST_SECONDS
             while self._sends and not self._closing:
                 self._flat_reducer.wait(self._sends.pop()[0])
-        except BaseException as error:  # raised by step(): a thread's own traceback would be lost
+        except BaseException as error:  # step() raises it in the main thread; here it would be lost
             self._summed.put(error)
 
     def _turn(self, tracker: RoundTracker) -> bool | None:
@@ -261,10 +265,10 @@ class Quorum(Synchronous):
     def state_dict(self) -> dict[str, Entry]:
         """Return the state at a synchronization point, when nothing is in flight. Independent."""
         found = super().state_dict() | {"steps": Entry(torch.tensor([self._steps]))}
-        return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if batches were skipped at it
+        return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if batches were skipped there
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state; UsageError if it is of a run without a quorum. Independent."""
+        """Load the state. Raises UsageError if the state is from a run without a quorum. Independent."""
         own = {name: state[name] for name in ("steps", "joined") if name in state}
         if "steps" not in own:
             raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum")
@@ -278,8 +282,8 @@ class Quorum(Synchronous):
         self._closing = True
 
     def close(self) -> None:
-        """Stop the thread, also in the middle of a round if all ranks end at the same batch; rank 0 receives the remaining
-        notices. Collective over compute_comm."""
+        """Stop the thread, and receive the remaining notices on rank 0. The thread may be in the middle of a round if all ranks
+        end at the same batch. Collective over compute_comm."""
         self._closing = True
         self._background.close()
         sent = self.compute_comm.allgather(self._notices)

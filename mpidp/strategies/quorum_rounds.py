@@ -1,9 +1,13 @@
 """Decides which contributions each round of a quorum sums, from the order in which they arrive. Pure.
 
-Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. Round i closes when the ranks that
-contributed to batch i hold at least `needed` lanes, the contributions contain target tokens (in an epoch's last batch some lanes
-are empty), and no rank is more than `staleness` batches behind. At a synchronization point it closes when all contributions have
-arrived. A later contribution joins the next round that closes, so every contribution is summed exactly once.
+Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. Round i closes when
+
+1. the ranks that have contributed to batch i hold at least `needed` lanes,
+2. the contributions contain target tokens (in an epoch's last batch some lanes are empty), and
+3. no rank is more than `staleness` batches behind.
+
+At a synchronization point (in docs/methods.md: a meeting), the round closes only when all contributions have arrived. A
+contribution that arrives after its round joins the next round that closes. So every contribution is summed exactly once.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from mpidp.errors import MpidpError
 
 
 class RoundTracker:
-    """The rounds from one synchronization point to the next. Independent."""
+    """Tracks the rounds from one synchronization point to the next. Independent."""
 
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
@@ -24,7 +28,7 @@ class RoundTracker:
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
         self.round = 0  # the round that closes next, and the number of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank
-        self._waiting = [deque[float]() for _ in lanes]  # target tokens of the contributions that have joined no round
+        self._waiting = [deque[float]() for _ in lanes]  # target tokens of the contributions that have not joined a round
         self._order = None if order is None else deque(order)
         self._synchronizes = False
 
@@ -37,9 +41,9 @@ class RoundTracker:
             self._synchronizes = synchronizes
 
     def close_round(self) -> tuple[list[int], float, bool] | None:
-        """Close the next round if possible. Return the number of contributions that join from each rank, their target tokens, and
-        whether all ranks synchronize at this round; None if the round must wait. MpidpError if this differs from the replayed
-        run."""
+        """Close the next round if possible. Return (number of contributions of each rank that join, their target tokens, whether
+        all ranks synchronize at this round), or None if the round must wait. Raises MpidpError if the replayed run synchronized
+        at another step."""
         joining = [len(waiting) for waiting in self._waiting]
         if self._order is not None:
             joining = self._repeated()

@@ -11,8 +11,8 @@ Servers compute no gradients; workers hold no optimizer state.
 | ssp | every push when it arrives | workers at most `staleness` batches ahead of the slowest (Ho 2013) |
 
 A push with n of the batch's |B| target tokens is applied with learning rate lr n / |B|, so that all pushes of a batch make up one
-step. If it is late by r whole rounds of updates, the rate is divided by 1 + r (Zhang 2016, "Staleness-aware Async-SGD", eq. 6,
-with the delay counted in rounds).
+step. If a push is late by r whole rounds of updates, the rate is divided by 1 + r (Zhang 2016, "Staleness-aware Async-SGD", eq.
+6, with the delay counted in rounds).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Workers push slot 0 of the gradient buffer. Servers receive into slot 1 and sum in slot 0."""
+    """Parameter-server strategy. Workers push slot 0 of the gradient buffer. Servers receive into slot 1 and sum in slot 0."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
-        """As Synchronous, with a single-buffer reducer. Collective over comm."""
+        """Takes the arguments of Synchronous. The reducer must have a single buffer. Collective over comm."""
         super().__init__(*parts, **more)
         self._comm, size = self.reducer.comm, self.compute_comm.size
         self._workers, self._servers = size - self.options.servers, self.options.servers
@@ -69,7 +69,7 @@ class Server(Synchronous):
         self._expected: deque[int] = deque()  # the order to replay
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the share of a server; None for a worker. Independent."""
+        """Return the arguments of Optimizer for a server's slice; None on workers, which update nothing. Independent."""
         index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
         return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
 
@@ -79,8 +79,8 @@ class Server(Synchronous):
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """A worker pushes its gradient and waits for the answers. A server serves until it has applied every worker's push of
-        this batch. tokens: target tokens of this rank's part. Collective over compute_comm at a synchronization point, else
-        between workers and servers."""
+        this batch. tokens: number of target tokens in this rank's part of the batch. Collective over compute_comm at a
+        synchronization point, else between workers and servers."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
             stats = self._work(lr, tokens, limit, synchronizes)
@@ -96,7 +96,7 @@ class Server(Synchronous):
         self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        if not sync:  # the push is a step by itself: it is clipped or skipped here
+        if not sync:  # each push makes an update of its own, so it is clipped or skipped here
             norm = global_norm(gradient) * scale if tokens else 0.0
             if not (math.isfinite(norm) and norm <= limit):
                 tokens = 0
@@ -176,7 +176,7 @@ class Server(Synchronous):
                 transport.store(wire, arrived[start:stop])
 
     def _apply(self, header: np.ndarray) -> None:
-        """Apply a push, unless the worker or this server has found that it is not finite."""
+        """Apply a push. Skip it if it has no target tokens, or if its gradient is not finite."""
         self.reducer.observers.enter("apply")
         arrived = self.buffer.flat[1, self._mine]
         norm = float(torch.linalg.vector_norm(arrived))
@@ -190,8 +190,8 @@ class Server(Synchronous):
         self._stats = StepStats(norm, False)
 
     def _answer_ready(self, synchronizes: bool) -> None:
-        """Answer the waiting workers that may continue. After the batch of a synchronization point answers have no parameters,
-        because all ranks get them together."""
+        """Answer the waiting workers that may continue. At a synchronization point answers contain no parameters, because all
+        ranks then receive the parameters together."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
             last = synchronizes and batch == self._pushed
@@ -210,7 +210,7 @@ class Server(Synchronous):
                 wire.sent_bytes += piece.nbytes
 
     def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
-        """Mode sync: add all workers' gradients of a batch in their order, scale, clip by the norm over all servers, and
+        """Mode sync: add all workers' gradients of a batch in order of workers, scale, clip by the norm over all servers, and
         update."""
         self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0

@@ -1,9 +1,9 @@
 """Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or also parameters (3): torch's FSDP2
 (Zhao 2023; ZeRO-2 and 3, Rajbhandari 2020) over mpidp.c10d.
 
-Every rank has some rows of each parameter. A block's parameters are gathered before it computes. Its gradient is summed over the
-ranks for each micro-batch, and each rank keeps its rows. The gathered parameters are kept until the last backward of the step
-(level 2), or until the block is done (level 3).
+Every rank has some rows of each parameter. The parameters of a Transformer block are gathered before the block is computed. For
+each micro-batch, the block's gradient is summed over the ranks, and each rank keeps its rows of the sum. Level 2 keeps the
+gathered parameters until the last backward pass of the step; level 3 frees them when the block is computed.
 
 Forward and backward passes are therefore collective: a rank with fewer or empty micro-batches runs dummy passes. MPI chooses the
 order of addition, so weights equal those of level 0 up to rounding only.
@@ -33,8 +33,8 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
-    """Shard the model: each rank keeps its rows of every parameter. UsageError if torch.distributed is in use. Collective over
-    comm."""
+    """Shard the model: each rank keeps its rows of every parameter. Raises UsageError if torch.distributed is already
+    initialized. Collective over comm."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -54,7 +54,7 @@ def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> 
 
 
 def unshard_for_good() -> None:
-    """End torch.distributed after shard(); sharded models cannot be used afterwards. Collective over shard()'s comm."""
+    """End torch.distributed after shard(); sharded models cannot be used afterwards. Collective over the comm of shard()."""
     import torch.distributed as dist
 
     import mpidp.c10d
@@ -64,7 +64,7 @@ def unshard_for_good() -> None:
 
 
 class Sharded:
-    """A synchronous strategy on shards."""
+    """Synchronous data parallelism on a sharded model."""
 
     survives_failures = False  # a shard is lost with the rank that holds it
     synchronizes_always = True
@@ -76,7 +76,8 @@ class Sharded:
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: torch.nn.Module, level: int,
     ) -> None:
-        """As Synchronous; only the lanes, shares and transport of the reducer are used. Collective over comm."""
+        """Takes the arguments of Synchronous. Of the reducer, only lanes, shares and transport are used. model: is sharded here.
+        level: 2 or 3. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy, self.level = comm, group, reducer, False, level
         self.model: Any = model
         self.clip, self.nominal_tokens = clip, nominal_tokens
@@ -98,8 +99,8 @@ class Sharded:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Run the backward pass of micro-batch v inside; after the last one, run dummy passes up to the number of the other
-        ranks. Collective over compute_comm; v may differ."""
+        """Run the backward pass of micro-batch v inside; after the last one, run dummy passes until this rank has run as many as
+        the other ranks. Collective over compute_comm; ranks may pass different v."""
         self._keep(last and self._made + 1 >= self._most)
         yield
         if not self._open:  # the micro-batch was empty
@@ -111,7 +112,7 @@ class Sharded:
             self._open, self._made = 0, self._made + 1
 
     def _keep(self, last: bool) -> None:
-        """Level 2: keep the gathered parameters until the last backward of the step."""
+        """With level 2, keep the gathered parameters until the last backward of the step."""
         if self.level == 2:
             self.model.set_reshard_after_backward(last)
 
@@ -122,7 +123,7 @@ class Sharded:
 
     @torch.no_grad()
     def fill(self, forwards: int) -> None:
-        """Run this many dummy forward passes, which other ranks have in excess. Collective over compute_comm."""
+        """Run `forwards` dummy forward passes, because other ranks run this many more passes. Collective over compute_comm."""
         for _ in range(forwards):
             self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
 
@@ -131,10 +132,10 @@ class Sharded:
         return True
 
     def start(self) -> None:
-        """Do nothing: replicas are equal because of their seed. Independent."""
+        """Do nothing, because all replicas have drawn equal weights from the same seed. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Raise ValueError: there are no separate gradients of lanes. Independent."""
+        """Raise ValueError if there are observers, because no rank has the gradient of a single lane. Independent."""
         if observers:
             raise ValueError("sharded gradients are summed immediately: single lanes cannot be observed")
 
@@ -145,11 +146,11 @@ class Sharded:
             p.grad = None
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """As Synchronous.step, on shards. The norm is summed in order of ranks, with the same bits on each. Collective over
-        compute_comm."""
+        """Scale, clip and update as Synchronous.step does, on shards. The norm is summed in order of ranks, so every rank gets
+        the same bits. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         reshard_all(self.model)
-        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # dummy passes make them, too
+        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # also made by dummy passes
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
         if self.clip and norm > self.clip:
@@ -184,7 +185,7 @@ class Sharded:
         return {}
 
     def held(self) -> dict[str, int]:
-        """Return the bytes in use by purpose. Independent."""
+        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. Independent."""
         local = [shard_of(p).tensor for _, p in self.named]
         gradients = [shard_of(p.grad).tensor for _, p in self.named if p.grad is not None]
         moments = [one for row in self.optimizer.state for one in row.values()]

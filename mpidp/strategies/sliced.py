@@ -1,8 +1,8 @@
 """Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each holder of a copy of the
 parameters stores the state of one slice, updates this slice, and receives the other slices from the ranks that updated them.
 
-Sums do not change, and updates work element by element: the weights equal those of level 0 bit for bit. If the ranks of one node
-share a copy, the state exists once on this node without sharding.
+Sums do not change, and updates work element by element: the weights equal those of level 0 bit for bit. If all ranks are on one
+node and share a copy, the state exists only once even without sharding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpidp.strategies.synchronous import Synchronous
 
 
 class Sliced(Synchronous):
-    """Slices are cut by rank. A node with a shared copy stores the slices of its ranks, and each rank updates one."""
+    """Each rank updates one slice. A node whose ranks share a copy stores the slices of all its ranks."""
 
     survives_failures = False  # a slice is lost with the rank that holds it
 
@@ -71,7 +71,7 @@ class Sliced(Synchronous):
                 transport.allgatherv(comm, self.group.wait, (self.flat, lengths, starts))
 
     def flats(self) -> dict[str, Tensor]:
-        """Only the parameters are replicated; the optimizer state is not."""
+        """Return the parameters only, because the optimizer state is not replicated."""
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
@@ -93,7 +93,7 @@ class Sliced(Synchronous):
         return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the boxes that state_dict returns. ValueError for any other entry. Independent."""
+        """Load the boxes that state_dict returns. Raises ValueError for any other entry. Independent."""
         assert self.optimizer is not None
         self.reducer.load_state_dict({
             name.removeprefix("reducer/"): value for name, value in state.items() if name.startswith("reducer/")

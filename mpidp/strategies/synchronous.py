@@ -1,7 +1,7 @@
 """Exact synchronous data parallelism: each step averages all lanes, and all replicas (or rank 0) make the same update.
 
-theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)): the mean over the tokens of
-the global batch, not a mean of means. docs/equations.md has the formula and its law.
+theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)): this is the mean over the tokens
+of the global batch, not a mean of means. docs/equations.md explains the formula.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Synchronous:
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, 0 for no
-        clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
-        share parameters and optimizer state; then each updates a part. spare_slots: more gradient buffers than the reducer needs.
-        most_slots: gradient buffers that this rank may need after failures of other ranks. parts: this rank's part of the model,
-        if the model is cut. Collective over comm."""
+        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm; 0: no
+        clipping. nominal_tokens: global_batch x seq_len; losses are divided by it. one_copy: whether the ranks of a group share
+        parameters and optimizer state; then each updates a part. spare_slots: number of gradient buffers in addition to those of
+        the reducer. most_slots: number of gradient buffers that this rank may need after failures of other ranks. parts: this
+        rank's part of the model, if the model is cut. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -91,7 +91,8 @@ class Synchronous:
         return 0
 
     def resume_after_failure(self, before: Synchronous) -> None:
-        """Restore the copy if the last update is incomplete, then resume. Collective over compute_comm."""
+        """Take over the state of `before`. If its last update is incomplete, first restore the copy from before the update.
+        Collective over compute_comm."""
         if before.torn:
             self._copy_share(before._spare, list(self.flats().values()))
         if self.optimizer is not None and before.optimizer is not None:
@@ -112,7 +113,7 @@ class Synchronous:
         return self.synchronizes_always or step % self.options.meet_every == 0 or step == self.options.total_steps
 
     def start(self) -> None:
-        """Make all replicas equal to rank 0's. Collective over compute_comm."""
+        """Make the parameters of all replicas equal to those of rank 0. Collective over compute_comm."""
         self._spread([self.flat])
 
     def resume_with_new_ranks(self, before: Synchronous | None) -> None:
@@ -140,7 +141,7 @@ class Synchronous:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Run the backward pass of micro-batch v inside. Independent."""
+        """Return a context in which the backward pass of micro-batch v must run. Independent."""
         if self._late is not None:
             raise self._late
         self._last = last
@@ -150,7 +151,8 @@ class Synchronous:
         self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Observe lanes; the reducer must keep them apart. Independent."""
+        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not keep
+        lanes apart. Independent."""
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
@@ -188,8 +190,8 @@ class Synchronous:
         return StepStats(grad_norm=norm, skipped=False)
 
     def _publish(self) -> None:
-        """Publish the updated parameters. If a rank fails during an update of shared parameters, they are incomplete, and all
-        ranks restore the copy. Otherwise the step counts, and a failure here is raised at the next micro_batch(), before
+        """Publish the updated parameters. If a rank fails during an update of shared parameters, the update is incomplete, and
+        all ranks restore the copy. Otherwise the step is complete, and a failure here is raised at the next micro_batch(), before
         gradients that other ranks may still read are overwritten. Collective over compute_comm."""
         if self._spare:
             self.torn = True
@@ -216,11 +218,12 @@ class Synchronous:
         """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the tensors on which replicas must agree, by suffix of their names. Independent."""
+        """Return the tensors that must be equal on all replicas, by suffix of their names. Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:
-        """Return the bytes in use by purpose; memory in a window counts for the whole node. Independent."""
+        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. Memory in a window is that of the
+        whole node. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 

@@ -1,4 +1,4 @@
-"""What follows a step: its line in the log, a new balance, an evaluation, a checkpoint, the decision to stop."""
+"""The work after a step: log it, rebalance lanes, evaluate, write a checkpoint, decide whether to stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpidp.training.step_report import StepReport, noise_of
 
 
 def ended(job: Job) -> str:
-    """Why the run is over, or an empty string. The same on every rank. Independent."""
+    """Return the reason why the run is over, or an empty string. It is the same on every rank. Independent."""
     at, train = job.position, job.config.train
     if at.step >= train.steps:
         return "steps"
@@ -33,9 +33,9 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
 
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
-    """Log a batch that made no update. After train.max_skipped in a row raise Damaged, so that the run returns to the last
-    checkpoint and skips all batches up to this one; or MpidpError, when there is no checkpoint since the last such return. The
-    same on every rank. Independent."""
+    """Log a batch that made no update. After train.max_skipped such batches in a row, raise Damaged, so that the run returns to
+    the last checkpoint and skips all batches up to this one. If no checkpoint was written since the last such return, raise
+    MpidpError instead. All ranks do the same. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"
     if tokens and math.isfinite(grad_norm):
@@ -50,12 +50,13 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
         raise Damaged.at_batch(what, batch + 1)
     raise MpidpError.on_every_rank(
         f"{what}, and no checkpoint was made {'since the last return' if job.state.skipped_from >= 0 else 'yet'}: lower "
-        "optim.lr, lengthen optim.warmup_steps, or look at the data there; the last checkpoint is kept"
+        "optim.lr, lengthen optim.warmup_steps, or check the data of these batches; the last checkpoint is kept"
     )
 
 
 def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
-    """Distribute the lanes again from the measured speed of the ranks, if that pays. The same on every rank. Independent."""
+    """Distribute the lanes again by the measured speed of the ranks, if this makes steps faster. All ranks do the same.
+    Independent."""
     change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
     if change:
         loader.expect(job.micro_batches())
@@ -65,8 +66,8 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
 
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
-    """Do what is due after the last step: evaluate, stop, or save. Skips work that was done before a rank failed. Collective over
-    job.comm."""
+    """Evaluate, stop, or write a checkpoint, if this is due after the last step. Skips work that was done before a rank failed.
+    Collective over job.comm."""
     at, every = job.position, job.config.train.eval_every
     job.services.timeline.write_if_complete(job.comm, at.step)
     if every and at.step % every == 0 and at.evaluated_step != at.step:
@@ -79,7 +80,7 @@ def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) 
 
 
 def evaluate(job: Job) -> None:
-    """Measure val_loss at this step. Collective over job.comm."""
+    """Compute val_loss at this step, and record it. Collective over job.comm."""
     validation, config, at = job.plan.validation, job.config, job.position
     if validation is None:
         return

@@ -1,7 +1,8 @@
-"""The attempts of a run. Each attempt trains until the end, a failure of ranks, or damage. The next attempt continues from the
-memory of the surviving ranks, or else from the last checkpoint.
+"""The attempts of a run. Each attempt trains until the run ends, ranks fail, or the state is found to be damaged. The next
+attempt continues from the memory of the surviving ranks, or else from the last checkpoint.
 
-`train.run` repeats attempts. RunAttempts holds the state between them; recovery.py decides which ranks continue with which state.
+`train.run` repeats attempts. RunAttempts holds the state between attempts; recovery.py decides which ranks continue with which
+state.
 """
 
 from __future__ import annotations
@@ -32,23 +33,24 @@ from mpidp.training.run_plan import RunPlan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-MAX_RETURNS = 3  # to the last checkpoint in one command: a machine that fails more often needs repair
+MAX_RETURNS = 3  # number of returns to the last checkpoint in one command; a machine that fails more often needs repair
 
 
 class RunAttempts:
-    """The attempts of one rank. All ranks make the same calls."""
+    """Makes the attempts of one rank. All ranks make the same calls."""
 
     def __init__(self, config: Config, plan: RunPlan | None, world: MPI.Intracomm, crew: Crew | None) -> None:
-        """plan: of the ranks that start the run. crew: of a replacement rank, which has no plan yet. Collective over world."""
+        """plan: the plan of the run, on the ranks that start it. crew: the facts that a replacement rank receives when it joins;
+        it has no plan yet. Collective over world."""
         self.config, self.plan, self.world = config, plan, world
         self.growing = crew is not None  # more replacement ranks may follow
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
         self.job: Job | None = None  # the job whose state the surviving ranks hold
-        self.stop: StopRequest | None = None  # of that job
-        self._next_batch = 0  # after a return to a checkpoint
-        self._events: list[dict[str, Any]] = []  # that led to the job; not recorded yet
-        self._failed_at = 0.0
+        self.stop: StopRequest | None = None  # requests to stop that job
+        self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
+        self._events: list[dict[str, Any]] = []  # events that led to the job and are not recorded yet
+        self._failed_at = 0.0  # time.monotonic() of the failure that is being recovered; 0: none
         if crew is None:
             assert plan is not None
             self.number = world.rank
@@ -58,12 +60,12 @@ class RunAttempts:
             self.crew = Crew(plan.config, plan.asked_threads, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
-            crew.events.append({"event": "went_back", "why": "all who held the run's state have died"})  # in case they do
+            crew.events.append({"event": "went_back", "why": "all ranks with the run's state have failed"})  # in case they do
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:
-        """Gather the ranks, take the state, train. Returns the end record, or None when the job must grow first. Damaged,
-        RankFailure. Collective over world."""
+        """Gather the ranks, restore the state, and train. Return the end record, or None if the job first needs more ranks.
+        Raises Damaged if the state is found to be damaged, and RankFailure if a rank fails. Collective over world."""
         self._gather()
         assert self.plan is not None
         with commit(self.world):
@@ -81,7 +83,7 @@ class RunAttempts:
         return end
 
     def _gather(self) -> None:
-        """Bring the world to its size, and make the plan for it."""
+        """Add replacement ranks until the world has its full size, and make the plan for this world."""
         while self.growing and self.crew.lacks(self.world.size):
             self.world = recovery.one_more(self.world, self.crew, self.job)
         self.growing = False
@@ -91,7 +93,8 @@ class RunAttempts:
         self.world = self.plan.world
 
     def _take_state(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job of all ranks, with the run's state from wherever it is. Returns the end record of a run that is over."""
+        """Make the job of all ranks, with the state in the memory of surviving ranks or from a checkpoint. Return the end record
+        if the run is over, else None."""
         with raise_together(self.world):
             if self.world.rank == 0 and self.lock is None:
                 self.lock = RunLock(plan.run_dir, ours=True)
@@ -111,12 +114,13 @@ class RunAttempts:
         return build(plan, self.faults, before, self.lock, self.tries.failed)
 
     def _from_disk(self, plan: RunPlan) -> dict[str, Any] | None:
-        """Make the job from the last checkpoint, or from the beginning. Returns the end record of a run that is over."""
+        """Make the job from the last checkpoint, or from the initial weights if there is none. Return the end record if the run
+        is over, else None."""
         run, events = plan.config.run, self.crew.events
         reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, self.world)
         plan = plan.adopt(reader, notes)
         if reader is not None and (end := plan.has_ended(reader)) is not None:
-            plan.say_ended(end)
+            plan.print_end(end)
             return end
         with raise_together(self.world):
             if not events:
@@ -132,8 +136,8 @@ class RunAttempts:
         return None
 
     def go_back(self, damage: Damaged) -> None:
-        """The state is damaged: the next attempt starts from the last checkpoint. Raises `damage` itself after MAX_RETURNS.
-        Independent."""
+        """Drop the damaged state, so that the next attempt starts from the last checkpoint. Raises `damage` itself after
+        MAX_RETURNS returns. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
         self.crew.returns += not self._next_batch
         if self.crew.returns > MAX_RETURNS:
@@ -142,18 +146,20 @@ class RunAttempts:
         self.crew.events.append(past | {"why": str(damage)})
 
     def drop_failed_ranks(self, failure: RankFailure) -> None:
-        """Ranks have failed: the next attempt is made by the surviving ranks. Collective over them."""
+        """Continue with the surviving ranks only. Drop the state if the strategy cannot resume from memory. Collective over the
+        surviving ranks."""
         self._failed_at, self.growing = self._failed_at or time.monotonic(), False
         self.world = recovery.survivors(self.world, str(failure))
         if self.job is not None and not self.job.strategy.survives_failures:
             recovery.abandon(self.job, self.stop)
             self.job, self.stop, self._failed_at = None, None, 0.0
             method = method_setting(self.config.strategy.name, self.config.strategy.quorum)
-            why = f"ranks died, and {method} cannot go on in the middle of a step"
+            why = f"ranks failed, and {method} cannot continue in the middle of a step"
             self.crew.events.append({"event": "went_back", "why": why})
 
     def close(self, error: BaseException | None) -> None:
-        """Note why the run ended, unless it ended well or another job holds the folder by now. Independent."""
+        """Record the error with which the run ended, unless another job has taken over the folder. Release the lock.
+        Independent."""
         if error is not None and (self.lock is None or self.lock.held()):
             self.tries.ended(error, self.world.rank)
         if self.lock is not None:
@@ -162,7 +168,7 @@ class RunAttempts:
 
 def listen(job: Job, before: StopRequest | None) -> StopRequest:
     """Listen for requests to stop; rank 0 also watches the file STOP, the job's time limit and the lock, and prints when the time
-    limit will stop the run. before: of the job that this one continues. Collective over job.comm."""
+    limit will stop the run. before: the StopRequest of the job that this job continues. Collective over job.comm."""
     first, state, config = job.comm.rank == 0, job.state, job.config
     if not state.recovered:  # asking the scheduler takes time
         end = job_end() if first else None

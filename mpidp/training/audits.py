@@ -1,4 +1,4 @@
-"""Audits in the training loop: compare the replicas, and report what was found."""
+"""Audits in the training loop: compare the replicas, and report differences."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from mpidp.training.job import Job
 
 
 def audit_weights(job: Job, now: bool = False) -> None:
-    """Check that all replicas hold the same bits, when an audit is due or `now`. Damaged when they differ and there is no
-    majority to repair from. Collective over job.comm."""
+    """Check that all replicas hold the same bits, if an audit is due or with `now`. Raises Damaged if they differ and there is no
+    majority from which to repair the others. Collective over job.comm."""
     step = job.position.step
     if not now:
         job.services.faults.flip(step, list(job.engine.model.parameters()))

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from mpidp.comm.work_stealing import Tickets
 
 FIRST_STEPS, EVERY_STEPS = 5, 10  # number of measured steps before the first change, and between changes
-MEMORY_STEPS = 20  # a rank's speed is the median over so many steps
+MEMORY_STEPS = 20  # number of steps over which the median of a rank's speed is taken
 WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction
 SHORTEST_SECONDS = 1e-9  # of a lane; a clock may measure 0
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
-    """Return contiguous lanes for each place, 1 to max_lanes, that minimize the time of the slowest rank. Independent.
+    """Return a contiguous range of 1 to max_lanes lanes for each rank, which minimizes the time of the slowest rank. Independent.
 
-    Each next lane goes to the rank that would finish it first. This is optimal because the cost of one more lane never falls.
-    Ties go to the lower place. ValueError if there are too few lanes, or more than max_lanes per rank."""
+    Each next lane goes to the rank that would finish it first. This is optimal, because one more lane never reduces the time of a
+    rank. Ties go to the lower rank. Raises ValueError if there are too few lanes, or more than max_lanes per rank."""
     size = len(seconds_per_lane)
     most = num_lanes if max_lanes is None else max_lanes
     if not size <= num_lanes <= size * most:
@@ -47,15 +47,15 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
 
 @dataclass(frozen=True)
 class Terms:
-    """The arguments of a balance. Each kind uses those that it needs."""
+    """The arguments of the classes that implement Balance. Each class uses those that it needs."""
 
     num_lanes: int
     size: int  # ranks that share the lanes
-    place: int  # of this rank
-    max_lanes: int | None = None  # the most lanes per rank, limited by its gradient slots (measured)
-    tickets: Tickets | None = None  # of this rank's node (steal)
-    first_place: int = 0  # of this rank's node (steal)
-    may_steal: Callable[[], bool] = lambda: True  # is there a free slot for the gradient of one more lane? (steal)
+    place: int  # index of this rank among them
+    max_lanes: int | None = None  # largest number of lanes per rank, limited by its gradient slots (measured)
+    tickets: Tickets | None = None  # the tickets of this rank's node (steal)
+    first_place: int = 0  # place of the first rank of this rank's node (steal)
+    may_steal: Callable[[], bool] = lambda: True  # whether a slot is free for one more lane (steal)
     idle: int = 0  # the number of last ranks that compute nothing (even)
 
 
@@ -63,21 +63,21 @@ class Balance(Protocol):
     """Which rank computes which lanes."""
 
     ranges: list[range]  # lanes of this step by place, as known before the step
-    static: bool  # no lane moves during the step
+    static: bool  # whether no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
         """Yield the lanes that this rank computes of global batch `batch`. Every rank calls this once per step. Independent."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Take the seconds of computing and the number of lanes of each place in the last step; the same on every rank. Returns a
-        message for the log if the ranges change. Independent."""
+        """Record the compute seconds and the number of lanes of each rank in the last step. All ranks pass the same values.
+        Return a message for the log if the ranges change, else None. Independent."""
 
     def close(self) -> None:
         """Release shared memory. Collective over the ranks of a node."""
 
 
 class Even:
-    """The same lanes in every step."""
+    """Gives each rank the same lanes in every step."""
 
     static = True
 
@@ -91,15 +91,15 @@ class Even:
         return iter(self.ranges[self.terms.place])
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Never changes the ranges."""
+        """Return None: the ranges never change."""
         return None
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class Measured(Even):
-    """Gives more lanes to faster ranks, by the median time per lane. ValueError if max_lanes is too low."""
+    """Gives more lanes to faster ranks, by the median time per lane. Raises ValueError if max_lanes is too low."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -108,7 +108,8 @@ class Measured(Even):
         self._wait = FIRST_STEPS
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Every few steps, change the ranges if this speeds up the slowest rank by more than noise would."""
+        """Record the values. Every few steps, change the ranges if this makes the slowest rank faster by more than measurement
+        noise."""
         for memory, spent, count in zip(self._measured, seconds, counts, strict=True):
             if count:
                 memory.append(spent / count)
@@ -145,7 +146,7 @@ class Steal:
 
     def lanes(self, batch: int) -> Iterator[int]:
         """Yield this rank's lanes that no other rank took, then lanes of other ranks."""
-        self._tickets.begin(self._of_node)  # before the first lane is asked for: other ranks may steal before that
+        self._tickets.begin(self._of_node)  # before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 
     def _take(self) -> Iterator[int]:
@@ -155,7 +156,7 @@ class Steal:
             yield lane
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Never changes the ranges: every step starts evenly."""
+        """Return None: every step starts with even ranges."""
         return None
 
     def close(self) -> None:

@@ -38,8 +38,8 @@ def build(
 ) -> Job:
     """Build the parts of a job on the device, with equal replicas.
 
-    before: a job that lost ranks; the surviving ranks keep its model and memory. lock: of the run's folder, on rank 0. on_hang:
-    is called with the report of a hang. observers: see every step. Collective over plan.world."""
+    before: the job that lost ranks; the surviving ranks keep its model and memory. lock: the lock of the run's folder, on rank 0.
+    on_hang: called with the report of a hang. observers: called in every step. Collective over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
     transport = open_transport(plan.config.comm.gpu, plan.device, plan.mesh.dp)
@@ -68,7 +68,7 @@ def build(
 
 
 def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory, before: Job | None) -> Strategy:
-    """The strategy on its memory, with the reducer's overlap chosen. Collective over plan.mesh.dp."""
+    """Make the strategy, and choose the reducer's overlap mode. Collective over plan.mesh.dp."""
     config, grid, dp = plan.config, plan.grid, plan.mesh.dp
     optim, train, reducer = config.optim, config.train, memory.reducer
     nominal_tokens = train.global_batch * config.model.seq_len
@@ -92,7 +92,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
 
 
 def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strategy: Strategy, services: Services) -> Engine:
-    """Collective over plan.grid.pp."""
+    """Make the engine. Collective over plan.grid.pp."""
     config, grid, part = plan.config, plan.grid, model.parts.part
     stages = Stages(grid, transport, plan.device, config.mesh.interleave) if grid.pp.size > 1 else None
     return Engine(
@@ -103,7 +103,7 @@ def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strateg
 
 
 def make_saver(plan: RunPlan, model: TrainedModel, strategy: Strategy, lock: RunLock | None) -> Saver:
-    """Collective over plan.world."""
+    """Make the saver of checkpoints. Collective over plan.world."""
     mesh, entries = plan.mesh, model.parts.entries(model.module, strategy.state_dict())
     return Saver(
         plan.world, plan.run_dir, plan.config.train.save_every, plan.config.run.keep,

@@ -18,13 +18,14 @@ from mpidp.training.state import Position
 
 
 def save(job: Job, end: dict[str, Any] | None = None, wait: bool = False) -> None:
-    """Begin a checkpoint of this step; it is written while training continues. With `end` or `wait`, return when it is on the
-    disk, and raise MpidpError on every rank if it cannot be written. Collective over job.comm."""
+    """Begin to write a checkpoint of this step while training continues. end: the end record, if the run is over. With `end` or
+    `wait`, return only when the checkpoint is on the disk, and raise MpidpError on every rank if it cannot be written. Collective
+    over job.comm."""
     at, wait, enter = job.position, wait or end is not None, job.services.observers.enter
     if wait:
         with job.services.clock.timed("checkpoint"):
             job.saver.wait_for_save(enter=enter)
-    if job.saver.step != at.step or end is not None:  # a resumed run skips the batches skipped since then again
+    if job.saver.step != at.step or end is not None:  # else it is saved: a resumed run skips the same batches again
         with job.phase("checkpoint"):
             audit_weights(job, now=True)  # a checkpoint must hold correct weights
             entries = job.parts.entries(job.engine.model, job.strategy.state_dict())
@@ -44,7 +45,8 @@ def report_saves(job: Job) -> None:
 
 
 def restore(job: Job, reader: Reader) -> None:
-    """Load parameters, optimizer state and position from a checkpoint, whatever its number of ranks. Collective over job.comm."""
+    """Load parameters, optimizer state and position from a checkpoint, which may be from any number of ranks. Collective over
+    job.comm."""
     with raise_together(job.comm), manifest.readable(reader.path), torch.no_grad():
         job.parts.load(reader, job.engine.model)
         job.strategy.load_state_dict(job.parts.strategy_state(reader, job.engine.model, job.strategy.state_dict()))
@@ -53,8 +55,8 @@ def restore(job: Job, reader: Reader) -> None:
 
 
 def stop_run(job: Job, stop: StopRequest) -> MpidpError:
-    """Write a checkpoint, and return the exception with which every rank stops. Nothing is written when another copy of the job
-    has taken over the run. Collective over job.comm."""
+    """Write a checkpoint, and return the exception with which every rank stops. Write nothing if another copy of the job has
+    taken over the run. Collective over job.comm."""
     reasons = [r for r in job.comm.allgather(stop.reason) if r]
     if TAKEN_OVER in reasons:
         return MpidpError.on_every_rank(

@@ -27,7 +27,7 @@ from mpidp.training.balance import BALANCES, Balance, Terms
 
 
 class MemoryRequest(Protocol):
-    """What share_memory needs to know. A RunPlan is one; library.py has another."""
+    """The first argument of share_memory. RunPlan and library.SharingPlan implement this protocol."""
 
     @property
     def config(self) -> Config:
@@ -35,7 +35,7 @@ class MemoryRequest(Protocol):
 
     @property
     def mesh(self) -> Topology:
-        """The replicas."""
+        """The placement of the replicas' ranks."""
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -66,14 +66,14 @@ class DataParallelMemory:
     group: Group
     balance: Balance
     reducer: Reducer
-    one_copy: bool  # the ranks of a group share one copy of parameters and optimizer state
+    one_copy: bool  # whether the ranks of a group share one copy of parameters and optimizer state
     replicas: list[range]  # the ranks that hold each copy
-    level: int  # mesh.shard, or 0 where there is only one copy and nothing to slice
+    level: int  # mesh.shard, or 0 if there is only one copy and nothing to slice
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return (number of gradient buffers that a rank needs, the most lanes that it may get; 0 where its lanes never change).
-    Independent."""
+    """Return (number of gradient buffers that a rank needs, largest number of lanes that it may get). The second is 0 if the
+    rank's lanes never change. looked_at: as in share_memory. Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
     if kind == "measured":  # up to three times the even share; the memory for gradients grows with its logarithm
@@ -85,7 +85,8 @@ def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at
 
 
 def held_buffers(config: Config) -> int:
-    """Number of buffers of a gradient's size that compression needs: the residual, and its previous value. Pure."""
+    """Return the number of buffers of a gradient's size that compression needs: the residual and its previous value, and with
+    momentum also the velocity and its previous value. Pure."""
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
@@ -93,8 +94,8 @@ STATE = ("12 bytes per parameter, or once per node", "a part of it, by mesh.shar
 
 
 def held_floats(config: Config, slots: int, size: int) -> float:
-    """float32 numbers per parameter on a rank between steps: parameter, two moments, gradients. size: number of replicas.
-    Pure."""
+    """Return the number of float32 values that a rank holds per parameter between steps: parameter, two moments, gradients.
+    slots: number of gradient buffers. size: number of replicas. Pure."""
     return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
 
 
@@ -102,15 +103,15 @@ def share_memory(
     plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
     parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
 ) -> DataParallelMemory:
-    """Make groups, balance and reducer as configured; rank 0 prints which.
+    """Make the group, the balance and the reducer of this rank as configured. Rank 0 logs the choice.
 
-    parts: the part of the model on this rank. looked_at: lanes are kept apart for other reasons than the configuration (injected
-    faults). before: the group whose memory the surviving ranks keep, and whether it shared one copy. UsageError when the
-    configuration cannot be met. Collective over plan.mesh.dp."""
+    parts: the part of the model on this rank. looked_at: whether lanes are kept apart for a reason outside the configuration
+    (injected faults). before: the group whose memory the surviving ranks keep, and whether it shared one copy. Raises UsageError
+    if the launch does not provide what the configuration requires. Collective over plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
-        raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or leave it out")
+        raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or omit comm.compress")
     tree = c.comm.reducer == "tree"
     kind = c.train.balance if world.size > 1 else "even"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)

@@ -14,7 +14,7 @@ NAMED_RANKS = 64  # with more ranks, only every n-th line lists the seconds of e
 
 
 def record_start(job: Job) -> None:
-    """Write what runs, and what was lost since the checkpoint. Independent."""
+    """Write the `start` line: facts about the run, and the time and work lost since the checkpoint. Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
@@ -23,8 +23,8 @@ def record_start(job: Job) -> None:
 
 
 def spent(job: Job) -> dict[str, Any]:
-    """Seconds of each phase and bytes sent since the last call. The strategy's communication counts as comm_wait, not as update.
-    Independent."""
+    """Return the seconds of each phase and the bytes sent since the last call. The strategy's communication counts as comm_wait,
+    not as update. Independent."""
     seconds = job.services.clock.pop_seconds()
     sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:
@@ -34,8 +34,8 @@ def spent(job: Job) -> dict[str, Any]:
 
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
-    """Write the line of a step. Seconds are those of this rank, except the cost of the slowest rank (the mean time that the
-    others waited for it) and the lists with one entry per rank. Independent."""
+    """Write the line of a step. Seconds are those of this rank, with two exceptions: slowest_cost_seconds is the mean time that
+    ranks waited for the slowest rank, and lists have one entry per rank. Independent."""
     at, seconds = job.position, spent(job)
     speed = report.tokens / (report.steps * seconds["step_seconds"])
     slowest = int(report.seconds.argmax())
@@ -68,7 +68,7 @@ def record_end(job: Job, end: dict[str, Any]) -> None:
 
 
 def noise(job: Job, measured: Noise | None) -> dict[str, float | None]:
-    """The fields of a step's line for the gradient noise scale; empty when it was not measured. Independent."""
+    """Return the fields of a step's line for the gradient noise scale, or {} if it was not measured. Independent."""
     if measured is None:
         return {}
     job.position.noise.add(measured)

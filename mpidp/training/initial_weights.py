@@ -1,7 +1,7 @@
 """train.init_from: initial weights from another run or from a Hugging Face folder.
 
 Only the weights are loaded; the optimizer starts fresh at step 0. Each rank loads its own part, on any mesh. RUN/init.json stores
-what was found in the source, so that the run can resume without it once there is a checkpoint.
+the facts about the source. So the run can resume without the source once there is a checkpoint.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Origin:
     wanted_sha256: str = ""  # required by a run that resumes with these weights; "": any
 
     def completed(self, config: Config) -> Config:
-        """Return the config with the model settings of the source. UsageError if the config contradicts them. Pure."""
+        """Return the config with the model settings of the source. Raises UsageError if the config contradicts them. Pure."""
         plain = Config().model
         wrong = [
-            f"model.{key}={given!r}, but it has {value!r}"
+            f"model.{key}={given!r}, but the source has {value!r}"
             for key, value in self.settings.items()
             if (given := getattr(config.model, key)) not in (value, getattr(plain, key))
         ]
@@ -65,7 +65,7 @@ class Origin:
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
         """Load this rank's part of the weights into the model, and compute the hash of all weights, which does not depend on the
-        mesh. DataError if it is not the required hash. Collective over parts.grid.world."""
+        mesh. Raises DataError if the hash is not the required one. Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
@@ -86,8 +86,9 @@ class Origin:
 
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
-    """Open and check the source that train.init_from names; None if it names none. UsageError, DataError, CheckpointError.
-    Collective over world."""
+    """Open and check the source that train.init_from names. Return None if the setting is empty. Raises UsageError if the source
+    is neither a run nor a Hugging Face folder, DataError if its files are invalid, and CheckpointError if the run has no valid
+    checkpoint. Collective over world."""
     if not config.train.init_from:
         return None
     kept, is_run, path = None, False, Path(config.train.init_from)
@@ -115,7 +116,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
 
 
 def _kept(config: Config) -> Origin | None:
-    """The source as recorded in RUN/init.json, if the run has a checkpoint."""
+    """Return the source as recorded in RUN/init.json if the run has a checkpoint, else None."""
     run_dir = Path(config.run.dir)
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None

@@ -31,13 +31,13 @@ from mpidp.training.state import Position, RunState
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a training, ready to run. build.py makes one."""
+    """The parts of a training run. build.build() makes them."""
 
     plan: RunPlan
-    parts: ModelPartition  # which part of the model this rank holds
+    parts: ModelPartition  # the part of the model that this rank holds
     engine: Engine
     strategy: Strategy
-    memory: DataParallelMemory  # who shares lanes and memory with whom
+    memory: DataParallelMemory  # the ranks that share lanes and memory, and the reducer
     transport: Messages
     audit: Audit
     schedule: Schedule
@@ -81,18 +81,18 @@ class Job:
         return self.plan.run_dir
 
     def micro_batches(self) -> list[int]:
-        """The micro-batches of this rank's lanes, in order. Independent."""
+        """Return the micro-batches of this rank's lanes, in order. Independent."""
         return [v for lane in self.balance.ranges[self.mesh.dp.rank] for v in self.lanes.micro_batches(lane)]
 
     def open_loader(self, batch: int) -> Loader:
-        """A loader of this rank's micro-batches from this batch on. Independent."""
+        """Return a loader of this rank's micro-batches, beginning with this batch. Independent."""
         plan = self.plan
         resident = self.config.data.resident
         return Loader(plan.training, plan.sampler, self.micro_batches(), plan.device, batch, resident=resident)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Enter a phase of the step and time it. Gives a function that returns the seconds so far. Independent."""
+        """Enter a phase of the step and time it. Yields a function that returns the seconds so far. Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds

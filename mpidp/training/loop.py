@@ -1,4 +1,4 @@
-"""The training loop. It fits on one screen, and no method adds a branch to it."""
+"""The training loop. It is short, and training methods do not add branches to it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mpidp.training.step_report import exchange_reports
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
-    """Train until all steps are done or a stopping rule holds, and return the end record. Stopped, after a checkpoint, when asked
-    to stop. Collective over job.comm."""
+    """Train until all steps are done or a stopping rule holds, and return the end record. On a request to stop, write a
+    checkpoint and raise Stopped. Collective over job.comm."""
     at, clock = job.position, job.services.clock
     if job.state.recovered:
         audit_weights(job)
@@ -68,8 +68,8 @@ def end_run(job: Job, reason: str) -> dict[str, Any]:
 
 
 def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """fit() between opening and closing the record and the services. events: what led to this job; they are recorded. Collective
-    over job.comm."""
+    """Open the record and the services, call fit(), and close them. Return the end record. events: the events that led to this
+    job; they are recorded. Collective over job.comm."""
     services, at = job.services, job.position
     job.record.open()
     services.timeline.open(job.comm, at.step)
@@ -96,19 +96,19 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
         loader.close()
         services.close()
         job.record.close()
-        if not lost:  # otherwise they serve until the next job has its own
+        if not lost:  # otherwise they stay in use until the next job has its own
             stop.close()
             services.watchdog.close()
 
 
 def close(job: Job) -> None:
-    """Finish the checkpoint that is being written, and give the shared memory back; the model is gone with it. Collective over
-    job.comm."""
+    """Wait for the checkpoint that is being written, and free the shared memory. The model cannot be used afterwards. Collective
+    over job.comm."""
     job.saver.wait_for_save(enter=job.services.observers.enter)
     report_saves(job)
     if not launched_with_ulfm():
         job.balance.close()
         job.strategy.close()
         job.transport.close()
-    else:  # no memory is MPI's, and other ranks may fail at any moment
+    else:  # MPI has no memory to free, and other ranks may fail at any moment
         job.strategy.release()

@@ -17,8 +17,9 @@ class Schedule:
     total_steps: int
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up to lr, then one of cosine or linear decay to min_lr at the last
-        step; constant; or wsd, constant with linear decay over the last fifth (warmup-stable-decay, Hu 2024). Pure."""
+        """Return the learning rate of a step, counted from 1. After a linear warm-up to lr, the rate follows a cosine or linear
+        decay to min_lr at the last step, or stays constant. With wsd (warmup-stable-decay, Hu 2024) it is constant, and decays
+        linearly over the last fifth of the steps. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -26,17 +26,18 @@ from mpidp.training.run_plan import RunPlan
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model on its device, and what is known of it."""
+    """A model on its device, with its trained parameters and the origin of its weights."""
 
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
     parts: ModelPartition
     token_losses: Callable[[Tensor, Tensor], Tensor] | None  # over a sharded vocabulary; None: the plain cross entropy
-    origin: Origin | None  # of the initial weights, where they were not drawn
+    origin: Origin | None  # source of the initial weights; None: drawn at random
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """module: the model of a job that this one continues; None: a new one. Collective over plan.world."""
+    """Return the model of a job. module: the model of the job that this job continues; None: make a new model. Collective over
+    plan.world."""
     config, grid = plan.config, plan.grid
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:
@@ -50,7 +51,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
 
 
 def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
-    """A model with its initial weights, equal on all replicas."""
+    """Return a new model with its initial weights, equal on all replicas, and their origin."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
     settings = config.flat()
     base = base_weights(settings, shape, parts.part)
@@ -70,8 +71,8 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
 
 
 def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
-    """Give every rank the initial weights of rank 0, with a warning where the user's factory drew others. Collective over
-    world."""
+    """Give every rank the initial weights of rank 0. Warn if the user's factory drew different ones on some ranks. Collective
+    over world."""
     others = parts.broadcast_parameters(module)
     if others and world.rank == 0:
         log.warning(

@@ -1,11 +1,11 @@
 """Recovery after ranks failed: the surviving ranks continue in the same processes, with the state in their own memory.
 
 They form new groups and build a new job from the parts that do not depend on the number of ranks: the model, and the memory of
-parameters, optimizer state and gradients. Nobody writes to this memory before the next update is agreed on. So a further failure
-during recovery changes nothing: the next attempt starts where this one did.
+parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed on the next update. So a
+further failure during recovery changes nothing, and the next attempt starts from the same state.
 
 With faults.respawn new processes then join until the job has its full size. All ranks build a new job, and rank 0 sends its state
-to them by messages. For a while this takes the memory of two jobs on the ranks that had one.
+to the new ranks in MPI messages. During this time the old ranks hold two jobs in memory.
 """
 
 from __future__ import annotations
@@ -32,41 +32,42 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-ATTEMPTS = 3  # to grow back to full size at the same step
+ATTEMPTS = 3  # attempts to grow back to full size at the same step
 Build = Callable[[RunPlan, Job | None], Job]
 
 
 @dataclass
 class Crew:
-    """What all ranks of a run know alike. Replacement ranks receive it when they join."""
+    """Facts about a run that are the same on all ranks. Replacement ranks receive them when they join."""
 
-    config: Any  # of the run, resolved
-    asked_threads: int
+    config: Any  # the resolved configuration of the run
+    asked_threads: int  # train.threads as the user set it; 0: automatic
     full: int  # number of ranks at the start
-    number: int  # of the next replacement rank: ranks keep their numbers, and new ranks get new ones
-    respawn: bool  # may failed ranks still be replaced?
-    step: int = -1  # at which replacements were started last
-    attempts: int = 0  # to start them, at this step
-    returns: int = 0  # to the last checkpoint
-    events: list[dict[str, Any]] = field(default_factory=list)  # that took the run back to its last checkpoint
+    number: int  # number of the next replacement rank; ranks keep their numbers, and new ranks get new ones
+    respawn: bool  # whether failed ranks may still be replaced
+    step: int = -1  # the step at which replacement ranks were started last
+    attempts: int = 0  # number of attempts to start them at this step
+    returns: int = 0  # number of returns to the last checkpoint
+    events: list[dict[str, Any]] = field(default_factory=list)  # the returns to the last checkpoint
 
     def lacks(self, size: int) -> bool:
-        """Must a job of this size grow? Independent."""
+        """Return whether a job of this size needs replacement ranks. Independent."""
         return self.respawn and size < self.full
 
 
 def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
-    """Return the world of the surviving ranks. MpidpError when MPI failed, for the reason `why`, and no rank did. Collective over
-    the surviving ranks of world."""
+    """Return the world of the surviving ranks. Raises MpidpError if no rank has failed. why: the error that MPI reported.
+    Collective over the surviving ranks of world."""
     left = shrink(world)
-    command.go_on_in(left)
+    command.continue_in(left)
     if left.size == world.size:
         raise MpidpError.on_every_rank(f"MPI failed ({why}), but no rank has failed")
     return left
 
 
 def must_grow(crew: Crew, job: Job) -> bool:
-    """Must the job grow before it continues? After ATTEMPTS at one step the answer is no. The same on every rank. Independent."""
+    """Return whether the job needs replacement ranks before it continues. After ATTEMPTS attempts at one step, return False. The
+    result is the same on every rank. Independent."""
     if not crew.lacks(job.comm.size):
         return False
     crew.step, crew.attempts = job.position.step, 1 + crew.attempts * (crew.step == job.position.step)
@@ -78,8 +79,9 @@ def must_grow(crew: Crew, job: Job) -> bool:
 
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
-    """Return the world with a replacement rank at its end; or the same world, and no more attempts, when none can be started.
-    before: the job that grows; replacement ranks have none. RankFailure when a rank fails. Collective over world."""
+    """Start a replacement rank, and return the world with this rank at its end. If no rank can be started, return the same world
+    and make no further attempts. before: the job that grows; None on replacement ranks. Raises RankFailure if a rank fails.
+    Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
@@ -97,9 +99,9 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 
 
 def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int) -> RunPlan:
-    """Return the plan for the ranks of a new world. Replacement ranks have no plan; with them all ranks make a new one. number:
-    of this rank. Collective over world."""
-    command.go_on_in(world)
+    """Return the plan for the ranks of a new world. If the world has replacement ranks, which have no plan, all ranks make a new
+    plan. number: this rank's number, which it keeps when the world changes. Collective over world."""
+    command.continue_in(world)
     known = all(world.allgather(plan is not None))
     mesh = make_topology(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:
@@ -108,8 +110,8 @@ def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int)
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return the job of the surviving ranks at the position of the job before, and the event to record. Damaged when part of the
-    state is lost. failed_at: by time.monotonic(). Collective over plan.world."""
+    """Return (job of the surviving ranks at the position of `before`, event to record). Raises Damaged if part of the state is
+    lost. failed_at: time.monotonic() of the failure. Collective over plan.world."""
     before.saver.close()
     with commit(plan.world):  # either all ranks continue with the new job, or all try again from the old one
         job = build(plan, before)
@@ -136,7 +138,7 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
 
 
 def _take_over(job: Job, before: Job) -> None:
-    """Give the job the state of the job before, whose memory it uses."""
+    """Give `job` the state of `before`, whose memory it uses."""
     reached = [(one.step, one.skipped, one.evaluated_step) for one in job.comm.allgather(before.position)]
     if len({batches[:2] for batches in reached}) > 1:
         raise Damaged.on_every_rank(f"the surviving ranks are at different steps: {sorted(set(reached))}")
@@ -151,8 +153,8 @@ def _take_over(job: Job, before: Job) -> None:
 
 
 def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return the job of all ranks, with the state that rank 0 and others hold and replacement ranks do not; and the event to
-    record. failed_at: meaningless on replacement ranks. Collective over plan.world."""
+    """Return (job of all ranks, event to record). Rank 0 sends its state to the replacement ranks. before: the previous job; None
+    on replacement ranks. failed_at: as in rebuild(); not used from replacement ranks. Collective over plan.world."""
     world = plan.world
     if before is not None:
         before.saver.close()

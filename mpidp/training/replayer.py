@@ -1,6 +1,7 @@
 """Replay of a run: restore the state before a step, on any number of ranks, repeat the steps, and compare with the record.
 
-The replay starts from the newest checkpoint before the step, or from the seed. It works in memory and does not write to RUN.
+The replay starts from the newest checkpoint before the step, or from the initial weights. It works in memory and does not write
+to RUN.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
 
 CLOSE = 1e-5  # relative difference that counts as close, where equal bits are not possible
-FIGURES = ("train_loss", "grad_norm", "lr")  # of a line of metrics.jsonl
+FIGURES = ("train_loss", "grad_norm", "lr")  # compared keys of metrics.jsonl
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
          "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
-         "run.hang_seconds": 0.0}  # these do not change the result, except for what the fingerprint records
+         "run.hang_seconds": 0.0}  # these settings change the result only if the fingerprint records it
 
 
 def print_on_rank_0(world: Any, text: str) -> None:
@@ -41,15 +42,15 @@ class Record:
     """The files of a run that a replay uses."""
 
     path: Path
-    lines: dict[int, dict[str, Any]]  # of metrics.jsonl, by step
-    skipped: list[int]  # numbers of batches of which no update was made
-    passed: dict[int, int]  # step to which the run went back -> batch up to which it then passed over all
+    lines: dict[int, dict[str, Any]]  # lines of metrics.jsonl, by step
+    skipped: list[int]  # numbers of the batches that made no update
+    passed: dict[int, int]  # step to which the run returned -> last of the batches that it then skipped
     checkpoints: dict[int, Path]  # by step
-    last: int  # step that can be replayed: it may have been tried in vain
+    last: int  # last step that can be replayed; its update may have been skipped
 
 
 def read_record(run: str, world: Any) -> Record:
-    """Read the record of a run on rank 0, for all ranks. UsageError if there is no such run. Collective over world."""
+    """Read the record of a run on rank 0, for all ranks. Raises UsageError if there is no such run. Collective over world."""
     from mpidp.checkpoint.manifest import committed
     from mpidp.runtime.world import raise_together
 
@@ -70,9 +71,9 @@ def read_record(run: str, world: Any) -> Record:
 
 @dataclass
 class Seen:
-    """A replayed batch. Without figures: the state from which the replay starts."""
+    """A replayed batch. One without figures stands for the state from which the replay starts."""
 
-    step: int  # that it made, or was to make
+    step: int  # the step that the batch made, or would have made
     batch: int
     skipped: bool = False
     figures: dict[str, float | None] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class Seen:
 
 
 class SumObserver(StepObserver):
-    """Notes checksums of each step's gradient: the sum over lanes, not yet scaled."""
+    """Stores each step's gradient (the sum over lanes, not yet scaled) and computes its checksums."""
 
     def __init__(self) -> None:
         self._total: Any = None
@@ -101,7 +102,8 @@ class Replay:
     """A run restored to its newest checkpoint before a step, or to its beginning."""
 
     def __init__(self, record: Record, last: int, options: Namespace, world: Any) -> None:
-        """UsageError for a step that the run did not reach, DataError if its data is missing. Collective over world."""
+        """Restore the run. Raises UsageError if the run did not reach step `last`, and DataError if its data is missing.
+        Collective over world."""
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
         from mpidp.config import command_line, rules
@@ -118,7 +120,7 @@ class Replay:
                 break
             except CheckpointError as error:
                 print_on_rank_0(world, f"skipped an invalid checkpoint: {error}")
-        with raise_together(world):  # the settings in force: the next checkpoint's; after the last one, the last start's
+        with raise_together(world):  # use the next checkpoint's settings, or after the last one those of the last start
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
@@ -130,7 +132,7 @@ class Replay:
                     "runs only"
                 )
             if reader is not None and not settings.get("model.lora_rank", 0):
-                settings["train.init_from"] = ""  # all that it gave is in the checkpoint, but for what adapters lie on
+                settings["train.init_from"] = ""  # the checkpoint has all weights except the base weights of adapters
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
             if not (Path(data) / "index.json").exists():
@@ -138,7 +140,7 @@ class Replay:
         with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
             settings["run.dir"] = world.bcast(scratch, root=0)
             plain = command_line.from_args([f"--{key}={value}" for key, value in settings.items()])
-            # An audit that is never due: there is room for the gradient of a micro-batch aside.
+            # Set an audit that is never due, which allocates a spare slot for the gradient of a micro-batch.
             self.plan = plan(plain.with_values(train={"audit_every": 1 << 62}), make_grid(world))
             if meta and meta["data"] != self.plan.training.index_sha256:
                 raise DataError.on_every_rank(f"{data} is not the data that {record.path} was trained on: give --data DIR")
@@ -161,8 +163,8 @@ class Replay:
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 
     def batches(self, inside: bool) -> Iterator[Seen]:
-        """Yield the first state, then each batch up to the last step. inside: also record the micro-batches of the last step.
-        Collective over job.comm."""
+        """Yield a Seen for the first state, then one for each batch up to the last step. inside: also record the micro-batches of
+        the last step. Collective over job.comm."""
         from mpidp.training.loop import close
         from mpidp.training.step import compute
         from mpidp.training.step_report import exchange_reports
@@ -188,7 +190,8 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Compute each micro-batch alone, in a spare slot: mean loss and gradient norm. Collective over job.comm."""
+        """Compute each micro-batch of the batch separately, in a spare slot. Return a row for each with its mean loss and
+        gradient norm. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b
@@ -211,7 +214,7 @@ class Replay:
         return found | {f"strategy/{name}": entry.tensor for name, entry in self.job.strategy.state_dict().items()}
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:
-        """Compare a batch with its record: (equal?, message) for each recorded figure. Collective over job.comm."""
+        """Compare a batch with its record. Return (whether equal, message) for each recorded value. Collective over job.comm."""
         line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
         if not seen.figures or seen.skipped or recorded:
             words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"

@@ -39,7 +39,7 @@ from mpidp.training.initial_weights import Origin, open_origin
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A resolved run: configuration, data, grid of ranks, model shape. Holds no large memory."""
+    """A resolved run: configuration, data, grid of ranks, model shape. It holds no large memory."""
 
     config: Config  # resolved: no automatic values left
     asked_threads: int  # train.threads as the user set it; 0: automatic
@@ -72,8 +72,9 @@ class RunPlan:
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
     def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
-        """Return the plan for resuming from a checkpoint: with its number of threads, unless the user set one. UsageError if a
-        setting that must not change has changed. Collective over world."""
+        """Return the plan for resuming from the checkpoint `reader`; None: the run starts. The plan has the checkpoint's number
+        of threads, unless the user set one. notes: messages to log. Raises UsageError if a setting that must not change has
+        changed. Collective over world."""
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
@@ -108,8 +109,8 @@ class RunPlan:
             now = self.config.flat()
             return end if all(reader.meta["config"][key] == now[key] for key in rules) else None
 
-    def say_ended(self, end: dict[str, Any]) -> None:
-        """Print on rank 0 that the run is over. Also restores a lost last line of the metrics file. Independent."""
+    def print_end(self, end: dict[str, Any]) -> None:
+        """Print on rank 0 that the run is over. Write the last line of the metrics file if it is missing. Independent."""
         if self.world.rank:
             return
         file = Path(self.config.run.dir) / "metrics.jsonl"
@@ -132,8 +133,9 @@ def _open(path: str, split: str) -> TokenStream | None:
 
 
 def plan(config: Config, grid: Grid) -> RunPlan:
-    """Open and check the data, resolve the configuration, and check that all ranks agree on it. UsageError, DataError. Collective
-    over grid.world."""
+    """Open and check the data, resolve the configuration, and check that all ranks agree on it. Raises UsageError if the
+    configuration is invalid or does not fit the launch or the data, and DataError if the data is invalid. Collective over
+    grid.world."""
     world, replicas = grid.world, grid.replicas.dp.size
     origin = open_origin(config, world)
     with raise_together(world):

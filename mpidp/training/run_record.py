@@ -25,18 +25,18 @@ from mpidp.training.state import RunState
 
 @dataclass
 class RunRecord:
-    """Rank 0 writes the files; every rank keeps the lines since the last update."""
+    """The record of a run. Rank 0 writes the files. Every rank keeps the lines since the last update."""
 
     run_dir: Path
-    meta: dict[str, Any]  # in every checkpoint: config, fingerprint, data
-    facts: dict[str, Any]  # in the `start` line: hosts, versions, data, FLOPs
+    meta: dict[str, Any]  # facts in every checkpoint: config, fingerprint, data
+    facts: dict[str, Any]  # facts in the `start` line: hosts, versions, data, FLOPs
     state: RunState
-    writes: bool  # is this rank 0?
+    writes: bool  # whether this rank writes the files
     tensorboard: bool
     file: MetricsFile | None = None  # while the job runs
 
     def open(self) -> None:
-        """Open the files, without the lines of later steps. Independent."""
+        """Open the files, and remove lines of later steps. Independent."""
         at = self.state.position
         if self.writes:
             latest = self.state.lines if self.state.recovered else None
@@ -51,16 +51,16 @@ class RunRecord:
             self.file.write(line)
 
     def lost(self) -> dict[str, float]:
-        """What was spent on the lines that open() dropped. Independent."""
+        """Return the time, steps and energy of the lines that open() removed. Independent."""
         return self.file.lost if self.file is not None else {}
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilization; None where the peak of the devices is not known. Independent."""
+        """Return the model FLOPs utilization; None if the peak of the devices is not known. Independent."""
         peak = self.facts["peak_flops_per_second"]
         return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
 
     def close(self) -> None:
-        """Independent."""
+        """Close the files. Independent."""
         if self.file is not None:
             self.file.close()
 
@@ -69,7 +69,8 @@ def make_run_record(
     plan: RunPlan, model: torch.nn.Module, origin: Origin | None, machines: dict[str, Any], state: RunState,
     before: RunRecord | None,
 ) -> RunRecord:
-    """before: the record of the job that this one continues. Writes config.toml and the tokenizer of a new run. Independent."""
+    """Make the record of a job. Without `before`, also write config.toml and the tokenizer. before: the record of the job that
+    this job continues. Independent."""
     config, first = plan.config, plan.world.rank == 0
     meta = {
         "config": config.flat(),
@@ -90,7 +91,7 @@ def make_run_record(
 
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
-    """The tokenizer lies beside the weights, so that the run can be used without its data."""
+    """Write the files of a new run. The tokenizer is among them, so that the run can be used without its data."""
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())
     write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
     if origin is not None and origin.weights is not None:

@@ -20,14 +20,14 @@ from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floa
 if TYPE_CHECKING:
     from mpidp.training.run_plan import RunPlan
 
-Row = tuple[str, str, str, int, int, int]  # of a rank: host, cores, device, threads, lanes, parameters
+Row = tuple[str, str, str, int, int, int]  # one rank's host, cores, device, threads, lanes, parameters
 
 
 def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
     """Log the settings that differ from the defaults, model, memory, batch and data, on rank 0.
 
-    given: the configuration before open values were resolved. All settings and a table of ranks are logged too, at level debug,
-    or at level info if `everything`. Collective over plan.world.
+    given: the configuration before automatic values were resolved. All settings and a table of ranks are logged too, at level
+    debug, or at level info if `everything`. Collective over plan.world.
     """
     dp = plan.mesh.dp
     lanes = plan.lanes.of_rank(dp.rank, dp.size - plan.config.strategy.servers)
@@ -67,7 +67,7 @@ def rank_table(plan: RunPlan, rows: Sequence[Row]) -> list[str]:
 
 
 def model_line(plan: RunPlan, rows: Sequence[Row]) -> str:
-    """Return the kind and size of the model, and what a rank has of it. Pure."""
+    """Return the kind and size of the model, and the size of the largest part of a rank. Pure."""
     words = [f"model: {plan.config.model.kind}, {num_parameters(plan.shape):,} parameters"]
     if plan.grid.parts > 1:
         words.append(f"at most {max(row[-1] for row in rows):,} on a rank")
@@ -84,7 +84,7 @@ def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     floats = held_floats(c, slots, size) * trained + max(0, count - trained)
     saved = 12 * count / plan.mesh.num_nodes / 2**20
     return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {_count(slots, 'gradient buffer')}); "
-            f"{saved:,.0f} MiB per node for a copy of the checkpoint")
+            f"{saved:,.0f} MiB per node to buffer a checkpoint while it is written")
 
 
 def batch_line(plan: RunPlan) -> str:

@@ -1,4 +1,4 @@
-"""What runs beside training: watchdog, injected faults, timeline, clocks, progress, energy meter."""
+"""The services beside training: watchdog, injected faults, timeline, clocks, progress, energy meter."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from mpidp.training.state import RunState
 class Services:
     """The parts of a job that training would work without."""
 
-    faults: InjectedFaults  # injected on this rank
+    faults: InjectedFaults  # faults injected on this rank
     watchdog: Watchdog
     timeline: Timeline
     observers: StepObservers  # the three above, as one
     clock: Clock
     progress: Progress
     meter: Meter
-    machines: dict[str, Any]  # number of devices, what the meter measures
+    machines: dict[str, Any]  # number of devices, and what the meter measures
     lock: RunLock | None = None  # on rank 0, held by the command
 
     def close(self) -> None:
@@ -47,7 +47,8 @@ def make_services(
     plan: RunPlan, state: RunState, faults: InjectedFaults, lock: RunLock | None, on_hang: Callable[[str], None],
     more: Sequence[StepObserver] = (),
 ) -> Services:
-    """on_hang: is called with the report of a hang. more: further observers of every step. Collective over plan.world."""
+    """Make the services of a job. on_hang: called with the report of a hang. more: further observers of every step. Collective
+    over plan.world."""
     config, world, host = plan.config, plan.world, plan.grid.everyone.host
     board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
     # With one rank os._exit is enough. With several, mpirun takes the exit code from MPI_Abort.
@@ -63,7 +64,8 @@ def make_services(
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
     """Return this rank's meter, and the facts for the `start` line: number of devices, what is measured on all machines, and why
-    not more. The first rank of each machine reads the counters, also with pretended nodes. Collective over world."""
+    other counters are missing. The first rank of each machine reads the counters, also if the machine pretends to be several
+    nodes. Collective over world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
     machine = host.partition("#")[0]

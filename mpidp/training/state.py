@@ -12,13 +12,13 @@ import numpy as np
 from mpidp.metrics.gradient_noise import NoiseAverage
 from mpidp.strategies.protocol import StepStats
 
-REMEMBERED = 32  # gradient norms; their median is the usual norm
-KNOWN_AFTER = 20  # updates: before that no norm is usual
+REMEMBERED = 32  # number of gradient norms whose median is the usual norm
+KNOWN_AFTER = 20  # number of updates after which the usual norm is known
 
 
 @dataclass
 class Position:
-    """Where a run stands. Every checkpoint holds all of it."""
+    """The position of a run. Every checkpoint contains all fields."""
 
     step: int = 0  # updates made
     skipped: int = 0  # batches that made no update
@@ -37,12 +37,13 @@ class Position:
 
     @property
     def batch(self) -> int:
-        """The number of the next batch. It is the loader's whole state."""
+        """The number of the next batch. The loader has no other state."""
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
         """Return the largest gradient norm that makes an update: `spike` times the median of the last norms. A few unusual norms
-        do not move the median, and it has the same bits on any machine. Infinity at first, and when spike is 0. Independent."""
+        do not move the median, and it has the same bits on any machine. It is infinity before KNOWN_AFTER updates, and if spike
+        is 0. Independent."""
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
@@ -54,7 +55,7 @@ class Position:
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
     def evaluated(self, loss: float) -> None:
-        """Note val_loss at this step. Independent."""
+        """Record `loss` as val_loss at this step. Independent."""
         better = self.best_val_loss is None or loss < self.best_val_loss
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
@@ -67,20 +68,20 @@ class Position:
 
 @dataclass
 class RunState:
-    """What a run knows besides parameters and optimizer state. It moves as a whole from one job to the next."""
+    """The state of a run besides parameters and optimizer state. A job passes all of it to the next job."""
 
     position: Position = field(default_factory=Position)
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl since the last update, on every rank
+    lines: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl since the last update, on every rank
     skipped_from: int = -1  # step of the checkpoint from which batches were skipped last
-    stop_at: float = math.inf  # seconds since 1970: shortly before the job's time limit
-    recovered: bool = False  # this job continues the state of a job that lost ranks
-    unreported: np.ndarray | None = None  # what this rank computed since the ranks synchronized last (step_report.py)
+    stop_at: float = math.inf  # when to stop, in seconds since 1970: shortly before the job's time limit
+    recovered: bool = False  # whether this job continues the state of a job that lost ranks
+    unreported: np.ndarray | None = None  # this rank's reports since the last synchronization (step_report.py)
 
     def portable(self) -> RunState:
-        """A copy without what belongs to one rank. Independent."""
+        """Return a copy without the values of this rank only. Independent."""
         return replace(self, unreported=None)
 
     def adopt(self, other: RunState) -> None:
-        """Take every value of another state. Independent."""
+        """Copy every value of another state. Independent."""
         for one in fields(self):
             setattr(self, one.name, getattr(other, one.name))

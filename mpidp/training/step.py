@@ -1,4 +1,4 @@
-"""Forward and backward of one step on this rank, with audits where they are due."""
+"""Forward and backward passes of one step on this rank, with audits in the steps in which they are due."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mpidp.reducers.base import LaneObserver
 from mpidp.training.audits import report_finding
 from mpidp.training.job import Job
 
-ATTEMPTS = 3  # at a step in which two ranks disagree on a gradient
+ATTEMPTS = 3  # attempts at a step in which two ranks compute different gradients
 
 
 def compute(job: Job, batch: Batch) -> Computed:
-    """Forward and backward of this rank's lanes. In an audited step two ranks compute some of the lanes. When they differ, the
-    step is computed again; after ATTEMPTS differences MpidpError names the suspected ranks. Independent, except for audited
-    steps: these are collective over job.comm."""
+    """Run the forward and backward passes of this rank's lanes. In an audited step two ranks compute some of the lanes. If their
+    gradients differ, the step is computed again. After ATTEMPTS differences, raise MpidpError, which names the suspected ranks.
+    Independent; audited steps are collective over job.comm."""
     step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
     looks = []
@@ -34,7 +34,7 @@ def compute(job: Job, batch: Batch) -> Computed:
     for attempt in range(ATTEMPTS):
         again, _ = job.audit.begin(step, job.balance.ranges)
         job.strategy.observe_lanes([*faults.gradient_faults(step, attempt), *looks, job.audit.record])
-        # Lanes do not move between ranks in this step. Otherwise a rank could be asked to check itself.
+        # Lanes do not move between ranks in this step. Otherwise a rank could check its own lane.
         done = _run(job, batch, squares, iter(job.balance.ranges[job.mesh.dp.rank]))
         finding = _compute_again(job, batch, again, faults.gradient_faults(step, attempt=1))
         if finding is None:

@@ -1,4 +1,4 @@
-"""What the ranks report to each other after computing a step."""
+"""The reports that ranks exchange after computing a step."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mpidp.training.job import Job
 
 @dataclass
 class StepReport:
-    """The reports of all ranks for the steps since they synchronized last, mostly one step; the same on every rank. Between
-    synchronizations it holds what this rank alone knows of its step."""
+    """The reports of all ranks for the steps since the last synchronization, usually one step. It is the same on every rank. In a
+    step without synchronization it holds this rank's values only."""
 
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
     seconds: np.ndarray  # (P,) spent computing
     data_seconds: np.ndarray  # (P,) spent waiting for data
     counts: np.ndarray  # (P,) computed lanes
-    lane_squares: np.ndarray  # (L,) squared norms of the lanes' gradients, where measured
+    lane_squares: np.ndarray  # (L,) squared norms of the lanes' gradients; 0 if not measured
     saving: np.ndarray  # (4,) see Saver.flags
-    stop: bool  # was any rank asked to stop?
-    synchronized: bool  # did the ranks exchange their reports?
-    divisor: int  # target tokens of this step: of all ranks, or of this rank where each rank makes its own step
+    stop: bool  # whether any rank received a request to stop
+    synchronized: bool  # whether the ranks exchanged their reports
+    divisor: int  # target tokens of this step: of all ranks, or of this rank if each rank makes its own update
     steps: int  # number of steps in the report
     joules: float = 0.0  # of all machines since the last report
 
@@ -37,14 +37,15 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """Mean over tokens. The loss sums of micro-batches are added in their order, so the number of ranks does not change
-        it."""
+        """Mean loss over tokens, in nats. The loss sums of micro-batches are added in their order, so the mean does not depend on
+        the number of ranks."""
         return sum(self.losses.tolist()) / max(1.0, self.tokens)
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
-    """Report what this rank computed to all ranks. Where the strategy synchronizes less often, keep the report until then. After
-    this call no rank copies the state for a checkpoint any more, so an update may change it. Collective over job.comm."""
+    """Exchange the reports of this step with all ranks. If the strategy does not synchronize at this step, keep this rank's
+    report until it does. When this call returns, no rank is still copying the state for a checkpoint, so an update may change the
+    state. Collective over job.comm."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # part of comm_wait, but not communication
         job.saver.wait_for_recent_save(step)
@@ -65,7 +66,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     if not synchronized:
         state.unreported = (0.0 if state.unreported is None else state.unreported) + flat
         state.unreported[: 2 * count * (not reports_losses)] = 0.0
-        spent[:] = seconds  # it knows nothing of the other ranks
+        spent[:] = seconds  # other ranks' seconds are not known here
         return StepReport(losses, num_tokens, spent, data, counts, squares, saving, False, False, own_tokens, 1)
     if state.unreported is not None:
         flat += state.unreported
@@ -78,8 +79,8 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
-    """The gradient noise of a step in which lanes were measured; None in other steps, and where it cannot be estimated.
-    Independent."""
+    """Return the gradient noise of a step in which lanes were measured. Return None in other steps, and if the noise cannot be
+    estimated. Independent."""
     if not report.lane_squares.any():
         return None
     tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]

@@ -244,7 +244,7 @@ def test_a_shard_of_other_shards(place: Path, forks: Forks, attribute: str) -> N
         old = file.attrs[attribute]
         file.attrs.modify(attribute, np.int64(9) if isinstance(old, np.integer) else np.bytes_("other"))
     relist(path.parent)
-    refused(place, forks, f"shards/{SHARD}: its attribute {attribute} is", "index.json says")
+    refused(place, forks, f"shards/{SHARD}: its attribute {attribute} is", "index.json implies")
 
 
 def test_a_user_block(place: Path, forks: Forks) -> None:

@@ -284,4 +284,4 @@ def test_methods_that_go_back(shell: Shell, word: str) -> None:
     assert [line["event"] for line in lines if line.get("event") in ("went_back", "end")] == ["went_back", "end"], ended
     assert sorted({line["step"] for line in lines if "train_loss" in line}) == [1, 2, 3, 4, 5, 6], lines
     (back,) = [line for line in lines if line.get("event") == "went_back"]
-    assert f"strategy.{word} cannot go on in the middle of a step" in back["why"] and lines[-1]["step"] == 6
+    assert f"strategy.{word} cannot continue in the middle of a step" in back["why"] and lines[-1]["step"] == 6

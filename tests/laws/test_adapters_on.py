@@ -71,7 +71,7 @@ def test_it_is_one_run_on_any_number_of_ranks_and_can_be_used(shared_folder: Pat
         found = replayed(n, run, step)
         assert found["same"], found["verdict"]
     at(1, lambda comm: export(comm, str(run), str(shared_tmp / "out")))
-    with pytest.raises(UsageError, match="is a run of adapters: export it"):
+    with pytest.raises(UsageError, match="is a LoRA run. Export it"):
         train_at(few, on(data, shared_tmp / "more", run))
     plain = {"lora_rank": 0, "lora_targets": Config().model.lora_targets}
     further = on(data, shared_tmp / "further", shared_tmp / "out", 1, **plain).with_values(optim={"lr": 0.0})

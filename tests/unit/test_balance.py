@@ -70,9 +70,9 @@ def test_half_the_speed_is_half_the_lanes() -> None:
 
 @pytest.mark.parametrize(("num_lanes", "size", "most"), [(3, 4, None), (12, 2, 5)])
 def test_what_cannot_be_shared_out_is_refused(num_lanes: int, size: int, most: int | None) -> None:
-    with pytest.raises(ValueError, match=f"{num_lanes} lanes cannot be shared out among {size} ranks"):
+    with pytest.raises(ValueError, match=f"{num_lanes} lanes cannot be distributed among {size} ranks"):
         by_speed(num_lanes, [1.0] * size, most)
-    with pytest.raises(ValueError, match="cannot be shared out"):
+    with pytest.raises(ValueError, match="cannot be distributed among"):
         Measured(Terms(num_lanes, size, 0, most))
 
 

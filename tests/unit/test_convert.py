@@ -114,7 +114,7 @@ def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
         refused("outside the 40 bytes")
     for bounds in ([0, 1], [0, 3, 2], [-1, 2]):
         write(tmp_path / "it", 8, [10, 10], bounds, ids)
-        refused("document bounds do not ascend")
+        refused("document bounds must not be negative or decrease")
     write(tmp_path / "it", 7, [10, 10], [0, 1, 2], ids)
     refused("version 1, type 7")
     index = tmp_path / "it.idx"

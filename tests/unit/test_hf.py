@@ -250,8 +250,8 @@ def test_a_run_begins_with_another(trained: dict[str, tuple[Path, Ran]], shards:
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"num_layers": 3}, "model.num_layers=3, but it has 2"), ({"tie_embeddings": True}, "model.tie_embeddings=True"),
-    ({"norm_eps": 1e-4, "head_dim": 4}, "model.norm_eps=0.0001, but it has 1e-06; model.head_dim=4"),
+    ({"num_layers": 3}, "model.num_layers=3, but the source has 2"), ({"tie_embeddings": True}, "model.tie_embeddings=True"),
+    ({"norm_eps": 1e-4, "head_dim": 4}, "model.norm_eps=0.0001, but the source has 1e-06; model.head_dim=4"),
 ])
 def test_a_contradiction_is_refused_by_name(
     shards: Path, folders: dict[str, Path], tmp_path: Path, settings: dict[str, Any], said: str

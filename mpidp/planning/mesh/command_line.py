@@ -1,4 +1,4 @@
-"""The command line of `python -m mpidp.plan mesh`. No torch, no MPI."""
+"""The command line of `python -m mpidp.plan mesh`. Imports neither torch nor MPI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mpidp.planning.mesh.search import (
 )
 from mpidp.runtime.options import add_ranks
 
-TOKENS = {True: 4 << 20, False: 1 << 19}  # tokens per step, assumed for models with at least 1 B parameters, and for smaller ones
+TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step, for models with at least 1 B parameters and for others
 BYTES = {"bfloat16": 2, "float32": 4}
 OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
                                              "tie_embeddings", "head_dim", "vocab_size")]
@@ -33,16 +33,17 @@ DESCRIPTION = """\
 Find the meshes (dp x pp x tp, and what is sharded over dp) of a number of ranks that hold a model, and predict the step time
 of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
 Settings of a run (--section.key=value) need --config."""
-NUMBERS = (  # option, help, value of one unit in bytes, operations or seconds
-    ("params", "parameters of a LLaMA-like model, as 7b; or use --config", 1.0), ("memory", "GB per rank (80)", 1e9),
+NUMBERS = (  # option, help, factor to convert the value to bytes, operations or seconds
+    ("params", "parameters of a LLaMA-like model, as 7b; or use --config", 1.0), ("memory", "memory per rank, GB (80)", 1e9),
     ("samples", "samples in the data, as 100m, to print the number per rank", 1.0),
     ("vocab", "vocabulary size; default: that of the published model or of the config's data, or 32,000", 1.0),
     ("seq-len", "tokens per sequence; default: the model's", 1.0),
     ("global-batch", "sequences per step; default: about 4 M tokens", 1.0),
-    ("micro-batch", "sequences; default: the best of 1 to 16", 1.0),
+    ("micro-batch", "sequences per forward pass; default: the best of 1 to 16", 1.0),
     ("flops", "measured FLOP/s of a rank in matrix products, as 450t", 1.0),
-    ("memory-gbyte", "memory bandwidth of a device, GB/s", 1e9), ("link-gbit", "Gbit/s between two ranks of a node", 1e9 / 8),
-    ("node-gbit", "Gbit/s of a node's network", 1e9 / 8), ("latency-us", "latency of a message, microseconds", 1e-6),
+    ("memory-gbyte", "memory bandwidth of a device, GB/s", 1e9),
+    ("link-gbit", "bandwidth between two ranks of a node, Gbit/s", 1e9 / 8),
+    ("node-gbit", "bandwidth of a node's network, Gbit/s", 1e9 / 8), ("latency-us", "latency of a message, microseconds", 1e-6),
     ("ranks-per-node", "number of ranks on each node (8)", 1.0),
     ("gpus-per-node", "devices that the ranks of a node share; default: one per rank", 1.0),
 )  # fmt: skip
@@ -65,7 +66,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
-    """Return the meshes and their assumptions. settings: the --section.key=value of a run. Raises UsageError. Independent."""
+    """Return the meshes and their assumptions. settings: the --section.key=value of a run.
+
+    Raises UsageError if an option is missing or not valid, or if no mesh is possible. Independent."""
     given = {name: number(text, name) * one for name, _, one in NUMBERS if (text := getattr(options, name.replace("-", "_")))}
     for name in WHOLE:
         if given.get(name, 1.0) % 1:
@@ -119,8 +122,8 @@ def _reject_uncut(values: Mapping[str, Any]) -> None:
 
 
 def _initial_model(path: str) -> dict[str, Any]:
-    """Return the model settings {section.key: value} of train.init_from: a Hugging Face folder, or a run. Raises UsageError or
-    DataError. Independent."""
+    """Return the model settings {section.key: value} of train.init_from, which is a Hugging Face folder or a run. Raises
+    UsageError or DataError if its configuration cannot be read. Independent."""
     if not path:
         return {}
     config = Path(path) / "config.json"
@@ -135,7 +138,8 @@ def _initial_model(path: str) -> dict[str, Any]:
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
-    """Return the contents of cluster.json; {} if no file was given and there is none in this folder. Raises UsageError."""
+    """Return the content of cluster.json, or {} if no file was given and this folder has none. Raises UsageError if the file
+    cannot be read."""
     path = Path(file or "cluster.json")
     if not path.is_file():
         if file:

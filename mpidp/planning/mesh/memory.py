@@ -1,8 +1,8 @@
-"""Memory of each rank of a mesh, by part, computed from the sizes of the model. Pure; no torch, no MPI.
+"""Compute the memory of each rank of a mesh, by part, from the sizes of the model. Pure; no torch, no MPI.
 
-With p the parameters of a rank (the layers of its stage, matrices divided by tp), w the bytes per number in matrix products, n =
-micro_batch x seq_len tokens, f = min(M, pp - stage) micro-batches between their forward and their backward (1F1B, Narayanan 2021,
-section 2.2.1):
+p is the number of parameters of a rank (the layers of its stage, with matrices divided by tp). w is the bytes per number in
+matrix products. n = micro_batch x seq_len is a number of tokens. f = min(M, pp - stage) is the number of micro-batches between
+their forward and their backward (1F1B, Narayanan 2021, section 2.2.1):
 
 | part | bytes | divided by dp at |
 |---|---|---|
@@ -14,11 +14,11 @@ section 2.2.1):
 | with recompute | f n layers 4 D, and the activations of one block as above | |
 | logits | last stage: n V / tp times 8 (16 bits: 10): values, their logarithms, gradients | |
 
-W are the activations of norms and residuals, which every rank of tp holds in full; S are those between matrices divided by tp.
-With mesh.sequence, W and what recompute keeps are divided by tp (in 16 bits W is then 20 D + 8: the gathered inputs of products
-are kept once). The formulas count what autograd saves in mpidp.model.transformer (checked in tests/unit/test_mesh_formulas.py).
-Embedding and head are divided by tp along the vocabulary. Layers are assigned to stages such that the slowest stage is as fast
-as possible; the last stage also computes the head.
+W is the size of the activations of norms and residuals, which every rank of tp holds in full. S is that of activations between
+matrices that are divided by tp. With mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is
+then 20 D + 8, because the gathered inputs of products are kept once. The formulas count the tensors that autograd saves in
+mpidp.model.transformer (checked in tests/unit/test_mesh_formulas.py). Embedding and head are divided by tp along the vocabulary.
+Layers are assigned to stages such that the slowest stage is as fast as possible; the last stage also computes the head.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ class ModelSizes:
 
     @property
     def matrices(self) -> int:
-        """Parameters of the matrices of a block."""
+        """The number of parameters of the matrices of a block."""
         kv_dim = self.model_dim // self.num_heads * self.num_kv_heads
         return self.model_dim * (2 * self.model_dim + 2 * kv_dim + 3 * self.hidden_dim)
 
     @property
     def block(self) -> int:
-        """Parameters of a block."""
+        """The number of parameters of a block."""
         return self.matrices + 2 * self.model_dim
 
     @property
     def table(self) -> int:
-        """Parameters of the embedding; the head has as many."""
+        """The number of parameters of the embedding; the head has as many."""
         return self.vocab_size * self.model_dim
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model."""
+        """The number of parameters of the model."""
         return self.num_layers * self.block + self.model_dim + self.table * (1 if self.tie_embeddings else 2)
 
 
@@ -78,11 +78,11 @@ class Shape:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return self.dp * self.pp * self.tp
 
     def over_dp(self, level: int) -> int:
-        """Return the number of shards of a part that is sharded from this level on."""
+        """Return the number of shards of a part that is sharded if shard is at least `level`."""
         return self.dp if self.shard >= level else 1
 
     def __str__(self) -> str:
@@ -96,11 +96,11 @@ class Work:
     global_batch: int  # sequences
     micro_batch: int  # sequences
     recompute: float = 0.0  # share of the blocks that keep only their inputs; mpidp.train supports 0 and 1
-    number_bytes: int = 2  # of matrix products: 2 for bfloat16, 4 for float32
-    slots: int = 1  # gradient buffers
-    fused: bool = True  # attention kernel that does not write its T x T scores to memory
+    number_bytes: int = 2  # bytes per number in matrix products: 2 for bfloat16, 4 for float32
+    slots: int = 1  # number of gradient buffers
+    fused: bool = True  # whether the attention kernel keeps its T x T scores out of memory
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
-    sequence: bool = False  # mesh.sequence: norms and residuals are divided by tp
+    sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
 
     def micro_batches(self, shape: Shape) -> int:
         """Return M, the number of micro-batches per replica."""
@@ -109,7 +109,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """The memory of one rank by part, in bytes."""
 
     parameters: float
     gradients: float
@@ -120,7 +120,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Total bytes."""
+        """The total memory in bytes."""
         return sum(getattr(self, part.name) for part in fields(self))
 
 
@@ -136,14 +136,14 @@ def layers_of(model: ModelSizes, shape: Shape, stage: int) -> int:
 
 
 def stages_of(model: ModelSizes, shape: Shape) -> set[int]:
-    """Return the stages that can have the most memory or time: the first, the first with the most blocks, the last. Pure."""
+    """Return the stages that can need the most memory or time: the first, the first one with the most blocks, the last. Pure."""
     layers = _layers(model, shape.pp)
     return {0, layers.index(max(layers)), shape.pp - 1}
 
 
 def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
-    """Return the parameters of each rank of a stage, before sharding over dp. Gains of norms are on every rank of tp; tied tables
-    are on the first and the last stage. Pure."""
+    """Return the number of parameters of each rank of a stage, before sharding over dp. Every rank of tp has the gains of norms.
+    The first and the last stage both have tied tables. Pure."""
     first, last = stage == 0, stage == shape.pp - 1
     tables = first + last - (model.tie_embeddings and shape.pp == 1)
     cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
@@ -151,8 +151,8 @@ def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
 
 
 def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the bytes per token that one block keeps for its backward. Unfused attention also keeps scores, their dropout and
-    its mask, 5 bytes each in 16 bits (Korthikanti 2022, section 4.1). Pure."""
+    """Return the bytes per token that one block keeps for its backward. Unfused attention also keeps its scores, their
+    dropout and the dropout mask: in 16 bits, 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
     d, w = model.model_dim, work.number_bytes
     whole = ((24 if w == 4 else 26) * d + 8) if not work.sequence else ((24 if w == 4 else 20) * d + 8) / shape.tp
     scores = 0 if work.fused else (2 * w + 1) * model.num_heads * model.seq_len
@@ -165,11 +165,11 @@ def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
 
 
 def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory:
-    """Return the memory of each rank of a stage. Pure."""
+    """Return the memory of each rank of this stage. Pure."""
     p, small = parameters_of(model, shape, stage), work.number_bytes == 2
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
     working = 0.0
-    largest = max(model.block, model.table) / shape.tp  # gathered in full
+    largest = max(model.block, model.table) / shape.tp  # parameters that are gathered in full at a time
     if shape.shard >= 3 and shape.dp > 1:
         working += min(p, 2 * largest) * work.number_bytes
     elif small:
@@ -189,6 +189,6 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
 
 
 def largest(model: ModelSizes, shape: Shape, work: Work) -> Memory:
-    """Return the memory of the stage that needs the most: one of the first, which have the most micro-batches in flight, or the
-    last, which has the logits. Pure."""
+    """Return the memory of the stage that needs the most. This is one of the first stages, which have the most micro-batches in
+    flight, or the last stage, which has the logits. Pure."""
     return max((memory_of(model, shape, work, stage) for stage in stages_of(model, shape)), key=lambda one: one.total)

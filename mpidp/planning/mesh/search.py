@@ -1,7 +1,7 @@
 """Find the meshes of a number of ranks that hold a model, and predict the step time of each. No torch, no MPI.
 
-Memory is computed in memory.py, time and bytes in time.py. Each figure has a source: given, measured in a RUN, cluster.json, or
-assumed.
+memory.py computes the memory, time.py the time and bytes. Each figure has a source: given, measured in a RUN, read from
+cluster.json, or assumed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KNOWN = {  # parameters: (name, sizes), as published
     405.85e9: ("Llama 3.1 405B", ModelSizes(126, 16384, 53248, 128, 8, 128256, 8192)),
 }
 NEAR = 0.05  # relative difference in parameters up to which a published model is used
-VOCAB, SEQ_LEN = 32000, 4096
+VOCAB, SEQ_LEN = 32000, 4096  # vocabulary and sequence length of models that are not published
 ROOM = 0.9  # usable share of the memory; the rest is for libraries, message buffers and fragmentation
-MICRO_BATCHES = (1, 2, 4, 8, 16)  # sizes that are tried
+MICRO_BATCHES = (1, 2, 4, 8, 16)  # micro-batch sizes that are tried
 SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed: an H100 in a node of eight, by bytes per number
-INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8
+FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed FLOP/s by bytes per number, and bytes/s: an H100 in a node of eight
+INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed; bytes/s, bytes/s, s, ranks, share
 OF_PEAK = 0.5  # assumed share of the datasheet's FLOP/s
 
 
@@ -51,8 +51,9 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about this many parameters, its name): a published model if one fits; otherwise parameters
-    are about 12 x layers x width^2, with layers near width / 128. Raises UsageError. Pure."""
+    """Return (a LLaMA-like model with about this many parameters, its name). This is a published model if one fits. Otherwise its
+    parameters are about 12 x layers x width^2, with layers near width / 128. Raises UsageError if no model of this size fits the
+    vocabulary. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -63,7 +64,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
         hidden = -(-8 * dim // (3 * 64)) * 64
         base = ModelSizes(1, dim, hidden, dim // head_dim, dim // head_dim, vocab_size, seq_len or SEQ_LEN)
         layers = round((parameters - 2 * base.table) / base.block)
-        layers = layers if layers < 8 else 4 * round(layers / 4)  # allows stages of equal size
+        layers = layers if layers < 8 else 4 * round(layers / 4)  # so that stages can have equal sizes
         if layers >= 1:
             model = replace(base, num_layers=layers)
             off = abs(model.parameters / parameters - 1) + 0.05 * abs(math.log(layers * 128 / dim))
@@ -76,8 +77,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
-    """Return the vocabulary size of a configuration {section.key: value} or its data. Raises UsageError if they are missing.
-    Independent."""
+    """Return the vocabulary size of a configuration {section.key: value} or its data. Raises UsageError if the configuration has
+    none and the data cannot be read. Independent."""
     try:
         return int(values.get("model.vocab_size", 0)) or read_index(Path(str(values.get("data.path")))).vocab_size
     except DataError as error:
@@ -109,8 +110,8 @@ class GivenFigures:
 def machine_of(
     given: GivenFigures, cluster: Mapping[str, Any], run: tuple[float, float] | None, number_bytes: int
 ) -> tuple[Machine, list[str]]:
-    """Return (machine, source of each figure). Sources in this order: given, measured in a run (flops, memory), cluster.json,
-    assumed. Pure."""
+    """Return (machine, source of each figure). Each figure is from the first source that has it: given, measured in a run (flops
+    and memory only), cluster.json, assumed. Pure."""
     sources: list[str] = []
 
     def choose(what: str, unit: str, one: float, *options: tuple[str, float | None]) -> float:
@@ -145,7 +146,8 @@ def machine_of(
 
 
 def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), calibrated with a RUN of mpidp.train on one rank. Raises UsageError. Independent."""
+    """Return (FLOP/s, memory bytes/s), measured by a run of mpidp.train. Raises UsageError if it is not a run on one rank with
+    recorded step times. Independent."""
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
@@ -175,7 +177,8 @@ class MeshRow:
 
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int) -> Iterator[Shape]:
-    """Yield all possible meshes: tp divides the key-value heads, a stage has a layer, a replica has a micro-batch. Pure."""
+    """Yield all possible meshes: tp divides the number of key-value heads, each stage has at least one layer, and dp is at most
+    most_dp. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp:
             continue
@@ -189,8 +192,11 @@ def rows_of(
     model: ModelSizes, ranks: int, machine: Machine, base: Work, limit: float, micro: Sequence[int], again: Sequence[bool],
     parts: Sequence[bool],
 ) -> list[MeshRow]:
-    """Return a row per mesh with its fastest settings that fit, or else those with the least memory. Rows that fit come first,
-    then the fastest. micro: micro-batch sizes; again: recompute; parts: mesh.sequence. Pure."""
+    """Return a row for each mesh, with its fastest settings that fit, or if none fit, those that need the least memory. Rows that
+    fit come first; they are sorted by time.
+
+    limit: bytes of memory per rank. micro, again, parts: the micro-batch sizes, values of recompute and of mesh.sequence to try.
+    Pure."""
     best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool, bool], MeshRow]] = {}
     for shape in shapes(model, ranks, base.global_batch // min(micro)):
         for size in micro:
@@ -210,7 +216,8 @@ def rows_of(
 def three_ways(
     rows: Sequence[MeshRow], ranks: int, parameters: float, samples: float | None, limit: float
 ) -> list[dict[str, Any]]:
-    """Return the best data-parallel, model-parallel and hybrid mesh, with the parameters and samples per rank. Pure."""
+    """Return the best data-parallel, the best model-parallel and the best hybrid mesh, with parameters and samples per rank.
+    Pure."""
     kinds = {
         "data": [row for row in rows if row.shape.dp == ranks], "model": [row for row in rows if row.shape.dp == 1],
         "hybrid": [row for row in rows if 1 < row.shape.dp < ranks],
@@ -233,8 +240,8 @@ def plan_mesh(
     base: Work, micro: Sequence[int] = MICRO_BATCHES, again: Sequence[bool] = (False, True),
     parts: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
 ) -> dict[str, Any]:
-    """Return the results as plain values. taken: where the model is from; parameters: as requested; limit: bytes per rank. Raises
-    UsageError. Pure."""
+    """Return the results as plain values. taken: source of the model. parameters: the requested number. limit: bytes of memory
+    per rank. Raises UsageError if no mesh is possible. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
         raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences: raise --global-batch")

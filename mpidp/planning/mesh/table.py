@@ -1,4 +1,4 @@
-"""The table that `python -m mpidp.plan mesh` prints. Pure."""
+"""Format the table that `python -m mpidp.plan mesh` prints. Pure."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Time and bytes of a step on a mesh, from the compute speed of a rank and the speed of links. Pure; no torch, no MPI.
+"""Compute the time and bytes of a step on a mesh from the compute speed of a rank and the speed of links. Pure; no torch, no MPI.
 
-Ranks are ordered pp, dp, tp: the tp ranks of a layer are neighbours, stages are far apart. With g the size of a group, n bytes
-and M micro-batches per replica:
+Ranks are ordered by pp, dp, tp: the tp ranks of a stage are neighbours, and stages are far apart. g is the size of a group, n a
+number of bytes, p the parameters of a rank, w the bytes per number, M the micro-batches per replica:
 
 | what | seconds |
 |---|---|
-| compute | operations / flops + bytes read and written / memory bandwidth; c for a micro-batch of a stage |
-| tp | float32; a block: 2 allreduces of (B, T, D) forward, 2 backward, 2 with recompute; 1 for the embedding, 1 for the head |
-| tp, sequence | as many reduce_scatters, float32; 6 allgathers per block and 2 for the head, of w bytes; gains of norms |
-| pp | a float32 message of (B, T, D) each way (1 / tp of it with sequence), m; a micro-batch takes max c + 2 m (pp - 1) / pp |
-| pipeline | (M - 1) of these, and all stages' c + 2 m (pp - 1): with equal stages, a bubble of (pp - 1) / (M + pp - 1) |
+| compute | operations / flops + bytes read and written / memory bandwidth; for one micro-batch on one stage: c |
+| tp | float32 allreduces of (B, T, D): per block 2 forward, 2 backward, 2 with recompute; 1 for the embedding, 1 for the head |
+| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, of w bytes; the gains of norms |
+| pp | m: a float32 message of (B, T, D) each way (1 / tp of it with sequence); a micro-batch takes max c + 2 m (pp - 1) / pp |
+| pipeline | M - 1 such micro-batches + sum of c over stages + 2 m (pp - 1); bubble if stages are equal: (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, overlaps with 2/3 of a micro-batch (its backward) |
 | dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, overlap with a micro-batch |
 | dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, overlap with all micro-batches |
@@ -17,10 +17,10 @@ and M micro-batches per replica:
 | dp, shard 2 and 3 | `gather_seconds` for each of these of each block: host time that does not overlap |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
-An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, an allreduce twice that. If a group extends
-beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node. `overlap` is the share of the
-possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node divided by its devices; other
-ranks then fill a bubble.
+An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a for bandwidth B and latency a. An allreduce takes twice as
+long. If a group extends beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node.
+`overlap` is the share of the possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node
+divided by its devices: during a bubble, other ranks use the device.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from mpidp.planning.mesh.memory import (
     stages_of,
 )
 
-BACKWARD = 2 / 3  # share of compute
-PASSES = 4  # each kept byte is written and read, and so is its gradient
-ACCUMULATE = 12  # bytes per parameter and micro-batch: read, add, write
-CAST = 6  # bytes per parameter and micro-batch, with 16-bit products
+BACKWARD = 2 / 3  # share of the backward in the compute time
+PASSES = 4  # each activation that is kept is written and read, and so is its gradient
+ACCUMULATE = 12  # bytes per parameter and micro-batch to accumulate gradients: two reads and a write
+CAST = 6  # bytes per parameter and micro-batch to convert weights for 16-bit products
 UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
 
 
@@ -60,8 +60,8 @@ class Machine:
     """Compute speed of the ranks and speed of their links."""
 
     flops: float  # FLOP/s of matrix products, for a rank with its own device
-    memory_bytes_per_second: float  # of a device
-    inside: LinkSpeed  # between two ranks of a node
+    memory_bytes_per_second: float  # memory bandwidth of a device
+    inside: LinkSpeed  # link between two ranks of a node
     between: LinkSpeed  # network of a node, shared by its ranks
     ranks_a_node: int
     devices_a_node: int
@@ -71,14 +71,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Traffic of a group, per rank."""
+    """The traffic of a group of ranks, per rank."""
 
     sent_bytes: float = 0.0
     seconds: float = 0.0
-    between: bool = False  # leaves the node
+    between: bool = False  # whether it leaves the node
 
     def times(self, count: float) -> Traffic:
-        """Return this traffic, count times."""
+        """Return `count` times this traffic."""
         return Traffic(count * self.sent_bytes, count * self.seconds, self.between)
 
     def __add__(self, other: Traffic) -> Traffic:
@@ -91,7 +91,7 @@ def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -
         return Traffic()
     sent = num_bytes * (size - 1) / size
     k = machine.ranks_a_node
-    members = max(1, min(size, k // stride))  # in one node
+    members = max(1, min(size, k // stride))  # number of members of the group in one node
     hops = math.ceil(math.log2(size))
     inside = sent / machine.inside.bandwidth_bytes_per_second if members > 1 else 0.0
     if members == size:
@@ -111,18 +111,18 @@ def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
 
 @dataclass(frozen=True)
 class Flow:
-    """Operations of matrix products, memory traffic and tp traffic of one micro-batch on one rank."""
+    """The operations of matrix products, memory traffic and tp traffic of one micro-batch on one rank."""
 
     flops: float = 0.0
     num_bytes: float = 0.0
     tp: Traffic = Traffic()
 
     def seconds(self, machine: Machine) -> float:
-        """Return the compute time, without tp traffic."""
+        """Return the compute time in seconds, without tp traffic."""
         return self.flops / machine.flops + self.num_bytes / machine.memory_bytes_per_second
 
     def times(self, count: float) -> Flow:
-        """Return this flow, count times."""
+        """Return `count` times this flow."""
         return Flow(count * self.flops, count * self.num_bytes, self.tp.times(count))
 
     def __add__(self, other: Flow) -> Flow:
@@ -130,11 +130,11 @@ class Flow:
 
 
 def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """Return the flow of (a block, the embedding, norm and head): forward and backward of a micro-batch."""
+    """Return the flows of (a block, the embedding, the final norm and head) in the forward and backward of a micro-batch."""
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
-    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # for the loss: maximum, sum, target
+    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: maximum, sum and target of each token
     forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
     block_wire, head_wire = wire.times(4 + 2 * again), wire
@@ -153,12 +153,12 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
 
 @dataclass(frozen=True)
 class Step:
-    """One step on one mesh: times, and the bytes that a rank of the busiest stage sends."""
+    """The times of one step on one mesh, and the bytes that a rank of the busiest stage sends."""
 
-    compute_seconds: float  # of the busiest stage, all its micro-batches
-    tp_seconds: float  # of the busiest stage
+    compute_seconds: float  # compute time of the busiest stage, for all micro-batches
+    tp_seconds: float  # tp traffic of the busiest stage, for all micro-batches
     pipeline_seconds: float  # waiting in the bubble and for messages between stages
-    dp_seconds: float  # not overlapped
+    dp_seconds: float  # data-parallel traffic that is not overlapped
     update_seconds: float
     tp_bytes: float
     pp_bytes: float
@@ -168,12 +168,13 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Time of the step."""
+        """The time of the step."""
         return self.compute_seconds + self.tp_seconds + self.pipeline_seconds + self.dp_seconds + self.update_seconds
 
 
 def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
-    """Return the dp traffic of a step, on the stage with the most parameters, and its host time. Pure."""
+    """Return (the dp traffic of a step on the stage with the most parameters, the host time of its gathers and scatters).
+    Pure."""
     p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
     m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
 
@@ -225,13 +226,13 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
 def measured_machine(
     model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
 ) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s) from a run on one rank. The update only uses memory; the compute time that memory does not
-    explain is matrix products. Pure."""
+    """Return (FLOP/s, memory bytes/s), measured by a run on one rank. The time of the update gives the memory bandwidth. The
+    compute time beyond that of memory traffic is attributed to matrix products. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
     memory = UPDATE * model.parameters / update_seconds
     nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
     whole = block.times(model.num_layers) + embedding + head
     rest = compute_seconds / micro_batches - whole.num_bytes / memory
-    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # an update in the cache would attribute all time to memory
+    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # if the update runs in the cache, no time would remain for products
     return whole.flops / rest, memory

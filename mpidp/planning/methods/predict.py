@@ -1,13 +1,14 @@
 """Predict what each method sends and how long its steps take on a cluster, from the link speed and the compute time. Pure.
 
-With P ranks, n bytes, latency a, bandwidth B, k ranks per node, and the time of a sum from traffic.py:
+With P ranks, n bytes of gradients, latency a, bandwidth B and k ranks per node. A sum is one reduction of all gradients over all
+ranks; traffic.py computes its time.
 
 | strategy | seconds per step |
 |---|---|
 | synchronous | compute + the part of the sum that comm.overlap cannot hide behind the backward (2/3) of the last micro-batch |
 | delayed | the longer of compute and sum |
-| local | compute + sum / sync_every; with overlap only the part of a sum that a round's compute does not hide |
-| local, group=pairs | compute + k n / B + a per round |
+| local | compute + sum / sync_every; with overlap, only the part of a sum that exceeds the compute of sync_every steps |
+| local, group=pairs | compute + (k n / B + a) / sync_every |
 | server | the longer of a worker's round trip, compute + 2 n k / B + 2 a, and the time of its server's link: n / B per worker |
 
 Local methods add a full sum per meeting (strategy.meet_every), a step at which all ranks average their models.
@@ -36,17 +37,19 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section, in the
     "delayed": {"strategy": {"name": "delayed"}},
     "local": {"strategy": LOCAL},
     **{f"local+{kind}": {"strategy": LOCAL, "comm": {"compress": kind}} for kind in ("int2", "topk")},
-    "local-overlap": {"strategy": {**LOCAL, "overlap": True, "meet_every": 500}},  # by default every round would be a meeting
+    # With the default meet_every, all ranks would synchronize at every average of local-overlap.
+    "local-overlap": {"strategy": {**LOCAL, "overlap": True, "meet_every": 500}},
     "local-pairs": {"strategy": {"name": "local", "group": "pairs"}},
     "server-async": {"strategy": {"name": "server"}},
 }
 WORTH = 1.1  # smallest speed, relative to synchronous, at which another method is recommended
-LONG = 1 << 30  # number of steps of a run whose end does not matter
-BACKWARD = 2 / 3  # share of compute
+LONG = 1 << 30  # number of steps of a run that is long enough to neglect its end
+BACKWARD = 2 / 3  # share of the backward in the compute time
 
 
 def variant(config: Config, name: str) -> Config:
-    """Return the configuration with this method instead of its own. Raises UsageError if they are incompatible. Pure."""
+    """Return the configuration with this method instead of its own. Raises UsageError if its other settings do not allow the
+    method. Pure."""
     plain = Config()
     base = replace(config, strategy=plain.strategy).with_values(
         comm={"compress": "none", "ratio": 0.0, "ratio_warmup": 0, "momentum": 0.0}
@@ -86,7 +89,8 @@ def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> in
 
 
 def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float) -> float:
-    """Return the mean time of a step in a long run. compute: compute time per step if all ranks share the lanes. Pure."""
+    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step if all ranks share the lanes.
+    Pure."""
     if cluster.ranks == 1:
         return compute
     a_sum, small = one_sum(config, sizes, cluster).seconds(cluster), cluster.small_exchange_seconds
@@ -103,7 +107,7 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float)
         own = compute * most_micro_batches(lanes_of(config), working) / most
         trip = own + 2 * once * min(k, working) + 2 * cluster.latency_seconds
         return max(trip, working * once / (cluster.ranks - working)) + (once + small) / meet
-    rounds, meeting = meet // every - 1, a_sum + small  # rounds between two meetings
+    rounds, meeting = meet // every - 1, a_sum + small  # number of averages between two meetings
     if config.strategy.group != "all":
         return compute + (rounds * (k * once + cluster.latency_seconds) + meeting) / meet
     exposed = max(0.0, a_sum - every * compute) if config.strategy.overlap else a_sum
@@ -112,20 +116,20 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method with its predicted or measured figures."""
+    """The predicted or measured figures of a method."""
 
     method: str
-    settings: list[str]  # for the command line
-    refused: str = ""  # why it cannot be used
-    sent_bytes: float | None = None  # per step, by rank 0
+    settings: list[str]  # settings that select the method on the command line
+    refused: str = ""  # the reason why the method cannot be used, or empty
+    sent_bytes: float | None = None  # by rank 0 per step
     step_seconds: float | None = None
     speed: float | None = None  # relative to synchronous
-    loss: float | None = None  # reached in a trial
+    loss: float | None = None  # loss reached in a trial
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
-    """Predict every method, or synchronous and the wanted ones, in the order of METHODS. Raises UsageError for unknown methods.
-    Pure."""
+    """Predict the figures of all methods, or of synchronous and the `wanted` methods, in the order of METHODS. Raises UsageError
+    if a wanted method is unknown. compute: compute time of a step, in seconds. Pure."""
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise UsageError(f"--methods: unknown: {', '.join(unknown)}; known are {', '.join(METHODS)}")
     sizes, rows = sizes_of(config, vocab_size), list[MethodRow]()
@@ -147,15 +151,15 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
 
 
 def with_speeds(rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """Set the speeds relative to synchronous, if it is there. Pure."""
+    """Return the rows with their speeds relative to the row synchronous; None without this row. Pure."""
     base = next((row.step_seconds for row in rows if row.method == "synchronous"), None)
     return [replace(row, speed=base / row.step_seconds if base and row.step_seconds else None) for row in rows]
 
 
 def recommend(rows: Sequence[MethodRow], tried: bool) -> tuple[str, str]:
-    """Return (method, reason). Predictions are compared by speed: of the methods within 10% of the fastest, the one closest to
-    synchronous training is recommended. Trials are compared by loss. Methods less than 10% faster than synchronous are not
-    recommended. Pure."""
+    """Return (recommended method, reason). tried: the rows are results of trials, which are compared by loss. Predictions are
+    compared by speed: of the methods within 10% of the fastest, the one closest to synchronous training is recommended. A method
+    that is less than 10% faster than synchronous is not recommended. Pure."""
     there = {row.method: row for row in rows if not row.refused and row.step_seconds and row.speed and (row.loss or not tried)}
     if "synchronous" not in there:
         return "", "no recommendation: there is no synchronous run for comparison."

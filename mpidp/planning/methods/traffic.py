@@ -1,4 +1,4 @@
-"""Traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
+"""Compute the traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
 
 With P ranks, n bytes of gradients, a link of latency a and bandwidth B per node, and k ranks per node:
 
@@ -44,18 +44,18 @@ class Cluster:
 
     @property
     def ranks_a_node(self) -> int:
-        """Ranks per node, rounded up."""
+        """The number of ranks per node, rounded up."""
         return -(-self.ranks // self.nodes)
 
     @property
     def small_exchange_seconds(self) -> float:
-        """Time for an allgather of a few numbers."""
+        """The time of an allgather of a few numbers, in seconds."""
         return 2 * math.ceil(math.log2(self.ranks)) * self.latency_seconds
 
 
 def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
-    """Return the cluster that the doctor measured. ranks: 0 for the number in the file. Raises UsageError if no link was
-    measured. Pure."""
+    """Return the cluster that mpidp.doctor measured. content: that of cluster.json. ranks: 0 for the number in the file. where:
+    name of the file. Raises UsageError if it has no measured link. Pure."""
     try:
         seen = int(content["ranks"])
         latency, bandwidth = float(content["latency_seconds"]), float(content["bandwidth_bytes_per_second"])
@@ -71,7 +71,8 @@ def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
 
 
 def link_of(given: str, ranks: int) -> Cluster:
-    """Parse --link=MBIT,MS: bandwidth of each node and one-way delay, with one rank per node. Raises UsageError. Pure."""
+    """Parse --link=MBIT,MS: bandwidth of each node and one-way delay, with one rank per node. Raises UsageError if it is not
+    valid. Pure."""
     try:
         mbit, ms = map(float, given.split(","))
         if not (0 < mbit < math.inf and 0 <= ms < math.inf):
@@ -88,19 +89,19 @@ def lanes_of(config: Config) -> Lanes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Size of the gradient."""
+    """The size of the gradient and its buckets."""
 
     num_elements: int
     buckets: list[Bucket]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in float32."""
+        """The size of the gradient in bytes (float32)."""
         return 4 * self.num_elements
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """Return the sizes without allocating the model. Independent."""
+    """Return the size of the gradient without allocating the model. Independent."""
     shape, settings = model_shape(config, vocab_size), config.flat()
     layout = FlatLayout(trained_on_meta(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
@@ -111,11 +112,11 @@ class Sum:
     """The traffic of one sum of all buckets over all ranks."""
 
     sent_bytes: int  # by rank 0, as counted in metrics.jsonl
-    link_bytes: float  # through a node's link, in each direction
-    messages: int  # sent one after the other
+    link_bytes: float  # bytes through the link of a node, in each direction
+    messages: int  # number of messages that are sent one after the other
 
     def seconds(self, cluster: Cluster) -> float:
-        """Return the time of the sum. Pure."""
+        """Return the time of the sum in seconds. Pure."""
         return self.link_bytes / cluster.bandwidth_bytes_per_second + self.messages * cluster.latency_seconds
 
 
@@ -134,7 +135,7 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
         return _by_tree(config, sizes, cluster)
     if reducer == "root":
         sent = 4 * sum(shape.numel() for bucket in sizes.buckets for shape in bucket.shapes)
-        return Sum(sent, float((size + 1) * sent), 2 * len(sizes.buckets))  # gathered, then returned in two halves of a ring
+        return Sum(sent, float((size + 1) * sent), 2 * len(sizes.buckets))  # gathered, then sent back by a ring in two halves
     if reducer == "naive":
         spans = [(o, o + shape.numel()) for bucket in sizes.buckets
                  for shape, o in zip(bucket.shapes, bucket.offsets, strict=True)]
@@ -146,8 +147,8 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Return the traffic of the tree reducer. Ranks that share memory add their lanes; the owners of each slice then exchange the
-    partial sums that remain."""
+    """Return the traffic of the tree reducer. Ranks that share memory add their lanes; the owners of each slice then exchange
+    their partial sums."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
     groups, count = -(-cluster.ranks // shared), lanes.num_lanes
@@ -170,6 +171,6 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Bytes through the link of a node per byte that a rank sends, if each rank sends equally to all others."""
+    """Return the bytes through the link of a node per byte that a rank sends, if each rank sends the same to all others."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

@@ -1,7 +1,7 @@
 """`python -m mpidp.plan methods`: measure compute time and link speed, and train with each method for a short time.
 
-Trial runs are written to a temporary folder beside run.dir, which all nodes must share. Meanwhile only a line per method is
-printed, on standard error.
+Trial runs are written to a temporary folder beside run.dir, which all nodes must share. During the trials, one line per method is
+printed on standard error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mpidp.training.run_plan import plan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-TIMED = 6  # steps of a compute measurement; the last half is timed
+TIMED = 6  # number of steps of a compute measurement; the second half is timed
 PILOT = 0.2  # share of a method's time that is spent on measuring its step time
 
 
@@ -47,37 +47,39 @@ PILOT = 0.2  # share of a method's time that is spent on measuring its step time
 class TrialOptions:
     """The options of `plan methods`."""
 
-    ranks: int = 0  # 0: those of the launch, else those in cluster.json
+    ranks: int = 0  # number of ranks; 0: that of the launch, or if this is 1, that in cluster.json
     cluster: str = ""  # path of cluster.json
-    link: str = ""  # MBIT,MS
+    link: str = ""  # "MBIT,MS": bandwidth and delay
     step_seconds: float = 0.0  # compute time per step; 0: measure it
-    seconds: float = 0.0  # of each trial; 0: no trials
-    methods: tuple[str, ...] = ()  # empty: all
+    seconds: float = 0.0  # duration of each trial; 0: no trials
+    methods: tuple[str, ...] = ()  # methods to compare; empty: all
 
 
 @dataclass
 class TrialResult:
     """The result of a trial, read by rank 0."""
 
-    problem: str = ""
-    loss: float = 0.0
-    loss_name: str = ""
+    problem: str = ""  # error message of a trial that failed
+    loss: float = 0.0  # loss at the end
+    loss_name: str = ""  # "val_loss" or "train_loss"
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # (seconds, bytes sent, train_loss) after each step
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
+        """The number of steps."""
         return len(self.curve)
 
     @property
     def step_seconds(self) -> float:
-        """Mean time of a step, without the first two steps (warm-up)."""
+        """The mean time of a step in seconds, without the first two steps (warm-up)."""
         begin = min(2, self.steps - 1)
         return (self.curve[-1][0] - (self.curve[begin - 1][0] if begin else 0.0)) / (self.steps - begin)
 
 
 def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
-    """Return the results as plain values, the same on every rank. Raises UsageError or DataError. Collective over world."""
+    """Compare the methods. Return the results as plain values, equal on all ranks.
+
+    Raises UsageError if the options cannot be used together, or DataError if the shards cannot be read. Collective over world."""
     if options.seconds and world.size == 1:
         raise UsageError("--run trains on the ranks of this launch, but there is only one: mpirun -np N python -m mpidp.plan ...")
     if options.seconds and options.ranks not in (0, world.size):
@@ -117,7 +119,7 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
 
 def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) -> tuple[Cluster, str]:
     """Return the cluster and the source of its figures: --link, cluster.json, or a measurement between the ranks of this launch.
-    Raises UsageError without any. Collective over world."""
+    Raises UsageError if none of these is available. Collective over world."""
     ranks = options.ranks or (world.size if world.size > 1 else 0)
     if options.link:
         if not ranks:
@@ -152,8 +154,8 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
 
 
 def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) -> float:
-    """Return the compute time of a step of this many micro-batches on one rank, while all ranks of this launch compute: the time
-    of the slowest rank. Collective over world."""
+    """Measure the compute time of a step with this many micro-batches on each rank, while all ranks compute. Return the time of
+    the slowest rank in seconds. Collective over world."""
     from mpi4py import MPI
 
     threads = resolve_threads(config.train.threads, make_topology(world))
@@ -192,8 +194,8 @@ def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
 
 
 def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.Intracomm) -> dict[str, TrialResult]:
-    """Train with each usable method for about this many seconds of steps. A pilot measures the step time and so the number of
-    steps. Collective over world."""
+    """Train with each usable method for about this many seconds. A short run before each trial measures the step time, which
+    determines the number of steps. Return the result of each method. Collective over world."""
     found: dict[str, TrialResult] = {}
     with folder_beside(Path(config.run.dir), world) as folder:
         for row in rows:
@@ -214,8 +216,8 @@ def _steps(seconds: float, each: float) -> int:
 
 
 def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> TrialResult:
-    """Train this many steps from the initial weights, with a constant learning rate after the warm-up. Return the result on every
-    rank. Collective over world."""
+    """Train this many steps from the initial weights, with a constant learning rate after the warm-up. Return the result, equal
+    on all ranks. Collective over world."""
     config = config.with_values(
         train={"steps": steps, "tokens": 0, "epochs": 0.0, "eval_every": 0, "save_every": 0, "target_loss": 0.0, "patience": 0},
         optim={"schedule": "constant", "warmup_steps": -1}, run={"dir": str(run_dir), "resume": "never"},
@@ -246,7 +248,8 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
 
 
 def _read(metrics: Path, val_loss: float | None) -> TrialResult:
-    """Read a trial. Its loss is the last val_loss or, if there is none, the mean train_loss of the last quarter. Independent."""
+    """Read the result of a trial. Its loss is the last val_loss or, without evaluations, the mean train_loss of the last quarter
+    of the steps. Independent."""
     lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "step_seconds" in line]
     seconds, sent, curve = 0.0, 0, list[tuple[float, int, float]]()
     for line in lines:

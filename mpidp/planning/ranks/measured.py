@@ -1,4 +1,4 @@
-"""Read a run for planning from RUN/config.toml and RUN/metrics.jsonl: its losses, its gradient noise, the time of its steps.
+"""Read a run for planning from RUN/config.toml and RUN/metrics.jsonl: its losses, its gradient noise and its step times.
 
 Needs neither MPI nor torch, and changes nothing in RUN. Missing fields and lines that a running job has not finished writing are
 skipped.
@@ -20,22 +20,22 @@ from mpidp.metrics.gradient_noise import Noise
 from mpidp.metrics.jsonl import number
 from mpidp.planning.ranks.predict import StepTimes, most_micro_batches
 
-WARM_UP = 3  # untimed steps at the start of a job, if it has more than 3 * WARM_UP steps
+WARM_UP = 3  # number of untimed steps at the start of a job that has more than 3 * WARM_UP steps
 
 
 @dataclass
 class MeasuredRun:
-    """What was recorded of one run."""
+    """The records of one run."""
 
     path: Path
     config: dict[str, Any]  # {section.key: value}
-    lanes: Lanes
+    lanes: Lanes  # of a batch
     steps: int = 0  # number of the last step
     tokens: int = 0  # tokens trained on
-    train_loss: float | None = None  # at the last step
+    train_loss: float | None = None  # train_loss at the last step
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, val_loss)
-    noises: list[tuple[int, Noise]] = field(default_factory=list)  # (step, gradient noise in this step)
-    starts: list[tuple[int | None, list[dict[str, Any]]]] = field(default_factory=list)  # (ranks, step lines) of each job
+    noises: list[tuple[int, Noise]] = field(default_factory=list)  # (step, gradient noise of this step)
+    starts: list[tuple[int | None, list[dict[str, Any]]]] = field(default_factory=list)  # of each job: (ranks, lines of steps)
 
 
 def read(run: Path) -> MeasuredRun:
@@ -83,8 +83,9 @@ def _add(run: MeasuredRun, line: dict[str, Any]) -> None:
 
 
 def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None, str]:
-    """Return (steps, loss, name of the loss) of the goal: the end of the run, or the step at which its val_loss reached `loss`,
-    interpolated linearly between evaluations. Raises UsageError if the run did not reach it. Pure."""
+    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run. Otherwise it is the
+    step at which val_loss reached `loss`, interpolated linearly between evaluations. Raises UsageError if the run did not reach
+    `loss`. Pure."""
     if loss is None:
         if run.evaluations:
             return *run.evaluations[-1], "val_loss"
@@ -97,13 +98,13 @@ def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None,
             return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - found), loss, "val_loss"
         before = step, found
     losses = [found for _, found in run.evaluations]
-    best = f"its best is {min(losses):.4f}, and no prediction goes beyond that" if losses else "it was never evaluated"
+    best = f"its best is {min(losses):.4f}, and lower losses cannot be predicted" if losses else "it was never evaluated"
     raise UsageError(f"--loss={loss:g}: {run.path} did not reach this val_loss: {best}")
 
 
 def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
-    """Return median step times for each number of ranks in these runs (1 if a run has none). Raises UsageError if there are none.
-    Pure."""
+    """Return the median step times for each number of ranks in these runs. A run without a recorded number of ranks counts as one
+    on 1 rank. Raises UsageError if no step has a compute time. Pure."""
     found: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
         for recorded, lines in run.starts:
@@ -115,7 +116,7 @@ def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
                 if compute is None or not own:
                     continue
                 each = (compute + (number(line, "data_seconds") or 0.0)) / own
-                uneven = (most - own) * each  # part of comm_wait: rank 0 waits for ranks with more micro-batches
+                uneven = (most - own) * each  # part of comm_wait, in which rank 0 waits for ranks with more micro-batches
                 comm = (number(line, "comm_wait_seconds") or 0.0) - max(0.0, uneven)
                 found.setdefault(ranks, []).append((each, max(0.0, comm), number(line, "update_seconds") or 0.0))
     if not found:
@@ -124,7 +125,7 @@ def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
 
 
 def step_seconds(run: MeasuredRun) -> float | None:
-    """Return the median time of whole steps since the last start; None if it was not recorded. Pure."""
+    """Return the median time of the steps since the last start in seconds, or None if it was not recorded. Pure."""
     found = [one for line in _timed(run.starts[-1][1]) if (one := number(line, "step_seconds"))]
     return statistics.median(found) if found else None
 

@@ -1,8 +1,8 @@
 """Predict the time to the same loss at other batch sizes and numbers of ranks, from measurements of a run. Pure.
 
-Steps to a loss with b tokens per step: S(b) = S_min (1 + B_noise / b), from (S/S_min - 1)(E/E_min - 1) = 1 with E = b S tokens
-and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is that of the rank with the most
-micro-batches, plus communication and update, which do not depend on the batch.
+With b tokens per step, a loss needs S(b) = S_min (1 + B_noise / b) steps. This follows from (S/S_min - 1)(E/E_min - 1) = 1 with
+E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is that of the rank with the
+most micro-batches, plus communication and update, which do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ class StepTimes:
     """Measured times at one number of ranks."""
 
     ranks: int
-    micro_batch: float  # s, forward, backward and data wait of one micro-batch
-    comm: float  # s per step, without waiting for ranks that have more micro-batches
+    micro_batch: float  # s; forward, backward and data wait of one micro-batch
+    comm: float  # s per step; without waiting for ranks that have more micro-batches
     update: float  # s per step
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The training progress of a run."""
+    """The progress of a run towards a loss."""
 
-    steps: float  # to reach the loss
-    tokens_a_step: float  # B
+    steps: float  # number of steps to reach the loss
+    tokens_a_step: float  # batch size B
     lanes: Lanes
-    noise_scale_tokens: float
+    noise_scale_tokens: float  # B_noise
 
     @property
     def fewest_steps(self) -> float:
-        """S_min: the limit for an infinite batch."""
+        """S_min: the number of steps with an infinite batch."""
         return self.steps / (1 + self.noise_scale_tokens / self.tokens_a_step)
 
 
@@ -47,7 +47,7 @@ class Cell:
 
     multiple: float  # of the run's batch size
     ranks: int
-    seconds: float  # predicted time to the loss
+    seconds: float  # predicted time to reach the loss
 
     @property
     def at(self) -> tuple[float, int]:
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def rank_seconds(self) -> float:
-        """The cost: time x ranks."""
+        """The cost in rank-seconds: time x ranks."""
         return self.seconds * self.ranks
 
 
@@ -67,13 +67,13 @@ class BatchRow:
     multiple: float
     lanes: Lanes
     tokens: float  # per step
-    steps: float  # predicted, to the loss
+    steps: float  # predicted number to reach the loss
     cells: tuple[Cell, ...]
 
 
 def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
     """Return the lanes of a batch `multiple` times as large, with the same micro-batch size and about as many micro-batches per
-    lane. None if that is not a whole number of sequences, or less than a micro-batch. Pure."""
+    lane. Returns None if that batch is not a whole number of sequences, or smaller than a micro-batch. Pure."""
     sequences = lanes.global_batch * multiple
     if sequences != int(sequences) or sequences < lanes.micro_batch:
         return None
@@ -82,14 +82,14 @@ def scaled(lanes: Lanes, multiple: float) -> Lanes | None:
 
 
 def most_micro_batches(lanes: Lanes, ranks: int) -> int:
-    """Return the largest number of micro-batches on any rank. The other ranks wait for it. Pure."""
+    """Return the largest number of micro-batches on a rank. The other ranks wait for this rank. Pure."""
     cuts = [rank * lanes.num_lanes // ranks * lanes.num_micro_batches // lanes.num_lanes for rank in range(ranks + 1)]
     return max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
 
 
 def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = False) -> float:
-    """Interpolate linearly in log2(ranks) between measured points, which are sorted by ranks. Outside, use the nearest point.
-    With grows, extrapolate beyond the last point if the last two points rise."""
+    """Interpolate linearly in log2(ranks) between measured points, which are sorted by ranks. Outside, return the nearest value.
+    grows: extrapolate beyond the last point if the last two values rise."""
     if ranks <= points[0][0]:
         return points[0][1]
     for (low, a), (high, b) in zip(points, points[1:], strict=False):
@@ -103,8 +103,10 @@ def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = Fals
 
 
 def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
-    """Return measured times, or interpolate them between the measured numbers of ranks (at least one, no duplicates). Runs on one
-    rank do not communicate, so communication is taken from runs on several ranks; it is 0 without any. Pure."""
+    """Return the step times on this number of ranks, interpolated between measurements. Runs on one rank do not communicate, so
+    the time of communication is taken from runs on several ranks. It is 0 if there are none.
+
+    measured: at least one, and no two with the same number of ranks. Pure."""
     measured = sorted(measured, key=lambda one: one.ranks)
     comm = [(one.ranks, one.comm) for one in measured if one.ranks > 1]
     if ranks == 1:
@@ -118,13 +120,13 @@ def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
 
 
 def step_seconds(lanes: Lanes, measured: Sequence[StepTimes], ranks: int) -> float:
-    """Return the predicted time of one step with these lanes. Pure."""
+    """Return the predicted time of one step with these lanes, in seconds. Pure."""
     at = seconds_at(measured, ranks)
     return most_micro_batches(lanes, ranks) * at.micro_batch + at.comm + at.update
 
 
 def predict(learned: Learned, measured: Sequence[StepTimes], ranks: Sequence[int]) -> list[BatchRow]:
-    """Return the table of predictions, a row per batch size. Pure."""
+    """Return the predictions, with a row for each batch size. ranks: numbers of ranks for the cells of a row. Pure."""
     rows = []
     for multiple in MULTIPLES:
         lanes = scaled(learned.lanes, multiple)
@@ -138,6 +140,6 @@ def predict(learned: Learned, measured: Sequence[StepTimes], ranks: Sequence[int
 
 
 def best_at(rows: Sequence[BatchRow], ranks: int) -> Cell | None:
-    """Return the fastest batch size at this number of ranks; None if no batch has enough lanes. Pure."""
+    """Return the cell of the fastest batch size on this number of ranks, or None if no batch has enough lanes. Pure."""
     cells = [cell for row in rows for cell in row.cells if cell.ranks == ranks]
     return min(cells, key=lambda cell: cell.seconds, default=None)

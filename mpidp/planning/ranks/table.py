@@ -1,4 +1,4 @@
-"""The tables that `python -m mpidp.plan` and `plan methods` print, and their assumptions. Pure, except for the plot."""
+"""Format the tables that `python -m mpidp.plan` and `plan methods` print, and their assumptions. Pure, except for the plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(found: dict[str, Any]) -> str:
     """Format the plan as text. Pure."""
     noise, ranks, scale = found["noise"], found["columns"], found["noise"]["noise_scale_tokens"]
     bounds = noise["bounds_tokens"]
-    spread = f"about {bounds[0]:,.0f} to {bounds[1]:,.0f}" if bounds else "no bounds: too few measurements, or too scattered"
+    spread = f"about {bounds[0]:,.0f} to {bounds[1]:,.0f}" if bounds else "no bounds: measurements too few or too scattered"
     quarters = ", ".join("?" if one is None else f"{one:,.0f}" for one in noise["quarters_tokens"])
     loss = "its final loss" if found["loss"] is None else f"{found['loss_name']} {found['loss']:.4f}"
     steps, tokens = f"{found['steps']:,.0f} steps", f"{found['tokens_a_step']:,.0f} tokens"
@@ -55,7 +55,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"Of these, {_ranks(found['worth_ranks'])} is the largest number within twice the fewest rank-hours.")
     if found["fastest_bounds_seconds"]:
         low, high = (duration(one) for one in found["fastest_bounds_seconds"])
-        lines.append(f"The fastest takes {low} to {high} for a noise scale within these bounds; other errors add to this.")
+        lines.append(f"The fastest takes {low} to {high} for a noise scale within its bounds; other errors add to this.")
     return "\n".join([*lines, "", *_assumed(found)])
 
 
@@ -72,7 +72,7 @@ def _assumed(found: dict[str, Any]) -> list[str]:
         "GPU; communication does not depend on the batch. Evaluations and checkpoints are not counted.",
     ]
     if max(timed) == 1:
-        lines.append("Communication was not measured, so several ranks will take longer. Add a short RUN on several ranks.")
+        lines.append("Communication was not measured, so several ranks take longer than predicted. Add a short RUN on several.")
     elif len(timed) == 1:
         lines.append("Communication is assumed to be as fast on any number of ranks above 1; add a short RUN on more ranks.")
     if found["ranks_not_said"]:
@@ -125,7 +125,8 @@ def methods_table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], file: str) -> None:
-    """Plot train_loss of each method that was tried, against time and against bytes sent. Independent."""
+    """Plot the train_loss of each method that was tried, against time and against bytes sent. file: path of the picture.
+    Independent."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -5,15 +5,16 @@
 | plain | 4 | the value |
 | bf16 | 2 | 8 bits of significand |
 | fp16 | 2 | 11 bits of significand, in units of a power of two per block |
-| int8, int4 | 1, 1/2 | a multiple of the block's largest / 127 or / 7, stochastically rounded (QSGD, Alistarh 2017) |
-| int2 | 1/4 | 0, or the sign times the mean size of the block's large values (ternary weight networks, Li 2016) |
+| int8, int4 | 1, 1/2 | a multiple of 1/127 or 1/7 of the block's largest value, stochastically rounded (QSGD, Alistarh 2017) |
+| int2 | 1/4 | 0, or the sign times the mean absolute value of the block's large values (ternary weight networks, Li 2016) |
 | onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
 
-A scale takes 4 bytes per block. The error of every code has a smaller sum of squares than x itself (in the mean over stochastic
-rounding); otherwise residuals would grow without bound under error feedback (Karimireddy 2019, assumption A). If the largest of n
-values is mapped to the highest of k levels, the error is at most (1 + sqrt(n)) / 2k - 1 of the sum of squares: 0.21 for int4, but
-7.5 for three levels. So int2 does not round stochastically. For normal values its error is 0.19 of the sum of squares, that of
-onebit 0.36. For any values it is sum(x^2) - m s^2, where s is the mean size of the m large ones.
+The scale of a block takes 4 more bytes. In the following, the error of a code is the sum of squares of x - decoded, relative to
+the sum of squares of x. It must be below 1 in the mean over stochastic rounding. Otherwise residuals would grow without bound
+under error feedback (Karimireddy 2019, assumption A). If the largest of n values is mapped to the highest of k levels, the error
+is at most (1 + sqrt(n)) / 2k - 1: 0.21 for int4, but 7.5 for three levels. So int2 does not round stochastically. For normally
+distributed values the error of int2 is 0.19, and the error of onebit 0.36. For any values the error of int2 is 1 - m s^2 /
+sum(x^2), where s is the mean absolute value of the m large values.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def uniform(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """Pack uint8 values (n,) below 2^bits into bytes, 8 // bits per byte: (ceil(n bits / 8),). Pure."""
-    rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # distant values share a byte: long rows
+    rows = F.pad(values, (0, -values.numel() % (8 // bits))).view(8 // bits, -1)  # values that share a byte are far apart
     packed = rows[0].clone()
     for i, row in enumerate(rows[1:], 1):
         packed |= row << (i * bits)
@@ -65,12 +66,12 @@ def mean_size(rows: Tensor) -> Tensor:
 
 
 class Code:
-    """Base class of codes; it is the code `plain`."""
+    """Base class of codes. The class itself is the code `plain`."""
 
     keeps_zeros = True  # whether 0 is decoded as 0
 
     def num_bytes(self, n: int) -> int:
-        """Return the number of bytes for any n values. Pure."""
+        """Return the number of bytes that n encoded values take. Pure."""
         return 4 * n
 
     def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
@@ -84,7 +85,7 @@ class Code:
 
 
 class BFloat16(Code):
-    """Rounded to the nearest. |x - decoded| <= 2^-8 |x|, or half the smallest bfloat16."""
+    """Rounds values to the nearest bfloat16. |x - decoded| is at most the larger of 2^-8 |x| and half the smallest bfloat16."""
 
     def num_bytes(self, n: int) -> int:
         return 2 * n
@@ -98,7 +99,7 @@ class BFloat16(Code):
 
 
 class Scaled(Code):
-    """Base class of codes with one scale per block, and the values in units of the scale."""
+    """Base class of codes that store one scale per block and each value as a multiple of it."""
 
     bits: int
 
@@ -112,8 +113,8 @@ class Scaled(Code):
 
 
 class Float16(Scaled):
-    """Scales are powers of two near the block's largest / 2^15, so that no value overflows: |x - decoded| <= 2^-11 |x|, or 2^-39
-    of the block's largest."""
+    """Stores float16 multiples of the scale, a power of two near m / 2^15, so that no value overflows; m is the block's largest
+    absolute value. |x - decoded| is at most the larger of 2^-11 |x| and 2^-39 m."""
 
     bits = 16
 
@@ -130,7 +131,7 @@ class Float16(Scaled):
 
 
 class Integer(Scaled):
-    """Multiples of the scale from -levels to levels, stochastically rounded without bias. |x - decoded| <= scale."""
+    """Rounds values stochastically, without bias, to multiples of the scale from -levels to levels. |x - decoded| <= scale."""
 
     def __init__(self, bits: int) -> None:
         """bits: 8 or 4."""
@@ -156,7 +157,8 @@ class Integer(Scaled):
 
 
 class Ternary(Scaled):
-    """-s, 0 or s. Values above 3/4 of the block's mean size are large (best for normal values); s is their mean size."""
+    """Encodes values as -s, 0 or s. Values above 3/4 of the block's mean absolute value are large, and s is their mean absolute
+    value. The factor 3/4 is best for normally distributed values."""
 
     bits = 2
 
@@ -174,7 +176,8 @@ class Ternary(Scaled):
 
 
 class OneBit(Scaled):
-    """In each block, the sum of (x - decoded)^2 is sum(x^2) - n mean|x|^2. There is no code for 0: it becomes the mean size."""
+    """Encodes values as their signs. They are decoded as the sign times the block's mean absolute value, also if the value is 0.
+    In each block of n values, the sum of (x - decoded)^2 is sum(x^2) - n mean(|x|)^2."""
 
     bits = 1
     keeps_zeros = False

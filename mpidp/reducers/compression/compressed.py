@@ -2,11 +2,12 @@
 
     x_i = g_i + r_i;  total = compressed sum of all x_i;  r_i <- compression error on rank i
 
-The residual r_i holds the error of the rank's own encoding, and, in the slice that this rank sums, the error of encoding the sum.
-So at any time: sum over rounds of total + sum over ranks of r_i = sum over rounds and ranks of g_i, up to float32 rounding.
+The residual r_i holds the error of encoding the rank's own values. In the slice that this rank sums, it also holds the error of
+encoding the sum. So at any time: sum over rounds of total + sum over ranks of r_i = sum over rounds and ranks of g_i, up to
+float32 rounding.
 
-A round sums every bucket once. It can be undone until end_round(): a skipped step does not change the residuals. If a value is
-not finite on any rank, the bucket's sum is nan on all ranks, and no residual changes.
+A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If any value on
+any rank is not finite, the bucket's sum is nan on all ranks, and no residual changes.
 
 With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), g_i is replaced by u_i <- m u_i + g_i, and u_i is
 reset to 0 where its value was sent.
@@ -59,7 +60,8 @@ def padding_of(bucket: Bucket) -> Tensor:
 
 
 class Compressed(FlatReducer):
-    """Sums with a compression method and feeds its errors back into the next round."""
+    """Sums compressed gradients. Each rank adds its compression error to the values that it sends in the next step (error
+    feedback)."""
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int, method: CompressionMethod,
@@ -84,7 +86,7 @@ class Compressed(FlatReducer):
 
     def sum(self, flat: Tensor, bucket: Bucket) -> None:
         bucket = trimmed(bucket)
-        if bucket.index in self._round:  # the previous round was not undone
+        if bucket.index in self._round:  # a new round begins, and the previous one was not undone
             self.end_round(True)
         self._round[bucket.index] = bucket
         place = slice(bucket.start, bucket.stop)
@@ -123,7 +125,8 @@ class Compressed(FlatReducer):
         self._round.clear()
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return copies, because a thread may sum again while they are written. They include a round that was not undone."""
+        """Return copies of the state, because a thread may sum again while they are written. A current round counts as
+        applied."""
         found = {name: Entry(tensor.clone(), "additive") for name, tensor in self.held.items()}
         found["rounds"] = Entry(torch.tensor([self.rounds + bool(self._round)]))
         return found | {f"method/{name}": Entry(tensor) for name, tensor in self.method.state_dict().items()}
@@ -141,7 +144,7 @@ class Compressed(FlatReducer):
         self.method.load_state_dict(mine)
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state; the residuals of failed ranks are lost. Collective over all ranks."""
+        """Take over the state of `before`. The residuals of failed ranks are lost. Collective over all ranks."""
         state: dict[str, Tensor] = {}
         if before is not None:
             before.end_round(False)  # undo the failed step

@@ -1,10 +1,11 @@
-"""Sums encoded values over ranks, with the same bits on all ranks; and the base class of compression methods.
+"""Sums encoded values over ranks, with the same bits on all ranks. Also has the base class of compression methods.
 
 Every rank encodes its vector slice by slice and sends each slice to its owner. The owner decodes the slices, adds them in rank
 order in float32, encodes the sum and sends it to all ranks. Each rank knows the errors of its own encodings, so nothing is lost
-(DoubleSqueeze, Tang 2019): over all ranks, the sum of x is total + the sum of unsent + the sum of late.
+(DoubleSqueeze, Tang 2019). The sum of x over all ranks is total plus the sums of `unsent` and `late` over all ranks (see Summed).
 
-Wire format of a slice: 4 bytes that are 1 if all values are finite, then the code, padded to a multiple of 4 bytes.
+Wire format of a slice: a 4-byte integer, which is 1 if all values are finite and else 0; then the encoded values, padded to a
+multiple of 4 bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mpidp.comm.transport import Messages
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import Code, seed_of
 
-HEADER = 4  # bytes
+HEADER = 4  # bytes of the integer before the encoded values
 
 
 def wire_bytes(code: Code, n: int) -> int:
@@ -55,8 +56,8 @@ class Summed:
 
     total: Tensor  # (n,), the same bits on all ranks
     unsent: Tensor  # (n,), the encoding error of this rank's values
-    late: Tensor  # the encoding error of the sum that this rank made
-    own: slice  # the slice of that sum
+    late: Tensor  # the encoding error of the sum of this rank's slice
+    own: slice  # the slice that this rank sums
     finite: bool  # the same on all ranks; if False, the tensors are meaningless
 
 
@@ -64,7 +65,7 @@ class Exchange:
     """Sums over the ranks of comm."""
 
     def __init__(self, comm: MPI.Intracomm, transport: Messages, wait: Callable[[MPI.Request], None], seed: int) -> None:
-        """wait: waits for a request. Independent."""
+        """wait: function that waits for an MPI request. seed: for the random numbers of the codes. Independent."""
         self.comm, self.transport, self.wait, self.seed = comm, transport, wait, seed
 
     def sum(self, x: Tensor, code: Code, key: tuple[int, ...], finite: bool = True) -> Summed:
@@ -119,7 +120,7 @@ class Exchange:
 
 
 def write(code: Code, x: Tensor, wire: Tensor, seed: int, finite: bool) -> None:
-    """Write the wire format of a slice; if it is not finite, only the header is written. Independent."""
+    """Encode the values x of a slice into `wire`, in the wire format. With finite=False, `wire` becomes zero. Independent."""
     wire.zero_()
     if x.numel() and finite:
         wire[:HEADER].view(torch.int32).fill_(1)
@@ -127,7 +128,8 @@ def write(code: Code, x: Tensor, wire: Tensor, seed: int, finite: bool) -> None:
 
 
 def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
-    """Read the wire format of a slice: return (values (n,), whether all are finite); zeros if not. Independent."""
+    """Decode a slice from the wire format. Return (values (n,), whether all are finite). If not, the values are zeros.
+    Independent."""
     if n and bool(wire[:HEADER].view(torch.int32)):
         return code.decode(wire[HEADER : HEADER + code.num_bytes(n)], n), True
     return torch.zeros(n, device=wire.device), not n
@@ -143,11 +145,12 @@ class CompressionMethod:
         self.keeps_zeros = code.keeps_zeros
 
     def code(self, number: int) -> Code:
-        """Return the code for round `number`, from 0. Pure."""
+        """Return the code for round `number`, counted from 0. Pure."""
         return self._code
 
     def sum(self, x: Tensor, bucket: Bucket, number: int, exchange: Exchange) -> Summed:
-        """Sum x, float32 (n,), this rank's values of the bucket, in round `number`. Collective over exchange.comm."""
+        """Sum a bucket over the ranks in round `number`. x: this rank's values of the bucket, float32 (n,). Collective over
+        exchange.comm."""
         return exchange.sum(x, self.code(number), (number, bucket.index))
 
     def bytes_sent(self, bucket: Bucket, number: int, rank: int, size: int) -> int:
@@ -155,7 +158,8 @@ class CompressionMethod:
         return bytes_sent(self.code(number), bucket.stop - bucket.start, rank, size)
 
     def end_round(self, applied: bool) -> None:
-        """End a round: keep the state that it changed if its sums were applied, else restore the state. Independent."""
+        """End a round. If its sums were applied, keep the changed state; otherwise restore the state from before the round.
+        Independent."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state, the same on all ranks. The method must not modify these tensors later. Independent."""

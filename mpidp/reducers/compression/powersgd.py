@@ -1,11 +1,11 @@
 """PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin ones, with one power iteration.
 
-M_i, (rows, cols), is the matrix of rank i; Q, (cols, r), is the same on all ranks (algorithm 1, with sums instead of means):
-P = orthogonalized sum of M_i Q; Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T, and Q' is the Q of the next round
+M_i, (rows, cols), is the matrix of rank i; Q, (cols, r), is the same on all ranks (algorithm 1, with sums instead of means): P =
+orthogonalized sum of M_i Q; Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T, and Q' is the Q of the next round
 (warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T; the residuals add up to the sum of M_i minus P Q'^T.
-Vectors, and matrices that the thin ones would not make smaller, are sent uncompressed.
+Vectors are sent uncompressed. So are matrices that are not larger than their two thin matrices.
 
-All ranks orthogonalize the same numbers. Ranks with different kinds of CPUs could get different bits.
+Every rank orthogonalizes the same matrix. Ranks on different kinds of CPUs could get different bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Sum
 
 
 class PowerSGD(CompressionMethod):
-    """rank: number of columns of the thin matrices (comm.rank); seed: for the first Q."""
+    """Implements comm.compress=powersgd. rank: number of columns of the thin matrices (comm.rank). seed: for the first Q."""
 
     def __init__(self, rank: int, seed: int) -> None:
         super().__init__(PLAIN)
@@ -31,7 +31,8 @@ class PowerSGD(CompressionMethod):
         self._round_q: dict[str, Tensor] = {}  # Q' of this round
 
     def thin(self, shape: torch.Size) -> tuple[int, int, int]:
-        """Return (rows, cols, r) of a parameter as a matrix; r = 0 if it is sent uncompressed. Pure."""
+        """Return the size (rows, cols) of a parameter as a matrix, and the number r of columns of its thin matrices. r = 0 means
+        that the parameter is sent uncompressed. Pure."""
         rows = shape[0] if len(shape) > 1 else 1
         cols = shape.numel() // rows if rows else 0
         r = min(self.rank, rows, cols)

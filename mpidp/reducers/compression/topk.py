@@ -1,8 +1,9 @@
-"""Sends a small fraction of the values: the largest ones (topk), or random ones, the same on all ranks (randomk).
+"""Sends a small fraction of the values: the largest ones (topk), or those at random places that are the same on all ranks
+(randomk).
 
 Aji & Heafield 2017; Stich 2018 (both converge with error feedback). The warm-up of the ratio, and the momentum in compressed.py,
-are from Deep Gradient Compression (Lin 2018). With topk the owner sends the k largest values of its sum (gTop-k, Shi 2019) and
-keeps the rest as a residual; the number of all values that any rank sent would not be known in advance.
+are from Deep Gradient Compression (Lin 2018). With topk the owner of a slice sends the k largest values of its sum (gTop-k, Shi
+2019) and keeps the rest as a residual. The number of places at which any rank sent a value would not be known in advance.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import PLAIN, Code, seed_of, uniform
 from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Summed, all_finite, bytes_sent
 
-CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values among which the largest are chosen; LARGE_CHUNK for small ratios
+CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per chunk, of which the largest are chosen; LARGE_CHUNK for small ratios
 
 
 def ratio_at(ratio: float, warmup: int, number: int) -> float:
@@ -31,8 +32,8 @@ def count(ratio: float, n: int) -> int:
 
 
 class TopK(Code):
-    """The k largest values of each chunk, in float32, and their places in the chunk, in 2 bytes (DeMo, Peng 2024, section 3;
-    SparseLoCo, Sarfi 2025, section 3). The loss was no better than with the largest values of a whole slice
+    """Stores the k largest values of each chunk as float32, and their places in the chunk in 2 bytes each (DeMo, Peng 2024,
+    section 3; SparseLoCo, Sarfi 2025, section 3). The loss was no better than with the largest values of a whole slice
     (docs/results/2026-11-25-per-token.md)."""
 
     def __init__(self, ratio: float) -> None:
@@ -71,7 +72,7 @@ class TopK(Code):
 
 
 class TopKMethod(CompressionMethod):
-    """comm.compress=topk."""
+    """Implements comm.compress=topk."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(TopK(ratio))
@@ -82,8 +83,8 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """comm.compress=randomk: sends one value of each range of 1 / ratio values. The places are drawn again in each round with the
-    same seed on all ranks, so only values are sent, and their sum is exact up to rounding."""
+    """Implements comm.compress=randomk: of each range of 1 / ratio values, one is sent. Its place is drawn again in each round,
+    with the same seed on all ranks. So only values are sent, and their sum is exact up to rounding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
