@@ -23,7 +23,7 @@ from typing import Any
 from mpidp.errors import DataError, UsageError
 
 BEGIN, END = "\ufdd0", "\ufdd1"  # around the assistant's parts; both are noncharacters, which no text contains
-MAX_BYTES = 2**24
+MAX_BYTES = 2**24  # largest size of a template file
 Spans = list[tuple[int, int]]  # characters [start, stop) of a text
 
 

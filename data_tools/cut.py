@@ -14,7 +14,7 @@ from mpidp.data.shards import write_shard
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 
-PIECE_TOKENS = 2**20
+PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 class RawWriter:
@@ -68,8 +68,8 @@ class RawWriter:
 class Raw:
     """The part of a stream that one rank encoded."""
 
-    path: Path
-    token_bytes: int
+    path: Path  # FOLDER/NAME of the raw files
+    token_bytes: int  # bytes per token
     tokens: int
     documents: int
     masked: bool = False
@@ -95,7 +95,7 @@ class Stream:
     """The raw files of all ranks as one stream of tokens, the same for any number of ranks."""
 
     raws: list[Raw]
-    bases: list[int] = field(init=False)
+    bases: list[int] = field(init=False)  # position in the stream of the first token of each raw file
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,12 +137,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Shard number `shard` of a split: tokens [start, stop) of a stream."""
+    """The plan of shard number `shard` of a split. The shard contains tokens [start, stop) of a stream."""
 
     split: str
     shard: int
     num_shards: int
-    stream: str
+    stream: str  # name of the stream
     start: int
     stop: int
 
@@ -153,7 +153,7 @@ class ShardPlan:
 
 
 class Tokens(Protocol):
-    """The source of shards: a Stream, or an Arrangement of the documents of several streams (arrange.py)."""
+    """The interface that shards are read from: a Stream, or an Arrangement of several streams (arrange.py)."""
 
     @property
     def tokens(self) -> int: ...

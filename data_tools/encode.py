@@ -17,7 +17,7 @@ from data_tools.sources import SourceFile, SourceReader
 from mpidp.data.tokenizer import Tokenizer, token_dtype
 
 T = TypeVar("T")
-BATCH_CHARACTERS = 2**20  # number of characters encoded at once
+BATCH_CHARACTERS = 2**20  # characters that are encoded at once
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mpidp.errors import DataError, UsageError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")  # version, type, sequences, document bounds
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
-PIECE_TOKENS = 2**20
+PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 def dtype_code(vocab_size: int) -> int:

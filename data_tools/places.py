@@ -1,7 +1,7 @@
 """Encode text and return, for each token, the character at which the token begins. This maps spans of characters to tokens.
 
-Special tokens in the text ("<|im_end|>") become ids, because a chat template wrote the text. As in transformers, a message that
-contains such a token is encoded the same way: only the template can prevent this.
+Special tokens in the text ("<|im_end|>") become ids, because a chat template wrote the text. As in transformers, a special
+token in a message is encoded in the same way. Only the template can prevent this.
 """
 
 from __future__ import annotations

@@ -47,13 +47,13 @@ def prepare(
     eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
 ) -> Index:
-    """Prepare shards from a source; return their index on every rank. Collective over comm (None: this process alone).
+    """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
     source: a path, or several PATH:WEIGHT for a mixture. tokens: total size of the mixture (0: stop when a source is exhausted).
-    repeat: an exhausted source starts over. form: "text", or training rows with a loss mask (rows.py): "prompt_completion",
-    "chat". Rows are packed so that none crosses a multiple of seq_len tokens. split: "text" (the last val_fraction of the stream
-    becomes validation) or "document" (whole documents, chosen by a hash of seed, file name and index in the file; the seed has
-    no other use). Rows are always split by document. eod: the end-of-document token of the tokenizer.json. verbose: print a
+    repeat: an exhausted source starts over. form: "text", "prompt_completion" or "chat"; the last two are rows with a loss mask
+    (rows.py), packed so that none crosses a multiple of seq_len tokens. split: what becomes validation. "text": the last
+    val_fraction of the stream. "document": whole documents, chosen by a hash of seed, file name and index in the file; the seed
+    has no other use. Rows are always split by document. eod: the end-of-document token of the tokenizer.json. verbose: print a
     summary on rank 0. Raises UsageError if an option is invalid and DataError if a source cannot be read. OUT is then
     unchanged.
     """

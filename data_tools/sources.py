@@ -23,7 +23,7 @@ from data_tools.counts import Counts
 from mpidp.errors import DataError, UsageError
 
 PIECE_BYTES = 2**20  # approximate size of the pieces in which a text file is read and encoded; each ends after a newline
-BINARY_PROBE_BYTES = 8192
+BINARY_PROBE_BYTES = 8192  # a NUL byte among the first bytes marks a binary file
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Team:
-    """A communicator, or None for a single process."""
+    """The ranks of a communicator, or a single process if comm is None."""
 
     def __init__(self, comm: MPI.Intracomm | None) -> None:
         self.comm = comm

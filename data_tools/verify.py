@@ -10,7 +10,7 @@ from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.options import program
 
-PIECE_TOKENS = 2**22
+PIECE_TOKENS = 2**22  # tokens read at a time
 
 
 def verify(folder: str | Path) -> str:

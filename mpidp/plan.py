@@ -173,8 +173,8 @@ def _plain(cell: predict.Cell) -> dict[str, Any]:
 
 
 def _noise(run: measured.MeasuredRun, steps: float) -> dict[str, Any]:
-    """Return the noise scale in the second half of the steps needed to reach the loss, its bounds, and its value in each quarter
-    of these steps."""
+    """Return the noise scale and its bounds, from the second half of the steps that the run took to reach the loss. Also return
+    the noise scale in each quarter of these steps."""
     if not run.noises:
         one_lane = "; a batch of one lane has no measurement (train.lanes)" if run.lanes.num_lanes == 1 else ""
         raise UsageError(f"{run.path} has no measurements of gradient noise: train with --train.noise_every=10{one_lane}")

@@ -35,7 +35,7 @@ class Group:
     node: MPI.Intracomm  # the ranks that share memory
     rail: MPI.Intracomm  # the owners of this rank's slice, in order of groups; COMM_NULL for a rank that owns none
     members: list[range]  # the ranks of each group, by index of the group
-    index: int  # of this rank's group in members
+    index: int  # index of this rank's group in members
     num_rails: int  # number of slices of the sum
     wait: Wait  # how this rank waits for requests; may differ between nodes
     all_spin: bool  # whether every rank of the job waits with spin()

@@ -103,8 +103,8 @@ class Messages:
         self.seconds += time.perf_counter() - begin
 
     def synchronize(self) -> None:
-        """Wait until started exchanges are done. Does nothing with MPI, whose exchanges are done when the methods return.
-        Independent."""
+        """Wait until started exchanges are done. Does nothing with MPI, because there each exchange is done when its method
+        returns. Independent."""
 
     def close(self) -> None:
         """Close the transport after the last exchange. Collective over the ranks that exchange."""

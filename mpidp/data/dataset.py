@@ -18,7 +18,7 @@ from mpidp.errors import DataError, UsageError
 
 
 class Items:
-    """Micro-batches of a dataset, by (batch, v). Batches are numbered from 0 over all epochs."""
+    """The micro-batches of a dataset: read(batch, v) returns micro-batch v. Batches are numbered from 0 over all epochs."""
 
     def __init__(
         self, dataset: Any, lanes: Lanes, seed: int, shuffle: bool, collate: Callable[[list[Any]], Any] | None

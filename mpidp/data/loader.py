@@ -33,8 +33,8 @@ class MicroBatch:
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, -100 where a target is ignored
     num_tokens: int  # number of targets that are not ignored
-    positions: Tensor | None = None  # (b, T) int64, within each document
-    doc_ids: Tensor | None = None  # (b, T) int64
+    positions: Tensor | None = None  # (b, T) int64, position of each token in its document
+    doc_ids: Tensor | None = None  # (b, T) int64, number of each token's document in the window
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""Frozen parameters: those that match a pattern of optim.freeze, and the base model of LoRA adapters (lora.py).
+"""Find frozen parameters: those that match a pattern of optim.freeze, and with LoRA (lora.py) those of the base model.
 
 Frozen parameters have no gradient and no optimizer state, and are not communicated.
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 from mpidp.errors import UsageError
 
-SHOWN = 6  # example names in an error message
+SHOWN = 6  # number of example names in an error message
 
 
 def frozen(names: Sequence[str], patterns: str) -> set[str]:

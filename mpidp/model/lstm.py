@@ -19,7 +19,7 @@ from mpidp.model.transformer import keyed_dropout
 
 
 class LSTM(nn.Module):
-    """The language model: tokens (B, T) -> logits (B, T, V)."""
+    """The LSTM language model. It maps tokens (B, T) to logits (B, T, V)."""
 
     recompute = False
 

@@ -223,7 +223,7 @@ def _logits(kind: str, model: nn.Module, tokens: Tensor, vocab_size: int) -> Ten
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (*size, vocab_size) or not logits.is_floating_point():
         raise UsageError(
-            f"model.kind={kind}: forward on tokens {size} returned {found}; expected logits {(*size, vocab_size)}: at each "
-            f"position one for each of the vocabulary's {vocab_size} tokens"
+            f"model.kind={kind}: forward on tokens {size} returned {found}; expected logits {(*size, vocab_size)}: one for "
+            f"each of the vocabulary's {vocab_size} tokens at each position"
         )
     return logits

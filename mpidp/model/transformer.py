@@ -20,7 +20,7 @@ from mpidp.model.cache import Cache, attend, positions_of
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shapes_of
 
-SITE = 0x9E3779B9  # difference between the dropout keys of two sites
+SITE = 0x9E3779B9  # difference between the dropout keys of two successive sites
 
 Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # computes attention of new positions (q, k, v) over cached and new ones
 
@@ -38,8 +38,8 @@ def keyed_dropout(
     """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
 
     x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: number of the dropout within the model.
-    local: the positions of x (B, len(local), D) in a sequence of `length` positions. The mask is that part of the whole
-    sequence's mask.
+    local: the positions of x (B, len(local), D) in a sequence of `length` positions. The mask is then the matching part of
+    the whole sequence's mask.
     """
     if p == 0.0 or key is None:
         return x
@@ -73,7 +73,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K."""
+    """Computes causal grouped-query attention: softmax(Q K^T / sqrt(E)) V with rotary Q and K."""
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """Computes SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model: tokens (B, T) -> logits (B, T, V).
+    """The Transformer language model. It maps tokens (B, T) to logits (B, T, V).
 
     A part without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T, D).
     """

@@ -57,7 +57,7 @@ class Engine:
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
         """dtype: type of matrix products under autocast; master weights stay float32. nominal_tokens: every loss is divided by
-        this number before backward, so that sums over the batch have the size of a mean and fit into 16-bit wire formats. stages:
+        this number before backward. Sums over the batch then have the size of a mean, and fit into 16-bit wire formats. stages:
         this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports
         the same losses. observers: called for every micro-batch and phase. fill: runs dummy forward passes, for strategies in
         which all ranks must run the same number."""

@@ -2,8 +2,8 @@
 
 Node (k, i) is the sum of the lanes in [i 2^k, (i+1) 2^k) that exist. Its value is (k-1, 2i) + (k-1, 2i+1), or the value of the
 left child alone if the right child has no lanes. Float32 addition is commutative but not associative. The shape of the tree
-depends only on the number of lanes L, so the sum has the same bits for every assignment of lanes to ranks and every order of
-computation. The gradient of a lane is rounded at most ceil(log2 L) times.
+depends only on the number of lanes L. So the sum has the same bits, whichever rank computes a lane and in whatever order lanes
+are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ class PendingUpdate:
 
 
 class Delayed(Synchronous):
-    """Uses slot 0 of the gradient buffer for the sum that is applied, and k + 1 slots in turn for the current batch and those in
-    flight."""
+    """Delayed updates. Slot 0 of the gradient buffer holds the sum that is applied. The other k + 1 slots hold in turn the
+    gradients of the current batch and of the batches in flight."""
 
     survives_failures = False
     synchronizes_always = False

@@ -8,7 +8,7 @@ parameters theta_i of its batch, but is added up to `staleness` rounds later. At
 arrived, so nothing is in flight at a checkpoint, an evaluation or the end.
 
 This is Eager-SGD's majority collective (Li 2020, "Taming unbalanced training workloads in deep learning with partial collective
-operations", section 4) with the bounded staleness of SSP (Ho 2013, section 3). A thread of rank 0 receives notices of
+operations", section 4) combined with the bounded staleness of SSP (Ho 2013, section 3). A thread of rank 0 receives notices of
 contributions and sends the members of each round to the threads of all ranks. Then all threads take part in the sum; those
 without a contribution add zeros.
 """
@@ -138,7 +138,7 @@ class Quorum(Synchronous):
         this rank's part of the batch. Collective over compute_comm at a synchronization point; otherwise this rank waits for the
         quorum only."""
         self.reducer.observers.enter("reduce")
-        self._begin()  # in case this rank computed nothing
+        self._begin()  # needed if this rank computed nothing
         synchronizes = self.synchronizes_at(self._steps + 1)
         self._given.put((self._slot, tokens, synchronizes))
         self._slot = 0

@@ -1,7 +1,7 @@
 """The parameter server: N workers compute gradients; M servers hold slices of parameters and optimizer state, and update them.
 
-A worker pushes slices of its gradient to the servers and waits for their slices of the parameters, without a global barrier (Li
-2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3). The last M ranks of the job are servers.
+A worker pushes slices of its gradient to the servers and waits for their slices of the parameters, without a global barrier. See
+Li 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3. The last M ranks of the job are servers.
 Servers compute no gradients; workers hold no optimizer state.
 
 | mode | a server applies | and answers |

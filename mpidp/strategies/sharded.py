@@ -6,7 +6,7 @@ each micro-batch, the block's gradient is summed over the ranks, and each rank k
 gathered parameters until the last backward pass of the step; level 3 frees them when the block is computed.
 
 Forward and backward passes are therefore collective: a rank with fewer or empty micro-batches runs dummy passes. MPI chooses the
-order of addition, so weights equal those of level 0 up to rounding only.
+order of addition, so weights equal the weights of level 0 only up to rounding.
 """
 
 from __future__ import annotations

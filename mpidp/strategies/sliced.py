@@ -1,8 +1,9 @@
-"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each holder of a copy of the
-parameters stores the state of one slice, updates this slice, and receives the other slices from the ranks that updated them.
+"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each rank (or each node whose
+ranks share parameters) has a copy of the parameters. It stores the optimizer state of one slice, updates this slice, and receives
+the other updated slices.
 
-Sums do not change, and updates work element by element: the weights equal those of level 0 bit for bit. If all ranks are on one
-node and share a copy, the state exists only once even without sharding.
+Sums do not change, and updates work element by element: the weights equal the weights of level 0 bit for bit. If all ranks are on
+one node and share a copy, the state exists only once even without sharding.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ class Synchronous:
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Sum the gradients, scale them to the mean over `tokens` target tokens, clip, and update. If the gradient of any lane is
-        not finite, or the norm is above the limit, every rank skips the update, because every rank computes the same norm.
-        Collective over compute_comm."""
+        not finite, or the norm is above the limit, the update is skipped. All ranks make the same decision, because they
+        compute the same norm. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         with commit(self.compute_comm):  # before the end of this block no rank updates; after it all remaining ranks do
@@ -222,8 +222,8 @@ class Synchronous:
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:
-        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. Memory in a window is that of the
-        whole node. Independent."""
+        """Return the bytes of memory in use for each purpose: parameters, gradients, optimizer. If ranks share a window, the
+        bytes are those of the whole node. Independent."""
         moments = self.optimizer.moments().values() if self.optimizer is not None else []
         return bytes_by_use(parameters=[self.flat], gradients=[self.buffer.flat], optimizer=moments)
 

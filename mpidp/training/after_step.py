@@ -33,8 +33,8 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
 
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
-    """Log a batch that made no update. After train.max_skipped such batches in a row, raise Damaged, so that the run returns to
-    the last checkpoint and skips all batches up to this one. If no checkpoint was written since the last such return, raise
+    """Log a batch that made no update. After train.max_skipped such batches in a row, raise Damaged. The run then returns to the
+    last checkpoint and skips all batches up to this one. If no checkpoint was written since the last such return, raise
     MpidpError instead. All ranks do the same. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"

@@ -1,7 +1,7 @@
 """Distribution of the lanes of a step among the ranks: even, by measured speed, or by work stealing. Pure.
 
-Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. Which rank computes a lane does not
-change the sum, so the distribution may change at any step, as long as all ranks derive it from the same numbers."""
+Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum does not depend on which rank
+computes a lane. So the distribution may change at any step, if all ranks derive it from the same numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FIRST_STEPS, EVERY_STEPS = 5, 10  # number of measured steps before the first change, and between changes
 MEMORY_STEPS = 20  # number of steps over which the median of a rank's speed is taken
 WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction
-SHORTEST_SECONDS = 1e-9  # of a lane; a clock may measure 0
+SHORTEST_SECONDS = 1e-9  # smallest time of a lane; a clock may measure 0
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:

@@ -36,7 +36,7 @@ class Origin:
     """The source of a run's initial weights."""
 
     path: str  # the value of train.init_from
-    settings: dict[str, Any]  # of section model
+    settings: dict[str, Any]  # settings of section model
     weights: Reader | ModelFolder | None = None  # None: the run resumes from its own checkpoint
     tokenizer: Path | None = None  # tokenizer.json of the source, if it has one
     come_along: tuple[Path, ...] = ()  # files to copy to RUN/hf

@@ -138,7 +138,7 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
 
 
 def _take_over(job: Job, before: Job) -> None:
-    """Give `job` the state of `before`, whose memory it uses."""
+    """Give `job` the state of `before`. Both use the same memory."""
     reached = [(one.step, one.skipped, one.evaluated_step) for one in job.comm.allgather(before.position)]
     if len({batches[:2] for batches in reached}) > 1:
         raise Damaged.on_every_rank(f"the surviving ranks are at different steps: {sorted(set(reached))}")

@@ -45,7 +45,7 @@ class Record:
     lines: dict[int, dict[str, Any]]  # lines of metrics.jsonl, by step
     skipped: list[int]  # numbers of the batches that made no update
     passed: dict[int, int]  # step to which the run returned -> last of the batches that it then skipped
-    checkpoints: dict[int, Path]  # by step
+    checkpoints: dict[int, Path]  # folders of checkpoints, by step
     last: int  # last step that can be replayed; its update may have been skipped
 
 

@@ -28,7 +28,7 @@ class StepReport:
     synchronized: bool  # whether the ranks exchanged their reports
     divisor: int  # target tokens of this step: of all ranks, or of this rank if each rank makes its own update
     steps: int  # number of steps in the report
-    joules: float = 0.0  # of all machines since the last report
+    joules: float = 0.0  # energy of all machines since the last report
 
     @property
     def tokens(self) -> int:

@@ -11,10 +11,10 @@
 
 The scale of a block takes 4 more bytes. In the following, the error of a code is the sum of squares of x - decoded, relative to
 the sum of squares of x. It must be below 1 in the mean over stochastic rounding. Otherwise residuals would grow without bound
-under error feedback (Karimireddy 2019, assumption A). If the largest of n values is mapped to the highest of k levels, the error
-is at most (1 + sqrt(n)) / 2k - 1: 0.21 for int4, but 7.5 for three levels. So int2 does not round stochastically. For normally
-distributed values the error of int2 is 0.19, and the error of onebit 0.36. For any values the error of int2 is 1 - m s^2 /
-sum(x^2), where s is the mean absolute value of the m large values.
+under error feedback (Karimireddy 2019, assumption A). With stochastic rounding of n values to k levels up to the largest value,
+the error is at most (1 + sqrt(n)) / 2k - 1. This is 0.21 for int4, but 7.5 for three levels; so int2 does not round
+stochastically. For normally distributed values the error of int2 is 0.19, and the error of onebit 0.36. For any values the error
+of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute value of the m large values.
 """
 
 from __future__ import annotations

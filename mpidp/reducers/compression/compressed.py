@@ -9,8 +9,8 @@ float32 rounding.
 A round sums every bucket once. end_round() can undo the round, so a skipped step does not change the residuals. If any value on
 any rank is not finite, the bucket's sum is nan on all ranks, and no residual changes.
 
-With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), g_i is replaced by u_i <- m u_i + g_i, and u_i is
-reset to 0 where its value was sent.
+With momentum m (Deep Gradient Compression, Lin 2018, sections 3.1 and 3.2), g_i is replaced by u_i <- m u_i + g_i. Then u_i is
+reset to 0 at the places that were sent.
 """
 
 from __future__ import annotations
