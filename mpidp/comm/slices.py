@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,17 @@ def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
     return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)
 
 
-def global_norm(flat: Tensor) -> Tensor:
-    """Return the L2 norm of a flat gradient, a float64 scalar. flat: (n,), n a multiple of NORM_BLOCK.
+def norm_of_squares(squares: Tensor) -> float:
+    """Return the square root of the sum of squares, at least 0; squares: (blocks,) float64, added in order. Independent.
+
+    math.sqrt is rounded correctly. torch.sqrt can differ in the last bit, also for float64 (seen with MKL on an AMD CPU).
+    """
+    return math.sqrt(squares.cpu().cumsum(0)[-1].clamp(min=0.0))
+
+
+def global_norm(flat: Tensor) -> float:
+    """Return the L2 norm of a flat gradient, computed in float64. flat: (n,), n a multiple of NORM_BLOCK.
 
     It is summed over fixed blocks in a fixed order, so it does not depend on the number of ranks or threads. Independent.
     """
-    return squares_of_blocks(flat).cpu().cumsum(0)[-1].sqrt()
+    return norm_of_squares(squares_of_blocks(flat))

@@ -13,6 +13,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpidp.comm.buffers import buf
+from mpidp.comm.slices import norm_of_squares
 from mpidp.comm.waiting import Wait, how_to_wait
 from mpidp.errors import UsageError
 from mpidp.runtime.topology import Topology, make_topology
@@ -51,7 +52,7 @@ class Grid:
         whole model's flat tensor (last chunks of last stages first), so pipeline stages do not change the bits. Collective over
         model."""
         if self.model.size == 1:
-            return float(torch.cat(squares[::-1]).cumsum(0)[-1].sqrt())
+            return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
         sizes = np.zeros((self.model.size, len(squares) + 1), dtype=np.int64)
         sizes[self.model.rank] = [1, *(s.numel() for s in squares)]
@@ -63,7 +64,7 @@ class Grid:
         parts = [piece.split(size.tolist()) for piece, size in zip(everything.split(counts.tolist()), sizes, strict=True)]
         order = [stage * self.tp.size + i for stage in reversed(range(self.pp.size)) for i in range(self.tp.size)]
         in_order = [parts[place][1 + chunk] for chunk in reversed(range(len(squares))) for place in order]
-        return float(torch.cat([*in_order, *(part[0] for part in parts)]).cumsum(0)[-1].clamp(min=0.0).sqrt())
+        return norm_of_squares(torch.cat([*in_order, *(part[0] for part in parts)]))
 
 
 def whole(mesh: Topology) -> Grid:

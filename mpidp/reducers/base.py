@@ -16,7 +16,6 @@ there only rank 0 holds it, updates the parameters, and broadcasts them in publi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -27,7 +26,7 @@ from mpi4py import MPI
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.buffers import buf, datatype, memory
 from mpidp.comm.group import Group
-from mpidp.comm.slices import NORM_BLOCK, squares_of_blocks
+from mpidp.comm.slices import NORM_BLOCK, norm_of_squares, squares_of_blocks
 from mpidp.comm.transport import Messages, pieces
 from mpidp.comm.waiting import Wait, spin
 from mpidp.data.lanes import Lanes
@@ -176,7 +175,7 @@ class Reducer:
             with self.transport.timed():
                 self.group.wait(self.group.node.Iallreduce(MPI.IN_PLACE, buf(squares)))
         if self._norm_over_parts is None:
-            return math.sqrt(squares.cumsum(0)[-1])
+            return norm_of_squares(squares)
         norm = self._norm_over_parts(self.buffer, squares, total)
         self.group.fence()  # all ranks have read the sum before any rank scales it
         return norm
@@ -186,7 +185,7 @@ class Reducer:
         the ranks that have its parts."""
         squares = squares_of_blocks(flat).cpu()
         if self._norm_over_parts is None:
-            return math.sqrt(squares.cumsum(0)[-1])
+            return norm_of_squares(squares)
         return self._norm_over_parts(self.buffer, squares, flat)
 
     def scale(self, factor: float) -> None:

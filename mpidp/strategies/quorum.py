@@ -160,7 +160,7 @@ class Quorum(Synchronous):
     def _apply(self, lr: float, found: Round, limit: float) -> StepStats:
         gradient, scale, norm = self.buffer.flat[found.slot], self.nominal_tokens / max(1.0, found.tokens), 0.0
         if found.tokens:
-            norm = float(global_norm(gradient)) * scale
+            norm = global_norm(gradient) * scale
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
         skipped = not (found.tokens and math.isfinite(norm) and norm <= limit)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.buffers import buf
-from mpidp.comm.slices import NORM_BLOCK, global_norm, slice_bounds, squares_of_blocks
+from mpidp.comm.slices import NORM_BLOCK, global_norm, norm_of_squares, slice_bounds, squares_of_blocks
 from mpidp.comm.transport import pieces
 from mpidp.errors import MpidpError
 from mpidp.strategies.protocol import StepStats, StrategyOptions
@@ -97,7 +97,7 @@ class Server(Synchronous):
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
         if not sync:  # each push makes an update of its own, so it is clipped or skipped here
-            norm = float(global_norm(gradient)) * scale if tokens else 0.0
+            norm = global_norm(gradient) * scale if tokens else 0.0
             if not (math.isfinite(norm) and norm <= limit):
                 tokens = 0
             gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
@@ -247,7 +247,7 @@ class Server(Synchronous):
         if self._servers > 1:
             with self.reducer.transport.timed():
                 self.group.wait(self._among.Iallreduce(MPI.IN_PLACE, buf(squares)))
-        return math.sqrt(squares.cumsum(0)[-1])
+        return norm_of_squares(squares)
 
     # All ranks
 

@@ -201,7 +201,7 @@ class Replay:
             aside = SpareSlot(job.audit.buffer, len(job.audit.buffer.flat) - 1)
             done = job.engine.run(one_f_one_b([v]), batch, aside)
             tokens = max(1, done.num_tokens[0])
-            norm = float(global_norm(aside.gradient)) * job.engine.nominal_tokens / tokens
+            norm = global_norm(aside.gradient) * job.engine.nominal_tokens / tokens
             rows.append({"micro_batch": v, "lane": job.lanes.lane_of(v), "loss": _finite(done.losses[0] / tokens),
                          "grad_norm": _finite(norm), "windows": self.plan.sampler.windows(batch.batch, v).tolist()})
         return [row for part in job.comm.allgather(rows) for row in part]

@@ -3,6 +3,7 @@ MPI's requirements hold."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mpi4py import MPI
 
 from mpidp.comm.buffers import buf, bufv, datatype, memory
-from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds, squares_of_blocks
+from mpidp.comm.slices import ALIGN, NORM_BLOCK, global_norm, norm_of_squares, slice_bounds, squares_of_blocks
 from mpidp.comm.transport import PIECE_BYTES, Messages, pieces
+from mpidp.parallel.grid import whole
 from mpidp.reducers.buckets import Bucket, FlatLayout, GradientBuffer
+from mpidp.runtime.topology import make_topology
 
 SHAPES = [(3, 5), (64,), (7,), (1, 1), (33, 4), (128, 2)]
 
@@ -137,12 +141,46 @@ def test_slices_are_cut_at_multiples(length: int, size: int, multiple: int) -> N
 
 def test_squares_of_blocks_are_the_same_bits_whichever_are_computed_together() -> None:
     flat = torch.randn(5 * NORM_BLOCK, generator=torch.Generator().manual_seed(1))
-    whole = squares_of_blocks(flat)
-    assert whole.dtype == torch.float64 and whole.shape == (5,)
-    torch.testing.assert_close(whole, flat.double().view(5, -1).square().sum(1), rtol=1e-6, atol=0.0)
+    together = squares_of_blocks(flat)
+    assert together.dtype == torch.float64 and together.shape == (5,)
+    torch.testing.assert_close(together, flat.double().view(5, -1).square().sum(1), rtol=1e-6, atol=0.0)
     for cuts in ([0, 1, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]):
         parts = [squares_of_blocks(flat[a * NORM_BLOCK : b * NORM_BLOCK]) for a, b in pairwise(cuts)]
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(torch.cat(parts), together)
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(0, 15), st.integers(0, 9), st.integers(1, 2), st.integers(0, 2**32))
+def test_the_norm_does_not_depend_on_cuts_alignment_threads_or_zero_blocks(
+    cuts: list[int], shift: int, zeros: int, threads: int, seed: int
+) -> None:
+    """Ranks and pipeline stages compute the squares of different blocks, and stages pad with blocks of zeros."""
+    flat = torch.randn(9 * NORM_BLOCK, generator=torch.Generator().manual_seed(seed))
+    flat.view(9, -1).mul_(10.0 ** -torch.arange(9).view(-1, 1))  # parameters of different sizes
+    wanted, norm = squares_of_blocks(flat), global_norm(flat)
+    moved = torch.empty(flat.numel() + 16)[shift : shift + flat.numel()].copy_(flat)  # at another address modulo 64 bytes
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = [squares_of_blocks(moved[a * NORM_BLOCK : b * NORM_BLOCK]) for a, b in pairwise(sorted({0, 9, *cuts}))]
+    finally:
+        torch.set_num_threads(before)
+    found = torch.cat(parts)
+    assert torch.equal(found, wanted)
+    assert norm == norm_of_squares(torch.cat([found[:zeros], torch.zeros(zeros, dtype=torch.float64), found[zeros:]]))
+    assert norm == math.sqrt(sum(found.tolist()))
+
+
+def test_the_norm_is_rounded_correctly() -> None:
+    squares = 1.400332652719972  # torch.sqrt returns 1.1833565197014686 on some CPUs
+    assert norm_of_squares(torch.tensor([squares], dtype=torch.float64)) == 1.1833565197014684
+    assert norm_of_squares(torch.tensor([1.0, -2.0], dtype=torch.float64)) == 0.0
+
+
+def test_a_grid_of_one_rank_and_a_reducer_round_the_norm_alike() -> None:
+    grid = whole(make_topology(MPI.COMM_SELF))
+    for seed in range(100):
+        squares = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert grid.norm([squares[4:], squares[:4]]) == norm_of_squares(squares)  # later chunks come first in flat order
 
 
 @given(st.integers(0, 3 * PIECE_BYTES), st.integers(0, 3 * PIECE_BYTES), st.sampled_from([1, 4]))
