@@ -187,6 +187,6 @@ def test_names_become_classes_in_one_place() -> None:
     assert set(STRATEGIES) == {"synchronous", "quorum", "delayed", "local", "server"}
     assert Optimizer.__module__ == "mpidp.strategies.optimizer"
     needed = {
-        "start", "micro_batch", "observe_lanes", "discard", "step", "finish", "state_dict", "load_state_dict", "close", "flats",
+        "start", "micro_batch", "observe_lanes", "discard", "step", "drain", "state_dict", "load_state_dict", "close", "flats",
     }
     assert all(needed <= set(dir(kind)) for kind in STRATEGIES.values())

@@ -144,7 +144,7 @@ def test_numbers_may_be_written_in_several_ways(words: list[str], found: int) ->
         (["--comm.ratio_warmup=5"], ["comm.ratio_warmup=5", "topk or randomk", "comm.compress=none"]),
         (["--metrics.timeline=12"], ["metrics.timeline=12", "as in 10:12"]),
         (["--metrics.timeline=3:x"], ["metrics.timeline=3:x", "as in 10:12"]),
-        (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "count from 1"]),
+        (["--metrics.timeline=0:2"], ["metrics.timeline=0:2", "counted from 1"]),
         (["--metrics.timeline=5:4"], ["not be before the first"]),
         (["--metrics.timeline=1:101"], ["at most 100"]), (["--metrics.kernels=true"], ["metrics.kernels=true", "needs a"]),
         (["--train.steps=11", "--metrics.timeline=10:12"], ["metrics.timeline=10:12", "train.steps=11"]),
