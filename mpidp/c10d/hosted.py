@@ -1,7 +1,7 @@
 """Host buffers: contiguous host copies of the caller's tensors, which MPI reads and writes.
 
-A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current stream. The copy back finishes
-before the work is complete, so any stream may read the result.
+A CUDA tensor is copied through pinned memory. The copy to the host waits for the caller's current stream. The work is marked
+complete only after the copy back has finished, so any stream may read the result.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Context that converts errors to CheckpointError while a checkpoint is read. A file with correct checksums may still have
-    been written by another program. Independent."""
+    """Context that converts errors to CheckpointError while a checkpoint is read. This is needed even if
+    the checksums are correct, because another program may have written the file. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:

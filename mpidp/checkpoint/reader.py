@@ -37,9 +37,9 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor. An additive tensor is the sum of its parts in rank order.
+        """Return the whole tensor. If each rank saved a summand of the tensor, they are added in rank order.
 
-        Raises CheckpointError if a part is missing."""
+        Raises CheckpointError if a piece is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:

@@ -146,7 +146,8 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return the position at which the shorter last block ends after permutation, and the number of windows it lacks."""
+        """The last block can have fewer windows than the others. Return the position of its end in the permuted order, and the
+        number of missing windows."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)

@@ -27,8 +27,8 @@ class RunLock:
 
     Between processes of one machine, the kernel's lock on the open file decides; it is released when its holder exits. Between
     machines, the content of the file decides: a thread of the holder increments a counter in it, and a lock whose counter does
-    not change has no holder. A requeued Slurm job takes the lock from its own earlier start, which may still run if only the
-    Slurm daemon of its node failed. The earlier start then finds a different token in the file.
+    not change has no holder. A requeued Slurm job takes the lock from its first launch. The processes of that launch may still
+    run, if only the Slurm daemon of their node failed. They then find a different token in the file.
     """
 
     def __init__(

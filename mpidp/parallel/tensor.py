@@ -1,16 +1,17 @@
 """Adds tensor parallelism to a part of the model: sums over the ranks that share its layers.
 
-This follows Megatron-LM (Shoeybi 2019, section 3). At the start of a branch all ranks have the same input; the function f sums
-its gradient over the ranks in backward. At the end of a branch the function g sums the ranks' partial results in forward; all
-ranks have the same gradient. The vocabulary is cut, too. A rank's embedding returns zero for tokens whose rows are on other
-ranks. The loss is computed from each rank's logits (section 3, "parallel cross-entropy"); only a maximum, a sum and the target's
-logit are communicated. Sums are in float32 in any training precision.
+This follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a block are its branches. At the start of a
+branch all ranks have the same input; in backward, the function f sums the gradient of this input over the ranks. At the end of a
+branch the function g sums the ranks' partial results in forward; all ranks have the same gradient. The vocabulary is cut, too. A
+rank's embedding returns zero for tokens whose rows are on other ranks. The loss is computed from each rank's logits (section 3,
+"parallel cross-entropy"); only a maximum, a sum and the target's logit are communicated. Sums are in float32 in any training
+precision.
 
 Sequence parallelism (Korthikanti 2022, section 4.2.2): between branches a rank has only its own positions. f gathers positions in
-forward and reduce-scatters their gradients in backward; g reduce-scatters in forward and gathers gradients in backward. For
-backward, matrix products save only this rank's positions and gather the others again. A norm layer processes only this rank's
-positions. So the gradient of its gain is summed over the ranks for each micro-batch, and is then equal on all ranks of a stage.
-"""
+forward and reduce-scatters their gradients in backward; g reduce-scatters in forward and gathers gradients in backward. A matrix
+product saves only this rank's positions of its input; backward gathers the other positions again. A norm layer processes only
+this rank's positions. So the gradient of its gain is summed over the ranks for each micro-batch, and is then equal on all ranks
+of a stage."""
 
 from __future__ import annotations
 

@@ -45,12 +45,11 @@ class Topology:
 def make_topology(world: MPI.Intracomm, before: Topology | None = None, number: int | None = None) -> Topology:
     """Return the topology of world. Nodes are identified by host name, which also works in containers.
 
-    dp orders the ranks by node, even if the launcher distributed them round-robin; rank 0 stays rank 0. before: the topology
-    before ranks failed; world contains the remaining ranks. number: the original number of a replacement rank. Collective over
-    world.
+    In the communicator dp of the result, ranks are numbered node by node, even if the launcher distributed them round-robin. Rank
+    0 keeps its number. before: the topology before ranks failed; world contains the remaining ranks. number: the original number
+    of a replacement rank. Collective over world.
 
-    MPIDP_PRETEND_NODES=k divides the ranks of one node into k virtual nodes, for tests and benchmarks on one machine.
-    """
+    MPIDP_PRETEND_NODES=k divides the ranks of one node into k virtual nodes, for tests and benchmarks on one machine."""
     pretended = int(os.environ.get("MPIDP_PRETEND_NODES", "1"))
     host = socket.gethostname() + (f"#{world.rank * pretended // world.size}" if pretended > 1 else "")
     number = world.rank if number is None else number

@@ -15,8 +15,8 @@ Order = dict[int, list[list[int]]]
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
     """Read the arrivals of a run. log: the run's metrics.jsonl; if it is "", return {}. Raises UsageError if that run had other
-    numbers of workers and servers. With servers=0, raises UsageError if it had no quorum, or a staleness above this one.
-    Independent."""
+    numbers of workers and servers. If servers is 0, raises UsageError if that run used no quorum, or if its staleness
+    was greater than `staleness`. Independent."""
     if not log:
         return {}
     found: Order = {}

@@ -208,7 +208,7 @@ class Synchronous:
             self._late = failure
 
     def _copy_share(self, source: list[Tensor], target: list[Tensor]) -> None:
-        """Copy this rank's share of tensors that the group shares. Independent."""
+        """Copy this rank's slice of each tensor from source to target. The other ranks of the node copy theirs. Independent."""
         bounds = slice_bounds(self.flat.numel(), self.group.node.size)
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):

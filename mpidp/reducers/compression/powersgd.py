@@ -3,7 +3,7 @@
 M_i, (rows, cols), is the matrix of rank i; Q, (cols, r), is the same on all ranks (algorithm 1, with sums instead of means): P =
 orthogonalized sum of M_i Q; Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T, and Q' is the Q of the next round
 (warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T; the residuals add up to the sum of M_i minus P Q'^T.
-Vectors are sent uncompressed. So are matrices that are not larger than their two thin matrices.
+Vectors are sent uncompressed. A matrix is also sent uncompressed if P and Q together would not be smaller.
 
 Every rank orthogonalizes the same matrix. Ranks on different kinds of CPUs could get different bits.
 """
