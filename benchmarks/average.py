@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-import mpidp.runtime.command  # noqa: F401  (sets environment variables that MPI and BLAS read)
 from mpidp.comm.group import alone, by_node
 from mpidp.comm.transport import Messages
 from mpidp.data.lanes import Lanes
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.reducers.tree import REDUCERS
+from mpidp.runtime.command import run_entry
 from mpidp.runtime.topology import make_topology
 from mpidp.training.balance import Even, Terms
 
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

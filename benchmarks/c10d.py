@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mpidp.c10d  # noqa: F401
+from mpidp.runtime.command import run_entry
 
 WIDTHS = {"1M": 360, "14M": 1365, "50M": 2580}  # width of each of 8 square layers, by number of parameters
 LAYERS, BATCH = 8, 8
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

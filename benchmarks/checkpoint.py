@@ -23,6 +23,7 @@ from inside import WORLD, Stepper, config_of, corpus
 from mpi4py import MPI
 
 from mpidp.checkpoint.saver import Saver
+from mpidp.runtime.command import run_entry
 from mpidp.training.checkpoints import save
 
 
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

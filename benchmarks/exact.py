@@ -19,6 +19,8 @@ import shutil
 import torch
 from inside import MODELS, WORLD, Stepper, config_of, corpus, in_turns, medians, ratio
 
+from mpidp.runtime.command import run_entry
+
 
 def extra_bytes(stepper: Stepper) -> int:
     job = stepper.job
@@ -71,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

@@ -58,8 +58,10 @@ class Stepper:
     """Repeats the training step of one job on one batch."""
 
     def __init__(self, comm: MPI.Intracomm, config: Config) -> None:
-        """Collective over comm."""
+        """Each Stepper writes its run files to a folder of its own in config.run.dir. Collective over comm."""
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        own = comm.bcast(tempfile.mkdtemp(dir=config.run.dir) if comm.rank == 0 else None)
+        config = config.with_values(run={"dir": own})
         self.comm, self.threads = comm, config.train.threads
         self.job: Job = build(plan(config, make_grid(comm)))
         loader = self.job.open_loader(0)

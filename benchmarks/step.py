@@ -25,6 +25,7 @@ from inside import MODELS, WORLD, Stepper, config_of, corpus, in_turns, medians,
 from mpi4py import MPI
 
 from mpidp.model.transformer import Transformer
+from mpidp.runtime.command import run_entry
 
 
 class Limit(Stepper):
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

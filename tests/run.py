@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,9 @@ OPENMPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_osc": "^ucx",
 }
-LIMIT_SECONDS = 3600.0  # time limit of one command; pytest's own timeouts are much shorter
+LIMIT_SECONDS = 3600.0  # time limit of one command of pytest, which has shorter timeouts of its own
+PLAIN_LIMIT_SECONDS = 900.0  # time limit of other commands
+TERM_SECONDS = 10.0  # between SIGTERM, which mpirun passes to the ranks, and SIGKILL
 TAIL_LINES = 60  # of the output of a command that failed
 
 
@@ -167,6 +170,20 @@ class Result:
 RUNNING: set[subprocess.Popen] = set()
 
 
+def end_within(process: subprocess.Popen, seconds: float) -> str:
+    """Wait for a process, and end it at the time limit. Return the reason for ending it, or "". Independent."""
+    try:
+        process.wait(seconds)
+        return ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(TERM_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return f"ended at the time limit of {minutes(seconds)} minutes"
+
+
 def execute(command: Command, level: str, log: Path, show: bool, words: Sequence[str] | None = None) -> Result:
     """Run a command; return its result. Independent."""
     line = command.line(words)
@@ -182,11 +199,8 @@ def execute(command: Command, level: str, log: Path, show: bool, words: Sequence
         except FileNotFoundError:
             return Result(failed=[f"{' '.join(line)}: there is no command {line[0]!r}; run this by make, or activate .venv"])
         RUNNING.add(process)
-        try:
-            code = process.wait(LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+        reason = end_within(process, LIMIT_SECONDS if command.pytest else PLAIN_LIMIT_SECONDS)
+        code = process.wait()
         RUNNING.discard(process)
         found = Result()
         for report in Path(reports).glob("*.json"):
@@ -196,7 +210,7 @@ def execute(command: Command, level: str, log: Path, show: bool, words: Sequence
         found.passed = int(code == 0)
     nothing_to_run = command.pytest and code == 5
     if code and not nothing_to_run and not found.failed:
-        found.failed.append(f"{' '.join(line)}: exit code {code}")
+        found.failed.append(f"{' '.join(line)}: {reason or f'exit code {code}'}")
     if found.failed and not show:
         with open(log, "rb") as saved:
             saved.seek(began)
