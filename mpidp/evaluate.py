@@ -148,7 +148,8 @@ def evaluate(
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
     Each token except the first is a target once. The number of ranks does not change the results. kind: model.kind of a run
-    with a custom model, as the user named it. Raises DataError if the data was prepared with another tokenizer. Collective over world.
+    with a custom model, as the user named it. Raises DataError if the data was prepared with another tokenizer. Collective over
+    world.
     """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream

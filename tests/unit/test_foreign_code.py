@@ -76,8 +76,12 @@ def of_a_text(place: Path, run: str, *named: str) -> Any:
     return evaluate.evaluate_text(evaluate.read_options([run, f"--text={place / 'text.txt'}", "--device=cpu", *named]), WORLD)
 
 
+def generated(place: Path, run: str, *named: str) -> Any:
+    return generate.generate(WORLD, generate.read_options([run, "--tokens=2", "--device=cpu", *named]))
+
+
 USES: dict[str, Callable[..., Any]] = {
-    "generate": lambda place, run, *named: generate.generate(WORLD, generate.read_options([run, "--tokens=2", "--device=cpu", *named])),
+    "generate": generated,
     "evaluate": evaluated,
     "evaluate --text": of_a_text,
     "replay": lambda place, run, *named: replay.inspect_step(replay.read_options([run, *named]), WORLD),
