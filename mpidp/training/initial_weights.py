@@ -17,10 +17,12 @@ from mpi4py import MPI
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
+from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
 from mpidp.hf.folder import COMPANION_FILES, ModelFolder
+from mpidp.model.kinds import check_named
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
 from mpidp.runtime.json_file import read_json
@@ -53,8 +55,11 @@ class Origin:
     wanted_sha256: str = ""  # required by a run that resumes with these weights; "": any
 
     def completed(self, config: Config) -> Config:
-        """Return the config with the model settings of the source. Raises UsageError if the config contradicts them. Pure."""
+        """Return the config with the model settings of the source. Raises UsageError if the config contradicts them, or if it
+        does not name the source's custom model. Pure."""
         plain = Config().model
+        if (kind := self.settings.get("kind", plain.kind)) not in KINDS:
+            check_named(kind, config.model.kind if config.model.kind != plain.kind else "", f"train.init_from={self.path}")
         wrong = [
             f"model.{key}={given!r}, but the source has {value!r}"
             for key, value in self.settings.items()

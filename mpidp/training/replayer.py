@@ -106,6 +106,7 @@ class Replay:
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
         from mpidp.config import command_line, rules
+        from mpidp.model.kinds import check_named
         from mpidp.parallel.grid import make_grid
         from mpidp.runtime.world import raise_together
         from mpidp.training import build
@@ -124,6 +125,7 @@ class Replay:
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
             settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml")) | PLAIN
+            check_named(settings.get("model.kind", "transformer"), options.model_kind, record.path)
             name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
             if kind(name, quorum) != "synchronous":
                 raise UsageError(
