@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from mpi4py import MPI
@@ -29,6 +29,7 @@ from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
+from mpidp.runtime.json_file import read_json
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
@@ -36,6 +37,14 @@ KEYS = (  # settings of section model that determine the shape and the meaning o
     "kind", "options", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
     "rope_scaling", "norm_eps", "head_dim", "vocab_size",
 )
+
+
+class _Init(TypedDict):
+    """The content of RUN/init.json."""
+
+    init_from: str
+    settings: dict[str, int | float | str | bool]
+    weights_sha256: str
 
 
 @dataclass(frozen=True)
@@ -149,11 +158,11 @@ def _kept(config: Config) -> Origin | None:
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None
     try:
-        found = json.loads((run_dir / "init.json").read_bytes())
+        found = read_json(run_dir / "init.json", _Init)
         if found["init_from"] == config.train.init_from:
             settings = {key: found["settings"][key] for key in KEYS if key in found["settings"]}
-            return Origin(found["init_from"], settings, weights_sha256=str(found["weights_sha256"]))
-    except (OSError, ValueError, LookupError, TypeError):
+            return Origin(found["init_from"], settings, weights_sha256=found["weights_sha256"])
+    except (OSError, ValueError):
         pass
     return None
 

@@ -7,7 +7,6 @@ to RUN.
 from __future__ import annotations
 
 import io
-import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 from mpidp.config.defaults import kind
 from mpidp.errors import CheckpointError, DataError, UsageError
+from mpidp.metrics.jsonl import read_lines
 from mpidp.runtime.observers import StepObserver
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
@@ -56,11 +56,10 @@ def read_record(run: str, world: Any) -> Record:
 
     with raise_together(world):
         file = Path(run) / "metrics.jsonl"
-        text = file.read_bytes() if file.is_file() else b""
-        records = [json.loads(line) for line in text.split(b"\n")[:-1]]  # an incomplete last line is left out
-        lines = {line["step"]: line for line in records if "train_loss" in line}
-        skipped = [line["batch"] for line in records if line.get("event") == "skipped"]
-        passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back"}
+        records = read_lines(file)
+        lines = {line["step"]: line for line in records if all(key in line for key in FIGURES)}
+        skipped = [line["batch"] for line in records if line.get("event") == "skipped" and "batch" in line]
+        passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back" and "batch" in line}
         saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
