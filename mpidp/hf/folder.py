@@ -5,7 +5,6 @@ The folder is validated first. No code from the folder is executed, and pickled 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from mpidp.checkpoint.entry import Entry
 from mpidp.errors import DataError
 from mpidp.hf.names import huggingface_name, settings_of, shape_of, window_of
 from mpidp.model.shape import shapes_of
+from mpidp.runtime.json_file import read_json
 
 MAX_JSON_BYTES = 64 * 2**20
 NUMBERS = ("F32", "F16", "BF16", "F64")
@@ -30,15 +30,11 @@ _SHOWN = 5
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises DataError if the file cannot be read or has no object. Independent."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        found = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+        found: dict[str, Any] = read_json(path, dict[str, Any], MAX_JSON_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: not a JSON object of at most {MAX_JSON_BYTES} bytes")
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not a valid JSON object ({error})") from None
     return found
 
 
@@ -62,10 +58,11 @@ class ModelFolder:
         config = read_object(path / "config.json")
         self.settings, self.window = settings_of(config, path / "config.json"), window_of(config, path / "config.json")
         self._file_of: dict[str, Path] = {}  # the file of each tensor, by Hugging Face's name
-        self._stored = {}  # names in the files, where they differ from the names of the model
+        self._stored: dict[str, str] = {}  # names in the files, where they differ from the names of the model
         tensors = self._headers(self._files())
         if (layers := self.settings["num_layers"]) > len(tensors):
-            raise DataError(f"{path / 'config.json'}: num_hidden_layers={layers}, but the weight files have {len(tensors)} tensors")
+            found = f"the weight files have {len(tensors)} tensors"
+            raise DataError(f"{path / 'config.json'}: num_hidden_layers={layers}, but {found}")
         if self.settings["tie_embeddings"]:
             self.settings["tie_embeddings"] = self._is_tied(tensors)
         self.sizes = shapes_of(shape_of(self.settings))
@@ -113,8 +110,8 @@ class ModelFolder:
         return found
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
-        """Return whether embedding and head are one matrix, as config.json says. As in transformers, they are not if the files have
-        both with different values, and the head is also the embedding if the files have no embedding."""
+        """Return whether embedding and head are one matrix, as config.json says. As in transformers, they are not if the files
+        have both with different values, and the head is also the embedding if the files have no embedding."""
         if EMBEDDING not in tensors and HEAD in tensors:
             tensors[EMBEDDING], self._stored[EMBEDDING] = tensors.pop(HEAD), HEAD
         if HEAD not in tensors:
@@ -125,7 +122,8 @@ class ModelFolder:
         rows = max(1, BLOCK // max(1, shape[1]))
         with _opened(self._file_of[EMBEDDING]) as one, _opened(self._file_of[HEAD]) as two:
             ours, theirs = one.get_slice(EMBEDDING), two.get_slice(HEAD)
-            if all(torch.equal(ours[at : at + rows].double(), theirs[at : at + rows].double()) for at in range(0, shape[0], rows)):
+            places = [slice(at, at + rows) for at in range(0, shape[0], rows)]
+            if all(torch.equal(ours[place].double(), theirs[place].double()) for place in places):
                 return True
         self.notes.append(
             f"{self.path}: config.json has tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}. Both are used, with "

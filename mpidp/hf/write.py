@@ -95,8 +95,8 @@ def _write_weights(
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[str]) -> Tensor:
-    """Return the tensor in this dtype. Adds its name to not_finite if it has nan or inf. Raises UsageError if the dtype is too narrow
-    for a value."""
+    """Return the tensor in this dtype. Adds its name to not_finite if it has nan or inf. Raises UsageError if the dtype is too
+    narrow for a value."""
     found = tensor.to(dtype).contiguous()
     bad = ~torch.isfinite(found)
     if bad.any():

@@ -75,8 +75,9 @@ class Origin:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
         if self.window is not None and config.model.seq_len > self.window:
             raise UsageError(
-                f"model.seq_len={config.model.seq_len}, but the attention of {self.path} covers {self.window} tokens (sliding_window "
-                f"in its config.json), and mpidp's covers the whole context: set model.seq_len to at most {self.window}"
+                f"model.seq_len={config.model.seq_len}, but the attention of {self.path} covers {self.window} tokens "
+                f"(sliding_window in its config.json), and mpidp's covers the whole context: set model.seq_len to at most "
+                f"{self.window}"
             )
         return config.with_values(model=self.settings)
 
@@ -100,8 +101,8 @@ class Origin:
                     whole = parts.part.global_name(name)
                     whole = huggingface_name(whole) if isinstance(self.weights, ModelFolder) else whole
                     raise DataError(
-                        f"train.init_from={self.path}: the tensor {whole} has values that are nan or inf (as float32). The file is "
-                        "damaged, or its training diverged: use another checkpoint"
+                        f"train.init_from={self.path}: the tensor {whole} has values that are nan or inf (as float32). The file "
+                        "is damaged, or its training diverged: use another checkpoint"
                     )
         found = parts.sha256(model)
         if self.wanted_sha256 not in ("", found):

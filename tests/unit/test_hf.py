@@ -315,8 +315,8 @@ def spoil(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda it: (it / "config.json").unlink(), "config.json: cannot be read"),
-    "no JSON": (lambda it: (it / "config.json").write_text("{"), "not valid JSON"),
-    "a list": (lambda it: (it / "config.json").write_text("[]"), "not a JSON object"),
+    "no JSON": (lambda it: (it / "config.json").write_text("{"), "not a valid JSON object"),
+    "a list": (lambda it: (it / "config.json").write_text("[]"), "not a valid JSON object"),
     "missing files": (lambda it: [p.unlink() for p in sorted(it.glob("*.safetensors"))[:2]],
                       r"2 of \d+ weight files are missing: model-00001-of-\d+.safetensors, model-00002"),
     "nothing": (lambda it: [p.unlink() for p in it.glob("model*")], "no model.safetensors and no model.safetensors.index.json"),

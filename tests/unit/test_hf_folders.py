@@ -69,7 +69,8 @@ def losses(folder: Path, shards: Path, tmp_path: Path) -> tuple[float, float]:
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten())
-    train_at(1, begun(shards, folder, tmp_path / "run", train={"steps": 1}, optim={"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0}))
+    optim = {"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0}
+    train_at(1, begun(shards, folder, tmp_path / "run", train={"steps": 1}, optim=optim))
     return float(loss), evaluate(str(tmp_path / "run"), str(shards), WORLD, device="cpu")["loss"]
 
 
@@ -129,14 +130,17 @@ def test_a_weight_that_is_not_finite_is_named(it: Path, shards: Path, tmp_path: 
         train_at(1, begun(shards, it, tmp_path / "run"))
 
 
-def test_a_weight_too_large_for_the_dtype_is_named(it: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    change_weights(it, lambda w: w["model.layers.0.mlp.down_proj.weight"][1].fill_(1e5))
+def test_a_weight_too_large_for_the_dtype_is_named(
+    it: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    change_weights(it, lambda w: w[name][1].fill_(1e5))
     train_at(1, begun(shards, it, tmp_path / "run", train={"steps": 1}, optim={"lr": 1e-30, "warmup_steps": 0}))
-    with pytest.raises(UsageError, match=r"model.layers.0.mlp.down_proj.weight has values up to 100000, but --dtype float16 ends"):
+    with pytest.raises(UsageError, match=rf"{name} has values up to 100000, but --dtype float16 ends"):
         export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"), "float16")
     assert not list(tmp_path.glob("*out*"))
     export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"), "bfloat16")
-    assert load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.down_proj.weight"].float().max() == 99840
+    assert load_file(tmp_path / "out/model.safetensors")[name].float().max() == 99840
     assert "nan or inf" not in caplog.text
 
 
@@ -153,10 +157,11 @@ def test_a_context_above_the_window_is_refused(shards: Path, tmp_path: Path) -> 
             if window is None or seq_len <= window:
                 assert origin.completed(config).model.seq_len == seq_len
                 continue
-            with pytest.raises(UsageError, match=rf"covers {window} tokens .sliding_window.*set model.seq_len to at most {window}"):
+            with pytest.raises(UsageError, match=rf"covers {window} tokens .sliding_window.*model.seq_len to at most {window}"):
                 origin.completed(config)
     assert window_of(MISTRAL, "it") == MistralConfig().sliding_window == 4096
-    assert window_of(MISTRAL | {"sliding_window": None}, "it") is None and window_of({"architectures": ["LlamaForCausalLM"]}, "it") is None
+    for config in (MISTRAL | {"sliding_window": None}, {"architectures": ["LlamaForCausalLM"]}):
+        assert window_of(config, "it") is None
 
 
 @pytest.mark.parametrize("before", [MISTRAL, MISTRAL | {"sliding_window": 64}])
@@ -168,7 +173,8 @@ def test_an_export_has_no_window_below_its_context(before: dict[str, Any]) -> No
     assert config_of(shape_of(settings, 64), "float32", 0, before).get("sliding_window", 4096) in (64, 4096)
 
 
-ODD = (None, True, -1, 0, 0.5, 2**31, 1e308, float("inf"), float("nan"), "", "x", "4", [], [1], [None], {}, {"a": 1}, {"a": {"b": []}})
+NUMBERS = (-1, 0, 0.5, 2**31, 1e308, float("inf"), float("nan"))
+ODD = (None, True, *NUMBERS, "", "x", "4", [], [1], [None], {}, {"a": 1}, {"a": {"b": []}})
 
 
 def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
@@ -183,10 +189,12 @@ def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
             else:
                 changed[key] = value
             (it / "config.json").write_text(json.dumps(changed))
+            said = ""
             try:
                 ModelFolder(it)
             except DataError as error:
-                assert str(it) in str(error) and len(str(error)) < 2000, (key, value)
+                said = str(error)
+            assert not said or str(it) in said and len(said) < 2000, (key, value)
 
 
 def test_sizes_that_no_file_has_are_refused_at_once(it: Path) -> None:
