@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.chat import BEGIN, END, Spans, Template, TemplateRejection
+from data_tools.chat import Spans, render
 from data_tools.sources import LINE_SUFFIXES, SourceFile, SourceReader, decoded, raw_lines
+from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.errors import DataError
 
 FORMATS = ("text", "prompt_completion", "chat")
@@ -27,10 +28,12 @@ class RowSkipped(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """The texts of one line, which are encoded separately. Each has the spans of characters that are in the loss."""
+    """The text of one line, and the spans of its characters that are in the loss."""
 
     place: str  # file and line number
-    parts: list[tuple[str, Spans]]
+    text: str
+    spans: Spans
+    said: str  # what the row itself says, without the template
     ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
 
 
@@ -43,8 +46,7 @@ class RowReader(SourceReader):
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
         """Yield the text of the rows, to train a tokenizer. None ends a row."""
         for row in self.rows(file):
-            for text, _ in row.parts:
-                yield text
+            yield row.text
             yield None
 
     def rows(self, file: SourceFile) -> Iterator[TrainingRow]:
@@ -100,7 +102,8 @@ class RowReader(SourceReader):
             raise RowSkipped("malformed", "no string fields `prompt` and `completion`")
         if not completion:
             raise RowSkipped("empty", "its completion is empty")
-        return TrainingRow(place, [(prompt, []), (completion, [(0, len(completion))])], ends=True)
+        return TrainingRow(place, prompt + completion, [(len(prompt), len(prompt + completion))],
+                           prompt + completion, ends=True)
 
     def _conversation(self, place: str, value: dict[str, Any]) -> TrainingRow:
         messages = value.get("messages")
@@ -115,10 +118,11 @@ class RowReader(SourceReader):
         assert self.template is not None
         if not any(message["role"] == "assistant" for message in messages):
             raise RowSkipped("empty", "no assistant turn")
-        text, spans = self.template.render(messages)
+        text, spans = render(self.template, messages)
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
-        return TrainingRow(place, [(text, spans)], ends=messages[-1]["role"] == "assistant")
+        said = "\n".join(message["content"] for message in messages)
+        return TrainingRow(place, text, spans, said, ends=messages[-1]["role"] == "assistant")
 
 
 def _replace_surrogates(value: Any) -> tuple[Any, bool]:
