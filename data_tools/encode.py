@@ -12,8 +12,9 @@ import numpy as np
 
 from data_tools.cut import Raw, RawWriter
 from data_tools.encoder import Encoder
+from data_tools.files import SourceFile
 from data_tools.rows import RowReader, TrainingRow
-from data_tools.sources import SourceFile, SourceReader
+from data_tools.sources import SourceReader
 from mpidp.data.places import Placed
 from mpidp.data.tokenizer import token_dtype
 

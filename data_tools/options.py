@@ -31,6 +31,7 @@ class PrepareOptions:
     repeat: bool = False
     bos: str = "auto"  # or "none": documents and rows begin without BOS
     special: str = ""  # "text", "tokens", or "": the tokenizer's default for rows, text for documents
+    text_key: str = "text"
 
     @property
     def arranged(self) -> bool:
@@ -62,6 +63,8 @@ def check_options(options: PrepareOptions, chat_template: str | None = None) -> 
         raise UsageError(f"--format {options.form} packs whole rows into windows: give --seq-len N, the model.seq_len to use")
     if not rows and (options.seq_len or options.truncate):
         raise UsageError("--seq-len and --truncate apply to --format prompt_completion and chat only: plain text is not packed")
+    if rows and options.text_key != "text":
+        raise UsageError("--text-key applies to --format text only: rows have fixed fields")
     if chat_template and options.form != "chat":
         raise UsageError("--chat-template applies to --format chat only")
     if options.bos not in ("auto", "none"):
@@ -78,10 +81,12 @@ def check_options(options: PrepareOptions, chat_template: str | None = None) -> 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line to a parser. Pure."""
     add = parser.add_argument
-    add("--source", action="append", help="a file, a folder (text, .jsonl[.gz|.zst], .parquet), or stdlib: the .py files of "
-        "Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a mixture (stdlib)")
-    add("--format", dest="form", default="text", help="text, or .jsonl rows with a loss mask: prompt_completion (fields prompt, "
+    add("--source", action="append", help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: "
+        "the .py files of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a "
+        "mixture (stdlib)")
+    add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
+    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
     add("--seq-len", type=int, metavar="N", default=0,
         help="for rows: the window length in tokens; train with the same model.seq_len")
@@ -99,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "default: text, for rows document")
     add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
-    add("--strict", action="store_true", help="fail on malformed, empty or too long .jsonl lines instead of skipping them")
+    add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
     add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds it to texts; none: no BOS "
         "(%(default)s)")
     add("--special", default="", help="what names of special tokens in texts (<|im_start|>) become: tokens (their ids) or text; "

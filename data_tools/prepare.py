@@ -22,12 +22,13 @@ from data_tools.counts import Counts
 from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
 from data_tools.encode import Routing, encode_rows, encode_text
 from data_tools.encoder import Encoder, completed_table, table_of
+from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
 from data_tools.options import PrepareOptions, add_options, check_options
 from data_tools.rows import RowReader
-from data_tools.sources import SourceFile, SourceReader, find_files
+from data_tools.sources import SourceReader
 from data_tools.team import Team
-from data_tools.vocabulary import make_tokenizer
+from data_tools.vocabulary import Corpus, make_tokenizer
 from mpidp.data.chat_template import Template
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.special_tokens import FILE, SpecialTokens
@@ -40,7 +41,7 @@ from mpidp.runtime.options import program
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Found = tuple[list[SourceFile], dict[str, Any]]  # the files of a source, and its description for index.json
+Found = tuple[list[SourceFile], dict[str, Any], list[str]]  # see find_files
 SCRATCH = ".prepare"  # the temporary folder in OUT
 
 
@@ -49,7 +50,7 @@ def prepare(
     val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
     eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
-    bos: str = "auto", special: str = "",
+    text_key: str = "text", bos: str = "auto", special: str = "",
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
@@ -68,7 +69,7 @@ def prepare(
     with team.raise_together():
         options = PrepareOptions(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
-            bad_utf8, strict, form, seq_len, truncate, tokens, repeat, bos, special,
+            bad_utf8, strict, form, seq_len, truncate, tokens, repeat, bos, special, text_key,
         )
         check_options(options, chat_template)
         if team.rank == 0:
@@ -79,11 +80,10 @@ def prepare(
             _make_scratch(out, ours)
     corpora, table, template = team.bcast(found)
     try:
-        own_files = [_files_of_rank(files, team.rank, team.size) for files, _ in corpora]
-        readers = [_reader(options, template, about["kind"] == "file") for _, about in corpora]
+        own_files = [_files_of_rank(files, team.rank, team.size) for files, _, _ in corpora]
+        readers = [_reader(options, template, about["kind"] == "file") for _, about, _ in corpora]
         made = make_tokenizer(
-            tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in own_files for f in files], readers[0],
-            team,
+            tokenizer, eod, [Corpus(c[0], own, reader) for c, own, reader in zip(corpora, own_files, readers, strict=True)], team
         )
         table = completed_table(table, made, template, options)
         encoder = Encoder(made, table.bos, options.special or ("text" if form == "text" else table.special))
@@ -91,11 +91,8 @@ def prepare(
             encoded = [
                 _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
             ]
-        all_raws, counts = team.allgather(encoded), Counts()
-        for of_rank in team.allgather([reader.counts for reader in readers]):
-            for of_source in of_rank:
-                counts.add(of_source)
-        index = _write(all_raws, counts, made, table, [about for _, about in corpora], options, out, team)
+        all_raws, counts = team.allgather(encoded), Counts.total(team.allgather([reader.counts for reader in readers]))
+        index = _write(all_raws, counts, made, table, [about for _, about, _ in corpora], options, out, team)
     finally:
         if team.rank == 0 and not _is_half_replaced(out):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -103,13 +100,15 @@ def prepare(
                 with suppress(OSError):  # succeeds only if OUT is empty
                     out.rmdir()
     if verbose and team.rank == 0:
-        print(_summary(out, index, counts, options, time.monotonic() - began, team.size), flush=True)
+        remarks = [remark for _, _, of_source in corpora for remark in of_source]
+        print(_summary(out, index, remarks + counts.complaints(), counts.files, options, time.monotonic() - began, team.size),
+              flush=True)
     return index
 
 
 def _reader(options: PrepareOptions, template: Template | None, alone: bool) -> SourceReader:
     if options.form == "text":
-        return SourceReader(options.bad_utf8, options.strict, alone)
+        return SourceReader(options.bad_utf8, options.strict, alone, text_key=options.text_key)
     return RowReader(options.bad_utf8, options.strict, alone, template=template)
 
 
@@ -180,8 +179,7 @@ def _write(
     plans: list[ShardPlan] = []
     with team.raise_together():
         if not counts.documents:
-            why = "".join(f"\n  {line}" for line in counts.complaints())
-            raise DataError(f"the source has no text at all ({counts}); give --source a file or folder with text{why}")
+            raise DataError(counts.no_text())
         streams, mixture = _streams(raws, encoder.eod, options)
         plans = plan_shards(streams, options.shards, options.val_fraction)
         written = {i: cut_shard(plan, streams[plan.stream], out / SCRATCH, encoder, sha256)
@@ -249,15 +247,17 @@ def _put_in_place(out: Path, index: Index, tokenizer: str, special: str) -> None
     shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
 
 
-def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, seconds: float, ranks: int) -> str:
+def _summary(
+    out: Path, index: Index, remarks: list[str], files: int, options: PrepareOptions, seconds: float, ranks: int
+) -> str:
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
     lines = [
-        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {counts.files:,} files",
+        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
-        *(f"  {line}" for line in counts.complaints()),
+        *(f"  {line}" for line in remarks),
         f"  {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}",
     ]
     if index.window:

@@ -16,10 +16,13 @@ from typing import Any
 from mpidp.data.chat_template import STANDARD, Template, TemplateRejection
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import open_regular
+from mpidp.runtime.json_file import read_json
 
 FILE = "special_tokens.json"
 FORMAT = "mpidp-special-tokens"
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20  # of a JSON file
+MAX_TEMPLATE_BYTES = 2**20
 COMPANIONS = (  # files that a model's folder has beside tokenizer.json
     "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json", "chat_template.jinja",
 )
@@ -153,7 +156,11 @@ def chat_template_of(folder: Path) -> str | None:
 def read_template(path: Path) -> str:
     """Read a chat template from a file. Raises DataError if it cannot be read. Independent."""
     try:
-        return _read(path).decode()
+        with open_regular(path) as file:
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes: not a chat template")
+        return data.decode()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give --chat-template an existing file") from None
     except UnicodeDecodeError:
@@ -227,21 +234,11 @@ def _content(value: Any) -> str | None:
 def _object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object. Return None if the file does not exist."""
     try:
-        found = json.loads(_read(path)) if path.exists() else None
+        found: dict[str, Any] = read_json(path, dict, MAX_BYTES)
+        return found
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); correct or remove it") from None
-    if found is not None and not isinstance(found, dict):
-        raise DataError(f"{path} is not a JSON object; correct or remove it")
-    return found
-
-
-def _read(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is not a regular file; give another file")
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise DataError(f"{path} is larger than {MAX_BYTES} bytes; give another file")
-    return data
+    except ValueError as error:
+        raise DataError(f"{path} is not a valid JSON object ({error}); correct or remove it") from None
