@@ -169,7 +169,8 @@ def evaluate(
             raise DataError(f"{stream.path} was prepared with another tokenizer than {run}'s: prepare it with that tokenizer")
         config = reader.meta["config"]
         stream.keep_apart(config.get("data.documents", "joined"), config["model.seq_len"])
-        stream.check(range(world.rank, len(stream.files), world.size))
+        own = range(world.rank, len(stream.files), world.size)
+        stream.check(own, contents=stream.is_cheap(own))
         if stream.num_tokens < 2:
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
     engine = Engine(
