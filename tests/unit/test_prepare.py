@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import sources
+from data_tools.files import find_files
 from data_tools.mixture import Source
 from data_tools.options import PrepareOptions, check_options
 from data_tools.prepare import prepare
 from mpidp.data.shards import TokenStream
+from mpidp.data.token_bytes import bytes_of_tokens
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
 from mpidp.errors import DataError, UsageError
 
@@ -49,7 +50,8 @@ def documents(out: Path, *splits: str) -> list[str]:
         whole = split == "train" or splits == ("val",)  # a document that validation divides begins in training
         assert starts == ([0, *(ends + 1)][: len(starts)] if whole else starts)
         assert stream.num_documents == len(starts)
-        assert tokenizer.count_bytes(ids) == stream.text_bytes
+        of = bytes_of_tokens(tokenizer)
+        assert of is not None and of.count(ids, np.isin(np.arange(len(ids)), starts)).sum() == stream.text_bytes
     return found
 
 
@@ -276,7 +278,7 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path, capsys: pytest.Capture
     index = prepare(out=tmp_path / "out")
     assert set(index.splits) == {"train", "val"} and index.splits["train"].tokens > 5_000_000
     assert index.source["kind"] == "stdlib" and len(index.source["sha256"]) == 64 and index.source["python"].startswith("3.")
-    files, _ = sources.find_files("stdlib", tmp_path)
+    files, _, _ = find_files("stdlib", tmp_path)
     assert all(f.name.endswith(".py") for f in files)
     assert not {"site-packages", "dist-packages", "test", "tests"} & {part for f in files for part in f.name.split("/")}
     assert "bytes per token" in capsys.readouterr().out
