@@ -137,7 +137,9 @@ def test_rounding_repeats_with_its_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("kind", ["normal", "one large", "two sizes", "equal", "constant", "sizes", "1 of 100", "1 of 10", "1 of 2"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "one large", "two sizes", "equal", "constant", "sizes", "1 of 100", "1 of 10", "1 of 2"]
+)
 @pytest.mark.parametrize("size", [2.0**-126, 1e-36, 1e-20, 1.0, 1e30])
 def test_less_is_left_than_was_there(name: str, kind: str, size: float) -> None:
     """In the mean over roundings. Otherwise residuals would grow without bound. size: the unit of the values."""
