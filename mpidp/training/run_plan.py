@@ -84,15 +84,16 @@ class RunPlan:
             with raise_together(self.world), readable(reader.path):
                 saved, settings = reader.meta["fingerprint"], reader.meta["config"]
                 plan = replace(self, config=self._kept(settings))
-                reject_changed_settings(settings, plan.config)
+                begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
+                reads_base = self.origin is not None and self.origin.weights is not None
+                reject_changed_settings(settings, plan.config, checked_base=reads_base and bool(begun))
                 scheduled = lr_schedule.change(settings, plan.config.flat(), reader.meta["step"])
                 if reader.meta["data"] != self.training.index_sha256:
                     raise UsageError(
                         f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
                     )
-            if self.origin is not None and self.origin.weights is not None:  # the base weights of adapters
-                wanted = reader.meta.get("init_from", {}).get("weights_sha256", "")
-                plan = replace(plan, origin=replace(self.origin, wanted_sha256=wanted))
+            if self.origin is not None and self.origin.weights is not None:  # the base of adapters, or it has moved
+                plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
             notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
