@@ -31,7 +31,7 @@ EXCHANGE_SECONDS = 600  # time limit of an exchange; run.hang_seconds is shorter
 
 class Nccl(Messages):
     """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because it uses
-    torch's default process group. The exchange methods are collective over comm."""
+    torch's default process group. Collective over comm."""
 
     in_thread = False  # reductions use the same stream as computation, so a thread could not overlap them
 
