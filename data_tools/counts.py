@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 MAX_SHOWN = 5  # locations listed for each kind of bad input
@@ -18,6 +19,7 @@ class Counts:
     bad_utf8: int = 0  # documents with invalid UTF-8, replaced or skipped
     malformed: int = 0  # lines or rows without text
     long: int = 0  # rows longer than a window, skipped or truncated
+    doubtful: int = 0  # files read as plain text that may have been meant as rows
     problems: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, kind: str, where: str) -> None:
@@ -36,7 +38,8 @@ class Counts:
         """Return a line of text for each kind of problem."""
         texts = {"empty": "empty files or documents skipped", "binary": "binary or special files skipped",
                  "bad_utf8": "documents with invalid UTF-8", "malformed": "malformed lines or rows skipped",
-                 "long": "rows longer than a window, skipped (or truncated with --truncate)"}
+                 "long": "rows longer than a window, skipped (or truncated with --truncate)",
+                 "doubtful": "files with JSON or a table, read as plain text"}
         lines = []
         for kind, places in self.problems.items():
             count = getattr(self, kind)
@@ -45,12 +48,24 @@ class Counts:
             lines.append(f"{count:,} {texts[kind]}{where}")
         return lines
 
-    def __str__(self) -> str:
-        return f"{self.files} files: {self.empty} empty, {self.binary} binary, {self.malformed} malformed lines"
+    def no_text(self) -> str:
+        """Return an error message for a source without any document: the counts and the first reasons."""
+        files = f"{self.files} files: {self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
+        reasons = "".join(f"\n  {line}" for line in self.complaints())
+        return f"the source has no text at all ({files}); give --source a file or folder with text{reasons}"
+
+    @classmethod
+    def total(cls, of_ranks: Iterable[Iterable[Counts]]) -> Counts:
+        """Return the sum of the counts of all readers of all ranks."""
+        found = cls()
+        for counts in of_ranks:
+            for one in counts:
+                found.add(one)
+        return found
 
     def add(self, other: Counts) -> None:
         """Add the counts and locations of another reader."""
-        for key in ("files", "documents", "empty", "binary", "bad_utf8", "malformed", "long"):
+        for key in ("files", "documents", "empty", "binary", "bad_utf8", "malformed", "long", "doubtful"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for kind, places in other.problems.items():
             self.problems[kind] = (self.problems.get(kind, []) + places)[:MAX_SHOWN]

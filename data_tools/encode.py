@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_tools.cut import Raw, RawWriter
+from data_tools.files import SourceFile
 from data_tools.places import placer
 from data_tools.rows import RowReader, TrainingRow
-from data_tools.sources import SourceFile, SourceReader
+from data_tools.sources import SourceReader
 from mpidp.data.tokenizer import Tokenizer, token_dtype
 
 T = TypeVar("T")

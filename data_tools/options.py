@@ -27,6 +27,7 @@ class PrepareOptions:
     truncate: bool = False
     tokens: int = 0  # of the mixture; 0: no limit
     repeat: bool = False
+    text_key: str = "text"
 
     @property
     def arranged(self) -> bool:
@@ -58,6 +59,8 @@ def check_options(options: PrepareOptions, chat_template: str | None = None) -> 
         raise UsageError(f"--format {options.form} packs whole rows into windows: give --seq-len N, the model.seq_len to use")
     if not rows and (options.seq_len or options.truncate):
         raise UsageError("--seq-len and --truncate apply to --format prompt_completion and chat only: plain text is not packed")
+    if rows and options.text_key != "text":
+        raise UsageError("--text-key applies to --format text only: rows have fixed fields")
     if chat_template and options.form != "chat":
         raise UsageError("--chat-template applies to --format chat only")
     if options.tokens < 0 or options.repeat and not options.tokens:

@@ -21,12 +21,13 @@ from data_tools.chat import Template, find_template
 from data_tools.counts import Counts
 from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
 from data_tools.encode import Routing, encode_rows, encode_text
+from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
 from data_tools.options import PrepareOptions, check_options
 from data_tools.rows import RowReader
-from data_tools.sources import SourceFile, SourceReader, find_files
+from data_tools.sources import SourceReader
 from data_tools.team import Team
-from data_tools.vocabulary import make_tokenizer
+from data_tools.vocabulary import Corpus, make_tokenizer
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
@@ -37,7 +38,7 @@ from mpidp.runtime.options import add_out, program
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Found = tuple[list[SourceFile], dict[str, Any]]  # the files of a source, and its description for index.json
+Found = tuple[list[SourceFile], dict[str, Any], list[str]]  # see find_files
 SCRATCH = ".prepare"  # the temporary folder in OUT
 
 
@@ -46,6 +47,7 @@ def prepare(
     val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
     eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
+    text_key: str = "text",
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
@@ -63,7 +65,7 @@ def prepare(
     with team.raise_together():
         options = PrepareOptions(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
-            bad_utf8, strict, form, seq_len, truncate, tokens, repeat,
+            bad_utf8, strict, form, seq_len, truncate, tokens, repeat, text_key,
         )
         check_options(options, chat_template)
         if team.rank == 0:
@@ -73,21 +75,17 @@ def prepare(
             _make_scratch(out, ours)
     corpora, template = team.bcast(found)
     try:
-        own_files = [_files_of_rank(files, team.rank, team.size) for files, _ in corpora]
-        readers = [_reader(options, template, about["kind"] == "file") for _, about in corpora]
+        own_files = [_files_of_rank(files, team.rank, team.size) for files, _, _ in corpora]
+        readers = [_reader(options, template, about["kind"] == "file") for _, about, _ in corpora]
         encoder = make_tokenizer(
-            tokenizer, eod, [f for files, _ in corpora for f in files], [f for files in own_files for f in files], readers[0],
-            team,
+            tokenizer, eod, [Corpus(c[0], own, reader) for c, own, reader in zip(corpora, own_files, readers, strict=True)], team
         )
         with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
             ]
-        all_raws, counts = team.allgather(encoded), Counts()
-        for of_rank in team.allgather([reader.counts for reader in readers]):
-            for of_source in of_rank:
-                counts.add(of_source)
-        index = _write(all_raws, counts, encoder, [about for _, about in corpora], options, out, team)
+        all_raws, counts = team.allgather(encoded), Counts.total(team.allgather([reader.counts for reader in readers]))
+        index = _write(all_raws, counts, encoder, [about for _, about, _ in corpora], options, out, team)
     finally:
         if team.rank == 0 and not _is_half_replaced(out):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -95,13 +93,15 @@ def prepare(
                 with suppress(OSError):  # succeeds only if OUT is empty
                     out.rmdir()
     if verbose and team.rank == 0:
-        print(_summary(out, index, counts, options, time.monotonic() - began, team.size), flush=True)
+        remarks = [remark for _, _, of_source in corpora for remark in of_source]
+        print(_summary(out, index, remarks + counts.complaints(), counts.files, options, time.monotonic() - began, team.size),
+              flush=True)
     return index
 
 
 def _reader(options: PrepareOptions, template: Template | None, alone: bool) -> SourceReader:
     if options.form == "text":
-        return SourceReader(options.bad_utf8, options.strict, alone)
+        return SourceReader(options.bad_utf8, options.strict, alone, text_key=options.text_key)
     return RowReader(options.bad_utf8, options.strict, alone, template=template)
 
 
@@ -172,7 +172,7 @@ def _write(
     plans: list[ShardPlan] = []
     with team.raise_together():
         if not counts.documents:
-            raise DataError(f"the source has no text at all ({counts}); give --source a file or folder with text")
+            raise DataError(counts.no_text())
         streams, mixture = _streams(raws, encoder.eod, options)
         plans = plan_shards(streams, options.shards, options.val_fraction)
         written = {i: cut_shard(plan, streams[plan.stream], out / SCRATCH, encoder, sha256)
@@ -235,15 +235,17 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
 
 
-def _summary(out: Path, index: Index, counts: Counts, options: PrepareOptions, seconds: float, ranks: int) -> str:
+def _summary(
+    out: Path, index: Index, remarks: list[str], files: int, options: PrepareOptions, seconds: float, ranks: int
+) -> str:
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
     lines = [
-        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {counts.files:,} files",
+        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {files:,} files",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
-        *(f"  {line}" for line in counts.complaints()),
+        *(f"  {line}" for line in remarks),
         f"  {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}",
     ]
     if index.window:
@@ -258,10 +260,12 @@ def main() -> None:
     parser = Parser(prog=program("data_tools.prepare"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--source", action="append", help="a file, a folder (text, .jsonl[.gz|.zst], .parquet), or stdlib: the .py files of "
-        "Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a mixture (stdlib)")
-    add("--format", dest="form", default="text", help="text, or .jsonl rows with a loss mask: prompt_completion (fields prompt, "
+    add("--source", action="append", help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: "
+        "the .py files of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a "
+        "mixture (stdlib)")
+    add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
+    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
     add("--seq-len", type=int, metavar="N", default=0,
         help="for rows: the window length in tokens; train with the same model.seq_len")
@@ -279,7 +283,7 @@ def main() -> None:
         "default: text, for rows document")
     add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
-    add("--strict", action="store_true", help="fail on malformed, empty or too long .jsonl lines instead of skipping them")
+    add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
     add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")
     options, world = begin(lambda: vars(parser.parse_args()))
     options["source"] = options["source"] or "stdlib"

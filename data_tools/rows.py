@@ -1,17 +1,18 @@
-"""Read training rows with a loss mask: .jsonl lines {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
+"""Read training rows with a loss mask: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
 The loss is on the completion or on the assistant's turns. The rest of a row is context.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from data_tools.chat import BEGIN, END, Spans, Template, TemplateRejection
-from data_tools.sources import LINE_SUFFIXES, SourceFile, SourceReader, decoded, raw_lines
+from data_tools.files import SourceFile
+from data_tools.sources import SourceReader
+from mpidp.data.records import keys_of
 from mpidp.errors import DataError
 
 FORMATS = ("text", "prompt_completion", "chat")
@@ -49,55 +50,30 @@ class RowReader(SourceReader):
 
     def rows(self, file: SourceFile) -> Iterator[TrainingRow]:
         """Yield the rows of a file in order. Raises DataError if the file cannot be read or, with --strict, a row is bad."""
-        self.counts.files += 1
-        if not file.name.lower().endswith(LINE_SUFFIXES):
-            self.leave_out("binary", file, "is not a .jsonl, .jsonl.gz or .jsonl.zst file; rows must be in such a file")
-            return
-        if file.size == 0:
-            self.leave_out("empty", file, "is empty")
-            return
-        with self.names(file):
-            for number, line in enumerate(raw_lines(file), 1):
-                place = f"{file.path}:{number}"
-                if not line.strip():
+        for record in self.records(file):
+            if record.fields is None:
+                self.skip("malformed", record.place, record.reason)
+                continue
+            if record.bad_utf8:
+                self.counts.note("bad_utf8", record.place)
+                if self.bad_utf8 == "skip":
                     continue
-                try:
-                    row = self._row(place, line)
-                except RowSkipped as skipped:
-                    self.skip(skipped.kind, place, str(skipped))
-                except TemplateRejection as rejection:
-                    self.skip("malformed", place, str(rejection))
-                except DataError as error:
-                    raise DataError(f"{place}: {error}") from None
-                else:
-                    if row is not None:
-                        yield row
+            try:
+                yield self._row(record.place, record.fields)
+            except RowSkipped as skipped:
+                self.skip(skipped.kind, record.place, str(skipped))
+            except TemplateRejection as rejection:
+                self.skip("malformed", record.place, str(rejection))
+            except DataError as error:
+                raise DataError(f"{record.place}: {error}") from None
 
-    def skip(self, kind: str, place: str, reason: str) -> None:
-        """Count a skipped row. With --strict, raise DataError instead."""
-        if self.strict:
-            raise DataError(f"{place}: {reason}; correct the line, or omit --strict to skip such lines")
-        self.counts.note(kind, f"{place}: {reason}")
-
-    def _row(self, place: str, line: bytes) -> TrainingRow | None:
-        text, replaced = decoded(line)
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RowSkipped("malformed", f"not valid JSON ({error})") from None
-        value, had_surrogates = _replace_surrogates(value)
-        if replaced or had_surrogates:
-            self.counts.note("bad_utf8", place)
-            if self.bad_utf8 == "skip":
-                return None
-        if not isinstance(value, dict):
-            raise RowSkipped("malformed", "not a JSON object")
+    def _row(self, place: str, value: dict[str, Any]) -> TrainingRow:
         return self._conversation(place, value) if self.template is not None else self._pair(place, value)
 
     def _pair(self, place: str, value: dict[str, Any]) -> TrainingRow:
         prompt, completion = value.get("prompt"), value.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise RowSkipped("malformed", "no string fields `prompt` and `completion`")
+            raise RowSkipped("malformed", f"no string fields `prompt` and `completion`; its fields are: {keys_of(value)}")
         if not completion:
             raise RowSkipped("empty", "its completion is empty")
         return TrainingRow(place, [(prompt, []), (completion, [(0, len(completion))])], ends=True)
@@ -105,7 +81,7 @@ class RowReader(SourceReader):
     def _conversation(self, place: str, value: dict[str, Any]) -> TrainingRow:
         messages = value.get("messages")
         if not isinstance(messages, list) or not messages:
-            raise RowSkipped("malformed", "no field `messages` with a list of messages")
+            raise RowSkipped("malformed", f"no field `messages` with a list of messages; its fields are: {keys_of(value)}")
         for message in messages:
             fields = message if isinstance(message, dict) else {}
             if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
@@ -120,19 +96,3 @@ class RowReader(SourceReader):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
         return TrainingRow(place, [(text, spans)], ends=messages[-1]["role"] == "assistant")
 
-
-def _replace_surrogates(value: Any) -> tuple[Any, bool]:
-    """Replace lone surrogates in all strings of a JSON value; return (value, whether there were any)."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode(errors="surrogatepass").decode(errors="replace"), True
-        return value, False
-    if isinstance(value, list):
-        found = [_replace_surrogates(one) for one in value]
-        return [one for one, _ in found], any(bad for _, bad in found)
-    if isinstance(value, dict):
-        pairs = {key: _replace_surrogates(one) for key, one in value.items()}
-        return {key: one for key, (one, _) in pairs.items()}, any(bad for _, bad in pairs.values())
-    return value, False

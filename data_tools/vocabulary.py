@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from data_tools.counts import Counts
-from data_tools.sources import SourceFile, SourceReader
+from data_tools.files import SourceFile
+from data_tools.sources import SourceReader
 from data_tools.team import Team
 from mpidp.data.tokenizer import (
     ByteTokenizer,
@@ -33,23 +34,35 @@ def check_tokenizer(spec: str) -> None:
         raise UsageError(f"--tokenizer {spec} must be byte, char, bpe:VOCAB (bpe:8192) or an existing tokenizer.json")
 
 
-def make_tokenizer(
-    spec: str, eod: str | None, files: list[SourceFile], own_files: list[SourceFile], reader: SourceReader, team: Team
-) -> Tokenizer:
-    """Return the tokenizer of a corpus, the same on every rank. Collective.
+@dataclass(frozen=True)
+class Corpus:
+    """The files of one source, and how to read them."""
 
-    files: all files; own_files: those of this rank. Rank 0 trains BPE, on at most BPE_TRAINING_CHARACTERS characters.
+    files: list[SourceFile]
+    own_files: list[SourceFile]  # those of this rank
+    reader: SourceReader
+
+    def apart(self) -> Corpus:
+        """Return the corpus with counts of its own: problems are counted when the files are encoded."""
+        return replace(self, reader=replace(self.reader, counts=Counts()))
+
+
+def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team) -> Tokenizer:
+    """Return the tokenizer of all sources, the same on every rank. Collective.
+
+    Rank 0 trains BPE, on at most BPE_TRAINING_CHARACTERS characters.
     """
-    reader = replace(reader, counts=Counts())  # separate counts: problems are counted when the files are encoded
+    corpora = [corpus.apart() for corpus in corpora]
     characters: set[str] = set()
     stored: tuple[str, int | None] | None = None
     with team.raise_together():
         if spec == "char":
-            for f in own_files:
-                for text in reader.pieces(f):
-                    characters.update(text or "")
+            for corpus in corpora:
+                for f in corpus.own_files:
+                    for text in corpus.reader.pieces(f):
+                        characters.update(text or "")
         elif spec.startswith("bpe:") and team.rank == 0:
-            trained = train_bpe(_training_text(files, reader), int(spec[4:]))
+            trained = train_bpe(_training_text(corpora), int(spec[4:]))
             stored = trained.to_json(), trained.eod
         elif spec != "byte" and team.rank == 0:
             given = load_tokenizer(spec, eod)
@@ -59,15 +72,16 @@ def make_tokenizer(
     if spec == "char":
         characters = set().union(*team.allgather(characters))
         if not characters:
-            raise DataError("the source has no text at all; give --source a file or folder with text")
+            raise DataError(Counts.total(team.allgather([corpus.reader.counts for corpus in corpora])).no_text())
         return CharTokenizer("".join(sorted(characters)))
     text, eod_id = team.bcast(stored)
     return tokenizer_from_json(text, eod_id)
 
 
-def _training_text(files: list[SourceFile], reader: SourceReader) -> Iterator[str]:
+def _training_text(corpora: list[Corpus]) -> Iterator[str]:
+    files = [(f, corpus.reader) for corpus in corpora for f in corpus.files]
     left = BPE_TRAINING_CHARACTERS
-    for f in sorted(files, key=lambda f: hashlib.blake2b(f.name.encode("utf-8", "surrogateescape")).digest()):
+    for f, reader in sorted(files, key=lambda pair: blake2b(pair[0].name.encode("utf-8", "surrogateescape")).digest()):
         for text in reader.pieces(f):
             if left <= 0:
                 return

@@ -23,7 +23,8 @@ def main() -> None:
         found = evaluate_choices(options, world)
     else:
         found = evaluate(
-            options.run, options.data, world, options.split, options.device, options.threads, options.tp, options.pp
+            options.run, options.data, world, options.split, options.device, options.threads, options.tp, options.pp,
+            options.model_kind,
         )
     if world.rank == 0:
         step = found.pop("step")
@@ -141,12 +142,14 @@ def _figures(loss: float, tokens: int, text_bytes: int) -> dict[str, Any]:
 
 
 def evaluate(
-    run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1
+    run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1,
+    kind: str = "",
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
-    Each token except the first is a target once. The number of ranks does not change the results. Raises DataError if the data
-    was prepared with another tokenizer. Collective over world.
+    Each token except the first is a target once. The number of ranks does not change the results. kind: model.kind of a run
+    with a custom model, as the user named it. Raises DataError if the data was prepared with another tokenizer. Collective over
+    world.
     """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream
@@ -160,7 +163,7 @@ def evaluate(
     world = grid.world
     reader = open_run(Path(run), world)
     with raise_together(world):
-        loaded = load_model(reader, grid, device, threads)
+        loaded = load_model(reader, grid, device, threads, kind)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         if stream.tokenizer_sha256 != reader.meta["tokenizer"]:
             raise DataError(f"{stream.path} was prepared with another tokenizer than {run}'s: prepare it with that tokenizer")

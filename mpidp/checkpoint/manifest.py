@@ -18,17 +18,47 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Required, TypedDict
 
 import safetensors
 from mpi4py import MPI
 
 from mpidp.errors import CheckpointError
-from mpidp.runtime.files import sync_directory, write_file
+from mpidp.runtime.files import open_regular, sync_directory, write_file
+from mpidp.runtime.json_file import check_type, parse_json
 from mpidp.runtime.world import raise_together
 
 FORMAT = 2
+_HEADER = re.compile(r'\{"crc32": (\d{1,10}), "body":\n')
 _STEP_DIR = re.compile(r"(?:\.replaced_)?step_(\d{8,})")
+
+
+class _File(TypedDict):
+    file: str
+    bytes: int
+    crc32: int
+    pieces: dict[str, list[list[int]]]  # the box of each piece
+
+
+class _Tensor(TypedDict):
+    shape: list[int]
+    dtype: str
+    layout: str
+
+
+class Manifest(TypedDict, total=False):
+    """What readers rely on. Its other entries are the state of the run."""
+
+    files: Required[list[_File]]
+    tensors: Required[dict[str, _Tensor]]
+    step: int
+    config: dict[str, int | float | str | bool]
+    fingerprint: dict[str, Any]
+    shape: dict[str, Any]
+    data: str
+    tokenizer: str
+    eod: int
+    end: dict[str, Any] | None
 
 
 def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
@@ -88,18 +118,23 @@ def committed(folder: Path) -> list[Path]:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the content of the manifest. Raises CheckpointError if it is missing, incomplete or modified. Independent."""
+    file = path / "manifest.json"
     try:
-        text = (path / "manifest.json").read_text()
-        crc = json.loads(text)["crc32"]
-        begin = text.index("\n") + 1
-        content = text[begin : text.rindex("}")]
-        if zlib.crc32(content.encode()) != crc:
-            raise CheckpointError(f"{path / 'manifest.json'}: wrong crc32, the file was modified")
-        body: dict[str, Any] = json.loads(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'}: cannot be read ({error})") from error
+        with open_regular(file) as opened:
+            text = opened.read().decode()
+        header = _HEADER.match(text)
+        if header is None:
+            raise ValueError("it does not begin with its crc32")
+        content = text[header.end() : text.rindex("}")]
+        if zlib.crc32(content.encode()) != int(header[1]):
+            raise CheckpointError(f"{file}: wrong crc32, the file was modified")
+        body: dict[str, Any] = parse_json(content, dict)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
     if body.get("format") != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {body.get('format')}, but this version of mpidp reads format {FORMAT}")
+    with readable(path):
+        check_type(body, Manifest)
     return body
 
 
@@ -120,9 +155,9 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
     if file.parent != path:
         raise CheckpointError(f"{path / 'manifest.json'}: {record['file']} is not in the same folder")
     try:
-        if file.stat().st_size != record["bytes"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, but {record['bytes']} in the manifest")
-        with open(file, "rb") as handle:
+        with open_regular(file) as handle:
+            if (size := os.fstat(handle.fileno()).st_size) != record["bytes"]:
+                raise CheckpointError(f"{file}: {size} bytes, but {record['bytes']} in the manifest")
             crc = _crc32(handle)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error

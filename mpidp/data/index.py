@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.errors import DataError
+from mpidp.runtime.files import open_regular
+from mpidp.runtime.json_file import parse_json
 
 INDEX_FORMAT = "mpidp-shards"
 VERSION = 1
 MAX_INDEX_BYTES = 256 * 2**20
+_KEYS = {  # a key with another name is a damaged one, or one of a newer version: the data would be read wrongly without it
+    "index": {"format", "version", "vocab_size", "eod", "window", "tokenizer", "source", "splits", "files"},
+    "split": {"tokens", "documents", "text_bytes", "loss_mask"},
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # excludes folders, hidden files and ".."
 
 
@@ -59,7 +65,8 @@ class Index:
         """Return the contents of tokenizer.json. Raises DataError if it is missing or has changed."""
         path = folder / "tokenizer.json"
         try:
-            content = path.read_bytes()
+            with open_regular(path) as file:
+                content = file.read()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or prepare {folder} again") from None
         if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
@@ -81,13 +88,13 @@ def read_index(folder: Path, name: str = "index.json") -> Index:
     """Read the index of a folder of shards. Raises DataError if it is missing or invalid. Independent."""
     path = folder / name
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_INDEX_BYTES + 1)
-        raw = json.loads(data) if len(data) <= MAX_INDEX_BYTES else None
+        raw = parse_json(data) if len(data) <= MAX_INDEX_BYTES else None
     except OSError as error:
         raise DataError(f"no shards at {folder}: cannot read {path} ({error.strerror}); "
                         f"prepare them: python -m data_tools.prepare --out {folder}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); prepare the shards again") from None
     try:
         return _parse(raw, hashlib.sha256(data).hexdigest())
@@ -101,10 +108,13 @@ def _parse(raw: Any, sha256: str) -> Index:
         raise ValueError(f'its format is not "{INDEX_FORMAT}"')
     if raw.get("version") != VERSION:
         raise ValueError(f"its version is {raw.get('version')!r}; this mpidp reads version {VERSION}")
+    for what, found in [("index", raw), *(("split", split) for split in raw["splits"].values())]:
+        if unknown := sorted(set(found) - _KEYS[what]):
+            raise ValueError(f"{unknown[0]!r} is not a key of {'an index' if what == 'index' else 'a split'}")
     tokenizer = raw["tokenizer"]
     splits = {
         str(name): SplitRecord(_count(split, "tokens", 1), _count(split, "documents"), _count(split, "text_bytes"),
-                               bool(split.get("loss_mask", False)))
+                               _truth(split, "loss_mask"))
         for name, split in raw["splits"].items()
     }
     files = [
@@ -128,8 +138,8 @@ def _parse(raw: Any, sha256: str) -> Index:
         for key in ("tokens", "documents", "text_bytes"):
             if sum(getattr(record, key) for record in of_split) != getattr(split, key):
                 raise ValueError(f"the {key} of the files of split {name!r} do not add up to the split's total")
-    if unknown := {record.split for record in files} - set(splits):
-        raise ValueError(f"some files belong to split {unknown.pop()!r}, which is not listed")
+    if unlisted := {record.split for record in files} - set(splits):
+        raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not listed")
     return index
 
 
@@ -137,6 +147,13 @@ def _count(raw: dict[str, Any], key: str, least: int = 0, most: int = 2**62) -> 
     value = raw[key]
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{key} {value!r} must be an integer in {least}..{most}")
+    return value
+
+
+def _truth(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} {value!r} must be true or false")
     return value
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import open_regular
 
 FORMAT = "mpidp-tokenizer"
 MAX_FILE_BYTES = 256 * 2**20  # no tokenizer in use is larger; limits the memory that a malicious file can use
@@ -205,7 +206,7 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise DataError(f"larger than {MAX_FILE_BYTES} bytes, too large for a tokenizer")

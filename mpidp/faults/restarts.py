@@ -6,10 +6,17 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mpidp.errors import MpidpError, Stopped, UsageError
 from mpidp.runtime.files import write_file
+from mpidp.runtime.json_file import read_json
+
+
+class _Record(TypedDict):
+    step: int
+    tries: int
+    words: str
 
 
 class RestartLog:
@@ -57,9 +64,8 @@ class RestartLog:
 
     def _read(self) -> dict[str, Any]:
         try:
-            record = json.loads(self.path.read_text())
-            return {"step": int(record["step"]), "tries": int(record["tries"]), "words": str(record["words"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            return dict(read_json(self.path, _Record))
+        except (OSError, ValueError):
             return {}
 
     def _write(self, record: dict[str, Any]) -> None:

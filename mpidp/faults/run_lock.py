@@ -12,14 +12,28 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from mpidp.errors import UsageError
 from mpidp.faults.heartbeat import process_state
+from mpidp.runtime.json_file import parse_json
 from mpidp.runtime.log import log
 
 COUNT_SECONDS = 1.0  # time between two updates of the counter in the lock
 LOCK_BYTES = 512  # size of the lock file; each write replaces the whole content
+
+
+class _Holder(TypedDict, total=False):
+    """The content of the lock."""
+
+    host: Required[str]
+    pid: Required[int]
+    boot: str
+    started: int
+    job: str
+    restart: int
+    token: str
+    count: int
 
 
 class RunLock:
@@ -71,7 +85,7 @@ class RunLock:
     def _acquire(self, patience: float, watch: float, ours: bool) -> None:
         began, first = time.monotonic(), None
         while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             free, holder, waited = _lock_file(handle), _holder(handle), time.monotonic() - began
             if holder and self._follows(holder, ours):
                 os.close(handle)
@@ -109,7 +123,7 @@ class RunLock:
         """Replace the lock file. The old holder, if it still runs, finds that the file has changed. confirm: wait, then check
         that no other job has replaced the file, too."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
-        self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+        self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         _lock_file(self._handle)
         self._write(self._handle)
         os.replace(temporary, self.path)
@@ -163,12 +177,9 @@ def _myself() -> dict[str, Any]:
 
 def _holder(handle: int) -> dict[str, Any]:
     """Return the content of the file, or {} if it is incomplete because its writer failed or has not finished."""
-    try:
-        found = json.loads(os.pread(handle, 4096, 0))
-        pid, restart = int(found["pid"]), int(found.get("restart", 0))
-        return {"job": "", **found, "host": str(found["host"]), "pid": pid, "restart": restart}
-    except (ValueError, KeyError, TypeError):
-        return {}
+    with suppress(ValueError):
+        return {"job": "", "restart": 0, **parse_json(os.pread(handle, 4096, 0), _Holder)}
+    return {}
 
 
 def _lock_file(handle: int) -> bool:
@@ -186,7 +197,7 @@ def _lock_file(handle: int) -> bool:
 def _alive(holder: Mapping[str, Any]) -> bool:
     """Return whether the holder's process is running on this machine. A zombie, or a later process with the same pid, does not
     count."""
-    if (pid := holder.get("pid", 0)) <= 0:
+    if not 0 < (pid := holder.get("pid", 0)) < 2**31:
         return False
     try:
         os.kill(pid, 0)

@@ -101,7 +101,7 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
     with raise_together(world):
-        loaded = load_model(reader, grid, options.device, options.threads)
+        loaded = load_model(reader, grid, options.device, options.threads, options.model_kind)
         return reader, loaded, load_tokenizer_for(loaded, reader, options.tokenizer)
 
 
@@ -134,15 +134,16 @@ def load_base(reader: Reader, parts: ModelPartition, model: Any) -> None:
         raise DataError(changed_base_message(path, found, wanted))
 
 
-def load_model(reader: Reader, grid: Grid, device: str, threads: int) -> Loaded:
+def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str = "") -> Loaded:
     """Load the checkpoint's model (this rank's part), ready for inference. Independent.
 
-    Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid or the device is not possible.
+    kind: model.kind as the user named it, which a run with a custom model needs. Raises CheckpointError if the checkpoint is
+    damaged, and UsageError if the grid, the device or the kind is not possible.
     """
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
-        shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"])
+        shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"], kind, reader.path)
         check_split(shape, grid.tp.size, grid.pp.size)
         parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]

@@ -8,13 +8,55 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Required, TypedDict
 
+from mpidp.errors import UsageError
 from mpidp.metrics.tensorboard import Scalars
-from mpidp.runtime.files import write_file
+from mpidp.runtime.files import open_regular, write_file
+from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_lines
 from mpidp.runtime.log import log
 
 TAIL_BYTES = 1 << 16  # number of bytes at the end of the file in which the last lines of a failed rank 0 are searched
+
+
+class Line(TypedDict, total=False):
+    """What readers rely on in a line. Its other keys may have any value (use number())."""
+
+    step: Required[int]
+    event: str
+    batch: int
+    skipped: int
+    train_loss: float | None
+    val_loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    tokens: float
+    comm_bytes: float
+    step_seconds: float
+    unix_seconds: float
+    reason: str
+    weights_sha256: str
+    nodes: dict[str, int]
+    versions: dict[str, str]
+    fingerprint: dict[str, Any]
+    data: dict[str, Any]
+    energy_of: list[str]
+    rank_compute_seconds: list[float]
+    rank_data_seconds: list[float]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl. Damaged lines are left out, with a warning. A file that does not exist has no lines. Raises
+    UsageError if the file cannot be read. Independent."""
+    try:
+        lines, damaged = read_json_lines(path, Line)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+    if damaged:
+        log.warning("warning: %s: damaged lines, which are left out: %d", path, damaged)
+    return lines
 
 
 class MetricsFile:
@@ -29,18 +71,18 @@ class MetricsFile:
 
         step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: None, or if this rank
         replaces a failed rank 0, the last lines of rank 0; lines that are missing in the file are added. also: TensorBoard files
-        that receive the same lines."""
+        that receive the same lines. Raises UsageError if the file cannot be read or written."""
         self._path = path
         self.also: Scalars | None = None  # TensorBoard files, to which each new line is also written
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
-        if latest is not None:
-            self._repair(latest)
-        elif path.exists():
-            lines = path.read_bytes().split(b"\n")
-            kept = [line for line in lines if _belongs(line, step, next_batch)]
-            self.lost = lost(list(parsed(lines)), list(parsed(kept)))
-            write_file(path, b"".join(line + b"\n" for line in kept))
-        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        try:
+            if latest is not None:
+                self._repair(latest)
+            elif path.exists():
+                self._drop(step, next_batch)
+            self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read and written ({error.strerror}): move it away, or free space") from error
         self._late = b""  # bytes that could not be written yet because the disk is full
         self._warned = False
         self.also = also
@@ -59,6 +101,15 @@ class MetricsFile:
                 log.warning("warning: %s: %s. Its lines are kept in memory until they can be written", self._path, error)
             self._warned = True
 
+    def _drop(self, step: int, next_batch: int) -> None:
+        """Delete lines of later steps and batches, and damaged lines."""
+        read_lines(self._path)  # warns of damaged lines
+        with open_regular(self._path) as file:
+            lines = file.read().split(b"\n")
+        kept = [line for line in lines if _belongs(line, step, next_batch)]
+        self.lost = lost(list(parse_json_lines(lines, Line)), list(parse_json_lines(kept, Line)))
+        write_file(self._path, b"".join(line + b"\n" for line in kept))
+
     def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:
         """Delete an incomplete last line and the `end` line. Add the lines of `latest` that are missing."""
         with open(self._path, "rb+") as file:
@@ -68,7 +119,7 @@ class MetricsFile:
             while lines and (not lines[-1].endswith(b"\n") or b'"event": "end"' in lines[-1]):
                 lines.pop()
             file.truncate(start + sum(map(len, lines)))
-        known = {_kind(json.loads(line)) for line in lines[bool(start) :]}
+        known = {_kind(line) for line in parse_json_lines(lines[bool(start) :], Line)}
         self._file, self._late, self._warned = open(self._path, "ab", buffering=0), b"", False  # noqa: SIM115
         for line in latest:
             if _kind(line) not in known:
@@ -87,18 +138,9 @@ class MetricsFile:
 
 def past(path: Path) -> tuple[int, float]:
     """Return (number of restarts and recoveries, seconds of training) from a run's metrics.jsonl. Independent."""
-    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    lines = read_lines(path)
     failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
     return failures, sum(line.get("step_seconds", 0.0) for line in lines)
-
-
-def parsed(lines: Iterable[bytes | str]) -> Iterator[dict[str, Any]]:
-    """Yield the records of these lines. Incomplete and invalid lines are skipped. Pure."""
-    for line in lines:
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                yield record
 
 
 def number(line: Mapping[str, Any], name: str) -> float | None:
@@ -150,8 +192,7 @@ def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _belongs(line: bytes, step: int, next_batch: int) -> bool:
-    try:
-        record = json.loads(line)
-        return int(record["step"]) <= step and record.get("batch", -1) < next_batch and record.get("event") != "end"
-    except (ValueError, KeyError, TypeError):
-        return False
+    with suppress(ValueError):
+        record = parse_json(line, Line)
+        return record["step"] <= step and record.get("batch", -1) < next_batch and record.get("event") != "end"
+    return False

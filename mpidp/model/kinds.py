@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mpidp.errors import DataError, UsageError
 from mpidp.model.lstm import LSTM
 from mpidp.model.own import CustomModel
 from mpidp.model.part import Part
@@ -23,9 +24,33 @@ def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
     return MODELS[type(shape)](shape, seed, part)
 
 
-def saved_shape(kind: str, saved: Mapping[str, Any]) -> Shape:
+def check_named(kind: Any, named: str, where: object) -> None:
+    """Raise UsageError if a file of a run names a custom model that the user did not name. Pure.
+
+    Opening a run from somebody else must not import or call anything that its files name. kind: model.kind in the file `where`;
+    named: model.kind on the user's own command line, "" if it is not there.
+    """
+    if not isinstance(kind, str):
+        raise DataError(f"{where}: model.kind={kind!r} is not a string: the file is damaged")
+    if named not in ("", kind):
+        raise UsageError(f"{where} has model.kind={kind}, not {named}: correct --model.kind, or leave it out for a built-in kind")
+    if kind not in SHAPES and named != kind:
+        raise UsageError(
+            f"{where} has model.kind={kind}: opening it imports this module and calls the factory. If you trust this code, add "
+            f"--model.kind={kind}. Files of a run alone never start code"
+        )
+
+
+def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: object = "the checkpoint") -> Shape:
     """Return the shape saved in a checkpoint of a run with this model.kind. Pure.
 
-    Raises TypeError if the saved fields are those of another kind.
+    named: see check_named. Raises UsageError if it does not name a custom model, TypeError if the saved fields are those of
+    another kind, and ValueError if the saved arguments of a custom model are not plain values.
     """
-    return SHAPES.get(kind, CustomShape)(**saved)  # type: ignore[no-any-return]
+    check_named(kind, named, where)
+    if kind in SHAPES:
+        return SHAPES[kind](**saved)  # type: ignore[no-any-return]
+    shape = CustomShape(**saved)
+    if shape.factory != kind or not all(isinstance(value, (bool, int, float, str)) for value in shape.arguments.values()):
+        raise ValueError(f"the factory {shape.factory!r} with {shape.arguments!r} does not belong to model.kind={kind}")
+    return shape

@@ -4,19 +4,30 @@ RUN."""
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mpidp.config.command_line import read_toml
 from mpidp.errors import UsageError
-from mpidp.metrics.jsonl import number, parsed, took
+from mpidp.metrics.jsonl import number, read_lines, took
+from mpidp.runtime.json_file import read_json
 
 ALIVE_SECONDS = 10.0  # a lock that is older has no running job, because jobs write to it every second
+
+
+class _Facts(TypedDict):
+    fingerprint: dict[str, Any]
+    data: str
+
+
+class _Sealed(TypedDict):
+    """What is read of a manifest."""
+
+    body: _Facts
 
 
 @dataclass
@@ -89,24 +100,19 @@ def read(path: Path) -> RecordedRun:
             hint = "the run has not started, or failed before its first step" if name == "metrics.jsonl" else "not a run"
             raise UsageError(f"{path}: no {name} there ({hint}); give the folder of a run (its run.dir)")
     config = read_toml(path / "config.toml")
-    try:
-        lines = list(parsed((path / "metrics.jsonl").read_bytes().splitlines()))
-    except OSError as error:
-        raise UsageError(f"{path / 'metrics.jsonl'} cannot be read ({error})") from error
-    run = RecordedRun(path, path.name or str(path), config, [line for line in lines if number(line, "step") is not None])
+    run = RecordedRun(path, path.name or str(path), config, read_lines(path / "metrics.jsonl"))
     if not run.steps:
         raise UsageError(f"{path / 'metrics.jsonl'} has no line of a step: the run has not completed one yet")
     run.facts = _checkpoint_facts(path) | (run.starts[-1] if run.starts else {})
     with suppress(OSError):
-        run.going = run.end is None and time.time() - (path / "lock").stat().st_mtime < ALIVE_SECONDS
+        run.going = run.end is None and abs(time.time() - (path / "lock").stat().st_mtime) < ALIVE_SECONDS
     return run
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
     """Return facts from the newest checkpoint, or {} if it cannot be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        newest = sorted((path / "checkpoints").glob("step_*"))[-1:]
-        for folder in newest:
-            meta = json.loads((folder / "manifest.json").read_text())["meta"]
-            return {"fingerprint": meta["fingerprint"], "data": {"index_sha256": meta["data"]}}
+    with suppress(OSError, ValueError):
+        for folder in sorted((path / "checkpoints").glob("step_*"))[-1:]:
+            body = read_json(folder / "manifest.json", _Sealed)["body"]
+            return {"fingerprint": body["fingerprint"], "data": {"index_sha256": body["data"]}}
     return {}

@@ -1,11 +1,39 @@
-"""Atomic file writes: after a crash a file is either complete or absent."""
+"""Read regular files only, and write files atomically: after a crash a file is either complete or absent."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import IO
+
+from mpidp.errors import UsageError
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a regular file for reading. Raises OSError, without waiting, for FIFOs, devices and folders. Independent."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a FIFO would wait for its writer
+    mode = os.fstat(handle).st_mode
+    if S_ISREG(mode):
+        return open(handle, "rb")
+    os.close(handle)
+    if S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def create_file(path: Path) -> IO[bytes]:
+    """Create a file for writing. Raises FileExistsError if anything has this name, a link included. Independent."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden, random name in the same folder: other users cannot put a link there in advance. Independent."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
@@ -14,21 +42,34 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
     content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. If a write fails, removes the
     temporary file and raises OSError with the path. Independent.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
+        with create_file(temporary) as file:
+            if not callable(content):
+                file.write(content.encode() if isinstance(content, str) else content)
         if callable(content):
             content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        with open(temporary, "rb") as file:
+        with open_regular(temporary) as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        reason = os.strerror(error.errno) if error.errno else str(error)  # the messages of libraries are long
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+@contextmanager
+def writing(what: str | Path, advice: str) -> Iterator[None]:
+    """Run a body that writes files. If it raises OSError, for example because the disk is full, raise UsageError with the name of
+    the file, or `what` if the error has none. Independent."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, (str, Path)) else what
+        raise UsageError(f"{name} cannot be written ({error.strerror or error}): {advice}") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Required, TypedDict
 
 from mpidp.errors import UsageError
+from mpidp.runtime.json_file import read_json_lines
 
 # Maps the step of each meeting to the arrivals since the previous meeting. With parameter servers, the arrivals are a list for
 # each server, with the workers in the order of their pushes. With a quorum, they are a list for each round, with the rank of each
 # contribution that joined the round.
 Order = dict[int, list[list[int]]]
+
+
+class _Line(TypedDict, total=False):
+    step: Required[int]
+    arrivals: list[list[int]]
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
@@ -19,14 +25,13 @@ def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order
     more than `staleness` rounds late. Independent."""
     if not log:
         return {}
-    found: Order = {}
     try:
-        for line in Path(log).read_text().splitlines():
-            record = json.loads(line)
-            if "arrivals" in record:
-                found[int(record["step"])] = record["arrivals"]
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"strategy.replay={log} cannot be read ({error}): give the metrics.jsonl of a run") from error
+        lines, damaged = read_json_lines(Path(log), _Line)
+    except OSError as error:
+        raise UsageError(f"strategy.replay={log} cannot be read ({error.strerror}): give the metrics.jsonl of a run") from error
+    if damaged:
+        raise UsageError(f"strategy.replay={log}: {damaged} lines are damaged, so the order of arrivals is not complete")
+    found: Order = {line["step"]: line["arrivals"] for line in lines if "arrivals" in line}
     if servers:
         _check_pushes(log, found, workers, servers)
     else:
@@ -39,6 +44,10 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
     if there != {(workers, servers)}:
         of = " and ".join(f"{w} workers and {s} servers" for w, s in sorted(there)) or "no parameter servers"
         raise UsageError(f"strategy.replay={log}: that run had {of}, but this run has {workers} workers and {servers} servers")
+    for step, order in found.items():
+        if len({one.count(worker) for one in order for worker in range(workers)}) > 1 or any(min(one) < 0 for one in order):
+            raise UsageError(f"strategy.replay={log}, step {step}: each of the {workers} workers must push each batch to each "
+                             "server once: the order of arrivals is damaged")
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:

@@ -10,25 +10,36 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
+from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
 from mpidp.hf.folder import COMPANION_FILES, ModelFolder
+from mpidp.model.kinds import check_named
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
+from mpidp.runtime.json_file import read_json
 from mpidp.runtime.world import raise_together
 
 KEYS = (  # settings of section model that determine the shape and the meaning of the weights
     "kind", "options", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
     "rope_scaling", "norm_eps", "head_dim", "vocab_size",
 )
+
+
+class _Init(TypedDict):
+    """The content of RUN/init.json."""
+
+    init_from: str
+    settings: dict[str, int | float | str | bool]
+    weights_sha256: str
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,11 @@ class Origin:
     wanted_sha256: str = ""  # required by a run that resumes with these weights; "": any
 
     def completed(self, config: Config) -> Config:
-        """Return the config with the model settings of the source. Raises UsageError if the config contradicts them. Pure."""
+        """Return the config with the model settings of the source. Raises UsageError if the config contradicts them, or if it
+        does not name the source's custom model. Pure."""
         plain = Config().model
+        if (kind := self.settings.get("kind", plain.kind)) not in KINDS:
+            check_named(kind, config.model.kind if config.model.kind != plain.kind else "", f"train.init_from={self.path}")
         wrong = [
             f"model.{key}={given!r}, but the source has {value!r}"
             for key, value in self.settings.items()
@@ -121,11 +135,11 @@ def _kept(config: Config) -> Origin | None:
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None
     try:
-        found = json.loads((run_dir / "init.json").read_bytes())
+        found = read_json(run_dir / "init.json", _Init)
         if found["init_from"] == config.train.init_from:
             settings = {key: found["settings"][key] for key in KEYS if key in found["settings"]}
-            return Origin(found["init_from"], settings, weights_sha256=str(found["weights_sha256"]))
-    except (OSError, ValueError, LookupError, TypeError):
+            return Origin(found["init_from"], settings, weights_sha256=found["weights_sha256"])
+    except (OSError, ValueError):
         pass
     return None
 

@@ -7,7 +7,6 @@ to RUN.
 from __future__ import annotations
 
 import io
-import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 from mpidp.config.defaults import kind
 from mpidp.errors import CheckpointError, DataError, UsageError
+from mpidp.metrics.jsonl import read_lines
 from mpidp.runtime.observers import StepObserver
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
@@ -56,11 +56,10 @@ def read_record(run: str, world: Any) -> Record:
 
     with raise_together(world):
         file = Path(run) / "metrics.jsonl"
-        text = file.read_bytes() if file.is_file() else b""
-        records = [json.loads(line) for line in text.split(b"\n")[:-1]]  # an incomplete last line is left out
-        lines = {line["step"]: line for line in records if "train_loss" in line}
-        skipped = [line["batch"] for line in records if line.get("event") == "skipped"]
-        passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back"}
+        records = read_lines(file)
+        lines = {line["step"]: line for line in records if all(key in line for key in FIGURES)}
+        skipped = [line["batch"] for line in records if line.get("event") == "skipped" and "batch" in line]
+        passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back" and "batch" in line}
         saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
@@ -107,6 +106,7 @@ class Replay:
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
         from mpidp.config import command_line, rules
+        from mpidp.model.kinds import check_named
         from mpidp.parallel.grid import make_grid
         from mpidp.runtime.world import raise_together
         from mpidp.training import build
@@ -125,6 +125,7 @@ class Replay:
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
             settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml")) | PLAIN
+            check_named(settings.get("model.kind", "transformer"), options.model_kind, record.path)
             name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
             if kind(name, quorum) != "synchronous":
                 raise UsageError(

@@ -20,7 +20,7 @@ from mpidp.data.loader import check_targets
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
-from mpidp.metrics.jsonl import MetricsFile
+from mpidp.metrics.jsonl import MetricsFile, read_lines
 from mpidp.metrics.tensorboard import check_tensorboard
 from mpidp.model.part import Part, check_split, part_of
 from mpidp.model.shape import Shape, TransformerShape
@@ -114,8 +114,8 @@ class RunPlan:
         if self.world.rank:
             return
         file = Path(self.config.run.dir) / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        if not lines or '"event": "end"' not in lines[-1]:
+        lines = read_lines(file)
+        if not lines or lines[-1].get("event") != "end":
             metrics = MetricsFile(file, end["step"], end["step"] + end["skipped"])
             metrics.write(end)
             metrics.close()

@@ -47,7 +47,7 @@ def base(where: Path, data: Path, kind: str) -> Path:
 
 
 def replayed(n: int, run: Path, step: int) -> dict[str, Any]:
-    options = argparse.Namespace(run=str(run), step=step, data=None, device=None, threads=None)
+    options = argparse.Namespace(run=str(run), step=step, data=None, device=None, threads=None, model_kind="")
     return at(n, lambda comm: inspect_step(options, comm))[0]
 
 

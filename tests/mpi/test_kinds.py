@@ -35,8 +35,10 @@ def test_ranks_and_restarts_change_no_bit_and_the_run_can_be_used(shared_folder:
         resumed = train_at(ranks, tiny(data, shared_tmp / "again", model=model, **sections))
     whole = train_at(n, tiny(data, shared_tmp / "whole", model=model, **sections))
     assert resumed.sha256 == whole.sha256 and resumed.events("resume")
-    assert evaluate(str(shared_tmp / "at1"), None, WORLD)["loss"] == runs[0].end["val_loss"]
-    words = [str(shared_tmp / f"at{n}"), "--prompt=the rank", "--tokens=20", "--seed=3", f"--device={DEVICE}", "--threads=1"]
+    named = model["kind"]
+    assert evaluate(str(shared_tmp / "at1"), None, WORLD, kind=named)["loss"] == runs[0].end["val_loss"]
+    words = [str(shared_tmp / f"at{n}"), "--prompt=the rank", "--tokens=20", "--seed=3", f"--device={DEVICE}", "--threads=1",
+             f"--model.kind={named}"]
     said = [at(ranks, lambda comm: generate(comm, read_options(words)))[0] for ranks in sizes(1, 2)]  # also beyond the context
     assert all(one == said[0] for one in said) and said[0][0]["text"]
 

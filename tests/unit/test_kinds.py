@@ -46,7 +46,7 @@ def test_shapes_say_what_the_model_is(i: int) -> None:
     assert isinstance(shape, CustomShape) or flops_per_token(shape, 0) == 6 * sum(products.values())
     assert model(TOKENS).shape == (2, T, V)
     kind = "lstm" if isinstance(shape, LSTMShape) else "tests.own_models:Gru"
-    assert saved_shape(kind, dataclasses.asdict(shape)) == shape  # as stored in a checkpoint
+    assert saved_shape(kind, dataclasses.asdict(shape), kind) == shape  # as stored in a checkpoint
     again = make_model(shape, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(UsageError, match="leave them at 1"):
@@ -93,7 +93,7 @@ def test_what_cannot_be_trained_is_refused_with_words(name: str, said: str) -> N
 def test_a_name_in_a_run_calls_nothing_but_models(kind: str) -> None:
     saved = {"vocab_size": V, "seq_len": T, "factory": kind, "arguments": {}, "parameters": []}
     with pytest.raises(UsageError, match="must be a subclass of torch.nn.Module"):
-        make_model(saved_shape(kind, saved))
+        make_model(saved_shape(kind, saved, kind))
 
 
 def test_a_factory_gets_what_it_names() -> None:

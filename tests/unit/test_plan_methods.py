@@ -170,7 +170,7 @@ def test_who_says_how_fast_the_link_is(tmp_path: Path, monkeypatch: pytest.Monke
     Path("run/cluster.json").write_text(json.dumps({**SAID, "ranks": 2}))
     assert find_cluster(config, TrialOptions(ranks=4), alone) == (Cluster(4, 1, 1e-4, 1e8), "run/cluster.json")
     Path("run/cluster.json").write_text("{")
-    with pytest.raises(UsageError, match="is not JSON"):
+    with pytest.raises(UsageError, match="is not a file of mpidp.doctor"):
         find_cluster(config, TrialOptions(), alone)
     with pytest.raises(UsageError, match="mpirun -np N"):
         compare_methods(config, TrialOptions(seconds=1.0, link="100,1"), alone)

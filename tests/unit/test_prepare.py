@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import sources
+from data_tools.files import find_files
 from data_tools.mixture import Source
 from data_tools.options import PrepareOptions, check_options
 from data_tools.prepare import prepare
@@ -276,7 +276,7 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path, capsys: pytest.Capture
     index = prepare(out=tmp_path / "out")
     assert set(index.splits) == {"train", "val"} and index.splits["train"].tokens > 5_000_000
     assert index.source["kind"] == "stdlib" and len(index.source["sha256"]) == 64 and index.source["python"].startswith("3.")
-    files, _ = sources.find_files("stdlib", tmp_path)
+    files, _, _ = find_files("stdlib", tmp_path)
     assert all(f.name.endswith(".py") for f in files)
     assert not {"site-packages", "dist-packages", "test", "tests"} & {part for f in files for part in f.name.split("/")}
     assert "bytes per token" in capsys.readouterr().out

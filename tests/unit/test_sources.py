@@ -11,7 +11,8 @@ import pytest
 
 from data_tools import sources
 from data_tools.counts import Counts
-from data_tools.sources import SourceFile, SourceReader
+from data_tools.files import SourceFile
+from data_tools.sources import SourceReader
 from mpidp.errors import DataError
 
 TEXTS = ["first", "sécond\nwith two lines", "third " * 1000] * 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from mpidp.config.command_line import from_args, read_toml
 from mpidp.errors import UsageError
 from mpidp.hf.names import settings_of
+from mpidp.planning.cluster_file import read_cluster
 from mpidp.planning.mesh.memory import Work
 from mpidp.planning.mesh.search import (
     MICRO_BATCHES,
@@ -23,6 +23,7 @@ from mpidp.planning.mesh.search import (
     plan_mesh,
     vocab_size_of,
 )
+from mpidp.runtime.json_file import read_json
 from mpidp.runtime.options import add_ranks
 
 TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step; key: whether the model has at least 1 B parameters
@@ -79,7 +80,7 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
     if settings and not options.config:
         raise UsageError(f"{settings[0]}: no such option; settings of a run need --config (see --help)")
     cluster = _cluster(options.cluster)
-    ranks = options.ranks or cluster.get("ranks", 0)
+    ranks = options.ranks or cluster.get("ranks") or 0
     if not ranks:
         raise UsageError("give the number of ranks with --ranks, or with --cluster a file of mpidp.doctor that has it")
     if options.overlap is not None and not 0 <= options.overlap <= 1:
@@ -132,10 +133,10 @@ def _initial_model(path: str) -> dict[str, Any]:
         run = next((one for one in (Path(path), *Path(path).parents[1:2]) if (one / "config.toml").is_file()), Path(path))
         return {key: value for key, value in read_toml(run / "config.toml").items() if key in OF_THE_WEIGHTS}
     try:
-        content = json.loads(config.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(config)
+    except (OSError, ValueError) as error:
         raise UsageError(f"train.init_from={path}: config.json cannot be read ({error})") from error
-    return {f"model.{key}": value for key, value in settings_of(content if isinstance(content, dict) else {}, config).items()}
+    return {f"model.{key}": value for key, value in settings_of(content, config).items()}
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
@@ -146,17 +147,4 @@ def _cluster(file: str | None) -> dict[str, Any]:
         if file:
             raise UsageError(f"--cluster={file}: no such file; `mpirun -np N python -m mpidp.doctor` writes one")
         return {}
-    try:
-        cluster = json.loads(path.read_text(errors="replace"))
-        if not isinstance(cluster, dict):
-            raise ValueError("not a JSON object")
-        for key in ("ranks_per_node", "gpus_per_node", "cores_per_node"):
-            cluster[key] = [int(one) for one in cluster.get(key) or []]
-        for key in ("latency_seconds", "bandwidth_bytes_per_second"):
-            cluster[key] = None if cluster.get(key) is None else float(cluster[key])
-        cluster["ranks"] = int(cluster.get("ranks") or 0)
-        if cluster["bandwidth_bytes_per_second"] == 0:
-            raise ValueError("a bandwidth of 0")
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a file of mpidp.doctor ({error}): run the doctor again") from error
-    return cluster
+    return read_cluster(path)

@@ -6,7 +6,6 @@ printed on standard error.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,9 @@ from mpidp.checkup import network
 from mpidp.config.schema import Config
 from mpidp.data.index import read_index
 from mpidp.errors import MpidpError, Stopped, UsageError
+from mpidp.metrics.jsonl import read_lines
 from mpidp.parallel.grid import make_grid
+from mpidp.planning.cluster_file import read_cluster
 from mpidp.planning.methods.predict import MethodRow, predict, recommend, variant, with_speeds
 from mpidp.planning.methods.traffic import Cluster, cluster_of, lanes_of, link_of
 from mpidp.planning.ranks.predict import most_micro_batches
@@ -126,20 +127,16 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
             raise UsageError("--link needs the number of ranks: give --ranks as well")
         return link_of(options.link, ranks), f"--link={options.link}"
     places = [Path(options.cluster)] if options.cluster else [Path(config.run.dir) / "cluster.json", Path("cluster.json")]
-    found: tuple[str, str] | None = None
+    found: tuple[str, dict[str, Any]] | None = None
     with raise_together(world):
         if world.rank == 0:
-            found = next(((str(place), place.read_text(errors="replace")) for place in places if place.is_file()), None)
+            found = next(((str(place), read_cluster(place)) for place in places if place.is_file()), None)
             if options.cluster and found is None:
                 raise UsageError(f"--cluster={options.cluster}: no such file; `mpirun -np N python -m mpidp.doctor` writes one")
     found = world.bcast(found, root=0)
     if found is not None:
         with raise_together(world):
-            try:
-                content = json.loads(found[1])
-            except ValueError as error:
-                raise UsageError(f"{found[0]} is not JSON ({error}): run the doctor again") from error
-            cluster = cluster_of(content if isinstance(content, dict) else {}, ranks, found[0])
+            cluster = cluster_of(found[1], ranks, found[0])
         return cluster, found[0]
     if world.size == 1:
         raise UsageError(
@@ -250,7 +247,7 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
 def _read(metrics: Path, val_loss: float | None) -> TrialResult:
     """Read the result of a trial. The loss is the last val_loss. Without evaluations it is the mean train_loss of the last
     quarter of the steps. Independent."""
-    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "step_seconds" in line]
+    lines = [line for line in read_lines(metrics) if "step_seconds" in line]
     seconds, sent, curve = 0.0, 0, list[tuple[float, int, float]]()
     for line in lines:
         seconds, sent = seconds + line["step_seconds"], sent + line["comm_bytes"]

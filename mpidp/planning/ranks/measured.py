@@ -6,7 +6,6 @@ finished writing.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from mpidp.config.command_line import read_toml
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.metrics.gradient_noise import Noise
-from mpidp.metrics.jsonl import number
+from mpidp.metrics.jsonl import number, read_lines
 from mpidp.planning.ranks.predict import StepTimes, most_micro_batches
 
 WARM_UP = 3  # in a job of more than 3 * WARM_UP steps, the times of this many first steps are ignored
@@ -48,17 +47,8 @@ def read(run: Path) -> MeasuredRun:
         found = MeasuredRun(run, config, Lanes(*cut))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{run / 'config.toml'}: invalid global_batch, micro_batch or lanes ({error!r})") from error
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UsageError(f"{run / 'metrics.jsonl'} cannot be read ({error})") from error
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and number(line, "step") is not None:
-            _add(found, line)
+    for line in read_lines(run / "metrics.jsonl"):
+        _add(found, line)
     if not found.steps or not found.tokens:
         raise UsageError(f"{run / 'metrics.jsonl'} has no line of a step: train first")
     return found
@@ -71,9 +61,9 @@ def _add(run: MeasuredRun, line: dict[str, Any]) -> None:
     elif "event" in line:
         return
     elif (loss := number(line, "val_loss")) is not None:
-        run.evaluations.append((int(line["step"]), loss))
+        run.evaluations.append((line["step"], loss))
     elif (tokens := number(line, "tokens")) is not None:
-        run.steps, run.tokens, run.train_loss = int(line["step"]), int(tokens), number(line, "train_loss")
+        run.steps, run.tokens, run.train_loss = line["step"], int(tokens), number(line, "train_loss")
         if not run.starts:
             run.starts.append((None, []))
         run.starts[-1][1].append(line)

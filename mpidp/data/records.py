@@ -1,0 +1,188 @@
+"""Read the rows of a file: JSON lines, a JSON array, a .csv table or a .parquet file. Independent."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mpidp.data.text_files import MARK, MAX_ROW_BYTES, TextFile, lines_of
+from mpidp.data.unpack import reading
+from mpidp.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row. fields: its values by name, or None if the row is malformed; `reason` then describes the problem."""
+
+    place: str  # file and line, item or row, from 1
+    fields: dict[str, Any] | None
+    reason: str = ""
+    bad_utf8: bool = False  # whether bytes that are not UTF-8, or unpaired surrogates, were replaced
+
+
+def records(file: TextFile, columns: Collection[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a file of kind lines, array, table or parquet; blank lines are passed over. Independent.
+
+    columns: the columns to read of a .parquet file; none: all. Raises DataError if the file cannot be read, and UsageError if a
+    library is missing.
+    """
+    kinds = {"lines": _lines, "array": _array, "table": _table}
+    with reading(file.path):
+        found = _parquet(file, columns) if file.kind == "parquet" else kinds[file.kind](file)
+        for place, value, reason, bad in found:
+            if not reason and not isinstance(value, dict):
+                reason = f"not a JSON object but {describe(value)}"
+            if reason:
+                yield Row(place, None, reason, bad)
+            else:
+                cleaned, had_surrogates = without_surrogates(value)
+                yield Row(place, cleaned, "", bad or had_surrogates)
+
+
+def describe(value: Any) -> str:
+    """Return a noun for the type of a JSON value. Pure."""
+    nouns = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return nouns.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+
+
+def keys_of(fields: dict[str, Any], shown: int = 12) -> str:
+    """Return the names of a row's fields, for error messages. Pure."""
+    names = [name if len(name) <= 40 else f"{name[:40]}..." for name in fields]
+    return ", ".join(names[:shown]) + (", ..." if names[shown:] else "") or "none"
+
+
+def decoded(raw: bytes) -> tuple[str, bool]:
+    """Return (text, whether invalid bytes were replaced). Pure."""
+    try:
+        return raw.decode(), False
+    except UnicodeDecodeError:
+        return raw.decode(errors="replace"), True
+
+
+def without_surrogates(value: Any) -> tuple[Any, bool]:
+    """Replace unpaired surrogates in all strings of a JSON value; return (value, whether there were any). Pure."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode(errors="surrogatepass").decode(errors="replace"), True
+        return value, False
+    if isinstance(value, list):
+        found = [without_surrogates(one) for one in value]
+        return [one for one, _ in found], any(bad for _, bad in found)
+    if isinstance(value, dict):
+        pairs = [(without_surrogates(key), without_surrogates(one)) for key, one in value.items()]
+        return {key: one for (key, _), (one, _) in pairs}, any(a or b for (_, a), (_, b) in pairs)
+    return value, False
+
+
+Found = tuple[str, Any, str, bool]  # place, value, reason, whether bytes were replaced
+
+
+def _lines(file: TextFile) -> Iterator[Found]:
+    with file.open() as stream:
+        for number, line in enumerate(lines_of(stream), 1):
+            place = f"{file.path}:{number}"
+            if line is None:
+                yield place, None, f"longer than {MAX_ROW_BYTES:,} bytes; put the text into a text file of its own", False
+            elif line.strip():
+                yield (place, *_parsed(line))
+
+
+def _parsed(raw: bytes) -> tuple[Any, str, bool]:
+    text, replaced = decoded(raw.removeprefix(MARK))
+    try:
+        return json.loads(text), "", replaced
+    except (ValueError, RecursionError) as error:
+        return None, f"not valid JSON ({error})", replaced
+
+
+def _array(file: TextFile) -> Iterator[Found]:
+    with file.open() as stream:
+        raw = stream.read(MAX_ROW_BYTES + 1)
+    if len(raw) > MAX_ROW_BYTES:
+        raise DataError(f"{file.path} is a JSON array of more than {MAX_ROW_BYTES:,} bytes; write one object per line instead "
+                        "(jq -c '.[]' FILE.json > FILE.jsonl)")
+    found, reason, replaced = _parsed(raw)
+    if reason:
+        raise DataError(f"{file.path} begins as a JSON array, but is {reason}; correct it, or write one object per line")
+    yield from ((f"{file.path}: item {number}", value, "", replaced) for number, value in enumerate(found, 1))
+
+
+def _table(file: TextFile) -> Iterator[Found]:
+    before = csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        with file.open() as stream, io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as text:
+            rows = csv.reader(text, delimiter=file.separator, strict=True)
+            names = next(rows, [])
+            for number, row in enumerate(rows, 1):
+                if row:
+                    reason = "" if len(row) == len(names) else f"{len(row)} values, but the header has {len(names)}"
+                    cleaned = [decoded(value.encode("utf-8", "surrogateescape")) for value in row]
+                    fields = {name: value for name, (value, _) in zip(names, cleaned, strict=False)}
+                    yield f"{file.path}: row {number}", fields, reason, any(bad for _, bad in cleaned)
+    except csv.Error as error:
+        raise DataError(f"{file.path} is not a valid table ({error}); correct it, or write one JSON object per line") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"{file.path}: reading .parquet needs pyarrow: pip install 'mpidp[data]'") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            names = table.schema_arrow.names
+            if missing := [name for name in columns if name not in names]:
+                raise DataError(f"{file.path} has no column `{missing[0]}`, only {', '.join(names)}; rename one of them "
+                                f"to `{missing[0]}`, or name it with --text-key")
+            for batch in table.iter_batches(batch_size=256, columns=list(columns) or None):
+                read = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+                for i in range(batch.num_rows):
+                    number += 1
+                    pairs = {name: _as_text(column[i].as_py()) for name, column in read.items()}
+                    bad = any(replaced for _, replaced in pairs.values())
+                    yield f"{file.path}: row {number}", {name: value for name, (value, _) in pairs.items()}, "", bad
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file.path} is not a readable parquet file ({error}); replace or remove it") from None
+
+
+def _values(column: Any) -> Any:
+    """Cast the strings of a column to bytes, because reading a string that is not UTF-8 raises an exception."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+
+    def as_bytes(kind: Any) -> Any:
+        if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+            return pyarrow.large_binary()
+        if types.is_list(kind) or types.is_large_list(kind):
+            return pyarrow.large_list(kind.value_field.with_type(as_bytes(kind.value_type)))
+        if types.is_struct(kind):
+            return pyarrow.struct([one.with_type(as_bytes(one.type)) for one in (kind.field(i) for i in range(kind.num_fields))])
+        return kind
+
+    return column.cast(as_bytes(column.type))
+
+
+def _as_text(value: Any) -> tuple[Any, bool]:
+    """Decode all bytes in a value; return (value, whether bytes were replaced)."""
+    if isinstance(value, bytes):
+        return decoded(value)
+    if isinstance(value, list):
+        found = [_as_text(one) for one in value]
+        return [one for one, _ in found], any(bad for _, bad in found)
+    if isinstance(value, dict):
+        pairs = {key: _as_text(one) for key, one in value.items()}
+        return {key: one for key, (one, _) in pairs.items()}, any(bad for _, bad in pairs.values())
+    return value, False

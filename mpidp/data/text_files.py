@@ -1,0 +1,202 @@
+"""Recognize text files: one table of kinds for every reader, plain or packed, by name and by first bytes. Independent.
+
+| kind | names (in any case; also with .gz or .zst) | content |
+|---|---|---|
+| lines | .jsonl, .ndjson, .jsonlines; .json with one object per line | a JSON object per line |
+| array | .json that is an array of objects | a JSON object per item |
+| table | .csv, .tsv | a header and rows |
+| parquet | .parquet, or any name with parquet's first bytes | rows |
+| text | all others | plain text |
+
+A byte order mark at the start of a file is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mpidp.data.unpack import SUFFIXES, is_regular, open_bytes, packing, reading
+from mpidp.errors import DataError
+
+MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+OTHER_MARKS = (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")
+PARQUET = b"PAR1"
+NOT_TEXT = (
+    (b"PK\x03\x04", "a zip archive: unpack it"), (b"BZh", "packed with bzip2: unpack it (bunzip2)"),
+    (b"\xfd7zXZ\0", "packed with xz: unpack it (unxz)"), (b"\x04\x22\x4d\x18", "packed with lz4: unpack it (unlz4)"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive: unpack it"), (b"Rar!\x1a\x07", "a RAR archive: unpack it"),
+    (b"ARROW1", "an Arrow file: write it as .parquet or .jsonl"), (b"%PDF-", "a PDF: extract its text"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"SQLite format 3\0", "an SQLite database"), (b"\x93NUMPY", "a NumPy array"),
+)
+KINDS = {
+    ".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json", ".csv": "table", ".tsv": "table",
+    ".parquet": "parquet",
+}
+PROBE_BYTES = 8192  # the part of a file that is searched for a NUL byte, which marks a binary file
+MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
+MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
+
+
+class NotText(ValueError):  # noqa: N818
+    """Raised for a file that cannot be read as text. The message completes "FILE ...". `kind`: "empty" or "binary"."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file and how to read it. `doubt`: why a file of plain text may have been meant otherwise, or ""."""
+
+    path: str
+    kind: str  # lines, array, table, parquet or text
+    skip: int = 0  # bytes of the byte order mark
+    separator: str = ","  # of a table
+    doubt: str = ""
+
+    def open(self) -> BinaryIO:
+        """Open the file after its byte order mark. Raises OSError. Independent."""
+        stream = open_bytes(self.path)
+        stream.read(self.skip)
+        return stream
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """Return (kind, suffix) of a file name. The kind "json" depends on the content: lines, array or text. Pure."""
+    path = Path(name.lower())
+    suffix = (path.with_suffix("") if path.suffix in SUFFIXES else path).suffix
+    return KINDS.get(suffix, "text"), suffix
+
+
+def recognize(path: str | Path, name: str | None = None, wanted: Collection[str] = ()) -> TextFile:
+    """Look at the name and at the first bytes of a file. Raises NotText, DataError and UsageError. Independent.
+
+    name: of the file, if the path has another. wanted: names of fields. A .csv file, and a .json file of a single line, hold rows
+    only if they have one of these fields, or if `wanted` is empty.
+    """
+    path = str(path)
+    with reading(path):
+        if not is_regular(path):
+            raise NotText("binary", "is not a regular file (a folder, a pipe or a device)")
+        if os.stat(path).st_size == 0:
+            raise NotText("empty", "is empty")
+        kind, suffix = kind_of(name or path)
+        with open_bytes(path) as stream:
+            head = stream.read(PROBE_BYTES)
+        if head.startswith(PARQUET) or (kind == "parquet" and not packing(path)):
+            return TextFile(path, "parquet")
+        skip = _check_head(head, kind)
+        file = TextFile(path, kind, skip, "\t" if suffix == ".tsv" else ",")
+        if kind == "json":
+            return _of_json(file, wanted)
+        if kind == "table" and wanted and not _header(file) & set(wanted):
+            return TextFile(path, "text", skip, doubt=f"a table without a column {_any_of(wanted)}")
+        if kind == "text" and _is_json(head[skip:]):
+            return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
+    return file
+
+
+def _check_head(head: bytes, kind: str) -> int:
+    """Return the number of bytes of the byte order mark. Raises NotText."""
+    if not head:
+        raise NotText("empty", "is empty")
+    if kind == "parquet":
+        raise NotText("binary", "is a packed .parquet file: unpack it")
+    for mark, name in OTHER_MARKS:
+        if head.startswith(mark) and "\ufffd" not in head[: len(head) // 4 * 4].decode(name, "replace")[:-1]:
+            raise NotText("binary", f"is {name} text, by its byte order mark: convert it to UTF-8 (iconv -f {name} -t UTF-8)")
+    for magic, what in NOT_TEXT:
+        if head.startswith(magic):
+            raise NotText("binary", f"is {what}")
+    if head[257:262] == b"ustar":
+        raise NotText("binary", "is a tar archive: unpack it")
+    if kind == "text" and b"\0" in head:
+        raise NotText("binary", "looks binary (a NUL byte near its start)")
+    return len(MARK) if head.startswith(MARK) else 0
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line, or None if it has none. Pure."""
+    try:
+        value = json.loads(line.removeprefix(MARK))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _of_json(file: TextFile, wanted: Collection[str]) -> TextFile:
+    with file.open() as stream:
+        first = next((line for line in lines_of(stream) if line is None or line.strip()), None) or b""
+        second = next((line for line in lines_of(stream) if line is None or line.strip()), None)
+        if first.lstrip().startswith(b"["):
+            begun = (first.strip()[1:] + (second or b"")).lstrip()
+            if begun.startswith(b"{"):
+                return TextFile(file.path, "array", file.skip)
+            return TextFile(file.path, "text", file.skip, doubt="a JSON array whose items are no objects")
+    value = parse_object(first)
+    if value is None or (second is not None and parse_object(second) is None):
+        return TextFile(file.path, "text", file.skip, doubt="neither one JSON object per line nor a JSON array of objects")
+    if second is None and wanted and not value.keys() & set(wanted):
+        return TextFile(file.path, "text", file.skip, doubt=f"one JSON object without a field {_any_of(wanted)}")
+    return TextFile(file.path, "lines", file.skip)
+
+
+def _any_of(names: Collection[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
+def _header(file: TextFile) -> set[str]:
+    import csv
+
+    with file.open() as stream:
+        line = next(lines_of(stream), None) or b""
+    try:
+        return set(next(csv.reader([line.decode(errors="replace").rstrip("\r\n")], delimiter=file.separator), []))
+    except csv.Error:
+        return set()
+
+
+def _is_json(head: bytes) -> bool:
+    """True if each complete line of the first bytes is a JSON object."""
+    *lines, last = head.split(b"\n")
+    lines = [line for line in (lines if len(head) == PROBE_BYTES else [*lines, last]) if line.strip()]
+    return bool(lines) and all(parse_object(line) is not None for line in lines)
+
+
+def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Yield the lines of a stream, with their newline. None stands for a line above MAX_ROW_BYTES. Independent."""
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Return the text of a UTF-8 file, without its byte order mark. Independent.
+
+    Raises DataError if the file is not regular, cannot be read, is empty, is not UTF-8, or has more than `limit` bytes.
+    """
+    with reading(path):
+        if not is_regular(path):
+            raise DataError(f"{path} is not a regular file (a folder, a pipe or a device); save the text to a file first")
+        with open_bytes(path) as stream:
+            data = stream.read(limit + 1)
+    try:
+        data = data[_check_head(data[:PROBE_BYTES], "text") :]
+    except NotText as error:
+        raise DataError(f"{path} {error}; a UTF-8 text file is needed") from None
+    if len(data) > limit:
+        raise DataError(f"{path} has more than {limit:,} bytes of text, the largest that is read as one text")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None

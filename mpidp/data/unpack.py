@@ -1,0 +1,141 @@
+"""Open a file and read its bytes, unpacked if it is gzip or zstandard. Memory is bounded. Independent.
+
+The first bytes decide how a file is packed. The name does not have to end in .gz or .zst.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mpidp.errors import DataError, UsageError
+
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of a file
+SUFFIXES = {".gz": GZIP, ".zst": ZSTD}
+SKIPPABLE = 0x184D2A50  # a zstandard frame without content: this number, with any last four bits
+MAX_WINDOW = 2**31  # bytes; the largest that `zstd --long` writes
+PIECE_BYTES = 2**17
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Convert errors of reading into a DataError that names the file. Independent."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}; replace or remove the file") from None
+
+
+def is_regular(path: str | Path) -> bool:
+    """Return False for a FIFO, a socket, a device or a folder. Opening a FIFO would wait for a writer. Independent."""
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def packing(path: str | Path) -> bytes:
+    """Return GZIP, ZSTD, or b"" for a file that is not packed. Raises OSError if the name says otherwise. Independent."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    skippable = len(head) == 4 and int.from_bytes(head, "little") & ~0xF == SKIPPABLE
+    found = GZIP if head.startswith(GZIP) else ZSTD if head == ZSTD or skippable else b""
+    promised = SUFFIXES.get(Path(path).suffix.lower(), b"")
+    if promised and head and found != promised:
+        raise OSError(f"damaged, or not {'gzip' if promised == GZIP else 'zstandard'} data: it begins with {head!r}")
+    return found
+
+
+def open_bytes(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, unpacked. Raises OSError, and UsageError if the decompressor is missing. Independent."""
+    found = packing(path)
+    if found == GZIP:
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if found == ZSTD:
+        return io.BufferedReader(ZstdStream(path), PIECE_BYTES)
+    return open(path, "rb")
+
+
+class ZstdStream(io.RawIOBase):
+    """The unpacked bytes of a zstandard file of any number of frames.
+
+    The blocks are unpacked one by one. A block has at most 128 KiB of content, so memory does not depend on the ratio, apart from
+    the frame's window. A cut file raises OSError, which the library's own reader does not.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise UsageError(f"{path}: reading .zst needs zstandard: pip install 'mpidp[data]'") from None
+        self._zstandard: Any = zstandard
+        self._file = open(path, "rb")  # noqa: SIM115 - close() closes
+        self._pieces = self._frames()
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _exactly(self, count: int) -> bytes:
+        data = self._file.read(count)
+        if len(data) < count:
+            raise OSError("the compressed data ends too early")
+        return data
+
+    def _frames(self) -> Iterator[bytes]:
+        while magic := self._file.read(4):
+            if int.from_bytes(magic, "little") & ~0xF == SKIPPABLE:
+                left = int.from_bytes(self._exactly(4), "little")
+                while left:
+                    left -= len(self._exactly(min(left, PIECE_BYTES)))
+            elif magic == ZSTD:
+                yield from self._frame()
+            elif len(magic) < 4:
+                self._exactly(4)
+            else:
+                raise OSError("damaged zstandard data (other data follows a frame)")
+
+    def _frame(self) -> Iterator[bytes]:
+        """Yield the content of a frame, block by block (RFC 8878, section 3.1.1)."""
+        described = self._exactly(1)
+        flags = described[0]
+        single = flags >> 5 & 1
+        header = ZSTD + described + self._exactly(
+            (not single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
+        )
+        window = 0
+        try:
+            window = self._zstandard.get_frame_parameters(header).window_size
+            decompressor = self._zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+            yield decompressor.decompress(header)
+            last = False
+            while not last:
+                start = self._exactly(3)
+                number = int.from_bytes(start, "little")
+                last, is_repeat, size = bool(number & 1), number >> 1 & 3 == 1, number >> 3
+                yield decompressor.decompress(start + self._exactly(1 if is_repeat else size))
+            if flags & 4:
+                yield decompressor.decompress(self._exactly(4))
+        except (self._zstandard.ZstdError, MemoryError) as error:
+            if isinstance(error, MemoryError) or "memory" in str(error):
+                raise OSError(f"its zstandard window needs {window / 2**20:,.0f} MiB of memory (zstd --long)") from None
+            raise OSError(f"damaged zstandard data ({error})") from None

@@ -1,0 +1,277 @@
+"""Laws of recognizing and unpacking files: the same rows in every kind and packing, whatever marks and names the files have."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.files import SourceFile, find_files
+from data_tools.prepare import prepare
+from data_tools.sources import SourceReader
+from mpidp.data import text_files
+from mpidp.data.records import records
+from mpidp.data.text_files import MARK, NotText, read_whole, recognize
+from mpidp.data.unpack import open_bytes, reading
+from mpidp.errors import DataError
+from tests.unit.test_sources import read
+
+ROWS = [{"text": "a\nb", "n": "1"}, {"text": "zwölf, \"drei\"", "n": "2"}, {"text": "c", "n": "3"}]
+TEXTS = [row["text"] for row in ROWS]
+
+
+def as_lines() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def as_table(separator: str) -> bytes:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator)
+    writer.writerows([["text", "n"], *(list(row.values()) for row in ROWS)])
+    return out.getvalue().encode()
+
+
+KINDS = {
+    ".jsonl": as_lines(), ".ndjson": as_lines(), ".json": as_lines(), ".JSONL": as_lines(), ".jsonlines": as_lines(),
+    " array.json": json.dumps(ROWS).encode(), " pretty.json": json.dumps(ROWS, indent=2).encode(),
+    ".csv": as_table(","), ".tsv": as_table("\t"),
+}
+
+
+def packed(content: bytes, packing: str) -> bytes:
+    if packing.lower() == ".zst":
+        zstandard = pytest.importorskip("zstandard")
+        return b"".join(zstandard.compress(content[i : i + 40]) for i in range(0, len(content), 40))
+    return gzip.compress(content) if packing.lower() == ".gz" else content
+
+
+@pytest.mark.parametrize("mark", [b"", MARK], ids=["plain", "mark"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_in_every_packing_gives_the_same_rows(tmp_path: Path, kind: str, packing: str, mark: bytes) -> None:
+    path = tmp_path / f"data{kind}{packing}"
+    path.write_bytes(packed(mark + KINDS[kind], packing))
+    assert read(path)[0] == TEXTS
+    assert [row.fields for row in records(recognize(path))] == ROWS
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_marks_of_text_are_skipped(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / f"a.txt{packing}"
+    path.write_bytes(packed(MARK + b"hello\n", packing))
+    assert read(path)[0] == ["hello\n"] and read_whole(path) == "hello\n"
+
+
+def test_a_packed_file_needs_no_suffix_and_a_suffix_needs_a_packed_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(as_lines()))
+    assert read(tmp_path / "a.jsonl")[0] == TEXTS
+    (tmp_path / "b.jsonl.gz").write_bytes(as_lines())
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz.*not gzip data"):
+        read(tmp_path / "b.jsonl.gz")
+
+
+REFUSED = {
+    "zip": (b"PK\x03\x04" + bytes(20), "zip archive"), "bzip2": (b"BZh91AY", "bunzip2"), "xz": (b"\xfd7zXZ\0", "unxz"),
+    "lz4": (b"\x04\x22\x4d\x18aa", "unlz4"), "pdf": (b"%PDF-1.7\n", "PDF"), "nul": (b"abc\0", "looks binary"),
+    "utf-16": ("hé\n".encode("utf-16"), "UTF-16"), "utf-16-be": (b"\xfe\xff" + "日本".encode("utf-16-be"), "UTF-16"),
+    "utf-32": ("hello".encode("utf-32"), "UTF-32"), "tar": (b"x" * 257 + b"ustar\0" + bytes(300), "tar archive"),
+    "empty": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, suffix: str) -> None:
+    content, words = REFUSED[name]
+    if name == "nul" and suffix != ".txt":
+        return
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(NotText, match=words):
+        recognize(path)
+    with pytest.raises(DataError, match=words):
+        read(path, alone=True)
+    with pytest.raises(DataError, match=words):
+        read_whole(path)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", Path("/dev/zero")):
+        with pytest.raises(NotText, match="not a regular file"):
+            recognize(path)
+        with pytest.raises(DataError, match="not a regular file"):
+            read_whole(path)
+
+
+DOUBTFUL = {
+    "one.json": b'{\n  "name": "x"\n}\n', "config.json": b'{"name": "x"}', "numbers.json": b"[1, 2]", "t.csv": b"a,b\n1,2\n",
+    "rows.txt": as_lines(), "cut.json": b'{"text": "x"}\nno object\n',
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_json_and_tables_that_hold_no_rows_are_text_and_counted(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(DOUBTFUL[name])
+    found, counts = read(tmp_path / name)
+    assert found == [DOUBTFUL[name].decode()] and counts.doubtful == 1
+    assert name in "".join(counts.complaints())
+
+
+def test_plain_text_is_not_doubted(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text('{"text": "a dict"}\nx = 1\n')
+    assert read(tmp_path / "a.py")[1].doubtful == 0
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_lines_that_are_too_long_are_malformed(tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpidp.data.text_files.MAX_ROW_BYTES", 1000)
+    long = json.dumps({"text": "x" * 5000}) + "\n"
+    path = tmp_path / f"a.jsonl{packing}"
+    path.write_bytes(packed(as_lines() + long.encode() + as_lines() + long.encode()[:-1], packing))
+    found, counts = read(path)
+    assert found == TEXTS * 2 and counts.malformed == 2
+    assert "a.jsonl" in counts.problems["malformed"][0] and ":4: longer than" in counts.problems["malformed"][0]
+
+
+def test_limits_of_whole_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x" * 100)
+    assert read_whole(tmp_path / "a", 100) == "x" * 100
+    with pytest.raises(DataError, match="more than 99 bytes"):
+        read_whole(tmp_path / "a", 99)
+
+
+@pytest.mark.parametrize("window", [27, 28, 31])
+def test_zstandard_with_a_long_window(tmp_path: Path, window: int) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=window, write_checksum=True)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(writer.compress(as_lines()) + writer.flush())
+    assert read(tmp_path / "a.jsonl.zst")[0] == TEXTS
+
+
+def test_zstandard_frames_are_read_block_by_block(tmp_path: Path) -> None:
+    """Frames of all kinds in one file, a skippable one first; a cut anywhere is noticed."""
+    zstandard = pytest.importorskip("zstandard")
+    content = os.urandom(300_000) + b"a" * 1_000_000 + b"xyz" * 1000
+    skipped = b"\x5a\x2a\x4d\x18\x03\0\0\0abc"
+    frames = [skipped, zstandard.compress(content), zstandard.compress(b""), zstandard.compress(b"end")]
+    (tmp_path / "a.zst").write_bytes(b"".join(frames))
+    with open_bytes(tmp_path / "a.zst") as stream:
+        assert stream.read() == content + b"end"
+    whole, ends = b"".join(frames), {len(b"".join(frames[:i])) for i in range(5)}
+    for cut in {12, 15, 19, 30, len(whole) // 2, len(whole) - 1, len(whole) - 4} - ends:
+        (tmp_path / "a.zst").write_bytes(whole[:cut])
+        with pytest.raises(DataError, match="too early"), reading(tmp_path / "a.zst"), open_bytes(tmp_path / "a.zst") as stream:
+            stream.read()
+    bomb = zstandard.ZstdCompressor().compress(bytes(2**28))
+    (tmp_path / "a.zst").write_bytes(bomb)
+    with open_bytes(tmp_path / "a.zst") as stream:
+        pieces = [len(piece) for piece in stream.raw._pieces]  # type: ignore[attr-defined]
+    assert sum(pieces) == 2**28 and max(pieces) <= 2**17
+
+
+def parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pyarrow, library = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    library.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_columns_of_bytes_and_text_that_is_not_utf8(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    bad = pyarrow.array([b"fine", b"a\xffb"], pyarrow.binary())
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), 2, bad.buffers())
+    for name, column in (("binary", bad), ("string", strings), ("dictionary", bad.dictionary_encode())):
+        path = parquet(tmp_path / f"{name}.parquet", {"text": column})
+        found, counts = read(path)
+        assert found == ["fine", "a\ufffdb"] and counts.bad_utf8 == 1, name
+        assert read(path, bad_utf8="skip")[0] == ["fine"]
+
+
+def test_parquet_rows_with_lists_of_objects(tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": "hé"}], []]
+    path = parquet(tmp_path / "chat.parquet", {"messages": messages, "n": [1, None]})
+    assert [row.fields for row in records(recognize(path))] == [
+        {"messages": messages[0], "n": 1}, {"messages": [], "n": None}]
+    (tmp_path / "other name").write_bytes(path.read_bytes())
+    assert recognize(tmp_path / "other name").kind == "parquet"
+
+
+def test_parquet_with_a_column_that_is_no_text(tmp_path: Path) -> None:
+    found, counts = read(parquet(tmp_path / "a.parquet", {"text": [["a"], ["b"]]}))
+    assert found == [] and counts.malformed == 2 and "`text` is a list, not a string" in counts.complaints()[0]
+
+
+def test_fields_that_are_there_are_named_and_another_can_be_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "x", "id": 1}\n' * 3)
+    found, counts = read(path)
+    assert found == [] and "its fields are: content, id (--text-key" in counts.no_text()
+    assert read(path, text_key="content")[0] == ["x"] * 3
+    for tokenizer in ("byte", "char"):
+        with pytest.raises(DataError, match=r"no text at all(.|\n)*a\.jsonl:1: no field `text`; its fields are: content, id"):
+            prepare(str(path), tokenizer, tmp_path / "out")
+    prepare(str(path), "char", tmp_path / "out", val_fraction=0, text_key="content")
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    source, real = tmp_path / "c", tmp_path / "real"
+    for folder in (source / "own", real / "deep"):
+        folder.mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "own/o.txt").write_text("o")
+    (real / "deep/b.txt").write_text("b")
+    (source / "books").symlink_to("../real")
+    (source / "zagain").symlink_to(real)
+    (source / "before").symlink_to("own")
+    (source / "loop").symlink_to(".")
+    (source / "up").symlink_to("..")
+    (real / "back").symlink_to(source)
+    (source / "linked.txt").symlink_to(real / "deep/b.txt")
+    files, about, remarks = find_files(str(source), tmp_path / "out")
+    assert [f.name for f in files] == ["a.txt", "books/deep/b.txt", "linked.txt", "own/o.txt"] and about["files"] == 4
+    assert "links lead out of" in remarks[0] and str(real) in remarks[0] and "own" not in remarks[0]
+
+
+def test_a_source_with_nothing_but_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/b.txt").write_text("b")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/books").symlink_to(tmp_path / "real")
+    assert [f.name for f in find_files(str(tmp_path / "c"), tmp_path)[0]] == ["books/b.txt"]
+
+
+@pytest.mark.parametrize("names", [
+    ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], ["index.json", "shard.00000.mds"],
+    ["index.json", "shard.00000.mds.zstd"], ["index.json", "chunk-0-0.bin"], ["0.ds", "0.ds.metadata"], ["a.bin", "a.idx"],
+])
+def test_datasets_that_are_no_text_are_refused(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "d/train").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "d/train" / name).write_text("{}")
+    with pytest.raises(DataError, match="which is not read. Write it as text first"):
+        find_files(str(tmp_path / "d"), tmp_path)
+
+
+def test_each_source_of_a_mixture_has_its_own_rules(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "hello there"}\n' * 5)
+    (tmp_path / "d/x.txt").write_text("some text")
+    (tmp_path / "d/empty.txt").touch()
+    (tmp_path / "d/bin.dat").write_bytes(b"\0")
+    for tokenizer in ("byte", "char", "bpe:260"):
+        index = prepare([f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/d:0.5"], tokenizer, tmp_path / tokenizer[:3], 1, 0.0)
+        assert (index.source["empty"], index.source["binary"]) == (1, 1)
+
+
+def test_the_probe_of_a_long_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "x" * 3 * text_files.PROBE_BYTES}) + '\n{"text": "y"}\n')
+    reader = SourceReader()
+    assert len([p for p in reader.pieces(SourceFile(path.name, str(path), 1)) if p is None]) == 2
