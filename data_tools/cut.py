@@ -11,6 +11,7 @@ import numpy as np
 
 from mpidp.data.index import FileRecord
 from mpidp.data.shards import write_shard
+from mpidp.data.token_bytes import bytes_of_tokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 
@@ -201,11 +202,16 @@ def cut_shard(
 ) -> tuple[FileRecord, int]:
     """Write one shard into folder; return its record and the number of its tokens that the loss mask includes. Independent."""
     text_bytes = learned = 0
+    starts, tokens, of = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start, bytes_of_tokens(tokenizer)
 
     def pieces() -> Iterator[np.ndarray]:
         nonlocal text_bytes
+        at = 0
         for piece in stream.pieces(plan.start, plan.stop):
-            text_bytes += tokenizer.count_bytes(piece)
+            is_start = np.zeros(len(piece), dtype=np.bool_)
+            is_start[starts[(starts >= at) & (starts < at + len(piece))].astype(np.int64) - at] = True
+            text_bytes += len(tokenizer.decode(piece).encode()) if of is None else int(of.count(piece, is_start).sum())
+            at += len(piece)
             yield piece
 
     def masks() -> Iterator[np.ndarray]:
@@ -214,7 +220,6 @@ def cut_shard(
             learned += int(np.count_nonzero(piece))
             yield piece
 
-    starts, tokens = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start
     attributes: dict[str, int | str] = {
         "split": plan.split, "shard": plan.shard, "num_shards": plan.num_shards, "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod, "tokenizer_sha256": tokenizer_sha256,

@@ -70,13 +70,14 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
 def _summary(found: dict[str, Any]) -> str:
     if "accuracy" in found:
         return (
-            f"accuracy {found['accuracy']:.4f}, per byte {found['accuracy_norm']:.4f}, per token {found['accuracy_token']:.4f} "
-            f"over {found['items']:,} items (chance {found['chance']:.4f})"
+            f"accuracy {found['accuracy']:.4f}, per character {found['accuracy_norm']:.4f}, "
+            f"per token {found['accuracy_token']:.4f} over {found['items']:,} items (chance {found['chance']:.4f})"
             + (f"; {found['cut_items']} contexts were truncated on the left" if found["cut_items"] else "")
         )
+    bits = "unknown" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
     return (
-        f"loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f}, "
-        f"{found['bits_per_byte']:.4f} bits/byte over {found['tokens']:,} tokens"
+        f"loss {found['loss']:.4f} nats/token, perplexity {found['perplexity']:.2f}, {bits} bits/byte "
+        f"over {found['tokens']:,} tokens"
     )
 
 
@@ -132,11 +133,12 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     return accuracies(items, encoded, log_likelihoods(loaded, encoded)) | {"step": reader.meta["step"]}
 
 
-def _figures(loss: float, tokens: int, text_bytes: int) -> dict[str, Any]:
+def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
+    """Return the figures. text_bytes: bytes of the scored tokens; None: unknown."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss * tokens / math.log(2) / max(1, text_bytes),
+        "bits_per_byte": loss * tokens / math.log(2) / text_bytes if text_bytes else None,
         "tokens": tokens,
     }
 
@@ -147,14 +149,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
-    Each token except the first is a target once. The number of ranks does not change the results. kind: model.kind of a run
-    with a custom model, as the user named it. Raises DataError if the data was prepared with another tokenizer. Collective over
-    world.
+    Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte divides the sum of the losses by
+    the bytes of the same tokens; it is None if these are unknown. The number of ranks does not change the results. kind:
+    model.kind of a run with a custom model, as the user named it. Raises DataError if the data was prepared with another
+    tokenizer, or if the loss is not finite. Collective over world.
     """
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError
-    from mpidp.inference.loading import load_model
+    from mpidp.inference.loading import check_same_tokenizer, load_model
+    from mpidp.inference.scored_bytes import scored_bytes
     from mpidp.parallel.engine import Engine
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
@@ -165,8 +169,7 @@ def evaluate(
     with raise_together(world):
         loaded = load_model(reader, grid, device, threads, kind)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
-        if stream.tokenizer_sha256 != reader.meta["tokenizer"]:
-            raise DataError(f"{stream.path} was prepared with another tokenizer than {run}'s: prepare it with that tokenizer")
+        check_same_tokenizer(reader, stream)
         config = reader.meta["config"]
         stream.keep_apart(config.get("data.documents", "joined"), config["model.seq_len"])
         stream.check(range(world.rank, len(stream.files), world.size))
@@ -177,7 +180,9 @@ def evaluate(
         token_losses=loaded.losses, reports_loss=loaded.model.part.has_head and grid.tp.rank == 0,
     )
     loss, tokens = engine.evaluate(stream, world, config["model.seq_len"], config["train.micro_batch"], replicas=grid.replicas.dp)
-    return _figures(loss, tokens, stream.text_bytes) | {"step": reader.meta["step"]}
+    if not math.isfinite(loss):
+        raise loaded.diverged("loss")
+    return _figures(loss, tokens, scored_bytes(stream, world)) | {"step": reader.meta["step"]}
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
     from mpidp.parallel.grid import make_grid
-    from mpidp.runtime.world import polite_barrier, raise_together
+    from mpidp.runtime.world import raise_together
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     rows: list[dict[str, Any]] = []
@@ -124,9 +124,9 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     writes, done = write if grid.world.rank == 0 else None, []
     if writes is not None:
         writes(rows[0]["prompt"])
-    for group in groups:
-        done += continue_prompts(loaded, tokenizer, group, sampling, options.tokens, options.seed, options.stop, writes)
-    polite_barrier(grid.world)
+    with raise_together(grid.world):  # the ranks of a replica communicate in it; if one raises DataError, all of them do
+        for group in groups:
+            done += continue_prompts(loaded, tokenizer, group, sampling, options.tokens, options.seed, options.stop, writes)
     gathered = grid.world.gather(done if grid.model.rank == 0 else []) or []
     found = sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])
     cut = sum(continuation.cut for _, continuation in found)

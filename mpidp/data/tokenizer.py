@@ -59,10 +59,6 @@ class Tokenizer(ABC):
         """Decode ids to text. EOD is dropped; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """Return the number of UTF-8 bytes of the text of these ids. EOD has 0 bytes."""
-
-    @abstractmethod
     def to_json(self) -> str:
         """Return the contents of tokenizer.json. For a loaded file this is exactly its text, so the sha256 does not change."""
 
@@ -80,9 +76,6 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         array = _array(ids)
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        return int(np.count_nonzero(np.asarray(ids) < 256))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": 1, "kind": "byte"}) + "\n"
@@ -102,7 +95,6 @@ class CharTokenizer(Tokenizer):
             raise DataError("a char tokenizer needs at least one character, and no character twice")
         self._id_of = np.full(0x110000, -1, dtype=np.int64)
         self._id_of[self._codes] = np.arange(self.eod)
-        self._byte_counts = np.array([len(c.encode()) for c in characters] + [0], dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         ids: np.ndarray = self._id_of[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
@@ -115,9 +107,6 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         kept = (i for i in _array(ids).tolist() if i != self.eod)
         return "".join(self.characters[i] if 0 <= i < self.eod else "\ufffd" for i in kept)
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        return int(self._byte_counts[np.asarray(ids, dtype=np.int64)].sum())
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": 1, "kind": "char", "characters": self.characters}) + "\n"
@@ -146,7 +135,6 @@ class HFTokenizer(Tokenizer):
             raise DataError(f"tokenizer.json has an id above {MAX_VOCAB}; choose another tokenizer")
         self.eod = _find_eod(vocab, eod)
         self._eod_text: str = tokenizer.id_to_token(self.eod)
-        self._byte_counts = self._count_table(vocab)
         plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos = whole[0] if len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
@@ -162,11 +150,6 @@ class HFTokenizer(Tokenizer):
         known = [i for i in _array(ids).tolist() if i != self.eod and 0 <= i < self.vocab_size]
         return str(self._tokenizer.decode(known, skip_special_tokens=False))
 
-    def count_bytes(self, ids: np.ndarray) -> int:
-        if self._byte_counts is None:
-            return len(self.decode(ids).encode())
-        return int(self._byte_counts[np.asarray(ids, dtype=np.int64)].sum())
-
     def to_json(self) -> str:
         return self._text
 
@@ -181,19 +164,6 @@ class HFTokenizer(Tokenizer):
         pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], None], strict=True)]
         encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
-
-    def _count_table(self, vocab: dict[str, int]) -> np.ndarray | None:
-        """Return bytes per id for byte-level BPE, where each character of a token is one byte. Else return None."""
-        parsed = json.loads(self._text)
-        if (parsed.get("decoder") or {}).get("type") != "ByteLevel":
-            return None
-        table = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, i in vocab.items():
-            table[i] = len(token)
-        for added in parsed.get("added_tokens") or []:  # these are stored as plain text
-            table[added["id"]] = len(added["content"].encode())
-        table[self.eod] = 0
-        return table
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:

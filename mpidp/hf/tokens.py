@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpidp.data.tokenizer import FORMAT, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from mpidp.data.token_bytes import byte_names
+from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
 from mpidp.errors import DataError
 
 EOD = USUAL_EOD[0]
@@ -24,7 +25,7 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
     from tokenizers import Tokenizer as HFTokenizers
 
     if isinstance(tokenizer, ByteTokenizer):
-        made = HFTokenizers(models.BPE(vocab={name: byte for byte, name in enumerate(_byte_names())}, merges=[]))
+        made = HFTokenizers(models.BPE(vocab={name: byte for byte, name in enumerate(byte_names())}, merges=[]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
     else:
@@ -67,14 +68,12 @@ def _plain(content: bytes) -> dict[str, Any]:
     if is_mpidp:
         text = huggingface_json(tokenizer_from_json(text))
     try:
-        parsed: dict[str, Any] = json.loads(HFTokenizers.from_str(text).to_str())
-    except Exception as error:
+        theirs = HFTokenizers.from_str(text)
+        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str would count up to it
+            raise DataError(f"it has an id of {MAX_VOCAB} or more")
+        parsed: dict[str, Any] = json.loads(theirs.to_str())
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:  # a Rust panic is not an Exception
         raise DataError(str(error)) from None
     return {key: value for key, value in parsed.items() if key not in ("truncation", "padding", "post_processor")}
-
-
-def _byte_names() -> list[str]:
-    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]

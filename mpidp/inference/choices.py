@@ -1,9 +1,9 @@
 """Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the plain sum. `accuracy_norm` divides it by the choice's UTF-8 bytes; the harness's acc_norm divides by the number of
-characters, which is the same for ASCII text. `accuracy_token` divides it by the choice's tokens. Of choices with equal scores,
-the first is taken.
+the plain sum (the harness's acc). `accuracy_norm` divides it by the number of characters of the choice without one leading space,
+because the harness adds this space between question and choice itself (its acc_norm). `accuracy_token` divides it by the choice's
+tokens. Of choices with equal scores, the first is taken.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def accuracies(items: Sequence[Question], encoded: Sequence[Sequence[EncodedChoi
         plain = row[: len(item.choices)]
         by = {
             "accuracy": plain,
-            "accuracy_norm": plain / [len(choice.encode()) for choice in item.choices],
+            "accuracy_norm": plain / [max(1, len(choice.removeprefix(" "))) for choice in item.choices],
             "accuracy_token": plain / [one.counted for one in rows],
         }
         for name, of_choices in by.items():

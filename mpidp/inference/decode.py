@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from mpidp.data.tokenizer import Tokenizer
+from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.inference.speech import StreamedText
@@ -56,7 +58,8 @@ def decode(loaded: Loaded, rows: list[DecodedText], sampling: Sampling, eod: int
     """Generate until all sequences have ended. Collective over loaded.grid.model.
 
     Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. eod: the id that ends
-    a sequence, -1 for none. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn.
+    a sequence, -1 for none. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn. Raises
+    DataError if a logit is nan or inf, or if all are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
@@ -66,7 +69,10 @@ def decode(loaded: Loaded, rows: list[DecodedText], sampling: Sampling, eod: int
             tokens = torch.tensor([unseen[row] for row in group])
             caches = None if group[0].cache is None else [row.cache for row in group]
             for row, logits in zip(group, loaded.last_logits(tokens, caches), strict=True):
-                row.add(sampling.draw(logits[:vocab_size], row.generator), eod)
+                logits = logits[:vocab_size]
+                if not math.isfinite(float(logits.max())):  # the maximum of values with nan is nan
+                    raise loaded.diverged("largest logit")
+                row.add(sampling.draw(logits, row.generator), eod)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,9 @@ def continue_prompts(
     prompts: token ids by prompt number; write: called with prompt 0's new text, piece by piece. Collective over
     loaded.grid.model.
     """
-    streams = {i: StreamedText(tokenizer.decode, ids, stops, write if i == 0 else None) for i, ids in prompts.items()}
+    streams = {
+        i: StreamedText(detokenizer_of(tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()
+    }
     rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), streams[i].add) for i, ids in prompts.items()}
     decode(loaded, list(rows.values()), sampling, tokenizer.eod, tokenizer.vocab_size)
     return [(i, Continuation(stream.end(), len(stream.ids), rows[i].ended, rows[i].start > 0)) for i, stream in streams.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,12 @@ from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
+from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.folder import ModelFolder
+from mpidp.hf.tokens import same
+from mpidp.inference.plausible import MAX_THREADS, check_settings, check_shape
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import check_split
 from mpidp.model.starting import base_weights, prepared
@@ -41,6 +45,14 @@ class Loaded:
     grid: Grid
     stages: Stages | None = None  # this rank's place in a pipeline
     losses: Callable[[Tensor, Tensor], Tensor] | None = None  # computes losses from this rank's logits; None: plain_losses
+    name: str = "the model"  # the path of its checkpoint, for error messages
+
+    def diverged(self, what: str) -> DataError:
+        """Return the error for results that are nan or infinite, to be raised on every rank of a replica. Independent."""
+        return DataError.on_every_rank(
+            f"{self.name}: the {what} is not finite (nan or inf). The training has probably diverged: use an earlier checkpoint, "
+            "or train again with a lower optim.lr"
+        )
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, caches: list[Any] | None = None) -> Tensor | None:
@@ -77,14 +89,39 @@ class Loaded:
         return torch.from_numpy(found)
 
 
+def own_tokenizer(reader: Reader) -> Path:
+    """Return the path of the run's copy of its tokenizer.
+
+    Raises DataError if the file is missing, or is not the tokenizer with which the model was trained. Independent.
+    """
+    path, restore = reader.path.parent.parent / "tokenizer.json", "restore it from the shards, or give --tokenizer"
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; {restore}") from None
+    if found != reader.meta["tokenizer"]:
+        raise DataError(f"{path} has changed since the model was trained, so its ids may mean other text; {restore}")
+    return path
+
+
+def check_same_tokenizer(reader: Reader, stream: TokenStream) -> None:
+    """Raise DataError unless the shards were prepared with the run's tokenizer, however its file is formatted. Independent."""
+    if stream.tokenizer_sha256 == reader.meta["tokenizer"]:
+        return
+    if not same(own_tokenizer(reader), stream.index.tokenizer_bytes(stream.path)):
+        raise DataError(f"{stream.path} was prepared with another tokenizer than {reader.path}, so its ids mean other text: "
+                        f"prepare the text again with --tokenizer {reader.path.parent.parent / 'tokenizer.json'}")
+
+
 def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Tokenizer:
     """Load the run's tokenizer, or the one at `path`: a tokenizer.json, or a folder that contains one.
 
     The tokenizer's BOS token is used only for fine-tuned models (train.init_from), because other models were trained without one.
-    Raises DataError if the tokenizer is missing or its size does not match the model. Independent.
+    Raises DataError if the tokenizer is missing, has changed, or its size does not match the model. Independent.
     """
-    tokenizer = load_tokenizer(path or reader.path.parent.parent, reader.meta["eod"])
-    rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
+    with readable(reader.path):
+        tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
+        rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
     if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
         raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give another --tokenizer")
     if "init_from" not in reader.meta:
@@ -140,10 +177,14 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str 
     kind: model.kind as the user named it, which a run with a custom model needs. Raises CheckpointError if the checkpoint is
     damaged, and UsageError if the grid, the device or the kind is not possible.
     """
+    if not 0 <= threads <= MAX_THREADS:
+        raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means: as in training")
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
+        check_settings(reader.path, reader.meta)
         torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
         shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"], kind, reader.path)
+        check_shape(reader.path, reader.meta, shape)
         check_split(shape, grid.tp.size, grid.pp.size)
         parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]
@@ -155,7 +196,9 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str 
         model = prepared(model, settings, shape, parts.part).to(where)
         parts.load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
-    wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(model.eval(), where, dtype, grid)
+    wire, loaded = Messages(where, "host" if where.type == "cpu" else "staged"), Loaded(
+        model.eval(), where, dtype, grid, name=str(reader.path)
+    )
     if grid.tp.size > 1:
         tensor_comm = TensorComm(grid, wire)
         share_layers(model, tensor_comm)

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-6  # a lower temperature selects the likeliest token: logits divided by it may overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters.
 
-    temperature: divides the logits; 0 selects the likeliest token. top_k: sample from the k likeliest tokens; 0: from all. top_p:
-    sample from the smallest set of these with this total probability; 1: from all (nucleus sampling, Holtzman 2020).
+    temperature: divides the logits; 0, or less than COLDEST, selects the likeliest token. top_k: sample from the k likeliest
+    tokens; 0: from all. top_p: sample from the smallest set of these with this total probability; 1: from all (nucleus sampling,
+    Holtzman 2020).
     """
 
     temperature: float = 0.8
@@ -23,7 +26,7 @@ class Sampling:
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """Return a token id sampled from logits (V,) on the CPU."""
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return int(logits.argmax())
         if 0 < self.top_k < len(logits):
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[-1], float("-inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -69,7 +70,7 @@ def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, togeth
     """Return the sum of the losses of all ids except the first, in nats, computed in sliding windows.
 
     Each id has at least seq_len - stride ids of context, or all ids before it if there are fewer. together: windows per
-    batch. Collective over loaded.grid.world.
+    batch. Raises DataError if the sum is not finite. Collective over loaded.grid.world.
     """
     cut = windows(len(ids) - 1, seq_len, stride)
     groups = [cut[i : i + together] for i in range(0, len(cut), together)]
@@ -77,13 +78,19 @@ def text_loss(loaded: Loaded, ids: np.ndarray, seq_len: int, stride: int, togeth
     def work(i: int) -> list[float]:
         return row_losses(loaded, [(ids[begin : end + 1].tolist(), end - scored) for begin, scored, end in groups[i]])
 
-    return float(sum(distribute(loaded.grid, (len(groups), together), work).ravel().tolist()))
+    total = float(sum(distribute(loaded.grid, (len(groups), together), work).ravel().tolist()))
+    if not math.isfinite(total):
+        raise loaded.diverged("loss")
+    return total
 
 
 def log_likelihoods(loaded: Loaded, items: Sequence[Sequence[EncodedChoice]]) -> np.ndarray:
     """Return the choices' log-likelihoods in nats: (questions, largest number of choices) float64.
 
-    Collective over loaded.grid.world.
+    A choice may be impossible (-inf). Raises DataError if a log-likelihood is nan. Collective over loaded.grid.world.
     """
     shape = (len(items), max(len(item) for item in items))
-    return -distribute(loaded.grid, shape, lambda i: row_losses(loaded, [(row.ids, row.counted) for row in items[i]]))
+    found = -distribute(loaded.grid, shape, lambda i: row_losses(loaded, [(row.ids, row.counted) for row in items[i]]))
+    if np.isnan(found).any():
+        raise loaded.diverged("log-likelihood of a choice")
+    return found

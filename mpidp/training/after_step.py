@@ -91,3 +91,9 @@ def evaluate(job: Job) -> None:
     at.evaluated(loss)
     job.record.write({"step": at.step, "val_loss": loss, "val_tokens": tokens})
     job.services.progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
+    if not math.isfinite(loss):
+        job.services.progress.print(
+            f"warning: step {at.step}: the validation loss is not finite, so the weights are unusable (nan, inf or too large). "
+            "Checkpoints from this step on cannot be evaluated or sampled: stop, and continue from an earlier one with a lower "
+            "optim.lr"
+        )

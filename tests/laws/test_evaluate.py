@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mpidp.data.shards import TokenStream
+from data_tools.prepare import prepare
+from mpidp.checkpoint.manifest import _seal, read_manifest
+from mpidp.data.index import read_index
+from mpidp.data.shards import TokenStream, write_shard
+from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import CheckpointError, DataError
 from mpidp.evaluate import evaluate
-from tests.tiny import WORLD, Ran, at, corpus, masked_corpus, sizes, tiny, train_at
+from mpidp.generate import generate
+from mpidp.generate import read_options as generate_options
+from mpidp.hf.tokens import huggingface_json
+from mpidp.inference.scored_bytes import scored_bytes
+from tests.tiny import WORLD, Ran, at, corpus, first_ranks, masked_corpus, sizes, tiny, train_at
+from tests.unit.small_tokenizers import sentencepiece
 
 pytestmark = pytest.mark.mpi
 
@@ -34,7 +49,9 @@ def test_the_same_figures_at_any_number_of_ranks(trained: tuple[Path, Ran], shar
         stream, said = TokenStream(corpus(shared_folder), split), found[0]
         assert said["tokens"] == stream.num_tokens - 1 and said["step"] == 8
         assert said["perplexity"] == math.exp(said["loss"])
-        assert said["bits_per_byte"] == pytest.approx(said["loss"] * said["tokens"] / math.log(2) / stream.text_bytes)
+        begins = 0 if split == "train" and stream.read(0, 1)[0] == stream.eod else 1  # the first token is no target
+        scored = stream.text_bytes - begins
+        assert said["bits_per_byte"] == pytest.approx(said["loss"] * said["tokens"] / math.log(2) / scored)
         if split == "val":
             assert said["loss"] == run.end["val_loss"]  # equal to the last bit
 
@@ -53,6 +70,133 @@ def test_only_targets_that_count_are_counted(trained: tuple[Path, Ran], shared_f
     mask = stream.read_mask(0, stream.num_tokens)
     assert mask is not None and 0 < found[0]["tokens"] == int(mask[1:].sum()) < stream.num_tokens - 1
     assert all(one == found[0] for one in found)
+    scored = int((mask & (stream.read(0, stream.num_tokens) != stream.eod))[1:].sum())  # one byte per token
+    assert found[0]["bits_per_byte"] == pytest.approx(found[0]["loss"] * found[0]["tokens"] / math.log(2) / scored)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_bytes_are_those_of_the_targets(trained: tuple[Path, Ran], shared_folder: Path, apart: bool) -> None:
+    """600 documents of two bytes: if they are kept apart, the second byte and the end of each are targets."""
+    out = shared_folder / "ab"
+    if WORLD.rank == 0 and not out.exists():
+        (shared_folder / "ab.jsonl").write_text('{"text": "ab"}\n' * 600)
+        prepare(str(shared_folder / "ab.jsonl"), "byte", out, shards=2, val_fraction=0.2, verbose=False)
+    WORLD.barrier()
+    stream = TokenStream(out, "val")
+    stream.apart = apart
+    documents = stream.num_documents
+    assert documents > 100 and stream.num_tokens == 3 * documents
+    wanted = documents if apart else 2 * documents - 1
+    assert [scored_bytes(stream, first_ranks(n)) for n in sizes(1, 2, 3) if WORLD.rank < n] == [
+        wanted for n in sizes(1, 2, 3) if WORLD.rank < n
+    ]
+
+
+def test_bytes_of_a_tokenizer_that_begins_texts_with_a_space(shared_folder: Path) -> None:
+    out, some = shared_folder / "spaced", shared_folder / "sp"
+    if WORLD.rank == 0:
+        some.mkdir(exist_ok=True)
+        (some / "tokenizer.json").write_text(sentencepiece().to_json())
+        (some / "x.jsonl").write_text('{"text": "aa bb"}\n' * 300)
+        prepare(str(some / "x.jsonl"), str(some / "tokenizer.json"), out, shards=1, val_fraction=0, verbose=False)
+    WORLD.barrier()
+    stream = TokenStream(out, "train")
+    assert stream.text_bytes == 300 * 5
+    assert scored_bytes(stream, WORLD) == 300 * 5 - 1  # without the first token, an a
+
+
+def changed(tokenizer: Path) -> None:
+    parsed = json.loads(tokenizer.read_text())
+    tokenizer.write_text(json.dumps(parsed | {"kind": "char", "characters": "".join(map(chr, range(256)))}))
+
+
+def test_the_same_tokenizer_in_another_file_is_accepted(trained: tuple[Path, Ran], shared_folder: Path) -> None:
+    """Formatted otherwise, or converted to Hugging Face's format: the ids are the same. Another tokenizer is refused."""
+    plain, n = corpus(shared_folder), sizes(1, 2)[-1]
+    found = []
+    for name, rewrite in [("indented", indented), ("converted", converted), ("other", changed)]:
+        out = shared_folder / name
+        if WORLD.rank == 0:
+            with_tokenizer(plain, out, rewrite)
+        WORLD.barrier()
+        if name == "other":
+            with pytest.raises(DataError, match="prepared with another tokenizer"):
+                at(n, lambda comm, data=out: evaluate(str(trained[0]), str(data), comm))
+        else:
+            found.append(at(n, lambda comm, data=out: evaluate(str(trained[0]), str(data), comm))[0])
+    assert found == [at(n, lambda comm: evaluate(str(trained[0]), str(plain), comm))[0]] * 2
+
+
+def indented(tokenizer: Path) -> None:
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), indent=4))
+
+
+def converted(tokenizer: Path) -> None:
+    tokenizer.write_text(huggingface_json(load_tokenizer(tokenizer)))
+
+
+def with_tokenizer(shards: Path, out: Path, rewrite: Callable[[Path], None]) -> None:
+    """Copy shards, and change the file of their tokenizer."""
+    out.mkdir()
+    shutil.copy(shards / "tokenizer.json", out)
+    rewrite(out / "tokenizer.json")
+    sha256, files = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest(), []
+    index = read_index(shards)
+    for record in index.files:
+        stream = TokenStream(shards, record.split)
+        i = [one.name for one in stream.files].index(record.name)
+        start = sum(one.tokens for one in stream.files[:i])
+        about: dict[str, int | str] = {"split": record.split, "vocab_size": index.vocab_size, "tokenizer_sha256": sha256}
+        written = write_shard(out / record.name, [stream.read(start, record.tokens)], record.tokens, stream.doc_offsets(i), about)
+        files.append(replace(record, **written._asdict()))
+    (out / "index.json").write_text(replace(index, files=files, tokenizer_sha256=sha256).to_json())
+
+
+def test_a_tokenizer_that_changed_since_training_is_refused(trained: tuple[Path, Ran], shared_folder: Path) -> None:
+    run, n = shared_folder / "meddled", sizes(1, 2)[-1]
+    if WORLD.rank == 0:
+        shutil.copytree(trained[0], run)
+        changed(run / "tokenizer.json")
+    WORLD.barrier()
+    words = [str(run), "--device=cpu", "--threads=1", "--tokens=3"]
+    with pytest.raises(DataError, match="tokenizer.json has changed since the model was trained"):
+        at(n, lambda comm: generate(comm, generate_options(words)))
+    assert at(n, lambda comm: generate(comm, generate_options([*words, f"--tokenizer={trained[0]}"])))[0]
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [
+    ("config", "model.seq_len", 0), ("config", "model.seq_len", 2**40), ("config", "model.seq_len", "16"),
+    ("shape", "seq_len", -1),
+    ("config", "train.micro_batch", 0), ("fingerprint", "threads", 10**6), ("fingerprint", "threads", 0),
+    ("shape", "num_layers", 2**31), ("shape", "model_dim", 2**20), ("config", "data.path", 3),
+])
+def test_sizes_that_no_run_writes_are_refused(
+    trained: tuple[Path, Ran], shared_tmp: Path, section: str, key: str, value: Any
+) -> None:
+    run = shared_tmp / "run"
+    if WORLD.rank == 0:
+        shutil.copytree(trained[0], run)
+        path = run / "checkpoints/step_00000008"
+        body = read_manifest(path)
+        body[section][key] = value
+        (path / "manifest.json").write_bytes(_seal(body))
+    WORLD.barrier()
+    with pytest.raises(CheckpointError, match=r"manifest.json"):
+        at(sizes(1, 2)[-1], lambda comm: evaluate(str(run), None, comm, device="cpu"))
+
+
+def test_a_model_of_nan_has_no_figures(trained: tuple[Path, Ran], shared_folder: Path) -> None:
+    train = {"steps": 1, "eval_tokens": 0}
+    ended = train_at(1, tiny(corpus(shared_folder), shared_folder / "nan", train=train, optim={
+        "lr": 1e38, "clip": 0.0, "schedule": "constant", "warmup_steps": 0}))
+    n = sizes(1, 2)[-1]
+    assert not math.isfinite(ended.end["val_loss"])
+    with pytest.raises(DataError, match="nan/checkpoints/step_00000001: the loss is not finite"):
+        at(n, lambda comm: evaluate(str(shared_folder / "nan"), None, comm))
+    for how in ("--temperature=0", "--temperature=1", "--top-p=0.5"):
+        words = [str(shared_folder / "nan"), how, "--device=cpu", "--threads=1"]
+        with pytest.raises(DataError, match="nan/checkpoints/step_00000001: the largest logit is not finite"):
+            at(n, lambda comm, given=words: generate(comm, generate_options(given)))
 
 
 def nowhere(places: np.ndarray) -> np.ndarray:

@@ -106,17 +106,51 @@ def test_accuracies_divide_by_what_they_say() -> None:
     one = item(choices=[" 4", " five", "é"], label=1)
     tokens = [row.counted for row in encode(BYTES, one, 24)]
     assert tokens == [2, 5, 2]
-    for label, scores, right in [
-        (0, [-4.0, -5.0, -9.0], (1, 0, 0)), (1, [-4.0, -5.0, -9.0], (0, 1, 1)), (0, [-4.0, -10.0, -9.0], (1, 1, 1)),
+    for label, scores, right in [  # characters without the leading space: 1, 4, 1
+        (0, [-4.0, -5.0, -9.0], (1, 0, 0)), (1, [-4.0, -5.0, -9.0], (0, 1, 1)), (0, [-4.0, -17.0, -9.0], (1, 1, 1)),
         (1, [-4.0, -9.0, -9.0], (0, 1, 1)),  # the context does not count
     ]:
         found = accuracies([item(choices=one.choices, label=label)], [encode(BYTES, one, 24)], np.array([scores]))
         assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == right
     tokenizer = train_bpe(iter(["hello hello hello"] * 50), 300)
-    asked = item(context="x", choices=["hello", "ab"], label=0)  # 5 bytes and 1 token; 2 bytes and 2 tokens
+    asked = item(context="x", choices=["hello", "ab"], label=0)  # 5 characters and 1 token; 2 characters and 2 tokens
     found = accuracies([asked], [encode(tokenizer, asked, 24)], np.array([[-3.0, -2.0]]))
     assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == (0, 1, 0)
     assert found["chance"] == 0.5 and found["items"] == 1 and found["cut_items"] == 0
+
+
+def test_accuracies_are_those_of_the_harness() -> None:
+    """300 questions. lm_eval's formula: choices are written without the delimiter " ", by which acc_norm does not divide."""
+    generator, words = np.random.default_rng(0), ["a", "bb", "ccc dd", "é", "日本語", "not", " b", "eeeeeeeeee"]
+    items, scores, acc, acc_norm = [], [], [], []
+    for _ in range(300):
+        choices = generator.choice(words, size=3, replace=False).tolist()
+        label, lls = int(generator.integers(3)), (-generator.random(3) * 10).astype(np.float64)
+        completion_len = np.array([float(len(choice)) for choice in choices])
+        acc.append(1.0 if np.argmax(lls) == label else 0.0)
+        acc_norm.append(1.0 if np.argmax(lls / completion_len) == label else 0.0)
+        items.append(item(choices=[" " + choice for choice in choices], label=label))
+        scores.append(lls)
+    found = accuracies(items, [encode(BYTES, one, 40) for one in items], np.array(scores))
+    assert (found["accuracy"], found["accuracy_norm"]) == (np.mean(acc), np.mean(acc_norm))
+
+
+def test_the_space_before_a_choice_is_not_one_of_its_characters() -> None:
+    asked = [item(choices=[" a", " bbbb"], label=1), item(context="if not", choices=[" True", " a"], label=0)]
+    encoded = [encode(BYTES, one, 24) for one in asked]
+    assert accuracies(asked, encoded, np.array([[-2.0, -5.2], [-7.57, -2.97]]))["accuracy_norm"] == 1.0
+    spaces = item(choices=[" ", "b"], label=0)
+    assert accuracies([spaces], [encode(BYTES, spaces, 24)], np.array([[-2.0, -3.0]]))["accuracy_norm"] == 1.0
+
+
+@torch.no_grad()
+def test_a_model_of_nan_has_no_accuracy_and_no_loss() -> None:
+    model = loaded()
+    model.model.head.weight[7, 0] = math.nan
+    with pytest.raises(DataError, match="the model: the log-likelihood of a choice is not finite"):
+        log_likelihoods(model, [encode(BYTES, item(), 24)])
+    with pytest.raises(DataError, match="the model: the loss is not finite"):
+        text_loss(model, np.array([256, *ids(30)]), 24, 12, 2)
 
 
 def test_of_equals_the_first_wins_and_padding_never_does() -> None:

@@ -15,6 +15,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.generate import read_options
 from mpidp.inference.decode import DecodedText, continue_prompts, decode
+from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
@@ -165,6 +166,25 @@ def test_only_what_is_kept_is_drawn() -> None:
     assert logits.tolist() == [0.0, 3.0, 2.0, 1.0, -1.0]
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-39, 1e-45, 1e-300])
+def test_a_tiny_temperature_draws_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0, -100.0])
+    assert {Sampling(temperature, k, p).draw(logits, torch.Generator()) for k in (0, 2) for p in (0.5, 1.0)} == {1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", [GREEDY, Sampling(), Sampling(0.9, 0, 0.8)], ids=str)
+def test_logits_that_are_not_finite_are_refused(value: float, how: Sampling) -> None:
+    model = replace(loaded(), name="runs/x/checkpoints/step_00000001")
+    with torch.no_grad():
+        model.model.head.weight[7, 0] = value
+    with pytest.raises(DataError, match="runs/x/checkpoints/step_00000001: the largest logit is not finite"):
+        continue_prompts(model, BYTES, {0: ids(6)}, how, 5, 0)
+    with torch.no_grad():
+        model.model.head.weight[7] = 0.0  # the same model, mended
+    continue_prompts(model, BYTES, {0: ids(6)}, how, 5, 0)
+
+
 def test_draws_have_the_probabilities() -> None:
     generator, logits = torch.Generator().manual_seed(0), torch.tensor([0.0, 1.0, 2.0])
     counts = torch.bincount(torch.tensor([Sampling(0.5, 0).draw(logits, generator) for _ in range(4000)]), minlength=3)
@@ -183,7 +203,7 @@ TEXT = "naïve 日本語 🙂 \ufffd end"
 def spoken(data: bytes, stops: list[str] | None = None) -> tuple[str, str, list[str], bool]:
     """Return (printed text, returned text, the pieces, stopped?)."""
     pieces: list[str] = []
-    stream = StreamedText(BYTES.decode, [65], stops or (), pieces.append)
+    stream = StreamedText(detokenizer_of(BYTES, [65]), stops or (), pieces.append)
     stopped = any(stream.add(token) for token in data)
     text = stream.end()
     return "".join(pieces), text, pieces, stopped
@@ -209,20 +229,6 @@ def test_nothing_of_a_stop_is_said(stops: list[str], text: str) -> None:
     said, returned, _, stopped = spoken(b"hello world!", stops)
     assert said == returned == text
     assert stopped == (text != "hello world!")
-
-
-class Metaspace(ByteTokenizer):
-    """Like SentencePiece's: the first space of a text is not written."""
-
-    def decode(self, ids: list[int]) -> str:
-        return super().decode(ids).removeprefix(" ")
-
-
-def test_a_first_space_is_not_lost() -> None:
-    stream = StreamedText(Metaspace().decode, list(b"a word"))
-    for token in b" more":
-        stream.add(token)
-    assert stream.end() == " more"
 
 
 def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:

@@ -17,6 +17,7 @@ from data_tools.mixture import Source
 from data_tools.options import PrepareOptions, check_options
 from data_tools.prepare import prepare
 from mpidp.data.shards import TokenStream
+from mpidp.data.token_bytes import bytes_of_tokens
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
 from mpidp.errors import DataError, UsageError
 
@@ -49,7 +50,8 @@ def documents(out: Path, *splits: str) -> list[str]:
         whole = split == "train" or splits == ("val",)  # a document that validation divides begins in training
         assert starts == ([0, *(ends + 1)][: len(starts)] if whole else starts)
         assert stream.num_documents == len(starts)
-        assert tokenizer.count_bytes(ids) == stream.text_bytes
+        of = bytes_of_tokens(tokenizer)
+        assert of is not None and of.count(ids, np.isin(np.arange(len(ids)), starts)).sum() == stream.text_bytes
     return found
 
 

@@ -1,0 +1,140 @@
+"""The UTF-8 bytes of each token, for counting the bytes of scored tokens and for decoding one token after the other. Pure.
+
+Known are mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece's tokens with or without byte fallback. The
+end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+METASPACE = "\u2581"
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """The bytes of each id of a tokenizer. An id without a token has none."""
+
+    of: list[bytes]
+    begin: bool = False  # whether the tokenizer puts a space before each text; this space is not part of the text
+    stripped: bool = False  # whether decoding removes this space
+    added: frozenset[int] = frozenset()  # ids after which the tokenizer puts such a space, too
+    bos: int | None = None  # the id that may stand before a text; there it has no bytes
+
+    def count(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Return the number of bytes of each id, (n,) int64. starts: (n,) bool, true for the first token of each text."""
+        opens = starts & (ids == self.bos)
+        found = np.where(opens, 0, self._lengths[ids])
+        if not self.begin:
+            return found
+        first = starts.copy()
+        first[1:] |= opens[:-1]
+        if self.added:
+            first[1:] |= self._is_added[ids[:-1]]
+        return found - (first & self._spaced[ids])
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.array([len(data) for data in self.of], dtype=np.int64)
+
+    @cached_property
+    def _spaced(self) -> np.ndarray:
+        return np.array([data.startswith(b" ") for data in self.of], dtype=np.bool_)
+
+    @cached_property
+    def _is_added(self) -> np.ndarray:
+        return np.isin(np.arange(len(self.of)), list(self.added))
+
+
+@lru_cache(maxsize=4)
+def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
+    """Return the bytes of each id, or None if the tokenizer's decoder is of another kind. Independent."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return TokenBytes([*(bytes([i]) for i in range(256)), b""])
+    if isinstance(tokenizer, CharTokenizer):
+        return TokenBytes([*(c.encode() for c in tokenizer.characters), b""])
+    parsed = json.loads(tokenizer.to_json())
+    steps = list(_nested(parsed.get("decoder"), "decoders"))
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        byte_of = {name: byte for byte, name in enumerate(byte_names())}
+        found = [bytes(byte_of[c] for c in token) if set(token) <= byte_of.keys() else token.encode()
+                 for token in _vocabulary(parsed, tokenizer.vocab_size)]
+    elif kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and all(map(_is_plain, steps)):
+        falls_back = "ByteFallback" in kinds
+        found = [_sentencepiece(token, steps, falls_back) for token in _vocabulary(parsed, tokenizer.vocab_size)]
+    else:
+        return None
+    added = {token["id"]: token["content"] for token in parsed.get("added_tokens") or []}
+    for i, content in added.items():
+        found[i] = content.encode()
+    found[tokenizer.eod] = b""
+    begin, again = _prefix(parsed)
+    stripped = "Strip" in kinds or "Metaspace" in kinds
+    return TokenBytes(found, begin, stripped, frozenset(added) if again else frozenset(), tokenizer.bos)
+
+
+def byte_names() -> list[str]:
+    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:
+    """Yield the steps of a decoder, a normalizer or a pre-tokenizer, which may be a Sequence of several."""
+    if not isinstance(part, dict):
+        return
+    if part.get("type") != "Sequence":
+        yield part
+    for step in part.get(key) or [] if part.get("type") == "Sequence" else []:
+        yield from _nested(step, key)
+
+
+def _vocabulary(parsed: dict[str, Any], size: int) -> list[str]:
+    vocab, found = parsed["model"]["vocab"], [""] * size
+    for token, i in vocab.items() if isinstance(vocab, dict) else ((one[0], i) for i, one in enumerate(vocab)):
+        found[i] = token
+    return found
+
+
+def _is_plain(step: dict[str, Any]) -> bool:
+    """Return whether _sentencepiece can apply a step of a decoder."""
+    if step["type"] == "Replace":
+        return "String" in step["pattern"]
+    return step["type"] != "Strip" or (step["content"], step["start"], step["stop"]) == (" ", 1, 0)
+
+
+def _sentencepiece(token: str, steps: list[dict[str, Any]], falls_back: bool) -> bytes:
+    if falls_back and (byte := BYTE_TOKEN.fullmatch(token)):
+        return bytes([int(byte[1], 16)])
+    for step in steps:
+        if step["type"] == "Replace":
+            token = token.replace(step["pattern"]["String"], step["content"])
+        elif step["type"] == "Metaspace":
+            token = token.replace(step.get("replacement", METASPACE), " ")
+    return token.encode()
+
+
+def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether encoding puts a space before a text, and whether it does so after added tokens, too."""
+    first = again = False
+    for step in [*_nested(parsed.get("normalizer"), "normalizers"), *_nested(parsed.get("pre_tokenizer"), "pretokenizers")]:
+        if step["type"] == "Prepend":
+            again |= step["prepend"] in (METASPACE, " ")
+        elif step["type"] == "ByteLevel":
+            again |= bool(step.get("add_prefix_space", True))
+        elif step["type"] == "Metaspace":
+            scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+            first, again = first or scheme == "first", again or scheme == "always"
+    return first or again, again

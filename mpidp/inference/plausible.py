@@ -1,0 +1,47 @@
+"""Refuses sizes in a manifest that no run of mpidp writes, before they cost memory or threads. Pure.
+
+A manifest may come from somebody else. A few bytes of it could demand all memory of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpidp.errors import CheckpointError
+from mpidp.model.shape import Shape, num_parameters
+
+LIMITS = {  # largest plausible values, by key of the manifest's settings; the smallest is 1
+    "model.seq_len": 2**22,
+    "train.micro_batch": 2**20,
+}
+MAX_THREADS = 1024
+MAX_SIZE = 2**31  # of a dimension of the model
+ZERO_IS_FINE = ("head_size",)  # fields of a shape for which 0 means: the default
+
+
+def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
+    """Check the sizes that a manifest states. Raises CheckpointError, which names the value, if one is not plausible."""
+    stated = {key: (meta["config"][key], 1, most) for key, most in LIMITS.items()}
+    stated["fingerprint threads"] = (meta["fingerprint"]["threads"], 1, MAX_THREADS)
+    for key, value in meta["shape"].items():
+        if type(value) is int:
+            stated[f"shape {key}"] = (value, 0 if key in ZERO_IS_FINE else 1, LIMITS.get(f"model.{key}", MAX_SIZE))
+    for key, (value, least, most) in stated.items():
+        if type(value) is not int or not least <= value <= most:
+            raise CheckpointError(f"{path / 'manifest.json'}: {key}={value!r} is not an integer in {least}..{most}: "
+                                  "restore the checkpoint, or take an older one")
+    if not isinstance(meta["config"]["data.path"], str):
+        raise CheckpointError(f"{path / 'manifest.json'}: data.path={meta['config']['data.path']!r} is not a path")
+
+
+def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
+    """Check that a checkpoint's files can hold the model of this shape. Raises CheckpointError if they are too small."""
+    tensors, stored = len(meta["tensors"]), sum(int(record["bytes"]) for record in meta["files"])
+    parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # a LoRA run's base is elsewhere
+    if shape.num_layers > tensors or parameters > stored:
+        raise CheckpointError(
+            f"{path / 'manifest.json'}: its shape has {shape.num_layers:,} layers and {num_parameters(shape):,} parameters, but "
+            f"its files hold {tensors:,} tensors in {stored:,} bytes: restore the checkpoint, or take an older one"
+        )
