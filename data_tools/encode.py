@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_tools.cut import Raw, RawWriter
+from data_tools.encoder import Encoder
 from data_tools.files import SourceFile
-from data_tools.places import placer
 from data_tools.rows import RowReader, TrainingRow
 from data_tools.sources import SourceReader
-from mpidp.data.tokenizer import Tokenizer, token_dtype
+from mpidp.data.places import Placed
+from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 2**20  # characters that are encoded at once
@@ -47,26 +48,37 @@ def _drawn(seed: int, name: str, number: int) -> float:
     return int.from_bytes(digest) / 2**48
 
 
-def encode_text(files: list[SourceFile], reader: SourceReader, encoder: Tokenizer, routing: Routing) -> dict[str, Raw]:
+def encode_text(files: list[SourceFile], reader: SourceReader, encoder: Encoder, routing: Routing) -> dict[str, Raw]:
     """Encode a rank's files into raw files, one for each stream. Independent."""
-    writers = routing.writers(token_dtype(encoder.vocab_size), masked=False)
-    for batch in _batches(_routed(files, reader, routing), lambda piece: len(piece[1] or "")):
-        encoded = iter(encoder.encode_batch([text for _, text in batch if text is not None]))
+    eod = encoder.tokenizer.eod
+    writers, last = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=False), None
+    for batch in _batches(_routed(files, reader, encoder, routing), lambda piece: len(piece[1] or "")):
+        encoded = iter(encoder.batch([text for _, text in batch if text is not None]))
         for name, text in batch:
             if text is None:
-                writers[name].end_document(encoder.eod)
+                ended = last is not None and last[-1:].tolist() == [eod]
+                writers[name].end_document_with(np.array([] if ended else [eod]))
+                last = None
             else:
-                writers[name].add(next(encoded))
+                ids = next(encoded)
+                last = encoder.begins(ids) if last is None else ids
+                writers[name].add(last)
     return {name: writer.close() for name, writer in writers.items()}
 
 
-def _routed(files: list[SourceFile], reader: SourceReader, routing: Routing) -> Iterator[tuple[str, str | None]]:
+def _routed(
+    files: list[SourceFile], reader: SourceReader, encoder: Encoder, routing: Routing
+) -> Iterator[tuple[str, str | None]]:
     """Yield (name of the stream, piece of text). A piece of None ends a document."""
     for file in files:
-        number = 0
+        number, named = 0, False
         for text in reader.pieces(file):
             yield routing.stream(file, number), text
-            number += text is None
+            if text is not None and not named and encoder.names is not None and (found := encoder.names.search(text)):
+                named = True
+                reader.counts.note("special", f"{file.path}: document {number + 1} names {found[0]}")
+            if text is None:
+                number, named = number + 1, False
 
 
 def _batches(pieces: Iterator[T], characters_of: Callable[[T], int]) -> Iterator[list[T]]:
@@ -82,23 +94,17 @@ def _batches(pieces: Iterator[T], characters_of: Callable[[T], int]) -> Iterator
 
 
 def encode_rows(
-    files: list[SourceFile], reader: RowReader, encoder: Tokenizer, routing: Routing, max_tokens: int, truncate: bool
+    files: list[SourceFile], reader: RowReader, encoder: Encoder, routing: Routing, max_tokens: int, truncate: bool
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
     Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped.
     """
-    writers = routing.writers(token_dtype(encoder.vocab_size), masked=True)
-    encode = placer(encoder) if reader.template is not None else None
+    writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
     rows = ((routing.stream(file, number), row) for file in files for number, row in enumerate(reader.rows(file)))
-    for batch in _batches(rows, lambda piece: sum(len(text) for text, _ in piece[1].parts)):
-        texts = [text for _, row in batch for text, _ in row.parts]
-        if encode is not None:
-            encoded = iter(encode(texts))
-        else:  # the loss mask includes each part completely or not at all
-            encoded = ((ids, np.zeros(len(ids), dtype=np.int64)) for ids in encoder.encode_batch(texts))
-        for name, row in batch:
-            ids, mask = _tokens(row, encoded, encoder.eod)
+    for batch in _batches(rows, lambda piece: len(piece[1].text)):
+        for (name, row), placed in zip(batch, encoder.placer([row.text for _, row in batch]), strict=True):
+            ids, mask = _tokens(row, placed, encoder)
             if len(ids) > max_tokens and truncate:
                 reader.counts.note("long", f"{row.place}: {len(ids)} tokens")
                 ids, mask = ids[:max_tokens], mask[:max_tokens]
@@ -107,26 +113,28 @@ def encode_rows(
             elif not mask.any():
                 reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
             else:
+                if encoder.names is not None and (found := encoder.names.search(row.said)):
+                    reader.counts.note("special", f"{row.place}: names {found[0]}")
                 writers[name].add_document(ids, mask)
                 reader.counts.documents += 1
     return {name: writer.close() for name, writer in writers.items()}
 
 
-def _tokens(row: TrainingRow, encoded: Iterator[tuple[np.ndarray, np.ndarray]], eod: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (ids, loss mask) of a row. Appends an end-of-document token if the row does not end with one.
+def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, loss mask) of a row. A token is in the loss if it holds any character of a span.
 
-    The loss mask includes the appended token if the row ends with a trained part that does not yet contain this token. The mask
-    never includes the first token, because nothing precedes it.
+    BOS is put in front, and an end-of-document token at the end, unless the row has them. The loss mask includes the appended
+    token if the row ends with a part in the loss that does not yet contain this token. The mask never includes the first token,
+    because nothing precedes it.
     """
-    ids, masks = [], []
-    for (_, spans), (found, places) in zip(row.parts, encoded, strict=False):  # the rest of `encoded` belongs to other rows
-        ids.append(found)
-        masks.append(np.zeros(len(found), dtype=np.uint8))
-        for start, stop in spans:
-            masks[-1][(places >= start) & (places < stop)] = 1
-    all_ids, mask = np.concatenate(ids), np.concatenate(masks)
-    if not len(all_ids) or all_ids[-1] != eod:
-        learned = row.ends and not (all_ids[mask > 0] == eod).any()
-        all_ids, mask = np.append(all_ids, eod), np.append(mask, np.uint8(learned))
+    ids, eod = placed.ids, encoder.tokenizer.eod
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    for start, stop in row.spans:
+        mask[placed.holds(start, stop)] = 1
+    if not len(ids) or ids[-1] != eod:
+        learned = row.ends and not (ids[mask > 0] == eod).any()
+        ids, mask = np.append(ids, eod), np.append(mask, np.uint8(learned))
+    begun = encoder.begins(ids)
+    mask = np.insert(mask, 0, 0) if len(begun) > len(ids) else mask
     mask[0] = 0
-    return all_ids, mask
+    return begun, mask

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from data_tools.mixture import Source
 from data_tools.rows import FORMATS
 from data_tools.vocabulary import check_tokenizer
 from mpidp.errors import UsageError
+from mpidp.runtime.options import add_out
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class PrepareOptions:
     truncate: bool = False
     tokens: int = 0  # of the mixture; 0: no limit
     repeat: bool = False
+    bos: str = "auto"  # or "none": documents and rows begin without BOS
+    special: str = ""  # "text", "tokens", or "": the tokenizer's default for rows, text for documents
     text_key: str = "text"
 
     @property
@@ -63,6 +67,46 @@ def check_options(options: PrepareOptions, chat_template: str | None = None) -> 
         raise UsageError("--text-key applies to --format text only: rows have fixed fields")
     if chat_template and options.form != "chat":
         raise UsageError("--chat-template applies to --format chat only")
+    if options.bos not in ("auto", "none"):
+        raise UsageError(f"--bos {options.bos} must be auto or none")
+    if options.special not in ("", "text", "tokens"):
+        raise UsageError(f"--special {options.special} must be text or tokens")
+    if options.special == "text" and options.form == "chat":
+        raise UsageError("--special text does not apply to --format chat: the special tokens of the template become ids")
     if options.tokens < 0 or options.repeat and not options.tokens:
         raise UsageError("--tokens N must be above 0, and --repeat needs it: without a limit, a repeating mixture never ends")
     check_tokenizer(options.tokenizer)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command line to a parser. Pure."""
+    add = parser.add_argument
+    add("--source", action="append", help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: "
+        "the .py files of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a "
+        "mixture (stdlib)")
+    add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
+        "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
+    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")
+    add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
+    add("--seq-len", type=int, metavar="N", default=0,
+        help="for rows: the window length in tokens; train with the same model.seq_len")
+    add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
+    add("--tokens", type=int, metavar="N", default=0,
+        help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
+    add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
+    add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
+        "that contains one (%(default)s)")
+    add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
+    add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
+    add("--val-fraction", type=float, metavar="F", default=0.05,
+        help="validation share of tokens or documents; 0: none (%(default)s)")
+    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
+        "default: text, for rows document")
+    add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
+    add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
+    add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
+    add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds it to texts; none: no BOS "
+        "(%(default)s)")
+    add("--special", default="", help="what names of special tokens in texts (<|im_start|>) become: tokens (their ids) or text; "
+        "default: tokens for rows if the tokenizer is a model's, else text")
+    add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")

@@ -17,23 +17,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.chat import Template, find_template
+from data_tools.chat import find_template
 from data_tools.counts import Counts
 from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
 from data_tools.encode import Routing, encode_rows, encode_text
+from data_tools.encoder import Encoder, completed_table, table_of
 from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
-from data_tools.options import PrepareOptions, check_options
+from data_tools.options import PrepareOptions, add_options, check_options
 from data_tools.rows import RowReader
 from data_tools.sources import SourceReader
 from data_tools.team import Team
 from data_tools.vocabulary import Corpus, make_tokenizer
+from mpidp.data.chat_template import Template
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
+from mpidp.data.special_tokens import FILE, SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.files import write_file
-from mpidp.runtime.options import add_out, program
+from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -47,7 +50,7 @@ def prepare(
     val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
     eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
-    text_key: str = "text",
+    text_key: str = "text", bos: str = "auto", special: str = "",
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
@@ -55,37 +58,41 @@ def prepare(
     repeat: an exhausted source starts over. form: "text", "prompt_completion" or "chat"; the last two are rows with a loss mask
     (rows.py), packed so that none crosses a multiple of seq_len tokens. split: what becomes validation. "text": the last
     val_fraction of the stream. "document": whole documents, chosen by a hash of seed, file name and index in the file; the seed
-    has no other use. Rows are always split by document. eod: the end-of-document token of the tokenizer.json. verbose: print a
-    summary on rank 0. Raises UsageError if an option is invalid and DataError if a source cannot be read. OUT is then
-    unchanged.
+    has no other use. Rows are always split by document. eod: the end-of-document token of the tokenizer.json. bos: "auto" puts
+    BOS before documents and rows if the tokenizer adds it to texts. special: what names of special tokens in texts become, "text"
+    or "tokens". verbose: print a summary on rank 0. Raises UsageError if an option is invalid and DataError if a source cannot
+    be read. OUT is then unchanged.
     """
     began, team, out = time.monotonic(), Team(comm), Path(out)
     scratch, is_new = out / SCRATCH, not out.exists()
-    found: tuple[list[Found], Template | None] | None = None
+    found: tuple[list[Found], SpecialTokens, Template | None] | None = None
     with team.raise_together():
         options = PrepareOptions(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
-            bad_utf8, strict, form, seq_len, truncate, tokens, repeat, text_key,
+            bad_utf8, strict, form, seq_len, truncate, tokens, repeat, bos, special, text_key,
         )
         check_options(options, chat_template)
         if team.rank == 0:
             ours = _names_in(out)
-            template = find_template(chat_template, tokenizer) if form == "chat" else None
-            found = [find_files(one.path, leave_out=out) for one in options.sources], template
+            table = table_of(tokenizer, eod)
+            template = find_template(chat_template, tokenizer, table) if form == "chat" else None
+            found = [find_files(one.path, leave_out=out) for one in options.sources], table, template
             _make_scratch(out, ours)
-    corpora, template = team.bcast(found)
+    corpora, table, template = team.bcast(found)
     try:
         own_files = [_files_of_rank(files, team.rank, team.size) for files, _, _ in corpora]
         readers = [_reader(options, template, about["kind"] == "file") for _, about, _ in corpora]
-        encoder = make_tokenizer(
+        made = make_tokenizer(
             tokenizer, eod, [Corpus(c[0], own, reader) for c, own, reader in zip(corpora, own_files, readers, strict=True)], team
         )
+        table = completed_table(table, made, template, options)
+        encoder = Encoder(made, table.bos, options.special or ("text" if form == "text" else table.special))
         with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
             ]
         all_raws, counts = team.allgather(encoded), Counts.total(team.allgather([reader.counts for reader in readers]))
-        index = _write(all_raws, counts, encoder, [about for _, about, _ in corpora], options, out, team)
+        index = _write(all_raws, counts, made, table, [about for _, about, _ in corpora], options, out, team)
     finally:
         if team.rank == 0 and not _is_half_replaced(out):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -106,7 +113,7 @@ def _reader(options: PrepareOptions, template: Template | None, alone: bool) -> 
 
 
 def _encode(
-    options: PrepareOptions, source: int, files: list[SourceFile], reader: SourceReader, encoder: Tokenizer, scratch: Path,
+    options: PrepareOptions, source: int, files: list[SourceFile], reader: SourceReader, encoder: Encoder, scratch: Path,
     rank: int,
 ) -> dict[str, Raw]:
     """Encode a rank's files of one source into raw files, one per stream."""
@@ -163,11 +170,11 @@ def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[Source
 
 
 def _write(
-    raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, abouts: list[dict[str, Any]], options: PrepareOptions,
-    out: Path, team: Team,
+    raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, table: SpecialTokens, abouts: list[dict[str, Any]],
+    options: PrepareOptions, out: Path, team: Team,
 ) -> Index:
     """Write the shards, each rank some of them, and move them to OUT. raws: by rank, source and stream. Collective."""
-    stored = encoder.to_json()
+    stored, special = encoder.to_json(), "" if table.is_plain else table.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     plans: list[ShardPlan] = []
     with team.raise_together():
@@ -188,10 +195,11 @@ def _write(
                                     sum(f.text_bytes for f in of_split), loss_mask=rows)
     about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, mixture, strict=True)]} if mixture else abouts[0]
     about = about | ({"format": options.form, "learned_tokens": learned} if rows else {}) | counts.left_out()
-    index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len)
+    index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len,
+                  special_tokens_sha256=hashlib.sha256(special.encode()).hexdigest() if special else "")
     with team.raise_together():
         if team.rank == 0:
-            _put_in_place(out, index, stored)
+            _put_in_place(out, index, stored, special)
     return index
 
 
@@ -217,7 +225,7 @@ def _streams(
     return found, mixture_record(options.sources, taken, available) if mixed else []
 
 
-def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
+def _put_in_place(out: Path, index: Index, tokenizer: str, special: str) -> None:
     """Move the old index away and the new shards in, remove stale shards, and write the new index.
 
     The next run recovers from an interruption at any point (_names_in).
@@ -231,6 +239,10 @@ def _put_in_place(out: Path, index: Index, tokenizer: str) -> None:
     for name in stale:
         (out / name).unlink()
     write_file(out / "tokenizer.json", tokenizer)
+    if special:
+        write_file(out / FILE, special)
+    else:
+        (out / FILE).unlink(missing_ok=True)
     write_file(out / "index.json", index.to_json())
     shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
 
@@ -259,32 +271,7 @@ def main() -> None:
     """Command-line entry point. Collective over COMM_WORLD."""
     parser = Parser(prog=program("data_tools.prepare"), description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--source", action="append", help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: "
-        "the .py files of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a "
-        "mixture (stdlib)")
-    add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
-        "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
-    add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")
-    add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
-    add("--seq-len", type=int, metavar="N", default=0,
-        help="for rows: the window length in tokens; train with the same model.seq_len")
-    add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
-    add("--tokens", type=int, metavar="N", default=0,
-        help="total tokens of the mixture; 0: stop when a source is exhausted (%(default)s)")
-    add("--repeat", action="store_true", help="with --tokens: an exhausted source starts over")
-    add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
-        "that contains one (%(default)s)")
-    add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
-    add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
-    add("--val-fraction", type=float, metavar="F", default=0.05,
-        help="validation share of tokens or documents; 0: none (%(default)s)")
-    add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
-        "default: text, for rows document")
-    add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
-    add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
-    add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
-    add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")
+    add_options(parser)
     options, world = begin(lambda: vars(parser.parse_args()))
     options["source"] = options["source"] or "stdlib"
     if world.size > 1:

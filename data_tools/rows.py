@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.chat import BEGIN, END, Spans, Template, TemplateRejection
+from data_tools.chat import Spans, render
 from data_tools.files import SourceFile
 from data_tools.sources import SourceReader
+from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.records import keys_of
 from mpidp.errors import DataError
 
@@ -28,10 +29,12 @@ class RowSkipped(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """The texts of one line, which are encoded separately. Each has the spans of characters that are in the loss."""
+    """The text of one line, and the spans of its characters that are in the loss."""
 
     place: str  # file and line number
-    parts: list[tuple[str, Spans]]
+    text: str
+    spans: Spans
+    said: str  # what the row itself says, without the template
     ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
 
 
@@ -44,8 +47,7 @@ class RowReader(SourceReader):
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
         """Yield the text of the rows, to train a tokenizer. None ends a row."""
         for row in self.rows(file):
-            for text, _ in row.parts:
-                yield text
+            yield row.text
             yield None
 
     def rows(self, file: SourceFile) -> Iterator[TrainingRow]:
@@ -76,7 +78,8 @@ class RowReader(SourceReader):
             raise RowSkipped("malformed", f"no string fields `prompt` and `completion`; its fields are: {keys_of(value)}")
         if not completion:
             raise RowSkipped("empty", "its completion is empty")
-        return TrainingRow(place, [(prompt, []), (completion, [(0, len(completion))])], ends=True)
+        return TrainingRow(place, prompt + completion, [(len(prompt), len(prompt + completion))],
+                           prompt + completion, ends=True)
 
     def _conversation(self, place: str, value: dict[str, Any]) -> TrainingRow:
         messages = value.get("messages")
@@ -91,8 +94,9 @@ class RowReader(SourceReader):
         assert self.template is not None
         if not any(message["role"] == "assistant" for message in messages):
             raise RowSkipped("empty", "no assistant turn")
-        text, spans = self.template.render(messages)
+        text, spans = render(self.template, messages)
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
-        return TrainingRow(place, [(text, spans)], ends=messages[-1]["role"] == "assistant")
+        said = "\n".join(message["content"] for message in messages)
+        return TrainingRow(place, text, spans, said, ends=messages[-1]["role"] == "assistant")
 

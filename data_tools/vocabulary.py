@@ -34,6 +34,11 @@ def check_tokenizer(spec: str) -> None:
         raise UsageError(f"--tokenizer {spec} must be byte, char, bpe:VOCAB (bpe:8192) or an existing tokenizer.json")
 
 
+def given_tokenizer(spec: str, eod: str | None) -> Tokenizer | None:
+    """Load the tokenizer that spec names as a path; None if spec is byte, char or bpe:VOCAB. Independent."""
+    return None if spec in ("byte", "char") or spec.startswith("bpe:") else load_tokenizer(spec, eod)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """The files of one source, and how to read them."""
@@ -64,8 +69,7 @@ def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team
         elif spec.startswith("bpe:") and team.rank == 0:
             trained = train_bpe(_training_text(corpora), int(spec[4:]))
             stored = trained.to_json(), trained.eod
-        elif spec != "byte" and team.rank == 0:
-            given = load_tokenizer(spec, eod)
+        elif team.rank == 0 and (given := given_tokenizer(spec, eod)) is not None:
             stored = given.to_json(), given.eod
     if spec == "byte":
         return ByteTokenizer()

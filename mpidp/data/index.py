@@ -17,7 +17,7 @@ INDEX_FORMAT = "mpidp-shards"
 VERSION = 1
 MAX_INDEX_BYTES = 256 * 2**20
 _KEYS = {  # a key with another name is a damaged one, or one of a newer version: the data would be read wrongly without it
-    "index": {"format", "version", "vocab_size", "eod", "window", "tokenizer", "source", "splits", "files"},
+    "index": {"format", "version", "vocab_size", "eod", "window", "special_tokens", "tokenizer", "source", "splits", "files"},
     "split": {"tokens", "documents", "text_bytes", "loss_mask"},
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.h5")  # excludes folders, hidden files and ".."
@@ -60,26 +60,25 @@ class Index:
     source: dict[str, Any]
     sha256: str = ""  # of index.json itself
     window: int = 0  # if packed: no document crosses a multiple of this many tokens; 0: not packed
+    special_tokens_sha256: str = ""  # of special_tokens.json; "": there is no such file
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
         """Return the contents of tokenizer.json. Raises DataError if it is missing or has changed."""
-        path = folder / "tokenizer.json"
-        try:
-            with open_regular(path) as file:
-                content = file.read()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or prepare {folder} again") from None
-        if hashlib.sha256(content).hexdigest() != self.tokenizer_sha256:
-            raise DataError(f"{path}: changed since index.json was written; restore it, or prepare {folder} again")
-        return content
+        return _content(folder, "tokenizer.json", self.tokenizer_sha256)
+
+    def special_tokens_bytes(self, folder: Path) -> bytes | None:
+        """Return the contents of special_tokens.json, or None if these shards have none (special_tokens.py)."""
+        return _content(folder, "special_tokens.json", self.special_tokens_sha256) if self.special_tokens_sha256 else None
 
     def to_json(self) -> str:
         """Return the contents of index.json. They depend on the shards only, so equal shards have an equal index."""
         tokenizer = {"kind": self.tokenizer_kind, "file": "tokenizer.json", "sha256": self.tokenizer_sha256}
-        packed = {"window": self.window} if self.window else {}
+        optional: dict[str, Any] = {"window": self.window} if self.window else {}
+        if self.special_tokens_sha256:
+            optional["special_tokens"] = {"file": "special_tokens.json", "sha256": self.special_tokens_sha256}
         return json.dumps({
             "format": INDEX_FORMAT, "version": VERSION, "vocab_size": self.vocab_size, "eod": self.eod,
-            **packed, "tokenizer": tokenizer, "source": self.source, "splits": {k: asdict(v) for k, v in self.splits.items()},
+            **optional, "tokenizer": tokenizer, "source": self.source, "splits": {k: asdict(v) for k, v in self.splits.items()},
             "files": [asdict(record) for record in self.files],
         }, indent=1) + "\n"
 
@@ -103,6 +102,19 @@ def read_index(folder: Path, name: str = "index.json") -> Index:
         raise DataError(f"{path} is not a valid shard index: {problem}; prepare the shards again") from None
 
 
+def _content(folder: Path, name: str, sha256: str) -> bytes:
+    """Return the contents of a file of the shards. Raises DataError unless they have this sha256."""
+    path = folder / name
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or prepare {folder} again") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{path}: changed since index.json was written; restore it, or prepare {folder} again")
+    return content
+
+
 def _parse(raw: Any, sha256: str) -> Index:
     if not isinstance(raw, dict) or raw.get("format") != INDEX_FORMAT:
         raise ValueError(f'its format is not "{INDEX_FORMAT}"')
@@ -124,7 +136,8 @@ def _parse(raw: Any, sha256: str) -> Index:
     ]
     index = Index(_count(raw, "vocab_size", 1, 2**32), _count(raw, "eod"), _text(tokenizer, "kind"),
                   _text(tokenizer, "sha256"), splits, files, dict(raw.get("source") or {}), sha256,
-                  _count(raw, "window") if "window" in raw else 0)
+                  _count(raw, "window") if "window" in raw else 0,
+                  _text(raw["special_tokens"], "sha256") if "special_tokens" in raw else "")
     if index.eod >= index.vocab_size:
         raise ValueError(f"eod {index.eod} is not below vocab_size {index.vocab_size}")
     names = [record.name for record in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,6 +98,24 @@ def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     if origin is not None and origin.weights is not None:
         origin.keep(plan.run_dir)
         log.info(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}")
+    _keep_special_tokens(plan.training.index.special_tokens_bytes(plan.training.path), plan.run_dir)
+
+
+def _keep_special_tokens(content: bytes | None, run_dir: Path) -> None:
+    """Write the data's table of special tokens to the run. Its chat template replaces that of the model in RUN/hf."""
+    (run_dir / "special_tokens.json").unlink(missing_ok=True)
+    if content is None:
+        return
+    write_file(run_dir / "special_tokens.json", content)
+    kept, config = run_dir / "hf/chat_template.jinja", run_dir / "hf/tokenizer_config.json"
+    template = json.loads(content)["template"]
+    if template is not None and kept.parent.is_dir():
+        before = kept.read_text() if kept.exists() else None
+        if before is None and config.exists():
+            before = json.loads(config.read_bytes()).get("chat_template")
+        if before not in (None, template):
+            log.info("the chat template of the data replaces that of the model, in RUN/special_tokens.json and RUN/hf")
+        write_file(kept, template)
 
 
 def _facts(plan: RunPlan, model: torch.nn.Module, machines: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:

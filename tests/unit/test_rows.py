@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.arrange import pack
-from data_tools.chat import Template, TemplateRejection, find_template
-from data_tools.places import placer
+from data_tools.chat import find_template
+from data_tools.encoder import table_of
 from data_tools.prepare import prepare
+from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import IGNORED, Loader
+from mpidp.data.places import placer
 from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
@@ -132,12 +134,13 @@ def test_a_template_s_special_tokens_are_single_ids(tmp_path: Path, eod: str, le
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
     tokenizer = hugging_face(tmp_path / "a", "<|im_end|>", several)
-    found = find_template(None, tokenizer)
-    assert found.text == "yes" and found.specials == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
+    found = find_template(None, tokenizer, table_of(tokenizer, None))
+    assert found.text == "yes" and found.names == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
     (tmp_path / "a/chat_template.jinja").write_text("nearer{{ bos_token }}")
-    assert find_template(None, str(tmp_path / "a")).render([{"role": "user", "content": ""}]) == ("nearer<s>", [])
+    found = find_template(None, tokenizer, table_of(str(tmp_path / "a"), None))
+    assert found.render([{"role": "user", "content": ""}]) == "nearer<s>"
     (tmp_path / "mine.jinja").write_text("mine")
-    assert find_template(str(tmp_path / "mine.jinja"), tokenizer).text == "mine"
+    assert find_template(str(tmp_path / "mine.jinja"), tokenizer, table_of(tokenizer, None)).text == "mine"
 
 
 @pytest.mark.parametrize("tokenizer", [
@@ -145,7 +148,8 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
 ], ids=lambda t: t.kind)  # fmt: skip
 def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
     text = "ab b, a 漢字🙂 ünï".replace(",", "")
-    [(ids, places)] = placer(tokenizer)([text])
+    [placed] = placer(tokenizer, "text")([text])
+    ids, places = placed.ids, placed.starts
     assert ids.tolist() == tokenizer.encode(text).tolist() and (np.diff(places) >= 0).all()
     for place in places:
         if tokenizer.kind != "bpe" or text[:place].isascii():  # otherwise a token may span two characters
@@ -215,7 +219,7 @@ def test_hostile_templates_stay_in_their_sandbox() -> None:
                  "{{ messages[0].content.__class__.__subclasses__() }}"):
         with pytest.raises(TemplateRejection, match="rejected"):
             Template(text, {}, 0.0).render([{"role": "user", "content": "a"}])
-    assert Template("{{ strftime_now('%Y') }}{{ {'a': '<é>'} | tojson }}", {}, 0.0).render([])[0] == '1970{"a": "<é>"}'
+    assert Template("{{ strftime_now('%Y') }}{{ {'a': '<é>'} | tojson }}", {}, 0.0).render([]) == '1970{"a": "<é>"}'
 
 
 @settings(max_examples=60, deadline=None)

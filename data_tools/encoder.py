@@ -1,0 +1,66 @@
+"""How texts become ids: the tokenizer, BOS, and the names of special tokens; and the table of special tokens of the shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.options import PrepareOptions
+from data_tools.vocabulary import given_tokenizer
+from mpidp.data.chat_template import Template
+from mpidp.data.places import Placed, placer
+from mpidp.data.special_tokens import SpecialTokens, special_names, special_tokens_of, with_template
+from mpidp.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How texts become ids: the tokenizer, BOS, and what the names of special tokens become."""
+
+    tokenizer: Tokenizer
+    bos: int | None  # the id before every document and row; None: there is none
+    special: str  # "tokens": the names of special tokens in the texts become their ids; "text": they stay text
+
+    def begins(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids of a text with BOS in front, unless the text itself begins with it. Pure."""
+        return ids if self.bos is None or ids[:1].tolist() == [self.bos] else np.insert(ids, 0, self.bos)
+
+    def batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Encode several texts, without BOS. Independent."""
+        if self.special == "text":
+            return self.tokenizer.encode_batch(texts)
+        return [placed.ids for placed in self.placer(texts)]
+
+    @cached_property
+    def placer(self) -> Callable[[list[str]], list[Placed]]:
+        """A function that encodes several texts, and tells which characters each token holds."""
+        return placer(self.tokenizer, self.special)
+
+    @cached_property
+    def names(self) -> re.Pattern[str] | None:
+        """A pattern of the names of special tokens; None if the tokenizer has none."""
+        found = sorted(special_names(self.tokenizer), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, found))) if found else None
+
+
+def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
+    """Return the table of --tokenizer. It has no ends yet if the tokenizer is made from the corpus. Independent."""
+    given = given_tokenizer(tokenizer, eod)
+    if given is None:
+        return SpecialTokens(None, ())
+    path = Path(tokenizer)
+    return special_tokens_of(path if path.is_dir() else path.parent, given)
+
+
+def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
+    """Return the table of the shards: the tokenizer's, with what the options say. Pure."""
+    if not table.ends:
+        table = special_tokens_of(None, made)
+    if template is not None:
+        table = with_template(replace(table, template_args=template.args), made, template.text)
+    return replace(table, bos=table.bos if options.bos == "auto" else None, special=options.special or table.special)

@@ -1,0 +1,244 @@
+"""The special tokens of a model: one table, stored as special_tokens.json in the shards and in RUN.
+
+prepare writes it, train copies it to the run, and generate, evaluate and export use it. Plain tokenizers (byte, char, our BPE)
+have no such file: their table is the default of special_tokens_of().
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mpidp.data.chat_template import STANDARD, Template, TemplateRejection
+from mpidp.data.tokenizer import Tokenizer
+from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import open_regular
+from mpidp.runtime.json_file import read_json
+
+FILE = "special_tokens.json"
+FORMAT = "mpidp-special-tokens"
+MAX_BYTES = 64 * 2**20  # of a JSON file
+MAX_TEMPLATE_BYTES = 2**20
+COMPANIONS = (  # files that a model's folder has beside tokenizer.json
+    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json", "chat_template.jinja",
+)
+_END_OF_TEXT, _LLAMA = "<|endoftext|>", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer classes define if no file does
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT),
+    "GPTNeoXTokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT) | {"pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END_OF_TEXT),
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA | {
+        "prefix_token": "▁<PRE>", "middle_token": "▁<MID>", "suffix_token": "▁<SUF>", "eot_token": "▁<EOT>",
+        "fill_token": "<FILL_ME>",
+    },
+    "GemmaTokenizer": {
+        "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "mask_token": "<mask>",
+    },
+    "CohereTokenizer": {
+        "unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>",
+        "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens of a model, as its training data has them."""
+
+    bos: int | None  # the id before every document and row; None: there is none
+    ends: tuple[int, ...]  # ids that end a text; the end-of-document id is the first
+    pad: int | None = None
+    special: str = "text"  # "tokens": the names of special tokens in prompts and rows become their ids; "text": they stay text
+    names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: variables of the chat template
+    template: str | None = None  # chat template (jinja2)
+    template_args: Mapping[str, Any] = field(default_factory=dict)  # other variables of the template, such as enable_thinking
+
+    def to_json(self) -> str:
+        """Return the contents of special_tokens.json."""
+        return json.dumps({"format": FORMAT, "version": 1, **asdict(self)}, indent=1) + "\n"
+
+    @property
+    def is_plain(self) -> bool:
+        """True for the table of a plain tokenizer, which is not stored."""
+        return self == SpecialTokens(None, self.ends[:1])
+
+
+def read_special_tokens(folder: Path) -> SpecialTokens | None:
+    """Read FOLDER/special_tokens.json. Return None if there is none. Raises DataError if it is invalid. Independent."""
+    path = folder / FILE
+    found = _object(path)
+    if found is None:
+        return None
+    try:
+        return _parsed(found)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not valid: {problem}; restore it, or prepare the shards again") from None
+
+
+def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
+    """Return the table of a run. Independent.
+
+    Older runs have no file. Their table comes from RUN/hf: the files of the model that the run was fine-tuned from.
+    """
+    found = read_special_tokens(run_dir)
+    if found is not None:
+        return found
+    fine_tuned = (run_dir / "init.json").exists()
+    made = special_tokens_of(run_dir / "hf" if fine_tuned else None, tokenizer)
+    return made if fine_tuned else replace(made, bos=None)  # older runs from scratch were trained without BOS
+
+
+def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialTokens:
+    """Return the table of a tokenizer: FOLDER/special_tokens.json, or what the files say that transformers reads.
+
+    folder: None if the tokenizer has none. Raises DataError if a file is invalid. Independent.
+    """
+    if folder is not None and (stored := read_special_tokens(folder)) is not None:
+        return with_template(stored, tokenizer, stored.template)
+    about, vocabulary = _stored(tokenizer)
+    ids = {one["content"]: one["id"] for one in about.get("added_tokens") or []}
+    ids = {name: i for name, i in {**vocabulary, **ids}.items() if type(i) is int and 0 <= i < tokenizer.vocab_size}
+    files: dict[str, dict[str, Any]] = {}
+    if folder is not None:
+        files = {name: found for name in COMPANIONS[:4] if (found := _object(folder / name)) is not None}
+    names, generation = _names(files, about), files.get("generation_config.json", {})
+    ends = [tokenizer.eod, *_ids(generation.get("eos_token_id", files.get("config.json", {}).get("eos_token_id")))]
+    ends += [ids[name] for name in (names.get("eos_token"),) if name in ids]
+    pad = next((i for i in (ids.get(names.get("pad_token", "")), *_ids(generation.get("pad_token_id"))) if i is not None), None)
+    pad = pad if pad is not None and pad < tokenizer.vocab_size else None
+    template = chat_template_of(folder) if folder is not None else None
+    special = "tokens" if files or template is not None or len(special_names(tokenizer)) > 1 else "text"
+    return with_template(SpecialTokens(tokenizer.bos, tuple(ends), pad, special, names), tokenizer, template)
+
+
+def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | None) -> SpecialTokens:
+    """Return the table with a chat template (None: without one). Independent.
+
+    The token that the template writes after an assistant's turn is then among its ends.
+    """
+    ends, special = [tokenizer.eod, *table.ends], special_names(tokenizer)
+    if template is not None:
+        ends += [special[name] for name in _turn_end(template, table.names, list(special))]
+    return replace(table, template=template, ends=tuple(dict.fromkeys(i for i in ends if i < tokenizer.vocab_size)))
+
+
+def special_names(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of the special tokens that texts can name, such as <|im_start|>. Independent."""
+    about, _ = _stored(tokenizer)
+    return {one["content"]: one["id"] for one in about.get("added_tokens") or [] if one.get("special") and one["content"]}
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """Return the chat template in a folder, or None. Raises DataError if it cannot be read. Independent.
+
+    The template is chat_template.jinja if there is one, else `chat_template` of tokenizer_config.json, else of
+    chat_template.json.
+    """
+    if (file := folder / "chat_template.jinja").exists():
+        return read_template(file)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        found = (_object(folder / name) or {}).get("chat_template")
+        if isinstance(found, list):  # several named templates
+            found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        if isinstance(found, dict):
+            found = found.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def read_template(path: Path) -> str:
+    """Read a chat template from a file. Raises DataError if it cannot be read. Independent."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes: not a chat template")
+        return data.decode()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; give --chat-template an existing file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: not a chat template") from None
+
+
+def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens by name as transformers does: of the class, then of the two files."""
+    config = files.get("tokenizer_config.json", {})
+    merged = dict(config)
+    if "added_tokens_decoder" not in config:
+        merged |= files.get("special_tokens_map.json", {})
+    kind = str(config.get("tokenizer_class") or files.get("config.json", {}).get("tokenizer_class") or "").removesuffix("Fast")
+    byte_level = '"ByteLevel"' in json.dumps([about.get("pre_tokenizer"), about.get("decoder")])
+    found: dict[str, Any] = {} if kind == "LlamaTokenizer" and byte_level else dict(CLASS_NAMES.get(kind, {}))
+    found |= {key: value for key, value in merged.items() if key in STANDARD or key.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        found |= merged[key] if isinstance(merged.get(key), dict) else {}
+    return {key: text for key, value in found.items() if (text := _content(value)) is not None}
+
+
+def _turn_end(template: str, names: Mapping[str, str], special: list[str]) -> Iterator[str]:
+    """Yield the special token that the template writes after an assistant's message, if it writes one."""
+    mark = "\ue000"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    with suppress(TemplateRejection, DataError, UsageError):
+        tail = Template(template, names, 0.0).render(messages).rpartition(mark)[2]
+        places = [(tail.find(name), -len(name), name) for name in special if name in tail]
+        if places and mark not in tail:
+            yield min(places)[2]
+
+
+def _stored(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a Hugging Face tokenizer.json and its vocabulary. Both are empty for byte and char tokenizers."""
+    if tokenizer.kind != "bpe":
+        return {}, {}
+    about = json.loads(tokenizer.to_json())
+    vocabulary = (about.get("model") or {}).get("vocab")
+    return about, vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def _parsed(found: Mapping[str, Any]) -> SpecialTokens:
+    if found.get("format") != FORMAT or found.get("version") != 1:
+        raise ValueError(f"its format is not {FORMAT} version 1")
+    bos, ends, pad, special, template = (found[key] for key in ("bos", "ends", "pad", "special", "template"))
+    names, args = found["names"], found["template_args"]
+    if not isinstance(ends, list) or len(_ids(ends)) != len(ends) or not ends:
+        raise ValueError("ends must be a list of ids")
+    if any(value is not None and not _ids(value) for value in (bos, pad)):
+        raise ValueError("bos and pad must be an id or null")
+    if special not in ("text", "tokens"):
+        raise ValueError("special must be text or tokens")
+    if not isinstance(template, str | None) or not isinstance(names, dict) or not isinstance(args, dict):
+        raise ValueError("template must be a string or null, names and template_args must be objects")
+    if not all(isinstance(value, str) for value in names.values()):
+        raise ValueError("names must be strings")
+    return SpecialTokens(bos, tuple(ends), pad, special, names, template, args)
+
+
+def _ids(value: Any) -> list[int]:
+    """Return the valid ids of an id, a list of ids, or null."""
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < 2**31]
+
+
+def _content(value: Any) -> str | None:
+    """Return the text of a special token, which is stored as a string or as an object with `content`."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object. Return None if the file does not exist."""
+    try:
+        found: dict[str, Any] = read_json(path, dict, MAX_BYTES)
+        return found
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not a valid JSON object ({error}); correct or remove it") from None
