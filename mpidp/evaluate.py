@@ -45,10 +45,10 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_run(parser)
     add_data(parser, "to evaluate on", default="the run's data.path")
     add("--split", default="val", help="val or train (%(default)s)")
-    add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file instead of shards")
+    add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file (also .gz, .zst) instead of shards")
     add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
-    add("--choices", metavar="FILE", help="multiple-choice questions: .jsonl with context, choices and label (index from 0, or "
-        "the right choice's text) per line")
+    add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
+        "label (index from 0, or the right choice's text)")
     add_tokenizer(parser)
     add_compute(parser)
     add_json(parser)
