@@ -172,7 +172,8 @@ def evaluate(
         check_same_tokenizer(reader, stream)
         config = reader.meta["config"]
         stream.keep_apart(config.get("data.documents", "joined"), config["model.seq_len"])
-        stream.check(range(world.rank, len(stream.files), world.size))
+        own = range(world.rank, len(stream.files), world.size)
+        stream.check(own, contents=stream.is_cheap(own))
         if stream.num_tokens < 2:
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
     engine = Engine(

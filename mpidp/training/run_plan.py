@@ -155,7 +155,8 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         for stream in (training, validation):
             if stream is not None:
                 stream.keep_apart(config.data.documents, config.model.seq_len)
-                stream.check(range(world.rank, len(stream.files), world.size), contents=config.data.verify)
+                own, verify = range(world.rank, len(stream.files), world.size), config.data.verify
+                stream.check(own, contents=verify == "true" or verify == "auto" and stream.is_cheap(own))
         if world.rank == 0:
             check_targets(training, training.num_tokens)
             if validation is not None:
