@@ -134,6 +134,8 @@ class Replay:
                 )
             if reader is not None and not settings.get("model.lora_rank", 0):
                 settings["train.init_from"] = ""  # the checkpoint has all weights except the base weights of adapters
+            elif options.base:
+                settings["train.init_from"] = options.base
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
             if not (Path(data) / "index.json").exists():
@@ -149,7 +151,7 @@ class Replay:
             self.job = build.build(self.plan, observers=[self._sums])
         if (begun := self.job.record.meta.get("init_from")) is not None:
             self.source = f"the weights of {begun['path']}"
-            if begun != meta.get("init_from", begun):
+            if begun["weights_sha256"] != meta.get("init_from", begun)["weights_sha256"]:
                 raise DataError.on_every_rank(f"{begun['path']} has changed since {record.path} started from it")
         if reader is not None:
             restore(self.job, reader)

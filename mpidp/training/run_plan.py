@@ -81,14 +81,15 @@ class RunPlan:
                 saved = reader.meta["fingerprint"]
                 if not self.asked_threads:
                     plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
-                reject_changed_settings(reader.meta["config"], plan.config)
+                begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
+                reads_base = self.origin is not None and self.origin.weights is not None
+                reject_changed_settings(reader.meta["config"], plan.config, checked_base=reads_base and bool(begun))
                 if reader.meta["data"] != self.training.index_sha256:
                     raise UsageError(
                         f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
                     )
-            if self.origin is not None and self.origin.weights is not None:  # the base weights of adapters
-                wanted = reader.meta.get("init_from", {}).get("weights_sha256", "")
-                plan = replace(plan, origin=replace(self.origin, wanted_sha256=wanted))
+            if self.origin is not None and self.origin.weights is not None:  # the base of adapters, or it has moved
+                plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
             notes = [*notes, f"resuming from {reader.path}"]
