@@ -90,9 +90,8 @@ class Origin:
             )
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
-        """Load this rank's part of the weights into the model, and compute the hash of all weights, which does not depend on the
-        mesh. Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over
-        parts.grid.world."""
+        """Load the weights of this rank's part of the model, and compute the hash of all weights, which does not depend on the
+        mesh. Raises DataError if another hash is required, or if a weight is not finite. Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
