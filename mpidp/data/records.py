@@ -39,8 +39,12 @@ def records(file: TextFile, columns: Collection[str] = ()) -> Iterator[Row]:
             if reason:
                 yield Row(place, None, reason, bad)
             else:
-                cleaned, had_surrogates = without_surrogates(value)
-                yield Row(place, cleaned, "", bad or had_surrogates)
+                try:
+                    cleaned, had_surrogates = without_surrogates(value)
+                except RecursionError:
+                    yield Row(place, None, "its lists or objects are nested too deeply", bad)
+                else:
+                    yield Row(place, cleaned, "", bad or had_surrogates)
 
 
 def describe(value: Any) -> str:
