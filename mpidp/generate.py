@@ -43,7 +43,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_run(parser)
     add("--prompt", help="text to continue (default: a newline)")
-    add("--prompts", metavar="FILE", help='file of prompts: .jsonl with {"prompt": TEXT} per line, or one prompt per line')
+    add("--prompts", metavar="FILE", help='file of prompts: rows with {"prompt": TEXT} (.jsonl, .json, .csv, .parquet), or '
+        "text with one prompt per line; also .gz and .zst")
     add_out(parser, "write JSON lines to this file, in the order of the prompts, and print nothing", metavar="FILE")
     add("--tokens", type=int, default=200, help="largest number of tokens to generate (%(default)s)")
     add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token (%(default)s)")
@@ -115,7 +116,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     groups: list[dict[int, list[int]]] = []
     with raise_together(grid.world):
         if firsts:
-            loaded = load_model(reader, grid, options.device, options.threads, options.model_kind)
+            loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
             tokenizer = load_tokenizer_for(loaded, reader, options.tokenizer)
             by_rows(loaded.model)
         for first in firsts:

@@ -275,7 +275,8 @@ def test_documents_and_rows_begin_with_bos(tmp_path: Path, bos: str) -> None:
     stream = TokenStream(tmp_path / "text")
     wanted = [*first, *ids_of(folder, "the fox"), 0, *first, *ids_of(folder, "hello"), 0]
     assert stream.read(0, stream.num_tokens).tolist() == wanted and index.splits["train"].text_bytes == 12
-    assert np.flatnonzero(stream.read_starts(0, len(wanted))).tolist() == [0, len(wanted) - len(first) - 1 - len(ids_of(folder, "hello"))]
+    second = len(first) + len(ids_of(folder, "the fox")) + 1
+    assert np.flatnonzero(stream.read_starts(0, len(wanted))).tolist() == [0, second]
 
     source = write(tmp_path / "b.jsonl", {"prompt": "the fox", "completion": " says"}, {"prompt": "", "completion": "yes"})
     prepare(source, str(folder), tmp_path / "pairs", 1, 0.0, form="prompt_completion", seq_len=10, bos=bos)
