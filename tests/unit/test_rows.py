@@ -165,7 +165,7 @@ def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("form", "row", "kind", "words"), [
-    ("prompt_completion", "{", "malformed", "not valid JSON"), ("prompt_completion", "[1]", "malformed", "not a JSON object"),
+    ("prompt_completion", "{", "malformed", "not valid JSON"), ("prompt_completion", "[1]", "malformed", "not an object"),
     ("prompt_completion", {"prompt": "a", "completion": 3}, "malformed", "no string fields `prompt` and `completion`"),
     ("prompt_completion", pair("a", ""), "empty", "its completion is empty"),
     ("prompt_completion", pair("a" * 90, "b"), "long", "92 tokens, more than --seq-len 80"),
