@@ -25,7 +25,7 @@ def main() -> None:
     else:
         found = evaluate(
             options.run, options.data, world, options.split, options.device, options.threads, options.tp, options.pp,
-            options.model_kind, options.seq_len,
+            options.model_kind, options.base, options.seq_len,
         )
     if world.rank == 0:
         step = found.pop("step")
@@ -46,10 +46,10 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_run(parser)
     add_data(parser, "to evaluate on", default="the run's data.path")
     add("--split", default="val", help="val or train (%(default)s)")
-    add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file instead of shards")
+    add("--text", metavar="FILE", help="evaluate the loss on a UTF-8 text file (also .gz, .zst) instead of shards")
     add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
-    add("--choices", metavar="FILE", help="multiple-choice questions: .jsonl with context, choices and label (index from 0, or "
-        "the right choice's text) per line")
+    add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
+        "label (index from 0, or the right choice's text)")
     add_texts(parser, "default: for --choices, tokens if the tokenizer is a model's; for --text, text")
     add_tokenizer(parser)
     add_compute(parser)
@@ -159,7 +159,7 @@ def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]
 
 def evaluate(
     run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1,
-    kind: str = "", seq_len: int = 0,
+    kind: str = "", base: str = "", seq_len: int = 0,
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
@@ -183,12 +183,13 @@ def evaluate(
     with raise_together(world):
         if not data and not reader.meta["config"].get("data.path"):
             raise UsageError(f"{run} is a Hugging Face folder: give the shards to evaluate on (--data), --text or --choices")
-        loaded = load_model(reader, grid, device, threads, kind)
+        loaded = load_model(reader, grid, device, threads, kind, base)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         check_same_tokenizer(reader, stream)
         config = reader.meta["config"]
         stream.keep_apart(config.get("data.documents", "joined"), config["model.seq_len"])
-        stream.check(range(world.rank, len(stream.files), world.size))
+        own = range(world.rank, len(stream.files), world.size)
+        stream.check(own, contents=stream.is_cheap(own))
         if stream.num_tokens < 2:
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
     engine = Engine(

@@ -16,8 +16,6 @@ from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.log import log
 from mpidp.runtime.options import add_compute, add_out, add_run, add_texts, add_tokenizer, note_old_spelling, program
 
-ADDED = ("text", "tokens", "ended")  # fields of an output row
-
 
 def main() -> None:
     """Generate texts and print them on rank 0, or write them to a file."""
@@ -46,7 +44,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_run(parser)
     add("--prompt", help="text to continue (default: a newline)")
-    add("--prompts", metavar="FILE", help='file of prompts: .jsonl with {"prompt": TEXT} per line, or one prompt per line')
+    add("--prompts", metavar="FILE", help='file of prompts: rows with {"prompt": TEXT} (.jsonl, .json, .csv, .parquet), or '
+        "text with one prompt per line; also .gz and .zst")
     add_out(parser, "write JSON lines to this file, in the order of the prompts, and print nothing", metavar="FILE")
     add("--tokens", type=int, default=200, help="largest number of tokens to generate (%(default)s)")
     add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token (%(default)s)")
@@ -128,7 +127,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     texts: dict[int, str] = {}
     with raise_together(grid.world):
         if firsts:
-            loaded = load_model(reader, grid, options.device, options.threads, options.model_kind)
+            loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
             encoder = load_encoder(loaded, reader, options.tokenizer, "tokens" if options.chat else options.special)
             template = template_of(encoder.table, options.run, moment) if options.chat else None
             by_rows(loaded.model)
@@ -167,10 +166,7 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise UsageError(f"--out {options.out}: cannot be written; give a file in an existing, writable folder")
     if options.prompts is None:
         return [{"prompt": options.prompt}]
-    rows = read_chats(options.prompts) if options.chat else read_prompts(options.prompts)
-    if taken := sorted({key for row in rows for key in ADDED if key in row}):
-        log.warning("warning: some prompts have a field %s: the output has the generated value instead", ", ".join(taken))
-    return rows
+    return read_chats(options.prompts) if options.chat else read_prompts(options.prompts)
 
 
 def _text(template: Any, row: dict[str, Any], index: int) -> str:

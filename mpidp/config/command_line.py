@@ -17,7 +17,10 @@ from typing import Any
 
 from mpidp.config.schema import Config, checked, fields_of
 from mpidp.config.settings import FIXED
-from mpidp.errors import UsageError
+from mpidp.data.text_files import read_whole
+from mpidp.errors import DataError, UsageError
+
+MAX_TOML_BYTES = 2**24
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -34,7 +37,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
         if kind is bool:
             value: Any = {"true": True, "false": False}[str(raw).lower()]
         elif kind is str:
-            value = str(raw).lower() if isinstance(raw, bool) else str(raw)
+            value = str(raw).lower() if isinstance(raw, bool) or meta["choices"] and raw in ("True", "False") else str(raw)
         elif isinstance(raw, bool):
             raise ValueError
         elif kind is int:
@@ -68,9 +71,8 @@ def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the settings of a TOML file as {section.key: value}, unchecked. Raises UsageError if the file cannot be read."""
     try:
-        with open(path, "rb") as file:
-            tree = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tree = tomllib.loads(read_whole(path, MAX_TOML_BYTES, may_be_empty=True).replace("\r\n", "\n"))
+    except (DataError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: cannot read this configuration file ({error})") from error
     flat: dict[str, Any] = {}
     for section, values in tree.items():

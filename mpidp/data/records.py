@@ -18,29 +18,37 @@ from mpidp.errors import DataError, UsageError
 class Row:
     """A row. fields: its values by name, or None if the row is malformed; `reason` then describes the problem."""
 
-    place: str  # file and line, item or row, from 1
+    path: str
+    unit: str  # what `number` counts: line, item or row
+    number: int  # from 1
     fields: dict[str, Any] | None
     reason: str = ""
     bad_utf8: bool = False  # whether bytes that are not UTF-8, or unpaired surrogates, were replaced
 
+    @property
+    def place(self) -> str:
+        """FILE:LINE, or FILE and the number of the item or row."""
+        return f"{self.path}:{self.number}" if self.unit == "line" else f"{self.path}: {self.unit} {self.number}"
 
-def records(file: TextFile, columns: Collection[str] = ()) -> Iterator[Row]:
+
+def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
     """Yield the rows of a file of kind lines, array, table or parquet; blank lines are passed over. Independent.
 
-    columns: the columns to read of a .parquet file; none: all. Raises DataError if the file cannot be read, and UsageError if a
-    library is missing.
+    columns: the columns to read of a .parquet file; none: all. surrogates: leave unpaired surrogates as they are. Raises
+    DataError if the file cannot be read, and UsageError if a library is missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
     with reading(file.path):
         found = _parquet(file, columns) if file.kind == "parquet" else kinds[file.kind](file)
-        for place, value, reason, bad in found:
+        unit = {"lines": "line", "array": "item"}.get(file.kind, "row")
+        for number, value, reason, bad in found:
             if not reason and not isinstance(value, dict):
-                reason = f"not a JSON object but {describe(value)}"
+                reason = f"not an object but {describe(value)}"
             if reason:
-                yield Row(place, None, reason, bad)
+                yield Row(file.path, unit, number, None, reason, bad)
             else:
-                cleaned, had_surrogates = without_surrogates(value)
-                yield Row(place, cleaned, "", bad or had_surrogates)
+                cleaned, had_surrogates = (value, False) if surrogates else without_surrogates(value)
+                yield Row(file.path, unit, number, cleaned, "", bad or had_surrogates)
 
 
 def describe(value: Any) -> str:
@@ -80,17 +88,16 @@ def without_surrogates(value: Any) -> tuple[Any, bool]:
     return value, False
 
 
-Found = tuple[str, Any, str, bool]  # place, value, reason, whether bytes were replaced
+Found = tuple[int, Any, str, bool]  # number, value, reason, whether bytes were replaced
 
 
 def _lines(file: TextFile) -> Iterator[Found]:
     with file.open() as stream:
         for number, line in enumerate(lines_of(stream), 1):
-            place = f"{file.path}:{number}"
             if line is None:
-                yield place, None, f"longer than {MAX_ROW_BYTES:,} bytes; put the text into a text file of its own", False
+                yield number, None, f"longer than {MAX_ROW_BYTES:,} bytes; put the text into a text file of its own", False
             elif line.strip():
-                yield (place, *_parsed(line))
+                yield (number, *_parsed(line))
 
 
 def _parsed(raw: bytes) -> tuple[Any, str, bool]:
@@ -110,7 +117,7 @@ def _array(file: TextFile) -> Iterator[Found]:
     found, reason, replaced = _parsed(raw)
     if reason:
         raise DataError(f"{file.path} begins as a JSON array, but is {reason}; correct it, or write one object per line")
-    yield from ((f"{file.path}: item {number}", value, "", replaced) for number, value in enumerate(found, 1))
+    yield from ((number, value, "", replaced) for number, value in enumerate(found, 1))
 
 
 def _table(file: TextFile) -> Iterator[Found]:
@@ -124,7 +131,7 @@ def _table(file: TextFile) -> Iterator[Found]:
                     reason = "" if len(row) == len(names) else f"{len(row)} values, but the header has {len(names)}"
                     cleaned = [decoded(value.encode("utf-8", "surrogateescape")) for value in row]
                     fields = {name: value for name, (value, _) in zip(names, cleaned, strict=False)}
-                    yield f"{file.path}: row {number}", fields, reason, any(bad for _, bad in cleaned)
+                    yield number, fields, reason, any(bad for _, bad in cleaned)
     except csv.Error as error:
         raise DataError(f"{file.path} is not a valid table ({error}); correct it, or write one JSON object per line") from None
     finally:
@@ -150,7 +157,7 @@ def _parquet(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
                     number += 1
                     pairs = {name: _as_text(column[i].as_py()) for name, column in read.items()}
                     bad = any(replaced for _, replaced in pairs.values())
-                    yield f"{file.path}: row {number}", {name: value for name, (value, _) in pairs.items()}, "", bad
+                    yield number, {name: value for name, (value, _) in pairs.items()}, "", bad
     except pyarrow.ArrowException as error:
         raise DataError(f"{file.path} is not a readable parquet file ({error}); replace or remove it") from None
 

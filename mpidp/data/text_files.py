@@ -180,7 +180,7 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
+def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:
     """Return the text of a UTF-8 file, without its byte order mark. Independent.
 
     Raises DataError if the file is not regular, cannot be read, is empty, is not UTF-8, or has more than `limit` bytes.
@@ -190,6 +190,8 @@ def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
             raise DataError(f"{path} is not a regular file (a folder, a pipe or a device); save the text to a file first")
         with open_bytes(path) as stream:
             data = stream.read(limit + 1)
+    if not data and may_be_empty:
+        return ""
     try:
         data = data[_check_head(data[:PROBE_BYTES], "text") :]
     except NotText as error:

@@ -5,7 +5,6 @@ The folder is validated first. No code from the folder is executed, and pickled 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,30 +16,25 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.errors import DataError
-from mpidp.hf.names import huggingface_name, settings_of, shape_of
+from mpidp.hf.names import huggingface_name, settings_of, shape_of, window_of
 from mpidp.model.shape import shapes_of
+from mpidp.runtime.json_file import read_json
 
 MAX_JSON_BYTES = 64 * 2**20
 NUMBERS = ("F32", "F16", "BF16", "F64")
-COMPANION_FILES = (  # other files of a model, which are copied to RUN/hf and to an exported folder
-    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK = 2**22  # elements that are compared at a time
 _SHOWN = 5
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises DataError if the file cannot be read or has no object. Independent."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        found = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+        found: dict[str, Any] = read_json(path, dict[str, Any], MAX_JSON_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: not a JSON object of at most {MAX_JSON_BYTES} bytes")
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not a valid JSON object ({error})") from None
     return found
 
 
@@ -54,29 +48,42 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class ModelFolder:
-    """A model in a Hugging Face folder. Raises DataError, before any weight is read, if it is invalid. Independent."""
+    """A model in a Hugging Face folder. Raises DataError, before weights are loaded, if it is invalid. Independent.
+
+    window: the longest context in which attention covers all earlier tokens; None: any. notes: messages for the user.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.settings = settings_of(read_object(path / "config.json"), path / "config.json")
-        self.sizes = shapes_of(shape_of(self.settings))
+        self.path, self.notes = path, list[str]()
+        config = read_object(path / "config.json")
+        self.settings, self.window = settings_of(config, path / "config.json"), window_of(config, path / "config.json")
         self._file_of: dict[str, Path] = {}  # the file of each tensor, by Hugging Face's name
-        self._check(self._headers(self._files()))
+        self._stored: dict[str, str] = {}  # names in the files, where they differ from the names of the model
+        tensors = self._headers(self._files())
+        if (layers := self.settings["num_layers"]) > len(tensors):
+            found = f"the weight files have {len(tensors)} tensors"
+            raise DataError(f"{path / 'config.json'}: num_hidden_layers={layers}, but {found}")
+        if self.settings["tie_embeddings"]:
+            self.settings["tie_embeddings"] = self._is_tied(tensors)
+        self.sizes = shapes_of(shape_of(self.settings))
+        self._check(tensors)
 
     def box(self, name: str, entry: Entry) -> Tensor:
         """Read the entry's box of a parameter, like Reader.box. name: model/PARAMETER. Reads only the data inside the box."""
         name = huggingface_name(name.removeprefix("model/"))
         cut = tuple(slice(at, at + length) for at, length in zip(entry.place, entry.tensor.shape, strict=True))
+        name = self._stored.get(name, name)
         with _opened(self._file_of[name]) as file:
             return file.get_slice(name)[cut] if entry.shape is not None else file.get_tensor(name)  # type: ignore[no-any-return]
 
     def _files(self) -> list[Path]:
         """Return the weight files. Raises DataError if one is missing, or if the weights are pickled."""
-        index = self.path / "model.safetensors.index.json"
+        index, alone = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if alone.exists():
+            if index.exists():
+                self.notes.append(f"{alone} and {index.name} are both there: model.safetensors is read, as in transformers")
+            return [alone]
         if not index.exists():
-            alone = self.path / "model.safetensors"
-            if alone.exists():
-                return [alone]
             if pickled := sorted(p.name for p in self.path.glob("*.bin")) + sorted(p.name for p in self.path.glob("*.pt*")):
                 raise DataError(
                     f"{self.path}: its weights are pickled ({pickled[0]}), and loading a pickle can execute any code. Download "
@@ -102,9 +109,31 @@ class ModelFolder:
                     found[name], self._file_of[name] = (tuple(header.get_shape()), str(header.get_dtype())), path
         return found
 
+    def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
+        """Return whether embedding and head are one matrix, as config.json says. As in transformers, they are not if the files
+        have both with different values, and the head is also the embedding if the files have no embedding."""
+        if EMBEDDING not in tensors and HEAD in tensors:
+            tensors[EMBEDDING], self._stored[EMBEDDING] = tensors.pop(HEAD), HEAD
+        if HEAD not in tensors:
+            return True
+        (shape, dtype), (other, kind) = tensors[EMBEDDING], tensors[HEAD]
+        if shape != other or len(shape) != 2 or not {dtype, kind} <= set(NUMBERS):
+            return False  # _check reports it
+        rows = max(1, BLOCK // max(1, shape[1]))
+        with _opened(self._file_of[EMBEDDING]) as one, _opened(self._file_of[HEAD]) as two:
+            ours, theirs = one.get_slice(EMBEDDING), two.get_slice(HEAD)
+            places = [slice(at, at + rows) for at in range(0, shape[0], rows)]
+            if all(torch.equal(ours[place].double(), theirs[place].double()) for place in places):
+                return True
+        self.notes.append(
+            f"{self.path}: config.json has tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}. Both are used, with "
+            "model.tie_embeddings=false, as in transformers"
+        )
+        return False
+
     def _check(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> None:
         wanted = {huggingface_name(name): size for name, size in self.sizes.items()}
-        unused = {"lm_head.weight"} if self.settings["tie_embeddings"] else set()  # a copy of the embedding
+        unused = {HEAD} if self.settings["tie_embeddings"] else set()  # a copy of the embedding
         known = {*wanted, *unused}
         extra = [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
         complaints = [

@@ -6,6 +6,7 @@ Both use the same layout of weights and half-split rotary positions, so no weigh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any
 
 from mpidp.errors import DataError
@@ -13,6 +14,8 @@ from mpidp.model.shape import TransformerShape, rope_scaling
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 MODEL_TYPES = ("llama", "mistral")
+MISTRAL_WINDOW = 4096  # of Mistral models whose config.json has no sliding_window, as in transformers
+NOT_KEPT = ("transformers_version", "_name_or_path", "auto_map")  # auto_map names code in the folder
 OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INSIDE = {
     "attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
@@ -46,27 +49,27 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
         value = default if value is None else value
         if value is None:
             raise problem(f"{key} is missing: the model is not of the LLaMA family, or the file is damaged")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value or value <= 0:
-            raise problem(f"{key}={value!r} must be a positive {'integer' if kind is int else 'number'}")
+        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not plain or not 0 < value < 2**31 or kind(value) != value:
+            raise problem(f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} below 2^31")
         return kind(value)
 
     named, kind = config.get("architectures"), config.get("model_type")
     fits = any(one in ARCHITECTURES for one in named) if isinstance(named, list) and named else kind in MODEL_TYPES
     if not fits:
-        raise problem(f"architectures={named!r}, model_type={kind!r}: only {' and '.join(ARCHITECTURES)} are supported")
+        raise problem(f"architectures={short(named)}, model_type={short(kind)}: only {' and '.join(ARCHITECTURES)} are supported")
     for key, value in ONLY.items():
         if config.get(key, value) != value:
-            raise problem(f"{key}={config[key]!r} is not supported: mpidp's Transformer has only {key}={value!r}")
-    limit, window = number("max_position_embeddings", default=2048), config.get("sliding_window")
-    if window is not None and window < limit:
-        raise problem(f"sliding_window={window!r} is not supported: mpidp's attention covers the whole context")
-    theta, scaling = _rope(config, problem, limit)
+            raise problem(f"{key}={short(config[key])} is not supported: mpidp's Transformer has only {key}={value!r}")
+    if not isinstance(tied := config.get("tie_word_embeddings") or False, bool):
+        raise problem(f"tie_word_embeddings={short(tied)} must be true or false")
+    theta, scaling = _rope(config, problem, number("max_position_embeddings", default=2048))
     heads, dim = number("num_attention_heads"), number("hidden_size")
     head_dim = number("head_dim", default=dim // heads)
     found = {
         "num_layers": number("num_hidden_layers"), "num_heads": heads,
         "num_kv_heads": number("num_key_value_heads", default=heads), "model_dim": dim,
-        "hidden_dim": number("intermediate_size"), "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "hidden_dim": number("intermediate_size"), "tie_embeddings": tied,
         "rope_theta": theta, "rope_scaling": scaling, "norm_eps": number("rms_norm_eps", float, 1e-6),
         "head_dim": 0 if head_dim * heads == dim else head_dim, "vocab_size": number("vocab_size"),
     }
@@ -80,29 +83,47 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any], problem: Any, limit: int) -> tuple[float, str]:
     """Return (rope_theta, rope_scaling). Reads the keys of transformers 5 (rope_parameters) and of older versions."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = {**parameters, **(config.get("rope_scaling") or {})}
-    if not all(isinstance(value, (int, float, str, type(None))) for value in scaling.values()):
-        raise problem(f"rope_parameters={parameters!r} is not supported: all layers must have the same parameters")
+    both = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    if not all(isinstance(one, dict) for one in both):
+        raise problem(f"rope_parameters={short(both[0])} and rope_scaling={short(both[1])} must be objects")
+    scaling = both[0] | both[1]
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise problem(f"rope_parameters={short(scaling)} is not supported: all layers must have the same parameters")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise problem(f"partial_rotary_factor={scaling['partial_rotary_factor']!r} is not supported: it must be 1.0")
+        raise problem(f"partial_rotary_factor={short(scaling['partial_rotary_factor'])} is not supported: it must be 1.0")
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 2**62:
+        raise problem(f"rope_theta={short(theta)} must be a positive number")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return float(theta), ""
     if kind != "llama3":
-        raise problem(
-            f"rope scaling {kind!r} is not supported (only llama3 is). If the original context length is enough, remove "
-            "rope_scaling (or rope_parameters) from config.json in a copy of the folder"
-        )
+        fix = "The weights were trained with it, so it cannot be left out"
+        if kind == "dynamic":
+            fix = ("It changes nothing up to max_position_embeddings tokens. For such a model.seq_len, write \"default\" for "
+                   "\"dynamic\" in config.json in a copy of the folder, and keep rope_theta")
+        raise problem(f"rope scaling {short(kind)} is not supported: only llama3 is. {fix}")
     original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or limit
     try:
         numbers = [float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")] + [float(original)]
         text = "llama3:" + ",".join(f"{number:.17g}" for number in numbers)
         rope_scaling(text)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise problem(f"rope scaling llama3 needs factor, low_freq_factor and high_freq_factor; problem: {error}") from None
     return float(theta), text
+
+
+def window_of(config: Mapping[str, Any], where: object) -> int | None:
+    """Return the longest context in which attention covers all earlier tokens: sliding_window of config.json; None: any. Pure.
+
+    Raises DataError if sliding_window is no positive integer.
+    """
+    named = config.get("architectures")
+    is_mistral = ARCHITECTURES[1] in named if isinstance(named, list) and named else config.get("model_type") == MODEL_TYPES[1]
+    window = config.get("sliding_window", MISTRAL_WINDOW if is_mistral else None)
+    if window is not None and (type(window) is not int or window < 1):
+        raise DataError(f"{where}: sliding_window={short(window)} must be a positive integer or null")
+    return window
 
 
 def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
@@ -138,9 +159,13 @@ def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str
         "rope_scaling": None if scaling is None else rope,
         "rope_parameters": rope | {"rope_theta": shape.rope_theta}, "dtype": dtype, "torch_dtype": dtype,
     }
-    kept = {key: value for key, value in before.items() if key not in ("transformers_version", "_name_or_path")}
+    kept = {key: value for key, value in before.items() if key not in NOT_KEPT}
+    window = window_of(kept, "config.json")
+    if window is not None and window < shape.seq_len:  # mpidp's attention covers the whole context
+        fixed["sliding_window"] = None
     if scaling is not None:  # llama.cpp's converter reads it here
         fixed["original_max_position_embeddings"] = int(scaling.original)
     usual |= kept
-    usual["max_position_embeddings"] = max(usual["max_position_embeddings"], shape.seq_len)
+    longest = usual["max_position_embeddings"]
+    usual["max_position_embeddings"] = max(longest if type(longest) is int else 0, shape.seq_len)
     return usual | fixed

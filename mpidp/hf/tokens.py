@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.data.token_bytes import byte_names
-from mpidp.data.tokenizer import FORMAT, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
 from mpidp.errors import DataError
 
 EOD = USUAL_EOD[0]
@@ -68,7 +68,12 @@ def _plain(content: bytes) -> dict[str, Any]:
     if is_mpidp:
         text = huggingface_json(tokenizer_from_json(text))
     try:
-        parsed: dict[str, Any] = json.loads(HFTokenizers.from_str(text).to_str())
-    except Exception as error:
+        theirs = HFTokenizers.from_str(text)
+        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str would count up to it
+            raise DataError(f"it has an id of {MAX_VOCAB} or more")
+        parsed: dict[str, Any] = json.loads(theirs.to_str())
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:  # a Rust panic is not an Exception
         raise DataError(str(error)) from None
     return {key: value for key, value in parsed.items() if key not in ("truncation", "padding", "post_processor")}

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpidp.errors import UsageError
-from mpidp.hf.folder import COMPANION_FILES, read_object
+from mpidp.hf.companions import companions
+from mpidp.hf.folder import read_object
 from mpidp.hf.names import config_of, huggingface_name
 from mpidp.hf.tokens import eod_name
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.runtime.files import sync_directory, write_file
+from mpidp.runtime.log import log
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,13 +30,14 @@ def write_folder(
     out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, eod: int, dtype: str = "float32",
     max_file_bytes: int = 5 * 10**9, before: Path | None = None,
 ) -> None:
-    """Create the folder `out`. Raises UsageError if it exists or cannot be written. Independent.
+    """Create the folder `out`. Raises UsageError if it exists or cannot be written, or if a weight is too large for the dtype.
+    Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; eod: its end-of-document id; before:
     a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight file is
     in memory at a time.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
     temporary = out.with_name(f".{out.name}.part")
     try:
@@ -42,7 +45,8 @@ def write_folder(
         temporary.mkdir(parents=True)
         _write_weights(temporary, shape, weight, DTYPES[dtype], max_file_bytes)
         for name, content in _text_files(shape, tokenizer, eod, dtype, before).items():
-            write_file(temporary / name, content.encode())
+            (temporary / name).parent.mkdir(exist_ok=True)
+            write_file(temporary / name, content)
         os.rename(temporary, out)
         sync_directory(out.parent)
     except OSError as error:
@@ -71,24 +75,45 @@ def _write_weights(
     sizes = {name: dtype.itemsize * int(torch.Size(size).numel()) for name, size in shapes_of(shape).items()}
     files = files_of(sizes, max_bytes)
     place: dict[str, str] = {}
+    not_finite: list[str] = []
     for number, names in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(
-            {huggingface_name(name): weight(name).to(dtype).contiguous() for name in names}, folder / file,
-            metadata={"format": "pt"},
+            {huggingface_name(name): _converted(huggingface_name(name), weight(name), dtype, not_finite) for name in names},
+            folder / file, metadata={"format": "pt"},
         )
         os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors ignores the umask and makes files owner-only
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
         place |= {huggingface_name(name): file for name in names}
+    if not_finite:
+        log.warning("warning: %d exported tensors have values that are nan or inf, first %s: the training diverged before this "
+                    "checkpoint. Use an earlier one", len(not_finite), not_finite[0])
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(place.items()))}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
-def _text_files(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, str]:
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[str]) -> Tensor:
+    """Return the tensor in this dtype. Adds its name to not_finite if it has nan or inf. Raises UsageError if the dtype is too
+    narrow for a value."""
+    found = tensor.to(dtype).contiguous()
+    bad = ~torch.isfinite(found)
+    if bad.any():
+        not_finite.append(name)
+        if torch.isfinite(tensor[bad]).any():
+            largest = float(tensor[torch.isfinite(tensor)].abs().max())
+            wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+            raise UsageError(
+                f"the tensor {name} has values up to {largest:.6g}, but --dtype {str(dtype).removeprefix('torch.')} ends at "
+                f"{torch.finfo(dtype).max:.6g}: use --dtype {wider}"
+            )
+    return found
+
+
+def _text_files(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, bytes]:
     """Return the contents of the files that are not weights, by name."""
-    kept = {name: before / name for name in COMPANION_FILES if (before / name).is_file()} if before is not None else {}
+    kept = companions(before, of_tokenizer=True) if before is not None else {}
     config = config_of(shape, dtype, eod, read_object(kept["config.json"]) if "config.json" in kept else {})
     name, longest = eod_name(tokenizer, eod), config["max_position_embeddings"]
     found: dict[str, Any] = {
@@ -102,6 +127,6 @@ def _text_files(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, b
     }
     if "tokenizer_config.json" in kept:
         del found["special_tokens_map.json"]
-    texts = {file: json.dumps(content, indent=2) + "\n" for file, content in found.items()}
-    texts |= {file: path.read_text() for file, path in kept.items() if file != "config.json"}
-    return texts | {"tokenizer.json": tokenizer}
+    texts = {file: (json.dumps(content, indent=2) + "\n").encode() for file, content in found.items()}
+    texts |= {file: path.read_bytes() for file, path in kept.items() if file != "config.json"}
+    return texts | {"tokenizer.json": tokenizer.encode()}

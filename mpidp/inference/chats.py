@@ -9,28 +9,26 @@ from typing import Any
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import DataError, UsageError
-from mpidp.inference.rows import read_prompts, read_rows
+from mpidp.inference.rows import read_prompts, read_rows, recognized, set_apart
 
 EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
-ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json")
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats. A row of a .jsonl file has "messages", or a string "prompt", which is one message of the user. A line of
-    another file is one message of the user.
+    """Read chats. A row has "messages", or a string "prompt", which is one message of the user. A line of a
+    text file is one message of the user.
 
     Raises DataError if the file cannot be read, or a row has neither. Independent.
     """
-    name = str(path).lower().removesuffix(".gz").removesuffix(".zst")
-    if not name.endswith(ROWS):
+    if recognized(path).kind == "text":
         return read_prompts(path)
     rows = read_rows(path, EXAMPLE)
-    for number, row in rows:
+    for row in rows:
         try:
-            messages_of(row)
+            messages_of(row.fields or {})
         except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}; each line is an object like {EXAMPLE}") from None
-    return [row for _, row in rows]
+            raise DataError(f"{path}, {row.unit} {row.number}: {error}; each {row.unit} is an object like {EXAMPLE}") from None
+    return set_apart([row.fields or {} for row in rows], path)
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,12 +24,13 @@ EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question. line: line number in the file; label: index of the right choice."""
+    """A multiple-choice question. line: its number in the file; label: index of the right choice."""
 
     line: int
     context: str
     choices: list[str]
     label: int
+    unit: str = "line"  # what `line` counts: line, item or row
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,19 @@ class EncodedChoice:
 
 
 def read_choices(path: str | Path) -> list[Question]:
-    """Read questions from a .jsonl file. A label is an index from 0, or the right choice's text.
+    """Read questions from a file of rows (.jsonl, .json, ...). A label is an index from 0, or the right choice's text.
 
     Raises DataError, which names the line, if a question is invalid. Independent.
     """
     found = []
-    for number, row in read_rows(path, EXAMPLE):
+    for one in read_rows(path, EXAMPLE):
+        row = one.fields or {}
         problem = _problem(row)
         if problem:
-            raise DataError(f"{path}, line {number}: {problem}; each line is like {EXAMPLE}")
+            raise DataError(f"{path}, {one.unit} {one.number}: {problem}; each {one.unit} is like {EXAMPLE}")
         label = row["label"]
         place = label if type(label) is int else row["choices"].index(label)
-        found.append(Question(number, row["context"], row["choices"], place))
+        found.append(Question(one.number, row["context"], row["choices"], place, one.unit))
     return found
 
 
@@ -91,7 +93,7 @@ def encode(encoder: TextEncoder, item: Question, seq_len: int, path: str | Path 
                 raise DataError(f"choice {place} has {counted} tokens; the model's context is {seq_len} tokens (model.seq_len)")
             found.append(EncodedChoice(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
     except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: the text has an unpaired surrogate
-        raise DataError(f"{path}, line {item.line}: {error}") from None
+        raise DataError(f"{path}, {item.unit} {item.line}: {error}") from None
     return found
 
 

@@ -1,61 +1,94 @@
-"""Read and validate text files and .jsonl files. Errors name the file and line. Pure."""
+"""Read the files of evaluate and generate: a text, prompts or questions. Errors name the file and the line. Independent."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from mpidp.data.records import Row, keys_of, records
+from mpidp.data.text_files import NotText, TextFile, read_whole, recognize
 from mpidp.errors import DataError
+from mpidp.runtime.log import log
+
+PROMPT = '{"prompt": "Once upon"}'
+OUTPUTS = ("text", "tokens", "ended")  # the fields that generate adds to a row
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file. Raises DataError if it cannot be read, is not UTF-8, or is empty. Independent."""
-    try:
-        text = Path(path).read_bytes().decode()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; a UTF-8 text file is needed") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
-    if not text:
-        raise DataError(f"{path} is empty")
-    return text
+    """Return the text of a UTF-8 file, plain or packed. Independent.
 
-
-def read_rows(path: str | Path, wanted: str) -> list[tuple[int, dict[str, Any]]]:
-    """Return (line number from 1, object) for each nonblank line of a .jsonl file. wanted: an example row, for error messages.
-
-    Raises DataError if the file cannot be read or a line is not a JSON object. Independent.
+    Raises DataError if it cannot be read, is not UTF-8, is empty, or holds rows.
     """
+    if (file := recognized(path)).kind != "text":
+        raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it (mpidp prepare), and evaluate "
+                        "them with --data")
+    _warn(file)
+    return read_whole(path)
+
+
+def read_rows(path: str | Path, wanted: str) -> list[Row]:
+    """Return the rows of a file: .jsonl, .ndjson, .json, .csv or .parquet, plain or packed. wanted: an example, for messages.
+
+    Raises DataError if the file cannot be read, is empty, or a row is malformed. Independent.
+    """
+    file = recognized(path)
+    if file.kind == "text":
+        file = TextFile(file.path, "lines", file.skip)
     found = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); each line is an object like {wanted}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not an object; each line is an object like {wanted}")
-        found.append((number, row))
+    for row in records(file, surrogates=True):
+        if row.fields is None or row.bad_utf8:
+            reason = row.reason or "not valid UTF-8"
+            raise DataError(f"{path}, {row.unit} {row.number}: {reason}; each {row.unit} is an object like {wanted}")
+        found.append(row)
     if not found:
         raise DataError(f"{path} has only blank lines; each line must be an object like {wanted}")
     return found
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read prompts. A row of a .jsonl file has a string "prompt" and any other keys. A line of another file is a prompt.
+    """Read prompts. A row has a string "prompt" and any other fields. In a text file, each line is a prompt.
 
     Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
     """
-    if Path(path).suffix == ".jsonl":
-        rows = read_rows(path, '{"prompt": "Once upon"}')
-        for number, row in rows:
-            if not isinstance(row.get("prompt"), str):
-                raise DataError(f'{path}, line {number}: no string "prompt"; its keys are: {", ".join(row) or "none"}')
-        return [row for _, row in rows]
-    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    if (file := recognized(path)).kind != "text":
+        rows = read_rows(path, PROMPT)
+        for row in rows:
+            if not isinstance((row.fields or {}).get("prompt"), str):
+                keys = keys_of(row.fields or {})
+                raise DataError(f'{path}, {row.unit} {row.number}: no string "prompt"; its keys are: {keys}')
+        return set_apart([row.fields or {} for row in rows], path)
+    if Path(path).name.lower().partition(".")[2].startswith("json"):
+        raise DataError(f"{path} is {file.doubt}; each line must be an object like {PROMPT}")
+    _warn(file)
+    lines = [line.removesuffix("\r") for line in read_whole(path).split("\n")]
     found = [{"prompt": line} for line in lines if line.strip()]
     if not found:
         raise DataError(f"{path} has only blank lines; each line must be a prompt")
     return found
+
+
+def recognized(path: str | Path) -> TextFile:
+    """Return the kind of a file. Raises DataError if it cannot be read as text. Independent."""
+    try:
+        return recognize(path)
+    except NotText as error:
+        raise DataError(f"{path} {error}") from None
+
+
+def _warn(file: TextFile) -> None:
+    if file.doubt:
+        log.warning("warning: %s is read as plain text: %s", file.path, file.doubt)
+
+
+def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
+    """Rename the fields that have the name of an output: text becomes prompt_text. path: their file, for the warning. Pure."""
+    renamed: dict[str, str] = {}
+    for name in OUTPUTS:
+        if any(name in row for row in rows):
+            renamed[name] = f"prompt_{name}"
+            while any(renamed[name] in row for row in rows):
+                renamed[name] = f"prompt_{renamed[name]}"
+    if renamed:
+        log.warning("warning: %s has fields with the names of the output; in the output they are named %s", path,
+                    ", ".join(f"{new} (was {old})" for old, new in renamed.items()))
+    return [{renamed.get(name, name): value for name, value in row.items()} for row in rows]

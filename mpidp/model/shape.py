@@ -46,7 +46,8 @@ def rope_scaling(text: str) -> RopeScaling | None:
         return None
     kind, _, numbers = text.partition(":")
     found = RopeScaling(*map(float, numbers.split(","))) if kind == "llama3" and numbers.count(",") == 3 else None
-    if found is None or not found.factor >= 1 or not 0 < found.low < found.high or not found.original >= 1:
+    fits = found is not None and found.factor >= 1 and 0 < found.low < found.high and found.original >= 1
+    if found is None or not fits or not all(map(math.isfinite, found)):
         raise ValueError(f"{text!r} must be llama3:FACTOR,LOW,HIGH,ORIGINAL, for example llama3:8,1,4,8192")
     return found
 

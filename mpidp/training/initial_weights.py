@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
-from mpidp.checkpoint.resume import changed_base_message, open_run
+from mpidp.checkpoint.resume import changed_base_message, open_run, same_path
 from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
-from mpidp.hf.folder import COMPANION_FILES, ModelFolder
+from mpidp.hf.companions import companions
+from mpidp.hf.folder import ModelFolder, read_object
+from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
 from mpidp.runtime.json_file import read_json
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
 KEYS = (  # settings of section model that determine the shape and the meaning of the weights
@@ -50,7 +55,8 @@ class Origin:
     settings: dict[str, Any]  # settings of section model
     weights: Reader | ModelFolder | None = None  # None: the run resumes from its own checkpoint
     tokenizer: Path | None = None  # tokenizer.json of the source, if it has one
-    come_along: tuple[Path, ...] = ()  # files to copy to RUN/hf
+    come_along: Mapping[str, Path] = field(default_factory=dict)  # files to copy to RUN/hf, by their names there
+    window: int | None = None  # the longest context that the source's attention covers; None: any
     weights_sha256: str = ""  # set after loading
     wanted_sha256: str = ""  # required by a run that resumes with these weights; "": any
 
@@ -67,6 +73,12 @@ class Origin:
         ]
         if wrong:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
+        if self.window is not None and config.model.seq_len > self.window:
+            raise UsageError(
+                f"model.seq_len={config.model.seq_len}, but the attention of {self.path} covers {self.window} tokens "
+                f"(sliding_window in its config.json), and mpidp's covers the whole context: set model.seq_len to at most "
+                f"{self.window}"
+            )
         return config.with_values(model=self.settings)
 
     def check_tokenizer(self, data: Path, used: bytes) -> None:
@@ -79,10 +91,19 @@ class Origin:
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
         """Load this rank's part of the weights into the model, and compute the hash of all weights, which does not depend on the
-        mesh. Raises DataError if the hash is not the required one. Collective over parts.grid.world."""
+        mesh. Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over
+        parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
+            for name, p in model.named_parameters():
+                if not torch.isfinite(p).all():
+                    whole = parts.part.global_name(name)
+                    whole = huggingface_name(whole) if isinstance(self.weights, ModelFolder) else whole
+                    raise DataError(
+                        f"train.init_from={self.path}: the tensor {whole} has values that are nan or inf (as float32). The file "
+                        "is damaged, or its training diverged: use another checkpoint"
+                    )
         found = parts.sha256(model)
         if self.wanted_sha256 not in ("", found):
             raise DataError.on_every_rank(changed_base_message(self.path, found, self.wanted_sha256))
@@ -93,8 +114,9 @@ class Origin:
         if self.come_along:
             shutil.rmtree(run_dir / "hf", ignore_errors=True)
             (run_dir / "hf").mkdir()
-            for file in self.come_along:
-                shutil.copyfile(file, run_dir / "hf" / file.name)
+            for name, file in self.come_along.items():
+                (run_dir / "hf" / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, run_dir / "hf" / name)
         about = {"init_from": self.path, "settings": self.settings, "weights_sha256": self.weights_sha256}
         write_file(run_dir / "init.json", json.dumps(about, indent=1).encode())
 
@@ -121,11 +143,13 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     if kept is not None:
         return kept
     if is_run:
-        return _of_run(str(path), open_run(path, world))
+        return _of_run(str(path), open_run(path, world), world)
     with raise_together(world):
         folder = ModelFolder(path)
-        come_along = tuple(path / name for name in COMPANION_FILES if (path / name).is_file())
-        return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along), path)
+        for note in folder.notes if world.rank == 0 else ():
+            log.warning("note: %s", note)
+        come_along = companions(path, (path / "tokenizer.json").is_file())
+        return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along, window=folder.window), path)
     raise AssertionError
 
 
@@ -136,7 +160,7 @@ def _kept(config: Config) -> Origin | None:
         return None
     try:
         found = read_json(run_dir / "init.json", _Init)
-        if found["init_from"] == config.train.init_from:
+        if same_path(str(found["init_from"]), config.train.init_from):
             settings = {key: found["settings"][key] for key in KEYS if key in found["settings"]}
             return Origin(found["init_from"], settings, weights_sha256=found["weights_sha256"])
     except (OSError, ValueError):
@@ -144,7 +168,7 @@ def _kept(config: Config) -> Origin | None:
     return None
 
 
-def _of_run(path: str, reader: Reader) -> Origin:
+def _of_run(path: str, reader: Reader, world: MPI.Intracomm) -> Origin:
     run = reader.path.parent.parent
     if reader.meta["config"].get("model.lora_rank", 0):
         raise UsageError.on_every_rank(
@@ -154,8 +178,11 @@ def _of_run(path: str, reader: Reader) -> Origin:
         saved, plain = reader.meta["config"], Config().flat()
         settings = {key: saved.get(f"model.{key}", plain[f"model.{key}"]) for key in KEYS}
         settings["vocab_size"] = int(reader.meta["shape"]["vocab_size"])
-    come_along = tuple(run / "hf" / name for name in COMPANION_FILES if (run / "hf" / name).is_file())
-    return _with_tokenizer(Origin(path, settings, reader, come_along=come_along), run)
+    with raise_together(world):
+        come_along, window = companions(run / "hf", of_tokenizer=True), None
+        if "config.json" in come_along:
+            window = window_of(read_object(come_along["config.json"]), come_along["config.json"])
+    return _with_tokenizer(Origin(path, settings, reader, come_along=come_along, window=window), run)
 
 
 def _with_tokenizer(origin: Origin, folder: Path) -> Origin:

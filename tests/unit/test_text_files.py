@@ -15,11 +15,14 @@ import pytest
 from data_tools.files import SourceFile, find_files
 from data_tools.prepare import prepare
 from data_tools.sources import SourceReader
+from mpidp.config.command_line import read_toml
 from mpidp.data import text_files
 from mpidp.data.records import records
 from mpidp.data.text_files import MARK, NotText, read_whole, recognize
 from mpidp.data.unpack import open_bytes, reading
-from mpidp.errors import DataError
+from mpidp.errors import DataError, UsageError
+from mpidp.inference.choices import read_choices
+from mpidp.inference.rows import read_prompts, read_text
 from tests.unit.test_sources import read
 
 ROWS = [{"text": "a\nb", "n": "1"}, {"text": "zwölf, \"drei\"", "n": "2"}, {"text": "c", "n": "3"}]
@@ -275,3 +278,62 @@ def test_the_probe_of_a_long_first_line(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "x" * 3 * text_files.PROBE_BYTES}) + '\n{"text": "y"}\n')
     reader = SourceReader()
     assert len([p for p in reader.pieces(SourceFile(path.name, str(path), 1)) if p is None]) == 2
+
+
+PROMPTS = [{"prompt": "a\nb", "id": "1"}, {"prompt": "zwölf", "id": "2"}]
+
+
+@pytest.mark.parametrize("mark", [b"", MARK], ids=["plain", "mark"])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.JSONL", "p.ndjson", "p.json", "array.json", "p.csv", "p.json.gz", "p.jsonl.zst"])
+def test_prompts_of_every_kind(tmp_path: Path, name: str, mark: bytes) -> None:
+    content = "".join(json.dumps(row) + "\n" for row in PROMPTS).encode()
+    if "array" in name:
+        content = json.dumps(PROMPTS, indent=1).encode()
+    if ".csv" in name:
+        content = 'prompt,id\r\n"a\nb",1\r\nzwölf,2\r\n'.encode()
+    (tmp_path / name).write_bytes(packed(mark + content, Path(name).suffix))
+    assert read_prompts(tmp_path / name) == PROMPTS
+
+
+@pytest.mark.parametrize("content", [b'["a", "b"]', b'{\n "prompt": "a"\n}', b"plain\n"])
+def test_prompts_named_json_that_hold_no_rows_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(DataError, match="each line must be an object like"):
+        read_prompts(tmp_path / "p.json")
+
+
+def test_fields_with_the_name_of_an_output_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "text": "mine", "prompt_text": 1, "n": 2}\n{"prompt": "b", "tokens": 3}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == [
+        {"prompt": "a", "prompt_prompt_text": "mine", "prompt_text": 1, "n": 2}, {"prompt": "b", "prompt_tokens": 3}]
+    assert "prompt_prompt_text (was text)" in capsys.readouterr().err
+
+
+def test_questions_and_texts_with_marks_and_packed(tmp_path: Path) -> None:
+    question = {"context": "2+2=", "choices": ["4", "5"], "label": 0}
+    (tmp_path / "q.json.gz").write_bytes(gzip.compress(MARK + json.dumps([question, question]).encode()))
+    assert [one.label for one in read_choices(tmp_path / "q.json.gz")] == [0, 0]
+    (tmp_path / "bad.json").write_text(json.dumps([question, {"context": "x"}]))
+    with pytest.raises(DataError, match=r"bad\.json, item 2: "):
+        read_choices(tmp_path / "bad.json")
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(MARK + b"hello"))
+    assert read_text(tmp_path / "t.txt.gz") == "hello"
+    (tmp_path / "t.jsonl").write_bytes(as_lines())
+    with pytest.raises(DataError, match="holds rows, but one text is needed"):
+        read_text(tmp_path / "t.jsonl")
+
+
+def test_settings_with_a_mark(tmp_path: Path) -> None:
+    content = b"[train]\r\nsteps = 3\r\n"
+    (tmp_path / "a.toml").write_bytes(MARK + content)
+    assert read_toml(tmp_path / "a.toml") == {"train.steps": 3}
+    (tmp_path / "empty.toml").touch()
+    assert read_toml(tmp_path / "empty.toml") == {}
+    (tmp_path / "b.toml").write_bytes(content.decode().encode("utf-16"))
+    with pytest.raises(UsageError, match="UTF-16"):
+        read_toml(tmp_path / "b.toml")
+    (tmp_path / "c.toml").write_text("a = " + "[" * 10_000)
+    os.mkfifo(tmp_path / "d.toml")
+    for name in ("c.toml", "d.toml", "absent.toml"):
+        with pytest.raises(UsageError, match="cannot read this configuration file"):
+            read_toml(tmp_path / name)

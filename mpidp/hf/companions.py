@@ -1,0 +1,39 @@
+"""The files of a Hugging Face folder besides its weights and its config: they are copied to RUN/hf and to an exported folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpidp.errors import DataError
+
+MAX_BYTES = 64 * 2**20  # of a file that is copied
+FILES = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)
+OF_TOKENIZER = ("tokenizer.model", "vocab.json", "merges.txt")  # other forms of tokenizer.json, which some programs read
+TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
+
+
+def companions(folder: Path, of_tokenizer: bool) -> dict[str, Path]:
+    """Return the folder's companion files by their names relative to the folder. Independent.
+
+    of_tokenizer: also other forms of the tokenizer, which must be that of the run. Raises DataError if a file is too large, or is
+    a link to a file outside the folder: a copy would put this file into an exported folder. Links into the blobs of the Hub's
+    cache are allowed.
+    """
+    names = [*FILES, *(OF_TOKENIZER if of_tokenizer else ())]
+    names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    for path in found.values():
+        _check(folder, path)
+    return found
+
+
+def _check(folder: Path, path: Path) -> None:
+    home, real = folder.resolve(), path.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(one) for one in homes):
+        raise DataError(f"{path} is a link to {real}, which is outside the folder. If you trust it, replace the link by a copy")
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path} has more than {MAX_BYTES} bytes, too many for such a file: restore the file")

@@ -1,0 +1,261 @@
+"""Folders as people have them: transformers and mpidp read the same weights, and what cannot be read is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from data_tools.prepare import prepare
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError, UsageError
+from mpidp.evaluate import evaluate
+from mpidp.export import export
+from mpidp.hf import tokens
+from mpidp.hf.folder import EMBEDDING, HEAD, ModelFolder
+from mpidp.hf.names import config_of, settings_of, shape_of, window_of
+from mpidp.training.initial_weights import open_origin
+from tests.tiny import WORLD, text, train_at
+from tests.unit.test_hf import begun, llama, reader_of
+
+T = 16
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("folders")
+    (folder / "text.txt").write_text(text(4000))
+    prepare(str(folder / "text.txt"), "bpe:280", folder / "shards", shards=1, val_fraction=0.2, verbose=False)
+    return folder / "shards"
+
+
+@pytest.fixture
+def it(tmp_path: Path, shards: Path) -> Path:
+    """A folder with tied embeddings in one file."""
+    return saved(tmp_path / "it", "tied", shards)
+
+
+def saved(folder: Path, kind: str, shards: Path, **more: Any) -> Path:
+    llama(kind).save_pretrained(folder, **more)
+    shutil.copy(shards / "tokenizer.json", folder)
+    return folder
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    file = folder / "model.safetensors"
+    there = load_file(file)
+    change(there)
+    save_file(there, file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def losses(folder: Path, shards: Path, tmp_path: Path) -> tuple[float, float]:
+    """Return the loss over the first windows of the validation split as transformers and as mpidp compute it."""
+    stream = TokenStream(shards, "val")
+    count = (stream.num_tokens - 1) // T
+    ids = torch.from_numpy(np.stack([stream.read(i * T, T + 1).astype(np.int64) for i in range(count)]))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten())
+    optim = {"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0}
+    train_at(1, begun(shards, folder, tmp_path / "run", train={"steps": 1}, optim=optim))
+    return float(loss), evaluate(str(tmp_path / "run"), str(shards), WORLD, device="cpu")["loss"]
+
+
+def test_a_head_of_its_own_is_used_although_the_config_ties_it(it: Path, shards: Path, tmp_path: Path) -> None:
+    change_weights(it, lambda w: w.update({HEAD: torch.randn_like(w[EMBEDDING])}))
+    theirs, ours = losses(it, shards, tmp_path)
+    assert ours == pytest.approx(theirs, rel=0.01)  # the last tokens are no whole window
+    assert not reader_of(tmp_path / "run").meta["config"]["model.tie_embeddings"]
+    assert "tie_word_embeddings=true, but lm_head.weight differs" in ModelFolder(it).notes[0]
+    export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
+    assert HEAD in load_file(tmp_path / "out/model.safetensors")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("what", ["equal", "equal in float64", "instead of the embedding"])
+def test_a_tied_head_that_is_stored_is_the_embedding(it: Path, shards: Path, tmp_path: Path, what: str) -> None:
+    change_weights(it, lambda w: w.update({HEAD: w[EMBEDDING].to(torch.float64 if "64" in what else torch.float32, copy=True)}))
+    if what == "instead of the embedding":
+        change_weights(it, lambda w: w.pop(EMBEDDING))
+    theirs, ours = losses(it, shards, tmp_path)
+    assert ours == pytest.approx(theirs, rel=0.01) and not ModelFolder(it).notes
+    assert reader_of(tmp_path / "run").meta["config"]["model.tie_embeddings"]
+
+
+def test_a_tied_head_of_another_size_is_refused(it: Path) -> None:
+    change_weights(it, lambda w: w.update({HEAD: torch.zeros(300, 32)}))
+    with pytest.raises(DataError, match=r"lm_head.weight has shape \[300, 32\]"):
+        ModelFolder(it)
+
+
+@pytest.mark.parametrize("old_files", [True, False])
+def test_one_file_of_weights_comes_before_an_index(shards: Path, tmp_path: Path, old_files: bool) -> None:
+    it = saved(tmp_path / "it", "untied", shards, max_shard_size="40KB")
+    other = llama("untied")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    other.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new/model.safetensors", it)
+    if not old_files:
+        for file in it.glob("model-*"):
+            file.unlink()
+    theirs, ours = losses(it, shards, tmp_path)
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert "model.safetensors is read, as in transformers" in ModelFolder(it).notes[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_a_weight_that_is_not_finite_is_named(it: Path, shards: Path, tmp_path: Path, value: float) -> None:
+    def change(there: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        there[name] = there[name].double() if value == 1e300 else there[name]
+        there[name][3, 5] = value
+
+    change_weights(it, change)
+    with pytest.raises(DataError, match=r"tensor model.layers.1.mlp.up_proj.weight has values that are nan or inf"):
+        train_at(1, begun(shards, it, tmp_path / "run"))
+
+
+def test_a_weight_too_large_for_the_dtype_is_named(
+    it: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    change_weights(it, lambda w: w[name][1].fill_(1e5))
+    train_at(1, begun(shards, it, tmp_path / "run", train={"steps": 1}, optim={"lr": 1e-30, "warmup_steps": 0}))
+    with pytest.raises(UsageError, match=rf"{name} has values up to 100000, but --dtype float16 ends"):
+        export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"), "float16")
+    assert not list(tmp_path.glob("*out*"))
+    export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"), "bfloat16")
+    assert load_file(tmp_path / "out/model.safetensors")[name].float().max() == 99840
+    assert "nan or inf" not in caplog.text
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
+def test_a_context_above_the_window_is_refused(shards: Path, tmp_path: Path) -> None:
+    it = saved(tmp_path / "it", "mistral", shards)
+    for window, fits in ((None, T), (T, T), (T - 1, T - 1)):
+        change_config(it, sliding_window=window)
+        for seq_len in (fits, fits + 1):
+            origin = open_origin(config := begun(shards, it, tmp_path, model={"seq_len": seq_len}), WORLD)
+            assert origin is not None
+            if window is None or seq_len <= window:
+                assert origin.completed(config).model.seq_len == seq_len
+                continue
+            with pytest.raises(UsageError, match=rf"covers {window} tokens .sliding_window.*model.seq_len to at most {window}"):
+                origin.completed(config)
+    assert window_of(MISTRAL, "it") == MistralConfig().sliding_window == 4096
+    for config in (MISTRAL | {"sliding_window": None}, {"architectures": ["LlamaForCausalLM"]}):
+        assert window_of(config, "it") is None
+
+
+@pytest.mark.parametrize("before", [MISTRAL, MISTRAL | {"sliding_window": 64}])
+def test_an_export_has_no_window_below_its_context(before: dict[str, Any]) -> None:
+    """Runs of earlier versions could be trained beyond the window."""
+    settings = settings_of(json.loads(llama("mistral").config.to_json_string(use_diff=False)), "it")
+    made = config_of(shape_of(settings, 8192), "float32", 0, before)
+    assert made["sliding_window"] is None and made["max_position_embeddings"] == 8192
+    assert config_of(shape_of(settings, 64), "float32", 0, before).get("sliding_window", 4096) in (64, 4096)
+
+
+NUMBERS = (-1, 0, 0.5, 2**31, 1e308, float("inf"), float("nan"))
+ODD = (None, True, *NUMBERS, "", "x", "4", [], [1], [None], {}, {"a": 1}, {"a": {"b": []}})
+
+
+def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
+    config = json.loads((it / "config.json").read_text()) | {"sliding_window": None, "rope_scaling": None, "rope_theta": 1e4}
+    nested = [("rope_parameters", key) for key in ("rope_type", "rope_theta", "factor", "type", "partial_rotary_factor")]
+    for key in [*config, *nested, ("rope_scaling", "factor"), ("rope_scaling", "original_max_position_embeddings")]:
+        for value in ODD:
+            changed = dict(config)
+            if isinstance(key, tuple):
+                llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+                changed[key[0]] = llama3 | {key[1]: value}
+            else:
+                changed[key] = value
+            (it / "config.json").write_text(json.dumps(changed))
+            said = ""
+            try:
+                ModelFolder(it)
+            except DataError as error:
+                said = str(error)
+            assert not said or str(it) in said and len(said) < 2000, (key, value)
+
+
+def test_sizes_that_no_file_has_are_refused_at_once(it: Path) -> None:
+    began = time.monotonic()
+    change_config(it, num_hidden_layers=2**31 - 1)
+    with pytest.raises(DataError, match=r"num_hidden_layers=2147483647, but the weight files have \d+ tensors"):
+        ModelFolder(it)
+    file = it / "tokenizer.json"
+    content = file.read_bytes()
+    changed = json.loads(content)
+    changed["added_tokens"].append(changed["added_tokens"][0] | {"id": 2**31, "content": "<far>"})
+    changed["model"]["vocab"]["<far>"] = 2**31
+    file.write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="it has an id of 16777216 or more"):
+        tokens.same(file, content)
+    assert time.monotonic() - began < 60  # not the hours that counting takes
+
+
+def test_links_that_lead_out_are_refused(it: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (it / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match=r"special_tokens_map.json is a link to .*secret, which is outside"):
+        open_origin(begun(shards, it, tmp_path / "run"), WORLD)
+    (it / "special_tokens_map.json").unlink()
+    (it / "special_tokens_map.json").symlink_to("config.json")
+    assert open_origin(begun(shards, it, tmp_path / "run"), WORLD) is not None
+    snapshot = tmp_path / "models--a--b/snapshots/0123"  # as the Hub's cache keeps a model
+    shutil.copytree(it, snapshot)
+    (snapshot.parents[1] / "blobs").mkdir()
+    (snapshot / "config.json").rename(snapshot.parents[1] / "blobs/abc")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert open_origin(begun(shards, snapshot, tmp_path / "run"), WORLD) is not None
+
+
+def test_other_files_of_the_tokenizer_come_along_and_code_does_not(it: Path, shards: Path, tmp_path: Path) -> None:
+    change_config(it, auto_map={"AutoModelForCausalLM": "somebody/code--model.Own"}, my_key=3)
+    (it / "tokenizer.model").write_bytes(b"\x0a\xff")
+    (it / "additional_chat_templates").mkdir()
+    (it / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    train_at(1, begun(shards, it, tmp_path / "run", train={"steps": 1}, optim={"warmup_steps": 0}))
+    export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
+    for name in ("tokenizer.model", "additional_chat_templates/rag.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (it / name).read_bytes()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["my_key"] == 3 and "auto_map" not in config
+
+
+def test_a_source_may_be_spelled_otherwise_or_move(it: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def train(source: str, steps: int) -> Any:
+        config = begun(shards, it, tmp_path / "run", train={"steps": steps}, optim={"schedule": "constant"})
+        return train_at(1, config.with_values(train={"init_from": source}))
+
+    train("it/", 2)
+    for steps, source in ((3, "it"), (4, "./it"), (5, str(it))):
+        assert train(source, steps).end["step"] == steps
+    it.rename(tmp_path / "moved")
+    assert train("it", 6).end["step"] == 6  # a resume does not read it
+    assert train("moved", 7).end["step"] == 7
+    change_weights(tmp_path / "moved", lambda w: w["model.norm.weight"].add_(1.0))
+    (tmp_path / "moved").rename(tmp_path / "other")
+    with pytest.raises(DataError, match="the weights in other are not those from which the run started"):
+        train("other", 8)
