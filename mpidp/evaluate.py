@@ -24,7 +24,7 @@ def main() -> None:
     else:
         found = evaluate(
             options.run, options.data, world, options.split, options.device, options.threads, options.tp, options.pp,
-            options.model_kind,
+            options.model_kind, options.base,
         )
     if world.rank == 0:
         step = found.pop("step")
@@ -145,7 +145,7 @@ def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]
 
 def evaluate(
     run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1,
-    kind: str = "",
+    kind: str = "", base: str = "",
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
@@ -167,7 +167,7 @@ def evaluate(
     world = grid.world
     reader = open_run(Path(run), world)
     with raise_together(world):
-        loaded = load_model(reader, grid, device, threads, kind)
+        loaded = load_model(reader, grid, device, threads, kind, base)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         check_same_tokenizer(reader, stream)
         config = reader.meta["config"]

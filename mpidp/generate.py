@@ -116,7 +116,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     groups: list[dict[int, list[int]]] = []
     with raise_together(grid.world):
         if firsts:
-            loaded = load_model(reader, grid, options.device, options.threads, options.model_kind)
+            loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
             tokenizer = load_tokenizer_for(loaded, reader, options.tokenizer)
             by_rows(loaded.model)
         for first in firsts:

@@ -48,7 +48,7 @@ def world() -> MPI.Intracomm:
     """Return the communicator that groups are made from. Independent."""
     if _world is not None:
         return _world
-    if MPI.COMM_WORLD.size == 1:
+    if not MPI.Is_initialized() or MPI.COMM_WORLD.size == 1:
         from mpidp.runtime.world import start_mpi
 
         return start_mpi()

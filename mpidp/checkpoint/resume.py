@@ -42,11 +42,17 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
-    """Return the error message for a base model that has changed since LoRA adapters were trained on it. Pure."""
+    """Return the error message for weights that are not those from which a run started. Pure."""
     return (
-        f"the weights in {path} have changed: the adapters were trained on weights_sha256 {wanted}, found {found}. Restore the "
-        "original weights. A LoRA run does not store its base model, so do not train or modify the base model"
+        f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
+        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so do "
+        "not train or modify the base model"
     )
+
+
+def same_path(one: str, other: str) -> bool:
+    """Return whether two paths name one place: base, ./base, base/ and the absolute path do. Independent."""
+    return one == other or bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
@@ -111,13 +117,14 @@ def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Re
     return Reader(path), notes
 
 
-def reject_changed_settings(saved: Mapping[str, Any], config: Config) -> None:
-    """Raise UsageError if a setting that must not change on resume has changed. saved: {section.key: value} of the checkpoint.
-    Independent."""
+def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_base: bool = False) -> None:
+    """Raise UsageError if a setting that must not change on resume has changed. saved: {section.key: value} of the checkpoint;
+    checked_base: train.init_from may change, because the hash of its weights is compared later. Independent."""
     changed = [
         f"{key} was {saved[key]!r}, is {value!r}"
         for key, about, value in fields_of(config)
         if about.metadata["resume"] == FIXED and key in saved and saved[key] != value
+        and not (key == "train.init_from" and (checked_base or same_path(str(saved[key]), value)))
     ]
     if changed:
         raise UsageError(

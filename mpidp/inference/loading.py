@@ -138,7 +138,7 @@ def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Toke
     grid = make_grid(world, options.tp, options.pp)
     reader = open_run(Path(options.run), world)
     with raise_together(world):
-        loaded = load_model(reader, grid, options.device, options.threads, options.model_kind)
+        loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
         return reader, loaded, load_tokenizer_for(loaded, reader, options.tokenizer)
 
 
@@ -152,29 +152,38 @@ def weights_at(path: Path) -> Reader | ModelFolder:
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
         raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "
-                        "(a relative path is relative to the current directory)")
+                        "(a relative path is relative to the current directory), or give its new place with --base DIR")
     return Reader(found[0])
 
 
-def load_base(reader: Reader, parts: ModelPartition, model: Any) -> None:
-    """Load the base model of a LoRA run (train.init_from), which its checkpoints do not contain.
+def base_model(reader: Reader, parts: ModelPartition, moved: str = "") -> Any:
+    """Return the base model of a LoRA run, which its checkpoints do not contain: train.init_from, or weights from the seed.
 
-    Does nothing if the run has no init_from. Raises DataError if the base is missing or has changed. Does not support parts of
-    models. Independent.
+    moved: where train.init_from is now; "": where it was. Raises DataError if it is missing, has another shape or has changed.
+    Does not support parts of models. Independent.
     """
+    settings = reader.meta["config"]
     if "init_from" not in reader.meta:
-        return
-    path, wanted = Path(reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
+        return base_weights(settings, parts.shape, parts.part)
+    path, wanted = Path(moved or reader.meta["init_from"]["path"]), reader.meta["init_from"]["weights_sha256"]
     with readable(path):
-        parts.load(weights_at(path), model)
+        weights = weights_at(path)
+        if isinstance(weights, Reader):
+            check_shape(path, weights.meta, parts.shape)
+        elif weights.sizes != parts.sizes:  # before memory for these sizes is used
+            raise DataError(f"{path} is another model than the one that {reader.path} was trained on: its tensors differ in size")
+        model = base_weights(settings, parts.shape, parts.part)
+        parts.load(weights, model)
     if (found := parts.sha256(model)) != wanted:
         raise DataError(changed_base_message(path, found, wanted))
+    return model
 
 
-def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str = "") -> Loaded:
+def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
     """Load the checkpoint's model (this rank's part), ready for inference. Independent.
 
-    kind: model.kind as the user named it, which a run with a custom model needs. Raises CheckpointError if the checkpoint is
+    kind: model.kind as the user named it, which a run with a custom model needs; base: where the base of a LoRA run is now, ""
+    if it has not moved. Raises CheckpointError if the checkpoint is
     damaged, and UsageError if the grid, the device or the kind is not possible.
     """
     if not 0 <= threads <= MAX_THREADS:
@@ -188,11 +197,12 @@ def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str 
         check_split(shape, grid.tp.size, grid.pp.size)
         parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]
-        model = base_weights(settings, shape, parts.part)
-        if settings.get("model.lora_rank", 0):
-            if grid.parts > 1:
-                raise UsageError(f"{reader.path} contains LoRA adapters, which do not support --tp and --pp: omit these options")
-            load_base(reader, parts, model)
+        if base and not (settings.get("model.lora_rank", 0) and "init_from" in reader.meta):
+            raise UsageError(f"--base {base}: {reader.path} contains all weights; only LoRA adapters on existing weights need it")
+        has_adapters = settings.get("model.lora_rank", 0)
+        if has_adapters and grid.parts > 1:
+            raise UsageError(f"{reader.path} contains LoRA adapters, which do not support --tp and --pp: omit these options")
+        model = base_model(reader, parts, base) if has_adapters else base_weights(settings, shape, parts.part)
         model = prepared(model, settings, shape, parts.part).to(where)
         parts.load(reader, model)
         dtype = torch.float32 if where.type == "cpu" else getattr(torch, reader.meta["config"]["train.dtype"])
