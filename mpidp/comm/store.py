@@ -20,7 +20,7 @@ LOOPBACK, EVERY_INTERFACE, EVERY_IPV4 = "127.0.0.1", "::", "0.0.0.0"
 def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
     """Return the store that rank 0 serves at a free port. name: the name or address of rank 0's host, if its host name is not
     reachable. Raises RuntimeError on every rank if one of them cannot connect. Collective over comm."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch import distributed
 
     here = socket.gethostname()
     root, name = comm.bcast((here, name or here))
@@ -30,8 +30,10 @@ def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
     if comm.rank == 0:
         try:
             address, port, handle = listen(set(filter(None, wanted)))
-            store = TCPStore(LOOPBACK if address in (EVERY_INTERFACE, EVERY_IPV4) else address, port, None, True, timeout,
-                             wait_for_workers=False, multi_tenant=False, master_listen_fd=handle)
+            store = distributed.TCPStore(  # type: ignore[attr-defined]
+                LOOPBACK if address in (EVERY_INTERFACE, EVERY_IPV4) else address, port, None, True, timeout,
+                wait_for_workers=False, multi_tenant=False, master_listen_fd=handle,
+            )
         except (OSError, RuntimeError) as error:
             failed = str(error)
     address, port, failed = comm.bcast((address, port, failed))
@@ -49,9 +51,11 @@ def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
 
 
 def _connected(address: str, port: int, timeout: timedelta) -> Any:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch import distributed
 
-    return TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        address, port, None, False, timeout, wait_for_workers=False
+    )
 
 
 def listen(addresses: Collection[str]) -> tuple[str, int, int]:
