@@ -38,7 +38,7 @@ def make_shards(folder: Path, gigabytes: float, shards: int) -> None:
     import numpy as np
 
     from mpidp.data.index import FileRecord, Index, SplitRecord
-    from mpidp.data.shards import SHARD_FORMAT, VERSION
+    from mpidp.data.shard_writer import SHARD_FORMAT, VERSION
     from mpidp.data.tokenizer import ByteTokenizer
 
     tokenizer, tokens, files = ByteTokenizer(), int(gigabytes * 1e9 / 2 / shards), []

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpidp.data.index import FileRecord
-from mpidp.data.shards import write_shard
+from mpidp.data.shard_writer import write_shard
 from mpidp.data.token_bytes import bytes_of_tokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError

@@ -15,7 +15,7 @@ from mpidp.runtime.options import add_out, add_run, note_old_spelling, program
 def main() -> None:
     """Export a model and print a summary on rank 0."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
-    summary = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9))
+    summary = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9), options.base)
     if world.rank == 0:
         print(summary)
 
@@ -41,10 +41,12 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9) -> str:
+def export(
+    world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9, base: str = ""
+) -> str:
     """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
 
-    Raises CheckpointError if the run has no valid checkpoint, and UsageError if the model is not a Transformer or `out` exists.
+    base: where the base of a LoRA run is now, "" if it has not moved. Raises CheckpointError if the run has no valid checkpoint, and UsageError if the model is not a Transformer or `out` exists.
     Collective over world.
     """
     from mpidp.checkpoint.resume import open_run
@@ -69,7 +71,7 @@ def export(world: Any, run: str, out: str, dtype: str = "float32", max_file_byte
             tokenizer, eod = huggingface_json(load_tokenizer(folder, reader.meta["eod"])), reader.meta["eod"]
             weight = lambda name: reader[f"model/{name}"]  # noqa: E731
             if reader.meta["config"].get("model.lora_rank", 0):
-                model = load_model(reader, grid, "cpu", 0).model
+                model = load_model(reader, grid, "cpu", 0, base=base).model
                 weight = merged(model.state_dict(), reader.meta["config"]["model.lora_alpha"]).__getitem__
             write_folder(
                 Path(out), shape, weight, tokenizer, eod, dtype, max_file_bytes, folder / "hf"

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpidp.errors import MpidpError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.options import add_data, add_json, add_kind, program
+from mpidp.runtime.options import add_data, add_json, add_opening, program
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")
     add("--threads", type=int, help="CPU threads per rank (default: the run's)")
-    add_kind(parser)
+    add_opening(parser)
     add_json(parser)
     return parser.parse_args(list(arguments))
 

@@ -27,7 +27,8 @@ import mpidp.train
 from data_tools.prepare import prepare
 from mpidp.config.schema import Config, checked
 from mpidp.data.index import FileRecord, SplitRecord, read_index
-from mpidp.data.shards import TokenStream, write_shard
+from mpidp.data.shard_writer import write_shard
+from mpidp.data.shards import TokenStream
 from mpidp.errors import MpidpError
 from mpidp.faults.inject import InjectedFaults
 from mpidp.parallel.grid import make_grid

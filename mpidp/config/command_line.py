@@ -37,7 +37,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
         if kind is bool:
             value: Any = {"true": True, "false": False}[str(raw).lower()]
         elif kind is str:
-            value = str(raw).lower() if isinstance(raw, bool) else str(raw)
+            value = str(raw).lower() if isinstance(raw, bool) or meta["choices"] and raw in ("True", "False") else str(raw)
         elif isinstance(raw, bool):
             raise ValueError
         elif kind is int:

@@ -34,7 +34,10 @@ class DataSettings:
     """Settings data.*: the training data."""
 
     path: str = setting("shards/stdlib", "folder with the shards; the default corpus is prepared if it does not exist", "path")
-    verify: bool = setting(False, "verify all checksums before training, not only sizes and headers", "bool")
+    verify: str = setting(
+        "auto", "check the shards' checksums before training, not only sizes and headers; auto: if this takes under a second", "",
+        ("auto", "true", "false"),
+    )
     order: str = setting("shuffled", "order of the training windows", "", ("shuffled", "sequential"), resume=FIXED)
     resident: str = setting("auto", "keep this rank's tokens in GPU memory", "", ("auto", "true", "false"))
     documents: str = setting(
@@ -83,7 +86,9 @@ class TrainSettings:
     global_batch: int = setting(16, "sequences per step, over all ranks", "sequences", low=1, resume=FIXED)
     micro_batch: int = setting(2, "sequences per forward pass", "sequences", low=1, resume=FIXED)
     lanes: int = setting(0, "units of work divided among ranks; 0: one per micro-batch, at most 64", "lanes", low=0, resume=FIXED)
-    seed: int = setting(1337, "random seed for initial weights, data order and dropout", "", low=0, resume=FIXED)
+    seed: int = setting(
+        1337, "random seed for initial weights, data order and dropout", "", low=0, high=2**63 - 1, resume=FIXED
+    )
     device: str = setting("auto", "device; auto: cuda if available", "", ("auto", "cpu", "cuda"))
     dtype: str = setting(
         "auto", "precision of matrix products; auto: bfloat16 if the GPU supports it, else float32", "",
@@ -117,7 +122,7 @@ class OptimizerSettings:
     name: str = setting("adamw", "optimizer, as in torch.optim", "", ("adamw", "adam", "sgd", "muon"), resume=FIXED)
     schedule: str = setting("cosine", "learning rate schedule after warmup", "", ("cosine", "linear", "constant", "wsd"))
     lr: float = setting(3e-3, "peak learning rate", "", low=0.0)
-    min_lr: float = setting(0.0, "learning rate at the last step", "", low=0.0)
+    min_lr: float = setting(0.0, "learning rate at the end of the schedule, after the last step", "", low=0.0)
     warmup_steps: int = setting(-1, "steps of linear warmup; -1: min(100, steps / 10)", "steps", low=-1)
     weight_decay: float = setting(0.1, "weight decay of matrices, as in torch.optim (adamw, adam, muon)", "", low=0.0)
     beta1: float = setting(0.9, "decay of the first moment; momentum of sgd", "", low=0.0, high=0.9999999)

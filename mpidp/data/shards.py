@@ -20,28 +20,25 @@ datasets. So only hard-linked, contiguous, unfiltered datasets inside the file, 
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
 
 from mpidp.data.index import FileRecord, read_index
+from mpidp.data.shard_writer import SHARD_FORMAT, VERSION, checksums
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
-from mpidp.runtime.files import write_file
+from mpidp.runtime.files import most_open_files
 
-SHARD_FORMAT = "mpidp-tokens"
-VERSION = 1
-PIECE_BYTES = 4 * 2**20  # bytes read and hashed at a time
+AUTO_BYTES = 128 * 2**20  # with data.verify=auto, checksums of at most this many bytes are checked: under a second
 
 
 @dataclass
@@ -58,8 +55,8 @@ class _Mapped:
 class TokenStream:
     """All tokens of one split, concatenated over its shards in index order. Independent. Thread-safe.
 
-    The constructor reads only index.json. A shard is opened at its first read. Raises DataError if the index or the split is
-    missing or invalid.
+    The constructor reads only index.json. A shard is opened at its first read. If there are more shards than the process may open
+    files, the shard that was not used for longest is closed. Raises DataError if the index or the split is missing or invalid.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -82,8 +79,9 @@ class TokenStream:
         self.bytes_read = 0  # bytes returned by read() and read_mask()
         self.bytes_fetched = 0  # bytes that advise() asked the kernel to read
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
-        self._mapped: dict[int, _Mapped] = {}
-        self._checked: dict[int, np.ndarray] = {}  # validated document starts, by file
+        self._mapped: dict[int, _Mapped] = {}  # the most recently used last
+        self._most_mapped = max(1, most_open_files() // 4)  # training and validation, and files of others
+        self._checked: set[int] = set()  # files whose document starts are validated
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
     def keep_apart(self, documents: str, seq_len: int) -> None:
@@ -108,6 +106,10 @@ class TokenStream:
                 if (crc32, sha256) != (self.files[i].crc32, self.files[i].sha256):
                     raise self._error(i, f"its bytes changed since index.json was written (crc32 {crc32}, not "
                                        f"{self.files[i].crc32})")
+
+    def is_cheap(self, files: Iterable[int]) -> bool:
+        """Return whether the checksums of these files can be checked in less than a second."""
+        return sum(self.files[i].size for i in files) <= AUTO_BYTES
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return a copy of tokens [start, start + count): (count,) uint16 or uint32."""
@@ -135,10 +137,10 @@ class TokenStream:
         """Return (count,) bool, true for tokens of [start, start + count) that start a document."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
-            if i not in self._checked:
-                self._checked[i] = self.doc_offsets(i)
-            low, high = np.searchsorted(self._checked[i], np.array([first, first + n], dtype=np.uint64))
-            out[at + (self._checked[i][low:high].astype(np.int64) - first)] = True
+            starts = self._map(i).doc_offsets if i in self._checked else self.doc_offsets(i)
+            self._checked.add(i)
+            low, high = np.searchsorted(starts, np.array([first, first + n], dtype=np.uint64))
+            out[at + (starts[low:high].astype(np.int64) - first)] = True
         return out
 
     def advise(self, start: int, count: int) -> None:
@@ -188,13 +190,18 @@ class TokenStream:
 
     def _map(self, i: int) -> _Mapped:
         with self._lock:
-            if i not in self._mapped:
+            if i in self._mapped:
+                self._mapped[i] = self._mapped.pop(i)  # now the most recently used
+            else:
                 try:
-                    self._mapped[i] = self._open(i)
+                    opened = self._open(i)
                 except FileNotFoundError:
                     raise self._error(i, "it is missing") from None
                 except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises these on damaged files
                     raise self._error(i, f"it cannot be opened as HDF5 ({error})") from None
+                while len(self._mapped) >= self._most_mapped:
+                    self._mapped.pop(next(iter(self._mapped)))
+                self._mapped[i] = opened
             return self._mapped[i]
 
     def _open(self, i: int) -> _Mapped:
@@ -210,9 +217,13 @@ class TokenStream:
                 raise self._error(i, "it has an HDF5 user block, which shards must not have")
             wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
                       "tokenizer_sha256": self.tokenizer_sha256}
+            if "eod" in file.attrs:
+                wanted["eod"] = self.eod
             for name, value in wanted.items():
                 if (found := _attribute(file, name)) != value:
                     raise self._error(i, f"its attribute {name} is {found!r}, but index.json implies {value!r}")
+            if not self.has_loss_mask and file.id.links.exists(b"loss_mask"):
+                raise self._error(i, "it has a loss mask, but index.json says that there is none")
             lengths = {"tokens": (record.tokens, self.dtype), "doc_offsets": (record.documents, np.dtype("<u8"))}
             if self.has_loss_mask:
                 lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
@@ -259,52 +270,3 @@ def _attribute(file: h5py.File, name: str) -> int | str | None:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return int(value) if isinstance(value, np.integer) else str(value)
-
-
-def checksums(path: Path) -> tuple[str, str]:
-    """Return (crc32, sha256) of a file, in hexadecimal. Independent."""
-    crc32, sha256 = 0, hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            crc32 = zlib.crc32(piece, crc32)
-            sha256.update(piece)
-    return f"{crc32:08x}", sha256.hexdigest()
-
-
-class Written(NamedTuple):
-    """The size in bytes and the checksums of a written file, for the index."""
-
-    size: int
-    crc32: str
-    sha256: str
-
-
-def write_shard(
-    path: Path, pieces: Iterable[np.ndarray], num_tokens: int, doc_offsets: np.ndarray,
-    attributes: dict[str, int | str], mask: Iterable[np.ndarray] | None = None,
-) -> Written:
-    """Write one shard from pieces with num_tokens ids in total. Independent.
-
-    attributes: at least split, vocab_size and tokenizer_sha256. The same input gives the same bytes. The file is written
-    atomically: it gets its name when it is complete and on disk.
-    """
-    dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}
-
-    def write(temporary: Path) -> None:
-        with h5py.File(temporary, "w", libver=("earliest", "v110"), track_order=False) as file:
-            file.create_dataset("doc_offsets", data=np.asarray(doc_offsets, dtype="<u8"))
-            for name, source in (("tokens", pieces), ("loss_mask", mask)):
-                if source is None:
-                    continue
-                dataset, at = file.create_dataset(name, shape=(num_tokens,), dtype=dtypes[name]), 0
-                for piece in source:
-                    dataset[at : at + len(piece)] = piece
-                    at += len(piece)
-                if at != num_tokens:
-                    raise ValueError(f"{path}: expected {num_tokens} {name}, got {at}")
-            for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
-                file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
-
-    write_file(path, write)
-    crc32, sha256 = checksums(path)
-    return Written(path.stat().st_size, crc32, sha256)

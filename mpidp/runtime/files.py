@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from stat import S_ISDIR, S_ISREG
 from typing import IO
 
 from mpidp.errors import UsageError
+
+MANY_FILES = 1 << 16  # open files that are enough for everything; some programs are slow with a higher limit
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
@@ -70,6 +73,17 @@ def writing(what: str | Path, advice: str) -> Iterator[None]:
     except OSError as error:
         name = error.filename if isinstance(error.filename, (str, Path)) else what
         raise UsageError(f"{name} cannot be written ({error.strerror or error}): {advice}") from error
+
+
+def most_open_files() -> int:
+    """Raise the limit of open files as far as this user may, and return it. Independent."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return MANY_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def sync_directory(path: Path) -> None:

@@ -86,13 +86,22 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the argument RUN, the folder of a trained model, and the options for opening it. Pure."""
     parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
-    add_kind(parser)
+    add_opening(parser)
 
 
-def add_kind(parser: argparse.ArgumentParser) -> None:
-    """Add --model.kind, which permits the code that a run with a custom model needs. Pure."""
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Add --model.kind, which permits the code that a run with a custom model needs, and --base, the base of adapters. Pure."""
+    parser.add_argument("--base", metavar="DIR", default="", help="where the base model of a LoRA run is, if it has moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
                         help="MODULE:FACTORY of a run with a custom model; without this option no code that RUN names is called")
+
+
+def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options for how texts become input: --special and --seq-len. default: of --special, in words. Pure."""
+    parser.add_argument("--special", choices=("text", "tokens"),
+                        help=f"what names of special tokens (<|im_start|>) in texts become: tokens (ids) or text ({default})")
+    parser.add_argument("--seq-len", type=int, default=0, metavar="N",
+                        help="context length, if RUN is a Hugging Face folder; 0: that of the model, at most 2048 (%(default)s)")
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
-from mpidp.checkpoint.resume import changed_base_message, open_run
+from mpidp.checkpoint.resume import changed_base_message, open_run, same_path
 from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
 from mpidp.errors import DataError, UsageError
@@ -160,7 +160,7 @@ def _kept(config: Config) -> Origin | None:
         return None
     try:
         found = read_json(run_dir / "init.json", _Init)
-        if found["init_from"] == config.train.init_from:
+        if same_path(str(found["init_from"]), config.train.init_from):
             settings = {key: found["settings"][key] for key in KEYS if key in found["settings"]}
             return Origin(found["init_from"], settings, weights_sha256=found["weights_sha256"])
     except (OSError, ValueError):

@@ -166,7 +166,7 @@ def test_a_run_of_a_mesh_is_replayed_on_one_rank(shared_folder: Path, shared_tmp
     """Bit for bit with pipeline parallelism alone, else up to rounding; alterations are found."""
     run, cut = shared_tmp / "run", mesh[2] > 1
     train_at(mesh[0] * mesh[1] * mesh[2], config_of(corpus(shared_folder), run, mesh, sequence, steps=4))
-    words = Namespace(run=str(run), step=None, against=None, data=None, device="cpu", threads=1, model_kind="")
+    words = Namespace(run=str(run), step=None, against=None, data=None, device="cpu", threads=1, model_kind="", base="")
     (found,) = at(1, lambda comm: mpidp.replay.inspect_step(words, comm))
     assert found["same"] and f"are {'close to' if cut else 'the same as'} the record (" in found["verdict"], found
     if WORLD.rank == 0:

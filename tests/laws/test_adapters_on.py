@@ -46,8 +46,8 @@ def base(where: Path, data: Path, kind: str) -> Path:
     return source
 
 
-def replayed(n: int, run: Path, step: int) -> dict[str, Any]:
-    options = argparse.Namespace(run=str(run), step=step, data=None, device=None, threads=None, model_kind="")
+def replayed(n: int, run: Path, step: int, base: str = "") -> dict[str, Any]:
+    options = argparse.Namespace(run=str(run), step=step, data=None, device=None, threads=None, model_kind="", base=base)
     return at(n, lambda comm: inspect_step(options, comm))[0]
 
 
@@ -110,9 +110,35 @@ def test_a_base_that_is_gone_or_another_is_told(shared_folder: Path, shared_tmp:
     else:
         train_at(1, on(data, shared_tmp / "plain", aside, 1, lora_rank=0, lora_targets=Config().model.lora_targets))
         at(1, lambda comm: export(comm, str(shared_tmp / "plain"), str(source)))
-    refused("the weights in .* have changed|has changed since")
+    refused("the weights in .* are not those from which the run started|has changed since")
     if WORLD.rank == 0:
         shutil.rmtree(source)
         aside.rename(source)
     WORLD.barrier()
     assert train_at(few, on(data, run, source)).end["step"] == 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "run"])
+def test_a_base_that_has_moved_is_named(shared_folder: Path, shared_tmp: Path, kind: str) -> None:
+    """Its weights decide, not its path. A run with adapters can so leave its machine."""
+    data, few = corpus(shared_folder), sizes(1, 2)[-1]
+    source, run, moved = base(shared_tmp, data, kind), shared_tmp / "run", shared_tmp / "elsewhere"
+    whole = train_at(few, on(data, shared_tmp / "whole", source))
+    train_at(few, on(data, run, source, 2))
+    if WORLD.rank == 0:
+        source.rename(moved)
+    WORLD.barrier()
+    with pytest.raises(DataError, match="give its new place with --base DIR"):
+        at(1, lambda comm: evaluate(str(run), None, comm))
+    there = str(moved)
+    assert at(few, lambda comm: evaluate(str(run), None, comm, base=there))[0]["tokens"] > 0
+    words = [str(run), "--prompt=the rank", "--tokens=3", "--device=cpu", "--threads=1", f"--base={there}"]
+    assert at(few, lambda comm: generate(comm, read_options(words)))[0][0]["tokens"] == 3
+    assert replayed(few, run, 2, there)["same"]
+    at(1, lambda comm: export(comm, str(run), str(shared_tmp / "out"), base=there))
+    again = train_at(few, on(data, run, Path(f"{moved.parent}/./elsewhere")))
+    assert again.events("resume") and again.sha256 == whole.sha256
+    assert evaluate(str(run), None, WORLD)["loss"] == whole.end["val_loss"]  # the new checkpoints name the new place
+    train_at(1, tiny(data, shared_tmp / "plain", train={"steps": 1, "eval_every": 0}, optim=OPTIM))
+    with pytest.raises(UsageError, match="contains all weights; only LoRA"):
+        at(1, lambda comm: evaluate(str(shared_tmp / "plain"), None, comm, base=there))

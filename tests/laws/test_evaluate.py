@@ -17,7 +17,8 @@ import pytest
 from data_tools.prepare import prepare
 from mpidp.checkpoint.manifest import _seal, read_manifest
 from mpidp.data.index import read_index
-from mpidp.data.shards import TokenStream, write_shard
+from mpidp.data.shard_writer import write_shard
+from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import CheckpointError, DataError
 from mpidp.evaluate import evaluate

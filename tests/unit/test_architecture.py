@@ -157,7 +157,7 @@ def test_libraries_stay_where_they_belong(name: str) -> None:
         assert "mpi4py" not in used
     if within & NO_TORCH:
         assert not used & {"torch", "mpi4py"}
-    assert "h5py" not in used or module in ("mpidp.data.shards", "mpidp.runtime.agreement")
+    assert "h5py" not in used or module in ("mpidp.data.shards", "mpidp.data.shard_writer", "mpidp.runtime.agreement")
     assert "safetensors" not in used or module.startswith(("mpidp.checkpoint.", "mpidp.hf."))
 
 

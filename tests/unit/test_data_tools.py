@@ -16,7 +16,7 @@ import pytest
 from data_tools.inspect import describe
 from data_tools.prepare import prepare
 from data_tools.verify import verify
-from mpidp.data.shards import checksums
+from mpidp.data.shard_writer import checksums
 from mpidp.errors import DataError
 
 ROOT = Path(__file__).parents[2]

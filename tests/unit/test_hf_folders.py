@@ -240,3 +240,22 @@ def test_other_files_of_the_tokenizer_come_along_and_code_does_not(it: Path, sha
         assert (tmp_path / "out" / name).read_bytes() == (it / name).read_bytes()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["my_key"] == 3 and "auto_map" not in config
+
+
+def test_a_source_may_be_spelled_otherwise_or_move(it: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def train(source: str, steps: int) -> Any:
+        config = begun(shards, it, tmp_path / "run", train={"steps": steps}, optim={"schedule": "constant"})
+        return train_at(1, config.with_values(train={"init_from": source}))
+
+    train("it/", 2)
+    for steps, source in ((3, "it"), (4, "./it"), (5, str(it))):
+        assert train(source, steps).end["step"] == steps
+    it.rename(tmp_path / "moved")
+    assert train("it", 6).end["step"] == 6  # a resume does not read it
+    assert train("moved", 7).end["step"] == 7
+    change_weights(tmp_path / "moved", lambda w: w["model.norm.weight"].add_(1.0))
+    (tmp_path / "moved").rename(tmp_path / "other")
+    with pytest.raises(DataError, match="the weights in other are not those from which the run started"):
+        train("other", 8)

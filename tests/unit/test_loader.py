@@ -17,7 +17,8 @@ from mpidp.data.index import FileRecord, Index, SplitRecord
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import Batch, Loader, MicroBatch, _Resident
 from mpidp.data.sampler import Sampler
-from mpidp.data.shards import TokenStream, write_shard
+from mpidp.data.shard_writer import write_shard
+from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
 
 CPU = torch.device("cpu")

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidp.data.index import FileRecord, Index, SplitRecord
-from mpidp.data.shards import TokenStream, checksums, write_shard
+from mpidp.data.shard_writer import checksums, write_shard
+from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
+from mpidp.runtime.files import most_open_files
 
 LENGTHS = [1000, 3, 4096, 1]
 
@@ -104,6 +109,74 @@ def test_a_loss_mask_is_read(tmp_path: Path) -> None:
     mask = stream.read_mask(990, 100)
     assert mask is not None and mask.dtype == np.bool_
     np.testing.assert_array_equal(mask, tokens[990:1090] % 2 == 1)
+
+
+def test_a_mask_or_an_end_of_document_that_the_index_contradicts_is_refused(tmp_path: Path) -> None:
+    make_shards(tmp_path, mask=True)
+    change_index(tmp_path, lambda raw: raw["splits"]["train"].pop("loss_mask"))
+    with pytest.raises(DataError, match="it has a loss mask, but index.json says that there is none"):
+        TokenStream(tmp_path).check()
+    make_shards(tmp_path)
+    with h5py.File(tmp_path / "train_00001.h5", "a") as file:
+        file.attrs["eod"] = np.int64(7)
+    adopt(tmp_path, 1)
+    with pytest.raises(DataError, match=r"train_00001.h5: its attribute eod is 7, but index.json implies 299"):
+        TokenStream(tmp_path).check()
+
+
+@pytest.mark.parametrize("key", ["window", "loss_mask"])
+def test_a_key_that_nobody_knows_is_refused(tmp_path: Path, key: str) -> None:
+    """Otherwise a damaged key would silently be the default: no mask, or documents that are not kept apart."""
+    make_shards(tmp_path, mask=True)
+    text = (tmp_path / "index.json").read_text().replace('"eod"', '"window": 64, "eod"')
+    (tmp_path / "index.json").write_text(text.replace(f'"{key}"', f'"{key[:-1]}_"'))
+    with pytest.raises(DataError, match=f"'{key[:-1]}_' is not a key of"):
+        TokenStream(tmp_path)
+
+
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = make_shards(tmp_path, [100] * 30)
+    monkeypatch.setattr("mpidp.data.shards.most_open_files", lambda: 16)
+    before, stream = len(os.listdir("/proc/self/fd")), TokenStream(tmp_path)
+    stream.check(contents=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(stream.read(0, len(tokens)), tokens)
+        np.testing.assert_array_equal(np.flatnonzero(stream.read_starts(0, len(tokens))), np.arange(0, 3000, 100))
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+def test_the_limit_of_open_files_is_raised() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        assert most_open_files() == min(hard, 1 << 16) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_system_without_locks(tmp_path: Path) -> None:
+    """Some network file systems refuse flock. HDF5 would then refuse to write."""
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("SKIPPED FOR LACK OF a C compiler")
+    (tmp_path / "no.c").write_text("#include <errno.h>\nint flock(int f, int o) { errno = ENOLCK; return -1; }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "no.so", tmp_path / "no.c"], check=True)
+    code = "import sys; from pathlib import Path; from tests.unit.test_shards import make_shards; make_shards(Path(sys.argv[1]))"
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "no.so")}
+    words = [sys.executable, "-c", code, tmp_path / "shards"]
+    found = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    TokenStream(tmp_path / "shards").check(contents=True)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_nothing_is_left(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(OSError, match=r"File too large: .*train_00000.h5"):
+            make_shards(tmp_path, [100_000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
