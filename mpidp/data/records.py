@@ -43,7 +43,7 @@ def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = Fa
         unit = {"lines": "line", "array": "item"}.get(file.kind, "row")
         for number, value, reason, bad in found:
             if not reason and not isinstance(value, dict):
-                reason = f"not a JSON object but {describe(value)}"
+                reason = f"not an object but {describe(value)}"
             if reason:
                 yield Row(file.path, unit, number, None, reason, bad)
             else:

@@ -19,7 +19,8 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer
 
 SENTENCES = [
-    "aa bb cc dd", "the fox says 2+2=4, doesn't it?", "  indented  \t text", "zwölf Boxkämpfer 🥊", "日本語のテキスト", "1234567 890",
+    "aa bb cc dd", "the fox says 2+2=4, doesn't it?", "  indented  \t text", "zwölf Boxkämpfer 🥊", "日本語のテキスト",
+    "1234567 890",
 ]
 
 
