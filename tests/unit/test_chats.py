@@ -47,7 +47,7 @@ def llama_like(folder: Path) -> Path:
 
 
 def unigram(folder: Path, scheme: str) -> Path:
-    """Write a tokenizer in the manner of SentencePiece's Unigram. scheme: a space before the text (first) or each part (always)."""
+    """Write a tokenizer in the manner of SentencePiece's Unigram. scheme: spaces before the text (first) or each part."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -214,7 +214,7 @@ def test_arguments_and_undefined_names_of_the_template(tmp_path: Path, capsys: p
     rows = [{"messages": [user("a"), said("b")]}, {"messages": [user("a"), said("b")], "chat_template_kwargs": {"mood": "!"}}]
     source = write(tmp_path / "a.jsonl", *rows)
     prepare(source, str(folder), tmp_path / "out", 1, 0.0, form="chat", seq_len=64, template_arg=["mood=?", "n=3"])
-    assert "the chat template uses turn_token, which the tokenizer" in capsys.readouterr().err
+    assert "does not define turn_token, used by the chat template" in capsys.readouterr().err
     tokenizer = load_tokenizer(folder)
     texts = [tokenizer.decode(np.array(ids)) for ids, _ in rows_of(tmp_path / "out")]
     assert texts == ["<s>?a?b", "<s>!a!b"]
