@@ -106,7 +106,8 @@ def test_a_training_is_the_one_over_mpi(
         assert run.losses == pytest.approx(alone.losses, rel=1e-5)
         if kind == "tree":
             assert run.sha256 == alone.sha256 and run.learned == alone.learned
-            options = Namespace(run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None, model_kind="", base="")
+            rest = {"data": None, "device": None, "threads": None, "model_kind": "", "base": ""}
+            options = Namespace(run=str(shared_tmp / str(n)), step=5, **rest)
             assert at(1, lambda comm, options=options: inspect_step(options, comm))[0]["same"]  # a replay works without it
 
 
