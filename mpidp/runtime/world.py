@@ -16,15 +16,22 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 
 def start_mpi() -> MPI.Intracomm:
-    """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank. Collective over
-    COMM_WORLD."""
+    """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank, or in a process
+    that is no rank. Collective over COMM_WORLD."""
+    if not MPI.Is_initialized():
+        raise UsageError(
+            "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "
+            "no rank and cannot use MPI: call this in the main process. (Or the program set mpi4py.rc.initialize = False.)"
+        )
     world = MPI.COMM_WORLD
     if world.size == 1 and launched_size() > 1:
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00 ")
         raise UsageError(
             f"{launched_size()} ranks were started, but each is alone (rank 0 of 1): the launcher does not belong to the MPI "
             f"library ({library}). Use the mpirun of that library (`mpirun -np {launched_size()} "
-            "python -m mpidp.train`), or select its interface: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH."
+            "python -m mpidp.train`), or select its interface: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH and "
+            "Intel MPI. If several MPI libraries are installed, MPI4PY_MPIABI=openmpi or MPI4PY_MPIABI=mpich selects the one "
+            "that mpi4py loads."
         )
     return world
 

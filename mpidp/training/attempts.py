@@ -57,7 +57,7 @@ class RunAttempts:
             with raise_together(world):
                 self.faults: InjectedFaults = faults_from_environment(self.number)
                 self.lock = RunLock(plan.run_dir) if world.rank == 0 else None
-            self.crew = Crew(plan.config, plan.asked_threads, world.size, world.size, config.faults.respawn)
+            self.crew = Crew(plan.config, plan.automatic, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
             crew.events.append({"event": "went_back", "why": "all ranks with the run's state have failed"})  # in case they do
@@ -118,7 +118,8 @@ class RunAttempts:
         is over, else None."""
         run, events = plan.config.run, self.crew.events
         reader, notes = find_checkpoint(plan.run_dir, "auto" if events else run.resume, self.world)
-        plan = plan.adopt(reader, notes)
+        self.plan = plan = plan.adopt(reader, notes)
+        self.crew.config = plan.config
         if reader is not None and (end := plan.has_ended(reader)) is not None:
             plan.print_end(end)
             return end

@@ -24,7 +24,7 @@ from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import Strategy, StrategyOptions
 from mpidp.training.data_parallel import DataParallelMemory, share_memory
 from mpidp.training.job import Job
-from mpidp.training.lr_schedule import Schedule
+from mpidp.training.lr_schedule import schedule_of
 from mpidp.training.model import TrainedModel, make_model
 from mpidp.training.run_plan import RunPlan
 from mpidp.training.run_record import make_run_record
@@ -57,11 +57,11 @@ def build(
     record = make_run_record(
         plan, model.module, model.origin, services.machines, state, None if before is None else before.record
     )
-    train, optim = plan.config.train, plan.config.optim
+    train = plan.config.train
     audit = Audit(
         plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
     )
-    schedule = Schedule(optim.schedule, optim.lr, optim.min_lr, optim.warmup_steps, train.steps)
+    schedule = schedule_of(plan.config.flat())
     return Job(
         plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state
     )

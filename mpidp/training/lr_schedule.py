@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+SETTINGS = ("train.steps", "optim.schedule", "optim.lr", "optim.min_lr", "optim.warmup_steps")  # they determine the schedule
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,32 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1. After a linear warm-up to lr, the rate follows a cosine or linear
-        decay to min_lr at the last step, or stays constant. With wsd (warmup-stable-decay, Hu 2024) it is constant, and decays
-        linearly over the last fifth of the steps. Pure."""
+        decay from lr to min_lr, or stays constant. With wsd (warmup-stable-decay, Hu 2024) it is constant, and decays linearly
+        over the last fifth of the steps. As in transformers and PyTorch, the step after the last would have min_lr, so the last
+        step learns. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
-        fraction = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        fraction = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if self.kind == "constant":
             return self.lr
         if self.kind == "wsd":
             fraction = max(0.0, (fraction - 0.8) / 0.2)
         decay = 0.5 * (1 + math.cos(math.pi * fraction)) if self.kind == "cosine" else 1.0 - fraction
         return self.min_lr + (self.lr - self.min_lr) * decay
+
+
+def schedule_of(settings: Mapping[str, Any]) -> Schedule:
+    """Return the schedule of resolved settings {section.key: value}. Pure."""
+    steps, kind, lr, min_lr, warmup_steps = (settings[key] for key in SETTINGS)
+    return Schedule(kind, lr, min_lr, warmup_steps, steps)
+
+
+def change(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str:
+    """Return a line about a schedule that changes when a run resumes after `step`; "" if it does not change.
+
+    saved, now: resolved settings {section.key: value} of the checkpoint and of the resumed run. Pure."""
+    changed = [f"{key} {saved[key]} -> {now[key]}" for key in SETTINGS if saved[key] != now[key]]
+    if not changed:
+        return ""
+    before = f", after {schedule_of(saved).lr_at(step):.3g} at step {step}" if step else ""
+    return f"{', '.join(changed)}: the learning rate at step {step + 1} is {schedule_of(now).lr_at(step + 1):.3g}{before}"

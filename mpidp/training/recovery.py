@@ -41,7 +41,7 @@ class Crew:
     """Facts about a run that are the same on all ranks. Replacement ranks receive them when they join."""
 
     config: Any  # the resolved configuration of the run
-    asked_threads: int  # train.threads as the user set it; 0: automatic
+    automatic: frozenset[str]  # as in RunPlan
     full: int  # number of ranks at the start
     number: int  # number of the next replacement rank; ranks keep their numbers, and new ranks get new ones
     respawn: bool  # whether failed ranks may still be replaced
@@ -106,7 +106,7 @@ def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int)
     mesh = make_topology(world, plan.mesh if plan is not None else None, number)
     if plan is not None and known:
         return replace(plan, grid=whole(mesh))
-    return replace(make_plan(crew.config, whole(mesh)), asked_threads=crew.asked_threads)
+    return replace(make_plan(crew.config, whole(mesh)), automatic=crew.automatic)
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:

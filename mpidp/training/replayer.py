@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mpidp.config import rules
 from mpidp.config.defaults import kind
 from mpidp.errors import CheckpointError, DataError, UsageError
 from mpidp.metrics.jsonl import read_lines
@@ -47,6 +48,12 @@ class Record:
     passed: dict[int, int]  # step to which the run returned -> last of the batches that it then skipped
     checkpoints: dict[int, Path]  # folders of checkpoints, by step
     last: int  # last step that can be replayed; its update may have been skipped
+    ranks: dict[int, int] = field(default_factory=dict)  # step after which the number of ranks was set -> number of ranks
+
+    def ranks_in(self, start: int, last: int) -> set[int]:
+        """Return the numbers of ranks that computed the steps start + 1 to last. Empty if unknown. Pure."""
+        begun = max((at for at in self.ranks if at <= start), default=0)
+        return {ranks for at, ranks in self.ranks.items() if at == begun or start < at < last}
 
 
 def read_record(run: str, world: Any) -> Record:
@@ -60,12 +67,14 @@ def read_record(run: str, world: Any) -> Record:
         lines = {line["step"]: line for line in records if all(key in line for key in FIGURES)}
         skipped = [line["batch"] for line in records if line.get("event") == "skipped" and "batch" in line]
         passed = {line["step"]: line["batch"] for line in records if line.get("event") == "rolled_back" and "batch" in line}
+        begun = [line for line in records if line.get("event") in ("start", "recovered", "respawned")]
+        ranks = {line["step"]: line["ranks"] for line in begun if isinstance(line.get("ranks"), int)}
         saved = {int(p.name.rpartition("_")[2]): p for p in reversed(committed(file.with_name("checkpoints")))}
         last = max([*lines, *saved], default=0)
         last += max(skipped, default=-1) >= last + lines.get(last, {}).get("skipped", 0)
         if not last:
             raise UsageError(f"{run}: not a run, there is neither a step in metrics.jsonl nor a checkpoint")
-    return world.bcast(Record(Path(run), lines, skipped, passed, saved, last), root=0)
+    return world.bcast(Record(Path(run), lines, skipped, passed, saved, last, ranks), root=0)
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Replay:
         Collective over world."""
         from mpidp.checkpoint import manifest
         from mpidp.checkpoint.resume import open_run
-        from mpidp.config import command_line, rules
+        from mpidp.config import command_line
         from mpidp.model.kinds import check_named
         from mpidp.parallel.grid import make_grid
         from mpidp.runtime.world import raise_together
@@ -124,14 +133,10 @@ class Replay:
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
-            settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml")) | PLAIN
+            settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml"))
             check_named(settings.get("model.kind", "transformer"), options.model_kind, record.path)
-            name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
-            if kind(name, quorum) != "synchronous":
-                raise UsageError(
-                    f"{record.path} was trained with {rules.method_setting(name, quorum)}: replay supports synchronous "
-                    "runs only"
-                )
+            check_method(record, settings, reader.meta["step"] if reader else 0, last, meta.get("ranks"), world.size)
+            settings |= PLAIN
             if reader is not None and not settings.get("model.lora_rank", 0):
                 settings["train.init_from"] = ""  # the checkpoint has all weights except the base weights of adapters
             elif options.base:
@@ -159,7 +164,8 @@ class Replay:
         self.start = self.job.position.step
         saved, now = meta.get("fingerprint", {}), self.job.record.meta["fingerprint"]
         self.loose = [f"{key} {saved[key]} -> {now.get(key)}" for key in saved if saved[key] != now.get(key)]
-        if now["reducer"] != "tree" and not meta.get("ranks") == world.size == 1:
+        exact = now["reducer"] == "tree" or self.plan.config.comm.compress != "none"  # compressed sums have an order of their own
+        if not exact and not meta.get("ranks") == world.size == 1:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
         steps = f"{last - self.start} steps to replay, {self.start + 1} to {last}, from {self.source}"
         loose = f"; bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""
@@ -210,11 +216,15 @@ class Replay:
         return [row for part in job.comm.allgather(rows) for row in part]
 
     def tensors(self) -> dict[str, Any]:
-        """Return parameters in model order, then optimizer state, by their names in a checkpoint. Independent."""
+        """Return parameters in model order, then optimizer state, by their names in a checkpoint. Tensors of which every rank
+        holds a summand are added in rank order, as a checkpoint's reader adds them. Collective over job.comm."""
         from mpidp.checkpoint.local_parameters import parameters_of
 
         found = {f"model/{name}": entry.tensor for name, entry in parameters_of(self.job.engine.model).items()}
-        return found | {f"strategy/{name}": entry.tensor for name, entry in self.job.strategy.state_dict().items()}
+        for name, entry in self.job.strategy.state_dict().items():
+            summands = self.job.comm.size if entry.layout == "additive" else 1
+            found[f"strategy/{name}"] = entry.tensor if summands == 1 else _sum_in_rank_order(entry.tensor, self.job.comm)
+        return found
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:
         """Compare a batch with its record. Return (whether equal, message) for each recorded value. Collective over job.comm."""
@@ -245,6 +255,49 @@ class Replay:
             if wrong and not (self.loose and (gap**2).sum() <= CLOSE**2 * (then.astype("f8") ** 2).sum()):
                 return False, f"checkpoint differs: {name} in {wrong} of {now.size} elements, by up to {abs(gap).max():g}"
         return True, f"checkpoint {'close' if self.loose else 'same'}: {len(mine)} tensors"
+
+
+def check_method(
+    record: Record, settings: Mapping[str, Any], start: int, last: int, saved_ranks: int | None, size: int
+) -> None:
+    """Raise UsageError if `size` ranks cannot replay the steps start + 1 to last, because of the run's method. saved_ranks: the
+    number of ranks in the nearest checkpoint, used if metrics.jsonl does not state it. Independent."""
+    name, quorum = settings.get("strategy.name", "synchronous"), settings.get("strategy.quorum", 1.0)
+    if kind(name, quorum) != "synchronous":
+        raise UsageError(
+            f"{record.path} was trained with {rules.method_setting(name, quorum)}: replay supports synchronous runs only"
+        )
+    if (compress := settings.get("comm.compress", "none")) == "none":
+        return
+    said = f"{record.path} was trained with comm.compress={compress}"
+    if settings.get("mesh.tp", 1) * settings.get("mesh.pp", 1) > 1:
+        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1: replay supports compression with data parallelism only")
+    ranks = record.ranks_in(start, last) or {saved_ranks or size}
+    if len(ranks) > 1:
+        numbers = ", then ".join(map(str, (record.ranks[at] for at in sorted(record.ranks) if record.ranks[at] in ranks)))
+        raise UsageError(
+            f"{said} on {numbers} ranks between step {start} and step {last}: compression errors of the lost ranks were not "
+            f"recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or after the next checkpoint"
+        )
+    if ranks != {size}:
+        (number,) = ranks
+        raise UsageError(
+            f"{said} on {number} rank{'s' * (number > 1)}: the result depends on the number of ranks, and this is {size}. Start "
+            f"the replay with `mpirun -np {number}`"
+        )
+
+
+def _sum_in_rank_order(mine: Any, comm: Any) -> Any:
+    """Return the sum of every rank's tensor, added in rank order to zeros. Collective over comm."""
+    from mpidp.comm.buffers import buf
+
+    own = mine.detach().cpu()
+    total = own.new_zeros(own.shape)
+    for rank in range(comm.size):
+        summand = own.clone() if rank == comm.rank else own.new_empty(own.shape)
+        comm.Bcast(buf(summand), root=rank)
+        total += summand
+    return total
 
 
 def _finite(number: float) -> float | None:

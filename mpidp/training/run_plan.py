@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ from mpidp.runtime.log import log
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together
 from mpidp.strategies.arrivals import Order, read_arrivals
+from mpidp.training import lr_schedule
 from mpidp.training.initial_weights import Origin, open_origin
+
+KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # automatic values; a resumed run keeps those of its checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class RunPlan:
     """A resolved run: configuration, data, grid of ranks, model shape. It holds no large memory."""
 
     config: Config  # resolved: no automatic values left
-    asked_threads: int  # train.threads as the user set it; 0: automatic
+    automatic: frozenset[str]  # those of KEPT that the user left automatic
     grid: Grid
     device: torch.device
     training: TokenStream
@@ -72,18 +76,18 @@ class RunPlan:
         return part_of(self.shape, grid.pp.rank, grid.pp.size, grid.tp.rank, grid.tp.size, chunks=self.config.mesh.interleave)
 
     def adopt(self, reader: Reader | None, notes: list[str]) -> RunPlan:
-        """Return the plan for resuming from the checkpoint `reader`; None: the run starts. The plan has the checkpoint's number
-        of threads, unless the user set one. notes: messages to log. Raises UsageError if a setting that must not change has
-        changed. Collective over world."""
+        """Return the plan for resuming from the checkpoint `reader`; None: the run starts. The plan has the checkpoint's values
+        of the settings that the user left automatic. notes: messages to log. Raises UsageError if a setting that must not change
+        has changed. Collective over world."""
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
-                saved = reader.meta["fingerprint"]
-                if not self.asked_threads:
-                    plan = replace(self, config=self.config.with_values(train={"threads": saved["threads"]}))
+                saved, settings = reader.meta["fingerprint"], reader.meta["config"]
+                plan = replace(self, config=self._kept(settings))
                 begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
                 reads_base = self.origin is not None and self.origin.weights is not None
-                reject_changed_settings(reader.meta["config"], plan.config, checked_base=reads_base and bool(begun))
+                reject_changed_settings(settings, plan.config, checked_base=reads_base and bool(begun))
+                scheduled = lr_schedule.change(settings, plan.config.flat(), reader.meta["step"])
                 if reader.meta["data"] != self.training.index_sha256:
                     raise UsageError(
                         f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
@@ -92,13 +96,22 @@ class RunPlan:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
-            notes = [*notes, f"resuming from {reader.path}"]
+            notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
             if changed:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
         if self.world.rank == 0:
             for note in notes:
                 log.info("%s", note)
         return plan
+
+    def _kept(self, saved: Mapping[str, Any]) -> Config:
+        """Return the config with the saved values of the automatic settings."""
+        values: dict[str, dict[str, Any]] = {}
+        for section, _, name in (key.partition(".") for key in self.automatic):
+            values.setdefault(section, {})[name] = saved[f"{section}.{name}"]
+        if "optim" in values:
+            values["optim"]["warmup_steps"] = min(values["optim"]["warmup_steps"], self.config.train.steps)
+        return self.config.with_values(**values)
 
     def has_ended(self, reader: Reader) -> dict[str, Any] | None:
         """Return the end record if the run is over and no setting that decides its end has changed. Independent."""
@@ -204,4 +217,6 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         trained_sizes(settings, shape, ModelPartition(grid, shape, chunks=config.mesh.interleave).part)
     facts = {key: str(value) for key, value in settings.items()} | {"data index": training.index_sha256}
     check_agreement(world, facts | versions())
-    return RunPlan(resolved, config.train.threads, grid, device, training, validation, sampler, lanes, shape, order, origin)
+    given = config.flat()
+    automatic = frozenset(key for key, value in KEPT.items() if given[key] == value)
+    return RunPlan(resolved, automatic, grid, device, training, validation, sampler, lanes, shape, order, origin)

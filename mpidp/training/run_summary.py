@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,17 +15,18 @@ from mpidp.config.schema import Config, to_toml
 from mpidp.model.shape import num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.runtime.environment import numbers
-from mpidp.runtime.log import log
+from mpidp.runtime.log import VARIABLE, log
 from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats
 
 if TYPE_CHECKING:
     from mpidp.training.run_plan import RunPlan
 
+NAMED_HOSTS = 4  # number of hosts that the line of ranks names
 Row = tuple[str, str, str, int, int, int]  # one rank's host, cores, device, threads, lanes, parameters
 
 
 def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
-    """Log the settings that differ from the defaults, model, memory, batch and data, on rank 0.
+    """Log the settings that differ from the defaults, model, memory, batch, data and ranks, on rank 0.
 
     given: the configuration before automatic values were resolved. All settings and a table of ranks are logged too, at level
     debug, or at level info if `everything`. Collective over plan.world.
@@ -44,7 +46,8 @@ def log_summary(plan: RunPlan, given: Config, everything: bool = False) -> None:
     log.info("%s", model_line(plan, rows))
     log.info("%s", memory_line(plan, rows))
     log.info("%s", batch_line(plan))
-    log.info("%s\n", data_line(plan))
+    log.info("%s", data_line(plan))
+    log.info("%s\n", ranks_line(rows))
 
 
 def changed_settings(given: Config) -> str:
@@ -101,6 +104,16 @@ def data_line(plan: RunPlan) -> str:
     validation = f", {plan.validation.num_tokens:,} validation tokens" if plan.validation is not None else ""
     return (f"data: {plan.config.data.path}, {plan.training.num_tokens:,} training tokens{validation}; {_count(steps, 'step')}, "
             f"{epochs:.2f} epochs")
+
+
+def ranks_line(rows: Sequence[Row]) -> str:
+    """Return the number of ranks on each host, and how to list the ranks and all settings. Pure."""
+    sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
+    hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
+    more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)
+    each = f"{threads[0]} to {threads[-1]} threads" if len(threads) > 1 else _count(threads[0], "thread")
+    return (f"ranks: {len(rows)} on {', '.join(hosts[:NAMED_HOSTS] + more)}, {each} per rank "
+            f"({VARIABLE}=debug lists every rank and all settings)")
 
 
 def _count(number: int, what: str) -> str:

@@ -298,3 +298,18 @@ def test_two_commands_at_once_at_the_worst_moment(shell: Shell, forks: Forks) ->
     first.until_exists(shell.folder / "held_up")
     second = forks.run(shell.folder, "mpidp.train", "tiny.toml")
     assert sorted([first.wait().code, second.code]) == [0, 2], second
+
+
+def test_a_longer_run_keeps_its_warm_up(place: Path, forks: Forks) -> None:
+    """Otherwise the learning rate would start its warm-up again. The user can still set another number of steps."""
+    expect(forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=20"), 0)
+    ended = forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=60")
+    expect(ended, 0)
+    assert "train.steps 20 -> 60: the learning rate at step 21 is 0.00234, after 2.28e-05 at step 20" in ended.out
+    lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "train_loss" in line]
+    assert rates[1] == rates[2] == max(rates) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert "warmup_steps = 2\n" in (place / "run/config.toml").read_text()
+    ended = forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=62", "--optim.warmup_steps=6")
+    expect(ended, 0)
+    assert "train.steps 60 -> 62, optim.warmup_steps 2 -> 6: the learning rate at step 61 is " in ended.out

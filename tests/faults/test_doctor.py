@@ -14,7 +14,6 @@ last.
 | /dev/shm too small for MPI to start, or filled by dead jobs | 1 before MPI starts; --clean frees space | code, the finding |
 | a check that raises an exception | a finding; the other checks continue | the finding |
 | a check that hangs | 6, its name, stacks | code, output |
-| MPI that cannot be imported | 1, one message | code, output |
 """
 
 from __future__ import annotations
@@ -148,13 +147,6 @@ def test_a_check_that_hangs(either: Shell) -> None:
             "s.read, d.Deadline.enter = hang, enter\n")  # fmt: skip
     ended = either.run("-c", code + LATER, "--data", "shards", ranks=2)
     assert ended.code == 6 and "hangs: 'data' takes longer than 1 s" in ended.err and "in hang" in ended.err, ended
-
-
-def test_mpi_that_cannot_be_imported(shell: Shell) -> None:
-    (shell.folder / "broken/mpi4py").mkdir(parents=True)
-    (shell.folder / "broken/mpi4py/__init__.py").write_text("raise ImportError('cannot load MPI library')")
-    ended = shell.run(*DOCTOR, PYTHONPATH=f"{shell.folder / 'broken'}:{ROOT}")
-    expect(ended, 1, "MPI cannot be started: cannot load MPI library")
 
 
 def with_mounts(shell: Shell, mounts: str, *command: str) -> Ended:

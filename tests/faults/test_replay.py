@@ -160,6 +160,31 @@ def test_sums_that_depend_on_ranks_are_compared_closely(shell: Shell, forks: For
     expect(forks.run(shell.folder, "mpidp.replay", "run"), 1, "are not close to the record; first difference: step 6: train_loss")
 
 
+@pytest.mark.parametrize("words", [
+    ["--comm.compress=int8"],
+    ["--comm.compress=topk", "--comm.momentum=0.5", "--comm.ratio=0.2", "--optim.name=sgd"],
+    ["--comm.compress=powersgd"],
+], ids=["int8", "topk", "powersgd"])
+def test_compressed_sums_are_replayed_bit_for_bit_on_as_many_ranks(shell: Shell, words: list[str]) -> None:
+    """Each rank has its own residual, and a checkpoint stores their sum."""
+    assert shell.train(*words, ranks=2).code == 0
+    for step in (2, 6):
+        ended = shell.run("-m", "mpidp.replay", "run", "--step", step, ranks=2)
+        expect(ended, 0)
+        assert f"step {step}  train_loss same  grad_norm same  lr same  checkpoint same: " in ended.out
+    flip_a_bit(shell.folder / "run/checkpoints/step_00000006", "strategy/reducer/residual")
+    expect(shell.run("-m", "mpidp.replay", "run", ranks=2), 1, "checkpoint differs: strategy/reducer/residual in 1 of")
+
+
+def test_compressed_sums_need_the_number_of_ranks_of_the_run(shell: Shell, forks: Forks) -> None:
+    assert shell.train("--comm.compress=int8", "--train.steps=4", ranks=2).code == 0
+    expect(forks.run(shell.folder, "mpidp.train", "tiny.toml", "--comm.compress=int8"), 0)
+    expect(forks.run(shell.folder, "mpidp.replay", "run", "--step", 6), 0)
+    ended = forks.run(shell.folder, "mpidp.replay", "run", "--step", 4)
+    expect(ended, 2, "trained with comm.compress=int8 on 2 ranks", "this is 1. Start the replay with `mpirun -np 2`")
+    assert "steps to replay" not in ended.out
+
+
 def test_what_cannot_be_replayed(run: Path, forks: Forks) -> None:
     place = run.parent
     expect(forks.run(place, "mpidp.replay", "run", "--step", 7), 2, "run: step 7 cannot be replayed; steps 1 to 6 can")

@@ -241,12 +241,12 @@ def test_mpirun_inside_a_larger_slurm_step(either: Shell, ranks: int) -> None:
 
 
 SUMMARY = ("settings that differ from the defaults: ",
-           "model: transformer, ", "memory: ", "batch: 4 sequences x ", "data: shards, ")
+           "model: transformer, ", "memory: ", "batch: 4 sequences x ", "data: shards, ", "ranks: 1 on ")
 
 
 @pytest.mark.parametrize("level", ["", "debug", "warning"])
 def test_a_run_starts_with_a_summary(place: Path, forks: Forks, level: str) -> None:
-    """The changed settings and four lines; every setting and a table of ranks at level debug; nothing at level warning."""
+    """The changed settings and five lines; every setting and a table of ranks at level debug; nothing at level warning."""
     ended = forks.run(place, "mpidp.train", "tiny.toml", "--train.steps=1", MPIDP_LOG=level)
     expect(ended, 0)
     assert "done: step 1" in ended.out and ended.err == ""
@@ -256,7 +256,7 @@ def test_a_run_starts_with_a_summary(place: Path, forks: Forks, level: str) -> N
     if not level:
         first = lines.index(next(line for line in lines if line.startswith(SUMMARY[0])))
         assert "train.steps=1" in lines[first].split() and "run.dir=run" in lines[first].split()
-        assert all(line.startswith(start) for line, start in zip(lines[first:], SUMMARY, strict=False)) and lines[first + 5] == ""
+        assert all(line.startswith(start) for line, start in zip(lines[first:], SUMMARY, strict=False)) and lines[first + 6] == ""
 
 
 def test_dry_run_writes_nothing(place: Path, forks: Forks) -> None:

@@ -20,6 +20,7 @@ from mpidp.reducers.compression.topk import RandomKMethod, TopK, count, ratio_at
 from tests.registries import COMPRESSIONS
 
 ALL: dict[str, Code] = {"plain": PLAIN, **CODES, "topk": TopK(0.05)}
+LARGEST = torch.finfo(torch.float32).max
 LENGTHS = [1, 2, 3, 63, 64, 65, BLOCK, BLOCK + 1, 1000, 5 * BLOCK]
 
 
@@ -67,13 +68,15 @@ def test_what_comes_back_is_near(n: int) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1.0, 3e38])
-def test_no_size_overflows_or_becomes_nan(name: str, size: float) -> None:
-    x = torch.tensor([size, -size, size / 2, 0.0] * 40)
-    found = through(ALL[name], x)
-    assert found.isfinite().all() and (x - found).isfinite().all()
-    if size == 0.0:
-        assert not found.any()
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1.0, 3e38, LARGEST, math.nextafter(LARGEST / 2, math.inf)])
+@pytest.mark.parametrize("n", [1, 3, 160, BLOCK, BLOCK + 3])
+def test_no_size_overflows_or_becomes_nan(name: str, size: float, n: int) -> None:
+    for pattern in ([size, -size, size / 2, 0.0], [size], [-size, size]):
+        x = torch.tensor(pattern * n)[:n]
+        found = through(ALL[name], x)
+        assert found.isfinite().all() and (x - found).isfinite().all()
+        if size == 0.0:
+            assert not found.any()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -134,9 +137,12 @@ def test_rounding_repeats_with_its_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("kind", ["normal", "one large", "two sizes", "equal", "sizes", "1 of 100", "1 of 10", "1 of 2"])
-def test_less_is_left_than_was_there(name: str, kind: str) -> None:
-    """In the mean over roundings. Otherwise residuals would grow without bound."""
+@pytest.mark.parametrize(
+    "kind", ["normal", "one large", "two sizes", "equal", "constant", "sizes", "1 of 100", "1 of 10", "1 of 2"]
+)
+@pytest.mark.parametrize("size", [2.0**-126, 1e-36, 1e-20, 1.0, 1e30])
+def test_less_is_left_than_was_there(name: str, kind: str, size: float) -> None:
+    """In the mean over roundings. Otherwise residuals would grow without bound. size: the unit of the values."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8 * BLOCK, generator=generator)
     if kind == "one large":
@@ -145,10 +151,13 @@ def test_less_is_left_than_was_there(name: str, kind: str) -> None:
         x = torch.where(torch.arange(len(x)) % BLOCK == 0, 1.0, 1 / math.sqrt(BLOCK))
     elif kind == "equal":
         x = x.sign()
+    elif kind == "constant":
+        x = torch.full((8 * BLOCK,), -0.3)
     elif kind == "sizes":
         x = values(8 * BLOCK)
     elif kind.startswith("1 of"):
         x *= torch.rand(len(x), generator=generator) < 1 / int(kind[5:])
+    x *= size
     left = sum(float((x - through(ALL[name], x, seed)).double().square().sum()) for seed in range(20)) / 20
     assert left <= (1 - 1e-4) * float(x.double().square().sum())
 
@@ -159,7 +168,7 @@ def test_a_single_value_is_sent_wherever_it_stands(name: str) -> None:
     """
     n = BLOCK + 70
     for place in range(n):
-        for value in (1.0, -3e-5):
+        for value in (1.0, -3e-5, 2.0**-126, LARGEST):
             x = torch.zeros(n)
             x[place] = value
             left = sum(float((x - through(ALL[name], x, seed)).double().square().sum()) for seed in range(2)) / 2

