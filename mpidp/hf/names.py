@@ -137,8 +137,9 @@ def config_of(
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model. Pure.
 
-    ids: bos_token_id, eos_token_id and pad_token_id where `before` has none; before: config.json of the model that this one was fine-tuned from; its other keys are kept. The result has rope_theta and
-    torch_dtype for old versions of transformers, and rope_parameters and dtype for new ones.
+    ids: bos_token_id, eos_token_id and pad_token_id where `before` has none; before: config.json of the model that this one was
+    fine-tuned from; its other keys are kept. The result has rope_theta and torch_dtype for old versions of transformers, and
+    rope_parameters and dtype for new ones.
     """
     scaling = rope_scaling(shape.rope_scaling)
     rope: dict[str, Any] = {"rope_type": "default"}

@@ -10,8 +10,8 @@ import pytest
 
 from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config
-from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.data.special_tokens import SpecialTokens
+from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError
 from mpidp.hf.tokens import huggingface_json
 from mpidp.hf.write import write_folder

@@ -1,4 +1,4 @@
-"""Exported folders have the special tokens of the training: transformers reads the ids, the chats and the ends that the model knows."""
+"""Exported folders have the special tokens of the training: transformers reads the ids, chats and ends that the model knows."""
 
 from __future__ import annotations
 
