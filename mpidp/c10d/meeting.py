@@ -24,6 +24,7 @@ from torch import distributed
 
 from mpidp.c10d.base import NAME
 from mpidp.c10d.group import MpiGroup
+from mpidp.comm.store import open_store
 
 dist: Any = distributed  # typed as Any: torch's type stubs are incomplete
 distributed_c10d: Any = distributed.distributed_c10d
@@ -58,31 +59,16 @@ def world() -> MPI.Intracomm:
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
     """Yield (store, rank, size) for torch's rendezvous with init_method="mpi://". Collective over the world.
 
-    The store is a TCPStore on rank 0 at a free port. Rank 0 broadcasts its address with MPI. If a rank cannot connect, raises
-    RuntimeError on all ranks.
+    The store is a TCPStore on rank 0 at a free port (comm/store.py). Rank 0 broadcasts its address with MPI. If a rank cannot
+    connect, raises RuntimeError on all ranks.
     """
     global _server
-    comm, this_host, failed = world(), socket.gethostname(), ""
-    store: Any = None
-    if comm.rank == 0:
-        try:
-            store = _server = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False, multi_tenant=False)
-        except RuntimeError as error:
-            failed = str(error)
-    address = (this_host, os.environ.get(HOST, this_host), store.port if store else 0, failed)
-    root_host, host, port, failed = comm.bcast(address, root=0)
-    if comm.rank and not failed:
-        try:
-            reachable = "127.0.0.1" if root_host == this_host else host
-            store = dist.TCPStore(reachable, port, None, False, timeout, wait_for_workers=False)
-        except RuntimeError as error:
-            failed = str(error)
-    errors = [f"rank {rank}: {error}" for rank, error in enumerate(comm.allgather(failed)) if error]
-    if errors:
-        raise RuntimeError(
-            f"mpi://: cannot connect to rank 0's store at {host}, port {port} (set {HOST} to another address of rank 0's host): "
-            f"{errors[0]}"
-        )
+    comm = world()
+    try:
+        store = open_store(comm, timeout, os.environ.get(HOST, ""))
+    except RuntimeError as error:
+        raise RuntimeError(f"mpi://: {error} (set {HOST} to another address of rank 0's host)") from error
+    _server = store if comm.rank == 0 else None
     yield store, comm.rank, comm.size
 
 

@@ -9,6 +9,7 @@ the timeout is missing.
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 import weakref
@@ -142,14 +143,12 @@ class Turns:
     def _timeout_message(self, work: Queued) -> str:
         """Return a message that names the call, the ranks that did not join it, and the ranks that are in another call."""
         size = self.calls.comm.size
-        entries = _quietly(lambda: self._store.get(self._key(work.number)).decode()) if self._store is not None else None
+        key = self._key(work.number)
+        entries = _quietly(lambda: self._store.get(key).decode(errors="replace")) if self._store is not None else None
         message = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (number {work.number} of group {self.name})"
         if entries is None:
             return f"{message}; the missing ranks are unknown"
-        waiting: dict[int, str] = {}
-        for entry in filter(None, entries.split(";")):
-            rank, _, name = entry.partition(" ")
-            waiting[int(rank)] = name
+        waiting = waiting_ranks(entries, size)
         missing = [rank for rank in range(size) if rank not in waiting]
         elsewhere = [f"rank {rank} is in {name}" for rank, name in sorted(waiting.items()) if name != work.name]
         if missing:
@@ -157,6 +156,13 @@ class Turns:
         elif not elsewhere:
             message += ": all ranks joined, but the call did not complete"
         return message + (f": {', '.join(elsewhere[:NAMED])}" if elsewhere else "")
+
+
+def waiting_ranks(entries: str, size: int) -> dict[int, str]:
+    """Return the call in which each rank waits. entries: what the store holds, "RANK CALL;" for each rank. Other entries are
+    ignored, because any process that reaches the store can write to it. Pure."""
+    found = re.findall(r"(?:^|;)(\d{1,9}) ([ -:<-~]{1,80})(?=;)", entries)
+    return {int(rank): name for rank, name in found if int(rank) < size}
 
 
 def format_ranks(ranks: list[int]) -> str:

@@ -8,7 +8,6 @@ gradients are sent with NCCL; everything else is sent with MPI.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.comm.probe import gradient_path
+from mpidp.comm.store import open_store
 from mpidp.comm.transport import Messages, RankParts
 from mpidp.comm.waiting import Wait
 from mpidp.errors import MpidpError, UsageError
@@ -43,35 +43,29 @@ class Nccl(Messages):
         from torch import distributed
 
         self._torch = distributed
-        here, store = socket.gethostname(), None
-        with self._together("to rank 0's store"):
-            if comm.rank == 0:
-                store = self._store("127.0.0.1", 0)
-        there, port = comm.bcast((here, store.port) if store is not None else None, root=0)
-        with self._together(f"to {there}, port {port}"):
-            store = store or self._store("127.0.0.1" if there == here else there, port)
-        with self._together(f"to {there}, port {port}"):  # all ranks are connected to the store now
+        store: Any = None
+        failed = ""
+        try:
+            store = open_store(comm, timedelta(seconds=CONNECT_SECONDS))
+        except RuntimeError as error:  # on every rank
+            failed = str(error)
+        with self._together():
+            if failed:
+                raise RuntimeError(failed)
             self._connect(store)
 
     @contextmanager
-    def _together(self, where: str) -> Iterator[None]:
+    def _together(self) -> Iterator[None]:
         """Run the body. If it fails on any rank, raise MpidpError on every rank. Collective over comm."""
         with raise_together(self._comm):
             try:
                 yield
             except RuntimeError as error:
                 raise MpidpError(
-                    f"comm.gpu={self.mode}: the ranks could not connect {where}: {str(error).splitlines()[0]}. Set "
+                    f"comm.gpu={self.mode}: the ranks could not connect: {str(error).splitlines()[0]}. Set "
                     "NCCL_SOCKET_IFNAME to the network interface, set NCCL_DEBUG=INFO for details, or use comm.gpu=auto, which "
                     "does not need NCCL"
                 ) from error
-
-    def _store(self, host: str, port: int) -> Any:
-        """Return a connection to the key-value store through which ranks exchange addresses. With port 0, start the store on this
-        rank, at a free port."""
-        return self._torch.TCPStore(  # type: ignore[attr-defined]
-            host, port, is_master=port == 0, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False
-        )
 
     def _connect(self, store: Any) -> None:
         """Connect all ranks and test the connections with a sum, before step 1. Does not use MPI."""

@@ -41,11 +41,6 @@ class Tokenizer(ABC):
     eod: int
     bos: int | None = None  # the id that the tokenizer puts before each text, if any; encode() omits it
 
-    @property
-    def begin(self) -> int:
-        """The id to put before a text without a context: BOS if the tokenizer has one, else EOD."""
-        return self.eod if self.bos is None else self.bos
-
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Encode a text, without EOD. Raises DataError if a character is not in a char vocabulary."""
