@@ -22,6 +22,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import CheckpointError, DataError
 from mpidp.evaluate import evaluate
+from mpidp.export import export
 from mpidp.generate import generate
 from mpidp.generate import read_options as generate_options
 from mpidp.hf.tokens import huggingface_json
@@ -163,6 +164,8 @@ def test_a_tokenizer_that_changed_since_training_is_refused(trained: tuple[Path,
     with pytest.raises(DataError, match="tokenizer.json has changed since the model was trained"):
         at(n, lambda comm: generate(comm, generate_options(words)))
     assert at(n, lambda comm: generate(comm, generate_options([*words, f"--tokenizer={trained[0]}"])))[0]
+    with pytest.raises(DataError, match="tokenizer.json has changed since the model was trained"):
+        at(n, lambda comm: export(comm, str(run), str(shared_folder / "exported")))
 
 
 @pytest.mark.parametrize(("section", "key", "value"), [

@@ -108,7 +108,7 @@ def bad_uses(place: Path) -> list[tuple[type[MpidpError], str, Any]]:
         (DataError, "cannot read .*none.txt", lambda n: told(place, n, f"--text={place}/none.txt")),
         (UsageError, "--stride 17: must be at most 16", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
         (DataError, "line 1: not valid JSON", lambda n: told(place, n, f"--choices={place / 'some.txt'}")),
-        (DataError, "cannot read", lambda n: told(place, n, f"--choices={place}")),
+        (DataError, "not a regular file", lambda n: told(place, n, f"--choices={place}")),
         (CheckpointError, "contains no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),
     ]
 
