@@ -46,7 +46,8 @@ def export(
 ) -> str:
     """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: where the base of a LoRA run is now, "" if it has not moved. Raises CheckpointError if the run has no valid checkpoint, and UsageError if the model is not a Transformer or `out` exists.
+    base: where the base of a LoRA run is now, "" if it has not moved. Raises CheckpointError if the run has no valid checkpoint,
+    and UsageError if the model is not a Transformer or `out` exists.
     Collective over world.
     """
     from mpidp.checkpoint.resume import open_run

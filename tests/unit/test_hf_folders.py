@@ -242,7 +242,9 @@ def test_other_files_of_the_tokenizer_come_along_and_code_does_not(it: Path, sha
     assert config["my_key"] == 3 and "auto_map" not in config
 
 
-def test_a_source_may_be_spelled_otherwise_or_move(it: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_may_be_spelled_otherwise_or_move(
+    it: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     def train(source: str, steps: int) -> Any:
