@@ -19,6 +19,7 @@ class Counts:
     bad_utf8: int = 0  # documents with invalid UTF-8, replaced or skipped
     malformed: int = 0  # lines or rows without text
     long: int = 0  # rows longer than a window, skipped or truncated
+    unused: int = 0  # rows with keys that neither we nor the chat template use
     special: int = 0  # documents and rows that name a special token, such as <|im_start|>
     doubtful: int = 0  # files read as plain text that may have been meant as rows
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Counts:
         """Return a line of text for each kind of problem."""
         texts = {"empty": "empty files or documents skipped", "binary": "binary or special files skipped",
                  "bad_utf8": "documents with invalid UTF-8", "malformed": "malformed lines or rows skipped",
+                 "unused": "rows with keys that are not used",
                  "special": "documents or rows that name a special token",
                  "long": "rows longer than a window, skipped (or truncated with --truncate)",
                  "doubtful": "files with JSON or a table, read as plain text"}
@@ -67,7 +69,7 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Add the counts and locations of another reader."""
-        for key in ("files", "documents", "empty", "binary", "bad_utf8", "malformed", "long", "doubtful", "special"):
+        for key in ("files", "documents", "empty", "binary", "bad_utf8", "malformed", "long", "doubtful", "unused", "special"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for kind, places in other.problems.items():
             self.problems[kind] = (self.problems.get(kind, []) + places)[:MAX_SHOWN]

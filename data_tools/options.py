@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from data_tools.mixture import Source
 from data_tools.rows import FORMATS
@@ -44,7 +47,21 @@ class PrepareOptions:
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
 
-def check_options(options: PrepareOptions, chat_template: str | None = None) -> None:
+def template_args(words: Sequence[str]) -> dict[str, Any]:
+    """Parse --template-arg KEY=VALUE. A value that is JSON is parsed, else it is a string. Raises UsageError if invalid. Pure."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--template-arg {word} must be KEY=VALUE, for example enable_thinking=false")
+        try:
+            found[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key] = value
+    return found
+
+
+def check_options(options: PrepareOptions, chat_template: str | None = None, template_arg: Sequence[str] = ()) -> None:
     """Raise UsageError for invalid options, before any input is read. Independent."""
     rows = options.form != "text"
     if options.shards < 1:
@@ -65,8 +82,8 @@ def check_options(options: PrepareOptions, chat_template: str | None = None) -> 
         raise UsageError("--seq-len and --truncate apply to --format prompt_completion and chat only: plain text is not packed")
     if rows and options.text_key != "text":
         raise UsageError("--text-key applies to --format text only: rows have fixed fields")
-    if chat_template and options.form != "chat":
-        raise UsageError("--chat-template applies to --format chat only")
+    if (chat_template or template_arg) and options.form != "chat":
+        raise UsageError(f"{'--chat-template' if chat_template else '--template-arg'} applies to --format chat only")
     if options.bos not in ("auto", "none"):
         raise UsageError(f"--bos {options.bos} must be auto or none")
     if options.special not in ("", "text", "tokens"):
@@ -87,7 +104,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
     add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")
-    add("--chat-template", metavar="FILE", help="with --format chat: the template, if the tokenizer.json has none beside it")
+    add("--chat-template", metavar="FILE", help="with --format chat: the template, instead of the one beside tokenizer.json")
+    add("--template-arg", action="append", metavar="KEY=VALUE", default=[], help="with --format chat: a variable of the "
+        "template, for example enable_thinking=false; repeat for several. A row's chat_template_kwargs override it")
     add("--seq-len", type=int, metavar="N", default=0,
         help="for rows: the window length in tokens; train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")

@@ -24,7 +24,7 @@ from data_tools.encode import Routing, encode_rows, encode_text
 from data_tools.encoder import Encoder, completed_table, table_of
 from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
-from data_tools.options import PrepareOptions, add_options, check_options
+from data_tools.options import PrepareOptions, add_options, check_options, template_args
 from data_tools.rows import RowReader
 from data_tools.sources import SourceReader
 from data_tools.team import Team
@@ -50,7 +50,7 @@ def prepare(
     val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
     eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
-    text_key: str = "text", bos: str = "auto", special: str = "",
+    text_key: str = "text", bos: str = "auto", special: str = "", template_arg: Sequence[str] = (),
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
@@ -71,11 +71,11 @@ def prepare(
             parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
             bad_utf8, strict, form, seq_len, truncate, tokens, repeat, bos, special, text_key,
         )
-        check_options(options, chat_template)
+        check_options(options, chat_template, template_arg)
         if team.rank == 0:
             ours = _names_in(out)
             table = table_of(tokenizer, eod)
-            template = find_template(chat_template, tokenizer, table) if form == "chat" else None
+            template = find_template(chat_template, tokenizer, table, template_args(template_arg)) if form == "chat" else None
             found = [find_files(one.path, leave_out=out) for one in options.sources], table, template
             _make_scratch(out, ours)
     corpora, table, template = team.bcast(found)

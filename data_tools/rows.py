@@ -5,26 +5,18 @@ The loss is on the completion or on the assistant's turns. The rest of a row is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_tools.chat import Spans, render
 from data_tools.files import SourceFile
+from data_tools.messages import RowSkipped, chat_of
 from data_tools.sources import SourceReader
-from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
+from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.records import keys_of
-from mpidp.errors import DataError
 
 FORMATS = ("text", "prompt_completion", "chat")
-
-
-class RowSkipped(ValueError):  # noqa: N818
-    """Raised for a row that is skipped. `kind` is the counter of Counts to increase."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -66,11 +58,9 @@ class RowReader(SourceReader):
                 self.skip(skipped.kind, record.place, str(skipped))
             except TemplateRejection as rejection:
                 self.skip("malformed", record.place, str(rejection))
-            except DataError as error:
-                raise DataError(f"{record.place}: {error}") from None
 
     def _row(self, place: str, value: dict[str, Any]) -> TrainingRow:
-        return self._conversation(place, value) if self.template is not None else self._pair(place, value)
+        return self._pair(place, value) if self.template is None else self._conversation(place, value, self.template)
 
     def _pair(self, place: str, value: dict[str, Any]) -> TrainingRow:
         prompt, completion = value.get("prompt"), value.get("completion")
@@ -78,25 +68,18 @@ class RowReader(SourceReader):
             raise RowSkipped("malformed", f"no string fields `prompt` and `completion`; its fields are: {keys_of(value)}")
         if not completion:
             raise RowSkipped("empty", "its completion is empty")
-        return TrainingRow(place, prompt + completion, [(len(prompt), len(prompt + completion))],
-                           prompt + completion, ends=True)
+        self._note_unused(place, [key for key in value if key not in ("prompt", "completion") and value[key] is not None])
+        text = prompt + completion
+        return TrainingRow(place, text, [(len(prompt), len(text))], text, ends=True)
 
-    def _conversation(self, place: str, value: dict[str, Any]) -> TrainingRow:
-        messages = value.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise RowSkipped("malformed", f"no field `messages` with a list of messages; its fields are: {keys_of(value)}")
-        for message in messages:
-            fields = message if isinstance(message, dict) else {}
-            if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
-                raise RowSkipped("malformed", "a message without string fields `role` and `content`")
-            if BEGIN in fields["content"] or END in fields["content"]:
-                raise RowSkipped("malformed", "a message with the noncharacter U+FDD0 or U+FDD1")
-        assert self.template is not None
-        if not any(message["role"] == "assistant" for message in messages):
-            raise RowSkipped("empty", "no assistant turn")
-        text, spans = render(self.template, messages)
+    def _conversation(self, place: str, value: dict[str, Any], template: Template) -> TrainingRow:
+        chat = chat_of(value, template)
+        text, spans = render(template, chat)
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
-        said = "\n".join(message["content"] for message in messages)
-        return TrainingRow(place, text, spans, said, ends=messages[-1]["role"] == "assistant")
+        self._note_unused(place, chat.unused)
+        return TrainingRow(place, text, spans, chat.said(), ends=chat.learned[-1])
 
+    def _note_unused(self, place: str, keys: Sequence[str]) -> None:
+        if keys:
+            self.counts.note("unused", f"{place}: {keys_of(dict.fromkeys(keys))}")

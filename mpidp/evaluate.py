@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.options import add_compute, add_data, add_json, add_run, add_tokenizer, note_old_spelling, program
+from mpidp.runtime.log import log
+from mpidp.runtime.options import add_compute, add_data, add_json, add_run, add_texts, add_tokenizer, note_old_spelling, program
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     else:
         found = evaluate(
             options.run, options.data, world, options.split, options.device, options.threads, options.tp, options.pp,
-            options.model_kind, options.base,
+            options.model_kind, options.base, options.seq_len,
         )
     if world.rank == 0:
         step = found.pop("step")
@@ -49,6 +50,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
     add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
         "label (index from 0, or the right choice's text)")
+    add_texts(parser, "default: for --choices, tokens if the tokenizer is a model's; for --text, text")
     add_tokenizer(parser)
     add_compute(parser)
     add_json(parser)
@@ -60,6 +62,10 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         options.data, options.tokenizer = None, options.tokenizer or options.data
     if options.tokenizer is not None and options.text is None and options.choices is None:
         parser.error("--tokenizer works only with --text or --choices: shards are tokens already")
+    if options.special is not None and options.text is None and options.choices is None:
+        parser.error("--special works only with --text or --choices: shards are tokens already")
+    if options.seq_len < 0:
+        parser.error(f"--seq-len {options.seq_len}: must not be negative")
     if options.stride < 0:
         parser.error(f"--stride {options.stride}: must not be negative")
     if options.stride and options.text is None:
@@ -88,15 +94,13 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     of ranks does not change the results. Raises UsageError if --stride is invalid, DataError if the text or the tokenizer is
     invalid, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
-    import numpy as np
-
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
     from mpidp.inference.rows import read_text
     from mpidp.inference.scoring import text_loss
     from mpidp.runtime.world import raise_together
 
-    reader, loaded, tokenizer = open_model(options, world)
+    reader, loaded, encoder = open_model(options, world, options.special or "text")
     config, encoded = reader.meta["config"], None
     seq_len = config["model.seq_len"]
     with raise_together(world):
@@ -106,7 +110,8 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
             )
         if world.rank == 0:
             text = read_text(options.text)
-            encoded = (np.concatenate([[tokenizer.begin], tokenizer.encode(text)]), len(text.encode()))
+            _warn_of_names(encoder, [text])
+            encoded = (encoder.document(text), len(text.encode()))
     ids, text_bytes = world.bcast(encoded)
     loss = text_loss(loaded, ids, seq_len, options.stride or max(1, seq_len // 2), config["train.micro_batch"])
     return _figures(loss / (len(ids) - 1), len(ids) - 1, text_bytes) | {"step": reader.meta["step"]}
@@ -123,14 +128,23 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     from mpidp.inference.scoring import log_likelihoods
     from mpidp.runtime.world import raise_together
 
-    reader, loaded, tokenizer = open_model(options, world)
+    reader, loaded, encoder = open_model(options, world, options.special)
     seq_len, questions = reader.meta["config"]["model.seq_len"], None
     with raise_together(world):
         if world.rank == 0:
             items = read_choices(options.choices)
-            questions = (items, [encode(tokenizer, item, seq_len, options.choices) for item in items])
+            _warn_of_names(encoder, [text for item in items for text in (item.context, *item.choices)])
+            questions = (items, [encode(encoder, item, seq_len, options.choices) for item in items])
     items, encoded = world.bcast(questions)
     return accuracies(items, encoded, log_likelihoods(loaded, encoded)) | {"step": reader.meta["step"]}
+
+
+def _warn_of_names(encoder: Any, texts: list[str]) -> None:
+    """Warn if texts name special tokens that are encoded as text."""
+    name, count = encoder.named(texts) if encoder.special == "text" else ("", 0)
+    if count:
+        log.warning("warning: %d texts name a special token (%s), which is encoded as text; --special tokens makes it an id",
+                    count, name)
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
@@ -145,19 +159,19 @@ def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]
 
 def evaluate(
     run: str, data: str | None, world: Any, split: str = "val", device: str = "auto", threads: int = 0, tp: int = 1, pp: int = 1,
-    kind: str = "", base: str = "",
+    kind: str = "", base: str = "", seq_len: int = 0,
 ) -> dict[str, Any]:
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
     Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte divides the sum of the losses by
     the bytes of the same tokens; it is None if these are unknown. The number of ranks does not change the results. kind:
-    model.kind of a run with a custom model, as the user named it. Raises DataError if the data was prepared with another
+    model.kind of a run with a custom model, as the user named it. run: may be a Hugging Face folder, which needs `data`; seq_len:
+    its context length, 0: see BaseFolder. Raises DataError if the data was prepared with another
     tokenizer, or if the loss is not finite. Collective over world.
     """
-    from mpidp.checkpoint.resume import open_run
     from mpidp.data.shards import TokenStream
-    from mpidp.errors import DataError
-    from mpidp.inference.loading import check_same_tokenizer, load_model
+    from mpidp.errors import DataError, UsageError
+    from mpidp.inference.loading import check_same_tokenizer, load_model, open_source
     from mpidp.inference.scored_bytes import scored_bytes
     from mpidp.parallel.engine import Engine
     from mpidp.parallel.grid import make_grid
@@ -165,8 +179,10 @@ def evaluate(
 
     grid = make_grid(world, tp, pp)
     world = grid.world
-    reader = open_run(Path(run), world)
+    reader = open_source(Path(run), world, seq_len)
     with raise_together(world):
+        if not data and not reader.meta["config"].get("data.path"):
+            raise UsageError(f"{run} is a Hugging Face folder: give the shards to evaluate on (--data), --text or --choices")
         loaded = load_model(reader, grid, device, threads, kind, base)
         stream = TokenStream(data or reader.meta["config"]["data.path"], split)
         check_same_tokenizer(reader, stream)

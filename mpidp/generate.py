@@ -7,13 +7,14 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.log import log
-from mpidp.runtime.options import add_compute, add_out, add_run, add_tokenizer, note_old_spelling, program
+from mpidp.runtime.options import add_compute, add_out, add_run, add_texts, add_tokenizer, note_old_spelling, program
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     if streams:
         print()
     elif options.prompts is None:
-        print(options.prompt + rows[0]["text"])
+        print(("" if options.chat else options.prompt) + rows[0]["text"])
     else:
         sys.stdout.write(_lines(rows))
 
@@ -54,6 +55,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
     add("--batch", type=int, default=8, help="prompts per batch on each rank; does not change the texts (%(default)s)")
     add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
+    add("--chat", action="store_true", help="chats: --prompt is a message of the user, a row of --prompts has messages (role, "
+        "content). The run's chat template makes the prompt, and only the answer is printed")
+    add_texts(parser, "default: tokens if the tokenizer is a model's")
     add_tokenizer(parser)
     add_compute(parser)
     add("--data", help=argparse.SUPPRESS)
@@ -65,6 +69,12 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
     if not 0 < options.top_p <= 1:
         parser.error(f"--top-p {options.top_p}: must be above 0 and at most 1 (all tokens)")
+    if options.seq_len < 0:
+        parser.error(f"--seq-len {options.seq_len}: must not be negative")
+    if options.chat and options.prompt is None and options.prompts is None:
+        parser.error("--chat: give the user's message with --prompt, or chats with --prompts")
+    if options.chat and options.special == "text":
+        parser.error("--special text does not apply to --chat: the special tokens of the template become ids")
     if options.batch < 1:
         parser.error(f"--batch {options.batch}: must be at least 1")
     if "" in options.stop:
@@ -95,9 +105,9 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over
     world.
     """
-    from mpidp.checkpoint.resume import open_run
+    from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts
-    from mpidp.inference.loading import load_model, load_tokenizer_for
+    from mpidp.inference.loading import load_encoder, load_model, open_source
     from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
     from mpidp.parallel.grid import make_grid
@@ -108,26 +118,31 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     with raise_together(world):
         if world.rank == 0:
             rows = _read(options)
-    rows = world.bcast(rows)
+    rows, moment = world.bcast((rows, time.time()))  # the time that a chat template may write into a prompt
     grid = make_grid(world, options.tp, options.pp)
-    reader = open_run(Path(options.run), world)
+    reader = open_source(Path(options.run), world, options.seq_len)
     seq_len, replica = reader.meta["config"]["model.seq_len"], grid.world.rank // grid.parts
     firsts = range(0, len(rows), options.batch)[replica :: grid.world.size // grid.parts]
     groups: list[dict[int, list[int]]] = []
+    texts: dict[int, str] = {}
     with raise_together(grid.world):
         if firsts:
             loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
-            tokenizer = load_tokenizer_for(loaded, reader, options.tokenizer)
+            encoder = load_encoder(loaded, reader, options.tokenizer, "tokens" if options.chat else options.special)
+            template = template_of(encoder.table, options.run, moment) if options.chat else None
             by_rows(loaded.model)
         for first in firsts:
             places = range(first, min(first + options.batch, len(rows)))
-            groups.append({i: _encoded(tokenizer, rows[i]["prompt"], seq_len, i) for i in places})
+            texts |= {i: _text(template, rows[i], i) for i in places}
+            groups.append({i: _encoded(encoder, texts[i], seq_len, i) for i in places})
+    counts = firsts and encoder.special == "text" and grid.model.rank == 0
+    _warn(grid.world, encoder.named(list(texts.values())) if counts else ("", 0))
     writes, done = write if grid.world.rank == 0 else None, []
     if writes is not None:
-        writes(rows[0]["prompt"])
+        writes("" if options.chat else rows[0]["prompt"])
     with raise_together(grid.world):  # the ranks of a replica communicate in it; if one raises DataError, all of them do
         for group in groups:
-            done += continue_prompts(loaded, tokenizer, group, sampling, options.tokens, options.seed, options.stop, writes)
+            done += continue_prompts(loaded, encoder, group, sampling, options.tokens, options.seed, options.stop, writes)
     gathered = grid.world.gather(done if grid.model.rank == 0 else []) or []
     found = sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])
     cut = sum(continuation.cut for _, continuation in found)
@@ -142,30 +157,52 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
 
 def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
     from mpidp.errors import UsageError
+    from mpidp.inference.chats import read_chats
     from mpidp.inference.rows import read_prompts
 
     if options.out is not None:  # fail before any work is done
         folder = Path(options.out).absolute().parent
         if Path(options.out).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"--out {options.out}: cannot be written; give a file in an existing, writable folder")
-    return [{"prompt": options.prompt}] if options.prompts is None else read_prompts(options.prompts)
+    if options.prompts is None:
+        return [{"prompt": options.prompt}]
+    return read_chats(options.prompts) if options.chat else read_prompts(options.prompts)
 
 
-def _encoded(tokenizer: Any, prompt: str, seq_len: int, index: int) -> list[int]:
-    """Encode a prompt, with BOS before it if the tokenizer has BOS. An empty prompt becomes BOS or the end-of-document token.
+def _text(template: Any, row: dict[str, Any], index: int) -> str:
+    """Return the text of a prompt. template: the chat template, for --chat. Raises DataError if it rejects the chat."""
+    from mpidp.errors import DataError
+    from mpidp.inference.chats import rendered
+
+    try:
+        return str(row["prompt"]) if template is None else rendered(template, row)
+    except DataError as error:
+        raise DataError(f"prompt {index + 1}: {error}") from None
+
+
+def _warn(world: Any, named: tuple[str, int]) -> None:
+    """Warn on rank 0 if prompts name special tokens that are encoded as text. named: (a name, prompts) of this rank. Collective
+    over world."""
+    found = [(name, count) for name, count in world.allgather(named) if count]
+    if found and world.rank == 0:
+        log.warning("warning: %d prompts name a special token (%s), which is encoded as text; --special tokens makes it an id",
+                    sum(count for _, count in found), found[0][0])
+
+
+def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
+    """Encode a prompt, after BOS if the training data has it. An empty prompt becomes BOS or the end-of-document token.
 
     Raises DataError if the prompt does not fit into the model's context.
     """
     from mpidp.errors import DataError
 
     try:
-        ids = tokenizer.encode(prompt).tolist()
-        ids = [tokenizer.begin, *ids] if tokenizer.bos is not None or not ids else ids
+        ids: list[int] = encoder.prompt(prompt)
     except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: an unpaired surrogate
         raise DataError(f"prompt {index + 1}: {error}") from None
     if len(ids) > seq_len:
         raise DataError(f"prompt {index + 1} has {len(ids)} tokens; the model's context is {seq_len} (model.seq_len): shorten it")
-    return list(ids)
+    return ids
 
 
 def _write(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
@@ -178,7 +215,8 @@ def _write(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
             if world.rank == 0:
                 write_file(path, _lines(rows).encode())
         except OSError as error:
-            raise UsageError(f"--out {path}: {error.strerror}; give a writable file") from None
+            sys.stdout.write(_lines(rows))  # no text is lost
+            raise UsageError(f"--out {path}: cannot be written ({error.strerror}); the texts are on standard output") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""torch.distributed over MPI, on stock wheels of torch and mpi4py.
+"""A backend of torch.distributed that uses MPI, for unmodified packages of torch and mpi4py.
 
     import mpidp.c10d
     torch.distributed.init_process_group("mpi4py", init_method="mpi://")

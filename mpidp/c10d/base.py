@@ -51,7 +51,8 @@ class Base(_ProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta, name: str, store: Any, blocking: bool) -> None:
-        """Make a group that owns `comm`. timeout: for calls that give none; store: of this group only, or None."""
+        """Make a group that owns `comm`. timeout: for calls without a timeout of their own. store: a store that only this group
+        uses, or None."""
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self.store = store
@@ -144,7 +145,8 @@ class Base(_ProcessGroup):
 
     def _begin(self, name: str, work: Callable[[], None], inputs: list[torch.Tensor], result: Any, opts: Any,
                timeout: Any = None) -> Promise:
-        """Queue the collective `work`; return its Work. name: torch's name of the call, then optionally a space and details."""
+        """Queue the collective `work`, and return its Work object. name: torch's name of the call, optionally followed by a space
+        and details."""
         if self.comm == MPI.COMM_NULL:
             raise DistBackendError(f"mpi4py: {name}: group {self._name} was destroyed")
         self._sequence += 1

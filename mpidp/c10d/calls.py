@@ -1,4 +1,4 @@
-"""Collectives over contiguous host tensors. This file chooses the MPI functions and splits large tensors.
+"""Collectives over contiguous host tensors. This module chooses the MPI functions and splits large tensors.
 
 All ranks must call the same MPI functions. The choice depends only on sizes, dtypes and `blocking`, which are the same on all
 ranks. Large messages are split, because MPI counts are ints and because both MPI libraries allocate memory when they reduce
@@ -20,8 +20,8 @@ from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
-NEAR_BYTES = 1 << 20  # reductions of this size or more read other ranks' memory, which is faster; half precision: SMALL_BYTES
-LARGEST_BYTES = 1 << 30  # most bytes in one MPI call, over all ranks
+NEAR_BYTES = 1 << 20  # smallest reduction that reads other ranks' memory, which is faster; in half precision SMALL_BYTES
+LARGEST_BYTES = 1 << 30  # most bytes of all ranks together in one MPI call
 
 
 def octets(tensor: torch.Tensor) -> list[Any]:
@@ -30,12 +30,12 @@ def octets(tensor: torch.Tensor) -> list[Any]:
 
 
 def numbers(tensor: torch.Tensor) -> list[Any]:
-    """Return an MPI buffer of the whole tensor with an MPI datatype that MPI can reduce. Independent."""
+    """Return an MPI buffer of the whole tensor, with a datatype that MPI can reduce. Independent."""
     return [memory(tensor), tensor.numel(), DATATYPES[tensor.dtype]]
 
 
 def parts(tensor: torch.Tensor, lengths: Sequence[int]) -> list[Any]:
-    """Return an MPI buffer that splits the tensor into one part per rank. lengths: bytes of each part. Independent."""
+    """Return an MPI buffer that divides the tensor into one range per rank. lengths: bytes of each range. Independent."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [memory(tensor), (list(lengths), starts), MPI.BYTE]
 
@@ -62,10 +62,10 @@ def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) ->
 
 
 class Calls:
-    """Collectives over one communicator. One thread at a time may use it. Methods are Collective over comm
-    unless they say Independent.
+    """The collectives of one communicator. Only one thread at a time may use the object. Methods are Collective over comm unless
+    they say Independent.
 
-    Tensors are contiguous and on the host; kind is a key of sums.OPS.
+    Tensors must be contiguous and on the host. kind: a key of sums.OPS.
     """
 
     def __init__(self, comm: MPI.Intracomm, blocking: bool) -> None:
@@ -93,7 +93,7 @@ class Calls:
         return buffer[:needed].view(like.dtype)
 
     def neighbours(self, added: torch.Tensor) -> Neighbours | None:
-        """Return the object that reads other ranks' memory, or None if that is slower for this tensor or not possible.
+        """Return the object that reads other ranks' memory. Return None if reading is not possible, or slower for this tensor.
 
         The first large reduction tests whether all ranks can read each other's memory.
         """
@@ -141,7 +141,7 @@ class Calls:
             average(flat, self.comm.size)
 
     def _allreduce_by_hand(self, piece: torch.Tensor, kind: str) -> None:
-        """Reduce a dtype that MPI cannot reduce: each rank reduces its share in float32, then all ranks gather the shares."""
+        """Reduce a dtype that MPI cannot reduce. Each rank reduces one range in float32. Then all ranks gather the ranges."""
         ranks, length = self.comm.size, piece.numel()
         share = -(-length // ranks)
         padded = self.scratch("padded", piece, share * ranks)
@@ -191,7 +191,7 @@ class Calls:
                 self._reduce_scatter_by_hand(piece, got, kind)
             else:
                 self._reduce_scatter(piece, got, mpi_op(kind, source.dtype))
-            if overlap(source, target):  # writing to target now would overwrite source's next pieces
+            if overlap(source, target):  # writing to target now would overwrite later pieces of source
                 self.scratch("kept", source, out.numel())[begin:end].copy_(got)
             else:
                 out[begin:end].copy_(got)
@@ -208,7 +208,7 @@ class Calls:
             self.wait(self.comm.Ireduce_scatter_block(source, numbers(got), op))
 
     def allgather(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Gather each rank's source (n) into target (ranks x n). source may be a part of target."""
+        """Gather each rank's source (n) into target (ranks x n). source may be a view of target."""
         ranks, flat, rows = self.comm.size, source.view(-1), target.view(self.comm.size, -1)
         if target.nbytes <= LARGEST_BYTES:
             own = rows[self.comm.rank]
@@ -257,7 +257,7 @@ class Calls:
             self.wait(self.comm.Iscatter([memory(sent), piece.nbytes, MPI.BYTE], octets(piece), root))
 
     def alltoall(self, source: torch.Tensor, target: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> None:
-        """Send part r of source to rank r, and store the parts received in target, ordered by rank.
+        """Send range r of source to rank r, and store the received ranges in target, in order of ranks.
 
         sent, received: bytes to and from each rank.
         """
@@ -265,7 +265,7 @@ class Calls:
         if max(*sent, *received) <= most:
             self.wait(self.comm.Ialltoallv(parts(source, sent), parts(target, received)))
             return
-        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know the size of their part
+        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know the length
         incoming = target.view(-1).view(torch.uint8).split(list(received))
         packed = torch.cat([part for part in outgoing if len(part) <= most] or [source.new_empty(0, dtype=torch.uint8)])
         short_sent, short_taken = ([n if n <= most else 0 for n in lengths] for lengths in (sent, received))

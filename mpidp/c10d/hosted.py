@@ -24,7 +24,8 @@ class HostBuffer:
             self._written = torch.cuda.current_stream(self.tensor.device).record_event()
 
     def empty(self) -> torch.Tensor:
-        """Return a contiguous host tensor of the same shape, to be written: the tensor itself if it is contiguous on the host."""
+        """Return a contiguous host tensor of the same shape, which the caller writes. It is the tensor itself if that is
+        contiguous and on the host."""
         if self._host is None:
             plain = self.tensor.device.type == "cpu" and self.tensor.is_contiguous()
             cuda = self.tensor.device.type == "cuda"

@@ -24,13 +24,14 @@ from torch import distributed
 
 from mpidp.c10d.base import NAME
 from mpidp.c10d.group import MpiGroup
+from mpidp.comm.store import open_store
 
 dist: Any = distributed  # typed as Any: torch's type stubs are incomplete
 distributed_c10d: Any = distributed.distributed_c10d
 MEETING_TIMEOUT = timedelta(minutes=30)
 PAUSE_SECONDS = 0.3  # pause before Abort, so that mpirun can forward the last output
 HOST = "MPIDP_C10D_HOST"  # name or address of rank 0's host, if other nodes cannot reach it by its host name
-WAIT = "MPIDP_C10D_WAIT"  # block or poll; default: block if all ranks of the group are on one node with a core each
+WAIT = "MPIDP_C10D_WAIT"  # "block" or "poll"; default: block if all ranks of the group are on one node and each has a core
 _world: MPI.Intracomm | None = None
 _server: Any = None  # keeps rank 0's store alive until the next rendezvous
 _library: Any = None
@@ -38,13 +39,14 @@ _failed = False
 
 
 def use(comm: MPI.Intracomm) -> None:
-    """Make later groups from this communicator instead of COMM_WORLD, e.g. from the ranks left after a failure. Independent."""
+    """Make later groups from this communicator instead of COMM_WORLD, for example from the remaining ranks after a failure.
+    Independent."""
     global _world
     _world = comm
 
 
 def world() -> MPI.Intracomm:
-    """Return the communicator that groups are made from. Independent."""
+    """Return the communicator from which groups are made. Independent."""
     if _world is not None:
         return _world
     if not MPI.Is_initialized() or MPI.COMM_WORLD.size == 1:
@@ -55,33 +57,18 @@ def world() -> MPI.Intracomm:
 
 
 def rendezvous(url: str, timeout: timedelta = MEETING_TIMEOUT, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Handle torch's rendezvous for mpi:// : yield (store, rank, size). Collective over the world.
+    """Yield (store, rank, size) for torch's rendezvous with init_method="mpi://". Collective over the world.
 
-    The store is a TCPStore on rank 0 at a free port. Rank 0 broadcasts its address with MPI. Raises RuntimeError on all
-    ranks if one of them cannot connect.
+    The store is a TCPStore on rank 0 at a free port (comm/store.py). Rank 0 broadcasts its address with MPI. If a rank cannot
+    connect, raises RuntimeError on all ranks.
     """
     global _server
-    comm, this_host, failed = world(), socket.gethostname(), ""
-    store: Any = None
-    if comm.rank == 0:
-        try:
-            store = _server = dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False, multi_tenant=False)
-        except RuntimeError as error:
-            failed = str(error)
-    address = (this_host, os.environ.get(HOST, this_host), store.port if store else 0, failed)
-    root_host, host, port, failed = comm.bcast(address, root=0)
-    if comm.rank and not failed:
-        try:
-            reachable = "127.0.0.1" if root_host == this_host else host
-            store = dist.TCPStore(reachable, port, None, False, timeout, wait_for_workers=False)
-        except RuntimeError as error:
-            failed = str(error)
-    errors = [f"rank {rank}: {error}" for rank, error in enumerate(comm.allgather(failed)) if error]
-    if errors:
-        raise RuntimeError(
-            f"mpi://: cannot connect to rank 0's store at {host}, port {port} (set {HOST} to another address of rank 0's host): "
-            f"{errors[0]}"
-        )
+    comm = world()
+    try:
+        store = open_store(comm, timeout, os.environ.get(HOST, ""))
+    except RuntimeError as error:
+        raise RuntimeError(f"mpi://: {error} (set {HOST} to another address of rank 0's host)") from error
+    _server = store if comm.rank == 0 else None
     yield store, comm.rank, comm.size
 
 
@@ -155,8 +142,8 @@ def _notice_failure() -> None:
 def _leave() -> None:
     """Shut down the groups at the end of the process.
 
-    After an uncaught error, abort all ranks: MPI_Finalize would wait for ranks that in turn wait for this one. Also abort if a
-    group's thread is still inside MPI because other ranks did not join a call.
+    After an uncaught error, abort all ranks, because MPI_Finalize could wait forever for ranks that wait for this rank. Also
+    abort if a group's thread is still inside MPI because other ranks did not join a call.
     """
     groups = [group for group in distributed_c10d._world.pg_map if isinstance(group, MpiGroup)]
     for group in groups if not _failed else ():

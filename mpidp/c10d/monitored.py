@@ -1,4 +1,4 @@
-"""A barrier that identifies missing ranks, like gloo's torch.distributed.monitored_barrier: all ranks report to rank 0."""
+"""A barrier that names the missing ranks, like torch.distributed.monitored_barrier of gloo. All ranks report to rank 0."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mpi4py import MPI
 def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all_ranks: bool, tag: int) -> None:
     """Wait for all ranks. Raises RuntimeError if a rank is missing after `seconds`. Collective over comm.
 
-    Rank 0's error names the first missing rank, or all of them if wait_all_ranks is true. Rank 0 then does not answer the other
-    ranks, so they also time out and raise RuntimeError. number: counts the barriers of the group, from 1; tag: a tag that
-    no other messages use.
+    Rank 0's error names the first missing rank, or all missing ranks if wait_all_ranks is true. Rank 0 then does not answer the
+    other ranks, so they also time out and raise RuntimeError. number: the number of this barrier in the group, counted from 1.
+    tag: a tag that no other messages use.
     """
     end = time.monotonic() + seconds
     message, milliseconds = np.array([number]), round(1000 * seconds)
@@ -43,7 +43,7 @@ def monitored_barrier(comm: MPI.Intracomm, number: int, seconds: float, wait_all
 
 
 def _reported(comm: MPI.Intracomm, rank: int, number: int, end: float, tag: int) -> bool:
-    """Return whether the rank reports to barrier `number` before the time `end`. Collective over the two ranks."""
+    """Return whether `rank` reports to barrier `number` before the time `end`. Collective over `rank` and this rank."""
     received = np.zeros(1, dtype=int)
     while received[0] < number:
         report = comm.Irecv(received, rank, tag)

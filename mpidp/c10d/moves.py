@@ -1,4 +1,5 @@
-"""Collectives that move data without reducing it. Each has torch.distributed's old and new names. Collective over the group."""
+"""Collectives that move data without reducing it. Methods have torch.distributed's old and new names. Collective over the
+group."""
 
 from __future__ import annotations
 
@@ -119,9 +120,10 @@ class Moves(Base):
 
     def all_to_all_single(self, output: torch.Tensor, input: torch.Tensor, output_splits: Any = (), input_splits: Any = (),
                           opts: Any = None) -> Promise:
-        """Send a part of the input to each rank, and store the parts received in the output, ordered by rank.
+        """Send a range of the input to each rank, and store the received ranges in the output, in order of ranks.
 
-        splits: length of each part along dimension 0; empty: equal lengths.
+        input_splits, output_splits: length of each rank's range along dimension 0. If they are empty, all ranges have equal
+        lengths.
         """
         source, target = HostBuffer(input), HostBuffer(output)
         sent, received = self._lengths(input, list(input_splits or ())), self._lengths(output, list(output_splits or ()))
@@ -135,7 +137,7 @@ class Moves(Base):
     alltoall_base = all_to_all_single
 
     def _lengths(self, tensor: torch.Tensor, splits: list[int]) -> list[int]:
-        """Return the size of each rank's part in bytes."""
+        """Return the size of each rank's range in bytes."""
         if not splits:
             check(tensor.dim() > 0 and tensor.shape[0] % self.comm.size == 0, "all_to_all",
                    "without splits, dimension 0 must be a multiple of the number of ranks")

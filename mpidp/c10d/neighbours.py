@@ -1,8 +1,9 @@
-"""Large reductions within a node, without messages. Each rank reads its part of the other ranks' tensors and reduces it.
+"""Large reductions within a node, without messages. Each rank reads one range of the other ranks' tensors and reduces it.
 
-Linux's process_vm_readv copies from another process's memory. The ranks synchronize three times, because a tensor must not change
-while another rank reads it: at the start, when they exchange addresses; between reduction and gathering; and at the end. A shared
-memory window was slower (docs/results/2026-11-27-c10d.md): it needs one more copy of each value and synchronizes for each piece.
+Linux's process_vm_readv copies from another process's memory. A tensor must not change while another rank reads it. Therefore the
+ranks synchronize three times: at the start, when they exchange addresses; between reduction and gathering; and at the end. A
+shared-memory window was slower, because it needs one more copy of each value and synchronizes for each piece
+(docs/results/2026-11-27-c10d.md).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from mpidp.c10d.sums import ADDERS, HALVES, average
 
 BLOCK_BYTES = 1 << 19  # bytes read and reduced at a time; they fit in a core's cache
 READ_BYTES = 1 << 26  # most bytes per system call; Linux's limit is 2 GiB
-ALIGN = 64  # each rank's part starts at a multiple of this many elements
-NEAR = "MPIDP_C10D_NEAR"  # if "messages" on any rank: large reductions within a node use messages, too
+ALIGN = 64  # each rank's range starts at a multiple of this many elements
+NEAR = "MPIDP_C10D_NEAR"  # if it is "messages" on any rank, large reductions within a node use messages, too
 SET_PTRACER, ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)  # PR_SET_PTRACER for prctl (Linux's Yama module)
 TOKEN = 2  # number of random integers that identify a process
 FOUND, DENIED, IMPOSSIBLE = range(3)
@@ -45,8 +46,8 @@ def _reader() -> Any:
 class Neighbours:
     """Reduces tensors of one group by reading other ranks' memory. Public methods are Collective over the group.
 
-    Tensors are flat, contiguous, on the host, with a dtype of sums.ADDED; kind is a key of sums.OPS. Raises RuntimeError on all
-    ranks if their calls differ, or if reading memory fails.
+    Tensors must be flat, contiguous and on the host, and their dtype must be in sums.ADDED. kind: a key of sums.OPS. Raises
+    RuntimeError on all ranks if the ranks' calls differ, or if reading memory fails.
     """
 
     def __init__(self, exchange: Exchange, rank: int, ranks: int) -> None:
@@ -54,7 +55,7 @@ class Neighbours:
         self._exchange = exchange
         self._function = _reader()
         self._failed = ""
-        self._blocks = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)  # data read; the first block also stores partial sums
+        self._blocks = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)  # the data read; the first block also stores partial sums
         self._wide = torch.empty(BLOCK_BYTES // 2)  # float32 sums of half-precision values
         self._pids: list[int] = []
 
@@ -75,7 +76,7 @@ class Neighbours:
         return worst == FOUND
 
     def _probe(self, rank: int, row: list[int]) -> int:
-        """Try to read another rank's token; return FOUND, DENIED or IMPOSSIBLE.
+        """Try to read another rank's token. Return FOUND, DENIED or IMPOSSIBLE.
 
         The process id of a rank on another node may belong to an unrelated local process. The token then differs.
         """
@@ -89,7 +90,7 @@ class Neighbours:
         return FOUND if found.tolist() == row[2:] else IMPOSSIBLE
 
     def _read(self, rank: int, address: int, into: torch.Tensor) -> None:
-        """Read another rank's memory at `address`. The next _synchronize raises an error if this fails."""
+        """Read another rank's memory at `address`. If this fails, the next _synchronize() raises an error."""
         for begin in range(0, into.nbytes, READ_BYTES):
             length = min(READ_BYTES, into.nbytes - begin)
             local, remote = _Vector(into.data_ptr() + begin, length), _Vector(address + begin, length)

@@ -1,4 +1,4 @@
-"""Record calls in torch's profiler: from start to completion, in any thread, with the shapes of their tensors."""
+"""Records calls in torch's profiler, from start to completion in any thread, with the shapes of their tensors."""
 
 from __future__ import annotations
 

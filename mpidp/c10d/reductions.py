@@ -1,4 +1,4 @@
-"""Reductions. Each has torch.distributed's old and new names. Collective over the group."""
+"""Collectives that reduce tensors. Methods have torch.distributed's old and new names. Collective over the group."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Reductions(Base):
         return self._begin("reduce", work, given, given, opts)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Promise:
-        """Reduce the input over all ranks. Rank r gets the r-th part of the result as output."""
+        """Reduce the input over all ranks, and divide the result into equal ranges. Rank r gets range r as output."""
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -82,7 +82,8 @@ class Reductions(Base):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def reduce_scatter(self, outputs: Tensors, inputs: Any, opts: Any = None) -> Promise:
-        """Reduce a list with one input per rank. Rank r gets the r-th result. Sizes may differ between ranks."""
+        """Reduce a list of inputs, one for each rank, over all ranks. Rank r gets the r-th result. Sizes may differ between
+        ranks."""
         outs, lists = as_list(outputs), [inputs] if isinstance(outputs, torch.Tensor) else list(inputs)
         kind = kind_of(op_of(opts), outs[0].dtype)
         rows = [([HostBuffer(i) for i in every], HostBuffer(o)) for every, o in zip(lists, outs, strict=True)]

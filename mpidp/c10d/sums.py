@@ -1,4 +1,5 @@
-"""MPI's counterparts of torch's dtypes and reductions. MPI has no bfloat16 or float16, so torch reduces these types."""
+"""The MPI datatypes and operations for torch's dtypes and reductions. MPI has no bfloat16 or float16, so torch reduces these
+types."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ _BITS = ("BAND", "BOR", "BXOR")
 
 
 def kind_of(op: Any, dtype: torch.dtype) -> str:
-    """Return the reduction's name, e.g. SUM. Raises ValueError if it is unknown, TypeError if it does not suit dtype. Pure."""
+    """Return the reduction's name, for example "SUM". Raises ValueError if the reduction is unknown, and TypeError if it is not
+    defined for dtype. Pure."""
     name = next((name for name, known in _KINDS.items() if op == known), None)
     if name is None:
         raise ValueError(f"mpi4py: reduction {op} is not supported: use one of {', '.join(OPS)}")
@@ -63,7 +65,7 @@ def average(tensor: torch.Tensor, ranks: int) -> None:
 
 
 def fold(blocks: torch.Tensor, kind: str, out: torch.Tensor) -> None:
-    """Reduce blocks (ranks, n) into out (n), in rank order. Values are added in float32 and rounded once. Independent."""
+    """Reduce blocks (ranks, n) into out (n). Values are added in order of ranks in float32, and rounded once. Independent."""
     blocks = blocks.float()
     if kind in ("SUM", "AVG"):
         done = blocks.sum(0)

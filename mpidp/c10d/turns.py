@@ -1,14 +1,15 @@
-"""Keeps the order of a group's collectives, and checks their timeouts.
+"""Runs a group's collectives in order, and checks their timeouts.
 
-Collectives of a group run one after another, in the group's thread or, if the group is idle, in the caller's thread. A watch
-thread ends a call that takes too long with an error that names the call and the missing ranks. To find the missing ranks, each
-rank that has waited for a while writes its rank and call to the group's store, once. A rank without an entry at the timeout is
-missing.
+Collectives of a group run one after another in the group's thread. If the group is idle, a collective may run in the caller's
+thread. If a call takes too long, a watch thread ends it with an error that names the call and the missing ranks. To find the
+missing ranks, each rank that has waited for some time writes its rank and call to the group's store. A rank without an entry at
+the timeout is missing.
 """
 
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 import weakref
@@ -40,7 +41,7 @@ class Turns:
         self.running: Queued | None = None
         self.number = 0
         self._store = store
-        self._last: threading.Event | None = None  # set when the last call ends; the call itself would keep tensors alive
+        self._last: threading.Event | None = None  # set when the last call ends; a reference to the call would keep tensors alive
         self._waiting: queue.SimpleQueue[Queued | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._turn = threading.RLock()
@@ -48,10 +49,10 @@ class Turns:
         _watch.add(self)
 
     def submit(self, work: Queued, at_once: bool) -> Queued:
-        """Queue a collective, or run it at once if `at_once` is true and the group is idle.
+        """Queue a collective, or run it immediately if `at_once` is true and the group is idle.
 
-        at_once: the caller would wait for it anyway. A collective that the group's own thread submits, in a future's callback,
-        always runs at once.
+        at_once: whether the caller would wait for the collective anyway. A collective that the group's own thread submits, in the
+        callback of a future, always runs immediately.
         """
         if self.broken is not None:
             work.drop(self.broken)
@@ -104,12 +105,12 @@ class Turns:
         return True
 
     def abort(self, error: BaseException) -> None:
-        """End the running call, the queued calls and all later ones with this error."""
+        """End the running call, the queued calls and all later calls with this error."""
         self.broken = self.broken or error
         work = self.running
         if work is not None:
             work.end(self.broken)
-        while True:  # empty the queue here: the thread may never return from MPI
+        while True:  # empty the queue here, because the thread may never return from MPI
             try:
                 waiting = self._waiting.get_nowait()
             except queue.Empty:
@@ -135,21 +136,19 @@ class Turns:
     def _report_waiting(self, work: Queued) -> None:
         if self._store is not None:
             with suppress(Exception):
-                self._store = self._store.clone()  # a new connection: another thread may be waiting on the first one
+                self._store = self._store.clone()  # a new connection, because another thread may be waiting on the first one
                 self._store.set_timeout(STORE_TIMEOUT)
             _quietly(lambda: self._store.append(self._key(work.number), f"{self.calls.comm.rank} {work.name};"))
 
     def _timeout_message(self, work: Queued) -> str:
         """Return a message that names the call, the ranks that did not join it, and the ranks that are in another call."""
         size = self.calls.comm.size
-        entries = _quietly(lambda: self._store.get(self._key(work.number)).decode()) if self._store is not None else None
+        key = self._key(work.number)
+        entries = _quietly(lambda: self._store.get(key).decode(errors="replace")) if self._store is not None else None
         message = f"mpi4py: Timed out after {work.seconds:g} s in {work.name} (number {work.number} of group {self.name})"
         if entries is None:
             return f"{message}; the missing ranks are unknown"
-        waiting: dict[int, str] = {}
-        for entry in filter(None, entries.split(";")):
-            rank, _, name = entry.partition(" ")
-            waiting[int(rank)] = name
+        waiting = waiting_ranks(entries, size)
         missing = [rank for rank in range(size) if rank not in waiting]
         elsewhere = [f"rank {rank} is in {name}" for rank, name in sorted(waiting.items()) if name != work.name]
         if missing:
@@ -159,14 +158,21 @@ class Turns:
         return message + (f": {', '.join(elsewhere[:NAMED])}" if elsewhere else "")
 
 
+def waiting_ranks(entries: str, size: int) -> dict[int, str]:
+    """Return the call in which each rank waits. entries: what the store holds, "RANK CALL;" for each rank. Other entries are
+    ignored, because any process that reaches the store can write to it. Pure."""
+    found = re.findall(r"(?:^|;)(\d{1,9}) ([ -:<-~]{1,80})(?=;)", entries)
+    return {int(rank): name for rank, name in found if int(rank) < size}
+
+
 def format_ranks(ranks: list[int]) -> str:
-    """Return e.g. "rank 3" or "ranks 1, 2 and 5 more". Pure."""
+    """Return a text like "rank 3" or "ranks 1, 2 and 5 more". Pure."""
     more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:NAMED]))}{more}"
 
 
 def _quietly(work: Callable[[], Any]) -> Any:
-    """Return work(), or None if it raises an exception, e.g. because the store's server has exited."""
+    """Return work(), or None if it raises an exception, for example because the store's server has exited."""
     try:
         return work()
     except Exception:

@@ -91,7 +91,7 @@ class Promise(Work):
     def get_future(self) -> Any:
         """Return a future of the result.
 
-        A callback raises the call's error, so that C++ code receives it, too. Future.set_exception would store the error as a
+        A callback raises the call's error, so that C++ code also receives it. Future.set_exception would store the error as a
         value, which crashes DDP's reducer.
         """
         with self._lock:
@@ -115,7 +115,7 @@ class Queued(Promise):
     """A collective in a group's queue (turns.py)."""
 
     def __init__(self, work: Callable[[], None], result: Any, name: str, seconds: float) -> None:
-        """work: runs the collective; result: the output tensors; name: for messages; seconds: timeout in seconds."""
+        """work: runs the collective. result: the output tensors. name: the name in messages. seconds: timeout in seconds."""
         super().__init__(result, name)
         self.seconds = seconds
         self.number = 0  # number of the collective in its group, from 1
@@ -233,7 +233,7 @@ class Message(Promise):
 
 
 class Coalesced(Promise):
-    """One Work for several coalesced calls."""
+    """A Work that stands for several coalesced calls."""
 
     def __init__(self, works: list[Promise]) -> None:
         super().__init__([work.result() for work in works], " + ".join(work.name for work in works) or "nothing")

@@ -1,4 +1,4 @@
-"""Boxes of global tensors: how the ranks that hold the same data divide them, and how they are written to safetensors files."""
+"""Boxes of global tensors. Ranks that hold the same tensors divide them into boxes, and write the boxes to safetensors files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 
-SYNC_BYTES = 64 << 20  # fdatasync is called after this many bytes, so that a large file reaches the disk at a steady pace
-DTYPES = {  # the dtypes and their names in safetensors files
+SYNC_BYTES = 64 << 20  # fdatasync is called each time this many bytes are written, so that the disk writes a large file steadily
+DTYPES = {  # the names of dtypes in safetensors files
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
@@ -28,12 +28,14 @@ Box = list[list[int]]  # [start, stop) along each dimension; empty for a scalar
 
 
 def tensor_of(key: str) -> str:
-    """Return the name of the tensor that contains box `key`. Several boxes of one tensor are named name#0, name#1, ... Pure."""
+    """Return the name of the tensor that contains box `key`. The boxes of one tensor are named NAME#0, NAME#1 and so on, or NAME
+    if there is only one. Pure."""
     return key.partition("#")[0]
 
 
 def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Divide the elements [low, high) of a tensor, in row-major order, into boxes. Return [(first indices, size)] in order.
+    """Divide the elements [low, high) of a tensor, counted in row-major order, into boxes. Return [(first indices, size)] of the
+    boxes.
 
     A matrix gives at most three boxes: the end of one row, complete rows, and the beginning of another row. Pure."""
     if low >= high:
@@ -63,8 +65,8 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Return {name: (start, stop)}, the rows of replicated tensors that writer `rank` of `size` writes: about 1/size of all
-    elements. Every row is written by exactly one writer. Pure."""
+    """Return {name: (start, stop)}, the rows of replicated tensors that writer number `rank` of `size` writers writes. They have
+    about 1/size of all elements. Every row is written by exactly one writer. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0
@@ -79,9 +81,9 @@ def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> di
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor that one rank writes: it begins at the indices `at` and has the shape of `tensor`."""
+    """A box of a global tensor that one rank writes. The box begins at the indices `at` and has the shape of `tensor`."""
 
-    name: str  # name in the file: that of the tensor, or name#0, name#1, ... for several boxes of a tensor
+    name: str  # name in the file: the tensor's name, or NAME#0, NAME#1, ... for several boxes of a tensor
     tensor: Tensor
     at: tuple[int, ...]
 
@@ -94,8 +96,8 @@ class Piece:
 def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> list[Piece]:
     """Return the pieces that this rank writes, in the order of its file.
 
-    share: (index of this rank, number of ranks) among the writers of replicated tensors; None if this rank writes none of them.
-    In addition, a rank writes all tensors that only it holds. Independent."""
+    share: (index of this rank, number of ranks) among the ranks that write replicated tensors; None if this rank writes none of
+    them. In addition, a rank writes all tensors that no other rank holds. Independent."""
     found = []
     replicated = {name: tuple(e.tensor.shape) for name, e in entries.items() if e.layout == "replicated"}
     for name, (start, stop) in (share_out(replicated, *share) if share else {}).items():
@@ -109,7 +111,7 @@ def pieces_of(entries: Mapping[str, Entry], share: tuple[int, int] | None) -> li
 
 
 def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Return the description of the entries' tensors for a manifest. Independent."""
+    """Return shape, dtype and layout of the entries' tensors for a manifest. Independent."""
     return {
         tensor_of(name): {
             "shape": list(e.shape if e.shape is not None else e.tensor.shape),
@@ -122,8 +124,8 @@ def describe(entries: Mapping[str, Entry]) -> dict[str, Any]:
 def write_pieces(path: Path, pieces: Sequence[Piece], blocks: Iterable[memoryview]) -> tuple[int, int]:
     """Write a safetensors file and fsync it. Return (size in bytes, crc32).
 
-    blocks: the bytes of the pieces, in order. Other threads can run during the writes. If a write fails, removes the incomplete
-    file and raises OSError with its name. Independent."""
+    blocks: the bytes of the pieces, in order. Other threads can run during the writes. If a write fails, the incomplete file is
+    removed, and OSError with its name is raised. Independent."""
     about: dict[str, Any] = {}
     offset = 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""The entries of a checkpoint: named global tensors and their distribution over the ranks."""
+"""The entries of a checkpoint, which are named global tensors that are distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ Layout = Literal["replicated", "sharded", "additive"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One rank's part of a named global tensor.
+    """One rank's box of a named global tensor.
 
-    The part is a box that begins at the indices `at` (empty: at the beginning) of a tensor of `shape` (None: the part is the
-    whole tensor).
+    at: the indices in the global tensor at which the box begins; empty means at the beginning. shape: the shape of the global
+    tensor; None means that the box is the whole tensor. layout is one of:
 
-    replicated: all replicas hold the same values; any of them may write the tensor.
-    sharded: only this rank holds its part.
-    additive: the global value is the sum over ranks (residuals of error feedback). If as many ranks load as wrote, each gets its
-    own part; otherwise rank 0 gets the sum.
+    replicated: all replicas hold the same values, so any of them may write the tensor. sharded: only this rank holds the box.
+    additive: the global tensor is the sum over ranks (residuals of error feedback). If the number of ranks is the same after
+    loading, each rank gets its own summand. Otherwise rank 0 gets the sum.
     """
 
     tensor: Tensor

@@ -1,5 +1,5 @@
-"""The parameters that a rank holds: complete ones, or shards (strategies/sharded.py), which FSDP2 stores as DTensors split along
-dim 0. Does not import torch.distributed."""
+"""The parameters that a rank holds. They are complete, or shards (strategies/sharded.py), which FSDP2 stores as DTensors split
+along dim 0. This module does not import torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mpidp.model.lora import saved_names
 
 
 def shard_rows(rows: int, rank: int, size: int) -> range:
-    """Return the rows of dim 0 that a rank holds: ceil(rows / size) each; the last ranks may have fewer or none. Pure."""
+    """Return the rows of dim 0 that a rank holds. Every rank holds ceil(rows / size) rows, but the last ranks may have fewer or
+    none. Pure."""
     each = -(-rows // size)
     return range(min(rows, rank * each), min(rows, (rank + 1) * each))
 
@@ -30,7 +31,7 @@ def reshard_all(model: torch.nn.Module) -> None:
 
 
 def shard_of(p: Tensor) -> Entry:
-    """Return this rank's part of a parameter, or of a tensor that is sharded like it. Independent."""
+    """Return this rank's shard of a parameter, or of a tensor that is sharded like a parameter. Independent."""
     tensor: Any = p.detach()
     if not hasattr(tensor, "to_local"):
         return Entry(tensor)
@@ -48,7 +49,7 @@ def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
 
 
 def whole(p: Tensor) -> Tensor:
-    """Return a parameter in full. Collective over the ranks that hold shards of it."""
+    """Return the whole parameter. Collective over the ranks that hold shards of it."""
     tensor: Any = p.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
@@ -56,7 +57,7 @@ def whole(p: Tensor) -> Tensor:
 def weights_sha256(model: torch.nn.Module) -> str:
     """Return the sha256 of the float32 parameters in name order, as little-endian bytes. Shards are gathered one parameter at a
     time. Collective over the ranks that hold shards, if any."""
-    reshard_all(model)  # otherwise NumPy's view would keep the memory of a gathered parameter
+    reshard_all(model)  # otherwise NumPy's view would keep a gathered parameter in memory
     digest = hashlib.sha256()
     for _, p in sorted(model.named_parameters()):
         digest.update(whole(p).float().cpu().contiguous().numpy().tobytes())

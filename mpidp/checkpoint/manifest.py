@@ -1,11 +1,11 @@
-"""Checkpoints on disk: a file per writer, a manifest with checksums that is written last, and a rename that commits.
+"""Checkpoints on disk: one file per writer, and a manifest with checksums that is written last. A rename commits the checkpoint.
 
     RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per writer
                                  /manifest.json                 written last: sizes, crc32, place of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 
-Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A directory is valid only under its
-final name. The crc32 of its manifest must be correct, and the sizes and crc32 of its files must match the manifest.
+Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A folder is a valid checkpoint if it has its
+final name, if the crc32 of its manifest is correct, and if the sizes and crc32 of its files match the manifest.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def commit(temporary: Path, body: Mapping[str, Any], keep: int) -> Path:
     body: the content of the manifest; all files that it lists must exist. Raises OSError if a file is incomplete or the rename
     fails. Errors after the rename are ignored. Independent."""
     for record in body["files"]:
-        with open(temporary / record["file"], "rb") as file:  # a file server reports the current size when a file is opened
+        with open(temporary / record["file"], "rb") as file:  # open the file, because a file server then reports its current size
             if os.fstat(file.fileno()).st_size != record["bytes"]:
                 raise OSError(f"{temporary / record['file']}: size differs from the {record['bytes']} bytes that were written")
     write_file(temporary / "manifest.json", _seal({"format": FORMAT, **body}))
     folder, final = temporary.parent, temporary.with_name(f"step_{body['step']:08d}")
     replaced = folder / f".replaced_{final.name}"
-    if final.exists():  # an invalid checkpoint, or a checkpoint of the same step that was saved before the end of the run
+    if final.exists():  # an invalid checkpoint, or an earlier checkpoint of the same step
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
@@ -108,9 +108,9 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Return the directories with final names, newest first, valid or not. Independent.
+    """Return the folders with final names, newest first. They may be invalid. Independent.
 
-    A directory that is being replaced is included until the new one has its final name.
+    A folder that is being replaced is included until the new folder has its final name.
     """
     found = [p for p in folder.iterdir() if _STEP_DIR.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: (int(p.name.rpartition("_")[2]), not p.name.startswith(".")), reverse=True)
@@ -140,8 +140,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Context that converts errors to CheckpointError while a checkpoint is read. This is needed even if
-    the checksums are correct, because another program may have written the file. Independent."""
+    """Return a context for reading a checkpoint that converts errors to CheckpointError. This is needed even if the checksums are
+    correct, because another program may have written the file. Independent."""
     try:
         yield
     except (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -166,8 +166,7 @@ def check_file(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def newest_valid(run_dir: Path, comm: MPI.Intracomm) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint, and the reasons why newer ones were skipped. The ranks divide the files to check.
-
+    """Return the newest valid checkpoint, and the reasons why newer checkpoints were skipped. Each rank checks some of the files.
     Returns (None, []) if there are no checkpoints. Raises CheckpointError if none of the checkpoints is valid. Collective over
     comm."""
     names = comm.bcast([p.name for p in committed(run_dir / "checkpoints")] if comm.rank == 0 else None, root=0)

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint."""
+"""Reads the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Reader(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = read_manifest(path)
-        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # for each tensor: file, name in the file, box
+        self._pieces: dict[str, list[tuple[str, str, Box]]] = {}  # for each tensor: (file, name in the file, box) of its pieces
         with readable(path):
             self._pieces |= {name: [] for name in self.meta["tensors"]}
             self._bytes = sum(int(record["bytes"]) for record in self.meta["files"])
@@ -37,23 +37,20 @@ class Reader(Mapping[str, Tensor]):
         return len(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the whole tensor. If each rank saved a summand of the tensor, they are added in rank order.
-
-        Raises CheckpointError if a piece is missing."""
+        """Return the whole tensor. The summands of an additive tensor are added in order of ranks. Raises CheckpointError if a
+        piece is missing."""
         return self.part(name)
 
     def part(self, name: str, at: Sequence[int] = (), shape: Sequence[int] | None = None) -> Tensor:
-        """Return the box that begins at `at` and has this shape (default: the whole tensor). Reads only the box.
-
-        Raises CheckpointError if a part of the box is missing."""
+        """Return the box that begins at `at` and has this shape (default: the whole tensor). Only the box is read. Raises
+        CheckpointError if elements of the box are missing."""
         with readable(self.path):
             whole = tuple(self.meta["tensors"][name]["shape"])
             return self._assembled(name, self._pieces[name], tuple(at) or (0,) * len(whole), whole if shape is None else shape)
 
     def box(self, name: str, entry: Entry) -> Tensor:
-        """Return the box of the tensor that this entry holds.
-
-        Raises CheckpointError if the shapes of the tensor and the entry differ, or if a part of the box is missing."""
+        """Return the box of the tensor that this entry describes. Raises CheckpointError if the tensor has another global shape
+        than the entry, or if elements of the box are missing."""
         with readable(self.path):
             there, shape = tuple(self.meta["tensors"][name]["shape"]), entry.tensor.shape if entry.shape is None else entry.shape
             if there != tuple(shape):
@@ -95,8 +92,8 @@ class Reader(Mapping[str, Tensor]):
         self, prefix: str, rank: int = 0, size: int = 1, boxes: Mapping[str, Mapping[str, Entry]] | None = None
     ) -> dict[str, Tensor]:
         """Return {name without prefix: tensor} of all tensors whose names begin with prefix. For additive tensors, see own().
-
-        boxes: for each tensor, the boxes that this rank holds. Only these are read, and returned under the names of the boxes."""
+        boxes: for some tensors, the boxes that this rank holds. Only these boxes of the tensors are read. They are returned under
+        the names of the boxes."""
         found = {}
         for name in (name for name in self if name.startswith(prefix)):
             held = (boxes or {}).get(name.removeprefix(prefix))
@@ -107,9 +104,9 @@ class Reader(Mapping[str, Tensor]):
         return found
 
     def own(self, name: str, rank: int, size: int) -> Tensor:
-        """Return the whole tensor, or for an additive one the part with which rank `rank` of `size` ranks continues."""
+        """Return the whole tensor, or of an additive tensor the summand with which rank `rank` of `size` ranks continues."""
         pieces, about = self._pieces[name], self.meta["tensors"][name]
-        if about["layout"] == "additive":  # each rank gets its own part if as many ranks wrote it; else rank 0 gets all parts
+        if about["layout"] == "additive":  # each rank gets its own summand if as many ranks wrote it; else rank 0 gets the sum
             pieces = pieces[rank : rank + 1] if len(pieces) == size else pieces if rank == 0 else []
         with readable(self.path):
             return self._assembled(name, pieces, (0,) * len(about["shape"]), about["shape"])

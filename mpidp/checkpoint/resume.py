@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, and reject changed settings."""
+"""Finds the checkpoint to resume from, and rejects changed settings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mpidp.runtime.world import raise_together
 
 
 def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
-    """Open the newest valid checkpoint of a run's folder, or the checkpoint in `path` itself. Raises CheckpointError if there is
-    no valid checkpoint. Collective over comm."""
+    """Open a checkpoint. path: a checkpoint, or the folder of a run, whose newest valid checkpoint is opened. Raises
+    CheckpointError if there is no valid checkpoint. Collective over comm."""
     with raise_together(comm):
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder")
@@ -45,19 +45,19 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
     """Return the error message for weights that are not those from which a run started. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
-        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so do "
-        "not train or modify the base model"
+        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "
+        "do not train or modify the base model"
     )
 
 
 def same_path(one: str, other: str) -> bool:
-    """Return whether two paths name one place: base, ./base, base/ and the absolute path do. Independent."""
+    """Return whether two paths name the same folder, for example base, ./base and the absolute path of base. Independent."""
     return one == other or bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the facts, besides data and settings, on which the exact bits of the results depend. They are stored in each
-    checkpoint. When a run resumes, changes are logged. Independent."""
+    """Return the numerics fingerprint: everything besides data and other settings on which the bits of the results depend. Each
+    checkpoint stores it. When a run resumes, differences are logged. Independent."""
     return {
         "threads": config.train.threads,
         "dtype": config.train.dtype,
@@ -92,10 +92,11 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def find_checkpoint(run_dir: Path, resume: str, comm: MPI.Intracomm) -> tuple[Reader | None, list[str]]:
-    """Return the checkpoint that `run.resume` selects (None: start from the beginning), and messages for the user.
+    """Return (the checkpoint that run.resume selects, messages for the user). The checkpoint is None if the run starts from the
+    beginning.
 
-    auto: the newest valid checkpoint, if any. must: the same, but raises CheckpointError if there is none. never: no checkpoint;
-    the files of an earlier run are moved to RUN/previous_N. Collective over comm.
+    resume: "auto" selects the newest valid checkpoint, if there is one. "must" does the same, but raises CheckpointError if there
+    is none. "never" selects no checkpoint, and moves the files of an earlier run to RUN/previous_N. Collective over comm.
     """
     notes: list[str] = []
     if resume == "never":

@@ -1,9 +1,11 @@
-"""Asynchronous checkpoints: which rank writes what and when, and how all ranks handle failures in the same way.
+"""Asynchronous checkpoints. This module decides which rank writes what and when, and how all ranks handle failures in the same
+way.
 
 `begin` starts a save. A thread (writer.py) copies the state while the next step is computed. The state does not change before the
-next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training: one file per node,
-of equal size. The next save may be due before this one is finished. The ranks then decide by the flags that they exchange in the
-step report: a failing save is dropped and the new one begins; if the disk is slow, the new save is skipped.
+next update, and `wait_for_copy` is called before this update. The thread then writes the copy during training, in one file of
+equal size per node. If a save is due before the previous save has finished, the ranks decide by the flags that they exchange in
+the step report. If the previous save fails, it is dropped and the new save begins. If the disk is only slow, the new save is
+skipped.
 """
 
 from __future__ import annotations
@@ -24,39 +26,40 @@ from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
-YOUNG_SECONDS = 2.0  # seconds; if a save is due, wait for the previous save until it is this old (for runs with short steps)
-FIRST_SECONDS = 60.0  # seconds until the first save with train.save_every=-1; its cost is measured
+YOUNG_SECONDS = 2.0  # if a save is due, wait for the previous save until it is this old, in seconds (for short steps)
+FIRST_SECONDS = 60.0  # seconds until the first save with train.save_every=-1, whose cost is measured
 NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node, in seconds
 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:
-    """Return the interval between saves, in seconds, that minimizes lost time: sqrt(2 x cost x mean time between failures) (Young
-    1974; Daly 2006), and at least 2 x seconds.
+    """Return the interval between saves that minimizes lost time, in seconds. It is sqrt(2 x cost x mean time between failures)
+    (Young 1974; Daly 2006), but at least 2 x seconds.
 
-    cost: core seconds that a save takes from training. seconds: duration of a save. The mean time between failures combines the
-    observed failures in `trained` seconds with one failure per node in 30 days. Pure."""
+    cost: the core seconds that a save takes from training. seconds: the duration of a save. failures, trained: the number of
+    failures so far, in this many seconds of training. The mean time between failures combines them with an assumed failure per
+    node in 30 days. Pure."""
     return max(2 * seconds, math.sqrt(2 * cost * (NODE_SECONDS / num_nodes + trained) / (1 + failures)))
 
 
 class Saver:
-    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks make the same calls. Independent, except for methods
-    marked as collective."""
+    """Saves the checkpoints of a job. Each rank has one Saver, and all ranks make the same calls. Methods are independent unless
+    they say otherwise."""
 
     def __init__(
         self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
-        """every: train.save_every; -1: saves are due by rank 0's clock. keep: number of checkpoints to keep. share: (index,
-        number) of this rank among the first ranks of the nodes, which write the replicated tensors; None on other ranks. alone:
-        this rank holds tensors that no other rank has. may_commit: on rank 0, returns whether this job still holds the lock of
-        the run. Collective over comm."""
+        """every: train.save_every; -1 means that saves are due by rank 0's clock. keep: number of checkpoints to keep. share:
+        None, or on the first rank of each node, which writes replicated tensors, (index of the rank among these ranks, their
+        number). alone: whether this rank holds tensors that no other rank has. may_commit: on rank 0, returns whether this job
+        still holds the lock of the run. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))
         self._writers, self._token = [rank for rank, (writes, _) in enumerate(rows) if writes], rows[0][1]
         self._may_commit = may_commit
-        self.step = self._before = -1  # step of the newest save that was not dropped, and of the save before it
+        self.step = self._before = -1  # steps of the newest save that was not dropped, and of the save before it
         self._number = 0  # number of saves that were started
-        self._save: Save | None = None  # the newest save, on writers
+        self._save: Save | None = None  # the newest save, on ranks that write
         self._memory = HostMemory()
         self._stalled = 0.0  # seconds for which the main thread waited for the newest save
         self._warned = False
@@ -65,7 +68,7 @@ class Saver:
         self._events: list[dict[str, Any]] = []
 
     def resumed_at(self, step: int) -> None:
-        """Record that the newest checkpoint is that of `step`; -1 if there is none. Independent."""
+        """Record that the newest checkpoint is that of `step`, or that there is none (step -1). Independent."""
         self.step = step
 
     def seen_before(self, failures: int, trained: float) -> None:
@@ -73,21 +76,23 @@ class Saver:
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return four flags for the step report: whether the thread waits for records, whether it writes, whether its last
-        attempt failed, and whether a save is due by the clock."""
+        """Return four flags for the step report: whether the thread waits for files of other ranks, whether it writes, whether
+        its last attempt failed, and whether a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
 
     def wait_for_recent_save(self, step: int) -> None:
-        """If a save is due after this step, wait for a recent one to finish. Called before the step report."""
+        """If a save is due after this step, wait for the previous save, but at most until it is YOUNG_SECONDS old. Call this
+        before the step report."""
         if self.every < 1 or step % self.every:
             return
         while (save := self._save) and save.state in (WAITS, WRITES) and time.monotonic() - save.began < YOUNG_SECONDS:
             time.sleep(0.002)
 
     def due(self, step: int, flags: np.ndarray) -> bool:
-        """Return whether to begin a save after this step; equal on all ranks. flags: summed over the ranks."""
+        """Return whether to begin a save after this step. The result is equal on all ranks. flags: the sum of flags() over the
+        ranks."""
         waits, writes, fails, late = flags.tolist()
         if not (late if self.every < 0 else self.every and step % self.every == 0) or step == self.step:
             return False
@@ -118,16 +123,16 @@ class Saver:
         self._stalled = time.monotonic() - began
 
     def wait_for_copy(self) -> None:
-        """Wait until this rank's state has been copied. The state may change once all ranks have returned and synchronized."""
+        """Wait until this rank's state has been copied. The state may change once this call has returned on all ranks and they
+        have synchronized."""
         if self._save and not self._save.released.is_set():
             began = time.monotonic()
             self._save.released.wait()
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait for the current save. A save that fails is dropped; with must=True, MpidpError is then raised on all ranks.
-
-        enter: called with the name of the phase whenever a rank makes progress. Collective over comm."""
+        """Wait for the current save. If the save fails, it is dropped, and with must=True all ranks raise MpidpError. enter:
+        called with the name of the phase whenever a rank makes progress. Collective over comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]
@@ -152,13 +157,13 @@ class Saver:
                 ) from error
 
     def pop_events(self) -> list[dict[str, Any]]:
-        """Return and clear the events since the last call. Other ranks than rank 0 return an empty list."""
+        """Return and clear the events since the last call. Ranks other than rank 0 return an empty list."""
         self._note()
         events, self._events = self._events, []
         return events if self.comm.rank == 0 else []
 
     def _note(self) -> None:
-        """Record an event if the newest save has been committed, which only rank 0 knows."""
+        """On rank 0, record an event if the newest save has been committed since the last call."""
         if self._save and self._save.saved:
             cost, self._save.saved = self._save.saved | {"stall_seconds": self._stalled}, None
             self._events.append({"event": "saved", "step": self._save.step, **cost})
@@ -166,7 +171,7 @@ class Saver:
                 self._pace(cost["cpu_seconds"] + self._stalled, cost["seconds"], self._save.began)
 
     def _pace(self, cost: float, seconds: float, began: float) -> None:
-        """On rank 0, compute from the cost of this save when the next one is due."""
+        """On rank 0, compute from the cost of this save when the next save is due."""
         num_nodes = self.share[1] if self.share else 1
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
@@ -175,7 +180,7 @@ class Saver:
                      f"takes {seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
-        """Drop the current save on this rank. Afterwards its thread no longer reads the state."""
+        """Drop the current save on this rank, and wait until its thread no longer reads the state."""
         if self._save:
             self._save.dropping.set()
             self._save.released.wait()

@@ -1,8 +1,9 @@
-"""One save on one rank: a thread that copies the state, writes the copy, and on rank 0 commits the checkpoint.
+"""One save on one rank. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
 
-Uses no MPI: the ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. Each writer writes its data file and then
-(except on rank 0) a record of it. When rank 0 has read all records, it commits the checkpoint. A write that fails, for example on
-a full disk, is retried with growing pauses until the main thread drops the save. Uncommitted folders are deleted later.
+The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. Each writer writes its data
+file, and then a small file that describes it, called its record. (Rank 0 needs no record of its own file.) When rank 0 has read
+all records, it commits the checkpoint. A write that fails, for example on a full disk, is retried with growing pauses until the
+main thread drops the save. Uncommitted folders are deleted later.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ IDLE, WAITS, WRITES, FAILS = range(4)  # finished; waiting for records; writing;
 
 
 class Dropped(Exception):  # noqa: N818
-    """Raised in the thread after the main thread has dropped the save."""
+    """The main thread has dropped the save. Raised in the thread of the save."""
 
 
 class PeerFilesError(OSError):
-    """Raised if files of other ranks are missing. Writing this rank's file again would not help."""
+    """Files of other ranks are missing. Writing this rank's file again would not help."""
 
 
 class HostMemory:
@@ -51,7 +52,8 @@ class HostMemory:
         self._bytes: Tensor | None = None
 
     def allocate(self, size: int, pinned: bool) -> Tensor:
-        """Return a uint8 tensor of shape (size,). Reuses memory if the size is unchanged. pinned: page-locked. Independent."""
+        """Return a uint8 tensor of shape (size,). The memory is reused if the size is unchanged. pinned: whether to lock the
+        pages for copies from a GPU. Independent."""
         if self._bytes is None or self._bytes.numel() != size:
             self._bytes = None
             self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
@@ -65,12 +67,12 @@ class Save:
     step: int
     folder: Path  # RUN/checkpoints/.writing_...
     entries: Mapping[str, Entry]
-    share: tuple[int, int] | None  # this rank's share of replicated tensors (pieces_of)
+    share: tuple[int, int] | None  # which replicated tensors this rank writes (see pieces_of)
     meta: Mapping[str, Any]  # further content of the manifest
     rank: int
     writers: list[int]  # ranks that write a file
     keep: int  # number of checkpoints to keep
-    wait: bool  # if the main thread waits, the state is not copied on the CPU, and failed writes are not retried
+    wait: bool  # whether the main thread waits; then CPU tensors are not copied first, and failed writes are not retried
     memory: HostMemory
     may_commit: Callable[[], bool]  # on rank 0: returns whether this job still holds the run's lock
     state: int = WRITES
@@ -99,7 +101,7 @@ class Save:
             self.state = IDLE
 
     def _try(self, blocks: list[memoryview]) -> None:
-        """Write and commit; retry until it succeeds or is dropped."""
+        """Write and commit. Retry until this succeeds or the save is dropped."""
         pause = 1.0
         while True:
             self.state = WRITES
@@ -118,7 +120,7 @@ class Save:
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _fail(self, error: Exception, pause: float | None) -> None:
-        """Print a warning once, then sleep for `pause` seconds (None: until the save is dropped)."""
+        """Print a warning once, then sleep for `pause` seconds, or if pause is None until the save is dropped."""
         if self.error is None and not self.wait:
             log.warning("warning: rank %d: the checkpoint of step %d could not be written (%s). Training continues, and the save "
                         "is retried", self.rank, self.step, describe_error(error))
@@ -127,7 +129,7 @@ class Save:
             raise Dropped
 
     def _copy(self) -> list[memoryview]:
-        """Return the bytes of the pieces, in order. They are a copy, or the state itself if the main thread waits."""
+        """Return the bytes of the pieces, in order. They are a copy, or on the CPU the state itself if the main thread waits."""
         try:
             self._pieces = pieces_of(self.entries, self.share)
             if self.wait and self._ready is None:
@@ -171,14 +173,14 @@ class Save:
         size, crc = write_pieces(self.folder / f"{name}.safetensors", self._pieces, self._in_blocks(blocks))
         ranges = {piece.name: piece.box for piece in self._pieces}
         file = {"file": f"{name}.safetensors", "bytes": size, "crc32": crc, "pieces": ranges}
-        first = self.share is not None and self.share[0] == 0  # the first writer describes the replicated tensors
+        first = self.share is not None and self.share[0] == 0  # only the first writer describes the replicated tensors
         described = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
         self._records[self.rank] = {"file": file, "tensors": describe(described)}  # each tensor is described once
         if self.rank:
             write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode())
 
     def _collect(self) -> None:
-        """Wait for the records of all writers. List the folder each time, since file servers may show new files late."""
+        """Wait for the records of all writers. The folder is listed each time, because a file server may show new files late."""
         self.state, began, pause = WAITS, time.monotonic(), 0.002
         until = began + max(LOST_SECONDS, 20 * (began - self.began))
         while missing := [rank for rank in self.writers if rank not in self._records]:

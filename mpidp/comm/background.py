@@ -1,5 +1,5 @@
 """A thread that communicates while the rank computes. It runs its tasks in the order of submission. If the MPI library does not
-allow calls from two threads at a time, submit() runs each task at once, in the calling thread."""
+allow calls from two threads at a time, submit() runs each task immediately, in the calling thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 
 class Task:
-    """A task of the background thread."""
+    """A function call that the background thread makes, and its outcome."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -19,7 +19,8 @@ class Task:
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run the task and keep its exception for wait(). The background thread calls this. Independent."""
+        """Run the task and store an exception that it raises, for wait(). The background thread calls this method.
+        Independent."""
         try:
             self._work()
         except BaseException as error:  # wait() raises it in the calling thread; here it would be lost
@@ -27,16 +28,16 @@ class Task:
         self._done.set()
 
     def wait(self) -> None:
-        """Wait until the task is done, and raise its exception if there is one. Independent: if the task is collective, the
-        caller ensures that the other ranks run it, too."""
+        """Wait until the task is done. If the task raised an exception, raise this exception here. If the task is collective, the
+        caller must ensure that the other ranks run it, too. Independent."""
         self._done.wait()
         if self._error is not None:
             raise self._error
 
 
 class Background:
-    """The background thread, started by the first task. Independent. Tasks may be collective if all ranks submit the same tasks
-    in the same order."""
+    """The background thread. The first task starts it. Tasks may be collective if all ranks submit the same tasks in the same
+    order. Independent."""
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()

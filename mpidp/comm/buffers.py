@@ -1,4 +1,5 @@
-"""buf(tensor): an MPI buffer specification of a tensor. Rejects tensors that MPI cannot add or would misread."""
+"""Describes tensors to mpi4py: buf(tensor) returns an MPI buffer specification. Tensors that MPI cannot add or would misread are
+rejected."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ _DATATYPES = {
 def memory(tensor: torch.Tensor) -> Any:
     """Return the tensor's memory, on the host or (for a CUDA-aware MPI) on the device. Independent.
 
-    For CUDA tensors, first synchronize the stream that writes the tensor. MPI does not synchronize it, and would silently send
-    old values.
+    For a CUDA tensor, first synchronize the stream that writes the tensor. MPI does not synchronize the stream, and would
+    silently send old values.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"MPI needs contiguous memory, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
@@ -37,11 +38,11 @@ def datatype(tensor: torch.Tensor) -> Any:
 
 
 def buf(tensor: torch.Tensor) -> list[Any]:
-    """Return the buffer specification of a tensor, e.g. `comm.Allreduce(MPI.IN_PLACE, buf(t))`. Independent."""
+    """Return the buffer specification of a tensor, for example for `comm.Allreduce(MPI.IN_PLACE, buf(t))`. Independent."""
     return [memory(tensor), tensor.numel(), datatype(tensor)]
 
 
 def bufv(tensor: torch.Tensor, counts: Sequence[int], offsets: Sequence[int]) -> list[Any]:
-    """Return the buffer specification for collectives with one part per rank, e.g. Alltoallv. counts, offsets: size and start of
-    each rank's part, in elements. Independent."""
+    """Return the buffer specification for collectives with one range of elements per rank, for example Alltoallv. counts,
+    offsets: the size and the start of each rank's range, in elements. Independent."""
     return [memory(tensor), (list(counts), list(offsets)), datatype(tensor)]

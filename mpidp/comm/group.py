@@ -1,11 +1,11 @@
-"""Groups of ranks that share memory: through MPI shared-memory windows on a node, and with MPI messages between nodes.
+"""Groups of ranks that sum gradients: in shared memory within a group, and with MPI messages between groups.
 
-A *group* is a set of consecutive ranks that share memory. It holds one sum of gradients. Each of its first `num_rails` ranks owns
-one slice of this sum. The owners of the same slice in all groups form a *rail*, along which they exchange messages. Without
-shared memory every rank is its own group, and the only rail contains all ranks.
+A *group* is a set of consecutive ranks that share memory. It stores one sum of gradients. Each of the first `num_rails` ranks of
+a group owns one slice of this sum. The owners of the same slice in all groups form a *rail*. They exchange MPI messages. Without
+shared memory every rank is its own group, and there is one rail, which contains all ranks.
 
-With MPI fault tolerance (ULFM), shared memory must survive failed ranks. A window is freed with its communicator. So a group maps
-an anonymous file (memfd) instead, and after a failure the remaining ranks keep the memory of their previous group.
+With MPI fault tolerance (ULFM), shared memory must survive failed ranks. An MPI window is freed with its communicator. Therefore
+a group maps an anonymous file (memfd) instead. After a failure the remaining ranks keep the memory of their previous group.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Group:
     shares: bool = False  # whether the ranks of a node share memory
     _windows: list[MPI.Win] = field(default_factory=list)
     _given: list[list[torch.Tensor]] = field(default_factory=list)  # all allocations of memory, in order
-    _before: list[list[torch.Tensor]] = field(default_factory=list)  # allocations of the previous group, to be reused in order
+    _before: list[list[torch.Tensor]] = field(default_factory=list)  # allocations of the previous group, reused in order
 
     @property
     def owns(self) -> bool:
@@ -53,7 +53,8 @@ class Group:
         return self.node.rank < self.num_rails
 
     def slice_of(self, num_elements: int) -> slice:
-        """Return this rank's slice of a flat tensor: whole norm blocks, empty if the rank owns none. Independent."""
+        """Return this rank's slice of a flat tensor. It consists of whole norm blocks, and is empty if the rank owns no slice.
+        Independent."""
         if not self.owns:
             return slice(0, 0)
         bounds = slice_bounds(num_elements, self.num_rails, NORM_BLOCK)
@@ -70,9 +71,9 @@ class Group:
 
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
         """Return zeroed float32 memory: one tensor per rank of the group, in order of ranks. This rank's tensor has `elements`
-        elements; other ranks may request other sizes. With fault tolerance each tensor has space for `room` elements. A group
-        that reuses the memory of a previous group then gets the same allocations in the same order, with their contents.
-        Collective over node."""
+        elements. Other ranks may request other sizes. With fault tolerance each tensor has space for `room` elements, and a group
+        that reuses the memory of a previous group gets the same allocations in the same order, with their contents. Collective
+        over node."""
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found
@@ -82,7 +83,7 @@ class Group:
             parts = self._map(room)
         else:
             parts = self._window(elements)
-        parts[self.node.rank][:elements].zero_()  # the owner writes first: pages are then near its core, before step 1
+        parts[self.node.rank][:elements].zero_()  # the first write places the memory pages near the core of the writing rank
         self.fence()
         self._given.append(parts)
         return parts
@@ -123,7 +124,8 @@ class Group:
         return self._given[-1][0]
 
     def _found(self, elements: int) -> list[torch.Tensor]:
-        """Return the next allocation of the previous group if there is one and this rank's part is large enough, else []."""
+        """Return the next allocation of the previous group if there is one and this rank's tensor in it is large enough, else
+        []."""
         if not self._before:
             return []
         found = self._before.pop(0)
@@ -135,7 +137,7 @@ class Group:
     def reuse_memory(self, before: Group) -> None:
         """Make memory() return the allocations of a previous group that contained this group's ranks. Independent."""
         places = MPI.Group.Translate_ranks(self.node.group, list(range(self.node.size)), before.node.group)
-        # A single part is shared by all ranks, even if the rank that allocated it has failed.
+        # A single tensor is shared by all ranks, even if the rank that allocated it has failed.
         self._before = [parts if len(parts) == 1 else [parts[place] for place in places] for parts in before._given]
 
     def close(self) -> None:
@@ -178,8 +180,8 @@ def by_node(mesh: Topology) -> Group:
 
 
 def regroup(mesh: Topology, before: Group) -> Group:
-    """Make groups of the same kind over the remaining ranks, which keep the memory of their previous groups. Collective over
-    mesh.dp."""
+    """Make groups of the remaining ranks after a failure. They share memory if the previous groups did, and they keep this
+    memory. Collective over mesh.dp."""
     group = by_node(mesh) if before.shares else alone(mesh)
     group.reuse_memory(before)
     return group
@@ -187,8 +189,8 @@ def regroup(mesh: Topology, before: Group) -> Group:
 
 def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.device) -> tuple[Group, str]:
     """Make the groups for comm.transport=auto, window or messages. Return this rank's group and a description of the transport.
-    needed_bytes: size of the shared memory that this rank will allocate. Because a window larger than the free space of /dev/shm
-    would cause a SIGBUS, the free space is checked first. All nodes use the same transport. Collective over mesh.dp."""
+    needed_bytes: size of the shared memory that this rank will allocate. The free space of /dev/shm is checked first, because a
+    larger window would cause a SIGBUS. All nodes use the same transport. Collective over mesh.dp."""
     if transport == "messages":
         return alone(mesh), "messages"
     if device.type != "cpu":

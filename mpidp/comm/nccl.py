@@ -1,14 +1,13 @@
 """Exchanges gradients between GPUs with NCCL. MPI is used only to set up torch's NCCL process group.
 
-The reducer `tree` works as with MPI: ranks exchange the parts of their tree nodes, add them with torch in the tree's order, and
-exchange the sums. The exchanges are grouped NCCL sends and receives, of which NCCL's own all-to-all consists, too. The reducer
-`allreduce` uses NCCL's allreduce. The host does not wait for exchanges. They run in order with the other work on the device's
-current stream. All communication other than of gradients uses MPI.
+The reducer `tree` works as with MPI: ranks exchange pieces of their tree nodes, add them with torch in the tree's order, and
+exchange the sums. An exchange is a group of NCCL sends and receives, like NCCL's own all-to-all. The reducer `allreduce` uses
+NCCL's allreduce. Exchanges are asynchronous to the host and run in order with the other work on the device's current stream. Only
+gradients are sent with NCCL; everything else is sent with MPI.
 """
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch
 from mpi4py import MPI
 
 from mpidp.comm.probe import gradient_path
+from mpidp.comm.store import open_store
 from mpidp.comm.transport import Messages, RankParts
 from mpidp.comm.waiting import Wait
 from mpidp.errors import MpidpError, UsageError
@@ -26,52 +26,46 @@ from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import polite_barrier, raise_together
 
 CONNECT_SECONDS = 60  # time-out for the ranks to connect to rank 0's store
-EXCHANGE_SECONDS = 600  # time limit of an exchange; run.hang_seconds is shorter, and its report names the missing ranks
+EXCHANGE_SECONDS = 600  # time limit of an exchange; run.hang_seconds is shorter, so the watchdog first reports missing ranks
 
 
 class Nccl(Messages):
     """Exchanges tensors with NCCL between ranks that share no memory. A process can have only one Nccl object, because it uses
-    torch's default process group. Exchanges are Collective over comm."""
+    torch's default process group. Collective over comm."""
 
     in_thread = False  # reductions use the same stream as computation, so a thread could not overlap them
 
     def __init__(self, device: torch.device, comm: MPI.Intracomm, backend: str = "nccl") -> None:
-        """Connect the ranks of comm. backend: the backend of torch.distributed; gloo does the same on CPUs. Raises MpidpError if
-        ranks cannot connect. Collective over comm."""
+        """Connect the ranks of comm. backend: the backend of torch.distributed; "gloo" does the same on CPUs. Raises MpidpError
+        if the ranks cannot connect. Collective over comm."""
         super().__init__(device, backend)
         self._comm = comm
         from torch import distributed
 
         self._torch = distributed
-        here, store = socket.gethostname(), None
-        with self._together("to rank 0's store"):
-            if comm.rank == 0:
-                store = self._store("127.0.0.1", 0)
-        there, port = comm.bcast((here, store.port) if store is not None else None, root=0)
-        with self._together(f"to {there}, port {port}"):
-            store = store or self._store("127.0.0.1" if there == here else there, port)
-        with self._together(f"to {there}, port {port}"):  # all ranks have the store now
+        store: Any = None
+        failed = ""
+        try:
+            store = open_store(comm, timedelta(seconds=CONNECT_SECONDS))
+        except RuntimeError as error:  # on every rank
+            failed = str(error)
+        with self._together():
+            if failed:
+                raise RuntimeError(failed)
             self._connect(store)
 
     @contextmanager
-    def _together(self, where: str) -> Iterator[None]:
+    def _together(self) -> Iterator[None]:
         """Run the body. If it fails on any rank, raise MpidpError on every rank. Collective over comm."""
         with raise_together(self._comm):
             try:
                 yield
             except RuntimeError as error:
                 raise MpidpError(
-                    f"comm.gpu={self.mode}: the ranks could not connect {where}: {str(error).splitlines()[0]}. Set "
+                    f"comm.gpu={self.mode}: the ranks could not connect: {str(error).splitlines()[0]}. Set "
                     "NCCL_SOCKET_IFNAME to the network interface, set NCCL_DEBUG=INFO for details, or use comm.gpu=auto, which "
                     "does not need NCCL"
                 ) from error
-
-    def _store(self, host: str, port: int) -> Any:
-        """Connect to the key-value store through which ranks exchange addresses. With port 0, start the store on this rank, at a
-        free port."""
-        return self._torch.TCPStore(  # type: ignore[attr-defined]
-            host, port, is_master=port == 0, timeout=timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False
-        )
 
     def _connect(self, store: Any) -> None:
         """Connect all ranks and test the connections with a sum, before step 1. Does not use MPI."""
@@ -107,7 +101,7 @@ class Nccl(Messages):
         self.sent_bytes += 2 * wire.nbytes * (comm.size - 1) // comm.size
 
     def _exchange(self, sends: dict[int, torch.Tensor], takes: dict[int, torch.Tensor]) -> None:
-        """Send sends[rank] to each rank and receive takes[rank] from each rank, all at once. Both may lack ranks."""
+        """Send sends[rank] to each rank in `sends`, and at the same time receive takes[rank] from each rank in `takes`."""
         steps = [self._torch.P2POp(self._torch.isend, part, rank) for rank, part in sends.items()]
         steps += [self._torch.P2POp(self._torch.irecv, part, rank) for rank, part in takes.items()]
         for work in self._torch.batch_isend_irecv(steps) if steps else ():
@@ -116,11 +110,11 @@ class Nccl(Messages):
 
     def close(self) -> None:
         self._torch.destroy_process_group()
-        polite_barrier(self._comm)  # rank 0 serves the store, which other ranks may use until here
+        polite_barrier(self._comm)  # rank 0 runs the store, which other ranks may use until here
 
 
 def _by_rank(parts: RankParts) -> dict[int, torch.Tensor]:
-    """Return the non-empty parts by rank. Pure."""
+    """Return the non-empty ranges of the tensor, by rank. Pure."""
     tensor, lengths, starts = parts
     flat = tensor.view(-1)
     return {rank: flat[at : at + n] for rank, (n, at) in enumerate(zip(lengths, starts, strict=True)) if n}
@@ -145,7 +139,7 @@ def check_nccl(wanted: str, device: torch.device, mesh: Topology) -> None:
         if device.type != "cuda":
             raise UsageError(
                 f"comm.gpu=nccl, but on {mesh.host} this rank would train on the CPU: give every rank a GPU "
-                "(train.device=cuda reports why none is used), or use comm.gpu=auto"
+                "(with train.device=cuda, the error says why no GPU is used), or use comm.gpu=auto"
             )
         if not has_nccl():
             raise UsageError(
@@ -167,8 +161,8 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU that contains its UUID. GPU numbers are not unique: a rank that sees only one GPU numbers it 0.
-    Independent."""
+    """Return a name of the GPU that contains its UUID. GPU numbers are not unique, because on a rank that sees only one GPU the
+    number of this GPU is 0. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -1,4 +1,4 @@
-"""Averages tensors with some ranks of a communicator: with a group of ranks, or with the tensor received from one other rank."""
+"""Averages tensors over a group of ranks, or with the tensor received from one other rank."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mpidp.comm.transport import Messages, pieces
 
 
 class Peers:
-    """Averages flat tensors with other ranks, piece by piece. Keeps a communicator for each group of ranks."""
+    """Averages flat tensors with other ranks, piece by piece. The object keeps a communicator for each group of ranks."""
 
     def __init__(self, comm: MPI.Intracomm, transport: Messages) -> None:
         self.comm, self.transport = comm, transport
         self._groups: dict[tuple[int, ...], MPI.Intracomm] = {}
 
     def average(self, flat: Tensor, ranks: Sequence[int], spare: Tensor) -> None:
-        """Replace flat, (n,), by its mean over `ranks`, which include this rank. spare: (n,), is overwritten. All these ranks get
-        the same bits. Collective over the ranks."""
+        """Replace flat, (n,), by its mean over `ranks`, which include this rank. spare: a temporary tensor (n,). All ranks in
+        `ranks` get the same bits. Collective over `ranks`."""
         if len(ranks) == 2:
             self._exchange(flat, other := ranks[ranks[0] == self.comm.rank], other, spare)
         elif len(ranks) > 2:
@@ -33,13 +33,13 @@ class Peers:
                 self.transport.store(wire, flat[start:stop])
 
     def gossip(self, flat: Tensor, hop: int, spare: Tensor) -> None:
-        """Replace flat, (n,), by the mean of this rank's flat and the flat of the rank `hop` places before it on the ring. spare:
-        (n,), is overwritten. Collective over comm."""
+        """Replace flat, (n,), by the mean of this rank's flat and that of rank (rank - hop) mod size. spare: a temporary tensor
+        (n,). Collective over comm."""
         if hop % self.comm.size:
             self._exchange(flat, (self.comm.rank + hop) % self.comm.size, (self.comm.rank - hop) % self.comm.size, spare)
 
     def _exchange(self, flat: Tensor, to: int, source: int, spare: Tensor) -> None:
-        """Send flat to rank `to`, and average it with the tensor from rank `source`."""
+        """Send flat to rank `to`, receive a tensor from rank `source`, and replace flat by the mean of the two."""
         for start, stop in pieces(0, flat.numel()):
             wire = self.transport.load(flat[start:stop], "peers")
             received = self.transport.load(spare[start:stop], "received")
@@ -54,6 +54,6 @@ class Peers:
         return self._groups[ranks]
 
     def close(self) -> None:
-        """Free the communicators, in the order of creation. Collective over the groups' ranks."""
+        """Free the communicators, in the order of creation. Collective over the ranks of each group."""
         while self._groups:
             self._groups.pop(next(iter(self._groups))).Free()

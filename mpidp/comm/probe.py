@@ -1,5 +1,5 @@
-"""Tests whether the MPI library accepts CUDA pointers. The library's own flags for this are unreliable, and a wrong answer causes
-a segmentation fault. So the test runs in a child process."""
+"""Tests whether the MPI library accepts CUDA pointers. The library's own flags for this are unreliable. If the library does not
+accept the pointers, the test causes a segmentation fault, so it runs in a child process."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
 
 
 def gradient_path(wanted: str, device: torch.device, comm: MPI.Intracomm) -> str:
-    """Return how gradients are exchanged. For CPU tensors, return "host". For CUDA tensors, return `wanted` if it is "staged"
-    (through pinned memory), "device" (device pointers passed to MPI) or "nccl" (without MPI). With wanted="auto", return "device"
-    if the probe succeeds on every rank, else "staged". Collective over comm."""
+    """Return how gradients are exchanged. For CPU tensors, this is "host". For CUDA tensors, it is "staged" (MPI reads pinned
+    host memory), "device" (MPI reads device memory) or "nccl" (without MPI). wanted: one of the last three, or "auto", which
+    means "device" if the probe succeeds on every rank, else "staged". Collective over comm."""
     if device.type == "cpu":
         return "host"
     if wanted != "auto":

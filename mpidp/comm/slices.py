@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-ALIGN = 64  # elements; every parameter and slice begins at a multiple of it, so that kernels always see the same alignment
+ALIGN = 64  # elements; every parameter and slice begins at a multiple of ALIGN, so kernels always see the same alignment
 
 NORM_BLOCK = 1 << 12  # elements; the gradient norm is summed over blocks of this size, in order
 
@@ -17,22 +17,24 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def slice_bounds(length: int, size: int, multiple: int = ALIGN) -> list[int]:
-    """Cut `length` elements into `size` slices at multiples of `multiple`; return size + 1 bounds. Pure."""
+    """Cut `length` elements into `size` slices at multiples of `multiple`, and return the size + 1 bounds. Pure."""
     units = -(-length // multiple)
     return [min(length, r * units // size * multiple) for r in range(size)] + [length]
 
 
 def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of each block of NORM_BLOCK elements, float64 (blocks,); flat: (n,), n a multiple of NORM_BLOCK.
+    """Return the sum of squares of each block of NORM_BLOCK elements, float64 (blocks,). flat: (n,), n a multiple of NORM_BLOCK.
     The bits depend neither on the number of threads nor on which blocks are computed in one call. Independent."""
     rows = torch.linalg.vector_norm(flat.view(-1, 256), dim=1)  # short rows: torch splits a single long row over threads
     return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)
 
 
 def norm_of_squares(squares: Tensor) -> float:
-    """Return the square root of the sum of squares, at least 0; squares: (blocks,) float64, added in order. Independent.
+    """Return the square root of the sum of squares, or 0 if the sum is negative. squares: (blocks,) float64, added in order.
+    Independent.
 
-    math.sqrt is rounded correctly. torch.sqrt can differ in the last bit, also for float64 (seen with MKL on an AMD CPU).
+    The result of math.sqrt is rounded correctly. That of torch.sqrt can differ in the last bit, also for float64 (seen with MKL
+    on an AMD CPU).
     """
     return math.sqrt(squares.cpu().cumsum(0)[-1].clamp(min=0.0))
 
@@ -40,6 +42,6 @@ def norm_of_squares(squares: Tensor) -> float:
 def global_norm(flat: Tensor) -> float:
     """Return the L2 norm of a flat gradient, computed in float64. flat: (n,), n a multiple of NORM_BLOCK.
 
-    It is summed over fixed blocks in a fixed order, so it does not depend on the number of ranks or threads. Independent.
+    Fixed blocks are added in a fixed order, so the norm does not depend on the number of ranks or threads. Independent.
     """
     return norm_of_squares(squares_of_blocks(flat))

@@ -1,9 +1,9 @@
 """Passes tensors to MPI, directly or through pinned host memory.
 
-For a piece of a tensor, `Messages` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the piece
-itself. On CUDA it is a pinned host copy (mode "staged"), or the piece itself after its stream is synchronized (mode "device").
-Mode "device" is used only if a probe has shown that the MPI library is CUDA-aware. Reducers that exchange wire tensors through
-these methods can also use NCCL (nccl.py).
+For a piece of a tensor, `Messages.load` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the
+piece itself. On CUDA it is a copy in pinned host memory (mode "staged"), or the piece itself after the current stream is
+synchronized (mode "device"). Mode "device" is used only if a probe has shown that the MPI library is CUDA-aware. Reducers that
+exchange wire tensors through these methods can also use NCCL (nccl.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mpi4py import MPI
 from mpidp.comm.buffers import buf, bufv
 from mpidp.comm.waiting import Wait
 
-PIECE_BYTES = 4 << 20  # for larger messages MPICH and Open MPI allocate temporary memory, with new page faults each time
-RankParts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # (tensor, length of each rank's part, start of each rank's part)
+PIECE_BYTES = 4 << 20  # for larger messages MPICH and Open MPI allocate new temporary memory, which causes page faults
+RankParts = tuple[torch.Tensor, Sequence[int], Sequence[int]]  # (tensor, length of each rank's range, start of each rank's range)
 
 
 class Messages:
-    """Exchanges tensors over MPI. Counts the bytes that this rank sends and the seconds that it spends in the strategy's
-    exchanges; pop_counts() returns both. The bytes include messages between the ranks of one replica. Independent."""
+    """Exchanges tensors over MPI. It counts the bytes that this rank sends and the seconds that the strategy's exchanges take.
+    pop_counts() returns both. The bytes include messages between the ranks that share one replica of the model. Independent."""
 
     in_thread = True  # whether a thread may exchange gradients during backward
 
@@ -46,7 +46,7 @@ class Messages:
         return held[:elements]
 
     def load(self, piece: torch.Tensor, key: object) -> torch.Tensor:
-        """Return a wire tensor with the current values of `piece`. key: identifies the buffer, if the values must be copied."""
+        """Return a wire tensor with the current values of `piece`. key: names the buffer, if the values must be copied."""
         if piece.device.type == "cpu":
             return piece
         if self.mode == "staged":
@@ -58,7 +58,7 @@ class Messages:
         return piece
 
     def store(self, wire: torch.Tensor, piece: torch.Tensor) -> None:
-        """Copy the values of a wire tensor into `piece`, before later work on the device's stream."""
+        """Copy the values of a wire tensor into `piece`. Later work on the device's stream sees them."""
         if wire.data_ptr() != piece.data_ptr():
             piece.copy_(wire)
 
@@ -68,20 +68,20 @@ class Messages:
             torch.cuda.current_stream(self.device).synchronize()
 
     def alltoallv(self, comm: MPI.Intracomm, wait: Wait, source: RankParts, target: RankParts) -> None:
-        """Send each rank its part of source, and receive a part from each rank into target. Both are wire tensors. A rank sends
-        nothing to itself. Collective over comm."""
+        """Send to each rank its range of source, and receive from each rank into its range of target. source and target contain
+        wire tensors. A rank sends nothing to itself. Collective over comm."""
         wait(comm.Ialltoallv(bufv(*source), bufv(*target)))
         self.sent_bytes += source[0].element_size() * sum(source[1])
 
     def allgatherv(self, comm: MPI.Intracomm, wait: Wait, whole: RankParts) -> None:
-        """Gather a wire tensor in place: each rank has written its own part and receives the others. Collective over comm."""
+        """Gather a wire tensor in place: each rank has written its own range and receives the ranges of the other ranks.
+        Collective over comm."""
         wait(comm.Iallgatherv(MPI.IN_PLACE, bufv(*whole)))
         self.sent_bytes += whole[0].element_size() * whole[1][comm.rank] * (comm.size - 1)
 
     def allreduce(self, comm: MPI.Intracomm, wait: Wait, wire: torch.Tensor, blocking: bool) -> None:
         """Sum a wire tensor over the ranks in place. MPI chooses the order of addition. blocking: use MPI's blocking call, which
-        is up to 2.7 times as fast with Open MPI but adds in another order. All ranks must pass the same value. Collective over
-        comm."""
+        is up to 2.7 times as fast with Open MPI but adds in another order; must be equal on all ranks. Collective over comm."""
         if blocking:
             comm.Allreduce(MPI.IN_PLACE, buf(wire))
         else:
@@ -103,7 +103,7 @@ class Messages:
         self.seconds += time.perf_counter() - begin
 
     def synchronize(self) -> None:
-        """Wait until started exchanges are done. Does nothing with MPI, because there each exchange is done when its method
+        """Wait until the started exchanges are done. With MPI this does nothing, because each exchange is done when its method
         returns. Independent."""
 
     def close(self) -> None:

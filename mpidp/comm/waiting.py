@@ -1,5 +1,5 @@
-"""How a rank waits for MPI requests. MPI's own wait spins, which is best if every rank has its own core. If ranks share cores, a
-waiting rank must yield its core to the ranks that compute."""
+"""How a rank waits for MPI requests. MPI's own wait polls without a pause (it spins), which is best if every rank has its own
+core. If ranks share cores, a waiting rank must yield its core to the ranks that compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Wait = Callable[[MPI.Request], None]
 
 
 def spin(request: MPI.Request) -> None:
-    """Wait with MPI's own (spinning) wait. Independent."""
+    """Wait with MPI's own wait, which spins. Independent."""
     request.Wait()
 
 

@@ -1,13 +1,15 @@
-"""Work stealing within a node: a rank that has finished its lanes takes lanes of another rank, using counters in shared memory.
+"""Work stealing within a node: a rank that has finished its lanes takes lanes of other ranks. Counters in shared memory
+coordinate this.
 
 A rank takes lanes of its own range from the left; other ranks (thieves) take them from the right. Two counters per range make
 this safe without a lock. `claimed` counts permissions: a rank that draws a number below the length of the range may take one more
-lane of it. `stolen` counts thefts: the s-th theft takes the s-th lane from the right. All ranks draw permissions for a range from
-the same counter. So no lane is taken twice or left over, whatever the delays.
+lane of the range. `stolen` counts thefts: the s-th theft takes the s-th lane from the right. All ranks draw permissions for a
+range from the same counter. Therefore every lane is taken exactly once, whatever the delays.
 
 All access is by MPI_Fetch_and_op in one long epoch. On shared memory this works even if the rank that owns the counter does not
-call MPI (in MPICH 4 it does not; steals_freely() tests it). No rank loads or stores a counter directly, so memory visibility is
-MPI's concern. With Open MPI, set OMPI_MCA_osc=^ucx before MPI starts, so that it uses its shared-memory component.
+call MPI (with MPICH 4 it does not work; steals_freely() tests it). No rank loads or stores a counter directly, so MPI ensures
+that all ranks see the current values. With Open MPI, set OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its
+shared-memory component.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ SLEEP_SECONDS = 1.0  # how long a rank makes no MPI call while another draws fro
 class Tickets:
     """Hands out the lanes of this node. Independent, except for the constructor and close().
 
-    Between the last next_own() or steal() of one step and the first of the next step, all ranks of the node must synchronize,
-    e.g. in an allreduce. Every training step contains one.
+    All ranks of the node must synchronize between the last next_own() or steal() of one step and the first of the next step. The
+    allreduce in every training step does this.
     """
 
     def __init__(self, node: MPI.Intracomm) -> None:
@@ -44,7 +46,7 @@ class Tickets:
         self._set = 0  # two sets alternate: one is in use while the other is zeroed
         self._given, self._found = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         self._win = MPI.Win.Allocate_shared(2 * COUNTERS * COUNTER_BYTES, COUNTER_BYTES, comm=node)
-        self._win.Lock_all(MPI.MODE_NOCHECK)  # once: locking and unlocking in each call can take seconds
+        self._win.Lock_all(MPI.MODE_NOCHECK)  # lock once, because locking and unlocking in each call can take seconds
         for used in (0, 1):
             self._zero(used)
         node.Barrier()
@@ -72,11 +74,12 @@ class Tickets:
             victim = max(range(self.size), key=left.__getitem__)
             if left[victim] <= 0:
                 return None
-            if self._permitted(victim):  # otherwise another rank took the lane: fewer are left, try again
+            if self._permitted(victim):  # otherwise another rank has taken the lane: try again
                 return self._ranges[victim][-1 - self._draw(victim, STOLEN, 1, MPI.SUM)]
 
     def close(self) -> None:
-        """Free the memory. All ranks must call this, so do not call it after an error on one rank. Collective over node."""
+        """Free the memory. Do not call this after an error on only some of the ranks, because all ranks must call it. Collective
+        over node."""
         self._win.Unlock_all()
         self._win.Free()
 

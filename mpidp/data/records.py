@@ -47,8 +47,12 @@ def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = Fa
             if reason:
                 yield Row(file.path, unit, number, None, reason, bad)
             else:
-                cleaned, had_surrogates = (value, False) if surrogates else without_surrogates(value)
-                yield Row(file.path, unit, number, cleaned, "", bad or had_surrogates)
+                try:
+                    cleaned, had_surrogates = (value, False) if surrogates else without_surrogates(value)
+                except RecursionError:
+                    yield Row(file.path, unit, number, None, "its lists or objects are nested too deeply", bad)
+                else:
+                    yield Row(file.path, unit, number, cleaned, "", bad or had_surrogates)
 
 
 def describe(value: Any) -> str:

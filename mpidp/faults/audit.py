@@ -1,12 +1,14 @@
-"""Audits detect silent errors of memory and cores.
+"""Audits detect silent hardware errors in memory and cores.
 
 Every `every` steps an audit checks two things. *Weights*: replicas compare checksums of parameters and optimizer state, tensor by
 tensor. A replica that differs from the majority is overwritten with the majority's state. Without a majority the run returns to
-its last checkpoint; the weights were compared before it was saved. *Computation*: before gradients are reduced, one lane of each
-rank is computed a second time by another rank, in rotation. If the two results are not bit-identical, the step is repeated.
+its last checkpoint, whose weights were compared before it was saved. *Computation*: before gradients are reduced, one lane of
+each rank is computed a second time by another rank. The lane and the other rank change from audit to audit. If the two results
+are not bit-identical, the step is repeated.
 
 On a mesh, each part of the model is compared with the same part of the other replicas. Parameters that all ranks of a stage hold
-(gains of norms) are compared within the stage, too. If they differ only there, the run returns to its last checkpoint.
+(the gains of norms) are also compared within the stage. If they differ only within the stage, the run returns to its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from mpidp.reducers.buckets import FlatLayout, GradientBuffer
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the sum of a float32 tensor's bits, read as integers, modulo 2^64. A flipped bit always changes the sum; the order
-    of addition does not. Independent."""
+    """Return the sum of a float32 tensor's values, each read as a 32-bit integer, modulo 2^64. One flipped bit always changes the
+    sum. The order of addition never does. Independent."""
     return int(tensor.reshape(-1).view(torch.int32).sum(dtype=torch.int64))
 
 
 def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
-    """Return (index of the majority's row, indices of rows that differ from it), or (None, all indices) without a majority.
-    Pure."""
+    """Return (index of the majority's row, indices of rows that differ from it). If no row occurs in more than half of the
+    places, return (None, all indices). Pure."""
     row, count = Counter(rows).most_common(1)[0]
     if 2 * count <= len(rows):
         return None, list(range(len(rows)))
@@ -44,7 +46,7 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
     """Return the ranks that occur in most of the disagreeing pairs. With three or more ranks, each rank is in two pairs, so a
-    rank that computes wrong results occurs more often than the others. Pure."""
+    rank that computes wrong results occurs more often than other ranks. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 
@@ -59,32 +61,33 @@ class SpareSlot:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Context in which the backward of micro-batch v runs. Independent."""
+        """Return a context in which the backward pass of micro-batch v must run. Independent."""
         self._buffer.point(self._slot)
         yield
 
 
 @dataclass
 class AuditFinding:
-    """An error that an audit found; equal on all ranks."""
+    """An error that an audit found. All ranks have equal findings."""
 
     ranks: list[int]  # ranks with different bits, or all ranks that may be wrong
     what: str  # description for the user
-    repaired: bool  # whether these ranks now have the majority's state
+    repaired: bool  # whether the majority's state was copied to these ranks
 
 
 class Audit:
-    """The state of audits. training/step.py runs the computations."""
+    """Chooses the audited lanes and compares results. training/step.py runs the computations."""
 
     def __init__(
         self, grid: Grid, every: int, replicas: list[range], buffer: GradientBuffer, flats: dict[str, Tensor],
         is_cut: Callable[[str], bool],
     ) -> None:
-        """every: steps between audits; 0: never. replicas: for each replica, the ranks that share its flat tensors. flats: the
-        flat tensors by name. is_cut: returns whether the ranks of a stage hold different parts of this parameter."""
+        """every: steps between audits, or 0 for no audits. replicas: for each replica, the ranks that share its flat tensors.
+        flats: the flat tensors by name. is_cut: returns whether a parameter, given by name, is divided among the ranks of a
+        stage."""
         self.comm, self.every, self.replicas, self.buffer = grid.replicas.dp, every, replicas, buffer
         self._flats, self._grid, self._is_cut = flats, grid, is_cut
-        self._lanes: dict[int, int] = {}  # lanes audited in this step -> the rank that owns each
+        self._lanes: dict[int, int] = {}  # each lane audited in this step -> the rank that owns it
         self._table = np.zeros((3, self.comm.size), dtype=np.int64)
 
     def _rank(self, replica: int) -> int:
@@ -92,7 +95,7 @@ class Audit:
         return replica * self._grid.parts + self._grid.model.rank
 
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
-        """Return the findings of all ranks as one, equal on all ranks. Collective over the job's ranks."""
+        """Combine the findings of all ranks into one, which is equal on all ranks. Collective over the job's ranks."""
         found = [finding for finding in own if finding is not None]
         if self._grid.parts == 1:  # without a mesh, all ranks have the same result
             return found[0] if found else None
@@ -113,7 +116,8 @@ class Audit:
     def begin(self, step: int, ranges: Sequence[range]) -> tuple[int, list[int]]:
         """Begin the audit of a step. Return (lane that this rank computes a second time, all audited lanes). Independent."""
         size, round_ = self.comm.size, step // self.every
-        # The offset size / 2 is skipped: two ranks would check each other twice, which does not show which of them is wrong.
+        # The offset size / 2 is skipped. With this offset two ranks would only check each other, which does not show which is
+        # wrong.
         offsets = [offset for offset in range(1, size) if 2 * offset != size] or [1]
         offset = offsets[round_ % len(offsets)]
         of_rank = [lanes[round_ % len(lanes)] for lanes in ranges]
@@ -122,7 +126,8 @@ class Audit:
         return of_rank[(self.comm.rank - offset) % size], of_rank
 
     def record(self, lane: int, gradient: Tensor) -> None:
-        """Record the checksum of a lane that this rank computed as part of the step. Independent."""
+        """Record the checksum of a lane that this rank computed in the step. Lanes that are not audited are ignored.
+        Independent."""
         if lane in self._lanes:
             self._table[0, self._lanes[lane]] = checksum(gradient)
             self._table[2, self._lanes[lane]] += self.comm.rank

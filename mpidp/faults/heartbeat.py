@@ -1,10 +1,11 @@
-"""The heartbeat board records the step and phase of each rank without MPI. A hang report uses it to name the ranks that others
-wait for.
+"""The heartbeat board records the step and phase of each rank without MPI. A report about a hang uses it to name the ranks that
+block the other ranks.
 
-The ranks of a node share a small memory with a slot for each rank. A write takes microseconds and does not touch the disk. The
-slot of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress, the
-node copies its memory to RUN/.board/HOST.json for the other nodes. Each node has its own file, because two nodes must not write
-to the same page. If the folder disappears or is not writable, only information about other nodes is missing.
+The ranks of a node share a small memory with one record for each rank. A write takes microseconds and does not access the disk.
+The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress,
+one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own, because
+two nodes must not write to the same page of a file. If the folder is missing or not writable, only information about other nodes
+is missing.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 SLOT = struct.Struct("<qqdd24s")  # step, bucket, time at which the phase began, time of the last heartbeat, phase
-NODE = struct.Struct("<ddd")  # of another node: time stamp of its file, time at which the file changed, last heartbeat
+NODE = struct.Struct("<ddd")  # about another node: time stamp in its file, time at which the file changed, last heartbeat
 CLOCK = struct.Struct("<d")  # time at which this node last wrote its file
-WAITS = ("comm_wait", "reduce", "publish", "evaluate_wait", "checkpoint_wait")  # phases in which a rank mostly waits for others
+WAITS = ("comm_wait", "reduce", "publish", "evaluate_wait", "checkpoint_wait")  # phases in which ranks mostly wait
 ORDER = (  # order of the phases within a step
     "data", "compute", "comm_wait", "update", "reduce", "apply", "publish", "evaluate", "evaluate_wait", "checkpoint",
     "checkpoint_wait",
@@ -43,7 +44,7 @@ NAMED = 4  # maximum number of ranks listed in a message
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """What is known about a rank. Times are in seconds before now."""
+    """What the board says about a rank. Times are in seconds before now."""
 
     rank: int
     host: str
@@ -57,7 +58,7 @@ class HeartbeatRow:
 
     @property
     def place(self) -> tuple[int, int]:
-        """(step, index of the phase): the progress of the rank, for comparisons."""
+        """The progress of the rank as (step, index of the phase), for comparisons."""
         return self.step, ORDER.index(self.phase) if self.phase in ORDER else len(ORDER)
 
     def __str__(self) -> str:
@@ -74,10 +75,11 @@ class HeartbeatRow:
 
 
 def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
-    """Find the ranks that the others wait for. Return (a message, their rows).
+    """Find the ranks that block the other ranks. Return (a message, the rows of the blocking ranks).
 
-    They are the first of these groups that is not empty: 1. stopped or exited processes; 2. the ranks with the least progress, if
-    they are not in a phase of waiting; 3. ranks without a heartbeat; 4. the ranks with the least progress. Pure."""
+    The blocking ranks are the first of these groups that is not empty: 1. ranks whose processes are stopped or have exited; 2.
+    the ranks with the least progress, if they are not in a phase in which ranks wait; 3. ranks without a heartbeat; 4. the ranks
+    with the least progress. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = [row for row in heard if row.place == min(other.place for other in heard)]
     silent = [row for row in rows if row.state == SILENT]
@@ -94,10 +96,11 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
 
 
 class HeartbeatBoard:
-    """This rank's slot on the board of its node, and a view of all other ranks. Independent."""
+    """This rank's access to the board: it writes its own record and reads the records of all ranks. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
-        """hosts, pids: of all ranks. token: unique to the job; it names the shared memory file until unlink()."""
+        """hosts, pids: those of all ranks. token: unique to the job. The shared memory file has the token in its name until
+        unlink()."""
         self.rank, self._hosts, self._pids, self._token, self._folder = rank, hosts, pids, token, run_dir / ".board"
         self.host = hosts[rank]
         here = [r for r, host in enumerate(hosts) if host == self.host]
@@ -111,15 +114,17 @@ class HeartbeatBoard:
             self._handle = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             os.posix_fallocate(self._handle, 0, size)  # otherwise a write could raise SIGBUS
             self._memory = mmap.mmap(self._handle, size)
-        except OSError:  # the other ranks will report no heartbeat for this rank
+        except OSError:  # the other ranks will see no heartbeat of this rank
             self._handle, self._memory = -1, mmap.mmap(-1, size)
 
     def unlink(self) -> None:
-        """Remove the name of the memory once all ranks of the node have opened it, so that no file remains after the job."""
+        """Remove the name of the memory file, so that no file remains after the job. Call this when all ranks of the node have
+        opened the file."""
         self._name.unlink(missing_ok=True)
 
     def write(self, step: int, phase: str, bucket: int, entered: float, heard: float) -> None:
-        """Record the position of this rank. Times are those of time.monotonic(), which all processes of a machine share."""
+        """Record the position of this rank. Times are from time.monotonic(), which is the same clock for all processes of a
+        machine."""
         SLOT.pack_into(self._memory, self._slots[self.rank], step, bucket, entered, heard, phase.encode()[:24])
 
     def quiet_seconds(self) -> float:
@@ -128,7 +133,7 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write this node's file and read the files of other nodes, unless a rank of this node did so in the last
+        """Write this node's file and read the files of other nodes. Do nothing if a rank of this node did so in the last
         every_seconds."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:
@@ -146,7 +151,8 @@ class HeartbeatBoard:
                 NODE.pack_into(self._memory, at, stamp, now, now - min(row.heard for row in rows))
 
     def rows(self, silent_seconds: float) -> list[HeartbeatRow]:
-        """Return the rows of all ranks. Ranks of a node whose file did not change for silent_seconds are marked silent."""
+        """Return the rows of all ranks. If the file of a node did not change for silent_seconds, the ranks of the node are marked
+        silent."""
         found = {row.rank: row for row in self._here()}
         for host, at in self._nodes.items():
             fresh = time.monotonic() - NODE.unpack_from(self._memory, at)[1] < silent_seconds
@@ -155,8 +161,8 @@ class HeartbeatBoard:
         return [found.get(r) or HeartbeatRow(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
 
     def claim_report(self) -> bool:
-        """Return True on the first rank of a node that calls this method; this rank prints the report. On the other ranks, wait
-        until the process of that rank has exited, then return False."""
+        """Return True on the first rank of a node that calls this method. This rank prints the report. On the other ranks of the
+        node, wait until the process of the first rank has exited, then return False."""
         with suppress(OSError, ValueError):  # there is no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -166,7 +172,7 @@ class HeartbeatBoard:
         return True
 
     def close(self) -> None:
-        """Remove the files, on rank 0."""
+        """Remove the files of all nodes. Only rank 0 does this."""
         if self.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -180,7 +186,7 @@ class HeartbeatBoard:
         return rows
 
     def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:
-        """Return (time stamp, rows) of another node's file. Returns no rows if the file is missing or is of another job."""
+        """Return (time stamp, rows) of another node's file. Returns no rows if the file is missing or belongs to another job."""
         try:
             content: dict[str, Any] = json.loads((self._folder / f"{host}.json").read_text())
             rows = [HeartbeatRow(**row) for row in content["rows"]] if content["token"] == self._token else []

@@ -2,25 +2,26 @@
 
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
-Faults are separated by spaces; each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
-started. step: the step being computed, counted from 1; in the phases evaluate, checkpoint and respawn, the last completed step.
-Each fault occurs once per process, even if the run returns to a checkpoint or continues without failed ranks. Imports neither
-torch nor MPI.
+Faults are separated by spaces. Each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
+started. step: the step that is being computed, counted from 1; in the phases evaluate, checkpoint and respawn, the last completed
+step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without failed ranks. This module
+imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
-| exit, sysexit, raise | os._exit(3), sys.exit(3), a RuntimeError |
-| hang, gil | the rank sleeps forever; with gil it also keeps the GIL, so that no other thread runs |
-| delay | from this step on (to until=), each micro-batch is followed by a sleep of seconds= plus (factor= - 1) x its time |
-| nan | the gradient of one batch is not finite; with times=, those of that many successive batches |
-| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, in all steps up to that one |
-| flip | after the update, one bit of a parameter's first element flips: tensor= (index of the parameter), bit= (0..31) |
+| exit, sysexit, raise | the rank calls os._exit(3), calls sys.exit(3), or raises a RuntimeError |
+| hang, gil | the rank sleeps forever; with gil it also holds the GIL, so that no other thread runs |
+| delay | from this step to step until=, the rank sleeps after each micro-batch: seconds= plus (factor= - 1) x its time |
+| nan | the gradient of one batch, or of times= successive batches, is not finite |
+| wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is wrong up to that step |
+| flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
-nan and wrong need comm.reducer=tree, which keeps lanes separate. Faults of the first three rows occur when the phase begins
-(default: compute). With `after=SECONDS` they occur that much later, in any phase; sysexit, raise and hang do not support this.
-Phases of a step: data, compute, comm_wait, update; within update: reduce, apply, publish; after the update: evaluate, checkpoint;
-when failed ranks are replaced: respawn.
+nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur when the
+phase begins (default: compute). With `after=SECONDS` they occur this many seconds later, even if another phase has begun.
+sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An update has the
+phases reduce, apply and publish. After the update the phases evaluate and checkpoint may follow. The phase respawn replaces
+failed ranks.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def make_nan(lane: int, gradient: Any) -> None:
 
 
 def make_wrong(lane: int, gradient: Any) -> None:
-    """Add 1 to the first element of the gradient, like a faulty core."""
+    """Add 1 to the first element of the gradient, like a faulty core might."""
     gradient[0] += 1.0
 
 
@@ -90,7 +91,7 @@ WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # integer options; 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault to inject. Raises ValueError if an option is not valid."""
+    """An injected fault. Raises ValueError if an option is not valid."""
 
     kind: str
     rank: int  # number of the rank when the job started
@@ -99,7 +100,7 @@ class Fault:
     after: float = 0.0  # seconds after the phase begins
     seconds: float = 0.0  # constant part of a delay, in seconds
     factor: float = 1.0  # slowdown of each micro-batch by a delay
-    until: int = 0  # last step; 0: no limit for delay, a single step for wrong
+    until: int = 0  # last step; 0 means no limit for delay, and a single step for wrong
     times: int = 1  # number of batches
     tensor: int = -1  # index of the parameter
     bit: int = -1
@@ -130,11 +131,11 @@ class InjectedFaults(StepObserver):
 
     @property
     def changes_gradients(self) -> bool:
-        """Whether a fault on any rank changes gradients of single lanes. If so, lanes must be kept separate."""
+        """Whether a fault on any rank changes gradients of single lanes. In this case the reducer must keep lanes separate."""
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults that end or stop this rank when it enters a phase of a step, at once or with a timer."""
+        """Cause the faults that end or stop this rank in this phase of this step, immediately or with a timer."""
         place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):
@@ -146,8 +147,8 @@ class InjectedFaults(StepObserver):
                     ACTIONS[fault.kind]()
 
     def gradient_faults(self, step: int, attempt: int = 0) -> list[Callable[[int, Any], None]]:
-        """Return the functions that change each lane's gradient in this step. A fault of a single step occurs at the first
-        attempt only; a fault of several steps occurs at each attempt, like a broken core."""
+        """Return the functions that change each lane's gradient in this step. A fault of a single step occurs only at the first
+        attempt at the step. A fault of several steps occurs at each attempt, like that of a broken core."""
         return [
             make_nan if fault.kind == "nan" else make_wrong for fault in self.of_this_rank
             if (fault.kind == "wrong" and fault.until > fault.step and fault.step <= step <= fault.until)
@@ -156,7 +157,7 @@ class InjectedFaults(StepObserver):
         ]
 
     def flip(self, step: int, parameters: Sequence[Any]) -> None:
-        """Flip bits of parameters after the update of a step."""
+        """Flip the bits of parameters that should flip after the update of this step."""
         for fault in self.of_this_rank:
             if fault.kind == "flip" and fault.step == step and self._once(fault):
                 first = parameters[fault.tensor].detach().view(-1)[:1]
@@ -165,7 +166,7 @@ class InjectedFaults(StepObserver):
                 first.copy_(host)
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Context for the computation of a micro-batch; sleeps afterwards if a delay is injected."""
+        """Return a context for the computation of a micro-batch that sleeps afterwards, or None if no delay is injected."""
         delays = [f for f in self.of_this_rank if f.kind == "delay" and f.step <= step <= (f.until or step)]
         return self._slowed(delays) if delays and name == "micro_batch" else None
 
@@ -179,7 +180,7 @@ class InjectedFaults(StepObserver):
             time.sleep(pause)
 
     def _once(self, fault: Fault) -> bool:
-        """Return whether the fault should occur now; count the occurrence and print it."""
+        """Return whether the fault should occur now. If so, count the occurrence and print it."""
         if self._happened[fault] >= fault.times:
             return False
         self._happened[fault] += 1
@@ -193,8 +194,8 @@ def parse(text: str, rank: int = 0) -> InjectedFaults:
 
 
 def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ) -> InjectedFaults:
-    """Return the faults in MPIDP_FAULT; none if it is not set. Rank 0 prints a warning if there are faults. Raises UsageError if
-    the variable is not valid. Independent."""
+    """Return the faults in MPIDP_FAULT, or no faults if it is not set. Rank 0 prints a warning if there are faults. Raises
+    UsageError if the variable is not valid. Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
     if faults and rank == 0:

@@ -1,9 +1,10 @@
-"""Replace a failed rank by a new process: the launcher starts the job's command again, and the new process joins the other
-ranks in one communicator.
+"""Replaces a failed rank by a new process. The launcher starts the job's command again, and the new process joins the other ranks
+in one communicator.
 
-The MPI calls for this wait for all ranks without a time limit. Therefore rank 0 alone starts the process. Each collective call
-follows an agreement that all ranks are present, and runs in a thread with a time limit. If a rank fails, only the attempt fails.
-Each new process is started by a separate call, because processes started by one call were not notified of each other's failures.
+The MPI calls for this wait for all ranks without a time limit. Therefore only rank 0 starts the process. Before each collective
+call, the ranks agree that all are present. The call then runs in a thread with a time limit. If a rank fails, only the attempt
+fails. Each new process is started by a separate call, because processes started by one call are not notified of each other's
+failures.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ def _ancestor_texts() -> list[bytes]:
 
 
 def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> MPI.Intracomm | None:
-    """Start a new rank, which receives rank 0's message. Return a communicator of world's ranks followed by the new rank.
-
-    Returns None if this fails. alive: called repeatedly during the wait. Collective over world."""
+    """Start a new rank and send it rank 0's message. Return a communicator of world's ranks followed by the new rank, or None if
+    this fails. alive: called repeatedly during the wait. Collective over world."""
     pair = _with_timeout(_start, START_SECONDS, alive) if world.rank == 0 else MPI.COMM_SELF
     if not agree(world, pair is not None):
         return None
@@ -68,7 +68,7 @@ def add_rank(world: MPI.Intracomm, message: Any, alive: Callable[[], None]) -> M
 
 
 def join() -> tuple[MPI.Intracomm, Any]:
-    """Join the job; called in the new process. Return (communicator of all ranks, rank 0's message).
+    """Join the job from the new process. Return (communicator of all ranks, rank 0's message).
 
     If this fails, the process kills itself. Collective over all ranks."""
     try:
@@ -81,16 +81,16 @@ def join() -> tuple[MPI.Intracomm, Any]:
         message = None
     if message is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.alarm(0)  # set by is_replacement_rank()
+    signal.alarm(0)  # cancel the alarm that is_replacement_rank() has set
     return world, message
 
 
 def _start(late: threading.Event) -> MPI.Intracomm:
     """Start a new process with this rank's command line. Return a communicator of this rank and the new process. Independent."""
-    # OVERSUBSCRIBE, since a failed rank's slot is not released.
+    # OVERSUBSCRIBE is needed because mpirun does not release the slot of a failed rank.
     info = MPI.Info.Create({"wdir": os.getcwd(), "PMIX_BINDTO": "none", "PMIX_MAPBY": "slot:OVERSUBSCRIBE"})
     parent = MPI.COMM_SELF.Spawn(sys.executable, sys.orig_argv[1:], 1, info)
-    if late.is_set():  # the new process finds no other rank and exits
+    if late.is_set():  # the time limit has passed; the new process finds no other rank and exits
         raise MPI.Exception(MPI.ERR_SPAWN)
     pair = parent.Merge(high=False)
     parent.Disconnect()
@@ -103,13 +103,13 @@ def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
     duplicate = world.Dup()
     try:
         return duplicate.Create_intercomm(0, pair, 1)
-    except MPI.Exception:  # only rank 0 detects that the new process failed
+    except MPI.Exception:  # only rank 0 detects that the new process has failed
         duplicate.Revoke()
         raise
 
 
 def _broadcast(world: MPI.Intracomm, message: Any) -> Any:
-    """Broadcast rank 0's message; return None on all ranks if this fails. Collective over world."""
+    """Broadcast rank 0's message and return it. Return None on all ranks if this fails. Collective over world."""
     received = None
     if agree(world, True):
         try:

@@ -1,4 +1,5 @@
-"""Limit repeated starts without progress. RUN/tries.json counts the starts from one checkpoint and records the last error."""
+"""Limits the number of starts without progress. RUN/tries.json counts the starts from one checkpoint and records the last
+error."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ class RestartLog:
     """Counts successive failed starts from the same checkpoint. Independent."""
 
     def __init__(self, run_dir: Path, begun: bool = False) -> None:
-        """begun: True in a process that joins a start which is already counted."""
+        """begun: True in a process that joins a running job, whose start is already counted."""
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of this step, or from the beginning if it is -1. Raises UsageError on rank 0 after
+        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 after
         `most` starts."""
         self._begun = True
         if rank:
@@ -39,7 +40,7 @@ class RestartLog:
             raise UsageError(
                 f"{tries} starts in a row from {where} ended without another checkpoint. "
                 + (f"The last error was: {record['words']}. " if record["words"] else
-                   "The last one left no error message: it was killed (out of memory, node failure or time limit?). ")
+                   "The last start left no error message: it was killed (out of memory, node failure or time limit?). ")
                 + f"When the cause is fixed, remove {self.path}, or allow more starts with --run.tries={tries + 1}"
             )
         self._write({"step": step, "tries": tries + 1, "words": ""})
@@ -49,8 +50,8 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended it, or None. Only rank 0 and a rank that fails alone write
-        the file."""
+        """Record how this start ended. error: the exception that ended the job, or None. The file is written by rank 0, and by a
+        rank that fails alone."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

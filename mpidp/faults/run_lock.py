@@ -1,4 +1,4 @@
-"""RUN/lock: makes sure that only one job writes to a run's folder."""
+"""The lock file RUN/lock, which ensures that only one job writes to a run's folder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ class _Holder(TypedDict, total=False):
 
 
 class RunLock:
-    """RUN/lock, held by rank 0 while the job runs; taken over when its holder no longer exists. Independent.
+    """The lock file RUN/lock. Rank 0 holds it while the job runs. Another job can take it over when its holder no longer exists.
+    Independent.
 
-    Between processes of one machine, the kernel's lock on the open file decides; it is released when its holder exits. Between
-    machines, the content of the file decides: a thread of the holder increments a counter in it, and a lock whose counter does
-    not change has no holder. A requeued Slurm job takes the lock from its first launch. The processes of that launch may still
-    run, if only the Slurm daemon of their node failed. They then find a different token in the file.
+    Between processes of one machine, the kernel's lock on the open file decides. It is released when its holder exits. Between
+    machines, the content of the file decides. A thread of the holder increments a counter in the file. A lock whose counter does
+    not change has no holder. A requeued Slurm job takes the lock from its first launch. If only the Slurm daemon of a node
+    failed, the processes of the first launch may still run. They then find a different token in the file.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class RunLock:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
         patience_seconds: how long to wait for a holder on this machine, because mpirun may exit shortly before its ranks.
-        watch_seconds: how long to observe a holder on another machine. ours: True if the holder was a failed rank of this job."""
+        watch_seconds: how long to watch the counter of a holder on another machine. ours: True if the holder was a failed rank of
+        this job."""
         self.path = run_dir / "lock"
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
@@ -66,7 +68,7 @@ class RunLock:
         self._thread.start()
 
     def held(self) -> bool:
-        """Return whether this job still holds the lock. Also returns True if the folder has been deleted."""
+        """Return whether this job still holds the lock. If the folder has been deleted, return True."""
         return not self.lost and self._check(write=False)
 
     def release(self) -> None:
@@ -113,13 +115,13 @@ class RunLock:
             time.sleep(0.1)
 
     def _follows(self, holder: Mapping[str, Any], ours: bool) -> bool:
-        """Return whether this is a later start of the holder's Slurm job, or with `ours` the same start."""
+        """Return whether this job is a later start of the holder's Slurm job, or with `ours` the same start."""
         job, restart = self._me["job"], self._me["restart"]
         return holder["job"] == job and (holder["restart"] == restart if ours else bool(job) and holder["restart"] < restart)
 
     def _replace(self, confirm: bool) -> None:
-        """Replace the lock file; the old holder detects this. confirm: wait, then check that no other job has replaced it as
-        well."""
+        """Replace the lock file. The old holder, if it still runs, finds that the file has changed. confirm: wait, then check
+        that no other job has replaced the file, too."""
         temporary = self.path.with_name(f".lock.{self._me['token']}")
         self._handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         _lock_file(self._handle)
@@ -140,7 +142,7 @@ class RunLock:
             self._me["count"] += 1
 
     def _check(self, write: bool) -> bool:
-        """Return whether the file still has this job's token. Opens the file anew, so that network file systems read current
+        """Return whether the file still has this job's token. The file is opened again, so that network file systems read current
         data."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDWR)
@@ -160,7 +162,8 @@ class RunLock:
 
 
 def _myself() -> dict[str, Any]:
-    """Return what a holder writes: its process, machine and job. `boot` distinguishes machines with the same name."""
+    """Return what a holder writes into the file: its process, machine and job. `boot` distinguishes machines with the same
+    name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -180,7 +183,8 @@ def _holder(handle: int) -> dict[str, Any]:
 
 
 def _lock_file(handle: int) -> bool:
-    """Try to acquire the kernel's lock. Also returns True on file systems without such locks, where only the content counts."""
+    """Try to acquire the kernel's lock, and return whether this succeeded. On file systems without kernel locks, return True,
+    because only the content of the file counts."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -191,7 +195,8 @@ def _lock_file(handle: int) -> bool:
 
 
 def _alive(holder: Mapping[str, Any]) -> bool:
-    """Return whether the holder's process is running on this machine. Zombies and other processes with its pid do not count."""
+    """Return whether the holder's process is running on this machine. A zombie, or a later process with the same pid, does not
+    count."""
     if not 0 < (pid := holder.get("pid", 0)) < 2**31:
         return False
     try:

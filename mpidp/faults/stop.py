@@ -1,5 +1,5 @@
-"""Stop requests: a signal, a file or the job's time limit sets a flag on one rank, and the ranks exchange these flags in each
-step. Signal handlers make no MPI calls."""
+"""Stop requests. A signal, a file or the job's time limit sets a flag on one rank. The ranks exchange these flags in each step,
+because signal handlers must not call MPI."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class StopRequest:
         self, stop_file: Path | None, stop_at: float = math.inf, lost: Callable[[], bool] = lambda: False,
         reason: str = "",
     ) -> None:
-        """stop_file: the file STOP; None on ranks that do not check for it. stop_at: time limit, in seconds since 1970. lost:
-        returns whether another job has taken over the run. reason: that of a stop which was already requested, else empty."""
+        """stop_file: the file STOP, or None on ranks that do not check for it. stop_at: time limit, in seconds since 1970. lost:
+        returns whether another job has taken over the run. reason: the reason of a stop that was requested before, or an empty
+        string."""
         self.reason = reason
         self._stop_file, self._stop_at, self._lost = stop_file, stop_at, lost
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -55,18 +56,19 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return the time at which to stop a job that ends at `end`: earlier by early_seconds, or by a tenth of the remaining time if
-    that is less.
+    """Return the time at which to stop a job whose time limit is `end`. It is early_seconds before `end`, or a tenth of the
+    remaining time before `end` if that is less.
 
-    Times are in seconds since 1970. Returns infinity if `end` is None, or in the past and therefore that of another job. Pure."""
+    Times are in seconds since 1970. Returns infinity if `end` is None. Also returns infinity if `end` is in the past, because it
+    then belongs to another job. Pure."""
     if end is None or end <= now or not early_seconds:
         return math.inf
     return end - min(early_seconds, (end - now) / 10)
 
 
 def job_end(environment: Mapping[str, str] = os.environ, timeout_seconds: float = 5.0) -> float | None:
-    """Return the time at which Slurm will end this job, in seconds since 1970, from the environment or from squeue. Returns None
-    if it is unknown. Independent."""
+    """Return the time at which Slurm will end this job, in seconds since 1970, or None if it is unknown. The time is read from
+    the environment or from squeue. Independent."""
     job = environment.get("SLURM_JOB_ID")
     if not job:
         return None

@@ -1,4 +1,4 @@
-"""The watchdog ends a hung job: it reports the ranks that the others wait for, prints stacks, and aborts."""
+"""The watchdog ends a hung job: it names the ranks that block the other ranks, prints stacks, and aborts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mpidp.faults.heartbeat import LOST, HeartbeatBoard, blame
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 
-STEPS = 20  # a job without progress for the time of this many usual steps has hung
-REMEMBERED = 50  # number of recent steps; their median time is that of a usual step
+STEPS = 20  # a job that makes no progress in the time of this many usual steps has hung
+REMEMBERED = 50  # number of recent steps whose median time is the time of a usual step
 STACKS = 8  # maximum number of ranks per node that print their stacks
 
 
@@ -27,9 +27,9 @@ class Watchdog(StepObserver):
     """Records this rank's position on the heartbeat board. If no rank has sent a heartbeat for max(hang_seconds, 20 usual steps),
     one rank of each node prints a report. All processes then exit with code 6.
 
-    A thread checks this, because blocking MPI calls release the GIL. If the GIL is never released, faulthandler's timer ends the
-    process. The first occurrence of a phase may take `first_times` as long, because it compiles, connects or reads cold files.
-    Checks begin with the first phase. Independent.
+    A Python thread checks this. It runs during blocking MPI calls, because they release the GIL. If the GIL is never released,
+    faulthandler's timer ends the process. The first occurrence of a phase may take `first_times` as long, because it may compile
+    code, open connections or read files that are not cached. Checks begin with the first phase. Independent.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Watchdog(StepObserver):
         while not self._stop.wait(tick):
             now = time.monotonic()
             if now - before > tick + 2:
-                self._heard += now - before  # this process was stopped for a while, perhaps together with all others
+                self._heard += now - before  # this process was stopped for a while, perhaps together with all other ranks
             before = now
             usual, deadline = self.timeouts()
-            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread never runs again
+            faulthandler.dump_traceback_later(1.5 * deadline + 5, exit=True)  # ends the process if this thread cannot run again
             if now - self._entered > usual / 4:
                 self.board.exchange(usual / 20)
             if now - self._heard > deadline and (quiet := self.board.quiet_seconds()) > deadline:

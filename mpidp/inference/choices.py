@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError
+from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.rows import read_rows
 
 EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
@@ -76,7 +76,7 @@ def _problem(row: dict[str, Any]) -> str:
     return "" if label in choices else f'"label" {label!r} is not one of the choices'
 
 
-def encode(tokenizer: Tokenizer, item: Question, seq_len: int, path: str | Path = "choices") -> list[EncodedChoice]:
+def encode(encoder: TextEncoder, item: Question, seq_len: int, path: str | Path = "choices") -> list[EncodedChoice]:
     """Encode each choice with its context as one document, which starts with BOS or an end-of-document token.
 
     Context and choice are encoded together, as in a corpus. The choice's tokens are those after the longest common prefix with
@@ -85,13 +85,12 @@ def encode(tokenizer: Tokenizer, item: Question, seq_len: int, path: str | Path 
     """
     found = []
     try:
-        context = tokenizer.encode(item.context.rstrip()).tolist()  # a space before the choice is part of its first token
+        context = encoder.document(item.context.rstrip()).tolist()  # a space before the choice is part of its first token
         for place, choice in enumerate(item.choices):
-            ids = tokenizer.encode(item.context + choice).tolist()
-            counted = len(ids) - _common(context, ids)
+            whole = encoder.document(item.context + choice).tolist()
+            counted = len(whole) - _common(context, whole)
             if not 0 < counted <= seq_len:
                 raise DataError(f"choice {place} has {counted} tokens; the model's context is {seq_len} tokens (model.seq_len)")
-            whole = [tokenizer.begin, *ids]
             found.append(EncodedChoice(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
     except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: the text has an unpaired surrogate
         raise DataError(f"{path}, {item.unit} {item.line}: {error}") from None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mpidp.data.tokenizer import Tokenizer
 from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
+from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.inference.speech import StreamedText
 
@@ -41,9 +41,9 @@ class DecodedText:
             self.cache = self._model.new_cache(self.limit)
         return self.ids[self.start + (0 if self.cache is None else self.cache.length) :]
 
-    def add(self, token: int, eod: int) -> None:
-        """Append a token. If the token is `eod`, end the sequence instead."""
-        if token == eod:
+    def add(self, token: int, ends: Collection[int]) -> None:
+        """Append a token. If the token is one of `ends`, end the sequence instead."""
+        if token in ends:
             self.ended = "eod"
             return
         self.ids.append(token)
@@ -54,11 +54,13 @@ class DecodedText:
 
 
 @torch.no_grad()
-def decode(loaded: Loaded, rows: list[DecodedText], sampling: Sampling, eod: int, vocab_size: int | None = None) -> None:
+def decode(
+    loaded: Loaded, rows: list[DecodedText], sampling: Sampling, ends: Collection[int] = (), vocab_size: int | None = None
+) -> None:
     """Generate until all sequences have ended. Collective over loaded.grid.model.
 
-    Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. eod: the id that ends
-    a sequence, -1 for none. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn. Raises
+    Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. ends: the ids
+    that end a sequence. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn. Raises
     DataError if a logit is nan or inf, or if all are -inf.
     """
     while live := [row for row in rows if not row.ended]:
@@ -72,7 +74,7 @@ def decode(loaded: Loaded, rows: list[DecodedText], sampling: Sampling, eod: int
                 logits = logits[:vocab_size]
                 if not math.isfinite(float(logits.max())):  # the maximum of values with nan is nan
                     raise loaded.diverged("largest logit")
-                row.add(sampling.draw(logits, row.generator), eod)
+                row.add(sampling.draw(logits, row.generator), ends)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Continuation:
 
 
 def continue_prompts(
-    loaded: Loaded, tokenizer: Tokenizer, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
+    loaded: Loaded, encoder: TextEncoder, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
     stops: Sequence[str] = (), write: Callable[[str], None] | None = None,
 ) -> list[tuple[int, Continuation]]:
     """Generate continuations of prompts as one batch; return (prompt number, continuation) pairs.
@@ -95,8 +97,8 @@ def continue_prompts(
     loaded.grid.model.
     """
     streams = {
-        i: StreamedText(detokenizer_of(tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()
+        i: StreamedText(detokenizer_of(encoder.tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()
     }
     rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), streams[i].add) for i, ids in prompts.items()}
-    decode(loaded, list(rows.values()), sampling, tokenizer.eod, tokenizer.vocab_size)
+    decode(loaded, list(rows.values()), sampling, encoder.table.ends, encoder.tokenizer.vocab_size)
     return [(i, Continuation(stream.end(), len(stream.ids), rows[i].ended, rows[i].start > 0)) for i, stream in streams.items()]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.shards import TokenStream
-from mpidp.data.tokenizer import Tokenizer, load_tokenizer
+from mpidp.data.special_tokens import for_run, special_tokens_of
+from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.folder import ModelFolder
 from mpidp.hf.tokens import same
+from mpidp.inference.base_folder import BaseFolder, is_base_folder
 from mpidp.inference.plausible import MAX_THREADS, check_settings, check_shape
+from mpidp.inference.prompts import TextEncoder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import check_split
 from mpidp.model.starting import base_weights, prepared
@@ -31,8 +34,15 @@ from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.pipeline import FORWARD, Stages
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
-from mpidp.runtime.device import resolve_device
+from mpidp.runtime.device import resolve_device, resolve_threads
 from mpidp.runtime.world import raise_together
+
+Source: TypeAlias = Reader | BaseFolder  # where a model comes from
+
+
+def home_of(reader: Source) -> Path:
+    """Return the folder that has the files beside the weights: the run's folder, or the Hugging Face folder. Pure."""
+    return reader.path if isinstance(reader, BaseFolder) else reader.path.parent.parent
 
 
 @dataclass
@@ -89,12 +99,12 @@ class Loaded:
         return torch.from_numpy(found)
 
 
-def own_tokenizer(reader: Reader) -> Path:
-    """Return the path of the run's copy of its tokenizer.
+def own_tokenizer(reader: Source) -> Path:
+    """Return the path of the model's own tokenizer: the run's copy, or the one in the Hugging Face folder.
 
-    Raises DataError if the file is missing, or is not the tokenizer with which the model was trained. Independent.
+    Raises DataError if a run's file is missing, or is not the tokenizer with which the model was trained. Independent.
     """
-    path, restore = reader.path.parent.parent / "tokenizer.json", "restore it from the shards, or give --tokenizer"
+    path, restore = home_of(reader) / "tokenizer.json", "restore it from the shards, or give --tokenizer"
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -104,42 +114,67 @@ def own_tokenizer(reader: Reader) -> Path:
     return path
 
 
-def check_same_tokenizer(reader: Reader, stream: TokenStream) -> None:
-    """Raise DataError unless the shards were prepared with the run's tokenizer, however its file is formatted. Independent."""
+def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
+    """Raise DataError unless the shards were prepared with the model's tokenizer, however its file is formatted. Independent."""
     if stream.tokenizer_sha256 == reader.meta["tokenizer"]:
         return
-    if not same(own_tokenizer(reader), stream.index.tokenizer_bytes(stream.path)):
-        raise DataError(f"{stream.path} was prepared with another tokenizer than {reader.path}, so its ids mean other text: "
-                        f"prepare the text again with --tokenizer {reader.path.parent.parent / 'tokenizer.json'}")
+    own = own_tokenizer(reader)
+    if not same(own, stream.index.tokenizer_bytes(stream.path)):
+        raise DataError(f"{stream.path} was prepared with another tokenizer than {own}, so its ids mean other text: prepare the "
+                        f"text again with --tokenizer {own}")
 
 
-def load_tokenizer_for(loaded: Loaded, reader: Reader, path: str | None) -> Tokenizer:
-    """Load the run's tokenizer, or the one at `path`: a tokenizer.json, or a folder that contains one.
+def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> TextEncoder:
+    """Load the model's tokenizer, or the one at `path`, and the table of special tokens of its training data.
 
-    The tokenizer's BOS token is used only for fine-tuned models (train.init_from), because other models were trained without one.
-    Raises DataError if the tokenizer is missing, has changed, or its size does not match the model. Independent.
+    path: a tokenizer.json, or a folder that contains one. special: what the names of special tokens in texts become ("text",
+    "tokens"); None: as in the training data. Raises DataError if a file is missing, has changed, or does not suit the model.
+    Independent.
     """
     with readable(reader.path):
         tokenizer = load_tokenizer(path or own_tokenizer(reader), reader.meta["eod"])
         rows, padded = loaded.model.shape.vocab_size, reader.meta["config"].get("model.vocab_size", 0) > 0
-    if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
-        raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has {rows}: give another --tokenizer")
-    if "init_from" not in reader.meta:
-        tokenizer.bos = None
-    return tokenizer
+        if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
+            raise DataError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {rows}: give another --tokenizer")
+        if isinstance(reader, BaseFolder):
+            table = special_tokens_of(reader.path, tokenizer)
+        else:
+            table, base = for_run(home_of(reader), tokenizer), home_of(reader) / "hf"
+            if base.is_dir():  # the model that the run was fine-tuned from may know other ends of a text
+                ends = (*table.ends, *special_tokens_of(base, tokenizer).ends)
+                table = replace(table, ends=tuple(dict.fromkeys(ends)))
+    if max(table.ends) >= rows or (table.bos or 0) >= rows:
+        raise DataError(f"{home_of(reader)}: the special tokens have an id that is not below the model's {rows} ids: restore "
+                        "special_tokens.json from the shards, or correct generation_config.json")
+    return TextEncoder(tokenizer, table, special or table.special)
 
 
-def open_model(options: Any, world: MPI.Intracomm) -> tuple[Reader, Loaded, Tokenizer]:
-    """Open a run's newest checkpoint, its model (this rank's part) and its tokenizer.
+def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
+    """Open the newest checkpoint of a run, one checkpoint, or a Hugging Face folder.
 
-    options: the parsed options run, tokenizer, tp, pp, device and threads. Raises CheckpointError or DataError if a file is
-    missing or damaged, and UsageError if an option does not suit the model. Collective over world.
+    seq_len: --seq-len, for a folder. Raises CheckpointError, DataError or UsageError if this is not possible. Collective over
+    world.
+    """
+    if not is_base_folder(path):
+        if seq_len:
+            raise UsageError.on_every_rank(f"--seq-len applies to Hugging Face folders only; {path} has its own model.seq_len")
+        return open_run(path, world)
+    with raise_together(world):
+        return BaseFolder(path, seq_len)
+
+
+def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, TextEncoder]:
+    """Open a run's newest checkpoint or a Hugging Face folder: its model (this rank's part) and its tokenizer.
+
+    options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, seq_len. special: see load_encoder. Raises
+    CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model. Collective
+    over world.
     """
     grid = make_grid(world, options.tp, options.pp)
-    reader = open_run(Path(options.run), world)
+    reader = open_source(Path(options.run), world, options.seq_len)
     with raise_together(world):
         loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
-        return reader, loaded, load_tokenizer_for(loaded, reader, options.tokenizer)
+        return reader, loaded, load_encoder(loaded, reader, options.tokenizer, special)
 
 
 def weights_at(path: Path) -> Reader | ModelFolder:
@@ -156,7 +191,7 @@ def weights_at(path: Path) -> Reader | ModelFolder:
     return Reader(found[0])
 
 
-def base_model(reader: Reader, parts: ModelPartition, moved: str = "") -> Any:
+def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     """Return the base model of a LoRA run, which its checkpoints do not contain: train.init_from, or weights from the seed.
 
     moved: where train.init_from is now; "": where it was. Raises DataError if it is missing, has another shape or has changed.
@@ -179,21 +214,23 @@ def base_model(reader: Reader, parts: ModelPartition, moved: str = "") -> Any:
     return model
 
 
-def load_model(reader: Reader, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
+def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str = "", base: str = "") -> Loaded:
     """Load the checkpoint's model (this rank's part), ready for inference. Independent.
 
     kind: model.kind as the user named it, which a run with a custom model needs; base: where the base of a LoRA run is now, ""
-    if it has not moved. Raises CheckpointError if the checkpoint is
-    damaged, and UsageError if the grid, the device or the kind is not possible.
+    if it has not moved. Raises CheckpointError if the checkpoint is damaged, and UsageError if the grid, the device or the kind
+    is not possible.
     """
     if not 0 <= threads <= MAX_THREADS:
         raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means: as in training")
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
-        check_settings(reader.path, reader.meta)
-        torch.set_num_threads(threads or reader.meta["fingerprint"]["threads"])
+        if not isinstance(reader, BaseFolder):
+            check_settings(reader.path, reader.meta)
+        torch.set_num_threads(threads or resolve_threads(reader.meta["fingerprint"]["threads"], grid.everyone))
         shape = saved_shape(reader.meta["config"]["model.kind"], reader.meta["shape"], kind, reader.path)
-        check_shape(reader.path, reader.meta, shape)
+        if not isinstance(reader, BaseFolder):
+            check_shape(reader.path, reader.meta, shape)
         check_split(shape, grid.tp.size, grid.pp.size)
         parts = ModelPartition(grid, shape)
         settings = reader.meta["config"]

@@ -19,7 +19,7 @@ def read_text(path: str | Path) -> str:
 
     Raises DataError if it cannot be read, is not UTF-8, is empty, or holds rows.
     """
-    if (file := _recognize(path)).kind != "text":
+    if (file := recognized(path)).kind != "text":
         raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it (mpidp prepare), and evaluate "
                         "them with --data")
     _warn(file)
@@ -31,7 +31,7 @@ def read_rows(path: str | Path, wanted: str) -> list[Row]:
 
     Raises DataError if the file cannot be read, is empty, or a row is malformed. Independent.
     """
-    file = _recognize(path)
+    file = recognized(path)
     if file.kind == "text":
         file = TextFile(file.path, "lines", file.skip)
     found = []
@@ -50,13 +50,13 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
     Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
     """
-    if (file := _recognize(path)).kind != "text":
+    if (file := recognized(path)).kind != "text":
         rows = read_rows(path, PROMPT)
         for row in rows:
             if not isinstance((row.fields or {}).get("prompt"), str):
                 keys = keys_of(row.fields or {})
                 raise DataError(f'{path}, {row.unit} {row.number}: no string "prompt"; its keys are: {keys}')
-        return _set_apart([row.fields or {} for row in rows], path)
+        return set_apart([row.fields or {} for row in rows], path)
     if Path(path).name.lower().partition(".")[2].startswith("json"):
         raise DataError(f"{path} is {file.doubt}; each line must be an object like {PROMPT}")
     _warn(file)
@@ -67,7 +67,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def _recognize(path: str | Path) -> TextFile:
+def recognized(path: str | Path) -> TextFile:
+    """Return the kind of a file. Raises DataError if it cannot be read as text. Independent."""
     try:
         return recognize(path)
     except NotText as error:
@@ -79,8 +80,8 @@ def _warn(file: TextFile) -> None:
         log.warning("warning: %s is read as plain text: %s", file.path, file.doubt)
 
 
-def _set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
-    """Rename the fields that have the name of an output: text becomes prompt_text."""
+def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
+    """Rename the fields that have the name of an output: text becomes prompt_text. path: their file, for the warning. Pure."""
     renamed: dict[str, str] = {}
     for name in OUTPUTS:
         if any(name in row for row in rows):

@@ -1,4 +1,4 @@
-"""Measure the seconds spent in each phase of a step."""
+"""Measures the seconds spent in each phase of a step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ class Clock:
     """Measures the seconds spent in named phases since the last pop_seconds(). Phases may be nested. Independent."""
 
     def __init__(self, observers: StepObservers = NO_OBSERVERS) -> None:
-        """observers: each phase is reported to them as a span."""
+        """observers: are notified of each phase, as a span."""
         self._observers = observers
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[Callable[[], float]]:
-        """Context that times a phase. Yields a function that returns the seconds since it began."""
+        """Return a context that measures a phase. The context yields a function that returns the seconds since the phase
+        began."""
         begin = time.perf_counter()
         with self._observers.span(phase):
             yield lambda: time.perf_counter() - begin

@@ -1,8 +1,8 @@
-"""Measure energy in joules with hardware counters: RAPL (Linux powercap) for CPUs, NVML for GPUs. If a counter is missing or not
-readable, no value is reported; nothing is estimated.
+"""Measures energy in joules with hardware counters: RAPL (Linux powercap) for CPUs, and NVML for GPUs. If a counter is missing or
+not readable, no value is reported. Nothing is estimated.
 
-One rank per machine reads the counters. CPU counters cover whole packages with their memory, including other processes; the
-energy of each GPU of the job is counted once. The values are sent with the report of the next step, without an extra message.
+One rank per machine reads the counters. CPU counters cover whole CPU packages with their memory, so they include other processes.
+The energy of each GPU of the job is counted once. The values are sent with the report of the next step, so no message is added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
 EACH_SECONDS = 0.2  # minimum time between two readings of the counters
-SELDOM_SECONDS = 30.0  # maximum time between them, ensured by a thread: RAPL counters wrap around after about 260 kJ (15 minutes)
+SELDOM_SECONDS = 30.0  # a thread ensures this maximum time between readings, because RAPL counters wrap around after 260 kJ
 Counter = Callable[[], float]  # returns the joules since its last call; raises OSError if it cannot be read
 
 
@@ -24,7 +24,7 @@ class Zone:
     """A RAPL counter in microjoules, which wraps around at a maximum."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: that of the counter in powercap. Raises OSError or ValueError if the counter cannot be read."""
+        """folder: the counter's folder in powercap. Raises OSError or ValueError if the counter cannot be read."""
         self._file = folder / "energy_uj"
         self._range = int((folder / "max_energy_range_uj").read_text())
         self._before = int(self._file.read_text())
@@ -51,8 +51,8 @@ class Gpu:
 
 
 def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
-    """Return (counters of all packages and their memory, reason if there are none). Cores and uncore are parts of a package, and
-    psys and mmio count the same energy again, so they are skipped. Independent."""
+    """Return (counters of all packages and their memory, the reason if there are none). The counters of cores, uncore, psys and
+    mmio are skipped, because they count energy that a package's counter includes. Independent."""
     found: list[Zone] = []
     folders = []
     for folder in sorted(root.glob("intel-rapl:*")):  # AMD CPUs use this name, too
@@ -70,7 +70,7 @@ def zones(root: Path = POWERCAP) -> tuple[list[Zone], str]:
 
 
 def gpus(uuids: Sequence[str]) -> tuple[list[Gpu], str]:
-    """Return (counters of these GPUs, ""), or ([], reason) if a GPU has no readable counter. Independent."""
+    """Return (counters of these GPUs, ""), or ([], the reason) if a GPU has no readable counter. Independent."""
     if not uuids:
         return [], ""
     try:
@@ -110,7 +110,7 @@ class Meter:
     def _read_counters(self) -> None:
         self._read = time.monotonic()
         for counter in self._counters:
-            with suppress(Exception):  # for example a lost device; the next reading may include the energy
+            with suppress(Exception):  # for example if a device is lost; the next reading may include the energy
                 self._joules += counter()
 
     def _seldom(self) -> None:
@@ -134,8 +134,8 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
 
 
 def common_counters(statuses: Sequence[dict[str, str]]) -> tuple[list[str], str]:
-    """Return (those of "cpu" and "gpu" that all machines measure, the reasons why others are missing). statuses: of all ranks.
-    Pure."""
+    """Return (the list of "cpu", "gpu" or both: what all machines measure, the reasons why something is missing). statuses: the
+    statuses of all ranks. Pure."""
     machines = [one for one in statuses if one]
     measured = [part for part, by in (("cpu", "RAPL"), ("gpu", "NVML"))
                 if any(part in one for one in machines) and all(one.get(part, by) == by for one in machines)]

@@ -1,13 +1,13 @@
-"""The gradient noise scale, estimated from the gradient norms of lanes: the batch size, in tokens, beyond which a larger batch
-brings little benefit. Pure.
+"""Estimates the gradient noise scale from the gradient norms of lanes. It is the batch size, in tokens, above which a larger
+batch brings little benefit. Pure.
 
 A lane of n_l tokens has the mean gradient G_l. The global batch of B = sum n_l tokens has the mean gradient G. If tokens are
-drawn independently, E|G_l|^2 = |g|^2 + tr(Sigma) / n_l and E|G|^2 = |g|^2 + tr(Sigma) / B. Here g is the true gradient, and
-Sigma is the covariance of one token's gradient. McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", sections
-2.2 and A.1, solve this for two batch sizes. Here every lane is a small batch, and lanes may hold different numbers of tokens.
+drawn independently, E|G_l|^2 = |g|^2 + tr(Sigma) / n_l and E|G|^2 = |g|^2 + tr(Sigma) / B. Here g is the true gradient, and Sigma
+is the covariance of one token's gradient. McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", sections 2.2 and
+A.1, solve these equations for two batch sizes. Here every lane is a small batch, and lanes may have different numbers of tokens.
 
-Tokens of one sequence are not independent. The result is the noise of lanes, expressed in tokens. It applies to batches that
-consist of more such lanes; it is not the variance over single tokens.
+Tokens of one sequence are not independent. Therefore the result is the noise of lanes, expressed in tokens, and not the variance
+over single tokens. It applies to batches that consist of more lanes of the same kind.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Noise:
     """Unbiased estimates of signal and noise in one step, or their means over steps. signal_square can be negative."""
 
     signal_square: float  # |g|^2, squared norm of the gradient of the mean loss per token
-    trace: float  # tr(Sigma) of the gradient of one token; unit: that of signal_square times tokens
+    trace: float  # tr(Sigma) of the gradient of one token, in the unit of signal_square times tokens
 
     @property
     def noise_scale_tokens(self) -> float | None:
-        """tr(Sigma) / |g|^2, tokens (B_simple, section 2.2); None if signal_square is not positive."""
+        """The noise scale tr(Sigma) / |g|^2 in tokens (B_simple, section 2.2), or None if signal_square is not positive."""
         if not (self.signal_square > 0 and self.trace >= 0):
             return None
         scale = self.trace / self.signal_square
@@ -39,8 +39,9 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
     lane_squares: |G_l|^2 of each lane. lane_tokens: number n_l of target tokens of each lane. batch_square: |G|^2. Pure.
 
     sum n_l |G_l|^2 - B |G|^2 = sum n_l |G_l - G|^2 has the mean (L - 1) tr(Sigma) for any n_l. Each lane is weighted by its
-    tokens; for Gaussian gradients this pooled estimate has the smallest variance. With equal lanes the results are the paper's S
-    and |G|^2 (section A.1), where B_small is a lane and B_big is the batch. Lanes without target tokens are skipped.
+    tokens. For Gaussian gradients this pooled estimate has the smallest variance. With equal lanes the results are the paper's S
+    and |G|^2 (section A.1), where B_small is the size of a lane and B_big is that of the batch. Lanes without target tokens are
+    skipped.
 
     Returns None if fewer than two lanes have tokens, or if a number is not finite. Raises ValueError if the lists have different
     lengths or a count is negative. Each sum is rounded only once (fsum), so it does not depend on the order of the lanes.
@@ -55,24 +56,25 @@ def estimate(lane_squares: Sequence[float], lane_tokens: Sequence[int], batch_sq
         within = math.fsum([*(n * square for square, n in lanes), -batch_tokens * batch_square])
     except OverflowError:
         return None
-    trace = max(0.0, within) / (len(lanes) - 1)  # a sum of squares; negative only by rounding
+    trace = max(0.0, within) / (len(lanes) - 1)  # `within` is a sum of squares, which only rounding can make negative
     signal_square = batch_square - trace / batch_tokens
     return Noise(signal_square, trace) if math.isfinite(signal_square) else None
 
 
 def mean(noises: Sequence[Noise]) -> Noise | None:
-    """Return the means of signal_square and trace; None for an empty list. The mean of the quotients trace / signal_square would
-    be biased (section A.1). Pure."""
+    """Return the means of signal_square and trace, or None for an empty list. The two are averaged separately because the mean of
+    their quotients would be biased (section A.1). Pure."""
     if not noises:
         return None
     return Noise(math.fsum(n.signal_square for n in noises) / len(noises), math.fsum(n.trace for n in noises) / len(noises))
 
 
 def interval(noises: Sequence[Noise], blocks: int = 10) -> tuple[float, float] | None:
-    """Return an interval of about two standard errors around the noise scale of the mean, in tokens.
+    """Return an interval around the noise scale of the mean, in tokens, of about two standard errors on each side.
 
-    Uses a jackknife of the logarithm over consecutive groups of measurements, called blocks (Efron & Stein 1981). Returns None
-    with fewer than four measurements, or if the noise scale is undefined without one of the blocks. Pure."""
+    The standard error is that of the logarithm, by a jackknife over consecutive groups of measurements, called blocks (Efron &
+    Stein 1981). Returns None if there are fewer than four measurements, or if the noise scale is undefined when one of the blocks
+    is left out. Pure."""
     whole = mean(noises)
     scale = whole.noise_scale_tokens if whole else None
     blocks = min(blocks, len(noises))
@@ -95,17 +97,17 @@ class NoiseAverage:
     """Running averages of signal_square and trace (section A.1). The fields are plain numbers and form the complete state for a
     checkpoint: NoiseAverage(**asdict(average)) continues with the same bits. Independent."""
 
-    decay: float = 0.95  # weight of earlier measurements; averages over about 1 / (1 - decay) measurements
+    decay: float = 0.95  # weight of earlier measurements; the averages extend over about 1 / (1 - decay) measurements
     signal_square: float = 0.0
     trace: float = 0.0
-    weight: float = 0.0  # total weight of n measurements: 1 - decay^n
+    weight: float = 0.0  # total weight of the n measurements so far, 1 - decay^n
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay {self.decay} must be at least 0 and below 1")
 
     def add(self, noise: Noise | None) -> None:
-        """Add a measurement; None and non-finite numbers are skipped."""
+        """Add a measurement. None and measurements that are not finite are skipped."""
         if noise is None or not (math.isfinite(noise.signal_square) and math.isfinite(noise.trace)):
             return
         self.signal_square = self.decay * self.signal_square + (1 - self.decay) * noise.signal_square
@@ -114,10 +116,10 @@ class NoiseAverage:
 
     @property
     def noise(self) -> Noise | None:
-        """The averages with bias correction, as in Adam; None before the first measurement."""
+        """The averages with bias correction, as in Adam, or None before the first measurement."""
         return Noise(self.signal_square / self.weight, self.trace / self.weight) if self.weight else None
 
     @property
     def noise_scale_tokens(self) -> float | None:
-        """The noise scale in tokens; None until the averages are positive."""
+        """The noise scale in tokens, or None until the averages are positive."""
         return self.noise.noise_scale_tokens if self.noise else None

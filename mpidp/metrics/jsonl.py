@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl: one JSON line per step, evaluation or event."""
+"""Writes and reads RUN/metrics.jsonl, which has one JSON line per step, evaluation or event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpidp.runtime.files import open_regular, write_file
 from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_lines
 from mpidp.runtime.log import log
 
-TAIL_BYTES = 1 << 16  # size of the end of the file that is searched for the last lines of a failed rank 0
+TAIL_BYTES = 1 << 16  # number of bytes at the end of the file in which the last lines of a failed rank 0 are searched
 
 
 class Line(TypedDict, total=False):
@@ -60,19 +60,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one JSON object per line, flushed at once, floats in full precision. Used on rank 0 only."""
+    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object with floats in full precision, and is flushed
+    immediately."""
 
     def __init__(
         self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
         also: Scalars | None = None,
     ) -> None:
-        """Open the file and delete incomplete lines, and lines of later steps and batches, which a resumed run repeats.
+        """Open the file. Delete incomplete lines, and lines of later steps and batches, which a resumed run writes again.
 
-        step, next_batch: last step that is kept, and first batch that is not. latest: the last lines of a failed rank 0, which
-        this rank replaces; those that are missing in the file are added. also: TensorBoard files that receive the same lines.
-        Raises UsageError if the file cannot be read or written."""
+        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: None, or if this rank
+        replaces a failed rank 0, the last lines of rank 0; lines that are missing in the file are added. also: TensorBoard files
+        that receive the same lines. Raises UsageError if the file cannot be read or written."""
         self._path = path
-        self.also: Scalars | None = None  # TensorBoard files that receive each new line
+        self.also: Scalars | None = None  # TensorBoard files, to which each new line is also written
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         try:
             if latest is not None:
@@ -82,7 +83,7 @@ class MetricsFile:
             self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UsageError(f"{path} cannot be read and written ({error.strerror}): move it away, or free space") from error
-        self._late = b""  # bytes that a full disk did not accept
+        self._late = b""  # bytes that could not be written yet because the disk is full
         self._warned = False
         self.also = also
 
@@ -110,7 +111,7 @@ class MetricsFile:
         write_file(self._path, b"".join(line + b"\n" for line in kept))
 
     def _repair(self, latest: Sequence[Mapping[str, Any]]) -> None:
-        """Delete an incomplete last line and the end record, and add those of the latest lines that are missing."""
+        """Delete an incomplete last line and the `end` line. Add the lines of `latest` that are missing."""
         with open(self._path, "rb+") as file:
             start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
             file.seek(start)
@@ -136,7 +137,7 @@ class MetricsFile:
 
 
 def past(path: Path) -> tuple[int, float]:
-    """Return (number of restarts and recoveries, seconds of training) as recorded in a run's file. Independent."""
+    """Return (number of restarts and recoveries, seconds of training) from a run's metrics.jsonl. Independent."""
     lines = read_lines(path)
     failures = sum(line.get("event") in ("resume", "recovered") for line in lines)
     return failures, sum(line.get("step_seconds", 0.0) for line in lines)
@@ -153,8 +154,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line, these are at most its setup_seconds, because no job worked on the run before. Seconds that the line
-    records as lost are not counted again. Lines without a time count as 0. Pure."""
+    For a `start` line these are at most its setup_seconds, because no job worked on the run before the start. Seconds that the
+    line records as lost are not counted again. For a line without a time, yield 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:
@@ -168,7 +169,7 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the seconds, steps and joules of the lines that are not kept, and the earlier losses recorded in these lines.
+    """Return the seconds, steps and joules of the lines that are not kept. Earlier losses that these lines record are included.
     Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]

@@ -1,4 +1,4 @@
-"""Print the progress of training on rank 0."""
+"""Prints the progress of training on rank 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.runtime.environment import launched_size
 
-PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by a part of the device name
+PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by words in the device's name
     "H200": 989e12,
     "H100": 989e12,
     "GH200": 989e12,
@@ -20,12 +20,12 @@ PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by a par
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak FLOP/s of a device; None if unknown, in which case no MFU is reported."""
+    """Return the peak FLOP/s of a device, or None if they are unknown. Without them no MFU is reported."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 class Progress:
-    """Prints at most one line every three seconds; on a terminal, updates a live line with rich. Independent."""
+    """Prints at most one line every three seconds. On a terminal, one line is updated instead. Independent."""
 
     def __init__(self, total_steps: int, active: bool) -> None:
         self.total_steps, self.active = total_steps, active

@@ -1,4 +1,4 @@
-"""Write the numbers of metrics.jsonl to RUN/tensorboard, with torch's SummaryWriter."""
+"""Writes the numbers of metrics.jsonl to RUN/tensorboard, with torch's SummaryWriter."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def check_tensorboard(wanted: bool) -> None:
 
 
 class Scalars:
-    """Writes the scalars of a run for TensorBoard. Used on rank 0 only. Independent."""
+    """Writes the scalars of a run for TensorBoard, on rank 0. Independent."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """step: the last step before this job; TensorBoard hides later steps that an earlier job wrote."""
+        """step: the last step before this job. TensorBoard hides later steps that an earlier job wrote."""
         from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Write a line of metrics.jsonl at its step: each number as steps/NAME (val/NAME in an evaluation), an event as text."""
+        """Write a line of metrics.jsonl at its step. Each number becomes the scalar steps/NAME, or val/NAME in the line of an
+        evaluation. An event becomes text."""
         if "event" in line:
             self._writer.add_text("events", f"step {line['step']}: {line['event']}", int(line["step"]))
             return

@@ -1,8 +1,9 @@
-"""Trace some steps on all ranks as spans and write RUN/timeline.json, for ui.perfetto.dev or chrome://tracing.
+"""Records what all ranks do in some steps, and writes RUN/timeline.json for ui.perfetto.dev or chrome://tracing.
 
-Without metrics.timeline there is no overhead. Otherwise spans are recorded in steps FIRST to LAST only; each span takes about a
-microsecond. The clocks of the machines are compared with barriers before the first and after the last step, and times are
-converted to rank 0's clock. On a GPU, spans show the time on the host; metrics.kernels records the kernels on the device.
+Without metrics.timeline there is no overhead. With metrics.timeline=FIRST:LAST, spans are recorded in these steps. Recording a
+span takes about a microsecond. The clocks of the machines are compared with barriers before the first and after the last step,
+and times are converted to rank 0's clock. On a GPU, spans show the time on the host. metrics.kernels records the kernels on the
+device.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROUNDS = 5  # number of barriers per clock comparison
 PHASES = ("step", "data", "compute", "comm_wait", "stall", "update", "evaluate", "checkpoint")
 SUB_PHASES = ("reduce", "apply", "publish")  # phases within an update
 NAMES = {"comm_wait": "wait"}  # phases whose spans have another name in the trace
-Span = tuple[str, float, float, int, dict[str, Any]]  # name, begin and end (time.perf_counter()), thread, arguments
+Span = tuple[str, float, float, int, dict[str, Any]]  # (name, begin, end, thread, arguments); times are from time.perf_counter()
 
 
 @dataclass
@@ -38,17 +39,17 @@ class RankTimeline:
     host: str
     spans: list[Span]
     threads: list[str]
-    moments: list[float] = field(default_factory=list)  # times of the clock comparisons, by this rank's clock
-    behind: list[float] = field(default_factory=list)  # seconds to add to this rank's clock to get rank 0's, at these times
+    moments: list[float] = field(default_factory=list)  # times of the clock comparisons on this rank's clock
+    behind: list[float] = field(default_factory=list)  # at these times, rank 0's clock minus this rank's clock, in seconds
 
 
 class Timeline(StepObserver):
-    """Records the spans of one rank. Does nothing if no steps are selected."""
+    """Records the spans of one rank in the selected steps."""
 
     def __init__(
         self, steps: tuple[int, int] = (0, 0), run_dir: Path | None = None, host: str = "", kernels: bool = False
     ) -> None:
-        """steps: first and last, both included; (0, 0): none. Independent."""
+        """steps: the first and the last selected step, or (0, 0) if none is selected. Independent."""
         self.first, self.last = steps
         self._run_dir, self._kernels = run_dir, kernels
         self._profiler: Any = None
@@ -64,13 +65,14 @@ class Timeline(StepObserver):
         self._compare(comm)
 
     def enter(self, step: int, phase: str) -> None:
-        """Begin a phase within an update. The phase ends when the next one begins or the update ends. Independent."""
+        """Begin a phase within an update. The phase ends when the next phase begins or the update ends. Independent."""
         if self.last and phase in SUB_PHASES:
             self._close_sub_phase()
             self._open = phase, time.perf_counter()
 
     def span(self, step: int, name: str, about: dict[str, Any]) -> AbstractContextManager[None] | None:
-        """Return a context that is recorded as a span if the step is selected; None if it is not recorded. Independent."""
+        """Return a context that is recorded as a span if the step is selected. Return None if nothing has to be recorded.
+        Independent."""
         if not self.last or name == "micro_batch":
             return None
         return self._span(step, name, about)
@@ -90,7 +92,7 @@ class Timeline(StepObserver):
                 self._recorded.spans.append((NAMES.get(name, name), began, time.perf_counter(), self._thread(), about))
 
     def _begin_step(self, step: int) -> None:
-        """Begin a batch; start recording if its step is selected."""
+        """Begin a step. Start recording if it is selected, else stop."""
         self._on = self.first <= step <= self.last
         if self._on and self._kernels and self._profiler is None:
             from torch.profiler import profile
@@ -105,7 +107,8 @@ class Timeline(StepObserver):
         self._open = None
 
     def write_if_complete(self, comm: MPI.Intracomm, step: int) -> None:
-        """Write timeline.json if the last selected step is complete. Called where all ranks synchronize. Collective over comm."""
+        """Write timeline.json if the last selected step is complete. Call this where all ranks synchronize. Collective over
+        comm."""
         if not self.last or step < self.last:
             return
         self._on, self.last = False, 0
@@ -142,8 +145,8 @@ class Timeline(StepObserver):
 
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
-    """Return the trace in Chrome's format: times in microseconds since the first span, a process per rank, a row per thread.
-    Pure."""
+    """Return the trace in Chrome's format, with one process per rank and one row per thread. Times are in microseconds since the
+    begin of the first span. Pure."""
     events: list[dict[str, Any]] = []
     for rank, part in enumerate(everyone):
         about = {"ph": "M", "pid": rank}
@@ -162,6 +165,6 @@ def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
 
 
 def _to_rank_0(moment: float, part: RankTimeline) -> float:
-    """Convert a time to rank 0's clock; the difference is interpolated linearly between two comparisons."""
+    """Convert a time to rank 0's clock. The difference of the clocks is interpolated linearly between the two comparisons."""
     (a, b), (behind, later) = part.moments, part.behind
     return moment + behind + (later - behind) * (moment - a) / (b - a if b > a else 1.0)

@@ -1,4 +1,5 @@
-"""The key-value cache of one sequence. With it, the model computes one position for the next token, not the whole window.
+"""The key-value cache of one sequence. With a cache, the model computes only one position for the next token, not the whole
+window.
 
 `model.new_cache(positions)` returns a cache for this many positions, or None if the model does not support caches. Without a
 cache, each token is computed from the whole window. The argument `caches` of forward is a list with one cache per row of the
@@ -21,9 +22,9 @@ class Cache:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, each (K, capacity, E)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's keys and values (K, T, E) of the next T positions; return the keys and values so far.
+        """Append a layer's keys and values (K, T, E) of the next T positions. Return the keys and values of all positions so far.
 
-        Does not change `length`: the model increases it after the last layer. Raises ValueError if the cache is full.
+        `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
         """
         end = self.length + k.shape[1]
         if end > self.capacity:
@@ -53,7 +54,7 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return attention (H, T, E) of one sequence. q: (H, T, E), the last T positions; k, v: (K, S, E), all S positions."""
+    """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of all S positions."""
     (h, t, e), (heads, s, _) = q.shape, k.shape
     if t == 1:  # treat a group's query heads as several queries to one key-value head
         return F.scaled_dot_product_attention(q.reshape(1, heads, h // heads, e), k[None], v[None]).view(h, 1, e)

@@ -1,6 +1,6 @@
-"""Find frozen parameters: those that match a pattern of optim.freeze, and with LoRA (lora.py) those of the base model.
+"""Finds frozen parameters: those that match a pattern of optim.freeze, and with LoRA (lora.py) those of the base model.
 
-Frozen parameters have no gradient and no optimizer state, and are not communicated.
+Frozen parameters have no gradient and no optimizer state, and are not sent in a step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SHOWN = 6  # number of example names in an error message
 
 
 def frozen(names: Sequence[str], patterns: str) -> set[str]:
-    """Return the parameter names that match one of the fnmatch patterns, e.g. "embedding.*,blocks.0.*".
+    """Return the parameter names that match one of the fnmatch patterns, for example "embedding.*,blocks.0.*".
 
     Raises UsageError if a pattern matches no name. Pure.
     """

@@ -1,8 +1,8 @@
-"""LoRA: low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x; only A and B are trained.
+"""LoRA, low-rank adapters (Hu 2021, section 4.1). A layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained.
 
-A (rank, inputs) is initialized uniformly in +-1/sqrt(inputs), as torch does for a linear layer. The random numbers depend only on
-(seed, layer name), not on which other layers have adapters. B (outputs, rank) is zero, so the model starts as the base model.
-A and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name. Pure torch, no MPI.
+A (rank, inputs) is initialized uniformly in +-1/sqrt(inputs), as torch does for a linear layer. The random numbers of a layer
+depend only on the seed and the layer's name. B (outputs, rank) is zero, so the model first computes the same as the base model. A
+and B are parameters of the layer, `lora_a` and `lora_b`. The layer keeps its name. Pure torch, no MPI.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def is_adapter(name: str) -> bool:
 
 
 def saved_names(names: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that a checkpoint contains: the adapters if there are any, else all. Pure."""
+    """Return the names of the parameters that a checkpoint contains: those of adapters if there are any, else all. Pure."""
     return [name for name in names if is_adapter(name)] or list(names)
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the layers that get adapters: those whose last name component is in targets, e.g. "q,v".
+    """Return the layers that get adapters: those whose last name component is in targets, for example "q,v".
 
-    layers: (outputs, inputs) by name. Raises UsageError if a target matches no layer, or if the rank exceeds a layer's smaller
-    dimension. Pure.
+    layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
+    exceeds a layer's smaller dimension. Pure.
     """
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
     if not wanted or wanted - known:

@@ -1,8 +1,8 @@
 """An LSTM language model (Hochreiter 1997; dropout placement from Zaremba 2014). Pure torch, no MPI.
 
 It consists of an embedding, num_layers LSTMs of width model_dim, and a projection to the vocabulary, which may share the
-embedding's weight (Press 2017). The hidden state is zero at the start of each window, because windows are shuffled. So a
-micro-batch's result does not depend on the rank that computes it. B: batch, T: positions, D: model_dim, V: vocabulary.
+embedding's weight (Press 2017). The hidden state is zero at the start of each window, because windows are shuffled. Therefore the
+result of a micro-batch does not depend on the rank that computes it. B: batch, T: positions, D: model_dim, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class LSTM(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64; positions: ignored; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation).
-        Raises UsageError if doc_ids is given: the state would have to be reset within a window.
+        x: tokens (B, T) int64. positions: ignored. key: the dropout key, an int64 scalar tensor, or None for no dropout
+        (evaluation). Raises UsageError if doc_ids is given, because the state would have to be reset within a window.
         """
         if doc_ids is not None:
             raise UsageError.on_every_rank(

@@ -1,10 +1,10 @@
-"""The part of the Transformer on one rank. Pure.
+"""Which part of the Transformer one rank has. Pure.
 
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
 some heads and hidden channels of each layer, and some rows of the vocabulary. The weights of query, key, value, gate and up are
-split by rows. Those of o and down, which follow them, are split by columns, so each residual branch needs one sum over the ranks.
-Embedding and head are split by vocabulary. Norms are replicated. Between branches, a rank has all positions of a sequence, or
-only its share of them (sequence parallelism: Korthikanti 2022, section 4.2.2).
+split by rows. The weights of o and down, which are multiplied afterwards, are split by columns. Therefore each residual branch
+needs only one sum over the ranks. Embedding and head are split by vocabulary. Norms are replicated. Between branches, a rank has
+all positions of a sequence, or with sequence parallelism only its own positions (Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Part:
     chunks: tuple[range, ...]  # one range of layers per chunk; there are mesh.interleave chunks
     has_embedding: bool = True  # whether this is the first stage
     has_head: bool = True  # whether this is the last stage, with the last norm and the head
-    index: int = 0  # tensor-parallel index, below size
+    index: int = 0  # index of the rank among the tensor-parallel ranks
     size: int = 1  # number of tensor-parallel ranks
     tied: bool = False  # whether embedding and head share one tensor
     head_dim: int = 1  # size of an attention head
@@ -55,7 +55,7 @@ class Part:
         return "embedding.weight" if self.tied and name == "head.weight" else name
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
-        """Return this rank's box of a parameter of the whole model, which has shape `size`. Pure."""
+        """Return this rank's box of a parameter. name, size: the name and shape of the parameter in the whole model. Pure."""
         unit = self.head_dim if ".attention." in name else 1  # heads are never split
         if name.endswith((*ROWS, *COLUMNS)):
             dim = int(name.endswith(COLUMNS))
@@ -65,7 +65,7 @@ class Part:
         return tuple(slice(0, length) for length in size)
 
     def has(self, name: str) -> bool:
-        """Return whether this rank has at least a part of this parameter of the whole model. Pure."""
+        """Return whether this rank has a section of a parameter, or all of it. name: the name in the whole model. Pure."""
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
@@ -90,14 +90,14 @@ def part_of(
 ) -> Part:
     """Return the part of a rank in pipeline stage `stage` of `stages`, with tensor-parallel index `index` of `size`.
 
-    sequence: whether to use sequence parallelism; chunks: chunks of layers per stage (mesh.interleave). Pure.
+    sequence: whether to use sequence parallelism. chunks: number of chunks of layers per stage (mesh.interleave). Pure.
     """
     runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
     return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
-    """Divide the layers into contiguous stages of at least one layer, so that the slowest stage is as fast as possible.
+    """Divide the layers into stages of consecutive layers, at least one each, so that the slowest stage is as fast as possible.
 
     A stage's time is estimated by its floating-point operations per token, including those of the head. Pure.
     """
@@ -117,7 +117,8 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
 
 
 def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
-    """Raise UsageError if the model cannot be split this way. The message suggests the nearest possible values. Pure."""
+    """Raise UsageError if the model cannot be split into tp x pp parts with this many chunks. The message suggests the nearest
+    possible values. Pure."""
     if not isinstance(shape, TransformerShape):
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: leave them at 1")

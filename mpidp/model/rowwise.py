@@ -1,4 +1,4 @@
-"""Linear layers that compute row by row, so the rounding of a row does not depend on the other rows of the batch."""
+"""Makes linear layers compute row by row, so that the rounding of a row does not depend on the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def by_rows(model: nn.Module) -> None:
     """Make each linear layer on the CPU compute single positions (B, 1, D) row by row, as matrix-vector products.
 
-    This is faster for one row, and less than 1.5x slower for eight rows. Inputs with more positions are computed as before.
-    Independent.
+    This is faster than before for one row, and takes less than 1.5 times as long for eight rows. Inputs with more positions are
+    computed as before. Independent.
     """
     for module in model.modules():
         plain = type(module) is nn.Linear and module.bias is None and "forward" not in vars(module)

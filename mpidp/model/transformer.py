@@ -22,11 +22,11 @@ from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shape
 
 SITE = 0x9E3779B9  # difference between the dropout keys of two successive sites
 
-Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # computes attention of new positions (q, k, v) over cached and new ones
+Past = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) of new positions -> their attention over cached and new positions
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """Hash 32-bit integers (Wellons' lowbias32). Computed in int64, so all devices give the same result."""
+    """Hash 32-bit integers with Wellons' lowbias32. The computation is in int64, so all devices give the same result."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -37,9 +37,9 @@ def keyed_dropout(
 ) -> Tensor:
     """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
 
-    x: any shape; key: int64 scalar tensor in [0, 2^32), or None for no dropout; site: number of the dropout within the model.
-    local: the positions of x (B, len(local), D) in a sequence of `length` positions. The mask is then the matching part of
-    the whole sequence's mask.
+    x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: number of this dropout within the model.
+    local: the positions of x (B, len(local), D) in a sequence of `length` positions; the mask is then that of these positions in
+    the mask for the whole sequence.
     """
     if p == 0.0 or key is None:
         return x
@@ -49,7 +49,7 @@ def keyed_dropout(
         span = len(local) * x.shape[-1]  # elements of one sequence in x
         places += (places // max(1, span)) * (length * x.shape[-1] - span) + local.start * x.shape[-1]
     bits = _hash32((places + stream) & 0xFFFFFFFF)
-    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # without this, one mask could be a shifted copy of another
+    bits = _hash32(bits ^ _hash32(stream ^ 0x5BD1E995))  # without this line, one mask could be a shifted copy of another
     keep = bits >= round(p * 2**32)
     return x * keep.view(x.shape).to(x.dtype) * (1.0 / (1.0 - p))
 
@@ -57,7 +57,7 @@ def keyed_dropout(
 def rope_table(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the rotary angles, each (length, head_dim). The second half of a row repeats the first."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high ones
+    if scaling is not None:  # `fast` is 0 for low frequencies and 1 for high frequencies
         turns = scaling.original * frequency / (2 * math.pi)
         fast = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / scaling.factor)
@@ -85,7 +85,8 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.num_heads * self.head_dim, shape.model_dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None = None) -> Tensor:
-        """Return (B, T, D) for x (B, T, D). mask: (B, 1, T, T) bool, None: causal; past: attention with a cache."""
+        """Return (B, T, D) for x (B, T, D). mask: (B, 1, T, T) bool, or None for a causal mask. past: computes attention with a
+        cache."""
         b, t, _ = x.shape
         q = self.q(x).view(b, t, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k(x).view(b, t, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
@@ -129,7 +130,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, key: Tensor | None, past: Past | None = None
     ) -> Tensor:
-        """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has this part's positions; cos and sin have all T."""
+        """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has only this rank's positions. cos and sin have all
+        positions."""
         length = cos.shape[-2]
         local = self.part.positions(length)
         y = self.attention(self.attention_norm(x), cos, sin, mask, past)
@@ -141,7 +143,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The Transformer language model. It maps tokens (B, T) to logits (B, T, V).
 
-    A part without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T, D).
+    A part of the model without the embedding takes hidden states (B, T, D). A part without the head returns hidden states (B, T,
+    D).
     """
 
     def __init__(self, shape: TransformerShape, seed: int = 0, part: Part | None = None) -> None:
@@ -171,9 +174,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Initialize matrices: normal with std 1/sqrt(D), divided by sqrt(2 layers) at the end of a residual branch (GPT-2).
-
-        A part draws all tensors of the model, one at a time, and keeps its own boxes.
+        """Initialize matrices from a normal distribution with std 1/sqrt(D). For the last matrix of a residual branch, std is
+        divided by sqrt(2 layers) (GPT-2). A part draws all tensors of the model, one at a time, and keeps its own boxes.
         """
         generator = torch.Generator().manual_seed(seed)
         local = {self.part.global_name(name): p for name, p in self.named_parameters()}
@@ -194,10 +196,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len; positions: (B, T), default 0..T-1; doc_ids: (B, T), tokens attend only to tokens
-        with equal ids; key: dropout key, an int64 scalar tensor, or None for no dropout (evaluation); length: T, needed if x has
-        only this part's positions (sequence parallelism); chunk: index into part.chunks; caches: one per row, with the positions
-        before x. Afterwards the caches include x.
+        x: tokens (B, T) int64, T <= seq_len. positions: (B, T), default 0..T-1. doc_ids: (B, T); tokens attend only to tokens
+        with equal ids. key: the dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T, needed with
+        sequence parallelism, where x has only this rank's positions. chunk: index into part.chunks. caches: one cache per row,
+        with the positions before x. Afterwards the caches include x.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -214,7 +216,7 @@ class Transformer(nn.Module):
             x = keyed_dropout(self.embedding(x), self.shape.dropout, key, 0, self.part.positions(t), t)
         for layer in self.part.chunks[chunk]:
             block = self.blocks[str(layer)]
-            layer_key = None if key is None else key + 2 * layer * SITE  # set here, so that all blocks compile to one graph
+            layer_key = None if key is None else key + 2 * layer * SITE  # computed here, so that all blocks compile to one graph
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, layer_key, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -24,7 +24,7 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """Return a 32-bit key of (seed, batch, micro-batch), so that dropout depends on the data and not on the rank. Pure."""
+    """Return a 32-bit random key for a micro-batch. It makes dropout depend on the data and not on the rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 
@@ -33,9 +33,9 @@ class PendingBackward:
     """A micro-batch between its forward and backward pass."""
 
     mb: MicroBatch
-    received: Tensor | None  # hidden states from the previous stage; None on the first
+    received: Tensor | None  # hidden states from the previous stage; None on the first stage
     output: Tensor | None  # the loss sum, or hidden states for the next stage; None if the micro-batch is empty
-    chunk: int = 0  # chunk of the stage's layers
+    chunk: int = 0  # index of the chunk of the stage's layers
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Computed:
     micro_batches: list[int]
     losses: list[float]  # sum of token losses in nats, per micro-batch
     num_tokens: list[int]  # target tokens, per micro-batch
-    lane_squares: dict[int, float] = field(default_factory=dict)  # squared gradient norm per lane, if measured
+    lane_squares: dict[int, float] = field(default_factory=dict)  # squared gradient norm of each lane, if it is measured
 
 
 class Engine:
-    """Runs a model on a device, with matrix products in a given precision. Independent, except where a method says otherwise."""
+    """Runs a model on a device, with matrix products in a given precision. Methods are independent unless they say otherwise."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
@@ -57,17 +57,17 @@ class Engine:
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
         """dtype: type of matrix products under autocast; master weights stay float32. nominal_tokens: every loss is divided by
-        this number before backward. Sums over the batch then have the size of a mean, and fit into 16-bit wire formats. stages:
+        this number before backward, so that sums of gradients have the size of a mean and do not overflow 16-bit formats. stages:
         this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports
-        the same losses. observers: called for every micro-batch and phase. fill: runs dummy forward passes, for strategies in
-        which all ranks must run the same number."""
+        the same losses. observers: notified of every micro-batch and phase. fill: runs dummy forward passes, for strategies with
+        which all ranks must run the same number of passes."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
         self.observers, self.fill = observers, fill
 
     def peak_bytes(self) -> int | None:
-        """Return torch's peak memory on this CUDA device; None on the CPU. Independent."""
+        """Return torch's peak memory on this CUDA device, or None on the CPU. Independent."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -82,12 +82,13 @@ class Engine:
             return self.model(x, mb.positions, mb.doc_ids, key, *place)  # type: ignore[no-any-return]
 
     def loss_sum(self, mb: MicroBatch, key: Tensor | None, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Return the sum of token losses of a micro-batch in nats, a float32 scalar on the device. Call it on the last stage
-        only."""
+        """Return the sum of token losses of a micro-batch in nats, as a float32 scalar on the device. Call this only on the last
+        stage."""
         return self.token_losses(self.hidden(mb, key, received, chunk).float().flatten(0, 1), mb.targets.flatten())
 
     def run(self, schedule: Iterable[Instruction], batch: Batch, strategy: GradientSink) -> Computed:
-        """Run the schedule on micro-batches of a global batch. Independent; with pipeline parallelism all stages must call it."""
+        """Run the schedule on micro-batches of a global batch. Independent. With pipeline parallelism all stages must call
+        this."""
         self.model.train()
         done, losses, num_tokens = [], [], []
         loss_of: dict[int, Tensor] = {}
@@ -104,7 +105,7 @@ class Engine:
                     loss = self._backward(pending)
             self.observers.progressed()
             if chunk:
-                loss_of.setdefault(v, loss)  # the last chunk has the loss; its backward comes first
+                loss_of.setdefault(v, loss)  # only the last chunk has a loss, and its backward comes first
                 continue
             losses.append(loss_of.pop(v, loss))
             done.append(v)
@@ -158,10 +159,11 @@ class Engine:
         """Return the mean loss in nats per token over the stream, and the number of targets. Every token except the first is a
         target once.
 
-        Windows of seq_len tokens are independent; the last may be short. max_tokens > 0 stops after that many tokens. Batches of
-        `sequences` windows are distributed over the ranks. Their losses are added in order, so the bits do not depend on the
-        number of ranks. replicas: if several ranks of comm compute a batch together, the communicator over which batches are
-        distributed. Raises DataError if an id is outside the vocabulary, or if there is no target. Collective over comm.
+        Windows of seq_len tokens are independent. The last window may be shorter. max_tokens: if above 0, stop after about this
+        many tokens. Batches of `sequences` windows are distributed over the ranks. The losses of batches are added in order, so
+        the bits do not depend on the number of ranks. replicas: if several ranks of comm compute a batch together, the
+        communicator over which batches are distributed. Raises DataError if an id is outside the vocabulary, or if there is no
+        target. Collective over comm.
         """
         self.model.eval()
         targets = stream.num_tokens - 1
@@ -193,7 +195,7 @@ class Engine:
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
         self.fill(max(of_ranks) - of_ranks[among.rank])
         self.observers.enter("evaluate_wait")
-        comm.Allreduce(MPI.IN_PLACE, sums)  # exact: each entry is nonzero on one rank only
+        comm.Allreduce(MPI.IN_PLACE, sums)  # no rounding, because each entry is nonzero on one rank only
         comm.Allreduce(MPI.IN_PLACE, counts)
         self.model.train()
         counted = int(counts.sum())
@@ -206,12 +208,12 @@ class Engine:
 
 
 def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of cross entropies in nats; logits: (N, V); targets: (N,), where -100 is ignored. Pure."""
+    """Return the sum of cross entropies in nats. logits: (N, V). targets: (N,), where -100 is ignored. Pure."""
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 class GradientSink(Protocol):
-    """The part of a strategy that the engine uses: it accumulates gradients."""
+    """What the engine needs of a strategy: a place where gradients accumulate."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
         """Return a context in which the backward pass of micro-batch v through a chunk of layers must run. last: whether v is the

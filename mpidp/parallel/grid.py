@@ -1,6 +1,6 @@
 """The mesh of ranks: there are dp replicas, each replica has pp stages, and each stage has tp ranks. Ranks are numbered node by
-node. Rank r belongs to replica r // (pp tp) and stage r // tp % pp, and has index r % tp in its stage: tensor-parallel ranks are
-neighbours, on one node if possible."""
+node. Rank r belongs to replica r // (pp tp) and stage r // tp % pp, and has index r % tp in the stage. Therefore tensor-parallel
+ranks are neighbours, on one node if possible."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Grid:
     model: MPI.Intracomm  # the ranks of this replica, stage by stage
     pp: MPI.Intracomm  # the ranks of this replica with the same tensor-parallel index, one per stage
     tp: MPI.Intracomm  # the ranks of this stage
-    wait: Wait  # for requests on these communicators
+    wait: Wait  # how to wait for requests on these communicators
 
     @property
     def parts(self) -> int:
@@ -39,7 +39,8 @@ class Grid:
 
     @property
     def label(self) -> str:
-        """A name of this rank's part, for checkpoint entries that only ranks with the same part have."""
+        """A name of this rank's part of the model. Checkpoint entries that exist separately for each part have it in their
+        names."""
         return f"part_{self.pp.rank}of{self.pp.size}_{self.tp.rank}of{self.tp.size}"
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
@@ -47,10 +48,10 @@ class Grid:
         return rank // self.model.size, rank // self.tp.size % self.pp.size, rank % self.tp.size
 
     def norm(self, squares: list[Tensor], twice: float = 0.0) -> float:
-        """Return the L2 norm over the whole model. squares: for each chunk of this part the squares of its blocks, (blocks,)
-        float64, in flat order; twice: the sum of those squares that another part counts, too. They are summed in the order of the
-        whole model's flat tensor (last chunks of last stages first), so pipeline stages do not change the bits. Collective over
-        model."""
+        """Return the L2 norm over the whole model. squares: for each chunk of this rank's part, the sums of squares of the norm
+        blocks, (blocks,) float64, in flat order. twice: the sum of the squares that another part counts, too. The sums are added
+        in the order of the whole model's flat tensor (last chunks of last stages first), so pipeline stages do not change the
+        bits. Collective over model."""
         if self.model.size == 1:
             return norm_of_squares(torch.cat(squares[::-1]))
         row = torch.cat([torch.tensor([-twice], dtype=torch.float64), *squares])
@@ -74,8 +75,8 @@ def whole(mesh: Topology) -> Grid:
 
 
 def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Grid:
-    """Make the mesh of dp x pp x tp ranks (dp=0: world.size / (pp tp)). Raises UsageError if the number of ranks does not fit.
-    Collective over world."""
+    """Make the mesh of dp x pp x tp ranks. dp=0 means world.size / (pp tp). Raises UsageError if the number of ranks does not
+    fit. Collective over world."""
     everyone = make_topology(world)
     ordered, parts = everyone.dp, tp * pp
     if ordered.size % parts or (dp and dp * parts != ordered.size):
@@ -96,6 +97,6 @@ def make_grid(world: MPI.Intracomm, tp: int = 1, pp: int = 1, dp: int = 0) -> Gr
 
     model, column, row = split(replica), split(replica * tp + number), split(replica * pp + stage)
     mesh = make_topology(split(part))
-    # The ranks with other parts of the model use the rest of the node's cores.
+    # Ranks with other parts of the model use the other cores of the node.
     mesh = replace(mesh, cores=max(1, everyone.cores * mesh.local_size // everyone.local_size))
     return Grid(ordered, everyone, mesh, model, column, row, how_to_wait(everyone.local_size, everyone.cores))

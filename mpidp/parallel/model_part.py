@@ -1,7 +1,7 @@
-"""Saves, loads and hashes this rank's part of the model, so that every parameter counts once.
+"""Saves, loads and hashes this rank's part of the model. Every parameter counts once, even if several ranks hold it.
 
-A checkpoint names the tensors of the whole model, so a run can resume on any mesh. Flat tensors of a strategy belong to one part
-of the model; they are named after the part, and can be loaded only if the model is cut in the same way.
+A checkpoint names the tensors of the whole model, so a run can resume on any mesh. A flat tensor of a strategy belongs to one
+part of the model. Its name contains the name of the part, and it can be loaded only if the model is divided in the same way.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class BoxReader(Protocol):
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Independent, except where stated otherwise."""
+    """This rank's part of the model, and its place in the whole model. Methods are independent unless they say otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
-        """sequence: whether sequence parallelism is used; chunks: number of chunks per pipeline stage."""
+        """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage."""
         self.grid, self.shape, self.sizes, self.sequence, self.chunks = grid, shape, shapes_of(shape), sequence, chunks
         self.part = self._part_of(grid.model.rank)
 
@@ -47,28 +47,29 @@ class ModelPartition:
         return part_of(self.shape, stage, self.grid.pp.size, number, self.grid.tp.size, self.sequence, self.chunks)
 
     def counts(self, name: str) -> bool:
-        """Return whether this rank saves and counts its part of a parameter. If several ranks hold the same values, only one of
-        them does. Pure."""
+        """Return whether this rank saves and counts its section of a parameter. If several ranks hold the same values, only one
+        of the ranks saves and counts them. Pure."""
         part = self.part
         elsewhere = part.tied and name == "head.weight" and not part.has_embedding
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Return the global name and the entry with its box in the whole model, for PARAMETER[/KEY] of this part. The name of an
-        entry that belongs to no parameter begins with this part's label."""
+        """Return the name and the entry that a checkpoint has for an entry of this part. name: PARAMETER or PARAMETER/KEY. The
+        returned entry has its box in the whole model. If the entry belongs to no parameter, the returned name begins with this
+        part's label."""
         what, slash, key = name.partition("/")
         whole = self.part.global_name(what)
         if whole not in self.sizes:
             return f"{self.grid.label}/{name}", entry
         box, size = self.part.box(whole, self.sizes[whole]), self.sizes[whole]
         here = tuple(s.stop - s.start for s in box)
-        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar: the number of updates
+        if here != tuple(entry.tensor.shape if entry.shape is None else entry.shape):  # a scalar entry: the number of updates
             return f"{whole}{slash}{key}", entry
         at = tuple(s.start + inside for s, inside in zip(box, entry.place, strict=True))
         return f"{whole}{slash}{key}", Entry(entry.tensor, entry.layout, at, size)
 
     def _saves(self, name: str, entry: Entry) -> bool:
-        """Whether this rank saves the entry; otherwise another rank saves the same entry."""
+        """Return whether this rank saves the entry. Otherwise another rank saves the same entry."""
         what = name.partition("/")[0]
         if self.part.global_name(what) not in self.sizes:
             return True
@@ -88,8 +89,8 @@ class ModelPartition:
 
     @torch.no_grad()
     def broadcast_parameters(self, model: nn.Module) -> list[int]:
-        """Broadcast rank 0's parameters to all replicas. Call it before parameters are in shared memory, where all ranks of a
-        node would write to the same place. Return the ranks whose parameters differed. Collective over grid.replicas.dp."""
+        """Broadcast rank 0's parameters to all replicas. Return the ranks whose parameters differed. Call this before parameters
+        are in shared memory, because all ranks of a node would write to the same place. Collective over grid.replicas.dp."""
         dp = self.grid.replicas.dp
         hashes = dp.allgather(weights_sha256(model))
         others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
@@ -109,7 +110,7 @@ class ModelPartition:
 
     def strategy_state(self, reader: Reader, model: nn.Module, strategy: Mapping[str, Entry]) -> dict[str, Tensor]:
         """Read and return the state for the strategy's load_state_dict. strategy: the strategy's current state. Raises UsageError
-        if the saved state belongs to a model that was cut in another way."""
+        if the saved state belongs to a model that was divided in another way."""
         dp, of_whole = self.grid.replicas.dp, {self.part.global_name(name): name for name, _ in model.named_parameters()}
         boxes = boxes_held({name: entry for name, entry in strategy.items() if name.partition("/")[0] in of_whole.values()})
         if self.grid.parts == 1 and not any(name.startswith("strategy/part_") for name in reader):
@@ -133,13 +134,13 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} has state of a model that was cut in another way (state of comm.compress, or of a strategy.name "
-            "other than synchronous, cannot be cut differently): resume with the mesh.tp and mesh.pp that it was trained with"
+            f"{reader.path} has state of a model that was divided in another way (state of comm.compress, or of a strategy.name "
+            "other than synchronous, cannot be divided again): resume with the mesh.tp and mesh.pp of the run"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:
-        """Return the L2 norm of a gradient over the whole model. flat: this part's gradient; squares: sum of squares of each of
-        its blocks. Collective over grid.model."""
+        """Return the L2 norm of a gradient over the whole model. flat: the gradient of this rank's part. squares: the sum of
+        squares of each norm block of flat. Collective over grid.model."""
         twice, layout = 0.0, buffer.layout
         if self.grid.parts > 1:
             for (_, name, _), view in zip(layout.placed(), layout.views(flat), strict=True):
@@ -148,8 +149,8 @@ class ModelPartition:
         return self.grid.norm([squares[start // NORM_BLOCK : stop // NORM_BLOCK] for start, stop in buffer.spans], twice)
 
     def tie(self, buffer: GradientBuffer, group: Group) -> None:
-        """If embedding and head are one tied parameter in two stages, add their gradients. Both stages get the sum. Collective
-        over grid.pp and group.node."""
+        """If the embedding and the head share one parameter and are in different stages, add their two gradients. Both stages get
+        the sum. Collective over grid.pp and group.node."""
         pp = self.grid.pp
         if not self.part.tied or pp.size == 1 or pp.rank not in (0, pp.size - 1):
             return

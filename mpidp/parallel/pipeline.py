@@ -1,5 +1,5 @@
-"""Messages between pipeline stages: hidden states forward, their gradients backward. The tag of a message identifies its
-micro-batch. Sends do not block; at the end of a step all sends are complete."""
+"""Messages between pipeline stages: hidden states to the next stage, and their gradients to the previous stage. The tag of a
+message identifies its micro-batch. Sends do not block. At the end of a step all sends are complete."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class Stages:
         self._sent: list[tuple[MPI.Request, Tensor]] = []
 
     def is_first(self, chunk: int = 0) -> bool:
-        """Whether this chunk of this stage is the first of the model. Pure."""
+        """Return whether this chunk of this stage is the first of the model. Pure."""
         return self.first and chunk == 0
 
     def is_last(self, chunk: int = 0) -> bool:
-        """Whether this chunk of this stage is the last of the model. Pure."""
+        """Return whether this chunk of this stage is the last of the model. Pure."""
         return self.last and chunk == self.chunks - 1
 
     def receive(self, kind: int, v: int, shape: tuple[int, ...], chunk: int = 0) -> Tensor:
-        """Receive hidden states from the previous stage (FORWARD) or gradients from the next one (BACKWARD) for a chunk of
-        micro-batch v. They are float32, like the residual stream, in any training precision. Independent, but waits until the
-        other stage has sent them."""
+        """Receive the hidden states of micro-batch v from the previous stage (kind FORWARD), or their gradients from the next
+        stage (BACKWARD), for a chunk of this stage. They are float32 in any training precision, like the residual stream. This
+        call waits until the other stage has sent them. Independent."""
         source = (self.index - 1 if kind == FORWARD else self.index + 1) % self.count
         wire = torch.empty(shape, pin_memory=self._transport.mode == "staged")
         self.wait(self.comm.Irecv([memory(wire), MPI.BYTE], source=source, tag=self._tag(kind, v, chunk)))
         return wire.to(self._device)
 
     def send(self, kind: int, v: int, x: Tensor, chunk: int = 0) -> None:
-        """Send a chunk's hidden states to the next stage, or gradients to the previous one. Independent."""
+        """Send a chunk's hidden states to the next stage, or their gradients to the previous stage. Independent."""
         target, to = (self.index + 1, chunk + self.last) if kind == FORWARD else (self.index - 1, chunk - self.first)
         wire = x.detach().float().contiguous().cpu()
         self._sent = [(request, held) for request, held in self._sent if not request.Test()]
@@ -57,7 +57,7 @@ class Stages:
         return 2 * (v * self.chunks + chunk) + kind
 
     def drain(self, losses: list[float]) -> list[float]:
-        """Wait until all sends are complete; return the losses of the last stage on all stages. Collective over comm."""
+        """Wait until all sends are complete. Return the losses of the last stage on all stages. Collective over comm."""
         last_losses = np.array(losses)
         for request, _ in self._sent:
             self.wait(request)

@@ -1,13 +1,13 @@
 """The order of forward and backward passes in one step, as a list of instructions. Pure.
 
-A pipeline of S stages runs 1F1B (Narayanan 2021, "PipeDream-Flush"; Megatron-LM, section 2.2): stage s begins with S - 1 - s
-forward passes, then alternates forward and backward passes, and ends with the remaining backward passes. Gradient accumulation is
-the special case of one stage. Every stage runs backward passes in the order of micro-batches, so gradient sums have the same bits
-as on one rank.
+A pipeline of S stages runs the schedule 1F1B (Narayanan 2021, "PipeDream-Flush"; Megatron-LM, section 2.2). Stage s begins with S
+- 1 - s forward passes, then alternates forward and backward passes, and ends with the remaining backward passes. Gradient
+accumulation is the special case of one stage. Every stage runs backward passes in the order of micro-batches, so gradient sums
+have the same bits as on one rank.
 
 In the interleaved schedule (Narayanan 2021, section 2.2), each stage has several ranges of layers, called chunks. Chunk c of
-stage s is followed by chunk c of stage s + 1; chunk c of the last stage is followed by chunk c + 1 of the first. The idle time at
-the start and the end of a step (the bubble) shrinks in proportion to the size of a chunk.
+stage s is followed by chunk c of stage s + 1. Chunk c of the last stage is followed by chunk c + 1 of the first stage. The idle
+time at the start and the end of a step (the bubble) is proportional to the size of a chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Backward pass of micro-batch v; last: whether it is the last one of the step on this rank."""
+    """Backward pass of micro-batch v through a chunk. last: whether it is the last backward pass of the step on this rank."""
 
     v: int
     last: bool
@@ -37,8 +37,8 @@ Instruction = Forward | Backward
 
 
 def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -> Iterator[Instruction]:
-    """Yield the schedule of stage `stage` of `stages` for this replica's micro-batches, in order. At most (stages - stage)
-    micro-batches are in flight. Pure."""
+    """Yield the 1F1B schedule of one stage for this replica's micro-batches. At most (stages - stage) micro-batches are in
+    flight. Pure."""
     ahead = min(stages - 1 - stage, len(micro_batches))
     for v in micro_batches[:ahead]:
         yield Forward(v)
@@ -49,9 +49,10 @@ def one_f_one_b(micro_batches: Sequence[int], stage: int = 0, stages: int = 1) -
 
 
 def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: int) -> Iterator[Instruction]:
-    """Yield the interleaved 1F1B schedule. Micro-batches run in groups; a group finishes one chunk before it enters the next. In
-    Narayanan's schedule every group has exactly `stages` micro-batches, and a smaller last group deadlocks. Here groups have
-    `stages` micro-batches or a few more, so any number works. Each chunk sees the micro-batches in order. Pure."""
+    """Yield the interleaved 1F1B schedule. Micro-batches run in groups, and a group finishes one chunk before it enters the next
+    chunk. In Narayanan's schedule every group has exactly `stages` micro-batches, and a smaller last group deadlocks. Here groups
+    have `stages` micro-batches or a few more, so that any number of micro-batches works. Each chunk computes the micro-batches in
+    order. Pure."""
     count = len(micro_batches)
     parts = max(1, count // stages)
     groups = [micro_batches[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
@@ -67,7 +68,8 @@ def interleaved(micro_batches: Sequence[int], stage: int, stages: int, chunks: i
 
 
 def one_by_one(micro_batches: Iterable[int]) -> Iterator[Instruction]:
-    """Yield the schedule of a single stage whose micro-batches are not known in advance: none is marked as the last. Pure."""
+    """Yield the schedule of a single stage whose micro-batches are not known in advance. No backward pass is marked as the last.
+    Pure."""
     for v in micro_batches:
         yield Forward(v)
         yield Backward(v, last=False)

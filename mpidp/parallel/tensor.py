@@ -1,17 +1,17 @@
-"""Adds tensor parallelism to a part of the model: sums over the ranks that share its layers.
+"""Tensor parallelism: adds communication between the ranks that divide a layer among them to a part of the model.
 
-This follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a block are its branches. At the start of a
-branch all ranks have the same input; in backward, the function f sums the gradient of this input over the ranks. At the end of a
-branch the function g sums the ranks' partial results in forward; all ranks have the same gradient. The vocabulary is cut, too. A
-rank's embedding returns zero for tokens whose rows are on other ranks. The loss is computed from each rank's logits (section 3,
-"parallel cross-entropy"); only a maximum, a sum and the target's logit are communicated. Sums are in float32 in any training
-precision.
+This follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At
+the start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks.
+At the end of a branch, the function g sums the ranks' partial results in forward. In backward all ranks have the same gradient of
+this sum. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose rows are on other
+ranks. The loss is computed from the logits of all ranks, but only a maximum, a sum and the target's logit are communicated
+(section 3, "parallel cross-entropy"). Sums are in float32 in any training precision.
 
-Sequence parallelism (Korthikanti 2022, section 4.2.2): between branches a rank has only its own positions. f gathers positions in
-forward and reduce-scatters their gradients in backward; g reduce-scatters in forward and gathers gradients in backward. A matrix
-product saves only this rank's positions of its input; backward gathers the other positions again. A norm layer processes only
-this rank's positions. So the gradient of its gain is summed over the ranks for each micro-batch, and is then equal on all ranks
-of a stage."""
+With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
+positions in forward and reduce-scatters their gradients in backward. g reduce-scatters in forward and gathers gradients in
+backward. A matrix product saves only this rank's positions of its input, and backward gathers the other positions again. A norm
+layer processes only this rank's positions. Therefore the gradient of its gain is summed over the ranks for each micro-batch.
+Afterwards it is equal on all ranks of a stage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SequenceNorm(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """An embedding of which this rank holds a range of rows that begins with row `first`."""
+    """An embedding whose rows are divided among the ranks. first: the first row of this rank's range."""
 
     def __init__(self, embedding: nn.Embedding, first: int, tp: TensorComm) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class VocabEmbedding(nn.Module):
 
 
 class _Loss(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target] over rows whose logits are cut over the ranks."""
+    """The sum of -log softmax(logits)[target] over rows whose logits are divided among the ranks."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp: TensorComm) -> Tensor:
@@ -79,8 +79,9 @@ class _Loss(torch.autograd.Function):
 
 
 def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that sums the token losses. Its arguments are this rank's logits (N, vocabulary of this rank), whose
-    first column is id `first`, and targets (N,), where -100 is ignored. Every rank of a stage gets the same result."""
+    """Return a function loss(logits, targets) that sums the token losses. logits: those of this rank's range of the vocabulary,
+    which begins with id `first`, (N, length of the range). targets: (N,), where -100 is ignored. Every rank of a stage gets the
+    same result."""
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         found: Tensor = _Loss.apply(logits, targets, first, tp)  # type: ignore[no-untyped-call]
@@ -90,25 +91,25 @@ def loss_over(tp: TensorComm, first: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Regather:
-    """Saved-tensor hooks of autograd. They save only this rank's positions for backward, and gather all positions again once, for
+    """Autograd's hooks for saved tensors. They save only this rank's positions. In backward they gather all positions once, for
     all uses."""
 
     def __init__(self, part: Tensor, whole: Tensor, tp: TensorComm) -> None:
         """part: this rank's positions, (B, t, D). whole: the gathered positions, (B, T, D)."""
         self.part, self._tp, self._length = part.detach(), tp, whole.shape[1]
         self._place, self._numel = whole.data_ptr(), whole.numel()
-        self._kept = self._left = 0  # how often the tensor was saved; how often it must still be unpacked
+        self._kept = self._left = 0  # number of times the tensor was saved, and number of times it must still be unpacked
         self._whole: Tensor | None = None
 
     def pack(self, x: Tensor) -> Any:
-        """Pack hook: save only the shape of the gathered tensor. Call it while the gathered tensor exists."""
+        """The pack hook: save only the shape of the gathered tensor. Call this while the gathered tensor exists."""
         if x.data_ptr() != self._place or x.numel() != self._numel or not x.is_contiguous():
             return x
         self._kept += 1
         return x.shape
 
     def unpack(self, packed: Any) -> Tensor:
-        """Unpack hook: gather again. Collective over tp.comm; backward runs in the same order on all its ranks."""
+        """The unpack hook: gather the positions again. Backward runs in the same order on all ranks. Collective over tp.comm."""
         if isinstance(packed, Tensor):
             return packed
         if self._whole is None:
@@ -120,13 +121,13 @@ class Regather:
 
 
 def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None:
-    """Apply f before a module and, if the module ends a branch, g after it. keep: whether to save the gathered positions for
+    """Make a module apply f to its input and, if `ends`, g to its output. keep: whether to save the gathered positions for
     backward."""
     inner = module.forward
 
     def forward(x: Tensor, *args: Any) -> Tensor:
         if tp.sequence and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # as autocast does later: halves messages and saved memory
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # already here, so that messages are half as long
         whole = enter_branch(x, tp)
         if keep:
             y = inner(whole, *args)
@@ -140,16 +141,16 @@ def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None
 
 
 def share_layers(model: Any, tp: TensorComm) -> None:
-    """Make a part of a Transformer compute every layer together with the other ranks of its stage. Independent."""
+    """Change a part of a Transformer so that it computes every layer together with the other ranks of its stage. Independent."""
     keep = not tp.sequence
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
-        tp.length = args[1].shape[-2]  # from the rotary table, because x may have only a part of the positions
+        tp.length = args[1].shape[-2]  # from the rotary table, because x may have only this rank's positions
 
     for block in model.blocks.values():
         block.register_forward_pre_hook(enter)
         for branch in (block.attention, block.feed_forward):
-            _between(branch, tp, keep or model.recompute)  # recomputation of a block gathers again anyway
+            _between(branch, tp, keep or model.recompute)  # recomputing a block gathers the positions again anyway
         if tp.sequence:
             block.attention_norm = SequenceNorm(block.attention_norm, tp)
             block.feed_forward_norm = SequenceNorm(block.feed_forward_norm, tp)

@@ -1,6 +1,6 @@
 """Communication between the tensor-parallel ranks of a stage: sums, gathers, reduce-scatters, and autograd functions (f and g).
 
-Sums are in float32 in any training precision; gathers keep the dtype. All ranks get the same bits.
+Sums are computed in float32 in any training precision. Gathers keep the dtype. All ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class TensorComm:
         self.length = 0  # number of positions of the current sequences
 
     def sum(self, x: Tensor, op: MPI.Op = MPI.SUM) -> Tensor:
-        """Return the sum (or another reduction `op`) of x over the ranks as a new tensor with x's shape and dtype. Collective
-        over comm."""
+        """Return the sum of x over the ranks, as a new tensor with the shape and dtype of x. op: another MPI reduction than the
+        sum. Collective over comm."""
         with torch.no_grad():
             total = x.detach().to(torch.float32, copy=True).contiguous()
             flat = total.view(-1)
@@ -57,7 +57,8 @@ class TensorComm:
             return whole.transpose(0, 1).contiguous()
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Reduce-scatter: return this rank's positions of the sum of every rank's x, (B, length, D). Collective over comm."""
+        """Return this rank's positions of the sum of x over the ranks (reduce-scatter). x: (B, length, D). Collective over
+        comm."""
         with torch.no_grad():
             b, length, d = x.shape
             counts, _ = self._cut(length, b * d)
@@ -71,7 +72,7 @@ class TensorComm:
 
 
 class SumInBackward(torch.autograd.Function):
-    """f: the identity in forward, a sum in backward."""
+    """The function f, which is the identity in forward and a sum over ranks in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -84,7 +85,7 @@ class SumInBackward(torch.autograd.Function):
 
 
 class SumInForward(torch.autograd.Function):
-    """g: a sum in forward, the identity in backward."""
+    """The function g, which is a sum over ranks in forward and the identity in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -96,7 +97,7 @@ class SumInForward(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """f with sequence parallelism: gather in forward, reduce-scatter in backward."""
+    """The function f with sequence parallelism, which gathers in forward and reduce-scatters in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -109,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """g with sequence parallelism: reduce-scatter in forward, gather in backward."""
+    """The function g with sequence parallelism, which reduce-scatters in forward and gathers in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorComm) -> Tensor:
@@ -122,8 +123,8 @@ class _Scatter(torch.autograd.Function):
 
 
 def enter_branch(x: Tensor, tp: TensorComm) -> Tensor:
-    """Apply f to x and return (B, T, D). x: (B, T, D); with sequence parallelism, only this rank's positions. Backward is
-    collective over tp.comm; with sequence parallelism this call is, too."""
+    """Apply f to x and return (B, T, D). x: (B, T, D), or with sequence parallelism (B, t, D) with only this rank's positions.
+    Backward is collective over tp.comm. With sequence parallelism this call is also collective over tp.comm."""
     return (_Gather if tp.sequence else SumInBackward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -3,15 +3,16 @@
 | name | sum | bits depend on | use |
 |---|---|---|---|
 | tree | owners of slices add lanes along a fixed binary tree (tree.py) | the lanes only | default |
-| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | fewest bytes if lanes are uneven |
+| allreduce | MPI_Allreduce (or NCCL's), in pieces | ranks, MPI library, shared cores | sends the fewest bytes if lanes are uneven
+|
 | naive | one MPI_Allreduce per parameter | ranks, MPI library, shared cores | reference implementation of allreduce |
 | root | rank 0 gathers, adds, updates, and broadcasts the parameters | ranks | reference implementation |
 
-The reducers of comm.compress send fewer bytes (compression/compressed.py). naive and root are reference implementations: simple
-and slow, for comparison in tests.
+The reducers of comm.compress send fewer bytes (compression/compressed.py). naive and root are simple, slow reference
+implementations, with which tests compare the other reducers.
 
-After finish(), `buffer.total` holds the sum over all lanes of the global batch. Every rank holds the sum, except with `root`:
-there only rank 0 holds it, updates the parameters, and broadcasts them in publish().
+After finish(), `buffer.total` holds the sum over all lanes of the global batch. Every rank holds the sum, except with `root`.
+With `root` only rank 0 holds the sum and updates the parameters; publish() broadcasts them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LaneShares(Protocol):
     """The lanes that each rank computes in this step (training/balance.py)."""
 
     ranges: list[range]
-    static: bool  # whether ranges are fixed before the step; otherwise ranks of a node steal lanes from each other
+    static: bool  # whether ranges are fixed before the step; otherwise a rank may take lanes of other ranks of its node
 
 
 class BucketWorker(Protocol):
@@ -66,7 +67,7 @@ class Reducer:
     """Base class of reducers. It accumulates all micro-batches of the rank in one gradient buffer."""
 
     everyone_updates = True  # whether all ranks update the parameters, or only rank 0
-    own_order = True  # whether the reducer fixes the order of addition; Open MPI's order differs between blocking and other calls
+    own_order = True  # whether the order of addition is always the same; MPI's may differ between blocking and other calls
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, *,
@@ -88,13 +89,13 @@ class Reducer:
         self.buffer = buffer
 
     def set_wait(self, wait: Wait | None) -> None:
-        """Set how to wait for requests in a reduction; None: wait as the group does elsewhere. Independent; call it between
-        steps."""
+        """Set how to wait for requests in a reduction. None: wait as the group does elsewhere. Call this between steps.
+        Independent."""
         self.wait = wait or self.group.wait
 
     def set_overlap(self, mode: str, wait: Wait | None, worker: BucketWorker | None) -> None:
-        """Set the worker that reduces buckets during backward; None: no overlap. mode: a key of OVERLAP_WAITS (overlap.py).
-        Independent; call it between steps."""
+        """Set the worker that reduces buckets during backward. None: no overlap. mode: a key of OVERLAP_WAITS (overlap.py). Call
+        this between steps. Independent."""
         self.stop_worker()
         self.overlap_mode, self.worker = mode, worker
         self.set_wait(wait)
@@ -105,8 +106,8 @@ class Reducer:
             self.worker.close()
 
     def open(self, v: int, last: bool = False, chunk: int = 0) -> None:
-        """Make every .grad of a chunk of layers a view of the memory into which micro-batch v accumulates. last: whether v is the
-        rank's last micro-batch of the step. Independent."""
+        """Begin micro-batch v for a chunk of layers: make every .grad of the chunk a view of the gradient buffer for v. last:
+        whether v is the rank's last micro-batch of the step. Independent."""
         self.buffer.point(0)
         if self._fresh:
             self.buffer.flat[0].zero_()
@@ -116,8 +117,8 @@ class Reducer:
         """End micro-batch v for this chunk of layers. Independent."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not keep
-        lanes apart. Independent."""
+        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not store
+        the gradients of single lanes. Independent."""
         if observers:
             raise ValueError(f"{type(self).__name__} adds lanes immediately: single lanes cannot be observed")
 
@@ -139,7 +140,7 @@ class Reducer:
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Finish the sum. Afterwards buffer.total holds it. Collective over all ranks."""
+        """Finish the sum, so that buffer.total holds it. Collective over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
                 for bucket in self.worker.missing():
@@ -181,8 +182,8 @@ class Reducer:
         return norm
 
     def norm_of(self, flat: torch.Tensor) -> float:
-        """Return the L2 norm of a flat gradient (num_elements,) on this rank. Independent; if the model is cut, collective over
-        the ranks that have its parts."""
+        """Return the L2 norm of a flat gradient (num_elements,) of this rank. Independent. If the model is divided by mesh.tp or
+        mesh.pp, collective over the ranks that hold its parts."""
         squares = squares_of_blocks(flat).cpu()
         if self._norm_over_parts is None:
             return norm_of_squares(squares)
@@ -200,26 +201,26 @@ class Reducer:
             self.group.fence()
 
     def end_round(self, applied: bool) -> None:
-        """End a round, which consists of the sums since the last call. applied: whether an update used these sums; otherwise the
-        reducer restores its state from before the round. All ranks must pass the same value. Independent."""
+        """End a round: the sums since the last call. applied: whether an update used these sums. If it is False, the reducer
+        restores the state that it had before the round. All ranks must pass the same value. Independent."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return copies of the state that a resumed run needs (none in this base class). Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load the state; {} resets it. Independent."""
+        """Load the state. An empty state resets the reducer. Independent."""
         if "residual" in state and self.comm.rank == 0:
-            log.info("comm.compress was turned off: the stored compression error is dropped")
+            log.info("comm.compress was turned off: the compression error in the checkpoint is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. None: this rank is
-        new. Rank 0 is never new. Collective over all ranks."""
+        """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. before is None on a
+        rank that has joined after the failure, which rank 0 never has. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):
-    """A reducer with one gradient buffer per rank. It can also sum any other flat tensor of the same layout, which strategies
-    need that do not sum at every step. Call end_round() after every bucket was summed once."""
+    """A reducer with one gradient buffer per rank. It can also sum any other flat tensor of the same layout, for strategies that
+    do not sum gradients at every step. Call end_round() after every bucket was summed once."""
 
     def reduce(self, bucket: Bucket) -> None:
         self.sum(self.buffer.flat[0], bucket)

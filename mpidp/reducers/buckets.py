@@ -1,7 +1,7 @@
 """Flat memory: parameters and gradients are views of flat tensors, cut into buckets. Autograd hooks report complete buckets.
 
-The layout depends only on the model: parameters are in reverse order of definition, which is roughly the order in which backward
-finishes them. The bucket size and the number of ranks only change the cuts into buckets and slices.
+The layout depends only on the model. Parameters are in reverse order of definition, which is roughly the order in which backward
+computes their gradients. The bucket size and the number of ranks only change the cuts into buckets and slices.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Bucket:
 
 
 def unit_of(name: str) -> str:
-    """Return the unit to which a parameter belongs. A unit is never divided between two pipeline stages. The unit of
-    blocks.3.attention.q.weight is `blocks.3`; for names without a number it is the first word. Pure."""
+    """Return the unit to which a parameter belongs. A unit is never divided between two pipeline stages. For example, the unit of
+    blocks.3.attention.q.weight is `blocks.3`. If a name has no number, the unit is the first word. Pure."""
     words = name.split(".")
     numbers = [i for i, word in enumerate(words) if word.isdigit()]
     return ".".join(words[: numbers[0] + 1]) if numbers else words[0]
@@ -60,10 +60,10 @@ class FlatLayout:
         return [flat[o : o + p.numel()].view_as(p) for o, _, p in self.placed()]
 
     def adopt(self, flat: torch.Tensor) -> None:
-        """Make the parameters views of flat; they keep their values."""
+        """Make the parameters views of flat. Their values do not change."""
         with torch.no_grad():
             for (_, p), view in zip(self.parameters, self.views(flat), strict=True):
-                if view.data_ptr() != p.data_ptr():  # otherwise p already is this view, in memory reused after a failure
+                if view.data_ptr() != p.data_ptr():  # otherwise p is this view already, in memory that is reused after a failure
                     view.copy_(p)
                 p.data = view
 
@@ -85,14 +85,14 @@ class FlatLayout:
 
 
 class GradientBuffer:
-    """`slots` flat float32 gradient buffers for all parameters, shape (slots, num_elements). Independent if `memory` is."""
+    """Flat float32 gradient buffers (slots) for all parameters, shape (slots, num_elements). Independent if `memory` is."""
 
     def __init__(
         self, named_parameters: list[tuple[str, torch.nn.Parameter]], slots: int, bucket_bytes: int,
         memory: Callable[[int], list[torch.Tensor]] | None = None, me: int = 0,
     ) -> None:
-        """memory: called with a number of elements, returns zeroed float32 memory of this size for each rank that shares memory.
-        me: index of this rank among them. Default: private memory."""
+        """memory: a function that takes a number of elements and returns a zeroed float32 tensor of this size for each rank that
+        shares memory. me: index of this rank's tensor. Default: private memory."""
         self.layout = FlatLayout(named_parameters)
         self.num_elements = self.layout.num_elements
         needed = slots * self.num_elements
@@ -106,8 +106,8 @@ class GradientBuffer:
         self._hooks: list[RemovableHandle] = []
 
     def cut_chunks(self, chunk_of: Callable[[str], int], count: int) -> None:
-        """Divide the parameters into `count` chunks for point(). chunk_of: returns the chunk of a parameter name. Later chunks
-        come first in flat order."""
+        """Divide the parameters into `count` chunks for point(). chunk_of: returns the index of a parameter's chunk, given its
+        name. In flat order, chunks are in descending order of index."""
         chunks = [chunk_of(name) for name, _ in self.layout.parameters]
         starts = [next((o for o, mine in zip(self.layout.offsets, chunks, strict=True) if mine <= chunk), self.num_elements)
                   for chunk in range(count)]
@@ -116,7 +116,8 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad, or those of one chunk, a view of this slot. Backward then accumulates into the slot."""
+        """Make every .grad of a chunk a view of this slot, so that backward accumulates into the slot. chunk: default: all
+        chunks."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:
@@ -124,7 +125,8 @@ class GradientBuffer:
                 self._pointing_at[one] = slot
 
     def on_full(self, armed: Callable[[], bool], begin: Callable[[Bucket], None]) -> None:
-        """During backward, call begin(bucket) as soon as all gradients of a bucket are complete, if armed() is true."""
+        """Register hooks that call begin(bucket) during backward, as soon as all gradients of the bucket are complete. They do
+        nothing while armed() is false."""
         for bucket in self.buckets:
             waiting = set(bucket.names)
 

@@ -1,9 +1,9 @@
-"""Reduces buckets in a thread while backward fills the next ones, and measures whether this is faster.
+"""Reduces buckets in a thread while backward fills the next buckets, and measures whether this is faster.
 
-Non-blocking collectives make little progress by themselves, so a thread drives them. In mode `thread` it blocks in MPI. In mode
-`poll` it polls and sleeps, which leaves the core to backward. On one node overlap has no benefit: sums are bound by memory
-bandwidth, and backward needs the same cores. Between nodes the benefit depends on the network, the MPI library and spare cores,
-so it is measured.
+Non-blocking collectives make little progress outside MPI calls, so a thread makes these calls. In mode `thread` the thread blocks
+in MPI. In mode `poll` it polls and sleeps, so that backward can use the core. On one node overlap has no benefit, because sums
+are limited by memory bandwidth and backward needs the same cores. Between nodes the benefit depends on the network, the MPI
+library and spare cores, so choose() measures it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ReduceThread:
     def __init__(self, buckets: list[Bucket], work: Callable[[Bucket], None]) -> None:
         self._buckets, self._work = buckets, work
         self._submitted: set[int] = set()
-        self._done = 0  # number of buckets of this step that are reduced
+        self._done = 0  # number of buckets of this step that have been reduced
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -88,14 +88,14 @@ class ReduceThread:
 
 
 def use(reducer: Reducer, mode: str) -> None:
-    """Reduce with this overlap mode from now on. Independent; call it between steps."""
+    """Reduce with this overlap mode from now on. Call this between steps. Independent."""
     wait = OVERLAP_WAITS[mode]
     reducer.set_overlap(mode, wait, None if wait is None else ReduceThread(reducer.buffer.buckets, reducer.reduce_observed))
 
 
 def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> str:
-    """Use the wanted overlap mode. For auto, measure computation together with reduction in each mode, and use the fastest mode.
-    Return a description of the choice. static: whether lanes are fixed before each step. Collective over comm."""
+    """Use the overlap mode `wanted`. If it is "auto", measure computation together with reduction in each mode, and use the
+    fastest mode. Return a description of the choice. static: whether lanes are fixed before each step. Collective over comm."""
     if wanted != "auto":
         use(reducer, wanted)
         return wanted
@@ -105,7 +105,7 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
     # Between nodes, `poll` can hang if several ranks are bound to the same core. The cause is unknown, so `poll` is not used
     # there.
     cores = comm.allreduce(len(os.sched_getaffinity(0)), op=MPI.MIN)
-    # Exclude `poll` also if it would use an MPI call with different bits, because a measurement must not decide the bits.
+    # Exclude `poll` also if it would use another MPI call whose sum has different bits: a measurement must not decide the bits.
     poll = cores > 1 and (reducer.own_order or not reducer.group.all_spin)
     seconds = measure(reducer, comm, {mode: wait for mode, wait in OVERLAP_WAITS.items() if mode != "poll" or poll})
     reducer.transport.pop_counts()  # the measurement does not count as communication of a step
@@ -116,8 +116,8 @@ def choose(reducer: Reducer, wanted: str, comm: MPI.Intracomm, static: bool) -> 
 
 
 def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | None] = OVERLAP_WAITS) -> dict[str, float]:
-    """Return the seconds of the slowest rank for each overlap mode. For each bucket, the test computes for as long as a reduction
-    of the bucket takes. It overwrites the gradients. Collective over comm."""
+    """Measure each overlap mode, and return the seconds that the slowest rank needs in each. For every bucket, each rank computes
+    for as long as the reduction of a bucket takes. The gradients are overwritten. Collective over comm."""
     buckets = [b for b in reducer.buffer.buckets if b.stop * 4 <= PROBE_BYTES] or reducer.buffer.buckets[:1]
     square = torch.randn(256, 256)
 
@@ -156,5 +156,5 @@ def measure(reducer: Reducer, comm: MPI.Intracomm, modes: Mapping[str, Wait | No
             reducer.set_wait(wait)
             found[mode].append(slowest(partial(plain if wait is None else overlapped, each)))
     reducer.set_wait(None)
-    reducer.load_state_dict({})  # forget the sums of the measurement
+    reducer.load_state_dict({})  # reset the state, which the sums of the measurement have changed
     return {mode: statistics.median(times) for mode, times in found.items()}

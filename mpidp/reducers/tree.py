@@ -1,9 +1,9 @@
 """The reducer `tree`: owners of slices add the ranks' gradients in the order of the tree over lanes (tree_order.py).
 
 On a node with shared memory, the owner of a slice adds directly in the buffers of all ranks of its group. The sum is stored in
-slot 0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one part per
-group, and each owner adds one part: it receives this part of the other groups' remaining tree nodes, adds the nodes of all
-groups, and sends the sum to the other owners.
+slot 0 of the first rank. Between groups, the owners of the same slice exchange messages. The slice is cut into one piece per
+group, and each owner sums one piece. It receives this piece of the tree nodes that remain in the other groups, adds the nodes of
+all groups, and sends the sum to the other owners.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from mpidp.reducers import tree_order
 from mpidp.reducers.base import Allreduce, LaneObserver, LaneShares, Naive, Reducer, Root
 from mpidp.reducers.buckets import Bucket, GradientBuffer
 
-CACHED = 1 << 16  # elements per block; a block stays in the cache between two additions
+CACHED = 1 << 16  # elements that are added at a time; they stay in the cache between two additions
 Slot = tuple[int, int]  # (rank in the group, slot)
 Held = tuple[tuple[tree_order.Node, Slot], ...]
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """Plan of the additions of one step."""
+    """The additions of one step, in order."""
 
     additions: list[tuple[Slot, Slot]]  # (into, from) in this group
-    left_over: list[Slot]  # slots of the tree nodes that remain in this group, left to right
+    left_over: list[Slot]  # slots of the tree nodes that remain in this group, from left to right
     num_nodes: list[int]  # number of remaining nodes of each group
     program: list[tuple[tuple[int, int], tuple[int, int]]]  # (into, from) between groups, each (group, index of the node)
     sum_at: tuple[int, int]  # (group, index of the node) of the sum
 
 
 def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_apart: bool) -> int:
-    """Return the number of gradient buffers that a rank needs. mine: the rank's lanes at the start. max_lanes: if above 0, the
-    rank may later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two more
-    buffers are needed. kept_apart: whether some steps observe single lanes. Independent."""
+    """Return the number of gradient buffers (slots) that a rank needs. mine: the rank's lanes at the start. max_lanes: if above
+    0, the rank may later own any range of up to this many lanes. static: whether lanes are fixed before each step; otherwise two
+    more buffers are needed. kept_apart: whether the gradients of single lanes are needed in some steps. Independent."""
     count, share = lanes.num_lanes, lanes.num_lanes == lanes.num_micro_batches and not kept_apart
     runs = [mine]
     if max_lanes:
@@ -53,7 +53,7 @@ def slots_needed(lanes: Lanes, mine: range, max_lanes: int, static: bool, kept_a
 
 
 class Tree(Reducer):
-    """comm.reducer=tree: the bits of the sum do not depend on which rank computes or adds a lane."""
+    """Implements comm.reducer=tree. The bits of the sum do not depend on which rank computes or adds a lane."""
 
     def __init__(
         self, group: Group, lanes: Lanes, transport: Messages, shares: LaneShares, num_slots: int = 1, **more: Any
@@ -71,9 +71,9 @@ class Tree(Reducer):
         self.discard()
 
     def discard(self) -> None:
-        self._folds: list[tuple[int, int]] | None = None  # additions after the last lane, done per bucket during backward
+        self._folds: list[tuple[int, int]] | None = None  # additions after the last lane; begin() makes them by bucket
         self._held: Held | None = None
-        # Every chunk sees the micro-batches and additions in the same order, so all chunks end in the same slots.
+        # The micro-batches and additions have the same order in every chunk, so all chunks end in the same slots.
         self._tree_sums = [tree_order.TreeSum(self.lanes.num_lanes, self._share) for _ in self.spans]
         self._slots = [0 for _ in self.spans]
 
@@ -96,7 +96,7 @@ class Tree(Reducer):
                 start, stop = self.spans[chunk]
                 self.buffer.flat[slot, start:stop].zero_()
         if last and self.overlaps():
-            self._folds = tree_sum.close(self._last[v])  # begin() adds them bucket by bucket
+            self._folds = tree_sum.close(self._last[v])  # begin() makes these additions
 
     def close(self, v: int, chunk: int = 0) -> None:
         if v in self._last and self._folds is None:
@@ -135,7 +135,7 @@ class Tree(Reducer):
         self._reduce(bucket.start, bucket.stop, ALIGN)
 
     def _reduce(self, start: int, stop: int, multiple: int) -> None:
-        """Sum the elements [start, stop); slices are cut at multiples of `multiple`. Collective over all ranks."""
+        """Sum the elements [start, stop). Slices are cut at multiples of `multiple`. Collective over all ranks."""
         self.group.fence(self.wait)
         if not self.group.owns:
             return
@@ -158,8 +158,8 @@ class Tree(Reducer):
         )
 
     def _make_plan(self, ranges: tuple[range, ...], held: Held | None, share: bool) -> FoldPlan:
-        """Plan the additions. held: nodes and their slots in the group; None if each rank computed its range in order. ValueError
-        unless every lane occurs once."""
+        """Plan the additions. held: the tree nodes in the group, and their slots; None if each rank computed its range in order.
+        Raises ValueError unless every lane occurs once."""
         count = self.lanes.num_lanes
         if held is None:
             of_ranks = [tree_order.held_after(ranges[r], count, share)[0] for r in self.group.members[self.group.index]]
@@ -176,7 +176,7 @@ class Tree(Reducer):
         return FoldPlan(additions, [place for _, place in left_over], num_nodes, *tree_order.fold_all(everywhere, count))
 
     def _add_in_group(self, plan: FoldPlan, low: int, high: int) -> None:
-        """Add the tree nodes of this group, block by block, so that blocks stay in the cache. If there is only one group, the
+        """Add the tree nodes of this group in pieces of CACHED elements, which stay in the cache. If there is only one group, the
         last addition writes the total."""
         alone, total = len(self.group.members) == 1, self.buffer.total
         if alone and not plan.additions and plan.left_over[0] == (0, 0):
@@ -192,7 +192,8 @@ class Tree(Reducer):
                 total[block] = self.buffer.parts[r][j, block]
 
     def _add_between_groups(self, plan: FoldPlan, start: int, stop: int) -> None:
-        """Exchange the remaining nodes of all groups, add this owner's part, and gather the sums. Collective over the rail."""
+        """Exchange the remaining tree nodes of all groups, sum this owner's piece, and gather the sums. Collective over the
+        rail."""
         comm, wire, wait = self.group.rail, self.transport, self.wait
         bounds = slice_bounds(stop - start, comm.size)
         lengths = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
@@ -214,7 +215,7 @@ class Tree(Reducer):
 
         for into, source_place in plan.program:
             target = part(into)
-            target += part(source_place)  # in place: the values are this rank's own or received, and not needed again
+            target += part(source_place)  # in place, because neither tensor is needed again
         total = wire.load(self.buffer.total[start:stop], "total") if wire.mode == "host" else mine[0]
         if part(plan.sum_at).data_ptr() != total[low:high].data_ptr():
             total[low:high] = part(plan.sum_at)

@@ -1,9 +1,9 @@
 """The order in which lanes are added: a fixed binary tree, so that the bits of the sum do not depend on the ranks. Pure.
 
-Node (k, i) is the sum of the lanes in [i 2^k, (i+1) 2^k) that exist. Its value is (k-1, 2i) + (k-1, 2i+1), or the value of the
-left child alone if the right child has no lanes. Float32 addition is commutative but not associative. The shape of the tree
-depends only on the number of lanes L. So the sum has the same bits, whichever rank computes a lane and in whatever order lanes
-are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
+Node (k, i) is the sum of the lanes in [i 2^k, (i+1) 2^k) that exist. The node is computed as the sum of its children (k-1, 2i)
+and (k-1, 2i+1), or equals the left child if the right child has no lanes. Float32 addition is commutative but not associative.
+The shape of the tree depends only on the number of lanes L. Therefore the bits of the sum do not depend on which rank computes a
+lane, or on the order in which lanes are computed. The gradient of a lane is rounded at most ceil(log2 L) times.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ def promoted(node: Node, num_lanes: int) -> Node:
 
 
 class TreeSum:
-    """Computes the slot of each lane of one rank, and the additions that follow the lane. Lanes may come in any order.
-    Independent.
+    """Computes the slot of each lane of one rank, and the additions after the lane. Lanes may come in any order. Independent.
 
-    Slots are a rank's gradient buffers. Two siblings on the same rank are added at once. So a rank needs at most log2(n) + 1
-    slots for an aligned range of n lanes, and at most 2 log2(n) + 1 for any range.
+    Slots are a rank's gradient buffers. Two sibling nodes on the same rank are added immediately. Therefore a rank needs at most
+    log2(n) + 1 slots for an aligned range of n lanes, and at most 2 log2(n) + 1 slots for any range.
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: whether a lane accumulates directly onto its sibling. If every lane is a single micro-batch, this
-        equals the tree's addition."""
+        """siblings_share: whether a lane accumulates directly into the slot of its sibling. If every lane is a single
+        micro-batch, the sum has the same bits as with a separate addition."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
         self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots
         self.num_slots = 0  # slots used so far
-        self._slot_of: dict[int, int] = {}  # slots of lanes that are open
+        self._slot_of: dict[int, int] = {}  # slots of the lanes that have begun but not ended
 
     def open(self, lane: int) -> tuple[int, bool]:
-        """Begin a lane. Return (slot into which the lane accumulates, whether the slot is fresh). The caller zeroes a fresh slot.
-        Any other slot holds the sibling."""
+        """Begin a lane. Return (slot into which the lane accumulates, whether the slot is fresh). The caller must zero a fresh
+        slot. A slot that is not fresh holds the sibling lane."""
         sibling = self.nodes.pop((0, lane ^ 1), None) if self.siblings_share else None
         slot = self._free() if sibling is None else sibling
         self._slot_of[lane] = slot
@@ -51,7 +50,8 @@ class TreeSum:
         return slot, sibling is None
 
     def close(self, lane: int) -> list[tuple[int, int]]:
-        """End a lane. Return the additions (into, from) that follow, in order. Each means slot[into] += slot[from]."""
+        """End a lane. Return the additions (into, from) that the caller must now make, in order. Each means slot[into] +=
+        slot[from]."""
         slot, node = self._slot_of.pop(lane), (0, lane)
         if self._slot_of.pop(lane ^ 1, None) is not None:
             node = (1, lane // 2)
@@ -98,7 +98,7 @@ def fold(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple
 
 
 def fold_all(held: Sequence[tuple[Node, Place]], num_lanes: int) -> tuple[list[tuple[Place, Place]], Place]:
-    """Combine the nodes in `held` to the whole tree. Return the additions in order, and the place of the sum. Raises ValueError
+    """Combine the nodes in `held` into the whole tree. Return the additions in order, and the place of the sum. Raises ValueError
     if a lane is missing. Independent."""
     additions, left_over = fold(held, num_lanes)
     if [node for node, _ in left_over] != [((num_lanes - 1).bit_length(), 0)]:

@@ -96,6 +96,14 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
                         help="MODULE:FACTORY of a run with a custom model; without this option no code that RUN names is called")
 
 
+def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options for how texts become input: --special and --seq-len. default: of --special, in words. Pure."""
+    parser.add_argument("--special", choices=("text", "tokens"),
+                        help=f"what names of special tokens (<|im_start|>) in texts become: tokens (ids) or text ({default})")
+    parser.add_argument("--seq-len", type=int, default=0, metavar="N",
+                        help="context length, if RUN is a Hugging Face folder; 0: that of the model, at most 2048 (%(default)s)")
+
+
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add the options for computing with a trained model: --device, --threads, --tp, --pp. Pure."""
     add = parser.add_argument

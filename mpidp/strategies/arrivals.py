@@ -1,4 +1,4 @@
-"""Reads the order in which gradients arrived from metrics.jsonl, to replay an asynchronous run."""
+"""Reads from metrics.jsonl the order in which gradients arrived, to replay an asynchronous run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Required, TypedDict
 from mpidp.errors import UsageError
 from mpidp.runtime.json_file import read_json_lines
 
-# Maps the step of each synchronization point to the arrivals since the previous one. With parameter servers: for each server, the
-# workers in the order of their pushes. With a quorum: for each round, the ranks whose contributions joined it, once for each
-# contribution.
+# Maps the step of each meeting to the arrivals since the previous meeting. With parameter servers, the arrivals are a list for
+# each server, with the workers in the order of their pushes. With a quorum, they are a list for each round, with the rank of each
+# contribution that joined the round.
 Order = dict[int, list[list[int]]]
 
 
@@ -20,9 +20,9 @@ class _Line(TypedDict, total=False):
 
 
 def read_arrivals(log: str, workers: int, servers: int, staleness: int) -> Order:
-    """Read the arrivals of a run. log: the run's metrics.jsonl; if it is "", return {}. Raises UsageError if that run had other
-    numbers of workers and servers. If servers is 0, raises UsageError if that run used no quorum, or if its staleness
-    was greater than `staleness`. Independent."""
+    """Read the arrivals of a run. log: the run's metrics.jsonl; if log is "", return {}. Raises UsageError if that run had other
+    numbers of workers and servers. If servers is 0, also raises UsageError if that run used no quorum, or if a contribution was
+    more than `staleness` rounds late. Independent."""
     if not log:
         return {}
     try:
@@ -51,9 +51,9 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
 
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
-    """Raise UsageError if the rounds cannot be replayed without deadlock and within the buffers. When round i closes, at least
-    one rank must have contributed batch i, and no rank a later batch. Each rank must have contributed all batches up to i -
-    staleness. At the end each rank must have contributed all batches."""
+    """Raise UsageError if the rounds cannot be replayed, because of a deadlock or too few buffers. When round i closes, at least
+    one rank must have contributed batch i, no rank may have contributed a later batch, and each rank must have contributed all
+    batches up to i - staleness. At the end each rank must have contributed all batches."""
     for step, rounds in found.items():
         had = [0] * ranks
         for i, joined in enumerate(rounds, 1):
@@ -69,4 +69,4 @@ def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
         if set(had) != {len(rounds)}:
             raise UsageError(f"strategy.replay={log}, step {step}: contributions of some of the {ranks} ranks are missing")
     if not found:
-        raise UsageError(f"strategy.replay={log}: that run had no quorum (its lines have no arrivals)")
+        raise UsageError(f"strategy.replay={log}: that run had no quorum (the file has no lines with arrivals)")

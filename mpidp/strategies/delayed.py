@@ -1,13 +1,13 @@
-"""Delayed updates: gradients are summed while the next batches are computed, and are applied k steps late.
+"""Delayed updates: gradients are summed in a thread while the next batches are computed, and are applied k steps late.
 
-At step s a rank passes the gradient of its part of batch s to a thread, which sums it over the ranks. At the same step the rank
-applies the sum of batch s - k, which was computed at the parameters of k updates ago (staleness k). All ranks apply the same sums
-in the same order, so replicas stay equal. With k = 0 this is `synchronous` with a single-buffer reducer. The first k steps make
-no update; drain() applies the remaining sums.
+At step s a rank passes the gradient of its lanes of batch s to a thread, which sums the gradient over the ranks. At the same step
+the rank applies the sum of batch s - k, which was computed with the parameters of k updates ago (staleness k). All ranks apply
+the same sums in the same order, so replicas stay equal. With k = 0 this is `synchronous` with a reducer that has one buffer. The
+first k steps make no update. drain() applies the remaining sums.
 
-Delay compensation (Zheng 2017, "Asynchronous Stochastic Gradient Descent with Delay Compensation", eq. 10) estimates the gradient
-at the current parameters theta from the late gradient g: g + lambda g * g * (theta - theta_then), where theta_then are the
-parameters at which g was computed.
+Delay compensation estimates the gradient at the current parameters theta from the late gradient g. The estimate is g + lambda g *
+g * (theta - theta_then), where theta_then are the parameters with which g was computed (Zheng 2017, "Asynchronous Stochastic
+Gradient Descent with Delay Compensation", eq. 10).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from mpidp.strategies.synchronous import Synchronous
 
 @dataclass
 class PendingUpdate:
-    """A batch whose gradient is not yet applied."""
+    """A batch whose gradient has not been applied yet."""
 
     slot: int  # index of its gradient buffer
-    tokens: Tensor  # (1,) float64: target tokens of this rank's part; after the sum, of the batch
+    tokens: Tensor  # (1,) float64: number of target tokens in this rank's lanes; after the sum, in the batch
     limit: float  # largest gradient norm that is applied
-    then: Tensor | None = None  # the parameters at which it was computed, for delay compensation
-    task: Task | None = None  # the running sum; None when it is done
+    then: Tensor | None = None  # the parameters with which the gradient was computed, for delay compensation
+    task: Task | None = None  # the task that sums the gradient; None when it is done
 
     def wait(self) -> None:
         """Wait until the gradient is summed. Collective over compute_comm."""
@@ -51,8 +51,8 @@ class PendingUpdate:
 
 
 class Delayed(Synchronous):
-    """Delayed updates. Slot 0 of the gradient buffer holds the sum that is applied. The other k + 1 slots hold in turn the
-    gradients of the current batch and of the batches in flight."""
+    """Implements delayed updates. Slot 0 of the gradient buffer holds the sum that is applied. The other k + 1 slots hold the
+    gradients of the current batch and of the k batches in flight."""
 
     survives_failures = False
     synchronizes_always = False
@@ -68,7 +68,7 @@ class Delayed(Synchronous):
         self._slot, self._fresh, self._lr = 1, True, 0.0
 
     def more_slots(self, options: StrategyOptions) -> int:
-        """Return staleness + 1: one slot for the current batch and one for each in flight. Independent."""
+        """Return staleness + 1: one slot for the current batch, and one for each batch in flight. Independent."""
         return options.staleness + 1
 
     @contextmanager
@@ -86,7 +86,7 @@ class Delayed(Synchronous):
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
         """Start the sum of this batch's gradient, and apply the sum of k batches ago. Return the norm of the applied sum. tokens:
-        number of target tokens in this rank's part of the batch. Collective over compute_comm."""
+        number of target tokens in this rank's lanes. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         if self._fresh:  # this rank computed nothing
             self.buffer.flat[self._slot].zero_()
@@ -104,7 +104,7 @@ class Delayed(Synchronous):
         self._flat_reducer.wait(self._flat_reducer.comm.Iallreduce(MPI.IN_PLACE, buf(pending.tokens)))
         for bucket in self.buffer.buckets:
             self._flat_reducer.sum_observed(self.buffer.flat[pending.slot], bucket)
-        self._flat_reducer.end_round(applied=True)  # residuals contain finite values only
+        self._flat_reducer.end_round(applied=True)  # never undone, because residuals contain only finite values
 
     def _apply(self, lr: float, pending: PendingUpdate) -> StepStats:
         with self.reducer.transport.timed():
@@ -129,8 +129,8 @@ class Delayed(Synchronous):
             self._apply(self._lr, self._in_flight.popleft())
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state. It includes the sums in flight, so that a resumed run applies them; wait until they are complete.
-        Independent, but call it at the same step on all ranks."""
+        """Wait until the sums in flight are complete, and return the state. It includes these sums, so that a resumed run applies
+        them. Call this at the same step on all ranks. Independent."""
         for pending in self._in_flight:
             pending.wait()
         found = super().state_dict()
@@ -142,7 +142,7 @@ class Delayed(Synchronous):
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state, with the sums that were in flight. Independent."""
+        """Load the state, including the sums that were in flight. Independent."""
         late = {name: value for name, value in state.items() if name.startswith("in_flight/")}
         super().load_state_dict({name: value for name, value in state.items() if name not in late})
         self._in_flight.clear()

@@ -1,16 +1,16 @@
 """Ranks train independently and average periodically: local SGD, DiLoCo, partial aggregation and gossip.
 
-A rank updates its own parameters from its own lanes (inner steps). Every `sync_every` steps
+A rank updates its own parameters with the gradients of its own lanes (inner steps). Every `sync_every` steps ranks average:
 
-- with group=all, the outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with
+- With group=all, the outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with
   Nesterov momentum makes an outer step from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with
-  outer_momentum=0 is local SGD (Stich 2019), which averages parameters. With `fragments`, parts of the model are averaged in turn
-  (Douillard 2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in one round and applied in the next, to
-  the rank's parameters at that time (Kale 2025).
-- with any other group, the parameters are averaged within the group of the round (averaging_groups.py).
+  outer_momentum=0 is local SGD (Stich 2019), which averages parameters. With `fragments`, the model is divided into fragments,
+  which are averaged at different steps (Douillard 2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in
+  one round and applied in the next round, to the parameters of the rank at that time (Kale 2025).
+- With any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
-At a synchronization point all ranks average at once, so that there is one common model. Memory with group=all: 8 bytes per
-parameter for anchor and outer momentum, 8 more with overlap.
+At a meeting all ranks average the whole model without delay, so that all have one common model. With group=all, anchor and outer
+momentum take 8 bytes of memory per parameter; overlap takes 8 bytes more.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from mpidp.strategies.averaging_groups import hop, partition
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
-SUM, OWN = 1, 2  # slots of the gradient buffer for an average in flight: the sum; this rank's contribution
+SUM, OWN = 1, 2  # slots of the gradient buffer for an average in flight: the sum, and this rank's contribution
 
 
 class Local(Synchronous):
     """Updates each rank's parameters locally and averages them periodically. Slot 0 of the gradient buffer holds the gradient
-    during a step, and afterwards the values that are averaged at once."""
+    during a step, and afterwards the values of an average without overlap."""
 
     survives_failures = False
     synchronizes_always = False
 
     def __init__(self, *parts: Any, **more: Any) -> None:
         """Takes the arguments of Synchronous. The reducer must be a FlatReducer. Raises UsageError if there are more fragments
-        than buckets. Collective."""
+        than buckets. Collective over comm."""
         super().__init__(*parts, **more)
         options = self.options
         assert isinstance(self.reducer, FlatReducer)
@@ -61,7 +61,7 @@ class Local(Synchronous):
             )
         self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
         self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # target tokens since each fragment's average
-        self._in_flight: list[Task | None] = [None] * options.fragments  # by fragment
+        self._in_flight: list[Task | None] = [None] * options.fragments  # the running average of each fragment
         self._background = Background()
         if options.overlap:
             self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])
@@ -74,15 +74,15 @@ class Local(Synchronous):
         return 2 * options.overlap
 
     def start(self) -> None:
-        """Make all replicas and anchors equal to rank 0's parameters. Collective over compute_comm."""
+        """Set the parameters and anchors of all ranks to rank 0's parameters. Collective over compute_comm."""
         super().start()
         if self._outer:
             self._anchor.copy_(self.flat)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an inner step, and the averages that are due. If its gradient is not finite, this rank makes no update, but the
-        step is counted. tokens: number of target tokens in this rank's part of the batch. Collective over compute_comm if an
-        average is due, else independent."""
+        """Make an inner step, and the averages that are due. If this rank's gradient is not finite, the rank makes no update, but
+        the step is counted. tokens: number of target tokens in this rank's lanes. Collective over compute_comm if an average is
+        due, else independent."""
         stats = self._inner(lr, tokens, limit)
         self._steps += 1
         self.reducer.observers.enter("reduce")
@@ -109,7 +109,8 @@ class Local(Synchronous):
         return StepStats(grad_norm=norm, skipped=False)
 
     def _average(self, i: int, buckets: Sequence[Bucket], at_once: bool) -> None:
-        """If an average of fragment i is in flight, apply it. Then start the next average; with at_once, apply that one, too."""
+        """If an average of fragment i is in flight, apply it. Then start the next average. If at_once is true, wait for the new
+        average and apply it, too."""
         if (task := self._in_flight[i]) is not None:
             with self.reducer.transport.timed():
                 task.wait()
@@ -123,7 +124,7 @@ class Local(Synchronous):
             if not at_once:
                 self.buffer.flat[OWN, part] = target[part]
             target[part].mul_(weight)
-        task = self._background.submit(partial(self._sum, target, buckets))  # in the thread, after sums in flight
+        task = self._background.submit(partial(self._sum, target, buckets))  # the thread first finishes the sums in flight
         if not at_once:
             self._in_flight[i] = task
             return
@@ -153,9 +154,9 @@ class Local(Synchronous):
         self._flat_reducer.end_round(applied=True)
 
     def _outer_step(self, part: slice, mean: Tensor, own: Tensor | None) -> None:
-        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: this rank's
-        contribution, if the average was started in the previous round. In that case the parameters keep the inner steps made
-        since then."""
+        """Update the anchor with `mean`, the averaged outer gradient, and set the parameters to the anchor. own: None, or this
+        rank's contribution if the average was started in the previous round. In that case the inner steps since then stay in the
+        parameters."""
         anchor, momentum, mu = self._anchor[part], self._momentum[part], self.options.outer_momentum
         momentum.mul_(mu).add_(mean)
         moved = (mean + mu * momentum).mul_(-self.options.outer_lr)
@@ -174,7 +175,7 @@ class Local(Synchronous):
         self.flat.copy_(target)
 
     def _average_group(self, t: int) -> None:
-        """Average the parameters within the group of round t. Collective over that group."""
+        """Average the parameters within this rank's group of round t. Collective over the group."""
         size, options = self.compute_comm.size, self.options
         with self.reducer.transport.timed():
             if options.group == "exponential":
@@ -185,8 +186,8 @@ class Local(Synchronous):
             self._peers.average(self.flat, mine, self.buffer.flat[0])
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a synchronization point: the parameters equal the anchor, nothing is in flight, and each rank has
-        its own inner state. Independent."""
+        """Return the state at a meeting. At a meeting the parameters equal the anchor and no average is in flight, but each rank
+        has its own inner optimizer state. Independent."""
         size, rank = self.compute_comm.size, self.compute_comm.rank
         assert self.optimizer is not None
         found = {"steps": Entry(torch.tensor(self._steps))}
@@ -198,7 +199,7 @@ class Local(Synchronous):
         return found | ({"outer/momentum": Entry(self._momentum)} if self._outer else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. If the number of ranks has changed, rank r takes the inner state of rank r modulo the old number.
+        """Load the state. If the number of ranks has changed from P, rank r takes the inner state of the former rank r mod P.
         Independent."""
         assert self.optimizer is not None
         self._steps = int(state["steps"])

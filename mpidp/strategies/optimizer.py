@@ -14,8 +14,8 @@ from mpidp.reducers.buckets import FlatLayout
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
-    """Return the optimizer class without its torch.compile wrappers, which would import torch._dynamo in every process (about one
-    second and 70 MB). Independent."""
+    """Return the optimizer class without its torch.compile wrappers. The wrappers would import torch._dynamo in every process,
+    which takes about one second and 70 MB. Independent."""
     plain = {"add_param_group": inspect.unwrap(kind.add_param_group), "step": torch.no_grad()(inspect.unwrap(kind.step))}
     return type(kind.__name__, (kind,), plain)
 
@@ -34,14 +34,15 @@ def make_torch_optimizer(
 
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-Memory = Callable[[int], Tensor]  # allocates that many zeroed float32 elements
+Memory = Callable[[int], Tensor]  # takes a number of elements, and returns a zeroed float32 tensor of this size
 
 
 class Optimizer:
-    """A torch optimizer over flat parameters, gradients and moments. This rank updates its share of the parameters. Independent.
+    """A torch optimizer over flat parameters, gradients and state tensors. This rank updates its share of the parameters.
+    Independent.
 
-    Ranks that share memory update one share each. The result does not depend on the shares: adamw, adam and sgd work element by
-    element, and their shares are cut at multiples of ALIGN; muon updates whole matrices.
+    Ranks that share memory update one share of the parameters each. The result does not depend on the shares. adamw, adam and sgd
+    work element by element, and their shares are cut at multiples of ALIGN. A share of muon consists of whole matrices.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class Optimizer:
         beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), multiple: int = ALIGN,
         holds: range | None = None,
     ) -> None:
-        """Weight decay applies to matrices, not to gains. name: adamw, adam, sgd (momentum beta1) or muon. muon uses torch's Muon
-        for the hidden matrices and AdamW for the other parameters. Muon's update is scaled to the size of AdamW's, so that one
-        learning rate serves both. parameters, gradients: (num_elements,). share: (index, count) of the share that this rank
-        updates, cut at multiples of `multiple` elements. holds: the shares whose moments this rank stores (default: all). With
-        `holds`, the caller saves the moments, and muon is not supported."""
+        """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1) or muon. muon
+        uses torch's Muon for the hidden matrices and AdamW for the other parameters. Muon's updates are scaled to the size of
+        AdamW's updates, so that both can use one learning rate. parameters, gradients: (num_elements,). share: (index, count) of
+        the share that this rank updates; shares are cut at multiples of `multiple` elements. holds: the indices of the shares
+        whose state this rank stores (default: all). With `holds`, the caller saves the state, and muon is not supported."""
         if name not in (*MOMENTS, "muon"):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
         self.updates = 0
-        self._steps: list[Tensor] = []  # torch has one step counter per piece
+        self._steps: list[Tensor] = []  # torch has one step counter per parameter
         self._matrices = _hidden_matrices(layout) if name == "muon" else {}
         bounds = slice_bounds(layout.num_elements, share[1], multiple)
         self.held = range(bounds[holds.start], bounds[holds.stop]) if holds is not None else range(layout.num_elements)
@@ -88,7 +89,8 @@ class Optimizer:
         return make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2)
 
     def _give_state(self, part: torch.optim.Optimizer, piece: torch.nn.Parameter, muon: bool, parameters: Tensor) -> None:
-        """Make the piece's state views of the flat moments, so that ranks that share memory have one copy."""
+        """Make the state of a piece of a parameter views of the flat state tensors, so that ranks that share memory have one
+        copy."""
         low = (piece.data_ptr() - parameters.data_ptr()) // 4 - self.held.start
         names = ("momentum_buffer",) if muon else MOMENTS.get(self._name, MOMENTS["adamw"])
         state = part.state[piece]
@@ -125,7 +127,7 @@ class Optimizer:
                 yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state tensors of all parameters by `parameter/key`, also of those that other ranks update."""
+        """Return the state tensors of all parameters, by `parameter/key`. This includes parameters that other ranks update."""
         found = {f"{what}/{key}": view for what, key, view in self._views()}
         return found | {f"{what}/step": torch.tensor(float(self.updates)) for what, key, _ in self._views() if key == "exp_avg"}
 
@@ -142,12 +144,12 @@ class Optimizer:
 
 
 class ShardedOptimizer:
-    """A torch optimizer over shards of parameters, each in separate memory (strategies/sharded.py). Independent."""
+    """A torch optimizer over shards of parameters. Each shard is a separate tensor (strategies/sharded.py). Independent."""
 
     def __init__(
         self, name: str, pieces: list[tuple[str, Tensor, bool]], weight_decay: float, beta1: float, beta2: float
     ) -> None:
-        """name: adamw, adam or sgd; pieces: (parameter name, this rank's shard, whether weight decay applies)."""
+        """name: adamw, adam or sgd. pieces: (parameter name, this rank's shard, whether weight decay applies)."""
         self.updates = 0
         self._pieces = [torch.nn.Parameter(piece) for _, piece, _ in pieces]
         self.state = [{key: torch.zeros_like(piece) for key in MOMENTS[name]} for piece in self._pieces]
@@ -184,8 +186,8 @@ class ShardedOptimizer:
 
 
 def _hidden_matrices(layout: FlatLayout) -> dict[str, int]:
-    """Return the matrices that Muon updates, numbered by decreasing cost. If shares receive matrices in turn in this order, all
-    shares cost about the same."""
+    """Return the names of the matrices that Muon updates, with their positions in the order of decreasing cost. If the matrices
+    are dealt to the shares in this order, all shares cost about the same."""
     outer = ("embedding.weight", "head.weight")
     hidden = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if p.dim() == 2 and not name.endswith(outer)]
     return {name: i for i, (_, name) in enumerate(sorted(hidden, reverse=True))}

@@ -1,7 +1,7 @@
 """The interface of strategies to the training loop. A new strategy is a new file that implements this interface; the training
 loop does not change.
 
-A *synchronization point* (in docs/methods.md: a meeting) is a step after which all ranks have one common model.
+A *meeting* is a step at which all ranks synchronize, and after which all have one common model.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class StepStats:
     """The result of Strategy.step()."""
 
     grad_norm: float  # norm of the averaged gradient before clipping; 0 if no update was due
-    skipped: bool  # whether the gradient was not finite or above the limit, or the batch had no target tokens
-    extra: Mapping[str, Any] = field(default_factory=dict)  # more entries for the step's line in metrics.jsonl
+    skipped: bool  # whether no update was made: the gradient was not finite or above the limit, or there were no target tokens
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further entries of the step's line in metrics.jsonl
 
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """The resolved settings of section strategy, and facts about the run. Meanings and defaults are in config/settings.py and
-    config/defaults.py. Each strategy reads only the settings that it uses."""
+    """The resolved settings of section `strategy`, and facts about the run. config/settings.py describes the settings;
+    config/defaults.py has their defaults. Each strategy reads only some of them."""
 
     sync_every: int  # steps between averages
-    meet_every: int  # steps between synchronization points
+    meet_every: int  # steps between meetings
     staleness: int  # largest delay of a gradient, in batches
-    quorum: float  # fraction of the lanes
+    quorum: float  # fraction of the lanes whose gradients a round waits for
     compensation: float  # lambda of delay compensation
     outer_lr: float
     outer_momentum: float
@@ -48,9 +48,9 @@ class StrategyOptions:
     group: str
     group_size: int
     servers: int  # number of servers, which are the last ranks
-    mode: str  # of the parameter server: sync, async or ssp
+    mode: str  # mode of the parameter server: sync, async or ssp
     total_steps: int = 0  # number of updates of the run
-    arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # the order to replay (arrivals.py)
+    arrivals: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)  # the arrivals to replay (arrivals.py)
     nodes: Sequence[Sequence[int]] = ()  # the ranks of each node
 
     @classmethod
@@ -65,27 +65,27 @@ class StrategyOptions:
 
 
 class Strategy(GradientSink, Protocol):
-    """Turns gradients into parameter updates, together with the other ranks."""
+    """Makes parameter updates from the gradients of all ranks."""
 
-    compute_comm: MPI.Intracomm  # the ranks that share the lanes
-    synchronizes_always: bool  # whether every step is a synchronization point
+    compute_comm: MPI.Intracomm  # the ranks among which the lanes are divided
+    synchronizes_always: bool  # whether every step is a meeting
     group: Group
-    one_copy: bool  # whether a group has one copy of parameters and optimizer state
+    one_copy: bool  # whether all ranks of a group use one copy of parameters and optimizer state
     reducer: Reducer
     buffer: Any  # the GradientBuffer; None if the strategy has none
-    survives_failures: bool  # whether it can resume from memory after a failure of ranks; otherwise from a checkpoint
+    survives_failures: bool  # whether a run resumes from memory after a failure of ranks; otherwise from a checkpoint
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether this step (counted from 1) is a synchronization point: all ranks exchange their results, and have one
-        common model afterwards. Evaluations, checkpoints and the end of the run are possible only at these steps. The result is
-        the same on every rank. Independent."""
+        """Return whether this step (counted from 1) is a meeting. Evaluations, checkpoints and the end of the run are possible
+        only at meetings. The result is the same on every rank. Independent."""
 
     def fill(self, forwards: int) -> None:
-        """Run `forwards` dummy forward passes, in strategies in which all ranks must run the same number; otherwise do nothing.
-        Collective in the former case."""
+        """Run `forwards` dummy forward passes if all ranks must run the same number of passes with this strategy; otherwise do
+        nothing. Collective over compute_comm in the first case."""
 
     def start(self) -> None:
-        """Prepare for the first step. Call it once; if a checkpoint is loaded, after that. Collective over compute_comm."""
+        """Prepare for the first step. Call this once. If a checkpoint is loaded, load it before this call. Collective over
+        compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
         """Call each observer with the gradient of every lane that this rank computes in the next step. Independent."""
@@ -94,11 +94,11 @@ class Strategy(GradientSink, Protocol):
         """Discard the gradients of the current step, which will be computed again. Independent."""
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Make an update from the step's gradients. tokens: number of target tokens in the global batch, or in this rank's part
-        of it if not every step is a synchronization point. limit: gradient norm above which the update is skipped. Collective."""
+        """Make an update from the step's gradients. tokens: number of target tokens in the global batch, or in this rank's lanes
+        if not every step is a meeting. limit: gradient norm above which the update is skipped. Collective over compute_comm."""
 
     def drain(self) -> None:
-        """Apply all updates in flight; afterwards all ranks have one common model. Collective."""
+        """Apply all updates in flight. Afterwards all ranks have one common model. Collective over compute_comm."""
 
     def state_dict(self) -> dict[str, Entry]:
         """Return the state, besides the parameters, that an exact resume needs. Independent."""
@@ -111,15 +111,16 @@ class Strategy(GradientSink, Protocol):
         Independent."""
 
     def resume_after_failure(self, before: Any) -> None:
-        """Resume from the state of `before`, the strategy on the ranks before a failure. This strategy works on the remaining
-        ranks in the same memory. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
+        """Resume from the state of `before`, the strategy from before a failure. This strategy uses the same memory, on the
+        remaining ranks. If another rank fails during this call, `before` is unchanged. Collective over compute_comm."""
 
     def resume_with_new_ranks(self, before: Any) -> None:
-        """Broadcast rank 0's state from `before`, the previous strategy (None on new ranks). Per-rank state stays with the ranks
-        that had it. If a rank fails during this call, `before` is unchanged. Collective over compute_comm."""
+        """Resume after new ranks have joined: broadcast rank 0's state from `before`, the previous strategy (None on new ranks).
+        State that differs between ranks stays on its ranks. If a rank fails during this call, `before` is unchanged. Collective
+        over compute_comm."""
 
     def flats(self) -> dict[str, Tensor]:
         """Return the tensors that must be equal on all replicas, by suffix of their names. Independent."""
 
     def close(self) -> None:
-        """Free shared memory, and with it parameters and state. Collective over compute_comm."""
+        """Free the shared memory with parameters and state. Collective over compute_comm."""

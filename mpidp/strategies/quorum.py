@@ -1,16 +1,17 @@
-"""A quorum: a step's update is made when a part of the lanes has arrived. Late gradients join a later update; none is dropped.
+"""A quorum: an update is made when the gradients of a fraction of the lanes have arrived. Late gradients are added to a later
+update, so none is dropped.
 
-Every rank computes its lanes of batch i at the parameters theta_i and contributes the gradient. Round i sums the contributions
-that have arrived when it closes (quorum_rounds.py). Every rank divides the sum by the number of target tokens in the round, as in
-`synchronous`, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i finds round i closed, makes the
-same update, and continues with batch i + 1. So replicas are equal at the same step. A late gradient was computed at the
-parameters theta_i of its batch, but is added up to `staleness` rounds later. At a synchronization point all contributions have
-arrived, so nothing is in flight at a checkpoint, an evaluation or the end.
+Every rank computes its lanes of batch i with the parameters theta_i and contributes the gradient. Round i sums the contributions
+that have arrived when the round closes (quorum_rounds.py). Every rank divides the sum by the number of target tokens in the
+round, as in `synchronous`, and makes the update from theta_i to theta_{i+1}. A rank that is late with batch i finds round i
+closed, makes the same update, and continues with batch i + 1. Therefore replicas are equal at the same step. A late gradient was
+computed with the parameters theta_i of its batch i, but is added up to `staleness` rounds later. At a meeting all contributions
+have arrived. Therefore nothing is in flight at a checkpoint, an evaluation or the end of the run.
 
 This is Eager-SGD's majority collective (Li 2020, "Taming unbalanced training workloads in deep learning with partial collective
 operations", section 4) combined with the bounded staleness of SSP (Ho 2013, section 3). A thread of rank 0 receives notices of
-contributions and sends the members of each round to the threads of all ranks. Then all threads take part in the sum; those
-without a contribution add zeros.
+contributions and tells the threads of all ranks which contributions join each round. Then all threads take part in the sum. A
+rank without a contribution adds zeros.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.quorum_rounds import RoundTracker
 from mpidp.strategies.synchronous import Synchronous
 
-# Tags. GIVEN: notice of a contribution, sent to rank 0. CLOSED: members of a closed round, sent by rank 0. Both messages have
-# float64 values: number of target tokens, whether ranks synchronize at this batch, and with CLOSED the number of contributions of
-# each rank.
+# Tags of MPI messages. GIVEN: notice of a contribution, sent to rank 0. CLOSED: the contributions of a closed round, sent by rank
+# 0. Both messages have float64 values: the number of target tokens, whether ranks synchronize at this batch, and in CLOSED
+# messages the number of contributions of each rank.
 GIVEN, CLOSED = range(2)
-FIRST_SECONDS, LONGEST_SECONDS = 5e-5, 5e-4  # pause between two polls, growing while nothing happens
+FIRST_SECONDS, LONGEST_SECONDS = 5e-5, 5e-4  # shortest and longest pause between two polls; pauses grow while nothing arrives
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Round:
 
     slot: int  # index of the gradient buffer with the sum
     tokens: float  # target tokens in the sum
-    joined: list[int]  # number of contributions of each rank
+    joined: list[int]  # number of contributions of each rank in the sum
 
 
 class Quorum(Synchronous):
@@ -77,27 +78,27 @@ class Quorum(Synchronous):
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
         self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # sums run in a thread, which must leave the core to backward
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
-        self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floats, 0.1 x 30 exceeds 3
+        self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # as floats, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
         self._slot = 0  # the slot of the current batch; 0: none so far
         self._steps = 0
-        self._joined: list[list[int]] = []  # contributions of each rank, by round since the last synchronization point
+        self._joined: list[list[int]] = []  # number of contributions of each rank in each round since the last meeting
         self._background = Background()
-        self._serving = self._closing = False  # whether the thread serves; whether it must end
-        self._tracker: RoundTracker  # since the last synchronization point
-        self._given: SimpleQueue[tuple[int, float, bool]] = SimpleQueue()  # to the thread: slot, target tokens, synchronizes
+        self._serving = self._closing = False  # whether the thread runs _serve(); whether it must end
+        self._tracker: RoundTracker  # tracks the rounds since the last meeting
+        self._given: SimpleQueue[tuple[int, float, bool]] = SimpleQueue()  # to the thread: (slot, target tokens, synchronizes)
         self._summed: SimpleQueue[Round | BaseException] = SimpleQueue()  # from the thread
         # Used by the thread only:
         self._waiting: deque[int] = deque()  # slots of contributions that have not joined a round
         self._sends: list[tuple[MPI.Request, np.ndarray]] = []
-        self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received there from each rank
+        self._notices, self._received = 0, [0] * len(self._lanes)  # notices sent to rank 0; received by rank 0 from each rank
 
     def more_slots(self, options: StrategyOptions) -> int:
         """Return staleness + 1 (see the class). Independent."""
         return options.staleness + 1
 
     def start(self) -> None:
-        """Prepare for the first step. Raises UsageError if the run to replay synchronized at other steps. Collective over
+        """Prepare for the first step. Raises UsageError if the replayed run synchronized at other steps. Collective over
         compute_comm."""
         super().start()
         order, last = self.options.arrivals, self.options.total_steps
@@ -116,7 +117,7 @@ class Quorum(Synchronous):
         yield
 
     def _begin(self) -> None:
-        """Provide a slot for the current batch, and start the thread after a synchronization point."""
+        """Provide a slot for the current batch, and start the thread after a meeting."""
         if not self._serving:
             next_sync = min((step for step in self.options.arrivals if step > self._steps), default=0)
             order = self.options.arrivals[next_sync][len(self._joined) :] if next_sync else None
@@ -134,11 +135,10 @@ class Quorum(Synchronous):
             self.buffer.flat[self._slot].zero_()
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Contribute this rank's part of the batch, and make the update of the batch's round. tokens: number of target tokens in
-        this rank's part of the batch. Collective over compute_comm at a synchronization point; otherwise this rank waits for the
-        quorum only."""
+        """Contribute the gradient of this rank's lanes, and make the update of the batch's round. tokens: number of target tokens
+        in this rank's lanes. Collective over compute_comm at a meeting. At other steps this rank waits only for the quorum."""
         self.reducer.observers.enter("reduce")
-        self._begin()  # needed if this rank computed nothing
+        self._begin()  # needed if this rank had no lanes to compute
         synchronizes = self.synchronizes_at(self._steps + 1)
         self._given.put((self._slot, tokens, synchronizes))
         self._slot = 0
@@ -172,8 +172,8 @@ class Quorum(Synchronous):
         return StepStats(grad_norm=norm, skipped=skipped)
 
     def _round_report(self) -> dict[str, Any]:
-        """Return the members of each round and the number of late lanes since the last synchronization point, for metrics.jsonl.
-        The same on every rank."""
+        """Return the arrivals and the number of late lanes since the last meeting, for metrics.jsonl. The result is the same on
+        every rank."""
         late, had = 0, [0] * len(self._lanes)
         for batch, joined in enumerate(self._joined):
             for rank, count in enumerate(joined):
@@ -186,7 +186,7 @@ class Quorum(Synchronous):
     # The thread
 
     def _serve(self, tracker: RoundTracker) -> None:
-        """Serve all rounds from one synchronization point to the next. Collective over compute_comm."""
+        """Sum all rounds from one meeting to the next. Runs in the thread. Collective over compute_comm."""
         pause = FIRST_SECONDS
         try:
             while not self._closing:
@@ -263,12 +263,12 @@ class Quorum(Synchronous):
     # Checkpoints and the end
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state at a synchronization point, when nothing is in flight. Independent."""
+        """Return the state at a meeting. No contribution is in flight then. Independent."""
         found = super().state_dict() | {"steps": Entry(torch.tensor([self._steps]))}
-        return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if batches were skipped there
+        return found | ({"joined": Entry(torch.tensor(self._joined))} if self._joined else {})  # if the last batch was skipped
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state. Raises UsageError if the state is from a run without a quorum. Independent."""
+        """Load the state. Raises UsageError if it is from a run without a quorum. Independent."""
         own = {name: state[name] for name in ("steps", "joined") if name in state}
         if "steps" not in own:
             raise UsageError("strategy.quorum is below 1, but the checkpoint is of a run without a quorum")
@@ -282,7 +282,7 @@ class Quorum(Synchronous):
         self._closing = True
 
     def close(self) -> None:
-        """Stop the thread, and receive the remaining notices on rank 0. The thread may be in the middle of a round if all ranks
+        """Stop the thread, and receive the remaining notices on rank 0. If the thread is in the middle of a round, all ranks must
         end at the same batch. Collective over compute_comm."""
         self._closing = True
         self._background.close()

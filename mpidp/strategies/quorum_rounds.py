@@ -1,13 +1,14 @@
 """Decides which contributions each round of a quorum sums, from the order in which they arrive. Pure.
 
-Every rank contributes its part of batch 0, 1, 2, ...; round i makes the update of batch i. Round i closes when
+Every rank contributes the gradients of its lanes of batch 0, 1, 2 and so on. Round i makes the update of batch i. Round i closes
+when
 
 1. the ranks that have contributed to batch i hold at least `needed` lanes,
 2. the contributions contain target tokens (in an epoch's last batch some lanes are empty), and
 3. no rank is more than `staleness` batches behind.
 
-At a synchronization point (in docs/methods.md: a meeting), the round closes only when all contributions have arrived. A
-contribution that arrives after its round joins the next round that closes. So every contribution is summed exactly once.
+At a meeting, the round closes only when all contributions have arrived. A contribution that arrives after its round joins the
+next round that closes. Therefore every contribution is summed exactly once.
 """
 
 from __future__ import annotations
@@ -19,31 +20,32 @@ from mpidp.errors import MpidpError
 
 
 class RoundTracker:
-    """Tracks the rounds from one synchronization point to the next. Independent."""
+    """Tracks the rounds from one meeting to the next. Independent."""
 
     def __init__(
         self, lanes: Sequence[int], needed: int, staleness: int, order: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """lanes: number of lanes of each rank; order: for a replay, the ranks in each round, once for each contribution."""
+        """lanes: number of lanes of each rank. order: None, or in a replay the ranks in each round, once for each
+        contribution."""
         self.lanes, self.needed, self.staleness = lanes, needed, staleness
-        self.round = 0  # the round that closes next, and the number of its batch
+        self.round = 0  # the number of the round that closes next, and of its batch
         self.given = [0] * len(lanes)  # number of contributions received from each rank
         self._waiting = [deque[float]() for _ in lanes]  # target tokens of the contributions that have not joined a round
         self._order = None if order is None else deque(order)
         self._synchronizes = False
 
     def add(self, rank: int, tokens: float, synchronizes: bool) -> None:
-        """Record a rank's next contribution. tokens: its target tokens; synchronizes: whether all ranks synchronize at its
-        batch."""
+        """Record a rank's next contribution. tokens: number of its target tokens. synchronizes: whether all ranks synchronize at
+        this batch."""
         self._waiting[rank].append(tokens)
         self.given[rank] += 1
         if self.given[rank] > self.round:
             self._synchronizes = synchronizes
 
     def close_round(self) -> tuple[list[int], float, bool] | None:
-        """Close the next round if possible. Return (number of contributions of each rank that join, their target tokens, whether
-        all ranks synchronize at this round), or None if the round must wait. Raises MpidpError if the replayed run synchronized
-        at another step."""
+        """Close the next round if possible. Return (number of contributions of each rank in the round, their target tokens,
+        whether all ranks synchronize at this round), or None if the round cannot close yet. Raises MpidpError if the replayed run
+        synchronized at another step."""
         joining = [len(waiting) for waiting in self._waiting]
         if self._order is not None:
             joining = self._repeated()

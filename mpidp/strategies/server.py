@@ -1,18 +1,18 @@
-"""The parameter server: N workers compute gradients; M servers hold slices of parameters and optimizer state, and update them.
+"""The parameter server: N workers compute gradients, and M servers store and update slices of the parameters and optimizer state.
 
-A worker pushes slices of its gradient to the servers and waits for their slices of the parameters, without a global barrier. See
-Li 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3. The last M ranks of the job are servers.
-Servers compute no gradients; workers hold no optimizer state.
+A worker pushes slices of its gradient to the servers and waits for the updated slices of the parameters, without a global
+barrier. See Li 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3. The last M ranks of the job are
+servers. Servers compute no gradients. Workers store no optimizer state.
 
-| mode | a server applies | and answers |
+| mode | a server applies | it answers |
 |---|---|---|
 | sync | the sum of all workers' gradients of a batch, added in order of workers | after the update |
-| async | every push when it arrives | at once |
-| ssp | every push when it arrives | workers at most `staleness` batches ahead of the slowest (Ho 2013) |
+| async | every push when it arrives | immediately |
+| ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest (Ho 2013) |
 
-A push with n of the batch's |B| target tokens is applied with learning rate lr n / |B|, so that all pushes of a batch make up one
-step. If a push is late by r whole rounds of updates, the rate is divided by 1 + r (Zhang 2016, "Staleness-aware Async-SGD", eq.
-6, with the delay counted in rounds).
+A push with n of the batch's |B| target tokens is applied with learning rate lr n / |B|, so the rates of all pushes of a batch add
+up to lr. If N r updates or more were made since the worker received its parameters, the rate is divided by 1 + r, where r is the
+largest such integer (Zhang 2016, "Staleness-aware Async-SGD", eq. 6, with the delay in units of N updates).
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from mpidp.errors import MpidpError
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
 
-HEADER, GRADIENT, ANSWER, PARAMETERS = range(4)  # tags
+HEADER, GRADIENT, ANSWER, PARAMETERS = range(4)  # tags of MPI messages
 WORKER, BATCH, TOKENS, VERSION, LR = range(5)  # fields of a header, float64
 PendingReceive = tuple[MPI.Request, Tensor | None, Tensor | None]  # request, wire tensor, destination
-ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice; in mode sync, gradient norm and skipped
+ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice; the other two are for mode sync
 
 
 class Server(Synchronous):
-    """Parameter-server strategy. Workers push slot 0 of the gradient buffer. Servers receive into slot 1 and sum in slot 0."""
+    """Implements the parameter server. Workers push slot 0 of the gradient buffer. Servers receive into slot 1 and sum in slot
+    0."""
 
     survives_failures = False
     synchronizes_always = False
@@ -62,14 +63,14 @@ class Server(Synchronous):
         self._version = 0  # number of updates of this server's slice
         self._pushed = 0  # number of batches that a worker has pushed, or a server has received from all workers
         self._clocks = [0] * self._workers  # number of pushes received from each worker
-        self._waiting: dict[int, int] = {}  # workers that wait for an answer, and the batch that they pushed
+        self._waiting: dict[int, int] = {}  # the batch pushed by each worker that waits for an answer
         self._steps = 0
         self._stats = StepStats(0.0, False)
-        self._arrived: list[int] = []  # workers in order of their pushes since the last synchronization point
-        self._expected: deque[int] = deque()  # the order to replay
+        self._arrived: list[int] = []  # workers, in the order of their pushes since the last meeting
+        self._expected: deque[int] = deque()  # the workers whose pushes come next in a replay
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the arguments of Optimizer for a server's slice; None on workers, which update nothing. Independent."""
+        """Return the arguments of Optimizer for a server's slice. Return None on workers, which update nothing. Independent."""
         index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
         return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
 
@@ -78,9 +79,9 @@ class Server(Synchronous):
         return int(self.compute_comm.rank >= self.compute_comm.size - options.servers)
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """A worker pushes its gradient and waits for the answers. A server serves until it has applied every worker's push of
-        this batch. tokens: number of target tokens in this rank's part of the batch. Collective over compute_comm at a
-        synchronization point, else between workers and servers."""
+        """On a worker: push the gradient and wait for the answers. On a server: receive, apply and answer pushes until every
+        worker's push of this batch has been applied. tokens: number of target tokens in this rank's lanes. All ranks must call
+        this the same number of times. Collective over compute_comm at a meeting."""
         synchronizes = self.synchronizes_at(self._steps + 1)
         if self._mine is None:
             stats = self._work(lr, tokens, limit, synchronizes)
@@ -96,13 +97,14 @@ class Server(Synchronous):
         self.reducer.observers.enter("reduce")
         gradient, sync = self.buffer.flat[0], self.options.mode == "sync"
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        if not sync:  # each push makes an update of its own, so it is clipped or skipped here
+        if not sync:  # each push causes a separate update, so the gradient is clipped or skipped here
             norm = global_norm(gradient) * scale if tokens else 0.0
             if not (math.isfinite(norm) and norm <= limit):
                 tokens = 0
             gradient.mul_(scale * (self.clip / norm if self.clip and norm > self.clip else 1.0))
         with self.reducer.transport.timed():
-            # Post receives first, so that an answering server never waits for a worker that still pushes to another server.
+            # Start the receives first. Otherwise a server that answers could wait for a worker that still pushes to another
+            # server.
             pulls = [self._begin_pull(server, parameters=not synchronizes) for server in range(self._servers)]
             self._push(gradient, lr, tokens)
             for server, (answer, parts) in enumerate(pulls):
@@ -155,14 +157,14 @@ class Server(Synchronous):
         return self._stats
 
     def _next(self) -> int:
-        """Return the source of the next push: any worker, or the one in the replayed run."""
+        """Return the rank from which to receive the next push: any worker, or in a replay the worker of the replayed run."""
         if not self.options.arrivals:
             return MPI.ANY_SOURCE
         if not self._expected:
             next_sync = min((step for step in self.options.arrivals if step > self._steps), default=-1)
             order = self.options.arrivals.get(next_sync, [[]] * self._servers)[self.compute_comm.rank - self._workers]
             if not order:
-                raise MpidpError(f"strategy.replay: the replayed run has no arrivals after step {self._steps}: it was shorter")
+                raise MpidpError(f"strategy.replay: the replayed run ended at step {self._steps}: lower train.steps")
             self._expected.extend(order)
         return self._expected.popleft()
 
@@ -176,7 +178,7 @@ class Server(Synchronous):
                 transport.store(wire, arrived[start:stop])
 
     def _apply(self, header: np.ndarray) -> None:
-        """Apply a push. Skip it if it has no target tokens, or if its gradient is not finite."""
+        """Apply a push. Skip the push if it has no target tokens, or if its gradient is not finite."""
         self.reducer.observers.enter("apply")
         arrived = self.buffer.flat[1, self._mine]
         norm = float(torch.linalg.vector_norm(arrived))
@@ -190,7 +192,7 @@ class Server(Synchronous):
         self._stats = StepStats(norm, False)
 
     def _answer_ready(self, synchronizes: bool) -> None:
-        """Answer the waiting workers that may continue. At a synchronization point answers contain no parameters, because all
+        """Answer the waiting workers that may continue. At a meeting answers contain no parameters, because all
         ranks then receive the parameters together."""
         slowest = min(self._clocks)
         for worker, batch in list(self._waiting.items()):
@@ -210,8 +212,8 @@ class Server(Synchronous):
                 wire.sent_bytes += piece.nbytes
 
     def _serve_all(self, limit: float, synchronizes: bool) -> StepStats:
-        """Mode sync: add all workers' gradients of a batch in order of workers, scale, clip by the norm over all servers, and
-        update."""
+        """In mode sync, add all workers' gradients of a batch in order of workers, scale the sum, clip it by the norm over all
+        servers, and update."""
         self.reducer.observers.enter("reduce")
         total, header, tokens, lr = self.buffer.total[self._mine], np.zeros(5), 0.0, 0.0
         total.zero_()
@@ -252,7 +254,7 @@ class Server(Synchronous):
     # All ranks
 
     def _publish_all(self) -> dict[str, Any]:
-        """At a synchronization point, broadcast every server's slice; return the order of pushes for metrics.jsonl, except in
+        """At a meeting, broadcast every server's slice of the parameters. Return the order of pushes for metrics.jsonl, except in
         mode sync. Collective over compute_comm."""
         self.reducer.observers.enter("publish")
         wire = self.reducer.transport
@@ -268,7 +270,7 @@ class Server(Synchronous):
         return {} if self.options.mode == "sync" else {"arrivals": [order for _, order in rows]}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the server's slice of the optimizer state; workers have none. Independent."""
+        """Return the counts of steps and, on a server, its slice of the optimizer state. Independent."""
         steps = {"steps": Entry(torch.tensor([self._steps, self._pushed]))}
         if self._mine is None:
             return steps

@@ -1,11 +1,12 @@
-"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or also parameters (3): torch's FSDP2
-(Zhao 2023; ZeRO-2 and 3, Rajbhandari 2020) over mpidp.c10d.
+"""Synchronous data parallelism with sharded gradients and optimizer state (mesh.shard=2), or also sharded parameters
+(mesh.shard=3). It uses torch's FSDP2 (Zhao 2023; ZeRO-2 and 3, Rajbhandari 2020) over mpidp.c10d.
 
-Every rank has some rows of each parameter. The parameters of a Transformer block are gathered before the block is computed. For
-each micro-batch, the block's gradient is summed over the ranks, and each rank keeps its rows of the sum. Level 2 keeps the
-gathered parameters until the last backward pass of the step; level 3 frees them when the block is computed.
+Every rank stores some rows of each parameter. The parameters of a Transformer block are gathered before the block is computed.
+For each micro-batch, the block's gradient is summed over the ranks, and each rank keeps its rows of the sum. At level 2, the
+gathered parameters are kept until the last backward pass of the step. At level 3, they are freed when the block has been
+computed.
 
-Forward and backward passes are therefore collective: a rank with fewer or empty micro-batches runs dummy passes. MPI chooses the
+Forward and backward passes are therefore collective. A rank with fewer or empty micro-batches runs dummy passes. MPI chooses the
 order of addition, so weights equal the weights of level 0 only up to rounding.
 """
 
@@ -33,7 +34,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> None:
-    """Shard the model: each rank keeps its rows of every parameter. Raises UsageError if torch.distributed is already
+    """Shard the model, so that each rank keeps its rows of every parameter. Raises UsageError if torch.distributed is already
     initialized. Collective over comm."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -49,12 +50,12 @@ def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> 
     mesh = DeviceMesh.from_group(world, device.type)
     for module in [*model.blocks.children(), model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=level == 3)
-        module.set_gradient_divide_factor(1.0)  # sum, not mean: losses were divided by the tokens of all ranks
+        module.set_gradient_divide_factor(1.0)  # sum gradients, because losses are divided by the tokens of all ranks
         module.set_force_sum_reduction_for_comms(True)
 
 
 def unshard_for_good() -> None:
-    """End torch.distributed after shard(); sharded models cannot be used afterwards. Collective over the comm of shard()."""
+    """End torch.distributed after shard(). Sharded models cannot be used afterwards. Collective over the comm of shard()."""
     import torch.distributed as dist
 
     import mpidp.c10d
@@ -76,19 +77,19 @@ class Sharded:
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
         model: torch.nn.Module, level: int,
     ) -> None:
-        """Takes the arguments of Synchronous. Of the reducer, only lanes, shares and transport are used. model: is sharded here.
-        level: 2 or 3. Collective over comm."""
+        """Takes the arguments of Synchronous. Only the attributes lanes, shares and transport of the reducer are used. model: the
+        model, which this constructor shards. level: 2 or 3. Collective over comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy, self.level = comm, group, reducer, False, level
         self.model: Any = model
         self.clip, self.nominal_tokens = clip, nominal_tokens
         self._parts = parts
         lanes, shares = reducer.lanes, reducer.shares
-        # Forward passes of every rank per step: as many as the rank with the most micro-batches needs.
+        # The number of forward passes of every rank in a step: as many as the rank with the most micro-batches needs.
         self._most = max(sum(len(lanes.micro_batches(lane)) for lane in mine) for mine in shares.ranges)
-        self._made = self._open = 0  # forward passes of this step; of them, those without backward
+        self._made = self._open = 0  # forward passes of this step before the current micro-batch, and of the current micro-batch
         shard(model, comm, level, reducer.transport.device)
         self.named = list(model.named_parameters())
-        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # per gather of all shards
+        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # by one gather of all shards
         pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
@@ -99,8 +100,9 @@ class Sharded:
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
-        """Run the backward pass of micro-batch v inside; after the last one, run dummy passes until this rank has run as many as
-        the other ranks. Collective over compute_comm; ranks may pass different v."""
+        """Return a context in which micro-batch v must be computed. At the end of the rank's last micro-batch, the context runs
+        dummy passes until this rank has run as many as the other ranks. Ranks may pass different v. Collective over
+        compute_comm."""
         self._keep(last and self._made + 1 >= self._most)
         yield
         if not self._open:  # the micro-batch was empty
@@ -123,7 +125,7 @@ class Sharded:
 
     @torch.no_grad()
     def fill(self, forwards: int) -> None:
-        """Run `forwards` dummy forward passes, because other ranks run this many more passes. Collective over compute_comm."""
+        """Run `forwards` dummy forward passes, because other ranks run this many passes more. Collective over compute_comm."""
         for _ in range(forwards):
             self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.named[0][1].device))
 
@@ -146,11 +148,11 @@ class Sharded:
             p.grad = None
 
     def step(self, lr: float, tokens: int, limit: float = math.inf) -> StepStats:
-        """Scale, clip and update as Synchronous.step does, on shards. The norm is summed in order of ranks, so every rank gets
-        the same bits. Collective over compute_comm."""
+        """Scale, clip and update like Synchronous.step, but on shards. The squares of the norm are added in order of ranks, so
+        every rank gets the same bits. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         reshard_all(self.model)
-        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # also made by dummy passes
+        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # of dummy passes, too
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
         if self.clip and norm > self.clip:
@@ -162,8 +164,8 @@ class Sharded:
                 gradient.mul_(scale)
             self.optimizer.step(gradients, lr)
         self.discard()
-        gathers = 2 * self._most if self.level == 3 else 1  # one before each forward and backward, or one per step
-        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)  # and one sum after each backward
+        gathers = 2 * self._most if self.level == 3 else 1  # one before each forward and each backward pass, or one per step
+        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)  # and one sum after each backward pass
         self.reducer.observers.enter("publish")
         return StepStats(grad_norm=norm, skipped=skipped)
 
@@ -181,7 +183,7 @@ class Sharded:
         """Do nothing: no update is in flight between steps. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return {}: no tensor is replicated. Independent."""
+        """Return {}, because no tensor is replicated. Independent."""
         return {}
 
     def held(self) -> dict[str, int]:

@@ -1,9 +1,9 @@
-"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each rank (or each node whose
-ranks share parameters) has a copy of the parameters. It stores the optimizer state of one slice, updates this slice, and receives
-the other updated slices.
+"""Synchronous training with a sharded optimizer state (mesh.shard=1; ZeRO-1, Rajbhandari 2020). Each rank has a copy of the
+parameters, or the ranks of a node share one copy. Each rank stores the optimizer state of one slice and updates this slice. Then
+all updated slices are gathered into every copy.
 
-Sums do not change, and updates work element by element: the weights equal the weights of level 0 bit for bit. If all ranks are on
-one node and share a copy, the state exists only once even without sharding.
+Gradients are summed as at level 0, and updates work element by element. Therefore the weights equal the weights of level 0 bit
+for bit. If all ranks are on one node and share a copy, the state exists only once even without sharding.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from mpidp.strategies.synchronous import Synchronous
 
 
 class Sliced(Synchronous):
-    """Each rank updates one slice. A node whose ranks share a copy stores the slices of all its ranks."""
+    """Implements mesh.shard=1. Each rank updates one slice. If the ranks of a node share a copy, the node stores the optimizer
+    state of the slices of all its ranks."""
 
     survives_failures = False  # a slice is lost with the rank that holds it
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return this rank's slice and the slices that its memory holds. Independent."""
+        """Return the arguments of Optimizer for the slice that this rank updates, and for the slices whose state its memory
+        holds. Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
         return {"share": (rank, size), "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
-        """Gather all slices into every copy. If the ranks of a node share a copy, each rail carries a part."""
+        """Gather all slices into every copy. If the ranks of a node share a copy, each rail exchanges an equal range of each
+        node's slices."""
         transport = self.reducer.transport
         with transport.timed():
             self.group.fence()
@@ -46,7 +49,7 @@ class Sliced(Synchronous):
             self.group.fence()
 
     def _of_nodes(self) -> list[range]:
-        """Return the part of each node's slices that this rank's rail carries. All rails carry equal parts."""
+        """Return, for each node, the range of elements that this rank's rail exchanges."""
         bounds, rail, found = slice_bounds(self.flat.numel(), self.compute_comm.size), self.group.node.rank, []
         for members in self.group.members:
             start, stop = bounds[members.start], bounds[members.stop]
@@ -55,7 +58,7 @@ class Sliced(Synchronous):
         return found
 
     def _exchange(self, comm: MPI.Intracomm, parts: list[range]) -> None:
-        """Allgather the parameters in place; parts: the range that each rank of comm has written. Collective over comm."""
+        """Allgather the parameters in place. parts: the range that each rank of comm has written. Collective over comm."""
         transport, step = self.reducer.transport, max(1, PIECE_BYTES // 4 // comm.size)
         for low in range(0, max(map(len, parts)), step):
             now = [part[low : low + step] for part in parts]
@@ -76,8 +79,8 @@ class Sliced(Synchronous):
         return {"": self.flat}
 
     def state_dict(self) -> dict[str, Entry]:
-        """Return the state that this rank updates, as boxes of the parameters' tensors. A parameter without such state has an
-        empty box. Independent."""
+        """Return the optimizer state of this rank's slice, as boxes of the parameters' tensors. A parameter outside the slice has
+        an empty box. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
         for key, flat in zip(optimizer.keys, optimizer.moments().values(), strict=True):

@@ -1,7 +1,7 @@
 """Exact synchronous data parallelism: each step averages all lanes, and all replicas (or rank 0) make the same update.
 
-theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)): this is the mean over the tokens
-of the global batch, not a mean of means. docs/equations.md explains the formula.
+theta <- update(theta, (sum over lanes of the gradients of token losses) / (number of tokens)). The gradient is the mean over the
+tokens of the global batch, not a mean of the means of lanes or ranks. docs/equations.md explains the formula.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ class Synchronous:
         make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
-        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm; 0: no
-        clipping. nominal_tokens: global_batch x seq_len; losses are divided by it. one_copy: whether the ranks of a group share
-        parameters and optimizer state; then each updates a part. spare_slots: number of gradient buffers in addition to those of
-        the reducer. most_slots: number of gradient buffers that this rank may need after failures of other ranks. parts: this
-        rank's part of the model, if the model is cut. Collective over comm."""
+        """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, or 0 for no
+        clipping. nominal_tokens: global_batch x seq_len, by which losses are divided. one_copy: whether the ranks of a group
+        share one copy of parameters and optimizer state, of which each rank updates a share. spare_slots: number of gradient
+        buffers in addition to those of the reducer. most_slots: number of gradient buffers that this rank may need after failures
+        of other ranks. parts: this rank's part of the model, if the model is divided by mesh.tp or mesh.pp. Collective over
+        comm."""
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, one_copy
         self.options = options or StrategyOptions.of()
         spare_slots += self.more_slots(self.options)
@@ -75,13 +76,13 @@ class Synchronous:
         if one_copy and launched_with_ulfm():
             self._spare = [memory(flat.numel()) for flat in self.flats().values()]
         self.torn = False  # whether the last update of shared tensors is incomplete because a rank failed
-        self._late: MPI.Exception | None = None  # a failure to raise at the next micro_batch()
+        self._late: MPI.Exception | None = None  # a failure that the next micro_batch() raises
         self._last = False
         self.buffer.on_full(lambda: self._last and reducer.overlaps(), reducer.begin)
 
     def optimizer_share(self) -> dict[str, Any] | None:
-        """Return the arguments of Optimizer for the share of the parameters that this rank updates; None if it updates nothing.
-        Independent."""
+        """Return the arguments of Optimizer for the share of the parameters that this rank updates. Return None if this rank
+        updates nothing. Independent."""
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
@@ -91,8 +92,8 @@ class Synchronous:
         return 0
 
     def resume_after_failure(self, before: Synchronous) -> None:
-        """Take over the state of `before`. If its last update is incomplete, first restore the copy from before the update.
-        Collective over compute_comm."""
+        """Take over the state of `before`. If the last update of `before` is incomplete, first restore the copy from before the
+        update. Collective over compute_comm."""
         if before.torn:
             self._copy_share(before._spare, list(self.flats().values()))
         if self.optimizer is not None and before.optimizer is not None:
@@ -109,7 +110,7 @@ class Synchronous:
         self.reducer.stop_worker()
 
     def synchronizes_at(self, step: int) -> bool:
-        """Return whether this step is a synchronization point. Independent."""
+        """Return whether this step is a meeting. Independent."""
         return self.synchronizes_always or step % self.options.meet_every == 0 or step == self.options.total_steps
 
     def start(self) -> None:
@@ -135,7 +136,7 @@ class Synchronous:
         for flat in flats:
             wire = flat.cpu()  # on the CPU this is flat itself
             for start, stop in pieces(0, wire.numel()):
-                self.compute_comm.Bcast(buf(wire[start:stop]), root=0)  # ranks that share a copy receive the same values
+                self.compute_comm.Bcast(buf(wire[start:stop]), root=0)  # ranks that share memory write the same values
             flat.copy_(wire)
         self.group.fence()
 
@@ -151,8 +152,8 @@ class Synchronous:
         self._last = False
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:
-        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not keep
-        lanes apart. Independent."""
+        """Call each observer with the gradient of every lane in the next step. Raises ValueError if the reducer does not store
+        the gradients of single lanes. Independent."""
         self.reducer.observe_lanes(observers)
 
     def discard(self) -> None:
@@ -165,7 +166,7 @@ class Synchronous:
         compute the same norm. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         scale, norm = self.nominal_tokens / max(1, tokens), 0.0
-        with commit(self.compute_comm):  # before the end of this block no rank updates; after it all remaining ranks do
+        with commit(self.compute_comm):  # no rank updates before the end of this block; after it all remaining ranks update
             with self.reducer.observers.span("reduction"):
                 self.reducer.finish()
             if self._parts is not None:
@@ -175,7 +176,7 @@ class Synchronous:
                 norm = self.reducer.norm() * scale
                 if self.clip and norm > self.clip:
                     scale *= self.clip / norm
-            skipped = not (tokens and math.isfinite(norm) and norm <= limit)  # tokens is 0 if every target is masked
+            skipped = not (tokens and math.isfinite(norm) and norm <= limit)  # tokens is 0 if no target has a loss
             if not skipped:
                 self.reducer.scale(scale)
                 self._copy_share(list(self.flats().values()), self._spare)
@@ -191,8 +192,9 @@ class Synchronous:
 
     def _publish(self) -> None:
         """Publish the updated parameters. If a rank fails during an update of shared parameters, the update is incomplete, and
-        all ranks restore the copy. Otherwise the step is complete, and a failure here is raised at the next micro_batch(), before
-        gradients that other ranks may still read are overwritten. Collective over compute_comm."""
+        all ranks restore the copy from before the update. Without shared parameters the step is complete. Then the next
+        micro_batch() raises the failure, before it overwrites gradients that other ranks may still read. Collective over
+        compute_comm."""
         if self._spare:
             self.torn = True
             with commit(self.compute_comm):
@@ -208,7 +210,8 @@ class Synchronous:
             self._late = failure
 
     def _copy_share(self, source: list[Tensor], target: list[Tensor]) -> None:
-        """Copy this rank's slice of each tensor from source to target. The other ranks of the node copy theirs. Independent."""
+        """Copy this rank's slice of each tensor from source to target. The other ranks of the node copy the other slices.
+        Independent."""
         bounds = slice_bounds(self.flat.numel(), self.group.node.size)
         mine = slice(bounds[self.group.node.rank], bounds[self.group.node.rank + 1])
         for one, other in zip(source, target, strict=False):
@@ -246,7 +249,7 @@ class Synchronous:
             self.optimizer.load_state_dict({name: value for name, value in state.items() if name not in held})
 
     def close(self) -> None:
-        """Free shared memory, and with it parameters, gradients and state. Collective over compute_comm."""
+        """Free the shared memory with parameters, gradients and state. Collective over compute_comm."""
         self.reducer.stop_worker()
         self.group.fence()
         if self.group.node.size > 1:

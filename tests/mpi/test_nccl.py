@@ -1,4 +1,5 @@
-"""Laws of exchanges without MPI: the same bits as over MPI. gloo on the CPU replaces NCCL, since no GPU was available."""
+"""Law: exchanges without MPI give the same bits as exchanges with MPI. gloo on the CPU replaces NCCL, because no GPU was
+available."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from torch import distributed
 import mpidp.train
 import mpidp.training.build
 import mpidp.training.run_plan
-from mpidp.comm import nccl
+from mpidp.comm import nccl, store
 from mpidp.comm.nccl import Nccl, check_nccl
 from mpidp.data.lanes import Lanes
 from mpidp.errors import MpidpError, UsageError
@@ -50,7 +51,8 @@ def test_the_others_are_close_to_the_exact_sum(kind: str, cut: tuple[int, int, i
 
 
 def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() -> None:
-    """Rank r sends to s a range of length r + 2 s from 100 r + s. Offsets are odd and some ranges are empty."""
+    """Rank r sends to rank s a range of length (r + 2 s) mod 4 that begins at 100 r + s. Some offsets are odd. Some ranges
+    are empty."""
 
     def exchanged(comm: MPI.Intracomm) -> bool:
         def length(r: int, s: int) -> int:
@@ -106,7 +108,9 @@ def test_a_training_is_the_one_over_mpi(
         assert run.losses == pytest.approx(alone.losses, rel=1e-5)
         if kind == "tree":
             assert run.sha256 == alone.sha256 and run.learned == alone.learned
-            options = Namespace(run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None, model_kind="", base="")
+            options = Namespace(
+                run=str(shared_tmp / str(n)), step=5, data=None, device=None, threads=None, model_kind="", base=""
+            )
             assert at(1, lambda comm, options=options: inspect_step(options, comm))[0]["same"]  # a replay works without it
 
 
@@ -114,13 +118,13 @@ def test_a_training_is_the_one_over_mpi(
 def test_ranks_that_cannot_meet_say_where_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 is given a port without a listener."""
     monkeypatch.setattr(nccl, "CONNECT_SECONDS", 2)
-    real = Nccl._store
+    real = store._connected
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         closed = silent.getsockname()[1]
-        monkeypatch.setattr(Nccl, "_store", lambda wire, host, port: real(wire, host, closed if port else 0))
+        monkeypatch.setattr(store, "_connected", lambda address, port, timeout: real(address, closed, timeout))
         for n in sizes(2, 3):
-            with pytest.raises(MpidpError, match=r"could not connect to .*port \d+.*NCCL_SOCKET_IFNAME.*comm.gpu=auto") as caught:
+            with pytest.raises(MpidpError, match=r"could not connect: .*port \d+.*NCCL_SOCKET_IFNAME.*comm.gpu=auto") as caught:
                 at(n, gloo)
             assert caught.value.exit_code == 1
     everywhere(not distributed.is_initialized(), "nothing is left of it")

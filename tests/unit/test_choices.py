@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer, train_bpe
 from mpidp.errors import DataError
 from mpidp.inference.choices import Question, accuracies, encode, read_choices
+from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.scoring import log_likelihoods, row_losses, text_loss, windows
 from tests.unit.test_generate import ids, loaded
 
-BYTES = ByteTokenizer()
+PLAIN = TextEncoder(ByteTokenizer(), SpecialTokens(None, (256,)))
 ROW: dict[str, Any] = {"context": "2 + 2 =", "choices": [" 4", " five", " 22"], "label": 0}
 
 
@@ -56,28 +58,29 @@ def test_missing_fields_are_named(tmp_path: Path) -> None:
 
 
 def test_only_the_choice_is_counted() -> None:
-    one = encode(BYTES, item(context="ab", choices=["cde", " x"]), 24)
+    one = encode(PLAIN, item(context="ab", choices=["cde", " x"]), 24)
     assert [(row.ids, row.counted, row.cut) for row in one] == [
         ([256, *b"abcde"], 3, False), ([256, *b"ab x"], 2, False),
     ]
-    spaced = encode(BYTES, item(context="ab ", choices=["cde", "x"]), 24)  # the space belongs to the choice
+    spaced = encode(PLAIN, item(context="ab ", choices=["cde", "x"]), 24)  # the space belongs to the choice
     assert [(row.ids, row.counted) for row in spaced] == [([256, *b"ab cde"], 4), ([256, *b"ab x"], 2)]
-    assert [row.counted for row in encode(BYTES, item(context="", choices=["cde", "x"]), 24)] == [3, 1]
+    assert [row.counted for row in encode(PLAIN, item(context="", choices=["cde", "x"]), 24)] == [3, 1]
 
 
 def test_tokens_that_span_the_border_are_the_choices() -> None:
     tokenizer = train_bpe(iter(["abcd abcd abcd"] * 50), 300)
-    context, (row, _) = tokenizer.encode("ab"), encode(tokenizer, item(context="ab", choices=["cd", "x"]), 24)
+    encoder = TextEncoder(tokenizer, SpecialTokens(None, (0,)))
+    context, (row, _) = tokenizer.encode("ab"), encode(encoder, item(context="ab", choices=["cd", "x"]), 24)
     assert len(context) >= 1 and row.ids == [tokenizer.eod, *tokenizer.encode("abcd")] and row.counted == len(row.ids) - 1 == 1
 
 
 def test_a_context_loses_its_beginning_a_choice_nothing() -> None:
-    long, short = encode(BYTES, item(context="x" * 30, choices=["abc", "d" * 24]), 24)
+    long, short = encode(PLAIN, item(context="x" * 30, choices=["abc", "d" * 24]), 24)
     assert len(long.ids) == len(short.ids) == 25 and (long.counted, short.counted) == (3, 24) and long.cut and short.cut
     with pytest.raises(DataError, match=r"c.jsonl, line 1: choice 1 has 25 tokens; the model's context is 24 tokens"):
-        encode(BYTES, item(context="x", choices=["abc", "d" * 25]), 24, "c.jsonl")
+        encode(PLAIN, item(context="x", choices=["abc", "d" * 25]), 24, "c.jsonl")
     with pytest.raises(DataError, match="line 1: .*surrogates"):
-        encode(BYTES, item(context="\ud800"), 24)
+        encode(PLAIN, item(context="\ud800"), 24)
 
 
 def plain(model: Any, context: Sequence[int], choice: Sequence[int]) -> float:
@@ -93,7 +96,7 @@ def plain(model: Any, context: Sequence[int], choice: Sequence[int]) -> float:
 def test_likelihoods_are_those_of_a_plain_computation() -> None:
     model = loaded()
     questions = [item(), item(context="a", choices=["b", " a long one"], label=1), item(context="", choices=["xy", "z"])]
-    encoded = [encode(BYTES, one, 24) for one in questions]
+    encoded = [encode(PLAIN, one, 24) for one in questions]
     found = log_likelihoods(model, encoded)
     for i, one in enumerate(questions):
         for j, choice in enumerate(one.choices):
@@ -104,17 +107,17 @@ def test_likelihoods_are_those_of_a_plain_computation() -> None:
 
 def test_accuracies_divide_by_what_they_say() -> None:
     one = item(choices=[" 4", " five", "é"], label=1)
-    tokens = [row.counted for row in encode(BYTES, one, 24)]
+    tokens = [row.counted for row in encode(PLAIN, one, 24)]
     assert tokens == [2, 5, 2]
     for label, scores, right in [  # characters without the leading space: 1, 4, 1
         (0, [-4.0, -5.0, -9.0], (1, 0, 0)), (1, [-4.0, -5.0, -9.0], (0, 1, 1)), (0, [-4.0, -17.0, -9.0], (1, 1, 1)),
         (1, [-4.0, -9.0, -9.0], (0, 1, 1)),  # the context does not count
     ]:
-        found = accuracies([item(choices=one.choices, label=label)], [encode(BYTES, one, 24)], np.array([scores]))
+        found = accuracies([item(choices=one.choices, label=label)], [encode(PLAIN, one, 24)], np.array([scores]))
         assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == right
     tokenizer = train_bpe(iter(["hello hello hello"] * 50), 300)
     asked = item(context="x", choices=["hello", "ab"], label=0)  # 5 characters and 1 token; 2 characters and 2 tokens
-    found = accuracies([asked], [encode(tokenizer, asked, 24)], np.array([[-3.0, -2.0]]))
+    found = accuracies([asked], [encode(TextEncoder(tokenizer, SpecialTokens(None, (0,))), asked, 24)], np.array([[-3.0, -2.0]]))
     assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == (0, 1, 0)
     assert found["chance"] == 0.5 and found["items"] == 1 and found["cut_items"] == 0
 
@@ -131,16 +134,16 @@ def test_accuracies_are_those_of_the_harness() -> None:
         acc_norm.append(1.0 if np.argmax(lls / completion_len) == label else 0.0)
         items.append(item(choices=[" " + choice for choice in choices], label=label))
         scores.append(lls)
-    found = accuracies(items, [encode(BYTES, one, 40) for one in items], np.array(scores))
+    found = accuracies(items, [encode(PLAIN, one, 40) for one in items], np.array(scores))
     assert (found["accuracy"], found["accuracy_norm"]) == (np.mean(acc), np.mean(acc_norm))
 
 
 def test_the_space_before_a_choice_is_not_one_of_its_characters() -> None:
     asked = [item(choices=[" a", " bbbb"], label=1), item(context="if not", choices=[" True", " a"], label=0)]
-    encoded = [encode(BYTES, one, 24) for one in asked]
+    encoded = [encode(PLAIN, one, 24) for one in asked]
     assert accuracies(asked, encoded, np.array([[-2.0, -5.2], [-7.57, -2.97]]))["accuracy_norm"] == 1.0
     spaces = item(choices=[" ", "b"], label=0)
-    assert accuracies([spaces], [encode(BYTES, spaces, 24)], np.array([[-2.0, -3.0]]))["accuracy_norm"] == 1.0
+    assert accuracies([spaces], [encode(PLAIN, spaces, 24)], np.array([[-2.0, -3.0]]))["accuracy_norm"] == 1.0
 
 
 @torch.no_grad()
@@ -148,14 +151,14 @@ def test_a_model_of_nan_has_no_accuracy_and_no_loss() -> None:
     model = loaded()
     model.model.head.weight[7, 0] = math.nan
     with pytest.raises(DataError, match="the model: the log-likelihood of a choice is not finite"):
-        log_likelihoods(model, [encode(BYTES, item(), 24)])
+        log_likelihoods(model, [encode(PLAIN, item(), 24)])
     with pytest.raises(DataError, match="the model: the loss is not finite"):
         text_loss(model, np.array([256, *ids(30)]), 24, 12, 2)
 
 
 def test_of_equals_the_first_wins_and_padding_never_does() -> None:
     asked = [item(label=0), item(choices=["a", "b"], label=0)]
-    encoded = [encode(BYTES, one, 24) for one in asked]
+    encoded = [encode(PLAIN, one, 24) for one in asked]
     assert accuracies(asked, encoded, np.array([[-1.0, -9.0, -9.0], [-2.0, -2.0, 0.0]]))["accuracy"] == 1.0
 
 

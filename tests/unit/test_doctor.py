@@ -45,7 +45,7 @@ LAUNCHES = {  # (size, launched, library, launcher, mpirun on the PATH) -> verdi
     "alone, no mpirun": ((1, 0, "MPICH 5.0.2", "", ("", "")), "note", "no mpirun on the PATH", "srun"),
     "alone, another's mpirun": ((1, 0, "MPICH 5.0.2", "", ("/o/mpirun", "Open MPI")), "warning", "is Open MPI's", "first on"),
     "alone, mpirun unknown": ((1, 0, "Intel MPI 2021.1", "", ("/i/mpirun", "other")), "ok", "", ""),
-    "Intel MPI": ((2, 2, "Intel MPI 2021.19.0", "Intel MPI", ("", "")), "ok", "started by the mpirun of Intel MPI", "mpiexec.hydra"),
+    "Intel MPI": ((2, 2, "Intel MPI 2021.19.0", "Intel MPI", ("", "")), "ok", "by the mpirun of Intel MPI", "mpiexec.hydra"),
     "singletons of Intel": ((1, 4, "Open MPI 4.1.4", "Intel MPI", ("", "")), "wrong", "the mpirun of Intel MPI started 4",
                             "MPI4PY_MPIABI=mpich"),
     "two MPIs": ((1, 2, "MPICH 4.0.2", "Open MPI", ("", "")), "wrong", "each is alone", "MPI4PY_MPIABI=openmpi"),

@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import read_options as evaluate_options
@@ -17,6 +18,7 @@ from mpidp.generate import read_options
 from mpidp.inference.decode import DecodedText, continue_prompts, decode
 from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
+from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
 from mpidp.inference.speech import StreamedText
@@ -50,7 +52,7 @@ def ids(length: int, seed: int = 0) -> list[int]:
 
 def grown(model: Loaded, prompts: list[list[int]], tokens: int, how: Sampling = GREEDY) -> list[list[int]]:
     rows = [DecodedText(model.model, prompt, tokens, seed_of(5, i), lambda token: False) for i, prompt in enumerate(prompts)]
-    decode(model, rows, how, eod=-1)
+    decode(model, rows, how)
     return [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
@@ -113,11 +115,11 @@ def test_neighbours_change_no_token(how: Sampling) -> None:
 
     alone = []
     for i in range(len(prompts)):
-        decode(model, (one := rows([i])), how, eod=-1)
+        decode(model, (one := rows([i])), how)
         alone.append(one[0].ids)
     for size in (2, 3, 7):
         for first in range(0, len(prompts), size):
-            decode(model, (some := rows(list(range(len(prompts)))[first : first + size])), how, eod=-1)
+            decode(model, (some := rows(list(range(len(prompts)))[first : first + size])), how)
             assert [row.ids for row in some] == alone[first : first + size]
 
 
@@ -179,10 +181,10 @@ def test_logits_that_are_not_finite_are_refused(value: float, how: Sampling) -> 
     with torch.no_grad():
         model.model.head.weight[7, 0] = value
     with pytest.raises(DataError, match="runs/x/checkpoints/step_00000001: the largest logit is not finite"):
-        continue_prompts(model, BYTES, {0: ids(6)}, how, 5, 0)
+        continue_prompts(model, PLAIN, {0: ids(6)}, how, 5, 0)
     with torch.no_grad():
         model.model.head.weight[7] = 0.0  # the same model, mended
-    continue_prompts(model, BYTES, {0: ids(6)}, how, 5, 0)
+    continue_prompts(model, PLAIN, {0: ids(6)}, how, 5, 0)
 
 
 def test_draws_have_the_probabilities() -> None:
@@ -197,6 +199,7 @@ def test_every_prompt_has_a_seed_of_its_own() -> None:
 
 
 BYTES = ByteTokenizer()
+PLAIN = TextEncoder(BYTES, SpecialTokens(None, (256,)))
 TEXT = "naïve 日本語 🙂 \ufffd end"
 
 
@@ -235,19 +238,18 @@ def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
     model, prompt = loaded(), ids(6)
     new = grown(model, [prompt], 15)[0]
 
-    class Ends(ByteTokenizer):
-        eod = new[8]
-
     first = new.index(new[8])
-    (_, found), = continue_prompts(model, Ends(), {0: prompt}, GREEDY, 15, 0)
-    assert (found.ended, found.tokens, found.text) == ("eod", first, Ends().decode(new[:first]))
-    (_, found), = continue_prompts(model, BYTES, {0: prompt}, GREEDY, 15, 0)
+    for ends in [(new[8],), (256, new[8]), (new[8], new[-1])]:
+        (_, found), = continue_prompts(model, TextEncoder(BYTES, SpecialTokens(None, ends)), {0: prompt}, GREEDY, 15, 0)
+        last = min(new.index(one) for one in ends if one in new)
+        assert (found.ended, found.tokens, found.text) == ("eod", last, BYTES.decode(new[:last])) and last <= first
+    (_, found), = continue_prompts(model, PLAIN, {0: prompt}, GREEDY, 15, 0)
     assert (found.ended, found.tokens, found.text, found.cut) == ("tokens", 15, BYTES.decode(new), False)
     stop = BYTES.decode(new)[4]
     pieces: list[str] = []
-    (_, found), = continue_prompts(model, BYTES, {0: prompt}, GREEDY, 15, 0, [stop], pieces.append)
+    (_, found), = continue_prompts(model, PLAIN, {0: prompt}, GREEDY, 15, 0, [stop], pieces.append)
     assert found.ended == "stop" and found.text == BYTES.decode(new).partition(stop)[0] == "".join(pieces)
-    (_, found), = continue_prompts(model, BYTES, {0: prompt}, GREEDY, 0, 0)
+    (_, found), = continue_prompts(model, PLAIN, {0: prompt}, GREEDY, 0, 0)
     assert (found.ended, found.tokens, found.text) == ("tokens", 0, "")
 
 
@@ -261,7 +263,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
         padded.model.head.weight[257:].copy_(padded.model.head.weight[:43] * 20)
     prompts = {i: ids(5, i) for i in range(3)}
     for how in (GREEDY, Sampling(2.0, 0), Sampling(2.0, 10, 0.9)):
-        assert continue_prompts(padded, BYTES, prompts, how, 20, 3) == continue_prompts(plain, BYTES, prompts, how, 20, 3)
+        assert continue_prompts(padded, PLAIN, prompts, how, 20, 3) == continue_prompts(plain, PLAIN, prompts, how, 20, 3)
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:

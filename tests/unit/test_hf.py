@@ -32,7 +32,7 @@ from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import config_of, huggingface_name, settings_of, shape_of
 from mpidp.hf.write import files_of
 from mpidp.inference.choices import Question, encode
-from mpidp.inference.loading import load_tokenizer_for, open_model
+from mpidp.inference.loading import open_model
 from mpidp.model.shape import shapes_of
 from mpidp.training.initial_weights import open_origin
 from tests.tiny import WORLD, Ran, text, tiny, train_at
@@ -186,20 +186,18 @@ def test_a_text_begins_as_in_transformers(
             verbose=False)
     run = tmp_path / "run"
     train_at(1, begun(tmp_path / "shards", source, run, train={"steps": 1}))
-    reader, loaded, tokenizer = open_model(evaluate_options([str(run), "--threads=1"]), WORLD)
+    _, _, encoder = open_model(evaluate_options([str(run), "--threads=1"]), WORLD)
     model = AutoTokenizer.from_pretrained(_with_config(source / "tokenizer.json", tmp_path / "it"))
     for words in (text(60)[:9], "Ü", " a"):
-        ids = _encoded(tokenizer, words, T, 0)
+        ids = _encoded(encoder, words, T, 0)
         assert ids == model(words).input_ids and ids[0] == 7
-    assert _encoded(tokenizer, "", T, 0) == [7] == model("").input_ids
+    assert _encoded(encoder, "", T, 0) == [7] == model("").input_ids
     item = Question(1, "the ", ["rank", "tree"], 0)
-    assert [one.ids for one in encode(tokenizer, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
+    assert [one.ids for one in encode(encoder, item, T)] == [model(item.context + choice).input_ids for choice in item.choices]
     alone = load_tokenizer(run)
     assert alone.bos == 7 and alone.encode("a b").tolist() == model("a b").input_ids[1:]
     ours, _ = trained["untied"]  # a run whose tokenizer has no BOS
-    assert open_model(evaluate_options([str(ours)]), WORLD)[2].bos is None
-    del reader.meta["init_from"]  # a model trained only on these shards has never seen a BOS
-    assert load_tokenizer_for(loaded, reader, None) is not None and load_tokenizer_for(loaded, reader, str(run)).bos is None
+    assert open_model(evaluate_options([str(ours)]), WORLD)[2].table.bos is None
     export(WORLD, str(run), str(tmp_path / "out"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids == model("a b").input_ids
     (tmp_path / "some.txt").write_text(words := text(40)[:13])
@@ -377,7 +375,7 @@ def test_small_tokenizers_give_the_same_ids_in_transformers(ours: Any, tmp_path:
     (tmp_path / "tokenizer.json").write_text(tokens.huggingface_json(ours))
     found = AutoTokenizer.from_pretrained(_with_config(tmp_path / "tokenizer.json", tmp_path / "it"))
     assert tokens.same(tmp_path / "tokenizer.json", ours.to_json().encode())
-    name = tokens.eod_name(tokens.huggingface_json(ours), ours.eod)
+    name = tokens.names_of(tokens.huggingface_json(ours))[ours.eod]
     assert len(found) == ours.vocab_size and found.convert_tokens_to_ids(name) == ours.eod
     every = bytes(range(256)).decode("latin-1") if ours.kind == "byte" else ours.characters
     for words in ("the tree adds\n  in order", "漢 Ü  🚀\n\n", every, "", " "):
@@ -416,7 +414,7 @@ def test_a_config_comes_back(kind: str) -> None:
     config = json.loads(llama(kind).config.to_json_string(use_diff=False))
     settings = settings_of(config, "it")
     shape = shape_of(settings, 64)
-    made = config_of(shape, "float32", 0, {})
+    made = config_of(shape, "float32", {}, {})
     assert settings_of(made, "it") == settings
     assert settings_of({key: value for key, value in made.items() if key != "rope_parameters"}, "it") == settings
     assert LlamaConfig(**made).rope_parameters == llama(kind).config.rope_parameters

@@ -57,6 +57,14 @@ def chat(*said: str, first: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": words} for i, words in enumerate(said)]}
 
 
+def user(words: str) -> dict[str, Any]:
+    return {"role": "user", "content": words}
+
+
+def said(words: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": words, **keys}
+
+
 def rows_of(out: Path, split: str = "train") -> list[tuple[list[int], list[bool]]]:
     """Return (ids, loss mask) of each document in order, including the padding after it."""
     stream = TokenStream(out, split)
@@ -134,13 +142,13 @@ def test_a_template_s_special_tokens_are_single_ids(tmp_path: Path, eod: str, le
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
     tokenizer = hugging_face(tmp_path / "a", "<|im_end|>", several)
-    found = find_template(None, tokenizer, table_of(tokenizer, None))
+    found = find_template(None, tokenizer, table_of(tokenizer, None), {})
     assert found.text == "yes" and found.names == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
     (tmp_path / "a/chat_template.jinja").write_text("nearer{{ bos_token }}")
-    found = find_template(None, tokenizer, table_of(str(tmp_path / "a"), None))
+    found = find_template(None, tokenizer, table_of(str(tmp_path / "a"), None), {})
     assert found.render([{"role": "user", "content": ""}]) == "nearer<s>"
     (tmp_path / "mine.jinja").write_text("mine")
-    assert find_template(str(tmp_path / "mine.jinja"), tokenizer, table_of(tokenizer, None)).text == "mine"
+    assert find_template(str(tmp_path / "mine.jinja"), tokenizer, table_of(tokenizer, None), {}).text == "mine"
 
 
 @pytest.mark.parametrize("tokenizer", [
@@ -157,12 +165,23 @@ def test_ids_know_their_characters(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("form", "row", "kind", "words"), [
-    ("prompt_completion", "{", "malformed", "not valid JSON"), ("prompt_completion", "[1]", "malformed", "not a JSON object"),
+    ("prompt_completion", "{", "malformed", "not valid JSON"), ("prompt_completion", "[1]", "malformed", "not an object"),
     ("prompt_completion", {"prompt": "a", "completion": 3}, "malformed", "no string fields `prompt` and `completion`"),
     ("prompt_completion", pair("a", ""), "empty", "its completion is empty"),
     ("prompt_completion", pair("a" * 90, "b"), "long", "92 tokens, more than --seq-len 80"),
-    ("chat", {"messages": []}, "malformed", "no field `messages`"), ("chat", {"text": "x"}, "malformed", "no field `messages`"),
-    ("chat", {"messages": [{"role": "user"}]}, "malformed", "without string fields `role` and `content`"),
+    ("chat", {"messages": []}, "malformed", "`messages` is empty"), ("chat", {"text": "x"}, "malformed", "no field `messages`"),
+    ("chat", {"messages": [{"role": "user"}]}, "malformed", "without `content`, and without `tool_calls`"),
+    ("chat", {"messages": 3}, "malformed", "`messages` is a number, not a list"),
+    ("chat", {"messages": [{"content": "a"}]}, "malformed", "without a string field `role`"),
+    ("chat", {"messages": [{"role": "user", "content": 3}]}, "malformed", "whose `content` is a number"),
+    ("chat", chat("a", "b") | {"tools": "[{"}, "malformed", "`tools` is a string that is not JSON"),
+    ("chat", chat("a", "b") | {"tools": [3]}, "malformed", "`tools` is not a list of objects"),
+    ("chat", chat("a", "b") | {"chat_template_kwargs": []}, "malformed", "`chat_template_kwargs` is a list, not an object"),
+    ("chat", {"messages": [user("a"), said("b", weight=0.5)]}, "malformed", "`weight` or `train` is 0.5"),
+    ("chat", {"messages": [user("a") | {"train": True}, said("b")]}, "malformed", "of a user message"),
+    ("chat", {"messages": [user("a"), said("b", train=False)]}, "empty", "no assistant turn to learn"),
+    ("chat", '{"a": ' * 900 + "1" + "}" * 900, "malformed", "nested too deeply"),
+    ("chat", '{"a": ' * 4000 + "1" + "}" * 4000, "malformed", "not valid JSON"),
     ("chat", chat("alone"), "empty", "no assistant turn"),
     ("chat", chat("a", "b", first="assistant"), "malformed", r"rejected by the chat template \(roles must alternate\)"),
     ("chat", chat("a\ufdd0", "b"), "malformed", "U\\+FDD0"),
@@ -198,7 +217,12 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"form": "chat", "seq_len": 8}, UsageError, "needs a chat template, and the tokenizer byte has none.*--chat-template FILE"),
     ({"form": "chat", "seq_len": 8, "chat_template": "gone"}, DataError, "cannot read gone"),
     ({"form": "chat", "seq_len": 8, "chat_template": "bad.jinja"}, DataError, "line 2 of the chat template"),
-    ({"form": "chat", "seq_len": 99, "chat_template": "turns.jinja"}, DataError, r"a.jsonl:1: .*differently when more"),
+    ({"form": "chat", "seq_len": 99, "chat_template": "turns.jinja"}, DataError, r"a.jsonl:1: .*message 2 .* is unknown"),
+    ({"form": "chat", "seq_len": 99, "chat_template": "slow.jinja"}, DataError, "needs more than 0 s for a chat"),
+    ({"form": "chat", "seq_len": 9, "special": "text"}, UsageError, "--special text does not apply to --format chat"),
+    ({"form": "chat", "seq_len": 8, "template_arg": ["3=x"]}, UsageError, "--template-arg 3=x must be KEY=VALUE"),
+    ({"template_arg": ["a=x"]}, UsageError, "--template-arg applies to --format chat"),
+    ({"bos": "x"}, UsageError, "--bos x must"), ({"special": "x"}, UsageError, "--special x must"),
     ({"form": "prompt_completion", "seq_len": 8, "split": "text"}, UsageError, "would cut rows in two"),
     ({"seq_len": 8}, UsageError, "--seq-len and --truncate"), ({"chat_template": "x"}, UsageError, "applies to --format chat"),
     ({"repeat": True}, UsageError, "--repeat needs it"),
@@ -208,9 +232,11 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.jinja").write_text("fine\n{% if %}")
-    Path("turns.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr("mpidp.data.chat_template.MAX_SECONDS", 0.1)
+    Path("turns.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m.content | length }}{% endfor %}")
+    Path("slow.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     with pytest.raises(error, match=words):
-        prepare(write(Path("a.jsonl"), chat("a", "b", "c", "d")), out="out", **options)
+        prepare(write(Path("a.jsonl"), *[chat("a", "b", "c", "d")] * 3), out="out", **options)
     assert not Path("out").exists()
 
 

@@ -1,4 +1,4 @@
-"""The command line of `python -m mpidp.plan mesh`. Imports neither torch nor MPI."""
+"""The command line of `python -m mpidp.plan mesh`. This module imports neither torch nor MPI."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from mpidp.planning.mesh.search import (
 from mpidp.runtime.json_file import read_json
 from mpidp.runtime.options import add_ranks
 
-TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step, for models with at least 1 B parameters and for others
+TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step; key: whether the model has at least 1 B parameters
 BYTES = {"bfloat16": 2, "float32": 4}
 OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
                                              "tie_embeddings", "head_dim", "vocab_size")]
 DESCRIPTION = """\
-Find the meshes (dp x pp x tp, and what is sharded over dp) of a number of ranks that hold a model, and predict the step time
-of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
+Find the meshes (dp x pp x tp, and the level of sharding over dp) of N ranks that have enough memory for a model, and predict
+the step time of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
 Settings of a run (--section.key=value) need --config."""
 NUMBERS = (  # option, help, factor to convert the value to bytes, operations or seconds
-    ("params", "parameters of a LLaMA-like model, as 7b; or use --config", 1.0), ("memory", "memory per rank, GB (80)", 1e9),
-    ("samples", "samples in the data, as 100m, to print the number per rank", 1.0),
+    ("params", "number of parameters of a LLaMA-like model, for example 7b; or use --config", 1.0),
+    ("memory", "memory per rank, GB (80)", 1e9),
+    ("samples", "number of samples in the data, for example 100m, to print the samples per rank", 1.0),
     ("vocab", "vocabulary size; default: that of the published model or of the config's data, or 32,000", 1.0),
     ("seq-len", "tokens per sequence; default: the model's", 1.0),
     ("global-batch", "sequences per step; default: about 4 M tokens", 1.0),
     ("micro-batch", "sequences per forward pass; default: the best of 1 to 16", 1.0),
-    ("flops", "measured FLOP/s of a rank in matrix products, as 450t", 1.0),
+    ("flops", "measured FLOP/s of a rank in matrix products, for example 450t", 1.0),
     ("memory-gbyte", "memory bandwidth of a device, GB/s", 1e9),
     ("link-gbit", "bandwidth between two ranks of a node, Gbit/s", 1e9 / 8),
     ("node-gbit", "bandwidth of a node's network, Gbit/s", 1e9 / 8), ("latency-us", "latency of a message, microseconds", 1e-6),
@@ -62,12 +63,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (bfloat16)")
     parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: whichever is better)")
     parser.add_argument("--sequence", choices=["true", "false"], help="mesh.sequence (default: whichever is better)")
-    parser.add_argument("--overlap", type=float, help="achieved share of the possible overlap of dp traffic with compute (0.8)")
+    parser.add_argument("--overlap", type=float, help="achieved fraction of the possible overlap of dp traffic (0.8)")
     parser.add_argument("--top", type=int, default=5, help="number of meshes to show (%(default)s)")
 
 
 def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
-    """Return the meshes and their assumptions. settings: the --section.key=value of a run.
+    """Return the results of `plan mesh` for parsed options, as plan_mesh() does. settings: the arguments --section.key=value.
 
     Raises UsageError if an option is missing or not valid, or if no mesh is possible. Independent."""
     given = {name: number(text, name) * one for name, _, one in NUMBERS if (text := getattr(options, name.replace("-", "_")))}
@@ -75,7 +76,7 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         if given.get(name, 1.0) % 1:
             raise UsageError(f"--{name}={given[name]:g} must be a whole number")
     if ("params" in given) == bool(options.config):
-        raise UsageError("give either --params N, as 7b, or --config CONFIG.toml")
+        raise UsageError("give either --params N, for example --params 7b, or --config CONFIG.toml")
     if settings and not options.config:
         raise UsageError(f"{settings[0]}: no such option; settings of a run need --config (see --help)")
     cluster = _cluster(options.cluster)
@@ -139,8 +140,8 @@ def _initial_model(path: str) -> dict[str, Any]:
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
-    """Return the content of cluster.json, or {} if no file was given and this folder has none. Raises UsageError if the file
-    cannot be read."""
+    """Return the content of cluster.json, or {} if no file was given and the current folder has none. Raises UsageError if the
+    file cannot be read."""
     path = Path(file or "cluster.json")
     if not path.is_file():
         if file:

@@ -1,24 +1,24 @@
-"""Compute the memory of each rank of a mesh, by part, from the sizes of the model. Pure; no torch, no MPI.
+"""Computes the memory of each rank of a mesh, by use, from the sizes of the model. Pure.
 
-p is the number of parameters of a rank (the layers of its stage, with matrices divided by tp). w is the bytes per number in
-matrix products. n = micro_batch x seq_len is a number of tokens. f = min(M, pp - stage) is the number of micro-batches between
-their forward and their backward (1F1B, Narayanan 2021, section 2.2.1):
+p is the number of parameters of a rank: those of the layers of its stage, with matrices divided by tp. w is the number of bytes
+per number in matrix products. n = micro_batch x seq_len is the number of tokens of a micro-batch. f = min(M, pp - stage) is the
+number of micro-batches whose forward is done and whose backward is not (1F1B, Narayanan 2021, section 2.2.1).
 
-| part | bytes | divided by dp at |
+| use | bytes | divided by dp from |
 |---|---|---|
-| parameters | 4 p: float32 master weights | shard 3 |
+| parameters | 4 p, float32 master weights | shard 3 |
 | gradients | 4 p per slot | shard 2 |
-| optimizer | 8 p: AdamW's moments | shard 1 |
-| working | 16 bits: a copy of the weights, 2 p; shard 2, 3: full gradients and weights of two blocks | |
+| optimizer | 8 p, the moments of AdamW | shard 1 |
+| working | 16 bits: a copy of the weights, 2 p; shard 2 and 3: gathered gradients and weights of two blocks | |
 | activations | f n layers (W + S / tp), W = 24 D + 8 (16 bits: 26 D + 8), S = w (4 D + 4 F) + 4 H | |
 | with recompute | f n layers 4 D, and the activations of one block as above | |
-| logits | last stage: n V / tp times 8 (16 bits: 10): values, their logarithms, gradients | |
+| logits | on the last stage 8 n V / tp (16 bits: 10 n V / tp), for logits, log-probabilities and gradients | |
 
-W is the size of the activations of norms and residuals, which every rank of tp holds in full. S is that of activations between
+W counts the activations of norms and residuals, which every tensor-parallel rank holds in full. S counts the activations between
 matrices that are divided by tp. With mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is
-then 20 D + 8, because the gathered inputs of products are kept once. The formulas count the tensors that autograd saves in
+then 20 D + 8, because an input that several products share is saved once. The formulas count the tensors that autograd saves in
 mpidp.model.transformer (checked in tests/unit/test_mesh_formulas.py). Embedding and head are divided by tp along the vocabulary.
-Layers are assigned to stages such that the slowest stage is as fast as possible; the last stage also computes the head.
+Layers are assigned to stages such that the slowest stage is as fast as possible. The last stage also computes the head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MASTER, MOMENTS = 4, 8  # bytes per parameter
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a model that determine its parameters, memory and operations."""
+    """The sizes of a model from which its parameters, memory and operations follow."""
 
     num_layers: int
     model_dim: int
@@ -58,7 +58,7 @@ class ModelSizes:
 
     @property
     def table(self) -> int:
-        """The number of parameters of the embedding; the head has as many."""
+        """The number of parameters of the embedding. The head has the same number."""
         return self.vocab_size * self.model_dim
 
     @property
@@ -69,7 +69,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Shape:
-    """A mesh: dp replicas of pp stages of tp ranks. shard: what is sharded over dp (level 0 to 3)."""
+    """A mesh of dp replicas with pp stages of tp ranks. shard: the level of sharding over dp, 0 to 3."""
 
     dp: int
     pp: int
@@ -82,7 +82,7 @@ class Shape:
         return self.dp * self.pp * self.tp
 
     def over_dp(self, level: int) -> int:
-        """Return the number of shards of a part that is sharded if shard is at least `level`."""
+        """Return dp if the level of sharding is at least `level`, else 1."""
         return self.dp if self.shard >= level else 1
 
     def __str__(self) -> str:
@@ -91,14 +91,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How a step is divided, and its number formats."""
+    """How the work of a step is divided, and the sizes of its numbers."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences
-    recompute: float = 0.0  # share of the blocks that keep only their inputs; mpidp.train supports 0 and 1
+    recompute: float = 0.0  # fraction of the blocks that save only their inputs; mpidp.train supports 0 and 1
     number_bytes: int = 2  # bytes per number in matrix products: 2 for bfloat16, 4 for float32
     slots: int = 1  # number of gradient buffers
-    fused: bool = True  # whether the attention kernel keeps its T x T scores out of memory
+    fused: bool = True  # whether the attention kernel does not store the T x T scores
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
     sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
 
@@ -109,7 +109,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one rank by part, in bytes."""
+    """The memory of one rank by use, in bytes."""
 
     parameters: float
     gradients: float
@@ -136,14 +136,15 @@ def layers_of(model: ModelSizes, shape: Shape, stage: int) -> int:
 
 
 def stages_of(model: ModelSizes, shape: Shape) -> set[int]:
-    """Return the stages that can need the most memory or time: the first, the first one with the most blocks, the last. Pure."""
+    """Return the stages that can need the most memory or time: the first stage, the first stage with the most blocks, and the
+    last stage. Pure."""
     layers = _layers(model, shape.pp)
     return {0, layers.index(max(layers)), shape.pp - 1}
 
 
 def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
-    """Return the number of parameters of each rank of a stage, before sharding over dp. Every rank of tp has the gains of norms.
-    The first and the last stage both have tied tables. Pure."""
+    """Return the number of parameters of each rank of a stage, before sharding over dp. Every tensor-parallel rank has all gains
+    of norms. If embedding and head are tied, the first and the last stage both have the table. Pure."""
     first, last = stage == 0, stage == shape.pp - 1
     tables = first + last - (model.tie_embeddings and shape.pp == 1)
     cut = layers_of(model, shape, stage) * model.matrices + tables * model.table
@@ -151,8 +152,8 @@ def parameters_of(model: ModelSizes, shape: Shape, stage: int) -> float:
 
 
 def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
-    """Return the bytes per token that one block keeps for its backward. Unfused attention also keeps its scores, their
-    dropout and the dropout mask: in 16 bits, 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
+    """Return the bytes per token that one block saves for backward. Attention that is not fused also saves its scores, their
+    dropout and the dropout mask, in 16 bits 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
     d, w = model.model_dim, work.number_bytes
     whole = ((24 if w == 4 else 26) * d + 8) if not work.sequence else ((24 if w == 4 else 20) * d + 8) / shape.tp
     scores = 0 if work.fused else (2 * w + 1) * model.num_heads * model.seq_len
@@ -169,7 +170,7 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
     p, small = parameters_of(model, shape, stage), work.number_bytes == 2
     tokens, last = work.micro_batch * model.seq_len, stage == shape.pp - 1
     working = 0.0
-    largest = max(model.block, model.table) / shape.tp  # parameters that are gathered in full at a time
+    largest = max(model.block, model.table) / shape.tp  # the most parameters that are gathered at a time
     if shape.shard >= 3 and shape.dp > 1:
         working += min(p, 2 * largest) * work.number_bytes
     elif small:
@@ -189,6 +190,6 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
 
 
 def largest(model: ModelSizes, shape: Shape, work: Work) -> Memory:
-    """Return the memory of the stage that needs the most. This is one of the first stages, which have the most micro-batches in
-    flight, or the last stage, which has the logits. Pure."""
+    """Return the memory of the stage that needs the most memory. This is one of the first stages, which have the most
+    micro-batches in flight, or the last stage, which has the logits. Pure."""
     return max((memory_of(model, shape, work, stage) for stage in stages_of(model, shape)), key=lambda one: one.total)

@@ -1,7 +1,7 @@
-"""Find the meshes of a number of ranks that hold a model, and predict the step time of each. No torch, no MPI.
+"""Finds the meshes of N ranks whose memory is large enough for a model, and predicts the step time of each.
 
-memory.py computes the memory, time.py the time and bytes. Each figure has a source: given, measured in a RUN, read from
-cluster.json, or assumed.
+memory.py computes the memory. time.py computes the time and the bytes sent. Each figure has a source: it is given, measured in a
+RUN, read from cluster.json, or assumed. This module imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ KNOWN = {  # parameters: (name, sizes), as published
 }
 NEAR = 0.05  # relative difference in parameters up to which a published model is used
 VOCAB, SEQ_LEN = 32000, 4096  # vocabulary and sequence length of models that are not published
-ROOM = 0.9  # usable share of the memory; the rest is for libraries, message buffers and fragmentation
+ROOM = 0.9  # usable fraction of the memory; the rest is for libraries, message buffers and fragmentation
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # micro-batch sizes that are tried
 SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed FLOP/s by bytes per number, and bytes/s: an H100 in a node of eight
-INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed; bytes/s, bytes/s, s, ranks, share
-OF_PEAK = 0.5  # assumed share of the datasheet's FLOP/s
+FLOPS, MEMORY = {2: 500e12, 4: 50e12}, 2.5e12  # assumed FLOP/s by bytes per number, and bytes/s, of an H100 in a node of eight
+INSIDE, BETWEEN, LATE, RANKS_A_NODE, OVERLAP = 300e9, 400e9, 10e-6, 8, 0.8  # assumed, in bytes/s, bytes/s, s, ranks, a fraction
+OF_PEAK = 0.5  # assumed fraction of the datasheet's FLOP/s
 
 
 def number(given: str, name: str) -> float:
-    """Parse 7b, 100m, 1.5k, 4e9. Raises UsageError unless it is a number above 0. Pure."""
+    """Parse a number like 7b, 100m, 1.5k or 4e9. name: the option, for messages. Raises UsageError unless the number is above 0.
+    Pure."""
     text = given.strip().lower()
     try:
         value = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1:] in SUFFIXES else float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise UsageError(f"--{name}={given}: give a number above 0, as 7b, 350m or 4e9")
+        raise UsageError(f"--{name}={given}: give a number above 0, for example 7b, 350m or 4e9")
     return value
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about this many parameters, its name). This is a published model if one fits. Otherwise its
-    parameters are about 12 x layers x width^2, with layers near width / 128. Raises UsageError if no model of this size fits the
-    vocabulary. Pure."""
+    """Return (a LLaMA-like model with about this many parameters, its name). If a published model has about this many parameters,
+    it is returned. Otherwise the model has about 12 x layers x width^2 parameters, and its number of layers is near width / 128.
+    Raises UsageError if the embedding and head of this vocabulary alone are too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name
@@ -77,8 +78,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:
-    """Return the vocabulary size of a configuration {section.key: value} or its data. Raises UsageError if the configuration has
-    none and the data cannot be read. Independent."""
+    """Return the vocabulary size of a configuration {section.key: value}, or else that of its data. Raises UsageError if the
+    configuration has none and the data cannot be read. Independent."""
     try:
         return int(values.get("model.vocab_size", 0)) or read_index(Path(str(values.get("data.path")))).vocab_size
     except DataError as error:
@@ -95,7 +96,7 @@ def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
 
 @dataclass(frozen=True)
 class GivenFigures:
-    """Figures from the command line; None if not given."""
+    """Figures from the command line. A figure that is not given is None."""
 
     flops: float | None = None
     memory_bytes_per_second: float | None = None
@@ -110,8 +111,8 @@ class GivenFigures:
 def machine_of(
     given: GivenFigures, cluster: Mapping[str, Any], run: tuple[float, float] | None, number_bytes: int
 ) -> tuple[Machine, list[str]]:
-    """Return (machine, source of each figure). Each figure is from the first source that has it: given, measured in a run (flops
-    and memory only), cluster.json, assumed. Pure."""
+    """Return (machine, source of each figure). Each figure is taken from the first source that has it: the command line, a run
+    (flops and memory only), cluster.json, the assumptions. Pure."""
     sources: list[str] = []
 
     def choose(what: str, unit: str, one: float, *options: tuple[str, float | None]) -> float:
@@ -159,7 +160,7 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class MeshRow:
-    """A mesh with its best settings."""
+    """A mesh with its best settings, memory and step time."""
 
     shape: Shape
     work: Work
@@ -177,8 +178,8 @@ class MeshRow:
 
 
 def shapes(model: ModelSizes, ranks: int, most_dp: int) -> Iterator[Shape]:
-    """Yield all possible meshes: tp divides the number of key-value heads, each stage has at least one layer, and dp is at most
-    most_dp. Pure."""
+    """Yield all possible meshes. tp must divide the number of key-value heads, each stage must have at least one layer, and dp
+    must be at most most_dp. Pure."""
     for tp in range(1, min(ranks, model.num_kv_heads) + 1):
         if ranks % tp or model.num_kv_heads % tp:
             continue
@@ -192,11 +193,11 @@ def rows_of(
     model: ModelSizes, ranks: int, machine: Machine, base: Work, limit: float, micro: Sequence[int], again: Sequence[bool],
     parts: Sequence[bool],
 ) -> list[MeshRow]:
-    """Return a row for each mesh, with its fastest settings that fit, or if none fit, those that need the least memory. Rows that
-    fit come first; they are sorted by time.
+    """Return a row for each mesh, with the fastest settings that fit in memory. If no settings fit, the row has those that need
+    the least memory. Rows that fit come first, sorted by time.
 
-    limit: bytes of memory per rank. micro, again, parts: the micro-batch sizes, values of recompute and of mesh.sequence to try.
-    Pure."""
+    limit: bytes of memory per rank. micro: the micro-batch sizes to try. again, parts: the values of recompute and of
+    mesh.sequence to try. Pure."""
     best: dict[tuple[int, int, int], tuple[tuple[bool, float, int, bool, bool], MeshRow]] = {}
     for shape in shapes(model, ranks, base.global_batch // min(micro)):
         for size in micro:
@@ -240,8 +241,8 @@ def plan_mesh(
     base: Work, micro: Sequence[int] = MICRO_BATCHES, again: Sequence[bool] = (False, True),
     parts: Sequence[bool] = (False, True), samples: float | None = None, top: int = 5,
 ) -> dict[str, Any]:
-    """Return the results as plain values. taken: source of the model. parameters: the requested number. limit: bytes of memory
-    per rank. Raises UsageError if no mesh is possible. Pure."""
+    """Return the results of `plan mesh` as plain values. taken: source of the model. parameters: the requested number of
+    parameters. limit: bytes of memory per rank. Raises UsageError if no mesh is possible. Pure."""
     micro = [size for size in micro if size <= base.global_batch]
     if not micro:
         raise UsageError(f"the micro-batch exceeds the global batch of {base.global_batch} sequences: raise --global-batch")

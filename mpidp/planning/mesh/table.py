@@ -1,4 +1,4 @@
-"""Format the table that `python -m mpidp.plan mesh` prints. Pure."""
+"""Formats the table that `python -m mpidp.plan mesh` prints. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PHASES = ("compute", "tp", "pipeline", "dp", "update")
 
 
 def many(number: float | None, digits: int = 4) -> str:
-    """Format a count: 6.25 M, 125 M, 2 B. Pure."""
+    """Format a count, for example as 6.25 M, 125 M or 2 B. Pure."""
     if number is None:
         return "-"
     for unit, one in ((" T", 1e12), (" B", 1e9), (" M", 1e6), (" k", 1e3)):
@@ -21,12 +21,12 @@ def many(number: float | None, digits: int = 4) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Format a time: 1.5 s, 230 ms. Pure."""
+    """Format a time, for example as 1.5 s or 230 ms. Pure."""
     return "-" if value is None else f"{value:.3g} s" if value >= 1 or not value else f"{1e3 * value:.3g} ms"
 
 
 def mesh_table(found: dict[str, Any]) -> str:
-    """Format the meshes as text. Pure."""
+    """Format the result of plan_mesh() as text. Pure."""
     model, limit, ways = found["model"], found["memory_limit_bytes"], found["three_ways"]
     lines = [
         f"{many(found['parameters_asked'])} parameters on {found['ranks']:,} ranks of {size(limit)}: predicted, not measured",

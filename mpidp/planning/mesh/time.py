@@ -1,26 +1,29 @@
-"""Compute the time and bytes of a step on a mesh from the compute speed of a rank and the speed of links. Pure; no torch, no MPI.
+"""Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
-Ranks are ordered by pp, dp, tp: the tp ranks of a stage are neighbours, and stages are far apart. g is the size of a group, n a
-number of bytes, p the parameters of a rank, w the bytes per number, M the micro-batches per replica:
+Ranks are ordered by pp, dp, tp. The tensor-parallel ranks of a stage are neighbours, and stages are far apart. g is the size of a
+group, n a number of bytes, p the parameters of a rank, w the bytes per number in matrix products, and M the micro-batches per
+replica.
 
 | what | seconds |
 |---|---|
-| compute | operations / flops + bytes read and written / memory bandwidth; for one micro-batch on one stage: c |
-| tp | float32 allreduces of (B, T, D): per block 2 forward, 2 backward, 2 with recompute; 1 for the embedding, 1 for the head |
-| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, of w bytes; the gains of norms |
-| pp | m: a float32 message of (B, T, D) each way (1 / tp of it with sequence); a micro-batch takes max c + 2 m (pp - 1) / pp |
-| pipeline | M - 1 such micro-batches + sum of c over stages + 2 m (pp - 1); bubble if stages are equal: (pp - 1) / (M + pp - 1) |
-| dp, shard 0 | an allreduce of 4 p, overlaps with 2/3 of a micro-batch (its backward) |
-| dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, overlap with a micro-batch |
-| dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, overlap with all micro-batches |
-| dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p per micro-batch, overlap with all micro-batches (Zhao 2023) |
-| dp, shard 2 and 3 | `gather_seconds` for each of these of each block: host time that does not overlap |
+| compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
+| tp | float32 allreduces of (B, T, D): 2 in forward and 2 in backward of a block, 2 more with recompute, 2 for embedding and head
+|
+| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number; the gains of
+norms |
+| pp | m: a float32 message of (B, T, D), or with sequence 1 / tp of it; a micro-batch takes max c + 2 m (pp - 1) / pp |
+| pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); with equal stages the bubble is (pp - 1) / (M + pp - 1) |
+| dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
+| dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, which overlap with a micro-batch |
+| dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, which overlap with all micro-batches |
+| dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p per micro-batch, which overlap with all of them (Zhao 2023) |
+| dp, shard 2 and 3 | also `gather_seconds` for each of these exchanges of each block: host time that does not overlap |
 | update | 28 bytes per parameter that a rank updates / memory bandwidth |
 
-An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a for bandwidth B and latency a. An allreduce takes twice as
-long. If a group extends beyond a node, (ranks per node) / (its members in a node) such groups share the network of the node.
-`overlap` is the share of the possible overlap that is achieved. If ranks share devices, a step takes at least the work of a node
-divided by its devices: during a bubble, other ranks use the device.
+An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, for bandwidth B and latency a. An allreduce takes twice as
+long. If a group extends over several nodes, (ranks per node) / (members of the group in a node) groups share the network of a
+node. `overlap` is the fraction of the possible overlap that is achieved. If ranks share devices, a step takes at least as long as
+the devices of a node need for its work, because during a bubble other ranks use the device.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ from mpidp.planning.mesh.memory import (
     stages_of,
 )
 
-BACKWARD = 2 / 3  # share of the backward in the compute time
-PASSES = 4  # each activation that is kept is written and read, and so is its gradient
+BACKWARD = 2 / 3  # fraction of the compute time that backward takes
+PASSES = 4  # each saved activation is written and read, and so is its gradient
 ACCUMULATE = 12  # bytes per parameter and micro-batch to accumulate gradients: two reads and a write
 CAST = 6  # bytes per parameter and micro-batch to convert weights for 16-bit products
 UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
@@ -65,17 +68,17 @@ class Machine:
     between: LinkSpeed  # network of a node, shared by its ranks
     ranks_a_node: int
     devices_a_node: int
-    overlap: float = 1.0  # share of the possible overlap of data-parallel traffic with compute that is achieved
+    overlap: float = 1.0  # fraction of the possible overlap of dp traffic with compute that is achieved
     gather_seconds: float = 0.0  # host time per gather or scatter of a sharded block (copies, hooks)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The traffic of a group of ranks, per rank."""
+    """The traffic of one rank in an exchange of a group of ranks."""
 
     sent_bytes: float = 0.0
     seconds: float = 0.0
-    between: bool = False  # whether it leaves the node
+    between: bool = False  # whether some of it is between nodes
 
     def times(self, count: float) -> Traffic:
         """Return `count` times this traffic."""
@@ -86,7 +89,7 @@ class Traffic:
 
 
 def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -> Traffic:
-    """Return the traffic of an allgather or reduce_scatter over `size` ranks with a rank distance of `stride`. Pure."""
+    """Return the traffic of an allgather or reduce_scatter over `size` ranks whose numbers differ by `stride`. Pure."""
     if size == 1:
         return Traffic()
     sent = num_bytes * (size - 1) / size
@@ -101,7 +104,7 @@ def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -
 
 
 def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
-    """Return the traffic of a message from every rank of a stage to the next stage. Pure."""
+    """Return the traffic when every rank of a stage sends a message to the next stage. Pure."""
     stride, k = shape.tp * shape.dp, machine.ranks_a_node
     if shape.ranks <= k:
         return Traffic(num_bytes, num_bytes / machine.inside.bandwidth_bytes_per_second + machine.inside.latency_seconds)
@@ -130,11 +133,11 @@ class Flow:
 
 
 def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
-    """Return the flows of (a block, the embedding, the final norm and head) in the forward and backward of a micro-batch."""
+    """Return the flows of (a block, the embedding, the final norm with the head) in the forward and backward of a micro-batch."""
     tokens, again = work.micro_batch * model.seq_len, work.recompute
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
-    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: maximum, sum and target of each token
+    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: a maximum, a sum, the target's logit
     forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
     block_wire, head_wire = wire.times(4 + 2 * again), wire
@@ -157,13 +160,13 @@ class Step:
 
     compute_seconds: float  # compute time of the busiest stage, for all micro-batches
     tp_seconds: float  # tp traffic of the busiest stage, for all micro-batches
-    pipeline_seconds: float  # waiting in the bubble and for messages between stages
+    pipeline_seconds: float  # time of waiting in the bubble and for messages between stages
     dp_seconds: float  # data-parallel traffic that is not overlapped
     update_seconds: float
     tp_bytes: float
     pp_bytes: float
     dp_bytes: float
-    between_bytes: float  # part of these bytes that leaves the node
+    between_bytes: float  # how many of these bytes leave the node
     flops: float  # operations per rank, mean over stages, without recomputation
 
     @property
@@ -226,13 +229,13 @@ def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> St
 def measured_machine(
     model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
 ) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), measured by a run on one rank. The time of the update gives the memory bandwidth. The
-    compute time beyond that of memory traffic is attributed to matrix products. Pure."""
+    """Return (FLOP/s, memory bytes/s), from times that were measured on one rank. The memory bandwidth follows from the time of
+    the update. The compute time minus the time of memory traffic is the time of matrix products. Pure."""
     alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
     memory = UPDATE * model.parameters / update_seconds
     nothing = LinkSpeed(0.0, math.inf)
     block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
     whole = block.times(model.num_layers) + embedding + head
     rest = compute_seconds / micro_batches - whole.num_bytes / memory
-    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # if the update runs in the cache, no time would remain for products
+    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # an update in the cache may leave no time
     return whole.flops / rest, memory

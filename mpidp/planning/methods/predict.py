@@ -1,17 +1,17 @@
-"""Predict what each method sends and how long its steps take on a cluster, from the link speed and the compute time. Pure.
+"""Predicts how much each method sends and how long its steps take on a cluster, from the link speed and the compute time. Pure.
 
-With P ranks, n bytes of gradients, latency a, bandwidth B and k ranks per node. A sum is one reduction of all gradients over all
-ranks; traffic.py computes its time.
+There are P ranks, n bytes of gradients, links of latency a and bandwidth B, and k ranks per node. A sum is one reduction of all
+gradients over all ranks. traffic.py computes its time.
 
 | strategy | seconds per step |
 |---|---|
-| synchronous | compute + the part of the sum that comm.overlap cannot hide behind the backward (2/3) of the last micro-batch |
+| synchronous | compute + sum, minus the time that comm.overlap hides: at most 2/3 of the last micro-batch (its backward) |
 | delayed | the longer of compute and sum |
-| local | compute + sum / sync_every; with overlap, only the part of a sum that exceeds the compute of sync_every steps |
+| local | compute + sum / sync_every; with overlap, only the time of a sum beyond the compute time of sync_every steps counts |
 | local, group=pairs | compute + (k n / B + a) / sync_every |
-| server | the longer of a worker's round trip, compute + 2 n k / B + 2 a, and the time of its server's link: n / B per worker |
+| server | the longer of compute + 2 n k / B + 2 a (on a worker) and n / B per worker (on the link of its server) |
 
-Local methods add a full sum per meeting (strategy.meet_every), a step at which all ranks average their models.
+Local methods need a full sum at each meeting (strategy.meet_every), when all ranks average their models.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from mpidp.planning.ranks.predict import most_micro_batches
 from mpidp.strategies.averaging_groups import partition
 
 LOCAL = {"name": "local"}  # averages every 50 steps, or once in shorter runs
-METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section, in the order of distance from synchronous training
+METHODS: dict[str, dict[str, dict[str, Any]]] = {  # settings by section; those closest to synchronous come first
     "synchronous": {},
     **{kind: {"comm": {"compress": kind}}
        for kind in ("bf16", "fp16", "int8", "int4", "powersgd", "topk", "int2", "onebit", "randomk")},
     "delayed": {"strategy": {"name": "delayed"}},
     "local": {"strategy": LOCAL},
     **{f"local+{kind}": {"strategy": LOCAL, "comm": {"compress": kind}} for kind in ("int2", "topk")},
-    # With the default meet_every, all ranks would synchronize at every average of local-overlap.
+    # With the default of meet_every, every average would be a meeting, and nothing would overlap.
     "local-overlap": {"strategy": {**LOCAL, "overlap": True, "meet_every": 500}},
     "local-pairs": {"strategy": {"name": "local", "group": "pairs"}},
     "server-async": {"strategy": {"name": "server"}},
 }
-WORTH = 1.1  # smallest speed, relative to synchronous, at which another method is recommended
-LONG = 1 << 30  # number of steps of a run that is long enough to neglect its end
+WORTH = 1.1  # another method is recommended only if its speed, relative to synchronous, is at least this
+LONG = 1 << 30  # number of steps of a run that is so long that its end does not matter
 BACKWARD = 2 / 3  # share of the backward in the compute time
 
 
 def variant(config: Config, name: str) -> Config:
-    """Return the configuration with this method instead of its own. Raises UsageError if its other settings do not allow the
+    """Return the configuration with its method replaced by this method. Raises UsageError if its other settings do not allow the
     method. Pure."""
     plain = Config()
     base = replace(config, strategy=plain.strategy).with_values(
@@ -89,8 +89,8 @@ def sent_bytes(config: Config, sizes: Sizes, cluster: Cluster, steps: int) -> in
 
 
 def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float) -> float:
-    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step if all ranks share the lanes.
-    Pure."""
+    """Return the mean time of a step in a long run, in seconds. compute: compute time of a step whose lanes are divided among all
+    ranks. Pure."""
     if cluster.ranks == 1:
         return compute
     a_sum, small = one_sum(config, sizes, cluster).seconds(cluster), cluster.small_exchange_seconds
@@ -107,7 +107,7 @@ def step_seconds(config: Config, sizes: Sizes, cluster: Cluster, compute: float)
         own = compute * most_micro_batches(lanes_of(config), working) / most
         trip = own + 2 * once * min(k, working) + 2 * cluster.latency_seconds
         return max(trip, working * once / (cluster.ranks - working)) + (once + small) / meet
-    rounds, meeting = meet // every - 1, a_sum + small  # number of averages between two meetings
+    rounds, meeting = meet // every - 1, a_sum + small  # the number of averages between two meetings, and the time of a meeting
     if config.strategy.group != "all":
         return compute + (rounds * (k * once + cluster.latency_seconds) + meeting) / meet
     exposed = max(0.0, a_sum - every * compute) if config.strategy.overlap else a_sum
@@ -123,8 +123,8 @@ class MethodRow:
     refused: str = ""  # the reason why the method cannot be used, or empty
     sent_bytes: float | None = None  # by rank 0 per step
     step_seconds: float | None = None
-    speed: float | None = None  # relative to synchronous
-    loss: float | None = None  # loss reached in a trial
+    speed: float | None = None  # 2.0 means half the step time of synchronous
+    loss: float | None = None  # loss at the end of a trial
 
 
 def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, wanted: Sequence[str] = ()) -> list[MethodRow]:
@@ -151,15 +151,15 @@ def predict(config: Config, vocab_size: int, cluster: Cluster, compute: float, w
 
 
 def with_speeds(rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """Return the rows with their speeds relative to the row synchronous; None without this row. Pure."""
+    """Return the rows with their speeds relative to the row `synchronous`. Without this row the speeds are None. Pure."""
     base = next((row.step_seconds for row in rows if row.method == "synchronous"), None)
     return [replace(row, speed=base / row.step_seconds if base and row.step_seconds else None) for row in rows]
 
 
 def recommend(rows: Sequence[MethodRow], tried: bool) -> tuple[str, str]:
-    """Return (recommended method, reason). tried: the rows are results of trials, which are compared by loss. Predictions are
-    compared by speed: of the methods within 10% of the fastest, the one closest to synchronous training is recommended. A method
-    that is less than 10% faster than synchronous is not recommended. Pure."""
+    """Return (recommended method, reason). tried: whether the rows are results of trials. Trials are compared by loss.
+    Predictions are compared by speed: among the methods within 10% of the fastest, the method closest to synchronous training is
+    recommended. A method that is less than 10% faster than synchronous is never recommended. Pure."""
     there = {row.method: row for row in rows if not row.refused and row.step_seconds and row.speed and (row.loss or not tried)}
     if "synchronous" not in there:
         return "", "no recommendation: there is no synchronous run for comparison."

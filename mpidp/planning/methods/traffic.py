@@ -1,12 +1,12 @@
-"""Compute the traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
+"""Computes the traffic of a sum of gradients over all ranks, and its time on a cluster. Pure.
 
-With P ranks, n bytes of gradients, a link of latency a and bandwidth B per node, and k ranks per node:
+There are P ranks, n bytes of gradients, a link of latency a and bandwidth B per node, and k ranks per node.
 
 | what | seconds |
 |---|---|
-| reducer allreduce | 2 (P-1)/P n / B + 2 (P-1) a per message: a ring with one flow out of each node (Patarasuk & Yuan 2009) |
-| reducer tree | the same over nodes with shared memory, else over ranks; on one node (P-1)/P n / B, read from memory |
-| comm.compress | bytes from a node's ranks to other nodes / B + 2 (P-1) a per exchange; powersgd has two exchanges per bucket |
+| reducer allreduce | 2 (P-1)/P n / B + 2 (P-1) a per piece, for a ring that leaves each node once (Patarasuk & Yuan 2009) |
+| reducer tree | the same with P nodes if ranks share memory, else with P ranks; on one node (P-1)/P n / B, read from memory |
+| comm.compress | (bytes from a node to other nodes) / B + 2 (P-1) a per exchange; powersgd has two exchanges per bucket |
 | allgather of a few numbers | 2 ceil(log2 P) a |
 
 The time to compress and decompress is not counted.
@@ -35,7 +35,7 @@ from mpidp.reducers.compression.compressed import method_of, trimmed
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks and the slowest link between two of them."""
+    """A number of ranks and nodes, and the slowest link between two ranks."""
 
     ranks: int
     nodes: int
@@ -54,8 +54,8 @@ class Cluster:
 
 
 def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
-    """Return the cluster that mpidp.doctor measured. content: that of cluster.json. ranks: 0 for the number in the file. where:
-    name of the file. Raises UsageError if it has no measured link. Pure."""
+    """Return the cluster that mpidp.doctor measured. content: the content of cluster.json. ranks: number of ranks, or 0 for the
+    number in the file. where: name of the file. Raises UsageError if the file has no measured link. Pure."""
     try:
         seen = int(content["ranks"])
         latency, bandwidth = float(content["latency_seconds"]), float(content["bandwidth_bytes_per_second"])
@@ -71,14 +71,14 @@ def cluster_of(content: Mapping[str, Any], ranks: int, where: str) -> Cluster:
 
 
 def link_of(given: str, ranks: int) -> Cluster:
-    """Parse --link=MBIT,MS: bandwidth of each node and one-way delay, with one rank per node. Raises UsageError if it is not
-    valid. Pure."""
+    """Parse --link=MBIT,MS and return a cluster with one rank per node. MBIT: bandwidth of each node. MS: one-way delay. Raises
+    UsageError if the option is not valid. Pure."""
     try:
         mbit, ms = map(float, given.split(","))
         if not (0 < mbit < math.inf and 0 <= ms < math.inf):
             raise ValueError
     except ValueError as error:
-        raise UsageError(f"--link={given}: give Mbit/s and one-way ms, separated by a comma, as --link=1000,0.1") from error
+        raise UsageError(f"--link={given}: give Mbit/s and one-way ms, separated by a comma, like --link=1000,0.1") from error
     return Cluster(ranks, ranks, ms / 1e3, mbit * 1e6 / 8)
 
 
@@ -112,7 +112,7 @@ class Sum:
     """The traffic of one sum of all buckets over all ranks."""
 
     sent_bytes: int  # by rank 0, as counted in metrics.jsonl
-    link_bytes: float  # bytes through the link of a node, in each direction
+    link_bytes: float  # bytes that pass the link of a node in each direction
     messages: int  # number of messages that are sent one after the other
 
     def seconds(self, cluster: Cluster) -> float:
@@ -135,7 +135,7 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
         return _by_tree(config, sizes, cluster)
     if reducer == "root":
         sent = 4 * sum(shape.numel() for bucket in sizes.buckets for shape in bucket.shapes)
-        return Sum(sent, float((size + 1) * sent), 2 * len(sizes.buckets))  # gathered, then sent back by a ring in two halves
+        return Sum(sent, float((size + 1) * sent), 2 * len(sizes.buckets))  # gather, then broadcast by scatter and ring allgather
     if reducer == "naive":
         spans = [(o, o + shape.numel()) for bucket in sizes.buckets
                  for shape, o in zip(bucket.shapes, bucket.offsets, strict=True)]
@@ -147,7 +147,7 @@ def one_sum(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
-    """Return the traffic of the tree reducer. Ranks that share memory add their lanes; the owners of each slice then exchange
+    """Return the traffic of the tree reducer. Ranks that share memory add their lanes. Then the owners of each slice exchange
     their partial sums."""
     lanes = lanes_of(config)
     shared = 1 if config.comm.transport == "messages" else cluster.ranks_a_node
@@ -171,6 +171,6 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return the bytes through the link of a node per byte that a rank sends, if each rank sends the same to all others."""
+    """Return the bytes that leave a node for each byte that a rank sends, if each rank sends equally much to all other ranks."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0

@@ -1,4 +1,4 @@
-"""`python -m mpidp.plan methods`: measure compute time and link speed, and train with each method for a short time.
+"""Implements `python -m mpidp.plan methods`: measures compute time and link speed, and trains with each method for a short time.
 
 Trial runs are written to a temporary folder beside run.dir, which all nodes must share. During the trials, one line per method is
 printed on standard error.
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TIMED = 6  # number of steps of a compute measurement; the second half is timed
-PILOT = 0.2  # share of a method's time that is spent on measuring its step time
+PILOT = 0.2  # fraction of a trial's time that a shorter run before it takes to measure the step time
 
 
 @dataclass(frozen=True)
 class TrialOptions:
     """The options of `plan methods`."""
 
-    ranks: int = 0  # number of ranks; 0: that of the launch, or if this is 1, that in cluster.json
+    ranks: int = 0  # number of ranks; 0: the ranks of this launch, or if there is only one, the number in cluster.json
     cluster: str = ""  # path of cluster.json
     link: str = ""  # "MBIT,MS": bandwidth and delay
     step_seconds: float = 0.0  # compute time per step; 0: measure it
@@ -78,7 +78,7 @@ class TrialResult:
 
 
 def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm) -> dict[str, Any]:
-    """Compare the methods. Return the results as plain values, equal on all ranks.
+    """Compare the methods. Return the results as plain values, which are equal on all ranks.
 
     Raises UsageError if the options cannot be used together, or DataError if the shards cannot be read. Collective over world."""
     if options.seconds and world.size == 1:
@@ -173,7 +173,7 @@ def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) ->
 
 @contextmanager
 def folder_beside(run_dir: Path, world: MPI.Intracomm) -> Iterator[Path]:
-    """Make a temporary folder beside run_dir, on the disk that all nodes share. Collective over world."""
+    """Return a context with a temporary folder beside run_dir, on the disk that all nodes share. Collective over world."""
     made = ""
     with raise_together(world):
         if world.rank == 0:
@@ -213,8 +213,8 @@ def _steps(seconds: float, each: float) -> int:
 
 
 def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> TrialResult:
-    """Train this many steps from the initial weights, with a constant learning rate after the warm-up. Return the result, equal
-    on all ranks. Collective over world."""
+    """Train for this many steps from the initial weights, with a constant learning rate after the warm-up. Return the result,
+    which is equal on all ranks. Collective over world."""
     config = config.with_values(
         train={"steps": steps, "tokens": 0, "epochs": 0.0, "eval_every": 0, "save_every": 0, "target_loss": 0.0, "patience": 0},
         optim={"schedule": "constant", "warmup_steps": -1}, run={"dir": str(run_dir), "resume": "never"},
@@ -245,8 +245,8 @@ def trial(config: Config, steps: int, run_dir: Path, world: MPI.Intracomm) -> Tr
 
 
 def _read(metrics: Path, val_loss: float | None) -> TrialResult:
-    """Read the result of a trial. Its loss is the last val_loss or, without evaluations, the mean train_loss of the last quarter
-    of the steps. Independent."""
+    """Read the result of a trial. The loss is the last val_loss. Without evaluations it is the mean train_loss of the last
+    quarter of the steps. Independent."""
     lines = [line for line in read_lines(metrics) if "step_seconds" in line]
     seconds, sent, curve = 0.0, 0, list[tuple[float, int, float]]()
     for line in lines:

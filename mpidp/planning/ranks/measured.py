@@ -1,7 +1,7 @@
-"""Read a run for planning from RUN/config.toml and RUN/metrics.jsonl: its losses, its gradient noise and its step times.
+"""Reads the losses, the gradient noise and the step times of a run from RUN/config.toml and RUN/metrics.jsonl.
 
-Needs neither MPI nor torch, and changes nothing in RUN. Missing fields and lines that a running job has not finished writing are
-skipped.
+This module needs neither MPI nor torch, and changes nothing in RUN. It skips missing fields, and lines that a running job has not
+finished writing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mpidp.metrics.gradient_noise import Noise
 from mpidp.metrics.jsonl import number, read_lines
 from mpidp.planning.ranks.predict import StepTimes, most_micro_batches
 
-WARM_UP = 3  # number of untimed steps at the start of a job that has more than 3 * WARM_UP steps
+WARM_UP = 3  # in a job of more than 3 * WARM_UP steps, the times of this many first steps are ignored
 
 
 @dataclass
@@ -34,7 +34,7 @@ class MeasuredRun:
     train_loss: float | None = None  # train_loss at the last step
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, val_loss)
     noises: list[tuple[int, Noise]] = field(default_factory=list)  # (step, gradient noise of this step)
-    starts: list[tuple[int | None, list[dict[str, Any]]]] = field(default_factory=list)  # of each job: (ranks, lines of steps)
+    starts: list[tuple[int | None, list[dict[str, Any]]]] = field(default_factory=list)  # (ranks, lines of steps) of each job
 
 
 def read(run: Path) -> MeasuredRun:
@@ -73,9 +73,9 @@ def _add(run: MeasuredRun, line: dict[str, Any]) -> None:
 
 
 def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None, str]:
-    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run. Otherwise it is the
-    step at which val_loss reached `loss`, interpolated linearly between evaluations. Raises UsageError if the run did not reach
-    `loss`. Pure."""
+    """Return (steps, loss, name of the loss) of the goal. If `loss` is None, the goal is the end of the run. Otherwise the goal
+    is the step at which val_loss reached `loss`, interpolated linearly between evaluations. Raises UsageError if the run did not
+    reach `loss`. Pure."""
     if loss is None:
         if run.evaluations:
             return *run.evaluations[-1], "val_loss"
@@ -93,8 +93,8 @@ def steps_to(run: MeasuredRun, loss: float | None) -> tuple[float, float | None,
 
 
 def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
-    """Return the median step times for each number of ranks in these runs. A run without a recorded number of ranks counts as one
-    on 1 rank. Raises UsageError if no step has a compute time. Pure."""
+    """Return the median step times for each number of ranks in these runs. If a run has no recorded number of ranks, 1 is
+    assumed. Raises UsageError if no step has a compute time. Pure."""
     found: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
         for recorded, lines in run.starts:
@@ -106,7 +106,7 @@ def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
                 if compute is None or not own:
                     continue
                 each = (compute + (number(line, "data_seconds") or 0.0)) / own
-                uneven = (most - own) * each  # part of comm_wait, in which rank 0 waits for ranks with more micro-batches
+                uneven = (most - own) * each  # the time of comm_wait in which rank 0 waits for ranks with more micro-batches
                 comm = (number(line, "comm_wait_seconds") or 0.0) - max(0.0, uneven)
                 found.setdefault(ranks, []).append((each, max(0.0, comm), number(line, "update_seconds") or 0.0))
     if not found:
@@ -115,7 +115,7 @@ def seconds(runs: Sequence[MeasuredRun]) -> list[StepTimes]:
 
 
 def step_seconds(run: MeasuredRun) -> float | None:
-    """Return the median time of the steps since the last start in seconds, or None if it was not recorded. Pure."""
+    """Return the median time of the steps since the last start, in seconds. Return None if step times were not recorded. Pure."""
     found = [one for line in _timed(run.starts[-1][1]) if (one := number(line, "step_seconds"))]
     return statistics.median(found) if found else None
 

@@ -1,8 +1,8 @@
-"""Predict the time to the same loss at other batch sizes and numbers of ranks, from measurements of a run. Pure.
+"""Predicts the time to reach the same loss with other batch sizes and numbers of ranks, from measurements of a run. Pure.
 
-With b tokens per step, a loss needs S(b) = S_min (1 + B_noise / b) steps. This follows from (S/S_min - 1)(E/E_min - 1) = 1 with
-E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is that of the rank with the
-most micro-batches, plus communication and update, which do not depend on the batch.
+With b tokens per step, S(b) = S_min (1 + B_noise / b) steps are needed to reach a loss. This follows from (S/S_min - 1)(E/E_min -
+1) = 1 with E = b S tokens and B_noise = E_min / S_min (McCandlish et al. 2018, section 2.3). The time of a step is the compute
+time of the rank with the most micro-batches, plus the times of communication and update, which do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the run's batch size
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Measured times at one number of ranks."""
+    """Measured times of a step on one number of ranks."""
 
     ranks: int
-    micro_batch: float  # s; forward, backward and data wait of one micro-batch
-    comm: float  # s per step; without waiting for ranks that have more micro-batches
-    update: float  # s per step
+    micro_batch: float  # seconds of one micro-batch: forward, backward, and waiting for data
+    comm: float  # seconds per step, without the time of waiting for ranks with more micro-batches
+    update: float  # seconds per step
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Learned:
 
     @property
     def fewest_steps(self) -> float:
-        """S_min: the number of steps with an infinite batch."""
+        """S_min, the number of steps that an infinite batch would need."""
         return self.steps / (1 + self.noise_scale_tokens / self.tokens_a_step)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One batch size on one number of ranks."""
+    """The prediction for one batch size and one number of ranks."""
 
     multiple: float  # of the run's batch size
     ranks: int
@@ -67,7 +67,7 @@ class BatchRow:
     multiple: float
     lanes: Lanes
     tokens: float  # per step
-    steps: float  # predicted number to reach the loss
+    steps: float  # predicted number of steps to reach the loss
     cells: tuple[Cell, ...]
 
 
@@ -88,8 +88,8 @@ def most_micro_batches(lanes: Lanes, ranks: int) -> int:
 
 
 def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = False) -> float:
-    """Interpolate linearly in log2(ranks) between measured points, which are sorted by ranks. Outside, return the nearest value.
-    grows: extrapolate beyond the last point if the last two values rise."""
+    """Interpolate linearly in log2(ranks) between measured points (ranks, value), which are sorted by ranks. Outside the points,
+    return the nearest value. grows: extrapolate after the last point if the last two values rise."""
     if ranks <= points[0][0]:
         return points[0][1]
     for (low, a), (high, b) in zip(points, points[1:], strict=False):
@@ -104,9 +104,9 @@ def _between(points: Sequence[tuple[int, float]], ranks: int, grows: bool = Fals
 
 def seconds_at(measured: Sequence[StepTimes], ranks: int) -> StepTimes:
     """Return the step times on this number of ranks, interpolated between measurements. Runs on one rank do not communicate, so
-    the time of communication is taken from runs on several ranks. It is 0 if there are none.
+    for several ranks the time of communication is taken from runs on several ranks. It is 0 if there are no such runs.
 
-    measured: at least one, and no two with the same number of ranks. Pure."""
+    measured: at least one measurement, each with a different number of ranks. Pure."""
     measured = sorted(measured, key=lambda one: one.ranks)
     comm = [(one.ranks, one.comm) for one in measured if one.ranks > 1]
     if ranks == 1:
@@ -126,7 +126,7 @@ def step_seconds(lanes: Lanes, measured: Sequence[StepTimes], ranks: int) -> flo
 
 
 def predict(learned: Learned, measured: Sequence[StepTimes], ranks: Sequence[int]) -> list[BatchRow]:
-    """Return the predictions, with a row for each batch size. ranks: numbers of ranks for the cells of a row. Pure."""
+    """Return the predictions, with one row per batch size. ranks: the numbers of ranks for the cells of a row. Pure."""
     rows = []
     for multiple in MULTIPLES:
         lanes = scaled(learned.lanes, multiple)

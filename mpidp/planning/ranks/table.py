@@ -1,4 +1,4 @@
-"""Format the tables that `python -m mpidp.plan` and `plan methods` print, and their assumptions. Pure, except for the plot."""
+"""Formats the tables that `python -m mpidp.plan` and `plan methods` print. Pure, except for the plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Format a time: 43 s, 12.3 min, 4.1 h, 3.2 d. Pure."""
+    """Format a time, for example as 43 s, 12.3 min, 4.1 h or 3.2 d. Pure."""
     for unit, size, until in (("s", 1, 100), ("min", 60, 90), ("h", 3600, 72)):
         if seconds < until * size:
             return f"{seconds / size:.3g} {unit}"

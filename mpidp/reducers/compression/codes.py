@@ -1,21 +1,21 @@
-"""Codes: encode float32 values in fewer bytes, and decode them. Pure torch, on the device of the values.
+"""Codes, which encode float32 values in fewer bytes and decode them. They use only torch, on the device of the values.
 
 | code | bytes per value | encoded value |
 |---|---|---|
 | plain | 4 | the value |
 | bf16 | 2 | 8 bits of significand |
 | fp16 | 2 | 11 bits of significand, in units of a power of two per block |
-| int8, int4 | 1, 1/2 | a multiple of 1/127 or 1/7 of the block's largest value, stochastically rounded (QSGD, Alistarh 2017) |
+| int8, int4 | 1, 1/2 | a multiple of 1/127 (1/7) of the block's largest value, stochastically rounded (QSGD, Alistarh 2017) |
 | int2 | 1/4 | 0, or the sign times the mean absolute value of the block's large values (ternary weight networks, Li 2016) |
 | onebit | 1/8 | the sign times the block's mean absolute value (Seide 2014; Karimireddy 2019, section 5) |
 
 The scale of a block takes 4 more bytes. In the following, the error of a code is the sum of squares of x - decoded, relative to
-the sum of squares of x. It must be below 1 in the mean over stochastic rounding. Otherwise residuals would grow without bound
-under error feedback (Karimireddy 2019, assumption A). With stochastic rounding of n values to k levels up to the largest value,
-the error is at most (1 + sqrt(n)) / 2k - 1. This is 0.21 for int4, but 7.5 for three levels; so int2 does not round
-stochastically. For normally distributed values the error of int2 is 0.19, and the error of onebit 0.36. For any values the error
-of int2 is 1 - m s^2 / sum(x^2), where s is the mean absolute value of the m large values. All this holds for values from the
-smallest normal to the largest float32, and every decoded value is finite.
+the sum of squares of x. The expected error must be below 1. Otherwise residuals would grow without bound under error feedback
+(Karimireddy 2019, assumption A). With stochastic rounding of n values to k levels up to the largest value, the error is at most
+(1 + sqrt(n)) / 2k - 1. This is 0.21 for int4. It would be 7.5 for int2, which therefore does not round stochastically. For
+normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values the error of int2 is 1 - m
+s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all values from the smallest
+normal to the largest float32. Every decoded value is finite.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALLEST = 2.0**-149  # the smallest float32 above 0, which is denormal
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed that depends on all numbers and their order. Pure."""
+    """Return a random seed computed from the numbers and their order. Pure."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
@@ -77,12 +77,12 @@ class Code:
         return 4 * n
 
     def encode(self, x: Tensor, wire: Tensor, seed: int) -> None:
-        """Encode x, float32 (n,), n > 0, all finite, into wire, uint8 (num_bytes(n),), aligned to 4 bytes. seed: for stochastic
-        rounding. Independent."""
+        """Encode x into wire. x: float32 (n,), n > 0, all values finite. wire: uint8 (num_bytes(n),), aligned to 4 bytes. seed:
+        for stochastic rounding. Independent."""
         wire.view(torch.float32).copy_(x)
 
     def decode(self, wire: Tensor, n: int) -> Tensor:
-        """Decode wire: return float32 (n,). Independent."""
+        """Decode wire, and return float32 (n,). Independent."""
         return wire.view(torch.float32).clone()
 
 
@@ -115,8 +115,8 @@ class Scaled(Code):
 
 
 class Float16(Scaled):
-    """Stores float16 multiples of the scale, a power of two near m / 2^15, so that no value overflows; m is the block's largest
-    absolute value. |x - decoded| is at most the larger of 2^-11 |x| and 2^-39 m."""
+    """Stores values as float16 multiples of the scale. The scale is a power of two near m / 2^15, where m is the block's largest
+    absolute value, so no multiple overflows. |x - decoded| is at most the larger of 2^-11 |x| and 2^-39 m."""
 
     bits = 16
     largest = (2.0**15 - 2.0**4) * 2.0**113  # the largest float32 that is a float16 multiple of its scale
@@ -134,7 +134,8 @@ class Float16(Scaled):
 
 
 class Integer(Scaled):
-    """Rounds values stochastically, without bias, to multiples of the scale from -levels to levels. |x - decoded| <= scale."""
+    """Rounds values stochastically, without bias, to multiples of the scale, from -levels to levels times the scale. |x -
+    decoded| <= scale."""
 
     def __init__(self, bits: int) -> None:
         """bits: 8 or 4."""
@@ -142,7 +143,7 @@ class Integer(Scaled):
         self.levels = 2 ** (bits - 1) - 1
 
     def scale(self, rows: Tensor) -> Tensor:
-        """Return the scale of each block, so that no multiple overflows: (blocks, BLOCK) -> (blocks, 1). Pure."""
+        """Return the scale of each block, (blocks, BLOCK) -> (blocks, 1). No multiple of a scale overflows. Pure."""
         most = rows.abs().amax(1, keepdim=True)
         scales = (most / self.levels).clamp(SMALLEST, LARGEST / self.levels * (1 - 2.0**-23))
         return torch.where(most > 0, scales, 1.0)  # a normal scale for blocks of zeros: computing with denormals is slow
@@ -162,8 +163,9 @@ class Integer(Scaled):
 
 
 class Ternary(Scaled):
-    """Encodes values as -s, 0 or s. Values above 3/4 of the block's mean absolute value are large, and s is their mean absolute
-    value. The factor 3/4 is best for normally distributed values."""
+    """Encodes values as -s, 0 or s. A value is large if its absolute value is above 3/4 of the block's mean absolute value. Large
+    values become -s or s, where s is their mean absolute value; other values become 0. The factor 3/4 is best for normally
+    distributed values."""
 
     bits = 2
 
@@ -182,8 +184,8 @@ class Ternary(Scaled):
 
 
 class OneBit(Scaled):
-    """Encodes values as their signs. They are decoded as the sign times the block's mean absolute value, also if the value is 0.
-    In each block of n values, the sum of (x - decoded)^2 is sum(x^2) - n mean(|x|)^2."""
+    """Encodes values as their signs; the sign of 0 is positive. A sign is decoded as plus or minus the block's mean absolute
+    value. In each block of n values, the sum of (x - decoded)^2 is sum(x^2) - n mean(|x|)^2."""
 
     bits = 1
     keeps_zeros = False

@@ -1,11 +1,12 @@
-"""Sums encoded values over ranks, with the same bits on all ranks. Also has the base class of compression methods.
+"""Sums encoded values over ranks, with the same bits on all ranks. This module also has the base class of compression methods.
 
 Every rank encodes its vector slice by slice and sends each slice to its owner. The owner decodes the slices, adds them in rank
-order in float32, encodes the sum and sends it to all ranks. Each rank knows the errors of its own encodings, so nothing is lost
-(DoubleSqueeze, Tang 2019). The sum of x over all ranks is total plus the sums of `unsent` and `late` over all ranks (see Summed).
+order in float32, encodes the sum and sends it to all ranks. Each rank keeps the errors of its own encodings, so nothing is lost
+(DoubleSqueeze, Tang 2019): the sum of x over all ranks is `total` plus the sums of `unsent` and `late` over all ranks (see
+Summed).
 
-Wire format of a slice: a 4-byte integer, which is 1 if all values are finite and else 0; then the encoded values, padded to a
-multiple of 4 bytes.
+The wire format of a slice is a 4-byte integer, which is 1 if all values are finite and else 0, followed by the encoded values,
+padded to a multiple of 4 bytes.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ HEADER = 4  # bytes of the integer before the encoded values
 
 
 def wire_bytes(code: Code, n: int) -> int:
-    """Return the wire size of a slice of n values. Pure."""
+    """Return the size of a slice of n values in the wire format, in bytes. Pure."""
     return HEADER + -(-code.num_bytes(n) // 4) * 4 if n else 0
 
 
 def slice_bytes(code: Code, n: int, size: int) -> list[int]:
-    """Return the wire size of each slice when n values are cut for `size` ranks. Pure."""
+    """Return the size of each slice in the wire format if n values are cut into slices for `size` ranks. Pure."""
     bounds = slice_bounds(n, size)
     return [wire_bytes(code, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
 
@@ -52,7 +53,7 @@ def all_finite(x: Tensor) -> bool:
 
 @dataclass
 class Summed:
-    """A sum of n values on one rank."""
+    """What one rank knows after a sum of vectors of n values over all ranks."""
 
     total: Tensor  # (n,), the same bits on all ranks
     unsent: Tensor  # (n,), the encoding error of this rank's values
@@ -69,7 +70,7 @@ class Exchange:
         self.comm, self.transport, self.wait, self.seed = comm, transport, wait, seed
 
     def sum(self, x: Tensor, code: Code, key: tuple[int, ...], finite: bool = True) -> Summed:
-        """Sum x, float32 (n,), n > 0, over the ranks. key: unique to this sum, for random seeds; finite: whether the values from
+        """Sum x, float32 (n,), n > 0, over the ranks. key: unique to this sum, for random seeds. finite: whether the values from
         which x was computed are finite. Collective over comm."""
         comm, transport = self.comm, self.transport
         rank, size = comm.rank, comm.size
@@ -121,7 +122,7 @@ class Exchange:
 
 
 def write(code: Code, x: Tensor, wire: Tensor, seed: int, finite: bool) -> None:
-    """Encode the values x of a slice into `wire`, in the wire format. With finite=False, `wire` becomes zero. Independent."""
+    """Encode the values x of a slice into `wire`, in the wire format. If finite is False, fill `wire` with zeros. Independent."""
     wire.zero_()
     if x.numel() and finite:
         wire[:HEADER].view(torch.int32).fill_(1)
@@ -129,8 +130,8 @@ def write(code: Code, x: Tensor, wire: Tensor, seed: int, finite: bool) -> None:
 
 
 def read(code: Code, wire: Tensor, n: int) -> tuple[Tensor, bool]:
-    """Decode a slice from the wire format. Return (values (n,), whether all are finite). If not, the values are zeros.
-    Independent."""
+    """Decode a slice of n values from the wire format. Return (values (n,), whether all encoded values were finite). If they were
+    not, return zeros. Independent."""
     if n and bool(wire[:HEADER].view(torch.int32)):
         return code.decode(wire[HEADER : HEADER + code.num_bytes(n)], n), True
     return torch.zeros(n, device=wire.device), not n
@@ -159,12 +160,12 @@ class CompressionMethod:
         return bytes_sent(self.code(number), bucket.stop - bucket.start, rank, size)
 
     def end_round(self, applied: bool) -> None:
-        """End a round. If its sums were applied, keep the changed state; otherwise restore the state from before the round.
-        Independent."""
+        """End a round. applied: whether an update used the sums of the round. If it is False, restore the state from before the
+        round. Independent."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state, the same on all ranks. The method must not modify these tensors later. Independent."""
+        """Return the state, which is the same on all ranks. The method must not modify these tensors later. Independent."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the state; {} resets it. Independent."""
+        """Load the state. An empty state resets the method. Independent."""

@@ -1,11 +1,13 @@
-"""PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin ones, with one power iteration.
+"""PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin matrices, with one power
+iteration.
 
-M_i, (rows, cols), is the matrix of rank i; Q, (cols, r), is the same on all ranks (algorithm 1, with sums instead of means): P =
-orthogonalized sum of M_i Q; Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T, and Q' is the Q of the next round
-(warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T; the residuals add up to the sum of M_i minus P Q'^T.
-Vectors are sent uncompressed. A matrix is also sent uncompressed if P and Q together would not be smaller.
+Rank i has the matrix M_i, (rows, cols). Q, (cols, r), is the same on all ranks. Algorithm 1 of the paper, with sums instead of
+means, computes P = orthogonalized sum of M_i Q, and then Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T. Q' is
+used as Q in the next round (warm start, section 4.2). The residual of rank i is M_i - P (M_i^T P)^T. The residuals add up to the
+sum of M_i minus P Q'^T. Vectors are sent uncompressed. A matrix is also sent uncompressed if P and Q together would not be
+smaller.
 
-Every rank orthogonalizes the same matrix. Ranks on different kinds of CPUs could get different bits.
+Every rank orthogonalizes the same matrix. If ranks run on different kinds of CPUs, the results can differ in bits.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Sum
 
 
 class PowerSGD(CompressionMethod):
-    """Implements comm.compress=powersgd. rank: number of columns of the thin matrices (comm.rank). seed: for the first Q."""
+    """Implements comm.compress=powersgd. rank: number of columns of the thin matrices (comm.rank). seed: random seed of the first
+    Q."""
 
     def __init__(self, rank: int, seed: int) -> None:
         super().__init__(PLAIN)
         self.rank, self.seed = rank, seed
-        self._applied_q: dict[str, Tensor] = {}  # Q by parameter, after the last applied round
-        self._round_q: dict[str, Tensor] = {}  # Q' of this round
+        self._applied_q: dict[str, Tensor] = {}  # Q of each parameter, after the last applied round
+        self._round_q: dict[str, Tensor] = {}  # Q' of each parameter in this round
 
     def thin(self, shape: torch.Size) -> tuple[int, int, int]:
-        """Return the size (rows, cols) of a parameter as a matrix, and the number r of columns of its thin matrices. r = 0 means
-        that the parameter is sent uncompressed. Pure."""
+        """Return (rows, cols, r): the size of the parameter as a matrix, and the number of columns of its thin matrices. r = 0
+        means that the parameter is sent uncompressed. Pure."""
         rows = shape[0] if len(shape) > 1 else 1
         cols = shape.numel() // rows if rows else 0
         r = min(self.rank, rows, cols)
@@ -57,7 +60,7 @@ class PowerSGD(CompressionMethod):
         if previous is not None and previous.shape == (cols, r):
             return previous
         generator = torch.Generator().manual_seed(seed_of(self.seed, zlib.crc32(name.encode())))
-        return torch.randn(cols, r, generator=generator)  # on the CPU: the same on every device
+        return torch.randn(cols, r, generator=generator)  # on the CPU, so that the values do not depend on the device
 
     def sum(self, x: Tensor, bucket: Bucket, number: int, exchange: Exchange) -> Summed:
         matrices, others = list(self._matrices(bucket)), self._others(bucket)

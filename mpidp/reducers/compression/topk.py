@@ -1,9 +1,10 @@
-"""Sends a small fraction of the values: the largest ones (topk), or those at random places that are the same on all ranks
-(randomk).
+"""Sends a small fraction of the values: the largest values (topk), or the values at random places, which are the same on all
+ranks (randomk).
 
-Aji & Heafield 2017; Stich 2018 (both converge with error feedback). The warm-up of the ratio, and the momentum in compressed.py,
-are from Deep Gradient Compression (Lin 2018). With topk the owner of a slice sends the k largest values of its sum (gTop-k, Shi
-2019) and keeps the rest as a residual. The number of places at which any rank sent a value would not be known in advance.
+Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the momentum
+in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk the owner of a slice sends only the k largest values of
+the sum (gTop-k, Shi 2019) and keeps the rest as a residual. All nonzero values of the sum cannot be sent, because their number is
+not known in advance.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.compression.codes import PLAIN, Code, seed_of, uniform
 from mpidp.reducers.compression.exchange import CompressionMethod, Exchange, Summed, all_finite, bytes_sent
 
-CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per chunk, of which the largest are chosen; LARGE_CHUNK for small ratios
+CHUNK, LARGE_CHUNK = 1 << 12, 1 << 16  # values per chunk, from which the largest are chosen; LARGE_CHUNK is for small ratios
 
 
 def ratio_at(ratio: float, warmup: int, number: int) -> float:
-    """Return the fraction of values sent in round `number`, from 0. It falls exponentially from 1 to `ratio` in `warmup` rounds.
-    With ratio 0.001 and warmup 4: 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin 2018, section 3.4). Pure."""
+    """Return the fraction of values sent in round `number`, counted from 0. It falls exponentially to `ratio` in `warmup` rounds.
+    For example, with ratio 0.001 and warmup 4 it is 0.25, 0.06, 0.016, 0.004, then 0.001 (Lin 2018, section 3.4). Pure."""
     return float(ratio ** ((number + 1) / (warmup + 1))) if number < warmup else ratio
 
 
 def count(ratio: float, n: int) -> int:
-    """Return how many of n values are sent, at least one. Pure."""
+    """Return how many of n values are sent: ratio * n, but at least one. Pure."""
     return min(n, max(1, round(ratio * n)))
 
 
@@ -40,7 +41,7 @@ class TopK(Code):
         self.ratio, self.chunk = ratio, CHUNK if ratio * CHUNK >= 16 else LARGE_CHUNK
 
     def _rows(self, n: int) -> list[tuple[int, int, int]]:
-        """Return (number of rows, values per row, values sent per row): for whole chunks, then for the rest. Pure."""
+        """Return (number of rows, values per row, values sent per row), first for the whole chunks, then for the rest. Pure."""
         whole, rest = divmod(n, self.chunk)
         return [(rows, width, count(self.ratio, width)) for rows, width in ((whole, self.chunk), (1, rest)) if rows and width]
 
@@ -83,16 +84,17 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """Implements comm.compress=randomk: of each range of 1 / ratio values, one is sent. Its place is drawn again in each round,
-    with the same seed on all ranks. So only values are sent, and their sum is exact up to rounding."""
+    """Implements comm.compress=randomk: one value of each range of 1 / ratio values is sent. Its place is drawn anew in each
+    round, with the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is exact up to
+    rounding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)
         self._ratio, self._warmup = ratio, warmup
 
     def places(self, bucket: Bucket, number: int, seed: int) -> Tensor:
-        """Return the places within the bucket, ascending, int64 (k,). They are computed on the CPU, so they do not depend on the
-        device. Pure."""
+        """Return the places of the sent values within the bucket, in ascending order, int64 (k,). They are computed on the CPU,
+        so they do not depend on the device. Pure."""
         k = self._count(bucket, number)
         edges = torch.arange(k + 1) * (bucket.stop - bucket.start) // k
         widths = edges[1:] - edges[:-1]

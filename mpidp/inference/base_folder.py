@@ -1,0 +1,49 @@
+"""A Hugging Face folder as a model to evaluate and to generate with, for example a base model before it is fine-tuned."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpidp.data.tokenizer import load_tokenizer
+from mpidp.errors import DataError, UsageError
+from mpidp.hf.folder import ModelFolder, read_object
+from mpidp.hf.names import shape_of
+
+USUAL_SEQ_LEN = 2048  # the context, if the model has a longer one and --seq-len is not given
+MICRO_BATCH = 8  # windows per forward pass
+
+
+class BaseFolder(ModelFolder):
+    """A Hugging Face folder with `path`, `meta` and box(), like the Reader of a checkpoint. Independent.
+
+    seq_len: length of the context; 0: that of the model, at most USUAL_SEQ_LEN. Raises DataError if the folder is invalid, and
+    UsageError if its context is shorter than seq_len.
+    """
+
+    def __init__(self, path: Path, seq_len: int = 0) -> None:
+        super().__init__(path)
+        longest = read_object(path / "config.json").get("max_position_embeddings") or USUAL_SEQ_LEN
+        longest = longest if self.window is None else min(longest, self.window)  # mpidp's attention covers the whole context
+        if seq_len > longest:
+            limits = "max_position_embeddings, sliding_window"
+            raise UsageError(f"--seq-len {seq_len}: the context of {path} has {longest} tokens ({limits})")
+        shape = shape_of(self.settings, seq_len or min(longest, USUAL_SEQ_LEN))
+        self.meta: dict[str, Any] = {
+            "config": {
+                "model.kind": "transformer", "model.seq_len": shape.seq_len, "model.vocab_size": shape.vocab_size,
+                "train.micro_batch": MICRO_BATCH, "train.dtype": "float32", "train.seed": 0, "data.documents": "auto",
+            },
+            "shape": asdict(shape), "fingerprint": {"threads": 0}, "step": 0,
+        }
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(f"{path} has no tokenizer.json: save it with AutoTokenizer.from_pretrained(...).save_pretrained(DIR)")
+        self.meta |= {"tokenizer": hashlib.sha256(file.read_bytes()).hexdigest(), "eod": load_tokenizer(file).eod}
+
+
+def is_base_folder(path: Path) -> bool:
+    """Return whether a path is a Hugging Face folder, not a run or a checkpoint. Independent."""
+    return (path / "config.json").is_file() and not any((path / name).exists() for name in ("checkpoints", "manifest.json"))

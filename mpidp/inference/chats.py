@@ -1,0 +1,80 @@
+"""Chats as prompts: messages are rendered with the run's chat template, up to the beginning of the assistant's answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
+from mpidp.data.special_tokens import SpecialTokens
+from mpidp.errors import DataError, UsageError
+from mpidp.inference.rows import read_prompts, read_rows, recognized, set_apart
+
+EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
+
+
+def read_chats(path: str | Path) -> list[dict[str, Any]]:
+    """Read chats. A row has "messages", or a string "prompt", which is one message of the user. A line of a
+    text file is one message of the user.
+
+    Raises DataError if the file cannot be read, or a row has neither. Independent.
+    """
+    if recognized(path).kind == "text":
+        return read_prompts(path)
+    rows = read_rows(path, EXAMPLE)
+    for row in rows:
+        try:
+            messages_of(row.fields or {})
+        except DataError as error:
+            raise DataError(f"{path}, {row.unit} {row.number}: {error}; each {row.unit} is an object like {EXAMPLE}") from None
+    return set_apart([row.fields or {} for row in rows], path)
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a row. Raises DataError if there are none, or if nothing is left for the assistant to say. Pure."""
+    if "messages" not in row:
+        if not isinstance(row.get("prompt"), str):
+            raise DataError('no "messages" and no string "prompt"')
+        return [{"role": "user", "content": row["prompt"]}]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError('"messages" must be a list of messages')
+    if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+        raise DataError('each message must be an object with a "role"')
+    if messages[-1]["role"] == "assistant":
+        raise DataError("the last message is the assistant's: leave it out, so that the model answers")
+    return messages
+
+
+def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
+    """Return the run's chat template. Raises UsageError if the run has none. moment: the time that the template sees, in seconds.
+
+    Independent.
+    """
+    if table.template is None:
+        raise UsageError(
+            f"--chat: {run} has no chat template. Train on data prepared with --format chat, or write the text of the chat into "
+            "the prompt"
+        )
+    template = Template(table.template, table.names, moment, table.template_args, table.tool_template)
+    template.check()
+    return template
+
+
+def rendered(template: Template, row: dict[str, Any]) -> str:
+    """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
+
+    A row may have tools, documents and chat_template_kwargs, which the template gets. Independent.
+    """
+    args = row.get("chat_template_kwargs") or {}
+    tools = row.get("tools")
+    try:
+        if isinstance(tools, str):
+            tools = json.loads(tools)
+        if not isinstance(args, dict):
+            raise DataError('"chat_template_kwargs" must be an object')
+        text = template.render(messages_of(row), True, tools, row.get("documents"), args)
+    except (TemplateRejection, ValueError) as error:
+        raise DataError(str(error)) from None
+    return text.replace(BEGIN, "").replace(END, "")
