@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from data_tools.encoder import Encoder
 from data_tools.files import SourceFile
 from data_tools.rows import RowReader, TrainingRow
 from data_tools.sources import SourceReader
+from mpidp.data.long_text import WINDOW
 from mpidp.data.places import Placed
 from mpidp.data.tokenizer import token_dtype
 
@@ -48,37 +51,59 @@ def _drawn(seed: int, name: str, number: int) -> float:
     return int.from_bytes(digest) / 2**48
 
 
+@dataclass(frozen=True)
+class Document:
+    """A document of a source. rest: the other pieces of its text if it is longer than a window; they must be read first."""
+
+    stream: str
+    text: str
+    rest: Iterator[str] | None
+
+    def __len__(self) -> int:
+        return len(self.text) if self.rest is None else BATCH_CHARACTERS
+
+
 def encode_text(files: list[SourceFile], reader: SourceReader, encoder: Encoder, routing: Routing) -> dict[str, Raw]:
     """Encode a rank's files into raw files, one for each stream. Independent."""
     eod = encoder.tokenizer.eod
-    writers, last = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=False), None
-    for batch in _batches(_routed(files, reader, encoder, routing), lambda piece: len(piece[1] or "")):
-        encoded = iter(encoder.batch([text for _, text in batch if text is not None]))
-        for name, text in batch:
-            if text is None:
-                ended = last is not None and last[-1:].tolist() == [eod]
-                writers[name].end_document_with(np.array([] if ended else [eod]))
-                last = None
-            else:
-                ids = next(encoded)
-                last = encoder.begins(ids) if last is None else ids
-                writers[name].add(last)
+    writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=False)
+    for batch in _batches(_documents(files, reader, encoder, routing), len):
+        whole = iter(encoder.batch([document.text for document in batch if document.rest is None]))
+        for document in batch:
+            pieces = [next(whole)] if document.rest is None else encoder.pieces(chain([document.text], document.rest))
+            writer, last = writers[document.stream], -1
+            for number, ids in enumerate(pieces):
+                writer.add(ids if number else encoder.begins(ids))
+                last = ids[-1] if len(ids) else last
+            writer.end_document_with(np.array([] if last == eod else [eod]))
     return {name: writer.close() for name, writer in writers.items()}
 
 
-def _routed(
-    files: list[SourceFile], reader: SourceReader, encoder: Encoder, routing: Routing
-) -> Iterator[tuple[str, str | None]]:
-    """Yield (name of the stream, piece of text). A piece of None ends a document."""
+def _documents(files: list[SourceFile], reader: SourceReader, encoder: Encoder, routing: Routing) -> Iterator[Document]:
     for file in files:
-        number, named = 0, False
-        for text in reader.pieces(file):
-            yield routing.stream(file, number), text
-            if text is not None and not named and encoder.names is not None and (found := encoder.names.search(text)):
-                named = True
-                reader.counts.note("special", f"{file.path}: document {number + 1} names {found[0]}")
-            if text is None:
-                number, named = number + 1, False
+        number = 0
+        pieces = _named(reader, encoder, file)
+        for piece in pieces:
+            texts, characters, last = [piece or ""], len(piece or ""), piece
+            rest = iter(partial(next, pieces), None)  # the other pieces of this document
+            while last is not None and characters <= WINDOW:
+                last = next(rest, None)
+                texts.append(last or "")
+                characters += len(texts[-1])
+            yield Document(routing.stream(file, number), "".join(texts), rest if last is not None else None)
+            number += 1  # noqa: SIM113 - a document takes several pieces
+
+
+def _named(reader: SourceReader, encoder: Encoder, file: SourceFile) -> Iterator[str | None]:
+    """Yield the pieces of a file. Counts the documents that name a special token."""
+    number, named = 0, False
+    for text in reader.pieces(file):
+        if text is not None and not named and encoder.names is not None and (found := encoder.names.search(text)):
+            named = True
+            reader.counts.note("special", f"{file.path}: document {number + 1} names {found[0]}")
+        if text is None:
+            number, named = number + 1, False
+        yield text
 
 
 def _batches(pieces: Iterator[T], characters_of: Callable[[T], int]) -> Iterator[list[T]]:

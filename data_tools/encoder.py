@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from data_tools.options import PrepareOptions
 from data_tools.vocabulary import given_tokenizer
 from mpidp.data.chat_template import Template
+from mpidp.data.long_text import encode_pieces
 from mpidp.data.places import Placed, placer
 from mpidp.data.special_tokens import SpecialTokens, special_names, special_tokens_of, with_template
 from mpidp.data.tokenizer import Tokenizer
@@ -35,6 +36,12 @@ class Encoder:
         if self.special == "text":
             return self.tokenizer.encode_batch(texts)
         return [placed.ids for placed in self.placer(texts)]
+
+    def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text, without BOS. Independent."""
+        if self.special == "text":
+            return self.tokenizer.encode_pieces(pieces)
+        return encode_pieces(pieces, lambda text: ((placed := self.placer([text])[0]).ids, placed.starts, placed.stops))
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
@@ -62,5 +69,5 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:
-        table = with_template(replace(table, template_args=template.args), made, template.text)
+        table = with_template(replace(table, template_args=template.args, tool_template=template.tool_text), made, template.text)
     return replace(table, bos=table.bos if options.bos == "auto" else None, special=options.special or table.special)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mpidp.data.long_text import WINDOW, encode_pieces
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import open_regular
 
@@ -48,6 +49,10 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Encode several texts."""
         return [self.encode(text) for text in texts]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text. Memory is bounded."""
+        yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -137,9 +142,14 @@ class HFTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        short = [text for text in texts if len(text) <= WINDOW]
+        encodings = self._tokenizer.encode_batch_fast(short, add_special_tokens=False)
         ids = (np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
-        return [self._without_eod(text, i) for text, i in zip(texts, ids, strict=True)]
+        found = (self._without_eod(text, i) for text, i in zip(short, ids, strict=True))
+        return [next(found) if len(text) <= WINDOW else np.concatenate(list(self.encode_pieces([text]))) for text in texts]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        return encode_pieces(pieces, self._placed)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in _array(ids).tolist() if i != self.eod and 0 <= i < self.vocab_size]
@@ -152,13 +162,24 @@ class HFTokenizer(Tokenizer):
         """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""
         if not (ids == self.eod).any() or self._eod_text not in text or len(self._eod_text) < 2:
             return ids
-        half = len(self._eod_text) // 2
-        cuts = [0]
-        while (at := text.find(self._eod_text, cuts[-1])) >= 0:
-            cuts.append(at + half)
-        pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], None], strict=True)]
+        pieces = [text[a:b] for a, b in self._around_eod(text)]
         encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
+
+    def _around_eod(self, text: str) -> list[tuple[int, int]]:
+        half, cuts = len(self._eod_text) // 2, [0]
+        while (at := text.find(self._eod_text, cuts[-1])) >= 0:
+            cuts.append(at + half)
+        return list(zip(cuts, [*cuts[1:], len(text)], strict=True))
+
+    def _placed(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the ids of a text, and the characters [start, stop) of each."""
+        parts = [(0, self._tokenizer.encode(text, add_special_tokens=False))]
+        if self.eod in parts[0][1].ids and self._eod_text in text and len(self._eod_text) > 1:
+            parts = [(a, self._tokenizer.encode(text[a:b], add_special_tokens=False)) for a, b in self._around_eod(text)]
+        places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in parts]
+        ids = [np.array(one.ids, dtype=np.int64) for _, one in parts]
+        return np.concatenate(ids), np.concatenate(places)[:, 0], np.concatenate(places)[:, 1]
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:

@@ -1,0 +1,96 @@
+"""Encode a text of any length in windows of bounded size. The ids are those of the whole text.
+
+The ids of two pieces are not the ids of the whole text: a tokenizer may put a space before each piece, and tokens may cross the
+cut. Therefore windows overlap. A text is cut where the tokens of both windows agree: from a token that begins at the same
+character in both, all tokens up to a margin before the end of the first window are the same. In byte-pair encoding, whether a
+sequence of tokens is valid depends on neighbouring tokens only, so tokens before the cut from the first window and tokens after
+it from the second are the tokens of the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+WINDOW = 2**20  # characters that are encoded at once
+OVERLAP = 2**12  # characters that two windows have in common
+MAX_WINDOW = 2**24  # a window grows up to this size while no place to cut it is found
+MIN_AGREED = 4  # tokens
+
+Placed = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, and the characters [start, stop) of each: int64 (n,) each
+Encode = Callable[[str], Placed]
+
+
+def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
+    """Yield the ids of a text that comes in pieces, cut anywhere. Independent.
+
+    If no place to cut is found in MAX_WINDOW characters, the text is cut at a token all the same.
+    """
+    text, given, limit = "", 0, WINDOW  # the ids of text[:given] were yielded before
+    for piece in pieces:
+        for at in range(0, len(piece), WINDOW):
+            text += piece[at : at + WINDOW]
+            if len(text) < max(limit, 2 * OVERLAP):
+                continue
+            placed = encode(text)
+            cut = _find_cut(text, placed, encode)
+            if cut is None and len(text) < MAX_WINDOW:
+                limit = 2 * len(text)
+                continue
+            start, place = cut or _last_token(placed, len(text) - OVERLAP)
+            ids, starts, _ = placed
+            yield ids[_first(starts, given) : _first(starts, place)]
+            text, given, limit = text[start:], place - start, WINDOW
+    ids, starts, _ = encode(text)
+    yield ids[_first(starts, given) :]
+
+
+def _first(starts: np.ndarray, place: int) -> int:
+    """Return the index of the first token that begins at or after a place."""
+    return int(np.argmax(starts >= place)) if place and (starts >= place).any() else len(starts) if place else 0
+
+
+def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | None:
+    """Return (the character at which the next window begins, the character from which its tokens count)."""
+    for overlap in (OVERLAP, 8 * OVERLAP):
+        if overlap <= len(text) // 2:
+            for start in _starts_of_window(text, placed[1], len(text) - overlap, overlap // 4):
+                place = _agreement(placed, encode(text[start:]), start, len(text) - overlap // 4)
+                if place is not None:
+                    return start, place
+    return None
+
+
+def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> Iterator[int]:
+    """Yield characters at which a window could begin: lines and words first, then tokens and characters near them."""
+    seen = set()
+    tokens = starts[_first(starts, low) :][:8].tolist()
+    lines = [text.find("\n", low, low + width) + 1, text.find(" ", low, low + width), text.find(" ", low, low + width) + 1]
+    for start in [*lines, *tokens, *(token - back for token in tokens[:1] for back in range(1, 17))]:
+        if start >= low - 16 and start > 0 and start not in seen:
+            seen.add(start)
+            yield start
+
+
+def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
+    """Return the character from which the tokens of two windows agree up to character `stop`, or None. The second window begins
+    at character `start` of the first."""
+    ids, starts, stops = first
+    other_ids, other_starts = second[0], second[1] + start
+    end = _first(starts, stop)
+    places = dict(zip(reversed(other_starts.tolist()), range(len(other_starts) - 1, -1, -1), strict=True))
+    for i in range(max(1, _first(starts, start + 1)), end - MIN_AGREED):
+        j = places.get(int(starts[i]))
+        if j and starts[i - 1] < starts[i] and stops[i - 1] <= starts[i] and second[2][j - 1] <= second[1][j]:
+            same = slice(i, end), slice(j, j + end - i)
+            if np.array_equal(ids[same[0]], other_ids[same[1]]) and np.array_equal(starts[same[0]], other_starts[same[1]]):
+                return int(starts[i])
+    return None
+
+
+def _last_token(placed: Placed, low: int) -> tuple[int, int]:
+    """Return a cut at the last token that begins before a character."""
+    _, starts, _ = placed
+    place = int(starts[max(0, _first(starts, low) - 1)]) or low
+    return place, place
