@@ -78,8 +78,10 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
     spinning = next((one for one in facts if spins(one)), None)
     if spinning is not None:
         found.append(CheckResult(
-            "threads", "note", f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy, and beside other "
-            "work a step can take many times as long", f"unset {' '.join(spinning.waiting)}; mpidp then sets GOMP_SPINCOUNT={SPIN_COUNT}",
+            "threads", "note",
+            f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy, and beside other work a step "
+            "can take many times as long",
+            f"unset {' '.join(spinning.waiting)}; mpidp then sets GOMP_SPINCOUNT={SPIN_COUNT}",
         ))
     return found[:2] or [CheckResult("threads", "ok", words)]
 
@@ -94,7 +96,7 @@ def spins(facts: MachineFacts) -> bool:
 
 def waiting_words(facts: MachineFacts) -> str:
     """Say how OpenMP threads wait. Pure."""
-    return ", ".join(f"{name}={value}" for name, value in facts.waiting.items()) or "OpenMP threads wait as libgomp's default says"
+    return ", ".join(f"{name}={value}" for name, value in facts.waiting.items()) or "OpenMP threads wait as by default"
 
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:

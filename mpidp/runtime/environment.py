@@ -30,9 +30,9 @@ def ask_for_reproducible_blas() -> None:
 
 
 def limit_openmp_spinning() -> None:
-    """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin for about 10 microseconds and then sleep, unless the user
-    has set OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds: beside other work, a step took 20 times as
-    long (docs/results/2026-11-29-openmp.md). Must be called before torch is imported. Independent."""
+    """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin only briefly and then sleep, unless the user has set
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds: beside other work, a step took 20 times as long
+    (docs/results/2026-11-29-openmp.md). Must be called before torch is imported. Independent."""
     if not WAITING & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
