@@ -45,13 +45,13 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
     """Return the error message for weights that are not those from which a run started. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
-        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so do "
-        "not train or modify the base model"
+        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "
+        "do not train or modify the base model"
     )
 
 
 def same_path(one: str, other: str) -> bool:
-    """Return whether two paths name one place: base, ./base, base/ and the absolute path do. Independent."""
+    """Return whether two paths name the same folder, for example base, ./base and the absolute path of base. Independent."""
     return one == other or bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module")
 def trained(shared_folder: Path) -> tuple[Path, Ran]:
-    """Return (its folder, the run). It evaluates on all of the validation split, for comparison."""
+    """Return (the folder of a run, the run). The run evaluates on the whole validation split, for comparison."""
     folder = shared_folder / "run"
     train = {"steps": 8, "eval_tokens": 0, "save_every": 3}
     return folder, train_at(2 if WORLD.size > 1 else 1, tiny(corpus(shared_folder), folder, train=train))
@@ -78,7 +78,7 @@ def test_only_targets_that_count_are_counted(trained: tuple[Path, Ran], shared_f
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_bytes_are_those_of_the_targets(trained: tuple[Path, Ran], shared_folder: Path, apart: bool) -> None:
-    """600 documents of two bytes: if they are kept apart, the second byte and the end of each are targets."""
+    """The data are 600 documents of two bytes. If documents are kept apart, the second byte and the end of each are targets."""
     out = shared_folder / "ab"
     if WORLD.rank == 0 and not out.exists():
         (shared_folder / "ab.jsonl").write_text('{"text": "ab"}\n' * 600)
