@@ -99,8 +99,8 @@ class Origin:
                 stored = {name[6:]: tuple(tensors[name]["shape"]) for name in tensors if name.startswith("model/")}
         plausible = shape.num_layers <= len(stored) and 4 * num_parameters(shape) <= room + self._added_bytes(shape)
         if not plausible or not fits(stored, shapes_of(shape)):
-            raise DataError(f"train.init_from={self.path}: its tensors do not have the sizes that its settings state: the files are "
-                            "damaged, or belong to different models")
+            raise DataError(f"train.init_from={self.path}: its tensors do not have the sizes that its settings state: the files "
+                            "are damaged, or belong to different models")
 
     def _added_bytes(self, shape: Shape) -> int:
         """Return at least the size of the rows that are added to the vocabulary."""
