@@ -7,12 +7,18 @@ from typing import Any
 
 from mpidp.checkup.facts import THREADS, MachineFacts, nodes
 from mpidp.checkup.findings import CheckResult, listed, ranks, worst
-from mpidp.runtime.environment import numbers
+from mpidp.runtime.environment import SPIN_COUNT, numbers
 
 BIND = {
     "MPICH": "mpirun -bind-to core:{k} -map-by core:{k}",
     "Open MPI": "mpirun --map-by slot:PE={k} --bind-to core",
+    "Intel MPI": "I_MPI_PIN_DOMAIN={k}:compact mpiexec.hydra",
     "srun": "srun --cpus-per-task={k} --cpu-bind=cores (srun does not inherit it from sbatch: set SRUN_CPUS_PER_TASK)",
+}
+
+UNBIND = {  # for a trial with more ranks than cores: these launchers bind by default
+    "Intel MPI": "; for a trial with more ranks than cores, I_MPI_PIN=off",
+    "Open MPI": "; for a trial with more ranks than cores, mpirun --bind-to none --oversubscribe",
 }
 
 
@@ -44,12 +50,16 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
             found.append(CheckResult("cores", "warning", words, "fine for a trial; for speed, use at most one rank per core"))
         elif crowd:
             words = f"{host}: {ranks([one.rank for one in members if set(one.cores) <= set(crowd)])} share core {numbers(crowd)}"
-            found.append(CheckResult("cores", "wrong", words, f"{fix}; or use fewer ranks or more cores (--cpus-per-task)"))
+            unbind = UNBIND.get(launcher, "")
+            fix += f"; or use fewer ranks or more cores (--cpus-per-task){unbind}"
+            found.append(CheckResult("cores", "wrong", words, fix))
         elif len(usable) < members[0].host_cores and launcher:
             words = f"{host}: its ranks may use {len(usable)} of {members[0].host_cores} cores"
             found.append(CheckResult("cores", "note", words, f"{fix}; no change needed if the job has only these cores"))
     if not found:
-        return CheckResult("cores", "ok", listed(lines))
+        one_each = all(len(one.cores) == 1 < one.host_cores for one in facts)
+        note = "\neach rank is bound to one core, the default of some launchers: comm.overlap=auto does not use poll"
+        return CheckResult("cores", "ok", listed(lines) + note * one_each)
     first = worst(found)
     return CheckResult("cores", first.verdict, f"{first.words}\n{listed(lines)}", first.fix)
 
@@ -74,8 +84,29 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
                 words += f"mpidp.train sets its own number (train.threads, {each} here); other libraries use this variable"
                 found.append(CheckResult("threads", "warning", words, f"export {name}={each}"))
     given = ", ".join(f"{name}={value}" for name, value in facts[0].threads.items()) or f"{THREADS[0]} etc. are unset"
-    words = f"train.threads=0 means {each} thread{'s' * (each > 1)} per rank; {given}"
+    words = f"train.threads=0 means {each} thread{'s' * (each > 1)} per rank; {given}; {waiting_words(facts[0])}"
+    spinning = next((one for one in facts if spins(one)), None)
+    if spinning is not None:
+        found.append(CheckResult(
+            "threads", "note",
+            f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy, and beside other work a step "
+            "can take many times as long",
+            f"unset {' '.join(spinning.waiting)}; mpidp then sets GOMP_SPINCOUNT={SPIN_COUNT}",
+        ))
     return found[:2] or [CheckResult("threads", "ok", words)]
+
+
+def spins(facts: MachineFacts) -> bool:
+    """Return whether the environment lets waiting OpenMP threads spin for long. Pure."""
+    count = facts.waiting.get("GOMP_SPINCOUNT", "").strip()
+    if count.isdigit():
+        return int(count) > 10 * int(SPIN_COUNT)
+    return bool(count) or facts.waiting.get("OMP_WAIT_POLICY", "").strip().lower() == "active"  # INFINITE, or 30k
+
+
+def waiting_words(facts: MachineFacts) -> str:
+    """Say how OpenMP threads wait. Pure."""
+    return ", ".join(f"{name}={value}" for name, value in facts.waiting.items()) or "OpenMP threads wait as by default"
 
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:

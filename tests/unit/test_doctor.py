@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import mmap
 import os
 import subprocess
@@ -19,7 +20,7 @@ from mpidp.checkup import hardware, launch, memory, network, storage
 from mpidp.checkup.facts import MachineFacts
 from mpidp.checkup.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.comm import probe
-from mpidp.runtime.environment import numbers
+from mpidp.runtime.environment import WAITING, numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
 ONE = MachineFacts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
@@ -45,6 +46,11 @@ LAUNCHES = {  # (size, launched, library, launcher, mpirun on the PATH) -> verdi
     "alone, no mpirun": ((1, 0, "MPICH 5.0.2", "", ("", "")), "note", "no mpirun on the PATH", "srun"),
     "alone, another's mpirun": ((1, 0, "MPICH 5.0.2", "", ("/o/mpirun", "Open MPI")), "warning", "is Open MPI's", "first on"),
     "alone, mpirun unknown": ((1, 0, "Intel MPI 2021.1", "", ("/i/mpirun", "other")), "ok", "", ""),
+    "Intel MPI": ((2, 2, "Intel MPI 2021.19.0", "Intel MPI", ("", "")), "ok", "by the mpirun of Intel MPI", "mpiexec.hydra"),
+    "singletons of Intel": ((1, 4, "Open MPI 4.1.4", "Intel MPI", ("", "")), "wrong", "the mpirun of Intel MPI started 4",
+                            "MPI4PY_MPIABI=mpich"),
+    "two MPIs": ((1, 2, "MPICH 4.0.2", "Open MPI", ("", "")), "wrong", "each is alone", "MPI4PY_MPIABI=openmpi"),
+    "singletons of srun, Intel": ((1, 4, "Intel MPI 2021.19.0", "srun", ("", "")), "wrong", "srun", "I_MPI_PMI_LIBRARY="),
     "singletons": ((1, 4, "Open MPI 5.0.11", "MPICH", ("/o/mpirun", "Open MPI")), "wrong", "started 4 ranks, but each is alone",
                    "srun --mpi=pmix -n 4"),
     "singletons of srun": ((1, 4, "MPICH 5.0.2", "srun", ("", "")), "wrong", "srun started 4 ranks", "srun --mpi=pmi2 -n 4"),
@@ -64,6 +70,7 @@ def test_launch(case: tuple[tuple[Any, ...], str, str, str]) -> None:
     [
         ({}, "", (0, 1)),
         ({"PMI_RANK": "3", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3", "SLURM_LOCALID": "0"}, "MPICH", (3, 4)),
+        ({"PMI_RANK": "0", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "0", "I_MPI_HYDRA_UUID": "1-2"}, "Intel MPI", (0, 2)),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "Open MPI", (1, 2)),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
          "srun", (1, 4)),
@@ -116,6 +123,7 @@ def test_versions_that_differ_are_named_with_ranks_and_hosts() -> None:
 CORES = {  # ranks, verdict, part of the message
     "unbound, room for all": (job(("n1", "0,1,2,3"), ("n1", "0,1,2,3")), "ok", "n1 (4 cores): ranks 0-1 on 0-3"),
     "bound": (job(("n1", "0,1"), ("n1", "2,3")), "ok", "rank 0 on 0-1; rank 1 on 2-3"),
+    "one core each": (job(("n1", "0"), ("n1", "1"), host_cores=2), "ok", "each rank is bound to one core"),
     "two on one core": (job(("n1", "2"), ("n1", "2"), ("n1", "0,1,2,3")), "wrong", "ranks 0-1 share core 2"),
     "three on two cores": (job(("n1", "0,1"), ("n1", "1"), ("n1", "0,1")), "wrong", "ranks 0-2 share core 0-1"),
     "the same core of two nodes": (job(("n1", "0"), ("n2", "0"), host_cores=1), "ok", "n2 (1 core): rank 1 on 0"),
@@ -143,6 +151,29 @@ def test_cores(case: tuple[list[MachineFacts], str, str]) -> None:
 def test_threads_against_cores(threads: dict[str, str], expected: list[str]) -> None:
     facts = job(*[("n1", "0,1,2,3")] * 2, threads=threads)
     assert verdicts(hardware.check_threads(facts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [({}, "ok"), ({"GOMP_SPINCOUNT": "1000"}, "ok"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "ok"),
+     ({"OMP_WAIT_POLICY": "Active"}, "note"), ({"GOMP_SPINCOUNT": "infinite"}, "note"), ({"GOMP_SPINCOUNT": "300000"}, "note"),
+     ({"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "0"}, "ok")],
+)  # fmt: skip
+def test_threads_that_spin_for_long(waiting: dict[str, str], expected: str) -> None:
+    (found,) = hardware.check_threads(job(("n1", "0,1"), waiting=waiting))
+    assert found.verdict == expected and all(f"{name}={value}" in found.words for name, value in waiting.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, {"GOMP_SPINCOUNT": "1000"}), ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+     ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"})],
+)  # fmt: skip
+def test_mpidp_limits_spinning_unless_the_user_has_chosen(given: dict[str, str], expected: dict[str, str]) -> None:
+    code = "import os, mpidp.runtime.environment as e; print({n: os.environ[n] for n in e.WAITING if n in os.environ})"
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert ast.literal_eval(found.stdout) == expected
 
 
 def test_nodes() -> None:
