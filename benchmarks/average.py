@@ -1,11 +1,11 @@
-"""Compare the time to average gradient buckets: mpidp's reducers, torch's gloo and a plain memory copy.
+"""Compares the time to average gradient buckets with mpidp's reducers, with torch's gloo and with a plain memory copy.
 
     mpirun -np 2 python benchmarks/average.py [--mb 1,16,64] [--repeats 15] [--json]
 
-Every method averages the same float32 gradients (size in MB). The time runs from the moment when all gradients are written until
-every rank can read the sum. `memcpy` is the lower limit: every rank copies as many bytes once. Methods run in turn within each
-repeat, and medians over the repeats are printed; compare ratios rather than times. `wrong` is the number of elements that differ
-from the exact sum by more than rounding allows. It must be 0.
+Every method averages the same float32 gradients (size in MB). The measured time begins when all gradients are written and ends
+when every rank can read the sum. `memcpy` is the lower limit, in which every rank copies the same number of bytes once. Methods
+run in turn within each repeat. Medians over the repeats are printed. Ratios can be compared better than times. `wrong` is the
+number of elements that differ from the exact sum by more than rounding allows. It must be 0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def join_gloo(world: MPI.Intracomm) -> None:
 
 
 class Method:
-    """A reducer of mpidp. fill() writes the gradients, run() averages them, `total` is a view of the sum."""
+    """A reducer of mpidp. fill() writes the gradients, and run() averages them. `total` is a view of the sum."""
 
     def __init__(self, kind: str, world: MPI.Intracomm, window: bool, elements: int) -> None:
         mesh, lanes = make_topology(world), Lanes(world.size, 1)

@@ -1,10 +1,10 @@
-"""Compare torch.distributed over the backend mpi4py with gloo, in turn within one launch.
+"""Compares torch.distributed over the backend mpi4py with torch.distributed over gloo, within one launch.
 
     mpirun -np 2 python benchmarks/c10d.py [--kib 1,64,1024,16384,65536] [--models 14M,50M] [--repeats 15] [--json]
 
-Measures `all_reduce` of float32 buffers (sizes in KiB), and a step (forward, backward, SGD) of stock DistributedDataParallel on
-MLPs (number of parameters) with a small batch. The two backends run in turn; medians over the repeats are printed. The ratio is
-gloo's time divided by mpi4py's.
+It measures `all_reduce` of float32 buffers (sizes in KiB), and a step (forward, backward, SGD) of torch's DistributedDataParallel
+on MLPs (sizes in parameters) with a small batch. The two backends run in turn. Medians over the repeats are printed. The ratio is
+gloo's time divided by mpi4py's time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ LAYERS, BATCH = 8, 8
 
 
 def in_turns(works: dict[str, Callable[[], Any]], repeats: int, before: Callable[[str], Any] = str) -> dict[str, float]:
-    """Return the median seconds of each work on the slowest rank. before(name) runs first and is not timed. Collective."""
+    """Return the median seconds of each function on the slowest rank. before(name) runs before each function, and is not timed.
+    Collective over all ranks."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():

@@ -1,11 +1,12 @@
-"""Measure how much time a checkpoint costs the training, for several ways of saving.
+"""Measures how much training time a checkpoint takes, for several ways of saving.
 
     mpirun -np 2 python benchmarks/checkpoint.py [--layers 9] [--global-batch 16] [--seq-len 128] [--steps 10] [--repeats 7]
 
-The default model has 16 M parameters: 64 MB, and 193 MB per checkpoint with the optimizer's moments. `stall` is the time for
-which a save stops the training: the whole save, or (for `beside training`) only its start and the wait for the copy before the
-next update. `lost` is the additional time of `--steps` steps that begin with a save, compared with as many steps without one. It
-includes the cores that copying and writing take away from training. Both are medians over the repeats, of the slowest rank.
+The default model has 16 M parameters (64 MB). A checkpoint has 193 MB, because it includes the optimizer's moments. `stall` is
+the time for which a save stops the training. This is the whole save, or for `beside training` only its start and the wait for the
+copy before the next update. `lost` is the additional time of `--steps` steps that begin with a save, compared with the same
+number of steps without a save. It includes the slowdown of training by copying and writing on the same cores. Both are medians
+over the repeats, on the slowest rank.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Saving(Stepper):
             self()
             self.job.position.step += 1
         spent = time.perf_counter() - began
-        self.job.saver.wait_for_save(must=True)  # not timed: in training more steps would run meanwhile
+        self.job.saver.wait_for_save(must=True)  # not timed, because in training further steps would run meanwhile
         return WORLD.allreduce(spent, op=MPI.MAX), WORLD.allreduce(self.stalled, op=MPI.MAX)
 
 

@@ -1,15 +1,15 @@
-"""Train with torch's DistributedDataParallel over gloo, on the model, batches and held-out tokens of a run of mpidp.train.
+"""Trains with torch's DistributedDataParallel over gloo, with the model, batches and held-out tokens of a run of mpidp.train.
 
     mpirun -np 2 python benchmarks/ddp.py --hook fp16 --train.steps=100 --run.dir=runs/ddp ...
 
 Settings are those of mpidp.train (adam, adamw and sgd; float32 on the CPU), and RUN/metrics.jsonl has the same names. MPI is used
-to distribute the data and for evaluation, as in mpidp.train, but not within a step: all messages of a step are gloo's. gloo uses
-the interface GLOO_SOCKET_IFNAME if it is set, and MASTER_ADDR as rank 0's address. `--hook none` is DDP's default, fp16 sends
-float16, powersgd sends factors of rank 4 (torch.distributed.algorithms.ddp_comm_hooks). A file RUN/STOP ends the run at the next
-evaluation.
+to distribute the data and for evaluation, as in mpidp.train. Within a step, all messages are sent by gloo. gloo uses the
+interface GLOO_SOCKET_IFNAME if it is set, and MASTER_ADDR as rank 0's address. `--hook none` is DDP's default, `fp16` sends
+float16, and `powersgd` sends factors of rank 4 (torch.distributed.algorithms.ddp_comm_hooks). A file RUN/STOP ends the run at the
+next evaluation.
 
-As in mpidp.train, the loss of a rank is divided by the tokens of the global batch. So with `--hook none` the losses equal those
-of strategy.name=synchronous up to rounding.
+As in mpidp.train, the loss of a rank is divided by the tokens of the global batch. Therefore, with `--hook none` the losses equal
+the losses of strategy.name=synchronous up to rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RANK, EXACT_STEPS = 4, 10  # PowerSGD: rank of the factors, and steps before it 
 
 
 class Ddp:
-    """Model and optimizer, with the bytes sent and the wait time of each step."""
+    """The model and the optimizer. The object also measures the bytes sent and the wait time of each step."""
 
     def __init__(self, planned: RunPlan, hook: str) -> None:
         """Collective over planned.world."""

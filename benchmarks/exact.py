@@ -1,12 +1,14 @@
-"""Measure the cost of bit-for-bit reproducible sums: the tree against MPI_Allreduce, on one node and on two simulated nodes.
+"""Measures the cost of bit-for-bit reproducible sums: compares the tree with MPI_Allreduce, on one node and on two simulated
+nodes.
 
     mpirun -np 2 python benchmarks/exact.py [--models 1M,14M,50M] [--micro-batches 8] [--seq-len 128] [--repeats 9]
 
-Variants run in turn, step by step. `cost` is the median of (a step's time / allreduce's time in the same repeat) - 1. `sent MB`
-is sent by rank 0 in a step; `ring MB` is 2 n (P-1)/P for n gradient bytes, the count of a ring. `extra MB` is the memory beyond
-one gradient buffer per rank: the tree's other slots and the transport's scratch buffers. The cost of strict BLAS, which makes the
-bits independent of the number of threads, is not included (see docs/results). Simulated nodes share one machine, so their
-messages are memory copies: byte counts are correct, times are not those of a network.
+Variants run in turn, step by step. `cost` is the median of (time of a step / time of a step with allreduce in the same repeat) -
+1. `sent MB` is what rank 0 sends in a step. `ring MB` is 2 n (P-1)/P for n gradient bytes, which a ring allreduce would send.
+`extra MB` is the memory in addition to one gradient buffer per rank: the other slots of the tree and the scratch buffers of the
+transport. The cost of strict BLAS, which makes the bits independent of the number of threads, is not included (see docs/results).
+Simulated nodes share one machine, so their messages are memory copies. Byte counts are correct, but times are not those of a
+network.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def extra_bytes(stepper: Stepper) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--micro-batches", type=int, default=8, help="per step, of one sequence each")
+    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per step, of one sequence each")
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()

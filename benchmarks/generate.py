@@ -1,10 +1,11 @@
-"""Measure the speedup of generation by the key-value cache: the same model, prompts and samples with and without it.
+"""Measures how much faster generation is with the key-value cache, for the same model, prompts and samples.
 
     python benchmarks/generate.py [--model 14M] [--seq-len 512] [--prompts 16,256] [--tokens 256] [--batch 8] [--repeats 3]
 
-`gain` is the median over repeats of the time without the cache divided by the time with it, both for wall time and for CPU time,
-which is less disturbed by other load. The gain grows with the context, so it is measured after a short and after a long prompt.
-`batch` generates from --batch prompts at the same time; its tokens per second are the total.
+`gain` is the time without the cache divided by the time with the cache, as a median over repeats. It is given for wall time and
+for CPU time, which is less disturbed by other processes. The gain grows with the context, so it is measured after a short and
+after a long prompt. `batch` generates from --batch prompts at the same time. Its tokens per second are the total over the
+prompts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mpidp.parallel.grid import make_grid
 
 
 class Forgetful(Transformer):
-    """A Transformer without a cache: every token is computed from the whole context."""
+    """A Transformer without a cache, which computes every token from the whole context."""
 
     def new_cache(self, positions: int) -> None:
         return None

@@ -1,4 +1,5 @@
-"""Shared code of benchmarks that train several variants within one mpirun: corpus, models by size, jobs, alternating steps."""
+"""Shared code of benchmarks that train several variants within one mpirun: makes the corpus, models by size and jobs, and
+alternates steps."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def corpus() -> tuple[Path, Path]:
 
 
 def config_of(folder: Path, model: str, global_batch: int, micro_batch: int, seq_len: int, **sections: dict[str, Any]) -> Config:
-    """Return the settings of a run that only makes steps. Independent."""
+    """Return the settings of a run without evaluations and checkpoints. Independent."""
     return checked(Config().with_values(
         data={"path": str(folder / "shards")}, run={"dir": str(folder / "run"), "hang_seconds": 0.0},
         model=MODELS[model] | {"seq_len": seq_len},
@@ -58,7 +59,7 @@ class Stepper:
     """Repeats the training step of one job on one batch."""
 
     def __init__(self, comm: MPI.Intracomm, config: Config) -> None:
-        """Each Stepper writes its run files to a folder of its own in config.run.dir. Collective over comm."""
+        """Each Stepper writes its files to a separate folder in config.run.dir. Collective over comm."""
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         own = comm.bcast(tempfile.mkdtemp(dir=config.run.dir) if comm.rank == 0 else None)
         config = config.with_values(run={"dir": own})
@@ -77,7 +78,7 @@ class Stepper:
 
 def in_turns(variants: dict[str, Callable[[], None] | None], repeats: int, skip: int = 2) -> dict[str, list[float]]:
     """Return the seconds of each variant's step on the slowest rank. Variants run in turn in every repeat. A variant is None on
-    ranks that do not take part; these sleep. Collective over WORLD."""
+    ranks that do not take part. These ranks sleep. Collective over WORLD."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + skip):
         for name, step in variants.items():

@@ -1,12 +1,13 @@
-"""Create virtual nodes on this machine, connected by a link of given bandwidth and delay (network namespaces, tc; root, Linux).
+"""Creates virtual nodes on this machine, connected by a link of given bandwidth and delay. Uses network namespaces and tc, and
+needs root and Linux.
 
 Every node has an interface `data` (10.10.0.1, .2, ...), limited to the link's bandwidth in both directions (tc tbf), and an
 interface `control` without limit, through which ranks reach their mpirun. Without a delay the data interfaces are connected by a
 bridge. With a delay, a process forwards packets from node to node after the delay, because kernels of virtual machines often lack
-tc's netem. TCP with its windows and slow start is the kernel's in both cases.
+tc's netem. In both cases TCP, with its windows and slow start, is that of the kernel.
 
-Everything runs inside one `unshare` with its own /run, /dev/shm and process ids. The machine's own network is not changed, and
-nothing remains after that process has ended.
+Everything runs inside one `unshare` with its own /run, /dev/shm and process ids. The network of the machine itself is not
+changed, and nothing remains after `unshare` has ended.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def shell(line: str) -> str:
 
 
 def make_tun(name: str) -> int:
-    """Create a tun interface; return its file descriptor. It accepts pieces of up to 64 KiB, as a card with TSO does."""
+    """Create a tun interface and return its file descriptor. The interface accepts pieces of up to 64 KiB, like a network card
+    with TSO."""
     file = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(file, SET_IFF, struct.pack("16sH22x", name.encode(), TUN | NO_PI | VNET_HDR))
     fcntl.ioctl(file, SET_OFFLOAD, CHECKSUM_AND_TSO)
@@ -123,7 +125,7 @@ class Link:
     """The nodes node0, node1, ... Only for use inside the namespaces of go_inside()."""
 
     def __init__(self, nodes: int, ranks_per_node: int, mbit: float, ms: float, mpi: str) -> None:
-        """mbit: bandwidth of each node in each direction; ms: one-way delay between any two nodes."""
+        """mbit: bandwidth of each node in each direction, in Mbit/s. ms: one-way delay between any two nodes, in ms."""
         self.nodes, self.ranks, self.mbit, self.ms, self.mpi = nodes, nodes * ranks_per_node, mbit, ms, mpi
         beside = Path(shutil.which("mpirun") or "").with_name("python")  # of mpirun's environment
         self._python = str(beside) if beside.exists() else sys.executable
@@ -167,7 +169,7 @@ class Link:
         }[mpi]]
 
     def start(self, words: list[str], log: Path, **environment: str) -> subprocess.Popen:
-        """Start `python WORDS` on every rank, each on its node. Their output is written to the file `log`."""
+        """Start `python WORDS` on every rank, each on its node. The output is written to the file `log`."""
         with open(log, "wb") as file:
             return subprocess.Popen(
                 [*self._launch, self._python, *words],
@@ -176,12 +178,13 @@ class Link:
             )
 
     def sent_bytes(self) -> list[int]:
-        """Return the bytes that each node has sent. A piece of up to 64 KiB that leaves the kernel at once counts one header."""
+        """Return the bytes that each node has sent. A piece of up to 64 KiB that leaves the kernel in one call is counted with
+        one header."""
         statistics = [json.loads(shell(f"ip -n node{i} -json -statistics link show dev data")) for i in range(self.nodes)]
         return [int(of[0]["stats64"]["tx"]["bytes"]) for of in statistics]
 
     def sweep(self) -> None:
-        """Kill all processes that a run may have left: all except this one and the packet carrier."""
+        """Kill all processes that a run may have left, that is, all processes except this one and the packet carrier."""
         assert os.environ.get(INSIDE) and os.getpid() == 1, "refusing to kill processes outside the namespaces"
         keep = {1, self._carrier.pid if self._carrier else 1}
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
@@ -212,8 +215,8 @@ class Link:
 
 
 def carry(mbit: float, ms: float, tuns: list[int]) -> None:
-    """Forward each packet, forever, to the node given by the last byte of its address, after the delay and within the bandwidth
-    of that node's incoming direction. The outgoing direction is limited by tc."""
+    """Forward packets forever. A packet goes to the node given by the last byte of its address, after the delay and within the
+    incoming bandwidth of this node. tc limits the outgoing bandwidth."""
     os.setpriority(os.PRIO_PROCESS, 0, -10)
     in_flight: list[tuple[float, int, int, bytes]] = []
     free = [0.0] * len(tuns)  # time at which each node's incoming direction is free

@@ -1,12 +1,12 @@
-"""Compare the loader's throughput with the throughput of training: a step should never wait for data.
+"""Compares the loader's throughput with the throughput of training, because a step should never wait for data.
 
     python benchmarks/loader.py                              # seq_len 128 and 1024, the default model, 1 rank, 1 thread
     python benchmarks/loader.py --seq-lens 256 --repeats 5 -- --model.model_dim=64 --train.micro_batch=4
 
-Shards of the standard library's source are prepared in a temporary folder and stay in the page cache. So this measures the
-computation of the order of windows, the reads and the copies, not a disk. Every repeat consists of a short training run, then the
-loader alone with the same settings. Medians of the repeats are printed. `ratio` is the loader's throughput divided by training's;
-the aim is 100 or more.
+Shards of the standard library's source are prepared in a temporary folder and stay in the page cache. Therefore this measures the
+computation of the order of windows, the reads and the copies, but not a disk. Every repeat consists of a short training run, then
+the loader alone with the same settings. Medians of the repeats are printed. `ratio` is the loader's throughput divided by that of
+training. The aim is 100 or more.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def consumed(settings: list[str], launcher: str, skip: int, run_dir: Path) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-lens", default="128,1024", help="sequence lengths, measured in turn in every repeat")
-    parser.add_argument("--tokenizer", default="byte", help="byte, or bpe:1024 as in the quickstart")
+    parser.add_argument("--tokenizer", default="byte", help="byte, or bpe:1024 as in `make train`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="time for the loader alone, per measurement")
     parser.add_argument("--steps", type=int, default=10, help="steps of each training run")

@@ -1,18 +1,16 @@
-"""Compare the memory of a run with the formula, for several model sizes, numbers of ranks and settings.
+"""Compares the memory of a run with a formula, for several model sizes, numbers of ranks and settings.
 
     python benchmarks/memory.py --ranks 1,2,4 --sizes 1M,14M,50M
     python benchmarks/memory.py --ranks 2,4 --sizes 14M --compare comm.reducer=tree "comm.reducer=naive comm.bucket_mb=1"
 
-Columns are MiB, summed over all ranks as proportional set size (PSS: a page mapped by k processes counts 1/k in each), so that
-libraries and shared-memory windows count once:
-  fixed       before the model is built: Python, torch, MPI, and the data read so far
-  formula     for n parameters and one copy per rank: 4 n parameters + 8 n optimizer state + 4 n x slots gradients
-  (a node)    the same with one copy of parameters and optimizer state
-  training    at the end of the last step
-  rest        training - fixed - formula: activations, communication, scratch, memory held by the allocator
-The last two columns are the largest resident set of a rank (RSS, shared pages count in each rank) up to the last step, and up to
-the end of the run (evaluation, checkpoint). Runs are short and batches small. Memory hardly varies between runs, so the default
-is one run per row.
+Columns are MiB, summed over all ranks. The proportional set size (PSS) is used, in which a page that k processes map counts 1/k
+in each process. Therefore libraries and shared-memory windows count once. fixed before the model is built: Python, torch, MPI,
+and the data read so far formula for n parameters and one copy per rank: 4 n parameters + 8 n optimizer state + 4 n x slots
+gradients (a node) the same with one copy of parameters and optimizer state training at the end of the last step rest training -
+fixed - formula: activations, communication, scratch, memory held by the allocator The last two columns are the largest resident
+set of a rank (RSS, in which shared pages count in each rank). The first is the largest up to the last step, and the second up to
+the end of the run (evaluation, checkpoint). Runs are short and batches are small. Memory hardly varies between runs, so the
+default is one run per row.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ def own_memory() -> dict[str, int]:
 
 
 def train_measured() -> None:
-    """Run mpidp.train in a child process; its ranks read their memory between two barriers."""
+    """Run mpidp.train in a child process whose ranks read their memory between two barriers."""
     from mpi4py import MPI
 
     from mpidp import train

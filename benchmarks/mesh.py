@@ -1,13 +1,14 @@
-"""Compare the predictions of `python -m mpidp.plan mesh` with runs of mpidp.train, on meshes that they were not fitted to.
+"""Compares the predictions of `python -m mpidp.plan mesh` with runs of mpidp.train, on meshes to which they were not fitted.
 
     python benchmarks/mesh.py [--shapes "dp=2;pp=2;tp=2;dp=2,pp=2"] [--repeats 3] [-- --model.num_layers=6 ...]
 
-Four runs of one model (SETTINGS) measure the links: one rank; two replicas, for the bandwidth between ranks; a stage of two
-tensor-parallel ranks, for the latency of a message; two ranks with shard 3, for the host time of a gather. A run of another model
-(OTHER, or the settings after --) on one rank measures the speed of matrix products and memory (mesh_time.measured_machine) and
-the remaining time of a step. All other meshes of this model are predicted. Runs alternate. The time of a mesh is the mean of its
-fastest quarter of steps, because other programs may use the machine; `spread` is the median step relative to it. On a busy
-machine the table is meaningless, because more ranks get a larger share of the machine.
+Four runs of one model (SETTINGS) measure the links. The first has one rank. The second has two replicas, and gives the bandwidth
+between ranks. The third has a stage of two tensor-parallel ranks, and gives the latency of a message. The fourth has two ranks
+with shard 3, and gives the host time of a gather. A run of another model (OTHER, or the settings after --) on one rank measures
+the speed of matrix products and memory (mesh_time.measured_machine) and the remaining time of a step. All other meshes of the
+second model are predicted. Runs alternate. The time of a mesh is the mean of its fastest quarter of steps, because other programs
+may use the machine. `spread` is the median step relative to this mean. On a busy machine the table is meaningless, because a run
+with more ranks gets a larger share of the machine.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LINKS = (ONE, Shape(2, 1, 1), Shape(1, 1, 2), Shape(2, 1, 1, 3))
 
 
 def shape_of(words: str) -> Shape:
-    """Parse dp=2,pp=2,tp=1,shard=0. Any of the four may be omitted. Independent."""
+    """Parse a mesh like dp=2,pp=2,tp=1,shard=0. Any of the four may be omitted. Independent."""
     return replace(ONE, **{key: int(value) for key, _, value in (word.partition("=") for word in words.split(","))})
 
 
@@ -78,7 +79,7 @@ class Subject:
             values["train.global_batch"], values["train.micro_batch"], float(values["train.recompute"]), size))
 
     def computing(self, machine: Machine, one: dict[str, float]) -> Machine:
-        """Return the machine with the compute and memory speeds measured by a run on one rank."""
+        """Return the machine with the compute and memory speeds that a run on one rank measured."""
         flops, memory = measured_machine(
             self.model, self.work.micro_batch, one["compute"], one["update"], self.work.micro_batches(ONE), self.work.number_bytes
         )
@@ -90,7 +91,7 @@ class Subject:
 
 
 def linear(seconds: Callable[[float], float], wanted: float, unit: float) -> float:
-    """Solve seconds(x) = wanted for a linear function; at least 0."""
+    """Solve seconds(x) = wanted for a linear function. Return at least 0."""
     low, high = seconds(0.0), seconds(unit)
     return max(0.0, (wanted - low) / (high - low) * unit)
 

@@ -1,20 +1,22 @@
-"""Compare all methods on a slow network: the same model and initial weights, the same time, over a link of given speed.
+"""Compares all methods on a slow network: each trains the same model from the same weights for the same time, over a link of
+given speed.
 
     python benchmarks/network.py --text tinyshakespeare.txt                            # all methods; needs root
     python benchmarks/network.py --methods synchronous,local,ddp --mbit 1000 --ms 1 --seconds 30 --seeds 3
     python benchmarks/network.py --slow 2 --nodes 4 --out network.json --plot network.png -- --optim.lr=2e-3
 
 Nodes are network namespaces (link.py), between which MPI and gloo use TCP. --mbit is the bandwidth of a node in each direction,
---ms the one-way delay: 100 and 20 correspond to two sites, 1000 and 1 to a campus, 10000 and 0 to a machine room. The time of an
-Allreduce over the link is printed first. If it is shorter than the link allows, MPI does not use the link, and the benchmark
-exits.
+and --ms is the one-way delay. For example, 100 and 20 correspond to two sites, 1000 and 1 to a campus, and 10000 and 0 to a
+machine room. The time of an Allreduce over the link is printed first. If it is shorter than the link allows, MPI does not use the
+link, and the benchmark exits.
 
-A method is a name with settings of mpidp.train; `ddp` is torch's DDP over gloo (ddp.py). The learning rate is constant after its
-warm-up, so that no method benefits from a schedule that ends at its time. Time counts steps only, without start-up and
-evaluations. Losses are nats per token on held-out text, interpolated linearly between evaluations, and unknown before the first.
-If a loss is reached by the first evaluation, the time of that evaluation is printed. `counted` is the number of bytes that rank 0
-counted, `on the wire` the number that left a node's interface, both in MB per step. `waits` is the share of time in which rank 0
-waited for messages. With several seeds medians and half the range are printed. All nodes share this machine's cores and memory.
+A method is a set of settings of mpidp.train with a name. `ddp` is torch's DDP over gloo (ddp.py). The learning rate is constant
+after its warm-up, so that no method benefits from a schedule that ends at the same time as the run. Time counts only steps,
+without start-up and evaluations. Losses are nats per token on held-out text. They are interpolated linearly between evaluations,
+and unknown before the first evaluation. If a loss is reached before the first evaluation, the time of this evaluation is printed.
+`counted` is the number of bytes that rank 0 counted, and `on the wire` is the number that left a node's interface, both in MB per
+step. `waits` is the fraction of time in which rank 0 waited for messages. With several seeds, medians and half the range are
+printed. All nodes share this machine's cores and memory.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ START_SECONDS, STOP_SECONDS = 180.0, 60.0  # a run that does not step, or end, w
 
 
 class Watch:
-    """Reads a run's metrics.jsonl while it grows: its steps, and its loss by time and tokens."""
+    """Reads a run's metrics.jsonl while it grows, and records the steps and the loss by time and tokens."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, 0
@@ -146,12 +148,12 @@ def train(link: Link, name: str, seed: int, settings: list[str], options: argpar
 
 
 def at(curve: list[tuple[float, int, float]], axis: int, where: float) -> float:
-    """Return the loss after `where` seconds (axis 0) or tokens (axis 1); NaN before the first evaluation."""
+    """Return the loss after `where` seconds (axis 0) or tokens (axis 1). Before the first evaluation, return NaN."""
     return float(np.interp(where, [point[axis] for point in curve], [point[2] for point in curve], left=math.nan))
 
 
 def seconds_to(curve: list[tuple[float, int, float]], target: float) -> float:
-    """Return the time at which the loss was first reached; infinite if it was not."""
+    """Return the time at which the loss was first reached, or infinity if it was not reached."""
     before = None
     for seconds, _, loss in curve:
         if loss <= target:

@@ -1,9 +1,9 @@
-"""Compare published measurements on 8 to 16,384 GPUs with the predictions of `python -m mpidp.plan mesh`.
+"""Compares published measurements on 8 to 16,384 GPUs with the predictions of `python -m mpidp.plan mesh`.
 
     python benchmarks/published.py
 
-In each source one row (*) fixes the rate of a GPU in matrix products; all other rows are predicted with this rate. Memory and
-link speeds are those of data sheets and of the sources. docs/plan.md has the tables and a discussion.
+In each source one row (*) determines the rate of a GPU in matrix products. All other rows are predicted with this rate. Memory
+and link speeds are those of data sheets and of the sources. docs/plan.md has the tables and a discussion.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def h100(memory: float, overlap: float = 1.0) -> Machine:
 
 
 def gpt(layers: int, width: int, heads: int, vocab_size: int = 51200) -> ModelSizes:
-    """A GPT. Its hidden layer with two matrices of 4 x width counts as SwiGLU of 8/3 x width: equal parameters and operations."""
+    """A GPT. Its hidden layer with two matrices of 4 x width is replaced by a SwiGLU of 8/3 x width, which has equally many
+    parameters and operations."""
     return ModelSizes(layers, width, 8 * width // 3, heads, heads, vocab_size, 2048)
 
 
@@ -105,7 +106,7 @@ def predicted(row: Row, machine: Machine) -> float:
 
 
 def calibrated(row: Row, machine: Machine) -> Machine:
-    """Return the machine with the rate in matrix products that reproduces this row, by bisection."""
+    """Find by bisection the rate in matrix products that reproduces this row. Return the machine with this rate."""
     low, high = 1e12, 1e17
     for _ in range(100):
         middle = (low * high) ** 0.5

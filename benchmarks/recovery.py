@@ -1,14 +1,15 @@
-"""Measure the cost of a failed rank: time until the first survivor detects it, and until the first step without it.
+"""Measures the cost of a failed rank: the time until the first surviving rank detects the failure, and until the first step
+without the rank.
 
     python benchmarks/recovery.py [--ranks 4] [--phase reduce,after=0.01] [--repeats 5] [-- SETTINGS of mpidp.train]
 
-Needs Open MPI with `mpirun --with-ft ulfm`. The model has 16 M parameters (64 MB of gradients) and short sequences, so that a
-step is mostly communication. Rank 1 kills itself in step 6. Each repeat is a new mpirun; medians and maxima are printed. `step`
-is the median time of the steps before the failure, `step after` of those after it, with one rank less. A recovery ends with such
-a step.
+The program needs Open MPI with `mpirun --with-ft ulfm`. The model has 16 M parameters (64 MB of gradients) and short sequences,
+so that a step is mostly communication. Rank 1 kills itself in step 6. Each repeat is a new mpirun. Medians and maxima are
+printed. `step` is the median time of the steps before the failure. `step after` is that of the steps after the failure, with one
+rank less. The time of a recovery includes one step of the second kind.
 
-A failure is detected after the kernel has freed the process's memory, which took 5 to 20 ms for 100 MB. So it takes longer for
-larger models.
+A failure is detected after the kernel has freed the process's memory, which took 5 to 20 ms for 100 MB. Therefore detection takes
+longer for larger models.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MODEL = {"num_layers": 9, "num_heads": 6, "model_dim": 384, "hidden_dim": 1024, 
 
 
 def train_measured(folder: Path) -> None:
-    """Run mpidp.train in a child process; record the times of events by the clock that all processes share."""
+    """Run mpidp.train in a child process. Record the times of events on the clock that all processes share."""
     from mpi4py import MPI
 
     import mpidp.runtime.command
@@ -61,7 +62,7 @@ def train_measured(folder: Path) -> None:
 
 
 def times(folder: Path, what: str) -> list[list[float]]:
-    """Return the recorded times, one list per rank that recorded any."""
+    """Return the recorded times, as one list for each rank that recorded times."""
     return [[float(line) for line in path.read_text().split()] for path in sorted(folder.glob(f"{what}_*"))]
 
 

@@ -1,10 +1,11 @@
-"""Measure the phases of a step at several numbers of ranks: complete training runs, medians over the steps after warm-up.
+"""Measures the phases of a step on several numbers of ranks, in complete training runs, as medians over the steps after the
+warm-up.
 
     python benchmarks/scaling.py --ranks 1,2,4 --repeats 3 --plot scaling.html -- --model.model_dim=256 --train.steps=30 ...
 
-By default this is strong scaling, with the same global batch for all runs; with --weak the batch grows with the ranks. Prints a
-table, the efficiency (JSON lines with --json, a plot with --plot), and whether runs with the same batch end with the same
-weights. Only compare times measured within one call.
+By default this is strong scaling, with the same global batch for all runs. With --weak the batch is proportional to the number of
+ranks. The program prints a table, the efficiency, and whether runs with the same batch end with the same weights. --json prints
+JSON lines, and --plot makes a plot. Compare only times that were measured within one call.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def measure(ranks: int, launcher: str, settings: list[str], skip: int) -> dict:
 
 
 def settings_of(options: argparse.Namespace, ranks: int, fewest: int) -> list[str]:
-    """Return the given settings; for weak scaling with a global batch proportional to the ranks."""
+    """Return the given settings. For weak scaling, the global batch is proportional to the number of ranks."""
     if not options.weak:
         return options.settings
     given = [word.partition("=")[2] for word in options.settings if word.startswith("--train.global_batch=")]

@@ -1,14 +1,15 @@
-"""Compare mpidp with nanoGPT in nanoGPT's CPU setting: loss after 2,000 steps, and the time to reach nanoGPT's loss.
+"""Compares mpidp with nanoGPT, with nanoGPT's CPU settings: the loss after 2,000 steps, and the time to reach nanoGPT's loss.
 
     python benchmarks/shakespeare.py --text tinyshakespeare.txt                      # mpidp only: losses, hashes, times
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/shakespeare.py --text tinyshakespeare.txt --nanogpt nanoGPT    # mpidp and nanoGPT
 
 The model has 4 layers, 4 heads, width 128 and context 64, with 12 sequences per step, characters as tokens and no dropout. The
-last 10% of the text are held out. mpidp runs at several numbers of ranks with one thread each. The loss is in nats per character
-over the whole held-out part in windows of 64, computed in the same way for both. "train s" is the time of the steps, without
-start-up and evaluations; "command s" is the total. mpidp's losses repeat bit for bit on one machine. Times are from one run each:
-compare only ratios within one call, on an idle machine. Takes about 20 minutes on 2 cores with nanoGPT.
+last 10% of the text are held out. mpidp runs on several numbers of ranks with one thread each. The loss is in nats per character
+over the whole held-out text in windows of 64. It is computed in the same way for both programs. "train s" is the time of the
+steps, without start-up and evaluations. "command s" is the total time. The losses of mpidp repeat bit for bit on one machine.
+Each time is from one run, so compare only ratios within one call, on an idle machine. With nanoGPT this takes about 20 minutes on
+2 cores.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Measure the time from launch to the log line of step 1 on a large set of shards, by phase.
+"""Measures the time from the launch to the log line of step 1, by phase, with a large set of shards.
 
     python benchmarks/startup.py                                   # 10 GB in 8 shards, 1 rank, 3 repeats
     python benchmarks/startup.py --gigabytes 100 --shards 64 --ranks 4 -- --train.threads=1
 
-The shards are sparse files in a temporary folder: headers and index.json are valid; the tokens were never written, read as zeros
-and take no space. This covers all work of a start without data.verify, which would read every byte. Each measurement is a new
-process. Time starts when the launcher is called and is read on rank 0. All files are in the page cache; the first start after a
-boot, or from a shared disk, also waits for the disk. Medians over the repeats are printed.
+The shards are sparse files in a temporary folder. Headers and index.json are valid. The tokens were never written, so they are
+read as zeros and take no space. This covers all work of a start without data.verify, which would read every byte. Each
+measurement is a new process. The time begins when the launcher is called, and is measured on rank 0. All files are in the page
+cache. The first start after a boot, or from a shared disk, also waits for the disk. Medians over the repeats are printed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def timed(call: Any, name: str) -> Any:
 
 
 class CompilerWatch(importlib.abc.MetaPathFinder):
-    """Times the import of torch's compiler, which a run without train.compile does not need."""
+    """Measures the time to import torch's compiler, which a run without train.compile does not need."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "torch._dynamo":
@@ -83,7 +83,7 @@ class CompilerWatch(importlib.abc.MetaPathFinder):
 
 
 def train_one_step(called_at: float) -> None:
-    """Run mpidp.train in a child process and time its phases. Modules are imported in the order in which it imports them."""
+    """Run mpidp.train in a child process and measure its phases. The child imports modules in the same order as mpidp.train."""
     SECONDS[PYTHON] = BEGAN - called_at
     del sys.argv[1:3]
     sys.meta_path.insert(0, CompilerWatch())

@@ -1,11 +1,12 @@
-"""Compare the training step with its lower limit and with other implementations, on the same model and batch.
+"""Compares the training step with its lower limit and with other implementations, for the same model and batch.
 
     mpirun -np 2 python benchmarks/step.py [--model 14M] [--global-batch 8] [--micro-batch 1] [--seq-len 128] [--repeats 9]
 
-Variants run in turn, step by step, within one launch. `limit` is the same step without the reduction: each rank updates with its
-own gradient. The additional time of a variant is its exposed communication. `ddp gloo` is torch's DistributedDataParallel, `heat`
-Heat's DataParallel if it is installed. `1 rank` and `1 rank, P threads` compute the whole batch alone while the other ranks
-sleep. `independent` are P ranks that each compute one rank's share without any communication; this is the limit for P processes.
+Variants run in turn, step by step, within one launch. `limit` is the same step without the reduction, in which each rank updates
+with its own gradient. The additional time of a variant is the communication that does not overlap. `ddp gloo` is torch's
+DistributedDataParallel. `heat` is Heat's DataParallel, if it is installed. In `1 rank` and `1 rank, P threads`, one rank computes
+the whole batch while the other ranks sleep. In `independent`, P ranks compute one rank's lanes each, without any communication.
+This is the limit for P processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mpidp.runtime.command import run_entry
 
 
 class Limit(Stepper):
-    """The step without the reduction."""
+    """A step without the reduction."""
 
     def __init__(self, comm, config) -> None:
         super().__init__(comm, config)
@@ -38,7 +39,7 @@ class Limit(Stepper):
 
 
 class Ddp:
-    """torch's DDP: averages the ranks' means; gradients are averaged in buckets during the last backward."""
+    """torch's DDP. It averages the means of the ranks, in buckets during the last backward."""
 
     def __init__(self, ours: Stepper) -> None:
         with socket.socket() as probe:
@@ -69,7 +70,7 @@ class Ddp:
 
 
 class Heat(Ddp):
-    """Heat's DataParallel, blocking: one Allreduce per parameter."""
+    """Heat's DataParallel with blocking communication, which calls Allreduce once per parameter."""
 
     def __init__(self, ours: Stepper) -> None:
         import heat as ht

@@ -1,14 +1,16 @@
-"""Compare all methods for the same number of tokens: the cost in loss of sending less or waiting less, on any network.
+"""Compares all methods for the same number of tokens: how much the loss increases if ranks send less or wait less, on any
+network.
 
     python benchmarks/tokens.py --text tinyshakespeare.txt                                  # all methods, 400 steps, one seed
     python benchmarks/tokens.py --methods local,local+topk --seeds 3 --json tokens.json -- --optim.lr=2e-3
     python benchmarks/tokens.py --methods topk --try "--comm.ratio_warmup=50" --try "--comm.momentum=0.9"
 
 The model, the methods and their settings are those of network.py. Ranks run under a plain mpirun and send messages, as between
-nodes. Every method starts from the same weights, trains on the same batches, and is compared with `synchronous` of the same seed:
-held-out loss in nats per token, and its increase in per cent. Losses are interpolated linearly between evaluations; `local` is
-evaluated at its meetings. Bytes are those sent by rank 0, also as a fraction 1/n of those of `synchronous`. With several seeds
-medians and half the range are printed. Losses do not depend on the load of the machine, and repeat bit for bit on one machine.
+nodes. Every method starts from the same weights, trains on the same batches, and is compared with `synchronous` of the same seed.
+The table has the held-out loss in nats per token, and its increase in per cent. Losses are interpolated linearly between
+evaluations. `local` is evaluated at its meetings. Bytes are those that rank 0 sends, also as a fraction 1/n of those of
+`synchronous`. With several seeds, medians and half the range are printed. Losses do not depend on the load of the machine, and
+repeat bit for bit on one machine.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ LIMIT = 3600.0  # s, time limit of a run
 
 
 def train(name: str, seed: int, settings: list[str], folder: Path, ranks: int) -> dict[str, Any]:
-    """Run one method. Return its losses by tokens and its bytes per step, or the problem if it failed."""
+    """Run one method. Return its losses by tokens and its bytes per step, or the error message if it failed."""
     run_dir = folder / f"{name}-{seed}"
     command = ["mpirun", "-n", str(ranks), sys.executable, "-m", "mpidp.train", *settings, f"--train.seed={seed}",
                f"--run.dir={run_dir}", "--run.resume=never"]
@@ -49,7 +51,7 @@ def train(name: str, seed: int, settings: list[str], folder: Path, ranks: int) -
 
 
 def loss_at(run: dict[str, Any], tokens: int) -> float:
-    """Return the loss after `tokens` tokens; NaN before the first and after the last evaluation."""
+    """Return the loss after `tokens` tokens. Before the first and after the last evaluation, return NaN."""
     curve = [(0.0, *point) for point in run["curve"]]
     return at(curve, 1, tokens) if curve[0][1] <= tokens <= curve[-1][1] else float("nan")
 

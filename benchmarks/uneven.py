@@ -1,9 +1,10 @@
-"""Compare the settings of train.balance when one rank runs at half speed; check that none of them changes a bit.
+"""Compares the settings of train.balance when one rank runs at half speed, and checks that all give the same bits.
 
     python benchmarks/uneven.py [--ranks 2] [--lanes 12] [--slow delay|core|none] [--repeats 3] [-- settings of mpidp.train]
 
-`delay`: rank 1 sleeps as long as it computes. `core`: each rank is pinned to a core, and another process computes on rank 1's
-core during the whole run. Complete training runs; the median step after the warm-up, in which `measured` determines its shares.
+With `delay`, rank 1 sleeps as long as it computes. With `core`, each rank is bound to a core, and another process computes on the
+core of rank 1 during the whole run. The program makes complete training runs. It prints the median time of a step after the
+warm-up, in which `measured` distributes the lanes.
 """
 
 from __future__ import annotations

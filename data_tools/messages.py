@@ -49,7 +49,9 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     if isinstance(messages, str):
         messages = _parsed("messages", messages)
     if not isinstance(messages, list) or not messages:
-        raise RowSkipped("malformed", f"no field `messages` with a list of messages; its fields are: {keys_of(dict(fields))}")
+        if "messages" not in fields:
+            raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(dict(fields))}")
+        raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
     for message in messages:
         _check(message)
     args = _field(fields, "chat_template_kwargs", dict) or {}

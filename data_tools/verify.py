@@ -17,6 +17,7 @@ def verify(folder: str | Path) -> str:
     """Check headers, checksums, ids, offsets and tokenizer; return a summary. Raises DataError if one is wrong. Independent."""
     index = TokenStream(folder).index
     index.tokenizer_bytes(Path(folder))
+    index.special_tokens_bytes(Path(folder))
     tokenizer = load_tokenizer(folder)
     if (tokenizer.vocab_size, tokenizer.eod) != (index.vocab_size, index.eod):
         raise DataError(f"{Path(folder) / 'tokenizer.json'}: vocabulary {tokenizer.vocab_size} and end of document "

@@ -54,7 +54,7 @@ def export(
     from mpidp.errors import UsageError
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
-    from mpidp.inference.loading import load_model
+    from mpidp.inference.loading import load_model, own_tokenizer
     from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
     from mpidp.parallel.grid import make_grid
@@ -68,7 +68,7 @@ def export(
             raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported (as Llama)")
         if world.rank == 0:
             shape = TransformerShape(**reader.meta["shape"])
-            tokenizer, eod = huggingface_json(load_tokenizer(folder, reader.meta["eod"])), reader.meta["eod"]
+            tokenizer, eod = huggingface_json(load_tokenizer(own_tokenizer(reader), reader.meta["eod"])), reader.meta["eod"]
             weight = lambda name: reader[f"model/{name}"]  # noqa: E731
             if reader.meta["config"].get("model.lora_rank", 0):
                 model = load_model(reader, grid, "cpu", 0, base=base).model

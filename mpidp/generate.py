@@ -215,7 +215,8 @@ def _write(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
             if world.rank == 0:
                 write_file(path, _lines(rows).encode())
         except OSError as error:
-            raise UsageError(f"--out {path}: {error.strerror}; give a writable file") from None
+            sys.stdout.write(_lines(rows))  # no text is lost
+            raise UsageError(f"--out {path}: cannot be written ({error.strerror}); the texts are on standard output") from None
 
 
 if __name__ == "__main__":

@@ -90,9 +90,13 @@ class Template:
         }
         try:
             with _bounded():
-                return str(template.render(**given))
+                text = str(template.render(**given))
+                text.encode()  # fails for half of a surrogate pair, which no tokenizer accepts
+                return text
         except MemoryError:
             reason = f"it needs more than {MAX_MEMORY >> 20} MiB of memory"
+        except UnicodeEncodeError:
+            reason = "its text has half of a surrogate pair"
         except TimeoutError:
             reason = f"it needs more than {MAX_SECONDS:.0f} s"
             template.environment.timeouts += 1

@@ -1,8 +1,8 @@
-"""Batches of any map-style dataset. An epoch has each item exactly once, at any number of ranks. Independent.
+"""Batches of any map-style dataset. An epoch has each item exactly once, with any number of ranks. Independent.
 
-Position k of epoch e has item permute(k), where permute is a Feistel permutation keyed by (seed, e). So no index list is stored.
-A global batch is the next `batch` positions, split into micro-batches and lanes as in training (mpidp/data/lanes.py). The last
-batch of an epoch may be shorter. The whole state is the number of the next batch.
+Position k of epoch e has item permute(k), where permute is a Feistel permutation keyed by (seed, e). Therefore no list of indices
+is stored. A global batch consists of the next `batch` positions, and is divided into micro-batches and lanes as in training
+(mpidp/data/lanes.py). The last batch of an epoch may be shorter. The only state is the number of the next batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mpidp.errors import DataError, UsageError
 
 
 class Items:
-    """The micro-batches of a dataset: read(batch, v) returns micro-batch v. Batches are numbered from 0 over all epochs."""
+    """The micro-batches of a dataset. read(batch, v) returns micro-batch v of a batch. Batches are numbered from 0 over all
+    epochs."""
 
     def __init__(
         self, dataset: Any, lanes: Lanes, seed: int, shuffle: bool, collate: Callable[[list[Any]], Any] | None
@@ -33,7 +34,7 @@ class Items:
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """Return the number of items in micro-batch v of a global batch. It may be smaller, or 0, in an epoch's last batch."""
+        """Return the number of items in micro-batch v of a global batch. In an epoch's last batch it may be smaller, or 0."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 
@@ -69,11 +70,11 @@ class Items:
         return len(found), self._collate(found)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the next batch, and the settings that load_state_dict compares."""
+        """Return the number of the next batch, and the settings that load_state_dict() compares."""
         return {"batch": self.next_batch, "items": self.num_items, "global_batch": self.lanes.global_batch, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at the saved batch, at any number of ranks. Raises UsageError if settings have changed."""
+        """Continue at the saved batch. The number of ranks may have changed. Raises UsageError if settings have changed."""
         now = self.state_dict()
         changed = [f"{key} was {state.get(key)}, is {now[key]}" for key in now if state.get(key) != now[key] and key != "batch"]
         if changed:
@@ -87,10 +88,10 @@ def from_dataset(
 ) -> Items:
     """Return the batches of a map-style dataset for mpidp.library.
 
-    dataset: anything with len() and [i]; batch: items per step over all ranks; micro_batch: items per forward pass, 0: an
-    eighth of the batch, so that up to 8 ranks can share it; lanes: as train.lanes; collate: makes a batch of a list of items, by
-    default with torch's default_collate. Raises UsageError if an argument is invalid, and DataError if there are no items.
-    Independent.
+    dataset: an object with len() and [i]. batch: number of items per step, of all ranks together. micro_batch: number of items
+    per forward pass; 0 means an eighth of the batch, so that up to 8 ranks can share a batch. lanes: as train.lanes. collate:
+    makes a batch of a list of items; default: torch's default_collate. Raises UsageError if an argument is invalid, and DataError
+    if there are no items. Independent.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Lanes: a partition of the global batch that does not depend on the number of ranks. Pure.
+"""Divides the global batch into lanes, in a way that does not depend on the number of ranks. Pure.
 
-A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter). The
-micro-batches are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are
-accumulated in order. V and L are fixed for a run. The result of a lane is bit-identical on any rank.
+A global batch of G sequences is split into V = ceil(G / micro_batch) micro-batches (the last may be shorter). The micro-batches
+are divided into L lanes. Lane l consists of micro-batches [l V // L, (l + 1) V // L). Their gradients are accumulated in order. V
+and L are fixed for a run. A lane gives the same bits on any rank.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Lanes:
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """Return the lanes of a rank: contiguous and as equal in number as possible. A rank >= world_size has none."""
+        """Return the lanes of a rank, a contiguous range. The ranges of ranks are as equal in length as possible. A rank >=
+        world_size has no lanes."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
         return even_ranges(self.num_lanes, world_size)[rank]

@@ -1,8 +1,8 @@
-"""The data loader: a thread reads, checks and pins micro-batches ahead of time. It never calls MPI.
+"""The data loader. A thread reads, checks and pins micro-batches ahead of time. It never calls MPI.
 
-The whole state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Another
-rank's lane may move to this rank, so other micro-batches are read on demand, with the same bits. On CUDA, a rank's part of the
-corpus stays on the device if it fits. A micro-batch is then made with one gather.
+The only state is one integer, next_batch. The loader prefetches the micro-batches that this rank is expected to compute. Other
+micro-batches are read on demand, because lanes may move between ranks. On CUDA, the tokens that a rank needs stay on the device
+if they fit. A micro-batch is then made with one gather.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
 
 IGNORED = -100  # target that is ignored by the loss (torch's convention)
-RESIDENT_SHARE = 0.25  # with resident="auto": largest share of the device's free memory to use
+RESIDENT_SHARE = 0.25  # with resident="auto", the largest fraction of the device's free memory to use
 PIECE_TOKENS = 2**23  # tokens read at a time
 
 
@@ -29,20 +29,20 @@ PIECE_TOKENS = 2**23  # tokens read at a time
 class MicroBatch:
     """The data of one forward pass. b may be less than micro_batch, or 0, in an epoch's last batch."""
 
-    v: int  # number of the micro-batch in its global batch
+    v: int  # index of the micro-batch in its global batch
     tokens: Tensor  # (b, T) int64
     targets: Tensor  # (b, T) int64, -100 where a target is ignored
     num_tokens: int  # number of targets that are not ignored
-    positions: Tensor | None = None  # (b, T) int64, position of each token in its document
-    doc_ids: Tensor | None = None  # (b, T) int64, number of each token's document in the window
+    positions: Tensor | None = None  # (b, T) int64, the position of each token in its document
+    doc_ids: Tensor | None = None  # (b, T) int64, the index of each token's document in the window
 
     @classmethod
     def of(cls, v: int, tokens: np.ndarray, counts: np.ndarray | None, starts: np.ndarray | None) -> MicroBatch:
-        """Make a micro-batch of windows (b, T + 1) int64 on the host. Pure.
+        """Make a micro-batch on the host. tokens: windows (b, T + 1) int64. Pure.
 
-        counts: (b, T + 1) bool, true for tokens that are targets; None: all are. starts: (b, T + 1) bool, true for tokens that
-        start a document; None: documents are not kept apart. The first token of a document is not a target, because nothing
-        precedes it. Tokens before the first start in a window belong to an earlier document.
+        counts: (b, T + 1) bool, true for tokens that are targets; None means all tokens. starts: (b, T + 1) bool, true for tokens
+        that start a document; None means that documents are not kept apart. The first token of a document is not a target,
+        because nothing precedes it. Tokens before the first start in a window belong to an earlier document.
         """
         targets, positions, doc_ids = tokens[:, 1:].copy(), None, None
         if counts is not None:
@@ -70,7 +70,7 @@ class MicroBatch:
 
 @dataclass
 class Batch:
-    """One global batch: batch[v] is micro-batch v, prefetched or read on demand. Thread-safe.
+    """One global batch. batch[v] is micro-batch v, which is prefetched or read on demand. Thread-safe.
 
     Raises IndexError if v is out of range. Raises DataError if reading fails, which also closes the loader.
     """
@@ -78,7 +78,7 @@ class Batch:
     batch: int  # numbered from 0 over all epochs
     epoch: int
     micro_batches: dict[int, MicroBatch]  # the micro-batches read so far, by v
-    read: Callable[[int, int], MicroBatch]  # reads another micro-batch, from (batch, v)
+    read: Callable[[int, int], MicroBatch]  # read(batch, v) reads another micro-batch
 
     def __getitem__(self, v: int) -> MicroBatch:
         found = self.micro_batches.get(v)
@@ -88,8 +88,7 @@ class Batch:
 
 
 def check_targets(stream: TokenStream, first: int) -> None:
-    """Raise DataError if the loss mask excludes all of the first `first` targets. Stops reading at the first included target.
-
+    """Raise DataError if the loss mask excludes all of the first `first` targets. Reading stops at the first included target.
     Independent.
     """
     if not stream.has_loss_mask:
@@ -107,10 +106,11 @@ def check_targets(stream: TokenStream, first: int) -> None:
 class Loader:
     """An endless iterator of Batch objects, starting at start_batch. Independent.
 
-    micro_batches: numbers v that this rank is expected to compute. prefetch: number of batches to read ahead. resident:
-    whether the tokens of these micro-batches stay on a CUDA device: "true", "false", or "auto" (if they need less than a quarter
-    of its free memory). resident has no effect on CPUs, with a loss mask, or if documents are kept apart. An error in the thread,
-    for example DataError for an id outside the vocabulary, is raised by next() and by every later next().
+    micro_batches: indices v of the micro-batches that this rank is expected to compute. prefetch: number of batches to read
+    ahead. resident: whether the tokens of these micro-batches stay on a CUDA device. The values are "true", "false", and "auto"
+    (if the tokens need less than a quarter of the device's free memory). resident has no effect on CPUs, with a loss mask, or if
+    documents are kept apart. An error in the thread, for example DataError for an id outside the vocabulary, is raised by every
+    later call of next().
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Loader:
         self._stream, self._sampler, self._device = stream, sampler, device
         self._micro_batches = tuple(micro_batches)
         self._resident = _Resident.make(stream, sampler, self._micro_batches, device, resident)
-        self._advised: dict[int, tuple[int, int]] = {}  # by lane: (epoch, number) of the last pool advised
+        self._advised: dict[int, tuple[int, int]] = {}  # lane -> (epoch, number) of the last pool advised
         self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=max(1, prefetch))
         self._error: BaseException | None = None
         self._closed = threading.Event()
@@ -160,7 +160,7 @@ class Loader:
         self._closed.set()
         while self._thread.is_alive():
             try:
-                self._queue.get_nowait()  # makes room: the thread may be blocked in put()
+                self._queue.get_nowait()  # makes space, because the thread may be blocked in put()
             except queue.Empty:
                 self._thread.join(0.01)
 
@@ -191,7 +191,8 @@ class Loader:
         return self._resident is not None and self._resident.holds(self._sampler.extent([v]))
 
     def _read(self, batch: int, v: int) -> MicroBatch:
-        """Read micro-batch v to the host. If its tokens are resident, store its window ids instead of tokens. Thread-safe."""
+        """Read micro-batch v to the host. If its tokens are on the device already, store the numbers of its windows instead of
+        tokens. Thread-safe."""
         sampler, stream, seq_len = self._sampler, self._stream, self._sampler.seq_len
         windows = sampler.windows(batch, v)
         if self._is_resident(v):
@@ -211,7 +212,7 @@ class Loader:
         return found.pinned() if self._device.type == "cuda" else found
 
     def _advise(self, batch: int, v: int) -> None:
-        """Ask the kernel to read the blocks of this micro-batch's pools and of the following pools ahead, once for each pool."""
+        """Ask the kernel to read ahead the blocks of this micro-batch's pools and of the following pools, once for each pool."""
         if self._is_resident(v):
             return
         for pool in self._sampler.pools(batch, v):
@@ -250,7 +251,7 @@ class _Resident:
     def make(
         cls, stream: TokenStream, sampler: Sampler, micro_batches: Sequence[int], device: torch.device, resident: str
     ) -> _Resident | None:
-        """Load the tokens to the device. Returns None if they must be streamed instead."""
+        """Load the tokens to the device. Return None if the tokens must be read from the shards instead."""
         windows = sampler.extent(micro_batches)
         if device.type != "cuda" or resident == "false" or stream.has_loss_mask or stream.apart or not windows:
             return None
@@ -264,7 +265,7 @@ class _Resident:
         return self._windows.start <= windows.start and windows.stop <= self._windows.stop
 
     def gather(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (tokens, targets), each (b, T) int64, for window ids (b,)."""
+        """Return (tokens, targets), each (b, T) int64, of the windows with these numbers (b,)."""
         starts = (windows * self._seq_len - self._first).to(self._device, non_blocking=True)
         block = self._tokens[starts[:, None] + self._offsets].to(torch.int64) & self._mask
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()

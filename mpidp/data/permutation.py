@@ -7,12 +7,12 @@ from functools import lru_cache
 
 import numpy as np
 
-ROUNDS = 8  # of the Feistel network
+ROUNDS = 8  # number of rounds of the Feistel network
 
 
 @lru_cache(maxsize=1024)
 def keys_of(*key: object) -> np.ndarray:
-    """Return independent keys for the Feistel rounds, (ROUNDS, 1) uint64, from any values with a stable repr."""
+    """Return independent keys for the rounds, (ROUNDS, 1) uint64. key: any values whose repr is always the same."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)[:, None]
 
@@ -28,7 +28,8 @@ def unpermute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _walk(x: np.ndarray, n: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    """Apply a Feistel network over the next power of 4, repeatedly until all results are in 0..n-1 (cycle walking)."""
+    """Apply a Feistel network on 0..m-1, where m is the smallest power of 4 that is at least n. Repeat this for results that are
+    not in 0..n-1 (cycle walking)."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     out = _feistel(x, half_bits, keys, inverse)
     while (outside := out >= n).any():
@@ -50,7 +51,7 @@ def _feistel(x: np.ndarray, half_bits: int, keys: np.ndarray, inverse: bool) -> 
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Apply the finalizer of splitmix64: each input bit affects each output bit."""
+    """Apply the finalizer of splitmix64, in which each input bit affects each output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = x ^ (x >> np.uint64(31))

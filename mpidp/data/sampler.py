@@ -1,13 +1,14 @@
 """The order of windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
 
 Window w consists of tokens [w T, w T + T + 1) of the stream: T inputs, and the T targets shifted by one. An epoch has each window
-exactly once. Batches are numbered over all epochs; the last batch of an epoch may be shorter.
+exactly once. Batches are numbered over all epochs. The last batch of an epoch may be shorter.
 
 order="sequential": position k of an epoch has window k.
 
-order="shuffled": each lane reads its own contiguous part of the stream. Within a part, blocks of about 1 MiB are permuted. The
-windows of 16 consecutive permuted blocks (a pool) are then permuted again. So reads are long, and neighbouring windows of the
-corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane); no index list is stored.
+order="shuffled": each lane reads its own contiguous section of the stream. Blocks of about 1 MiB within a section are permuted.
+The windows of 16 consecutive permuted blocks (a pool) are then permuted again. Therefore reads are long, and neighbouring windows
+of the corpus are rarely in the same batch. Permutations are Feistel networks keyed by (seed, epoch, lane), so no list of indices
+is stored.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from mpidp.errors import DataError
 
 BLOCK_BYTES = 2**20
 POOL_BLOCKS = 16
-RUN = 256  # windows of a pool that are permuted at a time
+RUN = 256  # number of windows of a pool that are permuted at a time
 ORDERS = ("shuffled", "sequential")
 
 
 class Pool(NamedTuple):
-    """A number of blocks that are fetched together. Pools of a lane and epoch are read in the order of their numbers."""
+    """Several blocks that are read together. The pools of a lane and epoch are read in the order of their numbers."""
 
     lane: int  # with sequential order: the micro-batch v
     epoch: int  # with sequential order: the batch
@@ -46,7 +47,7 @@ class Sampler:
     lanes: Lanes
     seed: int
     order: str = "shuffled"
-    token_bytes: int = 2  # bytes of a stored token; determines the number of windows in a block
+    token_bytes: int = 2  # bytes of a stored token, which determine the number of windows in a block
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -82,7 +83,8 @@ class Sampler:
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))
 
     def windows(self, batch: int, v: int) -> np.ndarray:
-        """Return window ids (b,) int64 of micro-batch v. In an epoch's last batch there may be fewer ids, or none."""
+        """Return the numbers (b,) int64 of the windows of micro-batch v. In an epoch's last batch there may be fewer windows, or
+        none."""
         epoch, lane, positions = self._positions(batch, v)
         if self.order == "sequential":
             return np.arange(positions.start, positions.stop, dtype=np.int64)
@@ -99,7 +101,7 @@ class Sampler:
         return np.concatenate(pieces)
 
     def pools(self, batch: int, v: int) -> list[Pool]:
-        """Return the pools that contain windows(batch, v): usually one pool."""
+        """Return the pools that contain windows(batch, v). This is usually one pool."""
         epoch, lane, positions = self._positions(batch, v)
         if not positions:
             return []
@@ -108,7 +110,7 @@ class Sampler:
         return self._pools_of(self.part(lane), positions, epoch, lane)
 
     def following(self, pool: Pool) -> Pool | None:
-        """Return the pool that the lane reads next in this epoch, or None if this is the last."""
+        """Return the pool that the lane reads after this pool in the same epoch, or None if this is the last pool."""
         if self.order == "sequential" or (pool.number + 1) * POOL_BLOCKS >= self._num_blocks(self.part(pool.lane)):
             return None
         return pool._replace(number=pool.number + 1)
@@ -134,7 +136,8 @@ class Sampler:
                      min(micro_batches.stop * self.lanes.micro_batch, self.lanes.global_batch))
 
     def _positions(self, batch: int, v: int) -> tuple[int, int, range]:
-        """Return (epoch, lane, positions). Positions are relative to the lane's part, or to the epoch if order is sequential."""
+        """Return (epoch, lane, positions). Positions are relative to the lane's section, or to the epoch if order is
+        sequential."""
         epoch, step = divmod(batch, self.steps_per_epoch)
         lane, places = self.lanes.lane_of(v), self.lanes.sequences(v)
         stop = max(places.start, min(places.stop, self.batch_sequences(batch)))
@@ -146,8 +149,8 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """The last block can have fewer windows than the others. Return the position of its end in the permuted order, and the
-        number of missing windows."""
+        """Return (the position at which the last block ends in the permuted order, the number of windows that it has fewer than
+        other blocks)."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)
@@ -158,7 +161,7 @@ class Sampler:
         return positions + np.where(positions >= end, lacks, 0)
 
     def _extent(self, pool: Pool) -> range:
-        """Return the positions of a pool within its lane's part."""
+        """Return the positions of a pool within its lane's section."""
         part, full = self.part(pool.lane), self.block_windows * POOL_BLOCKS
         end, lacks = self._gap(part, pool.epoch, pool.lane)
         start, stop = pool.number * full, (pool.number + 1) * full
@@ -170,7 +173,7 @@ class Sampler:
         return [Pool(lane, epoch, number) for number in range(first, last + 1)]
 
     def mixed(self, pool: Pool, positions: range) -> np.ndarray:
-        """Return the windows at these positions of the lane's part. All positions must be in this pool."""
+        """Return the windows at these positions of the lane's section. All positions must be in this pool."""
         extent, part = self._extent(pool), self.part(pool.lane)
         at = np.arange(positions.start - extent.start, positions.stop - extent.start, dtype=np.uint64)
         mixed = permute(at, len(extent), keys_of(self.seed, "window", *pool)).astype(np.int64) + extent.start
@@ -184,8 +187,8 @@ class Sampler:
 
 @lru_cache(maxsize=1024)
 def _run_of(sampler: Sampler, pool: Pool, run: int) -> np.ndarray:
-    """Return windows [run RUN, (run + 1) RUN) of a pool. RUN windows are permuted at once, because this is hardly slower
-    than permuting those of one micro-batch."""
+    """Return windows [run RUN, (run + 1) RUN) of a pool. RUN windows are permuted together, because this takes hardly longer than
+    permuting the windows of one micro-batch."""
     extent = sampler._extent(pool)
     return sampler.mixed(pool, range(extent.start + run * RUN, min(extent.start + (run + 1) * RUN, extent.stop)))
 

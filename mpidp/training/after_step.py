@@ -1,4 +1,4 @@
-"""The work after a step: log it, rebalance lanes, evaluate, write a checkpoint, decide whether to stop."""
+"""The work after a step: log the step, rebalance lanes, evaluate, write a checkpoint, decide whether to stop."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch:
 
 
 def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
-    """Log a batch that made no update. After train.max_skipped such batches in a row, raise Damaged. The run then returns to the
-    last checkpoint and skips all batches up to this one. If no checkpoint was written since the last such return, raise
-    MpidpError instead. All ranks do the same. Independent."""
+    """Log a batch that made no update. After train.max_skipped batches in a row without an update, raise Damaged. The run then
+    returns to the last checkpoint and skips all batches up to this batch. If no checkpoint was written since the last return of
+    this kind, raise MpidpError instead. All ranks do the same. Independent."""
     at, progress, train = job.position, job.services.progress, job.config.train
     why = "it has no target token" if tokens == 0 else "its gradient is not finite"
     if tokens and math.isfinite(grad_norm):
@@ -55,7 +55,7 @@ def skip(job: Job, batch: int, tokens: int, grad_norm: float) -> None:
 
 
 def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
-    """Distribute the lanes again by the measured speed of the ranks, if this makes steps faster. All ranks do the same.
+    """Distribute the lanes again, by the measured speed of the ranks, if this makes steps faster. All ranks do the same.
     Independent."""
     change = job.balance.observe(report.seconds.tolist(), [int(n) for n in report.counts])
     if change:
@@ -66,8 +66,8 @@ def rebalance(job: Job, report: StepReport, loader: Loader) -> None:
 
 
 def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) -> None:
-    """Evaluate, stop, or write a checkpoint, if this is due after the last step. Skips work that was done before a rank failed.
-    Collective over job.comm."""
+    """Evaluate, stop, or write a checkpoint, if this is due after the last step. After a recovery, work that was done before the
+    failure is not repeated. Collective over job.comm."""
     at, every = job.position, job.config.train.eval_every
     job.services.timeline.write_if_complete(job.comm, at.step)
     if every and at.step % every == 0 and at.evaluated_step != at.step:
@@ -80,7 +80,7 @@ def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) 
 
 
 def evaluate(job: Job) -> None:
-    """Compute val_loss at this step, and record it. Collective over job.comm."""
+    """Compute and record val_loss at this step. Collective over job.comm."""
     validation, config, at = job.plan.validation, job.config, job.position
     if validation is None:
         return

@@ -8,8 +8,8 @@ from mpidp.training.job import Job
 
 
 def audit_weights(job: Job, now: bool = False) -> None:
-    """Check that all replicas hold the same bits, if an audit is due or with `now`. Raises Damaged if they differ and there is no
-    majority from which to repair the others. Collective over job.comm."""
+    """If an audit is due, or with `now`, check that all replicas hold the same bits. Raises Damaged if they differ and no
+    majority of them is equal. Collective over job.comm."""
     step = job.position.step
     if not now:
         job.services.faults.flip(step, list(job.engine.model.parameters()))

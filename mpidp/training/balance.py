@@ -1,7 +1,7 @@
-"""Distribution of the lanes of a step among the ranks: even, by measured speed, or by work stealing. Pure.
+"""Distributes the lanes of a step among the ranks: evenly, by measured speed, or by work stealing. Pure.
 
 Ranks are ordered node by node, and neighbouring ranks have neighbouring ranges of lanes. The sum does not depend on which rank
-computes a lane. So the distribution may change at any step, if all ranks derive it from the same numbers."""
+computes a lane. Therefore the distribution may change at any step, if all ranks compute it from the same numbers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 FIRST_STEPS, EVERY_STEPS = 5, 10  # number of measured steps before the first change, and between changes
 MEMORY_STEPS = 20  # number of steps over which the median of a rank's speed is taken
 WORTH = 0.95  # change only if the predicted time of the slowest rank falls below this fraction
-SHORTEST_SECONDS = 1e-9  # smallest time of a lane; a clock may measure 0
+SHORTEST_SECONDS = 1e-9  # smallest time of a lane that is used, because a clock may measure 0
 
 
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
     """Return a contiguous range of 1 to max_lanes lanes for each rank, which minimizes the time of the slowest rank. Independent.
 
-    Each next lane goes to the rank that would finish it first. This is optimal, because one more lane never reduces the time of a
-    rank. Ties go to the lower rank. Raises ValueError if there are too few lanes, or more than max_lanes per rank."""
+    Lanes are assigned one at a time, each to the rank that would finish it first, or to the lowest of several such ranks. This is
+    optimal, because an additional lane never reduces the time of a rank. Raises ValueError if there are too few lanes, or more
+    than max_lanes per rank."""
     size = len(seconds_per_lane)
     most = num_lanes if max_lanes is None else max_lanes
     if not size <= num_lanes <= size * most:
@@ -47,37 +48,37 @@ def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int |
 
 @dataclass(frozen=True)
 class Terms:
-    """The arguments of the classes that implement Balance. Each class uses those that it needs."""
+    """The arguments of the classes that implement Balance. The names in parentheses say which classes use an argument."""
 
     num_lanes: int
     size: int  # ranks that share the lanes
-    place: int  # index of this rank among them
+    place: int  # index of this rank among these ranks
     max_lanes: int | None = None  # largest number of lanes per rank, limited by its gradient slots (measured)
     tickets: Tickets | None = None  # the tickets of this rank's node (steal)
-    first_place: int = 0  # place of the first rank of this rank's node (steal)
+    first_place: int = 0  # index of the first rank of this rank's node (steal)
     may_steal: Callable[[], bool] = lambda: True  # whether a slot is free for one more lane (steal)
-    idle: int = 0  # the number of last ranks that compute nothing (even)
+    idle: int = 0  # this many ranks at the end compute nothing (even)
 
 
 class Balance(Protocol):
     """Which rank computes which lanes."""
 
-    ranges: list[range]  # lanes of this step by place, as known before the step
+    ranges: list[range]  # the lanes of each rank, as known before the step
     static: bool  # whether no lane moves during the step
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield the lanes that this rank computes of global batch `batch`. Every rank calls this once per step. Independent."""
+        """Yield the lanes of global batch `batch` that this rank computes. Every rank calls this once per step. Independent."""
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the compute seconds and the number of lanes of each rank in the last step. All ranks pass the same values.
-        Return a message for the log if the ranges change, else None. Independent."""
+        """Record the compute seconds and the number of lanes of each rank in the last step. All ranks pass the same values. If
+        the ranges change, return a message for the log, else None. Independent."""
 
     def close(self) -> None:
         """Release shared memory. Collective over the ranks of a node."""
 
 
 class Even:
-    """Gives each rank the same lanes in every step."""
+    """Implements train.balance=even: a rank computes the same lanes in every step."""
 
     static = True
 
@@ -91,7 +92,7 @@ class Even:
         return iter(self.ranges[self.terms.place])
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Return None: the ranges never change."""
+        """Return None, because the ranges never change."""
         return None
 
     def close(self) -> None:
@@ -99,7 +100,8 @@ class Even:
 
 
 class Measured(Even):
-    """Gives more lanes to faster ranks, by the median time per lane. Raises ValueError if max_lanes is too low."""
+    """Implements train.balance=measured: faster ranks get more lanes, by the median time per lane. Raises ValueError if max_lanes
+    is too low."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -108,8 +110,8 @@ class Measured(Even):
         self._wait = FIRST_STEPS
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Record the values. Every few steps, change the ranges if this makes the slowest rank faster by more than measurement
-        noise."""
+        """Record the measurements. Every few steps, change the ranges if this makes the slowest rank faster by more than the
+        noise of measurements."""
         for memory, spent, count in zip(self._measured, seconds, counts, strict=True):
             if count:
                 memory.append(spent / count)
@@ -121,8 +123,8 @@ class Measured(Even):
         speed = [median(memory) for memory in memories]
         num_lanes = self.terms.num_lanes
         candidates = [even_ranges(num_lanes, self.terms.size), by_speed(num_lanes, speed, self.terms.max_lanes)]
-        best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # prefers the even ranges if they are as good
-        # Both the older and the newer half must agree, so that noise in one of them causes no change.
+        best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # the even ranges if both are equally good
+        # The older and the newer half of the measurements must agree, so that noise in one half causes no change.
         older = [median(memory[: len(memory) // 2]) for memory in memories]
         newer = [median(memory[len(memory) // 2 :]) for memory in memories]
         if any(slowest(best, each) >= WORTH * slowest(self.ranges, each) for each in (speed, older, newer)):
@@ -133,7 +135,8 @@ class Measured(Even):
 
 
 class Steal:
-    """Starts with even ranges. A rank that is done takes lanes of other ranks on its node, while it has free slots."""
+    """Implements train.balance=steal. A step starts with even ranges. A rank that has finished its lanes takes lanes of other
+    ranks of its node, while it has free slots."""
 
     static = False
 
@@ -145,7 +148,7 @@ class Steal:
         self._of_node = self.ranges[terms.first_place : terms.first_place + terms.tickets.size]
 
     def lanes(self, batch: int) -> Iterator[int]:
-        """Yield this rank's lanes that no other rank took, then lanes of other ranks."""
+        """Yield the lanes of this rank that no other rank has taken, then lanes of other ranks."""
         self._tickets.begin(self._of_node)  # before this rank takes its first lane, because other ranks may steal earlier
         return self._take()
 
@@ -156,7 +159,7 @@ class Steal:
             yield lane
 
     def observe(self, seconds: Sequence[float], counts: Sequence[int]) -> str | None:
-        """Return None: every step starts with even ranges."""
+        """Return None, because every step starts with even ranges."""
         return None
 
     def close(self) -> None:

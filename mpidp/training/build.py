@@ -1,4 +1,4 @@
-"""Build a job from a plan, bottom-up: model, services, data-parallel memory, strategy, engine, saver, record."""
+"""Builds a job from a plan: model, services, data-parallel memory, strategy, engine, saver and record, in this order."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def build(
 ) -> Job:
     """Build the parts of a job on the device, with equal replicas.
 
-    before: the job that lost ranks; the surviving ranks keep its model and memory. lock: the lock of the run's folder, on rank 0.
-    on_hang: called with the report of a hang. observers: called in every step. Collective over plan.world."""
+    before: None, or a job in which ranks have failed, whose model and memory the surviving ranks keep. lock: the lock of the
+    run's folder, on rank 0. on_hang: called with the report of a hang. observers: called in every step. Collective over
+    plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
     transport = open_transport(plan.config.comm.gpu, plan.device, plan.mesh.dp)
@@ -84,7 +85,7 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     if before is None:
         strategy.start()
         way = overlap.choose(reducer, config.comm.overlap if grid.parts == 1 else "none", dp, memory.balance.static)
-    else:  # a new measurement would take a while
+    else:  # keep the mode, because a new measurement would take some time
         overlap.use(reducer, way := before.memory.reducer.overlap_mode)
     if plan.world.rank == 0 and plan.world.size > 1:
         log.info(f"overlap {way}")

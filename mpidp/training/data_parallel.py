@@ -1,4 +1,4 @@
-"""Data parallelism in a job: which ranks share lanes, and which share memory."""
+"""Data parallelism in a job: decides which lanes each rank computes, and which ranks share memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MemoryRequest(Protocol):
 
     @property
     def mesh(self) -> Topology:
-        """The placement of the replicas' ranks."""
+        """The placement of the ranks that hold the same part of the model, one per replica."""
 
     @property
     def world(self) -> MPI.Intracomm:
@@ -54,7 +54,7 @@ class MemoryRequest(Protocol):
         """The model's shape. Each of its num_layers units begins a new block of the norm."""
 
 
-HELD = (  # by mesh.shard: what a rank holds of parameters and optimizer state
+HELD = (  # messages by mesh.shard: what a rank holds of parameters and optimizer state
     "{}", "{}, each with a slice of the state", "one shard per rank, and whole parameters in a step", "one shard per rank",
 )
 
@@ -68,15 +68,15 @@ class DataParallelMemory:
     reducer: Reducer
     one_copy: bool  # whether the ranks of a group share one copy of parameters and optimizer state
     replicas: list[range]  # the ranks that hold each copy
-    level: int  # mesh.shard, or 0 if there is only one copy and nothing to slice
+    level: int  # mesh.shard, or 0 if there is only one copy, which need not be sharded
 
 
 def gradient_slots(config: Config, lanes: Lanes, rank: int, size: int, looked_at: bool = False) -> tuple[int, int]:
-    """Return (number of gradient buffers that a rank needs, largest number of lanes that it may get). The second is 0 if the
-    rank's lanes never change. looked_at: as in share_memory. Independent."""
+    """Return (number of gradient buffers that a rank needs, largest number of lanes that it may get). The second number is 0 if
+    the rank's lanes never change. looked_at: as in share_memory(). Independent."""
     mine = lanes.of_rank(rank, size)
     kind, most = config.train.balance if size > 1 else "even", 0
-    if kind == "measured":  # up to three times the even share; the memory for gradients grows with its logarithm
+    if kind == "measured":  # up to three times as many as with even ranges; memory grows with the logarithm of this number
         most = min(lanes.num_lanes - size + 1, 3 * -(-lanes.num_lanes // size))
     if config.comm.reducer != "tree":
         return 1, most
@@ -94,8 +94,8 @@ STATE = ("12 bytes per parameter, or once per node", "a part of it, by mesh.shar
 
 
 def held_floats(config: Config, slots: int, size: int) -> float:
-    """Return the number of float32 values that a rank holds per parameter between steps: parameter, two moments, gradients.
-    slots: number of gradient buffers. size: number of replicas. Pure."""
+    """Return the number of float32 values that a rank holds between steps for each parameter: the parameter, two moments and the
+    gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""
     return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
 
 
@@ -103,11 +103,12 @@ def share_memory(
     plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
     parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
 ) -> DataParallelMemory:
-    """Make the group, the balance and the reducer of this rank as configured. Rank 0 logs the choice.
+    """Make the group, the balance and the reducer of this rank as configured. Rank 0 logs what was chosen.
 
-    parts: the part of the model on this rank. looked_at: whether lanes are kept apart for a reason outside the configuration
-    (injected faults). before: the group whose memory the surviving ranks keep, and whether it shared one copy. Raises UsageError
-    if the launch does not provide what the configuration requires. Collective over plan.mesh.dp."""
+    parts: the part of the model on this rank. looked_at: whether gradients of single lanes are needed for a reason outside the
+    configuration (injected faults). before: None, or after a failure (the group whose memory the surviving ranks keep, whether
+    its ranks shared one copy). Raises UsageError if the configuration is not possible with this launch. Collective over
+    plan.mesh.dp."""
     mesh, c, lanes = plan.mesh, plan.config, plan.lanes
     world = mesh.dp
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
@@ -116,7 +117,7 @@ def share_memory(
     kind = c.train.balance if world.size > 1 else "even"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
-    # An audit compares replicas, so on one node each rank must hold its own.
+    # An audit compares replicas, so on one node each rank must have a replica of its own.
     by_node = c.comm.copies == "node" or (c.comm.copies == "auto" and not (audited and mesh.num_nodes == 1))
     copies = 3 if by_node and mesh.local_rank == 0 else 0  # parameters and two moments
     elements = num_parameters + (plan.shape.num_layers + 4) * (NORM_BLOCK + 16 * ALIGN)  # with padding
@@ -125,7 +126,7 @@ def share_memory(
         group, how, by_node = regroup(mesh, before[0]), "as before", before[1]
     else:
         group, how = make_group(mesh, wanted, 4 * elements * (slots + audited + copies), plan.device)
-    windowed = len(group.members) < world.size  # the same on all ranks, also on a rank that is alone on its node
+    windowed = len(group.members) < world.size  # equal on all ranks, also on a rank that is alone on its node
     if wanted == "window" and not windowed and world.size > 1 and before is None:
         raise UsageError.on_every_rank(f"comm.transport=window is not possible here, only {how}. Use comm.transport=auto")
     tickets = None

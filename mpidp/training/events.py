@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl that the training loop writes: start, step, skipped batch, end."""
+"""Writes the lines of the training loop to metrics.jsonl: start, step, skipped batch and end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ NAMED_RANKS = 64  # with more ranks, only every n-th line lists the seconds of e
 
 
 def record_start(job: Job) -> None:
-    """Write the `start` line: facts about the run, and the time and work lost since the checkpoint. Independent."""
+    """Write the `start` line, with facts about the run, and the time and work that were lost since the checkpoint.
+    Independent."""
     job.record.write({
         "event": "start", "step": job.position.step, "ranks": job.comm.size, "lanes": job.lanes.num_lanes,
         "micro_batches": job.lanes.num_micro_batches, "setup_seconds": time.time() - BEGAN,
@@ -23,8 +24,8 @@ def record_start(job: Job) -> None:
 
 
 def spent(job: Job) -> dict[str, Any]:
-    """Return the seconds of each phase and the bytes sent since the last call. The strategy's communication counts as comm_wait,
-    not as update. Independent."""
+    """Return the seconds of each phase and the bytes sent since the last call. The time of the strategy's communication is part
+    of comm_wait_seconds, not of update_seconds. Independent."""
     seconds = job.services.clock.pop_seconds()
     sent_bytes, comm_seconds = job.transport.pop_counts()
     if "step_seconds" in seconds:
@@ -34,8 +35,8 @@ def spent(job: Job) -> dict[str, Any]:
 
 
 def log_step(job: Job, learned: dict[str, Any], report: StepReport, epoch: int) -> None:
-    """Write the line of a step. Seconds are those of this rank, with two exceptions: slowest_cost_seconds is the mean time that
-    ranks waited for the slowest rank, and lists have one entry per rank. Independent."""
+    """Write the line of a step. Seconds are those of this rank, except that slowest_cost_seconds is the mean time that ranks
+    waited for the slowest rank, and lists have one entry per rank. Independent."""
     at, seconds = job.position, spent(job)
     speed = report.tokens / (report.steps * seconds["step_seconds"])
     slowest = int(report.seconds.argmax())
@@ -60,7 +61,7 @@ def log_skipped(job: Job, batch: int, grad_norm: float) -> None:
 
 
 def record_end(job: Job, end: dict[str, Any]) -> None:
-    """Write the end, with the seconds since the last step. Collective over job.comm."""
+    """Write the `end` line, with the seconds since the last step. Collective over job.comm."""
     rest = job.services.clock.pop_seconds()
     if job.record.facts.get("energy_of"):
         rest["energy_joules"] = job.comm.allreduce(job.services.meter.pop_joules(now=True))
@@ -68,7 +69,7 @@ def record_end(job: Job, end: dict[str, Any]) -> None:
 
 
 def noise(job: Job, measured: Noise | None) -> dict[str, float | None]:
-    """Return the fields of a step's line for the gradient noise scale, or {} if it was not measured. Independent."""
+    """Return the fields for the gradient noise in the line of a step, or {} if the noise was not measured. Independent."""
     if measured is None:
         return {}
     job.position.noise.add(measured)

@@ -1,7 +1,7 @@
-"""train.init_from: initial weights from another run or from a Hugging Face folder.
+"""Implements train.init_from: initial weights from another run or from a Hugging Face folder.
 
-Only the weights are loaded; the optimizer starts fresh at step 0. Each rank loads its own part, on any mesh. RUN/init.json stores
-the facts about the source. So the run can resume without the source once there is a checkpoint.
+Only the weights are loaded. The optimizer starts at step 0 without state. Each rank loads its own part of the model, on any mesh.
+RUN/init.json stores facts about the source, so the run can resume without the source as soon as it has a checkpoint.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Origin:
     come_along: Mapping[str, Path] = field(default_factory=dict)  # files to copy to RUN/hf, by their names there
     window: int | None = None  # the longest context that the source's attention covers; None: any
     weights_sha256: str = ""  # set after loading
-    wanted_sha256: str = ""  # required by a run that resumes with these weights; "": any
+    wanted_sha256: str = ""  # the hash that a resumed run requires; "": none is required
 
     def completed(self, config: Config) -> Config:
-        """Return the config with the model settings of the source. Raises UsageError if the config contradicts them, or if it
-        does not name the source's custom model. Pure."""
+        """Return the config with the model settings of the source. Raises UsageError if the config has other values for these
+        settings, or if the source has a custom model that the config does not name. Pure."""
         plain = Config().model
         if (kind := self.settings.get("kind", plain.kind)) not in KINDS:
             check_named(kind, config.model.kind if config.model.kind != plain.kind else "", f"train.init_from={self.path}")
@@ -90,9 +90,8 @@ class Origin:
             )
 
     def load(self, parts: ModelPartition, model: Any) -> Origin:
-        """Load this rank's part of the weights into the model, and compute the hash of all weights, which does not depend on the
-        mesh. Raises DataError if the hash is not the required one, or if a weight is not finite. Collective over
-        parts.grid.world."""
+        """Load the weights of this rank's part of the model, and compute the hash of all weights, which does not depend on the
+        mesh. Raises DataError if another hash is required, or if a weight is not finite. Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
             parts.load(self.weights, model)
@@ -154,7 +153,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
 
 
 def _kept(config: Config) -> Origin | None:
-    """Return the source as recorded in RUN/init.json if the run has a checkpoint, else None."""
+    """Return the source from RUN/init.json if the run has a checkpoint, else None."""
     run_dir = Path(config.run.dir)
     if config.run.resume == "never" or not committed(run_dir / "checkpoints"):
         return None

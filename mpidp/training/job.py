@@ -1,4 +1,4 @@
-"""A job: everything that the training loop needs."""
+"""The class Job, which has everything that the training loop needs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from mpidp.training.state import Position, RunState
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a training run. build.build() makes them."""
+    """The objects of a training run. build.build() makes them."""
 
     plan: RunPlan
     parts: ModelPartition  # the part of the model that this rank holds
     engine: Engine
     strategy: Strategy
-    memory: DataParallelMemory  # the ranks that share lanes and memory, and the reducer
+    memory: DataParallelMemory  # shared memory, the lanes of each rank, and the reducer
     transport: Messages
     audit: Audit
     schedule: Schedule
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def mesh(self) -> Topology:
-        """The replicas of this rank's part of the model."""
+        """The placement of the ranks that hold the same part of the model, one per replica."""
         return self.plan.mesh
 
     @property
@@ -85,14 +85,15 @@ class Job:
         return [v for lane in self.balance.ranges[self.mesh.dp.rank] for v in self.lanes.micro_batches(lane)]
 
     def open_loader(self, batch: int) -> Loader:
-        """Return a loader of this rank's micro-batches, beginning with this batch. Independent."""
+        """Return a loader of this rank's micro-batches that begins with this batch. Independent."""
         plan = self.plan
         resident = self.config.data.resident
         return Loader(plan.training, plan.sampler, self.micro_batches(), plan.device, batch, resident=resident)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Enter a phase of the step and time it. Yields a function that returns the seconds so far. Independent."""
+        """Return a context that enters and measures a phase of the step. It yields a function that returns the seconds so far.
+        Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds

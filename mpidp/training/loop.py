@@ -1,4 +1,4 @@
-"""The training loop. It is short, and training methods do not add branches to it."""
+"""The training loop. It has no code that depends on the training method."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mpidp.training.step_report import exchange_reports
 
 
 def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
-    """Train until all steps are done or a stopping rule holds, and return the end record. On a request to stop, write a
-    checkpoint and raise Stopped. Collective over job.comm."""
+    """Train until all steps are done or a stopping rule holds, and return the content of the `end` line. On a request to stop,
+    write a checkpoint and raise Stopped. Collective over job.comm."""
     at, clock = job.position, job.services.clock
     if job.state.recovered:
         audit_weights(job)
@@ -55,7 +55,7 @@ def fit(job: Job, loader: Loader, stop: StopRequest) -> dict[str, Any]:
 
 
 def end_run(job: Job, reason: str) -> dict[str, Any]:
-    """Write the last checkpoint and the end record, and return the record. Collective over job.comm."""
+    """Write the last checkpoint and the `end` line, and return the content of the line. Collective over job.comm."""
     at, peak = job.position, job.engine.peak_bytes()
     end = {
         "event": "end", "step": at.step, "reason": reason, "tokens": at.tokens, "skipped": at.skipped,
@@ -68,8 +68,8 @@ def end_run(job: Job, reason: str) -> dict[str, Any]:
 
 
 def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Open the record and the services, call fit(), and close them. Return the end record. events: the events that led to this
-    job; they are recorded. Collective over job.comm."""
+    """Open the record and the services, call fit(), and close them. Return the content of the `end` line. events: lines to write
+    after the `start` line, about the failures that led to this job. Collective over job.comm."""
     services, at = job.services, job.position
     job.record.open()
     services.timeline.open(job.comm, at.step)
@@ -96,7 +96,7 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
         loader.close()
         services.close()
         job.record.close()
-        if not lost:  # otherwise they stay in use until the next job has its own
+        if not lost:  # after a failure they stay in use until the next job has its own
             stop.close()
             services.watchdog.close()
 

@@ -1,4 +1,4 @@
-"""The model of a job: initial weights, the part of this rank, tensor parallelism."""
+"""Makes the model of a job: this rank's part of the model, its initial weights, and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class TrainedModel:
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
     parts: ModelPartition
-    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # over a sharded vocabulary; None: the plain cross entropy
-    origin: Origin | None  # source of the initial weights; None: drawn at random
+    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # for a divided vocabulary; None: plain cross entropy
+    origin: Origin | None  # source of the initial weights; None: they are random
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """Return the model of a job. module: the model of the job that this job continues; None: make a new model. Collective over
-    plan.world."""
+    """Return the model of a job. module: the model of the job that this job continues, or None to make a new model. Collective
+    over plan.world."""
     config, grid = plan.config, plan.grid
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:
@@ -51,7 +51,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
 
 
 def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
-    """Return a new model with its initial weights, equal on all replicas, and their origin."""
+    """Return (a new model with initial weights that are equal on all replicas, the origin of the weights)."""
     config, shape, world, origin = plan.config, plan.shape, plan.world, plan.origin
     settings = config.flat()
     base = base_weights(settings, shape, parts.part)
@@ -71,8 +71,8 @@ def _new(plan: RunPlan, parts: ModelPartition) -> tuple[Any, Origin | None]:
 
 
 def _begin_alike(module: Any, parts: ModelPartition, world: MPI.Intracomm) -> None:
-    """Give every rank the initial weights of rank 0. Warn if the user's factory drew different ones on some ranks. Collective
-    over world."""
+    """Give every rank the initial weights of rank 0. Warn if the user's factory drew other weights on some ranks. Collective over
+    world."""
     others = parts.broadcast_parameters(module)
     if others and world.rank == 0:
         log.warning(

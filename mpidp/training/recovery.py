@@ -1,11 +1,11 @@
-"""Recovery after ranks failed: the surviving ranks continue in the same processes, with the state in their own memory.
+"""Recovery after ranks have failed. The surviving ranks continue in the same processes, with the state in their memory.
 
-They form new groups and build a new job from the parts that do not depend on the number of ranks: the model, and the memory of
-parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed on the next update. So a
-further failure during recovery changes nothing, and the next attempt starts from the same state.
+They form new groups and build a new job. It takes over what does not depend on the number of ranks: the model, and the memory of
+parameters, optimizer state and gradients. No rank writes to this memory before all ranks have agreed on the next update.
+Therefore a further failure during recovery does not change the state, and the next attempt starts from the same state.
 
-With faults.respawn new processes then join until the job has its full size. All ranks build a new job, and rank 0 sends its state
-to the new ranks in MPI messages. During this time the old ranks hold two jobs in memory.
+With faults.respawn new processes then join until the job has its full number of ranks. All ranks build a new job, and rank 0
+sends its state to the new ranks in MPI messages. During this time the old ranks have two jobs in memory.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-ATTEMPTS = 3  # attempts to grow back to full size at the same step
+ATTEMPTS = 3  # number of attempts to start replacement ranks at the same step
 Build = Callable[[RunPlan, Job | None], Job]
 
 
 @dataclass
 class Crew:
-    """Facts about a run that are the same on all ranks. Replacement ranks receive them when they join."""
+    """Facts about a run that are the same on all ranks. New ranks receive them when they join."""
 
     config: Any  # the resolved configuration of the run
     automatic: frozenset[str]  # as in RunPlan
     full: int  # number of ranks at the start
-    number: int  # number of the next replacement rank; ranks keep their numbers, and new ranks get new ones
+    number: int  # number of the next new rank; ranks keep their numbers, and new ranks get new numbers
     respawn: bool  # whether failed ranks may still be replaced
-    step: int = -1  # the step at which replacement ranks were started last
-    attempts: int = 0  # number of attempts to start them at this step
+    step: int = -1  # the last step at which new ranks were started
+    attempts: int = 0  # number of attempts to start new ranks at this step
     returns: int = 0  # number of returns to the last checkpoint
-    events: list[dict[str, Any]] = field(default_factory=list)  # the returns to the last checkpoint
+    events: list[dict[str, Any]] = field(default_factory=list)  # the lines in metrics.jsonl about returns to the last checkpoint
 
     def lacks(self, size: int) -> bool:
         """Return whether a job of this size needs replacement ranks. Independent."""
@@ -56,7 +56,7 @@ class Crew:
 
 
 def survivors(world: MPI.Intracomm, why: str) -> MPI.Intracomm:
-    """Return the world of the surviving ranks. Raises MpidpError if no rank has failed. why: the error that MPI reported.
+    """Return a communicator of the surviving ranks. Raises MpidpError if no rank has failed. why: the error that MPI reported.
     Collective over the surviving ranks of world."""
     left = shrink(world)
     command.continue_in(left)
@@ -79,9 +79,9 @@ def must_grow(crew: Crew, job: Job) -> bool:
 
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
-    """Start a replacement rank, and return the world with this rank at its end. If no rank can be started, return the same world
-    and make no further attempts. before: the job that grows; None on replacement ranks. Raises RankFailure if a rank fails.
-    Collective over world."""
+    """Start a replacement rank, and return a communicator of world's ranks followed by the new rank. If no rank can be started,
+    return world, and make no further attempts in this run. before: the job of the surviving ranks; None on replacement ranks.
+    Raises RankFailure if a rank fails. Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
@@ -99,8 +99,8 @@ def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intrac
 
 
 def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int) -> RunPlan:
-    """Return the plan for the ranks of a new world. If the world has replacement ranks, which have no plan, all ranks make a new
-    plan. number: this rank's number, which it keeps when the world changes. Collective over world."""
+    """Return the plan for the ranks of a new world. If there are replacement ranks, which have no plan, all ranks make a new
+    plan. number: this rank's number, which does not change when the world changes. Collective over world."""
     command.continue_in(world)
     known = all(world.allgather(plan is not None))
     mesh = make_topology(world, plan.mesh if plan is not None else None, number)
@@ -110,10 +110,11 @@ def regroup(plan: RunPlan | None, world: MPI.Intracomm, crew: Crew, number: int)
 
 
 def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return (job of the surviving ranks at the position of `before`, event to record). Raises Damaged if part of the state is
-    lost. failed_at: time.monotonic() of the failure. Collective over plan.world."""
+    """Return (job of the surviving ranks at the position of `before`, line for metrics.jsonl). Raises Damaged if the surviving
+    ranks do not have the whole state, or are at different steps. failed_at: time.monotonic() of the failure. Collective over
+    plan.world."""
     before.saver.close()
-    with commit(plan.world):  # either all ranks continue with the new job, or all try again from the old one
+    with commit(plan.world):  # either all ranks continue with the new job, or all try again from the old job
         job = build(plan, before)
         _take_over(job, before)
     before.services.watchdog.close()
@@ -129,7 +130,7 @@ def rebuild(build: Build, plan: RunPlan, before: Job, failed_at: float) -> tuple
 
 
 def abandon(job: Job, stop: StopRequest | None) -> None:
-    """Release a job that no rank continues; the next job starts from the last checkpoint. Independent."""
+    """Release a job that no rank continues, because the next job starts from the last checkpoint. Independent."""
     job.saver.close()
     job.strategy.release()
     job.services.watchdog.close()
@@ -144,7 +145,7 @@ def _take_over(job: Job, before: Job) -> None:
         raise Damaged.on_every_rank(f"the surviving ranks are at different steps: {sorted(set(reached))}")
     if not job.comm.allreduce(len(before.strategy.state_dict())):
         raise Damaged.on_every_rank("the only rank that held the optimizer state has failed")
-    first = reached.index(max(reached))  # a rank that got furthest after the step, for example through an evaluation
+    first = reached.index(max(reached))  # a rank that did the most work after the step, for example an evaluation
     job.state.adopt(job.comm.bcast(before.state.portable(), root=first))
     job.state.recovered = True
     job.strategy.resume_after_failure(before.strategy)
@@ -153,8 +154,8 @@ def _take_over(job: Job, before: Job) -> None:
 
 
 def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
-    """Return (job of all ranks, event to record). Rank 0 sends its state to the replacement ranks. before: the previous job; None
-    on replacement ranks. failed_at: as in rebuild(); not used from replacement ranks. Collective over plan.world."""
+    """Return (job of all ranks, line for metrics.jsonl). Rank 0 sends its state to the replacement ranks. before: the previous
+    job; None on replacement ranks. failed_at: as in rebuild(). Collective over plan.world."""
     world = plan.world
     if before is not None:
         before.saver.close()

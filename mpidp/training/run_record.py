@@ -1,4 +1,4 @@
-"""The record of a run: RUN/metrics.jsonl, TensorBoard, and the facts that start lines and checkpoints hold."""
+"""The record of a run: RUN/metrics.jsonl, TensorBoard files, and the facts in `start` lines and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mpidp.training.state import RunState
 
 @dataclass
 class RunRecord:
-    """The record of a run. Rank 0 writes the files. Every rank keeps the lines since the last update."""
+    """The record of a run. Rank 0 writes the files. Every rank keeps the lines since the last update in memory."""
 
     run_dir: Path
-    meta: dict[str, Any]  # facts in every checkpoint: config, fingerprint, data
-    facts: dict[str, Any]  # facts in the `start` line: hosts, versions, data, FLOPs
+    meta: dict[str, Any]  # facts for every checkpoint: config, fingerprint, data
+    facts: dict[str, Any]  # facts for the `start` line: hosts, versions, data, FLOPs
     state: RunState
     writes: bool  # whether this rank writes the files
     tensorboard: bool
-    file: MetricsFile | None = None  # while the job runs
+    file: MetricsFile | None = None  # open while the job runs
 
     def open(self) -> None:
         """Open the files, and remove lines of later steps. Independent."""
@@ -45,7 +45,7 @@ class RunRecord:
             self.file = MetricsFile(self.run_dir / "metrics.jsonl", at.step, at.batch, latest, also)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl with the time. Independent."""
+        """Write a line to metrics.jsonl, and add the time to it. Independent."""
         line = line | {"unix_seconds": round(time.time(), 3)}
         self.state.lines.append(line)
         if self.file is not None:
@@ -56,7 +56,7 @@ class RunRecord:
         return self.file.lost if self.file is not None else {}
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Return the model FLOPs utilization; None if the peak of the devices is not known. Independent."""
+        """Return the model FLOPs utilization, or None if the peak FLOP/s of the devices are not known. Independent."""
         peak = self.facts["peak_flops_per_second"]
         return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
 
@@ -70,8 +70,8 @@ def make_run_record(
     plan: RunPlan, model: torch.nn.Module, origin: Origin | None, machines: dict[str, Any], state: RunState,
     before: RunRecord | None,
 ) -> RunRecord:
-    """Make the record of a job. Without `before`, also write config.toml and the tokenizer. before: the record of the job that
-    this job continues. Independent."""
+    """Make the record of a job. before: the record of the job that this job continues, or None in a new process. Without
+    `before`, rank 0 also writes config.toml and the tokenizer. Independent."""
     config, first = plan.config, plan.world.rank == 0
     meta = {
         "config": config.flat(),
@@ -92,7 +92,7 @@ def make_run_record(
 
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
-    """Write the files of a new run. The tokenizer is among them, so that the run can be used without its data."""
+    """Write the files of a new run. They include the tokenizer, so that the run can be used without its data."""
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())
     write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
     if origin is not None and origin.weights is not None:

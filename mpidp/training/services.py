@@ -1,4 +1,4 @@
-"""The services beside training: watchdog, injected faults, timeline, clocks, progress, energy meter."""
+"""The services of a job: watchdog, injected faults, timeline, clock, progress output and energy meter."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mpidp.training.state import RunState
 
 @dataclass
 class Services:
-    """The parts of a job that training would work without."""
+    """The objects of a job that watch and measure it. Training would work without them."""
 
     faults: InjectedFaults  # faults injected on this rank
     watchdog: Watchdog
     timeline: Timeline
-    observers: StepObservers  # the three above, as one
+    observers: StepObservers  # notifies the three objects above
     clock: Clock
     progress: Progress
     meter: Meter
@@ -51,7 +51,7 @@ def make_services(
     over plan.world."""
     config, world, host = plan.config, plan.world, plan.grid.everyone.host
     board = open_heartbeat_board(world, host, plan.run_dir) if config.run.hang_seconds else None
-    # With one rank os._exit is enough. With several, mpirun takes the exit code from MPI_Abort.
+    # With one rank os._exit is sufficient. With several ranks mpirun takes the exit code from MPI_Abort.
     abort: dict[str, Any] = {"abort": world.Abort} if world.size > 1 else {}
     watchdog = Watchdog(board, config.run.hang_seconds, 10.0 if config.train.compile else 3.0, on_hang=on_hang, **abort)
     first_last = steps_of(config.metrics.timeline)
@@ -63,9 +63,9 @@ def make_services(
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:
-    """Return this rank's meter, and the facts for the `start` line: number of devices, what is measured on all machines, and why
-    other counters are missing. The first rank of each machine reads the counters, also if the machine pretends to be several
-    nodes. Collective over world."""
+    """Return (this rank's meter, facts for the `start` line). The facts are the number of devices, what is measured on all
+    machines, and why other counters are missing. The first rank of each machine reads the counters, also if a setting divides the
+    machine into several nodes. Collective over world."""
     cuda = device.type == "cuda"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if cuda else ""
     machine = host.partition("#")[0]

@@ -41,13 +41,13 @@ class Position:
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
-        """Return the largest gradient norm that makes an update: `spike` times the median of the last norms. A few unusual norms
-        do not move the median, and it has the same bits on any machine. It is infinity before KNOWN_AFTER updates, and if spike
-        is 0. Independent."""
+        """Return the largest gradient norm with which an update is made: `spike` times the median of the last norms. A few
+        unusual norms hardly change the median, and it has the same bits on any machine. Return infinity before KNOWN_AFTER
+        updates, and if spike is 0. Independent."""
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
-        """Count a batch that was trained on or skipped; tokens: its target tokens. Independent."""
+        """Count a batch that made an update or was skipped. tokens: number of its target tokens. Independent."""
         if stats.skipped:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         else:
@@ -72,13 +72,13 @@ class RunState:
 
     position: Position = field(default_factory=Position)
     lines: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl since the last update, on every rank
-    skipped_from: int = -1  # step of the checkpoint from which batches were skipped last
-    stop_at: float = math.inf  # when to stop, in seconds since 1970: shortly before the job's time limit
-    recovered: bool = False  # whether this job continues the state of a job that lost ranks
+    skipped_from: int = -1  # step of the checkpoint to which the run last returned to skip batches
+    stop_at: float = math.inf  # time at which to stop, in seconds since 1970, shortly before the job's time limit
+    recovered: bool = False  # whether this job continues the state of a job in which ranks failed
     unreported: np.ndarray | None = None  # this rank's reports since the last synchronization (step_report.py)
 
     def portable(self) -> RunState:
-        """Return a copy without the values of this rank only. Independent."""
+        """Return a copy without the values that only this rank has. Independent."""
         return replace(self, unreported=None)
 
     def adopt(self, other: RunState) -> None:

@@ -1,4 +1,4 @@
-"""Forward and backward passes of one step on this rank, with audits in the steps in which they are due."""
+"""Runs the forward and backward passes of one step on this rank, and audits in the steps in which they are due."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mpidp.reducers.base import LaneObserver
 from mpidp.training.audits import report_finding
 from mpidp.training.job import Job
 
-ATTEMPTS = 3  # attempts at a step in which two ranks compute different gradients
+ATTEMPTS = 3  # number of attempts at a step in which two ranks compute different gradients
 
 
 def compute(job: Job, batch: Batch) -> Computed:
-    """Run the forward and backward passes of this rank's lanes. In an audited step two ranks compute some of the lanes. If their
-    gradients differ, the step is computed again. After ATTEMPTS differences, raise MpidpError, which names the suspected ranks.
-    Independent; audited steps are collective over job.comm."""
+    """Run the forward and backward passes of this rank's lanes. In an audited step some lanes are computed by two ranks. If their
+    gradients differ, the step is computed again. If they differ in ATTEMPTS attempts, raise MpidpError, which names the suspected
+    ranks. Independent, except that an audited step is collective over job.comm."""
     step, faults = job.position.step + 1, job.services.faults
     squares: dict[int, float] = {}
     looks = []
@@ -61,7 +61,8 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 
 
 def _compute_again(job: Job, batch: Batch, lane: int, spoils: Sequence[LaneObserver]) -> AuditFinding | None:
-    """Compute a lane of another rank in a spare slot and compare. spoils: injected faults. Collective over job.comm."""
+    """Compute a lane of another rank in a spare slot, and compare the two gradients. spoils: injected faults. Collective over
+    job.comm."""
     aside = SpareSlot(job.audit.buffer, -1)
     job.engine.run(one_f_one_b(list(job.lanes.micro_batches(lane)), job.grid.pp.rank, job.grid.pp.size), batch, aside)
     for spoil in spoils:

@@ -14,19 +14,19 @@ from mpidp.training.job import Job
 
 @dataclass
 class StepReport:
-    """The reports of all ranks for the steps since the last synchronization, usually one step. It is the same on every rank. In a
-    step without synchronization it holds this rank's values only."""
+    """The reports of all ranks for the steps since the last synchronization, which is usually one step. It is the same on every
+    rank. In a step without synchronization it has only this rank's values."""
 
     losses: np.ndarray  # (V,) sums of token losses
     num_tokens: np.ndarray  # (V,) target tokens
-    seconds: np.ndarray  # (P,) spent computing
-    data_seconds: np.ndarray  # (P,) spent waiting for data
-    counts: np.ndarray  # (P,) computed lanes
-    lane_squares: np.ndarray  # (L,) squared norms of the lanes' gradients; 0 if not measured
+    seconds: np.ndarray  # (P,) seconds of computing on each rank
+    data_seconds: np.ndarray  # (P,) seconds of waiting for data on each rank
+    counts: np.ndarray  # (P,) number of lanes that each rank computed
+    lane_squares: np.ndarray  # (L,) squared norms of the lanes' gradients; 0 where they are not measured
     saving: np.ndarray  # (4,) see Saver.flags
     stop: bool  # whether any rank received a request to stop
     synchronized: bool  # whether the ranks exchanged their reports
-    divisor: int  # target tokens of this step: of all ranks, or of this rank if each rank makes its own update
+    divisor: int  # target tokens of all ranks in this step, or of this rank if each rank makes its own update
     steps: int  # number of steps in the report
     joules: float = 0.0  # energy of all machines since the last report
 
@@ -43,11 +43,11 @@ class StepReport:
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
-    """Exchange the reports of this step with all ranks. If the strategy does not synchronize at this step, keep this rank's
-    report until it does. When this call returns, no rank is still copying the state for a checkpoint, so an update may change the
-    state. Collective over job.comm."""
+    """Exchange the reports of this step with all ranks. If the strategy does not synchronize at this step, add this rank's report
+    to its next exchange. When this call returns, no rank is still copying the state for a checkpoint, so an update may change the
+    state. Collective over job.comm if the strategy synchronizes at this step, else independent."""
     clock, step = job.services.clock, job.position.step + 1
-    with clock.timed("stall"):  # part of comm_wait, but not communication
+    with clock.timed("stall"):  # part of comm_wait in which the rank does not communicate
         job.saver.wait_for_recent_save(step)
         job.saver.wait_for_copy()
     synchronized, rank, size = job.strategy.synchronizes_at(step), job.comm.rank, job.comm.size
@@ -55,7 +55,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     lengths = [count, count, size, size, size, job.lanes.num_lanes, 4, 1, 1, 1]
     flat = np.zeros(sum(lengths))
     losses, num_tokens, spent, data, counts, squares, saving, stops, steps, joules = np.split(flat, np.cumsum(lengths)[:-1])
-    reports_losses = job.engine.reports_loss  # else another rank of this replica reports them
+    reports_losses = job.engine.reports_loss  # otherwise another rank of this replica reports the losses
     if reports_losses or not synchronized:
         losses[done.micro_batches], num_tokens[done.micro_batches] = done.losses, done.num_tokens
     data[rank], joules[0] = clock.so_far("data"), job.services.meter.pop_joules()
@@ -66,7 +66,7 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
     if not synchronized:
         state.unreported = (0.0 if state.unreported is None else state.unreported) + flat
         state.unreported[: 2 * count * (not reports_losses)] = 0.0
-        spent[:] = seconds  # other ranks' seconds are not known here
+        spent[:] = seconds  # the seconds of other ranks are not known here
         return StepReport(losses, num_tokens, spent, data, counts, squares, saving, False, False, own_tokens, 1)
     if state.unreported is not None:
         flat += state.unreported
@@ -79,11 +79,11 @@ def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> St
 
 
 def noise_of(job: Job, report: StepReport, grad_norm: float) -> Noise | None:
-    """Return the gradient noise of a step in which lanes were measured. Return None in other steps, and if the noise cannot be
-    estimated. Independent."""
+    """Return the gradient noise of a step in which the norms of lanes were measured. Return None in other steps, and if the noise
+    cannot be estimated. Independent."""
     if not report.lane_squares.any():
         return None
     tokens = [int(report.num_tokens[list(job.lanes.micro_batches(lane))].sum()) for lane in range(job.lanes.num_lanes)]
-    nominal = job.engine.nominal_tokens  # losses were divided by it before backward
+    nominal = job.engine.nominal_tokens  # losses were divided by this number before backward
     squares = [s * (nominal / n) ** 2 if n else 0.0 for s, n in zip(report.lane_squares.tolist(), tokens, strict=True)]
     return estimate(squares, tokens, grad_norm**2)

@@ -1,5 +1,5 @@
-"""Laws of adapters on given weights: the number of ranks changes no bit; resume, evaluation, generation, replay and export work
-from the base and the checkpoint, and reject a different base."""
+"""Laws of adapters on given base weights. The number of ranks does not change the bits. Resume, evaluation, generation, replay
+and export work with the base and the checkpoint, and reject a different base."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on(data: Path, run: Path, source: Path, steps: int = 4, **model: Any) -> Con
 
 
 def base(where: Path, data: Path, kind: str) -> Path:
-    """A separate copy, because tests change it. Collective over WORLD."""
+    """A copy of the base model, because tests change it. Collective over WORLD."""
     source = where / "source"
     if kind == "run":
         train_at(1, tiny(data, source, train={"steps": 1, "eval_every": 0}, optim=OPTIM))
@@ -120,7 +120,7 @@ def test_a_base_that_is_gone_or_another_is_told(shared_folder: Path, shared_tmp:
 
 @pytest.mark.parametrize("kind", ["folder", "run"])
 def test_a_base_that_has_moved_is_named(shared_folder: Path, shared_tmp: Path, kind: str) -> None:
-    """Its weights decide, not its path. A run with adapters can so leave its machine."""
+    """The weights of the base are checked, not its path. Therefore a run with adapters can be moved to another machine."""
     data, few = corpus(shared_folder), sizes(1, 2)[-1]
     source, run, moved = base(shared_tmp, data, kind), shared_tmp / "run", shared_tmp / "elsewhere"
     whole = train_at(few, on(data, shared_tmp / "whole", source))

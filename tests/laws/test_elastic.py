@@ -1,7 +1,8 @@
-"""Law: the bits do not depend on which rank computes or adds a lane, on the transport, the copies, the speed of ranks, audits or
-measurements.
+"""Law: the weights and logged values have the same bits, whichever rank computes or adds a lane, and with any transport, number
+of copies, speed of ranks, audits and measurements.
 
-And audits repair what they find: the run ends with the bits of an undisturbed run, or names the rank to exclude.
+Audits also repair the errors that they find. The run then ends with the bits of an undisturbed run, or the error message names
+the rank to exclude.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BASE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def owners_of_small_slices() -> Iterator[None]:
-    """Use small slices, so that every owner has something to add."""
+    """Use small slices, so that every owner has elements to add."""
     with small_blocks():
         yield
 
@@ -65,14 +66,14 @@ def same(run: Ran, other: Ran) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lanes are redistributed after few steps."""
+    """Redistribute lanes after few steps."""
     monkeypatch.setattr(balance, "FIRST_STEPS", 2)
     monkeypatch.setattr(balance, "EVERY_STEPS", 2)
 
 
 @dataclass
 class Stolen:
-    """The lanes that this rank took from others since the last call."""
+    """The lanes that this rank took from other ranks since the last call."""
 
     lanes: int = 0
 
@@ -150,7 +151,7 @@ def test_reducing_early_changes_no_bit(shared_folder: Path, shared_tmp: Path, al
 
 
 def test_who_looks_changes_nothing(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """Audits, with one copy per rank and with one per node."""
+    """The runs have audits, with one copy per rank and with one copy per node."""
     data = corpus(shared_folder)
     for n, nodes, kind in [(1, 1, "even"), (2, 1, "even"), (3, 1, "steal"), (4, 2, "measured"), (5, 2, "steal"), (8, 3, "even")]:
         if n > WORLD.size:
@@ -161,7 +162,7 @@ def test_who_looks_changes_nothing(shared_folder: Path, shared_tmp: Path, alone:
 
 
 def test_the_noise_scale_is_the_same_floats_at_any_number_of_ranks(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """Its inputs are values of single lanes, whichever rank computes them. Measuring changes nothing else."""
+    """The noise scale is computed from values of single lanes, whichever rank computes them. Measuring changes nothing else."""
     data, found = corpus(shared_folder), []
     for n, nodes, kind in [(1, 1, "even"), (2, 1, "steal"), (3, 1, "measured"), (3, 3, "even"), (5, 2, "steal"), (8, 1, "even")]:
         if n <= WORLD.size:
@@ -189,7 +190,7 @@ def test_the_noise_average_goes_along_with_a_checkpoint(shared_folder: Path, sha
 
 @st.composite
 def ways(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw (a run, how it is run)."""
+    """Draw (the configuration of a run, the way in which it is launched)."""
     micro = draw(st.integers(1, 3))
     global_batch = draw(st.integers(2 * micro, 12))
     micro_batches = -(-global_batch // micro)
@@ -224,7 +225,7 @@ NUMBER = count()
 def test_any_way_to_run_it_gives_the_bits_of_one_rank(
     shared_folder: Path, shared_tmp: Path, quick: None, how: dict[str, Any]
 ) -> None:
-    """derandomize: all ranks draw the same values."""
+    """derandomize=True makes all ranks draw the same values."""
     data, number = corpus(shared_folder), next(NUMBER)
     alone = train(1, data, shared_tmp / f"alone{number}", train=how["run"] | {"noise_every": how["train"]["noise_every"]})
     run = train(how["n"], data, shared_tmp / f"run{number}", how["nodes"], how["inject"], train=how["run"] | how["train"],
@@ -270,7 +271,8 @@ def test_of_two_replicas_the_run_goes_back_to_its_last_checkpoint(
 
 
 def test_a_checkpoint_is_never_of_replicas_that_differ(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """Audits are due at step 5, checkpoints at 3 and 6: a bit that flips in step 6 is found before checkpoint 6 is written."""
+    """Audits are due at step 5, and checkpoints at steps 3 and 6. A bit that flips in step 6 is found before checkpoint 6 is
+    written."""
     at_least(2)
     run = train(2, corpus(shared_folder), shared_tmp, inject="flip:1:6,tensor=3,bit=20", train={"audit_every": 5},
                 comm={"copies": "rank"})
@@ -298,7 +300,7 @@ def test_a_glitch_is_found_and_its_step_done_again(
 def test_a_rank_that_computes_wrongly_again_and_again_is_named(
     shared_folder: Path, shared_tmp: Path, alone: Ran, n: int, every: int
 ) -> None:
-    """Its job ends; without this rank, or with it repaired, the run resumes from the last checkpoint."""
+    """The job ends. Without this rank, or with the rank repaired, the run resumes from the last checkpoint."""
     at_least(n)
     data = corpus(shared_folder)
     with pytest.raises(MpidpError, match=r"step 4: .*memory of ranks \[1\] fails") as caught:
@@ -310,7 +312,7 @@ def test_a_rank_that_computes_wrongly_again_and_again_is_named(
 
 
 def test_without_audits_it_would_not_have_been_seen(shared_folder: Path, shared_tmp: Path, alone: Ran) -> None:
-    """The injected faults do change bits."""
+    """Without audits, the injected faults change the bits of the result."""
     at_least(3)
     for i, inject in enumerate(["wrong:1:4", "flip:1:4,tensor=3,bit=20"]):
         run = train(3, corpus(shared_folder), shared_tmp / str(i), inject=inject)

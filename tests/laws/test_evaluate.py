@@ -22,6 +22,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import CheckpointError, DataError
 from mpidp.evaluate import evaluate
+from mpidp.export import export
 from mpidp.generate import generate
 from mpidp.generate import read_options as generate_options
 from mpidp.hf.tokens import huggingface_json
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module")
 def trained(shared_folder: Path) -> tuple[Path, Ran]:
-    """Return (its folder, the run). It evaluates on all of the validation split, for comparison."""
+    """Return (the folder of a run, the run). The run evaluates on the whole validation split, for comparison."""
     folder = shared_folder / "run"
     train = {"steps": 8, "eval_tokens": 0, "save_every": 3}
     return folder, train_at(2 if WORLD.size > 1 else 1, tiny(corpus(shared_folder), folder, train=train))
@@ -77,7 +78,7 @@ def test_only_targets_that_count_are_counted(trained: tuple[Path, Ran], shared_f
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_bytes_are_those_of_the_targets(trained: tuple[Path, Ran], shared_folder: Path, apart: bool) -> None:
-    """600 documents of two bytes: if they are kept apart, the second byte and the end of each are targets."""
+    """The data are 600 documents of two bytes. If documents are kept apart, the second byte and the end of each are targets."""
     out = shared_folder / "ab"
     if WORLD.rank == 0 and not out.exists():
         (shared_folder / "ab.jsonl").write_text('{"text": "ab"}\n' * 600)
@@ -163,6 +164,8 @@ def test_a_tokenizer_that_changed_since_training_is_refused(trained: tuple[Path,
     with pytest.raises(DataError, match="tokenizer.json has changed since the model was trained"):
         at(n, lambda comm: generate(comm, generate_options(words)))
     assert at(n, lambda comm: generate(comm, generate_options([*words, f"--tokenizer={trained[0]}"])))[0]
+    with pytest.raises(DataError, match="tokenizer.json has changed since the model was trained"):
+        at(n, lambda comm: export(comm, str(run), str(shared_folder / "exported")))
 
 
 @pytest.mark.parametrize(("section", "key", "value"), [

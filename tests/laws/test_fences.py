@@ -1,6 +1,7 @@
-"""Shared memory under load: without each of its fences, a rank sometimes reads what a neighbour is still writing.
+"""Shared memory under load. If any one of the fences is missing, a rank sometimes reads values that another rank is still
+writing.
 
-Makes a few runs; `make soak` makes a hundred (MPIDP_SOAK=100).
+The test makes a few runs. `make soak` makes a hundred runs (MPIDP_SOAK=100).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RUNS = int(os.environ.get("MPIDP_SOAK", "8"))
 
 @pytest.fixture
 def load() -> Iterator[None]:
-    """Run a process on every core, on and off, so that ranks are delayed at random places."""
+    """Let a process compute on every core, with pauses, so that ranks are delayed at random places."""
     burn = """
 import time
 while True:

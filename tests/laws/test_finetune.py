@@ -1,5 +1,5 @@
-"""Laws of training a part of a model: the number of ranks changes no bit; frozen parameters never change and are not sent;
-adapter runs resume, evaluate and generate from their base and checkpoint."""
+"""Laws of training only some parameters of a model. The number of ranks does not change the bits. Frozen parameters never change
+and are not sent. Runs with adapters resume, evaluate and generate with their base and checkpoint."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def sent(run: Path) -> int:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("reducer", ["tree", "allreduce"])
 def test_only_what_is_trained_is_sent(shared_folder: Path, shared_tmp: Path, reducer: str) -> None:
-    """Bytes are proportional to the flat gradient, which consists of whole norm blocks of each trained unit of the model."""
+    """The bytes sent are proportional to the size of the flat gradient, which has whole norm blocks for each trained unit of the
+    model."""
     data, found = corpus(shared_folder), {}
     comm = {"reducer": reducer, "transport": "messages", "copies": "rank"}
     parts = {"all": {}, "adapters": {"model": LORA}, "head": {"optim": {"freeze": "embedding*,blocks*,norm*"}}}
@@ -144,7 +145,7 @@ def test_a_changed_adapter_is_another_run(shared_folder: Path, shared_tmp: Path)
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}], ids=str)
 def test_freezing_on_a_mesh_is_freezing(shared_folder: Path, shared_tmp: Path, mesh: dict[str, int]) -> None:
-    """Also for an embedding that two stages share."""
+    """Freezing also works for an embedding that two stages share."""
     data = corpus(shared_folder)
     sections: dict[str, Any] = {"model": {"tie_embeddings": True}, "optim": {"freeze": "embedding.*,blocks.0.attention.*"}}
     alone = train_at(1, tiny(data, shared_tmp / "alone", **sections))
@@ -154,7 +155,7 @@ def test_freezing_on_a_mesh_is_freezing(shared_folder: Path, shared_tmp: Path, m
 
 
 def rows(folder: Path) -> Path:
-    """Shards of rows, created once by rank 0. Collective over WORLD."""
+    """Shards with rows. Rank 0 creates them once. Collective over WORLD."""
     out = folder / "rows"
     if WORLD.rank == 0 and not out.exists():
         words = SENTENCE.split()
@@ -168,7 +169,7 @@ def rows(folder: Path) -> Path:
 
 
 def test_rows_are_learned_alike_by_any_number_of_ranks(shared_folder: Path, shared_tmp: Path) -> None:
-    """The loss is the mean over the targets of the whole global batch, of which ranks have different numbers."""
+    """The loss is the mean over all targets of the global batch, although ranks have different numbers of targets."""
     data, model = rows(shared_folder), {"seq_len": 64, **LORA}
     more: dict[str, Any] = {"model": model, "optim": {"lr": 0.03}, "train": {"eval_tokens": 0}}
     runs = [train_at(n, tiny(data, shared_tmp / f"at{n}", **more)) for n in sizes(1, 3, 8)]
@@ -182,8 +183,8 @@ def test_rows_are_learned_alike_by_any_number_of_ranks(shared_folder: Path, shar
 
 
 def test_documents_of_text_may_be_kept_apart(shared_folder: Path, shared_tmp: Path) -> None:
-    """The setting applies in training and evaluation. The loss differs from that with joined documents, and there are fewer
-    targets, since the first token of a document is not predicted."""
+    """The setting applies in training and evaluation. The loss differs from the loss with joined documents. There are fewer
+    targets, because the first token of a document is not predicted."""
     lines, data = shared_folder / "lines.jsonl", shared_folder / "lines"
     if WORLD.rank == 0:
         lines.write_text("".join(json.dumps({"text": SENTENCE[i % 60 : i % 60 + 9]}) + "\n" for i in range(300)))

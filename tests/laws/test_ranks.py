@@ -1,4 +1,4 @@
-"""Law: the number of ranks changes no bit of the weights and the logged losses, for any lanes, buckets and data."""
+"""Law: the number of ranks does not change the bits of the weights and the logged losses, for any lanes, buckets and data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_number_of_ranks_changes_no_bit(shared_folder: Path, shared_tmp: Pat
 
 
 def assert_it_learned(run: Ran) -> None:
-    """Assert that the losses change, so that equal runs are not equal because nothing happens."""
+    """Assert that the losses change. Otherwise two runs could be equal because nothing was trained."""
     assert len(run.losses) == run.end["step"] and len(set(run.losses)) == len(run.losses)
     assert run.losses[-1] < run.losses[0] - 0.1
     assert all(line["grad_norm"] > 0 for line in run.lines if "grad_norm" in line)
@@ -81,7 +81,7 @@ def test_how_the_data_is_cut_into_shards_changes_no_bit(shared_folder: Path, sha
 
 
 def test_micro_batches_of_unlike_numbers_of_targets(shared_folder: Path, shared_tmp: Path) -> None:
-    """With a loss mask some micro-batches have few targets, so that a mean of means would give a different result."""
+    """With a loss mask some micro-batches have few targets, so a mean of means would give a different result."""
     data = masked_corpus(shared_folder)
     runs = [train_at(n, tiny(data, shared_tmp / str(n), train={"steps": 8})) for n in sizes(1, 2, 3, 5, 8)]
     tokens = [line["tokens"] for line in runs[0].lines if "train_loss" in line]

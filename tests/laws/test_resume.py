@@ -1,5 +1,5 @@
-"""Law: a run that was stopped, crashed or damaged, and resumed on other numbers of ranks, has the same bits and lines as an
-uninterrupted run."""
+"""Law: a run that was stopped, crashed or damaged, and was resumed on other numbers of ranks, has the same bits and log lines as
+an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def during_step(step: int, do: Callable[[Synchronous], None]) -> pytest.MonkeyPa
 
 
 class Crash(RuntimeError):
-    """Simulates a power failure."""
+    """Raised to simulate a power failure."""
 
 
 def crash(strategy: Synchronous) -> None:
@@ -62,7 +62,7 @@ def crash(strategy: Synchronous) -> None:
 
 
 def crashed_in(step: int, n: int, config: Config) -> None:
-    """Train at n ranks and crash in the step-th step from the start of this attempt."""
+    """Train on n ranks and crash in the step-th step of this attempt."""
     patch = during_step(step, crash)
     try:
         with pytest.raises(FailedElsewhere, match="Crash"):
@@ -72,7 +72,7 @@ def crashed_in(step: int, n: int, config: Config) -> None:
 
 
 def stopped_after(step: int, n: int, config: Config) -> None:
-    """Train at n ranks. A file STOP, written after the line of the step before, stops the run after this step."""
+    """Train on n ranks until `step`. A file STOP, which is written after the line of the step before, stops the run."""
     stop = Path(config.run.dir) / "STOP"
 
     class Watched(MetricsFile):

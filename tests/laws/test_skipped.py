@@ -1,5 +1,5 @@
-"""Law: a gradient of one lane that is not finite, or much larger than usual, skips that batch on all ranks. After too many in a
-row the run equals one in which all batches since the last checkpoint were skipped."""
+"""Law: if the gradient of one lane is not finite, or much larger than usual, all ranks skip the batch. After too many skipped
+batches in a row, the run equals a run in which all batches since the last checkpoint were skipped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.mpi
 
 @contextmanager
 def spoilt(bad: Callable[[int, int], bool], factor: float) -> Iterator[None]:
-    """Multiply the gradient of micro-batch v of batch b by factor where bad(b, v), on whichever rank computes it; and its loss
-    unless the factor is finite."""
+    """Multiply the gradient of micro-batch v of batch b by factor if bad(b, v), on the rank that computes it. If the factor is
+    not finite, multiply the loss, too."""
     real_run, real_loss, number = Engine.run, Engine.loss_sum, -1
 
     def run(self: Engine, schedule: Any, batch: Batch, strategy: Any) -> Computed:
@@ -83,7 +83,7 @@ def test_the_next_batch_is_learned_from_as_if_the_bad_one_had_not_been(shared_fo
 def test_too_many_in_a_row_end_the_run_on_all_ranks(
     shared_folder: Path, shared_tmp: Path, save_every: int, last: int, words: str
 ) -> None:
-    """If there is no checkpoint to return to, or only the one that was already tried."""
+    """The run ends if there is no checkpoint to return to, or only the checkpoint to which the run has already returned."""
     data = corpus(shared_folder)
     sections = SECTIONS | {"train": SECTIONS["train"] | {"save_every": save_every}}
 
@@ -116,8 +116,9 @@ def rolled_back(run: Ran) -> list[tuple[int, int]]:
 
 
 def test_the_run_goes_back_and_passes_over_what_was_bad(shared_folder: Path, shared_tmp: Path) -> None:
-    """Step 3 is saved, batches 3 and 4 are trained on, 5 to 7 are bad: return to step 3 and continue with batch 8, which is bad
-    too. Step 6 is saved, batch 12 is trained on, 13 to 15 are bad: return to step 6."""
+    """Step 3 is saved, batches 3 and 4 are trained on, and batches 5 to 7 are bad. The run returns to step 3 and continues with
+    batch 8, which is also bad. Step 6 is saved, batch 12 is trained on, and batches 13 to 15 are bad. The run returns to step
+    6."""
     data = corpus(shared_folder)
     with spoilt(in_rows, math.nan):
         runs = [train_at(n, tiny(data, shared_tmp / str(n), **LONG)) for n in sizes(1, 2, 4, 8)]
@@ -132,7 +133,8 @@ def test_the_run_goes_back_and_passes_over_what_was_bad(shared_folder: Path, sha
 
 @pytest.mark.parametrize("call", [8, 9, 10, 13, 16, 17, 20])
 def test_a_crash_before_or_after_the_run_went_back(shared_folder: Path, shared_tmp: Path, call: int) -> None:
-    """call: of Strategy.step. The first return happens after the 8th call, the second after the 16th."""
+    """call: the call of Strategy.step in which the run crashes. The run returns to a checkpoint after the 8th and after the 16th
+    call."""
     data = corpus(shared_folder)
     with spoilt(in_rows, math.nan):
         whole = train_at(1, tiny(data, shared_tmp / "whole", **LONG))
@@ -186,7 +188,8 @@ def crash_in_step(number: int) -> pytest.MonkeyPatch:
 
 
 def resumed(data: Path, folder: Path, crash_at: int) -> tuple[list[Any], list[Any]]:
-    """Return the lines of an uninterrupted run and of one that crashed in its crash_at-th step call, without its resume event."""
+    """Return the lines of an uninterrupted run, and of a run that crashed in its crash_at-th call of step, without its resume
+    event."""
     with spoilt(lambda batch, v: (batch, v) in BAD, math.nan):
         whole = train_at(1, tiny(data, folder / "whole", **SECTIONS))
         patch = crash_in_step(crash_at)

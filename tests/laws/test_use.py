@@ -1,5 +1,5 @@
-"""Law: generated texts and evaluated likelihoods do not depend on the number of ranks that share the work, or on how much is
-computed at the same time."""
+"""Law: generated texts and evaluated likelihoods do not depend on the number of ranks, or on how many texts are computed at the
+same time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def place(shared_folder: Path) -> Path:
-    """A folder with a run, and input files."""
+    """A folder with a run and input files."""
     train_at(2 if WORLD.size > 1 else 1, tiny(corpus(shared_folder), shared_folder / "run", train={"steps": 8, "save_every": 0}))
     if WORLD.rank == 0:
         rows = [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
@@ -43,7 +43,7 @@ def place(shared_folder: Path) -> Path:
 
 
 def written(place: Path, n: int, *words: str) -> list[dict[str, Any]]:
-    """Return what generate writes on n ranks; longer than the model's context."""
+    """Return what generate writes on n ranks. The texts are longer than the model's context."""
     given = ["--device=cpu", "--threads=1", "--tokens=30", "--seed=3", *words]
     return at(n, lambda comm: generate(comm, read_options([str(place / "run"), *given])))[0]
 
@@ -108,7 +108,7 @@ def bad_uses(place: Path) -> list[tuple[type[MpidpError], str, Any]]:
         (DataError, "cannot read .*none.txt", lambda n: told(place, n, f"--text={place}/none.txt")),
         (UsageError, "--stride 17: must be at most 16", lambda n: told(place, n, f"--text={place}/some.txt", "--stride=17")),
         (DataError, "line 1: not valid JSON", lambda n: told(place, n, f"--choices={place / 'some.txt'}")),
-        (DataError, "cannot read", lambda n: told(place, n, f"--choices={place}")),
+        (DataError, "not a regular file", lambda n: told(place, n, f"--choices={place}")),
         (CheckpointError, "contains no checkpoint", lambda n: at(n, lambda comm: generate(comm, read_options([str(place)])))),
     ]
 

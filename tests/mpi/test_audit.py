@@ -1,5 +1,5 @@
-"""Laws of audits over ranks: every flipped bit and every wrong gradient is found, nothing else is reported, and what can be
-repaired is repaired."""
+"""Laws of audits over ranks: every flipped bit and every wrong gradient is found, nothing else is reported, and errors are
+repaired if this is possible."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def audited_job(
 
 
 def learn(job: Job, number: int) -> Any:
-    """Compute a batch's gradients as the training loop does; the step is batch number + 1. Collective over job.comm."""
+    """Compute the gradients of a batch as the training loop does. The number of the step is that of the batch plus 1. Collective
+    over job.comm."""
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
@@ -123,7 +124,7 @@ def test_copies_of_nodes_are_compared_and_mended(shared_folder: Path, shared_tmp
 
 
 class Spoiler:
-    """Replaces the injected fault: any change at any place."""
+    """Replaces the injected fault by any change at any place of the gradient."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -137,8 +138,8 @@ class Spoiler:
 
 
 def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tuple[int, list[list[int]], str]]:
-    """Return WRONG times: (the rank that computes wrongly, the suspects of each finding, the outcome). Collective over job.comm.
-    """
+    """Return WRONG tuples (the rank that computes wrongly, the suspects of each finding, the outcome). Collective over
+    job.comm."""
     spoiler = Spoiler(random.Random(job.comm.size))
     patch.setattr(mpidp.faults.inject, "make_wrong", spoiler)
     named: list[list[int]] = []
@@ -170,7 +171,7 @@ def wrong_gradients(job: Job, until: int, patch: pytest.MonkeyPatch) -> list[tup
 def test_every_glitch_is_found_and_gone_when_the_step_is_done_again(
     shared_folder: Path, shared_tmp: Path, kind: str, nodes: int
 ) -> None:
-    """Stealing lanes must not let a rank check itself."""
+    """Even if ranks steal lanes, no rank may check its own lane."""
     data = corpus(shared_folder)
 
     def audit(comm: MPI.Intracomm) -> None:
@@ -189,7 +190,7 @@ def test_every_glitch_is_found_and_gone_when_the_step_is_done_again(
 def test_lanes_are_stolen_where_nobody_looks(
     shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In steps between audits lanes do change hands, so the law above covers stealing."""
+    """In steps between audits, ranks take lanes of other ranks. Therefore the law above covers stealing."""
     if WORLD.size == 1:
         pytest.skip("nobody to steal from")
     data, stolen, real = corpus(shared_folder), [], Tickets.steal

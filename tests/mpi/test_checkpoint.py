@@ -1,5 +1,5 @@
-"""Laws of checkpoints over ranks: any number of ranks can read what any number wrote; damage found by one rank is reported on
-all."""
+"""Laws of checkpoints over ranks: any number of ranks can read a checkpoint that any number of ranks wrote. Damage that one rank
+finds is reported on all ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cut() -> torch.Tensor:
 
 
 def entries(comm: MPI.Intracomm) -> dict[str, Entry]:
-    """Return entries of every layout, as held by this rank of `size`."""
+    """Return entries of every layout, as rank `rank` of `size` ranks holds them."""
     part = WIDTH // comm.size
     found = {name: Entry(value(name)) for name in SHAPES}
     found["count"] = Entry(torch.tensor([2**40 + 1]))

@@ -1,5 +1,5 @@
-"""Laws of the engine: evaluation has the same bits at any number of ranks and counts every token once; dropout depends on the
-data's position."""
+"""Laws of the engine: evaluation has the same bits on any number of ranks, and counts every token once. Dropout depends on the
+position in the data."""
 
 from __future__ import annotations
 

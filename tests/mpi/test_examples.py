@@ -1,4 +1,4 @@
-"""Every example trains successfully, and at 2 ranks gives the weights of one rank, bit for bit."""
+"""Every example trains successfully. On 2 ranks it gives the weights of one rank, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def example(name: str) -> Any:
 
 
 def both(name: str, **arguments: Any) -> dict[str, Any]:
-    """Return the result of one rank after checking that two ranks give the same."""
+    """Check that one and two ranks give the same result, and return the result."""
     train = example(name).train
     found = [at(n, lambda comm: train(comm=comm, **arguments)) for n in sizes(1, 2)]
     assert len({one["sha256"] for ranks in found for one in ranks}) == 1

@@ -1,5 +1,5 @@
-"""Laws of other kinds of models in mpidp.train: N ranks equal one rank bit for bit, a resumed run equals an uninterrupted one,
-trained models can be used, and models that differ between ranks are rejected before step 1."""
+"""Laws of other kinds of models in mpidp.train. N ranks equal one rank bit for bit. A resumed run equals an uninterrupted run.
+Trained models can be used. Models that differ between ranks are rejected before step 1."""
 
 from __future__ import annotations
 

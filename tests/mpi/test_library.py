@@ -1,5 +1,5 @@
-"""Laws of mpidp.library: the loop at N ranks equals the loop at one, bit for bit, and equals torch's own; resumed equals
-uninterrupted; every strategy ends with one model; wrong loops are rejected on all ranks."""
+"""Laws of mpidp.library. A training loop on N ranks equals the loop on one rank, bit for bit, and equals a loop without mpidp. A
+resumed run equals an uninterrupted run. Every strategy ends with one common model. Wrong loops are rejected on all ranks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_number_of_ranks_changes_no_bit() -> None:
 
 
 def test_it_is_torchs_own_loop() -> None:
-    """With one step per batch, by the mean over its items, also for the short batch."""
+    """The reference is torch's loop with one step per batch, on the mean over its items, also for the short batch."""
     optimizer = begun(MPI.COMM_SELF, dropout=0.0, clip=0.0)
     plain, items = copy.deepcopy(net(0.0)), optimizer.items
     adamw, losses = torch.optim.AdamW(plain.parameters(), 1e-2), []

@@ -1,4 +1,5 @@
-"""Laws of the launch: an error on one rank is raised on all; nodes are distinguished by host name; singletons are rejected."""
+"""Laws of the launch: an error on one rank is raised on all ranks, nodes are distinguished by host name, and a launch in which
+each process is a separate MPI job is rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ LAST = WORLD.size - 1
 
 
 def caught(error: Exception | None) -> MpidpError:
-    """Return what this rank gets if its body raises `error`."""
+    """Return the exception on this rank if the body raises `error`."""
     with pytest.raises(MpidpError) as found, raise_together(WORLD):  # noqa: PT012
         if error is not None:
             raise error
@@ -94,7 +95,7 @@ def test_who_sits_where() -> None:
 
 
 def test_hosts_are_told_apart_by_name_and_counted_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher placed the ranks on two nodes alternately."""
+    """A launcher has placed the ranks on two nodes alternately."""
     monkeypatch.setattr(topology.socket, "gethostname", lambda: f"host{WORLD.rank % 2}")
     found, size = make_topology(WORLD), WORLD.size
     dealt = [list(range(0, size, 2)), list(range(1, size, 2))][: min(2, size)]
@@ -114,7 +115,7 @@ def nodes(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def found(nodes: int) -> Topology:
-    """Simulate so many nodes on one machine. Collective over WORLD."""
+    """Simulate this many nodes on one machine. Collective over WORLD."""
     with pretended(nodes):
         return make_topology(WORLD)
 

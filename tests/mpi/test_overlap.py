@@ -1,5 +1,4 @@
-"""Laws of comm.overlap=auto: it chooses the way that was measured to be fastest, the same on all ranks, among the permitted ones.
-"""
+"""Law: comm.overlap=auto chooses the permitted mode that was measured to be fastest, and the same mode on all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def reducer_at(comm: MPI.Intracomm, folder: Path) -> Reducer:
 
 
 def fastest(best: str) -> Callable[..., dict[str, float]]:
-    """Replace the measurement by one that finds this way fastest, if it is permitted."""
+    """Replace the measurement by a function that finds this mode the fastest, if the mode is permitted."""
     return lambda reducer, comm, ways: {way: 1.0 if way == best else 2.0 for way in ways}
 
 
@@ -78,7 +77,8 @@ def test_the_measurement_is_one_for_all_and_leaves_no_thread(shared_folder: Path
 @pytest.mark.parametrize("cores", [1, 64])  # the ranks of a node share cores, or have one each
 @pytest.mark.parametrize("kind", ["allreduce", "naive", "tree"])
 def test_what_was_measured_changes_no_bit(shared_folder: Path, shared_tmp: Path, kind: str, cores: int) -> None:
-    """Open MPI adds in another order in a blocking call than in others. Ranks on nodes of unequal size make the same calls."""
+    """Open MPI adds in another order in blocking calls than in non-blocking calls. Ranks on nodes of unequal size must make the
+    same calls."""
     data, found = corpus(shared_folder), {}
     with pytest.MonkeyPatch.context() as patch, pretended(2):
         patch.setattr("mpidp.comm.group.how_to_wait", lambda ranks, _: how_to_wait(ranks, cores))

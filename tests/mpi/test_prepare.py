@@ -1,4 +1,4 @@
-"""Law: any number of ranks prepares identical shards, and an error on one rank is raised on all."""
+"""Law: any number of ranks prepares identical shards, and an error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def teams() -> Iterator[list[tuple[int, Any]]]:
-    """Return communicators of the first 1, 2, ... ranks (MPI.COMM_NULL on the others)."""
+    """Return communicators of the first 1, 2, ... ranks. On other ranks they are MPI.COMM_NULL."""
     made = [(n, WORLD.Split(0 if n > WORLD.rank else MPI.UNDEFINED, WORLD.rank)) for n in range(1, WORLD.size + 1)]
     yield made
     for _, comm in made:
@@ -117,7 +117,7 @@ def test_more_ranks_than_files(shared: Path) -> None:
 def test_the_number_of_ranks_changes_no_byte_of_rows_and_mixtures(
     shared: Path, teams: list[tuple[int, Any]], options: dict[str, Any]
 ) -> None:
-    """Sources have several files, so that each rank reads some of each."""
+    """Each source has several files, so that each rank reads some files of each source."""
     form, more = options.get("form", "text"), dict(options)
     if "chat_template" in more:
         more["chat_template"] = str(shared / "t.jinja")

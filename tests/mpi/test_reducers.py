@@ -1,4 +1,5 @@
-"""Laws of sums: the tree gives one sum, bit for bit, close to the exact one; all reducers agree with it and with one rank."""
+"""Laws of sums. The tree always gives the same bits, close to the exact sum. All reducers agree with the tree and with one
+rank."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class Anyhow:
     static = False
 
     def lanes_of(self, group: Group, step: int) -> list[int]:
-        """Return this rank's lanes; may be empty."""
+        """Return this rank's lanes. There may be none."""
         members = group.members[group.index]
         lanes = list(range(self.ranges[members[0]].start, self.ranges[members[-1]].stop))
         chance = random.Random(f"{step} {group.index}")
@@ -78,8 +79,8 @@ def reduced(
     kind: str, comm: MPI.Intracomm, lanes: Lanes, bucket_bytes: int, steps: int = 2, nodes: int = 0, anyhow: bool = False,
     way: str = "none", open_wire: Callable[[MPI.Intracomm], Messages] = lambda comm: Messages(CPU),
 ) -> list[dict[str, np.ndarray]]:
-    """Return the sums of some steps by parameter on this rank. nodes: simulated nodes; 0: messages only. anyhow: lanes change
-    hands within a group. way: of overlap. open_wire: the transport."""
+    """Return this rank's sums of some steps, by parameter. nodes: number of simulated nodes, or 0 for messages only. anyhow:
+    whether lanes move within a group. way: the overlap mode. open_wire: makes the transport."""
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in SHAPES.items()]
     with pretended(nodes):
         mesh = make_topology(comm)
@@ -117,7 +118,7 @@ def reduced(
 
 
 def expected(lanes: Lanes, step: int, name: str) -> np.ndarray:
-    """Add the micro-batches of a lane in order, and the lanes by the definition of the tree."""
+    """Add the micro-batches of a lane in order, and the lanes as the tree is defined."""
     values = []
     for lane in range(lanes.num_lanes):
         total = np.zeros(SHAPES[name], dtype=np.float32)
@@ -230,7 +231,8 @@ def test_within_a_node_nothing_is_sent_and_between_nodes_as_much_as_between_so_m
 
 
 def test_lanes_can_be_looked_at_where_they_are_kept_apart() -> None:
-    """Each lane is seen once, with its own gradient, before it is added to another; the sum has the same bits."""
+    """Each lane is observed once, with its own gradient, before it is added to another lane. The sum has the same bits as without
+    observers."""
     lanes = Lanes(13, 2, 7)
 
     def look(comm: MPI.Intracomm) -> dict[int, bool]:

@@ -1,5 +1,5 @@
-"""Laws of saving during training: a checkpoint has exactly the state of its step, alike on all ranks, completely or not at all.
-"""
+"""Laws of saving during training: a checkpoint has exactly the state of its step, and is either complete or not written. All
+ranks agree on this."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def entries(comm: MPI.Intracomm, step: int) -> dict[str, Entry]:
 
 
 def holds(run: Path, step: int) -> bool:
-    """Does this step's checkpoint exist with the saved values?"""
+    """Return whether the checkpoint of this step exists and has the saved values."""
     path = run / "checkpoints" / f"step_{step:08d}"
     if not path.exists():
         return False
@@ -76,7 +76,7 @@ def fails(flags: np.ndarray) -> bool:
 
 @contextmanager
 def writing(change: Callable[..., Any], *ranks: int) -> Iterator[None]:
-    """On these ranks call change(path) before write_pieces."""
+    """Call change(path) before write_pieces() on these ranks."""
 
     def changed(path: Path, *content: Any) -> tuple[int, int]:
         change(path)
@@ -102,7 +102,8 @@ def events(ran: Ran, name: str) -> list[int]:
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("copies", ["auto", "rank"])
 def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp: Path, nodes: int, copies: str) -> None:
-    """Copied slowly while the next step is computed, and compared with checkpoints for which training stopped."""
+    """The state is copied slowly while the next step is computed. The checkpoints are compared with checkpoints for which
+    training stopped."""
     settings: dict[str, Any] = {"train": {"steps": 6, "save_every": 2}, "comm": {"copies": copies}}
     data, plain, begin = corpus(shared_folder), np.copyto, Saver.begin
 
@@ -135,8 +136,8 @@ def test_what_is_saved_is_the_state_of_its_step(shared_folder: Path, shared_tmp:
 
 @pytest.mark.mpi(min_size=2)
 def test_a_slow_disk_costs_checkpoints_alone(shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second node's writer needs three steps for its first save. The same saves are left out on all ranks, and the end waits
-    for the last."""
+    """The writer of the second node needs three steps for its first save. All ranks skip the same saves, and the run ends after
+    the last save."""
     monkeypatch.setattr(saver_module, "YOUNG_SECONDS", 0.0)
     data, n, file = corpus(shared_folder), WORLD.size // 2 * 2, shared_tmp / "run/metrics.jsonl"
     whole = train_at(n, tiny(data, shared_tmp / "whole"))
@@ -155,7 +156,7 @@ def test_a_slow_disk_costs_checkpoints_alone(shared_folder: Path, shared_tmp: Pa
 
 
 def test_no_room_for_a_while_costs_checkpoints_and_no_step(shared_folder: Path, shared_tmp: Path) -> None:
-    """The first node's writer finds no space for the checkpoints of steps 1 and 2; later ones are written."""
+    """The writer of the first node finds no space for the checkpoints of steps 1 and 2. Later checkpoints are written."""
     data = corpus(shared_folder)
     whole = train_at(WORLD.size, tiny(data, shared_tmp / "whole"))
     nodes = 2 if WORLD.size % 2 == 0 else 1
@@ -197,7 +198,7 @@ def test_a_file_a_node_and_what_only_one_rank_holds(shared_tmp: Path, nodes: int
 
 
 def test_what_changes_after_the_fence_is_not_in_it(shared_tmp: Path) -> None:
-    """It is written much later: the copy is what counts."""
+    """The checkpoint is written much later than the state changes, so it must have been copied before."""
 
     def save(comm: MPI.Intracomm) -> None:
         saver, state = saver_of(comm, shared_tmp), entries(comm, 3)
@@ -232,7 +233,7 @@ def test_a_save_that_fails_gives_way_to_the_next(shared_tmp: Path) -> None:
 
 
 def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
-    """Without another save in between. The pauses grow, starting with one second."""
+    """The same save is retried, without another save in between. The pauses grow, starting with one second."""
     tried: list[Path] = []
 
     def at_first(path: Path) -> None:
@@ -252,7 +253,7 @@ def test_a_save_is_tried_again_until_there_is_room(shared_tmp: Path) -> None:
 
 
 def test_a_folder_that_vanishes(shared_tmp: Path) -> None:
-    """The other ranks' files are lost: the save fails, and the next one creates the folder again."""
+    """The files of the other ranks are lost. The save fails, and the next save creates the folder again."""
 
     def save(comm: MPI.Intracomm) -> None:
         saver, gone = saver_of(comm, shared_tmp / "run"), threading.Event()
@@ -285,7 +286,8 @@ def test_who_does_not_hold_the_run_commits_nothing(shared_tmp: Path) -> None:
 
 
 def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp: Path) -> None:
-    """As after a rank failed: each rank closes its saver at any point; the remaining ranks then save the same step."""
+    """This is the situation after a rank has failed. Each rank closes its saver at any point. The remaining ranks then save the
+    same step."""
 
     def save(comm: MPI.Intracomm) -> None:
         first = saver_of(comm, shared_tmp)
@@ -305,7 +307,7 @@ def test_a_saver_that_is_closed_leaves_no_half_and_another_can_begin(shared_tmp:
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_after_close_nobody_reads_the_state(shared_tmp: Path, wait: bool) -> None:
-    """Shared windows are freed afterwards, so later reads would fail."""
+    """Shared windows are freed after close(), so later reads would fail."""
 
     def save(comm: MPI.Intracomm) -> None:
         read: list[float] = []

@@ -1,4 +1,5 @@
-"""Laws of the synchronous update: a mean over tokens, clipped by one norm, equal on all ranks; or no update on any rank."""
+"""Laws of the synchronous update. It uses the mean over tokens, is clipped by one norm, and is equal on all ranks. A skipped
+update is skipped on all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.mpi
 
 
 def run_batch(job: Job, number: int, spoil: int = -1) -> int:
-    """Run forward and backward of a global batch; return its target tokens. spoil: micro-batch whose gradient becomes NaN."""
+    """Run forward and backward of a global batch. Return the number of its target tokens. spoil: micro-batch whose gradient
+    becomes NaN."""
     loader = job.open_loader(number)
     batch = next(loader)
     loader.close()
@@ -131,7 +133,8 @@ def test_start_makes_all_replicas_rank_0s(shared_folder: Path, shared_tmp: Path,
 
 @pytest.mark.parametrize(("copies", "nodes"), [("rank", 1), ("node", 1), ("node", 2), ("auto", 2)])
 def test_how_many_copies_there_are(shared_folder: Path, shared_tmp: Path, copies: str, nodes: int) -> None:
-    """What a rank writes into its parameters and moments is visible exactly to the ranks that share its copy."""
+    """Values that a rank writes into its parameters and moments are visible on the ranks that share its copy, and on no other
+    rank."""
     config = tiny(corpus(shared_folder), shared_tmp, comm={"copies": copies}, train={"audit_every": 2})
 
     def seen(comm: MPI.Intracomm) -> list[int]:

@@ -1,5 +1,5 @@
-"""Laws of work stealing: every lane is computed once, even if ranks sleep; sleeping ranks lose lanes; no rank waits for another.
-"""
+"""Laws of work stealing. Every lane is computed once, even if ranks sleep. Other ranks take lanes of sleeping ranks. No rank
+waits for another rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 30.0  # a sleeping rank wakes after this time, so that a brok
 
 
 def cuts(step: int) -> list[range]:
-    """Draw consecutive ranges of any length, including empty ones: different in every step, the same on every rank."""
+    """Draw consecutive ranges of any length, which may be empty. They differ between steps, and are the same on every rank."""
     lengths = [random.Random(f"{step}/{place}").choice([0, 1, 2, 3, 7]) for place in range(WORLD.size)]
     starts = [sum(lengths[:place]) for place in range(WORLD.size)]
     return [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
@@ -35,7 +35,7 @@ def taken(tickets: Tickets, pause: Callable[[], None]) -> Iterator[int]:
 
 
 def nap(chance: random.Random, step: int) -> float:
-    """Seconds between two lanes: none, uneven, or rare and long, alternately."""
+    """Return the seconds between two lanes. In turn, steps have no pauses, uneven pauses, or rare and long pauses."""
     return [0.0, chance.choice([0.0, 0.0, 1e-5, 3e-4]), 0.01 * (chance.random() < 0.02)][step % 3]
 
 
@@ -70,7 +70,8 @@ def test_every_lane_is_taken_once_when_calls_are_torn_apart(monkeypatch: pytest.
 
 
 def test_who_sleeps_loses_lanes_to_the_others(shared_tmp: Path) -> None:
-    """The sleeping rank makes no MPI call until the others are done. If they needed it, they could not continue."""
+    """The sleeping rank makes no MPI call until the other ranks are done. If they needed the sleeping rank, they could not
+    continue."""
     size = WORLD.size
     ranges = [range(6 * place, 6 * place + 6) for place in range(size)]
     for sleeper in {0, size - 1}:
@@ -104,7 +105,7 @@ def test_thieves_take_from_the_right_of_who_has_most() -> None:
 
 
 def test_a_step_knows_nothing_of_the_one_before() -> None:
-    """The rest of a step is discarded, in both sets of counters."""
+    """Lanes that were not taken in a step are discarded in the next step, in both sets of counters."""
     tickets = Tickets(WORLD)
     for step in range(6):
         tickets.begin([range(place, place + 1) for place in range(WORLD.size)])

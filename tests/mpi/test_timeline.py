@@ -1,5 +1,5 @@
-"""Laws of a timeline: it contains every rank and phase, spans are nested, and training is not changed; also the lines that the
-report reads, from one run with all ranks."""
+"""Laws of a timeline: it contains every rank and phase, spans are nested, and training does not change. The same run also tests
+the lines of metrics.jsonl that the report reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PHASES = {"step", "data", "compute", "forward", "backward", "wait", "update", "r
 
 @pytest.fixture(scope="module")
 def ran(shared_folder: Path) -> tuple[Ran, Ran, Path]:
-    """A plain run, one with everything turned on, and its folder. On simulated nodes, so that bytes are sent by bucket."""
+    """Return (a plain run, a run with everything turned on, the folder of the second run). Nodes are simulated, so that ranks
+    send buckets."""
     ranks = sizes(1, 2, 3)[-1]
     shards = corpus(shared_folder)
     plain = train_at(ranks, tiny(shards, shared_folder / "plain"))
@@ -70,7 +71,7 @@ def test_every_rank_and_phase_is_there(ran: tuple[Ran, Ran, Path]) -> None:
 
 
 def test_spans_lie_within_each_other(ran: tuple[Ran, Ran, Path]) -> None:
-    """Two spans of a row are disjoint or nested; times are sorted and start with 0."""
+    """Two spans of a row are disjoint or nested. Times are sorted and start with 0."""
     spans = spans_of(ran[2])
     assert min(one["ts"] for one in spans) == 0 and all(one["dur"] >= 0 for one in spans)
     assert all(a["ts"] <= b["ts"] for a, b in pairwise(spans))
@@ -85,7 +86,8 @@ def test_spans_lie_within_each_other(ran: tuple[Ran, Ran, Path]) -> None:
 
 
 def test_ranks_wait_for_each_other_at_the_same_time(ran: tuple[Ran, Ran, Path]) -> None:
-    """In each step all ranks' waits include the moment at which the last one arrived, so their clocks are aligned."""
+    """In each step, the waits of all ranks include the moment at which the last rank arrived. This shows that the clocks are
+    aligned."""
     waits = [one for one in spans_of(ran[2]) if one["name"] == "wait"]
     for step in (3, 4):
         mine = [(one["ts"], one["ts"] + one["dur"]) for one in waits if one["args"]["step"] == step]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from mpidp.data.special_tokens import SpecialTokens, special_tokens_of
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import evaluate, evaluate_choices, evaluate_text
 from mpidp.evaluate import read_options as evaluate_options
+from mpidp.generate import _write as write_rows
 from mpidp.generate import generate, read_options
 from mpidp.inference.chats import read_chats, rendered, template_of
 from mpidp.inference.loading import open_model
@@ -195,6 +197,18 @@ def test_a_base_is_evaluated_as_by_transformers(folder: Path, library: tuple[Any
     assert math.isfinite(whole["bits_per_byte"])
     (tmp_path / "c.jsonl").write_text('{"context": "hello", "choices": [" there", " yes"], "label": 0}\n')
     assert evaluate_choices(evaluate_options([str(folder), f"--choices={tmp_path / 'c.jsonl'}"]), WORLD)["items"] == 1
+
+
+def test_no_text_is_lost_if_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mpidp.runtime.files.write_file", full)
+    with pytest.raises(UsageError, match=r"--out .*t.jsonl: cannot be written \(No space left on device\); the texts are on"):
+        write_rows(tmp_path / "t.jsonl", [{"prompt": "a", "text": "b"}], WORLD)
+    assert capsys.readouterr().out == '{"prompt": "a", "text": "b"}\n'
 
 
 def test_what_a_folder_needs_is_said(folder: Path, shards: Path, tmp_path: Path) -> None:

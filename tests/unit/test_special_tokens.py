@@ -22,7 +22,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% e
 
 def model_folder(folder: Path, bos: bool = False, **files: Any) -> Path:
     """Write a tokenizer.json with special tokens, and the given JSON files (or texts) beside it."""
-    about = json.loads(train_bpe(iter(["yes no the fox says hello there " * 9]), 280).to_json())
+    about = json.loads(train_bpe(iter(["yes no the fox says hello there\n\n a:\n\nyes. " * 9]), 290).to_json())
     vocab = about["model"]["vocab"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     for name in ("<|im_start|>", "<|im_end|>", "<s>", "<pad>"):
