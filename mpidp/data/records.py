@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mpidp.data.text_files import MARK, MAX_ROW_BYTES, TextFile, lines_of
-from mpidp.data.unpack import reading
+from mpidp.data.text_files import TextFile
+from mpidp.data.unpack import MARK, MAX_ROW_BYTES, lines_of, reading
 from mpidp.errors import DataError, UsageError
 
 
@@ -126,7 +126,8 @@ def _array(file: TextFile) -> Iterator[Found]:
                         "(jq -c '.[]' FILE.json > FILE.jsonl)")
     found, reason, replaced = _parsed(raw)
     if reason:
-        raise DataError(f"{file.path} begins as a JSON array, but is {reason}; correct it, or write one object per line")
+        yield 1, None, f"begins as a JSON array, but is {reason}", False
+        return
     yield from ((number, value, "", replaced) for number, value in enumerate(found, 1))
 
 
@@ -169,7 +170,7 @@ def _parquet(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
                     pairs = {name: _as_text(column[i].as_py()) for name, column in read.items()}
                     bad = any(replaced for _, replaced in pairs.values())
                     yield number, {name: value for name, (value, _) in pairs.items()}, "", bad
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a name of a column
         raise DataError(f"{file.path} is not a readable parquet file ({error}); replace or remove it") from None
 
 

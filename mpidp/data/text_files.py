@@ -13,17 +13,16 @@ A byte order mark at the start of a file is skipped.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from mpidp.data.unpack import SUFFIXES, is_regular, open_bytes, packing, reading
+from mpidp.data.json_kind import any_of, json_kind, parse_object
+from mpidp.data.unpack import MARK, SUFFIXES, is_regular, lines_of, open_bytes, packing, reading
 from mpidp.errors import DataError
 
-MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 OTHER_MARKS = (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")
 PARQUET = b"PAR1"
 ARROW = "an Arrow file: write it as .parquet or .jsonl"
@@ -39,7 +38,6 @@ KINDS = {
     ".parquet": "parquet",
 }
 PROBE_BYTES = 8192  # the part of a file that is searched for a NUL byte, which marks a binary file
-MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
 MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
@@ -95,11 +93,12 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
         skip = _check_head(head, kind, suffix)
         file = TextFile(path, kind, skip, "\t" if suffix == ".tsv" else ",")
         if kind == "json" or (kind == "lines" and head[skip:].lstrip().startswith(b"[")):
-            found = _of_json(file, wanted)
-            return found if kind == "json" or found.kind == "array" else file
+            with file.open() as stream:
+                found, doubt = json_kind(stream, wanted)
+            return TextFile(path, found, skip, doubt=doubt) if kind == "json" or found == "array" else file
         if kind == "table" and wanted and not (columns := _header(file)) & set(wanted):
             shown = ", ".join(sorted(ascii(name)[1:-1] for name in columns if len(name) <= 40)[:12])
-            return TextFile(path, "text", skip, doubt=f"a table without a column {_any_of(wanted)}, with the columns: {shown}")
+            return TextFile(path, "text", skip, doubt=f"a table without a column {any_of(wanted)}, with the columns: {shown}")
         if kind == "text" and _is_json(head[skip:]):
             return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
     return file
@@ -126,46 +125,6 @@ def _check_head(head: bytes, kind: str, suffix: str = "") -> int:
     return len(MARK) if head.startswith(MARK) else 0
 
 
-def parse_object(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a line, or None if it has none. Pure."""
-    try:
-        value = json.loads(line.removeprefix(MARK))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _is_complete(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _of_json(file: TextFile, wanted: Collection[str]) -> TextFile:
-    with file.open() as stream:
-        first = next((line for line in lines_of(stream) if line is None or line.strip()), None) or b""
-        second = next((line for line in lines_of(stream) if line is None or line.strip()), None)
-        if first.lstrip().startswith(b"[") and (second is None or not _is_complete(first)):
-            begun = (first.strip()[1:] + (second or b"")).lstrip()
-            if begun.startswith(b"{"):
-                return TextFile(file.path, "array", file.skip)
-            return TextFile(file.path, "text", file.skip, doubt="a JSON array whose items are no objects")
-    if first.lstrip().startswith(b"["):
-        return TextFile(file.path, "text", file.skip, doubt="a JSON list per line, not an object")
-    value = parse_object(first)
-    if value is None or (second is not None and parse_object(second) is None):
-        return TextFile(file.path, "text", file.skip, doubt="neither one JSON object per line nor a JSON array of objects")
-    if second is None and wanted and not value.keys() & set(wanted):
-        return TextFile(file.path, "text", file.skip, doubt=f"one JSON object without a field {_any_of(wanted)}")
-    return TextFile(file.path, "lines", file.skip)
-
-
-def _any_of(names: Collection[str]) -> str:
-    return " or ".join(f"`{name}`" for name in names)
-
-
 def _header(file: TextFile) -> set[str]:
     import csv
 
@@ -182,17 +141,6 @@ def _is_json(head: bytes) -> bool:
     *lines, last = head.split(b"\n")
     lines = [line for line in (lines if len(head) == PROBE_BYTES else [*lines, last]) if line.strip()]
     return bool(lines) and all(parse_object(line) is not None for line in lines)
-
-
-def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the lines of a stream, with their newline. None stands for a line above MAX_ROW_BYTES. Independent."""
-    while line := stream.readline(MAX_ROW_BYTES + 1):
-        if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
-            pass
-        yield None
 
 
 def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:

@@ -22,6 +22,8 @@ SUFFIXES = {".gz": GZIP, ".zst": ZSTD}
 SKIPPABLE = 0x184D2A50  # a zstandard frame without content: this number, with any last four bits
 MAX_WINDOW = 2**31  # bytes; the largest that `zstd --long` writes
 PIECE_BYTES = 2**17
+MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
+MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
 @contextmanager
@@ -59,6 +61,17 @@ def open_bytes(path: str | Path) -> BinaryIO:
     if found == ZSTD:
         return io.BufferedReader(ZstdStream(path), PIECE_BYTES)
     return open(path, "rb")
+
+
+def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Yield the lines of a stream, with their newline. None stands for a line above MAX_ROW_BYTES. Independent."""
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+            pass
+        yield None
 
 
 class ZstdStream(io.RawIOBase):

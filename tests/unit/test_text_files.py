@@ -18,8 +18,8 @@ from data_tools.sources import SourceReader
 from mpidp.config.command_line import read_toml
 from mpidp.data import text_files
 from mpidp.data.records import records
-from mpidp.data.text_files import MARK, NotText, read_whole, recognize
-from mpidp.data.unpack import open_bytes, reading
+from mpidp.data.text_files import NotText, read_whole, recognize
+from mpidp.data.unpack import MARK, open_bytes, reading
 from mpidp.errors import DataError, UsageError
 from mpidp.inference.choices import read_choices
 from mpidp.inference.rows import read_prompts, read_text
@@ -116,7 +116,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 
 DOUBTFUL = {
     "one.json": b'{\n  "name": "x"\n}\n', "config.json": b'{"name": "x"}', "numbers.json": b"[1, 2]", "t.csv": b"a,b\n1,2\n",
-    "rows.txt": as_lines(), "cut.json": b'{"text": "x"}\nno object\n',
+    "rows.txt": as_lines(), "other.json": b'[{"name": "x"}]', "cut.json": b'{"text": "x"}\nno object\n',
 }
 
 
@@ -131,6 +131,12 @@ def test_json_and_tables_that_hold_no_rows_are_text_and_counted(tmp_path: Path, 
     else:
         with pytest.raises(DataError, match=f"{name} is .*--text-key"):
             read(tmp_path / name, alone=True)
+
+
+def test_a_damaged_array_is_malformed(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps(ROWS, indent=1).encode()[:-30])
+    found, counts = read(tmp_path / "a.json")
+    assert found == [] and counts.malformed == 1 and "begins as a JSON array" in counts.no_text()
 
 
 def test_a_list_per_line_is_malformed_and_no_array(tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_plain_text_is_not_doubted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_lines_that_are_too_long_are_malformed(tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpidp.data.text_files.MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("mpidp.data.unpack.MAX_ROW_BYTES", 1000)
     long = json.dumps({"text": "x" * 5000}) + "\n"
     path = tmp_path / f"a.jsonl{packing}"
     path.write_bytes(packed(as_lines() + long.encode() + as_lines() + long.encode()[:-1], packing))
