@@ -147,5 +147,7 @@ def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: 
     template = Template(text, table.names, float(moment) if moment.isdigit() else time.time(), {**table.template_args, **args})
     template.check()
     if missing := template.undefined_names():
-        log.warning(f"the tokenizer {tokenizer} does not define {', '.join(missing)}, used by the chat template: they give no text")
+        log.warning(
+            f"the tokenizer {tokenizer} does not define {', '.join(missing)}, used by the chat template: they give no text"
+        )
     return template

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,18 @@ def export(
 ) -> str:
     """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: where the base of a LoRA run is now, "" if it has not moved. Raises CheckpointError if the run has no valid checkpoint, and UsageError if the model is not a Transformer or `out` exists.
-    Collective over world.
+    base: where the base of a LoRA run is now, "" if it has not moved. Raises CheckpointError if the run has no valid checkpoint,
+    and UsageError if the model is not a Transformer or `out` exists. Collective over world.
     """
+    from mpidp.checkpoint.manifest import readable
     from mpidp.checkpoint.resume import open_run
+    from mpidp.data.special_tokens import for_run
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import UsageError
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
     from mpidp.inference.loading import load_model, own_tokenizer
+    from mpidp.inference.plausible import check_settings, check_shape
     from mpidp.model.lora import merged
     from mpidp.model.shape import TransformerShape, num_parameters
     from mpidp.parallel.grid import make_grid
@@ -62,20 +66,22 @@ def export(
 
     reader, grid = open_run(Path(run), world), make_grid(world)
     summary, folder = "", reader.path.parent.parent
-    with raise_together(world):
+    with raise_together(world), readable(reader.path):
         kind = reader.meta["config"]["model.kind"]
         if kind != "transformer":
             raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported (as Llama)")
         if world.rank == 0:
+            check_settings(reader.path, reader.meta)
             shape = TransformerShape(**reader.meta["shape"])
-            tokenizer, eod = huggingface_json(load_tokenizer(own_tokenizer(reader), reader.meta["eod"])), reader.meta["eod"]
+            check_shape(reader.path, reader.meta, shape)
+            tokenizer = load_tokenizer(own_tokenizer(reader), reader.meta["eod"])
+            special = for_run(folder, tokenizer)
+            special = replace(special, ends=tuple(dict.fromkeys((tokenizer.eod, *special.ends))))
             weight = lambda name: reader[f"model/{name}"]  # noqa: E731
             if reader.meta["config"].get("model.lora_rank", 0):
                 model = load_model(reader, grid, "cpu", 0, base=base).model
                 weight = merged(model.state_dict(), reader.meta["config"]["model.lora_alpha"]).__getitem__
-            write_folder(
-                Path(out), shape, weight, tokenizer, eod, dtype, max_file_bytes, folder / "hf"
-            )
+            write_folder(Path(out), shape, weight, huggingface_json(tokenizer), special, dtype, max_file_bytes, folder / "hf")
             step, count = reader.meta["step"], num_parameters(shape)
             summary = f"{out}: LlamaForCausalLM with {count:,} parameters in {dtype}, from step {step} of {run}"
     return summary

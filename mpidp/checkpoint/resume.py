@@ -45,8 +45,8 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
     """Return the error message for weights that are not those from which a run started. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
-        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so do "
-        "not train or modify the base model"
+        f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "
+        "do not train or modify the base model"
     )
 
 

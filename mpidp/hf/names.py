@@ -132,11 +132,14 @@ def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
     return TransformerShape(seq_len=seq_len, head_size=settings["head_dim"], **rest)
 
 
-def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(
+    shape: TransformerShape, dtype: str, ids: Mapping[str, int | None], before: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the contents of config.json for a model. Pure.
 
-    before: config.json of the model that this one was fine-tuned from; its other keys are kept. The result has rope_theta and
-    torch_dtype for old versions of transformers, and rope_parameters and dtype for new ones.
+    ids: bos_token_id, eos_token_id and pad_token_id where `before` has none; before: config.json of the model that this one was
+    fine-tuned from; its other keys are kept. The result has rope_theta and torch_dtype for old versions of transformers, and
+    rope_parameters and dtype for new ones.
     """
     scaling = rope_scaling(shape.rope_scaling)
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -146,8 +149,8 @@ def config_of(shape: TransformerShape, dtype: str, eod: int, before: Mapping[str
             "high_freq_factor": scaling.high, "original_max_position_embeddings": int(scaling.original),
         }
     usual: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[0]], "model_type": MODEL_TYPES[0], "bos_token_id": None, "eos_token_id": eod,
-        "pad_token_id": None, "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
+        "architectures": [ARCHITECTURES[0]], "model_type": MODEL_TYPES[0], "bos_token_id": None, "eos_token_id": None,
+        "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
         "max_position_embeddings": shape.seq_len,
     }
     fixed = {

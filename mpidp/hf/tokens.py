@@ -49,11 +49,11 @@ def same(file: Path, used: bytes) -> bool:
         raise DataError(f"{file}: not a readable tokenizer.json ({error})") from None
 
 
-def eod_name(tokenizer_json: str, eod: int) -> str:
-    """Return the text of token `eod` in a Hugging Face tokenizer.json."""
+def names_of(tokenizer_json: str) -> dict[int, str]:
+    """Return the texts of all tokens of a Hugging Face tokenizer.json, by id. Independent."""
     from tokenizers import Tokenizer as HFTokenizers
 
-    return str(HFTokenizers.from_str(tokenizer_json).id_to_token(eod))
+    return {i: name for name, i in HFTokenizers.from_str(tokenizer_json).get_vocab(with_added_tokens=True).items()}
 
 
 def _plain(content: bytes) -> dict[str, Any]:

@@ -8,17 +8,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpidp.data.special_tokens import SpecialTokens
+from mpidp.data.tokenizer import tokenizer_from_json
 from mpidp.errors import UsageError
 from mpidp.hf.companions import companions
 from mpidp.hf.folder import read_object
 from mpidp.hf.names import config_of, huggingface_name
-from mpidp.hf.tokens import eod_name
+from mpidp.hf.tokenizer_files import CONFIG, GENERATION, TEMPLATE, config_ids, text_files, with_begin
+from mpidp.hf.tokens import names_of
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.runtime.files import sync_directory, write_file
 from mpidp.runtime.log import log
@@ -27,15 +29,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def write_folder(
-    out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, eod: int, dtype: str = "float32",
-    max_file_bytes: int = 5 * 10**9, before: Path | None = None,
+    out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, special: SpecialTokens,
+    dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
 ) -> None:
     """Create the folder `out`. Raises UsageError if it exists or cannot be written, or if a weight is too large for the dtype.
     Independent.
 
-    weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; eod: its end-of-document id; before:
-    a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight file is
-    in memory at a time.
+    weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
+    before: a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight
+    file is in memory at a time.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
@@ -44,7 +46,7 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir(parents=True)
         _write_weights(temporary, shape, weight, DTYPES[dtype], max_file_bytes)
-        for name, content in _text_files(shape, tokenizer, eod, dtype, before).items():
+        for name, content in _text_files(shape, tokenizer, special, dtype, before).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             write_file(temporary / name, content)
         os.rename(temporary, out)
@@ -111,22 +113,20 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[s
     return found
 
 
-def _text_files(shape: TransformerShape, tokenizer: str, eod: int, dtype: str, before: Path | None) -> dict[str, bytes]:
+def _text_files(
+    shape: TransformerShape, tokenizer: str, special: SpecialTokens, dtype: str, before: Path | None
+) -> dict[str, bytes]:
     """Return the contents of the files that are not weights, by name."""
     kept = companions(before, of_tokenizer=True) if before is not None else {}
-    config = config_of(shape, dtype, eod, read_object(kept["config.json"]) if "config.json" in kept else {})
-    name, longest = eod_name(tokenizer, eod), config["max_position_embeddings"]
-    found: dict[str, Any] = {
-        "config.json": config,
-        "generation_config.json": {"_from_model_config": True, "eos_token_id": eod},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "model_max_length": longest,
-            "clean_up_tokenization_spaces": False,
-        },
-        "special_tokens_map.json": {"eos_token": name},
-    }
-    if "tokenizer_config.json" in kept:
-        del found["special_tokens_map.json"]
-    texts = {file: (json.dumps(content, indent=2) + "\n").encode() for file, content in found.items()}
-    texts |= {file: path.read_bytes() for file, path in kept.items() if file != "config.json"}
+    objects = {name: read_object(kept[name]) for name in ("config.json", CONFIG, GENERATION) if name in kept}
+    ids = {"eos_token_id": special.ends[0]} if objects else config_ids(special)
+    config = config_of(shape, dtype, ids, objects.get("config.json", {}))
+    if not objects or special.bos != tokenizer_from_json(tokenizer, special.ends[0]).bos:
+        tokenizer = with_begin(tokenizer, special.bos)
+    made = text_files(special, names_of(tokenizer), objects, config["max_position_embeddings"])
+    if TEMPLATE in made:
+        kept.pop("chat_template.json", None)
+    texts = {file: path.read_bytes() for file, path in kept.items()}
+    for file, content in ({"config.json": config} | made).items():
+        texts[file] = (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode()
     return texts | {"tokenizer.json": tokenizer.encode()}

@@ -26,8 +26,10 @@ class BaseFolder(ModelFolder):
     def __init__(self, path: Path, seq_len: int = 0) -> None:
         super().__init__(path)
         longest = read_object(path / "config.json").get("max_position_embeddings") or USUAL_SEQ_LEN
+        longest = longest if self.window is None else min(longest, self.window)  # mpidp's attention covers the whole context
         if seq_len > longest:
-            raise UsageError(f"--seq-len {seq_len}: the context of {path} has {longest} tokens (max_position_embeddings)")
+            limits = "max_position_embeddings, sliding_window"
+            raise UsageError(f"--seq-len {seq_len}: the context of {path} has {longest} tokens ({limits})")
         shape = shape_of(self.settings, seq_len or min(longest, USUAL_SEQ_LEN))
         self.meta: dict[str, Any] = {
             "config": {

@@ -10,6 +10,7 @@ import pytest
 
 from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError
 from mpidp.hf.tokens import huggingface_json
@@ -28,7 +29,8 @@ def folder(where: Path, tied: bool) -> Path:
     if WORLD.rank == 0 and not out.exists():
         shape = TransformerShape(272, 3, 4, 2, 32, 40, 16, 0.0, tied, 5e4, 1e-6, 12, "llama3:8,1,4,8")
         weights = Transformer(shape, seed=5).state_dict()
-        write_folder(out, shape, weights.__getitem__, huggingface_json(ByteTokenizer()), 256, max_file_bytes=20_000)
+        write_folder(out, shape, weights.__getitem__, huggingface_json(ByteTokenizer()), SpecialTokens(None, (256,)),
+                     max_file_bytes=20_000)
     WORLD.Barrier()
     return out
 

@@ -51,8 +51,8 @@ def test_the_others_are_close_to_the_exact_sum(kind: str, cut: tuple[int, int, i
 
 
 def test_parts_of_any_length_go_where_they_belong_and_their_bytes_are_counted() -> None:
-    """Rank r sends to rank s a range of length (r + 2 s) mod 4 that begins at 100 r + s. Some offsets are odd, and some ranges are
-    empty."""
+    """Rank r sends to rank s a range of length (r + 2 s) mod 4 that begins at 100 r + s. Some offsets are odd. Some ranges
+    are empty."""
 
     def exchanged(comm: MPI.Intracomm) -> bool:
         def length(r: int, s: int) -> int:

@@ -375,7 +375,7 @@ def test_small_tokenizers_give_the_same_ids_in_transformers(ours: Any, tmp_path:
     (tmp_path / "tokenizer.json").write_text(tokens.huggingface_json(ours))
     found = AutoTokenizer.from_pretrained(_with_config(tmp_path / "tokenizer.json", tmp_path / "it"))
     assert tokens.same(tmp_path / "tokenizer.json", ours.to_json().encode())
-    name = tokens.eod_name(tokens.huggingface_json(ours), ours.eod)
+    name = tokens.names_of(tokens.huggingface_json(ours))[ours.eod]
     assert len(found) == ours.vocab_size and found.convert_tokens_to_ids(name) == ours.eod
     every = bytes(range(256)).decode("latin-1") if ours.kind == "byte" else ours.characters
     for words in ("the tree adds\n  in order", "漢 Ü  🚀\n\n", every, "", " "):
@@ -414,7 +414,7 @@ def test_a_config_comes_back(kind: str) -> None:
     config = json.loads(llama(kind).config.to_json_string(use_diff=False))
     settings = settings_of(config, "it")
     shape = shape_of(settings, 64)
-    made = config_of(shape, "float32", 0, {})
+    made = config_of(shape, "float32", {}, {})
     assert settings_of(made, "it") == settings
     assert settings_of({key: value for key, value in made.items() if key != "rope_parameters"}, "it") == settings
     assert LlamaConfig(**made).rope_parameters == llama(kind).config.rope_parameters

@@ -168,9 +168,9 @@ def test_a_context_above_the_window_is_refused(shards: Path, tmp_path: Path) -> 
 def test_an_export_has_no_window_below_its_context(before: dict[str, Any]) -> None:
     """Runs of earlier versions could be trained beyond the window."""
     settings = settings_of(json.loads(llama("mistral").config.to_json_string(use_diff=False)), "it")
-    made = config_of(shape_of(settings, 8192), "float32", 0, before)
+    made = config_of(shape_of(settings, 8192), "float32", {}, before)
     assert made["sliding_window"] is None and made["max_position_embeddings"] == 8192
-    assert config_of(shape_of(settings, 64), "float32", 0, before).get("sliding_window", 4096) in (64, 4096)
+    assert config_of(shape_of(settings, 64), "float32", {}, before).get("sliding_window", 4096) in (64, 4096)
 
 
 NUMBERS = (-1, 0, 0.5, 2**31, 1e308, float("inf"), float("nan"))
@@ -242,7 +242,9 @@ def test_other_files_of_the_tokenizer_come_along_and_code_does_not(it: Path, sha
     assert config["my_key"] == 3 and "auto_map" not in config
 
 
-def test_a_source_may_be_spelled_otherwise_or_move(it: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_may_be_spelled_otherwise_or_move(
+    it: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     def train(source: str, steps: int) -> Any:

@@ -1,0 +1,119 @@
+"""The text files of an exported folder: what they say about special tokens is what the training data had (special_tokens.py).
+
+Files of the model that a run was fine-tuned from are kept, except for what contradicts the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mpidp.data.special_tokens import SpecialTokens
+from mpidp.hf.names import NOT_KEPT
+
+CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+
+
+def with_begin(tokenizer_json: str, bos: int | None) -> str:
+    """Return the tokenizer.json whose encoding of a text is its ids after `bos` (None: its ids alone). Pure.
+
+    A post-processor often adds BOS. Without BOS in training, BOS would be an id whose embedding was never trained.
+    """
+    from tokenizers import Tokenizer as Theirs
+
+    theirs = Theirs.from_str(tokenizer_json)
+    plain, whole = (theirs.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    if whole == ([] if bos is None else [bos]) + plain:
+        return tokenizer_json
+    about = json.loads(tokenizer_json)
+    made = None
+    if bos is not None:
+        name = theirs.id_to_token(bos)
+        begin = {"SpecialToken": {"id": name, "type_id": 0}}
+        first, second = ({"Sequence": {"id": part, "type_id": kind}} for kind, part in enumerate("AB"))
+        made = {
+            "type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
+            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+        }
+    about["post_processor"] = made
+    return json.dumps(about, ensure_ascii=False, indent=2)
+
+
+def text_files(
+    special: SpecialTokens, name_of: Mapping[int, str], kept: Mapping[str, Mapping[str, Any]], longest: int
+) -> dict[str, Any]:
+    """Return the contents of tokenizer_config.json, generation_config.json and others: an object for JSON, else a text. Pure.
+
+    name_of: the text of each special id; kept: the objects of these files that belong to the model that the run was fine-tuned
+    from, by file; longest: the largest number of tokens of a text.
+    """
+    scratch = not kept
+    eod = special.ends[0]
+    given = {"eos": name_of[eod], "pad": name_of[eod if special.pad is None else special.pad]}
+    if special.bos is not None:
+        given["bos"] = name_of[special.bos]
+    elif special.template is None:  # a text begins after the end of another one, as in training
+        given["bos"] = name_of[eod]
+    template = special.template or ""
+    named = {key: name for key, name in special.names.items() if key.endswith("_token") and key in template}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "clean_up_tokenization_spaces": False,
+        "add_bos_token": special.bos is not None, "add_eos_token": False,
+    }
+    if CONFIG in kept:
+        config = {key: value for key, value in kept[CONFIG].items() if key not in NOT_KEPT}
+        if "add_bos_token" in config:
+            config["add_bos_token"] = special.bos is not None
+    elif scratch:
+        config |= {f"{key}_token": name for key, name in given.items()}
+    else:
+        config["eos_token"] = given["eos"]
+    config |= {key: name for key, name in named.items() if _text(config.get(key)) != name}
+    found: dict[str, Any] = {CONFIG: config}
+    if special.template is not None:
+        config.pop("chat_template", None)
+        found[TEMPLATE] = _with_arguments(special.template, special.template_args)
+    generation = dict(kept.get(GENERATION, {"_from_model_config": True}))
+    if scratch:
+        generation |= {key: i for key, i in config_ids(special).items() if i is not None}
+        found["special_tokens_map.json"] = {f"{key}_token": config[f"{key}_token"] for key in given}
+    generation["eos_token_id"] = _ends(kept.get(GENERATION, {}).get("eos_token_id"), special.ends)
+    found[GENERATION] = generation
+    return found
+
+
+def config_ids(special: SpecialTokens) -> dict[str, Any]:
+    """Return the ids of special tokens for config.json of a run that started from random weights. Pure."""
+    eod = special.ends[0]
+    bos = eod if special.bos is None and special.template is None else special.bos
+    return {"bos_token_id": bos, "eos_token_id": eod, "pad_token_id": eod if special.pad is None else special.pad}
+
+
+def _ends(before: Any, ends: tuple[int, ...]) -> int | list[int]:
+    """Return the ids that end a text: those of the base model first, then those of the data."""
+    first = [i for i in (before if isinstance(before, list) else [before]) if type(i) is int]
+    found = list(dict.fromkeys([*first, *ends]))
+    return found[0] if len(found) == 1 else found
+
+
+def _text(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
+    """Return the template with the arguments of prepare as defaults, because apply_chat_template does not know them."""
+    one = "{%- if NAME is not defined %}{%- set NAME = VALUE %}{%- endif %}"
+    lines = [one.replace("VALUE", _literal(value)).replace("NAME", name) for name, value in arguments.items()]
+    return "".join(lines) + template
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as a literal of jinja2."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)}: {_literal(inner)}' for key, inner in value.items())}}}"
+    return json.dumps(value)
