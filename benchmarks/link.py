@@ -1,10 +1,10 @@
 """Creates virtual nodes on this machine, connected by a link of given bandwidth and delay. Uses network namespaces and tc, and
 needs root and Linux.
 
-Every node has an interface `data` (10.10.0.1, .2, ...), limited to the link's bandwidth in both directions (tc tbf), and an
-interface `control` without limit, through which ranks reach their mpirun. Without a delay the data interfaces are connected by a
-bridge. With a delay, a process forwards packets from node to node after the delay, because kernels of virtual machines often lack
-tc's netem. In both cases TCP, with its windows and slow start, is that of the kernel.
+Every node has an interface `data` (10.10.0.1, .2, ...), which is limited to the link's bandwidth in both directions (tc tbf). It
+also has an interface `control` without limit, through which ranks reach their mpirun. Without a delay the data interfaces are
+connected by a bridge. With a delay, a process forwards packets from node to node after the delay, because kernels of virtual
+machines often lack tc's netem. In both cases TCP, with its windows and slow start, is that of the kernel.
 
 Everything runs inside one `unshare` with its own /run, /dev/shm and process ids. The network of the machine itself is not
 changed, and nothing remains after `unshare` has ended.
@@ -86,7 +86,7 @@ def impossible(ms: float) -> str:
 
 
 def go_inside() -> None:
-    """Run this command again in new namespaces and exit with it. Returns at once if already inside them."""
+    """Run this command again in new namespaces and exit with its exit code. If the process is already inside them, do nothing."""
     if os.environ.get(INSIDE):
         return
 

@@ -62,8 +62,8 @@ def receive(comm: MPI.Intracomm, tensor: torch.Tensor, source: int, tag: int) ->
 
 
 class Calls:
-    """Collectives over one communicator. One thread at a time may use it. Methods are Collective over comm
-    unless they say Independent.
+    """The collectives of one communicator. Only one thread at a time may use the object. Methods are Collective over comm unless
+    they say Independent.
 
     Tensors must be contiguous and on the host. kind: a key of sums.OPS.
     """

@@ -26,9 +26,10 @@ class MpiGroup(Reductions, Moves):
         return self._begin("barrier", self._calls.barrier, [], [], opts, seconds)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if one does not within the timeout.
+        """Wait until all ranks have called monitored_barrier(). Raises RuntimeError if a rank does not call it before the
+        timeout.
 
-        Rank 0's error names the first missing rank, or all of them if wait_all_ranks is true.
+        Rank 0's error names the first missing rank, or all missing ranks if wait_all_ranks is true.
         """
         self._barriers += 1
         seconds = self.seconds if timeout is None else timeout.total_seconds()
@@ -45,12 +46,12 @@ class MpiGroup(Reductions, Moves):
         return message
 
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Promise:
-        """Start sending a tensor to rank dst. It may be overwritten once the returned work is complete."""
+        """Start sending a tensor to rank dst. The tensor may be overwritten when the returned work is complete."""
         hosted, record = self._hosted("send", tensors)
         return self._message(send(self.comm, hosted.load(), dst, tag), hosted, False, f"send to rank {dst}, tag {tag}", record)
 
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Promise:
-        """Start receiving a tensor from rank src. It may be read once the returned work is complete."""
+        """Start receiving a tensor from rank src. The tensor may be read when the returned work is complete."""
         hosted, record = self._hosted("recv", tensors)
         requests = receive(self.comm, hosted.empty(), src, tag)
         return self._message(requests, hosted, True, f"recv from rank {src}, tag {tag}", record)

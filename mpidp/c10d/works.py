@@ -233,7 +233,7 @@ class Message(Promise):
 
 
 class Coalesced(Promise):
-    """One Work for several coalesced calls."""
+    """A Work that stands for several coalesced calls."""
 
     def __init__(self, works: list[Promise]) -> None:
         super().__init__([work.result() for work in works], " + ".join(work.name for work in works) or "nothing")

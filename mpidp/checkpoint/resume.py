@@ -51,7 +51,7 @@ def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
 
 
 def same_path(one: str, other: str) -> bool:
-    """Return whether two paths name one place: base, ./base, base/ and the absolute path do. Independent."""
+    """Return whether two paths name the same folder, for example base, ./base and the absolute path of base. Independent."""
     return one == other or bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 

@@ -1,5 +1,5 @@
 """A thread that communicates while the rank computes. It runs its tasks in the order of submission. If the MPI library does not
-allow calls from two threads at a time, submit() runs each task at once, in the calling thread."""
+allow calls from two threads at a time, submit() runs each task immediately, in the calling thread."""
 
 from __future__ import annotations
 

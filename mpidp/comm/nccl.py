@@ -161,8 +161,8 @@ def has_nccl() -> bool:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU that contains its UUID. GPU numbers are not unique: a rank that sees only one GPU numbers it 0.
-    Independent."""
+    """Return a name of the GPU that contains its UUID. GPU numbers are not unique, because on a rank that sees only one GPU the
+    number of this GPU is 0. Independent."""
     return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -1,7 +1,8 @@
-"""Open the TCP store through which torch's process groups exchange addresses.
+"""Opens the TCP store through which torch's process groups exchange addresses.
 
-Whoever can connect to the store can read and change it: torch's TCPStore has no authentication. So it listens on loopback if all
-ranks are on one host, and else only on the interface to which the other hosts resolve the name of rank 0's host.
+torch's TCPStore has no authentication, so every process that can connect to the store can read and change it. If all ranks are on
+one host, the store therefore listens only on loopback. Otherwise it listens only on the interface to which the other hosts
+resolve the name of rank 0's host.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ LOOPBACK, EVERY_INTERFACE, EVERY_IPV4 = "127.0.0.1", "::", "0.0.0.0"
 
 
 def open_store(comm: MPI.Intracomm, timeout: timedelta, name: str = "") -> Any:
-    """Return the store that rank 0 serves at a free port. name: the name or address of rank 0's host, if its host name is not
-    reachable. Raises RuntimeError on every rank if one of them cannot connect. Collective over comm."""
+    """Return a connection to the store, which runs on rank 0 at a free port. name: another name or address of rank 0's host, if
+    its host name is not reachable. If a rank cannot connect, every rank raises RuntimeError. Collective over comm."""
     from torch import distributed
 
     here = socket.gethostname()
@@ -59,9 +60,9 @@ def _connected(address: str, port: int, timeout: timedelta) -> Any:
 
 
 def listen(addresses: Collection[str]) -> tuple[str, int, int]:
-    """Listen at a free port; return (address, port, handle of the socket). addresses: those at which other hosts reach this one;
-    if there is none, listen on loopback, and if there are several, or this host does not have it, on every interface.
-    Independent."""
+    """Listen at a free port. Return (address, port, handle of the socket). addresses: the addresses at which other hosts reach
+    this host. Without addresses, listen on loopback. With several addresses, or an address that this host does not have, listen
+    on every interface. Independent."""
     chosen = LOOPBACK if not addresses else next(iter(addresses)) if len(addresses) == 1 else EVERY_INTERFACE
     while True:
         listening = socket.socket(socket.AF_INET6 if ":" in chosen else socket.AF_INET)
@@ -79,7 +80,8 @@ def listen(addresses: Collection[str]) -> tuple[str, int, int]:
 
 
 def _resolved(name: str) -> str:
-    """Return the address of a host as this host sees it, or the name if it is not one that the host itself could listen on."""
+    """Return the address to which this host resolves `name`. Return `name` itself if it cannot be resolved, or if the address is
+    a loopback or link-local address, at which other hosts cannot connect."""
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
         usable = not (ip_address(address).is_loopback or ip_address(address).is_link_local)

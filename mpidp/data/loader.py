@@ -151,7 +151,7 @@ class Loader:
     def expect(self, micro_batches: Sequence[int]) -> None:
         """Prefetch these micro-batches from now on. Resident tokens do not change.
 
-        Batches that are already prefetched read the other micro-batches on demand.
+        In batches that are already prefetched, these micro-batches are read on demand.
         """
         self._micro_batches = tuple(micro_batches)
 

@@ -63,7 +63,7 @@ class Sampler:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """The number of global batches per epoch. The last one may be shorter."""
+        """The number of global batches per epoch. The last batch may be shorter."""
         return -(-self.num_windows // self.lanes.global_batch)
 
     @cached_property

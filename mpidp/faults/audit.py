@@ -46,7 +46,7 @@ def vote(rows: Sequence[tuple[int, ...]]) -> tuple[int | None, list[int]]:
 
 def suspects(disagreements: Sequence[tuple[int, int]]) -> list[int]:
     """Return the ranks that occur in most of the disagreeing pairs. With three or more ranks, each rank is in two pairs, so a
-    rank that computes wrong results occurs more often than the others. Pure."""
+    rank that computes wrong results occurs more often than other ranks. Pure."""
     seen = Counter(rank for pair in disagreements for rank in set(pair))
     return sorted(rank for rank, count in seen.items() if count == max(seen.values()))
 

@@ -118,7 +118,8 @@ class HeartbeatBoard:
             self._handle, self._memory = -1, mmap.mmap(-1, size)
 
     def unlink(self) -> None:
-        """Remove the name of the memory once all ranks of the node have opened it, so that no file remains after the job."""
+        """Remove the name of the memory file, so that no file remains after the job. Call this when all ranks of the node have
+        opened the file."""
         self._name.unlink(missing_ok=True)
 
     def write(self, step: int, phase: str, bucket: int, entered: float, heard: float) -> None:

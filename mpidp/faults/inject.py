@@ -91,7 +91,7 @@ WHOLE = ("rank", "step", "until", "times", "tensor", "bit")  # integer options; 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault to inject. Raises ValueError if an option is not valid."""
+    """An injected fault. Raises ValueError if an option is not valid."""
 
     kind: str
     rank: int  # number of the rank when the job started

@@ -183,7 +183,7 @@ def _holder(handle: int) -> dict[str, Any]:
 
 
 def _lock_file(handle: int) -> bool:
-    """Try to acquire the kernel's lock, and return whether this succeeded. On file systems without such locks, return True,
+    """Try to acquire the kernel's lock, and return whether this succeeded. On file systems without kernel locks, return True,
     because only the content of the file counts."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

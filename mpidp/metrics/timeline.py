@@ -65,7 +65,7 @@ class Timeline(StepObserver):
         self._compare(comm)
 
     def enter(self, step: int, phase: str) -> None:
-        """Begin a phase within an update. The phase ends when the next one begins or the update ends. Independent."""
+        """Begin a phase within an update. The phase ends when the next phase begins or the update ends. Independent."""
         if self.last and phase in SUB_PHASES:
             self._close_sub_phase()
             self._open = phase, time.perf_counter()

@@ -16,7 +16,7 @@ SHOWN = 6  # number of example names in an error message
 
 
 def frozen(names: Sequence[str], patterns: str) -> set[str]:
-    """Return the parameter names that match one of the fnmatch patterns, e.g. "embedding.*,blocks.0.*".
+    """Return the parameter names that match one of the fnmatch patterns, for example "embedding.*,blocks.0.*".
 
     Raises UsageError if a pattern matches no name. Pure.
     """

@@ -140,7 +140,7 @@ class Reducer:
         self.worker.submit(bucket)
 
     def finish(self) -> None:
-        """Finish the sum. Afterwards buffer.total holds it. Collective over all ranks."""
+        """Finish the sum, so that buffer.total holds it. Collective over all ranks."""
         with self.transport.timed():
             if self.worker is not None:
                 for bucket in self.worker.missing():
@@ -215,7 +215,7 @@ class Reducer:
 
     def resume_from(self, before: Reducer | None) -> None:
         """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. before is None on a
-        rank that has joined after the failure; rank 0 is never such a rank. Collective over all ranks."""
+        rank that has joined after the failure, which rank 0 never has. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):

@@ -1,4 +1,4 @@
-"""Reduces buckets in a thread while backward fills the next ones, and measures whether this is faster.
+"""Reduces buckets in a thread while backward fills the next buckets, and measures whether this is faster.
 
 Non-blocking collectives make little progress outside MPI calls, so a thread makes these calls. In mode `thread` the thread blocks
 in MPI. In mode `poll` it polls and sleeps, so that backward can use the core. On one node overlap has no benefit, because sums

@@ -84,7 +84,7 @@ class Strategy(GradientSink, Protocol):
         nothing. Collective over compute_comm in the first case."""
 
     def start(self) -> None:
-        """Prepare for the first step. Call this once, after a checkpoint is loaded if there is one. Collective over
+        """Prepare for the first step. Call this once. If a checkpoint is loaded, load it before this call. Collective over
         compute_comm."""
 
     def observe_lanes(self, observers: Sequence[LaneObserver]) -> None:

@@ -26,9 +26,9 @@ SHORTEST_SECONDS = 1e-9  # smallest time of a lane that is used, because a clock
 def by_speed(num_lanes: int, seconds_per_lane: Sequence[float], max_lanes: int | None = None) -> list[range]:
     """Return a contiguous range of 1 to max_lanes lanes for each rank, which minimizes the time of the slowest rank. Independent.
 
-    Lanes are assigned one at a time, each to the rank that would finish it first, or to the lowest of several such ranks. This is
-    optimal, because an additional lane never reduces the time of a rank. Raises ValueError if there are too few lanes, or more
-    than max_lanes per rank."""
+    Lanes are assigned one at a time, each to the rank that would finish it first. If several ranks would finish at the same time,
+    the lowest rank gets the lane. This is optimal, because an additional lane never reduces the time of a rank. Raises ValueError
+    if there are too few lanes, or more than max_lanes per rank."""
     size = len(seconds_per_lane)
     most = num_lanes if max_lanes is None else max_lanes
     if not size <= num_lanes <= size * most:

@@ -52,9 +52,9 @@ def number(given: str, name: str) -> float:
 
 
 def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[ModelSizes, str]:
-    """Return (a LLaMA-like model with about this many parameters, its name). It is a published model if one has about this many.
-    Otherwise it has about 12 x layers x width^2 parameters, and its number of layers is near width / 128. Raises UsageError if
-    the embedding and head of this vocabulary alone are too large. Pure."""
+    """Return (a LLaMA-like model with about this many parameters, its name). If a published model has about this many parameters,
+    it is returned. Otherwise the model has about 12 x layers x width^2 parameters, and its number of layers is near width / 128.
+    Raises UsageError if the embedding and head of this vocabulary alone are too large. Pure."""
     for known, (name, model) in KNOWN.items():
         if abs(parameters - known) <= NEAR * known and vocab_size in (0, model.vocab_size):
             return replace(model, seq_len=seq_len or model.seq_len), name

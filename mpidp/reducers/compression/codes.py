@@ -14,8 +14,8 @@ the sum of squares of x. The expected error must be below 1. Otherwise residuals
 (Karimireddy 2019, assumption A). With stochastic rounding of n values to k levels up to the largest value, the error is at most
 (1 + sqrt(n)) / 2k - 1. This is 0.21 for int4. It would be 7.5 for int2, which therefore does not round stochastically. For
 normally distributed values the error of int2 is 0.19, and the error of onebit is 0.36. For any values the error of int2 is 1 - m
-s^2 / sum(x^2), where s is the mean absolute value of the m large values. All this holds for values from the smallest normal to
-the largest float32, and every decoded value is finite.
+s^2 / sum(x^2), where s is the mean absolute value of the m large values. These statements hold for all values from the smallest
+normal to the largest float32. Every decoded value is finite.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Code:
         wire.view(torch.float32).copy_(x)
 
     def decode(self, wire: Tensor, n: int) -> Tensor:
-        """Decode wire: return float32 (n,). Independent."""
+        """Decode wire, and return float32 (n,). Independent."""
         return wire.view(torch.float32).clone()
 
 
@@ -143,7 +143,7 @@ class Integer(Scaled):
         self.levels = 2 ** (bits - 1) - 1
 
     def scale(self, rows: Tensor) -> Tensor:
-        """Return the scale of each block, so that no multiple overflows: (blocks, BLOCK) -> (blocks, 1). Pure."""
+        """Return the scale of each block, (blocks, BLOCK) -> (blocks, 1). No multiple of a scale overflows. Pure."""
         most = rows.abs().amax(1, keepdim=True)
         scales = (most / self.levels).clamp(SMALLEST, LARGEST / self.levels * (1 - 2.0**-23))
         return torch.where(most > 0, scales, 1.0)  # a normal scale for blocks of zeros: computing with denormals is slow

@@ -1,4 +1,5 @@
-"""PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin ones, with one power iteration.
+"""PowerSGD (Vogels 2019): approximates the sum of the ranks' matrices by a product of two thin matrices, with one power
+iteration.
 
 Rank i has the matrix M_i, (rows, cols). Q, (cols, r), is the same on all ranks. Algorithm 1 of the paper, with sums instead of
 means, computes P = orthogonalized sum of M_i Q, and then Q' = sum of M_i^T P. The sum of M_i is approximated by P Q'^T. Q' is

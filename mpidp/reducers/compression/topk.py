@@ -1,5 +1,5 @@
-"""Sends a small fraction of the values: the largest ones (topk), or those at random places that are the same on all ranks
-(randomk).
+"""Sends a small fraction of the values: the largest values (topk), or the values at random places, which are the same on all
+ranks (randomk).
 
 Sources: Aji & Heafield 2017; Stich 2018, who proves convergence with error feedback. The warm-up of the ratio, and the momentum
 in compressed.py, are from Deep Gradient Compression (Lin 2018). With topk the owner of a slice sends only the k largest values of
