@@ -42,15 +42,29 @@ def is_regular(path: str | Path) -> bool:
 
 
 def packing(path: str | Path) -> bytes:
-    """Return GZIP, ZSTD, or b"" for a file that is not packed. Raises OSError if the name says otherwise. Independent."""
+    """Return GZIP, ZSTD, or b"" for a file that is not packed. Independent.
+
+    Raises OSError if the name says otherwise, and UsageError if the decompressor is missing.
+    """
     with open(path, "rb") as file:
         head = file.read(4)
     skippable = len(head) == 4 and int.from_bytes(head, "little") & ~0xF == SKIPPABLE
     found = GZIP if head.startswith(GZIP) else ZSTD if head == ZSTD or skippable else b""
     promised = SUFFIXES.get(Path(path).suffix.lower(), b"")
+    if ZSTD in (found, promised):
+        zstandard(path)
     if promised and head and found != promised:
         raise OSError(f"damaged, or not {'gzip' if promised == GZIP else 'zstandard'} data: it begins with {head!r}")
     return found
+
+
+def zstandard(path: str | Path) -> Any:
+    """Return the library. Raises UsageError if it is missing. Independent."""
+    try:
+        import zstandard as library
+    except ImportError:
+        raise UsageError(f"{path}: reading .zst needs zstandard: pip install 'mpidp[data]'") from None
+    return library
 
 
 def open_bytes(path: str | Path) -> BinaryIO:
@@ -82,11 +96,7 @@ class ZstdStream(io.RawIOBase):
     """
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UsageError(f"{path}: reading .zst needs zstandard: pip install 'mpidp[data]'") from None
-        self._zstandard: Any = zstandard
+        self._zstandard = zstandard(path)
         self._file = open(path, "rb")  # noqa: SIM115 - close() closes
         self._pieces = self._frames()
         self._rest = memoryview(b"")
