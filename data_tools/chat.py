@@ -32,7 +32,7 @@ def render(template: Template, chat: Chat) -> tuple[str, Spans]:
 
     Raises TemplateRejection if the template rejects the chat, and RowSkipped if a turn cannot be located.
     """
-    text = chat.render(template, chat.messages)
+    text, template = chat.render(template, chat.messages), template.of(chat.tools)
     turns = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if not template.has_marks:
         return text, [_turn(template, chat, text, i) for i in turns if chat.learned[i]]
@@ -143,11 +143,10 @@ def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: 
             f"--format chat needs a chat template, and {where} (chat_template.jinja, or `chat_template` in "
             "tokenizer_config.json): give --chat-template FILE"
         )
-    moment = os.environ.get("SOURCE_DATE_EPOCH", "")
-    template = Template(text, table.names, float(moment) if moment.isdigit() else time.time(), {**table.template_args, **args})
+    stamp = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = float(stamp) if stamp.isdigit() else time.time()
+    template = Template(text, table.names, moment, {**table.template_args, **args}, None if file else table.tool_template)
     template.check()
     if missing := template.undefined_names():
-        log.warning(
-            f"the tokenizer {tokenizer} does not define {', '.join(missing)}, used by the chat template: they give no text"
-        )
+        log.warning(f"the chat template uses {', '.join(missing)}, without a value in the files of {tokenizer}: it gives no text")
     return template

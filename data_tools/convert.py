@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.cut import RawWriter, Stream, cut_shard, plan_shards
+from data_tools.cut import ADVICE, RawWriter, Stream, cut_shard, plan_shards
 from data_tools.megatron import PIECE_TOKENS, MegatronReader, MegatronWriter
 from mpidp.data.index import Index, SplitRecord
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, run_entry
-from mpidp.runtime.files import write_file
+from mpidp.runtime.files import write_file, writing
 from mpidp.runtime.options import add_out, note_old_spelling, program
 
 
@@ -42,11 +42,9 @@ def to_megatron(shards: Path, prefix: Path) -> list[str]:
         raise DataError(f"{shards} has a loss mask, which .bin and .idx cannot store: the masked tokens would be trained on")
     lines = []
     for stream in streams:
-        try:
+        with writing(f"{prefix}_{stream.split}.bin", "choose another prefix"):
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            writer = MegatronWriter(Path(f"{prefix}_{stream.split}"), stream.vocab_size)
-        except OSError as error:
-            raise UsageError(f"cannot write {prefix}_{stream.split}.bin: {error.strerror}; choose another prefix") from None
+        writer = MegatronWriter(Path(f"{prefix}_{stream.split}"), stream.vocab_size)
         try:
             for at in range(0, stream.num_tokens, PIECE_TOKENS):
                 ids = stream.read(at, min(PIECE_TOKENS, stream.num_tokens - at))
@@ -79,11 +77,9 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
         if split == "train" or Path(f"{prefix}_{split}.idx").exists()
     }
     encoder = ByteTokenizer() if tokenizer == "byte" else load_tokenizer(tokenizer, eod)
-    try:
+    with writing(out, "choose another folder"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}; choose another folder") from None
     try:
         (scratch / "new").mkdir()
         skipped, streams = 0, {}
@@ -96,7 +92,8 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
                     writer.end_document_with(ids)
             streams[split] = Stream([writer.close()])
         index = _write(streams, encoder, scratch / "new", shards, val_fraction, prefix)
-        os.rename(scratch / "new", out)
+        with writing(out, ADVICE):
+            os.rename(scratch / "new", out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
@@ -124,8 +121,9 @@ def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: in
         tokens, documents, text = (sum(getattr(f, key) for f in of_split) for key in ("tokens", "documents", "text_bytes"))
         splits[split] = SplitRecord(tokens, documents, text, loss_mask=False)
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, {"kind": "megatron", "path": str(prefix)})
-    write_file(out / "tokenizer.json", stored)
-    write_file(out / "index.json", index.to_json())
+    with writing(out, ADVICE):
+        write_file(out / "tokenizer.json", stored)
+        write_file(out / "index.json", index.to_json())
     return index
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from mpidp.data.shard_writer import write_shard
 from mpidp.data.token_bytes import bytes_of_tokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import writing
 
+ADVICE = "free space on its disk, or choose another --out"
 PIECE_TOKENS = 2**20  # tokens read at a time
 
 
@@ -26,6 +28,7 @@ class RawWriter:
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], masked: bool = False) -> None:
+        """Create the files. All methods raise UsageError if a file cannot be written."""
         self.path, self.tokens, self.documents = folder / name, 0, 0
         self._dtype, self._inside = dtype, False
         self._ids = open(f"{self.path}.tokens", "wb", buffering=PIECE_TOKENS)  # noqa: SIM115 - close() closes
@@ -35,9 +38,9 @@ class RawWriter:
     def add(self, ids: np.ndarray) -> None:
         """Append ids to the current document. If the last document has ended, start a new one."""
         if not self._inside:
-            self._starts.write(np.array([self.tokens], dtype="<u8").tobytes())
+            _write(self._starts, np.array([self.tokens], dtype="<u8"))
             self.documents, self._inside = self.documents + 1, True
-        self._ids.write(ids.astype(self._dtype).tobytes())
+        _write(self._ids, ids.astype(self._dtype))
         self.tokens += len(ids)
 
     def end_document(self, eod: int) -> None:
@@ -53,16 +56,20 @@ class RawWriter:
         """Append a whole document and its loss mask."""
         assert self._mask is not None
         self.add(ids)
-        self._mask.write(mask.astype(np.uint8).tobytes())
+        _write(self._mask, mask.astype(np.uint8))
         self._inside = False
 
     def close(self) -> Raw:
         """Close the files, and return a Raw to read them with."""
-        self._ids.close()
-        self._starts.close()
-        if self._mask is not None:
-            self._mask.close()
+        for file in filter(None, (self._ids, self._starts, self._mask)):
+            with writing(file.name, ADVICE):
+                file.close()
         return Raw(self.path, self._dtype.itemsize, self.tokens, self.documents, self._mask is not None)
+
+
+def _write(file: IO[bytes], values: np.ndarray) -> None:
+    with writing(file.name, ADVICE):
+        file.write(values.tobytes())
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,8 @@ def _cut(split: str, stream: str, start: int, tokens: int, num: int) -> list[Sha
 def cut_shard(
     plan: ShardPlan, stream: Tokens, folder: Path, tokenizer: Tokenizer, tokenizer_sha256: str
 ) -> tuple[FileRecord, int]:
-    """Write one shard into folder; return its record and the number of its tokens that the loss mask includes. Independent."""
+    """Write one shard into folder; return its record and the number of its tokens that the loss mask includes. Raises UsageError
+    if it cannot be written. Independent."""
     text_bytes = learned = 0
     starts, tokens, of = stream.document_starts(plan.start, plan.stop), plan.stop - plan.start, bytes_of_tokens(tokenizer)
 
@@ -224,5 +232,6 @@ def cut_shard(
         "split": plan.split, "shard": plan.shard, "num_shards": plan.num_shards, "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod, "tokenizer_sha256": tokenizer_sha256,
     }
-    info = write_shard(folder / plan.name, pieces(), tokens, starts, attributes, masks() if stream.masked else None)
+    with writing(folder / plan.name, ADVICE):
+        info = write_shard(folder / plan.name, pieces(), tokens, starts, attributes, masks() if stream.masked else None)
     return FileRecord(plan.name, plan.split, tokens, len(starts), text_bytes, info.size, info.crc32, info.sha256), learned

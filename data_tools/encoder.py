@@ -69,5 +69,5 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:
-        table = with_template(replace(table, template_args=template.args), made, template.text)
+        table = with_template(replace(table, template_args=template.args, tool_template=template.tool_text), made, template.text)
     return replace(table, bos=table.bos if options.bos == "auto" else None, special=options.special or table.special)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import create_file, open_regular, temporary_name, writing
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")  # version, type, sequences, document bounds
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
+ADVICE = "free space on its disk, or choose another prefix"
 PIECE_TOKENS = 2**20  # tokens read at a time
 
 
@@ -29,19 +32,22 @@ def dtype_code(vocab_size: int) -> int:
 
 
 class MegatronWriter:
-    """Writes PREFIX.bin and PREFIX.idx, one sequence per document. Raises UsageError if they exist. Independent."""
+    """Writes PREFIX.bin and PREFIX.idx, one sequence per document. Raises UsageError if they exist or cannot be written.
+    Independent."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._files = [Path(f"{prefix}{end}") for end in (".bin", ".idx")]
         if there := [str(path) for path in self._files if path.exists()]:
             raise UsageError(f"{there[0]} exists and is not overwritten: choose another prefix, or remove it yourself")
         self._code = dtype_code(vocab_size)
-        self._parts = [path.with_name(f".{path.name}.part") for path in self._files]
-        self._tokens = open(self._parts[0], "wb", buffering=PIECE_TOKENS)  # noqa: SIM115 - close() closes
+        self._parts = [temporary_name(path) for path in self._files]
+        with writing(self._files[0], ADVICE):
+            self._tokens = create_file(self._parts[0])  # close() closes
 
     def add(self, ids: np.ndarray) -> None:
         """Append ids. The document boundaries are given to close()."""
-        self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
+        with writing(self._files[0], ADVICE):
+            self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
         """Write the index and move both files to their final names. starts: (d,), of documents; tokens: the total."""
@@ -49,22 +55,24 @@ class MegatronWriter:
         if lengths.max(initial=0) >= 2**31:
             raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
         size = np.dtype(DTYPES[self._code]).itemsize
-        with open(self._parts[1], "wb") as index:
+        with writing(self._files[1], ADVICE), create_file(self._parts[1]) as index:
             index.write(MAGIC + HEADER.pack(1, self._code, len(lengths), len(lengths) + 1))
             index.write(lengths.astype("<i4").tobytes())
             index.write((starts.astype("<i8") * size).tobytes())
             index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
             index.flush()
             os.fsync(index.fileno())
-        self._tokens.flush()
-        os.fsync(self._tokens.fileno())
-        self._tokens.close()
-        for part, path in zip(self._parts, self._files, strict=True):
-            os.replace(part, path)
+        with writing(self._files[0], ADVICE):
+            self._tokens.flush()
+            os.fsync(self._tokens.fileno())
+            self._tokens.close()
+            for part, path in zip(self._parts, self._files, strict=True):
+                os.replace(part, path)
 
     def abandon(self) -> None:
         """Remove the temporary files."""
-        self._tokens.close()
+        with suppress(OSError):  # a full disk still refuses what the buffer holds
+            self._tokens.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
 
@@ -75,8 +83,10 @@ class MegatronReader:
     def __init__(self, prefix: Path) -> None:
         self.path, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         try:
-            data = index.read_bytes()
-            size = self.path.stat().st_size
+            with open_regular(index) as file:
+                data = file.read()
+            with open_regular(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); PREFIX stands for PREFIX.bin and PREFIX.idx"
                             ) from None

@@ -54,11 +54,11 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
         raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
     for message in messages:
         _check(message)
-    args = _field(fields, "chat_template_kwargs", dict) or {}
+    args, tools = _field(fields, "chat_template_kwargs", dict) or {}, _objects(fields, "tools")
     chat = Chat(
         [{key: value for key, value in message.items() if key not in ("weight", "train")} for message in messages],
         [_learned(message) for message in messages],
-        _objects(fields, "tools"), _objects(fields, "documents"), args, _unused(fields, messages, args, template),
+        tools, _objects(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)),
     )
     if any(BEGIN in text or END in text for text in _strings([chat.messages, chat.tools, chat.documents, chat.args])):
         raise RowSkipped("malformed", "a text with the noncharacter U+FDD0 or U+FDD1")

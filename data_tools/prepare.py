@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,24 +23,23 @@ from data_tools.encoder import Encoder, completed_table, table_of
 from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
 from data_tools.options import PrepareOptions, add_options, check_options, template_args
+from data_tools.out_folder import OutFolder
 from data_tools.rows import RowReader
 from data_tools.sources import SourceReader
 from data_tools.team import Team
 from data_tools.vocabulary import Corpus, make_tokenizer
 from mpidp.data.chat_template import Template
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
-from mpidp.data.special_tokens import FILE, SpecialTokens
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
-from mpidp.errors import DataError, UsageError
+from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.files import write_file
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Found = tuple[list[SourceFile], dict[str, Any], list[str]]  # see find_files
-SCRATCH = ".prepare"  # the temporary folder in OUT
 
 
 def prepare(
@@ -50,7 +47,7 @@ def prepare(
     val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
     eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
     chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
-    text_key: str = "text", bos: str = "auto", special: str = "", template_arg: Sequence[str] = (),
+    text_key: str = "text", bos: str = "auto", special: str = "", template_arg: Sequence[str] = (), wait: bool = False,
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
@@ -60,11 +57,11 @@ def prepare(
     val_fraction of the stream. "document": whole documents, chosen by a hash of seed, file name and index in the file; the seed
     has no other use. Rows are always split by document. eod: the end-of-document token of the tokenizer.json. bos: "auto" puts
     BOS before documents and rows if the tokenizer adds it to texts. special: what names of special tokens in texts become, "text"
-    or "tokens". verbose: print a summary on rank 0. Raises UsageError if an option is invalid and DataError if a source cannot
-    be read. OUT is then unchanged.
+    or "tokens". verbose: print a summary on rank 0. wait: if another process prepares OUT, wait and use its shards. Raises
+    UsageError if an option is invalid, OUT is in use or cannot be written, and DataError if a source cannot be read. OUT is then
+    unchanged.
     """
-    began, team, out = time.monotonic(), Team(comm), Path(out)
-    scratch, is_new = out / SCRATCH, not out.exists()
+    began, team, folder = time.monotonic(), Team(comm), OutFolder(Path(out))
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None
     with team.raise_together():
         options = PrepareOptions(
@@ -73,12 +70,17 @@ def prepare(
         )
         check_options(options, chat_template, template_arg)
         if team.rank == 0:
-            ours = _names_in(out)
+            folder.names()
             table = table_of(tokenizer, eod)
             template = find_template(chat_template, tokenizer, table, template_args(template_arg)) if form == "chat" else None
-            found = [find_files(one.path, leave_out=out) for one in options.sources], table, template
-            _make_scratch(out, ours)
-    corpora, table, template = team.bcast(found)
+            found = [find_files(one.path, leave_out=folder.path) for one in options.sources], table, template
+            found = found if folder.open(wait) else None
+    received = team.bcast(found)
+    if received is None:
+        with team.raise_together():
+            folder.close()
+        return read_index(folder.path)
+    corpora, table, template = received
     try:
         own_files = [_files_of_rank(files, team.rank, team.size) for files, _, _ in corpora]
         readers = [_reader(options, template, about["kind"] == "file") for _, about, _ in corpora]
@@ -89,20 +91,16 @@ def prepare(
         encoder = Encoder(made, table.bos, options.special or ("text" if form == "text" else table.special))
         with team.raise_together():
             encoded = [
-                _encode(options, s, files, readers[s], encoder, scratch, team.rank) for s, files in enumerate(own_files)
+                _encode(options, s, files, readers[s], encoder, folder.scratch, team.rank) for s, files in enumerate(own_files)
             ]
         all_raws, counts = team.allgather(encoded), Counts.total(team.allgather([reader.counts for reader in readers]))
-        index = _write(all_raws, counts, made, table, [about for _, about, _ in corpora], options, out, team)
+        index = _write(all_raws, counts, made, table, [about for _, about, _ in corpora], options, folder, team)
     finally:
-        if team.rank == 0 and not _is_half_replaced(out):
-            shutil.rmtree(scratch, ignore_errors=True)
-            if is_new:
-                with suppress(OSError):  # succeeds only if OUT is empty
-                    out.rmdir()
+        folder.close()
     if verbose and team.rank == 0:
         remarks = [remark for _, _, of_source in corpora for remark in of_source]
-        print(_summary(out, index, remarks + counts.complaints(), counts.files, options, time.monotonic() - began, team.size),
-              flush=True)
+        seconds = time.monotonic() - began
+        print(_summary(folder.path, index, remarks + counts.complaints(), counts.files, options, seconds, team.size), flush=True)
     return index
 
 
@@ -123,42 +121,6 @@ def _encode(
     return encode_text(files, reader, encoder, routing)
 
 
-def _names_in(out: Path) -> set[str]:
-    """Return the names of the shards that this program, or a killed run of it, wrote. Raises UsageError if OUT has others."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is not a folder; choose another")
-    ours: set[str] = set()
-    for name in ("index.json", f"{SCRATCH}/old.json", f"{SCRATCH}/new.json"):
-        if (out / name).exists():
-            try:
-                ours |= {record.name for record in read_index(out, name).files}
-            except DataError as error:
-                if name == "index.json":
-                    raise UsageError(f"--out {out} holds an index that cannot be replaced safely ({error}); "
-                                     "choose another folder, or remove its files yourself") from None
-    if foreign := sorted(path.name for path in out.glob("*.h5") if path.name not in ours):
-        more = " and others" if foreign[1:] else ""
-        raise UsageError(f"--out {out} holds {foreign[0]}{more}, which no index.json lists; nothing was changed: "
-                         "choose another folder, or remove these files yourself")
-    return {name for name in ours if (out / name).exists()}
-
-
-def _is_half_replaced(out: Path) -> bool:
-    """True if a run was interrupted while it replaced the index. Its scratch folder then lists the shards."""
-    return (out / SCRATCH / "new.json").exists() and not (out / "index.json").exists()
-
-
-def _make_scratch(out: Path, ours: set[str]) -> None:
-    try:
-        if _is_half_replaced(out):
-            for name in ours:
-                (out / name).unlink()
-        shutil.rmtree(out / SCRATCH, ignore_errors=True)  # left by a killed run
-        (out / SCRATCH).mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
-
-
 def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[SourceFile]:
     """Return the files whose middle byte lies in the rank's part of all bytes."""
     total, before, selected = sum(f.size for f in files) or 1, 0, []
@@ -171,7 +133,7 @@ def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[Source
 
 def _write(
     raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, table: SpecialTokens, abouts: list[dict[str, Any]],
-    options: PrepareOptions, out: Path, team: Team,
+    options: PrepareOptions, out: OutFolder, team: Team,
 ) -> Index:
     """Write the shards, each rank some of them, and move them to OUT. raws: by rank, source and stream. Collective."""
     stored, special = encoder.to_json(), "" if table.is_plain else table.to_json()
@@ -182,7 +144,7 @@ def _write(
             raise DataError(counts.no_text())
         streams, mixture = _streams(raws, encoder.eod, options)
         plans = plan_shards(streams, options.shards, options.val_fraction)
-        written = {i: cut_shard(plan, streams[plan.stream], out / SCRATCH, encoder, sha256)
+        written = {i: cut_shard(plan, streams[plan.stream], out.scratch, encoder, sha256)
                    for i, plan in enumerate(plans) if i % team.size == team.rank}
     by_number: dict[int, tuple[FileRecord, int]] = {}
     for of_rank in team.allgather(written):
@@ -199,7 +161,7 @@ def _write(
                   special_tokens_sha256=hashlib.sha256(special.encode()).hexdigest() if special else "")
     with team.raise_together():
         if team.rank == 0:
-            _put_in_place(out, index, stored, special)
+            out.put_in_place(index, stored, special)
     return index
 
 
@@ -223,28 +185,6 @@ def _streams(
     available = [sum(raw[s][name].documents for raw in raws for name in parts) for s in range(len(options.sources))]
     mixed = len(options.sources) > 1 or options.tokens > 0
     return found, mixture_record(options.sources, taken, available) if mixed else []
-
-
-def _put_in_place(out: Path, index: Index, tokenizer: str, special: str) -> None:
-    """Move the old index away and the new shards in, remove stale shards, and write the new index.
-
-    The next run recovers from an interruption at any point (_names_in).
-    """
-    scratch, stale = out / SCRATCH, _names_in(out) - {record.name for record in index.files}
-    write_file(scratch / "new.json", index.to_json())
-    if (out / "index.json").exists():
-        os.replace(out / "index.json", scratch / "old.json")
-    for record in index.files:
-        os.replace(scratch / record.name, out / record.name)
-    for name in stale:
-        (out / name).unlink()
-    write_file(out / "tokenizer.json", tokenizer)
-    if special:
-        write_file(out / FILE, special)
-    else:
-        (out / FILE).unlink(missing_ok=True)
-    write_file(out / "index.json", index.to_json())
-    shutil.rmtree(scratch, ignore_errors=True)  # done here, before the other ranks continue
 
 
 def _summary(

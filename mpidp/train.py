@@ -116,7 +116,7 @@ def prepare_default_corpus(config: Config, world: MPI.Intracomm, corpus: Mapping
             from data_tools.prepare import prepare
 
             log.info("no shards in %s: preparing them from the source of Python's standard library", path)
-            prepare(**corpus, out=str(path))
+            prepare(**corpus, out=str(path), wait=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -41,9 +41,18 @@ class Template:
     names: Mapping[str, str]  # special tokens by name, such as bos_token
     moment: float  # the time that strftime_now returns, in seconds since 1970; the same on all ranks
     args: Mapping[str, Any] = field(default_factory=dict)  # other variables, such as enable_thinking
+    tool_text: str | None = None  # the template of chats with tools; None: the same
 
     def __getstate__(self) -> dict[str, Any]:  # the template is sent to other ranks; the compiled form cannot be pickled
-        return {"text": self.text, "names": self.names, "moment": self.moment, "args": self.args}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def of(self, tools: Any) -> Template:
+        """Return the template of chats with these tools, as transformers chooses it."""
+        return self if tools is None or self.tool_text is None else self._for_tools
+
+    @cached_property
+    def _for_tools(self) -> Template:
+        return replace(self, text=self.tool_text or self.text, tool_text=None)
 
     @cached_property
     def has_marks(self) -> bool:
@@ -65,7 +74,7 @@ class Template:
 
     def check(self) -> None:
         """Raise UsageError or DataError if the template cannot be used."""
-        assert self._compiled is not None
+        assert self._compiled is not None and self.of([])._compiled is not None
 
     def undefined_names(self) -> list[str]:
         """Return the names of special tokens (*_token) that the template uses and that have no value."""
@@ -83,7 +92,7 @@ class Template:
         prompt: end with the generation prompt. args: variables of this chat; they override those of the template. The text has
         BEGIN and END around the parts that {% generation %} marks.
         """
-        jinja2, template = _library(), self._compiled
+        jinja2, template = _library(), self.of(tools)._compiled
         given = {**self.names, **self.args, **(args or {})} | {
             "messages": [_message(one) for one in messages], "tools": tools, "documents": documents,
             "add_generation_prompt": prompt,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,7 @@ from mpidp.runtime.files import open_regular, write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
+HDF5_BYTES = 1 << 16  # more than HDF5 writes besides the data
 PIECE_BYTES = 4 * 2**20  # bytes read and hashed at a time
 
 
@@ -50,10 +53,16 @@ def write_shard(
     """
     dtypes = {"tokens": token_dtype(int(attributes["vocab_size"])), "loss_mask": np.dtype("u1")}
 
+    ids = dtypes["tokens"].itemsize + (mask is not None)
+    room = num_tokens * ids + 8 * len(doc_offsets) + HDF5_BYTES
+
     def write(temporary: Path) -> None:
-        with _errors_of_the_system(), h5py.File(
+        with open(temporary, "r+b") as empty:
+            _reserve(empty.fileno(), room)  # before HDF5 opens the file, because HDF5 cannot close a file on a full disk
+        with h5py.File(
             temporary, "w", libver=("earliest", "v110"), track_order=False, locking=False  # nobody else knows the file
-        ) as file:
+        ) as file, _closable(file):
+            _reserve(file.id.get_vfd_handle(), room)  # HDF5 has truncated the file
             file.create_dataset("doc_offsets", data=np.asarray(doc_offsets, dtype="<u8"))
             for name, source in (("tokens", pieces), ("loss_mask", mask)):
                 if source is None:
@@ -66,17 +75,33 @@ def write_shard(
                     raise ValueError(f"{path}: expected {num_tokens} {name}, got {at}")
             for key, value in {"format": SHARD_FORMAT, "version": VERSION, **attributes}.items():
                 file.attrs[key] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
+            file.flush()
+            size = file.id.get_filesize()
+        os.truncate(temporary, size)
 
     write_file(path, write)
     crc32, sha256 = checksums(path)
     return Written(path.stat().st_size, crc32, sha256)
 
 
+def _reserve(handle: int, size: int) -> None:
+    """Reserve this many bytes on the disk. Raises OSError if there are fewer."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # not supported by this file system
+            raise
+
+
 @contextmanager
-def _errors_of_the_system() -> Iterator[None]:
-    """Raise OSError where HDF5 raises RuntimeError, for example because the disk is full when it closes a file."""
+def _closable(file: h5py.File) -> Iterator[None]:
+    """Run a body that writes the file. If a write fails nevertheless, let HDF5 write to memory from then on, so that it can close
+    the file. Raises OSError also where HDF5 raises RuntimeError."""
     try:
         yield
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
+        memory = os.memfd_create("lost")
+        os.dup2(memory, file.id.get_vfd_handle())
+        os.close(memory)
         number = re.search(r"errno = (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, str(error)) from error
+        raise OSError(error.errno if isinstance(error, OSError) else int(number[1]) if number else 0, str(error)) from error

@@ -57,6 +57,7 @@ class SpecialTokens:
     names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: variables of the chat template
     template: str | None = None  # chat template (jinja2)
     template_args: Mapping[str, Any] = field(default_factory=dict)  # other variables of the template, such as enable_thinking
+    tool_template: str | None = None  # the template of chats with tools; None: the same
 
     def to_json(self) -> str:
         """Return the contents of special_tokens.json."""
@@ -112,9 +113,10 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
     ends += [ids[name] for name in (names.get("eos_token"),) if name in ids]
     pad = next((i for i in (ids.get(names.get("pad_token", "")), *_ids(generation.get("pad_token_id"))) if i is not None), None)
     pad = pad if pad is not None and pad < tokenizer.vocab_size else None
-    template = chat_template_of(folder) if folder is not None else None
-    special = "tokens" if files or template is not None or len(special_names(tokenizer)) > 1 else "text"
-    return with_template(SpecialTokens(tokenizer.bos, tuple(ends), pad, special, names), tokenizer, template)
+    templates = chat_templates_of(folder) if folder is not None else {}
+    special = "tokens" if files or templates or len(special_names(tokenizer)) > 1 else "text"
+    table = SpecialTokens(tokenizer.bos, tuple(ends), pad, special, names, tool_template=templates.get("tool_use"))
+    return with_template(table, tokenizer, templates.get("default"))
 
 
 def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | None) -> SpecialTokens:
@@ -134,23 +136,23 @@ def special_names(tokenizer: Tokenizer) -> dict[str, int]:
     return {one["content"]: one["id"] for one in about.get("added_tokens") or [] if one.get("special") and one["content"]}
 
 
-def chat_template_of(folder: Path) -> str | None:
-    """Return the chat template in a folder, or None. Raises DataError if it cannot be read. Independent.
+def chat_templates_of(folder: Path) -> dict[str, str]:
+    """Return the chat templates in a folder by name. "tool_use" is for chats with tools, "default" for others. Independent.
 
-    The template is chat_template.jinja if there is one, else `chat_template` of tokenizer_config.json, else of
-    chat_template.json.
+    The templates are chat_template.jinja and additional_chat_templates/NAME.jinja if there are any, else `chat_template` of
+    tokenizer_config.json, else of chat_template.json. Raises DataError if a file cannot be read.
     """
-    if (file := folder / "chat_template.jinja").exists():
-        return read_template(file)
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates/tool_use.jinja"}
+    if found := {name: read_template(file) for name, file in files.items() if file.exists()}:
+        return found
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = (_object(folder / name) or {}).get("chat_template")
-        if isinstance(found, list):  # several named templates
-            found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        if isinstance(found, dict):
-            found = found.get("default")
-        if isinstance(found, str):
-            return found
-    return None
+        stored = (_object(folder / name) or {}).get("chat_template")
+        if isinstance(stored, list):
+            stored = {one.get("name"): one.get("template") for one in stored if isinstance(one, dict)}
+        if stored is not None:
+            stored = stored if isinstance(stored, dict) else {"default": stored}
+            return {name: text for name, text in stored.items() if isinstance(name, str) and isinstance(text, str)}
+    return {}
 
 
 def read_template(path: Path) -> str:
@@ -206,18 +208,20 @@ def _parsed(found: Mapping[str, Any]) -> SpecialTokens:
     if found.get("format") != FORMAT or found.get("version") != 1:
         raise ValueError(f"its format is not {FORMAT} version 1")
     bos, ends, pad, special, template = (found[key] for key in ("bos", "ends", "pad", "special", "template"))
-    names, args = found["names"], found["template_args"]
+    names, args, tool_template = found["names"], found["template_args"], found.get("tool_template")
     if not isinstance(ends, list) or len(_ids(ends)) != len(ends) or not ends:
         raise ValueError("ends must be a list of ids")
     if any(value is not None and not _ids(value) for value in (bos, pad)):
         raise ValueError("bos and pad must be an id or null")
     if special not in ("text", "tokens"):
         raise ValueError("special must be text or tokens")
-    if not isinstance(template, str | None) or not isinstance(names, dict) or not isinstance(args, dict):
+    if not all(isinstance(text, str | None) for text in (template, tool_template)) or not all(
+        isinstance(one, dict) for one in (names, args)
+    ):
         raise ValueError("template must be a string or null, names and template_args must be objects")
     if not all(isinstance(value, str) for value in names.values()):
         raise ValueError("names must be strings")
-    return SpecialTokens(bos, tuple(ends), pad, special, names, template, args)
+    return SpecialTokens(bos, tuple(ends), pad, special, names, template, args, tool_template)
 
 
 def _ids(value: Any) -> list[int]:

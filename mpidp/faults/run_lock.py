@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import secrets
 import socket
@@ -47,23 +48,27 @@ class RunLock:
     """
 
     def __init__(
-        self, run_dir: Path, patience_seconds: float = 3.0, watch_seconds: float = 10.0, ours: bool = False
+        self, run_dir: Path, patience_seconds: float = 3.0, watch_seconds: float = 10.0, ours: bool = False, name: str = "lock",
+        option: str = "run.dir",
     ) -> None:
         """Acquire the lock. Raises UsageError if the folder is not writable, or if a running job holds the lock.
 
-        patience_seconds: how long to wait for a holder on this machine, because mpirun may exit shortly before its ranks.
+        patience_seconds: how long to wait for a holder on this machine, because mpirun may exit shortly before its ranks; if
+        infinite, wait for any holder. name: of the lock's file. option: the option that names the folder, for messages.
         watch_seconds: how long to watch the counter of a holder on another machine. ours: True if the holder was a failed rank of
         this job."""
-        self.path = run_dir / "lock"
+        self.path, self._option = run_dir / name, option
         self.lost = False  # True once another job has taken the lock
         self._handle: int | None = None
         self._me = _myself()
         self._stop = threading.Event()
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             self._acquire(patience_seconds, watch_seconds, ours)
         except OSError as error:
-            raise UsageError(f"run.dir={run_dir} cannot be written to ({error}); choose another with --run.dir=DIR") from error
+            if self._handle is not None:  # it was acquired, but could not be written
+                self.path.unlink(missing_ok=True)
+                os.close(self._handle)
+            raise UsageError(f"{option}={run_dir} cannot be written to ({error}); choose another with --{option}=DIR") from error
         self._thread = threading.Thread(target=self._count, name="lock", daemon=True)
         self._thread.start()
 
@@ -85,6 +90,7 @@ class RunLock:
     def _acquire(self, patience: float, watch: float, ours: bool) -> None:
         began, first = time.monotonic(), None
         while True:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             free, holder, waited = _lock_file(handle), _holder(handle), time.monotonic() - began
             if holder and self._follows(holder, ours):
@@ -96,12 +102,17 @@ class RunLock:
                     self._handle = handle
                     return self._write(handle)
                 who, give_up = who or "another process", waited >= patience
+                if first is None and patience == math.inf:
+                    log.info("%s: held by %s; waiting until it has finished", self.path, who)
+                    first = self._me
             else:
                 who = f"a job on {holder['host']} (pid {holder['pid']}" + (f", job {holder['job']})" if holder["job"] else ")")
                 if first is None:
                     log.info("%s: held by %s; checking for %g s whether it is still running", self.path, who, watch)
                 first = first or holder
-                give_up = holder != first
+                give_up = holder != first and patience < math.inf
+                if holder != first:  # it is running
+                    began, first, waited = time.monotonic(), holder, 0.0
                 if not give_up and waited >= watch:
                     log.info("%s: taken over from %s, which is no longer running", self.path, who)
                     os.close(handle)
@@ -110,7 +121,7 @@ class RunLock:
             if give_up:
                 raise UsageError(
                     f"{self.path}: in use by {who}. If that job no longer runs, remove the file; otherwise choose another folder "
-                    "with --run.dir=DIR"
+                    f"with --{self._option}=DIR"
                 )
             time.sleep(0.1)
 
@@ -131,7 +142,9 @@ class RunLock:
             time.sleep(2 * COUNT_SECONDS)
         if not self.held():
             os.close(self._handle)
-            raise UsageError(f"{self.path}: another job acquired it at the same time; choose another folder with --run.dir=DIR")
+            raise UsageError(
+                f"{self.path}: another job acquired it at the same time; choose another folder with --{self._option}=DIR"
+            )
 
     def _write(self, handle: int) -> None:
         os.pwrite(handle, json.dumps(self._me).encode().ljust(LOCK_BYTES), 0)

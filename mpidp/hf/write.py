@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,8 +52,8 @@ def write_folder(
             write_file(temporary / name, content)
         os.rename(temporary, out)
         sync_directory(out.parent)
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written ({error}); choose another folder") from error
+    except (OSError, SafetensorError) as error:  # the second if the disk is full while weights are written
+        raise UsageError(f"{out} cannot be written ({error}); free space on its disk, or choose another folder") from error
     finally:
         with suppress(OSError):
             shutil.rmtree(temporary)

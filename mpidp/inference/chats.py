@@ -57,7 +57,7 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
             f"--chat: {run} has no chat template. Train on data prepared with --format chat, or write the text of the chat into "
             "the prompt"
         )
-    template = Template(table.template, table.names, moment, table.template_args)
+    template = Template(table.template, table.names, moment, table.template_args, table.tool_template)
     template.check()
     return template
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -26,7 +27,7 @@ def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any
     """Read a JSON file and check it against the schema. Raises OSError if it cannot be read, or is not a regular file, and
     ValueError, with the place and the problem, if its content is wrong. Independent."""
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
+        data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # read(n) allocates n bytes at once
     if len(data) > max_bytes:
         raise ValueError(f"larger than {max_bytes:,} bytes")
     return parse_json(data, schema)

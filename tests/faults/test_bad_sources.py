@@ -132,8 +132,8 @@ WRONG = {
     "split": (["--split", "words"], 2, "--split words must be text or document"),
     "bad utf8": (["--bad-utf8", "drop"], 2, "--bad-utf8 drop must be replace or skip"),
     "out is a file": (["--out", "source"], 2, "source is not a folder"),
-    "out under a file": (["--out", "source/out"], 2, "cannot write to --out source/out"),
-    "out in proc": (["--out", "/proc/out"], 2, "cannot write to --out /proc/out"),
+    "out under a file": (["--out", "source/out"], 2, "out=source/out cannot be written to"),
+    "out in proc": (["--out", "/proc/out"], 2, "out=/proc/out cannot be written to"),
 }
 
 

@@ -40,7 +40,7 @@ CONTRACT = {
     "reporting": f"{EVERY} config metrics",
     "checkup": f"{EVERY} comm config",
     "c10d": f"{EVERY} comm",
-    "data_tools": f"{EVERY} data",
+    "data_tools": f"{EVERY} data faults",
 }
 COMMANDS = {"__main__", "train", "evaluate", "generate", "export", "plan", "replay", "report", "doctor", "library"}
 AT_THE_TOP = COMMANDS | {"__init__", "errors"}  # at most 12 files: a command or the public API

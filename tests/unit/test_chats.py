@@ -208,13 +208,33 @@ def test_keys_that_nobody_uses_are_counted(tmp_path: Path, capsys: pytest.Captur
     assert len(rows_of(tmp_path / "out")) == 5
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+def test_chats_with_tools_use_the_template_for_tools(tmp_path: Path, in_files: bool) -> None:
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not in_files:
+        config["chat_template"] = [{"name": "default", "template": PARTS}, {"name": "tool_use", "template": TOOLS}]
+    folder = model_folder(tmp_path / "m", tokenizer_config__json=config)
+    if in_files:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "chat_template.jinja").write_text(PARTS)
+        (folder / "additional_chat_templates/tool_use.jinja").write_text(TOOLS)
+    rows: list[dict[str, Any]] = [{"messages": [user("a"), said("b")], "tools": tools} for tools in (None, [], [{"f": 1}])]
+    prepare(write(tmp_path / "a.jsonl", *rows), str(folder), tmp_path / "out", 1, 0.0, form="chat", seq_len=64)
+    theirs = auto.from_pretrained(folder)
+    wanted = [theirs.apply_chat_template(row["messages"], tools=row["tools"])["input_ids"] for row in rows]
+    assert [ids[: len(one)] for (ids, _), one in zip(rows_of(tmp_path / "out"), wanted, strict=True)] == wanted
+    table = read_special_tokens(tmp_path / "out")
+    assert table is not None and (table.template, table.tool_template) == (PARTS, TOOLS)
+
+
 def test_arguments_and_undefined_names_of_the_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ mood }}{{ m.content }}{{ turn_token }}{% endfor %}"
     folder = model_folder(tmp_path / "m", chat_template__jinja=template, tokenizer_config__json={"bos_token": "<s>"})
     rows = [{"messages": [user("a"), said("b")]}, {"messages": [user("a"), said("b")], "chat_template_kwargs": {"mood": "!"}}]
     source = write(tmp_path / "a.jsonl", *rows)
     prepare(source, str(folder), tmp_path / "out", 1, 0.0, form="chat", seq_len=64, template_arg=["mood=?", "n=3"])
-    assert "does not define turn_token, used by the chat template" in capsys.readouterr().err
+    assert "the chat template uses turn_token, without a value in the files of" in capsys.readouterr().err
     tokenizer = load_tokenizer(folder)
     texts = [tokenizer.decode(np.array(ids)) for ids, _ in rows_of(tmp_path / "out")]
     assert texts == ["<s>?a?b", "<s>!a!b"]
