@@ -72,7 +72,7 @@ def _assumed(found: dict[str, Any]) -> list[str]:
         "GPU; communication does not depend on the batch. Evaluations and checkpoints are not counted.",
     ]
     if max(timed) == 1:
-        lines.append("Communication was not measured, so several ranks are slower than predicted; add a short RUN on two or more.")
+        lines.append("Communication was not measured, so several ranks are slower than predicted. Add a RUN on several ranks.")
     elif len(timed) == 1:
         lines.append("Communication is assumed to be as fast on any number of ranks above 1; add a short RUN on more ranks.")
     if found["ranks_not_said"]:
