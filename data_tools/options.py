@@ -98,9 +98,9 @@ def check_options(options: PrepareOptions, chat_template: str | None = None, tem
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line to a parser. Pure."""
     add = parser.add_argument
-    add("--source", action="append", help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: "
-        "the .py files of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT for a "
-        "mixture (stdlib)")
+    add("--source", action="append", metavar="PATH",
+        help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: the .py files "
+        "of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT to mix (stdlib)")
     add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
     add("--text-key", metavar="NAME", default="text", help="the field or column of a row that is a document (%(default)s)")

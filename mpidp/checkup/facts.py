@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mpidp
+from mpidp.runtime.environment import WAITING
 
 SHARED_MEMORY = "/dev/shm"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -26,6 +27,7 @@ class MachineFacts:
     cores: tuple[int, ...]  # cores that the rank may use
     host_cores: int  # number of cores of the machine
     threads: dict[str, str] = field(default_factory=dict)  # the variables in THREADS that are set
+    waiting: dict[str, str] = field(default_factory=dict)  # the variables in environment.WAITING that are set
     versions: dict[str, str] = field(default_factory=dict)  # of libraries, by name
     broken: dict[str, str] = field(default_factory=dict)  # modules that cannot be imported or used, and their errors
     gpus: tuple[tuple[str, str], ...] = ()  # (UUID, name) of visible GPUs
@@ -47,9 +49,10 @@ def gather(rank: int, library: str) -> MachineFacts:
         except Exception as error:
             broken[name] = f"{type(error).__name__}: {error}"
     threads = {name: os.environ[name] for name in THREADS if name in os.environ}
+    waiting = {name: os.environ[name] for name in sorted(WAITING) if name in os.environ}
     cores = tuple(sorted(os.sched_getaffinity(0)))
     host, host_cores = socket.gethostname(), os.cpu_count() or 1
-    return MachineFacts(rank, host, cores, host_cores, threads, versions, broken, tuple(gpus), shared_memory())
+    return MachineFacts(rank, host, cores, host_cores, threads, waiting, versions, broken, tuple(gpus), shared_memory())
 
 
 def shared_memory() -> tuple[int, int]:

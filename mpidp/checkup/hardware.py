@@ -7,7 +7,7 @@ from typing import Any
 
 from mpidp.checkup.facts import THREADS, MachineFacts, nodes
 from mpidp.checkup.findings import CheckResult, listed, ranks, worst
-from mpidp.runtime.environment import numbers
+from mpidp.runtime.environment import SPIN_COUNT, numbers
 
 BIND = {
     "MPICH": "mpirun -bind-to core:{k} -map-by core:{k}",
@@ -74,8 +74,29 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
                 words += f"mpidp.train sets its own number (train.threads, {each} here); other libraries use this variable"
                 found.append(CheckResult("threads", "warning", words, f"export {name}={each}"))
     given = ", ".join(f"{name}={value}" for name, value in facts[0].threads.items()) or f"{THREADS[0]} etc. are unset"
-    words = f"train.threads=0 means {each} thread{'s' * (each > 1)} per rank; {given}"
+    words = f"train.threads=0 means {each} thread{'s' * (each > 1)} per rank; {given}; {waiting_words(facts[0])}"
+    spinning = next((one for one in facts if spins(one)), None)
+    if spinning is not None:
+        found.append(CheckResult(
+            "threads", "note",
+            f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy, and beside other work a step "
+            "can take many times as long",
+            f"unset {' '.join(spinning.waiting)}; mpidp then sets GOMP_SPINCOUNT={SPIN_COUNT}",
+        ))
     return found[:2] or [CheckResult("threads", "ok", words)]
+
+
+def spins(facts: MachineFacts) -> bool:
+    """Return whether the environment lets waiting OpenMP threads spin for long. Pure."""
+    count = facts.waiting.get("GOMP_SPINCOUNT", "").strip()
+    if count.isdigit():
+        return int(count) > 10 * int(SPIN_COUNT)
+    return bool(count) or facts.waiting.get("OMP_WAIT_POLICY", "").strip().lower() == "active"  # INFINITE, or 30k
+
+
+def waiting_words(facts: MachineFacts) -> str:
+    """Say how OpenMP threads wait. Pure."""
+    return ", ".join(f"{name}={value}" for name, value in facts.waiting.items()) or "OpenMP threads wait as by default"
 
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:

@@ -17,8 +17,10 @@ from typing import Any
 
 from mpidp.config.schema import Config, checked, fields_of
 from mpidp.config.settings import FIXED
+from mpidp.config.suggest import suggestion
 from mpidp.data.text_files import read_whole
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import expand_home
 
 MAX_TOML_BYTES = 2**24
 
@@ -38,6 +40,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
             value: Any = {"true": True, "false": False}[str(raw).lower()]
         elif kind is str:
             value = str(raw).lower() if isinstance(raw, bool) or meta["choices"] and raw in ("True", "False") else str(raw)
+            value = expand_home(value, f"{where}: {key}") if meta["unit"] == "path" else value
         elif isinstance(raw, bool):
             raise ValueError
         elif kind is int:
@@ -64,7 +67,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
 def _assign(chosen: dict[str, Any], key: str, raw: Any, where: str) -> None:
     known = {name: about for name, about, _ in fields_of()}
     if key not in known:
-        raise UsageError(f"{where}: unknown setting {key!r}; did you mean {_nearest(key, list(known))!r}? (--help lists all)")
+        raise UsageError(f"{where}: unknown setting {key!r}; did you mean {suggestion(key, list(known))!r}? (--help lists all)")
     chosen[key] = _convert(key, raw, known[key], where)
 
 

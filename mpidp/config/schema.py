@@ -114,6 +114,9 @@ def checked(config: Config) -> Config:
         others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]
         if others:
             problems.append(f"comm.gpu=nccl reduces gradients on the GPU and is not supported with {', '.join(others)}")
+    if not train.eval_every:
+        problems += [f"{stop}: requires train.eval_every above 0; without evaluations during training it has no effect"
+                     for stop in stops_by_loss(config)]
     if 0 < train.spike <= 1:
         problems.append(f"train.spike={train.spike} must be more than 1 (a multiple of the usual gradient norm), or 0 (off)")
     if optim.min_lr > optim.lr:
@@ -123,6 +126,12 @@ def checked(config: Config) -> Config:
     if problems:
         raise UsageError("; ".join(problems))
     return config
+
+
+def stops_by_loss(config: Config) -> list[str]:
+    """Return the settings, as KEY=VALUE, that end the run early because of its validation loss. Pure."""
+    values = {"train.target_loss": config.train.target_loss, "train.patience": config.train.patience}
+    return [f"{key}={value}" for key, value in values.items() if value]
 
 
 def to_toml(config: Config) -> str:

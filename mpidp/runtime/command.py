@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from mpidp.errors import MpidpError, UsageError
 from mpidp.runtime.environment import launched_size, launched_with_ulfm, launcher_rank
+from mpidp.runtime.files import expand_home
 from mpidp.runtime.log import log, set_level
 from mpidp.runtime.missing_mpi import missing_mpi
 
@@ -26,8 +29,28 @@ LEAVE_SECONDS = 5.0  # how long a rank waits for the others at the end of a job 
 T = TypeVar("T")
 
 
+PATHS = {"DIR", "FILE", "PATH", "RUN", "RUN2", "SHARDS", "PREFIX"}  # words in the metavars of options that are paths
+
+
+def _expanded(value: Any, name: str) -> Any:
+    """Expand ~ in a str, a Path, or each item of a list."""
+    if isinstance(value, list):
+        return [_expanded(one, name) for one in value]
+    return type(value)(expand_home(str(value), name)) if isinstance(value, (str, Path)) else value
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError, and prints help only once under mpirun. Independent."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and expand ~ in the values of options and arguments that are paths, by their metavar. Raises
+        UsageError if a path cannot be expanded. Independent."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.metavar is not None and PATHS & set(re.split(r"\W", str(action.metavar))):
+                name = action.option_strings[0] if action.option_strings else str(action.metavar)
+                setattr(found, action.dest, _expanded(getattr(found, action.dest, None), name))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with argparse's message."""

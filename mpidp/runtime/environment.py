@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BEGAN = time.time()  # when this process started, approximately; seconds since 1970
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables that determine how OpenMP threads wait
+SPIN_COUNT = "1000"  # as libgomp itself uses when there are more threads than cores
 JOIN_SECONDS = 60  # seconds; time limit for a replacement rank to join the job
 
 
@@ -27,7 +29,16 @@ def ask_for_reproducible_blas() -> None:
         os.environ.setdefault("MKL_CBWR", "AVX512,STRICT" if " avx512f" in cpu else "AVX2,STRICT")
 
 
+def limit_openmp_spinning() -> None:
+    """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin only briefly and then sleep, unless the user has set
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds: beside other work, a step took 20 times as long
+    (docs/results/2026-11-29-openmp.md). Must be called before torch is imported. Independent."""
+    if not WAITING & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
 ask_for_reproducible_blas()
+limit_openmp_spinning()
 os.environ.setdefault("OMPI_MCA_osc", "^ucx")  # ucx has no shared-memory windows, and prints long warnings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import secrets
 from collections.abc import Callable, Iterator
@@ -15,6 +16,20 @@ from typing import IO
 from mpidp.errors import UsageError
 
 MANY_FILES = 1 << 16  # open files that are enough for everything; some programs are slow with a higher limit
+
+
+def expand_home(path: str, what: str) -> str:
+    """Return the path with a leading ~ or ~USER replaced by the home folder, as a shell does. In `--run.dir=~/x` and in files, no
+    shell replaces it. what: the name of the setting or option, for errors. Raises UsageError if the home folder is unknown, or
+    if the path names an environment variable. Independent."""
+    full = os.path.expanduser(path)
+    if full.startswith("~") and full == path:
+        user = path.partition("/")[0]
+        raise UsageError(f"{what}={path}: the home folder of {user} is unknown; write the whole path, or ./{path}")
+    name = re.search(r"\$(?:\{(\w+)\}|(\w+))", path)
+    if name is not None and (name[1] or name[2]) in os.environ:
+        raise UsageError(f"{what}={path}: {name[0]} is not replaced here; write the whole path, or ~ for the home folder")
+    return full
 
 
 def open_regular(path: str | Path) -> IO[bytes]:

@@ -15,7 +15,7 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import fingerprint, reject_changed_settings
 from mpidp.comm.nccl import check_nccl
 from mpidp.config import resolve
-from mpidp.config.schema import Config, checked, fields_of
+from mpidp.config.schema import Config, checked, fields_of, stops_by_loss
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import check_targets
 from mpidp.data.sampler import Sampler
@@ -171,6 +171,11 @@ def plan(config: Config, grid: Grid) -> RunPlan:
                 stream.keep_apart(config.data.documents, config.model.seq_len)
                 own, verify = range(world.rank, len(stream.files), world.size), config.data.verify
                 stream.check(own, contents=verify == "true" or verify == "auto" and stream.is_cheap(own))
+        if validation is None and (stops := stops_by_loss(config)):
+            raise UsageError(
+                f"{' and '.join(stops)} without a validation split: {config.data.path} has none. Prepare the data with "
+                "--val-fraction above 0, or set train.target_loss and train.patience to 0"
+            )
         if world.rank == 0:
             check_targets(training, training.num_tokens)
             if validation is not None:

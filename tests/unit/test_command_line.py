@@ -215,3 +215,18 @@ def test_the_settings_that_differ_from_the_defaults() -> None:
     wanted = "settings that differ from the defaults: 'data.path=my shards' train.steps=9 mesh.sequence=true"
     assert sorted(changed_settings(config)) == sorted(wanted)
     assert changed_settings(Config()) == "settings that differ from the defaults: none"
+
+
+def test_paths_of_options_begin_at_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only paths, by their metavar: a prompt stays as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser()
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("more", metavar="FILE", nargs="*", type=Path)
+    parser.add_argument("--out", metavar="FILE.png", default="~/plot.png")
+    parser.add_argument("--prompt", metavar="TEXT")
+    found = parser.parse_args(["~/a", "~/b", "c", "--prompt=~/$HOME"])
+    assert vars(found) == {"run": "/home/me/a", "more": [Path("/home/me/b"), Path("c")], "out": "/home/me/plot.png",
+                           "prompt": "~/$HOME"}
+    with pytest.raises(UsageError, match=r"--out=\$HOME/x: \$HOME is not replaced here"):
+        parser.parse_args(["a", "--out=$HOME/x"])

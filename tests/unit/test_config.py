@@ -15,6 +15,7 @@ from mpidp.config import rules
 from mpidp.config.command_line import from_args, read_toml, settings_help
 from mpidp.config.schema import Config, checked, fields_of, to_toml
 from mpidp.config.settings import FIXED
+from mpidp.config.suggest import SYNONYMS, suggestion
 from mpidp.errors import UsageError
 
 # Changing an option requires a deliberate edit of this list: users' files and scripts contain these names.
@@ -72,7 +73,10 @@ def refused(*words: str) -> str:
 @pytest.mark.parametrize(
     ("word", "near"),
     [("--train.step=3", "train.steps"), ("--model.num_layer=3", "model.num_layers"), ("--lr=3", "optim.lr"),
-     ("--train.microbatch=1", "train.micro_batch"), ("--run.directory=x", "run.dir"), ("--optimizer.lr=1", "optim.lr")],
+     ("--train.microbatch=1", "train.micro_batch"), ("--run.directory=x", "run.dir"), ("--optimizer.lr=1", "optim.lr"),
+     ("--train.lr=1", "optim.lr"), ("--optim.learning_rate=1", "optim.lr"), ("--train.batch_size=1", "train.global_batch"),
+     ("--model.n_layer=1", "model.num_layers"), ("--data.dir=x", "data.path"), ("--optim.momentum=0.9", "optim.beta1"),
+     ("--optim.steps=3", "train.steps"), ("--train.Max-Iters=3", "train.steps"), ("--model.hiddensize=8", "model.model_dim")],
 )
 def test_an_unknown_key_names_the_nearest(word: str, near: str) -> None:
     said = refused(word)
@@ -208,6 +212,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f
 FREE = {  # settings that contradict no other, at any value
     key: st.sampled_from(about.metadata["choices"]) if about.metadata["choices"]
     else st.booleans() if about.type == "bool"
+    else TEXT.filter(lambda text: text[:1] != "~" and "$" not in text) if about.metadata["unit"] == "path"
     else TEXT if about.type == "str"
     else numbers(about)
     for key, about, _ in fields_of()
@@ -237,6 +242,8 @@ def configs(draw: st.DrawFn) -> Config:
         "optim.warmup_steps": draw(st.integers(-1, chosen["train.steps"])),
         "train.spike": chosen["train.spike"] * (chosen["train.spike"] > 1),
     }
+    if not chosen["train.eval_every"]:
+        chosen |= {"train.patience": 0, "train.target_loss": 0.0}
     strategy: dict[str, Any] = draw(STRATEGIES)
     if "group" in strategy:
         chosen["comm.compress"] = "none"
@@ -291,3 +298,29 @@ def test_with_values_leaves_the_rest() -> None:
     config = Config().with_values(train={"steps": 3}, run={"dir": "x"})
     changed = {key for (key, _, a), (_, _, b) in zip(fields_of(config), fields_of(Config()), strict=True) if a != b}
     assert changed == {"train.steps", "run.dir"}
+
+
+def test_synonyms_name_settings_and_are_no_settings() -> None:
+    keys = {key for key, _, _ in fields_of()}
+    words = [word for words in SYNONYMS.values() for word in words.split()]
+    assert keys >= set(SYNONYMS) and len(words) == len(set(words))
+    for setting, names in SYNONYMS.items():
+        assert all(suggestion(name, keys) == setting for name in names.split() if name not in {k.partition(".")[2] for k in keys})
+
+
+@pytest.mark.parametrize("key", [key for key, about, _ in fields_of() if about.metadata["unit"] == "path"])
+def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `--run.dir=~/x` and in a file no shell replaces ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "a.toml").write_text(f'[{key.partition(".")[0]}]\n{key.partition(".")[2]} = "~/x"\n')
+    extra = ["--strategy.name=server", "--train.steps=5"] if key == "strategy.replay" else []
+    for words in ([f"--{key}=~/x"], [f"--{key}", "~/x"], [str(tmp_path / "a.toml")]):
+        assert from_args([*words, *extra]).flat()[key] == "/home/me/x"
+    assert "the home folder of ~nobody-here is unknown" in refused(f"--{key}=~nobody-here/x")
+    assert f"{key}=$HOME/x: $HOME is not replaced" in refused(f"--{key}=$HOME/x")
+    assert from_args([f"--{key}=a~b/$none", *extra]).flat()[key] == "a~b/$none"
+
+
+@pytest.mark.parametrize("stop", ["train.patience=3", "train.target_loss=2.5"])
+def test_stopping_by_loss_needs_evaluations(stop: str) -> None:
+    assert f"{stop}: requires train.eval_every above 0" in refused(f"--{stop}", "--train.eval_every=0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import mmap
 import os
 import subprocess
@@ -19,7 +20,7 @@ from mpidp.checkup import hardware, launch, memory, network, storage
 from mpidp.checkup.facts import MachineFacts
 from mpidp.checkup.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.comm import probe
-from mpidp.runtime.environment import numbers
+from mpidp.runtime.environment import WAITING, numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
 ONE = MachineFacts(0, "n1", (0, 1, 2, 3), 4, versions=VERSIONS)
@@ -143,6 +144,29 @@ def test_cores(case: tuple[list[MachineFacts], str, str]) -> None:
 def test_threads_against_cores(threads: dict[str, str], expected: list[str]) -> None:
     facts = job(*[("n1", "0,1,2,3")] * 2, threads=threads)
     assert verdicts(hardware.check_threads(facts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [({}, "ok"), ({"GOMP_SPINCOUNT": "1000"}, "ok"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "ok"),
+     ({"OMP_WAIT_POLICY": "Active"}, "note"), ({"GOMP_SPINCOUNT": "infinite"}, "note"), ({"GOMP_SPINCOUNT": "300000"}, "note"),
+     ({"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "0"}, "ok")],
+)  # fmt: skip
+def test_threads_that_spin_for_long(waiting: dict[str, str], expected: str) -> None:
+    (found,) = hardware.check_threads(job(("n1", "0,1"), waiting=waiting))
+    assert found.verdict == expected and all(f"{name}={value}" in found.words for name, value in waiting.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, {"GOMP_SPINCOUNT": "1000"}), ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+     ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"})],
+)  # fmt: skip
+def test_mpidp_limits_spinning_unless_the_user_has_chosen(given: dict[str, str], expected: dict[str, str]) -> None:
+    code = "import os, mpidp.runtime.environment as e; print({n: os.environ[n] for n in e.WAITING if n in os.environ})"
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert ast.literal_eval(found.stdout) == expected
 
 
 def test_nodes() -> None:
