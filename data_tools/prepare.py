@@ -144,8 +144,11 @@ def _write(
     with team.raise_together():
         if not counts.documents:
             raise DataError(counts.no_text())
-        streams, mixture = _streams(raws, encoder.eod, options)
-        plans = plan_shards(streams, options.shards, options.val_fraction)
+        try:
+            streams, mixture = _streams(raws, encoder.eod, options)
+            plans = plan_shards(streams, options.shards, options.val_fraction)
+        except DataError as error:
+            raise DataError(f"{error}{counts.reasons()}") from None
         written = {i: cut_shard(plan, streams[plan.stream], out.scratch, encoder, sha256)
                    for i, plan in enumerate(plans) if i % team.size == team.rank}
     by_number: dict[int, tuple[FileRecord, int]] = {}
