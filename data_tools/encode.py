@@ -124,8 +124,8 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row with more
-    characters than a window, and more than MAX_CHARACTERS per token, is longer in any case.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row with
+    more characters than a window, and more than MAX_CHARACTERS per token, is longer in any case.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
