@@ -55,8 +55,11 @@ class Counts:
     def no_text(self) -> str:
         """Return an error message for a source without any document: the counts and the first reasons."""
         files = f"{self.files} files: {self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
-        reasons = "".join(f"\n  {line}" for line in self.complaints())
-        return f"the source has no text at all ({files}); give --source a file or folder with text{reasons}"
+        return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"
+
+    def reasons(self) -> str:
+        """Return the complaints as further lines of an error message."""
+        return "".join(f"\n  {line}" for line in self.complaints())
 
     @classmethod
     def total(cls, of_ranks: Iterable[Iterable[Counts]]) -> Counts:

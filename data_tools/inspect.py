@@ -7,6 +7,7 @@ from pathlib import Path
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.runtime.command import Parser, run_entry
+from mpidp.runtime.log import printable
 from mpidp.runtime.options import program
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("folder", metavar="DIR", help="a folder of shards")
     parser.add_argument("--excerpt", type=int, default=200, metavar="TOKENS", help="length of the text shown (%(default)s)")
     options = parser.parse_args()
-    print(describe(options.folder, max(0, options.excerpt)))
+    print(printable(describe(options.folder, max(0, options.excerpt))))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, begin, run_entry
+from mpidp.runtime.log import printable
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def prepare(
     if verbose and team.rank == 0:
         remarks = [remark for _, _, of_source in corpora for remark in of_source]
         seconds = time.monotonic() - began
-        print(_summary(folder.path, index, remarks + counts.complaints(), counts.files, options, seconds, team.size), flush=True)
+        summary = _summary(folder.path, index, remarks + counts.complaints(), counts.files, options, seconds, team.size)
+        print(printable(summary), flush=True)
     return index
 
 
@@ -142,8 +144,11 @@ def _write(
     with team.raise_together():
         if not counts.documents:
             raise DataError(counts.no_text())
-        streams, mixture = _streams(raws, encoder.eod, options)
-        plans = plan_shards(streams, options.shards, options.val_fraction)
+        try:
+            streams, mixture = _streams(raws, encoder.eod, options)
+            plans = plan_shards(streams, options.shards, options.val_fraction)
+        except DataError as error:
+            raise DataError(f"{error}{counts.reasons()}") from None
         written = {i: cut_shard(plan, streams[plan.stream], out.scratch, encoder, sha256)
                    for i, plan in enumerate(plans) if i % team.size == team.rank}
     by_number: dict[int, tuple[FileRecord, int]] = {}

@@ -2,7 +2,7 @@
 # the script elsewhere.
 #
 #   launch COMMAND...         run COMMAND; forward USR1 (time limit is near) to it; its exit code is in $code
-#   bound_mpirun -n N ...     the same with the mpirun of MPICH or Open MPI, every rank bound to its own cores
+#   bound_mpirun -n N ...     the same with mpirun (Intel MPI: mpiexec.hydra), every rank bound to its own cores
 #   energy                    print the energy used by the job's steps, if Slurm's accounting has it
 #   finish SCRIPT [ARGS]      exit with 0 if the run has ended; otherwise requeue the job or fail. SCRIPT is submitted when chaining
 #
@@ -43,12 +43,15 @@ launch() {
 bound_mpirun() {
     local cores=${SLURM_CPUS_PER_TASK:-1}
     # do not bind the daemons that mpirun starts through srun to one core: their ranks would inherit it
-    export HYDRA_LAUNCHER_EXTRA_ARGS=--cpu-bind=none
-    if mpirun --version | grep -q HYDRA; then
-        launch mpirun -bind-to "core:$cores" -map-by "core:$cores" "$@"
-    else
-        launch mpirun --bind-to core --map-by "slot:PE=$cores" "$@"
-    fi
+    export HYDRA_LAUNCHER_EXTRA_ARGS=--cpu-bind=none I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS=--cpu-bind=none
+    case $(mpirun --version) in
+        *"Intel(R) MPI"*) # its mpirun is a script that forwards no signal
+            export I_MPI_PIN_DOMAIN="$cores:compact"
+            launch mpiexec.hydra "$@"
+            ;;
+        *HYDRA*) launch mpirun -bind-to "core:$cores" -map-by "core:$cores" "$@" ;;
+        *) launch mpirun --bind-to core --map-by "slot:PE=$cores" "$@" ;;
+    esac
 }
 
 living_nodes() { # print the nodes of this allocation that respond, this one first

@@ -107,10 +107,13 @@ class Deadline:
 
 
 def reject_tiny_memory(environ: Mapping[str, str], options: argparse.Namespace) -> None:
-    """Exit if /dev/shm is too small for MPI to start. Shared memory that ended jobs left may have filled it. Independent."""
+    """Exit if /dev/shm is too small for MPI to start, and warn if MPI may crash. Ended jobs may have left shared memory in it.
+    Independent."""
     host, (place, ranks) = socket.gethostname(), launch.on_this_node(environ)
     room = memory.check_shm({host: facts.shared_memory()}, ranks)
     if room.verdict != WRONG:
+        if room.verdict != "ok" and not place and ranks > 1:  # MPI may crash when it starts: say why before
+            log.warning("mpidp: %s", one_line(room))
         return
     if place:
         time.sleep(3 * PAUSE_SECONDS)  # the first rank of the node prints before the launcher notices an exit

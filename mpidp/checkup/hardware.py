@@ -12,7 +12,13 @@ from mpidp.runtime.environment import SPIN_COUNT, numbers
 BIND = {
     "MPICH": "mpirun -bind-to core:{k} -map-by core:{k}",
     "Open MPI": "mpirun --map-by slot:PE={k} --bind-to core",
+    "Intel MPI": "I_MPI_PIN_DOMAIN={k}:compact mpiexec.hydra",
     "srun": "srun --cpus-per-task={k} --cpu-bind=cores (srun does not inherit it from sbatch: set SRUN_CPUS_PER_TASK)",
+}
+
+UNBIND = {  # for a trial with more ranks than cores: these launchers bind by default
+    "Intel MPI": "; for a trial with more ranks than cores, I_MPI_PIN=off",
+    "Open MPI": "; for a trial with more ranks than cores, mpirun --bind-to none --oversubscribe",
 }
 
 
@@ -44,12 +50,16 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
             found.append(CheckResult("cores", "warning", words, "fine for a trial; for speed, use at most one rank per core"))
         elif crowd:
             words = f"{host}: {ranks([one.rank for one in members if set(one.cores) <= set(crowd)])} share core {numbers(crowd)}"
-            found.append(CheckResult("cores", "wrong", words, f"{fix}; or use fewer ranks or more cores (--cpus-per-task)"))
+            unbind = UNBIND.get(launcher, "")
+            fix += f"; or use fewer ranks or more cores (--cpus-per-task){unbind}"
+            found.append(CheckResult("cores", "wrong", words, fix))
         elif len(usable) < members[0].host_cores and launcher:
             words = f"{host}: its ranks may use {len(usable)} of {members[0].host_cores} cores"
             found.append(CheckResult("cores", "note", words, f"{fix}; no change needed if the job has only these cores"))
     if not found:
-        return CheckResult("cores", "ok", listed(lines))
+        one_each = all(len(one.cores) == 1 < one.host_cores for one in facts)
+        note = "\neach rank is bound to one core, the default of some launchers: comm.overlap=auto does not use poll"
+        return CheckResult("cores", "ok", listed(lines) + note * one_each)
     first = worst(found)
     return CheckResult("cores", first.verdict, f"{first.words}\n{listed(lines)}", first.fix)
 

@@ -11,15 +11,21 @@ from mpidp.checkup.facts import MachineFacts
 from mpidp.checkup.findings import CheckResult, where
 
 LAUNCHERS_OWN = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYD", "MPI_LOCAL", "MPIEXEC")
+INTEL, OPEN_MPI = "Intel MPI", "Open MPI"
+SRUN = {
+    "MPICH": "srun --mpi=pmi2", OPEN_MPI: "srun --mpi=pmix", INTEL: "I_MPI_PMI_LIBRARY=/path/of/libpmi2.so srun --mpi=pmi2",
+}
+MPIRUN = {INTEL: "the mpiexec.hydra of Intel MPI"}  # what to start ranks with, if not mpirun
 LEVELS = ("single", "funneled", "serialized", "multiple")
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
-    """Return the launcher of this process: "Open MPI" or "MPICH" for their mpirun, "srun", or "" without a launcher. Pure."""
+    """Return the launcher of this process: "Open MPI", "Intel MPI" or "MPICH" for their mpirun, "srun", or "" without a launcher.
+    Pure."""
     if "OMPI_COMM_WORLD_SIZE" in environ:
-        return "Open MPI"
+        return OPEN_MPI
     if "MPI_LOCALNRANKS" in environ:
-        return "MPICH"
+        return INTEL if "I_MPI_HYDRA_UUID" in environ else "MPICH"
     return "srun" if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else ""
 
 
@@ -33,17 +39,18 @@ def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
 
 def incompatible(kind: str, launcher: str) -> bool:
     """Return True if this launcher cannot start one job with this kind of MPI library. Pure."""
-    return (launcher == "Open MPI") != (kind == "Open MPI") and launcher in ("Open MPI", "MPICH")
+    return (launcher == OPEN_MPI) != (kind == OPEN_MPI) and launcher in (OPEN_MPI, INTEL, "MPICH")
 
 
 def mpirun_here() -> tuple[str, str]:
-    """Return (path, kind) of the mpirun on the PATH; kind is "MPICH", "Open MPI" or "other". ("", "") without one.
+    """Return (path, kind) of the mpirun on the PATH; kind is "MPICH", "Open MPI", "Intel MPI" or "other". ("", "") without one.
     Independent."""
     if not (path := shutil.which("mpirun")):
         return "", ""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
     version = subprocess.run([path, "--version"], env=environ, capture_output=True, text=True, timeout=20, check=False).stdout
-    return path, "MPICH" if "HYDRA" in version.upper() else "Open MPI" if "Open MPI" in version else "other"
+    names = {"Intel(R) MPI": INTEL, "HYDRA": "MPICH", "Open MPI": OPEN_MPI}
+    return path, next((name for words, name in names.items() if words in version), "other")
 
 
 def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
@@ -54,12 +61,18 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):
         words = f"{starter} started {launched} ranks, but each is alone (rank 0 of 1): it and the MPI library ({library}) do not "
-        srun = {"MPICH": "srun --mpi=pmi2", "Open MPI": "srun --mpi=pmix"}.get(kind, "srun --mpi=... (srun --mpi=list)")
-        here = f" (the one on the PATH is {mpirun[1]}'s, {mpirun[0]})" if mpirun[0] else ""
-        fix = f"use the mpirun of {kind}{here}, or `{srun} -n {launched} python -m mpidp.doctor`"
+        srun = SRUN.get(kind, "srun --mpi=... (srun --mpi=list)")
+        here = f" (the mpirun on the PATH is {mpirun[1]}'s, {mpirun[0]})" if mpirun[0] else ""
+        fix = f"use {MPIRUN.get(kind, f'the mpirun of {kind}')}{here}, or `{srun} -n {launched} python -m mpidp.doctor`"
+        if (kind == OPEN_MPI) != (launcher == OPEN_MPI) and launcher:
+            abi = "openmpi" if launcher == OPEN_MPI else "mpich"
+            fix += f". If {launcher} is installed, too, MPI4PY_MPIABI={abi} makes mpi4py load it"
         return CheckResult("launch", "wrong", f"{words}fit together. Training exits with an error after such a launch", fix)
     if size > 1:
-        return CheckResult("launch", "ok", f"{size} ranks, started by {starter}; MPI library {library}")
+        words = f"{size} ranks, started by {starter}; MPI library {library}"
+        if launcher != INTEL:
+            return CheckResult("launch", "ok", words)
+        return CheckResult("launch", "ok", words, "for jobs, use its mpiexec.hydra: its mpirun passes no signal on to the ranks")
     words = f"one rank, {f'started by {starter}' if launcher else 'no launcher'}; MPI library {library}"
     if not mpirun[0]:
         return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install an MPI module, or try srun")

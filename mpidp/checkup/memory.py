@@ -19,7 +19,10 @@ from mpidp.checkup.findings import CheckResult, listed, size
 # names of segments of MPICH and its derivatives, of Open MPI 5 and 4 (windows and messages), of UCX and of PSM
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
 SMALL = 64 << 20  # bytes; the default of docker
-OF_A_RANK = 5 << 18  # bytes; MPICH 5 needs 1.02 MiB per rank at start, and crashes with a bus error without it
+# Bytes per rank. With less than OF_A_RANK no MPI starts (MPICH needs 1.02 MiB). With less than SAFE some crash at or after their
+# start: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With the named settings they need little.
+OF_A_RANK, SAFE = 5 << 18, 16 << 20
+LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), which need less of it"
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,9 @@ def check_shm(rooms: Mapping[str, tuple[int, int]], starting: int = 0) -> CheckR
     fix = "docker run --shm-size=8g, or mount -o remount,size=50% /dev/shm (a container's default is 64 MiB)"
     if free < OF_A_RANK * starting:
         return CheckResult("shared memory", "wrong", f"{words}: too little for MPI to start; MPI may crash with a bus error", fix)
+    if free < SAFE * starting:
+        words += f": {size(free // starting)} per rank. MPICH may crash below 9 MiB per rank, Intel MPI below 16 MiB"
+        return CheckResult("shared memory", "warning", words, f"{fix}; or set {LESS}")
     if free < SMALL:
         words += ": gradients will be sent as messages instead of through a shared window"
         return CheckResult("shared memory", "warning", words, fix)

@@ -19,9 +19,10 @@ TAG = 7
 SMALL = 256 << 10  # bytes of a first message, whose time determines the size of the next messages
 SLOW_NODE, SLOW_LINK = 5e8, 1.2e8  # bytes/s; slower means shared cores, or a network of 1 Gbit/s
 SETTINGS = ("FI_", "UCX_", "MPIR_CVAR_CH4_NETMOD", "MPIR_CVAR_CH4_OFI", "MPICH_OFI_", "HYDRA_IFACE", "PRTE_MCA_prte_if",
-            "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
+            "I_MPI_FABRICS", "I_MPI_OFI_PROVIDER", "OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl")  # fmt: skip
 HOW = {
     "MPICH": "UCX_NET_DEVICES=NAME (UCX), FI_PROVIDER=tcp FI_TCP_IFACE=NAME (libfabric), mpirun -iface NAME (start)",
+    "Intel MPI": "FI_PROVIDER=tcp FI_TCP_IFACE=NAME (libfabric), mpiexec.hydra -iface NAME (start)",
     "Open MPI": "--mca btl_tcp_if_include NAME, UCX_NET_DEVICES=NAME (UCX), --prtemca prte_if_include NAME (start)",
 }
 

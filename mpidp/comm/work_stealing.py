@@ -7,13 +7,17 @@ lane of the range. `stolen` counts thefts: the s-th theft takes the s-th lane fr
 range from the same counter. Therefore every lane is taken exactly once, whatever the delays.
 
 All access is by MPI_Fetch_and_op in one long epoch. On shared memory this works even if the rank that owns the counter does not
-call MPI. No rank loads or stores a counter directly, so MPI ensures that all ranks see the current values. With Open MPI, set
-OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its shared-memory component.
+call MPI (with MPICH 4 it does not work; steals_freely() tests it). No rank loads or stores a counter directly, so MPI ensures
+that all ranks see the current values. With Open MPI, set OMPI_MCA_osc=^ucx before MPI starts, so that Open MPI uses its
+shared-memory component.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -21,6 +25,7 @@ from mpi4py import MPI
 CLAIMED, STOLEN = 0, 1
 COUNTERS = 2  # number of counters per range, in one set
 COUNTER_BYTES = 8  # int64
+SLEEP_SECONDS = 1.0  # how long a rank makes no MPI call while another draws from its counter; shorter if the other finishes
 
 
 class Tickets:
@@ -92,3 +97,26 @@ class Tickets:
         self._win.Fetch_and_op([self._given, MPI.INT64_T], [self._found, MPI.INT64_T], rank, place, op)
         self._win.Flush(rank)
         return int(self._found[0])
+
+
+def steals_freely(comm: MPI.Intracomm) -> bool:
+    """Return True if a rank can take lanes of a rank that makes no MPI call, on every node. Takes milliseconds if so, else
+    SLEEP_SECONDS. comm: the ranks of this node. Collective over comm."""
+    flag = MPI.Win.Allocate_shared(COUNTER_BYTES * (comm.rank == 0), COUNTER_BYTES, comm=comm)
+    memory: Any = flag.Shared_query(0)[0]
+    drawn = np.frombuffer(memory, dtype=np.int64)  # set by rank 1, without MPI
+    drawn[0] = 0
+    free = True
+    with closing(Tickets(comm)) as tickets:
+        tickets.begin([range(1)] * comm.size)
+        if comm.rank == 0:
+            until = time.monotonic() + SLEEP_SECONDS
+            while comm.size > 1 and not drawn[0] and time.monotonic() < until:
+                time.sleep(1e-3)
+            free = comm.size == 1 or bool(drawn[0])
+        elif comm.rank == 1:
+            tickets.steal()
+            drawn[0] = 1
+        comm.Barrier()
+    flag.Free()
+    return bool(comm.bcast(free, root=0))

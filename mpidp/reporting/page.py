@@ -7,6 +7,7 @@ from html import escape
 
 LIGHT = ["#0b62a4", "#b3470a", "#1f7a55", "#8e3b8f", "#8a6d00", "#2b8fa3", "#9c2f45", "#5b5f66"]
 DARK = ["#6cb6ff", "#ff9e57", "#4fd1a0", "#d99bdc", "#e3c63b", "#62d0e6", "#ff8fa3", "#b4bac2"]
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # no scripts, no network
 DASHES = ["none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 2", "6 2 1 2"]
 
 
@@ -67,6 +68,7 @@ def page(title: str, under: str, sections: Sequence[str]) -> str:
     """Return the whole HTML file. under: line below the title. sections: HTML of the sections. Pure."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
         f'<p class="under">{escape(under)}</p>{"".join(sections)}</body></html>\n'

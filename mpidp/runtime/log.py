@@ -9,12 +9,20 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 
 from mpidp.errors import UsageError
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 VARIABLE = "MPIDP_LOG"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, unpaired surrogates and changes of direction as escapes such as \\x1b: names in
+    files of others could otherwise rewrite what the terminal shows. Newlines and tabs stay. Pure."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _BareHandler(logging.Handler):
@@ -30,7 +38,7 @@ class _BareHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-        stream.write(f"{record.getMessage()}\n")
+        stream.write(f"{printable(record.getMessage())}\n")
         stream.flush()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from mpi4py import MPI
@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpidp.comm.group import Group, make_group, regroup
 from mpidp.comm.slices import ALIGN, NORM_BLOCK
 from mpidp.comm.transport import Messages
-from mpidp.comm.work_stealing import Tickets
+from mpidp.comm.work_stealing import Tickets, steals_freely
 from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
@@ -99,6 +99,14 @@ def held_floats(config: Config, slots: int, size: int) -> float:
     return (3 + slots, 1 + 2 / size + slots, 4 / size, 4 / size)[config.mesh.shard]
 
 
+def _can_steal(mesh: Topology) -> bool:
+    """Return True if ranks of a node can take lanes of each other, on every node. Collective over mesh.dp."""
+    node = cast(MPI.Intracomm, mesh.dp.Split(mesh.node_index, mesh.dp.rank))
+    free = bool(mesh.dp.allreduce(mesh.local_size == 1 or steals_freely(node), op=MPI.LAND))
+    node.Free()
+    return free
+
+
 def share_memory(
     plan: MemoryRequest, transport: Messages, num_parameters: int, observers: StepObservers = NO_OBSERVERS,
     parts: ModelPartition | None = None, looked_at: bool = False, before: tuple[Group, bool] | None = None,
@@ -114,7 +122,10 @@ def share_memory(
     if c.comm.compress == "powersgd" and world.size == 1 and before is None:
         raise UsageError("comm.compress=powersgd on one rank: there is nothing to send. Start more ranks, or omit comm.compress")
     tree = c.comm.reducer == "tree"
-    kind = c.train.balance if world.size > 1 else "even"
+    kind, note = c.train.balance if world.size > 1 else "even", ""
+    if kind == "steal" and not launched_with_ulfm() and not _can_steal(mesh):
+        kind, c = "measured", c.with_values(train={"balance": "measured"})
+        note = "; balance measured: with this MPI, a rank cannot take lanes of a rank that computes"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
     # An audit compares replicas, so on one node each rank must have a replica of its own.
@@ -151,8 +162,7 @@ def share_memory(
         method = method_of(c.comm.compress, c.comm.ratio, c.comm.ratio_warmup, c.comm.rank, c.train.seed)
         reducer = Compressed(group, lanes, transport, balance, slots, method, c.train.seed, c.comm.momentum, **seen)
     one_copy = by_node and windowed
-    if transport.mode != "host":
-        how = f"{how}, {transport.mode}"
+    how += note + (f", {transport.mode}" if transport.mode != "host" else "")
     if plan.world.rank == 0:
         held = HELD[c.mesh.shard].format(f"one copy per {'node' if one_copy else 'rank'}")
         log.info(f"transport {how}; parameters and optimizer state: {held}")

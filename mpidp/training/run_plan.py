@@ -205,6 +205,8 @@ def plan(config: Config, grid: Grid) -> RunPlan:
     check_nccl(config.comm.gpu, device, grid.replicas)
     with raise_together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)
+        if origin is not None:
+            origin.check_shape(shape)
         check_split(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(

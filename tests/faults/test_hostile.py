@@ -5,6 +5,7 @@
 | a .pt with a command, a zip bomb, a .tar.gz, endless headers, as a shard with valid checksums | 3 | code, not executed |
 | the same as the tensors of a checkpoint with valid checksums | 4 | same, little memory |
 | the same as a manifest, tokenizer.json, index.json, the config file, a source | 4, 3, 3, 2, 3 | same |
+| terminal escapes in texts, names and keys | printed as \\x1b | output |
 | a manifest with valid checksums that names other files, absurd shapes, invalid ranges or no position | 4 | same |
 """
 
@@ -162,3 +163,25 @@ def test_a_manifest_that_lies(place: Path, newest: Path, forks: Forks, name: str
     (place / "secret").write_bytes((newest / TENSORS).read_bytes())
     vouch(newest, LIES[name])
     refused(forks.run(place, "mpidp.train", "tiny.toml", inject=LITTLE_MEMORY), place, 4, "step_00000004")
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202e"
+
+
+def test_no_terminal_escapes_are_printed(place: Path, forks: Forks) -> None:
+    """Neither texts of shards nor names in messages reach the terminal as they are."""
+    (place / "text.txt").write_text(f"before {ESCAPES} after\n" * 50)
+    as_json = ESCAPES.encode("unicode_escape").decode().replace("\\x", "\\u00")
+    (place / "bad.jsonl").write_text('{"text": ["' + as_json + '"]}\n')
+    expect(forks.run(place, "data_tools.prepare", "--source", "text.txt", "--out", "mine"), 0)
+    said = [forks.run(place, "data_tools.inspect", "mine"), forks.run(place, "data_tools.inspect", ESCAPES)]
+    said.append(forks.run(place, "mpidp.train", "tiny.toml", f"--train.{ESCAPES}=1"))
+    said.append(forks.run(place, "data_tools.prepare", "--source", "bad.jsonl", "--out", "theirs"))
+    index = json.loads((place / "shards" / "index.json").read_text())
+    index["splits"]["train"][ESCAPES] = 1
+    (place / "shards" / "index.json").write_text(json.dumps(index))
+    said.append(forks.run(place, "mpidp.train", "tiny.toml"))
+    assert [one.code for one in said] == [0, 3, 2, 3, 3], said
+    for ended in said:
+        assert not set("\x1b\x07\x9b\x7f\u202e") & set(ended.said), ended
+    assert "before \\x1b]0;owned\\x07" in said[0].out

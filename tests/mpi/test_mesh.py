@@ -123,7 +123,8 @@ def found(nodes: int) -> Topology:
 def test_one_machine_can_pretend_to_be_several(nodes: int, found: Topology) -> None:
     everywhere(found.dp == WORLD and found.num_nodes == nodes, "so many nodes of consecutive ranks")
     everywhere(sum(found.node_sizes) == WORLD.size and max(found.node_sizes) - min(found.node_sizes) <= 1, "about equal")
-    everywhere(found.cores == max(1, len(os.sched_getaffinity(0)) // nodes) or nodes > 1, "with their part of the cores")
+    usable = {core for cores in WORLD.allgather(os.sched_getaffinity(0)) for core in cores}  # a launcher may bind ranks to cores
+    everywhere(found.cores == max(1, len(usable) // nodes) or nodes > 1, "with their part of the cores")
 
 
 def test_who_shares_memory_with_whom(nodes: int, found: Topology) -> None:
@@ -169,14 +170,27 @@ def test_the_transport_follows_from_what_there_is(monkeypatch: pytest.MonkeyPatc
     everywhere(not chosen("auto", 1, torch.device("cuda"))[0], "not for what lies on a GPU")
     if several:
         # The need of one rank is that of the node; the available space is one byte too small.
+        monkeypatch.setattr(mpidp.comm.group, "FOR_MESSAGES", {})
         monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size - 1)
         shares, words = chosen("auto", 1000)
         everywhere(not shares and "/dev/shm" in words and "--shm-size" in words, "too small: said how to make it larger")
         monkeypatch.setattr(mpidp.comm.group, "_free_bytes", lambda: 1000 * WORLD.size)
         everywhere(chosen("auto", 1000)[0], "just large enough")
+        monkeypatch.setattr(mpidp.comm.group, "FOR_MESSAGES", {MPI.get_vendor()[0]: 1})
+        everywhere(not chosen("auto", 1000)[0], "MPI needs a part of it for messages")
     monkeypatch.setenv("MPIDP_PRETEND_NODES", str(WORLD.size))
     found = make_topology(WORLD)
     everywhere(not chosen("auto", 1)[0], "one rank a node has nobody to share with")
+
+
+def test_a_window_needs_an_mpi_that_knows_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under srun, Intel MPI believes that every node has equally many ranks: then it shares memory among others."""
+    wrong = WORLD.Split(min(WORLD.rank, 1), WORLD.rank)  # rank 0 alone, the others together
+    monkeypatch.setattr(mpidp.comm.group, "_sharing", lambda comm: wrong.Dup())
+    made, words = make_group(make_topology(WORLD), "auto", 1, torch.device("cpu"))
+    everywhere(made.node.size == 1 and (WORLD.size == 1 or "same number of ranks" in words), "messages")
+    made.close()
+    wrong.Free()
 
 
 def test_who_waits_spins_where_there_are_cores_and_dozes_where_not() -> None:

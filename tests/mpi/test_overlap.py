@@ -26,13 +26,15 @@ def fastest(best: str) -> Callable[..., dict[str, float]]:
     return lambda reducer, comm, ways: {way: 1.0 if way == best else 2.0 for way in ways}
 
 
-def choose(folder: Path, best: str, static: bool = True) -> list[tuple[str, bool, bool]]:
-    """Return for each rank, if `best` is fastest: (message, is it in use?, does a thread run?)."""
+def choose(folder: Path, best: str, static: bool = True, cores: int = 2) -> list[tuple[str, bool, bool]]:
+    """Return for each rank, if `best` is fastest: (message, is it in use?, does a thread run?).
+    cores: to how many a rank is bound."""
 
     def one(comm: MPI.Intracomm) -> tuple[str, bool, bool]:
         reducer = reducer_at(comm, folder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(overlap, "measure", fastest(best))
+            patch.setattr(overlap.os, "sched_getaffinity", lambda _: set(range(cores)))
             words = overlap.choose(reducer, "auto", comm, static)
         found = words, reducer.wait is (overlap.OVERLAP_WAITS[best] or reducer.group.wait), reducer.worker is not None
         overlap.use(reducer, "none")
@@ -48,6 +50,14 @@ def test_between_nodes_the_fastest_is_taken(shared_folder: Path, best: str) -> N
         for words, in_use, threaded in choose(shared_folder, best):
             assert words.startswith(f"{best} (measured, ") and all(way in words for way in overlap.OVERLAP_WAITS)
             assert in_use and threaded == (best != "none")
+
+
+def test_ranks_that_are_bound_to_one_core_do_not_poll(shared_folder: Path) -> None:
+    """Intel MPI and Open MPI bind a rank to one core by default."""
+    corpus(shared_folder)
+    with pretended(2), small_blocks():
+        found = choose(shared_folder, "poll", cores=1)
+    assert all(words.startswith("none (measured, ") and "poll" not in words and not threaded for words, _, threaded in found)
 
 
 def test_on_one_node_or_with_stealing_nothing_is_overlapped(shared_folder: Path) -> None:

@@ -46,6 +46,11 @@ LAUNCHES = {  # (size, launched, library, launcher, mpirun on the PATH) -> verdi
     "alone, no mpirun": ((1, 0, "MPICH 5.0.2", "", ("", "")), "note", "no mpirun on the PATH", "srun"),
     "alone, another's mpirun": ((1, 0, "MPICH 5.0.2", "", ("/o/mpirun", "Open MPI")), "warning", "is Open MPI's", "first on"),
     "alone, mpirun unknown": ((1, 0, "Intel MPI 2021.1", "", ("/i/mpirun", "other")), "ok", "", ""),
+    "Intel MPI": ((2, 2, "Intel MPI 2021.19.0", "Intel MPI", ("", "")), "ok", "by the mpirun of Intel MPI", "mpiexec.hydra"),
+    "singletons of Intel": ((1, 4, "Open MPI 4.1.4", "Intel MPI", ("", "")), "wrong", "the mpirun of Intel MPI started 4",
+                            "MPI4PY_MPIABI=mpich"),
+    "two MPIs": ((1, 2, "MPICH 4.0.2", "Open MPI", ("", "")), "wrong", "each is alone", "MPI4PY_MPIABI=openmpi"),
+    "singletons of srun, Intel": ((1, 4, "Intel MPI 2021.19.0", "srun", ("", "")), "wrong", "srun", "I_MPI_PMI_LIBRARY="),
     "singletons": ((1, 4, "Open MPI 5.0.11", "MPICH", ("/o/mpirun", "Open MPI")), "wrong", "started 4 ranks, but each is alone",
                    "srun --mpi=pmix -n 4"),
     "singletons of srun": ((1, 4, "MPICH 5.0.2", "srun", ("", "")), "wrong", "srun started 4 ranks", "srun --mpi=pmi2 -n 4"),
@@ -65,6 +70,7 @@ def test_launch(case: tuple[tuple[Any, ...], str, str, str]) -> None:
     [
         ({}, "", (0, 1)),
         ({"PMI_RANK": "3", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3", "SLURM_LOCALID": "0"}, "MPICH", (3, 4)),
+        ({"PMI_RANK": "0", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "0", "I_MPI_HYDRA_UUID": "1-2"}, "Intel MPI", (0, 2)),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "Open MPI", (1, 2)),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
          "srun", (1, 4)),
@@ -117,6 +123,7 @@ def test_versions_that_differ_are_named_with_ranks_and_hosts() -> None:
 CORES = {  # ranks, verdict, part of the message
     "unbound, room for all": (job(("n1", "0,1,2,3"), ("n1", "0,1,2,3")), "ok", "n1 (4 cores): ranks 0-1 on 0-3"),
     "bound": (job(("n1", "0,1"), ("n1", "2,3")), "ok", "rank 0 on 0-1; rank 1 on 2-3"),
+    "one core each": (job(("n1", "0"), ("n1", "1"), host_cores=2), "ok", "each rank is bound to one core"),
     "two on one core": (job(("n1", "2"), ("n1", "2"), ("n1", "0,1,2,3")), "wrong", "ranks 0-1 share core 2"),
     "three on two cores": (job(("n1", "0,1"), ("n1", "1"), ("n1", "0,1")), "wrong", "ranks 0-2 share core 0-1"),
     "the same core of two nodes": (job(("n1", "0"), ("n2", "0"), host_cores=1), "ok", "n2 (1 core): rank 1 on 0"),

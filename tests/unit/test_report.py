@@ -232,6 +232,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
         "batches without an update",
     ):
         assert words in text, words
+    assert "Content-Security-Policy" in text and "default-src 'none'" in text
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<style>.*?</style>", "", text))
 
 
