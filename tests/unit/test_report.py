@@ -371,7 +371,7 @@ def test_charts_of_validation_loss_show_validation_losses(tmp_path: Path, evalua
     lines[2] = lines[2] | {"train_loss": None}
     runs = [write(tmp_path / "a", WHOLE, train={"seed": 1}), write(tmp_path / "b", lines, train={"seed": 2})]
     page = report(named([read(run) for run in runs]))
-    charts = {title: body for title, body in re.findall(r"<svg[^>]*aria-label=\"([^:\"]*):[^>]*>(.*?)</svg>", page)}
+    charts = dict(re.findall(r"<svg[^>]*aria-label=\"([^:\"]*):[^>]*>(.*?)</svg>", page))
     of_b = re.findall(r"<title>[^<]*b: ([0-9.]+)", charts["Validation loss against tokens"])
     assert len(of_b) == evaluations and all(2.3 < float(loss) < 2.6 for loss in of_b)
     training = charts["Training loss against time"]
