@@ -44,6 +44,14 @@ CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer
         "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>",
     },
 }
+CLASS_OF_MODEL = {  # transformers' tokenizer class by model_type of config.json, if no file names a class
+    "gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "gptj": "GPT2Tokenizer", "opt": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer", "olmo": "GPTNeoXTokenizer", "qwen2": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer", "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer",
+    "code_llama": "CodeLlamaTokenizer",
+}
+WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of model_type whose class defines no names
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,10 @@ def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dic
     merged = dict(config)
     if "added_tokens_decoder" not in config:
         merged |= files.get("special_tokens_map.json", {})
-    kind = str(config.get("tokenizer_class") or files.get("config.json", {}).get("tokenizer_class") or "").removesuffix("Fast")
+    model = files.get("config.json", {})
+    model_type = str(model.get("model_type"))
+    kind = config.get("tokenizer_class") or model.get("tokenizer_class") or CLASS_OF_MODEL.get(model_type, "")
+    kind = "" if model_type in WITHOUT_CLASS else str(kind).removesuffix("Fast")
     byte_level = '"ByteLevel"' in json.dumps([about.get("pre_tokenizer"), about.get("decoder")])
     found: dict[str, Any] = {} if kind == "LlamaTokenizer" and byte_level else dict(CLASS_NAMES.get(kind, {}))
     found |= {key: value for key, value in merged.items() if key in STANDARD or key.endswith("_token")}
