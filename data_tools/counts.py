@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -49,7 +50,10 @@ class Counts:
             count = getattr(self, kind)
             of_files = kind == "empty" and not any(": " in place for place in places)  # rows have ": REASON" after the place
             where = "" if of_files else f": {', '.join(places)}{', ...' if count > len(places) else ''}"
-            lines.append(f"{count:,} {texts[kind]}{where}")
+            text = texts[kind]
+            if count == 1:
+                text = re.sub(r"\b(file|document|line|row)s\b", r"\1", text.replace(" that name ", " that names ", 1), count=2)
+            lines.append(f"{count:,} {text}{where}")
         return lines
 
     def no_text(self) -> str:

@@ -13,8 +13,7 @@ import numpy as np
 from data_tools.options import PrepareOptions
 from data_tools.vocabulary import given_tokenizer
 from mpidp.data.chat_template import Template
-from mpidp.data.long_text import encode_pieces
-from mpidp.data.places import Placed, placer
+from mpidp.data.places import Placed, ids_of_pieces, placer
 from mpidp.data.special_tokens import SpecialTokens, special_names, special_tokens_of, with_template
 from mpidp.data.tokenizer import Tokenizer
 
@@ -41,7 +40,7 @@ class Encoder:
         """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text, without BOS. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
-        return encode_pieces(pieces, lambda text: ((placed := self.placer([text])[0]).ids, placed.starts, placed.stops))
+        return ids_of_pieces(pieces, self.placer)
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:

@@ -34,7 +34,7 @@ from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.log import printable
+from mpidp.runtime.log import counted, printable
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
@@ -198,12 +198,13 @@ def _summary(
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
+    shards = counted(len(index.files), "shard")
     lines = [
-        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {files:,} files",
+        f"{out}: {shards} with {counted(documents, 'document')} in total, from {counted(files, 'file')}",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in remarks),
-        f"  {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}",
+        f"  {seconds:.1f} s on {counted(ranks, 'rank')}",
     ]
     if index.window:
         learned = index.source["learned_tokens"]

@@ -12,7 +12,7 @@ import torch
 
 from mpidp.checkpoint.resume import fingerprint
 from mpidp.config.schema import to_toml
-from mpidp.data.special_tokens import chat_templates_of
+from mpidp.data.model_files import chat_templates_of
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import peak_flops
 from mpidp.metrics.tensorboard import Scalars

@@ -286,7 +286,7 @@ def test_rows_name_special_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[
     ids, mask = rows_of(tmp_path / "out")[0]
     wanted = ids_of(folder, row["prompt"] + row["completion"], special != "text")
     assert ids[: len(wanted)] == wanted and mask[len(wanted)]
-    assert f"1 documents or rows that name a special token: {source}:1: names <|im_start|>" in capsys.readouterr().out
+    assert f"1 document or row that names a special token: {source}:1: names <|im_start|>" in capsys.readouterr().out
     table = read_special_tokens(tmp_path / "out")
     assert table is not None and table.special == (special or "tokens")
 

@@ -82,7 +82,7 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
     cluster = _cluster(options.cluster)
     ranks = options.ranks or cluster.get("ranks") or 0
     if not ranks:
-        raise UsageError("give the number of ranks with --ranks, or with --cluster a file of mpidp.doctor that has it")
+        raise UsageError("give the number of ranks with --ranks, or give a file of mpidp.doctor with --cluster")
     if options.overlap is not None and not 0 <= options.overlap <= 1:
         raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
     if options.top < 1:
