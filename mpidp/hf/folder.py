@@ -79,7 +79,7 @@ class ModelFolder:
     def _files(self) -> list[Path]:
         """Return the weight files. Raises DataError if one is missing, or if the weights are pickled."""
         index, alone = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if alone.exists():
+        if alone.is_file():
             if index.exists():
                 self.notes.append(f"{alone} and {index.name} are both there: model.safetensors is read, as in transformers")
             return [alone]
@@ -95,7 +95,7 @@ class ModelFolder:
         if not isinstance(names, dict) or not all(isinstance(name, str) and name == Path(name).name for name in names.values()):
             raise DataError(f"{index}: its weight_map must name files in the same folder")
         files = [self.path / name for name in sorted(set(names.values()))]
-        if missing := [file.name for file in files if not file.exists()]:
+        if missing := [file.name for file in files if not file.is_file()]:
             raise DataError(f"{self.path}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing)}")
         return files
 
