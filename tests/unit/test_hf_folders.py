@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -201,9 +202,10 @@ def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
 
 def test_sizes_that_no_file_has_are_refused_at_once(it: Path) -> None:
     began = time.monotonic()
-    change_config(it, num_hidden_layers=2**31 - 1)
-    with pytest.raises(DataError, match=r"num_hidden_layers=2147483647, but the weight files have \d+ tensors"):
-        ModelFolder(it)
+    for layers, said in ((2**16, r", but the weight files have \d+ tensors"), (2**31 - 1, " must be .* at most 65,536")):
+        change_config(it, num_hidden_layers=layers)
+        with pytest.raises(DataError, match=f"num_hidden_layers={layers}{said}"):
+            ModelFolder(it)
     file = it / "tokenizer.json"
     content = file.read_bytes()
     changed = json.loads(content)
@@ -311,3 +313,15 @@ def test_boxes_with_added_rows_are_those_of_the_whole(it: Path) -> None:
     assert torch.equal(
         source.box("model/norm.weight", Entry(torch.empty(32))), folder.box("model/norm.weight", Entry(torch.empty(32)))
     )
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_pipe_in_place_of_weights_is_refused(it: Path, shards: Path, index: bool) -> None:
+    """Whoever opened it would wait forever."""
+    name = "model-00001-of-00001.safetensors" if index else "model.safetensors"
+    (it / "model.safetensors").unlink()
+    os.mkfifo(it / name)
+    if index:
+        (it / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {HEAD: name}}))
+    with pytest.raises(DataError, match="1 of 1 weight files are missing" if index else "no model.safetensors"):
+        ModelFolder(it)
