@@ -20,7 +20,8 @@ from typing import Any
 
 from data_tools.messages import Chat, RowSkipped
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
-from mpidp.data.special_tokens import SpecialTokens, read_template
+from mpidp.data.model_files import read_template
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import UsageError
 from mpidp.runtime.log import log
 

@@ -28,6 +28,7 @@ from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.files import write_file, writing
+from mpidp.runtime.log import counted
 from mpidp.runtime.options import add_out, note_old_spelling, program
 
 
@@ -57,7 +58,7 @@ def to_megatron(shards: Path, prefix: Path) -> list[str]:
         except BaseException:
             writer.abandon()
             raise
-        lines.append(f"{prefix}_{stream.split}: {stream.num_tokens:,} tokens, {len(starts):,} documents")
+        lines.append(f"{prefix}_{stream.split}: {counted(stream.num_tokens, 'token')}, {counted(len(starts), 'document')}")
     return lines
 
 
@@ -97,7 +98,7 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
-    return lines + [f"{skipped:,} documents without tokens were skipped"] * (skipped > 0)
+    return lines + [f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped"] * (skipped > 0)
 
 
 def _check(ids: np.ndarray, encoder: Tokenizer, source: MegatronReader, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -49,14 +50,20 @@ class Counts:
             count = getattr(self, kind)
             of_files = kind == "empty" and not any(": " in place for place in places)  # rows have ": REASON" after the place
             where = "" if of_files else f": {', '.join(places)}{', ...' if count > len(places) else ''}"
-            lines.append(f"{count:,} {texts[kind]}{where}")
+            text = texts[kind]
+            if count == 1:
+                text = re.sub(r"\b(file|document|line|row)s\b", r"\1", text.replace(" that name ", " that names ", 1), count=2)
+            lines.append(f"{count:,} {text}{where}")
         return lines
 
     def no_text(self) -> str:
         """Return an error message for a source without any document: the counts and the first reasons."""
         files = f"{self.files} files: {self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
-        reasons = "".join(f"\n  {line}" for line in self.complaints())
-        return f"the source has no text at all ({files}); give --source a file or folder with text{reasons}"
+        return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"
+
+    def reasons(self) -> str:
+        """Return the complaints as further lines of an error message."""
+        return "".join(f"\n  {line}" for line in self.complaints())
 
     @classmethod
     def total(cls, of_ranks: Iterable[Iterable[Counts]]) -> Counts:

@@ -23,6 +23,7 @@ from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 2**20  # characters that are encoded at once
+MAX_CHARACTERS = 64  # per token, of a very long row
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,23 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row with
+    more characters than a window, and more than MAX_CHARACTERS per token, is longer in any case.
     """
+    limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
-    rows = ((routing.stream(file, number), row) for file in files for number, row in enumerate(reader.rows(file)))
+    rows = (
+        (routing.stream(file, number), row.beginning(limit)) for file in files for number, row in enumerate(reader.rows(file))
+    )
     for batch in _batches(rows, lambda piece: len(piece[1].text)):
         for (name, row), placed in zip(batch, encoder.placer([row.text for _, row in batch]), strict=True):
             ids, mask = _tokens(row, placed, encoder)
-            if len(ids) > max_tokens and truncate:
-                reader.counts.note("long", f"{row.place}: {len(ids)} tokens")
+            is_long, size = row.cut or len(ids) > max_tokens, f"{'over ' * row.cut}{len(ids)} tokens"
+            if is_long and truncate:
+                reader.counts.note("long", f"{row.place}: {size}")
                 ids, mask = ids[:max_tokens], mask[:max_tokens]
-            if len(ids) > max_tokens:
-                reader.skip("long", row.place, f"{len(ids)} tokens, more than --seq-len {max_tokens}; see --truncate")
+            if is_long and not truncate:
+                reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; see --truncate")
             elif not mask.any():
                 reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,8 @@ import numpy as np
 
 from data_tools.options import PrepareOptions
 from data_tools.vocabulary import given_tokenizer
-from mpidp.data.chat_template import Template
-from mpidp.data.long_text import encode_pieces
-from mpidp.data.places import Placed, placer
+from mpidp.data.chat_template import Template, TemplateRejection
+from mpidp.data.places import Placed, ids_of_pieces, placer
 from mpidp.data.special_tokens import SpecialTokens, special_names, special_tokens_of, with_template
 from mpidp.data.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class Encoder:
         """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text, without BOS. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
-        return encode_pieces(pieces, lambda text: ((placed := self.placer([text])[0]).ids, placed.starts, placed.stops))
+        return ids_of_pieces(pieces, self.placer)
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
@@ -70,4 +70,13 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
         table = special_tokens_of(None, made)
     if template is not None:
         table = with_template(replace(table, template_args=template.args, tool_template=template.tool_text), made, template.text)
-    return replace(table, bos=table.bos if options.bos == "auto" else None, special=options.special or table.special)
+    has_bos = options.bos == "auto" and (template is None or _writes_bos(template, made, table.bos))
+    return replace(table, bos=table.bos if has_bos else None, special=options.special or table.special)
+
+
+def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
+    """True if the text of a chat begins with BOS. Only the template decides so, as in transformers. Pure."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with suppress(TemplateRejection):
+        return placer(made, "tokens")([template.render(messages)])[0].ids[:1].tolist() == [bos]
+    return False

@@ -7,7 +7,7 @@ from pathlib import Path
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.runtime.command import Parser, run_entry
-from mpidp.runtime.log import printable
+from mpidp.runtime.log import counted, printable
 from mpidp.runtime.options import program
 
 
@@ -34,7 +34,7 @@ def _describe_split(stream: TokenStream, tokenizer: Tokenizer, excerpt_tokens: i
     skew = max(sizes) * len(sizes) / stream.num_tokens
     mask = ", with a loss mask" if stream.has_loss_mask else ""
     lines = [
-        f"{stream.split}: {stream.num_tokens:,} tokens, {stream.num_documents:,} documents, "
+        f"{stream.split}: {counted(stream.num_tokens, 'token')}, {counted(stream.num_documents, 'document')}, "
         f"{stream.text_bytes:,} bytes of text ({stream.text_bytes / stream.num_tokens:.2f} per token){mask}",
         f"  {'file':<20} {'tokens':>15} {'documents':>12} {'bytes':>15}",
         *(f"  {r.name:<20} {r.tokens:>15,} {r.documents:>12,} {r.size:>15,}" for r in stream.files),

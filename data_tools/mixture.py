@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.arrange import Arrangement
 from data_tools.cut import Stream
 from mpidp.errors import DataError, UsageError
+from mpidp.runtime.log import counted
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def mixture_record(sources: list[Source], taken: list[tuple[int, int]], availabl
 def mixture_lines(sources: list[Source], records: list[dict[str, Any]]) -> list[str]:
     """Return a line of text per source of a mixture. Returns no lines if there are no records. Pure."""
     return [
-        f"{source.path}: {one['asked']:.1%} requested, {one['got']:.1%} taken: {one['tokens']:,} tokens, "
-        f"{one['documents']:,} documents{' (all)' * (one['documents'] == one['of_documents'])}"
+        f"{source.path}: {one['asked']:.1%} requested, {one['got']:.1%} taken: {counted(one['tokens'], 'token')}, "
+        f"{counted(one['documents'], 'document')}{' (all)' * (one['documents'] == one['of_documents'])}"
         f"{' ({:.1f} passes)'.format(one['documents'] / one['of_documents']) * (one['documents'] > one['of_documents'])}"
         for source, one in zip(sources if records else [], records, strict=True)
     ]

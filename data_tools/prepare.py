@@ -34,7 +34,7 @@ from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.log import printable
+from mpidp.runtime.log import counted, printable
 from mpidp.runtime.options import program
 
 if TYPE_CHECKING:
@@ -144,8 +144,11 @@ def _write(
     with team.raise_together():
         if not counts.documents:
             raise DataError(counts.no_text())
-        streams, mixture = _streams(raws, encoder.eod, options)
-        plans = plan_shards(streams, options.shards, options.val_fraction)
+        try:
+            streams, mixture = _streams(raws, encoder.eod, options)
+            plans = plan_shards(streams, options.shards, options.val_fraction)
+        except DataError as error:
+            raise DataError(f"{error}{counts.reasons()}") from None
         written = {i: cut_shard(plan, streams[plan.stream], out.scratch, encoder, sha256)
                    for i, plan in enumerate(plans) if i % team.size == team.rank}
     by_number: dict[int, tuple[FileRecord, int]] = {}
@@ -195,12 +198,13 @@ def _summary(
     per_token = sum(s.text_bytes for s in index.splits.values()) / sum(s.tokens for s in index.splits.values())
     splits = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in index.splits.items())
     documents = sum(s.documents for s in index.splits.values())
+    shards = counted(len(index.files), "shard")
     lines = [
-        f"{out}: {len(index.files)} shards with {documents:,} documents in total, from {files:,} files",
+        f"{out}: {shards} with {counted(documents, 'document')} in total, from {counted(files, 'file')}",
         f"  {splits}; vocabulary {index.vocab_size:,} ({index.tokenizer_kind}), {per_token:.2f} bytes per token",
         *(f"  {line}" for line in mixture_lines(options.sources, index.source.get("sources", []))),
         *(f"  {line}" for line in remarks),
-        f"  {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}",
+        f"  {seconds:.1f} s on {counted(ranks, 'rank')}",
     ]
     if index.window:
         learned = index.source["learned_tokens"]

@@ -6,7 +6,7 @@ The loss is on the completion or on the assistant's turns. The rest of a row is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_tools.chat import Spans, render
@@ -28,6 +28,14 @@ class TrainingRow:
     spans: Spans
     said: str  # what the row itself says, without the template
     ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
+    cut: bool = False  # whether the text is only the beginning of the row
+
+    def beginning(self, characters: int) -> TrainingRow:
+        """Return the row, cut after a number of characters if it is longer. Pure."""
+        if len(self.text) <= characters:
+            return self
+        spans = [(start, min(stop, characters)) for start, stop in self.spans if start < characters]
+        return replace(self, text=self.text[:characters], spans=spans, ends=False, cut=True)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from data_tools.counts import Counts
 from data_tools.files import SourceFile
 from mpidp.data.records import Row, decoded, describe, keys_of, records
-from mpidp.data.text_files import NotText, TextFile, recognize
+from mpidp.data.text_files import NotText, TextFile, kind_of, recognize
 from mpidp.data.unpack import reading
 from mpidp.errors import DataError
 
@@ -35,6 +35,9 @@ class SourceReader:
         found = self.recognize(file, (self.text_key,))
         if found is not None:
             if found.doubt:
+                if self.alone and kind_of(file.name)[0] != "text":
+                    raise DataError(f"{file.path} is {found.doubt}; name the field with --text-key, or give a copy of the file "
+                                    "the name .txt to read it as plain text")
                 self.counts.note("doubtful", f"{file.path} ({found.doubt})")
             yield from self._text(found) if found.kind == "text" else self._documents(found)
 

@@ -8,6 +8,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import DataError
 from mpidp.runtime.command import Parser, run_entry
+from mpidp.runtime.log import counted
 from mpidp.runtime.options import program
 
 PIECE_TOKENS = 2**22  # tokens read at a time
@@ -33,7 +34,8 @@ def verify(folder: str | Path) -> str:
                 stream.check_ids(start, stream.read(start, min(PIECE_TOKENS, at + record.tokens - start)))
             at += record.tokens
     tokens, size = sum(s.num_tokens for s in streams), sum(record.size for record in index.files)
-    return f"{folder}: {len(index.files)} files, {tokens:,} tokens, {size:,} bytes: all match index.json"
+    files = counted(len(index.files), "file")
+    return f"{folder}: {files}, {counted(tokens, 'token')}, {counted(size, 'byte')}: all match index.json"
 
 
 def main() -> None:

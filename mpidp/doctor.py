@@ -62,7 +62,7 @@ def main() -> None:
     if world.rank == 0:
         last = worst(found)
         if all(one.verdict != WRONG for one in found if one.what == "launch"):
-            found += run_check("cluster.json", _write, (options.run or Path()) / "cluster.json", cluster)
+            found += run_check("cluster.json", _write, (options.run or Path()) / "cluster.json", cluster, world.size)
         show(found, cluster, options.json)
     last = world.bcast(last, root=0)
     if last is not None and last.verdict == WRONG:
@@ -236,7 +236,10 @@ def examine(
     return checkup.found, cluster
 
 
-def _write(path: Path, cluster: dict[str, Any]) -> CheckResult:
+def _write(path: Path, cluster: dict[str, Any], ranks: int) -> CheckResult:
+    if ranks == 1:  # later plans would take it for the cluster
+        fix = "start the doctor with the launch line of the job, for example mpirun -np 2 mpidp doctor"
+        return CheckResult("cluster.json", "skipped", "not written: one rank cannot measure the network", fix)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(cluster, indent=1) + "\n").encode())
     return CheckResult("cluster.json", "ok", str(path))

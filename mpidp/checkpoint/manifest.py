@@ -4,8 +4,9 @@
                                  /manifest.json                 written last: sizes, crc32, place of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 
-Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A folder is a valid checkpoint if it has its
-final name, if the crc32 of its manifest is correct, and if the sizes and crc32 of its files match the manifest.
+Pieces are boxes of *global* tensors, so a checkpoint loads on any number of ranks. A checkpoint is valid only if its folder has
+the final name. In addition, the crc32 of the manifest must be correct, and the sizes and crc32 of the files must match the
+manifest.
 """
 
 from __future__ import annotations

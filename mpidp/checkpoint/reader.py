@@ -30,6 +30,11 @@ class Reader(Mapping[str, Tensor]):
                 for key, box in record["pieces"].items():
                     self._pieces[tensor_of(key)].append((record["file"], key, box))
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files of the checkpoint."""
+        return self._bytes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
 

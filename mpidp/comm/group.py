@@ -71,9 +71,9 @@ class Group:
 
     def memory(self, elements: int, device: torch.device, room: int = 0) -> list[torch.Tensor]:
         """Return zeroed float32 memory: one tensor per rank of the group, in order of ranks. This rank's tensor has `elements`
-        elements. Other ranks may request other sizes. With fault tolerance each tensor has space for `room` elements, and a group
-        that reuses the memory of a previous group gets the same allocations in the same order, with their contents. Collective
-        over node."""
+        elements. Other ranks may request other sizes. With fault tolerance each tensor has space for `room` elements. If this
+        group reuses the memory of a previous group, it gets the same allocations in the same order, with their contents.
+        Collective over node."""
         room = max(elements, room) if launched_with_ulfm() else elements
         if found := self._found(elements):
             return found

@@ -60,7 +60,11 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
     if m.vocab_size and m.vocab_size < vocab_size:
         raise UsageError(
             f"model.vocab_size={m.vocab_size}, but the tokenizer of {config.data.path} has {vocab_size} tokens, which do "
-            "not fit in the embedding. Prepare the data with the model's tokenizer, or leave model.vocab_size at 0"
+            "not fit in the embedding. " + (
+                f"Set model.vocab_size={vocab_size} to add {vocab_size - m.vocab_size} rows, which start as the mean of the "
+                "others; or prepare the data with the model's tokenizer" if config.train.init_from
+                else "Prepare the data with a smaller tokenizer, or leave model.vocab_size at 0"
+            )
         )
     vocab_size = m.vocab_size or vocab_size
     if m.kind == "lstm":

@@ -7,12 +7,13 @@ they stay text, as in Tokenizer.encode.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mpidp.data.long_text import encode_pieces
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 
@@ -36,6 +37,16 @@ def placer(tokenizer: Tokenizer, special: str) -> Callable[[list[str]], list[Pla
     if isinstance(tokenizer, CharTokenizer):
         return lambda texts: [_single(tokenizer.encode(text), np.arange(len(text))) for text in texts]
     return _hugging_face(tokenizer, special == "tokens")
+
+
+def ids_of_pieces(pieces: Iterable[str], encode: Callable[[list[str]], list[Placed]]) -> Iterator[np.ndarray]:
+    """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text. encode: see placer. Independent."""
+
+    def one(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        placed = encode([text])[0]
+        return placed.ids, placed.starts, placed.stops
+
+    return encode_pieces(pieces, one)
 
 
 def _single(ids: np.ndarray, places: np.ndarray) -> Placed:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mpidp.data.text_files import MARK, MAX_ROW_BYTES, TextFile, lines_of
-from mpidp.data.unpack import reading
+from mpidp.data.text_files import TextFile
+from mpidp.data.unpack import MARK, MAX_ROW_BYTES, lines_of, reading
 from mpidp.errors import DataError, UsageError
 
 
@@ -63,8 +63,14 @@ def describe(value: Any) -> str:
 
 def keys_of(fields: dict[str, Any], shown: int = 12) -> str:
     """Return the names of a row's fields, for error messages. Pure."""
-    names = [name if len(name) <= 40 else f"{name[:40]}..." for name in fields]
+    names = [shown_name(name) for name in fields]
     return ", ".join(names[:shown]) + (", ..." if names[shown:] else "") or "none"
+
+
+def shown_name(name: str) -> str:
+    """Return a name of a field for a message: short, without control characters. Pure."""
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:40])
+    return printable if len(name) <= 40 else f"{printable}..."
 
 
 def decoded(raw: bytes) -> tuple[str, bool]:
@@ -120,7 +126,8 @@ def _array(file: TextFile) -> Iterator[Found]:
                         "(jq -c '.[]' FILE.json > FILE.jsonl)")
     found, reason, replaced = _parsed(raw)
     if reason:
-        raise DataError(f"{file.path} begins as a JSON array, but is {reason}; correct it, or write one object per line")
+        yield 1, None, f"begins as a JSON array, but is {reason}", False
+        return
     yield from ((number, value, "", replaced) for number, value in enumerate(found, 1))
 
 
@@ -153,16 +160,17 @@ def _parquet(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
             if missing := [name for name in columns if name not in names]:
-                raise DataError(f"{file.path} has no column `{missing[0]}`, only {', '.join(names)}; rename one of them "
-                                f"to `{missing[0]}`, or name it with --text-key")
-            for batch in table.iter_batches(batch_size=256, columns=list(columns) or None):
+                there = ", ".join(map(shown_name, names))
+                raise DataError(f"{file.path} has no column `{missing[0]}`, only {there}; rename one of them to `{missing[0]}`, "
+                                "or name it with --text-key")
+            for batch in table.iter_batches(batch_size=64, columns=list(columns) or None):
                 read = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
                 for i in range(batch.num_rows):
                     number += 1
                     pairs = {name: _as_text(column[i].as_py()) for name, column in read.items()}
                     bad = any(replaced for _, replaced in pairs.values())
                     yield number, {name: value for name, (value, _) in pairs.items()}, "", bad
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a name of a column
         raise DataError(f"{file.path} is not a readable parquet file ({error}); replace or remove it") from None
 
 

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.data.chat_template import STANDARD, Template, TemplateRejection
+from mpidp.data.model_files import chat_templates_of, read_object
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
-from mpidp.runtime.files import open_regular
-from mpidp.runtime.json_file import read_json
 
 FILE = "special_tokens.json"
 FORMAT = "mpidp-special-tokens"
-MAX_BYTES = 64 * 2**20  # of a JSON file
-MAX_TEMPLATE_BYTES = 2**20
 COMPANIONS = (  # files that a model's folder has beside tokenizer.json
     "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json", "chat_template.jinja",
 )
@@ -44,6 +41,14 @@ CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer
         "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>",
     },
 }
+CLASS_OF_MODEL = {  # transformers' tokenizer class by model_type of config.json, if no file names a class
+    "gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "gptj": "GPT2Tokenizer", "opt": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer", "olmo": "GPTNeoXTokenizer", "qwen2": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer", "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer",
+    "code_llama": "CodeLlamaTokenizer",
+}
+WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of model_type whose class defines no names
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class SpecialTokens:
 def read_special_tokens(folder: Path) -> SpecialTokens | None:
     """Read FOLDER/special_tokens.json. Return None if there is none. Raises DataError if it is invalid. Independent."""
     path = folder / FILE
-    found = _object(path)
+    found = read_object(path)
     if found is None:
         return None
     try:
@@ -107,7 +112,7 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
     ids = {name: i for name, i in {**vocabulary, **ids}.items() if type(i) is int and 0 <= i < tokenizer.vocab_size}
     files: dict[str, dict[str, Any]] = {}
     if folder is not None:
-        files = {name: found for name in COMPANIONS[:4] if (found := _object(folder / name)) is not None}
+        files = {name: found for name in COMPANIONS[:4] if (found := read_object(folder / name)) is not None}
     names, generation = _names(files, about), files.get("generation_config.json", {})
     ends = [tokenizer.eod, *_ids(generation.get("eos_token_id", files.get("config.json", {}).get("eos_token_id")))]
     ends += [ids[name] for name in (names.get("eos_token"),) if name in ids]
@@ -136,46 +141,16 @@ def special_names(tokenizer: Tokenizer) -> dict[str, int]:
     return {one["content"]: one["id"] for one in about.get("added_tokens") or [] if one.get("special") and one["content"]}
 
 
-def chat_templates_of(folder: Path) -> dict[str, str]:
-    """Return the chat templates in a folder by name. "tool_use" is for chats with tools, "default" for others. Independent.
-
-    The templates are chat_template.jinja and additional_chat_templates/NAME.jinja if there are any, else `chat_template` of
-    tokenizer_config.json, else of chat_template.json. Raises DataError if a file cannot be read.
-    """
-    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates/tool_use.jinja"}
-    if found := {name: read_template(file) for name, file in files.items() if file.exists()}:
-        return found
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        stored = (_object(folder / name) or {}).get("chat_template")
-        if isinstance(stored, list):
-            stored = {one.get("name"): one.get("template") for one in stored if isinstance(one, dict)}
-        if stored is not None:
-            stored = stored if isinstance(stored, dict) else {"default": stored}
-            return {name: text for name, text in stored.items() if isinstance(name, str) and isinstance(text, str)}
-    return {}
-
-
-def read_template(path: Path) -> str:
-    """Read a chat template from a file. Raises DataError if it cannot be read. Independent."""
-    try:
-        with open_regular(path) as file:
-            data = file.read(MAX_TEMPLATE_BYTES + 1)
-        if len(data) > MAX_TEMPLATE_BYTES:
-            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes: not a chat template")
-        return data.decode()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give --chat-template an existing file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: not a chat template") from None
-
-
 def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens by name as transformers does: of the class, then of the two files."""
     config = files.get("tokenizer_config.json", {})
     merged = dict(config)
     if "added_tokens_decoder" not in config:
         merged |= files.get("special_tokens_map.json", {})
-    kind = str(config.get("tokenizer_class") or files.get("config.json", {}).get("tokenizer_class") or "").removesuffix("Fast")
+    model = files.get("config.json", {})
+    model_type = str(model.get("model_type"))
+    kind = config.get("tokenizer_class") or model.get("tokenizer_class") or CLASS_OF_MODEL.get(model_type, "")
+    kind = "" if model_type in WITHOUT_CLASS else str(kind).removesuffix("Fast")
     byte_level = '"ByteLevel"' in json.dumps([about.get("pre_tokenizer"), about.get("decoder")])
     found: dict[str, Any] = {} if kind == "LlamaTokenizer" and byte_level else dict(CLASS_NAMES.get(kind, {}))
     found |= {key: value for key, value in merged.items() if key in STANDARD or key.endswith("_token")}
@@ -233,16 +208,3 @@ def _content(value: Any) -> str | None:
     """Return the text of a special token, which is stored as a string or as an object with `content`."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
-
-
-def _object(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object. Return None if the file does not exist."""
-    try:
-        found: dict[str, Any] = read_json(path, dict, MAX_BYTES)
-        return found
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not a valid JSON object ({error}); correct or remove it") from None

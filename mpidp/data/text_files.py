@@ -13,24 +13,24 @@ A byte order mark at the start of a file is skipped.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from mpidp.data.unpack import SUFFIXES, is_regular, open_bytes, packing, reading
+from mpidp.data.json_kind import any_of, json_kind, parse_object
+from mpidp.data.unpack import MARK, SUFFIXES, is_regular, lines_of, open_bytes, packing, reading
 from mpidp.errors import DataError
 
-MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 OTHER_MARKS = (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")
 PARQUET = b"PAR1"
+ARROW = "an Arrow file: write it as .parquet or .jsonl"
 NOT_TEXT = (
     (b"PK\x03\x04", "a zip archive: unpack it"), (b"BZh", "packed with bzip2: unpack it (bunzip2)"),
     (b"\xfd7zXZ\0", "packed with xz: unpack it (unxz)"), (b"\x04\x22\x4d\x18", "packed with lz4: unpack it (unlz4)"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive: unpack it"), (b"Rar!\x1a\x07", "a RAR archive: unpack it"),
-    (b"ARROW1", "an Arrow file: write it as .parquet or .jsonl"), (b"%PDF-", "a PDF: extract its text"),
+    (b"ARROW1", ARROW), (b"%PDF-", "a PDF: extract its text"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"SQLite format 3\0", "an SQLite database"), (b"\x93NUMPY", "a NumPy array"),
 )
 KINDS = {
@@ -38,7 +38,6 @@ KINDS = {
     ".parquet": "parquet",
 }
 PROBE_BYTES = 8192  # the part of a file that is searched for a NUL byte, which marks a binary file
-MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
 MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
@@ -91,18 +90,21 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
             head = stream.read(PROBE_BYTES)
         if head.startswith(PARQUET) or (kind == "parquet" and not packing(path)):
             return TextFile(path, "parquet")
-        skip = _check_head(head, kind)
+        skip = _check_head(head, kind, suffix)
         file = TextFile(path, kind, skip, "\t" if suffix == ".tsv" else ",")
-        if kind == "json":
-            return _of_json(file, wanted)
-        if kind == "table" and wanted and not _header(file) & set(wanted):
-            return TextFile(path, "text", skip, doubt=f"a table without a column {_any_of(wanted)}")
+        if kind == "json" or (kind == "lines" and head[skip:].lstrip().startswith(b"[")):
+            with file.open() as stream:
+                found, doubt = json_kind(stream, wanted)
+            return TextFile(path, found, skip, doubt=doubt) if kind == "json" or found == "array" else file
+        if kind == "table" and wanted and not (columns := _header(file)) & set(wanted):
+            shown = ", ".join(sorted(ascii(name)[1:-1] for name in columns if len(name) <= 40)[:12])
+            return TextFile(path, "text", skip, doubt=f"a table without a column {any_of(wanted)}, with the columns: {shown}")
         if kind == "text" and _is_json(head[skip:]):
             return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
     return file
 
 
-def _check_head(head: bytes, kind: str) -> int:
+def _check_head(head: bytes, kind: str, suffix: str = "") -> int:
     """Return the number of bytes of the byte order mark. Raises NotText."""
     if not head:
         raise NotText("empty", "is empty")
@@ -111,6 +113,8 @@ def _check_head(head: bytes, kind: str) -> int:
     for mark, name in OTHER_MARKS:
         if head.startswith(mark) and "\ufffd" not in head[: len(head) // 4 * 4].decode(name, "replace")[:-1]:
             raise NotText("binary", f"is {name} text, by its byte order mark: convert it to UTF-8 (iconv -f {name} -t UTF-8)")
+    if suffix == ".arrow":
+        raise NotText("binary", f"is {ARROW}")
     for magic, what in NOT_TEXT:
         if head.startswith(magic):
             raise NotText("binary", f"is {what}")
@@ -119,36 +123,6 @@ def _check_head(head: bytes, kind: str) -> int:
     if kind == "text" and b"\0" in head:
         raise NotText("binary", "looks binary (a NUL byte near its start)")
     return len(MARK) if head.startswith(MARK) else 0
-
-
-def parse_object(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a line, or None if it has none. Pure."""
-    try:
-        value = json.loads(line.removeprefix(MARK))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _of_json(file: TextFile, wanted: Collection[str]) -> TextFile:
-    with file.open() as stream:
-        first = next((line for line in lines_of(stream) if line is None or line.strip()), None) or b""
-        second = next((line for line in lines_of(stream) if line is None or line.strip()), None)
-        if first.lstrip().startswith(b"["):
-            begun = (first.strip()[1:] + (second or b"")).lstrip()
-            if begun.startswith(b"{"):
-                return TextFile(file.path, "array", file.skip)
-            return TextFile(file.path, "text", file.skip, doubt="a JSON array whose items are no objects")
-    value = parse_object(first)
-    if value is None or (second is not None and parse_object(second) is None):
-        return TextFile(file.path, "text", file.skip, doubt="neither one JSON object per line nor a JSON array of objects")
-    if second is None and wanted and not value.keys() & set(wanted):
-        return TextFile(file.path, "text", file.skip, doubt=f"one JSON object without a field {_any_of(wanted)}")
-    return TextFile(file.path, "lines", file.skip)
-
-
-def _any_of(names: Collection[str]) -> str:
-    return " or ".join(f"`{name}`" for name in names)
 
 
 def _header(file: TextFile) -> set[str]:
@@ -167,17 +141,6 @@ def _is_json(head: bytes) -> bool:
     *lines, last = head.split(b"\n")
     lines = [line for line in (lines if len(head) == PROBE_BYTES else [*lines, last]) if line.strip()]
     return bool(lines) and all(parse_object(line) is not None for line in lines)
-
-
-def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
-    """Yield the lines of a stream, with their newline. None stands for a line above MAX_ROW_BYTES. Independent."""
-    while line := stream.readline(MAX_ROW_BYTES + 1):
-        if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
-            pass
-        yield None
 
 
 def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:

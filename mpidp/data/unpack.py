@@ -22,6 +22,8 @@ SUFFIXES = {".gz": GZIP, ".zst": ZSTD}
 SKIPPABLE = 0x184D2A50  # a zstandard frame without content: this number, with any last four bits
 MAX_WINDOW = 2**31  # bytes; the largest that `zstd --long` writes
 PIECE_BYTES = 2**17
+MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
+MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
 @contextmanager
@@ -40,15 +42,29 @@ def is_regular(path: str | Path) -> bool:
 
 
 def packing(path: str | Path) -> bytes:
-    """Return GZIP, ZSTD, or b"" for a file that is not packed. Raises OSError if the name says otherwise. Independent."""
+    """Return GZIP, ZSTD, or b"" for a file that is not packed. Independent.
+
+    Raises OSError if the name says otherwise, and UsageError if the decompressor is missing.
+    """
     with open(path, "rb") as file:
         head = file.read(4)
     skippable = len(head) == 4 and int.from_bytes(head, "little") & ~0xF == SKIPPABLE
     found = GZIP if head.startswith(GZIP) else ZSTD if head == ZSTD or skippable else b""
     promised = SUFFIXES.get(Path(path).suffix.lower(), b"")
+    if ZSTD in (found, promised):
+        zstandard(path)
     if promised and head and found != promised:
         raise OSError(f"damaged, or not {'gzip' if promised == GZIP else 'zstandard'} data: it begins with {head!r}")
     return found
+
+
+def zstandard(path: str | Path) -> Any:
+    """Return the library. Raises UsageError if it is missing. Independent."""
+    try:
+        import zstandard as library
+    except ImportError:
+        raise UsageError(f"{path}: reading .zst needs zstandard: pip install 'mpidp[data]'") from None
+    return library
 
 
 def open_bytes(path: str | Path) -> BinaryIO:
@@ -61,6 +77,17 @@ def open_bytes(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
+def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Yield the lines of a stream, with their newline. None stands for a line above MAX_ROW_BYTES. Independent."""
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
 class ZstdStream(io.RawIOBase):
     """The unpacked bytes of a zstandard file of any number of frames.
 
@@ -69,11 +96,7 @@ class ZstdStream(io.RawIOBase):
     """
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UsageError(f"{path}: reading .zst needs zstandard: pip install 'mpidp[data]'") from None
-        self._zstandard: Any = zstandard
+        self._zstandard = zstandard(path)
         self._file = open(path, "rb")  # noqa: SIM115 - close() closes
         self._pieces = self._frames()
         self._rest = memoryview(b"")

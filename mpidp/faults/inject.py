@@ -193,11 +193,17 @@ def parse(text: str, rank: int = 0) -> InjectedFaults:
     return InjectedFaults([_fault(word) for word in text.split()], rank)
 
 
-def faults_from_environment(rank: int, environment: Mapping[str, str] = os.environ) -> InjectedFaults:
-    """Return the faults in MPIDP_FAULT, or no faults if it is not set. Rank 0 prints a warning if there are faults. Raises
-    UsageError if the variable is not valid. Independent."""
+def faults_from_environment(
+    rank: int, environment: Mapping[str, str] = os.environ, size: float = math.inf
+) -> InjectedFaults:
+    """Return the faults in MPIDP_FAULT, or no faults if it is not set. Rank 0 prints a warning if there are faults. size: number
+    of ranks that the job can have. Raises UsageError if the variable is not valid, or names a rank that the job cannot have.
+    Independent."""
     text = environment.get(VARIABLE, "").strip()
     faults = parse(text, rank)
+    for fault in faults.of_all_ranks:
+        if fault.rank >= size:
+            raise UsageError(f"{VARIABLE}: {fault.word!r}: the job has no rank {fault.rank}; its ranks are 0 to {size - 1}")
     if faults and rank == 0:
         log.warning("%s is set: THIS RUN HAS INJECTED FAULTS: %s", VARIABLE, text)
     return faults

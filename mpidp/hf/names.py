@@ -15,6 +15,7 @@ from mpidp.model.shape import TransformerShape, rope_scaling
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 MODEL_TYPES = ("llama", "mistral")
 MISTRAL_WINDOW = 4096  # of Mistral models whose config.json has no sliding_window, as in transformers
+MAX_LAYERS = 2**16
 NOT_KEPT = ("transformers_version", "_name_or_path", "auto_map")  # auto_map names code in the folder
 OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INSIDE = {
@@ -44,14 +45,14 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     def problem(message: str) -> DataError:
         return DataError(f"{where}: {message}")
 
-    def number(key: str, kind: type = int, default: float | None = None) -> Any:
+    def number(key: str, kind: type = int, default: float | None = None, most: int = 2**31 - 1) -> Any:
         value = config.get(key)
         value = default if value is None else value
         if value is None:
             raise problem(f"{key} is missing: the model is not of the LLaMA family, or the file is damaged")
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not plain or not 0 < value < 2**31 or kind(value) != value:
-            raise problem(f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} below 2^31")
+        if not plain or not 0 < value <= most or kind(value) != value:
+            raise problem(f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}")
         return kind(value)
 
     named, kind = config.get("architectures"), config.get("model_type")
@@ -67,7 +68,7 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     heads, dim = number("num_attention_heads"), number("hidden_size")
     head_dim = number("head_dim", default=dim // heads)
     found = {
-        "num_layers": number("num_hidden_layers"), "num_heads": heads,
+        "num_layers": number("num_hidden_layers", most=MAX_LAYERS), "num_heads": heads,
         "num_kv_heads": number("num_key_value_heads", default=heads), "model_dim": dim,
         "hidden_dim": number("intermediate_size"), "tie_embeddings": tied,
         "rope_theta": theta, "rope_scaling": scaling, "norm_eps": number("rms_norm_eps", float, 1e-6),

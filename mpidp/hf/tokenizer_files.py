@@ -6,10 +6,12 @@ Files of the model that a run was fine-tuned from are kept, except for what cont
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from mpidp.data.special_tokens import SpecialTokens
+from mpidp.hf.companions import TEMPLATES
 from mpidp.hf.names import NOT_KEPT
 
 CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
@@ -55,7 +57,7 @@ def text_files(
         given["bos"] = name_of[special.bos]
     elif special.template is None:  # a text begins after the end of another one, as in training
         given["bos"] = name_of[eod]
-    template = special.template or ""
+    template = (special.template or "") + (special.tool_template or "")
     named = {key: name for key, name in special.names.items() if key.endswith("_token") and key in template}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "clean_up_tokenization_spaces": False,
@@ -72,7 +74,10 @@ def text_files(
     config |= {key: name for key, name in named.items() if _text(config.get(key)) != name}
     found: dict[str, Any] = {CONFIG: config}
     if special.template is not None:
-        config.pop("chat_template", None)
+        others = _named_templates(config.pop("chat_template", None))
+        if special.tool_template is not None:
+            others["tool_use"] = special.tool_template
+        found |= {f"{TEMPLATES}/{name}.jinja": _with_arguments(text, special.template_args) for name, text in others.items()}
         found[TEMPLATE] = _with_arguments(special.template, special.template_args)
     generation = dict(kept.get(GENERATION, {"_from_model_config": True}))
     if scratch:
@@ -95,6 +100,16 @@ def _ends(before: Any, ends: tuple[int, ...]) -> int | list[int]:
     first = [i for i in (before if isinstance(before, list) else [before]) if type(i) is int]
     found = list(dict.fromkeys([*first, *ends]))
     return found[0] if len(found) == 1 else found
+
+
+def _named_templates(stored: Any) -> dict[str, str]:
+    """Return the templates, except for the default, in `chat_template` of a tokenizer_config.json."""
+    listed = [one for one in stored if isinstance(one, dict)] if isinstance(stored, list) else []
+    found = {str(one.get("name")): one.get("template") for one in listed}
+    return {
+        name: text for name, text in found.items()
+        if re.fullmatch(r"\w[\w-]*", name) and name != "default" and isinstance(text, str)
+    }
 
 
 def _text(value: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.checkpoint.added_rows import AddedRows, fits
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
@@ -204,11 +205,14 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     with readable(path):
         weights = weights_at(path)
         if isinstance(weights, Reader):
-            check_shape(path, weights.meta, parts.shape)
-        elif weights.sizes != parts.sizes:  # before memory for these sizes is used
+            stored, tensors = int(weights.meta["shape"]["vocab_size"]), weights.meta["tensors"]
+            sizes = {name: tuple(tensors.get(f"model/{name}", {"shape": ()})["shape"]) for name in parts.sizes}
+        else:
+            stored, sizes = weights.settings["vocab_size"], weights.sizes
+        if not fits(sizes, parts.sizes):  # before memory for these sizes is used
             raise DataError(f"{path} is another model than the one that {reader.path} was trained on: its tensors differ in size")
         model = base_weights(settings, parts.shape, parts.part)
-        parts.load(weights, model)
+        parts.load(AddedRows(weights, stored) if parts.shape.vocab_size > stored else weights, model)
     if (found := parts.sha256(model)) != wanted:
         raise DataError(changed_base_message(path, found, wanted))
     return model

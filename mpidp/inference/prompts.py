@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mpidp.data.places import Placed, placer
+from mpidp.data.places import Placed, ids_of_pieces, placer
 from mpidp.data.special_tokens import SpecialTokens, special_names
 from mpidp.data.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ class TextEncoder:
         """Return the ids of a text, without a token before it: (n,) int64. Raises DataError if a character has no id."""
         if self.special == "text":
             return self.tokenizer.encode(text)
-        return self._placer([text])[0].ids
+        return np.concatenate(list(ids_of_pieces([text], self._placer)))
 
     def document(self, text: str) -> np.ndarray:
         """Return the ids of a text after BOS or an end-of-document token, so that its first token has a context."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mpidp.checkpoint.added_rows import BoxReader
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import boxes_held, parameters_of, reshard_all, weights_sha256, whole
 from mpidp.checkpoint.reader import Reader
@@ -25,13 +25,6 @@ from mpidp.model.part import Part, part_of
 from mpidp.model.shape import Shape, shapes_of
 from mpidp.parallel.grid import Grid
 from mpidp.reducers.buckets import GradientBuffer
-
-
-class BoxReader(Protocol):
-    """A source of parameters: a checkpoint or a model folder."""
-
-    def box(self, name: str, entry: Entry) -> Tensor:
-        """Read the entry's box of model/PARAMETER. Independent."""
 
 
 class ModelPartition:

@@ -31,6 +31,7 @@ SAME = (
     "train.micro_batch",
 )
 FREE = ("strategy.servers",)  # exceptions, which may differ
+HASH_DIGITS = 12  # digits of weights_sha256 in the table
 OWN = ("run.", "faults.", "metrics.", "energy.")  # settings that are left out of the table of differences
 
 
@@ -119,6 +120,22 @@ def scaling_section(found: Scaling) -> str:
                    charts(scaling_chart(found)))
 
 
+def loss_charts(runs: Sequence[RecordedRun], key: str) -> list[str]:
+    """Return the charts of the losses `key` of all runs against tokens and time: val_loss or train_loss. Runs without such losses
+    are left out. Pure."""
+    title = {"val_loss": "Validation loss", "train_loss": "Training loss"}[key]
+    by_tokens, by_time = [], []
+    for run in runs:
+        at, spent_at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}, dict_by_line(run.worked())
+        lines = run.evaluations if key == "val_loss" else run.steps
+        losses = [(line, loss) for line in lines if (loss := number(line, key)) is not None]
+        by_tokens.append(Curve(run.name, [(at.get(line["step"], 0.0), loss) for line, loss in losses]))
+        if spent_at:
+            by_time.append(Curve(run.name, [(spent_at[id(line)], loss) for line, loss in losses]))
+    return [curves(f"{title} against tokens", by_tokens, "tokens", "nats per token"),
+            curves(f"{title} against time", by_time, "seconds, all jobs", "nats per token")]
+
+
 def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: Mapping[str, Costs]) -> str:
     """Return the sections that compare several runs: table, curves, scaling. Pure."""
     rows = []
@@ -133,31 +150,24 @@ def compare(runs: Sequence[RecordedRun], falls: Mapping[str, Waterfall], spent: 
                 str(run.config.get("train.global_batch", "?")),
                 str(run.steps[-1]["step"]),
                 short(run.tokens),
-                f"{losses[-1]:.4f}" if losses else "-",
+                "-" if not losses or losses[-1] is None else f"{losses[-1]:.4f}",
                 duration(fall.whole),
                 f"{usual_speed(run):,.0f}",
                 f"{100 * fall.goodput:.1f}%",
                 f"{cost.joules / run.tokens:.3g}" if cost.joules is not None and run.tokens else "n/a",
                 "finished" if run.end else "running" if run.going else "unfinished",
+                str((run.end or {}).get("weights_sha256", "-"))[:HASH_DIGITS],
             )
         )
-    head = ("run", "ranks", "machines", "batch", "steps", "tokens", "val loss", "time", "tokens/s", "goodput", "J/token", "state")
+    head = ("run", "ranks", "machines", "batch", "steps", "tokens", "val loss", "time", "tokens/s", "goodput", "J/token", "state",
+            "weights_sha256")
     changed = [(key, *(str(run.config.get(key, "-")) for run in runs)) for key in differences(runs)]
-    by_tokens, by_time, speeds = [], [], []
-    for run in runs:
-        lines = run.evaluations if len(run.evaluations) > 1 else run.steps
-        name = "val_loss" if len(run.evaluations) > 1 else "train_loss"
-        at, spent_at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}, dict_by_line(run.worked())
-        values = [(line, number(line, name) or 0.0) for line in lines]
-        by_tokens.append(Curve(run.name, [(at.get(line["step"], 0.0), value) for line, value in values]))
-        if spent_at:
-            by_time.append(Curve(run.name, [(spent_at[id(line)], value) for line, value in values]))
-        speeds.append(Curve(run.name, [(line["step"], number(line, "tokens_per_second") or 0.0) for line in run.steps]))
+    losses_of = ["val_loss"] + ["train_loss"] * any(len(run.evaluations) < 2 for run in runs)
+    speeds = [Curve(run.name, [(line["step"], number(line, "tokens_per_second") or 0.0) for line in run.steps]) for run in runs]
     return section(
         "Comparison", table(head, rows, numbers=range(1, 11)),
         paragraph("Settings that differ:") + table(("setting", *(run.name for run in runs)), changed) if changed else
         paragraph("The runs have the same settings.", "soft"),
-        charts(curves("Validation loss against tokens", by_tokens, "tokens", "nats per token"),
-               curves("Validation loss against time", by_time, "seconds, all jobs", "nats per token"),
+        charts(*(chart for key in losses_of for chart in loss_charts(runs, key)),
                curves("Throughput", speeds, "step", "tokens/s", zero=True)),
     ) + scaling_section(scaling(runs))

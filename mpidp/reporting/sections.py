@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from mpidp.metrics.jsonl import number
@@ -58,7 +59,7 @@ def figures(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
     mfu = [one for line in run.steps if (one := number(line, "mfu")) is not None]
     rows = [
         (f"{run.steps[-1]['step']:,}", "steps"), (short(run.tokens), "training tokens"),
-        (f"{losses[-1]:.4f}" if losses else "-", "validation loss (nats per token)"),
+        ("-" if not losses or losses[-1] is None else f"{losses[-1]:.4f}", "validation loss (nats per token)"),
         (f"{usual_speed(run):,.0f}", "tokens per second (median step)"),
         (f"{100 * statistics.median(mfu):.1f}%" if mfu else "not known", "MFU (share of the device's peak)"),
         (f"{100 * fall.goodput:.1f}%", "goodput (share of time in kept steps)"),
@@ -76,11 +77,12 @@ def learning(run: RecordedRun) -> str:
     unit, name = (3600.0, "hours") if hours > 7200 else (60.0, "minutes") if hours > 120 else (1.0, "seconds")
     tokens_at = {line["step"]: number(line, "tokens") or 0.0 for line in run.steps}
 
+    def points(place: Any, found: Sequence[Any], key: str) -> list[tuple[float, float]]:
+        return [(place(line), loss) for line in found if (loss := number(line, key)) is not None]  # a loss that is nan is null
+
     def lines(place: Any) -> list[Curve]:
-        return [
-            Curve("training", [(place(line), number(line, "train_loss") or 0.0) for line in run.steps]),
-            Curve("validation", [(place(line), number(line, "val_loss") or 0.0) for line in run.evaluations], dots=True),
-        ]
+        return [Curve("training", points(place, run.steps, "train_loss")),
+                Curve("validation", points(place, run.evaluations, "val_loss"), dots=True)]
 
     against = [curves("Loss against tokens", lines(lambda line: tokens_at.get(line["step"], 0.0)), "tokens", "nats per token")]
     if spent:

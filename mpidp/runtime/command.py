@@ -12,8 +12,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
+from mpidp import __version__
 from mpidp.errors import MpidpError, UsageError
 from mpidp.runtime.environment import launched_size, launched_with_ulfm, launcher_rank
 from mpidp.runtime.files import expand_home
@@ -42,6 +43,11 @@ def _expanded(value: Any, name: str) -> Any:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError, and prints help only once under mpirun. Independent."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Arguments as those of ArgumentParser. Independent."""
+        super().__init__(*arguments, **options)
+        self.add_argument("--version", action="version", version=f"mpidp {__version__}", help="show the version, and exit")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, and expand ~ in the values of options and arguments that are paths, by their metavar. Raises
         UsageError if a path cannot be expanded. Independent."""
@@ -56,10 +62,10 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError with argparse's message."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
-    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        """Print help on the launcher's rank 0."""
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help or the version on the launcher's rank 0."""
         if launcher_rank() == 0:
-            super().print_help(file)
+            super()._print_message(message, file)
 
 
 def begin(read_command_line: Callable[[], T]) -> tuple[T, MPI.Intracomm]:

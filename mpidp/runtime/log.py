@@ -49,6 +49,11 @@ if not log.handlers:
     log.setLevel(LEVELS.get(os.environ.get(VARIABLE, "").lower(), logging.INFO))
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun: "1 rank", "2,000 ranks". what: the noun in the singular. Pure."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def set_level() -> None:
     """Set the level from MPIDP_LOG. Raises UsageError if it is not a level. Independent."""
     name = os.environ.get(VARIABLE, "").lower() or "info"

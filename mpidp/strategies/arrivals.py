@@ -52,7 +52,7 @@ def _check_pushes(log: str, found: Order, workers: int, servers: int) -> None:
 
 def _check_rounds(log: str, found: Order, ranks: int, staleness: int) -> None:
     """Raise UsageError if the rounds cannot be replayed, because of a deadlock or too few buffers. When round i closes, at least
-    one rank must have contributed batch i, no rank may have contributed a later batch, and each rank must have contributed all
+    one rank must have contributed batch i, and no rank may have contributed a later batch. Each rank must have contributed all
     batches up to i - staleness. At the end each rank must have contributed all batches."""
     for step, rounds in found.items():
         had = [0] * ranks

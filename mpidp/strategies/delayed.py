@@ -6,8 +6,8 @@ the same sums in the same order, so replicas stay equal. With k = 0 this is `syn
 first k steps make no update. drain() applies the remaining sums.
 
 Delay compensation estimates the gradient at the current parameters theta from the late gradient g. The estimate is g + lambda g *
-g * (theta - theta_then), where theta_then are the parameters with which g was computed (Zheng 2017, "Asynchronous Stochastic
-Gradient Descent with Delay Compensation", eq. 10).
+g * (theta - theta_then). Here theta_then are the parameters with which g was computed. See Zheng 2017, "Asynchronous Stochastic
+Gradient Descent with Delay Compensation", eq. 10.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from mpidp.errors import MpidpError, UsageError
 from mpidp.reducers.base import FlatReducer
 from mpidp.reducers.buckets import Bucket
 from mpidp.reducers.overlap import OVERLAP_WAITS
+from mpidp.runtime.log import counted
 from mpidp.strategies.averaging_groups import hop, partition
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 from mpidp.strategies.synchronous import Synchronous
@@ -57,7 +58,8 @@ class Local(Synchronous):
         buckets = self.buffer.buckets
         if options.fragments > len(buckets):
             raise UsageError.on_every_rank(
-                f"strategy.fragments={options.fragments}, but parameters have only {len(buckets)} buckets: lower comm.bucket_mb"
+                f"strategy.fragments={options.fragments}, but parameters have only {counted(len(buckets), 'bucket')}: lower "
+                "comm.bucket_mb"
             )
         self._fragments = [buckets[i :: options.fragments] for i in range(options.fragments)]
         self._tokens = torch.zeros(options.fragments, dtype=torch.float64)  # target tokens since each fragment's average

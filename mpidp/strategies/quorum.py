@@ -8,10 +8,10 @@ closed, makes the same update, and continues with batch i + 1. Therefore replica
 computed with the parameters theta_i of its batch i, but is added up to `staleness` rounds later. At a meeting all contributions
 have arrived. Therefore nothing is in flight at a checkpoint, an evaluation or the end of the run.
 
-This is Eager-SGD's majority collective (Li 2020, "Taming unbalanced training workloads in deep learning with partial collective
-operations", section 4) combined with the bounded staleness of SSP (Ho 2013, section 3). A thread of rank 0 receives notices of
-contributions and tells the threads of all ranks which contributions join each round. Then all threads take part in the sum. A
-rank without a contribution adds zeros.
+This combines the majority collective of Eager-SGD with the bounded staleness of SSP. See Li 2020, "Taming unbalanced training
+workloads in deep learning with partial collective operations", section 4, and Ho 2013, section 3. A thread of rank 0 receives
+notices of contributions and tells the threads of all ranks which contributions join each round. Then all threads take part in the
+sum. A rank without a contribution adds zeros.
 """
 
 from __future__ import annotations

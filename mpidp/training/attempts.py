@@ -55,7 +55,8 @@ class RunAttempts:
             assert plan is not None
             self.number = world.rank
             with raise_together(world):
-                self.faults: InjectedFaults = faults_from_environment(self.number)
+                most = math.inf if config.faults.respawn else world.size  # replacement ranks get higher numbers
+                self.faults: InjectedFaults = faults_from_environment(self.number, size=most)
                 self.lock = RunLock(plan.run_dir) if world.rank == 0 else None
             self.crew = Crew(plan.config, plan.automatic, world.size, world.size, config.faults.respawn)
         else:

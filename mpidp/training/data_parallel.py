@@ -143,11 +143,11 @@ def share_memory(
     tickets = None
     if kind == "steal":
         if launched_with_ulfm():
-            kind, how = "even", f"{how}; balance even: stealing needs a window, and a window fails with any of its ranks"
+            kind, how = "even", f"{how}; train.balance=even, as a window for stealing fails with any of its ranks"
         elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
         else:
-            kind, how = "even", f"{how}; balance even: stealing needs a window"
+            kind, how = "even", f"{how}; train.balance=even, because stealing needs a window"
     reducer: Reducer
     balance = BALANCES[kind](Terms(
         lanes.num_lanes, world.size, world.rank, max_lanes, tickets, group.members[group.index].start,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypedDict
 import torch
 from mpi4py import MPI
 
+from mpidp.checkpoint.added_rows import AddedRows, fits
 from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run, same_path
@@ -27,6 +29,7 @@ from mpidp.hf.companions import companions
 from mpidp.hf.folder import ModelFolder, read_object
 from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
+from mpidp.model.shape import Shape, num_parameters, shapes_of
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
 from mpidp.runtime.json_file import read_json
@@ -70,6 +73,7 @@ class Origin:
             f"model.{key}={given!r}, but the source has {value!r}"
             for key, value in self.settings.items()
             if (given := getattr(config.model, key)) not in (value, getattr(plain, key))
+            and not (key == "vocab_size" and kind in KINDS and given > value)
         ]
         if wrong:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
@@ -79,7 +83,29 @@ class Origin:
                 f"(sliding_window in its config.json), and mpidp's covers the whole context: set model.seq_len to at most "
                 f"{self.window}"
             )
-        return config.with_values(model=self.settings)
+        rows = max(self.settings["vocab_size"], config.model.vocab_size)  # rows can be added: added_rows.py
+        return config.with_values(model=self.settings | {"vocab_size": rows})
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raise DataError if the source does not hold a model of this shape. A file from somebody else could otherwise demand all
+        memory with a few numbers. Independent."""
+        if self.weights is None:
+            return
+        if isinstance(self.weights, ModelFolder):
+            stored, room = self.weights.sizes, sys.maxsize  # the folder was checked when it was opened
+        else:
+            with readable(Path(self.path)):
+                tensors, room = self.weights.meta["tensors"], self.weights.num_bytes
+                stored = {name[6:]: tuple(tensors[name]["shape"]) for name in tensors if name.startswith("model/")}
+        plausible = shape.num_layers <= len(stored) and 4 * num_parameters(shape) <= room + self._added_bytes(shape)
+        if not plausible or not fits(stored, shapes_of(shape)):
+            raise DataError(f"train.init_from={self.path}: its tensors do not have the sizes that its settings state: the files "
+                            "are damaged, or belong to different models")
+
+    def _added_bytes(self, shape: Shape) -> int:
+        """Return at least the size of the rows that are added to the vocabulary."""
+        width = getattr(shape, "model_dim", 0)
+        return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
     def check_tokenizer(self, data: Path, used: bytes) -> None:
         """Raise DataError unless `data` was prepared with the tokenizer of the source. Independent."""
@@ -94,7 +120,8 @@ class Origin:
         mesh. Raises DataError if another hash is required, or if a weight is not finite. Collective over parts.grid.world."""
         assert self.weights is not None
         with raise_together(parts.grid.world), readable(Path(self.path)):
-            parts.load(self.weights, model)
+            stored = self.settings["vocab_size"]
+            parts.load(AddedRows(self.weights, stored) if parts.shape.vocab_size > stored else self.weights, model)
             for name, p in model.named_parameters():
                 if not torch.isfinite(p).all():
                     whole = parts.part.global_name(name)

@@ -20,6 +20,7 @@ from mpidp.config import rules
 from mpidp.config.defaults import kind
 from mpidp.errors import CheckpointError, DataError, UsageError
 from mpidp.metrics.jsonl import read_lines
+from mpidp.runtime.log import counted
 from mpidp.runtime.observers import StepObserver
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
@@ -133,7 +134,7 @@ class Replay:
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
-            settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml"))
+            settings = (meta["config"] if later else command_line.read_run_config(record.path / "config.toml"))
             check_named(settings.get("model.kind", "transformer"), options.model_kind, record.path)
             check_method(record, settings, reader.meta["step"] if reader else 0, last, meta.get("ranks"), world.size)
             settings |= PLAIN
@@ -167,7 +168,7 @@ class Replay:
         exact = now["reducer"] == "tree" or self.plan.config.comm.compress != "none"  # compressed sums have an order of their own
         if not exact and not meta.get("ranks") == world.size == 1:
             self.loose.append(f"reducer {now['reducer']}, ranks {meta.get('ranks')} -> {world.size}")
-        steps = f"{last - self.start} steps to replay, {self.start + 1} to {last}, from {self.source}"
+        steps = f"{counted(last - self.start, 'step')} to replay, {self.start + 1} to {last}, from {self.source}"
         loose = f"; bits may differ ({', '.join(self.loose)}): compared within {CLOSE:g}" if self.loose else ""
         print_on_rank_0(world, f"{record.path}: {steps}{loose}")
 

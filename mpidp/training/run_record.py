@@ -12,6 +12,7 @@ import torch
 
 from mpidp.checkpoint.resume import fingerprint
 from mpidp.config.schema import to_toml
+from mpidp.data.model_files import chat_templates_of
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import peak_flops
 from mpidp.metrics.tensorboard import Scalars
@@ -107,13 +108,10 @@ def _keep_special_tokens(content: bytes | None, run_dir: Path) -> None:
     if content is None:
         return
     write_file(run_dir / "special_tokens.json", content)
-    kept, config = run_dir / "hf/chat_template.jinja", run_dir / "hf/tokenizer_config.json"
+    kept = run_dir / "hf/chat_template.jinja"
     template = json.loads(content)["template"]
     if template is not None and kept.parent.is_dir():
-        before = kept.read_text() if kept.exists() else None
-        if before is None and config.exists():
-            before = json.loads(config.read_bytes()).get("chat_template")
-        if before not in (None, template):
+        if chat_templates_of(kept.parent).get("default") not in (None, template):
             log.info("the chat template of the data replaces that of the model, in RUN/special_tokens.json and RUN/hf")
         write_file(kept, template)
 

@@ -15,7 +15,7 @@ from mpidp.config.schema import Config, to_toml
 from mpidp.model.shape import num_parameters, shapes_of
 from mpidp.model.starting import trained_sizes
 from mpidp.runtime.environment import numbers
-from mpidp.runtime.log import VARIABLE, log
+from mpidp.runtime.log import VARIABLE, counted, log
 from mpidp.training.data_parallel import gradient_slots, held_buffers, held_floats
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def memory_line(plan: RunPlan, rows: Sequence[Row]) -> str:
     trained = _trained_parameters(plan) if _is_partly_frozen(c) else count
     floats = held_floats(c, slots, size) * trained + max(0, count - trained)
     saved = 12 * count / plan.mesh.num_nodes / 2**20
-    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {_count(slots, 'gradient buffer')}); "
+    return (f"memory: {floats / 2**18:,.0f} MiB per rank (weights, optimizer state, {counted(slots, 'gradient buffer')}); "
             f"{saved:,.0f} MiB per node to buffer a checkpoint while it is written")
 
 
@@ -94,15 +94,15 @@ def batch_line(plan: RunPlan) -> str:
     """Return the size of the global batch, its parts, and the number of ranks. Pure."""
     c, t = plan.config, plan.config.train
     return (f"batch: {t.global_batch} sequences x {c.model.seq_len} = {t.global_batch * c.model.seq_len:,} tokens per step, in "
-            f"{plan.lanes.num_micro_batches} micro-batches and {t.lanes} lanes, on {_count(plan.world.size, 'rank')} of "
-            f"{_count(plan.grid.everyone.num_machines, 'machine')}")
+            f"{plan.lanes.num_micro_batches} micro-batches and {t.lanes} lanes, on {counted(plan.world.size, 'rank')} of "
+            f"{counted(plan.grid.everyone.num_machines, 'machine')}")
 
 
 def data_line(plan: RunPlan) -> str:
     """Return the folder, the sizes of the splits, and the length of the run. Pure."""
     steps, epochs = plan.config.train.steps, plan.config.train.steps / plan.sampler.steps_per_epoch
     validation = f", {plan.validation.num_tokens:,} validation tokens" if plan.validation is not None else ""
-    return (f"data: {plan.config.data.path}, {plan.training.num_tokens:,} training tokens{validation}; {_count(steps, 'step')}, "
+    return (f"data: {plan.config.data.path}, {plan.training.num_tokens:,} training tokens{validation}; {counted(steps, 'step')}, "
             f"{epochs:.2f} epochs")
 
 
@@ -111,13 +111,9 @@ def ranks_line(rows: Sequence[Row]) -> str:
     sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
     hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
     more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)
-    each = f"{threads[0]} to {threads[-1]} threads" if len(threads) > 1 else _count(threads[0], "thread")
+    each = f"{threads[0]} to {threads[-1]} threads" if len(threads) > 1 else counted(threads[0], "thread")
     return (f"ranks: {len(rows)} on {', '.join(hosts[:NAMED_HOSTS] + more)}, {each} per rank "
             f"({VARIABLE}=debug lists every rank and all settings)")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _is_partly_frozen(config: Config) -> bool:

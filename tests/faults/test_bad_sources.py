@@ -70,7 +70,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, forks: Forks) -> None:
     for choice, documents in (("replace", 2), ("skip", 1)):
         ended = prepare(tmp_path, forks, "--bad-utf8", choice)
         expect(ended, 0)
-        assert "1 documents with invalid UTF-8: source/latin.txt" in ended.out, ended
+        assert "1 document with invalid UTF-8: source/latin.txt" in ended.out, ended
         assert f"shards with {documents} documents in total" in ended.out and about(tmp_path)["bad_utf8"] == 1, ended
         expect(forks.run(tmp_path, "data_tools.verify", "out"), 0)
 

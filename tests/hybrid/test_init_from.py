@@ -35,11 +35,12 @@ def folder(where: Path, tied: bool) -> Path:
     return out
 
 
-def begun(data: Path, run: Path, source: Path, mesh: tuple[int, int, int, int] = (1, 1, 1, 0)) -> Config:
+def begun(data: Path, run: Path, source: Path, mesh: tuple[int, int, int, int] = (1, 1, 1, 0), rows: int = 0) -> Config:
     plain = Config().model
     model: dict[str, Any] = {key: getattr(plain, key) for key in ("num_layers", "num_heads", "model_dim", "hidden_dim")}
+    train = {"init_from": str(source), "steps": 3, "eval_every": 0, "global_batch": 8}
     return tiny(
-        data, run, model=model, train={"init_from": str(source), "steps": 3, "eval_every": 0, "global_batch": 8},
+        data, run, model=model | {"vocab_size": rows}, train=train,
         optim={"weight_decay": 0.0, "lr": 3e-3}, mesh=dict(zip(("dp", "pp", "tp", "shard"), mesh, strict=True)),
     )
 
@@ -49,13 +50,13 @@ def told(run: Path) -> str:
     return str(meta["init_from"]["weights_sha256"])
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_every_mesh_begins_with_the_same_weights(shared_folder: Path, shared_tmp: Path, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "rows"), [(False, 0), (True, 0), (True, 280)], ids=["", "tied", "added rows"])
+def test_every_mesh_begins_with_the_same_weights(shared_folder: Path, shared_tmp: Path, tied: bool, rows: int) -> None:
     data, source = corpus(shared_folder), folder(shared_folder, tied)
-    alone: Ran = train_at(1, begun(data, shared_tmp / "alone", source))
+    alone: Ran = train_at(1, begun(data, shared_tmp / "alone", source, rows=rows))
     for mesh in [mesh for mesh in MESHES if mesh[0] * mesh[1] * mesh[2] <= WORLD.size]:
         run = shared_tmp / "x".join(map(str, mesh))
-        ran = train_at(mesh[0] * mesh[1] * mesh[2], begun(data, run, source, mesh))
+        ran = train_at(mesh[0] * mesh[1] * mesh[2], begun(data, run, source, mesh, rows))
         assert told(run) == told(shared_tmp / "alone"), mesh
         assert ran.losses == pytest.approx(alone.losses, rel=1e-5), mesh
         if mesh[1:] == (1, 1, 0):

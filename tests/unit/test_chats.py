@@ -286,7 +286,7 @@ def test_rows_name_special_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[
     ids, mask = rows_of(tmp_path / "out")[0]
     wanted = ids_of(folder, row["prompt"] + row["completion"], special != "text")
     assert ids[: len(wanted)] == wanted and mask[len(wanted)]
-    assert f"1 documents or rows that name a special token: {source}:1: names <|im_start|>" in capsys.readouterr().out
+    assert f"1 document or row that names a special token: {source}:1: names <|im_start|>" in capsys.readouterr().out
     table = read_special_tokens(tmp_path / "out")
     assert table is not None and table.special == (special or "tokens")
 
@@ -332,3 +332,10 @@ def test_documents_and_rows_begin_with_bos(tmp_path: Path, bos: str) -> None:
     assert ids[:3] == ids_of(folder, "<s><user>")[:3]
     table = read_special_tokens(tmp_path / "text")
     assert table is not None and table.bos == (first[0] if first else None)
+
+    plain = tmp_path / "plain.jinja"
+    plain.write_text(TOOLS)  # a template without BOS: no BOS, as in transformers
+    prepare(source, str(folder), tmp_path / "no", 1, 0.0, form="chat", seq_len=64, bos=bos, chat_template=str(plain))
+    [(ids, _)] = rows_of(tmp_path / "no")
+    table = read_special_tokens(tmp_path / "no")
+    assert ids[:2] == ids_of(folder, "<user>")[:2] and table is not None and table.bos is None

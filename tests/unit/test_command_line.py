@@ -20,6 +20,7 @@ from mpidp.errors import EXIT_CODES, MpidpError, UsageError
 from mpidp.runtime import log as logs
 from mpidp.runtime.command import Parser
 from mpidp.runtime.options import add_json, add_ranks, rank_count, rank_counts
+from mpidp.train import read_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -215,6 +216,15 @@ def test_the_settings_that_differ_from_the_defaults() -> None:
     wanted = "settings that differ from the defaults: 'data.path=my shards' train.steps=9 mesh.sequence=true"
     assert sorted(changed_settings(config)) == sorted(wanted)
     assert changed_settings(Config()) == "settings that differ from the defaults: none"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_parser_knows_the_version(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m mpidp.train --version` as `mpidp --version`; under mpirun once."""
+    monkeypatch.setenv("PMI_RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        read_options(["--version"])
+    assert not ended.value.code and capsys.readouterr().out == f"mpidp {mpidp.__version__}\n" * (rank == "0")
 
 
 def test_paths_of_options_begin_at_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

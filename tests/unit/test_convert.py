@@ -86,7 +86,7 @@ def test_files_of_others(tmp_path: Path, code: int, dtype: str) -> None:
     ids = (np.arange(40) * 7 % 120).astype(dtype)
     write(tmp_path / "it", code, [5, 0, 10, 5, 20], [0, 2, 2, 4, 5], ids, b"\0" * 5)
     said = from_megatron(tmp_path / "it", tmp_path / "out", "byte", 2, 0.25, None)
-    assert said[-1] == "1 documents without tokens were skipped"
+    assert said[-1] == "1 document without tokens was skipped"
     assert documents_of(tmp_path / "out", "train") == [ids[:5].tolist(), ids[5:20].tolist(), ids[20:30].tolist()]
     assert documents_of(tmp_path / "out", "val") == [ids[30:].tolist()]
     assert TokenStream(tmp_path / "out", "val").num_documents == 0

@@ -140,7 +140,9 @@ def test_a_chat_is_that_of_the_training(tmp_path: Path, kind: str, with_file: bo
 def test_a_fine_tune_keeps_the_files_of_its_model_but_for_the_data_s_template(tmp_path: Path) -> None:
     folder = made(
         tmp_path / "model", "bos", bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>", add_bos_token=True,
-        chat_template="{{ messages }}", auto_map={"AutoTokenizer": ["code.Own", None]}, my_key=[1],
+        chat_template=[{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "tools {{ tools }}"},
+                       {"name": "rag", "template": "rag"}, {"name": "../../up", "template": "no"}],
+        auto_map={"AutoTokenizer": ["code.Own", None]}, my_key=[1],
     )
     llama("tied").save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 3}
@@ -155,6 +157,10 @@ def test_a_fine_tune_keeps_the_files_of_its_model_but_for_the_data_s_template(tm
     assert theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False) == row(shards)
     kept = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert kept["my_key"] == [1] and kept["pad_token"] == "<pad>" and not {"auto_map", "chat_template"} & set(kept)
+    assert {file.name: file.read_text() for file in (tmp_path / "out/additional_chat_templates").iterdir()} == {
+        "tool_use.jinja": "tools {{ tools }}", "rag.jinja": "rag",
+    }
+    assert theirs.apply_chat_template(CHAT, tokenize=False, chat_template="rag") == "rag"
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["temperature"] == 0.6 and generation["eos_token_id"] == [3, 0]
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 3

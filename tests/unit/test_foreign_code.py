@@ -15,7 +15,7 @@ from data_tools.prepare import prepare
 from mpidp import evaluate, generate, replay
 from mpidp.checkpoint.manifest import _seal, read_manifest
 from mpidp.config.schema import Config
-from mpidp.errors import CheckpointError, MpidpError, UsageError
+from mpidp.errors import CheckpointError, DataError, MpidpError, UsageError
 from mpidp.export import export
 from tests.tiny import WORLD, text, tiny, train_at
 
@@ -137,3 +137,21 @@ def test_a_run_s_own_start_file_names_no_code(place: Path) -> None:
         begin_with(place, str(place / "run"))
     assert not (place / "imported").exists()
     assert begin_with(place, str(place / "run"), f"--model.kind={KIND}").end["step"] == 2
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 2**31 - 1}, {"model_dim": 2**24}, {"num_layers": 3}])
+def test_sizes_of_a_manifest_that_its_files_do_not_have_are_refused_at_once(place: Path, change: dict[str, int]) -> None:
+    small = PLAIN | {"num_layers": 1, "model_dim": 8, "num_heads": 2, "hidden_dim": 16, "seq_len": 16}
+    train_at(1, tiny(place / "shards", place / "small", model=small, train={"steps": 2, "eval_every": 0, "save_every": 0}))
+    path = next((place / "small/checkpoints").iterdir())
+    body = read_manifest(path)
+    body["config"] |= {f"model.{key}": value for key, value in change.items()}
+    body["shape"] |= change
+    (path / "manifest.json").write_bytes(_seal(body))
+    for use in ("generate", "evaluate", "train.init_from"):
+        with pytest.raises((CheckpointError, DataError), match="its shape has|do not have the sizes|has shape|KeyError"):
+            USES[use](place, str(path))
+    with pytest.raises(CheckpointError, match="its shape has|has shape|KeyError"):
+        export(WORLD, str(path), str(place / "out"))
+    assert not (place / "out").exists()
+    shutil.rmtree(place / "small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from data_tools.prepare import prepare
+from mpidp.checkpoint.added_rows import AddedRows
+from mpidp.checkpoint.entry import Entry
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import evaluate
@@ -199,9 +202,10 @@ def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
 
 def test_sizes_that_no_file_has_are_refused_at_once(it: Path) -> None:
     began = time.monotonic()
-    change_config(it, num_hidden_layers=2**31 - 1)
-    with pytest.raises(DataError, match=r"num_hidden_layers=2147483647, but the weight files have \d+ tensors"):
-        ModelFolder(it)
+    for layers, said in ((2**16, r", but the weight files have \d+ tensors"), (2**31 - 1, " must be .* at most 65,536")):
+        change_config(it, num_hidden_layers=layers)
+        with pytest.raises(DataError, match=f"num_hidden_layers={layers}{said}"):
+            ModelFolder(it)
     file = it / "tokenizer.json"
     content = file.read_bytes()
     changed = json.loads(content)
@@ -261,3 +265,63 @@ def test_a_source_may_be_spelled_otherwise_or_move(
     (tmp_path / "moved").rename(tmp_path / "other")
     with pytest.raises(DataError, match="the weights in other are not those from which the run started"):
         train("other", 8)
+
+
+def more_tokens(folder: Path, count: int) -> None:
+    """Add tokens to a folder's tokenizer.json, as people do for chats, without adding rows to the model."""
+    file = folder / "tokenizer.json"
+    about = json.loads(file.read_text())
+    first = max(about["model"]["vocab"].values()) + 1
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    about["added_tokens"] += [{"id": first + i, "content": f"<new_{i}>"} | flags for i in range(count)]
+    file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}], ids=["", "lora"])
+def test_rows_are_added_for_more_tokens(shards: Path, tmp_path: Path, kind: str, lora: dict[str, Any]) -> None:
+    it = saved(tmp_path / "it", kind, shards)
+    size = json.loads((it / "tokenizer.json").read_text())["model"]["vocab"]
+    more_tokens(it, 290 - len(size))  # the model has 288 rows
+    (tmp_path / "text.txt").write_text(text(3000))
+    prepare(str(tmp_path / "text.txt"), str(it / "tokenizer.json"), tmp_path / "data", shards=1, verbose=False)
+    sections = {"train": {"steps": 1, "eval_every": 0}, "optim": {"lr": 1e-30, "warmup_steps": 0, "weight_decay": 0.0}}
+    with pytest.raises(UsageError, match="has 290 tokens, which do not fit.* Set model.vocab_size=290 to add 2 rows"):
+        train_at(1, begun(tmp_path / "data", it, tmp_path / "run", model=lora, **sections))
+    config = begun(tmp_path / "data", it, tmp_path / "run", model={"vocab_size": 290, **lora}, **sections)
+    ran = train_at(1, config)
+    again = train_at(1, config.with_values(train={"steps": 2}))
+    assert again.end["step"] == 2 and again.events("resume")
+    assert evaluate(str(tmp_path / "run"), None, WORLD, device="cpu")["loss"] == pytest.approx(ran.end["val_loss"], rel=1e-5)
+    export(WORLD, str(tmp_path / "run"), str(tmp_path / "out"))
+    theirs = AutoModelForCausalLM.from_pretrained(it, dtype=torch.float32)
+    theirs.resize_token_embeddings(290)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for one, two in ((theirs.model.embed_tokens, ours.model.embed_tokens), (theirs.lm_head, ours.lm_head)):
+        torch.testing.assert_close(two.weight, one.weight, atol=1e-3, rtol=0)
+
+
+def test_boxes_with_added_rows_are_those_of_the_whole(it: Path) -> None:
+    folder = ModelFolder(it)
+    source = AddedRows(folder, 288)
+    whole = source.box("model/embedding.weight", Entry(torch.empty((300, 32))))
+    assert torch.equal(whole[:288], folder.box("model/embedding.weight", Entry(torch.empty((288, 32)))))
+    torch.testing.assert_close(whole[288:], whole[:288].mean(0).expand(12, 32))
+    for row, column, rows, columns in ((0, 0, 150, 32), (150, 0, 150, 32), (280, 16, 20, 16), (290, 0, 10, 32), (3, 5, 0, 2)):
+        entry = Entry(torch.empty((rows, columns)), at=(row, column), shape=(300, 32))
+        assert torch.equal(source.box("model/embedding.weight", entry), whole[row : row + rows, column : column + columns])
+    assert torch.equal(
+        source.box("model/norm.weight", Entry(torch.empty(32))), folder.box("model/norm.weight", Entry(torch.empty(32)))
+    )
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_pipe_in_place_of_weights_is_refused(it: Path, shards: Path, index: bool) -> None:
+    """Whoever opened it would wait forever."""
+    name = "model-00001-of-00001.safetensors" if index else "model.safetensors"
+    (it / "model.safetensors").unlink()
+    os.mkfifo(it / name)
+    if index:
+        (it / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {HEAD: name}}))
+    with pytest.raises(DataError, match="1 of 1 weight files are missing" if index else "no model.safetensors"):
+        ModelFolder(it)

@@ -37,6 +37,8 @@ def test_the_example_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(text).of_all_ranks == (kill, delay, flip)
     assert [parse(text, rank).of_this_rank for rank in range(4)] == [[flip], [kill], [delay], []]
     assert faults_from_environment(1, {VARIABLE: text}).of_this_rank == [kill] and not capsys.readouterr().err
+    with pytest.raises(UsageError, match="'kill:.*': the job has no rank 1; its ranks are 0 to 0"):
+        faults_from_environment(0, {VARIABLE: text}, size=1)
     faults_from_environment(0, {VARIABLE: text})
     assert capsys.readouterr().err == f"{VARIABLE} is set: THIS RUN HAS INJECTED FAULTS: {text}\n"
 

@@ -38,7 +38,7 @@ def test_the_sample_of_the_issue(capsys: pytest.CaptureFixture[str], tmp_path: P
     monkeypatch.setattr("sys.argv", ["plan", "mesh", "--params", "2b", "--samples", "100m", "--ranks", "16"])
     planning.main()
     said = capsys.readouterr().out
-    assert "6.25 M" in said and "125 M" in said and "assumed" in said and "--mesh.dp=" in said
+    assert "6.25 million" in said and "125 million" in said and "assumed" in said and "--mesh.dp=" in said
     monkeypatch.setattr("sys.argv", ["plan", "mesh", "--params", "2b", "--ranks", "16", "--json"])
     planning.main()
     assert json.loads(capsys.readouterr().out)["ranks"] == 16

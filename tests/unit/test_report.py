@@ -360,3 +360,28 @@ def test_axes_are_round_and_thin_curves_keep_their_ends() -> None:
 def test_every_setting_of_a_run_is_in_its_page(tmp_path: Path) -> None:
     text = report([read(write(tmp_path / "run", WHOLE, train={"seed": 4242}))])
     assert all(key in text for key, _, _ in fields_of()) and "4242" in text
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 2])
+def test_charts_of_validation_loss_show_validation_losses(tmp_path: Path, evaluations: int) -> None:
+    """Runs with few evaluations get a chart of training losses of its own. A loss that is not finite is left out."""
+    lines = [line for line in WHOLE if "val_loss" not in line]
+    for n in range(evaluations):
+        lines.insert(3, {"step": 2, "val_loss": 2.5 - n / 10, "val_tokens": 9, "unix_seconds": 1003.0})
+    lines[2] = lines[2] | {"train_loss": None}
+    runs = [write(tmp_path / "a", WHOLE, train={"seed": 1}), write(tmp_path / "b", lines, train={"seed": 2})]
+    page = report(named([read(run) for run in runs]))
+    charts = dict(re.findall(r"<svg[^>]*aria-label=\"([^:\"]*):[^>]*>(.*?)</svg>", page))
+    of_b = re.findall(r"<title>[^<]*b: ([0-9.]+)", charts["Validation loss against tokens"])
+    assert len(of_b) == evaluations and all(2.3 < float(loss) < 2.6 for loss in of_b)
+    training = charts["Training loss against time"]
+    assert len(re.findall(r"<title>[^<]*b: ", training)) == 3 and not re.search(r"b: 0 ", training)
+
+
+def test_the_comparison_names_the_weights(tmp_path: Path) -> None:
+    other = [*WHOLE[:-1], WHOLE[-1] | {"weights_sha256": "0123456789abcdef" * 4}]
+    runs = [write(tmp_path / "a", other), write(tmp_path / "b", WHOLE), write(tmp_path / "c", WHOLE[:-1])]
+    page = report(named([read(run) for run in runs]))
+    rows = re.findall(r"<tr>(?:<td[^>]*>[^<]*</td>)+</tr>", page)
+    hashes = [re.findall(r"<td[^>]*>([^<]*)</td>", row)[-1] for row in rows if row.count("<td") == 13]
+    assert hashes == ["0123456789ab", "ff", "-"]

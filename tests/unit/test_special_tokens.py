@@ -60,6 +60,11 @@ FILES: list[dict[str, Any]] = [
                                 "extra_special_tokens": {"think_start": "<s>"}}},
     {"tokenizer_config__json": {"tokenizer_class": "PreTrainedTokenizerFast",
                                 "model_specific_special_tokens": {"a_token": "<s>"}}},
+    *({"config__json": {"model_type": kind}}
+      for kind in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox", "olmo2")),
+    *({"config__json": {"model_type": kind}, "tokenizer_config__json": {"tokenizer_class": "GPT2Tokenizer"}}
+      for kind in ("llama", "mistral", "gpt2", "phi3")),
+    {"config__json": {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"}},
 ]
 
 

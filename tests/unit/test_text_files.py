@@ -18,8 +18,8 @@ from data_tools.sources import SourceReader
 from mpidp.config.command_line import read_toml
 from mpidp.data import text_files
 from mpidp.data.records import records
-from mpidp.data.text_files import MARK, NotText, read_whole, recognize
-from mpidp.data.unpack import open_bytes, reading
+from mpidp.data.text_files import NotText, read_whole, recognize
+from mpidp.data.unpack import MARK, open_bytes, reading
 from mpidp.errors import DataError, UsageError
 from mpidp.inference.choices import read_choices
 from mpidp.inference.rows import read_prompts, read_text
@@ -42,6 +42,7 @@ def as_table(separator: str) -> bytes:
 
 KINDS = {
     ".jsonl": as_lines(), ".ndjson": as_lines(), ".json": as_lines(), ".JSONL": as_lines(), ".jsonlines": as_lines(),
+    " array.jsonl": json.dumps(ROWS, indent=1).encode(),
     " array.json": json.dumps(ROWS).encode(), " pretty.json": json.dumps(ROWS, indent=2).encode(),
     ".csv": as_table(","), ".tsv": as_table("\t"),
 }
@@ -115,7 +116,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 
 DOUBTFUL = {
     "one.json": b'{\n  "name": "x"\n}\n', "config.json": b'{"name": "x"}', "numbers.json": b"[1, 2]", "t.csv": b"a,b\n1,2\n",
-    "rows.txt": as_lines(), "cut.json": b'{"text": "x"}\nno object\n',
+    "rows.txt": as_lines(), "other.json": b'[{"name": "x"}]', "cut.json": b'{"text": "x"}\nno object\n',
 }
 
 
@@ -125,6 +126,36 @@ def test_json_and_tables_that_hold_no_rows_are_text_and_counted(tmp_path: Path, 
     found, counts = read(tmp_path / name)
     assert found == [DOUBTFUL[name].decode()] and counts.doubtful == 1
     assert name in "".join(counts.complaints())
+    if name.endswith(".txt"):
+        assert read(tmp_path / name, alone=True)[0] == found
+    else:
+        with pytest.raises(DataError, match=f"{name} is .*--text-key"):
+            read(tmp_path / name, alone=True)
+
+
+def test_a_damaged_array_is_malformed(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps(ROWS, indent=1).encode()[:-30])
+    found, counts = read(tmp_path / "a.json")
+    assert found == [] and counts.malformed == 1 and "begins as a JSON array" in counts.no_text()
+
+
+def test_a_list_per_line_is_malformed_and_no_array(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('[{"role": "user"}]\n' * 3)
+    found, counts = read(tmp_path / "a.jsonl")
+    assert found == [] and counts.malformed == 3 and "not an object but a list" in counts.no_text()
+
+
+@pytest.mark.parametrize("depth", [100, 300, 500, 700, 900, 950, 5000])
+def test_deep_nesting_is_malformed_at_most(tmp_path: Path, depth: int) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "deep": ' + "[" * depth + "]" * depth + '}\n{"text": "y"}\n')
+    found, counts = read(tmp_path / "a.jsonl")
+    assert found[-1] == "y" and len(found) + counts.malformed == 2
+
+
+def test_an_arrow_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.arrow").write_bytes(b"\xff\xff\xff\xff\0\0")
+    with pytest.raises(DataError, match="Arrow file: write it as"):
+        read(tmp_path / "a.arrow", alone=True)
 
 
 def test_plain_text_is_not_doubted(tmp_path: Path) -> None:
@@ -134,7 +165,7 @@ def test_plain_text_is_not_doubted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_lines_that_are_too_long_are_malformed(tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpidp.data.text_files.MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("mpidp.data.unpack.MAX_ROW_BYTES", 1000)
     long = json.dumps({"text": "x" * 5000}) + "\n"
     path = tmp_path / f"a.jsonl{packing}"
     path.write_bytes(packed(as_lines() + long.encode() + as_lines() + long.encode()[:-1], packing))
@@ -221,6 +252,13 @@ def test_fields_that_are_there_are_named_and_another_can_be_chosen(tmp_path: Pat
         with pytest.raises(DataError, match=r"no text at all(.|\n)*a\.jsonl:1: no field `text`; its fields are: content, id"):
             prepare(str(path), tokenizer, tmp_path / "out")
     prepare(str(path), "char", tmp_path / "out", val_fraction=0, text_key="content")
+
+
+def test_a_source_of_a_mixture_without_rows_says_why(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.jsonl").write_text('{"content": "x\\u001b[31m", "\\u001b[31mred": 1}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl has no document(.|\n)*its fields are: content, .x1b\[31mred"):
+        prepare([f"{tmp_path}/a.txt:1", f"{tmp_path}/b.jsonl:1"], "byte", tmp_path / "out", 1, 0.0)
 
 
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ PHASES = ("compute", "tp", "pipeline", "dp", "update")
 
 
 def many(number: float | None, digits: int = 4) -> str:
-    """Format a count, for example as 6.25 M, 125 M or 2 B. Pure."""
+    """Format a count, for example as 6.25 million or 2 billion: B is for bytes. Pure."""
     if number is None:
         return "-"
-    for unit, one in ((" T", 1e12), (" B", 1e9), (" M", 1e6), (" k", 1e3)):
+    for unit, one in ((" trillion", 1e12), (" billion", 1e9), (" million", 1e6), (" thousand", 1e3)):
         if number >= one:
             return f"{number / one:.{digits}g}{unit}"
     return f"{number:.{digits}g}"

@@ -1,8 +1,8 @@
 """Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
 
-Ranks are ordered by pp, dp, tp. The tensor-parallel ranks of a stage are neighbours, and stages are far apart. g is the size of a
-group, n a number of bytes, p the parameters of a rank, w the bytes per number in matrix products, and M the micro-batches per
-replica.
+Ranks are ordered by pp, dp, tp. The tensor-parallel ranks of a stage are neighbours, and stages are far apart. In the table, g is
+the size of a group and n is a number of bytes. p is the number of parameters of a rank. w is the number of bytes per number in
+matrix products. M is the number of micro-batches per replica.
 
 | what | seconds |
 |---|---|

@@ -162,7 +162,7 @@ def compute_seconds(config: Config, micro_batches: int, world: MPI.Intracomm) ->
     )
     own = 0.0
     with raise_together(world), tempfile.TemporaryDirectory(prefix="mpidp-plan-") as folder:
-        run = trial(alone, TIMED, Path(folder) / "run", MPI.COMM_SELF)
+        run = trial(_with_short_evaluation(alone), TIMED, Path(folder) / "run", MPI.COMM_SELF)
         if run.problem:
             raise UsageError(run.problem)
         times = [point[0] for point in run.curve]
@@ -199,13 +199,20 @@ def try_all(config: Config, rows: list[MethodRow], seconds: float, world: MPI.In
             if row.refused or not row.step_seconds:
                 continue
             chosen = variant(config, row.method)
-            found[row.method] = run = trial(chosen, _steps(PILOT * seconds, row.step_seconds), folder / "pilot", world)
+            found[row.method] = run = trial(
+                _with_short_evaluation(chosen), _steps(PILOT * seconds, row.step_seconds), folder / "pilot", world
+            )
             if not run.problem:
                 found[row.method] = run = trial(chosen, _steps(seconds, run.step_seconds), folder / "run", world)
             if world.rank == 0:
                 text = run.problem or f"{run.loss_name} {run.loss:.4f} after {run.steps} steps"
                 print(f"{row.method}: {text}", file=sys.stderr, flush=True)
     return found
+
+
+def _with_short_evaluation(config: Config) -> Config:
+    """Return the config of a run of which only the times of steps are used: its last evaluation takes one window."""
+    return config.with_values(train={"eval_tokens": config.model.seq_len})
 
 
 def _steps(seconds: float, each: float) -> int:

@@ -17,7 +17,7 @@ def table(found: dict[str, Any]) -> str:
     """Format the plan as text. Pure."""
     noise, ranks, scale = found["noise"], found["columns"], found["noise"]["noise_scale_tokens"]
     bounds = noise["bounds_tokens"]
-    spread = f"about {bounds[0]:,.0f} to {bounds[1]:,.0f}" if bounds else "no bounds: measurements too few or too scattered"
+    spread = f"about {bounds[0]:,.0f} to {bounds[1]:,.0f}" if bounds else "no bounds: too few or too scattered measurements"
     quarters = ", ".join("?" if one is None else f"{one:,.0f}" for one in noise["quarters_tokens"])
     loss = "its final loss" if found["loss"] is None else f"{found['loss_name']} {found['loss']:.4f}"
     steps, tokens = f"{found['steps']:,.0f} steps", f"{found['tokens_a_step']:,.0f} tokens"
@@ -52,7 +52,7 @@ def table(found: dict[str, Any]) -> str:
         dearer = cell["rank_seconds"] / found["cheapest"]["rank_seconds"]
         lines.append(f"{cell['ranks']:>7} {batch:>12,} {duration(cell['seconds']):>12} {dearer:>22.2f}")
     if found["worth_ranks"]:
-        lines.append(f"Of these, {_ranks(found['worth_ranks'])} is the largest number within twice the fewest rank-hours.")
+        lines.append(f"With at most twice the fewest rank-hours, use up to {_ranks(found['worth_ranks'])}.")
     if found["fastest_bounds_seconds"]:
         low, high = (duration(one) for one in found["fastest_bounds_seconds"])
         lines.append(f"The fastest takes {low} to {high} for a noise scale within its bounds; other errors add to this.")
@@ -72,7 +72,7 @@ def _assumed(found: dict[str, Any]) -> list[str]:
         "GPU; communication does not depend on the batch. Evaluations and checkpoints are not counted.",
     ]
     if max(timed) == 1:
-        lines.append("Communication was not measured, so several ranks take longer than predicted. Add a short RUN on several.")
+        lines.append("Communication was not measured, so several ranks are slower than predicted. Add a RUN on several ranks.")
     elif len(timed) == 1:
         lines.append("Communication is assumed to be as fast on any number of ranks above 1; add a short RUN on more ranks.")
     if found["ranks_not_said"]:

@@ -5,7 +5,7 @@ order in float32, encodes the sum and sends it to all ranks. Each rank keeps the
 (DoubleSqueeze, Tang 2019): the sum of x over all ranks is `total` plus the sums of `unsent` and `late` over all ranks (see
 Summed).
 
-The wire format of a slice is a 4-byte integer, which is 1 if all values are finite and else 0, followed by the encoded values,
+The wire format of a slice begins with a 4-byte integer, which is 1 if all values are finite, else 0. The encoded values follow,
 padded to a multiple of 4 bytes.
 """
 

@@ -1,0 +1,67 @@
+"""A larger vocabulary than that of the source of the initial weights: rows are added to the embedding and the head.
+
+Each added row is the mean of the stored rows, so that a new token is at first about as likely as an average one (Hewitt 2021;
+transformers' resize_token_embeddings uses the same mean). The result does not depend on the boxes in which ranks read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpidp.checkpoint.entry import Entry
+
+MATRICES = ("embedding.weight", "head.weight")  # (V, D)
+BLOCK = 4096  # rows that are read at a time
+
+
+class BoxReader(Protocol):
+    """A source of parameters: a checkpoint or a model folder."""
+
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """Read the entry's box of model/PARAMETER. Independent."""
+
+
+class AddedRows:
+    """A source of parameters in which the vocabulary has more rows than in `weights`. stored: rows in `weights`. Independent."""
+
+    def __init__(self, weights: BoxReader, stored: int) -> None:
+        self._weights, self._stored = weights, stored
+        self._means: dict[str, Tensor] = {}
+
+    def box(self, name: str, entry: Entry) -> Tensor:
+        """Read the entry's box of model/PARAMETER, like Reader.box."""
+        if name.removeprefix("model/") not in MATRICES:
+            return self._weights.box(name, entry)
+        columns = (entry.tensor.shape if entry.shape is None else entry.shape)[1]
+        (row, column), (count, width) = entry.place, entry.tensor.shape
+        there = max(0, min(self._stored - row, count))  # rows of the box that are stored
+        found = torch.empty((count, width))
+        if there:
+            found[:there] = self._read(name, row, there, columns)[:, column : column + width]
+        if there < count:
+            found[there:] = self._mean(name, columns)[column : column + width]
+        return found
+
+    def _read(self, name: str, row: int, count: int, columns: int) -> Tensor:
+        wanted = torch.empty((count, columns), device="meta")
+        return self._weights.box(name, Entry(wanted, at=(row, 0), shape=(self._stored, columns))).float()
+
+    def _mean(self, name: str, columns: int) -> Tensor:
+        if name not in self._means:
+            total = torch.zeros(columns, dtype=torch.float64)
+            for row in range(0, self._stored, BLOCK):
+                total += self._read(name, row, min(BLOCK, self._stored - row), columns).double().sum(0)
+            self._means[name] = (total / self._stored).float()
+        return self._means[name]
+
+
+def fits(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether stored parameters have the wanted shapes, or would have them with more rows of the vocabulary. Pure."""
+    return stored.keys() == wanted.keys() and all(
+        size == wanted[name] or name in MATRICES and size[1:] == wanted[name][1:] and size[0] < wanted[name][0]
+        for name, size in stored.items()
+    )

@@ -1,0 +1,77 @@
+"""Decide how a .json file holds rows: one object per line, an array of objects, or not at all. Independent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any, BinaryIO
+
+from mpidp.data.unpack import MARK, lines_of
+
+BEGIN_BYTES = 2**20  # enough of a file to hold its first object, in most cases
+
+
+def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
+    """Return (kind, doubt) of a JSON file: ("lines", ""), ("array", "") or ("text", why it holds no rows). Independent.
+
+    wanted: names of fields. A single object, and the first object of an array, must have one of them; none: any object will do.
+    """
+    lines = _begin(stream)
+    first, begun = lines[0], b"".join(lines).strip()
+    if begun.startswith(b"["):
+        return _of_array(begun[1:].lstrip(), wanted) if len(lines) < 2 or not _is_json(first) else (
+            "text", "JSON with a list per line, not an object")
+    value = parse_object(first)
+    if value is None or (len(lines) > 1 and parse_object(lines[1]) is None):
+        return "text", "JSON with neither one object per line nor an array of objects"
+    if len(lines) == 1 and wanted and not value.keys() & set(wanted):
+        return "text", f"one JSON object without a field {any_of(wanted)}"
+    return "lines", ""
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line, or None if it has none. Pure."""
+    try:
+        value = json.loads(line.removeprefix(MARK))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def any_of(names: Collection[str]) -> str:
+    """Return names of fields for a message. Pure."""
+    return " or ".join(f"`{name}`" for name in names)
+
+
+def _begin(stream: BinaryIO) -> list[bytes]:
+    """Return the first lines that are not blank: at least two, and BEGIN_BYTES, if there are as many."""
+    found: list[bytes] = []
+    size = 0
+    for line in lines_of(stream):
+        if line is None or line.strip():
+            found.append(line or b"")
+            size += len(found[-1])
+        if len(found) > 1 and size >= BEGIN_BYTES:
+            break
+    return found or [b""]
+
+
+def _of_array(begun: bytes, wanted: Collection[str]) -> tuple[str, str]:
+    """Return (kind, doubt) of an array. begun: its beginning, without the bracket."""
+    if not begun.startswith(b"{"):
+        return "text", "a JSON array whose items are no objects"
+    try:
+        item, _ = json.JSONDecoder().raw_decode(begun.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return "array", ""  # longer than what was read, or malformed: reading the rows tells
+    if wanted and not item.keys() & set(wanted):
+        return "text", f"a JSON array of objects without a field {any_of(wanted)}"
+    return "array", ""
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""Read the files of a model's folder that are beside tokenizer.json: JSON objects and chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpidp.errors import DataError
+from mpidp.runtime.files import open_regular
+from mpidp.runtime.json_file import read_json
+
+MAX_BYTES = 64 * 2**20  # of a JSON file
+MAX_TEMPLATE_BYTES = 2**20
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object. Return None if the file does not exist. Raises DataError if it is invalid. Independent."""
+    try:
+        found: dict[str, Any] = read_json(path, dict, MAX_BYTES)
+        return found
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not a valid JSON object ({error}); correct or remove it") from None
+
+
+def chat_templates_of(folder: Path) -> dict[str, str]:
+    """Return the chat templates in a folder by name. "tool_use" is for chats with tools, "default" for others. Independent.
+
+    The templates are chat_template.jinja and additional_chat_templates/NAME.jinja if there are any, else `chat_template` of
+    tokenizer_config.json, else of chat_template.json. Raises DataError if a file cannot be read.
+    """
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates/tool_use.jinja"}
+    if found := {name: read_template(file) for name, file in files.items() if file.exists()}:
+        return found
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        stored = (read_object(folder / name) or {}).get("chat_template")
+        if isinstance(stored, list):
+            stored = {str(one.get("name")): one.get("template") for one in stored if isinstance(one, dict)}
+        if stored is not None:
+            stored = stored if isinstance(stored, dict) else {"default": stored}
+            return {name: text for name, text in stored.items() if isinstance(text, str)}
+    return {}
+
+
+def read_template(path: Path) -> str:
+    """Read a chat template from a file. Raises DataError if it cannot be read. Independent."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES} bytes: not a chat template")
+        return data.decode()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; give --chat-template an existing file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: not a chat template") from None
