@@ -73,13 +73,14 @@ def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR
 
 
 def take_out(parser: argparse.ArgumentParser, options: argparse.Namespace, old: str, new: str) -> None:
-    """Set options.out from either spelling. old, new: both spellings, for the note. Raises UsageError unless one of them is given.
-    Independent."""
+    """Set options.out from either spelling. old, new: both spellings, for the note. Raises UsageError unless exactly one is
+    given. Independent."""
     if options.old_out is not None and options.out is None:
         note_old_spelling(old, new)
         options.out, options.old_out = options.old_out, None
     if options.out is None or options.old_out is not None:
-        parser.error("give what to write once, with --out PATH")
+        metavar = next(action.metavar for action in parser._actions if action.dest == "out")
+        parser.error(f"give what to write once, with --out {metavar}")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
