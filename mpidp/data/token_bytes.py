@@ -75,7 +75,8 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
         found = [_sentencepiece(token, steps, falls_back) for token in _vocabulary(parsed, tokenizer.vocab_size)]
     else:
         return None
-    added = {token["id"]: token["content"] for token in parsed.get("added_tokens") or []}
+    listed = {token["id"]: token["content"] for token in parsed.get("added_tokens") or []}
+    added = {i: content for i, content in listed.items() if i < len(found)}  # the library may have numbered others anew
     for i, content in added.items():
         found[i] = content.encode()
     found[tokenizer.eod] = b""

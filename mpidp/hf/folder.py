@@ -92,7 +92,7 @@ class ModelFolder:
                 )
             raise DataError(f"{self.path}: no model.safetensors and no {index.name}: download the complete folder again")
         names = read_object(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) and name == Path(name).name for name in names.values()):
+        if not isinstance(names, dict) or not all(_is_name(name) for name in names.values()):
             raise DataError(f"{index}: its weight_map must name files in the same folder")
         files = [self.path / name for name in sorted(set(names.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
@@ -156,3 +156,8 @@ class ModelFolder:
 def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:
     """Return an entry for a whole parameter, for box(). Pure."""
     return Entry(torch.empty(sizes[name], device="meta"))
+
+
+def _is_name(name: Any) -> bool:
+    """Return whether this is the name of a file without a folder."""
+    return isinstance(name, str) and name == Path(name).name and 0 < len(name.encode(errors="replace")) < 256
