@@ -76,7 +76,8 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
     """Return where the content of message i begins (mark BEGIN) or ends (END), and the text after it at the end of a chat.
 
-    The mark is put at the edge of the content, else inside the white space there, which a template may remove, else in a tool call.
+    The mark is put at the edge of the content, else inside the white space there, which a template may remove, else in a tool
+    call.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):

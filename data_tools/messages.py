@@ -67,17 +67,17 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
 def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
     """Return the messages of a row, and how many of them at its beginning are context: those of `prompt`, if the row has the
     lists `prompt` and `completion`."""
-    messages, parts = fields.get("messages"), [fields.get(key) for key in PAIR]
-    if messages is None and all(isinstance(part, list) for part in parts):
-        return sum(parts, []), len(parts[0])
+    messages, prompt, completion = (fields.get(key) for key in ("messages", *PAIR))
+    if messages is None and isinstance(prompt, list) and isinstance(completion, list):
+        return [*prompt, *completion], len(prompt)
     if isinstance(messages, str):
         messages = _parsed("messages", messages)
     if isinstance(messages, list) and messages:
         return messages, 0
     if "messages" in fields:
         raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
-    if all(isinstance(part, str) for part in parts):
-        raise RowSkipped("malformed", "`prompt` and `completion` are strings, not lists of messages: use --format prompt_completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        raise RowSkipped("malformed", "`prompt` and `completion` are strings, not messages: use --format prompt_completion")
     raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(dict(fields))}")
 
 

@@ -1,5 +1,5 @@
-"""Laws of the ends of turns: the model learns a token that ends each answer, in whatever way the template writes it; and turns that
-have only tool calls are located."""
+"""Laws of the ends of turns: the model learns a token that ends each answer, in whatever way the template writes it; and turns
+that have only tool calls are located."""
 
 from __future__ import annotations
 
