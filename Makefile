@@ -1,10 +1,8 @@
 # make train | make test | make check: each sets up what it needs. `make help` lists all targets.
 PYTHON ?= python3
-# TORCH=cpu installs the CPU build of torch, which is smaller. Otherwise pip chooses; on Linux this is the CUDA build.
-ifeq ($(TORCH),cpu)
-export PIP_EXTRA_INDEX_URL := https://download.pytorch.org/whl/cpu
-else ifneq ($(TORCH),)
-$(error TORCH=$(TORCH): write TORCH=cpu for the CPU build, or omit it)
+# TORCH_INDEX=URL: PyTorch's index of CPU builds, which are smaller. Otherwise pip chooses; on Linux this is the CUDA build.
+ifneq ($(TORCH_INDEX),)
+export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -28,7 +26,7 @@ endif
 
 MPICH := mpirun -n
 # The parts of the suite and their commands are in tests/run.py; what runs at which level is in tests/levels.py.
-SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH=cpu). On Linux, the default build brings \
+SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH_INDEX=URL of PyTorch's CPU index). On Linux, the default build brings \
 several GB of CUDA libraries. pip prints nothing until it is done."
 SUITE := python tests/run.py
 PARTS := unit mpi laws methods hybrid soak bench-short lint types
@@ -40,7 +38,7 @@ train: $(VENV)/.runtime ## prepare shards of the standard library's source, trai
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH=cpu: the CPU build of torch, PYTHON=python3.12: another Python)
+setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH_INDEX=URL: an index with the CPU build of torch, PYTHON=python3.12: another Python)
 
 test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (under 10 minutes)
 	$(SUITE) test

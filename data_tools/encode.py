@@ -155,16 +155,21 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     """Return (ids, loss mask) of a row. A token is in the loss if it holds any character of a span.
 
     BOS is put in front, and an end-of-document token at the end, unless the row has them. The loss mask includes the appended
-    token if the row ends with a part in the loss that does not yet contain this token. The mask never includes the first token,
-    because nothing precedes it.
+    token if the row ends with a part in the loss, unless this part already ends with such a token and white space. The mask never
+    includes the first token, because nothing precedes it.
     """
     ids, eod = placed.ids, encoder.tokenizer.eod
     mask = np.zeros(len(ids), dtype=np.uint8)
     for start, stop in row.spans:
-        mask[placed.holds(start, stop)] = 1
+        held = np.flatnonzero(placed.holds(start, stop))
+        mask[held] = 1
+        after = held[-1:] + 1
+        if row.unmarked and after < len(ids) and ids[after] in encoder.ends and not np.isin(ids[held], encoder.ends).any():
+            mask[after] = 1  # the token that ends this turn; the template writes it only if another message follows
     if not len(ids) or ids[-1] != eod:
-        learned = row.ends and not (ids[mask > 0] == eod).any()
-        ids, mask = np.append(ids, eod), np.append(mask, np.uint8(learned))
+        learned_ends = placed.stops[(ids == eod) & (mask > 0)]
+        ended = len(learned_ends) > 0 and not row.text[learned_ends[-1] :].strip()
+        ids, mask = np.append(ids, eod), np.append(mask, np.uint8(row.ends and not ended))
     begun = encoder.begins(ids)
     mask = np.insert(mask, 0, 0) if len(begun) > len(ids) else mask
     mask[0] = 0

@@ -26,6 +26,7 @@ class Encoder:
     tokenizer: Tokenizer
     bos: int | None  # the id before every document and row; None: there is none
     special: str  # "tokens": the names of special tokens in the texts become their ids; "text": they stay text
+    ends: tuple[int, ...] = ()  # ids that end a text or an assistant's turn
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids of a text with BOS in front, unless the text itself begins with it. Pure."""

@@ -11,6 +11,7 @@ from mpidp.data.chat_template import BEGIN, END, REASONING, Template
 from mpidp.data.records import describe, keys_of
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
+PAIR = ("prompt", "completion")  # they may be lists of messages, in place of `messages`
 MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", "weight", "train"})  # others must occur in the template
 WITHOUT_CONTENT = ("tool_calls", "function_call", *REASONING)  # a message with one of these needs no content
 
@@ -45,19 +46,13 @@ class Chat:
 
 def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     """Return the chat of a row. Raises RowSkipped, with the reason, if the row is not a chat with an assistant's turn. Pure."""
-    messages = fields.get("messages")
-    if isinstance(messages, str):
-        messages = _parsed("messages", messages)
-    if not isinstance(messages, list) or not messages:
-        if "messages" not in fields:
-            raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(dict(fields))}")
-        raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
+    messages, context = _messages(fields)
     for message in messages:
         _check(message)
     args, tools = _field(fields, "chat_template_kwargs", dict) or {}, _objects(fields, "tools")
     chat = Chat(
         [{key: value for key, value in message.items() if key not in ("weight", "train")} for message in messages],
-        [_learned(message) for message in messages],
+        [_learned(message) and i >= context for i, message in enumerate(messages)],
         tools, _objects(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)),
     )
     if any(BEGIN in text or END in text for text in _strings([chat.messages, chat.tools, chat.documents, chat.args])):
@@ -67,6 +62,23 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     if not any(chat.learned):
         raise RowSkipped("empty", "no assistant turn to learn: each has weight 0 or train false")
     return chat
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
+    """Return the messages of a row, and how many of them at its beginning are context: those of `prompt`, if the row has the
+    lists `prompt` and `completion`."""
+    messages, prompt, completion = (fields.get(key) for key in ("messages", *PAIR))
+    if messages is None and isinstance(prompt, list) and isinstance(completion, list):
+        return [*prompt, *completion], len(prompt)
+    if isinstance(messages, str):
+        messages = _parsed("messages", messages)
+    if isinstance(messages, list) and messages:
+        return messages, 0
+    if "messages" in fields:
+        raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        raise RowSkipped("malformed", "`prompt` and `completion` are strings, not messages: use --format prompt_completion")
+    raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(dict(fields))}")
 
 
 def _check(message: Any) -> None:
@@ -121,7 +133,8 @@ def _unused(
     fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any], template: Template
 ) -> list[str]:
     """Return the keys with a value that neither we nor the template use."""
-    unused = [key for key, value in fields.items() if key not in ROW_KEYS and value is not None]
+    known = ROW_KEYS if fields.get("messages") is not None else {*ROW_KEYS, *PAIR}
+    unused = [key for key, value in fields.items() if key not in known and value is not None]
     unused += [key for key in ("tools", "documents") if fields.get(key) and key not in template.text]
     unused += [f"chat_template_kwargs.{key}" for key in args if key not in template.text]
     for message in messages:

@@ -89,7 +89,7 @@ def prepare(
             tokenizer, eod, [Corpus(c[0], own, reader) for c, own, reader in zip(corpora, own_files, readers, strict=True)], team
         )
         table = completed_table(table, made, template, options)
-        encoder = Encoder(made, table.bos, options.special or ("text" if form == "text" else table.special))
+        encoder = Encoder(made, table.bos, options.special or ("text" if form == "text" else table.special), table.ends)
         with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, folder.scratch, team.rank) for s, files in enumerate(own_files)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,8 +93,8 @@ def read_run_config(path: Path) -> dict[str, Any]:
     flat = read_toml(path)
     for key, value in flat.items():
         found = {bool: "bool str", int: "int float", float: "float", str: "str"}.get(type(value), "")
-        if isinstance(value, (int, float)) and not abs(value) < 2**63:
-            raise UsageError(f"{path}: {key} is too large")
+        if isinstance(value, int) and abs(value) >= 2**63 or isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{path}: {key} is too large, or not a number")
         if types.get(key, "str") not in (found or "a list or table").split() and key in types:
             raise UsageError(f"{path}: {key}={value!r} must be of type {types[key]}")
     return flat

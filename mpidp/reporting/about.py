@@ -101,8 +101,8 @@ def _formatted_time(moment: float | None) -> str:
 
 
 def _formatted(key: str, value: Any) -> str:
-    if key.endswith("seconds") and isinstance(value, (int, float)):
-        return duration(value)
+    if key.endswith("seconds") and (seconds := number({key: value}, key)) is not None:
+        return duration(seconds)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
