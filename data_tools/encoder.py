@@ -1,4 +1,4 @@
-"""How texts become ids: the tokenizer, BOS, and the names of special tokens; and the table of special tokens of the shards."""
+"""Encode texts with a tokenizer, BOS and special tokens, and make the table of special tokens of the shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpidp.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Encoder:
-    """How texts become ids: the tokenizer, BOS, and what the names of special tokens become."""
+    """Encodes texts. The fields say how: the tokenizer, BOS, and what the names of special tokens become."""
 
     tokenizer: Tokenizer
     bos: int | None  # the id before every document and row; None: there is none
@@ -39,14 +39,15 @@ class Encoder:
         return [placed.ids for placed in self.placer(texts)]
 
     def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text, without BOS. Independent."""
+        """Encode a text that is given in pieces. Yield the ids of the whole text in parts, without BOS. The pieces may be cut
+        anywhere. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
         return ids_of_pieces(pieces, self.placer)
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
-        """A function that encodes several texts, and tells which characters each token holds."""
+        """A function that encodes several texts, and returns which characters each token holds."""
         return placer(self.tokenizer, self.special)
 
     @cached_property
@@ -57,7 +58,8 @@ class Encoder:
 
 
 def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
-    """Return the table of --tokenizer. It has no ends yet if the tokenizer is made from the corpus. Independent."""
+    """Return the table of special tokens of --tokenizer. If the tokenizer will be made from the corpus, the table is empty.
+    Independent."""
     given = given_tokenizer(tokenizer, eod)
     if given is None:
         return SpecialTokens(None, ())
@@ -66,7 +68,7 @@ def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
 
 
 def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
-    """Return the table of the shards: the tokenizer's, with what the options say. Pure."""
+    """Return the table of the shards: the tokenizer's table, changed by the chat template and the options. Pure."""
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:
@@ -76,7 +78,8 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
 
 
 def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
-    """True if the text of a chat begins with BOS. Only the template decides so, as in transformers. Pure."""
+    """Return True if the template writes BOS at the start of a chat. In chats only the template adds BOS, as in
+    transformers. Pure."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(TemplateRejection):
         return placer(made, "tokens")([template.render(messages)])[0].ids[:1].tolist() == [bos]

@@ -40,7 +40,9 @@ def placer(tokenizer: Tokenizer, special: str) -> Callable[[list[str]], list[Pla
 
 
 def ids_of_pieces(pieces: Iterable[str], encode: Callable[[list[str]], list[Placed]]) -> Iterator[np.ndarray]:
-    """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text. encode: see placer. Independent."""
+    """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts.
+
+    encode: a result of placer(). Independent."""
 
     def one(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         placed = encode([text])[0]
@@ -63,7 +65,7 @@ def _hugging_face(tokenizer: Tokenizer, special: bool) -> Callable[[list[str]], 
     from tokenizers import Tokenizer as Library
 
     about = json.loads(tokenizer.to_json())
-    about["post_processor"] = None  # it would add BOS, and may exclude spaces from the places
+    about["post_processor"] = None  # a post-processor may add BOS, and may exclude spaces from offsets
     library: Any = Library.from_str(json.dumps(about))
     library.no_truncation()
     library.no_padding()

@@ -1,4 +1,4 @@
-"""How prompts and evaluated texts become ids: as the training data's texts did (special_tokens.json). Pure."""
+"""Encode prompts and evaluated texts in the same way as the training data (special_tokens.json). Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpidp.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer, and the special tokens that the training data has."""
+    """A tokenizer, and the special tokens of the training data."""
 
     tokenizer: Tokenizer
     table: SpecialTokens
