@@ -156,6 +156,6 @@ def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: 
     template = Template(text, table.names, moment, {**table.template_args, **args}, None if file else table.tool_template)
     template.check()
     if missing := template.undefined_names():
-        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: it writes no text "
-                    "there")
+        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
+                    "it writes no text there")
     return template
