@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
+from mpidp.data.row_fields import RowSkipped, field_of, objects_of
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import DataError, UsageError
 from mpidp.inference.rows import read_prompts, read_rows, recognized, set_apart
@@ -37,8 +37,11 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(row.get("prompt"), str):
             raise DataError('no "messages" and no string "prompt"')
         return [{"role": "user", "content": row["prompt"]}]
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
+    try:
+        messages: list[dict[str, Any]] | None = field_of(row, "messages", list)
+    except RowSkipped as error:
+        raise DataError(str(error)) from None
+    if not messages:
         raise DataError('"messages" must be a list of messages')
     if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise DataError('each message must be an object with a "role"')
@@ -65,16 +68,11 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
 def rendered(template: Template, row: dict[str, Any]) -> str:
     """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
 
-    A row may have tools, documents and chat_template_kwargs, which the template gets. Independent.
+    A row may have tools, documents and chat_template_kwargs, as in prepare: values or JSON strings. Independent.
     """
-    args = row.get("chat_template_kwargs") or {}
-    tools = row.get("tools")
     try:
-        if isinstance(tools, str):
-            tools = json.loads(tools)
-        if not isinstance(args, dict):
-            raise DataError('"chat_template_kwargs" must be an object')
-        text = template.render(messages_of(row), True, tools, row.get("documents"), args)
-    except (TemplateRejection, ValueError) as error:
+        args, tools = field_of(row, "chat_template_kwargs", dict), objects_of(row, "tools")
+        text = template.render(messages_of(row), True, tools, objects_of(row, "documents"), args)
+    except (TemplateRejection, RowSkipped) as error:
         raise DataError(str(error)) from None
     return text.replace(BEGIN, "").replace(END, "")

@@ -13,11 +13,12 @@ import pytest
 
 from data_tools.chat import render
 from data_tools.encode import _tokens
-from data_tools.messages import RowSkipped, chat_of
+from data_tools.messages import chat_of
 from data_tools.prepare import prepare
 from data_tools.rows import TrainingRow
 from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.encoder import Encoder
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.shards import TokenStream
 from mpidp.data.special_tokens import SpecialTokens, read_special_tokens, special_tokens_of
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer

@@ -162,6 +162,22 @@ def test_chats_need_a_template_and_may_be_rejected() -> None:
         rendered(strict, CHATS[0])
 
 
+def test_fields_of_a_chat_may_be_json_strings() -> None:
+    """As in prepare. A string that is not JSON, or is nested too deeply, is refused with words."""
+    row: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "a"}], "tools": [{"name": "t"}], "documents": [{"title": "d"}],
+        "chat_template_kwargs": {"x": 1},
+    }
+    text = "{{ messages[0].content }}{{ tools | tojson }}{{ documents | tojson }}{{ x }}"
+    template = template_of(SpecialTokens(None, (0,), template=text), "runs/x", 0.0)
+    assert rendered(template, row) == 'a[{"name": "t"}][{"title": "d"}]1'
+    for key, value in row.items():
+        assert rendered(template, row | {key: json.dumps(value)}) == rendered(template, row)
+        for bad in ("{", "[" * 100_000, "3"):
+            with pytest.raises(DataError, match=f"`{key}` is "):
+                rendered(template, row | {key: bad})
+
+
 @pytest.mark.parametrize("bos", [None, 1])
 def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
     tokenizer = sentencepiece()
