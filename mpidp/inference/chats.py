@@ -15,8 +15,8 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats. A row has "messages", or a string "prompt", which is one message of the user. A line of a
-    text file is one message of the user.
+    """Read chats. A row has "messages", or "prompt": a list of messages, or a string, which is one message of the user. A line of
+    a text file is one message of the user.
 
     Raises DataError if the file cannot be read, or a row has neither. Independent.
     """
@@ -33,12 +33,13 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of a row. Raises DataError if there are none, or if nothing is left for the assistant to say. Pure."""
-    if "messages" not in row:
-        if not isinstance(row.get("prompt"), str):
-            raise DataError('no "messages" and no string "prompt"')
-        return [{"role": "user", "content": row["prompt"]}]
+    prompt = row.get("prompt")
+    if row.get("messages") is None and isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if row.get("messages") is None and not isinstance(prompt, list):
+        raise DataError('no "messages" and no "prompt"')
     try:
-        messages: list[dict[str, Any]] | None = field_of(row, "messages", list)
+        messages: list[dict[str, Any]] | None = prompt if row.get("messages") is None else field_of(row, "messages", list)
     except RowSkipped as error:
         raise DataError(str(error)) from None
     if not messages:

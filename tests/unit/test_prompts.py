@@ -162,20 +162,19 @@ def test_chats_need_a_template_and_may_be_rejected() -> None:
         rendered(strict, CHATS[0])
 
 
-def test_fields_of_a_chat_may_be_json_strings() -> None:
-    """As in prepare. A string that is not JSON, or is nested too deeply, is refused with words."""
-    row: dict[str, Any] = {
-        "messages": [{"role": "user", "content": "a"}], "tools": [{"name": "t"}], "documents": [{"title": "d"}],
-        "chat_template_kwargs": {"x": 1},
-    }
-    text = "{{ messages[0].content }}{{ tools | tojson }}{{ documents | tojson }}{{ x }}"
-    template = template_of(SpecialTokens(None, (0,), template=text), "runs/x", 0.0)
-    assert rendered(template, row) == 'a[{"name": "t"}][{"title": "d"}]1'
-    for key, value in row.items():
-        assert rendered(template, row | {key: json.dumps(value)}) == rendered(template, row)
-        for bad in ("{", "[" * 100_000, "3"):
-            with pytest.raises(DataError, match=f"`{key}` is "):
-                rendered(template, row | {key: bad})
+def test_rows_of_generate_may_have_the_forms_of_prepare() -> None:
+    """Lists and objects may be JSON strings, and `prompt` may be a list of messages."""
+    template = "{{ messages[0].content }}{{ tools | tojson }}{{ documents | tojson }}{{ x }}"
+    made = template_of(SpecialTokens(None, (0,), template=template), "runs/x", 0.0)
+    messages, one = [{"role": "user", "content": "q"}], {"title": "t"}
+    plain = {"messages": messages, "tools": [one], "documents": [one], "chat_template_kwargs": {"x": 5}}
+    packed = {key: json.dumps(value) for key, value in plain.items()}
+    listed = plain | {"tools": [json.dumps(one)], "documents": [json.dumps(one)], "messages": None, "prompt": messages}
+    assert [rendered(made, row) for row in (plain, packed, listed)] == ['q[{"title": "t"}][{"title": "t"}]5'] * 3
+    for bad in ({"documents": "so"}, {"tools": ["so"]}, {"documents": [3]}, {"chat_template_kwargs": [3]}, {"messages": "[["},
+                {"tools": "[" * 100_000}):
+        with pytest.raises(DataError, match="` is (a string that is not JSON|not a list of objects|a list, not an object)"):
+            rendered(made, plain | bad)
 
 
 @pytest.mark.parametrize("bos", [None, 1])
