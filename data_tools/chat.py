@@ -21,9 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.messages import Chat, RowSkipped
+from data_tools.messages import Chat
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.model_files import read_template
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import UsageError
 from mpidp.runtime.log import log
@@ -157,5 +158,5 @@ def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: 
     template.check()
     if missing := template.undefined_names():
         log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
-                    "it writes no text there")
+                    "the template writes no text there")
     return template
