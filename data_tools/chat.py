@@ -6,7 +6,8 @@ Three rules locate a turn; the first that applies is used.
 2. The text of the messages before the turn, with the generation prompt, is the beginning of the text of the chat: the turn starts
    at its end. The turn stops at the end of the text of the messages up to the turn, if that is a beginning of the text, too.
 3. The turn starts where the template writes the content of the message. It stops after the content and what the template writes
-   after it at the end of a chat, as far as the text has this. A mark in the content shows the place.
+   after it at the end of a chat, as far as the text has this. A mark in the content shows the place. If a message has only tool
+   calls, a mark in the name of the last one shows the end of the turn.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.messages import Chat, RowSkipped
+from data_tools.messages import Chat
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.model_files import read_template
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import UsageError
 from mpidp.runtime.log import log
@@ -74,18 +77,18 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
     """Return where the content of message i begins (mark BEGIN) or ends (END), and the text after it at the end of a chat.
 
-    The mark is put at the edge of the content, else inside the white space there, which a template may remove.
+    The mark is put at the edge of the content, else inside the white space there, which a template may remove, else in a tool
+    call.
     """
-    for stripped in (False, True):
-        message = _with_mark(chat.messages[i], mark, stripped)
-        if message is not None:
-            try:
-                found = chat.render(template, [*chat.messages[:i], message, *chat.messages[i + 1 :]])
-                if found.count(mark) == 1 and found.replace(mark, "") == text:
-                    ended = chat.render(template, [*chat.messages[:i], message])
-                    return found.index(mark), ended.rpartition(mark)[2]
-            except TemplateRejection:
-                continue
+    empty = not chat.messages[i].get("content")
+    for message in _with_marks(chat.messages[i], mark):
+        with suppress(TemplateRejection):
+            found = chat.render(template, [*chat.messages[:i], message, *chat.messages[i + 1 :]])
+            place = found.find(mark)
+            same = text.startswith(found[:place]) if empty and mark == BEGIN else found.replace(mark, "") == text
+            if found.count(mark) == 1 and same:
+                ended = chat.render(template, [*chat.messages[:i], message])
+                return place, ended.rpartition(mark)[2]
     raise _unknown(i)
 
 
@@ -96,25 +99,28 @@ def _unknown(i: int) -> RowSkipped:
     )
 
 
-def _with_mark(message: Mapping[str, Any], mark: str, stripped: bool) -> dict[str, Any] | None:
-    """Return the message with a mark at the beginning or end of its content; None if it has no text there."""
-    content = message.get("content")
+def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any]]:
+    """Yield copies of the message with a mark at the beginning or end of its content, then in its last tool call."""
+    content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         texts = [n for n, part in enumerate(content) if isinstance(part.get("text"), str)]
-        if not texts:
-            return None
-        n = texts[0 if mark == BEGIN else -1]
-        parts = [*content[:n], content[n] | {"text": _marked_text(content[n]["text"], mark, stripped)}, *content[n + 1 :]]
-        return {**message, "content": parts}
-    return {**message, "content": _marked_text(content, mark, stripped)} if isinstance(content, str) else None
-
-
-def _marked_text(text: str, mark: str, stripped: bool) -> str:
-    if mark == BEGIN:
-        at = len(text) - len(text.lstrip()) if stripped else 0
+        for n in texts[:1] if mark == BEGIN else texts[-1:]:
+            for text in _marked_texts(content[n]["text"], mark):
+                yield {**message, "content": [*content[:n], content[n] | {"text": text}, *content[n + 1 :]]}
     else:
-        at = len(text.rstrip()) if stripped else len(text)
-    return text[:at] + mark + text[at:]
+        yield from ({**message, "content": text} for text in _marked_texts(content or "", mark))
+    if mark == END and isinstance(calls, list) and calls and isinstance(calls[-1], dict):
+        call = calls[-1].get("function", calls[-1])
+        if isinstance(call, dict) and isinstance(call.get("name"), str):
+            named = call | {"name": call["name"] + mark}
+            yield {**message, "tool_calls": [*calls[:-1], calls[-1] | {"function": named} if "function" in calls[-1] else named]}
+
+
+def _marked_texts(text: str, mark: str) -> Iterator[str]:
+    """Yield the text with a mark at its edge, then inside the white space there."""
+    for outer in (text, text.lstrip() if mark == BEGIN else text.rstrip()):
+        at = len(text) - len(outer) if mark == BEGIN else len(outer)
+        yield text[:at] + mark + text[at:]
 
 
 def marked(text: str) -> tuple[str, Spans]:

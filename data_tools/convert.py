@@ -29,7 +29,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.files import write_file, writing
 from mpidp.runtime.log import counted
-from mpidp.runtime.options import add_out, note_old_spelling, program
+from mpidp.runtime.options import add_new_out, program, take_out
 
 
 def to_megatron(shards: Path, prefix: Path) -> list[str]:
@@ -153,19 +153,14 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     direction.add_argument("--to", choices=("megatron",), help="write the shards in this format")
     direction.add_argument("--from", choices=("megatron",), dest="source", help="read this format and write shards")
     add("input", metavar="SHARDS|PREFIX", type=Path, help="what to read: a folder of shards, or a Megatron-LM prefix")
-    add("old_out", nargs="?", help=argparse.SUPPRESS)
-    add_out(parser, "what to write: a prefix with --to, a folder that does not exist with --from", metavar="PATH")
+    add_new_out(parser, "what to write: a prefix with --to, a folder that does not exist with --from", metavar="PATH")
     add("--tokenizer", metavar="PATH", help="with --from: byte, a tokenizer.json, or a folder that contains one")
     add("--eod", help="with --from: the end-of-document token of the tokenizer.json, if it has an unusual name")
     add("--shards", type=int, metavar="N", default=4, help="with --from: number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="with --from and a single PREFIX: this fraction at its end becomes validation; 0: none (%(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
-    if options.old_out is not None and options.out is None:
-        note_old_spelling("a second path", "--out PATH")
-        options.out, options.old_out = options.old_out, None
-    if options.out is None or options.old_out is not None:
-        parser.error("give what to write once, with --out PATH")
+    take_out(parser, options, "a second path", "--out PATH")
     if options.source and not options.tokenizer:
         parser.error("--from megatron needs --tokenizer: the files hold token ids only")
     return options

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_tools.cut import Raw, RawWriter
-from data_tools.encoder import Encoder
 from data_tools.files import SourceFile
 from data_tools.rows import RowReader, TrainingRow
 from data_tools.sources import SourceReader
-from mpidp.data.long_text import WINDOW
-from mpidp.data.places import Placed
+from mpidp.data.encoder import Encoder
+from mpidp.data.long_text import WINDOW, Placed
 from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
@@ -155,16 +154,21 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     """Return (ids, loss mask) of a row. A token is in the loss if it holds any character of a span.
 
     BOS is put in front, and an end-of-document token at the end, unless the row has them. The loss mask includes the appended
-    token if the row ends with a part in the loss that does not yet contain this token. The mask never includes the first token,
-    because nothing precedes it.
+    token if the row ends with a part in the loss, unless this part already ends with such a token and white space. The mask never
+    includes the first token, because nothing precedes it.
     """
-    ids, eod = placed.ids, encoder.tokenizer.eod
+    ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)
     for start, stop in row.spans:
-        mask[placed.holds(start, stop)] = 1
+        held = np.flatnonzero(placed.holds(start, stop))
+        mask[held] = 1
+        after = held[-1:] + 1
+        if row.unmarked and after < len(ids) and ids[after] in ends and not np.isin(ids[held], ends).any():
+            mask[after] = 1  # the token that ends this turn; the template writes it only if another message follows
     if not len(ids) or ids[-1] != eod:
-        learned = row.ends and not (ids[mask > 0] == eod).any()
-        ids, mask = np.append(ids, eod), np.append(mask, np.uint8(learned))
+        learned_ends = placed.stops[(ids == eod) & (mask > 0)]
+        ended = len(learned_ends) > 0 and not row.text[learned_ends[-1] :].strip()
+        ids, mask = np.append(ids, eod), np.append(mask, np.uint8(row.ends and not ended))
     begun = encoder.begins(ids)
     mask = np.insert(mask, 0, 0) if len(begun) > len(ids) else mask
     mask[0] = 0

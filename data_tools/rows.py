@@ -11,10 +11,10 @@ from typing import Any
 
 from data_tools.chat import Spans, render
 from data_tools.files import SourceFile
-from data_tools.messages import RowSkipped, chat_of
+from data_tools.messages import chat_of
 from data_tools.sources import SourceReader
 from mpidp.data.chat_template import Template, TemplateRejection
-from mpidp.data.records import keys_of
+from mpidp.data.row_fields import RowSkipped, keys_of
 
 FORMATS = ("text", "prompt_completion", "chat")
 
@@ -28,6 +28,7 @@ class TrainingRow:
     spans: Spans
     said: str  # what the row itself says, without the template
     ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
+    unmarked: bool = False  # whether the template does not mark the assistant's parts
     cut: bool = False  # whether the text is only the beginning of the row
 
     def beginning(self, characters: int) -> TrainingRow:
@@ -72,6 +73,8 @@ class RowReader(SourceReader):
 
     def _pair(self, place: str, value: dict[str, Any]) -> TrainingRow:
         prompt, completion = value.get("prompt"), value.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            raise RowSkipped("malformed", "`prompt` and `completion` are lists of messages: use --format chat")
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise RowSkipped("malformed", f"no string fields `prompt` and `completion`; its fields are: {keys_of(value)}")
         if not completion:
@@ -86,7 +89,7 @@ class RowReader(SourceReader):
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
         self._note_unused(place, chat.unused)
-        return TrainingRow(place, text, spans, chat.said(), ends=chat.learned[-1])
+        return TrainingRow(place, text, spans, chat.said(), chat.learned[-1], not template.of(chat.tools).has_marks)
 
     def _note_unused(self, place: str, keys: Sequence[str]) -> None:
         if keys:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.options import add_out, add_run, note_old_spelling, program
+from mpidp.runtime.options import add_new_out, add_run, program, take_out
 
 
 def main() -> None:
@@ -26,17 +26,12 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=program("mpidp.export"), usage="%(prog)s RUN --out DIR [options]",
                     description="Export a trained model in Hugging Face's format. docs/huggingface.md describes it.")
     add_run(parser)
-    parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
-    add_out(parser, "folder to create; it must not exist")
+    add_new_out(parser, "folder to create; it must not exist")
     parser.add_argument("--format", default="hf", choices=("hf",), help="hf: for transformers, vLLM, llama.cpp (%(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
     parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
-    if options.old_out is not None and options.out is None:
-        note_old_spelling("RUN OUT", "RUN --out OUT")
-        options.out, options.old_out = options.old_out, None
-    if options.out is None or options.old_out is not None:
-        parser.error("give the folder to create once, with --out DIR")
+    take_out(parser, options, "RUN OUT", "RUN --out OUT")
     if not options.max_file_gb > 0:
         parser.error("--max-file-gb: must be above 0")
     return options

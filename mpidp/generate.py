@@ -75,6 +75,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         parser.error("--chat: give the user's message with --prompt, or chats with --prompts")
     if options.chat and options.special == "text":
         parser.error("--special text does not apply to --chat: the special tokens of the template become ids")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: must be from 0 to {2**63 - 1}")
     if options.batch < 1:
         parser.error(f"--batch {options.batch}: must be at least 1")
     if "" in options.stop:

@@ -112,6 +112,7 @@ PARTS: dict[str, list[Command]] = {
         openmpi(3, "tests/hybrid", MPIDP_EVERY="6"),
         openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_EVERY="6"),
     ],
+    "mpis": [alone("--timeout=300", "tests/mpis", again=True)],
     "slurm-short": [alone("--timeout=600", "tests/slurm", "-k", SLURM_SHORT, again=True)],
     "bench-short": [
         benchmark("average.py --mb 1 --repeats 2", ranks=2),
@@ -133,7 +134,7 @@ PARTS: dict[str, list[Command]] = {
         mpich(4, "tests/methods"), openmpi(4, "tests/methods"),
         mpich(2, "tests/mpi"), mpich(3, "tests/mpi"), openmpi(3, "tests/mpi"),
         mpich(8, "tests/hybrid"), openmpi(4, "tests/hybrid"), mpich(8, "tests/laws"), openmpi(8, "tests/laws"),
-        alone(*THREE_AT_A_TIME, "tests/faults", again=True),
+        alone(*THREE_AT_A_TIME, "tests/faults", again=True), alone("--timeout=300", "tests/mpis", again=True),
     ],
     "soak": [mpich(4, "tests/laws/test_fences.py", MPIDP_SOAK="100")],
     "slurm": [alone("--timeout=600", "tests/slurm")],
@@ -142,7 +143,7 @@ PARTS: dict[str, list[Command]] = {
 }
 # (part, its level). `make check` runs the tests that `make test` leaves out.
 TEST = [("unit", "quick"), ("mpi", "quick"), ("laws", "quick"), ("methods", "quick"), ("hybrid", "quick"), ("faults", "quick")]
-CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("soak-short", "")]
+CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check"), ("soak-short", "")]
 BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-short", "")]  # nothing in them is timed
 
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise UsageError(f"{path}: {section!r} is outside a section; write [section] and key = value below it")
         flat.update({f"{section}.{key}": value for key, value in values.items()})
+    return flat
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Return the settings of a run's config.toml as {section.key: value}. Values of known settings have the right types; other
+    versions may have had other choices and other settings. Raises UsageError if a value has another type. Independent."""
+    types = {name: about.type for name, about, _ in fields_of()}
+    flat = read_toml(path)
+    for key, value in flat.items():
+        found = {bool: "bool str", int: "int float", float: "float", str: "str"}.get(type(value), "")
+        if isinstance(value, int) and abs(value) >= 2**63 or isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{path}: {key} is too large, or not a number")
+        if types.get(key, "str") not in (found or "a list or table").split() and key in types:
+            raise UsageError(f"{path}: {key}={value!r} must be of type {types[key]}")
     return flat
 
 

@@ -87,7 +87,7 @@ def _rope(config: Mapping[str, Any], problem: Any, limit: int) -> tuple[float, s
     both = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
     if not all(isinstance(one, dict) for one in both):
         raise problem(f"rope_parameters={short(both[0])} and rope_scaling={short(both[1])} must be objects")
-    scaling = both[0] | both[1]
+    scaling = both[1] or both[0]  # as in transformers
     if any(isinstance(value, dict) for value in scaling.values()):
         raise problem(f"rope_parameters={short(scaling)} is not supported: all layers must have the same parameters")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
+from mpidp.data.row_fields import RowSkipped, field_of, objects_of
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import DataError, UsageError
 from mpidp.inference.rows import read_prompts, read_rows, recognized, set_apart
@@ -15,8 +15,8 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats. A row has "messages", or a string "prompt", which is one message of the user. A line of a
-    text file is one message of the user.
+    """Read chats. A row has "messages", or "prompt": a list of messages, or a string, which is one message of the user. A line of
+    a text file is one message of the user.
 
     Raises DataError if the file cannot be read, or a row has neither. Independent.
     """
@@ -33,12 +33,16 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of a row. Raises DataError if there are none, or if nothing is left for the assistant to say. Pure."""
-    if "messages" not in row:
-        if not isinstance(row.get("prompt"), str):
-            raise DataError('no "messages" and no string "prompt"')
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
+    prompt = row.get("prompt")
+    if row.get("messages") is None and isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if row.get("messages") is None and not isinstance(prompt, list):
+        raise DataError('no "messages" and no "prompt"')
+    try:
+        messages: list[dict[str, Any]] | None = prompt if row.get("messages") is None else field_of(row, "messages", list)
+    except RowSkipped as error:
+        raise DataError(str(error)) from None
+    if not messages:
         raise DataError('"messages" must be a list of messages')
     if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise DataError('each message must be an object with a "role"')
@@ -65,16 +69,11 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
 def rendered(template: Template, row: dict[str, Any]) -> str:
     """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
 
-    A row may have tools, documents and chat_template_kwargs, which the template gets. Independent.
+    A row may have tools, documents and chat_template_kwargs, as in prepare: values or JSON strings. Independent.
     """
-    args = row.get("chat_template_kwargs") or {}
-    tools = row.get("tools")
     try:
-        if isinstance(tools, str):
-            tools = json.loads(tools)
-        if not isinstance(args, dict):
-            raise DataError('"chat_template_kwargs" must be an object')
-        text = template.render(messages_of(row), True, tools, row.get("documents"), args)
-    except (TemplateRejection, ValueError) as error:
+        args, tools = field_of(row, "chat_template_kwargs", dict), objects_of(row, "tools")
+        text = template.render(messages_of(row), True, tools, objects_of(row, "documents"), args)
+    except (TemplateRejection, RowSkipped) as error:
         raise DataError(str(error)) from None
     return text.replace(BEGIN, "").replace(END, "")

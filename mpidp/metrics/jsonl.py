@@ -16,7 +16,15 @@ from mpidp.runtime.files import open_regular, write_file
 from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_lines
 from mpidp.runtime.log import log
 
+LARGEST = 1e100  # no figure of a run is larger; sums and products of larger ones could overflow
 TAIL_BYTES = 1 << 16  # number of bytes at the end of the file in which the last lines of a failed rank 0 are searched
+
+
+class _Data(TypedDict, total=False):
+    path: str
+    index_sha256: str
+    train_tokens: int
+    val_tokens: int
 
 
 class Line(TypedDict, total=False):
@@ -39,7 +47,8 @@ class Line(TypedDict, total=False):
     nodes: dict[str, int]
     versions: dict[str, str]
     fingerprint: dict[str, Any]
-    data: dict[str, Any]
+    data: _Data
+    parameters: int
     energy_of: list[str]
     rank_compute_seconds: list[float]
     rank_data_seconds: list[float]
@@ -144,11 +153,11 @@ def past(path: Path) -> tuple[int, float]:
 
 
 def number(line: Mapping[str, Any], name: str) -> float | None:
-    """Return the value of `name` in a line, or None if it is not a finite number. Pure."""
+    """Return the value of `name` in a line, or None if it is not a finite, plausible number. Pure."""
     value = line.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < LARGEST else None  # also false for nan
 
 
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -87,16 +88,21 @@ def events(run: RecordedRun) -> str:
         more = ", ".join(
             f"{key} {_formatted(key, value)}" for key, value in line.items() if key not in known and value not in (0, 0.0, [], "")
         )
-        moment = number(line, "unix_seconds")
-        when = f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
-        rows.append((when, duration(worked[id(line)]) if id(line) in worked else "", str(line["step"]), str(line["event"]), more))
+        when, passed = _formatted_time(number(line, "unix_seconds")), duration(worked[id(line)]) if id(line) in worked else ""
+        rows.append((when, passed, str(line["step"]), str(line["event"]), more))
     cut = paragraph(f"The last {MOST_EVENTS} of {len(found)} events.", "soft") if len(found) > MOST_EVENTS else ""
     return section("Events", cut, table(("time", "run time", "step", "event", "details"), rows, numbers=(1, 2)) if rows else "")
 
 
+def _formatted_time(moment: float | None) -> str:
+    with suppress(ValueError, OverflowError, OSError):  # a moment beyond the calendar
+        return f"{datetime.fromtimestamp(moment):%Y-%m-%d %H:%M:%S}" if moment else ""
+    return ""
+
+
 def _formatted(key: str, value: Any) -> str:
-    if key.endswith("seconds") and isinstance(value, (int, float)):
-        return duration(value)
+    if key.endswith("seconds") and (seconds := number({key: value}, key)) is not None:
+        return duration(seconds)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

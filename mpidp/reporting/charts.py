@@ -38,6 +38,8 @@ def short(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Format a time: 0.25 ms, 12.3 s, 4 min 10 s, 3 h 05 min. Pure."""
+    if not math.isfinite(seconds):
+        return "?"
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 120:

@@ -44,7 +44,7 @@ def costs(run: RecordedRun, grams_per_kwh: float, price_per_node_hour: float) ->
         why = "the version that recorded the run did not measure energy"
     hours = _node_hours(run)
     return Costs(
-        joules, " and ".join(PARTS_MEASURED[part] for part in of[0]) if joules is not None else "", why, hours,
+        joules, " and ".join(PARTS_MEASURED.get(part, part) for part in of[0]) if joules is not None else "", why, hours,
         joules / J_PER_KWH * grams_per_kwh if joules is not None and grams_per_kwh else None,
         hours * price_per_node_hour if hours is not None and price_per_node_hour else None,
     )

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mpidp.config.command_line import read_toml
+from mpidp.config.command_line import read_run_config
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number, read_lines, took
 from mpidp.runtime.json_file import read_json
@@ -99,7 +99,7 @@ def read(path: Path) -> RecordedRun:
         if not (path / name).is_file():
             hint = "the run has not started, or failed before its first step" if name == "metrics.jsonl" else "not a run"
             raise UsageError(f"{path}: no {name} there ({hint}); give the folder of a run (its run.dir)")
-    config = read_toml(path / "config.toml")
+    config = read_run_config(path / "config.toml")
     run = RecordedRun(path, path.name or str(path), config, read_lines(path / "metrics.jsonl"))
     if not run.steps:
         raise UsageError(f"{path / 'metrics.jsonl'} has no line of a step: the run has not completed one yet")

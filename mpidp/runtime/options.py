@@ -66,6 +66,23 @@ def add_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR", d
     parser.add_argument("--out", metavar=metavar, default=default, help=about)
 
 
+def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR") -> None:
+    """Add --out PATH, which is required, and a second positional PATH, which is its old spelling (see take_out). Pure."""
+    parser.add_argument("old_out", nargs="?", help=argparse.SUPPRESS)
+    add_out(parser, about, metavar)
+
+
+def take_out(parser: argparse.ArgumentParser, options: argparse.Namespace, old: str, new: str) -> None:
+    """Set options.out from either spelling. old, new: both spellings, for the note. Raises UsageError unless exactly one is
+    given. Independent."""
+    if options.old_out is not None and options.out is None:
+        note_old_spelling(old, new)
+        options.out, options.old_out = options.old_out, None
+    if options.out is None or options.old_out is not None:
+        metavar = next(action.metavar for action in parser._actions if action.dest == "out")
+        parser.error(f"give what to write once, with --out {metavar}")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json. Pure."""
     parser.add_argument("--json", action="store_true",

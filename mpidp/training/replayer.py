@@ -134,7 +134,7 @@ class Replay:
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
-            settings = (meta["config"] if later else command_line.read_toml(record.path / "config.toml"))
+            settings = (meta["config"] if later else command_line.read_run_config(record.path / "config.toml"))
             check_named(settings.get("model.kind", "transformer"), options.model_kind, record.path)
             check_method(record, settings, reader.meta["step"] if reader else 0, last, meta.get("ranks"), world.size)
             settings |= PLAIN

@@ -38,6 +38,7 @@ from mpidp.strategies.arrivals import Order, read_arrivals
 from mpidp.training import lr_schedule
 from mpidp.training.initial_weights import Origin, open_origin
 
+MOST = {"train.threads": 1024, "optim.warmup_steps": 2**62}  # largest plausible values of these in a manifest
 KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # automatic values; a resumed run keeps those of its checkpoint
 
 
@@ -105,10 +106,13 @@ class RunPlan:
         return plan
 
     def _kept(self, saved: Mapping[str, Any]) -> Config:
-        """Return the config with the saved values of the automatic settings."""
+        """Return the config with the saved values of the automatic settings. Raises ValueError if one is not plausible."""
         values: dict[str, dict[str, Any]] = {}
-        for section, _, name in (key.partition(".") for key in self.automatic):
-            values.setdefault(section, {})[name] = saved[f"{section}.{name}"]
+        for key in self.automatic:
+            section, _, name = key.partition(".")
+            value = values.setdefault(section, {})[name] = saved[key]
+            if type(value) is not int or not 0 <= value <= MOST[key]:
+                raise ValueError(f"{key}={value!r} is not an integer in 0..{MOST[key]}")
         if "optim" in values:
             values["optim"]["warmup_steps"] = min(values["optim"]["warmup_steps"], self.config.train.steps)
         return self.config.with_values(**values)

@@ -153,6 +153,8 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no files": lambda body: body.pop("files"),
     "no position": lambda body: body.pop("position"),
     "a position of other fields": lambda body: body["position"].update(owner="me"),
+    "threads that no machine has": lambda body: body["config"].update({"train.threads": 1 << 31}),
+    "threads that are a text": lambda body: body["config"].update({"train.threads": "x"}),
     "no config": lambda body: body.pop("config"),
     "another model": lambda body: body["tensors"].pop(first(body)[1]),
 }
@@ -162,7 +164,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_manifest_that_lies(place: Path, newest: Path, forks: Forks, name: str) -> None:
     (place / "secret").write_bytes((newest / TENSORS).read_bytes())
     vouch(newest, LIES[name])
-    refused(forks.run(place, "mpidp.train", "tiny.toml", inject=LITTLE_MEMORY), place, 4, "step_00000004")
+    refused(forks.run(place, "mpidp.train", "tiny.toml", "--train.threads=0", inject=LITTLE_MEMORY), place, 4, "step_00000004")
 
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202e"

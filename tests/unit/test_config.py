@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpidp.config import rules
-from mpidp.config.command_line import from_args, read_toml, settings_help
+from mpidp.config.command_line import from_args, read_run_config, read_toml, settings_help
 from mpidp.config.schema import Config, checked, fields_of, to_toml
 from mpidp.config.settings import FIXED
 from mpidp.config.suggest import SYNONYMS, suggestion
@@ -104,6 +104,7 @@ def test_an_unknown_value_names_the_nearest(word: str, near: str) -> None:
     ["--train.steps=3.5", "--train.steps=many", "--train.steps=", "--optim.lr=nan", "--optim.lr=inf", "--optim.lr=-1e-3",
      "--train.compile=yes", "--model.dropout=1.0", "--model.dropout=-0.1", "--train.steps=-1", "--run.keep=0",
      "--optim.warmup_steps=-2", "--train.steps=1e400", "--comm.bucket_mb=0", "--train.seed=²",
+     "--train.seed=9223372036854775808", "--data.verify=maybe",
      "--comm.ratio=1.01", "--comm.ratio=-0.1", "--comm.rank=0", "--comm.momentum=1"],
 )
 def test_values_out_of_kind_or_limits_are_refused_by_name(word: str) -> None:
@@ -324,3 +325,17 @@ def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("stop", ["train.patience=3", "train.target_loss=2.5"])
 def test_stopping_by_loss_needs_evaluations(stop: str) -> None:
     assert f"{stop}: requires train.eval_every above 0" in refused(f"--{stop}", "--train.eval_every=0")
+
+
+def test_the_settings_of_a_run_have_their_types(tmp_path: Path) -> None:
+    """Choices and settings of other versions are kept, but a report must not stumble over a text where it needs a number."""
+    path = tmp_path / "config.toml"
+    old = '[old]\nkey = "x"\nmany = [1]\n[data]\nverify = false\n[comm]\nreducer = "other"\n'
+    path.write_text(f"[mesh]\ntp = 1\n[optim]\nlr = 1\n{old}")
+    found = read_run_config(path)
+    assert found["old.key"] == "x" and found["data.verify"] is False and found["comm.reducer"] == "other"
+    for wrong in ('[mesh]\ntp = "1"', "[mesh]\ntp = [1]", "[mesh]\ntp = 1.5", "[mesh]\ntp = true", "[run]\ndir = 3", "tp = 1",
+                  "[optim]\nlr = {}", "[optim]\nlr = inf", "[energy]\ngrams_per_kwh = 1" + "0" * 400, "[mesh"):
+        path.write_text(wrong)
+        with pytest.raises(UsageError, match="config.toml: "):
+            read_run_config(path)

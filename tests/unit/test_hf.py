@@ -438,6 +438,16 @@ def test_byte_runs_are_exported_too(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_of_two_rope_keys_that_differ_the_one_of_transformers_is_used() -> None:
+    config = json.loads(llama("tied").config.to_json_string(use_diff=False)) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}, "rope_theta": 3e4,
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"},
+    }
+    theirs, ours = LlamaConfig(**json.loads(json.dumps(config))).rope_parameters, settings_of(config, "it")
+    assert theirs["rope_type"] == "llama3" and ours["rope_scaling"].startswith(f"llama3:{theirs['factor']:g},")
+    assert ours["rope_theta"] == theirs["rope_theta"] == 3e4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_config_comes_back(kind: str) -> None:
     """With the keys of transformers 5, with older ones, and after a round trip."""

@@ -95,3 +95,19 @@ def test_what_could_not_have_been_is_refused(tmp_path: Path, rounds: list[list[i
 def test_a_log_without_arrivals(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="had no quorum"):
         read(tmp_path, LINES[0])
+
+
+def pushes(folder: Path, *lines: str) -> object:
+    (folder / "log").write_text("\n".join(lines))
+    return read_arrivals(str(folder / "log"), 2, 2, 1)
+
+
+def test_the_order_of_pushes_must_be_complete(tmp_path: Path) -> None:
+    whole = '{"step": 2, "arrivals": [[0, 1, 1, 0], [1, 0, 1, 0]]}'
+    assert pushes(tmp_path, whole, '{"step": 4, "tra') == {2: [[0, 1, 1, 0], [1, 0, 1, 0]]}
+    for order in ([[0, 1, 1], [1, 0, 1]], [[0, 1], [0, 1, 0, 1]], [[0, 1, -1], [0, 1, -1]]):
+        with pytest.raises(UsageError, match="step 2: each of the 2 workers must push"):
+            pushes(tmp_path, json.dumps({"step": 2, "arrivals": order}))
+    for damaged in ('{"step": 4, "arrivals": 7}', '{"step": 4, "arrivals": [["0"], ["0"]]}', "{"):
+        with pytest.raises(UsageError, match="1 lines are damaged"):
+            pushes(tmp_path, whole, damaged, whole)

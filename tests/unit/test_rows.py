@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data_tools.arrange import pack
 from data_tools.chat import find_template
-from data_tools.encoder import table_of
 from data_tools.prepare import prepare
+from data_tools.special_table import table_of
 from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import IGNORED, Loader
@@ -314,7 +314,9 @@ def test_rows_packed_for_other_windows_are_refused(tmp_path: Path) -> None:
         assert stream.apart is apart
 
 
-def test_a_very_long_row_is_not_encoded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_long_row_is_not_encoded_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its beginning decides: it is skipped, or truncated as it would be otherwise."""
     rows = [{"prompt": "q" * 30, "completion": "c" * 5000}, {"prompt": "q", "completion": "c"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -329,4 +331,5 @@ def test_a_very_long_row_is_not_encoded_as_a_whole(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("data_tools.encode.WINDOW", 100)
     monkeypatch.setattr("data_tools.encode.MAX_CHARACTERS", 2)
     assert (shards("c"), shards("d", truncate=True)) == (skipped, truncated)
+    assert "over 101 tokens" in capsys.readouterr().out
     assert skipped[1] == truncated[1] == 1 and len(truncated[0]) > len(skipped[0])

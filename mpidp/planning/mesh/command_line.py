@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpidp.config.command_line import from_args, read_toml
+from mpidp.config.command_line import from_args, read_run_config
 from mpidp.errors import UsageError
 from mpidp.hf.names import settings_of
 from mpidp.planning.cluster_file import read_cluster
@@ -131,7 +131,7 @@ def _initial_model(path: str) -> dict[str, Any]:
     config = Path(path) / "config.json"
     if not config.is_file():
         run = next((one for one in (Path(path), *Path(path).parents[1:2]) if (one / "config.toml").is_file()), Path(path))
-        return {key: value for key, value in read_toml(run / "config.toml").items() if key in OF_THE_WEIGHTS}
+        return {key: value for key, value in read_run_config(run / "config.toml").items() if key in OF_THE_WEIGHTS}
     try:
         content = read_json(config)
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpidp.config.command_line import read_toml
+from mpidp.config.command_line import read_run_config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.metrics.gradient_noise import Noise
@@ -41,7 +41,7 @@ def read(run: Path) -> MeasuredRun:
     """Read a run. Raises UsageError if RUN is not a run with at least one step. Independent."""
     if not (run / "metrics.jsonl").is_file() or not (run / "config.toml").is_file():
         raise UsageError(f"{run}: no metrics.jsonl and config.toml there; give the folder of a run (its run.dir)")
-    config = read_toml(run / "config.toml")
+    config = read_run_config(run / "config.toml")
     try:
         cut = [int(config[f"train.{name}"]) for name in ("global_batch", "micro_batch", "lanes")]
         found = MeasuredRun(run, config, Lanes(*cut))
