@@ -195,13 +195,16 @@ def _values(column: Any) -> Any:
 
 
 def _as_text(value: Any) -> tuple[Any, bool]:
-    """Decode all bytes in a value; return (value, whether bytes were replaced)."""
+    """Decode all bytes in a value; return (value, whether bytes were replaced).
+
+    A null in an object is left out: all objects of a column have the same keys in Arrow, also those that had fewer keys before.
+    """
     if isinstance(value, bytes):
         return decoded(value)
     if isinstance(value, list):
         found = [_as_text(one) for one in value]
         return [one for one, _ in found], any(bad for _, bad in found)
     if isinstance(value, dict):
-        pairs = {key: _as_text(one) for key, one in value.items()}
+        pairs = {key: _as_text(one) for key, one in value.items() if one is not None}
         return {key: one for key, (one, _) in pairs.items()}, any(bad for _, bad in pairs.values())
     return value, False

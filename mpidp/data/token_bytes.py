@@ -81,7 +81,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
         found[i] = content.encode()
     found[tokenizer.eod] = b""
     begin, again = _prefix(parsed)
-    stripped = "Strip" in kinds or "Metaspace" in kinds
+    stripped = any(step["type"] == "Strip" or (step["type"] == "Metaspace" and _scheme(step) != "never") for step in steps)
     return TokenBytes(found, begin, stripped, frozenset(added) if again else frozenset(), tokenizer.bos)
 
 
@@ -136,6 +136,10 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
         elif step["type"] == "ByteLevel":
             again |= bool(step.get("add_prefix_space", True))
         elif step["type"] == "Metaspace":
-            scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
-            first, again = first or scheme == "first", again or scheme == "always"
+            first, again = first or _scheme(step) == "first", again or _scheme(step) == "always"
     return first or again, again
+
+
+def _scheme(step: dict[str, Any]) -> str:
+    """Return where a step of type Metaspace puts a space, or removes it: always, first or never."""
+    return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

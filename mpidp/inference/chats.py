@@ -15,8 +15,8 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats. A row has "messages", or a string "prompt", which is one message of the user. A line of a
-    text file is one message of the user.
+    """Read chats. A row has "messages", or "prompt": a list of messages, or a string, which is one message of the user. A line of
+    a text file is one message of the user.
 
     Raises DataError if the file cannot be read, or a row has neither. Independent.
     """
@@ -33,11 +33,12 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of a row. Raises DataError if there are none, or if nothing is left for the assistant to say. Pure."""
-    if "messages" not in row:
-        if not isinstance(row.get("prompt"), str):
-            raise DataError('no "messages" and no string "prompt"')
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row["messages"]
+    if row.get("messages") is None:
+        if isinstance(row.get("prompt"), str):
+            return [{"role": "user", "content": row["prompt"]}]
+        if not isinstance(row.get("prompt"), list):
+            raise DataError('no "messages" and no "prompt"')
+    messages = _value(row["prompt"] if row.get("messages") is None else row["messages"])
     if not isinstance(messages, list) or not messages:
         raise DataError('"messages" must be a list of messages')
     if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
@@ -67,14 +68,28 @@ def rendered(template: Template, row: dict[str, Any]) -> str:
 
     A row may have tools, documents and chat_template_kwargs, which the template gets. Independent.
     """
-    args = row.get("chat_template_kwargs") or {}
-    tools = row.get("tools")
     try:
-        if isinstance(tools, str):
-            tools = json.loads(tools)
-        if not isinstance(args, dict):
+        tools, documents, args = _objects(row, "tools"), _objects(row, "documents"), _value(row.get("chat_template_kwargs"))
+        if not isinstance(args or {}, dict):
             raise DataError('"chat_template_kwargs" must be an object')
-        text = template.render(messages_of(row), True, tools, row.get("documents"), args)
+        text = template.render(messages_of(row), True, tools, documents, args)
     except (TemplateRejection, ValueError) as error:
         raise DataError(str(error)) from None
     return text.replace(BEGIN, "").replace(END, "")
+
+
+def _value(value: Any) -> Any:
+    """Return a list or an object, which may be a JSON string, as in the rows of prepare. Raises DataError."""
+    try:
+        return (json.loads(value) if value else None) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise DataError("a string in place of a list or an object is not JSON") from None
+
+
+def _objects(row: dict[str, Any], key: str) -> list[Any] | None:
+    """Return a list of objects of a row. Each object may be a JSON string, too. Raises DataError."""
+    value = _value(row.get(key))
+    found = [_value(one) for one in value] if isinstance(value, list) else value
+    if found is not None and not (isinstance(found, list) and all(isinstance(one, dict) for one in found)):
+        raise DataError(f'"{key}" must be a list of objects')
+    return found

@@ -162,6 +162,20 @@ def test_chats_need_a_template_and_may_be_rejected() -> None:
         rendered(strict, CHATS[0])
 
 
+def test_rows_of_generate_may_have_the_forms_of_prepare() -> None:
+    """Lists and objects may be JSON strings, and `prompt` may be a list of messages."""
+    template = "{{ messages[0].content }}{{ tools | tojson }}{{ documents | tojson }}{{ x }}"
+    made = template_of(SpecialTokens(None, (0,), template=template), "runs/x", 0.0)
+    messages, one = [{"role": "user", "content": "q"}], {"title": "t"}
+    plain = {"messages": messages, "tools": [one], "documents": [one], "chat_template_kwargs": {"x": 5}}
+    packed = {key: json.dumps(value) for key, value in plain.items()}
+    listed = plain | {"tools": [json.dumps(one)], "documents": [json.dumps(one)], "messages": None, "prompt": messages}
+    assert [rendered(made, row) for row in (plain, packed, listed)] == ['q[{"title": "t"}][{"title": "t"}]5'] * 3
+    for bad in ({"documents": "so"}, {"tools": ["so"]}, {"documents": [3]}, {"chat_template_kwargs": [3]}, {"messages": "[["}):
+        with pytest.raises(DataError, match="not JSON|must be"):
+            rendered(made, plain | bad)
+
+
 @pytest.mark.parametrize("bos", [None, 1])
 def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
     tokenizer = sentencepiece()

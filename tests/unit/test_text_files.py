@@ -237,6 +237,15 @@ def test_parquet_rows_with_lists_of_objects(tmp_path: Path) -> None:
     assert recognize(tmp_path / "other name").kind == "parquet"
 
 
+def test_parquet_objects_have_the_keys_that_they_had(tmp_path: Path) -> None:
+    """Arrow gives all objects of a column the same keys, with null for those that an object did not have."""
+    tools = [[{"name": "f", "properties": {"city": {"type": "string"}}}], [{"name": "g", "properties": {"unit": {"type": "a"}}}]]
+    messages = [[{"role": "user", "content": "q"}], [{"role": "assistant", "calls": [{"x": 0}, {"y": ""}]}]]
+    path = parquet(tmp_path / "chat.parquet", {"messages": messages, "tools": tools})
+    assert [row.fields for row in records(recognize(path))] == [
+        {"messages": one, "tools": other} for one, other in zip(messages, tools, strict=True)]
+
+
 def test_parquet_with_a_column_that_is_no_text(tmp_path: Path) -> None:
     found, counts = read(parquet(tmp_path / "a.parquet", {"text": [["a"], ["b"]]}))
     assert found == [] and counts.malformed == 2 and "`text` is a list, not a string" in counts.complaints()[0]

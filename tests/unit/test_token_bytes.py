@@ -19,6 +19,7 @@ KINDS = {
     "byte": ByteTokenizer(), "char": CharTokenizer("".join(sorted(set("".join(TEXTS))))), "gpt2": byte_level(),
     "gpt2 with a prefix": byte_level(prefix=True), "llama2": sentencepiece(), "always": sentencepiece("always"),
     "first": sentencepiece("first"), "gemma": sentencepiece("none"),
+    "never": sentencepiece("never"),
 }
 every = pytest.mark.parametrize("tokenizer", KINDS.values(), ids=KINDS)
 
@@ -80,6 +81,14 @@ def test_bytes_after_a_prompt_that_ends_in_bytes(prompt: str, more: str, wanted:
     before, whole = tokenizer.encode(prompt).tolist(), tokenizer.encode(prompt + more).tolist()
     assert whole[: len(before)] == before
     assert said(tokenizer, before, whole[len(before) :]) == wanted
+
+
+@pytest.mark.parametrize("prefix", ["never", "none"])
+def test_a_space_at_the_beginning_is_kept_where_the_tokenizer_puts_none(prefix: str) -> None:
+    tokenizer = sentencepiece(prefix)
+    for text in (" a", "  hello", " "):
+        ids = tokenizer.encode(text).tolist()
+        assert said(tokenizer, [tokenizer.eod], ids) == tokenizer.decode(ids) == text
 
 
 @every
