@@ -20,9 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.messages import Chat, RowSkipped
+from data_tools.messages import Chat
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.model_files import read_template
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import UsageError
 from mpidp.runtime.log import log

@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_tools.cut import Raw, RawWriter
-from data_tools.encoder import Encoder
 from data_tools.files import SourceFile
 from data_tools.rows import RowReader, TrainingRow
 from data_tools.sources import SourceReader
-from mpidp.data.long_text import WINDOW
-from mpidp.data.places import Placed
+from mpidp.data.encoder import Encoder
+from mpidp.data.long_text import WINDOW, Placed
 from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
@@ -158,13 +157,13 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     token if the row ends with a part in the loss, unless this part already ends with such a token and white space. The mask never
     includes the first token, because nothing precedes it.
     """
-    ids, eod = placed.ids, encoder.tokenizer.eod
+    ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)
     for start, stop in row.spans:
         held = np.flatnonzero(placed.holds(start, stop))
         mask[held] = 1
         after = held[-1:] + 1
-        if row.unmarked and after < len(ids) and ids[after] in encoder.ends and not np.isin(ids[held], encoder.ends).any():
+        if row.unmarked and after < len(ids) and ids[after] in ends and not np.isin(ids[held], ends).any():
             mask[after] = 1  # the token that ends this turn; the template writes it only if another message follows
     if not len(ids) or ids[-1] != eod:
         learned_ends = placed.stops[(ids == eod) & (mask > 0)]

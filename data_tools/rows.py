@@ -11,10 +11,10 @@ from typing import Any
 
 from data_tools.chat import Spans, render
 from data_tools.files import SourceFile
-from data_tools.messages import RowSkipped, chat_of
+from data_tools.messages import chat_of
 from data_tools.sources import SourceReader
 from mpidp.data.chat_template import Template, TemplateRejection
-from mpidp.data.records import keys_of
+from mpidp.data.row_fields import RowSkipped, keys_of
 
 FORMATS = ("text", "prompt_completion", "chat")
 

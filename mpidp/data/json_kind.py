@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from typing import Any, BinaryIO
 
+from mpidp.data.row_fields import any_of
 from mpidp.data.unpack import MARK, lines_of
 
 BEGIN_BYTES = 2**20  # enough of a file to hold its first object, in most cases
@@ -36,11 +37,6 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def any_of(names: Collection[str]) -> str:
-    """Return names of fields for a message. Pure."""
-    return " or ".join(f"`{name}`" for name in names)
 
 
 def _begin(stream: BinaryIO) -> list[bytes]:

@@ -10,6 +10,7 @@ it from the second are the tokens of the whole text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +19,20 @@ OVERLAP = 2**12  # characters that two windows have in common
 MAX_WINDOW = 2**24  # a window grows up to this size while no place to cut it is found
 MIN_AGREED = 4  # tokens
 
-Placed = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, and the characters [start, stop) of each: int64 (n,) each
+
+@dataclass(frozen=True)
+class Placed:
+    """The ids of a text, and the characters [start, stop) of each: int64 (n,) each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def holds(self, start: int, stop: int) -> np.ndarray:
+        """Return which tokens hold any of the characters [start, stop), bool (n,). Pure."""
+        return (self.stops > start) & (self.starts < stop)
+
+
 Encode = Callable[[str], Placed]
 
 
@@ -39,11 +53,10 @@ def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]
                 limit = 2 * len(text)
                 continue
             start, place = cut or _last_token(placed, len(text) - OVERLAP)
-            ids, starts, _ = placed
-            yield ids[_first(starts, given) : _first(starts, place)]
+            yield placed.ids[_first(placed.starts, given) : _first(placed.starts, place)]
             text, given, limit = text[start:], place - start, WINDOW
-    ids, starts, _ = encode(text)
-    yield ids[_first(starts, given) :]
+    placed = encode(text)
+    yield placed.ids[_first(placed.starts, given) :]
 
 
 def _first(starts: np.ndarray, place: int) -> int:
@@ -55,7 +68,7 @@ def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | No
     """Return (the character at which the next window begins, the character from which its tokens count)."""
     for overlap in (OVERLAP, 8 * OVERLAP):
         if overlap <= len(text) // 2:
-            for start in _starts_of_window(text, placed[1], len(text) - overlap, overlap // 4):
+            for start in _starts_of_window(text, placed.starts, len(text) - overlap, overlap // 4):
                 place = _agreement(placed, encode(text[start:]), start, len(text) - overlap // 4)
                 if place is not None:
                     return start, place
@@ -76,13 +89,13 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
     """Return the character from which the tokens of two windows agree up to character `stop`, or None. The second window begins
     at character `start` of the first."""
-    ids, starts, stops = first
-    other_ids, other_starts = second[0], second[1] + start
+    ids, starts, stops = first.ids, first.starts, first.stops
+    other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)
     places = dict(zip(reversed(other_starts.tolist()), range(len(other_starts) - 1, -1, -1), strict=True))
     for i in range(max(1, _first(starts, start + 1)), end - MIN_AGREED):
         j = places.get(int(starts[i]))
-        if j and starts[i - 1] < starts[i] and stops[i - 1] <= starts[i] and second[2][j - 1] <= second[1][j]:
+        if j and starts[i - 1] < starts[i] and stops[i - 1] <= starts[i] and second.stops[j - 1] <= second.starts[j]:
             same = slice(i, end), slice(j, j + end - i)
             if np.array_equal(ids[same[0]], other_ids[same[1]]) and np.array_equal(starts[same[0]], other_starts[same[1]]):
                 return int(starts[i])
@@ -91,6 +104,5 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
     """Return a cut at the last token that begins before a character."""
-    _, starts, _ = placed
-    place = int(starts[max(0, _first(starts, low) - 1)]) or low
+    place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mpidp.data.row_fields import describe, shown_name
 from mpidp.data.text_files import TextFile
 from mpidp.data.unpack import MARK, MAX_ROW_BYTES, lines_of, reading
 from mpidp.errors import DataError, UsageError
@@ -53,24 +54,6 @@ def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = Fa
                     yield Row(file.path, unit, number, None, "its lists or objects are nested too deeply", bad)
                 else:
                     yield Row(file.path, unit, number, cleaned, "", bad or had_surrogates)
-
-
-def describe(value: Any) -> str:
-    """Return a noun for the type of a JSON value. Pure."""
-    nouns = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return nouns.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
-
-
-def keys_of(fields: dict[str, Any], shown: int = 12) -> str:
-    """Return the names of a row's fields, for error messages. Pure."""
-    names = [shown_name(name) for name in fields]
-    return ", ".join(names[:shown]) + (", ..." if names[shown:] else "") or "none"
-
-
-def shown_name(name: str) -> str:
-    """Return a name of a field for a message: short, without control characters. Pure."""
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:40])
-    return printable if len(name) <= 40 else f"{printable}..."
 
 
 def decoded(raw: bytes) -> tuple[str, bool]:

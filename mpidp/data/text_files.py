@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mpidp.data.json_kind import any_of, json_kind, parse_object
+from mpidp.data.json_kind import json_kind, parse_object
+from mpidp.data.row_fields import any_of, keys_of
 from mpidp.data.unpack import MARK, SUFFIXES, is_regular, lines_of, open_bytes, packing, reading
 from mpidp.errors import DataError
 
@@ -97,8 +98,8 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
                 found, doubt = json_kind(stream, wanted)
             return TextFile(path, found, skip, doubt=doubt) if kind == "json" or found == "array" else file
         if kind == "table" and wanted and not (columns := _header(file)) & set(wanted):
-            shown = ", ".join(sorted(ascii(name)[1:-1] for name in columns if len(name) <= 40)[:12])
-            return TextFile(path, "text", skip, doubt=f"a table without a column {any_of(wanted)}, with the columns: {shown}")
+            doubt = f"a table without a column {any_of(wanted)}, with the columns: {keys_of(sorted(columns))}"
+            return TextFile(path, "text", skip, doubt=doubt)
         if kind == "text" and _is_json(head[skip:]):
             return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
     return file

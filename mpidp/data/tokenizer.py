@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mpidp.data.end_of_document import USUAL_EOD, declared_eos, eod_of_index, find_eod
-from mpidp.data.long_text import WINDOW, encode_pieces
+from mpidp.data.long_text import WINDOW, Placed, encode_pieces
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import open_regular
 
@@ -134,7 +134,6 @@ class HFTokenizer(Tokenizer):
         if self.vocab_size > MAX_VOCAB:
             raise DataError(f"tokenizer.json has an id above {MAX_VOCAB}; choose another tokenizer")
         self.eod = find_eod(vocab, eod, declared)
-        self._eod_text: str = tokenizer.id_to_token(self.eod)
         plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos = whole[0] if len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
@@ -160,26 +159,31 @@ class HFTokenizer(Tokenizer):
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
         """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""
-        if not (ids == self.eod).any() or self._eod_text not in text or len(self._eod_text) < 2:
-            return ids
-        pieces = [text[a:b] for a, b in self._around_eod(text)]
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
+        return self._placed(text).ids if (ids == self.eod).any() else ids
 
-    def _around_eod(self, text: str) -> list[tuple[int, int]]:
-        half, cuts = len(self._eod_text) // 2, [0]
-        while (at := text.find(self._eod_text, cuts[-1])) >= 0:
-            cuts.append(at + half)
-        return list(zip(cuts, [*cuts[1:], len(text)], strict=True))
+    def _placed(self, text: str) -> Placed:
+        return placed_without(self._tokenizer, text, self.eod)
 
-    def _placed(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids of a text, and the characters [start, stop) of each."""
-        parts = [(0, self._tokenizer.encode(text, add_special_tokens=False))]
-        if self.eod in parts[0][1].ids and self._eod_text in text and len(self._eod_text) > 1:
-            parts = [(a, self._tokenizer.encode(text[a:b], add_special_tokens=False)) for a, b in self._around_eod(text)]
-        places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in parts]
-        ids = [np.array(one.ids, dtype=np.int64) for _, one in parts]
-        return np.concatenate(ids), np.concatenate(places)[:, 0], np.concatenate(places)[:, 1]
+
+def placed_without(library: Any, text: str, eod: int) -> Placed:
+    """Encode a text with a tokenizer of the library `tokenizers`. If the ids contain `eod`, split each name of this token in its
+    middle and encode the text again. Pure."""
+    encoding = library.encode(text, add_special_tokens=False)
+    name = str(library.id_to_token(eod))
+    if eod not in encoding.ids or name not in text or len(name) < 2:
+        return joined([(0, encoding)])
+    cuts = [0]
+    while (at := text.find(name, cuts[-1])) >= 0:
+        cuts.append(at + len(name) // 2)
+    parts = zip(cuts, [*cuts[1:], len(text)], strict=True)
+    return joined([(start, library.encode(text[start:stop], add_special_tokens=False)) for start, stop in parts])
+
+
+def joined(encodings: list[tuple[int, Any]]) -> Placed:
+    """Join the encodings of consecutive parts of a text; each comes with the place of its first character. Pure."""
+    places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
+    ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
+    return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mpidp.data.model_files import MAX_BYTES, TEMPLATE, TEMPLATES
 from mpidp.errors import DataError
 
-MAX_BYTES = 64 * 2**20  # of a file that is copied
 FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
+    TEMPLATE, "chat_template.json",
 )
 OF_TOKENIZER = ("tokenizer.model", "vocab.json", "merges.txt")  # other forms of tokenizer.json, which some programs read
-TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 
 
 def companions(folder: Path, of_tokenizer: bool) -> dict[str, Path]:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mpidp.data.model_files import TEMPLATE, TEMPLATES
 from mpidp.data.special_tokens import SpecialTokens
-from mpidp.hf.companions import TEMPLATES
 from mpidp.hf.names import NOT_KEPT
 
-CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def with_begin(tokenizer_json: str, bos: int | None) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpidp.data.records import Row, keys_of, records
+from mpidp.data.records import Row, records
+from mpidp.data.row_fields import keys_of
 from mpidp.data.text_files import NotText, TextFile, read_whole, recognize
 from mpidp.errors import DataError
 from mpidp.runtime.log import log

@@ -23,10 +23,11 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run, same_path
 from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
+from mpidp.data.model_files import read_object
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
 from mpidp.hf.companions import companions
-from mpidp.hf.folder import ModelFolder, read_object
+from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
 from mpidp.model.shape import Shape, num_parameters, shapes_of

@@ -13,13 +13,14 @@ import pytest
 
 from data_tools.chat import render
 from data_tools.encode import _tokens
-from data_tools.encoder import Encoder
-from data_tools.messages import RowSkipped, chat_of
+from data_tools.messages import chat_of
 from data_tools.prepare import prepare
 from data_tools.rows import TrainingRow
 from mpidp.data.chat_template import Template, TemplateRejection
+from mpidp.data.encoder import Encoder
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.shards import TokenStream
-from mpidp.data.special_tokens import read_special_tokens, special_tokens_of
+from mpidp.data.special_tokens import SpecialTokens, read_special_tokens, special_tokens_of
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.test_rows import rows_of, said, user, write
 from tests.unit.test_special_tokens import model_folder
@@ -91,7 +92,7 @@ def encoded(template: Template, messages: list[dict[str, Any]], tokenizer: Token
     """Return (ids, loss mask), as in the shards."""
     chat = chat_of({"messages": messages}, template)
     text, spans = render(template, chat)
-    encoder = Encoder(tokenizer, None, "tokens")
+    encoder = Encoder(tokenizer, SpecialTokens(None, ()), "tokens")
     ids, mask = _tokens(TrainingRow("", text, spans, "", chat.learned[-1]), encoder.placer([text])[0], encoder)
     return ids.tolist(), mask.tolist()
 

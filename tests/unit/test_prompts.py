@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpidp.data.encoder import Encoder
 from mpidp.data.special_tokens import SpecialTokens, special_tokens_of
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import evaluate, evaluate_choices, evaluate_text
@@ -20,7 +21,6 @@ from mpidp.generate import _write as write_rows
 from mpidp.generate import generate, read_options
 from mpidp.inference.chats import read_chats, rendered, template_of
 from mpidp.inference.loading import open_model
-from mpidp.inference.prompts import TextEncoder
 from tests.tiny import WORLD, train_at
 from tests.unit.small_tokenizers import byte_level, sentencepiece
 from tests.unit.test_hf import begun
@@ -171,15 +171,16 @@ def test_rows_of_generate_may_have_the_forms_of_prepare() -> None:
     packed = {key: json.dumps(value) for key, value in plain.items()}
     listed = plain | {"tools": [json.dumps(one)], "documents": [json.dumps(one)], "messages": None, "prompt": messages}
     assert [rendered(made, row) for row in (plain, packed, listed)] == ['q[{"title": "t"}][{"title": "t"}]5'] * 3
-    for bad in ({"documents": "so"}, {"tools": ["so"]}, {"documents": [3]}, {"chat_template_kwargs": [3]}, {"messages": "[["}):
-        with pytest.raises(DataError, match="not JSON|must be"):
+    for bad in ({"documents": "so"}, {"tools": ["so"]}, {"documents": [3]}, {"chat_template_kwargs": [3]}, {"messages": "[["},
+                {"tools": "[" * 100_000}):
+        with pytest.raises(DataError, match="` is (a string that is not JSON|not a list of objects|a list, not an object)"):
             rendered(made, plain | bad)
 
 
 @pytest.mark.parametrize("bos", [None, 1])
 def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
     tokenizer = sentencepiece()
-    encoder = TextEncoder(tokenizer, SpecialTokens(bos, (tokenizer.eod,)), "tokens")
+    encoder = Encoder(tokenizer, SpecialTokens(bos, (tokenizer.eod,)), "tokens")
     plain, begin = tokenizer.encode("hello").tolist(), tokenizer.eod if bos is None else bos
     assert encoder.document("hello").tolist() == [begin, *plain]
     assert encoder.prompt("hello") == ([] if bos is None else [bos]) + plain
@@ -190,7 +191,7 @@ def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
 
 def test_texts_that_name_special_tokens_are_counted() -> None:
     tokenizer = byte_level()
-    encoder = TextEncoder(tokenizer, special_tokens_of(None, tokenizer), "text")
+    encoder = Encoder(tokenizer, special_tokens_of(None, tokenizer), "text")
     assert encoder.named(["a", "b<|turn|>", "<|turn|>"]) == ("<|turn|>", 2) and encoder.named(["a"]) == ("", 0)
 
 

@@ -1,0 +1,41 @@
+"""The table of special tokens of the shards: that of --tokenizer, with what the other options say."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from data_tools.options import PrepareOptions
+from data_tools.vocabulary import given_tokenizer
+from mpidp.data.chat_template import Template, TemplateRejection
+from mpidp.data.places import placer
+from mpidp.data.special_tokens import SpecialTokens, special_tokens_of, with_template
+from mpidp.data.tokenizer import Tokenizer
+
+
+def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
+    """Return the table of --tokenizer. It has no ends yet if the tokenizer is made from the corpus. Independent."""
+    given = given_tokenizer(tokenizer, eod)
+    if given is None:
+        return SpecialTokens(None, ())
+    path = Path(tokenizer)
+    return special_tokens_of(path if path.is_dir() else path.parent, given)
+
+
+def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
+    """Return the table of the shards: the tokenizer's, with what the options say. Pure."""
+    if not table.ends:
+        table = special_tokens_of(None, made)
+    if template is not None:
+        table = with_template(replace(table, template_args=template.args, tool_template=template.tool_text), made, template.text)
+    has_bos = options.bos == "auto" and (template is None or _writes_bos(template, made, table.bos))
+    return replace(table, bos=table.bos if has_bos else None, special=options.special or table.special)
+
+
+def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
+    """True if the text of a chat begins with BOS. Only the template decides so, as in transformers. Pure."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with suppress(TemplateRejection):
+        return placer(made, "tokens")([template.render(messages)])[0].ids[:1].tolist() == [bos]
+    return False
