@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpidp.data.model_files import read_object
+from mpidp.data.model_files import optional_object
 from mpidp.errors import DataError
 
 USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
@@ -42,7 +42,7 @@ def eod_of_index(folder: Path) -> int | None:
 def declared_eos(folder: Path) -> str | None:
     """Return the eos_token in FOLDER/tokenizer_config.json, else in special_tokens_map.json, or None."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        found = (read_object(folder / name) or {}).get("eos_token")
+        found = (optional_object(folder / name) or {}).get("eos_token")
         found = found.get("content") if isinstance(found, dict) else found
         if isinstance(found, str):
             return found
