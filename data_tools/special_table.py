@@ -1,4 +1,4 @@
-"""The table of special tokens of the shards: that of --tokenizer, with what the other options say."""
+"""Make the table of special tokens of the shards from --tokenizer, the chat template and other options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from mpidp.data.tokenizer import Tokenizer
 
 
 def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
-    """Return the table of --tokenizer. It has no ends yet if the tokenizer is made from the corpus. Independent."""
+    """Return the table of special tokens of --tokenizer. If the tokenizer will be made from the corpus, the table is empty.
+    Independent."""
     given = given_tokenizer(tokenizer, eod)
     if given is None:
         return SpecialTokens(None, ())
@@ -24,7 +25,7 @@ def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
 
 
 def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
-    """Return the table of the shards: the tokenizer's, with what the options say. Pure."""
+    """Return the table of the shards: the tokenizer's table, changed by the chat template and the options. Pure."""
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:
@@ -34,7 +35,8 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
 
 
 def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
-    """True if the text of a chat begins with BOS. Only the template decides so, as in transformers. Pure."""
+    """Return True if the template writes BOS at the start of a chat. In chats only the template adds BOS, as in
+    transformers. Pure."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(TemplateRejection):
         return placer(made, "tokens")([template.render(messages)])[0].ids[:1].tolist() == [bos]

@@ -148,7 +148,7 @@ def _warn_of_names(encoder: Any, texts: list[str]) -> None:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return the figures. text_bytes: bytes of the scored tokens; None: unknown."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. text_bytes: bytes of the scored tokens; None: unknown."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

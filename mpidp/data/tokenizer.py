@@ -51,7 +51,8 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text. Memory is bounded."""
+        """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The pieces may be cut anywhere. Memory
+        is bounded."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
@@ -92,7 +93,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = self.eod + 1
         self._codes = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
         if not characters or len(np.unique(self._codes)) != len(self._codes):
-            raise DataError("a char tokenizer needs at least one character, and no character twice")
+            raise DataError("a char tokenizer needs at least one character, and must not contain a character twice")
         self._id_of = np.full(0x110000, -1, dtype=np.int64)
         self._id_of[self._codes] = np.arange(self.eod)
 

@@ -1,6 +1,6 @@
-"""The text files of an exported folder: what they say about special tokens is what the training data had (special_tokens.py).
+"""Make the text files of an exported folder. They describe the special tokens of the training data (special_tokens.py).
 
-Files of the model that a run was fine-tuned from are kept, except for what contradicts the data.
+If the run was fine-tuned from a model, the files of that model are kept, except for entries that contradict the training data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def with_begin(tokenizer_json: str, bos: int | None) -> str:
-    """Return the tokenizer.json whose encoding of a text is its ids after `bos` (None: its ids alone). Pure.
+    """Return the tokenizer.json, changed so that the ids of each text begin with `bos`, or without BOS if bos is None. Pure.
 
     A post-processor often adds BOS. Without BOS in training, BOS would be an id whose embedding was never trained.
     """

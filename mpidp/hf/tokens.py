@@ -89,7 +89,7 @@ def _plain(content: bytes) -> dict[str, Any]:
         text = huggingface_json(tokenizer_from_json(text))
     try:
         theirs = HFTokenizers.from_str(text)
-        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str would count up to it
+        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str takes time proportional to the largest id
             raise DataError(f"it has an id of {MAX_VOCAB} or more")
         parsed: dict[str, Any] = json.loads(theirs.to_str())
     except (KeyboardInterrupt, SystemExit, DataError):

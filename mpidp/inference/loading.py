@@ -141,7 +141,7 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
             table = special_tokens_of(reader.path, tokenizer)
         else:
             table, base = for_run(home_of(reader), tokenizer), home_of(reader) / "hf"
-            if base.is_dir():  # the model that the run was fine-tuned from may know other ends of a text
+            if base.is_dir():  # the model from which the run was fine-tuned may have other end ids
                 ends = (*table.ends, *special_tokens_of(base, tokenizer).ends)
                 table = replace(table, ends=tuple(dict.fromkeys(ends)))
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
