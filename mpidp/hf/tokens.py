@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mpidp.data.end_of_document import USUAL_EOD
 from mpidp.data.token_bytes import byte_names
-from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
 from mpidp.errors import DataError
 
 EOD = USUAL_EOD[0]
