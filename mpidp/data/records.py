@@ -180,7 +180,7 @@ def _values(column: Any) -> Any:
 def _as_text(value: Any) -> tuple[Any, bool]:
     """Decode all bytes in a value; return (value, whether bytes were replaced).
 
-    A null in an object is left out: all objects of a column have the same keys in Arrow, also those that had fewer keys before.
+    Nulls in objects are left out. In Arrow, all objects of a column have the same keys, and missing keys have the value null.
     """
     if isinstance(value, bytes):
         return decoded(value)

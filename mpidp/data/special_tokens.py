@@ -20,7 +20,7 @@ from mpidp.errors import DataError, UsageError
 
 FILE = "special_tokens.json"
 FORMAT = "mpidp-special-tokens"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")  # that a table needs
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")  # files of a model
 _END_OF_TEXT, _LLAMA = "<|endoftext|>", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer classes define if no file does
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT),

@@ -141,5 +141,6 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return where a step of type Metaspace puts a space, or removes it: always, first or never."""
+    """Return the prepend_scheme of a step of type Metaspace. It says where encoding adds a space, which decoding removes: before
+    each part of a text between added tokens ("always"), before the first part ("first") or nowhere ("never")."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

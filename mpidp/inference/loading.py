@@ -195,8 +195,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     """Return the base model of a LoRA run, which its checkpoints do not contain: train.init_from, or weights from the seed.
 
-    moved: where train.init_from is now; "": where it was. Raises DataError if it is missing, has another shape or has changed.
-    Does not support parts of models. Independent.
+    moved: the new path of the base model; "" if it has not moved. Raises DataError if the base model is missing, has another
+    shape or has changed. Does not support parts of models. Independent.
     """
     settings = reader.meta["config"]
     if "init_from" not in reader.meta:

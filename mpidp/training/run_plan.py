@@ -93,7 +93,8 @@ class RunPlan:
                     raise UsageError(
                         f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
                     )
-            if self.origin is not None and self.origin.weights is not None:  # adapters, or another path
+            # the source is read again: it is the base of adapters, or train.init_from is not the path in RUN/init.json
+            if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
