@@ -98,6 +98,9 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
+    if other := sum(source.not_text for source in sources.values()):
+        lines.append(f"{counted(other, 'sequence')} with a mode other than 0 (multimodal data) {'was' if other == 1 else 'were'} "
+                     "read as text")
     return lines + [f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped"] * (skipped > 0)
 
 

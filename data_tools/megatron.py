@@ -2,7 +2,8 @@
 
 PREFIX.idx, little-endian: b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S uint64, number of
 document bounds uint64; then S lengths int32 (tokens), S offsets int64 (bytes in .bin), and the bounds int64. Document d consists
-of the sequences [bounds[d], bounds[d + 1]). (Megatron-Core, datasets/indexed_dataset.py.)
+of the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per sequence, its mode; text has mode 0.
+(Megatron-Core, datasets/indexed_dataset.py.)
 """
 
 from __future__ import annotations
@@ -101,12 +102,13 @@ class MegatronReader:
         if version != 1 or code not in DTYPES:
             raise wrong(f"version {version}, type {code}: supported are version 1 and types {', '.join(map(str, DTYPES))}")
         ends = np.cumsum([begin, 4 * sequences, 8 * sequences, 8 * bounds])
-        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:  # the second size: one mode byte per sequence
+        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:  # the second size: with modes
             raise wrong(f"it has {len(data)} bytes, but {sequences} sequences and {bounds} document bounds need {ends[-1]}")
         self._dtype: np.dtype[Any] = np.dtype(DTYPES[code])
         self._lengths = np.frombuffer(data, "<i4", sequences, ends[0]).astype(np.int64)
         self._offsets = np.frombuffer(data, "<i8", sequences, ends[1])
         self._bounds = np.frombuffer(data, "<i8", bounds, ends[2])
+        self.not_text = int(np.count_nonzero(np.frombuffer(data, "<i1", offset=ends[3])))  # number of sequences of other modes
         last = self._offsets + self._lengths * self._dtype.itemsize
         if sequences and (self._lengths.min() < 0 or self._offsets.min() < 0 or last.max() > size):
             raise wrong(f"some sequences lie outside the {size} bytes of {self.path}")

@@ -83,7 +83,8 @@ def text_files(
     if scratch:
         generation |= {key: i for key, i in config_ids(special).items() if i is not None}
         found["special_tokens_map.json"] = {f"{key}_token": config[f"{key}_token"] for key in given}
-    generation["eos_token_id"] = _ends(kept.get(GENERATION, {}).get("eos_token_id"), special.ends)
+    model = kept.get("config.json", {})  # its ends count if generation_config.json names none
+    generation["eos_token_id"] = _ends(kept.get(GENERATION, {}).get("eos_token_id", model.get("eos_token_id")), special.ends)
     found[GENERATION] = generation
     return found
 

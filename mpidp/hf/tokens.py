@@ -43,8 +43,27 @@ def same(file: Path, used: bytes) -> bool:
 
     Raises DataError if one of them is not a readable tokenizer.json.
     """
+    first, second = _both(file, used)
+    return first == second
+
+
+def extends(file: Path, used: bytes) -> bool:
+    """Return whether `used` is the tokenizer.json `file` with added tokens, whose ids are new. Other ids have the same meaning.
+
+    Raises DataError like same().
+    """
+    first, second = _both(file, used)
+    known, added = first.pop("added_tokens") or [], second.pop("added_tokens") or []
+    if first != second or any(one not in added for one in known):
+        return False
+    vocabulary = first["model"].get("vocab") or {}
+    taken = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
+    return all(one in known or one["id"] not in taken for one in added)
+
+
+def _both(file: Path, used: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        return _plain(file.read_bytes()) == _plain(used)
+        return _plain(file.read_bytes()), _plain(used)
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{file}: not a readable tokenizer.json ({error})") from None
 

@@ -109,8 +109,8 @@ class Origin:
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
     def check_tokenizer(self, data: Path, used: bytes) -> None:
-        """Raise DataError unless `data` was prepared with the tokenizer of the source. Independent."""
-        if self.tokenizer is not None and not tokens.same(self.tokenizer, used):
+        """Raise DataError unless `data` was prepared with the source's tokenizer (tokens may be added). Independent."""
+        if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
                 f"{data} was prepared with a different tokenizer than {self.tokenizer}, so its ids mean different text to "
                 f"the model. Prepare the text again with: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"
