@@ -116,7 +116,7 @@ def _check(ids: np.ndarray, encoder: Tokenizer, source: MegatronReader, number: 
 def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: int, val_fraction: float, prefix: Path) -> Index:
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
-    share = val_fraction if "val" not in streams else 0.5  # with a validation split, any value above 0 will do
+    share = val_fraction if "val" not in streams else 0.5  # the size has no effect if there is a split val
     plans = plan_shards(streams, shards, share)
     files = [cut_shard(plan, streams[plan.stream], out, encoder, sha256)[0] for plan in plans]
     splits = {}

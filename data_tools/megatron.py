@@ -51,7 +51,8 @@ class MegatronWriter:
             self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
-        """Write the index and move both files to their final names. starts: (d,), of documents; tokens: the total."""
+        """Write the index and move both files to their final names. starts: the start of each document, (d,). tokens: total
+        number of tokens."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
             raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
@@ -72,7 +73,7 @@ class MegatronWriter:
 
     def abandon(self) -> None:
         """Remove the temporary files."""
-        with suppress(OSError):  # a full disk still refuses what the buffer holds
+        with suppress(OSError):  # on a full disk, writing the rest of the buffer fails
             self._tokens.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
@@ -102,7 +103,8 @@ class MegatronReader:
         if version != 1 or code not in DTYPES:
             raise wrong(f"version {version}, type {code}: supported are version 1 and types {', '.join(map(str, DTYPES))}")
         ends = np.cumsum([begin, 4 * sequences, 8 * sequences, 8 * bounds])
-        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:  # the second size: with modes
+        # multimodal datasets have one more byte per sequence
+        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:
             raise wrong(f"it has {len(data)} bytes, but {sequences} sequences and {bounds} document bounds need {ends[-1]}")
         self._dtype: np.dtype[Any] = np.dtype(DTYPES[code])
         self._lengths = np.frombuffer(data, "<i4", sequences, ends[0]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Read a row of format chat: its messages and what its chat template gets beside them. Pure."""
+"""Read a row of format chat: its messages, and the other variables of its chat template. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mpidp.data.chat_template import BEGIN, END, REASONING, Template
 from mpidp.data.row_fields import RowSkipped, describe, field_of, keys_of, objects_of, parsed_field
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
-PAIR = ("prompt", "completion")  # they may be lists of messages, in place of `messages`
-MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", "weight", "train"})  # others must occur in the template
+PAIR = ("prompt", "completion")  # a row may have two lists of messages with these names in place of `messages`
+MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", "weight", "train"})  # other keys: see _unused()
 WITHOUT_CONTENT = ("tool_calls", "function_call", *REASONING)  # a message with one of these needs no content
 
 
@@ -24,7 +24,7 @@ class Chat:
     tools: list[Any] | None
     documents: list[Any] | None
     args: Mapping[str, Any]  # chat_template_kwargs
-    unused: Sequence[str]  # keys of the row that neither we nor the template use
+    unused: Sequence[str]  # keys of the row that neither prepare nor the template uses
 
     def render(self, template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
         """Return the text of these messages. Raises TemplateRejection."""
@@ -98,14 +98,14 @@ def _learned(message: Mapping[str, Any]) -> bool:
 def _unused(
     fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any], template: Template
 ) -> list[str]:
-    """Return the keys with a value that neither we nor the template use."""
+    """Return the keys of a row whose value is used neither by prepare nor by the template."""
     known = ROW_KEYS if fields.get("messages") is not None else {*ROW_KEYS, *PAIR}
     unused = [key for key, value in fields.items() if key not in known and value is not None]
     unused += [key for key in ("tools", "documents") if fields.get(key) and key not in template.text]
     unused += [f"chat_template_kwargs.{key}" for key in args if key not in template.text]
     for message in messages:
         for key, value in message.items():
-            read = REASONING if key in REASONING else (key,)  # the template gets a reasoning under each of its names
+            read = REASONING if key in REASONING else (key,)  # render() passes the reasoning under each of these names
             if value and key not in MESSAGE_KEYS and not any(name in template.text for name in read):
                 unused.append(f"messages.{key}")
     return list(dict.fromkeys(unused))

@@ -35,8 +35,8 @@ class PrepareOptions:
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
     bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a bad row raises DataError instead of being skipped
-    bos: str = "auto"  # documents and rows begin with BOS if the tokenizer adds it to texts; "none": they do not
-    special: str = ""  # "text", "tokens", or "": the tokenizer's default for rows, text for documents
+    bos: str = "auto"  # "auto" or "none"; with "none", documents and rows begin without BOS
+    special: str = ""  # "text" or "tokens"; "": text for documents, and the tokenizer's default for rows
     eod: str | None = None  # the end-of-document token of a tokenizer.json; None: one of the usual names
 
     @property

@@ -26,7 +26,7 @@ class TrainingRow:
     place: str  # file and line number
     text: str
     spans: Spans
-    said: str  # what the row itself says, without the template
+    said: str  # the texts of the row, without the text that the template adds
     ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
     unmarked: bool = False  # whether the template does not mark the assistant's parts
     cut: bool = False  # whether the text is only the beginning of the row

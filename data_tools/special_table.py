@@ -1,4 +1,4 @@
-"""The table of special tokens and the chat template of the shards: those of --tokenizer, with what the other options say."""
+"""Make the table of special tokens and find the chat template of the shards, from --tokenizer and other options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from mpidp.runtime.log import log
 
 
 def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
-    """Return the table of --tokenizer. It has no ends yet if the tokenizer is made from the corpus. Independent."""
+    """Return the table of special tokens of --tokenizer. If the tokenizer will be made from the corpus, the table is empty.
+    Independent."""
     given = given_tokenizer(tokenizer, eod)
     if given is None:
         return SpecialTokens(None, ())
@@ -29,10 +30,10 @@ def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
 
 
 def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
-    """Return the chat template: --chat-template if given, else that of the tokenizer's table.
+    """Return the chat template: --chat-template if given, else the template in the tokenizer's table.
 
-    Logs a warning if the template uses special tokens that are not defined. Raises
-    UsageError if there is none and DataError if it is invalid. Independent.
+    Logs a warning if the template uses special tokens that are not defined. Raises UsageError if there is no template, and
+    DataError if the template is invalid. Independent.
     """
     file, tokenizer = options.chat_template, options.tokenizer
     args = {**table.template_args, **template_args(options.template_arg)}
@@ -49,12 +50,13 @@ def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
     template = Template(text, table.names, moment, args, None if file else table.tool_template)
     template.check()
     if missing := template.undefined_names():
-        log.warning(f"the chat template uses {', '.join(missing)}, without a value in the files of {tokenizer}: it gives no text")
+        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
+                    "the template writes no text there")
     return template
 
 
 def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:
-    """Return the table of the shards: the tokenizer's, with what the options say. Pure."""
+    """Return the table of the shards: the tokenizer's table, changed by the chat template and the options. Pure."""
     if not table.ends:
         table = special_tokens_of(None, made)
     if template is not None:
@@ -64,7 +66,8 @@ def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | 
 
 
 def _writes_bos(template: Template, made: Tokenizer, bos: int | None) -> bool:
-    """True if the text of a chat begins with BOS. Only the template decides so, as in transformers. Pure."""
+    """Return True if the template writes BOS at the start of a chat. In chats only the template adds BOS, as in
+    transformers. Pure."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(TemplateRejection):
         return placer(made, "tokens")([template.render(messages)])[0].ids[:1].tolist() == [bos]

@@ -1,4 +1,4 @@
-"""How texts become ids: the tokenizer, BOS, and the names of special tokens. Prepare, generate and evaluate use it."""
+"""Encode texts with a tokenizer, BOS and special tokens, in the same way in prepare, generate and evaluate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpidp.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, and the special tokens that the training data has. All methods raise DataError if a character has no id."""
+    """A tokenizer, and the special tokens of the training data. All methods raise DataError if a character has no id."""
 
     tokenizer: Tokenizer
     table: SpecialTokens
@@ -30,7 +30,8 @@ class Encoder:
         return [placed.ids for placed in self.placer(texts)]
 
     def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text, without BOS. Independent."""
+        """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts, without BOS.
+        Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
         return encode_pieces(pieces, lambda text: self.placer([text])[0])
@@ -40,7 +41,7 @@ class Encoder:
         return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids of a text with BOS in front, unless there is none or the text itself begins with it. Pure."""
+        """Return the ids of a text with BOS in front, unless the training data has no BOS or the text begins with it. Pure."""
         return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
 
     def document(self, text: str) -> np.ndarray:
@@ -67,7 +68,7 @@ class Encoder:
 
     @cached_property
     def placer(self) -> Callable[[list[str]], list[Placed]]:
-        """A function that encodes several texts, and tells which characters each token holds."""
+        """A function that encodes several texts, and returns which characters each token holds."""
         return placer(self.tokenizer, self.special)
 
     @cached_property

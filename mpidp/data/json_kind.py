@@ -55,11 +55,11 @@ def _begin(stream: BinaryIO) -> list[bytes]:
 def _of_array(begun: bytes, wanted: Collection[str]) -> tuple[str, str]:
     """Return (kind, doubt) of an array. begun: its beginning, without the bracket."""
     if not begun.startswith(b"{"):
-        return "text", "a JSON array whose items are no objects"
+        return "text", "a JSON array whose items are not objects"
     try:
         item, _ = json.JSONDecoder().raw_decode(begun.decode(errors="replace"))
     except (ValueError, RecursionError):
-        return "array", ""  # longer than what was read, or malformed: reading the rows tells
+        return "array", ""  # longer than `begun`, or malformed; the reader of the rows reports which
     if wanted and not item.keys() & set(wanted):
         return "text", f"a JSON array of objects without a field {any_of(wanted)}"
     return "array", ""

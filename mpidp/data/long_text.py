@@ -1,10 +1,10 @@
-"""Encode a text of any length in windows of bounded size. The ids are those of the whole text.
+"""Encode a text of any length in windows of bounded size. The result equals the ids of the whole text.
 
-The ids of two pieces are not the ids of the whole text: a tokenizer may put a space before each piece, and tokens may cross the
-cut. Therefore windows overlap. A text is cut where the tokens of both windows agree: from a token that begins at the same
-character in both, all tokens up to a margin before the end of the first window are the same. In byte-pair encoding, whether a
-sequence of tokens is valid depends on neighbouring tokens only, so tokens before the cut from the first window and tokens after
-it from the second are the tokens of the whole text.
+If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text: a tokenizer may put a space
+before each piece, and a token may cross the cut. Therefore windows overlap. The cut is put at a character at which a token begins
+in both windows, and after which both windows have the same tokens, up to a margin before the end of the first window. Tokens
+before the cut are taken from the first window, and tokens after it from the second window. In byte-pair encoding, whether a
+sequence of tokens is valid depends on neighbouring tokens only. Therefore these are the tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Encode = Callable[[str], Placed]
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Yield the ids of a text that comes in pieces, cut anywhere. Independent.
+    """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts. Independent.
 
-    If no place to cut is found in MAX_WINDOW characters, the text is cut at a token all the same.
+    If two windows agree nowhere within MAX_WINDOW characters, the text is cut at any token, and ids near the cut may differ.
     """
     text, given, limit = "", 0, WINDOW  # the ids of text[:given] were yielded before
     for piece in pieces:

@@ -13,7 +13,7 @@ from mpidp.runtime.json_file import read_json
 
 MAX_BYTES = 64 * 2**20  # of a file that is read or copied
 MAX_TEMPLATE_BYTES = 2**20
-TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # the second is a folder of .jinja files
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # a file, and a folder of .jinja files
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _hugging_face(tokenizer: Tokenizer, special: bool) -> Callable[[list[str]], 
     from tokenizers import Tokenizer as Library
 
     about = json.loads(tokenizer.to_json())
-    about["post_processor"] = None  # it would add BOS, and may exclude spaces from the places
+    about["post_processor"] = None  # a post-processor may add BOS, and may exclude spaces from offsets
     library: Any = Library.from_str(json.dumps(about))
     library.no_truncation()
     library.no_padding()

@@ -33,9 +33,9 @@ class Row:
 
 
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
-    """Yield the rows of a file of kind lines, array, table or parquet; blank lines are passed over. Independent.
+    """Yield the rows of a file of kind lines, array, table or parquet; blank lines are skipped. Independent.
 
-    columns: the columns to read of a .parquet file; none: all. surrogates: leave unpaired surrogates as they are. Raises
+    columns: the columns to read of a .parquet file; empty: all. surrogates: leave unpaired surrogates as they are. Raises
     DataError if the file cannot be read, and UsageError if a library is missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
@@ -180,7 +180,7 @@ def _values(column: Any) -> Any:
 def _as_text(value: Any) -> tuple[Any, bool]:
     """Decode all bytes in a value; return (value, whether bytes were replaced).
 
-    A null in an object is left out: all objects of a column have the same keys in Arrow, also those that had fewer keys before.
+    Nulls in objects are left out. In Arrow, all objects of a column have the same keys, and missing keys have the value null.
     """
     if isinstance(value, bytes):
         return decoded(value)

@@ -27,7 +27,8 @@ def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return a list of objects; None if it is absent. It, or each object, may be a JSON string. Raises RowSkipped."""
+    """Return a field that is a list of objects; None if it is absent. The list, or each object, may be a JSON string. Raises
+    RowSkipped if the field is something else."""
     found: list[Any] | None = field_of(fields, key, list)
     found = found and [parsed_field(key, one) if isinstance(one, str) else one for one in found]
     if not all(isinstance(one, dict) for one in found or []):
@@ -56,7 +57,7 @@ def keys_of(names: Iterable[str], shown: int = 12) -> str:
 
 
 def any_of(names: Collection[str]) -> str:
-    """Return names of which one is needed, for a message. Pure."""
+    """Return a text for a message that one of these fields is needed. Pure."""
     return " or ".join(f"`{name}`" for name in names)
 
 

@@ -20,7 +20,7 @@ from mpidp.errors import DataError, UsageError
 
 FILE = "special_tokens.json"
 FORMAT = "mpidp-special-tokens"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")  # that a table needs
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")  # files of a model
 _END_OF_TEXT, _LLAMA = "<|endoftext|>", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer classes define if no file does
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT),
@@ -51,7 +51,7 @@ WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens of a model, as its training data has them."""
+    """The special tokens of a model, as its training data uses them."""
 
     bos: int | None  # the id before every document and row; None: there is none
     ends: tuple[int, ...]  # ids that end a text; the end-of-document id is the first
@@ -60,7 +60,7 @@ class SpecialTokens:
     names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: variables of the chat template
     template: str | None = None  # chat template (jinja2)
     template_args: Mapping[str, Any] = field(default_factory=dict)  # other variables of the template, such as enable_thinking
-    tool_template: str | None = None  # the template of chats with tools; None: the same
+    tool_template: str | None = None  # the template of chats with tools; None: the same template
 
     def to_json(self) -> str:
         """Return the contents of special_tokens.json."""

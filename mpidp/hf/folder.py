@@ -98,8 +98,8 @@ class ModelFolder:
         return found
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
-        """Return whether embedding and head are one matrix, as config.json says. As in transformers, they are not if the files
-        have both with different values, and the head is also the embedding if the files have no embedding."""
+        """Return whether embedding and head are one matrix, if config.json says so. As in transformers, the result is False if
+        the files have both matrices with different values. If the files have no embedding, the head is also the embedding."""
         if EMBEDDING not in tensors and HEAD in tensors:
             tensors[EMBEDDING], self._stored[EMBEDDING] = tensors.pop(HEAD), HEAD
         if HEAD not in tensors:

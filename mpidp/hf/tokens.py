@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mpidp.data.end_of_document import USUAL_EOD
 from mpidp.data.token_bytes import byte_names
-from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
 from mpidp.errors import DataError
 
 EOD = USUAL_EOD[0]
@@ -88,7 +89,7 @@ def _plain(content: bytes) -> dict[str, Any]:
         text = huggingface_json(tokenizer_from_json(text))
     try:
         theirs = HFTokenizers.from_str(text)
-        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str would count up to it
+        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str takes time proportional to the largest id
             raise DataError(f"it has an id of {MAX_VOCAB} or more")
         parsed: dict[str, Any] = json.loads(theirs.to_str())
     except (KeyboardInterrupt, SystemExit, DataError):

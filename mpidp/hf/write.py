@@ -52,7 +52,7 @@ def write_folder(
             write_file(temporary / name, content)
         os.rename(temporary, out)
         sync_directory(out.parent)
-    except (OSError, SafetensorError) as error:  # the second if the disk is full while weights are written
+    except (OSError, SafetensorError) as error:  # SafetensorError: the disk is full while weights are written
         raise UsageError(f"{out} cannot be written ({error}); free space on its disk, or choose another folder") from error
     finally:
         with suppress(OSError):

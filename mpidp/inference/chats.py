@@ -32,7 +32,7 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages of a row. Raises DataError if there are none, or if nothing is left for the assistant to say. Pure."""
+    """Return the messages of a row. Raises DataError if there are none, or if the last message is the assistant's. Pure."""
     prompt = row.get("prompt")
     if row.get("messages") is None and isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

@@ -141,7 +141,7 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
             table = special_tokens_of(reader.path, tokenizer)
         else:
             table, base = for_run(home_of(reader), tokenizer), home_of(reader) / "hf"
-            if base.is_dir():  # the model that the run was fine-tuned from may know other ends of a text
+            if base.is_dir():  # the model from which the run was fine-tuned may have other end ids
                 ends = (*table.ends, *special_tokens_of(base, tokenizer).ends)
                 table = replace(table, ends=tuple(dict.fromkeys(ends)))
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
@@ -195,8 +195,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     """Return the base model of a LoRA run, which its checkpoints do not contain: train.init_from, or weights from the seed.
 
-    moved: where train.init_from is now; "": where it was. Raises DataError if it is missing, has another shape or has changed.
-    Does not support parts of models. Independent.
+    moved: the new path of the base model; "" if it has not moved. Raises DataError if the base model is missing, has another
+    shape or has changed. Does not support parts of models. Independent.
     """
     settings = reader.meta["config"]
     if "init_from" not in reader.meta:

@@ -16,7 +16,7 @@ OUTPUTS = ("text", "tokens", "ended")  # the fields that generate adds to a row
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file, plain or packed. Independent.
+    """Return the text of a UTF-8 file, which may be compressed. Independent.
 
     Raises DataError if it cannot be read, is not UTF-8, is empty, or holds rows.
     """
@@ -28,7 +28,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
-    """Return the rows of a file: .jsonl, .ndjson, .json, .csv or .parquet, plain or packed. wanted: an example, for messages.
+    """Return the rows of a .jsonl, .ndjson, .json, .csv or .parquet file, which may be compressed. wanted: a row as it should be,
+    for error messages.
 
     Raises DataError if the file cannot be read, is empty, or a row is malformed. Independent.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from mpidp.comm.slices import ALIGN, NORM_BLOCK, _round_up
+from mpidp.comm.slices import ALIGN, NORM_BLOCK, round_up
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class FlatLayout:
         offset, unit = 0, ""
         for name, p in self.parameters:
             if unit_of(name) != unit:
-                offset, unit = _round_up(offset, NORM_BLOCK), unit_of(name)
+                offset, unit = round_up(offset, NORM_BLOCK), unit_of(name)
             self.offsets.append(offset)
-            offset += _round_up(p.numel(), ALIGN)
-        self.num_elements = _round_up(offset, NORM_BLOCK)
+            offset += round_up(p.numel(), ALIGN)
+        self.num_elements = round_up(offset, NORM_BLOCK)
 
     def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
         """Return (offset, name, parameter) in flat order."""
@@ -116,8 +116,8 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad of a chunk a view of this slot, so that backward accumulates into the slot. chunk: default: all
-        chunks."""
+        """Make every .grad of a chunk a view of this slot, so that backward accumulates into the slot. Without
+        `chunk`, do this for all chunks."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:

@@ -88,8 +88,8 @@ class Origin:
         return config.with_values(model=self.settings | {"vocab_size": rows})
 
     def check_shape(self, shape: Shape) -> None:
-        """Raise DataError if the source does not hold a model of this shape. A file from somebody else could otherwise demand all
-        memory with a few numbers. Independent."""
+        """Raise DataError if the source does not hold a model of this shape. Otherwise a few numbers in an untrusted file could
+        request all memory of the machine. Independent."""
         if self.weights is None:
             return
         if isinstance(self.weights, ModelFolder):
@@ -104,7 +104,7 @@ class Origin:
                             "are damaged, or belong to different models")
 
     def _added_bytes(self, shape: Shape) -> int:
-        """Return at least the size of the rows that are added to the vocabulary."""
+        """Return an upper bound on the bytes of the rows that are added to the vocabulary."""
         width = getattr(shape, "model_dim", 0)
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 

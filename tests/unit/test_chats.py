@@ -235,7 +235,7 @@ def test_arguments_and_undefined_names_of_the_template(tmp_path: Path, capsys: p
     rows = [{"messages": [user("a"), said("b")]}, {"messages": [user("a"), said("b")], "chat_template_kwargs": {"mood": "!"}}]
     source = write(tmp_path / "a.jsonl", *rows)
     prepare(source, str(folder), tmp_path / "out", 1, 0.0, form="chat", seq_len=64, template_arg=["mood=?", "n=3"])
-    assert "the chat template uses turn_token, without a value in the files of" in capsys.readouterr().err
+    assert "the chat template uses turn_token, which the files of" in capsys.readouterr().err
     tokenizer = load_tokenizer(folder)
     texts = [tokenizer.decode(np.array(ids)) for ids, _ in rows_of(tmp_path / "out")]
     assert texts == ["<s>?a?b", "<s>!a!b"]

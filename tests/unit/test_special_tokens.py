@@ -14,7 +14,7 @@ import pytest
 from data_tools.prepare import prepare
 from mpidp.data.index import read_index
 from mpidp.data.shards import TokenStream
-from mpidp.data.special_tokens import CLASS_NAMES, SpecialTokens, for_run, read_special_tokens, special_tokens_of
+from mpidp.data.special_tokens import CLASS_NAMES, SpecialTokens, for_run, read_special_tokens, special_names, special_tokens_of
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
 from mpidp.errors import DataError
 from mpidp.training.run_record import keep_special_tokens
@@ -92,13 +92,25 @@ def test_the_ends_of_a_text(tmp_path: Path) -> None:
     """The end of a document is first; then follow generation_config (else config), the tokenizer's eos, and the end of a turn."""
     folder = model_folder(tmp_path / "m", tokenizer_config__json={"eos_token": "<pad>", "pad_token": "<pad>"},
                           config__json={"eos_token_id": 7}, chat_template__jinja=TEMPLATE)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, "<|endoftext|>")
     pad, end = tokenizer.vocab_size - 1, tokenizer.vocab_size - 3
     found = special_tokens_of(folder, tokenizer)
     assert found.ends == (tokenizer.eod, 7, pad, end) and found.pad == pad and found.special == "tokens"
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 10**9, True, "x", -1], "pad_token_id": 3}))
     assert special_tokens_of(folder, tokenizer).ends == (tokenizer.eod, 5, pad, end)
     assert found.template == TEMPLATE and found.bos is None
+
+
+@pytest.mark.parametrize(("declared", "chosen"), [
+    ({"eos_token": "<s>"}, "<s>"), ({"eos_token": {"content": "<s>"}}, "<s>"),  # the model's own token, whatever its name is
+    ({"eos_token": "<|im_end|>"}, "<|endoftext|>"),  # a chat model: it ends a turn
+    ({"eos_token": "<absent>"}, "<|endoftext|>"), ({"eos_token": None}, "<|endoftext|>"), ({}, "<|endoftext|>"),
+])
+def test_a_document_ends_with_the_token_that_the_model_declares(tmp_path: Path, declared: dict[str, Any], chosen: str) -> None:
+    folder = model_folder(tmp_path / "m", tokenizer_config__json=declared)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode([tokenizer.eod]) == ""
+    assert special_names(tokenizer)[chosen] == tokenizer.eod == special_tokens_of(folder, tokenizer).ends[0]
 
 
 def test_plain_tokenizers_have_no_file(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_datasets_that_are_no_text_are_refused(tmp_path: Path, names: list[str])
     (tmp_path / "d/train").mkdir(parents=True)
     for name in names:
         (tmp_path / "d/train" / name).write_text("{}")
-    with pytest.raises(DataError, match="which is not read. Write it as text first"):
+    with pytest.raises(DataError, match="which mpidp cannot read. Convert it to text first"):
         find_files(str(tmp_path / "d"), tmp_path)
 
 
