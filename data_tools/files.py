@@ -98,7 +98,19 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
             outside += [path for path in linked + paths if is_outside(path)]
             _check_format(folder, names)
             found += [SourceFile(os.path.relpath(path, root).replace(os.sep, "/"), path, os.stat(path).st_size) for path in paths]
-    return sorted(found, key=lambda f: os.fsencode(f.name))
+    return _each_once(sorted(found, key=lambda f: os.fsencode(f.name)))
+
+
+def _each_once(files: list[SourceFile]) -> list[SourceFile]:
+    """Leave out links to files that are read under another name. Of several links to one file, the first is kept."""
+    seen, kept = {os.path.realpath(f.path) for f in files if not os.path.islink(f.path)}, []
+    for f in files:
+        if not os.path.islink(f.path):
+            kept.append(f)
+        elif (real := os.path.realpath(f.path)) not in seen:
+            seen.add(real)
+            kept.append(f)
+    return kept
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
