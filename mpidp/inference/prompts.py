@@ -11,6 +11,7 @@ import numpy as np
 from mpidp.data.places import Placed, ids_of_pieces, placer
 from mpidp.data.special_tokens import SpecialTokens, special_names
 from mpidp.data.tokenizer import Tokenizer
+from mpidp.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,12 @@ class TextEncoder:
     special: str = "text"  # "tokens": names of special tokens in a text ("<|im_end|>") become their ids; "text": they stay text
 
     def ids(self, text: str) -> np.ndarray:
-        """Return the ids of a text, without a token before it: (n,) int64. Raises DataError if a character has no id."""
+        """Return the ids of a text, without a token before it: (n,) int64. Raises DataError if a character has no id, or if half
+        of a surrogate pair is missing."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the tokenizers library would raise a TypeError that does not name the reason
+            raise DataError(f"the text has half of a surrogate pair, or a byte that is not UTF-8 ({error})") from None
         if self.special == "text":
             return self.tokenizer.encode(text)
         return np.concatenate(list(ids_of_pieces([text], self._placer)))
