@@ -147,7 +147,7 @@ def main() -> None:
     machine = subjects[1].computing(machine, one)
     print(f"{subjects[1].model.parameters:,} parameters, {options.cores} cores: {machine.flops / 1e9:.3g} GFLOP/s in products, "
           f"memory {machine.memory_bytes_per_second / 1e9:.3g} GB/s")
-    print(f"{'mesh':<42} {'measured ms':>12} {'spread':>8} {'predicted':>10} {'off':>7}")
+    print(f"{'mesh':<42} {'measured ms':>12} {'spread':>8} {'predicted':>10} {'error':>7}")
     for i, (subject, shape) in enumerate(wanted):
         name = f"{shape}, {shape.ranks} rank{'s' * (shape.ranks > 1)}" + ", links" * (i < len(LINKS))
         if i in failed:

@@ -118,7 +118,7 @@ def main() -> None:
     for source, (machine, rows) in SOURCES.items():
         fitted = calibrated(next(row for row in rows if row.calibrates), machine)
         print(f"\n{source}; {fitted.flops / 1e12:.0f} TFLOP/s in products\n")
-        print("| row | mesh | memory, predicted | published | predicted | off |\n|---|---|---|---|---|---|")
+        print("| row | mesh | memory, predicted | published | predicted | error |\n|---|---|---|---|---|---|")
         for row in rows:
             found = predicted(row, fitted)
             memory = largest(row.model, row.shape, row.work).total / 1e9

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.cut import PIECE_TOKENS, Stream
 
-OPEN = 64  # number of last windows that are searched for room
+OPEN = 64  # a document is placed into one of this many most recent windows, if one of them has enough free space
 
 
 def lengths_of(stream: Stream) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,12 @@
 Three rules locate a turn; the first that applies is used.
 
 1. The template marks the assistant's parts with {% generation %}.
-2. The text of the messages before the turn, with the generation prompt, is the beginning of the text of the chat: the turn starts
-   at its end. The turn stops at the end of the text of the messages up to the turn, if that is a beginning of the text, too.
-3. The turn starts where the template writes the content of the message. It stops after the content and what the template writes
-   after it at the end of a chat, as far as the text has this. A mark in the content shows the place. If a message has only tool
-   calls, a mark in the name of the last one shows the end of the turn.
+2. The text of the chat begins with the text of the messages before the turn and the generation prompt. The turn starts after
+   this text. If the text of the chat also begins with the text of the messages up to and including the turn, the turn stops at
+   the end of that text. Otherwise rule 3 gives the end.
+3. The turn starts where the template writes the content of the message. A mark in the content shows the place. If a message has
+   only tool calls, a mark in the name of the last call shows the end. If the chat ended with this message, the template would
+   write some text after the content. The turn includes the first part of this text that is the same in the whole chat.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.messages import Chat, RowSkipped
+from data_tools.messages import Chat
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.model_files import read_template
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import UsageError
 from mpidp.runtime.log import log
@@ -63,7 +65,7 @@ def _turn(template: Template, chat: Chat, text: str, i: int) -> tuple[int, int]:
 
 
 def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bool) -> int | None:
-    """Return the length of the text of the first messages if the text of the chat begins with it, else None."""
+    """Return the length of the text of the first `count` messages if the text of the chat begins with this text, else None."""
     if count == len(chat.messages):
         return len(text)
     try:
@@ -74,10 +76,11 @@ def _beginning(template: Template, chat: Chat, text: str, count: int, prompt: bo
 
 
 def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tuple[int, str]:
-    """Return where the content of message i begins (mark BEGIN) or ends (END), and the text after it at the end of a chat.
+    """Return where the content of message i begins (mark BEGIN) or ends (END), and the text that follows this place if the chat
+    ends with message i.
 
-    The mark is put at the edge of the content, else inside the white space there, which a template may remove, else in a tool
-    call.
+    The mark is first put at the start or end of the content. If the rendered text then has no such mark, the mark is put inside
+    the white space there, which a template may remove, and then in a tool call.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):
@@ -116,7 +119,7 @@ def _with_marks(message: Mapping[str, Any], mark: str) -> Iterator[dict[str, Any
 
 
 def _marked_texts(text: str, mark: str) -> Iterator[str]:
-    """Yield the text with a mark at its edge, then inside the white space there."""
+    """Yield the text with the mark at its start (BEGIN) or end (END), then with the mark inside the white space there."""
     for outer in (text, text.lstrip() if mark == BEGIN else text.rstrip()):
         at = len(text) - len(outer) if mark == BEGIN else len(outer)
         yield text[:at] + mark + text[at:]
@@ -136,10 +139,10 @@ def marked(text: str) -> tuple[str, Spans]:
 
 
 def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: Mapping[str, Any]) -> Template:
-    """Return the chat template: `file` (--chat-template) if given, else that of the tokenizer's table.
+    """Return the chat template: `file` (--chat-template) if given, else the template in the tokenizer's table.
 
-    args: its variables (--template-arg). Logs a warning if the template uses special tokens that are not defined. Raises
-    UsageError if there is none and DataError if it is invalid. Independent.
+    args: variables of the template (--template-arg). Logs a warning if the template uses special tokens that are not defined.
+    Raises UsageError if there is no template, and DataError if the template is invalid. Independent.
     """
     text = read_template(Path(file)) if file else table.template
     if text is None:
@@ -154,5 +157,6 @@ def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: 
     template = Template(text, table.names, moment, {**table.template_args, **args}, None if file else table.tool_template)
     template.check()
     if missing := template.undefined_names():
-        log.warning(f"the chat template uses {', '.join(missing)}, without a value in the files of {tokenizer}: it gives no text")
+        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
+                    "the template writes no text there")
     return template

@@ -98,6 +98,9 @@ def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_frac
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
+    if other := sum(source.not_text for source in sources.values()):
+        lines.append(f"{counted(other, 'sequence')} with a mode other than 0 (multimodal data) {'was' if other == 1 else 'were'} "
+                     "read as text")
     return lines + [f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped"] * (skipped > 0)
 
 
@@ -113,7 +116,7 @@ def _check(ids: np.ndarray, encoder: Tokenizer, source: MegatronReader, number: 
 def _write(streams: dict[str, Stream], encoder: Tokenizer, out: Path, shards: int, val_fraction: float, prefix: Path) -> Index:
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
-    share = val_fraction if "val" not in streams else 0.5  # with a validation split, any value above 0 will do
+    share = val_fraction if "val" not in streams else 0.5  # the size has no effect if there is a split val
     plans = plan_shards(streams, shards, share)
     files = [cut_shard(plan, streams[plan.stream], out, encoder, sha256)[0] for plan in plans]
     splits = {}

@@ -20,7 +20,7 @@ class Counts:
     bad_utf8: int = 0  # documents with invalid UTF-8, replaced or skipped
     malformed: int = 0  # lines or rows without text
     long: int = 0  # rows longer than a window, skipped or truncated
-    unused: int = 0  # rows with keys that neither we nor the chat template use
+    unused: int = 0  # rows with keys that neither prepare nor the chat template uses
     special: int = 0  # documents and rows that name a special token, such as <|im_start|>
     quoted: int = 0  # chats with tool calls whose arguments are JSON text that the template writes as a string
     doubtful: int = 0  # files read as plain text that may have been meant as rows

@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_tools.cut import Raw, RawWriter
-from data_tools.encoder import Encoder
 from data_tools.files import SourceFile
 from data_tools.rows import RowReader, TrainingRow
 from data_tools.sources import SourceReader
-from mpidp.data.long_text import WINDOW
-from mpidp.data.places import Placed
+from mpidp.data.encoder import Encoder
+from mpidp.data.long_text import WINDOW, Placed
 from mpidp.data.tokenizer import token_dtype
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 2**20  # characters that are encoded at once
-MAX_CHARACTERS = 64  # per token, of a very long row
+MAX_CHARACTERS = 64  # characters per token of the window, above which a very long row is cut
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def _drawn(seed: int, name: str, number: int) -> float:
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a source. rest: the other pieces of its text if it is longer than a window; they must be read first."""
+    """A document of a source. rest: None, or if the document is longer than a window, the pieces of its text after `text`; they
+    must be read before the next document of the file."""
 
     stream: str
     text: str
@@ -124,8 +124,8 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row with
-    more characters than a window, and more than MAX_CHARACTERS per token, is longer in any case.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row counts
+    as longer, whatever its number of tokens, if it has more than WINDOW and more than MAX_CHARACTERS * max_tokens characters.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
@@ -155,16 +155,16 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     """Return (ids, loss mask) of a row. A token is in the loss if it holds any character of a span.
 
     BOS is put in front, and an end-of-document token at the end, unless the row has them. The loss mask includes the appended
-    token if the row ends with a part in the loss, unless this part already ends with such a token and white space. The mask never
-    includes the first token, because nothing precedes it.
+    token if the row ends with a part in the loss, unless this part already ends with an end-of-document token, which white space
+    may follow. The mask never includes the first token, because nothing precedes it.
     """
-    ids, eod = placed.ids, encoder.tokenizer.eod
+    ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)
     for start, stop in row.spans:
         held = np.flatnonzero(placed.holds(start, stop))
         mask[held] = 1
         after = held[-1:] + 1
-        if row.unmarked and after < len(ids) and ids[after] in encoder.ends and not np.isin(ids[held], encoder.ends).any():
+        if row.unmarked and after < len(ids) and ids[after] in ends and not np.isin(ids[held], ends).any():
             mask[after] = 1  # the token that ends this turn; the template writes it only if another message follows
     if not len(ids) or ids[-1] != eod:
         learned_ends = placed.stops[(ids == eod) & (mask > 0)]

@@ -15,8 +15,10 @@ from typing import Any
 from mpidp.errors import DataError
 
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
-MAX_SHOWN = 5  # links that are named
-DATASETS = (  # data in formats that are not read: files, files beside them, the format, and how to write it as text
+MAX_SHOWN = 5  # most links that a message names
+# formats that mpidp cannot read: (pattern of the files, pattern of another file in the same folder, name of the format, how to
+# convert the data to text)
+DATASETS = (
     ("*.arrow", "*", "a dataset saved by save_to_disk of Hugging Face datasets",
      "python -c \"from datasets import load_from_disk; load_from_disk('{folder}').to_json('rows.jsonl')\" "
      "(for a DatasetDict: the folder of a split)"),
@@ -70,7 +72,7 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
     """Return the files below a folder, and add to `outside` the links that lead out of it.
 
     Linked folders are read after all others, and only if no other path led there. A link to a folder that contains the source is
-    not followed. With `skipped` (folder names), no linked folder is.
+    not followed. skipped: names of folders that are left out; if there are any, no linked folder is followed.
     """
     real = os.path.realpath(root)
     seen = {_identity(folder) for folder in Path(real).parents}
@@ -96,7 +98,19 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
             outside += [path for path in linked + paths if is_outside(path)]
             _check_format(folder, names)
             found += [SourceFile(os.path.relpath(path, root).replace(os.sep, "/"), path, os.stat(path).st_size) for path in paths]
-    return sorted(found, key=lambda f: os.fsencode(f.name))
+    return _each_once(sorted(found, key=lambda f: os.fsencode(f.name)))
+
+
+def _each_once(files: list[SourceFile]) -> list[SourceFile]:
+    """Leave out links to files that are read under another name. Of several links to one file, the first is kept."""
+    seen, kept = {os.path.realpath(f.path) for f in files if not os.path.islink(f.path)}, []
+    for f in files:
+        if not os.path.islink(f.path):
+            kept.append(f)
+        elif (real := os.path.realpath(f.path)) not in seen:
+            seen.add(real)
+            kept.append(f)
+    return kept
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -105,11 +119,12 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _check_format(folder: str, names: Sequence[str]) -> None:
-    """Raise DataError if a folder holds a dataset that is not text. Only its descriptions, which are JSON, would be read."""
+    """Raise DataError if a folder holds a dataset that is not text. Otherwise only the JSON files that describe the dataset would
+    be read."""
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]
         if data and any(fnmatch(name, beside) for name in names):
-            raise DataError(f"{folder} is {what} ({min(data)}), which is not read. Write it as text first: "
+            raise DataError(f"{folder} is {what} ({min(data)}), which mpidp cannot read. Convert it to text first: "
                             f"{way.format(folder=folder)}")
 
 

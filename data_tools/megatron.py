@@ -2,7 +2,8 @@
 
 PREFIX.idx, little-endian: b"MMIDIDX\\0\\0", version uint64 = 1, type of the ids uint8, number of sequences S uint64, number of
 document bounds uint64; then S lengths int32 (tokens), S offsets int64 (bytes in .bin), and the bounds int64. Document d consists
-of the sequences [bounds[d], bounds[d + 1]). (Megatron-Core, datasets/indexed_dataset.py.)
+of the sequences [bounds[d], bounds[d + 1]). Multimodal datasets have one more byte per sequence, its mode; text has mode 0.
+(Megatron-Core, datasets/indexed_dataset.py.)
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class MegatronWriter:
             self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
 
     def close(self, starts: np.ndarray, tokens: int) -> None:
-        """Write the index and move both files to their final names. starts: (d,), of documents; tokens: the total."""
+        """Write the index and move both files to their final names. starts: the start of each document, (d,). tokens: total
+        number of tokens."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
             raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
@@ -71,7 +73,7 @@ class MegatronWriter:
 
     def abandon(self) -> None:
         """Remove the temporary files."""
-        with suppress(OSError):  # a full disk still refuses what the buffer holds
+        with suppress(OSError):  # on a full disk, writing the rest of the buffer fails
             self._tokens.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
@@ -101,12 +103,14 @@ class MegatronReader:
         if version != 1 or code not in DTYPES:
             raise wrong(f"version {version}, type {code}: supported are version 1 and types {', '.join(map(str, DTYPES))}")
         ends = np.cumsum([begin, 4 * sequences, 8 * sequences, 8 * bounds])
-        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:  # the second size: one mode byte per sequence
+        # multimodal datasets have one more byte per sequence
+        if len(data) not in (ends[-1], ends[-1] + sequences) or bounds < 1:
             raise wrong(f"it has {len(data)} bytes, but {sequences} sequences and {bounds} document bounds need {ends[-1]}")
         self._dtype: np.dtype[Any] = np.dtype(DTYPES[code])
         self._lengths = np.frombuffer(data, "<i4", sequences, ends[0]).astype(np.int64)
         self._offsets = np.frombuffer(data, "<i8", sequences, ends[1])
         self._bounds = np.frombuffer(data, "<i8", bounds, ends[2])
+        self.not_text = int(np.count_nonzero(np.frombuffer(data, "<i1", offset=ends[3])))  # number of sequences of other modes
         last = self._offsets + self._lengths * self._dtype.itemsize
         if sequences and (self._lengths.min() < 0 or self._offsets.min() < 0 or last.max() > size):
             raise wrong(f"some sequences lie outside the {size} bytes of {self.path}")

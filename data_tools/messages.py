@@ -1,27 +1,18 @@
-"""Read a row of format chat: its messages and what its chat template gets beside them. Pure."""
+"""Read a row of format chat: its messages, and the other variables of its chat template. Pure."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpidp.data.chat_template import BEGIN, END, REASONING, Template
-from mpidp.data.records import describe, keys_of
+from mpidp.data.row_fields import RowSkipped, describe, field_of, keys_of, objects_of, parsed_field
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
-PAIR = ("prompt", "completion")  # they may be lists of messages, in place of `messages`
-MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", "weight", "train"})  # others must occur in the template
+PAIR = ("prompt", "completion")  # a row may have two lists of messages with these names in place of `messages`
+MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", "weight", "train"})  # other keys: see _unused()
 WITHOUT_CONTENT = ("tool_calls", "function_call", *REASONING)  # a message with one of these needs no content
-
-
-class RowSkipped(ValueError):  # noqa: N818
-    """Raised for a row that is skipped. `kind` is the counter of Counts to increase."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,7 @@ class Chat:
     tools: list[Any] | None
     documents: list[Any] | None
     args: Mapping[str, Any]  # chat_template_kwargs
-    unused: Sequence[str]  # keys of the row that neither we nor the template use
+    unused: Sequence[str]  # keys of the row that neither prepare nor the template uses
 
     def render(self, template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
         """Return the text of these messages. Raises TemplateRejection."""
@@ -61,11 +52,11 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     messages, context = _messages(fields)
     for message in messages:
         _check(message)
-    args, tools = _field(fields, "chat_template_kwargs", dict) or {}, _objects(fields, "tools")
+    args, tools = field_of(fields, "chat_template_kwargs", dict) or {}, objects_of(fields, "tools")
     chat = Chat(
         [{key: value for key, value in message.items() if key not in ("weight", "train")} for message in messages],
         [_learned(message) and i >= context for i, message in enumerate(messages)],
-        tools, _objects(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)),
+        tools, objects_of(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)),
     )
     if any(BEGIN in text or END in text for text in _strings([chat.messages, chat.tools, chat.documents, chat.args])):
         raise RowSkipped("malformed", "a text with the noncharacter U+FDD0 or U+FDD1")
@@ -83,14 +74,14 @@ def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
     if messages is None and isinstance(prompt, list) and isinstance(completion, list):
         return [*prompt, *completion], len(prompt)
     if isinstance(messages, str):
-        messages = _parsed("messages", messages)
+        messages = parsed_field("messages", messages)
     if isinstance(messages, list) and messages:
         return messages, 0
     if "messages" in fields:
         raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
     if isinstance(prompt, str) and isinstance(completion, str):
         raise RowSkipped("malformed", "`prompt` and `completion` are strings, not messages: use --format prompt_completion")
-    raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(dict(fields))}")
+    raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(fields)}")
 
 
 def _check(message: Any) -> None:
@@ -116,42 +107,17 @@ def _learned(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and all(values)
 
 
-def _objects(fields: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return a list of objects. It, or each object, may be a JSON string."""
-    found: list[Any] | None = _field(fields, key, list)
-    found = found and [_parsed(key, one) if isinstance(one, str) else one for one in found]
-    if not all(isinstance(one, dict) for one in found or []):
-        raise RowSkipped("malformed", f"`{key}` is not a list of objects")
-    return found
-
-
-def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    """Return the value of a field, which may be a JSON string; None if it is absent."""
-    value = fields.get(key) if fields.get(key) != "" else None
-    value = _parsed(key, value) if isinstance(value, str) else value
-    if value is not None and not isinstance(value, kind):
-        raise RowSkipped("malformed", f"`{key}` is {describe(value)}, not {describe(kind())}")
-    return value
-
-
-def _parsed(key: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise RowSkipped("malformed", f"`{key}` is a string that is not JSON") from None
-
-
 def _unused(
     fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], args: Mapping[str, Any], template: Template
 ) -> list[str]:
-    """Return the keys with a value that neither we nor the template use."""
+    """Return the keys of a row whose value is used neither by prepare nor by the template."""
     known = ROW_KEYS if fields.get("messages") is not None else {*ROW_KEYS, *PAIR}
     unused = [key for key, value in fields.items() if key not in known and value is not None]
     unused += [key for key in ("tools", "documents") if fields.get(key) and key not in template.text]
     unused += [f"chat_template_kwargs.{key}" for key in args if key not in template.text]
     for message in messages:
         for key, value in message.items():
-            read = REASONING if key in REASONING else (key,)  # the template gets a reasoning under each of its names
+            read = REASONING if key in REASONING else (key,)  # render() passes the reasoning under each of these names
             if value and key not in MESSAGE_KEYS and not any(name in template.text for name in read):
                 unused.append(f"messages.{key}")
     return list(dict.fromkeys(unused))

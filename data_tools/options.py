@@ -32,8 +32,8 @@ class PrepareOptions:
     truncate: bool = False
     tokens: int = 0  # of the mixture; 0: no limit
     repeat: bool = False
-    bos: str = "auto"  # or "none": documents and rows begin without BOS
-    special: str = ""  # "text", "tokens", or "": the tokenizer's default for rows, text for documents
+    bos: str = "auto"  # "auto" or "none"; with "none", documents and rows begin without BOS
+    special: str = ""  # "text" or "tokens"; "": text for documents, and the tokenizer's default for rows
     text_key: str = "text"
 
     @property

@@ -19,16 +19,17 @@ from data_tools.chat import find_template
 from data_tools.counts import Counts
 from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
 from data_tools.encode import Routing, encode_rows, encode_text
-from data_tools.encoder import Encoder, completed_table, table_of
 from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
 from data_tools.options import PrepareOptions, add_options, check_options, template_args
 from data_tools.out_folder import OutFolder
 from data_tools.rows import RowReader
 from data_tools.sources import SourceReader
+from data_tools.special_table import completed_table, table_of
 from data_tools.team import Team
 from data_tools.vocabulary import Corpus, make_tokenizer
 from mpidp.data.chat_template import Template
+from mpidp.data.encoder import Encoder
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def prepare(
             tokenizer, eod, [Corpus(c[0], own, reader) for c, own, reader in zip(corpora, own_files, readers, strict=True)], team
         )
         table = completed_table(table, made, template, options)
-        encoder = Encoder(made, table.bos, options.special or ("text" if form == "text" else table.special), table.ends)
+        encoder = Encoder(made, table, options.special or ("text" if form == "text" else table.special))
         with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, folder.scratch, team.rank) for s, files in enumerate(own_files)

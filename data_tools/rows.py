@@ -12,10 +12,10 @@ from typing import Any
 
 from data_tools.chat import Spans, render
 from data_tools.files import SourceFile
-from data_tools.messages import RowSkipped, chat_of
+from data_tools.messages import chat_of
 from data_tools.sources import SourceReader
 from mpidp.data.chat_template import Template, TemplateRejection
-from mpidp.data.records import keys_of
+from mpidp.data.row_fields import RowSkipped, keys_of
 
 FORMATS = ("text", "prompt_completion", "chat")
 
@@ -27,7 +27,7 @@ class TrainingRow:
     place: str  # file and line number
     text: str
     spans: Spans
-    said: str  # what the row itself says, without the template
+    said: str  # the texts of the row, without the text that the template adds
     ends: bool  # whether the row ends with a part in the loss; the end-of-document token is then in the loss, too
     unmarked: bool = False  # whether the template does not mark the assistant's parts
     cut: bool = False  # whether the text is only the beginning of the row

@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from data_tools.counts import Counts
 from data_tools.files import SourceFile
-from mpidp.data.records import Row, decoded, describe, keys_of, records
+from mpidp.data.records import Row, decoded, records
+from mpidp.data.row_fields import describe, keys_of
 from mpidp.data.text_files import NotText, TextFile, kind_of, recognize
 from mpidp.data.unpack import reading
 from mpidp.errors import DataError

@@ -48,12 +48,12 @@ class Corpus:
     reader: SourceReader
 
     def apart(self) -> Corpus:
-        """Return the corpus with counts of its own: problems are counted when the files are encoded."""
+        """Return the corpus with new counts, so that problems are not counted here and again when the files are encoded."""
         return replace(self, reader=replace(self.reader, counts=Counts()))
 
 
 def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team) -> Tokenizer:
-    """Return the tokenizer of all sources, the same on every rank. Collective.
+    """Return the tokenizer of all sources, the same on every rank. Collective over the team.
 
     Rank 0 trains BPE, on at most BPE_TRAINING_CHARACTERS characters.
     """

@@ -1,4 +1,4 @@
-"""mpidp: train Transformer language models over MPI; the number of ranks never changes what is learned.
+"""mpidp trains Transformer language models over MPI. By default, the weights do not depend on the number of ranks.
 
 Importing this package starts neither MPI nor torch, so that `--help` works on a login node.
 """

@@ -237,7 +237,7 @@ def examine(
 
 
 def _write(path: Path, cluster: dict[str, Any], ranks: int) -> CheckResult:
-    if ranks == 1:  # later plans would take it for the cluster
+    if ranks == 1:  # mpidp plan reads this file, and would assume that it describes the cluster
         fix = "start the doctor with the launch line of the job, for example mpirun -np 2 mpidp doctor"
         return CheckResult("cluster.json", "skipped", "not written: one rank cannot measure the network", fix)
     path.parent.mkdir(parents=True, exist_ok=True)

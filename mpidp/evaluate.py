@@ -148,7 +148,7 @@ def _warn_of_names(encoder: Any, texts: list[str]) -> None:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return the figures. text_bytes: bytes of the scored tokens; None: unknown."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. text_bytes: bytes of the scored tokens; None: unknown."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
@@ -164,10 +164,12 @@ def evaluate(
     """Return {loss, perplexity, bits_per_byte, tokens, step} of a split, in windows of the run's seq_len.
 
     Each token except the first is a target once, unless the loss mask excludes it. bits_per_byte divides the sum of the losses by
-    the bytes of the same tokens; it is None if these are unknown. The number of ranks does not change the results. kind:
-    model.kind of a run with a custom model, as the user named it. run: may be a Hugging Face folder, which needs `data`; seq_len:
-    its context length, 0: see BaseFolder. Raises DataError if the data was prepared with another
-    tokenizer, or if the loss is not finite. Collective over world.
+    the bytes of the same tokens; it is None if these are unknown. The number of ranks does not change the results.
+
+    run: a run or a Hugging Face folder. data: the shards; "" means those of the run, so a Hugging Face folder needs `data`.
+    seq_len: the context length for a Hugging Face folder; for 0 see BaseFolder. kind: the user's --model.kind, for a run with a
+    custom model. Raises DataError if the data was prepared with another tokenizer, or if the loss is not finite. Collective over
+    world.
     """
     from mpidp.data.shards import TokenStream
     from mpidp.errors import DataError, UsageError

@@ -57,7 +57,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
     add("--chat", action="store_true", help="chats: --prompt is a message of the user, a row of --prompts has messages (role, "
         "content). The run's chat template makes the prompt, and only the answer is printed")
-    add_texts(parser, "default: tokens if the tokenizer is a model's")
+    add_texts(parser, "default: tokens if the tokenizer is a model's, else text")
     add_tokenizer(parser)
     add_compute(parser)
     add("--data", help=argparse.SUPPRESS)
@@ -142,7 +142,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     writes, done = write if grid.world.rank == 0 else None, []
     if writes is not None:
         writes("" if options.chat else rows[0]["prompt"])
-    with raise_together(grid.world):  # the ranks of a replica communicate in it; if one raises DataError, all of them do
+    with raise_together(grid.world):  # ranks of a replica communicate here, and raise DataError together
         for group in groups:
             done += continue_prompts(loaded, encoder, group, sampling, options.tokens, options.seed, options.stop, writes)
     gathered = grid.world.gather(done if grid.model.rank == 0 else []) or []

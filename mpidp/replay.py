@@ -40,7 +40,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run")
-    add("--step", type=int, metavar="S", help="last step to replay; lists its micro-batches (default: the last recorded)")
+    add("--step", type=int, metavar="S", help="last step to replay; its micro-batches are listed (default: last recorded step)")
     add("--against", metavar="RUN2", help="find the first step and tensor in which two runs differ, up to --step")
     add_data(parser, "that the run was trained on", default="the run's data.path")
     add("--device", choices=("auto", "cpu", "cuda"), help="device to compute on (default: the run's)")

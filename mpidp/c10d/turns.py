@@ -51,8 +51,8 @@ class Turns:
     def submit(self, work: Queued, at_once: bool) -> Queued:
         """Queue a collective, or run it immediately if `at_once` is true and the group is idle.
 
-        at_once: whether the caller would wait for the collective anyway. A collective that the group's own thread submits, in the
-        callback of a future, always runs immediately.
+        at_once: true if the caller waits for the collective immediately after this call. A collective that the group's own
+        thread submits, in the callback of a future, always runs immediately.
         """
         if self.broken is not None:
             work.drop(self.broken)

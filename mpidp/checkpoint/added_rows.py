@@ -1,7 +1,7 @@
-"""A larger vocabulary than that of the source of the initial weights: rows are added to the embedding and the head.
+"""Adds rows to the embedding and the head if the model has a larger vocabulary than the source of its initial weights.
 
-Each added row is the mean of the stored rows, so that a new token is at first about as likely as an average one (Hewitt 2021;
-transformers' resize_token_embeddings uses the same mean). The result does not depend on the boxes in which ranks read.
+Each added row is the mean of the stored rows. At first, a new token is therefore about as likely as an average token (Hewitt
+2021; transformers' resize_token_embeddings uses the same mean). The result does not depend on the boxes that ranks read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class BoxReader(Protocol):
 
 
 class AddedRows:
-    """A source of parameters in which the vocabulary has more rows than in `weights`. stored: rows in `weights`. Independent."""
+    """The parameters of `weights`, with more rows of the vocabulary. stored: number of rows in `weights`. Independent."""
 
     def __init__(self, weights: BoxReader, stored: int) -> None:
         self._weights, self._stored = weights, stored

@@ -43,7 +43,7 @@ def boxes_of_run(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tupl
     if len(shape) <= 1:
         return [((low,), (high - low,)) if shape else ((), ())]
     row = math.prod(shape[1:])
-    first, last = -(-low // row), high // row  # rows first to last - 1 are complete
+    first, last = -(-low // row), high // row  # the complete rows are [first, last)
 
     def inside(number: int, start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         found = boxes_of_run(shape[1:], start - number * row, stop - number * row)

@@ -13,7 +13,7 @@ BIND = {
     "MPICH": "mpirun -bind-to core:{k} -map-by core:{k}",
     "Open MPI": "mpirun --map-by slot:PE={k} --bind-to core",
     "Intel MPI": "I_MPI_PIN_DOMAIN={k}:compact mpiexec.hydra",
-    "srun": "srun --cpus-per-task={k} --cpu-bind=cores (srun does not inherit it from sbatch: set SRUN_CPUS_PER_TASK)",
+    "srun": "srun --cpus-per-task={k} --cpu-bind=cores (srun does not inherit this option from sbatch: set SRUN_CPUS_PER_TASK)",
 }
 
 UNBIND = {  # for a trial with more ranks than cores: these launchers bind by default
@@ -58,7 +58,7 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
             found.append(CheckResult("cores", "note", words, f"{fix}; no change needed if the job has only these cores"))
     if not found:
         one_each = all(len(one.cores) == 1 < one.host_cores for one in facts)
-        note = "\neach rank is bound to one core, the default of some launchers: comm.overlap=auto does not use poll"
+        note = "\neach rank is bound to one core (the default of some launchers), so comm.overlap=auto does not use poll"
         return CheckResult("cores", "ok", listed(lines) + note * one_each)
     first = worst(found)
     return CheckResult("cores", first.verdict, f"{first.words}\n{listed(lines)}", first.fix)
@@ -89,8 +89,8 @@ def check_threads(facts: Sequence[MachineFacts]) -> list[CheckResult]:
     if spinning is not None:
         found.append(CheckResult(
             "threads", "note",
-            f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy, and beside other work a step "
-            "can take many times as long",
+            f"{spinning.host}: {waiting_words(spinning)}: waiting threads keep their cores busy. If other processes need these "
+            "cores, a step can take many times as long",
             f"unset {' '.join(spinning.waiting)}; mpidp then sets GOMP_SPINCOUNT={SPIN_COUNT}",
         ))
     return found[:2] or [CheckResult("threads", "ok", words)]
@@ -105,8 +105,8 @@ def spins(facts: MachineFacts) -> bool:
 
 
 def waiting_words(facts: MachineFacts) -> str:
-    """Say how OpenMP threads wait. Pure."""
-    return ", ".join(f"{name}={value}" for name, value in facts.waiting.items()) or "OpenMP threads wait as by default"
+    """Return a text that describes how OpenMP threads wait. Pure."""
+    return ", ".join(f"{name}={value}" for name, value in facts.waiting.items()) or "OpenMP threads wait in the default way"
 
 
 def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
@@ -125,7 +125,7 @@ def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
         return CheckResult("GPUs", "wrong", f"{ranks(without)} without a GPU, others have one\n{listed(lines)}", fix)
     for uuid, sharing in users.items():
         if len(sharing) > 1:
-            fix = "use one rank per GPU; if each rank sees a single GPU, make it a different one for each"
+            fix = "use one rank per GPU; if each rank sees a single GPU, make a different GPU visible to each rank"
             return CheckResult("GPUs", "warning", f"{ranks(sharing)} share {uuid}\n{listed(lines)}", fix)
     return CheckResult("GPUs", "ok", listed(lines))
 

@@ -60,7 +60,7 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
     kind = library.rpartition(" ")[0]
     starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
     if size == 1 and (launched > 1 or incompatible(kind, launcher)):
-        words = f"{starter} started {launched} ranks, but each is alone (rank 0 of 1): it and the MPI library ({library}) do not "
+        words = f"{starter} started {launched} ranks, but each is alone (rank 0 of 1): launcher and MPI library {library} do not "
         srun = SRUN.get(kind, "srun --mpi=... (srun --mpi=list)")
         here = f" (the mpirun on the PATH is {mpirun[1]}'s, {mpirun[0]})" if mpirun[0] else ""
         fix = f"use {MPIRUN.get(kind, f'the mpirun of {kind}')}{here}, or `{srun} -n {launched} python -m mpidp.doctor`"

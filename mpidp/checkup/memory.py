@@ -19,10 +19,10 @@ from mpidp.checkup.findings import CheckResult, listed, size
 # names of segments of MPICH and its derivatives, of Open MPI 5 and 4 (windows and messages), of UCX and of PSM
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
 SMALL = 64 << 20  # bytes; the default of docker
-# Bytes per rank. With less than OF_A_RANK no MPI starts (MPICH needs 1.02 MiB). With less than SAFE some crash at or after their
-# start: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With the named settings they need little.
+# Bytes per rank. With less than OF_A_RANK no MPI library starts (MPICH needs 1.02 MiB). With less than SAFE some crash at their
+# start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With the settings in LESS they need less.
 OF_A_RANK, SAFE = 5 << 18, 16 << 20
-LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), which need less of it"
+LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), with which MPI needs less shared memory"
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from mpidp.runtime.ulfm import revocable
 from mpidp.runtime.world import raise_together
 
 SHARED_MEMORY = "/dev/shm"  # where MPI keeps shared-memory windows
-# Bytes of it per rank that MPI takes later, for messages; without them, a rank ends with a bus error. Measured with Intel MPI
-# 2021.18 and 2021.19: up to 16 MiB. MPICH and Open MPI reserve their memory when they start.
+# Bytes of SHARED_MEMORY per rank that an MPI library allocates later, for messages. If they are not free, the rank ends with a
+# bus error. Measured with Intel MPI 2021.18 and 2021.19: up to 16 MiB. MPICH and Open MPI allocate this memory at their start.
 FOR_MESSAGES = {"Intel MPI": 16 << 20}
 
 
@@ -218,8 +218,8 @@ def make_group(mesh: Topology, transport: str, needed_bytes: int, device: torch.
 
 
 def _mpi_agrees(mesh: Topology) -> bool:
-    """Return True if MPI can share memory among the ranks of each host. Intel MPI under srun takes unequal nodes for equal ones,
-    and returns windows of 0 bytes. Collective over mesh.dp."""
+    """Return True if MPI can share memory among the ranks of each host. Under srun, Intel MPI assumes that all nodes have the
+    same number of ranks; otherwise it returns windows of 0 bytes. Collective over mesh.dp."""
     shared = _sharing(mesh.dp)
     here = MPI.Group.Translate_ranks(shared.group, None, mesh.dp.group)
     first = sum(mesh.node_sizes[: mesh.node_index])

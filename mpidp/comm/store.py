@@ -76,7 +76,7 @@ def listen(addresses: Collection[str]) -> tuple[str, int, int]:
             listening.close()
             if chosen in (LOOPBACK, EVERY_IPV4):
                 raise
-            chosen = EVERY_IPV4 if chosen == EVERY_INTERFACE else EVERY_INTERFACE  # the first: this host has no IPv6
+            chosen = EVERY_IPV4 if chosen == EVERY_INTERFACE else EVERY_INTERFACE  # EVERY_IPV4 if this host has no IPv6
 
 
 def _resolved(name: str) -> str:

@@ -25,7 +25,7 @@ from mpi4py import MPI
 CLAIMED, STOLEN = 0, 1
 COUNTERS = 2  # number of counters per range, in one set
 COUNTER_BYTES = 8  # int64
-SLEEP_SECONDS = 1.0  # how long a rank makes no MPI call while another draws from its counter; shorter if the other finishes
+SLEEP_SECONDS = 1.0  # the longest time for which steals_freely() makes no MPI call on rank 0
 
 
 class Tickets:
@@ -100,8 +100,8 @@ class Tickets:
 
 
 def steals_freely(comm: MPI.Intracomm) -> bool:
-    """Return True if a rank can take lanes of a rank that makes no MPI call, on every node. Takes milliseconds if so, else
-    SLEEP_SECONDS. comm: the ranks of this node. Collective over comm."""
+    """Return True if a rank of this node can take lanes of a rank that makes no MPI call. The test takes milliseconds if the
+    result is True, else SLEEP_SECONDS. comm: the ranks of this node. Collective over comm."""
     flag = MPI.Win.Allocate_shared(COUNTER_BYTES * (comm.rank == 0), COUNTER_BYTES, comm=comm)
     memory: Any = flag.Shared_query(0)[0]
     drawn = np.frombuffer(memory, dtype=np.int64)  # set by rank 1, without MPI

@@ -32,7 +32,7 @@ def sync_intervals(settings: Settings, steps: int) -> tuple[int, int]:
     name, every, meet = method_of(settings), settings["strategy.sync_every"], settings["strategy.meet_every"]
     if name == "synchronous":
         return 1, 1
-    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # except at synchronizations
+    overlapping = settings["strategy.overlap"] or settings["strategy.fragments"] > 1  # averages then do not make ranks equal
     global_average = settings["strategy.group"] == "all" and not overlapping
     if name in ("delayed", "server", "quorum"):
         return 1, meet or 10

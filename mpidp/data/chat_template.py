@@ -25,7 +25,7 @@ MAX_SECONDS = 2.0  # CPU time of one rendering
 MAX_TIMEOUTS = 3  # chats that may exceed MAX_SECONDS
 MAX_MEMORY = 2**30  # bytes that one rendering may allocate
 MAX_BITS = 2**12  # length of the integers that a template computes
-REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message for its reasoning; templates read the first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message for its reasoning; most templates read the first
 STANDARD = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -41,7 +41,7 @@ class Template:
     names: Mapping[str, str]  # special tokens by name, such as bos_token
     moment: float  # the time that strftime_now returns, in seconds since 1970; the same on all ranks
     args: Mapping[str, Any] = field(default_factory=dict)  # other variables, such as enable_thinking
-    tool_text: str | None = None  # the template of chats with tools; None: the same
+    tool_text: str | None = None  # the template of chats with tools; None: the same template
 
     def __getstate__(self) -> dict[str, Any]:  # the template is sent to other ranks; the compiled form cannot be pickled
         return {one.name: getattr(self, one.name) for one in fields(self)}

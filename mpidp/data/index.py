@@ -16,7 +16,8 @@ from mpidp.runtime.json_file import parse_json
 INDEX_FORMAT = "mpidp-shards"
 VERSION = 1
 MAX_INDEX_BYTES = 256 * 2**20
-_KEYS = {  # a key with another name is a damaged one, or one of a newer version: the data would be read wrongly without it
+# Other keys are rejected: a key may be damaged, or a newer version may have written a key that changes how the data are read.
+_KEYS = {
     "index": {"format", "version", "vocab_size", "eod", "window", "special_tokens", "tokenizer", "source", "splits", "files"},
     "split": {"tokens", "documents", "text_bytes", "loss_mask"},
 }

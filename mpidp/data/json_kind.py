@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from typing import Any, BinaryIO
 
+from mpidp.data.row_fields import any_of
 from mpidp.data.unpack import MARK, lines_of
 
 BEGIN_BYTES = 2**20  # enough of a file to hold its first object, in most cases
@@ -38,11 +39,6 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def any_of(names: Collection[str]) -> str:
-    """Return names of fields for a message. Pure."""
-    return " or ".join(f"`{name}`" for name in names)
-
-
 def _begin(stream: BinaryIO) -> list[bytes]:
     """Return the first lines that are not blank: at least two, and BEGIN_BYTES, if there are as many."""
     found: list[bytes] = []
@@ -59,11 +55,11 @@ def _begin(stream: BinaryIO) -> list[bytes]:
 def _of_array(begun: bytes, wanted: Collection[str]) -> tuple[str, str]:
     """Return (kind, doubt) of an array. begun: its beginning, without the bracket."""
     if not begun.startswith(b"{"):
-        return "text", "a JSON array whose items are no objects"
+        return "text", "a JSON array whose items are not objects"
     try:
         item, _ = json.JSONDecoder().raw_decode(begun.decode(errors="replace"))
     except (ValueError, RecursionError):
-        return "array", ""  # longer than what was read, or malformed: reading the rows tells
+        return "array", ""  # longer than `begun`, or malformed; the reader of the rows reports which
     if wanted and not item.keys() & set(wanted):
         return "text", f"a JSON array of objects without a field {any_of(wanted)}"
     return "array", ""

@@ -1,15 +1,16 @@
-"""Encode a text of any length in windows of bounded size. The ids are those of the whole text.
+"""Encode a text of any length in windows of bounded size. The result equals the ids of the whole text.
 
-The ids of two pieces are not the ids of the whole text: a tokenizer may put a space before each piece, and tokens may cross the
-cut. Therefore windows overlap. A text is cut where the tokens of both windows agree: from a token that begins at the same
-character in both, all tokens up to a margin before the end of the first window are the same. In byte-pair encoding, whether a
-sequence of tokens is valid depends on neighbouring tokens only, so tokens before the cut from the first window and tokens after
-it from the second are the tokens of the whole text.
+If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text: a tokenizer may put a space
+before each piece, and a token may cross the cut. Therefore windows overlap. The cut is put at a character at which a token begins
+in both windows, and after which both windows have the same tokens, up to a margin before the end of the first window. Tokens
+before the cut are taken from the first window, and tokens after it from the second window. In byte-pair encoding, whether a
+sequence of tokens is valid depends on neighbouring tokens only. Therefore these are the tokens of the whole text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,14 +19,27 @@ OVERLAP = 2**12  # characters that two windows have in common
 MAX_WINDOW = 2**24  # a window grows up to this size while no place to cut it is found
 MIN_AGREED = 4  # tokens
 
-Placed = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, and the characters [start, stop) of each: int64 (n,) each
+
+@dataclass(frozen=True)
+class Placed:
+    """The ids of a text, and the characters [start, stop) of each: int64 (n,) each."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def holds(self, start: int, stop: int) -> np.ndarray:
+        """Return which tokens hold any of the characters [start, stop), bool (n,). Pure."""
+        return (self.stops > start) & (self.starts < stop)
+
+
 Encode = Callable[[str], Placed]
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Yield the ids of a text that comes in pieces, cut anywhere. Independent.
+    """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts. Independent.
 
-    If no place to cut is found in MAX_WINDOW characters, the text is cut at a token all the same.
+    If two windows agree nowhere within MAX_WINDOW characters, the text is cut at any token, and ids near the cut may differ.
     """
     text, given, limit = "", 0, WINDOW  # the ids of text[:given] were yielded before
     for piece in pieces:
@@ -39,11 +53,10 @@ def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]
                 limit = 2 * len(text)
                 continue
             start, place = cut or _last_token(placed, len(text) - OVERLAP)
-            ids, starts, _ = placed
-            yield ids[_first(starts, given) : _first(starts, place)]
+            yield placed.ids[_first(placed.starts, given) : _first(placed.starts, place)]
             text, given, limit = text[start:], place - start, WINDOW
-    ids, starts, _ = encode(text)
-    yield ids[_first(starts, given) :]
+    placed = encode(text)
+    yield placed.ids[_first(placed.starts, given) :]
 
 
 def _first(starts: np.ndarray, place: int) -> int:
@@ -55,7 +68,7 @@ def _find_cut(text: str, placed: Placed, encode: Encode) -> tuple[int, int] | No
     """Return (the character at which the next window begins, the character from which its tokens count)."""
     for overlap in (OVERLAP, 8 * OVERLAP):
         if overlap <= len(text) // 2:
-            for start in _starts_of_window(text, placed[1], len(text) - overlap, overlap // 4):
+            for start in _starts_of_window(text, placed.starts, len(text) - overlap, overlap // 4):
                 place = _agreement(placed, encode(text[start:]), start, len(text) - overlap // 4)
                 if place is not None:
                     return start, place
@@ -76,13 +89,13 @@ def _starts_of_window(text: str, starts: np.ndarray, low: int, width: int) -> It
 def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | None:
     """Return the character from which the tokens of two windows agree up to character `stop`, or None. The second window begins
     at character `start` of the first."""
-    ids, starts, stops = first
-    other_ids, other_starts = second[0], second[1] + start
+    ids, starts, stops = first.ids, first.starts, first.stops
+    other_ids, other_starts = second.ids, second.starts + start
     end = _first(starts, stop)
     places = dict(zip(reversed(other_starts.tolist()), range(len(other_starts) - 1, -1, -1), strict=True))
     for i in range(max(1, _first(starts, start + 1)), end - MIN_AGREED):
         j = places.get(int(starts[i]))
-        if j and starts[i - 1] < starts[i] and stops[i - 1] <= starts[i] and second[2][j - 1] <= second[1][j]:
+        if j and starts[i - 1] < starts[i] and stops[i - 1] <= starts[i] and second.stops[j - 1] <= second.starts[j]:
             same = slice(i, end), slice(j, j + end - i)
             if np.array_equal(ids[same[0]], other_ids[same[1]]) and np.array_equal(starts[same[0]], other_starts[same[1]]):
                 return int(starts[i])
@@ -91,6 +104,5 @@ def _agreement(first: Placed, second: Placed, start: int, stop: int) -> int | No
 
 def _last_token(placed: Placed, low: int) -> tuple[int, int]:
     """Return a cut at the last token that begins before a character."""
-    _, starts, _ = placed
-    place = int(starts[max(0, _first(starts, low) - 1)]) or low
+    place = int(placed.starts[max(0, _first(placed.starts, low) - 1)]) or low
     return place, place

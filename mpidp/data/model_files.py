@@ -1,7 +1,9 @@
-"""Read the files of a model's folder that are beside tokenizer.json: JSON objects and chat templates."""
+"""Read the files of a model's folder that are beside its weights and tokenizer.json: JSON objects and chat templates."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,19 @@ from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 from mpidp.runtime.json_file import read_json
 
-MAX_BYTES = 64 * 2**20  # of a JSON file
+MAX_BYTES = 64 * 2**20  # of a file that is read or copied
 MAX_TEMPLATE_BYTES = 2**20
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # a file, and a folder of .jinja files
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises DataError if the file does not exist or is invalid. Independent."""
+    if (found := optional_object(path)) is None:
+        raise DataError(f"{path}: cannot be read ({os.strerror(errno.ENOENT)})")
+    return found
+
+
+def optional_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object. Return None if the file does not exist. Raises DataError if it is invalid. Independent."""
     try:
         found: dict[str, Any] = read_json(path, dict, MAX_BYTES)
@@ -21,7 +31,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise DataError(f"{path} is not a valid JSON object ({error}); correct or remove it") from None
 
@@ -32,11 +42,11 @@ def chat_templates_of(folder: Path) -> dict[str, str]:
     The templates are chat_template.jinja and additional_chat_templates/NAME.jinja if there are any, else `chat_template` of
     tokenizer_config.json, else of chat_template.json. Raises DataError if a file cannot be read.
     """
-    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates/tool_use.jinja"}
+    files = {"default": folder / TEMPLATE, "tool_use": folder / TEMPLATES / "tool_use.jinja"}
     if found := {name: read_template(file) for name, file in files.items() if file.exists()}:
         return found
     for name in ("tokenizer_config.json", "chat_template.json"):
-        stored = (read_object(folder / name) or {}).get("chat_template")
+        stored = (optional_object(folder / name) or {}).get("chat_template")
         if isinstance(stored, list):
             stored = {str(one.get("name")): one.get("template") for one in stored if isinstance(one, dict)}
         if stored is not None:

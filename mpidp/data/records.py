@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mpidp.data.row_fields import describe, shown_name
 from mpidp.data.text_files import TextFile
 from mpidp.data.unpack import MARK, MAX_ROW_BYTES, lines_of, reading
 from mpidp.errors import DataError, UsageError
@@ -32,9 +33,9 @@ class Row:
 
 
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
-    """Yield the rows of a file of kind lines, array, table or parquet; blank lines are passed over. Independent.
+    """Yield the rows of a file of kind lines, array, table or parquet; blank lines are skipped. Independent.
 
-    columns: the columns to read of a .parquet file; none: all. surrogates: leave unpaired surrogates as they are. Raises
+    columns: the columns to read of a .parquet file; empty: all. surrogates: leave unpaired surrogates as they are. Raises
     DataError if the file cannot be read, and UsageError if a library is missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
@@ -53,24 +54,6 @@ def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = Fa
                     yield Row(file.path, unit, number, None, "its lists or objects are nested too deeply", bad)
                 else:
                     yield Row(file.path, unit, number, cleaned, "", bad or had_surrogates)
-
-
-def describe(value: Any) -> str:
-    """Return a noun for the type of a JSON value. Pure."""
-    nouns = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return nouns.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
-
-
-def keys_of(fields: dict[str, Any], shown: int = 12) -> str:
-    """Return the names of a row's fields, for error messages. Pure."""
-    names = [shown_name(name) for name in fields]
-    return ", ".join(names[:shown]) + (", ..." if names[shown:] else "") or "none"
-
-
-def shown_name(name: str) -> str:
-    """Return a name of a field for a message: short, without control characters. Pure."""
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:40])
-    return printable if len(name) <= 40 else f"{printable}..."
 
 
 def decoded(raw: bytes) -> tuple[str, bool]:
@@ -197,7 +180,7 @@ def _values(column: Any) -> Any:
 def _as_text(value: Any) -> tuple[Any, bool]:
     """Decode all bytes in a value; return (value, whether bytes were replaced).
 
-    A null in an object is left out: all objects of a column have the same keys in Arrow, also those that had fewer keys before.
+    Nulls in objects are left out. In Arrow, all objects of a column have the same keys, and missing keys have the value null.
     """
     if isinstance(value, bytes):
         return decoded(value)

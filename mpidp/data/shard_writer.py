@@ -60,9 +60,9 @@ def write_shard(
         with open(temporary, "r+b") as empty:
             _reserve(empty.fileno(), room)  # before HDF5 opens the file, because HDF5 cannot close a file on a full disk
         with h5py.File(
-            temporary, "w", libver=("earliest", "v110"), track_order=False, locking=False  # nobody else knows the file
+            temporary, "w", libver=("earliest", "v110"), track_order=False, locking=False  # no other process opens it
         ) as file, _closable(file):
-            _reserve(file.id.get_vfd_handle(), room)  # HDF5 has truncated the file
+            _reserve(file.id.get_vfd_handle(), room)  # again, because HDF5 has truncated the file
             file.create_dataset("doc_offsets", data=np.asarray(doc_offsets, dtype="<u8"))
             for name, source in (("tokens", pieces), ("loss_mask", mask)):
                 if source is None:

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.data.chat_template import STANDARD, Template, TemplateRejection
-from mpidp.data.model_files import chat_templates_of, read_object
+from mpidp.data.model_files import chat_templates_of, optional_object
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 
 FILE = "special_tokens.json"
 FORMAT = "mpidp-special-tokens"
-COMPANIONS = (  # files that a model's folder has beside tokenizer.json
-    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json", "chat_template.jinja",
-)
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")  # files of a model
 _END_OF_TEXT, _LLAMA = "<|endoftext|>", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASS_NAMES: dict[str, dict[str, str]] = {  # names that transformers' tokenizer classes define if no file does
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT),
@@ -53,7 +51,7 @@ WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens of a model, as its training data has them."""
+    """The special tokens of a model, as its training data uses them."""
 
     bos: int | None  # the id before every document and row; None: there is none
     ends: tuple[int, ...]  # ids that end a text; the end-of-document id is the first
@@ -62,7 +60,7 @@ class SpecialTokens:
     names: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: variables of the chat template
     template: str | None = None  # chat template (jinja2)
     template_args: Mapping[str, Any] = field(default_factory=dict)  # other variables of the template, such as enable_thinking
-    tool_template: str | None = None  # the template of chats with tools; None: the same
+    tool_template: str | None = None  # the template of chats with tools; None: the same template
 
     def to_json(self) -> str:
         """Return the contents of special_tokens.json."""
@@ -77,7 +75,7 @@ class SpecialTokens:
 def read_special_tokens(folder: Path) -> SpecialTokens | None:
     """Read FOLDER/special_tokens.json. Return None if there is none. Raises DataError if it is invalid. Independent."""
     path = folder / FILE
-    found = read_object(path)
+    found = optional_object(path)
     if found is None:
         return None
     try:
@@ -112,7 +110,7 @@ def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialToken
     ids = {name: i for name, i in {**vocabulary, **ids}.items() if type(i) is int and 0 <= i < tokenizer.vocab_size}
     files: dict[str, dict[str, Any]] = {}
     if folder is not None:
-        files = {name: found for name in COMPANIONS[:4] if (found := read_object(folder / name)) is not None}
+        files = {name: found for name in COMPANIONS if (found := optional_object(folder / name)) is not None}
     names, generation = _names(files, about), files.get("generation_config.json", {})
     ends = [tokenizer.eod, *_ids(generation.get("eos_token_id", files.get("config.json", {}).get("eos_token_id")))]
     ends += [ids[name] for name in (names.get("eos_token"),) if name in ids]

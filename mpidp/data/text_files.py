@@ -1,4 +1,4 @@
-"""Recognize text files: one table of kinds for every reader, plain or packed, by name and by first bytes. Independent.
+"""Recognize the kind of a text file, which may be compressed, by its name and first bytes, for all readers. Independent.
 
 | kind | names (in any case; also with .gz or .zst) | content |
 |---|---|---|
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mpidp.data.json_kind import any_of, json_kind, parse_object
+from mpidp.data.json_kind import json_kind, parse_object
+from mpidp.data.row_fields import any_of, keys_of
 from mpidp.data.unpack import MARK, SUFFIXES, is_regular, lines_of, open_bytes, packing, reading
 from mpidp.errors import DataError
 
@@ -27,8 +28,9 @@ OTHER_MARKS = (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\
 PARQUET = b"PAR1"
 ARROW = "an Arrow file: write it as .parquet or .jsonl"
 NOT_TEXT = (
-    (b"PK\x03\x04", "a zip archive: unpack it"), (b"BZh", "packed with bzip2: unpack it (bunzip2)"),
-    (b"\xfd7zXZ\0", "packed with xz: unpack it (unxz)"), (b"\x04\x22\x4d\x18", "packed with lz4: unpack it (unlz4)"),
+    (b"PK\x03\x04", "a zip archive: unpack it"), (b"BZh", "compressed with bzip2: decompress it (bunzip2)"),
+    (b"\xfd7zXZ\0", "compressed with xz: decompress it (unxz)"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4: decompress it (unlz4)"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive: unpack it"), (b"Rar!\x1a\x07", "a RAR archive: unpack it"),
     (b"ARROW1", ARROW), (b"%PDF-", "a PDF: extract its text"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"SQLite format 3\0", "an SQLite database"), (b"\x93NUMPY", "a NumPy array"),
@@ -51,7 +53,7 @@ class NotText(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file and how to read it. `doubt`: why a file of plain text may have been meant otherwise, or ""."""
+    """A file and how to read it. `doubt`: why a file that is read as plain text may be meant to hold rows, or ""."""
 
     path: str
     kind: str  # lines, array, table, parquet or text
@@ -76,8 +78,8 @@ def kind_of(name: str) -> tuple[str, str]:
 def recognize(path: str | Path, name: str | None = None, wanted: Collection[str] = ()) -> TextFile:
     """Look at the name and at the first bytes of a file. Raises NotText, DataError and UsageError. Independent.
 
-    name: of the file, if the path has another. wanted: names of fields. A .csv file, and a .json file of a single line, hold rows
-    only if they have one of these fields, or if `wanted` is empty.
+    name: the file's name, if it differs from the name in the path. wanted: names of fields. A .csv file, and a .json file of a
+    single line, hold rows only if they have one of these fields, or if `wanted` is empty.
     """
     path = str(path)
     with reading(path):
@@ -97,8 +99,8 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
                 found, doubt = json_kind(stream, wanted)
             return TextFile(path, found, skip, doubt=doubt) if kind == "json" or found == "array" else file
         if kind == "table" and wanted and not (columns := _header(file)) & set(wanted):
-            shown = ", ".join(sorted(ascii(name)[1:-1] for name in columns if len(name) <= 40)[:12])
-            return TextFile(path, "text", skip, doubt=f"a table without a column {any_of(wanted)}, with the columns: {shown}")
+            doubt = f"a table without a column {any_of(wanted)}, with the columns: {keys_of(sorted(columns))}"
+            return TextFile(path, "text", skip, doubt=doubt)
         if kind == "text" and _is_json(head[skip:]):
             return TextFile(path, "text", skip, doubt="its lines are JSON objects; name it .jsonl to read them as rows")
     return file
@@ -109,7 +111,7 @@ def _check_head(head: bytes, kind: str, suffix: str = "") -> int:
     if not head:
         raise NotText("empty", "is empty")
     if kind == "parquet":
-        raise NotText("binary", "is a packed .parquet file: unpack it")
+        raise NotText("binary", "is a compressed .parquet file: decompress it")
     for mark, name in OTHER_MARKS:
         if head.startswith(mark) and "\ufffd" not in head[: len(head) // 4 * 4].decode(name, "replace")[:-1]:
             raise NotText("binary", f"is {name} text, by its byte order mark: convert it to UTF-8 (iconv -f {name} -t UTF-8)")

@@ -1,6 +1,6 @@
 """The UTF-8 bytes of each token, for counting the bytes of scored tokens and for decoding one token after the other. Pure.
 
-Known are mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece's tokens with or without byte fallback. The
+This works for mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece's tokens with or without byte fallback. The
 end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
 """
 
@@ -76,7 +76,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
     else:
         return None
     listed = {token["id"]: token["content"] for token in parsed.get("added_tokens") or []}
-    added = {i: content for i, content in listed.items() if i < len(found)}  # the library may have numbered others anew
+    added = {i: content for i, content in listed.items() if i < len(found)}  # the library may change other ids
     for i, content in added.items():
         found[i] = content.encode()
     found[tokenizer.eod] = b""
@@ -141,5 +141,6 @@ def _prefix(parsed: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _scheme(step: dict[str, Any]) -> str:
-    """Return where a step of type Metaspace puts a space, or removes it: always, first or never."""
+    """Return the prepend_scheme of a step of type Metaspace. It says where encoding adds a space, which decoding removes: before
+    each part of a text between added tokens ("always"), before the first part ("first") or nowhere ("never")."""
     return str(step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never"))

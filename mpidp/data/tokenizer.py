@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from mpidp.data.long_text import WINDOW, encode_pieces
+from mpidp.data.end_of_document import USUAL_EOD, declared_eos, eod_of_index, find_eod
+from mpidp.data.long_text import WINDOW, Placed, encode_pieces
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import open_regular
 
 FORMAT = "mpidp-tokenizer"
 MAX_FILE_BYTES = 256 * 2**20  # no tokenizer in use is larger; limits the memory that a malicious file can use
 MAX_VOCAB = 2**24
-USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -51,7 +51,8 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of a text that comes in pieces, cut anywhere: those of the whole text. Memory is bounded."""
+        """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The pieces may be cut anywhere. Memory
+        is bounded."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
@@ -92,7 +93,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = self.eod + 1
         self._codes = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
         if not characters or len(np.unique(self._codes)) != len(self._codes):
-            raise DataError("a char tokenizer needs at least one character, and no character twice")
+            raise DataError("a char tokenizer needs at least one character, and must not contain a character twice")
         self._id_of = np.full(0x110000, -1, dtype=np.int64)
         self._id_of[self._codes] = np.arange(self.eod)
 
@@ -115,13 +116,13 @@ class CharTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, used through the `tokenizers` library.
 
-    text: the file's contents. eod: the token (or id) that ends a document; None: one of USUAL_EOD. Raises DataError if the
+    text: the file's contents. eod, declared: see find_eod(). Raises DataError if the
     file is malformed or has no such token. Encoding adds no special tokens and never truncates or pads.
     """
 
     kind = "bpe"
 
-    def __init__(self, text: str, eod: str | int | None = None) -> None:
+    def __init__(self, text: str, eod: str | int | None = None, declared: str | None = None) -> None:
         self._text = text
         self._tokenizer = tokenizer = _parse_hf(text)
         tokenizer.no_truncation()
@@ -133,8 +134,7 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = max(vocab.values()) + 1
         if self.vocab_size > MAX_VOCAB:
             raise DataError(f"tokenizer.json has an id above {MAX_VOCAB}; choose another tokenizer")
-        self.eod = _find_eod(vocab, eod)
-        self._eod_text: str = tokenizer.id_to_token(self.eod)
+        self.eod = find_eod(vocab, eod, declared)
         plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos = whole[0] if len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
@@ -160,32 +160,38 @@ class HFTokenizer(Tokenizer):
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
         """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""
-        if not (ids == self.eod).any() or self._eod_text not in text or len(self._eod_text) < 2:
-            return ids
-        pieces = [text[a:b] for a, b in self._around_eod(text)]
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return np.concatenate([np.array(e.ids, dtype=np.int64) for e in encodings])
+        return self._placed(text).ids if (ids == self.eod).any() else ids
 
-    def _around_eod(self, text: str) -> list[tuple[int, int]]:
-        half, cuts = len(self._eod_text) // 2, [0]
-        while (at := text.find(self._eod_text, cuts[-1])) >= 0:
-            cuts.append(at + half)
-        return list(zip(cuts, [*cuts[1:], len(text)], strict=True))
+    def _placed(self, text: str) -> Placed:
+        return placed_without(self._tokenizer, text, self.eod)
 
-    def _placed(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids of a text, and the characters [start, stop) of each."""
-        parts = [(0, self._tokenizer.encode(text, add_special_tokens=False))]
-        if self.eod in parts[0][1].ids and self._eod_text in text and len(self._eod_text) > 1:
-            parts = [(a, self._tokenizer.encode(text[a:b], add_special_tokens=False)) for a, b in self._around_eod(text)]
-        places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in parts]
-        ids = [np.array(one.ids, dtype=np.int64) for _, one in parts]
-        return np.concatenate(ids), np.concatenate(places)[:, 0], np.concatenate(places)[:, 1]
+
+def placed_without(library: Any, text: str, eod: int) -> Placed:
+    """Encode a text with a tokenizer of the library `tokenizers`. If the ids contain `eod`, split each name of this token in its
+    middle and encode the text again. Pure."""
+    encoding = library.encode(text, add_special_tokens=False)
+    name = str(library.id_to_token(eod))
+    if eod not in encoding.ids or name not in text or len(name) < 2:
+        return joined([(0, encoding)])
+    cuts = [0]
+    while (at := text.find(name, cuts[-1])) >= 0:
+        cuts.append(at + len(name) // 2)
+    parts = zip(cuts, [*cuts[1:], len(text)], strict=True)
+    return joined([(start, library.encode(text[start:stop], add_special_tokens=False)) for start, stop in parts])
+
+
+def joined(encodings: list[tuple[int, Any]]) -> Placed:
+    """Join the encodings of consecutive parts of a text; each comes with the place of its first character. Pure."""
+    places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
+    ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
+    return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
     """Load a tokenizer.json, or the one in a folder of shards or of a run. Independent.
 
-    eod: for Hugging Face files, the token that ends a document; None: the one in the folder's index.json, else one of USUAL_EOD.
+    eod: for Hugging Face files, the token that ends a document; None: the one in the folder's index.json, else what find_eod()
+    chooses.
     Raises DataError if the file is missing, malformed or too large.
     """
     path = Path(path)
@@ -196,9 +202,8 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise DataError(f"larger than {MAX_FILE_BYTES} bytes, too large for a tokenizer")
-        if eod is None:
-            eod = _eod_of_index(path.parent / "index.json")
-        return tokenizer_from_json(data.decode(), eod)
+        eod = eod_of_index(path.parent) if eod is None else eod
+        return tokenizer_from_json(data.decode(), eod, declared_eos(path.parent) if eod is None else None)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; a tokenizer.json is needed") from None
     except UnicodeDecodeError:
@@ -207,8 +212,11 @@ def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
         raise DataError(f"{path}: {error}") from None
 
 
-def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
-    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if it is malformed."""
+def tokenizer_from_json(text: str, eod: str | int | None = None, declared: str | None = None) -> Tokenizer:
+    """Make a tokenizer from the contents of a tokenizer.json (mpidp's or Hugging Face's). Raises DataError if it is malformed.
+
+    eod, declared: see find_eod().
+    """
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -216,7 +224,7 @@ def tokenizer_from_json(text: str, eod: str | int | None = None) -> Tokenizer:
     if not isinstance(parsed, dict):
         raise DataError("not a tokenizer.json: the top level must be an object")
     if parsed.get("format") != FORMAT:
-        return HFTokenizer(text, eod)
+        return HFTokenizer(text, eod, declared)
     kind, characters = parsed.get("kind"), parsed.get("characters")
     if parsed.get("version") != 1 or kind not in ("byte", "char"):
         raise DataError(f"tokenizer version {parsed.get('version')!r}, kind {kind!r} is unknown; this mpidp reads version 1 of "
@@ -274,22 +282,3 @@ def _parse_hf(text: str) -> Any:
         raise
     except BaseException as error:  # a Rust panic is not an Exception
         raise DataError(f"not a tokenizer.json that the `tokenizers` library can read ({error})") from None
-
-
-def _find_eod(vocab: dict[str, int], eod: str | int | None) -> int:
-    if isinstance(eod, int) and eod in vocab.values():
-        return eod
-    for name in USUAL_EOD if eod is None else (str(eod),):
-        if name in vocab:
-            return vocab[name]
-    if eod is not None:
-        raise DataError(f"the tokenizer has no token {eod!r}; --eod must be a token of its vocabulary")
-    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}): pass --eod TOKEN")
-
-
-def _eod_of_index(path: Path) -> int | None:
-    try:
-        eod = json.loads(path.read_bytes()).get("eod")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return eod if type(eod) is int else None

@@ -1,6 +1,6 @@
-"""Open a file and read its bytes, unpacked if it is gzip or zstandard. Memory is bounded. Independent.
+"""Open a file and read its bytes. Files compressed with gzip or zstandard are decompressed. Memory is bounded. Independent.
 
-The first bytes decide how a file is packed. The name does not have to end in .gz or .zst.
+The compression is recognized by the first bytes of the file. The name does not have to end in .gz or .zst.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mpidp.errors import DataError, UsageError
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of a file
 SUFFIXES = {".gz": GZIP, ".zst": ZSTD}
-SKIPPABLE = 0x184D2A50  # a zstandard frame without content: this number, with any last four bits
+SKIPPABLE = 0x184D2A50  # the first number of a zstandard frame without content; its last four bits may have any value
 MAX_WINDOW = 2**31  # bytes; the largest that `zstd --long` writes
 PIECE_BYTES = 2**17
 MAX_ROW_BYTES = 2**26  # longest line of JSON, and largest .json array; limits the memory that a row needs
@@ -42,9 +42,9 @@ def is_regular(path: str | Path) -> bool:
 
 
 def packing(path: str | Path) -> bytes:
-    """Return GZIP, ZSTD, or b"" for a file that is not packed. Independent.
+    """Return the compression of a file: GZIP, ZSTD, or b"" if it is not compressed. Independent.
 
-    Raises OSError if the name says otherwise, and UsageError if the decompressor is missing.
+    Raises OSError if the name ends in .gz or .zst and the content differs, and UsageError if the decompressor is missing.
     """
     with open(path, "rb") as file:
         head = file.read(4)
@@ -59,7 +59,7 @@ def packing(path: str | Path) -> bytes:
 
 
 def zstandard(path: str | Path) -> Any:
-    """Return the library. Raises UsageError if it is missing. Independent."""
+    """Return the module zstandard. Raises UsageError if it is missing. Independent."""
     try:
         import zstandard as library
     except ImportError:
@@ -68,7 +68,8 @@ def zstandard(path: str | Path) -> Any:
 
 
 def open_bytes(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, unpacked. Raises OSError, and UsageError if the decompressor is missing. Independent."""
+    """Open a regular file for reading its decompressed bytes. Raises OSError, and UsageError if the decompressor is missing.
+    Independent."""
     found = packing(path)
     if found == GZIP:
         return gzip.open(path, "rb")  # type: ignore[return-value]
@@ -89,10 +90,10 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 class ZstdStream(io.RawIOBase):
-    """The unpacked bytes of a zstandard file of any number of frames.
+    """The decompressed bytes of a zstandard file of any number of frames.
 
-    The blocks are unpacked one by one. A block has at most 128 KiB of content, so memory does not depend on the ratio, apart from
-    the frame's window. A cut file raises OSError, which the library's own reader does not.
+    Blocks are decompressed one by one. A block has at most 128 KiB of content. Apart from the frame's window, memory therefore
+    does not depend on the compression ratio. A truncated file raises OSError; the library's own reader would raise no error.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -28,8 +28,8 @@ class Watchdog(StepObserver):
     one rank of each node prints a report. All processes then exit with code 6.
 
     A Python thread checks this. It runs during blocking MPI calls, because they release the GIL. If the GIL is never released,
-    faulthandler's timer ends the process. The first occurrence of a phase may take `first_times` as long, because it may compile
-    code, open connections or read files that are not cached. Checks begin with the first phase. Independent.
+    faulthandler's timer ends the process. The first occurrence of a phase may take `first_times` times as long, because it may
+    compile code, open connections or read files that are not cached. Checks begin with the first phase. Independent.
     """
 
     def __init__(

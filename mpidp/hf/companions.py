@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mpidp.data.model_files import MAX_BYTES, TEMPLATE, TEMPLATES
 from mpidp.errors import DataError
 
-MAX_BYTES = 64 * 2**20  # of a file that is copied
 FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
+    TEMPLATE, "chat_template.json",
 )
 OF_TOKENIZER = ("tokenizer.model", "vocab.json", "merges.txt")  # other forms of tokenizer.json, which some programs read
-TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 
 
 def companions(folder: Path, of_tokenizer: bool) -> dict[str, Path]:
     """Return the folder's companion files by their names relative to the folder. Independent.
 
-    of_tokenizer: also other forms of the tokenizer, which must be that of the run. Raises DataError if a file is too large, or is
-    a link to a file outside the folder: a copy would put this file into an exported folder. Links into the blobs of the Hub's
-    cache are allowed.
+    of_tokenizer: include other forms of the tokenizer; true only if the run uses the folder's tokenizer. Raises DataError if a
+    file is too large, or is a link to a file outside the folder, which would be copied into an exported folder. Links into the
+    blobs of the Hub's cache are allowed.
     """
     names = [*FILES, *(OF_TOKENIZER if of_tokenizer else ())]
     names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))

@@ -15,27 +15,15 @@ import torch
 from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
+from mpidp.data.model_files import read_object
 from mpidp.errors import DataError
 from mpidp.hf.names import huggingface_name, settings_of, shape_of, window_of
 from mpidp.model.shape import shapes_of
-from mpidp.runtime.json_file import read_json
 
-MAX_JSON_BYTES = 64 * 2**20
 NUMBERS = ("F32", "F16", "BF16", "F64")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 2**22  # elements that are compared at a time
 _SHOWN = 5
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises DataError if the file cannot be read or has no object. Independent."""
-    try:
-        found: dict[str, Any] = read_json(path, dict[str, Any], MAX_JSON_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not a valid JSON object ({error})") from None
-    return found
 
 
 @contextmanager
@@ -110,8 +98,8 @@ class ModelFolder:
         return found
 
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
-        """Return whether embedding and head are one matrix, as config.json says. As in transformers, they are not if the files
-        have both with different values, and the head is also the embedding if the files have no embedding."""
+        """Return whether embedding and head are one matrix, if config.json says so. As in transformers, the result is False if
+        the files have both matrices with different values. If the files have no embedding, the head is also the embedding."""
         if EMBEDDING not in tensors and HEAD in tensors:
             tensors[EMBEDDING], self._stored[EMBEDDING] = tensors.pop(HEAD), HEAD
         if HEAD not in tensors:

@@ -1,6 +1,6 @@
-"""The text files of an exported folder: what they say about special tokens is what the training data had (special_tokens.py).
+"""Make the text files of an exported folder. They describe the special tokens of the training data (special_tokens.py).
 
-Files of the model that a run was fine-tuned from are kept, except for what contradicts the data.
+If the run was fine-tuned from a model, the files of that model are kept, except for entries that contradict the training data.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mpidp.data.model_files import TEMPLATE, TEMPLATES
 from mpidp.data.special_tokens import SpecialTokens
-from mpidp.hf.companions import TEMPLATES
 from mpidp.hf.names import NOT_KEPT
 
-CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def with_begin(tokenizer_json: str, bos: int | None) -> str:
-    """Return the tokenizer.json whose encoding of a text is its ids after `bos` (None: its ids alone). Pure.
+    """Return the tokenizer.json, changed so that the ids of each text begin with `bos`, or without BOS if bos is None. Pure.
 
     A post-processor often adds BOS. Without BOS in training, BOS would be an id whose embedding was never trained.
     """
@@ -83,7 +83,8 @@ def text_files(
     if scratch:
         generation |= {key: i for key, i in config_ids(special).items() if i is not None}
         found["special_tokens_map.json"] = {f"{key}_token": config[f"{key}_token"] for key in given}
-    generation["eos_token_id"] = _ends(kept.get(GENERATION, {}).get("eos_token_id"), special.ends)
+    model = kept.get("config.json", {})  # eos_token_id is read here if generation_config.json has none
+    generation["eos_token_id"] = _ends(kept.get(GENERATION, {}).get("eos_token_id", model.get("eos_token_id")), special.ends)
     found[GENERATION] = generation
     return found
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mpidp.data.end_of_document import USUAL_EOD
 from mpidp.data.token_bytes import byte_names
-from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, USUAL_EOD, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
+from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
 from mpidp.errors import DataError
 
 EOD = USUAL_EOD[0]
@@ -43,8 +44,27 @@ def same(file: Path, used: bytes) -> bool:
 
     Raises DataError if one of them is not a readable tokenizer.json.
     """
+    first, second = _both(file, used)
+    return first == second
+
+
+def extends(file: Path, used: bytes) -> bool:
+    """Return whether `used` is the tokenizer.json `file` with added tokens, whose ids are new. Other ids have the same meaning.
+
+    Raises DataError like same().
+    """
+    first, second = _both(file, used)
+    known, added = first.pop("added_tokens") or [], second.pop("added_tokens") or []
+    if first != second or any(one not in added for one in known):
+        return False
+    vocabulary = first["model"].get("vocab") or {}
+    taken = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
+    return all(one in known or one["id"] not in taken for one in added)
+
+
+def _both(file: Path, used: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        return _plain(file.read_bytes()) == _plain(used)
+        return _plain(file.read_bytes()), _plain(used)
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{file}: not a readable tokenizer.json ({error})") from None
 
@@ -69,7 +89,7 @@ def _plain(content: bytes) -> dict[str, Any]:
         text = huggingface_json(tokenizer_from_json(text))
     try:
         theirs = HFTokenizers.from_str(text)
-        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str would count up to it
+        if max(theirs.get_vocab().values(), default=0) >= MAX_VOCAB:  # to_str takes time proportional to the largest id
             raise DataError(f"it has an id of {MAX_VOCAB} or more")
         parsed: dict[str, Any] = json.loads(theirs.to_str())
     except (KeyboardInterrupt, SystemExit, DataError):

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpidp.data.model_files import TEMPLATE, read_object
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import tokenizer_from_json
 from mpidp.errors import UsageError
 from mpidp.hf.companions import companions
-from mpidp.hf.folder import read_object
 from mpidp.hf.names import config_of, huggingface_name
-from mpidp.hf.tokenizer_files import CONFIG, GENERATION, TEMPLATE, config_ids, text_files, with_begin
+from mpidp.hf.tokenizer_files import CONFIG, GENERATION, config_ids, text_files, with_begin
 from mpidp.hf.tokens import names_of
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.runtime.files import sync_directory, write_file
@@ -52,7 +52,7 @@ def write_folder(
             write_file(temporary / name, content)
         os.rename(temporary, out)
         sync_directory(out.parent)
-    except (OSError, SafetensorError) as error:  # the second if the disk is full while weights are written
+    except (OSError, SafetensorError) as error:  # SafetensorError: the disk is full while weights are written
         raise UsageError(f"{out} cannot be written ({error}); free space on its disk, or choose another folder") from error
     finally:
         with suppress(OSError):

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpidp.data.model_files import read_object
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import DataError, UsageError
-from mpidp.hf.folder import ModelFolder, read_object
+from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import shape_of
 
-USUAL_SEQ_LEN = 2048  # the context, if the model has a longer one and --seq-len is not given
+USUAL_SEQ_LEN = 2048  # longest context that is used without --seq-len
 MICRO_BATCH = 8  # windows per forward pass
 
 

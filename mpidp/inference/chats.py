@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
+from mpidp.data.row_fields import RowSkipped, field_of, objects_of
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import DataError, UsageError
 from mpidp.inference.rows import read_prompts, read_rows, recognized, set_apart
@@ -32,14 +32,17 @@ def read_chats(path: str | Path) -> list[dict[str, Any]]:
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages of a row. Raises DataError if there are none, or if nothing is left for the assistant to say. Pure."""
-    if row.get("messages") is None:
-        if isinstance(row.get("prompt"), str):
-            return [{"role": "user", "content": row["prompt"]}]
-        if not isinstance(row.get("prompt"), list):
-            raise DataError('no "messages" and no "prompt"')
-    messages = _value(row["prompt"] if row.get("messages") is None else row["messages"])
-    if not isinstance(messages, list) or not messages:
+    """Return the messages of a row. Raises DataError if there are none, or if the last message is the assistant's. Pure."""
+    prompt = row.get("prompt")
+    if row.get("messages") is None and isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if row.get("messages") is None and not isinstance(prompt, list):
+        raise DataError('no "messages" and no "prompt"')
+    try:
+        messages: list[dict[str, Any]] | None = prompt if row.get("messages") is None else field_of(row, "messages", list)
+    except RowSkipped as error:
+        raise DataError(str(error)) from None
+    if not messages:
         raise DataError('"messages" must be a list of messages')
     if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise DataError('each message must be an object with a "role"')
@@ -66,30 +69,11 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
 def rendered(template: Template, row: dict[str, Any]) -> str:
     """Return the text of a row's chat, with the generation prompt at its end. Raises DataError if the template rejects the chat.
 
-    A row may have tools, documents and chat_template_kwargs, which the template gets. Independent.
+    A row may have tools, documents and chat_template_kwargs, as in prepare: values or JSON strings. Independent.
     """
     try:
-        tools, documents, args = _objects(row, "tools"), _objects(row, "documents"), _value(row.get("chat_template_kwargs"))
-        if not isinstance(args or {}, dict):
-            raise DataError('"chat_template_kwargs" must be an object')
-        text = template.render(messages_of(row), True, tools, documents, args)
-    except (TemplateRejection, ValueError) as error:
+        args, tools = field_of(row, "chat_template_kwargs", dict), objects_of(row, "tools")
+        text = template.render(messages_of(row), True, tools, objects_of(row, "documents"), args)
+    except (TemplateRejection, RowSkipped) as error:
         raise DataError(str(error)) from None
     return text.replace(BEGIN, "").replace(END, "")
-
-
-def _value(value: Any) -> Any:
-    """Return a list or an object, which may be a JSON string, as in the rows of prepare. Raises DataError."""
-    try:
-        return (json.loads(value) if value else None) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        raise DataError("a string in place of a list or an object is not JSON") from None
-
-
-def _objects(row: dict[str, Any], key: str) -> list[Any] | None:
-    """Return a list of objects of a row. Each object may be a JSON string, too. Raises DataError."""
-    value = _value(row.get(key))
-    found = [_value(one) for one in value] if isinstance(value, list) else value
-    if found is not None and not (isinstance(found, list) and all(isinstance(one, dict) for one in found)):
-        raise DataError(f'"{key}" must be a list of objects')
-    return found

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mpidp.data.encoder import Encoder
 from mpidp.errors import DataError
-from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.rows import read_rows
 
 EXAMPLE = '{"context": "2 + 2 =", "choices": [" 4", " 5"], "label": 0}'
@@ -76,7 +76,7 @@ def _problem(row: dict[str, Any]) -> str:
     return "" if label in choices else f'"label" {label!r} is not one of the choices'
 
 
-def encode(encoder: TextEncoder, item: Question, seq_len: int, path: str | Path = "choices") -> list[EncodedChoice]:
+def encode(encoder: Encoder, item: Question, seq_len: int, path: str | Path = "choices") -> list[EncodedChoice]:
     """Encode each choice with its context as one document, which starts with BOS or an end-of-document token.
 
     Context and choice are encoded together, as in a corpus. The choice's tokens are those after the longest common prefix with

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from mpidp.data.encoder import Encoder
 from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
-from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.inference.speech import StreamedText
 
@@ -88,7 +88,7 @@ class Continuation:
 
 
 def continue_prompts(
-    loaded: Loaded, encoder: TextEncoder, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
+    loaded: Loaded, encoder: Encoder, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
     stops: Sequence[str] = (), write: Callable[[str], None] | None = None,
 ) -> list[tuple[int, Continuation]]:
     """Generate continuations of prompts as one batch; return (prompt number, continuation) pairs.

@@ -18,6 +18,7 @@ from mpidp.checkpoint.manifest import committed, readable
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
+from mpidp.data.encoder import Encoder
 from mpidp.data.shards import TokenStream
 from mpidp.data.special_tokens import for_run, special_tokens_of
 from mpidp.data.tokenizer import load_tokenizer
@@ -26,7 +27,6 @@ from mpidp.hf.folder import ModelFolder
 from mpidp.hf.tokens import same
 from mpidp.inference.base_folder import BaseFolder, is_base_folder
 from mpidp.inference.plausible import MAX_THREADS, check_settings, check_shape
-from mpidp.inference.prompts import TextEncoder
 from mpidp.model.kinds import saved_shape
 from mpidp.model.part import check_split
 from mpidp.model.starting import base_weights, prepared
@@ -125,7 +125,7 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
                         f"text again with --tokenizer {own}")
 
 
-def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> TextEncoder:
+def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
     """Load the model's tokenizer, or the one at `path`, and the table of special tokens of its training data.
 
     path: a tokenizer.json, or a folder that contains one. special: what the names of special tokens in texts become ("text",
@@ -141,13 +141,13 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
             table = special_tokens_of(reader.path, tokenizer)
         else:
             table, base = for_run(home_of(reader), tokenizer), home_of(reader) / "hf"
-            if base.is_dir():  # the model that the run was fine-tuned from may know other ends of a text
+            if base.is_dir():  # the model from which the run was fine-tuned may have other end ids
                 ends = (*table.ends, *special_tokens_of(base, tokenizer).ends)
                 table = replace(table, ends=tuple(dict.fromkeys(ends)))
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
         raise DataError(f"{home_of(reader)}: the special tokens have an id that is not below the model's {rows} ids: restore "
                         "special_tokens.json from the shards, or correct generation_config.json")
-    return TextEncoder(tokenizer, table, special or table.special)
+    return Encoder(tokenizer, table, special or table.special)
 
 
 def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
@@ -164,7 +164,7 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
         return BaseFolder(path, seq_len)
 
 
-def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, TextEncoder]:
+def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:
     """Open a run's newest checkpoint or a Hugging Face folder: its model (this rank's part) and its tokenizer.
 
     options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, seq_len. special: see load_encoder. Raises
@@ -195,8 +195,8 @@ def weights_at(path: Path) -> Reader | ModelFolder:
 def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
     """Return the base model of a LoRA run, which its checkpoints do not contain: train.init_from, or weights from the seed.
 
-    moved: where train.init_from is now; "": where it was. Raises DataError if it is missing, has another shape or has changed.
-    Does not support parts of models. Independent.
+    moved: the new path of the base model; "" if it has not moved. Raises DataError if the base model is missing, has another
+    shape or has changed. Does not support parts of models. Independent.
     """
     settings = reader.meta["config"]
     if "init_from" not in reader.meta:

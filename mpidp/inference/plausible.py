@@ -1,6 +1,6 @@
-"""Refuses sizes in a manifest that no run of mpidp writes, before they cost memory or threads. Pure.
+"""Rejects sizes in a manifest that no run of mpidp writes, before memory is allocated or threads are started. Pure.
 
-A manifest may come from somebody else. A few bytes of it could demand all memory of this machine.
+A manifest may come from an untrusted source. A few bytes of it could request all memory of this machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LIMITS = {  # largest plausible values, by key of the manifest's settings; the s
 }
 MAX_THREADS = 1024
 MAX_SIZE = 2**31  # of a dimension of the model
-ZERO_IS_FINE = ("head_size",)  # fields of a shape for which 0 means: the default
+ZERO_IS_FINE = ("head_size",)  # fields of a shape that may be 0, which means the default
 
 
 def check_settings(path: Path, meta: Mapping[str, Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpidp.data.records import Row, keys_of, records
+from mpidp.data.records import Row, records
+from mpidp.data.row_fields import keys_of
 from mpidp.data.text_files import NotText, TextFile, read_whole, recognize
 from mpidp.errors import DataError
 from mpidp.runtime.log import log
@@ -15,7 +16,7 @@ OUTPUTS = ("text", "tokens", "ended")  # the fields that generate adds to a row
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file, plain or packed. Independent.
+    """Return the text of a UTF-8 file, which may be compressed. Independent.
 
     Raises DataError if it cannot be read, is not UTF-8, is empty, or holds rows.
     """
@@ -27,7 +28,8 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path, wanted: str) -> list[Row]:
-    """Return the rows of a file: .jsonl, .ndjson, .json, .csv or .parquet, plain or packed. wanted: an example, for messages.
+    """Return the rows of a .jsonl, .ndjson, .json, .csv or .parquet file, which may be compressed. wanted: a row as it should be,
+    for error messages.
 
     Raises DataError if the file cannot be read, is empty, or a row is malformed. Independent.
     """

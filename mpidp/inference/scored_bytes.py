@@ -16,8 +16,8 @@ def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
     """Return the UTF-8 bytes of all targets of a split: the tokens that Engine.evaluate scores. Return None if they are unknown,
     because the shards have no tokenizer, or one of an unknown kind. Collective over comm.
 
-    Not counted are the first token of the stream, tokens that the loss mask excludes and, if documents are kept apart, the first
-    token of each document. The end-of-document token, and BOS before a document, have no bytes.
+    The first token of the stream and tokens that the loss mask excludes are not counted. If documents are kept apart, the first
+    token of each document is not counted. The end-of-document token, and BOS before a document, have no bytes.
     """
     try:
         tokenizer = tokenizer_from_json(stream.index.tokenizer_bytes(stream.path).decode(), stream.eod)

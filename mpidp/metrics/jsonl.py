@@ -17,7 +17,7 @@ from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_line
 from mpidp.runtime.log import log
 
 LARGEST = 1e100  # no figure of a run is larger; sums and products of larger ones could overflow
-TAIL_BYTES = 1 << 16  # number of bytes at the end of the file in which the last lines of a failed rank 0 are searched
+TAIL_BYTES = 1 << 16  # bytes at the end of the file that are searched for the last lines of a failed rank 0
 
 
 class _Data(TypedDict, total=False):

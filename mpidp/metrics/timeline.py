@@ -146,7 +146,7 @@ class Timeline(StepObserver):
 
 def trace(everyone: Sequence[RankTimeline]) -> dict[str, Any]:
     """Return the trace in Chrome's format, with one process per rank and one row per thread. Times are in microseconds since the
-    begin of the first span. Pure."""
+    start of the first span. Pure."""
     events: list[dict[str, Any]] = []
     for rank, part in enumerate(everyone):
         about = {"ph": "M", "pid": rank}

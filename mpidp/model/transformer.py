@@ -38,8 +38,8 @@ def keyed_dropout(
     """Apply dropout with a mask that is a pure function of (key, site, index in x), without a random generator.
 
     x: any shape. key: int64 scalar tensor in [0, 2^32), or None for no dropout. site: number of this dropout within the model.
-    local: the positions of x (B, len(local), D) in a sequence of `length` positions; the mask is then that of these positions in
-    the mask for the whole sequence.
+    local: the positions of x (B, len(local), D) in a sequence of `length` positions. The mask equals the mask of the whole
+    sequence at these positions.
     """
     if p == 0.0 or key is None:
         return x

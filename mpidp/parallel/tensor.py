@@ -1,6 +1,6 @@
-"""Tensor parallelism: adds communication between the ranks that divide a layer among them to a part of the model.
+"""Tensor parallelism: several ranks compute each layer together. This module adds their communication to a part of the model.
 
-This follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At
+It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At
 the start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks.
 At the end of a branch, the function g sums the ranks' partial results in forward. In backward all ranks have the same gradient of
 this sum. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose rows are on other

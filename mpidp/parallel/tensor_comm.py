@@ -37,8 +37,8 @@ class TensorComm:
             return total.to(x.dtype)
 
     def _cut(self, length: int, each: int) -> tuple[list[int], list[int]]:
-        """Return (counts, starts) of every rank's positions, in elements. each: elements per position. Positions are cut as in
-        Part.share."""
+        """Return (counts, starts) of every rank's positions, in elements. each: elements per position. Positions are divided as
+        in Part.own_range."""
         bounds = [i * length // self.comm.size * each for i in range(self.comm.size + 1)]
         return [b - a for a, b in zip(bounds, bounds[1:], strict=False)], bounds[:-1]
 

@@ -214,8 +214,8 @@ class Reducer:
             log.info("comm.compress was turned off: the compression error in the checkpoint is dropped")
 
     def resume_from(self, before: Reducer | None) -> None:
-        """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. before is None on a
-        rank that has joined after the failure, which rank 0 never has. Collective over all ranks."""
+        """Take over the state of `before`, the reducer of the same kind that this rank had before a failure. before is None on
+        ranks that joined after the failure. Rank 0 is never such a rank. Collective over all ranks."""
 
 
 class FlatReducer(Reducer):

@@ -116,8 +116,8 @@ class GradientBuffer:
         self._pointing_at: list[int | None] = [None] * count
 
     def point(self, slot: int, chunk: int | None = None) -> None:
-        """Make every .grad of a chunk a view of this slot, so that backward accumulates into the slot. chunk: default: all
-        chunks."""
+        """Make every .grad of a chunk a view of this slot, so that backward accumulates into the slot. Without
+        `chunk`, do this for all chunks."""
         for one in range(len(self.spans)) if chunk is None else [chunk]:
             if slot != self._pointing_at[one]:
                 for i in self._members[one]:

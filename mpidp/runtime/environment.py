@@ -13,7 +13,7 @@ from pathlib import Path
 
 BEGAN = time.time()  # when this process started, approximately; seconds since 1970
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables that determine how OpenMP threads wait
-SPIN_COUNT = "1000"  # as libgomp itself uses when there are more threads than cores
+SPIN_COUNT = "1000"  # libgomp's own value if there are more threads than cores
 JOIN_SECONDS = 60  # seconds; time limit for a replacement rank to join the job
 
 
@@ -31,8 +31,8 @@ def ask_for_reproducible_blas() -> None:
 
 def limit_openmp_spinning() -> None:
     """Let waiting OpenMP threads of libgomp (torch's wheels use it) spin only briefly and then sleep, unless the user has set
-    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds: beside other work, a step took 20 times as long
-    (docs/results/2026-11-29-openmp.md). Must be called before torch is imported. Independent."""
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT. By default they spin for milliseconds. While other processes used the same cores, a step
+    took 20 times as long (docs/results/2026-11-29-openmp.md). Must be called before torch is imported. Independent."""
     if not WAITING & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 

@@ -15,13 +15,13 @@ from typing import IO
 
 from mpidp.errors import UsageError
 
-MANY_FILES = 1 << 16  # open files that are enough for everything; some programs are slow with a higher limit
+MANY_FILES = 1 << 16  # the limit of open files is not raised above this number, because a high limit makes some programs slow
 
 
 def expand_home(path: str, what: str) -> str:
-    """Return the path with a leading ~ or ~USER replaced by the home folder, as a shell does. In `--run.dir=~/x` and in files, no
-    shell replaces it. what: the name of the setting or option, for errors. Raises UsageError if the home folder is unknown, or
-    if the path names an environment variable. Independent."""
+    """Return the path with a leading ~ or ~USER replaced by the home folder, as a shell does. A shell does not replace the ~ in
+    `--run.dir=~/x` or in a file. what: the name of the setting or option, for errors. Raises UsageError if the home folder is
+    unknown, or if the path names an environment variable. Independent."""
     full = os.path.expanduser(path)
     if full.startswith("~") and full == path:
         user = path.partition("/")[0]

@@ -20,7 +20,7 @@ from typing import Any, NotRequired, Required, Union, get_args, get_origin, get_
 from mpidp.runtime.files import open_regular
 
 MAX_BYTES = 1 << 30  # no file of a run is larger
-MAX_DEPTH = 100  # of lists and objects in each other; more could exhaust the stack of whoever walks through them
+MAX_DEPTH = 100  # of nested lists and objects; recursive functions could exhaust the stack with more
 
 
 def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any:
@@ -106,7 +106,7 @@ def _check_union(value: Any, kinds: tuple[Any, ...], place: str) -> None:
         except ValueError as error:
             problem = error
     if isinstance(value, (dict, list)) and value:
-        raise problem  # it names the place inside
+        raise problem  # the message names the wrong value inside the list or object
     raise ValueError(f"{place or 'the content'} is {_shown(value)}, but must be {' or '.join(map(_name, kinds))}")
 
 

@@ -20,8 +20,8 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters, unpaired surrogates and changes of direction as escapes such as \\x1b: names in
-    files of others could otherwise rewrite what the terminal shows. Newlines and tabs stay. Pure."""
+    """Return the text with control characters, unpaired surrogates and bidirectional controls written as escapes such as \\x1b.
+    Otherwise a name in an untrusted file could change what the terminal shows. Newlines and tabs stay. Pure."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

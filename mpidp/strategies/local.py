@@ -2,11 +2,12 @@
 
 A rank updates its own parameters with the gradients of its own lanes (inner steps). Every `sync_every` steps ranks average:
 
-- With group=all, the outer gradient (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with
-  Nesterov momentum makes an outer step from the common anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with
-  outer_momentum=0 is local SGD (Stich 2019), which averages parameters. With `fragments`, the model is divided into fragments,
-  which are averaged at different steps (Douillard 2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in
-  one round and applied in the next round, to the parameters of the rank at that time (Kale 2025).
+- With group=all, all ranks store the common parameters after the last average, called the anchor. The outer gradient
+  (anchor - theta_r) is averaged over the ranks, weighted by target tokens. Then SGD with Nesterov momentum makes an outer step
+  from the anchor (Douillard 2023, DiLoCo, algorithm 1). outer_lr=1 with outer_momentum=0 is local SGD (Stich 2019), which
+  averages parameters. With `fragments`, the model is divided into fragments, which are averaged at different steps (Douillard
+  2025, Streaming DiLoCo, section 2.2). With `overlap`, an average is started in one round and applied in the next round, to the
+  parameters of the rank at that time (Kale 2025).
 - With any other group, the parameters are averaged within the group of the round (averaging_groups.py).
 
 At a meeting all ranks average the whole model without delay, so that all have one common model. With group=all, anchor and outer

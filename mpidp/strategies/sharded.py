@@ -164,8 +164,9 @@ class Sharded:
                 gradient.mul_(scale)
             self.optimizer.step(gradients, lr)
         self.discard()
-        gathers = 2 * self._most if self.level == 3 else 1  # one before each forward and each backward pass, or one per step
-        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)  # and one sum after each backward pass
+        # level 3: one gather before each forward and each backward pass; level 2: one per step. Both: one sum per backward pass
+        gathers = 2 * self._most if self.level == 3 else 1
+        self.reducer.transport.sent_bytes += self._sent_bytes * (self._most + gathers)
         self.reducer.observers.enter("publish")
         return StepStats(grad_norm=norm, skipped=skipped)
 

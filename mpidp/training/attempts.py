@@ -61,7 +61,8 @@ class RunAttempts:
             self.crew = Crew(plan.config, plan.automatic, world.size, world.size, config.faults.respawn)
         else:
             self.crew, self.number, crew.number = crew, crew.number, crew.number + 1
-            crew.events.append({"event": "went_back", "why": "all ranks with the run's state have failed"})  # in case they do
+            # the event is used only if this has happened
+            crew.events.append({"event": "went_back", "why": "all ranks with the run's state have failed"})
             self.faults = faults_from_environment(self.number)
 
     def attempt(self) -> dict[str, Any] | None:

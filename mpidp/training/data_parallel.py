@@ -143,7 +143,7 @@ def share_memory(
     tickets = None
     if kind == "steal":
         if launched_with_ulfm():
-            kind, how = "even", f"{how}; train.balance=even, as a window for stealing fails with any of its ranks"
+            kind, how = "even", f"{how}; train.balance=even, because the window for stealing is lost if a rank fails"
         elif windowed or mesh.num_nodes == world.size:
             tickets = Tickets(group.node)
         else:

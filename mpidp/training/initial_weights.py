@@ -23,10 +23,11 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run, same_path
 from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
+from mpidp.data.model_files import read_object
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
 from mpidp.hf.companions import companions
-from mpidp.hf.folder import ModelFolder, read_object
+from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
 from mpidp.model.shape import Shape, num_parameters, shapes_of
@@ -87,8 +88,8 @@ class Origin:
         return config.with_values(model=self.settings | {"vocab_size": rows})
 
     def check_shape(self, shape: Shape) -> None:
-        """Raise DataError if the source does not hold a model of this shape. A file from somebody else could otherwise demand all
-        memory with a few numbers. Independent."""
+        """Raise DataError if the source does not hold a model of this shape. Otherwise a few numbers in an untrusted file could
+        request all memory of the machine. Independent."""
         if self.weights is None:
             return
         if isinstance(self.weights, ModelFolder):
@@ -103,13 +104,13 @@ class Origin:
                             "are damaged, or belong to different models")
 
     def _added_bytes(self, shape: Shape) -> int:
-        """Return at least the size of the rows that are added to the vocabulary."""
+        """Return an upper bound on the bytes of the rows that are added to the vocabulary."""
         width = getattr(shape, "model_dim", 0)
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
     def check_tokenizer(self, data: Path, used: bytes) -> None:
-        """Raise DataError unless `data` was prepared with the tokenizer of the source. Independent."""
-        if self.tokenizer is not None and not tokens.same(self.tokenizer, used):
+        """Raise DataError unless `data` was prepared with the source's tokenizer (tokens may be added). Independent."""
+        if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
                 f"{data} was prepared with a different tokenizer than {self.tokenizer}, so its ids mean different text to "
                 f"the model. Prepare the text again with: python -m data_tools.prepare --tokenizer {self.tokenizer} --out DIR"

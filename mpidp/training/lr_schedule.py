@@ -23,8 +23,8 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1. After a linear warm-up to lr, the rate follows a cosine or linear
         decay from lr to min_lr, or stays constant. With wsd (warmup-stable-decay, Hu 2024) it is constant, and decays linearly
-        over the last fifth of the steps. As in transformers and PyTorch, the step after the last would have min_lr, so the last
-        step learns. Pure."""
+        over the last fifth of the steps. The decay would reach min_lr one step after the last step, as in transformers and
+        PyTorch. Therefore the learning rate of the last step is above min_lr. Pure."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         fraction = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

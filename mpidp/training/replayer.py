@@ -80,7 +80,7 @@ def read_record(run: str, world: Any) -> Record:
 
 @dataclass
 class Seen:
-    """A replayed batch. One without figures stands for the state from which the replay starts."""
+    """A replayed batch. A Seen without figures stands for the state from which the replay starts."""
 
     step: int  # the step that the batch made, or would have made
     batch: int
@@ -130,7 +130,7 @@ class Replay:
                 break
             except CheckpointError as error:
                 print_on_rank_0(world, f"skipped an invalid checkpoint: {error}")
-        with raise_together(world):  # use the next checkpoint's settings, or after the last one those of the last start
+        with raise_together(world):  # settings: of the first checkpoint from step `last` on; if there is none, of the last start
             later = [at for at in record.checkpoints if at >= last]
             nearest = min(later) if later else max(record.checkpoints, default=0)
             meta = manifest.read_manifest(record.checkpoints[nearest]) if nearest else {}
@@ -283,8 +283,8 @@ def check_method(
     if ranks != {size}:
         (number,) = ranks
         raise UsageError(
-            f"{said} on {number} rank{'s' * (number > 1)}: the result depends on the number of ranks, and this is {size}. Start "
-            f"the replay with `mpirun -np {number}`"
+            f"{said} on {number} rank{'s' * (number > 1)}: the result depends on the number of ranks, and the replay has "
+            f"{size}. Start it with `mpirun -np {number}`"
         )
 
 

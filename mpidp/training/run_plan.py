@@ -38,8 +38,8 @@ from mpidp.strategies.arrivals import Order, read_arrivals
 from mpidp.training import lr_schedule
 from mpidp.training.initial_weights import Origin, open_origin
 
-MOST = {"train.threads": 1024, "optim.warmup_steps": 2**62}  # largest plausible values of these in a manifest
-KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # automatic values; a resumed run keeps those of its checkpoint
+MOST = {"train.threads": 1024, "optim.warmup_steps": 2**62}  # largest plausible values in a manifest
+KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # the value that means automatic; resumed runs keep the checkpoint's value
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class RunPlan:
                     raise UsageError(
                         f"data.path={self.config.data.path} is not the data that the run in {self.config.run.dir} was trained on"
                     )
-            if self.origin is not None and self.origin.weights is not None:  # the base of adapters, or it has moved
+            # the source is read again: it is the base of adapters, or train.init_from is not the path in RUN/init.json
+            if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
             changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 
 from mpidp.checkpoint.resume import fingerprint
 from mpidp.config.schema import to_toml
-from mpidp.data.model_files import chat_templates_of
+from mpidp.data.model_files import TEMPLATE, chat_templates_of
+from mpidp.data.special_tokens import FILE, read_special_tokens
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import peak_flops
 from mpidp.metrics.tensorboard import Scalars
@@ -94,22 +94,24 @@ def make_run_record(
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     """Write the files of a new run. They include the tokenizer, so that the run can be used without its data."""
+    folder = plan.training.path
+    special = plan.training.index.special_tokens_bytes(folder)
+    table = None if special is None else read_special_tokens(folder)
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())
-    write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(plan.training.path))
+    write_file(plan.run_dir / "tokenizer.json", plan.training.index.tokenizer_bytes(folder))
     if origin is not None and origin.weights is not None:
         origin.keep(plan.run_dir)
         log.info(f"weights from {origin.path}, weights_sha256 {origin.weights_sha256}")
-    _keep_special_tokens(plan.training.index.special_tokens_bytes(plan.training.path), plan.run_dir)
+    keep_special_tokens(special, None if table is None else table.template, plan.run_dir)
 
 
-def _keep_special_tokens(content: bytes | None, run_dir: Path) -> None:
-    """Write the data's table of special tokens to the run. Its chat template replaces that of the model in RUN/hf."""
-    (run_dir / "special_tokens.json").unlink(missing_ok=True)
+def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Path) -> None:
+    """Write the data's special_tokens.json to the run. Its chat template replaces that of the model in RUN/hf. Independent."""
+    (run_dir / FILE).unlink(missing_ok=True)
     if content is None:
         return
-    write_file(run_dir / "special_tokens.json", content)
-    kept = run_dir / "hf/chat_template.jinja"
-    template = json.loads(content)["template"]
+    write_file(run_dir / FILE, content)
+    kept = run_dir / "hf" / TEMPLATE
     if template is not None and kept.parent.is_dir():
         if chat_templates_of(kept.parent).get("default") not in (None, template):
             log.info("the chat template of the data replaces that of the model, in RUN/special_tokens.json and RUN/hf")

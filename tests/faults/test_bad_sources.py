@@ -71,7 +71,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, forks: Forks) -> None:
         ended = prepare(tmp_path, forks, "--bad-utf8", choice)
         expect(ended, 0)
         assert "1 document with invalid UTF-8: source/latin.txt" in ended.out, ended
-        assert f"shards with {documents} documents in total" in ended.out and about(tmp_path)["bad_utf8"] == 1, ended
+        assert f"shards with {documents} document" in ended.out and about(tmp_path)["bad_utf8"] == 1, ended
         expect(forks.run(tmp_path, "data_tools.verify", "out"), 0)
 
 
@@ -89,7 +89,7 @@ def test_binary_and_empty_files_among_good_ones(tmp_path: Path, forks: Forks) ->
     (source / "nothing.txt").touch()
     ended = prepare(tmp_path, forks)
     expect(ended, 0)
-    assert "binary or special files skipped: source/program" in ended.out, ended
+    assert "1 binary or special file skipped: source/program" in ended.out, ended
     assert (about(tmp_path)["binary"], about(tmp_path)["empty"]) == (1, 1)
 
 

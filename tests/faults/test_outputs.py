@@ -95,7 +95,7 @@ def test_generate_on_a_full_disk(place: Path, finished: Path, forks: Forks) -> N
     (place / "out.jsonl").write_text("old")
     before = listing(place)
     words = ("run", "--prompts", "prompts.jsonl", "--tokens", "100", "--out", "out.jsonl")
-    expect(forks.run(place, "mpidp.generate", *words, inject=full()), 2, "--out out.jsonl: File too large")
+    expect(forks.run(place, "mpidp.generate", *words, inject=full()), 2, "--out out.jsonl: cannot be written (File too large)")
     assert listing(place) == before
 
 

@@ -181,7 +181,7 @@ def test_compressed_sums_need_the_number_of_ranks_of_the_run(shell: Shell, forks
     expect(forks.run(shell.folder, "mpidp.train", "tiny.toml", "--comm.compress=int8"), 0)
     expect(forks.run(shell.folder, "mpidp.replay", "run", "--step", 6), 0)
     ended = forks.run(shell.folder, "mpidp.replay", "run", "--step", 4)
-    expect(ended, 2, "trained with comm.compress=int8 on 2 ranks", "this is 1. Start the replay with `mpirun -np 2`")
+    expect(ended, 2, "trained with comm.compress=int8 on 2 ranks", "the replay has 1. Start it with `mpirun -np 2`")
     assert "steps to replay" not in ended.out
 
 

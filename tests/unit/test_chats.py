@@ -13,13 +13,14 @@ import pytest
 
 from data_tools.chat import render
 from data_tools.encode import _tokens
-from data_tools.encoder import Encoder
-from data_tools.messages import RowSkipped, chat_of
+from data_tools.messages import chat_of
 from data_tools.prepare import prepare
 from data_tools.rows import TrainingRow
 from mpidp.data.chat_template import Template, TemplateRejection
+from mpidp.data.encoder import Encoder
+from mpidp.data.row_fields import RowSkipped
 from mpidp.data.shards import TokenStream
-from mpidp.data.special_tokens import read_special_tokens, special_tokens_of
+from mpidp.data.special_tokens import SpecialTokens, read_special_tokens, special_tokens_of
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.test_rows import rows_of, said, user, write
 from tests.unit.test_special_tokens import model_folder
@@ -91,7 +92,7 @@ def encoded(template: Template, messages: list[dict[str, Any]], tokenizer: Token
     """Return (ids, loss mask), as in the shards."""
     chat = chat_of({"messages": messages}, template)
     text, spans = render(template, chat)
-    encoder = Encoder(tokenizer, None, "tokens")
+    encoder = Encoder(tokenizer, SpecialTokens(None, ()), "tokens")
     ids, mask = _tokens(TrainingRow("", text, spans, "", chat.learned[-1]), encoder.placer([text])[0], encoder)
     return ids.tolist(), mask.tolist()
 
@@ -234,7 +235,7 @@ def test_arguments_and_undefined_names_of_the_template(tmp_path: Path, capsys: p
     rows = [{"messages": [user("a"), said("b")]}, {"messages": [user("a"), said("b")], "chat_template_kwargs": {"mood": "!"}}]
     source = write(tmp_path / "a.jsonl", *rows)
     prepare(source, str(folder), tmp_path / "out", 1, 0.0, form="chat", seq_len=64, template_arg=["mood=?", "n=3"])
-    assert "the chat template uses turn_token, without a value in the files of" in capsys.readouterr().err
+    assert "the chat template uses turn_token, which the files of" in capsys.readouterr().err
     tokenizer = load_tokenizer(folder)
     texts = [tokenizer.decode(np.array(ids)) for ids, _ in rows_of(tmp_path / "out")]
     assert texts == ["<s>?a?b", "<s>!a!b"]

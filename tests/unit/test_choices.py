@@ -13,15 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpidp.data.encoder import Encoder
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer, train_bpe
 from mpidp.errors import DataError
 from mpidp.inference.choices import Question, accuracies, encode, read_choices
-from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.scoring import log_likelihoods, row_losses, text_loss, windows
 from tests.unit.test_generate import ids, loaded
 
-PLAIN = TextEncoder(ByteTokenizer(), SpecialTokens(None, (256,)))
+PLAIN = Encoder(ByteTokenizer(), SpecialTokens(None, (256,)))
 ROW: dict[str, Any] = {"context": "2 + 2 =", "choices": [" 4", " five", " 22"], "label": 0}
 
 
@@ -69,7 +69,7 @@ def test_only_the_choice_is_counted() -> None:
 
 def test_tokens_that_span_the_border_are_the_choices() -> None:
     tokenizer = train_bpe(iter(["abcd abcd abcd"] * 50), 300)
-    encoder = TextEncoder(tokenizer, SpecialTokens(None, (0,)))
+    encoder = Encoder(tokenizer, SpecialTokens(None, (0,)))
     context, (row, _) = tokenizer.encode("ab"), encode(encoder, item(context="ab", choices=["cd", "x"]), 24)
     assert len(context) >= 1 and row.ids == [tokenizer.eod, *tokenizer.encode("abcd")] and row.counted == len(row.ids) - 1 == 1
 
@@ -117,7 +117,7 @@ def test_accuracies_divide_by_what_they_say() -> None:
         assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == right
     tokenizer = train_bpe(iter(["hello hello hello"] * 50), 300)
     asked = item(context="x", choices=["hello", "ab"], label=0)  # 5 characters and 1 token; 2 characters and 2 tokens
-    found = accuracies([asked], [encode(TextEncoder(tokenizer, SpecialTokens(None, (0,))), asked, 24)], np.array([[-3.0, -2.0]]))
+    found = accuracies([asked], [encode(Encoder(tokenizer, SpecialTokens(None, (0,))), asked, 24)], np.array([[-3.0, -2.0]]))
     assert (found["accuracy"], found["accuracy_norm"], found["accuracy_token"]) == (0, 1, 0)
     assert found["chance"] == 0.5 and found["items"] == 1 and found["cut_items"] == 0
 

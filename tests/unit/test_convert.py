@@ -92,6 +92,15 @@ def test_files_of_others(tmp_path: Path, code: int, dtype: str) -> None:
     assert TokenStream(tmp_path / "out", "val").num_documents == 0
 
 
+def test_sequences_that_are_not_text_are_counted(tmp_path: Path) -> None:
+    for name, modes in (("one", b"\0\1\0"), ("two", b"\2\0\xff"), ("none", b"\0\0\0")):
+        write(tmp_path / name, 8, [4, 4, 4], [0, 1, 2, 3], np.arange(12, dtype="<u2"), modes)
+    names = ("one", "two", "none")
+    said = {name: from_megatron(tmp_path / name, tmp_path / f"of_{name}", "byte", 1, 0, None)[1:] for name in names}
+    assert said["one"] == ["1 sequence with a mode other than 0 (multimodal data) was read as text"]
+    assert said["two"] == ["2 sequences with a mode other than 0 (multimodal data) were read as text"] and not said["none"]
+
+
 def test_the_type_is_that_of_megatron() -> None:
     assert [dtype_code(n) for n in (257, 65499, 65500, 128256)] == [8, 8, 4, 4]
 

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from data_tools.prepare import prepare
 from mpidp.data.shards import TokenStream
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.export import export
-from mpidp.hf.tokenizer_files import _with_arguments, with_begin
+from mpidp.hf.tokenizer_files import _with_arguments, text_files, with_begin
 from tests.tiny import WORLD, text, tiny, train_at
 from tests.unit.test_hf import begun, llama
 
@@ -171,6 +172,17 @@ def test_a_fine_tune_keeps_the_files_of_its_model_but_for_the_data_s_template(tm
     export(WORLD, str(tmp_path / "plain"), str(tmp_path / "other"))
     assert AutoTokenizer.from_pretrained(tmp_path / "other")("the").input_ids[0] != 1
     assert not json.loads((tmp_path / "other/tokenizer_config.json").read_text())["add_bos_token"]
+
+
+@pytest.mark.parametrize(("kept", "ends"), [
+    ({"config.json": {"eos_token_id": [3, 5]}}, [3, 5, 0]),
+    ({"config.json": {"eos_token_id": 5}, "generation_config.json": {"temperature": 0.6}}, [5, 0]),
+    ({"config.json": {"eos_token_id": 5}, "generation_config.json": {"eos_token_id": 3}}, [3, 0]),
+    ({"config.json": {}}, 0),
+])
+def test_the_ends_of_config_json_are_exported_if_generation_config_json_names_none(kept: dict[str, Any], ends: Any) -> None:
+    files = text_files(SpecialTokens(None, (0,)), {0: "<|endoftext|>"}, kept, 64)
+    assert files["generation_config.json"]["eos_token_id"] == ends
 
 
 def test_arguments_of_the_template_are_its_defaults(tmp_path: Path) -> None:

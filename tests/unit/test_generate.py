@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.data.encoder import Encoder
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError, UsageError
@@ -18,7 +19,6 @@ from mpidp.generate import read_options
 from mpidp.inference.decode import DecodedText, continue_prompts, decode
 from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
-from mpidp.inference.prompts import TextEncoder
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
 from mpidp.inference.speech import StreamedText
@@ -199,7 +199,7 @@ def test_every_prompt_has_a_seed_of_its_own() -> None:
 
 
 BYTES = ByteTokenizer()
-PLAIN = TextEncoder(BYTES, SpecialTokens(None, (256,)))
+PLAIN = Encoder(BYTES, SpecialTokens(None, (256,)))
 TEXT = "naïve 日本語 🙂 \ufffd end"
 
 
@@ -240,7 +240,7 @@ def test_a_sequence_ends_at_the_end_of_a_document_or_before_a_stop() -> None:
 
     first = new.index(new[8])
     for ends in [(new[8],), (256, new[8]), (new[8], new[-1])]:
-        (_, found), = continue_prompts(model, TextEncoder(BYTES, SpecialTokens(None, ends)), {0: prompt}, GREEDY, 15, 0)
+        (_, found), = continue_prompts(model, Encoder(BYTES, SpecialTokens(None, ends)), {0: prompt}, GREEDY, 15, 0)
         last = min(new.index(one) for one in ends if one in new)
         assert (found.ended, found.tokens, found.text) == ("eod", last, BYTES.decode(new[:last])) and last <= first
     (_, found), = continue_prompts(model, PLAIN, {0: prompt}, GREEDY, 15, 0)

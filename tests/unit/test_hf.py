@@ -363,6 +363,36 @@ def test_the_same_tokenizer_written_otherwise_is_the_same(shards: Path, tmp_path
         tokens.same(tmp_path / "c.json", given.read_bytes())
 
 
+def test_a_tokenizer_with_added_tokens_extends_its_original(shards: Path, tmp_path: Path) -> None:
+    given = shards / "tokenizer.json"
+    larger = AutoTokenizer.from_pretrained(_with_config(given, tmp_path / "a"))
+    assert larger.add_tokens(["<|im_start|>", "<pad>"], special_tokens=True) == 2
+    larger.save_pretrained(tmp_path / "b")
+    file = tmp_path / "b/tokenizer.json"
+    assert tokens.extends(given, given.read_bytes()) and tokens.extends(given, file.read_bytes())
+    assert not tokens.same(given, file.read_bytes()) and not tokens.extends(file, given.read_bytes())
+    about, changed = json.loads(given.read_text()), json.loads(given.read_text())
+    about["added_tokens"].append(about["added_tokens"][0] | {"id": about["model"]["vocab"]["a"], "content": "a"})  # not a new id
+    changed["model"]["merges"].pop()
+    for other in (about, changed):
+        assert not tokens.extends(given, json.dumps(other).encode())
+
+
+def test_shards_may_have_more_tokens_than_the_tokenizer_of_the_model(
+    folders: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(text(3000))
+    for count in (1, 10):  # the model has 280 tokens and 288 rows
+        larger = AutoTokenizer.from_pretrained(_with_config(shards / "tokenizer.json", tmp_path / f"a{count}"))
+        larger.add_tokens([f"<new{i}>" for i in range(count)], special_tokens=True)
+        larger.save_pretrained(tmp_path / f"b{count}")
+        prepare(str(tmp_path / "text.txt"), str(tmp_path / f"b{count}/tokenizer.json"), tmp_path / f"s{count}", shards=1,
+                verbose=False)
+    train_at(1, begun(tmp_path / "s1", folders["untied"], tmp_path / "run", train={"steps": 1}))
+    with pytest.raises(UsageError, match=r"model.vocab_size=288.*has 290 tokens.*Set model.vocab_size=290"):
+        train_at(1, begun(tmp_path / "s10", folders["untied"], tmp_path / "other"))
+
+
 def _with_config(tokenizer: Path, folder: Path) -> Path:
     folder.mkdir()
     shutil.copy(tokenizer, folder / "tokenizer.json")

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.encoder import Encoder
 from data_tools.prepare import prepare
 from mpidp.data import long_text
+from mpidp.data.encoder import Encoder
 from mpidp.data.shards import TokenStream
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer
 
 SENTENCES = [
@@ -117,11 +118,11 @@ def test_windows_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_of_special_tokens_across_pieces(special: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = HFTokenizer(library("metaspace").to_str(), "</s>")
     text = "aa bb </s> cc </s>dd\n" * 500
-    expected = Encoder(tokenizer, None, special).batch([text])[0]
+    expected = Encoder(tokenizer, SpecialTokens(None, ()), special).batch([text])[0]
     monkeypatch.setattr(long_text, "OVERLAP", 256)
     monkeypatch.setattr(long_text, "WINDOW", 1000)
     for seed in range(3):
-        found = np.concatenate(list(Encoder(tokenizer, None, special).pieces(pieces_of(text, seed, 50))))
+        found = np.concatenate(list(Encoder(tokenizer, SpecialTokens(None, ()), special).pieces(pieces_of(text, seed, 50))))
         assert np.array_equal(found, expected) and (tokenizer.eod in found) == (special == "tokens")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpidp.data.encoder import Encoder
 from mpidp.data.special_tokens import SpecialTokens, special_tokens_of
 from mpidp.data.tokenizer import ByteTokenizer, Tokenizer
 from mpidp.errors import DataError, UsageError
@@ -22,7 +23,6 @@ from mpidp.generate import _write as write_rows
 from mpidp.generate import generate, read_options
 from mpidp.inference.chats import read_chats, rendered, template_of
 from mpidp.inference.loading import open_model
-from mpidp.inference.prompts import TextEncoder
 from tests.tiny import WORLD, train_at
 from tests.unit.small_tokenizers import byte_level, sentencepiece
 from tests.unit.test_hf import begun
@@ -173,15 +173,16 @@ def test_rows_of_generate_may_have_the_forms_of_prepare() -> None:
     packed = {key: json.dumps(value) for key, value in plain.items()}
     listed = plain | {"tools": [json.dumps(one)], "documents": [json.dumps(one)], "messages": None, "prompt": messages}
     assert [rendered(made, row) for row in (plain, packed, listed)] == ['q[{"title": "t"}][{"title": "t"}]5'] * 3
-    for bad in ({"documents": "so"}, {"tools": ["so"]}, {"documents": [3]}, {"chat_template_kwargs": [3]}, {"messages": "[["}):
-        with pytest.raises(DataError, match="not JSON|must be"):
+    for bad in ({"documents": "so"}, {"tools": ["so"]}, {"documents": [3]}, {"chat_template_kwargs": [3]}, {"messages": "[["},
+                {"tools": "[" * 100_000}):
+        with pytest.raises(DataError, match="` is (a string that is not JSON|not a list of objects|a list, not an object)"):
             rendered(made, plain | bad)
 
 
 @pytest.mark.parametrize("bos", [None, 1])
 def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
     tokenizer = sentencepiece()
-    encoder = TextEncoder(tokenizer, SpecialTokens(bos, (tokenizer.eod,)), "tokens")
+    encoder = Encoder(tokenizer, SpecialTokens(bos, (tokenizer.eod,)), "tokens")
     plain, begin = tokenizer.encode("hello").tolist(), tokenizer.eod if bos is None else bos
     assert encoder.document("hello").tolist() == [begin, *plain]
     assert encoder.prompt("hello") == ([] if bos is None else [bos]) + plain
@@ -194,7 +195,7 @@ def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
 @pytest.mark.parametrize("make", [ByteTokenizer, byte_level, sentencepiece])
 def test_half_of_a_surrogate_pair_is_an_error(make: Callable[[], Tokenizer], special: str) -> None:
     tokenizer = make()
-    encoder = TextEncoder(tokenizer, SpecialTokens(None, (tokenizer.eod,)), special)
+    encoder = Encoder(tokenizer, SpecialTokens(None, (tokenizer.eod,)), special)
     for encode in (encoder.ids, encoder.document, encoder.prompt):
         for text in ("hello \ud83d", "\udcff"):  # of JSON; of a command line with a byte that is not UTF-8
             with pytest.raises(DataError, match="half of a surrogate pair.*position"):
@@ -203,7 +204,7 @@ def test_half_of_a_surrogate_pair_is_an_error(make: Callable[[], Tokenizer], spe
 
 def test_texts_that_name_special_tokens_are_counted() -> None:
     tokenizer = byte_level()
-    encoder = TextEncoder(tokenizer, special_tokens_of(None, tokenizer), "text")
+    encoder = Encoder(tokenizer, special_tokens_of(None, tokenizer), "text")
     assert encoder.named(["a", "b<|turn|>", "<|turn|>"]) == ("<|turn|>", 2) and encoder.named(["a"]) == ("", 0)
 
 

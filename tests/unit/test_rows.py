@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data_tools.arrange import pack
 from data_tools.chat import find_template
-from data_tools.encoder import table_of
 from data_tools.prepare import prepare
+from data_tools.special_table import table_of
 from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import IGNORED, Loader

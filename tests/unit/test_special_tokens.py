@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import pytest
 from data_tools.prepare import prepare
 from mpidp.data.index import read_index
 from mpidp.data.shards import TokenStream
-from mpidp.data.special_tokens import CLASS_NAMES, SpecialTokens, for_run, read_special_tokens, special_tokens_of
+from mpidp.data.special_tokens import CLASS_NAMES, SpecialTokens, for_run, read_special_tokens, special_names, special_tokens_of
 from mpidp.data.tokenizer import load_tokenizer, train_bpe
 from mpidp.errors import DataError
-from mpidp.training.run_record import _keep_special_tokens
+from mpidp.training.run_record import keep_special_tokens
+from tests.tiny import tiny, train_at
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}"
 
@@ -89,13 +92,25 @@ def test_the_ends_of_a_text(tmp_path: Path) -> None:
     """The end of a document is first; then follow generation_config (else config), the tokenizer's eos, and the end of a turn."""
     folder = model_folder(tmp_path / "m", tokenizer_config__json={"eos_token": "<pad>", "pad_token": "<pad>"},
                           config__json={"eos_token_id": 7}, chat_template__jinja=TEMPLATE)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, "<|endoftext|>")
     pad, end = tokenizer.vocab_size - 1, tokenizer.vocab_size - 3
     found = special_tokens_of(folder, tokenizer)
     assert found.ends == (tokenizer.eod, 7, pad, end) and found.pad == pad and found.special == "tokens"
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 10**9, True, "x", -1], "pad_token_id": 3}))
     assert special_tokens_of(folder, tokenizer).ends == (tokenizer.eod, 5, pad, end)
     assert found.template == TEMPLATE and found.bos is None
+
+
+@pytest.mark.parametrize(("declared", "chosen"), [
+    ({"eos_token": "<s>"}, "<s>"), ({"eos_token": {"content": "<s>"}}, "<s>"),  # the model's own token, whatever its name is
+    ({"eos_token": "<|im_end|>"}, "<|endoftext|>"),  # a chat model: it ends a turn
+    ({"eos_token": "<absent>"}, "<|endoftext|>"), ({"eos_token": None}, "<|endoftext|>"), ({}, "<|endoftext|>"),
+])
+def test_a_document_ends_with_the_token_that_the_model_declares(tmp_path: Path, declared: dict[str, Any], chosen: str) -> None:
+    folder = model_folder(tmp_path / "m", tokenizer_config__json=declared)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode([tokenizer.eod]) == ""
+    assert special_names(tokenizer)[chosen] == tokenizer.eod == special_tokens_of(folder, tokenizer).ends[0]
 
 
 def test_plain_tokenizers_have_no_file(tmp_path: Path) -> None:
@@ -121,9 +136,9 @@ def test_the_table_travels_to_shards_and_run(tmp_path: Path, caplog: pytest.LogC
     run, tokenizer = tmp_path / "run", load_tokenizer(tmp_path / "out")
     (run / "hf").mkdir(parents=True)
     (run / "hf/chat_template.jinja").write_text("other")
-    _keep_special_tokens(content, run)
+    keep_special_tokens(content, table.template, run)
     assert for_run(run, tokenizer) == table and (run / "hf/chat_template.jinja").read_text() == TEMPLATE
-    _keep_special_tokens(None, run)  # a run that starts again, with other data
+    keep_special_tokens(None, None, run)  # a run that starts again, with other data
     assert not (run / "special_tokens.json").exists()
 
     (tmp_path / "out/special_tokens.json").write_text("{}")
@@ -131,6 +146,18 @@ def test_the_table_travels_to_shards_and_run(tmp_path: Path, caplog: pytest.LogC
         TokenStream(tmp_path / "out").index.special_tokens_bytes(tmp_path / "out")
     with pytest.raises(DataError, match=r"special_tokens.json is not valid: its format is not"):
         read_special_tokens(tmp_path / "out")
+
+
+def test_training_refuses_an_invalid_table_that_the_index_lists(tmp_path: Path) -> None:
+    folder, run = model_folder(tmp_path / "m", tokenizer_config__json={"eos_token": "<|im_end|>"}), tmp_path / "run"
+    (tmp_path / "a.txt").write_text("hello there\n" * 50)
+    index = prepare(str(tmp_path / "a.txt"), str(folder), tmp_path / "out", 1)
+    (tmp_path / "out/special_tokens.json").write_text("{}")
+    changed = replace(index, special_tokens_sha256=hashlib.sha256(b"{}").hexdigest())
+    (tmp_path / "out/index.json").write_text(changed.to_json())
+    with pytest.raises(DataError, match=r"out/special_tokens.json is not valid: its format is not"):
+        train_at(1, tiny(tmp_path / "out", run, train={"steps": 1, "eval_every": 0}, optim={"warmup_steps": 0}))
+    assert not (run / "special_tokens.json").exists()
 
 
 def test_older_runs_take_the_files_of_their_model(tmp_path: Path) -> None:

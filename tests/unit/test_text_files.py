@@ -285,8 +285,22 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     (real / "back").symlink_to(source)
     (source / "linked.txt").symlink_to(real / "deep/b.txt")
     files, about, remarks = find_files(str(source), tmp_path / "out")
-    assert [f.name for f in files] == ["a.txt", "books/deep/b.txt", "linked.txt", "own/o.txt"] and about["files"] == 4
+    assert [f.name for f in files] == ["a.txt", "books/deep/b.txt", "own/o.txt"] and about["files"] == 3
     assert "links lead out of" in remarks[0] and str(real) in remarks[0] and "own" not in remarks[0]
+
+
+def test_linked_files_are_read_once(tmp_path: Path) -> None:
+    """As in a cache of downloads: the files are links to blobs. Copies of a text that are no links are all read."""
+    source, blobs = tmp_path / "source", tmp_path / "blobs"
+    source.mkdir()
+    blobs.mkdir()
+    (blobs / "1").write_text("one")
+    for name in ("a.txt", "b.txt"):
+        (source / name).symlink_to(blobs / "1")
+        (source / f"copy_{name}").write_text("one")
+    (source / "z.txt").symlink_to("copy_a.txt")
+    files, about, _ = find_files(str(source), tmp_path / "out")
+    assert [f.name for f in files] == ["a.txt", "copy_a.txt", "copy_b.txt"] and about["files"] == 3
 
 
 def test_a_source_with_nothing_but_a_linked_folder(tmp_path: Path) -> None:
@@ -305,7 +319,7 @@ def test_datasets_that_are_no_text_are_refused(tmp_path: Path, names: list[str])
     (tmp_path / "d/train").mkdir(parents=True)
     for name in names:
         (tmp_path / "d/train" / name).write_text("{}")
-    with pytest.raises(DataError, match="which is not read. Write it as text first"):
+    with pytest.raises(DataError, match="which mpidp cannot read. Convert it to text first"):
         find_files(str(tmp_path / "d"), tmp_path)
 
 

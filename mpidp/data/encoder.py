@@ -1,0 +1,87 @@
+"""Encode texts with a tokenizer, BOS and special tokens, in the same way in prepare, generate and evaluate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mpidp.data.long_text import Placed, encode_pieces
+from mpidp.data.places import placer
+from mpidp.data.special_tokens import SpecialTokens, special_names
+from mpidp.data.tokenizer import Tokenizer
+from mpidp.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, and the special tokens of the training data. All methods raise DataError if a character has no id."""
+
+    tokenizer: Tokenizer
+    table: SpecialTokens
+    special: str = "text"  # "tokens": names of special tokens in a text ("<|im_end|>") become their ids; "text": they stay text
+
+    def batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Encode several texts, without BOS. Independent."""
+        if self.special == "text":
+            return self.tokenizer.encode_batch(texts)
+        return [placed.ids for placed in self.placer(texts)]
+
+    def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Encode a text that is given in pieces, cut anywhere. Yield the ids of the whole text in parts, without BOS.
+        Independent."""
+        if self.special == "text":
+            return self.tokenizer.encode_pieces(pieces)
+        return encode_pieces(pieces, lambda text: self.placer([text])[0])
+
+    def ids(self, text: str) -> np.ndarray:
+        """Return the ids of a text of any length, without BOS: (n,) int64. Raises DataError also if half of a surrogate pair is
+        missing. Independent."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the tokenizers library would raise a TypeError that does not name the reason
+            raise DataError(f"the text has half of a surrogate pair, or a byte that is not UTF-8 ({error})") from None
+        return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
+
+    def begins(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids of a text with BOS in front, unless the training data has no BOS or the text begins with it. Pure."""
+        return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
+
+    def document(self, text: str) -> np.ndarray:
+        """Return the ids of a text after BOS or an end-of-document token, so that its first token has a context. Independent."""
+        ids = self.ids(text)
+        return ids if self._has_bos(ids) else np.insert(ids, 0, self.begin)
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt, after BOS if the training data has it. An empty prompt is BOS or an end of document.
+        Independent."""
+        found: list[int] = self.begins(self.ids(text)).tolist()
+        return found or [self.begin]
+
+    @property
+    def begin(self) -> int:
+        """The id before a document: BOS if the training data has it, else the end-of-document id."""
+        return self.table.ends[0] if self.table.bos is None else self.table.bos
+
+    def named(self, texts: Sequence[str]) -> tuple[str, int]:
+        """Return the name of a special token that a text contains, and the number of such texts; ("", 0) if there is none.
+        Pure."""
+        found = [match[0] for text in texts if self.names is not None and (match := self.names.search(text))]
+        return (found[0], len(found)) if found else ("", 0)
+
+    @cached_property
+    def placer(self) -> Callable[[list[str]], list[Placed]]:
+        """A function that encodes several texts, and returns which characters each token holds."""
+        return placer(self.tokenizer, self.special)
+
+    @cached_property
+    def names(self) -> re.Pattern[str] | None:
+        """A pattern of the names of special tokens; None if the tokenizer has none."""
+        found = sorted(special_names(self.tokenizer), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, found))) if found else None
+
+    def _has_bos(self, ids: np.ndarray) -> bool:
+        return self.table.bos is not None and ids[:1].tolist() == [self.table.bos]

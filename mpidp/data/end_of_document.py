@@ -1,0 +1,49 @@
+"""Choose the token that ends a document: the one that the model's files declare, or one of the usual names. Independent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mpidp.data.model_files import optional_object
+from mpidp.errors import DataError
+
+USUAL_EOD = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<EOD>", "[EOS]", "[SEP]")
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|eom_id|>")  # end a turn of a chat
+
+
+def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
+    """Return the id of the end-of-document token. Raises DataError if there is none.
+
+    eod: the token or its id, if it is known. declared: the model's eos_token. It is chosen unless it ends a turn of a chat: the
+    documents that such a model was pretrained on end with another token. Otherwise the first of USUAL_EOD in the vocabulary is.
+    """
+    if isinstance(eod, int) and eod in vocab.values():
+        return eod
+    usual = USUAL_EOD if declared is None or declared in TURN_ENDS else (declared, *USUAL_EOD)
+    for name in usual if eod is None else (str(eod),):
+        if name in vocab:
+            return vocab[name]
+    if eod is not None:
+        raise DataError(f"the tokenizer has no token {eod!r}; --eod must be a token of its vocabulary")
+    raise DataError(f"the tokenizer has none of the usual end-of-document tokens ({', '.join(USUAL_EOD)}): pass --eod TOKEN")
+
+
+def eod_of_index(folder: Path) -> int | None:
+    """Return the end-of-document id in FOLDER/index.json, or None."""
+    try:
+        eod = json.loads((folder / "index.json").read_bytes()).get("eod")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return eod if type(eod) is int else None
+
+
+def declared_eos(folder: Path) -> str | None:
+    """Return the eos_token in FOLDER/tokenizer_config.json, else in special_tokens_map.json, or None."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        found = (optional_object(folder / name) or {}).get("eos_token")
+        found = found.get("content") if isinstance(found, dict) else found
+        if isinstance(found, str):
+            return found
+    return None

@@ -1,0 +1,67 @@
+"""The fields of a row: parsed values, and names of fields for messages. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+MAX_NAME = 40  # characters of a name that are shown
+
+
+class RowSkipped(ValueError):  # noqa: N818
+    """Raised for a row that cannot be used. `kind` is the counter of data_tools.counts.Counts to increase."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def field_of(fields: Mapping[str, Any], key: str, kind: type) -> Any:
+    """Return the value of a field, which may be a JSON string; None if it is absent. Raises RowSkipped if it has another type."""
+    value = fields.get(key) if fields.get(key) != "" else None
+    value = parsed_field(key, value) if isinstance(value, str) else value
+    if value is not None and not isinstance(value, kind):
+        raise RowSkipped("malformed", f"`{key}` is {describe(value)}, not {describe(kind())}")
+    return value
+
+
+def objects_of(fields: Mapping[str, Any], key: str) -> list[Any] | None:
+    """Return a field that is a list of objects; None if it is absent. The list, or each object, may be a JSON string. Raises
+    RowSkipped if the field is something else."""
+    found: list[Any] | None = field_of(fields, key, list)
+    found = found and [parsed_field(key, one) if isinstance(one, str) else one for one in found]
+    if not all(isinstance(one, dict) for one in found or []):
+        raise RowSkipped("malformed", f"`{key}` is not a list of objects")
+    return found
+
+
+def parsed_field(key: str, text: str) -> Any:
+    """Return the JSON value of a string. key: the name of the field. Raises RowSkipped if the string is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowSkipped("malformed", f"`{key}` is a string that is not JSON") from None
+
+
+def describe(value: Any) -> str:
+    """Return a noun for the type of a JSON value. Pure."""
+    nouns = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return nouns.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+
+
+def keys_of(names: Iterable[str], shown: int = 12) -> str:
+    """Return names of fields for a message. Pure."""
+    found = [shown_name(name) for name in names]
+    return ", ".join(found[:shown]) + (", ..." if found[shown:] else "") or "none"
+
+
+def any_of(names: Collection[str]) -> str:
+    """Return a text for a message that one of these fields is needed. Pure."""
+    return " or ".join(f"`{name}`" for name in names)
+
+
+def shown_name(name: str) -> str:
+    """Return a name of a field for a message: short, without control characters. Pure."""
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:MAX_NAME])
+    return printable if len(name) <= MAX_NAME else f"{printable}..."
