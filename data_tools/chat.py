@@ -1,4 +1,4 @@
-"""Locate the assistant's turns in the text of a chat, and find the chat template. Pure, apart from reading files.
+"""Locate the assistant's turns in the text of a chat. Pure.
 
 Three rules locate a turn; the first that applies is used.
 
@@ -15,19 +15,13 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from data_tools.messages import Chat
 from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
-from mpidp.data.model_files import read_template
 from mpidp.data.row_fields import RowSkipped
-from mpidp.data.special_tokens import SpecialTokens
-from mpidp.errors import UsageError
-from mpidp.runtime.log import log
 
 Spans = list[tuple[int, int]]  # characters [start, stop) of a text
 
@@ -136,27 +130,3 @@ def marked(text: str) -> tuple[str, Spans]:
         else:
             plain += part
     return plain, spans
-
-
-def find_template(file: str | None, tokenizer: str, table: SpecialTokens, args: Mapping[str, Any]) -> Template:
-    """Return the chat template: `file` (--chat-template) if given, else the template in the tokenizer's table.
-
-    args: variables of the template (--template-arg). Logs a warning if the template uses special tokens that are not defined.
-    Raises UsageError if there is no template, and DataError if the template is invalid. Independent.
-    """
-    text = read_template(Path(file)) if file else table.template
-    if text is None:
-        exists = Path(tokenizer).exists()
-        where = f"there is none in the folder of {tokenizer}" if exists else f"the tokenizer {tokenizer} has none"
-        raise UsageError(
-            f"--format chat needs a chat template, and {where} (chat_template.jinja, or `chat_template` in "
-            "tokenizer_config.json): give --chat-template FILE"
-        )
-    stamp = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = float(stamp) if stamp.isdigit() else time.time()
-    template = Template(text, table.names, moment, {**table.template_args, **args}, None if file else table.tool_template)
-    template.check()
-    if missing := template.undefined_names():
-        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
-                    "the template writes no text there")
-    return template

@@ -43,10 +43,6 @@ class RawWriter:
         _write(self._ids, ids.astype(self._dtype))
         self.tokens += len(ids)
 
-    def end_document(self, eod: int) -> None:
-        """End the current document with the end-of-document token."""
-        self.end_document_with(np.array([eod]))
-
     def end_document_with(self, ids: np.ndarray) -> None:
         """Append the last ids of a document and end it. No end-of-document token is added."""
         self.add(ids)

@@ -17,33 +17,46 @@ from mpidp.runtime.options import add_out
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The options of the command line or of prepare(). `split` is never empty."""
+    """The options of the command line or of prepare()."""
 
     sources: list[Source]
     tokenizer: str = "byte"
     shards: int = 4
-    val_fraction: float = 0.05
-    seed: int = 0
-    split: str = "text"
-    bad_utf8: str = "replace"
-    strict: bool = False
-    form: str = "text"  # --format
-    seq_len: int = 0  # window length in tokens; 0: documents are not packed
-    truncate: bool = False
-    tokens: int = 0  # of the mixture; 0: no limit
-    repeat: bool = False
+    val_fraction: float = 0.05  # the share of the stream or of the documents that becomes validation
+    form: str = "text"  # --format: "text", or rows with a loss mask (rows.py): "prompt_completion" or "chat"
+    text_key: str = "text"  # the field of a row that is a document
+    chat_template: str | None = None  # a file; None: the template of the tokenizer
+    template_arg: Sequence[str] = ()  # KEY=VALUE
+    seq_len: int = 0  # of rows: the window length in tokens; no row crosses a multiple of it
+    truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
+    tokens: int = 0  # of the mixture; 0: stop when a source is exhausted
+    repeat: bool = False  # whether an exhausted source starts over
+    split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": text, for rows document
+    seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
+    bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
+    strict: bool = False  # whether a bad row raises DataError instead of being skipped
     bos: str = "auto"  # "auto" or "none"; with "none", documents and rows begin without BOS
     special: str = ""  # "text" or "tokens"; "": text for documents, and the tokenizer's default for rows
-    text_key: str = "text"
+    eod: str | None = None  # the end-of-document token of a tokenizer.json; None: one of the usual names
+
+    @property
+    def rows(self) -> bool:
+        """True if the sources hold rows with a loss mask."""
+        return self.form != "text"
+
+    @property
+    def by_document(self) -> bool:
+        """True if whole documents become validation."""
+        return self.split == "document" or (self.rows and not self.split)
 
     @property
     def arranged(self) -> bool:
         """True if documents are reordered relative to the files."""
-        return self.form != "text" or len(self.sources) > 1 or self.tokens > 0
+        return self.rows or len(self.sources) > 1 or self.tokens > 0
 
     def tokens_of(self, split: str) -> int:
         """Return the token limit of a split: its part of --tokens. 0 means no limit."""
-        val = round(self.tokens * self.val_fraction) if self.split == "document" else 0
+        val = round(self.tokens * self.val_fraction) if self.by_document else 0
         return max(1, val if split == "val" else self.tokens - val) if self.tokens else 0
 
 
@@ -61,14 +74,14 @@ def template_args(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def check_options(options: PrepareOptions, chat_template: str | None = None, template_arg: Sequence[str] = ()) -> None:
+def check_options(options: PrepareOptions) -> None:
     """Raise UsageError for invalid options, before any input is read. Independent."""
-    rows = options.form != "text"
+    rows = options.rows
     if options.shards < 1:
         raise UsageError(f"--shards {options.shards} must be at least 1")
     if not 0 <= options.val_fraction < 1:
         raise UsageError(f"--val-fraction {options.val_fraction} must be in [0, 1)")
-    if options.split not in ("text", "document"):
+    if options.split not in ("", "text", "document"):
         raise UsageError(f"--split {options.split} must be text or document")
     if options.bad_utf8 not in ("replace", "skip"):
         raise UsageError(f"--bad-utf8 {options.bad_utf8} must be replace or skip")
@@ -82,8 +95,8 @@ def check_options(options: PrepareOptions, chat_template: str | None = None, tem
         raise UsageError("--seq-len and --truncate apply to --format prompt_completion and chat only: plain text is not packed")
     if rows and options.text_key != "text":
         raise UsageError("--text-key applies to --format text only: rows have fixed fields")
-    if (chat_template or template_arg) and options.form != "chat":
-        raise UsageError(f"{'--chat-template' if chat_template else '--template-arg'} applies to --format chat only")
+    if (options.chat_template or options.template_arg) and options.form != "chat":
+        raise UsageError(f"{'--chat-template' if options.chat_template else '--template-arg'} applies to --format chat only")
     if options.bos not in ("auto", "none"):
         raise UsageError(f"--bos {options.bos} must be auto or none")
     if options.special not in ("", "text", "tokens"):

@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.chat import find_template
 from data_tools.counts import Counts
 from data_tools.cut import Raw, ShardPlan, Stream, Tokens, cut_shard, plan_shards
 from data_tools.encode import Routing, encode_rows, encode_text
 from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
-from data_tools.options import PrepareOptions, add_options, check_options, template_args
+from data_tools.options import PrepareOptions, add_options, check_options
 from data_tools.out_folder import OutFolder
 from data_tools.rows import RowReader
 from data_tools.sources import SourceReader
-from data_tools.special_table import completed_table, table_of
+from data_tools.special_table import completed_table, find_template, table_of
 from data_tools.team import Team
 from data_tools.vocabulary import Corpus, make_tokenizer
 from mpidp.data.chat_template import Template
@@ -46,35 +45,23 @@ Found = tuple[list[SourceFile], dict[str, Any], list[str]]  # see find_files
 
 def prepare(
     source: str | Sequence[str] = "stdlib", tokenizer: str = "byte", out: str | Path = "shards/stdlib", shards: int = 4,
-    val_fraction: float = 0.05, seed: int = 0, split: str = "", bad_utf8: str = "replace", strict: bool = False,
-    eod: str | None = None, comm: MPI.Intracomm | None = None, verbose: bool = True, form: str = "text",
-    chat_template: str | None = None, seq_len: int = 0, truncate: bool = False, tokens: int = 0, repeat: bool = False,
-    text_key: str = "text", bos: str = "auto", special: str = "", template_arg: Sequence[str] = (), wait: bool = False,
+    val_fraction: float = 0.05, *, comm: MPI.Intracomm | None = None, verbose: bool = True, wait: bool = False, **others: Any,
 ) -> Index:
     """Prepare shards from a source; return their index on every rank. Collective over comm (None: a single process).
 
-    source: a path, or several PATH:WEIGHT for a mixture. tokens: total size of the mixture (0: stop when a source is exhausted).
-    repeat: an exhausted source starts over. form: "text", "prompt_completion" or "chat"; the last two are rows with a loss mask
-    (rows.py), packed so that none crosses a multiple of seq_len tokens. split: what becomes validation. "text": the last
-    val_fraction of the stream. "document": whole documents, chosen by a hash of seed, file name and index in the file; the seed
-    has no other use. Rows are always split by document. eod: the end-of-document token of the tokenizer.json. bos: "auto" puts
-    BOS before documents and rows if the tokenizer adds it to texts. special: what names of special tokens in texts become, "text"
-    or "tokens". verbose: print a summary on rank 0. wait: if another process prepares OUT, wait and use its shards. Raises
-    UsageError if an option is invalid, OUT is in use or cannot be written, and DataError if a source cannot be read. OUT is then
-    unchanged.
+    source: a path, or several PATH:WEIGHT for a mixture. others: the other fields of PrepareOptions. verbose: print a summary on
+    rank 0. wait: if another process prepares OUT, wait and use its shards. Raises UsageError if an option is invalid, OUT is in
+    use or cannot be written, and DataError if a source cannot be read. OUT is then unchanged.
     """
     began, team, folder = time.monotonic(), Team(comm), OutFolder(Path(out))
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None
     with team.raise_together():
-        options = PrepareOptions(
-            parse_sources(source), tokenizer, shards, val_fraction, seed, split or ("text" if form == "text" else "document"),
-            bad_utf8, strict, form, seq_len, truncate, tokens, repeat, bos, special, text_key,
-        )
-        check_options(options, chat_template, template_arg)
+        options = PrepareOptions(parse_sources(source), tokenizer, shards, val_fraction, **others)
+        check_options(options)
         if team.rank == 0:
             folder.names()
-            table = table_of(tokenizer, eod)
-            template = find_template(chat_template, tokenizer, table, template_args(template_arg)) if form == "chat" else None
+            table = table_of(tokenizer, options.eod)
+            template = find_template(options, table) if options.form == "chat" else None
             found = [find_files(one.path, leave_out=folder.path) for one in options.sources], table, template
             found = found if folder.open(wait) else None
     received = team.bcast(found)
@@ -86,11 +73,10 @@ def prepare(
     try:
         own_files = [_files_of_rank(files, team.rank, team.size) for files, _, _ in corpora]
         readers = [_reader(options, template, about["kind"] == "file") for _, about, _ in corpora]
-        made = make_tokenizer(
-            tokenizer, eod, [Corpus(c[0], own, reader) for c, own, reader in zip(corpora, own_files, readers, strict=True)], team
-        )
+        texts = [Corpus(files, own, reader) for (files, _, _), own, reader in zip(corpora, own_files, readers, strict=True)]
+        made = make_tokenizer(tokenizer, options.eod, texts, team)
         table = completed_table(table, made, template, options)
-        encoder = Encoder(made, table, options.special or ("text" if form == "text" else table.special))
+        encoder = Encoder(made, table, options.special or (table.special if options.rows else "text"))
         with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, folder.scratch, team.rank) for s, files in enumerate(own_files)
@@ -108,7 +94,7 @@ def prepare(
 
 
 def _reader(options: PrepareOptions, template: Template | None, alone: bool) -> SourceReader:
-    if options.form == "text":
+    if not options.rows:
         return SourceReader(options.bad_utf8, options.strict, alone, text_key=options.text_key)
     return RowReader(options.bad_utf8, options.strict, alone, template=template)
 
@@ -118,7 +104,7 @@ def _encode(
     rank: int,
 ) -> dict[str, Raw]:
     """Encode a rank's files of one source into raw files, one per stream."""
-    routing = Routing(scratch, source, rank, options.val_fraction if options.split == "document" else 0.0, options.seed)
+    routing = Routing(scratch, source, rank, options.val_fraction if options.by_document else 0.0, options.seed)
     if isinstance(reader, RowReader):
         return encode_rows(files, reader, encoder, routing, options.seq_len, options.truncate)
     return encode_text(files, reader, encoder, routing)
@@ -156,13 +142,13 @@ def _write(
     for of_rank in team.allgather(written):
         by_number |= of_rank
     files, learned = [by_number[i][0] for i in range(len(plans))], sum(count for _, count in by_number.values())
-    rows, splits = options.form != "text", {}
+    splits = {}
     for split in dict.fromkeys(plan.split for plan in plans):
         of_split = [f for f in files if f.split == split]
         splits[split] = SplitRecord(sum(f.tokens for f in of_split), sum(f.documents for f in of_split),
-                                    sum(f.text_bytes for f in of_split), loss_mask=rows)
+                                    sum(f.text_bytes for f in of_split), loss_mask=options.rows)
     about = {"kind": "mixture", "sources": [a | one for a, one in zip(abouts, mixture, strict=True)]} if mixture else abouts[0]
-    about = about | ({"format": options.form, "learned_tokens": learned} if rows else {}) | counts.left_out()
+    about = about | ({"format": options.form, "learned_tokens": learned} if options.rows else {}) | counts.left_out()
     index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len,
                   special_tokens_sha256=hashlib.sha256(special.encode()).hexdigest() if special else "")
     with team.raise_together():

@@ -1,17 +1,22 @@
-"""Make the table of special tokens of the shards from --tokenizer, the chat template and other options."""
+"""Make the table of special tokens and find the chat template of the shards, from --tokenizer and other options."""
 
 from __future__ import annotations
 
+import os
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from data_tools.options import PrepareOptions
+from data_tools.options import PrepareOptions, template_args
 from data_tools.vocabulary import given_tokenizer
 from mpidp.data.chat_template import Template, TemplateRejection
+from mpidp.data.model_files import read_template
 from mpidp.data.places import placer
 from mpidp.data.special_tokens import SpecialTokens, special_tokens_of, with_template
 from mpidp.data.tokenizer import Tokenizer
+from mpidp.errors import UsageError
+from mpidp.runtime.log import log
 
 
 def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
@@ -22,6 +27,32 @@ def table_of(tokenizer: str, eod: str | None) -> SpecialTokens:
         return SpecialTokens(None, ())
     path = Path(tokenizer)
     return special_tokens_of(path if path.is_dir() else path.parent, given)
+
+
+def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
+    """Return the chat template: --chat-template if given, else the template in the tokenizer's table.
+
+    Logs a warning if the template uses special tokens that are not defined. Raises UsageError if there is no template, and
+    DataError if the template is invalid. Independent.
+    """
+    file, tokenizer = options.chat_template, options.tokenizer
+    args = {**table.template_args, **template_args(options.template_arg)}
+    text = read_template(Path(file)) if file else table.template
+    if text is None:
+        exists = Path(tokenizer).exists()
+        where = f"there is none in the folder of {tokenizer}" if exists else f"the tokenizer {tokenizer} has none"
+        raise UsageError(
+            f"--format chat needs a chat template, and {where} (chat_template.jinja, or `chat_template` in "
+            "tokenizer_config.json): give --chat-template FILE"
+        )
+    stamp = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = float(stamp) if stamp.isdigit() else time.time()
+    template = Template(text, table.names, moment, args, None if file else table.tool_template)
+    template.check()
+    if missing := template.undefined_names():
+        log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
+                    "the template writes no text there")
+    return template
 
 
 def completed_table(table: SpecialTokens, made: Tokenizer, template: Template | None, options: PrepareOptions) -> SpecialTokens:

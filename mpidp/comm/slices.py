@@ -12,7 +12,8 @@ ALIGN = 64  # elements; every parameter and slice begins at a multiple of ALIGN,
 NORM_BLOCK = 1 << 12  # elements; the gradient norm is summed over blocks of this size, in order
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `number`. Pure."""
     return -(-number // multiple) * multiple
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpidp.data.loader import Batch, MicroBatch
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
-from mpidp.parallel.evaluation import _num_pairs, _windows
+from mpidp.parallel.evaluation import num_pairs, windows_of
 from mpidp.parallel.pipeline import BACKWARD, FORWARD, Stages
 from mpidp.parallel.schedule import Forward, Instruction
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
@@ -182,7 +182,7 @@ class Engine:
             mask = stream.read_mask(starts[i], length + 1)
             begins = stream.read_starts(starts[i], length + 1) if stream.apart else None
             tokens = read.astype(np.int64)
-            for places in _windows(length, seq_len):
+            for places in windows_of(length, seq_len):
                 counted, begun = (None if one is None else one[places] for one in (mask, begins))
                 mb = MicroBatch.of(i % 1000, tokens[places], counted, begun).to(self.device)
                 found = [self._forward_stage(mb, None, chunk) for chunk in range(self.stages.chunks if self.stages else 1)][-1]
@@ -191,7 +191,7 @@ class Engine:
                     counts[i] += mb.num_tokens
         if self.stages is not None:
             self.stages.drain([])
-        forwards = [_num_pairs(min(span, targets - at), seq_len) for at in starts]
+        forwards = [num_pairs(min(span, targets - at), seq_len) for at in starts]
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
         self.fill(max(of_ranks) - of_ranks[among.rank])
         self.observers.enter("evaluate_wait")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from mpidp.comm.slices import ALIGN, NORM_BLOCK, _round_up
+from mpidp.comm.slices import ALIGN, NORM_BLOCK, round_up
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class FlatLayout:
         offset, unit = 0, ""
         for name, p in self.parameters:
             if unit_of(name) != unit:
-                offset, unit = _round_up(offset, NORM_BLOCK), unit_of(name)
+                offset, unit = round_up(offset, NORM_BLOCK), unit_of(name)
             self.offsets.append(offset)
-            offset += _round_up(p.numel(), ALIGN)
-        self.num_elements = _round_up(offset, NORM_BLOCK)
+            offset += round_up(p.numel(), ALIGN)
+        self.num_elements = round_up(offset, NORM_BLOCK)
 
     def placed(self) -> list[tuple[int, str, torch.nn.Parameter]]:
         """Return (offset, name, parameter) in flat order."""

@@ -90,9 +90,6 @@ def held_buffers(config: Config) -> int:
     return 2 * (1 + (config.comm.momentum > 0)) if config.comm.compress != "none" else 0
 
 
-STATE = ("12 bytes per parameter, or once per node", "a part of it, by mesh.shard")  # optimizer state: whole, sharded
-
-
 def held_floats(config: Config, slots: int, size: int) -> float:
     """Return the number of float32 values that a rank holds between steps for each parameter: the parameter, two moments and the
     gradient buffers. slots: number of gradient buffers. size: number of replicas. Pure."""

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.arrange import pack
-from data_tools.chat import find_template
+from data_tools.options import PrepareOptions
 from data_tools.prepare import prepare
-from data_tools.special_table import table_of
+from data_tools.special_table import find_template, table_of
 from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.lanes import Lanes
 from mpidp.data.loader import IGNORED, Loader
@@ -142,13 +142,14 @@ def test_a_template_s_special_tokens_are_single_ids(tmp_path: Path, eod: str, le
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
     tokenizer = hugging_face(tmp_path / "a", "<|im_end|>", several)
-    found = find_template(None, tokenizer, table_of(tokenizer, None), {})
+    found = find_template(PrepareOptions([], tokenizer), table_of(tokenizer, None))
     assert found.text == "yes" and found.names == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
     (tmp_path / "a/chat_template.jinja").write_text("nearer{{ bos_token }}")
-    found = find_template(None, tokenizer, table_of(str(tmp_path / "a"), None), {})
+    found = find_template(PrepareOptions([], tokenizer), table_of(str(tmp_path / "a"), None))
     assert found.render([{"role": "user", "content": ""}]) == "nearer<s>"
     (tmp_path / "mine.jinja").write_text("mine")
-    assert find_template(str(tmp_path / "mine.jinja"), tokenizer, table_of(tokenizer, None), {}).text == "mine"
+    given = PrepareOptions([], tokenizer, chat_template=str(tmp_path / "mine.jinja"))
+    assert find_template(given, table_of(tokenizer, None)).text == "mine"
 
 
 @pytest.mark.parametrize("tokenizer", [
