@@ -38,7 +38,7 @@ def grow(loaded: Loaded, prompts: list[list[int]], tokens: int) -> tuple[float, 
     """Return (wall seconds, CPU seconds, token ids of each prompt with its continuation)."""
     rows = [DecodedText(loaded.model, ids, tokens, seed_of(0, i), lambda token: False) for i, ids in enumerate(prompts)]
     began, busy = time.perf_counter(), time.process_time()
-    decode(loaded, rows, Sampling(), eod=-1)
+    decode(loaded, rows, Sampling(), ends=())
     return time.perf_counter() - began, time.process_time() - busy, [row.ids for row in rows]
 
 
