@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 MAX_SHOWN = 5  # locations listed for each kind of bad input
 
@@ -22,6 +22,7 @@ class Counts:
     long: int = 0  # rows longer than a window, skipped or truncated
     unused: int = 0  # rows with keys that neither prepare nor the chat template uses
     special: int = 0  # documents and rows that name a special token, such as <|im_start|>
+    quoted: int = 0  # chats with tool calls whose arguments are JSON text that the template writes as a string
     doubtful: int = 0  # files read as plain text that may have been meant as rows
     problems: dict[str, list[str]] = field(default_factory=dict)
 
@@ -43,6 +44,8 @@ class Counts:
                  "bad_utf8": "documents with invalid UTF-8", "malformed": "malformed lines or rows skipped",
                  "unused": "rows with keys that are not used",
                  "special": "documents or rows that name a special token",
+                 "quoted": "rows with JSON text as `arguments` of a tool call, which the chat template writes as a quoted "
+                           "string (write `arguments` as an object to avoid the quotes)",
                  "long": "rows longer than a window, skipped (or truncated with --truncate)",
                  "doubtful": "files with JSON or a table, read as plain text"}
         lines = []
@@ -65,6 +68,11 @@ class Counts:
         """Return the complaints as further lines of an error message."""
         return "".join(f"\n  {line}" for line in self.complaints())
 
+    @staticmethod
+    def problem_kinds() -> list[str]:
+        """Return the names of the counted problems."""
+        return [one.name for one in fields(Counts) if one.name not in ("files", "documents", "problems")]
+
     @classmethod
     def total(cls, of_ranks: Iterable[Iterable[Counts]]) -> Counts:
         """Return the sum of the counts of all readers of all ranks."""
@@ -76,7 +84,7 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Add the counts and locations of another reader."""
-        for key in ("files", "documents", "empty", "binary", "bad_utf8", "malformed", "long", "doubtful", "unused", "special"):
+        for key in ("files", "documents", *self.problem_kinds()):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for kind, places in other.problems.items():
             self.problems[kind] = (self.problems.get(kind, []) + places)[:MAX_SHOWN]

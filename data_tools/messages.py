@@ -34,6 +34,18 @@ class Chat:
         """Return the contents of all messages, without the template."""
         return "\n".join(text for message in self.messages for text in _strings(message.get("content")))
 
+    def json_arguments(self) -> list[str]:
+        """Return the `arguments` of tool calls that are JSON text of an object, as in OpenAI's interface, not objects."""
+        found = []
+        for message in self.messages:
+            calls = message.get("tool_calls")
+            for call in calls if isinstance(calls, list) else []:
+                call = call.get("function") or call if isinstance(call, dict) else {}
+                arguments = call.get("arguments") if isinstance(call, dict) else None
+                if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+                    found.append(arguments)
+        return found
+
 
 def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     """Return the chat of a row. Raises RowSkipped, with the reason, if the row is not a chat with an assistant's turn. Pure."""

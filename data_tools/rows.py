@@ -5,6 +5,7 @@ The loss is on the completion or on the assistant's turns. The rest of a row is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,10 +86,17 @@ class RowReader(SourceReader):
 
     def _conversation(self, place: str, value: dict[str, Any], template: Template) -> TrainingRow:
         chat = chat_of(value, template)
-        text, spans = render(template, chat)
+        arguments = chat.json_arguments()
+        try:
+            text, spans = render(template, chat)
+        except TemplateRejection as rejection:
+            advice = "; `arguments` of a tool call is JSON text: write it as an object" if arguments else ""
+            raise RowSkipped("malformed", f"{rejection}{advice}") from None
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
         self._note_unused(place, chat.unused)
+        if any(json.dumps(one, ensure_ascii=False) in text for one in arguments):
+            self.counts.note("quoted", place)
         return TrainingRow(place, text, spans, chat.said(), chat.learned[-1], not template.of(chat.tools).has_marks)
 
     def _note_unused(self, place: str, keys: Sequence[str]) -> None:

@@ -200,7 +200,7 @@ def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
 
     try:
         ids: list[int] = encoder.prompt(prompt)
-    except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: an unpaired surrogate
+    except DataError as error:
         raise DataError(f"prompt {index + 1}: {error}") from None
     if len(ids) > seq_len:
         raise DataError(f"prompt {index + 1} has {len(ids)} tokens; the model's context is {seq_len} (model.seq_len): shorten it")

@@ -13,6 +13,7 @@ from mpidp.data.long_text import Placed, encode_pieces
 from mpidp.data.places import placer
 from mpidp.data.special_tokens import SpecialTokens, special_names
 from mpidp.data.tokenizer import Tokenizer
+from mpidp.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class Encoder:
         return encode_pieces(pieces, lambda text: self.placer([text])[0])
 
     def ids(self, text: str) -> np.ndarray:
-        """Return the ids of a text of any length, without BOS: (n,) int64. Independent."""
+        """Return the ids of a text of any length, without BOS: (n,) int64. Raises DataError also if half of a surrogate pair is
+        missing. Independent."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the tokenizers library would raise a TypeError that does not name the reason
+            raise DataError(f"the text has half of a surrogate pair, or a byte that is not UTF-8 ({error})") from None
         return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
 
     def begins(self, ids: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ def encode(encoder: Encoder, item: Question, seq_len: int, path: str | Path = "c
             if not 0 < counted <= seq_len:
                 raise DataError(f"choice {place} has {counted} tokens; the model's context is {seq_len} tokens (model.seq_len)")
             found.append(EncodedChoice(whole[-(seq_len + 1) :], counted, len(whole) > seq_len + 1))
-    except (DataError, UnicodeEncodeError) as error:  # UnicodeEncodeError: the text has an unpaired surrogate
+    except DataError as error:
         raise DataError(f"{path}, {item.unit} {item.line}: {error}") from None
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from mpidp.data.encoder import Encoder
 from mpidp.data.special_tokens import SpecialTokens, special_tokens_of
+from mpidp.data.tokenizer import ByteTokenizer, Tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import evaluate, evaluate_choices, evaluate_text
 from mpidp.evaluate import read_options as evaluate_options
@@ -187,6 +189,17 @@ def test_a_text_begins_as_the_training_data_did(bos: int | None) -> None:
     assert encoder.prompt("") == [begin] == encoder.document("").tolist()
     if bos is not None:  # a text that begins with BOS gets no second one
         assert encoder.prompt("<s>hello")[:2].count(bos) == 1 and encoder.document("<s>hello").tolist().count(bos) == 1
+
+
+@pytest.mark.parametrize("special", ["text", "tokens"])
+@pytest.mark.parametrize("make", [ByteTokenizer, byte_level, sentencepiece])
+def test_half_of_a_surrogate_pair_is_an_error(make: Callable[[], Tokenizer], special: str) -> None:
+    tokenizer = make()
+    encoder = Encoder(tokenizer, SpecialTokens(None, (tokenizer.eod,)), special)
+    for encode in (encoder.ids, encoder.document, encoder.prompt):
+        for text in ("hello \ud83d", "\udcff"):  # of JSON; of a command line with a byte that is not UTF-8
+            with pytest.raises(DataError, match="half of a surrogate pair.*position"):
+                encode(text)
 
 
 def test_texts_that_name_special_tokens_are_counted() -> None:
