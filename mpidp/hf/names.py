@@ -59,6 +59,8 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     fits = any(one in ARCHITECTURES for one in named) if isinstance(named, list) and named else kind in MODEL_TYPES
     if not fits:
         raise problem(f"architectures={short(named)}, model_type={short(kind)}: only {' and '.join(ARCHITECTURES)} are supported")
+    if config.get("hidden_act") == "swish":  # another name of silu
+        config = {**config, "hidden_act": "silu"}
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise problem(f"{key}={short(config[key])} is not supported: mpidp's Transformer has only {key}={value!r}")
