@@ -37,7 +37,7 @@ def parse_sources(specs: str | Sequence[str]) -> list[Source]:
             raise UsageError(f"--source {spec}: the weight must be a number above 0")
     if len({path for path, _ in found}) < len(found):
         raise UsageError(f"--source {' --source '.join(specs)} names a source twice; name it once with the sum of its weights")
-    return [Source(path, weight / sum(weights)) for (path, _), weight in zip(found, weights, strict=True)]
+    return [Source(path, weight / math.fsum(weights)) for (path, _), weight in zip(found, weights, strict=True)]
 
 
 def _parse(word: str) -> tuple[str, float | None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,6 +31,14 @@ def squares_of_blocks(flat: torch.Tensor) -> torch.Tensor:
     The bits depend neither on the number of threads nor on which blocks are computed in one call. Independent."""
     rows = torch.linalg.vector_norm(flat.view(-1, 256), dim=1)  # short rows: torch splits a single long row over threads
     return rows.double().square().view(-1, NORM_BLOCK // 256).sum(1)
+
+
+def sum_in_order(values: Iterable[float]) -> float:
+    """Return the float64 sum of the values, added one after the other. Pure.
+
+    The built-in sum() does so up to Python 3.11. Later versions correct the rounding errors, so the bits differ.
+    """
+    return functools.reduce(operator.add, values, 0.0)
 
 
 def norm_of_squares(squares: Tensor) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.comm.slices import sum_in_order
 from mpidp.data.loader import Batch, MicroBatch
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
@@ -204,7 +205,7 @@ class Engine:
                 f"{stream.path}: the loss mask excludes all of the first {targets:,} targets of split {stream.split!r}; "
                 "evaluate on more tokens (train.eval_tokens), or prepare the data again"
             )
-        return float(sum(sums.tolist())) / counted, counted
+        return sum_in_order(sums.tolist()) / counted, counted
 
 
 def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:

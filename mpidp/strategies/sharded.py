@@ -26,6 +26,7 @@ from torch import Tensor
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import bytes_by_use, load_boxes, reshard_all, shard_of
 from mpidp.comm.group import Group
+from mpidp.comm.slices import sum_in_order
 from mpidp.errors import UsageError
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
@@ -173,11 +174,11 @@ class Sharded:
     def _norm(self, gradients: list[Tensor]) -> float:
         here = self._parts.counts if self._parts else lambda name: True
         known = [one for (name, _), one in zip(self.named, gradients, strict=True) if one.numel() and here(name)]
-        mine = sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in known)
+        mine = sum_in_order(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in known)
         rows = np.zeros(self.compute_comm.size)
         rows[self.compute_comm.rank] = mine
         self.group.wait(self.compute_comm.Iallgather(MPI.IN_PLACE, rows))
-        squares = sum(rows.tolist())
+        squares = sum_in_order(rows.tolist())
         return self._parts.grid.norm([torch.tensor([squares], dtype=torch.float64)]) if self._parts else math.sqrt(squares)
 
     def drain(self) -> None:

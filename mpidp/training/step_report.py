@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from mpidp.comm.slices import sum_in_order
 from mpidp.metrics.gradient_noise import Noise, estimate
 from mpidp.parallel.engine import Computed
 from mpidp.training.job import Job
@@ -39,7 +40,7 @@ class StepReport:
     def loss(self) -> float:
         """Mean loss over tokens, in nats. The loss sums of micro-batches are added in their order, so the mean does not depend on
         the number of ranks."""
-        return sum(self.losses.tolist()) / max(1.0, self.tokens)
+        return sum_in_order(self.losses.tolist()) / max(1.0, self.tokens)
 
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+
 import pytest
 
 from tests.faults.commands import Shell
@@ -44,21 +47,28 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture
+def short() -> Iterator[str]:
+    """A temporary folder with a short name: multiprocessing makes sockets in it, whose paths have at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="w", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_of_a_rank_do_not_start_mpi(either: Shell, method: str) -> None:
+def test_workers_of_a_rank_do_not_start_mpi(either: Shell, short: str, method: str) -> None:
     (either.folder / "program.py").write_text(PROGRAM)
-    ended = either.run("program.py", method, ranks=2)
+    ended = either.run("program.py", method, ranks=2, TMPDIR=short)
     said = "" if method == "fork" else "MPI is not initialized in this process"[:37]
     assert ended.code == 0 and ended.out.splitlines() == [f"{method} 240 {said}"] * 2, ended
 
 
-def test_a_forkserver_that_imports_mpidp_before_the_program(either: Shell) -> None:
+def test_a_forkserver_that_imports_mpidp_before_the_program(either: Shell, short: str) -> None:
     (either.folder / "program.py").write_text(PRELOADED)
-    ended = either.run("program.py", ranks=2)
+    ended = either.run("program.py", ranks=2, TMPDIR=short)
     assert ended.code == 0 and ended.out.split() == ["[3]", "[3]"], ended
 
 
-def test_without_a_launcher_a_worker_may_use_mpi(either: Shell) -> None:
+def test_without_a_launcher_a_worker_may_use_mpi(either: Shell, short: str) -> None:
     (either.folder / "program.py").write_text(PROGRAM)
-    ended = either.run("program.py", "spawn")
+    ended = either.run("program.py", "spawn", TMPDIR=short)
     assert ended.code == 0 and ended.out.splitlines() == ["spawn 120 1"], ended

@@ -48,7 +48,7 @@ REFUSED = {
     '{"step": 1, "any": ' + "[" * 100_000: "nested too deeply",
     '{"step": 1, "any": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}": f"nested more than {MAX_DEPTH} deep",
     '{"step": 1' + "0" * 5000 + "}": "integer string conversion",
-    '{"step": 1,}': "Expecting property name",
+    '{"step": 1,}': "Expecting property name|Illegal trailing comma",
     "": "Expecting value",
 }
 
