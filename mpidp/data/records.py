@@ -115,19 +115,22 @@ def _array(file: TextFile) -> Iterator[Found]:
 
 
 def _table(file: TextFile) -> Iterator[Found]:
-    before = csv.field_size_limit(MAX_ROW_BYTES)
+    before, line = csv.field_size_limit(MAX_ROW_BYTES), 0
     try:
         with file.open() as stream, io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as text:
             rows = csv.reader(text, delimiter=file.separator, strict=True)
             names = next(rows, [])
             for number, row in enumerate(rows, 1):
+                line = rows.line_num
                 if row:
                     reason = "" if len(row) == len(names) else f"{len(row)} values, but the header has {len(names)}"
                     cleaned = [decoded(value.encode("utf-8", "surrogateescape")) for value in row]
                     fields = {name: value for name, (value, _) in zip(names, cleaned, strict=False)}
                     yield number, fields, reason, any(bad for _, bad in cleaned)
     except csv.Error as error:
-        raise DataError(f"{file.path} is not a valid table ({error}); correct it, or write one JSON object per line") from None
+        raise DataError(
+            f"{file.path}: the table is not valid after line {line or 1} ({error}); correct it, or write one JSON object per line"
+        ) from None
     finally:
         csv.field_size_limit(before)
 

@@ -270,6 +270,13 @@ def test_a_source_of_a_mixture_without_rows_says_why(tmp_path: Path) -> None:
         prepare([f"{tmp_path}/a.txt:1", f"{tmp_path}/b.jsonl:1"], "byte", tmp_path / "out", 1, 0.0)
 
 
+def test_a_table_that_is_not_valid_is_named_with_the_line_before(tmp_path: Path) -> None:
+    """A program wrote a field with quotation marks inside, without doubling them."""
+    (tmp_path / "a.csv").write_text('name,text\na,"fine"\nb,"x "y" z"\n')
+    with pytest.raises(DataError, match=r"a\.csv: the table is not valid after line 2 \("):
+        prepare(str(tmp_path / "a.csv"), "byte", tmp_path / "out", 1, 0.0)
+
+
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     source, real = tmp_path / "c", tmp_path / "real"
     for folder in (source / "own", real / "deep"):
