@@ -1,11 +1,10 @@
-"""Datasets of tokens that other libraries write are read with the same tokens, documents and masks, and what convert writes can be read
-by these libraries. Each law has the version of the library that tests/programs/requirements.txt names."""
+"""Datasets of tokens that other libraries write are read with the same tokens, documents and masks, and they read what convert
+writes."""
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,8 @@ def test_mds(column: str, compression: str | None, streaming: Any, tmp_path: Pat
         for i, ids in enumerate(DOCUMENTS):
             array = np.array(ids, dtype)
             mask = np.arange(len(ids)) % 3 > 0
-            writer.write({"id": i, "tokens": array.tobytes() if column == "bytes" else array, "text": f"text {i}", "loss_mask": mask.astype("u1")})
+            tokens = array.tobytes() if column == "bytes" else array
+            writer.write({"id": i, "tokens": tokens, "text": f"text {i}", "loss_mask": mask.astype("u1")})
     assert len(list((tmp_path / "d").glob("shard.*"))) > 1
     take("auto", tmp_path / "d", tmp_path / "out")
     assert documents_of(tmp_path / "out", "train") == DOCUMENTS
@@ -67,7 +67,8 @@ def test_mds_of_llm_foundry(streaming: Any, tmp_path: Path) -> None:
     """Rows of one length, cut from a stream; in folders named train and val. Unknown codecs and pickles are refused."""
     stream = [i for ids in DOCUMENTS for i in ids]
     for split, begin in (("train", 0), ("val", 64)):
-        with streaming.MDSWriter(out=str(tmp_path / "d" / split), columns={"tokens": "ndarray:int32:16"}, compression="zstd") as writer:
+        columns = {"tokens": "ndarray:int32:16"}
+        with streaming.MDSWriter(out=str(tmp_path / "d" / split), columns=columns, compression="zstd") as writer:
             for at in range(begin, begin + 64, 16):
                 writer.write({"tokens": np.array(stream[at : at + 16], np.int32)})
     take("mds", tmp_path / "d", tmp_path / "out")
@@ -110,8 +111,8 @@ def objects(index: int) -> Any:
 
 
 @pytest.fixture
-def litdata() -> Iterator[Any]:
-    yield needed("litdata")
+def litdata() -> Any:
+    return needed("litdata")
 
 
 def write_litdata(litdata: Any, make: Any, out: Path, **options: Any) -> None:
@@ -162,7 +163,8 @@ def datatrove(tmp_path: Path, **options: Any) -> Path:
     return tmp_path / "ds"
 
 
-@pytest.mark.parametrize("options", [{"shuffle_documents": False}, {"seed": 1}, {"shuffle_documents": False, "save_loss_metadata": True}])
+@pytest.mark.parametrize("options", [
+    {"shuffle_documents": False}, {"seed": 1}, {"shuffle_documents": False, "save_loss_metadata": True}])
 def test_datatrove(options: dict[str, Any], tmp_path: Path) -> None:
     source, tokenizer = datatrove(tmp_path, **options), byte_level()
     said = from_tokens("auto", source, tmp_path / "out", FromOptions(str(tmp_path / "tokenizer.json"), 2, 0.0))
@@ -190,7 +192,8 @@ def test_datatrove_reads_what_convert_writes(shards: Path, tmp_path: Path) -> No
 def test_hugging_face(kind: str, tmp_path: Path) -> None:
     datasets = needed("datasets")
     labels = [[i if i % 3 else -100 for i in ids] for ids in DOCUMENTS]
-    made = datasets.Dataset.from_dict({"input_ids": DOCUMENTS, "labels": labels, "attention_mask": [[1] * len(ids) for ids in DOCUMENTS]})
+    ones = [[1] * len(ids) for ids in DOCUMENTS]
+    made = datasets.Dataset.from_dict({"input_ids": DOCUMENTS, "labels": labels, "attention_mask": ones})
     if kind == "parquet":
         made.to_parquet(str(tmp_path / "train-00000-of-00001.parquet"))
         made.select(range(5)).to_parquet(str(tmp_path / "validation-00000-of-00001.parquet"))
@@ -199,7 +202,7 @@ def test_hugging_face(kind: str, tmp_path: Path) -> None:
         source = tmp_path / "saved"
         if kind == "DatasetDict":
             made = datasets.DatasetDict(train=made, validation=made.select(range(5)), test=made.select(range(3)))
-        made.save_to_disk(str(source), **({"num_shards": 3} if kind == "Dataset" else {"num_shards": {"train": 3, "validation": 1, "test": 1}}))
+        made.save_to_disk(str(source), num_shards=3 if kind == "Dataset" else {"train": 3, "validation": 1, "test": 1})
     take("auto", source, tmp_path / "out")
     assert documents_of(tmp_path / "out", "train") == DOCUMENTS
     assert mask_of(tmp_path / "out") == [i % 3 > 0 for ids in DOCUMENTS for i in ids]

@@ -206,7 +206,8 @@ def test_datatrove(tmp_path: Path) -> None:
     mask = TokenStream(tmp_path / "out").read_mask(0, 9)
     assert mask is not None and mask.tolist() == [bool(i) for i in [0, 1] * 4 + [1]]
     wrong = [({"ends": [2, 8]}, "must end at the 9 tokens"), ({"ends": [5, 2, 9]}, "must not decrease"),
-             ({"ends": [9], "about": "x|4\n9\n9 T"}, "names 9 tokens of 4 bytes"), ({"ends": [9], "about": "x"}, "names no number"),
+             ({"ends": [9], "about": "x|4\n9\n9 T"}, "names 9 tokens of 4 bytes"),
+             ({"ends": [9], "about": "x"}, "names no number"),
              ({"ends": [9], "loss": b"\1"}, "has 1 bytes, but there are 9 tokens")]
     for changes, why in wrong:
         files(**changes)  # type: ignore[arg-type]
@@ -269,7 +270,8 @@ def test_rows_that_are_no_tokens_are_refused(tmp_path: Path, columns: dict[str, 
 
 
 def mds(
-    folder: Path, encodings: dict[str, str], samples: list[dict[str, bytes]], fixed: dict[str, int] | None = None, packed: str = ""
+    folder: Path, encodings: dict[str, str], samples: list[dict[str, bytes]], fixed: dict[str, int] | None = None,
+    packed: str = "",
 ) -> Path:
     """Write a folder of MDS as its documentation says."""
     folder.mkdir()
@@ -289,7 +291,8 @@ def mds(
         (folder / name).write_bytes(data)
     shard = {
         "column_names": names, "column_encodings": [encodings[n] for n in names], "column_sizes": sizes, "format": "mds",
-        "hashes": [], "compression": packed or None, "raw_data": {"basename": name, "bytes": len(data), "hashes": {}}, "samples": len(made),
+        "hashes": [], "compression": packed or None, "samples": len(made),
+        "raw_data": {"basename": name, "bytes": len(data), "hashes": {}},
         "size_limit": 1 << 26, "version": 2, "zip_data": zipped}
     (folder / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
     return folder
