@@ -34,7 +34,8 @@ class DataSettings:
     """Settings data.*: the training data."""
 
     path: str = setting(
-        "shards/stdlib", "folder with the shards, or s3://bucket/prefix; the default corpus is prepared if it does not exist", "path",
+        "shards/stdlib", "folder with the shards, or s3://bucket/prefix; the default corpus is prepared if it does not exist",
+        "path",
     )
     cache_dir: str = setting("", "folder for ranges of remote shards, on a local disk; empty: in the temporary folder", "path")
     cache_gb: float = setting(10.0, "largest size of this cache on each node", "10^9 bytes", low=0.05)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpidp.data.index import Index, read_index
 from mpidp.data.checksums import checksums, checksums_of
+from mpidp.data.index import Index, read_index
 from mpidp.errors import UsageError
 from mpidp.storage.address import is_remote
 from mpidp.storage.ranges import RemoteArray, RemoteFile, RemoteReader
@@ -130,6 +130,9 @@ class LocalShards:
         return LocalShard(self.path / name)
 
     def expect(self, versions: Mapping[str, Version]) -> None:
+        """See RemoteFolder. Independent."""
+
+    def check_room(self, size: int) -> None:
         """See RemoteFolder. Independent."""
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:

@@ -42,21 +42,26 @@ def credentials_from(protocol: str) -> str:
     return _WHERE.get(protocol, "the environment, as the documentation of the protocol's package describes")
 
 
+def named(name: str, address: str) -> str:
+    """Return how an error names an address: NAME=ADDRESS if it is the value of a setting, without secrets. Pure."""
+    return f"{name}={without_secrets(address)}" if name else without_secrets(address)
+
+
 def address_problems(name: str, path: str) -> Iterator[str]:
-    """Yield what is wrong with an address, without its secrets. name: the setting or option. Pure."""
+    """Yield what is wrong with an address, without its secrets. name: its setting, or an empty text. Pure."""
     found = _ADDRESS.fullmatch(path)
     if found is None:
         return
     protocol, rest = found[1].lower(), found[2]
     host = rest.partition("/")[0]
     if "@" in host or "@" in rest.partition(":")[2]:
-        yield (f"{name}={without_secrets(path)}: an address must not contain a user name or a password, because it is written to "
+        yield (f"{named(name, path)}: an address must not contain a user name or a password, because it is written to "
                f"config.toml and to messages. They are read from {credentials_from(protocol)} (an @ in a path of http is %40)")
     elif "?" in rest or "#" in rest:
-        yield (f"{name}={without_secrets(path)}: an address must not contain ? or #. Signed addresses are not supported; "
+        yield (f"{named(name, path)}: an address must not contain ? or #. Signed addresses are not supported; "
                f"credentials are read from {credentials_from(protocol)}")
     elif not host and protocol not in ("memory", "file"):
-        yield f"{name}={path}: an address needs a {'host' if protocol in ('http', 'https') else 'bucket'}, as in s3://bucket/prefix"
+        yield f"{named(name, path)}: an address needs a {'host' if protocol in ('http', 'https') else 'bucket'}, as in s3://bucket/prefix"
 
 
 def without_secrets(text: str) -> str:

@@ -35,7 +35,7 @@ KEPT_SHARE = 0.9  # after blocks were deleted, at most this share of the bound i
 
 
 def default_folder() -> Path:
-    """Return the folder of the cache if data.cache_dir is empty: in the folder for temporary files, for each user. Independent."""
+    """Return the folder of the cache if data.cache_dir is empty: one for each user in the temporary folder. Independent."""
     return Path(tempfile.gettempdir()) / f"mpidp-cache-{os.getuid()}"
 
 
@@ -140,8 +140,8 @@ class BlockCache:
         (self.folder / "used").write_text(str(used + size))
 
     def _delete_oldest(self, most: int) -> int:
-        """Delete temporary files, and blocks until at most `most` bytes are used. Return the bytes that are used. The caller holds
-        the lock, so every temporary file was left by a process that was killed."""
+        """Delete temporary files, and blocks until at most `most` bytes are used. Return the bytes that are used. The caller
+        holds the lock, so every temporary file was left by a process that was killed."""
         found, used = [], sum(_on_disk(path.stat().st_size) for path in (self.folder / "folders").glob("*/*"))
         for folder in list((self.folder / "blocks").iterdir()):
             for path in list(folder.iterdir()):

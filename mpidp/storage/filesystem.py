@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import IO, Any
 
 from mpidp.errors import UsageError
-from mpidp.storage.address import Address, credentials_from
+from mpidp.storage.address import Address, credentials_from, named
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -24,10 +24,14 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
         extra = "'mpidp[remote]'"
         package = PACKAGES.get(address.protocol, extra)
         needs = f"pip install {package}" if address.protocol not in PACKAGES else f"pip install {extra} {package}"
-        raise UsageError(f"{name}={address}: {address.protocol}:// needs a package that is not installed: {needs}") from None
+        raise UsageError(
+            f"{named(name, address)}: {address.protocol}:// needs a package that is not installed: {needs}"
+        ) from None
     except ValueError as error:
-        raise UsageError(f"{name}={address}: {address.protocol}:// is not a known protocol ({error}); known are s3, gs, az, http "
-                         "and https, and others of fsspec") from None
+        raise UsageError(
+            f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}); known are s3, gs, az, http and "
+            "https, and others of fsspec"
+        ) from None
 
 
 class FilesystemStore:

@@ -10,9 +10,9 @@ from mpidp.storage.store import Store
 from mpidp.storage.web import WebStore
 
 
-def open_store(address: str, name: str = "data.path") -> Store:
+def open_store(address: str, name: str = "") -> Store:
     """Open the folder at an address. Makes no request. Raises UsageError if the address is not valid, or if the package of its
-    protocol is missing. name: the setting or option, for errors. Independent."""
+    protocol is missing. name: the setting, for errors. Independent."""
     for problem in address_problems(name, address):
         raise UsageError(problem)
     found = Address(address)

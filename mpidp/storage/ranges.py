@@ -96,8 +96,8 @@ class RemoteFile:
         return self._cache.read(self.key, number, self._block_size(number), first, last)
 
     def _request(self, numbers: Iterable[int], priority: int) -> dict[int, Future[dict[int, bytes]]]:
-        """Begin to fetch blocks, and return the requests by block. A block that is already being fetched is not fetched again, but
-        its request may become more urgent."""
+        """Begin to fetch blocks, and return the requests by block. A block that is already being fetched is not fetched again,
+        but its request may become more urgent."""
         requests: dict[int, Future[dict[int, bytes]]] = {}
         with self._lock:
             for number in numbers:

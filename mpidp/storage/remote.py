@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from mpidp.errors import DataError
 from mpidp.runtime.files import write_file
+from mpidp.runtime.log import log
 from mpidp.storage.address import Address
 from mpidp.storage.cache import BLOCK, BlockCache, default_folder
 from mpidp.storage.opening import open_store
@@ -77,6 +78,12 @@ class RemoteFolder:
         for name, version in versions.items():
             if self._versions.setdefault(name, version) != version:
                 raise DataError(f"{self.path / name}: it was replaced on the server while this job started; start it again")
+
+    def check_room(self, size: int) -> None:
+        """Log a warning if the cache is smaller than `size`, the bytes that are read ahead at a time on one node."""
+        if size > self.cache.bound:
+            log.warning("warning: data.cache_gb=%.3g is small: the parts of %s that a node reads at a time take %.3g GB, so parts "
+                        "are fetched repeatedly", self.cache.bound / 1e9, self.path, size / 1e9)
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
         """Call on_wait about every second while a failing server is tried again, and after each answer."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mpidp.errors import UsageError
-from mpidp.storage.address import Address, credentials_from
+from mpidp.storage.address import Address, credentials_from, named
 from mpidp.storage.filesystem import FilesystemStore, open_filesystem
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
@@ -35,7 +35,7 @@ class S3Store(FilesystemStore):
         self._system.retries = 1  # retry.py tries again, and says so
         self._bucket, _, self._prefix = self._root.rstrip("/").partition("/")
         if not self._bucket:
-            raise UsageError(f"{name}={address}: the bucket is missing, as in s3://bucket/prefix")
+            raise UsageError(f"{named(name, address)}: the bucket is missing, as in s3://bucket/prefix")
 
     def version(self, name: str) -> Version:
         """See Store. Raises Refused if the bucket is missing. Independent."""
@@ -98,7 +98,7 @@ class S3Store(FilesystemStore):
         if isinstance(cause, ClientError):
             return _of_code(cause.response)
         if isinstance(cause, BotoCoreError) and not isinstance(cause, (ConnectionError, HTTPClientError)):
-            return Refused(f"{cause} Credentials are read from {credentials_from('s3')}".replace("\n", " "))
+            return Refused(f"{str(cause).rstrip('.')}. Credentials are read from {credentials_from('s3')}".replace("\n", " "))
         if isinstance(error, (TypeError, ValueError, AttributeError, LookupError)):
             return Refused(f"{type(error).__name__}: {error}")
         return Unreachable(f"{type(error).__name__}: {error}".rstrip(": "))

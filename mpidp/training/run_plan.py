@@ -208,6 +208,9 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         sampler = Sampler(
             training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
         )
+        if world.rank == 0:
+            ahead = -(-lanes.num_lanes // grid.everyone.num_machines) * sampler.bytes_ahead
+            training.storage.check_room(min(ahead, training.num_tokens * training.token_bytes))
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
     for stream in (training, validation):
         if stream is not None:
