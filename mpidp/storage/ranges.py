@@ -58,7 +58,7 @@ class RemoteFile:
         self.size = version.size
         self._store, self._name, self._version = store, name, version
         self._cache, self._retries, self._fetchers = cache, retries, fetchers
-        self.key = hashlib.sha256(f"{self.address}\n{version.size}\n{version.tag}".encode()).hexdigest()[:40]
+        self.key = hashlib.sha256(f"{self.address}\n{version.size}\n{version.tag}\n{BLOCK}".encode()).hexdigest()[:40]
         self._lock = threading.Lock()
         self._coming: dict[int, Future[dict[int, bytes]]] = {}  # block -> the request that fetches it
         self._groups: dict[Future[dict[int, bytes]], range] = {}  # the blocks of each request

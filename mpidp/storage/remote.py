@@ -80,7 +80,7 @@ class RemoteFolder:
                 raise DataError(f"{self.path / name}: it was replaced on the server while this job started; start it again")
 
     def check_room(self, size: int) -> None:
-        """Log a warning if the cache is smaller than `size`, the bytes that are read ahead at a time on one node."""
+        """Log a warning if the cache is smaller than `size`, the bytes that a node reads ahead at a time."""
         if size > self.cache.bound:
             log.warning("warning: data.cache_gb=%.3g is small: the parts of %s that a node reads at a time take %.3g GB, so parts "
                         "are fetched repeatedly", self.cache.bound / 1e9, self.path, size / 1e9)
