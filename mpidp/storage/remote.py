@@ -82,8 +82,8 @@ class RemoteFolder:
     def check_room(self, size: int) -> None:
         """Log a warning if the cache is smaller than `size`, the bytes that a node reads ahead at a time."""
         if size > self.cache.bound:
-            log.warning("warning: data.cache_gb=%.3g is small: the parts of %s that a node reads at a time take %.3g GB, so parts "
-                        "are fetched repeatedly", self.cache.bound / 1e9, self.path, size / 1e9)
+            log.warning("warning: data.cache_gb=%.3g is small: a node reads %.3g GB of %s at a time, so ranges are fetched "
+                        "repeatedly", self.cache.bound / 1e9, size / 1e9, self.path)
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
         """Call on_wait about every second while a failing server is tried again, and after each answer."""

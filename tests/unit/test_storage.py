@@ -266,7 +266,7 @@ def test_groups_are_consecutive_and_bounded() -> None:
     "https://host/p?X-Amz-Signature=HUSH", "https://host/p#HUSH", "S3://HUSH:HUSH@bucket",
 ])
 def test_credentials_in_addresses_are_refused_and_not_shown(address: str, tmp_path: Path) -> None:
-    settings = [partial(from_args, [f"--{name}={address}"]) for name in ("data.path", "run.mirror")]
+    settings = [partial(from_args, [f"--{name}={address}"]) for name in ("data.path", "train.init_from")]
     for act in (*settings, lambda: TokenStream(address)):
         with pytest.raises(UsageError, match="must not contain") as caught:
             act()
