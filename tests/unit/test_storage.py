@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def server(root: Path) -> Iterator[FaultyServer]:
     with serving(of_folder(root)) as running:
         yield running
@@ -211,7 +211,7 @@ def test_the_cache_stays_within_its_bound(server: FaultyServer, tmp_path: Path) 
     for start in random.integers(0, 600_000, 40).tolist():
         assert np.array_equal(far.read(start, 1000), TOKENS[start : start + 1000])
         assert on_disk(tmp_path / "cache") <= 1_000_000
-    assert 500_000 <= on_disk(tmp_path / "cache")
+    assert on_disk(tmp_path / "cache") >= 500_000
 
 
 def test_two_processes_share_a_cache_and_the_smaller_bound_holds(tmp_path: Path) -> None:
