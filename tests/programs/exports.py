@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_tools.prepare import prepare
 from mpidp.export import export
+from mpidp.hf.gguf import REGEXES
 from mpidp.inference.decode import DecodedText, decode
 from mpidp.inference.loading import Loaded, open_model
 from mpidp.inference.sampling import Sampling
@@ -31,6 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bos": ("bos", {"tie_embeddings": False}),  # every document begins with a BOS token
     "byte": ("byte", {}),
     "char": ("char", {}),
+    "llama-bpe": ("llama-bpe", {}),  # a tokenizer that splits text as Llama 3's
+    "qwen2": ("qwen2", {}),
 }
 PROMPTS = ("the rank of a tree", "who was there", "done.\nin order")
 CORPUS = text(20_000) + "naïve Ünïcode 漢字 🚀\n"
@@ -65,6 +68,9 @@ def shards_of(kind: str, place: Path) -> Path:
         if kind == "bos":
             tokenizer = str(place / "bos.json")
             with_bos(shards_of("bpe", place) / "tokenizer.json").save(tokenizer)
+        if kind in REGEXES.values():
+            tokenizer = str(place / f"{kind}.json")
+            split_by(next(regex for regex, name in REGEXES.items() if name == kind)).save(tokenizer)
         prepare(str(source), tokenizer, out, shards=1, val_fraction=0.05, verbose=False)
     return out
 
@@ -79,11 +85,25 @@ def with_bos(file: Path) -> Tokenizer:
     return made
 
 
+def split_by(regex: str) -> Tokenizer:
+    """Return a byte-level BPE tokenizer, trained on CORPUS, that splits text by a regular expression."""
+    made = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=alphabet
+    )
+    made.train_from_iterator([CORPUS, "12345 x=3; 777777 1234567 'tis \r\n\r\n " * 40], trainer)
+    return made
+
+
 def make(name: str, place: Path) -> Export:
     """Train a model and export it. Independent."""
     kind, model = MODELS[name]
     sizes = {"num_layers": 2, "num_heads": 4, "model_dim": 64, "hidden_dim": 96, "seq_len": SEQ_LEN}
-    train = {"steps": 30, "global_batch": 4, "eval_every": 0, "eval_tokens": 0}
+    train = {"steps": 50, "global_batch": 4, "eval_every": 0, "eval_tokens": 0}
     run, folder = place / f"run_{name}", place / name
     train_at(1, tiny(shards_of(kind, place), run, model=sizes | model, train=train))
     export(WORLD, str(run), str(folder))
