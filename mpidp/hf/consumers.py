@@ -1,4 +1,4 @@
-"""Programs that read an exported folder, and what each of them does not do (docs/consumers.md, with versions). Pure, without torch.
+"""Programs that read an exported folder, and what each of them does not do (docs/consumers.md, with versions). Pure.
 
 A row of CONSUMERS is a program, a row of its tuple one restriction. tests/programs/test_consumers.py compares the rows with the
 programs: a program must agree with mpidp exactly where no row refuses.

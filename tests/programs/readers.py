@@ -123,7 +123,8 @@ def llama_cpp(folder: Path, place: Path) -> Read:
 
     def post(path: str, body: dict[str, Any]) -> Any:
         url, data = f"{server.listening_address}/{path}", json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=60) as answer:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
     plain = {"temperature": 0.0, "cache_prompt": False}
@@ -133,7 +134,8 @@ def llama_cpp(folder: Path, place: Path) -> Read:
         for end in range(1, len(ids) + 1):  # it gives probabilities after a prompt only
             body = {"prompt": list(ids[:end]), "n_predict": 1, "n_probs": 100_000, "samplers": []}
             listed = post("completion", plain | body).get("completion_probabilities")
-            log_probs = {one["id"]: one["logprob"] for one in listed[0]["top_logprobs"]} if listed else {}  # none: half a character
+            top = listed[0]["top_logprobs"] if listed else []  # none if the likeliest token is a part of a character
+            log_probs = {one["id"]: one["logprob"] for one in top}
             found.append([log_probs.get(i, np.nan) for i in range(size)])
         return np.array(found)
 

@@ -14,7 +14,8 @@ from tests.programs.exports import MODELS, NEW, PROMPTS, Export
 from tests.programs.readers import READERS
 
 LENGTH = 64  # ids of the compared text
-ODD = ("", " ", "\n", "the  rank\n\n of\ta tree. ", "naïve Ünïcode 漢字 🚀 the", "done.\r\n 'tis 12345 x=3; 1234567\n\n  I'LL\r\n\r\n ")
+ODD = ("", " ", "\n", "the  rank\n\n of\ta tree. ", "naïve Ünïcode 漢字 🚀 the",
+       "done.\r\n 'tis 12345 x=3; 1234567\n\n  I'LL\r\n\r\n ")
 FEW = {"onnxruntime-genai": ("untied", "gqa", "narrow", "bos", "char")}  # its builder takes seconds
 OWN_TOKENIZER_DIFFERS = {("onnxruntime-genai", "bos"), ("onnxruntime-genai", "char")}  # notes of CONSUMERS
 SPLITS = ("llama-bpe", "qwen2")  # tokenizers of public models, without their vocabulary
