@@ -16,6 +16,7 @@ from mpidp.model.options import DEFAULTS
 from mpidp.model.shape import TransformerShape, shapes_of
 
 NOT_KEPT = ("transformers_version", "_name_or_path", "auto_map")  # auto_map names code in the folder
+HEADS = ("model_dim", "num_heads", "num_kv_heads", "head_dim")
 
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
@@ -74,13 +75,18 @@ def _read(family: Family, config: Mapping[str, Any], where: object) -> dict[str,
     if heads % kv or head_size(found) % 2 or (not found["head_dim"] and dim % heads):
         given.refuse(
             f"{heads} heads of size {head_size(found)} and {kv} key-value heads are invalid: the head size must be even, and the "
-            "number of heads a multiple of the number of key-value heads"
+            f"number of heads a multiple of the number of key-value heads. See {', '.join(_keys_of(family, *HEADS))}"
         )
     found = canonical(found)
     rows = found["position_rows"] or 1
     if problems := list(option_problems(shape_of(found, rows))):
         given.refuse("; ".join(problems))
     return found
+
+
+def _keys_of(family: Family, *options: str) -> list[str]:
+    """Return the fields of config.json that determine these options."""
+    return [key for one in family.fields if set(one.options) & set(options) for key in one.keys]
 
 
 def canonical(options: Options) -> Options:

@@ -8,13 +8,13 @@ from mpidp.hf.families import FAMILIES
 
 MOE, VISION, CONV, STATE = "a mixture of experts", "images or sound besides text", "convolutions between its layers", "a state space"
 REFUSED = {  # by model_type: what the family has that mpidp's Transformer does not, and the nearest family
-    **dict.fromkeys(("mixtral", "minimax", "dbrx", "grok"), (MOE, "MistralForCausalLM")),
+    **dict.fromkeys(("mixtral", "minimax", "dbrx"), (MOE, "MistralForCausalLM")),
     **dict.fromkeys(("llama4", "llama4_text"), (MOE, "LlamaForCausalLM")),
     **dict.fromkeys(("qwen2_moe",), (MOE, "Qwen2ForCausalLM")),
     **dict.fromkeys(("qwen3_moe", "qwen3_next", "gpt_oss", "glm4_moe", "ernie4_5_moe"), (MOE, "Qwen3ForCausalLM")),
     **dict.fromkeys(("olmoe", "flex_olmo"), (MOE, "Olmo2ForCausalLM")),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), (MOE, "GraniteForCausalLM")),
-    "phimoe": (MOE, "Phi3ForCausalLM"), "smallthinker": (MOE, "SmolLM3ForCausalLM"),
+    "phimoe": (MOE, "Phi3ForCausalLM"),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), (f"{MOE} and latent attention", "LlamaForCausalLM")),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), (CONV, "Qwen3ForCausalLM")),
     **dict.fromkeys(("gemma3", "gemma3n", "paligemma"), (VISION, "Gemma3ForCausalLM")),

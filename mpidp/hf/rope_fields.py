@@ -43,7 +43,7 @@ def rope(
         dims = int(head_size(found) * share)
         if partial is None and share != 1.0:
             given.refuse(f"partial_rotary_factor={share} is not supported: this family rotates whole heads")
-        if dims < 2 or dims % 2:
+        if share != 1.0 and (dims < 2 or dims % 2 or dims > head_size(found)):
             given.refuse(f"partial_rotary_factor={share} of heads of size {head_size(found)} is not an even number of dimensions")
         outside = given.config.get("original_max_position_embeddings") or original
         text = scaling_text(given, scaling | ({"original_max_position_embeddings": outside} if outside else {}), known)
