@@ -27,7 +27,7 @@ from mpidp.hf.tensors import Layout
 
 MAX_LAYERS = 2**16
 DROPOUTS = ("attention_dropout", "hidden_dropout", "classifier_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
-            "residual_dropout", "embedding_dropout")
+            "residual_dropout", "embedding_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
 FREE = {  # fields that change no logits, in every family
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "auto_map", "dtype",
     "torch_dtype", "initializer_range", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict",
@@ -40,12 +40,13 @@ FREE = {  # fields that change no logits, in every family
     "early_stopping", "num_beams", "num_beam_groups", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
     "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
-    "begin_suppress_tokens", "exponential_decay_length_penalty", "tf_legacy_loss", "unsloth_fixed", "unsloth_version", *DROPOUTS,
+    "begin_suppress_tokens", "exponential_decay_length_penalty", "tf_legacy_loss", "unsloth_fixed", "unsloth_version",
+    "custom_pipelines", "_flash_attn_2_enabled", "use_flash_attention", *DROPOUTS,
 }
 ONLY: dict[str, tuple[Any, ...]] = {  # fields that must have one of these values, in every family
     "quantization_config": (None,), "per_layer_config": (None,), "add_cross_attention": (False,), "is_encoder_decoder": (False,),
     "cross_attention_hidden_size": (None,), "tie_encoder_decoder": (False,), "pruned_heads": (None, {}),
-    "rope_interleaved": (False,), "lm_head_bias": (False,), "use_bidirectional_attention": (None, False),
+    "rope_interleaved": (False,), "use_mrope": (False,), "lm_head_bias": (False,), "use_bidirectional_attention": (None, False),
 }
 
 OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -116,11 +117,16 @@ class Family:
     longest: str = "max_position_embeddings"
 
 
+WIDTHS = (
+    size("vocab_size", "vocab_size"), size("hidden_size", "model_dim"), size("num_hidden_layers", "num_layers", most=MAX_LAYERS),
+    size("num_attention_heads", "num_heads"),
+)
+
+
 def sizes(kv: int = 0) -> tuple[Field, ...]:
     """Return the fields of the sizes. kv: default number of key-value heads; 0: the number of heads."""
     return (
-        size("vocab_size", "vocab_size"), size("hidden_size", "model_dim"), size("num_hidden_layers", "num_layers", most=MAX_LAYERS),
-        size("num_attention_heads", "num_heads"), size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
+        *WIDTHS, size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
         size("intermediate_size", "hidden_dim"),
     )
 
@@ -171,7 +177,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("SmolLM3ForCausalLM", "smollm3", "SmolLM3", (
         *usual(kv=4, ties=True), bias(), mlp_bias(), without_rotary(4),
         layered_window(None, without_rotary_are_windows, True), rope(2e6),
-    )),
+    ), free=("max_window_layers",)),
     Family("Olmo2ForCausalLM", "olmo2", "OLMo 2", (*usual(eps=1e-5), bias(), rope()), OLMO2,
            {"qk_norm": "layer", "norm_place": "after"}),
     Family("Olmo3ForCausalLM", "olmo3", "OLMo 3", (
@@ -185,14 +191,14 @@ FAMILIES: tuple[Family, ...] = (
         rope(),
     )),
     Family("GemmaForCausalLM", "gemma", "Gemma 1", (
-        *sizes(16), head_dim(256), number("rms_norm_eps", "norm_eps", 1e-6), activation("hidden_act", "gelu_pytorch_tanh", GEMMA_ACT),
-        tied(True), bias(), ROOT, rope(),
+        *sizes(16), head_dim(256), number("rms_norm_eps", "norm_eps", 1e-6),
+        activation("hidden_act", "gelu_pytorch_tanh", GEMMA_ACT), tied(True), bias(), ROOT, rope(),
     ), options=GEMMA, free=("hidden_activation",)),
     Family("Gemma2ForCausalLM", "gemma2", "Gemma 2", (
         *usual(4, 256, ties=True, act="gelu_pytorch_tanh", act_key="hidden_activation"), bias(), query_scale(256), ROOT,
         cap("attn_logit_softcapping", "attention_cap", 50.0), cap("final_logit_softcapping", "logit_cap", 30.0),
         layered_window(4096, every(2)), rope(),
-    ), GEMMA2, GEMMA | {"norm_place": "both"}, free=("hidden_act",)),
+    ), GEMMA2, GEMMA | {"norm_place": "both"}, free=("hidden_act", "sliding_window_size")),
     Family("Gemma3ForCausalLM", "gemma3_text", "Gemma 3 (text)", (
         *usual(4, 256, ties=True, act="gelu_pytorch_tanh", act_key="hidden_activation"), bias(), query_scale(256), ROOT,
         cap("final_logit_softcapping", "logit_cap", None),
@@ -215,9 +221,7 @@ FAMILIES: tuple[Family, ...] = (
         ("reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
          "summary_first_dropout", "summary_last_dropout"), longest="n_positions"),
     Family("GPTNeoXForCausalLM", "gpt_neox", "GPT-NeoX, Pythia", (
-        size("vocab_size", "vocab_size"), size("hidden_size", "model_dim"), size("num_hidden_layers", "num_layers", most=MAX_LAYERS),
-        size("num_attention_heads", "num_heads"), implied("num_kv_heads", lambda found: found["num_heads"]),
-        size("intermediate_size", "hidden_dim"), number("layer_norm_eps", "norm_eps", 1e-5), activation("hidden_act", "gelu"),
+        *WIDTHS, implied("num_kv_heads", lambda found: found["num_heads"]), size("intermediate_size", "hidden_dim"), number("layer_norm_eps", "norm_eps", 1e-5), activation("hidden_act", "gelu"),
         tied(False), bias(default=True), flag("use_parallel_residual", True, {"parallel": True}, {"parallel": False}),
         rope(theta_keys=("rotary_emb_base",), partial=0.25, partial_keys=("rotary_pct",)),
     ), GPT_NEOX, LAYER_NORM | {"mlp_bias": True}),
@@ -225,7 +229,9 @@ FAMILIES: tuple[Family, ...] = (
         *usual(2, eps=1e-5, ties=True, act="gelu_pytorch_tanh", eps_key="norm_epsilon"),
         flag("use_bias", True, {"attention_bias": "q,k,v,o", "mlp_bias": True}, {"attention_bias": "", "mlp_bias": False}),
         window(None), rope(),
-    ), STARCODER2, LAYER_NORM, {"mlp_type": ("default",), "norm_type": ("layer_norm",)}),
+    ), STARCODER2, LAYER_NORM, {"mlp_type": ("default",), "norm_type": ("layer_norm",)},
+        ("activation_function", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "scale_attn_weights",
+         "layer_norm_epsilon")),
     Family("ArceeForCausalLM", "arcee", "Arcee AFM", (*usual(eps=1e-5, act="relu2"), bias(), mlp_bias(), rope()), PLAIN,
            {"gated": False}),
 )

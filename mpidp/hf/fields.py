@@ -12,8 +12,8 @@ from mpidp.errors import DataError
 Options = dict[str, Any]  # settings of section model, without the prefix
 MOST = 2**31 - 1
 ACTIVATIONS = {  # the options by the names in transformers; the first name of each option is written
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu2": "relu2",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu2": "relu2",
 }
 
 

@@ -29,7 +29,8 @@ def window(default: int | None) -> Field:
     def read(given: Given, found: Options) -> Options:
         return {"window": _window(given, default) or 0, "window_layers": ""}
 
-    return Field(("sliding_window",), ("window", "window_layers"), read, lambda options: {"sliding_window": options["window"] or None})
+    keys, options = ("sliding_window",), ("window", "window_layers")
+    return Field(keys, options, read, lambda options: {"sliding_window": options["window"] or None})
 
 
 def _window(given: Given, default: int | None) -> int | None:

@@ -54,7 +54,8 @@ def _check_known(family: Family, config: Mapping[str, Any], where: object) -> No
     known = {*FREE, *family.free, *(key for one in family.fields for key in one.keys)}
     only = {**ONLY, **family.only}
     for key, values in only.items():
-        if key in config and key not in known and not any(config[key] == one and type(config[key]) is type(one) for one in values):
+        fits = any(config.get(key) == one and type(config.get(key)) is type(one) for one in values)
+        if key in config and key not in known and not fits:
             raise DataError(
                 f"{where}: {key}={short(config[key])} is not supported: {family.architecture} of mpidp has only "
                 f"{key}={' or '.join(map(repr, values))}"

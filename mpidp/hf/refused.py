@@ -6,7 +6,7 @@ from reprlib import repr as short
 
 from mpidp.hf.families import FAMILIES
 
-MOE, VISION, CONV, STATE = "a mixture of experts", "images or sound besides text", "convolutions between its layers", "a state space"
+MOE, VISION, CONV, STATE = "a mixture of experts", "images or sound besides text", "convolutions as layers", "a state space"
 REFUSED = {  # by model_type: what the family has that mpidp's Transformer does not, and the nearest family
     **dict.fromkeys(("mixtral", "minimax", "dbrx"), (MOE, "MistralForCausalLM")),
     **dict.fromkeys(("llama4", "llama4_text"), (MOE, "LlamaForCausalLM")),
@@ -29,7 +29,8 @@ REFUSED = {  # by model_type: what the family has that mpidp's Transformer does 
     **dict.fromkeys(("bloom", "mpt"), ("ALiBi positions", "GPT2LMHeadModel")),
     **dict.fromkeys(("gpt_neo", "gptj", "opt", "codegen", "gpt_bigcode", "xglm"), ("", "GPT2LMHeadModel")),
     **dict.fromkeys(("falcon", "phi", "persimmon", "gpt_neox_japanese"), ("", "GPTNeoXForCausalLM")),
-    **dict.fromkeys(("cohere", "cohere2", "helium", "glm", "glm4"), ("rotary positions of neighbouring dimensions", "LlamaForCausalLM")),
+    **dict.fromkeys(("cohere", "cohere2", "helium", "glm", "glm4"),
+                    ("rotary positions of neighbouring dimensions", "LlamaForCausalLM")),
     **dict.fromkeys(("olmo",), ("norms without gains", "LlamaForCausalLM")),
     **dict.fromkeys(("stablelm", "nemotron", "apertus"), ("", "LlamaForCausalLM")),
     **dict.fromkeys(("t5", "bart", "mt5", "t5gemma"), ("an encoder", "GPT2LMHeadModel")),

@@ -181,8 +181,8 @@ def _yarn(scaling: Mapping[str, Any], given: Given) -> list[float]:
     factor = longest / original if scaling["factor"] is None else _float(scaling["factor"])
     if (attention := scaling.get("attention_factor")) is None:
         scales = [scaling.get("mscale"), scaling.get("mscale_all_dim")]
-        scales = [_float(one) for one in scales] if all(scales) else [1.0, 0.0]
-        above, below = (1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0 for scale in scales)
+        numbers = [_float(one) for one in scales] if all(scales) else [1.0, 0.0]
+        above, below = (1.0 if factor <= 1 else 0.1 * one * math.log(factor) + 1.0 for one in numbers)
         attention = above / below
     if _float(attention) <= 0:
         raise ValueError("attention_factor must be positive")
@@ -212,7 +212,7 @@ def scaling_object(text: str) -> dict[str, Any]:
     if found is None:
         return {"rope_type": "default"}
     original = int(found.original) if found.original % 1 == 0 else found.original
-    return {"rope_type": found.kind} | {
+    kinds: dict[str, dict[str, Any]] = {
         "linear": {"factor": found.factor},
         "llama3": {
             "factor": found.factor, "low_freq_factor": found.low, "high_freq_factor": found.high,
@@ -226,7 +226,8 @@ def scaling_object(text: str) -> dict[str, Any]:
             "original_max_position_embeddings": original, "attention_factor": found.attention,
             "short_factor": list(found.short), "long_factor": list(found.long),
         },
-    }[found.kind]
+    }
+    return {"rope_type": found.kind, **kinds[found.kind]}
 
 
 def _share(options: Options) -> float:

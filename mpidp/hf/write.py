@@ -34,8 +34,8 @@ def write_folder(
     out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, special: SpecialTokens,
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
 ) -> str:
-    """Create the folder `out`, and return the architecture's name. Raises UsageError if it exists or cannot be written, or if a weight is too large for the dtype.
-    Independent.
+    """Create the folder `out`, and return the architecture's name. Raises UsageError if it exists or cannot be written, if no
+    family has the options of the model, or if a weight is too large for the dtype. Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
     before: a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight

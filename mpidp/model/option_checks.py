@@ -9,7 +9,7 @@ from mpidp.model.rope_scaling import rope_scaling
 from mpidp.model.shape import TransformerShape
 
 PROJECTIONS = ("q", "k", "v", "o")
-NOT_YET = tuple(DEFAULTS)  # options that the computation does not have yet
+NOT_YET = ()
 
 
 def check_options(shape: TransformerShape) -> None:
