@@ -221,7 +221,8 @@ FAMILIES: tuple[Family, ...] = (
         ("reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
          "summary_first_dropout", "summary_last_dropout"), longest="n_positions"),
     Family("GPTNeoXForCausalLM", "gpt_neox", "GPT-NeoX, Pythia", (
-        *WIDTHS, implied("num_kv_heads", lambda found: found["num_heads"]), size("intermediate_size", "hidden_dim"), number("layer_norm_eps", "norm_eps", 1e-5), activation("hidden_act", "gelu"),
+        *WIDTHS, implied("num_kv_heads", lambda found: found["num_heads"]), size("intermediate_size", "hidden_dim"),
+        number("layer_norm_eps", "norm_eps", 1e-5), activation("hidden_act", "gelu"),
         tied(False), bias(default=True), flag("use_parallel_residual", True, {"parallel": True}, {"parallel": False}),
         rope(theta_keys=("rotary_emb_base",), partial=0.25, partial_keys=("rotary_pct",)),
     ), GPT_NEOX, LAYER_NORM | {"mlp_bias": True}),
