@@ -48,7 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {  # model_type, and what differs from SIZES a
                     "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                                         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "phi3": {"sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
-    "phi3, longrope": {"original_max_position_embeddings": 16, "partial_rotary_factor": 0.5, "rope_parameters": PHI},
+    "phi3, longrope": {"original_max_position_embeddings": 24, "partial_rotary_factor": 0.5, "rope_parameters": PHI},
     "phi3, longrope, long": {"original_max_position_embeddings": 12, "partial_rotary_factor": 0.5, "rope_parameters": PHI},
     "gpt2": {},
     "gpt2, untied": {"tie_word_embeddings": False, "scale_attn_weights": False, "activation_function": "gelu"},

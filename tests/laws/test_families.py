@@ -33,7 +33,7 @@ T, BATCH, STEPS = 24, 4, 20
 OPTIM = {"name": "sgd", "lr": 0.1, "beta1": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "schedule": "constant", "clip": 0.0}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(shared_folder: Path) -> Path:
     """Rows of 6 to 22 tokens, packed into windows of 24."""
     out = shared_folder / "rows_of_families"
@@ -43,7 +43,8 @@ def data(shared_folder: Path) -> Path:
             at, length = 23 * i, 5 + 7 * i % 17
             rows.append({"prompt": words[at : at + length // 3], "completion": words[at + length // 3 : at + length]})
         (shared_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        prepare(str(shared_folder / "rows.jsonl"), "byte", out, shards=2, val_fraction=0.1, seq_len=T, verbose=False)
+        prepare(str(shared_folder / "rows.jsonl"), "byte", out, shards=2, val_fraction=0.1, seq_len=T,
+                form="prompt_completion", verbose=False)
     polite_barrier(WORLD)
     return out
 
@@ -108,7 +109,9 @@ def test_a_fine_tune_is_that_of_transformers(data: Path, shared_folder: Path, sh
         optimizer.step()
         losses.append(float(loss.detach()))
     assert ran.losses == pytest.approx(losses, rel=1e-5)
-    assert [line["grad_norm"] for line in ran.lines if "grad_norm" in line] == pytest.approx(norms, rel=1e-4)
+    found = [line["grad_norm"] for line in ran.lines if "grad_norm" in line]
+    assert found[0] == pytest.approx(norms[0], rel=1e-5)
+    assert found == pytest.approx(norms, rel=5e-4)  # rounding errors of the weights grow with the steps
     assert max(losses) - min(losses) > 0.05
     at(1, lambda comm: export(comm, str(shared_tmp / "run"), str(shared_tmp / "out")))
     exported, said = AutoModelForCausalLM.from_pretrained(shared_tmp / "out", dtype=torch.float32, output_loading_info=True)
