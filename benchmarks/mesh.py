@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpidp.config.command_line import from_args
-from mpidp.planning.mesh.memory import ModelSizes, Shape, Work
-from mpidp.planning.mesh.search import model_of_config, vocab_size_of
-from mpidp.planning.mesh.time import LinkSpeed, Machine, measured_machine, step_of
+from mpidp.plan.mesh.memory import ModelSizes, Shape, Work
+from mpidp.plan.mesh.search import model_of_config, vocab_size_of
+from mpidp.plan.mesh.time import LinkSpeed, Machine, measured_machine, step_of
 
 SETTINGS = [  # one copy per rank, as on several nodes; no overlap
     "--model.num_layers=4", "--model.model_dim=256", "--model.num_heads=8", "--model.seq_len=64", "--train.global_batch=16",

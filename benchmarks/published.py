@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mpidp.planning.mesh.memory import ModelSizes, Shape, Work, largest
-from mpidp.planning.mesh.search import KNOWN
-from mpidp.planning.mesh.time import LinkSpeed, Machine, step_of
+from mpidp.plan.mesh.memory import ModelSizes, Shape, Work, largest
+from mpidp.plan.mesh.search import KNOWN
+from mpidp.plan.mesh.time import LinkSpeed, Machine, step_of
 
 
 @dataclass(frozen=True)

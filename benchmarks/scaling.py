@@ -20,9 +20,9 @@ import tomllib
 from pathlib import Path
 
 from mpidp.config.schema import Config
-from mpidp.reporting.compare import scaling_of, scaling_section
-from mpidp.reporting.page import page
-from mpidp.reporting.pictures import draw_scaling
+from mpidp.report.compare import scaling_of, scaling_section
+from mpidp.report.page import page
+from mpidp.report.pictures import draw_scaling
 
 PHASES = ("step", "data", "compute", "comm_wait", "update")
 

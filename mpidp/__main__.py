@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import sys
+from types import ModuleType
 
 from mpidp import __version__
 from mpidp.errors import EXIT_CODES, UsageError
@@ -43,6 +44,14 @@ def help_text() -> str:
     ])
 
 
+def module_of(command: str) -> ModuleType:
+    """Import and return the module of a command, which has main(). The module of a package is its __main__. Independent."""
+    name, _ = COMMANDS[command]
+    spec = importlib.util.find_spec(name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return importlib.import_module(f"{name}.__main__" if is_package else name)
+
+
 def main() -> None:
     """Start the command that the first argument names. Collective over COMM_WORLD if the command is collective."""
     if not sys.argv[1:]:
@@ -55,9 +64,8 @@ def main() -> None:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
         raise UsageError(f"there is no command {command!r}; did you mean {nearest!r}? (mpidp --help lists the commands)")
-    module, _ = COMMANDS[command]
     sys.argv[:2] = [f"mpidp {command}"]
-    importlib.import_module(module).main()
+    module_of(command).main()
 
 
 def run() -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.log import log
 from mpidp.runtime.options import add_compute, add_data, add_json, add_run, add_texts, add_tokenizer, note_old_spelling, program
 
 
@@ -96,7 +95,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """
     from mpidp.errors import UsageError
     from mpidp.inference.loading import open_model
-    from mpidp.inference.rows import read_text
+    from mpidp.inference.rows import read_text, warn_of_names
     from mpidp.inference.scoring import text_loss
     from mpidp.runtime.world import raise_together
 
@@ -110,7 +109,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
             )
         if world.rank == 0:
             text = read_text(options.text)
-            _warn_of_names(encoder, [text])
+            warn_of_names([encoder.named([text])], "texts")
             encoded = (encoder.document(text), len(text.encode()))
     ids, text_bytes = world.bcast(encoded)
     loss = text_loss(loaded, ids, seq_len, options.stride or max(1, seq_len // 2), config["train.micro_batch"])
@@ -125,6 +124,7 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     """
     from mpidp.inference.choices import accuracies, encode, read_choices
     from mpidp.inference.loading import open_model
+    from mpidp.inference.rows import warn_of_names
     from mpidp.inference.scoring import log_likelihoods
     from mpidp.runtime.world import raise_together
 
@@ -133,18 +133,10 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     with raise_together(world):
         if world.rank == 0:
             items = read_choices(options.choices)
-            _warn_of_names(encoder, [text for item in items for text in (item.context, *item.choices)])
+            warn_of_names([encoder.named([text for item in items for text in (item.context, *item.choices)])], "texts")
             questions = (items, [encode(encoder, item, seq_len, options.choices) for item in items])
     items, encoded = world.bcast(questions)
     return accuracies(items, encoded, log_likelihoods(loaded, encoded)) | {"step": reader.meta["step"]}
-
-
-def _warn_of_names(encoder: Any, texts: list[str]) -> None:
-    """Warn if texts name special tokens that are encoded as text."""
-    name, count = encoder.named(texts) if encoder.special == "text" else ("", 0)
-    if count:
-        log.warning("warning: %d texts name a special token (%s), which is encoded as text; --special tokens makes it an id",
-                    count, name)
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:

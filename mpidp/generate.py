@@ -110,6 +110,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts
     from mpidp.inference.loading import load_encoder, load_model, open_source
+    from mpidp.inference.rows import warn_of_names
     from mpidp.inference.sampling import Sampling
     from mpidp.model.rowwise import by_rows
     from mpidp.parallel.grid import make_grid
@@ -137,8 +138,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
             places = range(first, min(first + options.batch, len(rows)))
             texts |= {i: _text(template, rows[i], i) for i in places}
             groups.append({i: _encoded(encoder, texts[i], seq_len, i) for i in places})
-    counts = firsts and encoder.special == "text" and grid.model.rank == 0
-    _warn(grid.world, encoder.named(list(texts.values())) if counts else ("", 0))
+    named = encoder.named(list(texts.values())) if firsts and grid.model.rank == 0 else ("", 0)
+    warn_of_names(grid.world.gather(named) or (), "prompts")
     writes, done = write if grid.world.rank == 0 else None, []
     if writes is not None:
         writes("" if options.chat else rows[0]["prompt"])
@@ -180,15 +181,6 @@ def _text(template: Any, row: dict[str, Any], index: int) -> str:
         return str(row["prompt"]) if template is None else rendered(template, row)
     except DataError as error:
         raise DataError(f"prompt {index + 1}: {error}") from None
-
-
-def _warn(world: Any, named: tuple[str, int]) -> None:
-    """Warn on rank 0 if prompts name special tokens that are encoded as text. named: (a name, prompts) of this rank. Collective
-    over world."""
-    found = [(name, count) for name, count in world.allgather(named) if count]
-    if found and world.rank == 0:
-        log.warning("warning: %d prompts name a special token (%s), which is encoded as text; --special tokens makes it an id",
-                    sum(count for _, count in found), found[0][0])
 
 
 def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:

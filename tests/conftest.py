@@ -13,6 +13,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from mpi4py import MPI
@@ -29,6 +30,9 @@ REPORTS = os.environ.pop("MPIDP_TEST_REPORTS", "")  # a folder; removed, so that
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # On a busy machine, the preparation of inputs may take longer than Hypothesis allows. This says nothing about the code.
+    hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("busy")
     config.addinivalue_line("markers", "quick: in `make test`, although it starts whole commands (tests/levels.py)")
     config.addinivalue_line("markers", "check: not in `make test`, but in `make check` (tests/levels.py)")
     config.addinivalue_line("markers", "long: only in `make long` (tests/levels.py)")

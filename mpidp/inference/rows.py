@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,12 @@ def set_apart(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, An
         log.warning("warning: %s has fields with the names of the output; in the output they are named %s", path,
                     ", ".join(f"{new} (was {old})" for old, new in renamed.items()))
     return [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def warn_of_names(found: Iterable[tuple[str, int]], what: str) -> None:
+    """Warn if texts name special tokens that are encoded as text. found: results of Encoder.named. what: the texts, for the
+    message. Independent."""
+    named = [(name, count) for name, count in found if count]
+    if named:
+        log.warning("warning: %d %s name a special token (%s), which is encoded as text; --special tokens makes it an id",
+                    sum(count for _, count in named), what, named[0][0])

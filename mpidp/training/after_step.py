@@ -11,19 +11,10 @@ from mpidp.errors import Damaged, MpidpError
 from mpidp.faults.stop import StopRequest
 from mpidp.strategies.protocol import StepStats
 from mpidp.training.checkpoints import report_saves, save, stop_run
+from mpidp.training.evaluations import evaluate
 from mpidp.training.events import log_skipped, log_step, noise
-from mpidp.training.job import Job
+from mpidp.training.job import Job, ended
 from mpidp.training.step_report import StepReport, noise_of
-
-
-def ended(job: Job) -> str:
-    """Return the reason why the run is over, or an empty string. It is the same on every rank. Independent."""
-    at, train = job.position, job.config.train
-    if at.step >= train.steps:
-        return "steps"
-    if train.target_loss and at.val_loss is not None and at.val_loss <= train.target_loss:
-        return "target_loss"
-    return "patience" if train.patience and at.evaluations_since_best >= train.patience else ""
 
 
 def log_update(job: Job, lr: float, stats: StepStats, report: StepReport, epoch: int) -> None:
@@ -77,23 +68,3 @@ def follow_up(job: Job, stop: StopRequest, saving: np.ndarray, must_stop: bool) 
     if at.batch and not ended(job) and job.saver.due(at.step, saving):
         save(job)
     report_saves(job)
-
-
-def evaluate(job: Job) -> None:
-    """Compute and record val_loss at this step. Collective over job.comm."""
-    validation, config, at = job.plan.validation, job.config, job.position
-    if validation is None:
-        return
-    with job.phase("evaluate"):
-        loss, tokens = job.engine.evaluate(
-            validation, job.comm, config.model.seq_len, job.lanes.micro_batch, config.train.eval_tokens, job.mesh.dp
-        )
-    at.evaluated(loss)
-    job.record.write({"step": at.step, "val_loss": loss, "val_tokens": tokens})
-    job.services.progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
-    if not math.isfinite(loss):
-        job.services.progress.print(
-            f"warning: step {at.step}: the validation loss is not finite, so the weights are unusable (nan, inf or too large). "
-            "Checkpoints from this step on cannot be evaluated or sampled: stop, and continue from an earlier one with a lower "
-            "optim.lr"
-        )

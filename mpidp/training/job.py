@@ -97,3 +97,13 @@ class Job:
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds
+
+
+def ended(job: Job) -> str:
+    """Return the reason why the run is over, or an empty string. It is the same on every rank. Independent."""
+    at, train = job.position, job.config.train
+    if at.step >= train.steps:
+        return "steps"
+    if train.target_loss and at.val_loss is not None and at.val_loss <= train.target_loss:
+        return "target_loss"
+    return "patience" if train.patience and at.evaluations_since_best >= train.patience else ""

@@ -12,11 +12,12 @@ from mpidp.faults.stop import StopRequest
 from mpidp.metrics.jsonl import past
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import is_failure
-from mpidp.training.after_step import ended, evaluate, follow_up, log_update, rebalance, skip
+from mpidp.training.after_step import follow_up, log_update, rebalance, skip
 from mpidp.training.audits import audit_weights
 from mpidp.training.checkpoints import report_saves, save
+from mpidp.training.evaluations import evaluate
 from mpidp.training.events import record_end, record_start
-from mpidp.training.job import Job
+from mpidp.training.job import Job, ended
 from mpidp.training.step import compute
 from mpidp.training.step_report import exchange_reports
 

@@ -27,7 +27,7 @@ class Position:
     val_loss: float | None = None
     best_val_loss: float | None = None
     evaluations_since_best: int = 0
-    evaluated_step: int = 0  # the step at which val_loss was measured
+    evaluated_step: int = 0  # the step of the last evaluation
     noise: NoiseAverage = field(default_factory=NoiseAverage)
     norms: list[float] = field(default_factory=list)  # gradient norms of the last updates
 
@@ -55,8 +55,9 @@ class Position:
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
     def evaluated(self, loss: float) -> None:
-        """Record `loss` as val_loss at this step. Independent."""
-        better = self.best_val_loss is None or loss < self.best_val_loss
+        """Record `loss` as val_loss at this step. A loss that is not finite is never the best. Independent."""
+        best = self.best_val_loss
+        better = loss < (math.inf if best is None or math.isnan(best) else best)
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
         self.evaluated_step = self.step

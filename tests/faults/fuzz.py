@@ -124,9 +124,9 @@ def config(place: Path) -> str:
 
 
 def config_of_run(place: Path) -> str:
-    from mpidp.planning.ranks import measured
-    from mpidp.report import report
-    from mpidp.reporting.read import read
+    from mpidp.plan.ranks import measured
+    from mpidp.report.__main__ import report
+    from mpidp.report.read import read
 
     page = report([read(place / "run")])
     return digest(re.sub(r"mpidp report, [-0-9: ]+", "", page), measured.read(place / "run").lanes.num_lanes)
@@ -136,9 +136,9 @@ def metrics(place: Path) -> str:
     from mpi4py import MPI
 
     from mpidp.metrics.jsonl import MetricsFile, past
-    from mpidp.planning.ranks import measured
-    from mpidp.report import report
-    from mpidp.reporting.read import read
+    from mpidp.plan.ranks import measured
+    from mpidp.report.__main__ import report
+    from mpidp.report.read import read
     from mpidp.training.replayer import read_record
 
     run = place / "run"
@@ -161,7 +161,7 @@ def arrivals(place: Path) -> str:
 
 
 def cluster(place: Path) -> str:
-    from mpidp.planning.cluster_file import read_cluster
+    from mpidp.plan.cluster_file import read_cluster
 
     return digest(read_cluster(place / "cluster.json"))
 

@@ -30,7 +30,7 @@ import pytest
 from tests.faults.commands import ROOT, Ended, Shell, expect, kill_all
 
 DOCTOR = ("-m", "mpidp.doctor")
-LATER = "import mpidp.runtime.command, mpidp.doctor\nmpidp.runtime.command.run_entry(mpidp.doctor.main)\n"
+LATER = "import mpidp.runtime.command\nfrom mpidp.doctor.__main__ import main\nmpidp.runtime.command.run_entry(main)\n"
 
 
 def findings(ended: Ended) -> dict[str, dict[str, str]]:
@@ -133,7 +133,7 @@ def test_a_run_folder_that_is_read_only(shell: Shell) -> None:
 
 
 def test_a_check_that_raises(shell: Shell) -> None:
-    code = ("import mpidp.checkup.hardware as h, mpidp.checkup.memory as m\n"
+    code = ("import mpidp.doctor.hardware as h, mpidp.doctor.memory as m\n"
             "def fail(*given): raise OSError('no such thing')\nh.check_cores = m.find = fail\n")  # fmt: skip
     ended = shell.run("-c", code + LATER, "--json", ranks=2)
     expect(ended, 0)
@@ -145,7 +145,7 @@ def test_a_check_that_raises(shell: Shell) -> None:
 
 def test_a_check_that_hangs(either: Shell) -> None:
     """Ranks have time to start, but little time for a check that never ends."""
-    code = ("import time, mpidp.doctor as d, mpidp.checkup.storage as s\n"
+    code = ("import time, mpidp.doctor.__main__ as d, mpidp.doctor.storage as s\n"
             "def hang(*given): time.sleep(999)\n"
             "def enter(self, check, plain=d.Deadline.enter): self.seconds = 1 if check == 'data' else 80; plain(self, check)\n"
             "s.read, d.Deadline.enter = hang, enter\n")  # fmt: skip

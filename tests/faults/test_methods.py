@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpidp.planning.methods.predict import METHODS
+from mpidp.plan.methods.predict import METHODS
 from tests.faults.commands import Ended, Shell, expect
 
 PLAN = ("-m", "mpidp.plan", "methods", "tiny.toml")

@@ -31,7 +31,7 @@ def test_one_rank_of_many_says_it(either: Shell) -> None:
 def test_a_broken_mpi4py(shell: Shell) -> None:
     (shell.folder / "mpi4py").mkdir()
     (shell.folder / "mpi4py/__init__.py").write_text("raise ImportError('cannot load MPI library')")
-    expect(shell.run("-c", "import mpidp.runtime.command as c, mpidp.doctor as d; c.run_entry(d.main)"), 2, REMEDY)
+    expect(shell.run("-c", "import mpidp.runtime.command as c, mpidp.doctor.__main__ as d; c.run_entry(d.main)"), 2, REMEDY)
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

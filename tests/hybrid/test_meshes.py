@@ -16,8 +16,8 @@ from mpidp.config.schema import Config
 from mpidp.errors import UsageError
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.parallel.grid import make_grid
-from mpidp.planning.mesh.memory import ModelSizes, Shape, Work
-from mpidp.planning.mesh.time import LinkSpeed, Machine, step_of
+from mpidp.plan.mesh.memory import ModelSizes, Shape, Work
+from mpidp.plan.mesh.time import LinkSpeed, Machine, step_of
 from mpidp.training.step import compute
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mpidp.metrics.jsonl import number
-from mpidp.report import named, report
-from mpidp.reporting.read import read
-from mpidp.reporting.waterfall import waterfall
+from mpidp.report.__main__ import named, report
+from mpidp.report.read import read
+from mpidp.report.waterfall import waterfall
 from tests.tiny import WORLD, corpus, everywhere, tiny, train_at
 
 pytestmark = pytest.mark.mpi

@@ -203,6 +203,21 @@ def test_a_model_of_nan_has_no_figures(trained: tuple[Path, Ran], shared_folder:
             at(n, lambda comm, given=words: generate(comm, generate_options(given)))
 
 
+@pytest.mark.parametrize("optim", [{"lr": 1e38, "clip": 0.0, "schedule": "constant", "warmup_steps": 0}, {"warmup_steps": 0}])
+def test_a_last_update_that_makes_the_weights_unusable_is_reported_without_a_validation_split(
+    shared_tmp: Path, capsys: pytest.CaptureFixture[str], optim: dict[str, Any]
+) -> None:
+    if WORLD.rank == 0:
+        (shared_tmp / "some.txt").write_text("in order so that no one can tell " * 20)
+        prepare(str(shared_tmp / "some.txt"), "byte", shared_tmp / "shards", shards=1, val_fraction=0, verbose=False)
+    WORLD.barrier()
+    train = {"steps": 1, "eval_every": 1}
+    ended = train_at(sizes(1, 2)[-1], tiny(shared_tmp / "shards", shared_tmp / "run", train=train, optim=optim))
+    said = WORLD.bcast(capsys.readouterr().out)
+    assert said.count("warning: step 1: the training loss is not finite, so the weights are unusable") == ("lr" in optim)
+    assert ended.end["val_loss"] is None
+
+
 def nowhere(places: np.ndarray) -> np.ndarray:
     """A loss mask without targets."""
     return places < 0

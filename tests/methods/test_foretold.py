@@ -10,8 +10,8 @@ import pytest
 
 from mpidp.config.schema import checked
 from mpidp.data.index import read_index
-from mpidp.planning.methods.predict import METHODS, sent_bytes, sizes_of, variant
-from mpidp.planning.methods.traffic import Cluster
+from mpidp.plan.methods.predict import METHODS, sent_bytes, sizes_of, variant
+from mpidp.plan.methods.traffic import Cluster
 from tests.tiny import WORLD, corpus, everywhere, tiny, train_at
 
 pytestmark = pytest.mark.mpi

@@ -14,9 +14,9 @@ import pytest
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import number
 from mpidp.metrics.timeline import RankTimeline, trace
-from mpidp.report import report
-from mpidp.reporting.read import read
-from mpidp.reporting.waterfall import of_step, waterfall
+from mpidp.report.__main__ import report
+from mpidp.report.read import read
+from mpidp.report.waterfall import of_step, waterfall
 from mpidp.runtime.world import polite_barrier
 from tests.tiny import WORLD, Ran, corpus, pretended, sizes, tiny, train_at
 

@@ -36,28 +36,28 @@ CONTRACT = {
     "hf": f"{EVERY} checkpoint data model",
     "inference": f"{EVERY} checkpoint comm data hf model parallel",
     "training": f"{EVERY} checkpoint comm config data faults hf metrics model parallel reducers strategies",
-    "planning": f"{EVERY} checkpoint checkup comm config data hf metrics model parallel reducers strategies training",
-    "reporting": f"{EVERY} config metrics",
-    "checkup": f"{EVERY} comm config",
+    "plan": f"{EVERY} checkpoint comm config data doctor hf metrics model parallel reducers strategies training",
+    "report": f"{EVERY} config metrics",
+    "doctor": f"{EVERY} comm config",
     "c10d": f"{EVERY} comm",
     "data_tools": f"{EVERY} data faults",
 }
-COMMANDS = {"__main__", "train", "evaluate", "generate", "export", "plan", "replay", "report", "doctor", "library"}
+COMMANDS = {"__main__", "train", "evaluate", "generate", "export", "replay", "library"}
 AT_THE_TOP = COMMANDS | {"__init__", "errors"}  # at most 12 files: a command or the public API
 C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch.distributed, inside a function, on demand
 
 # Packages and modules without MPI, and without torch and MPI. `python -m mpidp.train --help` works on a login node.
-NO_MPI = {"mpidp.model", "mpidp.data", "mpidp.config", "mpidp.reporting", "mpidp.metrics", "mpidp.hf"}
+NO_MPI = {"mpidp.model", "mpidp.data", "mpidp.config", "mpidp.report", "mpidp.metrics", "mpidp.hf"}
 NO_TORCH = {
     "mpidp.errors", "mpidp.runtime.environment", "mpidp.runtime.command", "mpidp.runtime.files", "mpidp.runtime.log",
-    "mpidp.runtime.options", "mpidp.reporting",
+    "mpidp.runtime.options", "mpidp.report",
     "mpidp.config.settings", "mpidp.config.schema", "mpidp.config.rules", "mpidp.config.defaults", "mpidp.config.command_line",
     "mpidp.data.lanes", "mpidp.data.permutation", "mpidp.data.sampler", "mpidp.reducers.tree_order", "mpidp.parallel.schedule",
     "mpidp.model.shape", "mpidp.model.part", "mpidp.faults.inject", "mpidp.faults.heartbeat", "mpidp.faults.watchdog",
     "mpidp.faults.stop", "mpidp.faults.restarts", "mpidp.metrics.clock", "mpidp.metrics.jsonl", "mpidp.metrics.progress",
     "mpidp.metrics.energy", "mpidp.metrics.gradient_noise", "mpidp.strategies.quorum_rounds", "mpidp.strategies.arrivals",
-    "mpidp.strategies.averaging_groups", "mpidp.planning.mesh", "mpidp.planning.ranks", "mpidp.training.balance",
-    "mpidp.hf.names", "mpidp.hf.tokens", "mpidp.plan", "mpidp.report",
+    "mpidp.strategies.averaging_groups", "mpidp.plan.mesh", "mpidp.plan.ranks", "mpidp.training.balance",
+    "mpidp.hf.names", "mpidp.hf.tokens", "mpidp.plan.__main__",
 }
 
 
@@ -142,6 +142,7 @@ def test_nobody_imports_commands(name: str) -> None:
     if name == "mpidp/__main__.py":
         return
     assert not {package_of(module) for module, _ in in_project(name) if module.startswith("mpidp.")} & COMMANDS
+    assert not [module for module, _ in in_project(name) if module.endswith(".__main__")]
     tools = {(module, top) for module, top in in_project(name) if module.startswith("data_tools")}
     if name == "mpidp/train.py":  # the default corpus is prepared when it is first needed
         assert tools == {("data_tools.prepare", False)}
@@ -202,7 +203,8 @@ def test_tools_leave_torch_and_mpi_alone_until_they_run() -> None:
 QUIET = [
     "mpidp", "mpidp.config.schema", "mpidp.runtime.command", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.export",
     "mpidp.errors", "mpidp.data.lanes", "mpidp.reducers.tree_order", "mpidp.parallel.schedule", "mpidp.training.balance",
-    "mpidp.faults.inject", "mpidp.plan", "mpidp.replay", "mpidp.doctor", "mpidp.report", "mpidp.__main__", "data_tools.prepare",
+    "mpidp.faults.inject", "mpidp.plan.__main__", "mpidp.replay", "mpidp.doctor.__main__", "mpidp.report.__main__",
+    "mpidp.__main__", "data_tools.prepare",
 ]
 
 

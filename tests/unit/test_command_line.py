@@ -40,12 +40,13 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_help_lists_commands_and_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     call(monkeypatch, "--help")
     text = capsys.readouterr().out
-    files = {path.stem for folder in ("mpidp", "data_tools") for path in (ROOT / folder).glob("*.py")
-             if "def main() -> None" in path.read_text()}
-    assert set(top.COMMANDS) == files - {"__main__"}
-    for name, (module, about) in top.COMMANDS.items():
+    paths = [path for folder in ("mpidp", "data_tools") for pattern in ("*.py", "*/__main__.py")
+             for path in (ROOT / folder).glob(pattern) if "def main() -> None" in path.read_text()]
+    files = {path.parent.stem if path.stem == "__main__" else path.stem for path in paths}
+    assert set(top.COMMANDS) == files - {"mpidp"}
+    for name, (_, about) in top.COMMANDS.items():
         assert f"  {name:<10} {about}\n" in text
-        assert callable(importlib.import_module(module).main)
+        assert callable(top.module_of(name).main)
     for code, meaning in EXIT_CODES.items():
         assert f"  {code:<3} {meaning}\n" in text
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from mpidp.checkup import hardware, launch, memory, network, storage
-from mpidp.checkup.facts import MachineFacts
-from mpidp.checkup.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.comm import probe
+from mpidp.doctor import hardware, launch, memory, network, storage
+from mpidp.doctor.facts import MachineFacts
+from mpidp.doctor.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
 from mpidp.runtime.environment import WAITING, numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}

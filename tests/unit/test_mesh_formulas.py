@@ -14,7 +14,7 @@ from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
 from mpidp.parallel.tensor import Regather, share_layers
-from mpidp.planning.mesh.memory import (
+from mpidp.plan.mesh.memory import (
     Memory,
     ModelSizes,
     Shape,
@@ -26,8 +26,8 @@ from mpidp.planning.mesh.memory import (
     memory_of,
     parameters_of,
 )
-from mpidp.planning.mesh.search import KNOWN
-from mpidp.planning.mesh.time import LinkSpeed, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
+from mpidp.plan.mesh.search import KNOWN
+from mpidp.plan.mesh.time import LinkSpeed, Machine, data_parallel, half_allreduce, measured_machine, message, step_of
 
 SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)
 BIG = KNOWN[6.74e9][1]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from mpidp import plan as planning
 from mpidp.errors import UsageError
-from mpidp.plan import plan
-from mpidp.planning.ranks.measured import read, seconds
-from mpidp.planning.ranks.table import duration, table
+from mpidp.plan import __main__ as planning
+from mpidp.plan.__main__ import plan
+from mpidp.plan.ranks.measured import read, seconds
+from mpidp.plan.ranks.table import duration, table
 
 TOKENS = 2048  # per step
 NOISE = {"noise_signal_square": 0.5, "noise_trace": 0.5 * 6144}  # a noise scale of 3 B
@@ -207,7 +207,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_it_starts_alone_without_torch_and_mpi(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [start(2), *steps(1, 30, {})])
-    words = "import sys, mpidp.plan as p; sys.argv[1:] = ['ranks', '--help']\ntry: p.main()\nexcept SystemExit: pass\n"
+    words = "import sys, mpidp.plan.__main__ as p; sys.argv[1:] = ['ranks', '--help']\ntry: p.main()\nexcept SystemExit: pass\n"
     words += "assert not {'torch', 'mpi4py', 'numpy'} & set(sys.modules), 'too much is imported'"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--loss" in done.stdout, done.stderr

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mpidp import plan as planning
 from mpidp.config.schema import Config, to_toml
 from mpidp.errors import UsageError
-from mpidp.planning.mesh import command_line
-from mpidp.planning.mesh.memory import ModelSizes
-from mpidp.planning.mesh.search import model_of, number, shapes
-from mpidp.planning.mesh.table import mesh_table
+from mpidp.plan import __main__ as planning
+from mpidp.plan.mesh import command_line
+from mpidp.plan.mesh.memory import ModelSizes
+from mpidp.plan.mesh.search import model_of, number, shapes
+from mpidp.plan.mesh.table import mesh_table
 
 SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)
 PARTS = ("parameters", "gradients", "optimizer", "working", "activations", "logits")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from mpidp import plan as planning
 from mpidp.config.command_line import from_args
 from mpidp.config.resolve import model_shape
 from mpidp.config.schema import Config, checked, fields_of
 from mpidp.errors import DataError, UsageError
 from mpidp.model.shape import TransformerShape, num_parameters
-from mpidp.planning.methods.predict import (
+from mpidp.plan import __main__ as planning
+from mpidp.plan.methods.predict import (
     METHODS,
     MethodRow,
     predict,
@@ -29,9 +29,9 @@ from mpidp.planning.methods.predict import (
     variant,
     with_speeds,
 )
-from mpidp.planning.methods.traffic import Cluster, cluster_of, link_of, one_sum, sizes_of
-from mpidp.planning.methods.trials import TrialOptions, compare_methods, find_cluster
-from mpidp.planning.ranks.table import methods_table
+from mpidp.plan.methods.traffic import Cluster, cluster_of, link_of, one_sum, sizes_of
+from mpidp.plan.methods.trials import TrialOptions, compare_methods, find_cluster
+from mpidp.plan.ranks.table import methods_table
 
 CONFIG = Config().with_values(train={"global_batch": 32, "micro_batch": 2}, comm={"overlap": "none"})
 SLOW = link_of("100,20", 4)

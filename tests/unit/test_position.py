@@ -55,3 +55,20 @@ def test_batches_that_are_passed_over() -> None:
     at = Position(step=5, skipped=2, skipped_in_a_row=2)
     at.skip_to(11)
     assert (at.batch, at.step, at.skipped, at.skipped_in_a_row) == (11, 5, 6, 0)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    for first in (math.nan, math.inf):
+        at = Position()
+        at.evaluated(first)
+        assert at.evaluations_since_best == 1
+        at.evaluated(3.0)
+        assert at.best_val_loss == 3.0 and at.evaluations_since_best == 0
+        at.evaluated(math.nan)
+        assert at.best_val_loss == 3.0 and at.evaluations_since_best == 1
+
+
+def test_a_best_loss_of_nan_in_a_checkpoint_is_replaced() -> None:
+    at = Position(best_val_loss=math.nan, val_loss=math.nan, evaluations_since_best=4)
+    at.evaluated(2.0)
+    assert at.best_val_loss == 2.0 and at.evaluations_since_best == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mpidp.data.lanes import Lanes
-from mpidp.planning.ranks.predict import Learned, StepTimes, most_micro_batches, predict, scaled, seconds_at
-from mpidp.planning.ranks.table import duration
+from mpidp.plan.ranks.predict import Learned, StepTimes, most_micro_batches, predict, scaled, seconds_at
+from mpidp.plan.ranks.table import duration
 
 MEASURED = [StepTimes(8, 0.3, 0.09, 0.05), StepTimes(1, 0.1, 0.001, 0.01), StepTimes(2, 0.1, 0.05, 0.03)]
 

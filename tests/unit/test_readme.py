@@ -144,7 +144,7 @@ def test_every_setting_that_is_named_is_one(name: str) -> None:
 def test_every_training_command_has_settings_that_go_together(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The reader's own configuration (my.toml) is empty here: all its settings are the defaults."""
     (tmp_path / "my.toml").write_text("")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     monkeypatch.chdir(tmp_path)
     training = [words for module, words in commands(name) if module == "mpidp.train" and "--help" not in words]
     assert training

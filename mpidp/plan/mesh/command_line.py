@@ -1,0 +1,150 @@
+"""The command line of `python -m mpidp.plan mesh`. This module imports neither torch nor MPI."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpidp.config.command_line import from_args, read_run_config
+from mpidp.errors import UsageError
+from mpidp.hf.names import settings_of
+from mpidp.plan.cluster_file import read_cluster
+from mpidp.plan.mesh.memory import Work
+from mpidp.plan.mesh.search import (
+    MICRO_BATCHES,
+    GivenFigures,
+    machine_of,
+    machine_of_run,
+    model_of,
+    model_of_config,
+    number,
+    plan_mesh,
+    vocab_size_of,
+)
+from mpidp.runtime.json_file import read_json
+from mpidp.runtime.options import add_ranks
+
+TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step; key: whether the model has at least 1 B parameters
+BYTES = {"bfloat16": 2, "float32": 4}
+OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
+                                             "tie_embeddings", "head_dim", "vocab_size")]
+DESCRIPTION = """\
+Find the meshes (dp x pp x tp, and the level of sharding over dp) of N ranks that have enough memory for a model, and predict
+the step time of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.
+Settings of a run (--section.key=value) need --config."""
+NUMBERS = (  # option, help, factor to convert the value to bytes, operations or seconds
+    ("params", "number of parameters of a LLaMA-like model, for example 7b; or use --config", 1.0),
+    ("memory", "memory per rank, GB (80)", 1e9),
+    ("samples", "number of samples in the data, for example 100m, to print the samples per rank", 1.0),
+    ("vocab", "vocabulary size; default: that of the published model or of the config's data, or 32,000", 1.0),
+    ("seq-len", "tokens per sequence; default: the model's", 1.0),
+    ("global-batch", "sequences per step; default: about 4 M tokens", 1.0),
+    ("micro-batch", "sequences per forward pass; default: the best of 1 to 16", 1.0),
+    ("flops", "measured FLOP/s of a rank in matrix products, for example 450t", 1.0),
+    ("memory-gbyte", "memory bandwidth of a device, GB/s", 1e9),
+    ("link-gbit", "bandwidth between two ranks of a node, Gbit/s", 1e9 / 8),
+    ("node-gbit", "bandwidth of a node's network, Gbit/s", 1e9 / 8), ("latency-us", "latency of a message, microseconds", 1e-6),
+    ("ranks-per-node", "number of ranks on each node (8)", 1.0),
+    ("gpus-per-node", "devices that the ranks of a node share; default: one per rank", 1.0),
+)  # fmt: skip
+WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "gpus-per-node")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan mesh`, without --json. Pure."""
+    parser.add_argument("--config", metavar="CONFIG.toml", help="use the model and batch of this configuration, not --params")
+    add_ranks(parser, "those of cluster.json")
+    for name, about, _ in NUMBERS:
+        parser.add_argument(f"--{name}", metavar="N", help=about)
+    parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor; default: the one in this folder, if any")
+    parser.add_argument("--calibrate", metavar="RUN", help="measure compute speed from this run on one rank of such a device")
+    parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (bfloat16)")
+    parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: whichever is better)")
+    parser.add_argument("--sequence", choices=["true", "false"], help="mesh.sequence (default: whichever is better)")
+    parser.add_argument("--overlap", type=float, help="achieved fraction of the possible overlap of dp traffic (0.8)")
+    parser.add_argument("--top", type=int, default=5, help="number of meshes to show (%(default)s)")
+
+
+def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> dict[str, Any]:
+    """Return the results of `plan mesh` for parsed options, as plan_mesh() does. settings: the arguments --section.key=value.
+
+    Raises UsageError if an option is missing or not valid, or if no mesh is possible. Independent."""
+    given = {name: number(text, name) * one for name, _, one in NUMBERS if (text := getattr(options, name.replace("-", "_")))}
+    for name in WHOLE:
+        if given.get(name, 1.0) % 1:
+            raise UsageError(f"--{name}={given[name]:g} must be a whole number")
+    if ("params" in given) == bool(options.config):
+        raise UsageError("give either --params N, for example --params 7b, or --config CONFIG.toml")
+    if settings and not options.config:
+        raise UsageError(f"{settings[0]}: no such option; settings of a run need --config (see --help)")
+    cluster = _cluster(options.cluster)
+    ranks = options.ranks or cluster.get("ranks") or 0
+    if not ranks:
+        raise UsageError("give the number of ranks with --ranks, or give a file of mpidp.doctor with --cluster")
+    if options.overlap is not None and not 0 <= options.overlap <= 1:
+        raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
+    if options.top < 1:
+        raise UsageError(f"--top={options.top} must be at least 1")
+    values = from_args([options.config, *settings]).flat() if options.config else {}
+    whole = {name: int(given.get(name, 0)) for name in WHOLE}
+    if values:
+        values |= _initial_model(values["train.init_from"])
+        _reject_uncut(values)
+        values["model.seq_len"] = whole["seq-len"] or values["model.seq_len"]
+        model, taken = model_of_config(values, whole["vocab"] or vocab_size_of(values)), options.config
+        parameters = float(model.parameters)
+    else:
+        parameters = given["params"]
+        model, taken = model_of(parameters, whole["vocab"], whole["seq-len"])
+        taken = f"assumed, {taken}"
+    default = values.get("train.global_batch") or max(1, TOKENS[model.parameters >= 1e9] // model.seq_len)
+    number_bytes = BYTES[options.dtype or ("float32" if values.get("train.dtype") == "float32" else "bfloat16")]
+    base = Work(whole["global-batch"] or default, 1, number_bytes=number_bytes)
+    figures = GivenFigures(
+        given.get("flops"), given.get("memory-gbyte"), given.get("link-gbit"), given.get("node-gbit"), given.get("latency-us"),
+        whole["ranks-per-node"] or None, whole["gpus-per-node"] or None, options.overlap,
+    )
+    run = machine_of_run(Path(options.calibrate), whole["vocab"]) if options.calibrate else None
+    machine, sources = machine_of(figures, cluster, run, number_bytes)
+    micro = [whole["micro-batch"]] if whole["micro-batch"] else MICRO_BATCHES
+    again, parts = ([choice == "true"] if choice else [False, True] for choice in (options.recompute, options.sequence))
+    return plan_mesh(model, taken, parameters, ranks, given.get("memory", 80e9), machine, sources, base, micro, again,
+                     parts, given.get("samples"), options.top)
+
+
+def _reject_uncut(values: Mapping[str, Any]) -> None:
+    """Raise UsageError for models that support data parallelism only. Pure."""
+    kind, rank = values["model.kind"], values["model.lora_rank"]
+    if kind != "transformer" or rank:
+        what = f"model.lora_rank={rank}: adapters" if kind == "transformer" else f"model.kind={kind}"
+        raise UsageError(f"{what}: only data parallelism is supported, so each rank holds a whole replica; use "
+                         "`python -m mpidp.plan methods`")
+
+
+def _initial_model(path: str) -> dict[str, Any]:
+    """Return the model settings {section.key: value} of train.init_from, which is a Hugging Face folder or a run. Raises
+    UsageError or DataError if its configuration cannot be read. Independent."""
+    if not path:
+        return {}
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        run = next((one for one in (Path(path), *Path(path).parents[1:2]) if (one / "config.toml").is_file()), Path(path))
+        return {key: value for key, value in read_run_config(run / "config.toml").items() if key in OF_THE_WEIGHTS}
+    try:
+        content = read_json(config)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"train.init_from={path}: config.json cannot be read ({error})") from error
+    return {f"model.{key}": value for key, value in settings_of(content, config).items()}
+
+
+def _cluster(file: str | None) -> dict[str, Any]:
+    """Return the content of cluster.json, or {} if no file was given and the current folder has none. Raises UsageError if the
+    file cannot be read."""
+    path = Path(file or "cluster.json")
+    if not path.is_file():
+        if file:
+            raise UsageError(f"--cluster={file}: no such file; `mpirun -np N python -m mpidp.doctor` writes one")
+        return {}
+    return read_cluster(path)

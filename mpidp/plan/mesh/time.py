@@ -1,0 +1,241 @@
+"""Computes the time of a step on a mesh and the bytes sent, from the compute speed of a rank and the speed of links. Pure.
+
+Ranks are ordered by pp, dp, tp. The tensor-parallel ranks of a stage are neighbours, and stages are far apart. In the table, g is
+the size of a group and n is a number of bytes. p is the number of parameters of a rank. w is the number of bytes per number in
+matrix products. M is the number of micro-batches per replica.
+
+| what | seconds |
+|---|---|
+| compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
+| tp | float32 allreduces of (B, T, D): 2 in forward and 2 in backward of a block, 2 more with recompute, 2 for embedding and head
+|
+| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number; the gains of
+norms |
+| pp | m: a float32 message of (B, T, D), or with sequence 1 / tp of it; a micro-batch takes max c + 2 m (pp - 1) / pp |
+| pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); with equal stages the bubble is (pp - 1) / (M + pp - 1) |
+| dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
+| dp, shard 1 | a reduce_scatter of 4 p and an allgather of 4 p, which overlap with a micro-batch |
+| dp, shard 2 | a reduce_scatter of 4 p per micro-batch and an allgather of 4 p, which overlap with all micro-batches |
+| dp, shard 3 | a reduce_scatter of 4 p and two allgathers of w p per micro-batch, which overlap with all of them (Zhao 2023) |
+| dp, shard 2 and 3 | also `gather_seconds` for each of these exchanges of each block: host time that does not overlap |
+| update | 28 bytes per parameter that a rank updates / memory bandwidth |
+
+An allgather or reduce_scatter takes (g - 1)/g n / B + ceil(log2 g) a, for bandwidth B and latency a. An allreduce takes twice as
+long. If a group extends over several nodes, (ranks per node) / (members of the group in a node) groups share the network of a
+node. `overlap` is the fraction of the possible overlap that is achieved. If ranks share devices, a step takes at least as long as
+the devices of a node need for its work, because during a bubble other ranks use the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mpidp.plan.mesh.memory import (
+    MASTER,
+    ModelSizes,
+    Shape,
+    Work,
+    kept_of_block,
+    layers_of,
+    logits_bytes,
+    parameters_of,
+    stages_of,
+)
+
+BACKWARD = 2 / 3  # fraction of the compute time that backward takes
+PASSES = 4  # each saved activation is written and read, and so is its gradient
+ACCUMULATE = 12  # bytes per parameter and micro-batch to accumulate gradients: two reads and a write
+CAST = 6  # bytes per parameter and micro-batch to convert weights for 16-bit products
+UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """Speed of a link in one direction."""
+
+    latency_seconds: float
+    bandwidth_bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Compute speed of the ranks and speed of their links."""
+
+    flops: float  # FLOP/s of matrix products, for a rank with its own device
+    memory_bytes_per_second: float  # memory bandwidth of a device
+    inside: LinkSpeed  # link between two ranks of a node
+    between: LinkSpeed  # network of a node, shared by its ranks
+    ranks_a_node: int
+    devices_a_node: int
+    overlap: float = 1.0  # fraction of the possible overlap of dp traffic with compute that is achieved
+    gather_seconds: float = 0.0  # host time per gather or scatter of a sharded block (copies, hooks)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The traffic of one rank in an exchange of a group of ranks."""
+
+    sent_bytes: float = 0.0
+    seconds: float = 0.0
+    between: bool = False  # whether some of it is between nodes
+
+    def times(self, count: float) -> Traffic:
+        """Return `count` times this traffic."""
+        return Traffic(count * self.sent_bytes, count * self.seconds, self.between)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent_bytes + other.sent_bytes, self.seconds + other.seconds, self.between or other.between)
+
+
+def half_allreduce(machine: Machine, size: int, stride: int, num_bytes: float) -> Traffic:
+    """Return the traffic of an allgather or reduce_scatter over `size` ranks whose numbers differ by `stride`. Pure."""
+    if size == 1:
+        return Traffic()
+    sent = num_bytes * (size - 1) / size
+    k = machine.ranks_a_node
+    members = max(1, min(size, k // stride))  # number of members of the group in one node
+    hops = math.ceil(math.log2(size))
+    inside = sent / machine.inside.bandwidth_bytes_per_second if members > 1 else 0.0
+    if members == size:
+        return Traffic(sent, inside + hops * machine.inside.latency_seconds)
+    outside = sent * (k / members) / machine.between.bandwidth_bytes_per_second
+    return Traffic(sent, max(inside, outside) + hops * machine.between.latency_seconds, True)
+
+
+def message(machine: Machine, shape: Shape, num_bytes: float) -> Traffic:
+    """Return the traffic when every rank of a stage sends a message to the next stage. Pure."""
+    stride, k = shape.tp * shape.dp, machine.ranks_a_node
+    if shape.ranks <= k:
+        return Traffic(num_bytes, num_bytes / machine.inside.bandwidth_bytes_per_second + machine.inside.latency_seconds)
+    outside = num_bytes * min(stride, k) / machine.between.bandwidth_bytes_per_second
+    return Traffic(num_bytes, outside + machine.between.latency_seconds, True)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The operations of matrix products, memory traffic and tp traffic of one micro-batch on one rank."""
+
+    flops: float = 0.0
+    num_bytes: float = 0.0
+    tp: Traffic = Traffic()
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the compute time in seconds, without tp traffic."""
+        return self.flops / machine.flops + self.num_bytes / machine.memory_bytes_per_second
+
+    def times(self, count: float) -> Flow:
+        """Return `count` times this flow."""
+        return Flow(count * self.flops, count * self.num_bytes, self.tp.times(count))
+
+    def __add__(self, other: Flow) -> Flow:
+        return Flow(self.flops + other.flops, self.num_bytes + other.num_bytes, self.tp + other.tp)
+
+
+def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Flow, Flow, Flow]:
+    """Return the flows of (a block, the embedding, the final norm with the head) in the forward and backward of a micro-batch."""
+    tokens, again = work.micro_batch * model.seq_len, work.recompute
+    weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
+    wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
+    numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: a maximum, a sum, the target's logit
+    forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
+    kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
+    block_wire, head_wire = wire.times(4 + 2 * again), wire
+    if work.sequence:
+        size = tokens * model.model_dim
+        gather = half_allreduce(machine, shape.tp, 1, float(size * min(work.number_bytes, work.wire_bytes)))
+        scatter = half_allreduce(machine, shape.tp, 1, float(size * work.wire_bytes))
+        gains = half_allreduce(machine, shape.tp, 1, 4.0 * model.model_dim).times(2)
+        block_wire, head_wire = gather.times(6) + scatter.times(4 + 2 * again) + gains.times(2), gather.times(2) + scatter + gains
+    block = Flow((3 + again) * forward, kept + weights * model.block / shape.tp, block_wire)
+    embedding = Flow(0.0, 3 * 4.0 * tokens * model.model_dim + weights * model.table / shape.tp, wire)
+    logits = PASSES / 2 * tokens * logits_bytes(model, shape, work.number_bytes)  # logits_bytes includes gradients
+    head = Flow(6.0 * tokens * model.table / shape.tp, logits + weights * model.table / shape.tp, head_wire + numbers)
+    return block, embedding, head
+
+
+@dataclass(frozen=True)
+class Step:
+    """The times of one step on one mesh, and the bytes that a rank of the busiest stage sends."""
+
+    compute_seconds: float  # compute time of the busiest stage, for all micro-batches
+    tp_seconds: float  # tp traffic of the busiest stage, for all micro-batches
+    pipeline_seconds: float  # time of waiting in the bubble and for messages between stages
+    dp_seconds: float  # data-parallel traffic that is not overlapped
+    update_seconds: float
+    tp_bytes: float
+    pp_bytes: float
+    dp_bytes: float
+    between_bytes: float  # how many of these bytes leave the node
+    flops: float  # operations per rank, mean over stages, without recomputation
+
+    @property
+    def seconds(self) -> float:
+        """The time of the step."""
+        return self.compute_seconds + self.tp_seconds + self.pipeline_seconds + self.dp_seconds + self.update_seconds
+
+
+def data_parallel(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tuple[Traffic, float]:
+    """Return (the dp traffic of a step on the stage with the most parameters, the host time of its gathers and scatters).
+    Pure."""
+    p, stage = max((parameters_of(model, shape, stage), stage) for stage in stages_of(model, shape))
+    m, units = work.micro_batches(shape), layers_of(model, shape, stage) + 1
+
+    def half(bytes_each: float, count: int, pieces: int = units) -> Traffic:
+        return half_allreduce(machine, shape.dp, shape.tp, bytes_each * p / pieces).times(count * pieces)
+
+    if shape.shard < 2:
+        return half(MASTER, 2, 1), 0.0
+    scatters, gathers = m, 2 * m if shape.shard == 3 else 1
+    each = machine.gather_seconds * (shape.dp > 1)
+    traffic = half(MASTER, scatters) + half(work.number_bytes if shape.shard == 3 else MASTER, gathers)
+    return traffic, each * units * (scatters + gathers)
+
+
+def step_of(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> Step:
+    """Predict one step. Pure."""
+    block, embedding, head = _parts(model, shape, work, machine)
+    stages = {
+        stage: block.times(layers_of(model, shape, stage)) + embedding.times(stage == 0) + head.times(stage == shape.pp - 1)
+        for stage in stages_of(model, shape)
+    }
+    whole = block.times(model.num_layers) + embedding + head  # the sum over stages
+    slowest = max(stages.values(), key=lambda flow: flow.seconds(machine) + flow.tp.seconds)
+    m, pp = work.micro_batches(shape), shape.pp
+    between = Traffic()
+    if pp > 1:
+        share = shape.tp if work.sequence else 1
+        between = message(machine, shape, work.micro_batch * model.seq_len * model.model_dim * work.wire_bytes / share)
+    compute, one = m * slowest.seconds(machine), slowest.seconds(machine) + slowest.tp.seconds
+    path = (m - 1) * (one + 2 * between.seconds * (pp - 1) / pp)
+    path += whole.seconds(machine) + whole.tp.seconds + 2 * (pp - 1) * between.seconds
+    crowd = max(1.0, min(machine.ranks_a_node, shape.ranks) / machine.devices_a_node)  # ranks per device
+    shared = m * (crowd * whole.seconds(machine) + whole.tp.seconds) / pp
+    path = max(path, shared)
+    dp, hosts = data_parallel(model, shape, work, machine)
+    behind = {0: BACKWARD, 1: 1.0}.get(shape.shard, float(m)) * slowest.seconds(machine)
+    p = max(parameters_of(model, shape, stage) for stage in stages_of(model, shape))
+    update = crowd * UPDATE * p / shape.over_dp(1) / machine.memory_bytes_per_second
+    tp_bytes, pp_bytes = m * slowest.tp.sent_bytes, m * between.sent_bytes * (2 if pp > 2 else 1)
+    return Step(
+        compute, m * slowest.tp.seconds, path - m * one, max(0.0, dp.seconds - machine.overlap * behind) + hosts, update,
+        tp_bytes,
+        pp_bytes, dp.sent_bytes,
+        tp_bytes * slowest.tp.between + pp_bytes * between.between + dp.sent_bytes * dp.between,
+        m * (whole.flops - work.recompute / (3 + work.recompute) * block.flops * model.num_layers) / pp,
+    )
+
+
+def measured_machine(
+    model: ModelSizes, micro_batch: int, compute_seconds: float, update_seconds: float, micro_batches: int, number_bytes: int,
+) -> tuple[float, float]:
+    """Return (FLOP/s, memory bytes/s), from times that were measured on one rank. The memory bandwidth follows from the time of
+    the update. The compute time minus the time of memory traffic is the time of matrix products. Pure."""
+    alone, work = Shape(1, 1, 1), Work(micro_batches * micro_batch, micro_batch, number_bytes=number_bytes)
+    memory = UPDATE * model.parameters / update_seconds
+    nothing = LinkSpeed(0.0, math.inf)
+    block, embedding, head = _parts(model, alone, work, Machine(1.0, memory, nothing, nothing, 1, 1))
+    whole = block.times(model.num_layers) + embedding + head
+    rest = compute_seconds / micro_batches - whole.num_bytes / memory
+    rest = max(rest, 0.25 * compute_seconds / micro_batches)  # an update in the cache may leave no time
+    return whole.flops / rest, memory

@@ -1,0 +1,57 @@
+"""Evaluations during training: the loss on the validation split."""
+
+from __future__ import annotations
+
+import math
+
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError
+from mpidp.training.job import Job, ended
+
+
+def evaluate(job: Job) -> None:
+    """Compute and record val_loss at this step. Without a validation split, check at the end of the run that the weights are
+    usable. Collective over job.comm."""
+    job.position.evaluated_step = job.position.step
+    with job.phase("evaluate"):
+        if job.plan.validation is not None:
+            evaluate_validation(job, job.plan.validation)
+        elif ended(job):
+            check_last_update(job)
+
+
+def evaluate_validation(job: Job, validation: TokenStream) -> None:
+    """Compute and record val_loss. Collective over job.comm."""
+    at, progress = job.position, job.services.progress
+    loss, tokens = _loss_on(job, validation, job.config.train.eval_tokens)
+    at.evaluated(loss)
+    job.record.write({"step": at.step, "val_loss": loss, "val_tokens": tokens})
+    progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
+    if not math.isfinite(loss):
+        warn_unusable(job, "validation")
+
+
+def check_last_update(job: Job) -> None:
+    """Warn if the loss on one batch of training data is not finite. The loss of a step is that before its update, so no step
+    reports what the last update did. Collective over job.comm."""
+    config = job.config
+    try:
+        loss, _ = _loss_on(job, job.plan.training, config.train.global_batch * config.model.seq_len)
+    except DataError:  # the loss mask excludes all of these tokens; raised on every rank
+        return
+    if not math.isfinite(loss):
+        warn_unusable(job, "training")
+
+
+def warn_unusable(job: Job, kind: str) -> None:
+    """Print that a loss of this kind is not finite. Independent."""
+    job.services.progress.print(
+        f"warning: step {job.position.step}: the {kind} loss is not finite, so the weights are unusable (nan, inf or too large). "
+        "Checkpoints from this step on cannot be evaluated or sampled: stop, and continue from an earlier one with a lower "
+        "optim.lr"
+    )
+
+
+def _loss_on(job: Job, stream: TokenStream, tokens: int) -> tuple[float, int]:
+    config = job.config
+    return job.engine.evaluate(stream, job.comm, config.model.seq_len, job.lanes.micro_batch, tokens, job.mesh.dp)

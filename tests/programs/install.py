@@ -1,0 +1,50 @@
+"""Installs requirements.txt into the environment of this interpreter: `.venv-programs/bin/python tests/programs/install.py`.
+
+A package that cannot be installed, for example because it has no wheel for this Python, does not stop the others. Its name and
+pip's reason are written to not_installed.json in the environment, and its tests are skipped (packages.py).
+This file uses the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+NOT_INSTALLED = Path(sys.prefix, "not_installed.json")
+PIP = (
+    sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary",
+    "--constraint", str(ROOT / "constraints.txt"),  # keeps the torch, numpy and transformers of .venv
+)
+LIMIT_SECONDS = 300.0  # of one call of pip: a package without a wheel may compile
+
+
+def lines() -> list[str]:
+    """Return the requirements, without comments. Independent."""
+    return [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def pip(*words: str) -> str:
+    """Install these packages. Return pip's reason if it fails, else an empty string. Independent."""
+    try:
+        done = subprocess.run([*PIP, *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"pip did not end within {LIMIT_SECONDS:.0f} s"
+    errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    return "" if done.returncode == 0 else (errors or [f"pip: exit code {done.returncode}"])[-1]
+
+
+def main() -> None:
+    failed = {}
+    if pip(*lines()):
+        failed = {line: reason for line in lines() if (reason := pip(line))}
+    NOT_INSTALLED.write_text(json.dumps(failed, indent=2) + "\n")
+    for line, reason in failed.items():
+        print(f"{line} is not installed, and its tests will be skipped: {reason}")
+
+
+if __name__ == "__main__":
+    main()
