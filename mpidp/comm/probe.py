@@ -16,8 +16,6 @@ from mpidp.runtime.environment import LAUNCHER_PREFIXES
 _CHILD = """
 import torch
 from mpi4py import MPI
-
-from mpidp.runtime.environment import LAUNCHER_PREFIXES
 from mpidp.comm.buffers import buf
 comm = MPI.COMM_SELF
 for n in (3, 1 << 20):

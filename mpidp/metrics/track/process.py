@@ -100,8 +100,8 @@ class Inbox:
 
 
 class State:
-    """RUN/track/NAME.json: the id of the run, and the last step of each kind of line that was written. A lock makes a job wait for
-    the process of an earlier job, which may still be writing."""
+    """RUN/track/NAME.json: the id of the run, and the last step of each kind of line that was written. A lock makes a job
+    wait for the process of an earlier job, which may still be writing."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         """seconds: how long to wait for the lock."""
