@@ -55,6 +55,7 @@ def export(
     from mpidp.inference.loading import load_model, own_tokenizer
     from mpidp.inference.plausible import check_settings, check_shape
     from mpidp.model.lora import merged
+    from mpidp.model.option_checks import check_options
     from mpidp.model.shape import TransformerShape, num_parameters
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
@@ -68,6 +69,7 @@ def export(
         if world.rank == 0:
             check_settings(reader.path, reader.meta)
             shape = TransformerShape(**reader.meta["shape"])
+            check_options(shape)
             check_shape(reader.path, reader.meta, shape)
             tokenizer = load_tokenizer(own_tokenizer(reader), reader.meta["eod"])
             special = for_run(folder, tokenizer)

@@ -7,11 +7,12 @@ from dataclasses import asdict
 import torch
 
 from mpidp.config.defaults import kind, known_settings, outer, ratio, sync_intervals
+from mpidp.config.model_settings import automatic, transformer_shape
 from mpidp.config.schema import Config
 from mpidp.data.lanes import Lanes
 from mpidp.errors import UsageError
 from mpidp.model import own
-from mpidp.model.shape import LSTMShape, Shape, TransformerShape, default_hidden_dim
+from mpidp.model.shape import LSTMShape, Shape
 from mpidp.runtime.environment import launched_with_ulfm
 
 
@@ -72,11 +73,7 @@ def model_shape(config: Config, vocab_size: int) -> Shape:
     if m.kind != "transformer":
         plain, settings = asdict(Config().model), asdict(m)
         return own.shape_of(m.kind, settings, {k: v for k, v in settings.items() if v != plain[k]}, vocab_size, config.train.seed)
-    return TransformerShape(
-        vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
-        m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
-        m.norm_eps, m.head_dim, m.rope_scaling,
-    )
+    return transformer_shape(m, vocab_size)
 
 
 def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, device: torch.device, dtype: torch.dtype) -> Config:
@@ -102,8 +99,7 @@ def resolve(config: Config, steps_per_epoch: int, lanes: Lanes, threads: int, de
             kind_of(config), sync_every=every, meet_every=meet, servers=config.strategy.servers or 1, outer_lr=outer_lr,
             outer_momentum=outer_momentum,
         ),
-        model={"num_kv_heads": m.num_kv_heads or m.num_heads, "hidden_dim": m.hidden_dim or default_hidden_dim(m.model_dim)}
-        if m.kind == "transformer" else {},
+        model=automatic(m) if m.kind == "transformer" else {},
         train={
             "steps": steps, "tokens": 0, "epochs": 0.0, "lanes": lanes.num_lanes, "threads": threads,
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mpidp.config.defaults import DEFAULTS, METHODS, Settings, kind, method_of
+from mpidp.model.options import DEFAULTS as OPTIONS
 
 KINDS = ("transformer", "lstm")  # built-in values of model.kind; any other is MODULE:FACTORY
-TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0}  # settings and their defaults
+TRANSFORMER_ONLY = {"num_heads": 4, "num_kv_heads": 0, "hidden_dim": 0, "rope_theta": 10000.0, **OPTIONS}  # with their defaults
 
 
 @dataclass(frozen=True)

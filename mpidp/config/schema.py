@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpidp.config import rules
+from mpidp.config.model_settings import ModelSettings, shape_problems
 from mpidp.config.settings import (
     CommSettings,
     DataSettings,
@@ -19,14 +20,12 @@ from mpidp.config.settings import (
     FaultSettings,
     MeshSettings,
     MetricsSettings,
-    ModelSettings,
     OptimizerSettings,
     RunSettings,
     StrategySettings,
     TrainSettings,
 )
 from mpidp.errors import UsageError
-from mpidp.model.shape import rope_scaling
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,6 @@ def fields_of(config: Config | None = None) -> Iterator[tuple[str, dataclasses.F
             yield f"{section.name}.{f.name}", f, getattr(part, f.name)
 
 
-def _shape_problems(model: ModelSettings) -> Iterator[str]:
-    if model.head_dim % 2:
-        yield f"model.head_dim={model.head_dim} must be even"
-    elif not model.head_dim and (model.model_dim % model.num_heads or model.model_dim // model.num_heads % 2):
-        yield (f"model.model_dim={model.model_dim} / model.num_heads={model.num_heads}: the head size must be an even integer")
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-        yield f"model.num_kv_heads={model.num_kv_heads} must divide model.num_heads={model.num_heads}"
-    try:
-        rope_scaling(model.rope_scaling)
-    except ValueError as error:
-        yield f"model.rope_scaling={error}"
-
-
 def checked(config: Config) -> Config:
     """Check the config and return it unchanged. Raises UsageError if settings contradict each other. Independent."""
     model, train, optim, comm = config.model, config.train, config.optim, config.comm
@@ -87,7 +73,7 @@ def checked(config: Config) -> Config:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
     shape_unknown = train.init_from and not model.vocab_size  # the shape is read from init_from later
     if model.kind == "transformer" and not shape_unknown:
-        problems += _shape_problems(model)
+        problems += shape_problems(model)
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("set only one of train.steps, train.tokens and train.epochs")
     problems += rules.problems(config.flat())

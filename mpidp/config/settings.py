@@ -1,6 +1,6 @@
 """Every setting, by section: frozen dataclasses. Each field has a default, a description, a unit and limits.
 
-rules.py and schema.py check which settings go together. Imports neither torch nor MPI.
+Section model is in model_settings.py. rules.py and schema.py check which settings go together. Imports neither torch nor MPI.
 """
 
 from __future__ import annotations
@@ -44,31 +44,6 @@ class DataSettings:
         "auto", "apart: attention stays within a document; auto: apart if the shards contain packed rows, else joined", "",
         ("auto", "joined", "apart"), resume=FIXED,
     )
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Settings model.*: the model and its shape."""
-
-    kind: str = setting("transformer", "transformer, lstm, or your own model as MODULE:FACTORY (docs/library.md)", resume=FIXED)
-    options: str = setting("", "extra arguments for your own model: NAME=VALUE,...", resume=FIXED)
-    num_layers: int = setting(4, "number of blocks", "layers", low=1, resume=FIXED)
-    num_heads: int = setting(4, "attention heads; must divide model_dim", "heads", low=1, resume=FIXED)
-    num_kv_heads: int = setting(0, "key-value heads; must divide num_heads; 0: num_heads", "heads", low=0, resume=FIXED)
-    model_dim: int = setting(128, "model width", "channels", low=2, resume=FIXED)
-    hidden_dim: int = setting(0, "SwiGLU width; 0: 8/3 model_dim, rounded up to 64", "channels", low=0, resume=FIXED)
-    seq_len: int = setting(128, "context length", "tokens", low=1, resume=FIXED)
-    dropout: float = setting(0.0, "dropout rate of embeddings and residual branches", "", low=0.0, high=0.99, resume=FIXED)
-    tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head", "bool", resume=FIXED)
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding", "", low=1.0, resume=FIXED)
-    rope_scaling: str = setting("", "RoPE scaling for longer contexts: llama3:FACTOR,LOW,HIGH,ORIGINAL", "", resume=FIXED)
-    norm_eps: float = setting(1e-5, "epsilon of RMSNorm", "", low=0.0, resume=FIXED)
-    head_dim: int = setting(0, "head size; 0: model_dim / num_heads", "channels", low=0, resume=FIXED)
-    vocab_size: int = setting(0, "rows of embedding and output head; 0: the tokenizer's size", "tokens", low=0, resume=FIXED)
-    lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
-    lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
-                                resume=FIXED)
-    lora_targets: str = setting("q,k,v,o,gate,up,down", "layers that get adapters", "names", resume=FIXED)
 
 
 @dataclass(frozen=True)

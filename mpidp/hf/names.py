@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
-from mpidp.errors import DataError
-from mpidp.model.shape import TransformerShape, rope_scaling
+from mpidp.errors import DataError, UsageError
+from mpidp.model.rope_scaling import rope_scaling
+from mpidp.model.shape import TransformerShape
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 MODEL_TYPES = ("llama", "mistral")
@@ -145,6 +146,11 @@ def config_of(
     rope_parameters and dtype for new ones.
     """
     scaling = rope_scaling(shape.rope_scaling)
+    unknown = [f"model.{name}={value}" for name, value in shape.changed().items()]
+    if scaling is not None and scaling.kind != "llama3":
+        unknown.append(f"model.rope_scaling={shape.rope_scaling}")
+    if unknown:
+        raise UsageError(f"the export does not support {', '.join(unknown)}: a LLaMA model has no such option")
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
         rope = {

@@ -18,7 +18,7 @@ LIMITS = {  # largest plausible values, by key of the manifest's settings; the s
 }
 MAX_THREADS = 1024
 MAX_SIZE = 2**31  # of a dimension of the model
-ZERO_IS_FINE = ("head_size",)  # fields of a shape that may be 0, which means the default
+ZERO_IS_FINE = ("head_size", "position_rows", "rotary_dims", "window")  # fields of a shape that may be 0, which means the default
 
 
 def check_settings(path: Path, meta: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mpidp.errors import DataError, UsageError
 from mpidp.model.lstm import LSTM
+from mpidp.model.option_checks import check_options
 from mpidp.model.own import CustomModel
 from mpidp.model.part import Part
 from mpidp.model.shape import CustomShape, LSTMShape, Shape, TransformerShape
@@ -45,11 +46,15 @@ def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: obj
     """Return the shape saved in a checkpoint of a run with this model.kind. Pure.
 
     named: see check_named. Raises UsageError if the run has a custom model and `named` is not its kind, TypeError if the saved
-    fields are those of another kind, and ValueError if the saved arguments of a custom model are not plain values.
+    fields are those of another kind, and ValueError if an option of the Transformer is invalid, or if the saved arguments of a
+    custom model are not plain values.
     """
     check_named(kind, named, where)
     if kind in SHAPES:
-        return SHAPES[kind](**saved)  # type: ignore[no-any-return]
+        known = SHAPES[kind](**saved)
+        if isinstance(known, TransformerShape):
+            check_options(known)
+        return known  # type: ignore[no-any-return]
     shape = CustomShape(**saved)
     if shape.factory != kind or not all(isinstance(value, (bool, int, float, str)) for value in shape.arguments.values()):
         raise ValueError(f"the factory {shape.factory!r} with {shape.arguments!r} does not belong to model.kind={kind}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.errors import UsageError
+from mpidp.model.options import DEFAULTS as OPTIONS
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import CustomShape
 
@@ -86,7 +87,8 @@ def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any],
     model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
-    known = {key: value for key, value in settings.items() if key not in ("kind", "options")} | {"vocab_size": vocab_size}
+    unused = {"kind", "options", *(OPTIONS.keys() - changed.keys())}  # unchanged options of the Transformer are not passed on
+    known = {key: value for key, value in settings.items() if key not in unused} | {"vocab_size": vocab_size}
     if twice := sorted(set(options) & set(known)):
         raise UsageError(f"model.options contains {twice[0]}, which is a setting: use --model.{twice[0]}=VALUE")
     parameters = inspect.signature(_find(kind)).parameters.values()

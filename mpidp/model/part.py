@@ -15,6 +15,7 @@ from mpidp.errors import UsageError
 from mpidp.model.shape import Shape, TransformerShape
 
 ROWS = ("embedding.weight", "head.weight", "q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")
+TABLES = ("embedding", "positions")  # of the first stage
 COLUMNS = ("attention.o.weight", "feed_forward.down.weight")
 
 
@@ -40,7 +41,7 @@ class Part:
         names = name.split(".")
         if names[0] == "blocks":
             return next(i for i, layers in enumerate(self.chunks) if int(names[1]) in layers)
-        return 0 if names[0] == "embedding" else len(self.chunks) - 1
+        return 0 if names[0] in TABLES else len(self.chunks) - 1
 
     def own_range(self, count: int) -> range:
         """Return this rank's range of `count` rows, channels or heads, divided as evenly as possible. Pure."""
@@ -69,6 +70,8 @@ class Part:
         names = name.split(".")
         if names[0] == "blocks":
             return int(names[1]) in self.layers
+        if names[0] == "positions":
+            return self.has_embedding
         return self.has_head and (names[0] != "embedding" or self.tied) or names[0] == "embedding" and self.has_embedding
 
     def sizes(self, whole: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -123,6 +126,11 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: leave them at 1")
         return
+    if tp * pp > 1 and (changed := shape.changed()):
+        raise UsageError(
+            f"mesh.tp={tp}, mesh.pp={pp} with {', '.join(f'model.{name}={value}' for name, value in changed.items())}: not "
+            "supported; use data parallelism only (mesh.dp)"
+        )
     heads = shape.num_kv_heads
     if heads % tp:
         fit = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -5,51 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
+
+from mpidp.model.options import TransformerOptions
 
 
 @dataclass(frozen=True)
-class TransformerShape:
-    """The shape of the Transformer (transformer.py)."""
+class TransformerShape(TransformerOptions):
+    """The shape of the Transformer (transformer.py). The options of options.py are keyword arguments."""
 
     vocab_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     model_dim: int
-    hidden_dim: int  # width of SwiGLU
+    hidden_dim: int  # width of the feed-forward layer
     seq_len: int
     dropout: float = 0.0
     tie_embeddings: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     head_size: int = 0  # 0: model_dim / num_heads
-    rope_scaling: str = ""  # parsed by rope_scaling()
+    rope_scaling: str = ""  # see rope_scaling.py
 
     @property
     def head_dim(self) -> int:
         return self.head_size or self.model_dim // self.num_heads
 
+    @property
+    def table_rows(self) -> int:
+        """The number of rows of the table of learned positions, 0 if there is none."""
+        return 0 if self.positions != "learned" else self.position_rows or self.seq_len
 
-class RopeScaling(NamedTuple):
-    """Rotary scaling of Llama 3.1: low frequencies are divided by `factor`, high ones are kept, others interpolated."""
-
-    factor: float
-    low: float  # low frequencies: wavelengths above original / low
-    high: float  # high frequencies: wavelengths below original / high
-    original: float  # context length of the original training
-
-
-def rope_scaling(text: str) -> RopeScaling | None:
-    """Parse "llama3:FACTOR,LOW,HIGH,ORIGINAL". Returns None for "". Raises ValueError if the text is invalid. Pure."""
-    if not text:
-        return None
-    kind, _, numbers = text.partition(":")
-    found = RopeScaling(*map(float, numbers.split(","))) if kind == "llama3" and numbers.count(",") == 3 else None
-    fits = found is not None and found.factor >= 1 and 0 < found.low < found.high and found.original >= 1
-    if found is None or not fits or not all(map(math.isfinite, found)):
-        raise ValueError(f"{text!r} must be llama3:FACTOR,LOW,HIGH,ORIGINAL, for example llama3:8,1,4,8192")
-    return found
+    def attended(self, layer: int) -> int:
+        """Return the largest number of positions that a position of a layer attends to, at most seq_len. Pure."""
+        return min(self.window_of(layer) or self.seq_len, self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -115,33 +105,63 @@ def num_parameters(shape: Shape) -> int:
     """Return the number of parameters, computed by formula. Making the model on the meta device would import torch._dynamo."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
-    d, heads = shape.model_dim, 2 * shape.num_heads + 2 * shape.num_kv_heads
-    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * d
-    return shape.num_layers * block + d + shape.vocab_size * d * (1 if shape.tie_embeddings else 2)
+    block, outside = (sum(map(math.prod, sizes.values())) for sizes in (_block_sizes(shape), _outside_sizes(shape)))
+    return shape.num_layers * block + outside
 
 
 def flops_per_token(shape: Shape, parameters: int) -> float:
-    """Return floating-point operations per token, forward and backward: 6 N + 12 layers T H E (Chowdhery 2022, appendix B).
+    """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: parameters without an untied embedding; T: seq_len; H: heads; E: head size.
+    N: parameters without the tables of an untied embedding and of learned positions; H: heads; E: head size; A: positions that a
+    position attends to, summed over the layers: seq_len, or at most the window.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()
     width = shape.num_heads * shape.head_dim
-    embedding = 0 if shape.tie_embeddings else shape.vocab_size * shape.model_dim
-    return 6.0 * (parameters - embedding) + 12.0 * shape.num_layers * shape.seq_len * width
+    tables = (0 if shape.tie_embeddings else shape.vocab_size) + shape.table_rows
+    attended = sum(map(shape.attended, range(shape.num_layers))) if shape.window else shape.num_layers * shape.seq_len
+    return 6.0 * (parameters - tables * shape.model_dim) + 12.0 * attended * width
+
+
+def _block_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of one block, by its name in the block."""
+    d, h, heads, kv = shape.model_dim, shape.hidden_dim, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    branches = {
+        "attention": {"q": (heads, d), "k": (kv, d), "v": (kv, d), "o": (d, heads)},
+        "feed_forward": ({"gate": (h, d)} if shape.gated else {}) | {"up": (h, d), "down": (d, h)},
+    }
+    biased, norms, parts = shape.biased(), shape.norms(), _norm_parts(shape)
+    found: dict[str, tuple[int, ...]] = {}
+    for branch, matrices in branches.items():
+        found |= {f"{branch}_norm.{part}": (d,) for part in parts if f"{branch}_norm" in norms}
+        found |= {f"{branch}.{name}.weight": size for name, size in matrices.items()}
+        found |= {f"{branch}.{name}.bias": size[:1] for name, size in matrices.items() if name in biased}
+        found |= {f"{branch}_out_norm.{part}": (d,) for part in parts if f"{branch}_out_norm" in norms}
+    if shape.qk_norm:
+        widths = {"q": heads, "k": kv} if shape.qk_norm == "layer" else {"q": shape.head_dim, "k": shape.head_dim}
+        found |= {f"attention.{name}_norm.weight": (width,) for name, width in widths.items()}
+    return found
+
+
+def _norm_parts(shape: TransformerShape) -> tuple[str, ...]:
+    return ("weight", "bias") if shape.norm == "layer" else ("weight",)
+
+
+def _outside_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter outside the blocks, by name."""
+    d = shape.model_dim
+    found: dict[str, tuple[int, ...]] = {"embedding.weight": (shape.vocab_size, d)}
+    found |= {f"norm.{part}": (d,) for part in _norm_parts(shape)}
+    if shape.table_rows:
+        found["positions.weight"] = (shape.table_rows, d)
+    return found if shape.tie_embeddings else found | {"head.weight": (shape.vocab_size, d)}
 
 
 def shapes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter of the whole model, by name. Pure."""
     if not isinstance(shape, TransformerShape):
         return shape.sizes()
-    d, h, heads, kv = shape.model_dim, shape.hidden_dim, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    block = {
-        "attention_norm": (d,), "attention.q": (heads, d), "attention.k": (kv, d), "attention.v": (kv, d),
-        "attention.o": (d, heads), "feed_forward_norm": (d,),
-        "feed_forward.gate": (h, d), "feed_forward.up": (h, d), "feed_forward.down": (d, h),
-    }
-    found: dict[str, tuple[int, ...]] = {"embedding.weight": (shape.vocab_size, d), "norm.weight": (d,)}
-    found |= {f"blocks.{layer}.{name}.weight": size for layer in range(shape.num_layers) for name, size in block.items()}
-    return found if shape.tie_embeddings else found | {"head.weight": (shape.vocab_size, d)}
+    block, found = _block_sizes(shape), _outside_sizes(shape)
+    head = {"head.weight": found.pop("head.weight")} if "head.weight" in found else {}
+    found |= {f"blocks.{layer}.{name}": size for layer in range(shape.num_layers) for name, size in block.items()}
+    return found | head

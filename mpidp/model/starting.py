@@ -51,7 +51,8 @@ def trained_sizes(settings: Settings, shape: Shape, part: Part) -> dict[str, tup
     sizes, names = part.sizes(shapes_of(shape)), list(shapes_of(shape))
     if rank := settings.get("model.lora_rank", 0):
         layers = {name.removesuffix(".weight"): size for name, size in sizes.items() if len(size) == 2}
-        layers.pop("embedding", None)
+        for table in ("embedding", "positions"):
+            layers.pop(table, None)
         found = {name: layers[name] for name in adapters_of(layers, rank, settings["model.lora_targets"])}
         sizes = {name + A: (rank, size[1]) for name, size in found.items()}
         sizes |= {name + B: (size[0], rank) for name, size in found.items()}

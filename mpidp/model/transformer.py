@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mpidp.model.cache import Cache, attend, positions_of
 from mpidp.model.part import Part, whole
-from mpidp.model.shape import RopeScaling, TransformerShape, rope_scaling, shapes_of
+from mpidp.model.rope_scaling import RopeScaling, rope_scaling
+from mpidp.model.shape import TransformerShape, shapes_of
 
 SITE = 0x9E3779B9  # difference between the dropout keys of two successive sites
 

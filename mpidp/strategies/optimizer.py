@@ -188,6 +188,6 @@ class ShardedOptimizer:
 def _hidden_matrices(layout: FlatLayout) -> dict[str, int]:
     """Return the names of the matrices that Muon updates, with their positions in the order of decreasing cost. If the matrices
     are dealt to the shares in this order, all shares cost about the same."""
-    outer = ("embedding.weight", "head.weight")
+    outer = ("embedding.weight", "head.weight", "positions.weight")
     hidden = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if p.dim() == 2 and not name.endswith(outer)]
     return {name: i for i, (_, name) in enumerate(sorted(hidden, reverse=True))}

@@ -30,6 +30,7 @@ from mpidp.hf.companions import companions
 from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
+from mpidp.model.options import DEFAULTS as OPTIONS
 from mpidp.model.shape import Shape, num_parameters, shapes_of
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.runtime.files import write_file
@@ -39,7 +40,7 @@ from mpidp.runtime.world import raise_together
 
 KEYS = (  # settings of section model that determine the shape and the meaning of the weights
     "kind", "options", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
-    "rope_scaling", "norm_eps", "head_dim", "vocab_size",
+    "rope_scaling", "norm_eps", "head_dim", "vocab_size", *OPTIONS,
 )
 
 

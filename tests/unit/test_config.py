@@ -17,6 +17,7 @@ from mpidp.config.schema import Config, checked, fields_of, to_toml
 from mpidp.config.settings import FIXED
 from mpidp.config.suggest import SYNONYMS, suggestion
 from mpidp.errors import UsageError
+from mpidp.model.options import DEFAULTS as OPTIONS
 
 # Changing an option requires a deliberate edit of this list: users' files and scripts contain these names.
 KEYS = """
@@ -24,6 +25,10 @@ data.path data.verify data.order data.resident data.documents
 model.kind model.options model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len
 model.dropout
 model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
+model.activation model.gated model.attention_bias model.mlp_bias model.qk_norm model.norm model.norm_plus_one model.norm_place
+model.parallel model.positions model.position_rows model.rotary_dims model.rotary_layers model.window model.window_layers
+model.window_rope_theta model.window_rope_scaling model.embedding_scale model.residual_scale model.attention_scale
+model.logit_scale model.attention_cap model.logit_cap
 model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
 train.lanes train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
@@ -217,9 +222,10 @@ FREE = {  # settings that contradict no other, at any value
     else TEXT if about.type == "str"
     else numbers(about)
     for key, about, _ in fields_of()
-    if key.split(".")[1] not in {"global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens",
-                                 "head_dim", "rope_scaling", "timeline", "kernels", "kind", "options",
-                                 "epochs", "min_lr", "warmup_steps"} and not key.startswith("strategy.")
+    if key.split(".")[1] not in {
+        *OPTIONS, "global_batch", "micro_batch", "lanes", "model_dim", "num_heads", "num_kv_heads", "tokens", "head_dim",
+        "rope_scaling", "timeline", "kernels", "kind", "options", "epochs", "min_lr", "warmup_steps",
+    } and not key.startswith("strategy.")
 }
 STRATEGIES = st.sampled_from([
     {}, {"name": "delayed", "staleness": 3, "compensation": 0.5}, {"name": "local", "sync_every": 7, "outer_lr": 0.3},

@@ -29,6 +29,7 @@ from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
 from mpidp.faults import run_lock
 from mpidp.faults.run_lock import RunLock
+from mpidp.model.options import DEFAULTS as OPTIONS
 from tests import saves
 
 ALONE = MPI.COMM_SELF
@@ -318,7 +319,7 @@ FIXED_KEYS = {
     "data.documents", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "optim.freeze",
     "train.micro_batch", "train.lanes", "train.seed", "optim.name", "strategy.name", "strategy.quorum",
     "strategy.sync_every", "strategy.meet_every", "strategy.staleness", "strategy.compensation", "strategy.group",
-    "strategy.group_size", "strategy.overlap", "strategy.mode", "strategy.fragments",
+    "strategy.group_size", "strategy.overlap", "strategy.mode", "strategy.fragments", *(f"model.{name}" for name in OPTIONS),
 }
 
 

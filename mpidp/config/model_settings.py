@@ -1,0 +1,96 @@
+"""The settings of section model, and the shape of the Transformer that they describe. Imports neither torch nor MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mpidp.config.settings import FIXED, setting
+from mpidp.model.option_checks import option_problems
+from mpidp.model.options import CHOICES, DEFAULTS
+from mpidp.model.shape import TransformerShape, default_hidden_dim
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Settings model.*: the model and its shape."""
+
+    kind: str = setting("transformer", "transformer, lstm, or your own model as MODULE:FACTORY (docs/library.md)", resume=FIXED)
+    options: str = setting("", "extra arguments for your own model: NAME=VALUE,...", resume=FIXED)
+    num_layers: int = setting(4, "number of blocks", "layers", low=1, resume=FIXED)
+    num_heads: int = setting(4, "attention heads; must divide model_dim", "heads", low=1, resume=FIXED)
+    num_kv_heads: int = setting(0, "key-value heads; must divide num_heads; 0: num_heads", "heads", low=0, resume=FIXED)
+    model_dim: int = setting(128, "model width", "channels", low=2, resume=FIXED)
+    hidden_dim: int = setting(0, "feed-forward width; 0: 8/3 model_dim, rounded up to 64", "channels", low=0, resume=FIXED)
+    seq_len: int = setting(128, "context length", "tokens", low=1, resume=FIXED)
+    dropout: float = setting(0.0, "dropout rate of embeddings and residual branches", "", low=0.0, high=0.99, resume=FIXED)
+    tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head", "bool", resume=FIXED)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", "", low=1.0, resume=FIXED)
+    rope_scaling: str = setting("", "RoPE scaling: linear, llama3, yarn or longrope, with numbers (docs/model.md)", resume=FIXED)
+    norm_eps: float = setting(1e-5, "epsilon of norms", "", low=0.0, resume=FIXED)
+    head_dim: int = setting(0, "head size; 0: model_dim / num_heads", "channels", low=0, resume=FIXED)
+    vocab_size: int = setting(0, "rows of embedding and output head; 0: the tokenizer's size", "tokens", low=0, resume=FIXED)
+    activation: str = setting("silu", "activation of the feed-forward layer; gelu: exact; relu2: relu(x)^2", "",
+                              CHOICES["activation"], resume=FIXED)
+    gated: bool = setting(True, "feed-forward down(act(gate(x)) * up(x)); false: down(act(up(x)))", "bool", resume=FIXED)
+    attention_bias: str = setting("", "projections of attention with a bias: some of q,k,v,o", "names", resume=FIXED)
+    mlp_bias: bool = setting(False, "biases in the feed-forward layer", "bool", resume=FIXED)
+    qk_norm: str = setting("", "RMSNorm of queries and keys: per head, or over all heads of a layer; empty: none", "",
+                           CHOICES["qk_norm"], resume=FIXED)
+    norm: str = setting("rms", "rms: RMSNorm; layer: LayerNorm with gain and bias", "", CHOICES["norm"], resume=FIXED)
+    norm_plus_one: bool = setting(False, "norms multiply by 1 + weight", "bool", resume=FIXED)
+    norm_place: str = setting("before", "norms before each branch, after it, or both", "", CHOICES["norm_place"], resume=FIXED)
+    parallel: bool = setting(False, "attention and feed-forward layer of a block have the same input", "bool", resume=FIXED)
+    positions: str = setting("rotary", "rotary: rotate queries and keys; learned: add a table's rows to the embedding", "",
+                             CHOICES["positions"], resume=FIXED)
+    position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
+    rotary_dims: int = setting(0, "number of dimensions of a head that are rotated, the first ones; 0: all", "channels", low=0,
+                               resume=FIXED)
+    rotary_layers: str = setting("", "a letter per layer, repeated: y rotary, n none (yyyn); empty: all rotary", "letters",
+                                 resume=FIXED)
+    window: int = setting(0, "sliding window: positions that a position attends to, itself included; 0: all before it", "tokens",
+                          low=0, high=2**31, resume=FIXED)
+    window_layers: str = setting("", "a letter per layer, repeated: w window, f full attention (wf); empty: all have the window",
+                                 "letters", resume=FIXED)
+    window_rope_theta: float = setting(0.0, "rope_theta of layers with a window; 0: rotary positions as in the other layers", "",
+                                       low=0.0, resume=FIXED)
+    window_rope_scaling: str = setting("", "rope_scaling of layers with a window, if window_rope_theta is set", "", resume=FIXED)
+    embedding_scale: float = setting(1.0, "factor of the embedding's output", "", resume=FIXED)
+    residual_scale: float = setting(1.0, "factor of the output of attention and of the feed-forward layer", "", resume=FIXED)
+    attention_scale: float = setting(0.0, "factor of attention scores; 0: head_dim ** -0.5", "", low=0.0, resume=FIXED)
+    logit_scale: float = setting(1.0, "factor of the logits", "", resume=FIXED)
+    attention_cap: float = setting(0.0, "soft-cap of attention scores: cap * tanh(score / cap); 0: none", "", low=0.0,
+                                   resume=FIXED)
+    logit_cap: float = setting(0.0, "soft-cap of the logits: cap * tanh(logit / cap); 0: none", "", low=0.0, resume=FIXED)
+    lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
+    lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
+                                resume=FIXED)
+    lora_targets: str = setting("q,k,v,o,gate,up,down", "layers that get adapters", "names", resume=FIXED)
+
+
+def transformer_shape(m: ModelSettings, vocab_size: int) -> TransformerShape:
+    """Return the shape of the Transformer with automatic values filled in. Pure."""
+    return TransformerShape(
+        vocab_size, m.num_layers, m.num_heads, m.num_kv_heads or m.num_heads, m.model_dim,
+        m.hidden_dim or default_hidden_dim(m.model_dim), m.seq_len, m.dropout, m.tie_embeddings, m.rope_theta,
+        m.norm_eps, m.head_dim, m.rope_scaling, **{name: getattr(m, name) for name in DEFAULTS},
+    )
+
+
+def automatic(m: ModelSettings) -> dict[str, int]:
+    """Return the values of the Transformer's automatic settings, as they are saved. Pure."""
+    shape = transformer_shape(m, 1)
+    return {"num_kv_heads": shape.num_kv_heads, "hidden_dim": shape.hidden_dim, "position_rows": shape.table_rows}
+
+
+def shape_problems(m: ModelSettings) -> Iterator[str]:
+    """Yield a message for each setting of the Transformer that is invalid or contradicts another one. Pure."""
+    problems = []
+    if m.head_dim % 2:
+        problems.append(f"model.head_dim={m.head_dim} must be even")
+    elif not m.head_dim and (m.model_dim % m.num_heads or m.model_dim // m.num_heads % 2):
+        problems.append(f"model.model_dim={m.model_dim} / model.num_heads={m.num_heads}: the head size must be an even integer")
+    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+        problems.append(f"model.num_kv_heads={m.num_kv_heads} must divide model.num_heads={m.num_heads}")
+    yield from problems
+    yield from option_problems(transformer_shape(m, 1))

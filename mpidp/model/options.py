@@ -1,0 +1,73 @@
+"""The options of the Transformer: what distinguishes the model families from the default, LLaMA. Pure, without torch.
+
+The settings model.* have the same names and defaults (mpidp/config/model_settings.py). Two options have one letter per layer. The
+letters are repeated for the other layers, so "yyyn" makes every fourth layer differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+CHOICES = {
+    "activation": ("silu", "gelu", "gelu_tanh", "relu2"), "qk_norm": ("", "head", "layer"), "norm": ("rms", "layer"),
+    "norm_place": ("before", "after", "both"), "positions": ("rotary", "learned"),
+}
+LETTERS = {"rotary_layers": "yn", "window_layers": "wf"}  # one letter per layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerOptions:
+    """Options of the Transformer. The defaults are those of LLaMA."""
+
+    activation: str = "silu"  # gelu is the exact one, relu2 is relu(x)^2
+    gated: bool = True  # down(act(gate(x)) * up(x)); False: down(act(up(x))), without a gate matrix
+    attention_bias: str = ""  # comma list of q, k, v, o that have a bias
+    mlp_bias: bool = False  # biases of gate, up and down
+    qk_norm: str = ""  # "head": over head_dim, one gain for all heads; "layer": over all heads together
+    norm: str = "rms"  # "layer": LayerNorm with gain and bias
+    norm_plus_one: bool = False  # gains are 1 + weight
+    norm_place: str = "before"  # f(norm(x)); after: norm(f(x)); both: norm(f(norm(x)))
+    parallel: bool = False  # x + attention(norm1(x)) + feed_forward(norm2(x))
+    positions: str = "rotary"  # "learned": a table of vectors that are added to the embedding
+    position_rows: int = 0  # rows of this table; 0: seq_len
+    rotary_dims: int = 0  # number of dimensions of a head that are rotated, the first ones; 0: all
+    rotary_layers: str = ""  # a letter per layer: y rotary, n none; "": all layers
+    window: int = 0  # a position attends to itself and to the window - 1 positions before it; 0: to all before it
+    window_layers: str = ""  # a letter per layer: w window, f full; "": all layers have the window
+    window_rope_theta: float = 0.0  # rotary base of layers with a window; 0: theta and scaling of the other layers
+    window_rope_scaling: str = ""
+    embedding_scale: float = 1.0  # factor of the embedding's output
+    residual_scale: float = 1.0  # factor of each branch's output
+    attention_scale: float = 0.0  # factor of q k^T; 0: head_dim ** -0.5
+    logit_scale: float = 1.0
+    attention_cap: float = 0.0  # attention scores x become cap tanh(x / cap); 0: unchanged
+    logit_cap: float = 0.0  # the same for logits, after logit_scale
+
+    def is_rotary(self, layer: int) -> bool:
+        """Return whether a layer rotates queries and keys. Pure."""
+        letters = self.rotary_layers or "y"
+        return self.positions == "rotary" and letters[layer % len(letters)] == "y"
+
+    def window_of(self, layer: int) -> int:
+        """Return the window of a layer; 0: the layer attends to all earlier positions. Pure."""
+        letters = self.window_layers or "w"
+        return self.window if letters[layer % len(letters)] == "w" else 0
+
+    def biased(self) -> set[str]:
+        """Return the names of the layers of a block that have a bias: some of q, k, v, o, gate, up, down. Pure."""
+        of_attention = {name.strip() for name in self.attention_bias.split(",") if name.strip()}
+        return of_attention | ({"gate", "up", "down"} if self.mlp_bias else set())
+
+    def norms(self) -> tuple[str, ...]:
+        """Return the names of the norms of a block, without those of queries and keys. Pure."""
+        before = ("attention_norm", "feed_forward_norm") if self.norm_place != "after" else ()
+        return before + (("attention_out_norm", "feed_forward_out_norm") if self.norm_place != "before" else ())
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, by name. Pure."""
+        values = {name: getattr(self, name) for name in DEFAULTS}
+        return {name: value for name, value in values.items() if value != DEFAULTS[name]}
+
+
+DEFAULTS = {option.name: option.default for option in fields(TransformerOptions)}

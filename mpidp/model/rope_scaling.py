@@ -1,0 +1,77 @@
+"""The rotary scalings of model.rope_scaling, for contexts longer than those of the first training. Pure, without torch.
+
+| text | frequency of a pair of dimensions |
+|---|---|
+| linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
+| llama3:FACTOR,LOW,HIGH,ORIGINAL | low frequencies divided by FACTOR, high ones kept, others interpolated (Llama 3.1) |
+| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | the same with other limits; cos and sin times ATTENTION (Peng 2023) |
+| longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
+
+ORIGINAL is the context length of the first training. The last four numbers of yarn may be left out: FAST is 32, SLOW is 1,
+ATTENTION is 0.1 ln(FACTOR) + 1 (also if it is 0), and TRUNCATE is 1 (limits are rounded to whole dimensions). In longrope, n is
+half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers chooses S or L anew for each
+input, by its length. mpidp chooses once, by model.seq_len.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+FORMS = (
+    "linear:FACTOR, llama3:FACTOR,LOW,HIGH,ORIGINAL, yarn:FACTOR,ORIGINAL[,FAST,SLOW,ATTENTION,TRUNCATE] or "
+    "longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln; for example llama3:8,1,4,8192"
+)
+COUNTS = {"linear": (1, 1), "llama3": (4, 4), "yarn": (2, 6), "longrope": (4, 2**16)}  # fewest and most numbers
+
+
+class RopeScaling(NamedTuple):
+    """A rotary scaling. Each kind uses some of the fields."""
+
+    kind: str
+    factor: float = 1.0
+    low: float = 1.0  # llama3: low frequencies have wavelengths above original / low. yarn: SLOW
+    high: float = 32.0  # llama3: high frequencies have wavelengths below original / high. yarn: FAST
+    original: float = 1.0  # context length of the first training
+    attention: float = 1.0  # cos and sin are multiplied by this factor
+    truncate: bool = True  # yarn
+    short: tuple[float, ...] = ()  # longrope
+    long: tuple[float, ...] = ()
+
+
+def rope_scaling(text: str) -> RopeScaling | None:
+    """Parse a text of the table above. Returns None for "". Raises ValueError if the text is invalid. Pure."""
+    if not text:
+        return None
+    kind, _, rest = text.partition(":")
+    fewest, most = COUNTS.get(kind, (0, 0))
+    try:
+        numbers = tuple(map(float, rest.split(",")))
+        if not fewest <= len(numbers) <= most or not all(map(math.isfinite, numbers)):
+            raise ValueError
+        found = _made(kind, numbers)
+    except ValueError:
+        raise ValueError(f"{text!r} must be {FORMS}") from None
+    return found
+
+
+def _made(kind: str, numbers: tuple[float, ...]) -> RopeScaling:
+    """Return the scaling. Raises ValueError if a number is outside its limits."""
+    if kind == "linear":
+        found, fits = RopeScaling(kind, numbers[0]), True
+    elif kind == "llama3":
+        found = RopeScaling(kind, numbers[0], numbers[1], numbers[2], numbers[3])
+        fits = 0 < found.low < found.high
+    elif kind == "yarn":
+        factor, original, fast, slow, attention, truncate = (*numbers, *(32.0, 1.0, 0.0, 1.0)[len(numbers) - 2 :])
+        attention = attention or 0.1 * math.log(max(1.0, factor)) + 1.0
+        found = RopeScaling(kind, factor, slow, fast, original, attention, truncate != 0)
+        fits = 0 < slow < fast and truncate in (0, 1)
+    else:
+        half = (len(numbers) - 2) // 2
+        short, long = numbers[2 : 2 + half], numbers[2 + half :]
+        found = RopeScaling(kind, original=numbers[0], attention=numbers[1], short=short, long=long)
+        fits = len(numbers) % 2 == 0 and min(numbers) > 0
+    if not fits or found.factor < 1 or found.original < 1 or found.attention <= 0:
+        raise ValueError
+    return found
