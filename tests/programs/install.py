@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 NOT_INSTALLED = Path(sys.prefix, "not_installed.json")
+CONSTRAINTS = Path(sys.prefix, "constraints.txt")  # keeps the torch, numpy and transformers of .venv
 PIP = (
     sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary",
-    "--constraint", str(ROOT / "constraints.txt"),  # keeps the torch, numpy and transformers of .venv
+    "--constraint", str(CONSTRAINTS),
 )
 LIMIT_SECONDS = 300.0  # of one call of pip: a package without a wheel may compile
 
@@ -25,6 +26,13 @@ LIMIT_SECONDS = 300.0  # of one call of pip: a package without a wheel may compi
 def lines() -> list[str]:
     """Return the requirements, without comments. Independent."""
     return [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def constraints() -> str:
+    """Return constraints.txt without the packages that requirements.txt pins to another version. Independent."""
+    pinned = {line.partition("==")[0].lower() for line in lines()}
+    kept = (ROOT / "constraints.txt").read_text().splitlines()
+    return "".join(f"{line}\n" for line in kept if line.partition("==")[0].lower() not in pinned)
 
 
 def pip(*words: str) -> str:
@@ -38,6 +46,7 @@ def pip(*words: str) -> str:
 
 
 def main() -> None:
+    CONSTRAINTS.write_text(constraints())
     failed = {}
     if pip(*lines()):
         failed = {line: reason for line in lines() if (reason := pip(line))}

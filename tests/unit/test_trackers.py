@@ -239,7 +239,7 @@ def test_names_and_packages_are_checked(tmp_path: Path, monkeypatch: pytest.Monk
         trackers_of("wanbd")
     (tmp_path / "absent").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(PACKAGES, "wandb", "absent")
+    monkeypatch.setitem(PACKAGES, "wandb", ("absent",))
     with pytest.raises(UsageError, match=r"pip install 'mpidp\[track-wandb\]'"):
         check_trackers(["wandb"])
 

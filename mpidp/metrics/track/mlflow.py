@@ -13,7 +13,7 @@ PER_CALL = {"metrics": 1000, "params": 100, "tags": 100}  # the most entries of 
 DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "GIT_PYTHON_REFRESH": "quiet"}
 
 
-class Tracker:
+class MlflowTracker:
     """See tracked.Tracker. MLflow would keep both values of a step, so a step is written once."""
 
     purges = False

@@ -142,7 +142,8 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
         with warnings.patience(what):
             state = State(path, seconds + 5.0)
             before, run = dict(state.last), TrackedRun(**about, state=state.values)
-            tracker: Tracker = importlib.import_module(f"mpidp.metrics.track.{name}").Tracker(run)
+            module = importlib.import_module(f"mpidp.metrics.track.{name}")
+            tracker: Tracker = getattr(module, f"{name.capitalize()}Tracker")(run)
             state.save([])
     except BaseException as error:  # noqa: BLE001 - a tracker may also raise SystemExit
         warnings.say("failed", f"{what} failed ({_short(error)})")

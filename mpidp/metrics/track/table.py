@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from mpidp.errors import UsageError
 
-PACKAGES = {"trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboard"}  # by tracker
+PACKAGES = {  # by tracker, the packages that it needs; without the last two, mlflow can write to a server only
+    "trackio": ("trackio",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",),
+}  # fmt: skip
 
 
 def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
@@ -26,10 +28,10 @@ def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UsageError if the package of a tracker is not installed. Imports none of them. Independent."""
-    for name in names:
-        spec = importlib.util.find_spec(PACKAGES[name])
+    for name, package in ((tracker, package) for tracker in names for package in PACKAGES[tracker]):
+        spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a folder wandb/ without __init__.py has a spec, but no origin
             raise UsageError(
-                f"metrics.track={name}, but the package {PACKAGES[name]} is not installed: pip install 'mpidp[track-{name}]', or "
+                f"metrics.track={name}, but the package {package} is not installed: pip install 'mpidp[track-{name}]', or "
                 f"remove {name} from metrics.track (metrics.jsonl has the same numbers)"
             )

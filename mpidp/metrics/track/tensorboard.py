@@ -9,7 +9,7 @@ from typing import Any
 from mpidp.metrics.track.tracked import TrackedRun, scalars_of
 
 
-class Tracker:
+class TensorboardTracker:
     """See tracked.Tracker. TensorBoard hides the steps of earlier jobs after the step at which this job begins."""
 
     purges = True

@@ -9,7 +9,7 @@ from typing import Any
 from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 
 
-class Tracker:
+class TrackioTracker:
     """See tracked.Tracker. trackio continues the run with the same name, so the name includes the id of the run."""
 
     purges = False

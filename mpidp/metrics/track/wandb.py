@@ -11,7 +11,7 @@ from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 SERVER = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE")  # with one of these variables, wandb decides about the mode
 
 
-class Tracker:
+class WandbTracker:
     """See tracked.Tracker. The steps of a run in wandb only grow, so a step is written once."""
 
     purges = False
