@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module, what it does)
     "prepare": ("data_tools.prepare", "convert text to shards of tokens"),
     "inspect": ("data_tools.inspect", "show sizes, balance and an excerpt of shards"),
     "verify": ("data_tools.verify", "check every checksum and every token id of shards"),
-    "convert": ("data_tools.convert", "convert shards to and from Megatron-LM's format"),
+    "convert": ("data_tools.convert", "convert shards to and from other formats of tokens"),
     "train": ("mpidp.train", "train a model, or resume a run"),
     "evaluate": ("mpidp.evaluate", "compute the loss, or the accuracy on multiple-choice questions"),
     "generate": ("mpidp.generate", "generate text"),

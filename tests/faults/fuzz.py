@@ -197,10 +197,10 @@ def hf_model(place: Path) -> str:
 
 
 def megatron(place: Path) -> str:
-    from data_tools.convert import from_megatron
+    from data_tools.from_tokens import FromOptions, from_tokens
 
     with redirect_stdout(StringIO()):
-        lines = from_megatron(place / "meg_train", place / "new", "byte", 1, 0.0, None)
+        lines = from_tokens("megatron", place / "meg_train", place / "new", FromOptions("byte", 1, 0.0))
     content = (place / "new" / "train_00000.h5").read_bytes()
     for path in (place / "new").iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""Laws of data_tools.convert: a round trip keeps tokens and documents; inconsistent files are rejected."""
+"""Laws of convert with Megatron-LM's files: a round trip keeps tokens and documents; inconsistent files are rejected."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.convert import from_megatron, to_megatron
-from data_tools.megatron import MAGIC, MegatronReader, dtype_code
+from data_tools.formats.megatron import MAGIC, MegatronReader, dtype_code
+from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
+from data_tools.to_tokens import to_tokens
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from tests.tiny import masked_corpus
+
+
+def to_megatron(shards: Path, prefix: Path) -> list[str]:
+    return to_tokens("megatron", shards, prefix)
+
+
+def from_megatron(prefix: Path, out: Path, tokenizer: str, shards: int, val_fraction: float, eod: str | None) -> list[str]:
+    return from_tokens("megatron", prefix, out, FromOptions(tokenizer, shards, val_fraction, eod))
 
 
 def documents_of(path: Path, split: str) -> list[list[int]]:
@@ -96,9 +105,10 @@ def test_sequences_that_are_not_text_are_counted(tmp_path: Path) -> None:
     for name, modes in (("one", b"\0\1\0"), ("two", b"\2\0\xff"), ("none", b"\0\0\0")):
         write(tmp_path / name, 8, [4, 4, 4], [0, 1, 2, 3], np.arange(12, dtype="<u2"), modes)
     names = ("one", "two", "none")
-    said = {name: from_megatron(tmp_path / name, tmp_path / f"of_{name}", "byte", 1, 0, None)[1:] for name in names}
-    assert said["one"] == ["1 sequence with a mode other than 0 (multimodal data) was read as text"]
-    assert said["two"] == ["2 sequences with a mode other than 0 (multimodal data) were read as text"] and not said["none"]
+    said = {name: from_megatron(tmp_path / name, tmp_path / f"of_{name}", "byte", 1, 0, None)[1:-1] for name in names}
+    assert said["one"] == [f"{tmp_path}/one: 1 sequence with a mode other than 0 (multimodal data) was read as text"]
+    two = f"{tmp_path}/two: 2 sequences with a mode other than 0 (multimodal data) were read as text"
+    assert said["two"] == [two] and not said["none"]
 
 
 def test_the_type_is_that_of_megatron() -> None:
@@ -115,9 +125,9 @@ def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
 
     refused("none_train.idx: cannot be read", "none")
     write(tmp_path / "it", 8, [10, 10], [0, 1, 2], ids + 300)
-    refused("document 0 contains the id 309, but the tokenizer's ids are 0..256")
+    refused("token 0 has the id 300, but the tokenizer's ids are 0..256")
     write(tmp_path / "it", 4, [10, 10], [0, 1, 2], (ids.astype("<i4") - 3))
-    refused("document 0 contains the id -3")
+    refused("token 0 has the id -3")
     for lengths, bounds in (([10, 11], [0, 1, 2]), ([30, -10], [0, 1, 2]), ([-1, 3], [0, 2])):
         write(tmp_path / "it", 8, lengths, bounds, ids)
         refused("outside the 40 bytes")

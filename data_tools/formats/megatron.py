@@ -17,14 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock
+from data_tools.formats.rows import gather
+from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import create_file, open_regular, temporary_name, writing
+from mpidp.runtime.log import counted
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<QBQQ")  # version, type, sequences, document bounds
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
 ADVICE = "free space on its disk, or choose another prefix"
-PIECE_TOKENS = 2**20  # tokens read at a time
 
 
 def dtype_code(vocab_size: int) -> int:
@@ -128,3 +132,46 @@ class MegatronReader:
     def _sequence(self, i: int) -> np.ndarray:
         start = int(self._offsets[i])
         return self._bytes[start : start + int(self._lengths[i]) * self._dtype.itemsize].view(self._dtype)
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the prefixes of a source: PREFIX, or PREFIX_train and PREFIX_val, or those in a folder. Raises DataError if a
+    folder has none. Independent."""
+    if source.is_dir():
+        return in_splits([path.with_suffix("") for path in files_in(source, "*.idx")], source, remarks)
+    if source.suffix in (".bin", ".idx") and source.exists():
+        source = source.with_suffix("")
+    if Path(f"{source}.idx").exists():
+        return [SourcePart(source)]
+    val = [SourcePart(Path(f"{source}_val"), "val")] if Path(f"{source}_val.idx").exists() else []
+    return [SourcePart(Path(f"{source}_train")), *val]
+
+
+def read(prefix: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the documents of PREFIX. Raises DataError if its two files are inconsistent. Independent."""
+    reader = MegatronReader(prefix)
+    if other := reader.not_text:
+        options.remark(f"{prefix}: {counted(other, 'sequence')} with a mode other than 0 (multimodal data) "
+                       f"{'was' if other == 1 else 'were'} "
+                       "read as text")
+    yield from gather(({"input_ids": ids} for ids in reader.documents()), reader.path, options)
+
+
+def write(tokens: SplitTokens, prefix: Path) -> list[str]:
+    """Write PREFIX_SPLIT.bin and .idx, one sequence per document; return remarks. Raises UsageError if they exist or cannot be
+    written. Independent."""
+    path = Path(f"{prefix}_{tokens.split}")
+    with writing(f"{path}.bin", "choose another prefix"):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+    writer, starts, written = MegatronWriter(path, tokens.vocab_size), [], 0
+    try:
+        for block in tokens.blocks():
+            assert block.starts is not None
+            writer.add(block.ids)
+            starts.append(block.starts + written)
+            written += len(block.ids)
+        writer.close(np.concatenate(starts), written)
+    except BaseException:
+        writer.abandon()
+        raise
+    return []

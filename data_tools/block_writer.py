@@ -1,0 +1,103 @@
+"""Write blocks of tokens as raw files, from which shards are cut, and find the documents of formats that do not store them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from data_tools.cut import ADVICE, Raw
+from data_tools.formats.blocks import BLOCK_TOKENS, TokenBlock
+from mpidp.runtime.files import writing
+
+
+class BlockWriter:
+    """Writes the raw files of one split. A loss mask that leaves out no token is none. All methods raise UsageError if a file
+    cannot be written. Independent."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], masked: bool = False) -> None:
+        """masked: whether the raw files always have a loss mask."""
+        self.path, self.dtype = folder / split, dtype
+        self.tokens = self.documents = 0
+        self.parts: list[int] = []  # where each part of the source begins
+        self.known: list[bool] = []  # whether the documents of each part are stored in it
+        self.lengths: set[int] = set()  # of rows; at most two different ones are kept
+        self.left_out = 0  # tokens that are not in the loss
+        self._ids, self._starts = self._open("tokens"), self._open("documents")
+        self._mask = self._open("mask") if masked else None
+        self._masked = masked
+
+    def begin_part(self) -> None:
+        """Note that a new file or folder of the source begins."""
+        self.parts.append(self.tokens)
+        self.known.append(True)
+
+    def add(self, block: TokenBlock) -> None:
+        """Append a block. The first token of all starts a document."""
+        with writing(self.path, ADVICE):
+            self._add_mask(block)
+            self._ids.write(block.ids.astype(self.dtype).tobytes())
+            if block.starts is None:
+                self.known[-1] = False
+            else:
+                self._starts.write((block.starts + self.tokens).astype("<u8").tobytes())
+                self.documents += len(block.starts)
+                if len(self.lengths) < 2 and len(block.starts):
+                    self.lengths |= set(np.unique(np.diff(block.starts, append=len(block.ids)))[:2].tolist())
+        self.tokens += len(block.ids)
+
+    def close(self) -> Raw:
+        """Close the files, and return a Raw to read them with."""
+        for file in filter(None, (self._ids, self._starts, self._mask)):
+            with writing(file.name, ADVICE):
+                file.close()
+        return self.raw()
+
+    def raw(self) -> Raw:
+        """Return a Raw of the closed files."""
+        return Raw(self.path, self.dtype.itemsize, self.tokens, self.documents, self._masked or self.left_out > 0)
+
+    def replace_documents(self, pieces: Iterator[np.ndarray]) -> None:
+        """Replace the document starts. pieces: int64 positions, ascending."""
+        documents = 0
+        with writing(self.path, ADVICE), self._open("found") as file:
+            for starts in pieces:
+                file.write(starts.astype("<u8").tobytes())
+                documents += len(starts)
+            file.close()
+            os.replace(file.name, f"{self.path}.documents")
+        self.documents = documents
+
+    def pieces(self, start: int = 0, stop: int = -1) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position, ids) of the tokens [start, stop), by default of all, in pieces."""
+        raw, end = self.raw(), self.tokens if stop < 0 else stop
+        for at in range(start, end, BLOCK_TOKENS):
+            yield at, raw.read(at, min(at + BLOCK_TOKENS, end))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the ids at these positions, (p,)."""
+        return np.memmap(f"{self.path}.tokens", self.dtype, mode="r")[positions] if len(positions) else np.empty(0, self.dtype)
+
+    def start_pieces(self) -> Iterator[np.ndarray]:
+        """Yield the document starts, int64, in pieces."""
+        starts = np.memmap(f"{self.path}.documents", "<u8", mode="r") if self.documents else np.empty(0, "<u8")
+        for low in range(0, len(starts), BLOCK_TOKENS):
+            yield np.array(starts[low : low + BLOCK_TOKENS]).astype(np.int64)
+
+    def _add_mask(self, block: TokenBlock) -> None:
+        if block.mask is None and self._mask is None:
+            return
+        if self._mask is None:
+            self._mask = self._open("mask")
+            for at in range(0, self.tokens, BLOCK_TOKENS):
+                self._mask.write(bytes([1]) * min(BLOCK_TOKENS, self.tokens - at))
+        mask = np.ones(len(block.ids), np.uint8) if block.mask is None else block.mask
+        self.left_out += len(mask) - int(np.count_nonzero(mask))
+        self._mask.write(mask.tobytes())
+
+    def _open(self, end: str) -> IO[bytes]:
+        with writing(f"{self.path}.{end}", ADVICE):
+            return open(f"{self.path}.{end}", "wb", buffering=2**20)

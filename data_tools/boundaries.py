@@ -1,0 +1,63 @@
+"""Find where documents start in a stream of tokens, by the tokens that end or begin them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from data_tools.block_writer import BlockWriter
+from mpidp.runtime.log import counted
+
+
+def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
+    """Return whether the end-of-document token begins documents instead of ending them: whether more parts of the source begin
+    with it than end with it. usual: the answer if as many do. Independent."""
+    begin = end = 0
+    for writer in writers:
+        edges = np.unique([at for at in (*writer.parts, writer.tokens) if 0 <= at <= writer.tokens])
+        begin += int(np.count_nonzero(writer.at(edges[edges < writer.tokens]) == eod))
+        end += int(np.count_nonzero(writer.at(edges[edges > 0] - 1) == eod))
+    return usual if begin == end else begin > end
+
+
+def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
+    """Yield where documents start, int64: for each part of the source where it stores this, or else by the ids. Independent."""
+    for begin, end, known in zip(writer.parts, [*writer.parts[1:], writer.tokens], writer.known, strict=True):
+        if known:
+            yield writer.raw().document_starts(begin, end).astype(np.int64)
+        elif begin < end:
+            yield from starts_by_ids(writer.pieces(begin, end), eod, bos, first)
+
+
+def starts_by_ids(pieces: Iterator[tuple[int, np.ndarray]], eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
+    """Yield where documents start, int64: at the beginning, after each end-of-document token, and at each BOS.
+
+    pieces: (position, ids) of consecutive tokens. first: a document begins with its end-of-document token. Pure.
+    """
+    last = None
+    for at, ids in pieces:
+        found = ids == eod if first else np.concatenate([[last in (None, eod)], ids[:-1] == eod])
+        if bos is not None and bos != eod:
+            found = found | (ids == bos)
+        found[0] |= last is None
+        last = int(ids[-1])
+        yield np.flatnonzero(found) + at
+
+
+def occurs(writers: Sequence[BlockWriter], eod: int, bos: int | None) -> bool:
+    """Return whether the end-of-document token or BOS is in the data. Independent."""
+    return any((ids == eod).any() or bos is not None and (ids == bos).any() for writer in writers for _, ids in writer.pieces())
+
+
+def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
+    """Return a remark if documents do not end with the end-of-document token. Independent."""
+    total = ended = 0
+    for writer in writers:
+        for starts in writer.start_pieces():
+            total += len(starts)
+            ended += int(np.count_nonzero(writer.at(starts[starts > 0] - 1) == eod))
+        ended += int(np.count_nonzero(writer.at(np.array([writer.tokens - 1])) == eod))
+    if ended == total:
+        return []
+    return [f"{total - ended:,} of {counted(total, 'document')} do not end with the end-of-document token {eod}"]

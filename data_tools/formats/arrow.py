@@ -1,0 +1,99 @@
+"""Record batches of Arrow and parquet files as blocks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.formats.blocks import ReadOptions, TokenBlock
+from data_tools.formats.columns import block_of_rows, wanted_columns
+from mpidp.errors import DataError, UsageError
+
+BATCH_ROWS = 256  # of a parquet file that are read at once
+
+
+def pyarrow(path: Path) -> Any:
+    """Return the module pyarrow with its parts. Raises UsageError if it is missing. Independent."""
+    try:
+        import pyarrow as library
+        import pyarrow.compute
+        import pyarrow.ipc
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UsageError(f"{path}: reading Arrow and parquet files needs pyarrow: pip install 'mpidp[data]'") from None
+    return library
+
+
+def read_ipc(path: Path, shown: Path, offset: int = 0, length: int | None = None) -> Iterator[Any]:
+    """Yield the record batches of an Arrow file: a stream, as save_to_disk writes it, or a file with a directory.
+
+    offset, length: the part of the file in bytes. Raises DataError if it cannot be read. Independent.
+    """
+    library = pyarrow(shown)
+    try:
+        with library.memory_map(str(path)) as mapped:
+            data = mapped.read_buffer() if length is None else mapped.read_buffer()[offset : offset + length]
+            if data.slice(0, min(6, data.size)).to_pybytes() == b"ARROW1":
+                file = library.ipc.open_file(data)
+                yield from (file.get_batch(i) for i in range(file.num_record_batches))
+            else:
+                with library.ipc.open_stream(data) as stream:
+                    yield from stream
+    except (library.ArrowException, OSError) as error:
+        raise DataError(f"{shown} is not a readable Arrow file ({error}); copy it again") from None
+
+
+def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
+    """Yield the record batches of the columns of a parquet file that are needed. Raises DataError if it cannot be read.
+    Independent."""
+    library = pyarrow(path)
+    try:
+        with library.parquet.ParquetFile(path) as file:
+            wanted = wanted_columns(file.schema_arrow.names, options, path)
+            yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
+    except (library.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file ({error}); copy it again") from None
+
+
+def batch_blocks(batches: Iterable[Any], where: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the rows of record batches. Raises DataError if a column is not a list of integers. Independent."""
+    first = 0
+    for batch in batches:
+        wanted = wanted_columns(batch.schema.names, options, where)
+        columns: dict[str, np.ndarray] = {}
+        lengths = np.empty(0, np.int64)
+        for name in wanted:
+            values, sizes = _flat(batch.column(name), name, where, first)
+            if columns and not np.array_equal(sizes, lengths):
+                row = first + int(np.argmax(sizes != lengths))
+                raise DataError(f"{where}: row {row} has {int(lengths[row - first])} values in `{wanted[0]}` and "
+                                f"{int(sizes[row - first])} in "
+                                f"`{name}`, but each token needs one")
+            columns[name], lengths = values, sizes
+        first += batch.num_rows
+        block = block_of_rows(columns, lengths, where, first - batch.num_rows)
+        assert block.starts is not None
+        options.skipped += batch.num_rows - len(block.starts)
+        if len(block.ids):
+            yield block
+
+
+def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of all rows of a list column, (n,), and the number of values of each row."""
+    library = pyarrow(where)
+    types = library.types
+    kind = column.type
+    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers: name another with "
+                        "--column. If it holds "
+                        "text, use mpidp prepare")
+    if not (types.is_integer(kind.value_type) or types.is_boolean(kind.value_type)):
+        raise DataError(f"{where}: the column `{name}` holds lists of {kind.value_type}, but ids, masks and labels are integers")
+    values, sizes = column.flatten(), library.compute.list_value_length(column).fill_null(0)
+    if values.null_count:
+        raise DataError(f"{where}: a row from {first} on has a null among the values of `{name}`: write an integer for each "
+                        "token")
+    return values.to_numpy(zero_copy_only=False), sizes.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -1,0 +1,116 @@
+"""Blocks of tokens: what every reader of a format yields and every writer takes. Memory is bounded: a block is a part of a
+file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpidp.errors import DataError
+from mpidp.runtime.files import open_regular
+
+BLOCK_TOKENS = 2**18  # tokens of a block, about
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Consecutive tokens of a source. A document may continue in the next block."""
+
+    ids: np.ndarray  # (n,) integers
+    starts: np.ndarray | None = None  # (d,) int64, ascending: where documents or rows start; None: the format does not store it
+    mask: np.ndarray | None = None  # (n,) uint8: 1 if the token is in the loss; None: all are
+
+
+@dataclass
+class ReadOptions:
+    """What readers need to know, and the remarks that they make for the user."""
+
+    vocab_size: int
+    scratch: Path  # a folder for temporary files
+    dtype: str = ""  # --dtype: the type of ids where the format does not store it; "": the format's usual one
+    column: str = ""  # --column: the column that holds the ids; "": one of the usual names
+    remarks: list[str] = field(default_factory=list)
+    skipped: int = 0  # documents without tokens
+
+    def remark(self, text: str) -> None:
+        """Add a remark, once."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """One file or one folder of a source. split: "train" or "val"."""
+
+    path: Path
+    split: str = "train"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Convert errors of reading a file into a DataError that names the file. Independent."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error}); restore the file") from None
+
+
+def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "tokens") -> Iterator[np.ndarray]:
+    """Yield the numbers of a file, from byte `offset` on, in pieces. count: of numbers; -1: all. Raises DataError if the file
+    cannot be read, or if it is too short or not a whole number of `unit`. Independent."""
+    kind = np.dtype(dtype)
+    with readable(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size - offset
+        if size < 0 or size % kind.itemsize and count < 0:
+            raise DataError(f"{path}: its {max(size, 0)} bytes of {unit} are not a multiple of {kind.itemsize}, the size of "
+                            f"{kind.name}: the file is cut, or its type is another one (--dtype)")
+        left = size // kind.itemsize if count < 0 else count
+        if left * kind.itemsize > size:
+            raise DataError(f"{path}: it has room for {size // kind.itemsize} {unit}, but {left} are announced: copy the file "
+                            "again")
+        file.seek(offset)
+        while left:
+            piece = np.frombuffer(file.read(min(left, BLOCK_TOKENS) * kind.itemsize), kind)
+            if not len(piece):
+                raise DataError(f"{path}: it became shorter while it was read")
+            left -= len(piece)
+            yield piece
+
+
+def whole_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: str = "entries") -> np.ndarray:
+    """Return all numbers of a file. See read_array. Independent."""
+    return np.concatenate([np.empty(0, dtype), *read_array(path, dtype, offset, count, unit)])
+
+
+def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: np.ndarray) -> Iterator[TokenBlock]:
+    """Yield (ids, mask) pieces of one file as blocks. starts: (d,) int64, where documents start in the file. Pure."""
+    at = 0
+    for ids, mask in pieces:
+        low, high = np.searchsorted(starts, [at, at + len(ids)])
+        yield TokenBlock(ids, starts[low:high] - at, mask)
+        at += len(ids)
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Return where documents of these lengths start, int64; empty documents have no start. Pure."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return (ends - lengths)[np.asarray(lengths) > 0]
+
+
+def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int) -> TokenBlock:
+    """Raise DataError if an id of the block is not one of the tokenizer's. at: position of the block in the source. Pure."""
+    ids = block.ids
+    if not len(ids):
+        return block
+    if ids.min() < 0 or ids.max() >= options.vocab_size:
+        bad = int(np.argmax((ids < 0) | (ids >= options.vocab_size)))
+        raise DataError(f"{where}: token {at + bad} has the id {int(ids[bad])}, but the tokenizer's ids are "
+                        f"0..{options.vocab_size - 1}: "
+                        "give the tokenizer that the data were made with, --tokenizer PATH, or their type, --dtype")
+    return block if block.mask is None else replace(block, mask=np.asarray(block.mask, dtype=np.uint8))

@@ -1,0 +1,105 @@
+"""datatrove's token files, which nanotron reads: NAME.ds holds the ids, and NAME.ds.index the end of each document (uint64, in
+tokens).
+
+NAME.ds.loss, optional, has a byte per token: 0 if the token is not in the loss. NAME.ds.metadata has three lines:
+tokenizer|bytes per token, the number of tokens, and the number in words. (datatrove, pipeline/tokens/tokenizer.py.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, read_array, readable, whole_array, with_starts
+from data_tools.formats.flat import check_head, head_of, type_of_ids
+from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.stream import SplitTokens
+from mpidp.errors import DataError
+from mpidp.runtime.files import open_regular
+
+MAX_METADATA_BYTES = 2**16
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the .ds files of a source. Raises DataError if there are none. Independent."""
+    return in_splits(files_in(source, "*.ds"), source, remarks)
+
+
+def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the ids of a .ds file. Raises DataError if it does not agree with the files beside it. Independent."""
+    head, index, loss = head_of(path), Path(f"{path}.index"), Path(f"{path}.loss")
+    check_head(path, head)
+    if not index.exists():
+        raise DataError(f"{index} is missing: it holds the ends of the documents. Copy it, or write the data again with "
+                        "save_index=True")
+    size = os.stat(path).st_size
+    kind = np.dtype(f"<u{_token_bytes(path, size)}") if _has_metadata(path) else type_of_ids(path, head, options)
+    ends = whole_array(index, "<u8", unit="document ends").astype(np.int64)
+    if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any()) or (int(ends[-1]) if len(ends) else 0) * kind.itemsize != size:
+        raise DataError(f"{index}: the ends of documents must not decrease, and must end at the {size // kind.itemsize} tokens "
+                        f"of {path.name} "
+                        f"({kind.itemsize} bytes each): copy both files again")
+    lengths = np.diff(ends, prepend=0)
+    pieces = read_array(path, kind)
+    if not loss.exists():
+        pairs: Iterator[tuple[np.ndarray, np.ndarray | None]] = zip(pieces, repeat(None))
+    elif os.stat(loss).st_size != size // kind.itemsize:
+        raise DataError(f"{loss} has {os.stat(loss).st_size} bytes, but there are {size // kind.itemsize} tokens: copy both "
+                        "files again")
+    else:
+        pairs = zip(pieces, read_array(loss, "u1", unit="mask"), strict=True)
+    if empty := int(np.count_nonzero(lengths == 0)):
+        options.skipped += empty
+    starts = (ends - lengths)[lengths > 0]
+    yield from with_starts(((ids, None if mask is None else (mask != 0).astype(np.uint8)) for ids, mask in pairs), starts)
+
+
+def _has_metadata(path: Path) -> bool:
+    return Path(f"{path}.metadata").exists()
+
+
+def _token_bytes(path: Path, size: int) -> int:
+    """Return the bytes per token that NAME.ds.metadata names."""
+    about = Path(f"{path}.metadata")
+    with readable(about), open_regular(about) as file:
+        lines = file.read(MAX_METADATA_BYTES).decode("utf-8", "replace").splitlines()
+    width, tokens = (lines[0].rpartition("|")[2] if lines else ""), (lines[1] if lines[1:] else "")
+    if width not in ("2", "4") or not tokens.isascii() or not tokens.isdigit() or int(tokens) * int(width) != size:
+        raise DataError(f"{about}: it names {tokens or 'no number of'} tokens of {width or 'unknown'} bytes, but {path.name} "
+                        f"has {size} "
+                        "bytes: copy both files again")
+    return int(width)
+
+
+def write(tokens: SplitTokens, out: Path) -> list[str]:
+    """Write OUT/SPLIT/00000_unshuffled.ds and the files beside it; return remarks. Raises OSError. Independent."""
+    folder, written = out / tokens.split, 0
+    folder.mkdir()
+    path = folder / "00000_unshuffled.ds"
+    with open(path, "xb") as ids, open(f"{path}.index", "xb") as index:
+        loss = open(f"{path}.loss", "xb") if tokens.has_loss_mask else None  # noqa: SIM115 - closed below
+        for block in tokens.blocks():
+            assert block.starts is not None
+            ids.write(block.ids.astype(tokens.dtype).tobytes())
+            ends = (block.starts + written)[written == 0 :]  # a start is the end of the document before
+            index.write(ends.astype("<u8").tobytes())
+            if loss is not None and block.mask is not None:
+                loss.write(block.mask.tobytes())
+            written += len(block.ids)
+        index.write(np.array([written], "<u8").tobytes())
+        if loss is not None:
+            loss.close()
+    width = tokens.dtype.itemsize
+    Path(f"{path}.metadata").write_text(f"mpidp {tokens.tokenizer_kind}|{width}\n{written}\n{_in_words(written)}")
+    return []
+
+
+def _in_words(tokens: int) -> str:
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if tokens >= 10**power:
+            return f"{tokens / 10**power:.3g} {letter}T"
+    return f"{tokens} T"

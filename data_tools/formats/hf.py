@@ -1,0 +1,80 @@
+"""Token datasets of Hugging Face: folders of save_to_disk (Arrow), also of a DatasetDict, and .parquet files with a column of
+ids.
+
+state.json lists the Arrow files of a Dataset, dataset_dict.json the splits of a DatasetDict. A row is a document, or a part of a
+stream that was cut into rows of one length. labels of -100 and loss masks become the loss mask; attention masks drop padding
+(columns.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.formats.arrow import batch_blocks, pyarrow, read_ipc, read_parquet
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock
+from data_tools.formats.columns import IGNORED
+from data_tools.formats.flat import head_of
+from data_tools.formats.rows import file_below, read_json
+from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.stream import SplitTokens, whole_documents
+from mpidp.errors import DataError
+
+STATE, DICT = "state.json", "dataset_dict.json"
+SPLITS = {"train": "train", "val": "validation"}  # the names of the splits in Hugging Face's datasets
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the Arrow or parquet files of a source. Raises DataError if there are none. Independent."""
+    if (source / DICT).is_file():
+        names = read_json(source / DICT).get("splits", [])
+        folders = [file_below(source, name, source / DICT) for name in names]
+        parts = in_splits(folders, source, remarks)
+        return [SourcePart(path, part.split) for part in parts for path in _saved(part.path)]
+    if (source / STATE).is_file():
+        return [SourcePart(path) for path in _saved(source)]
+    return in_splits(files_in(source, "*.parquet", "*.arrow"), source, remarks)
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Return the Arrow files of a Dataset in their order."""
+    state = read_json(folder / STATE)
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder}: an old version of datasets saved it with a table of indices: load it, call "
+                        "flatten_indices(), and save it "
+                        "again")
+    try:
+        found = [file_below(folder, one["filename"], folder / STATE) for one in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise DataError(f"{folder / STATE} does not list the files of a dataset; restore it") from None
+    if missing := [path for path in found if not path.exists()]:
+        raise DataError(f"{missing[0]} is missing, but {STATE} lists it: copy the whole folder")
+    return found
+
+
+def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the rows of an Arrow or parquet file. Raises DataError if it is damaged, or if no column holds ids. Independent."""
+    batches = read_parquet(path, options) if head_of(path).startswith(b"PAR1") else read_ipc(path, path)
+    yield from batch_blocks(batches, path, options)
+
+
+def write(tokens: SplitTokens, out: Path) -> list[str]:
+    """Write OUT/SPLIT-00000-of-00001.parquet: a row for each document, in input_ids and, with a loss mask, labels. datasets'
+    load_dataset takes the folder. Return remarks. Raises OSError. Independent."""
+    path = out / f"{SPLITS.get(tokens.split, tokens.split)}-00000-of-00001.parquet"
+    library = pyarrow(path)
+    kinds = {"input_ids": library.list_(library.int32())}
+    if tokens.has_loss_mask:
+        kinds["labels"] = library.list_(library.int64())
+    with library.parquet.ParquetWriter(path, library.schema(kinds)) as writer:
+        for block in whole_documents(tokens.blocks()):
+            assert block.starts is not None
+            ends = library.array(np.append(block.starts, len(block.ids)), library.int32())
+            columns = [library.ListArray.from_arrays(ends, library.array(block.ids.astype(np.int32)))]
+            if block.mask is not None:
+                labels = np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
+                columns.append(library.ListArray.from_arrays(ends, library.array(labels)))
+            writer.write_batch(library.record_batch(columns, schema=library.schema(kinds)))
+    return []

@@ -1,0 +1,196 @@
+"""LitData: a folder with index.json and chunks. A sample is a tensor of ids (TokensLoader), or a dict whose columns are tensors.
+
+A chunk is the number of samples (uint32), the offset of each sample and of the end (uint32), then the samples. A sample for the
+TokensLoader is the ids. Others are the sizes of their columns (uint32), then the columns. Dicts of lists may instead be an Arrow
+file at the end of a chunk. index.json names the type of each column. Columns of pickles are never read. (litdata,
+streaming/writer.py, serializers.py and framed_zstd.py.)
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.formats.arrow import batch_blocks, read_ipc
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, readable
+from data_tools.formats.columns import wanted_columns
+from data_tools.formats.expand import expanded
+from data_tools.formats.rows import file_below, gather, read_json
+from data_tools.formats.splits import files_in, in_splits
+from mpidp.data.unpack import zstandard
+from mpidp.errors import DataError
+
+TENSORS = {0: "<f4", 1: "<f4", 2: "<f8", 3: "<f8", 8: "<f2", 9: "<f2", 11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4",
+           16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by their number
+ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # and of arrays
+ARROW_END, FRAMED = b"LDARW01\0", b"LDFZ01\0\0"
+MAX_ITEM_BYTES = 2**30  # of one compressed sample
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the folders with LitData chunks. Raises DataError if there are none. Independent."""
+    folder = source.parent if source.name == "index.json" else source
+    parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
+    if not parts:
+        raise DataError(f"{source} holds no index.json of LitData: give the folder that litdata.optimize wrote")
+    return in_splits(parts, folder, remarks)
+
+
+def is_one(folder: Path) -> bool:
+    """Return whether a folder has an index of LitData chunks. Raises DataError if index.json is not JSON. Independent."""
+    about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
+    return isinstance(about, dict) and isinstance(about.get("chunks"), list) and isinstance(about.get("config"), dict)
+
+
+def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the rows of a folder. Raises DataError if it is damaged, or if no column holds ids. Independent."""
+    index = path / "index.json"
+    about = read_json(index)
+    config = about["config"]
+    try:
+        if config.get("encryption"):
+            raise DataError(f"{index}: the chunks are encrypted, which is not read: write the dataset again without encryption")
+        names, formats = _columns(config, index), [str(one) for one in config["data_format"]]
+        codec, level = str(config.get("compression") or ""), str(config.get("compression_level") or "chunk")
+        for chunk in about["chunks"]:
+            file = file_below(path, chunk["filename"], index)
+            with ExitStack() as stack:
+                if codec and level == "chunk" and not _ends_with_arrow(file):
+                    file = stack.enter_context(expanded(file, codec, None, options.scratch))
+                if _ends_with_arrow(file):
+                    yield from _arrow(file, path / chunk["filename"], options)
+                    continue
+                rows = _samples(file, path / chunk["filename"], int(chunk["chunk_size"]), names, formats,
+                                config.get("item_loader") == "TokensLoader", level if codec else "", options)
+                yield from gather(rows, path / chunk["filename"], options)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{index}: it is not what LitData writes ({error!r}); restore the file") from None
+
+
+def _columns(config: dict[str, Any], index: Path) -> list[str]:
+    """Return the names of the columns: the keys of the dict that a sample is. A single tensor has the name of ids."""
+    _, spec = json.loads(config["data_spec"])
+    if not spec.get("children_spec"):
+        return ["input_ids"]
+    kind, keys = str(spec["type"]), spec.get("context")
+    keys = json.loads(keys) if isinstance(keys, str) else keys
+    flat = all(not child.get("children_spec") for child in spec["children_spec"])
+    if flat and "dict" in kind.lower() and isinstance(keys, list):
+        return [str(key) for key in keys]
+    if kind in ("builtins.list", "builtins.tuple") and len(spec["children_spec"]) == 1:
+        return ["input_ids"]
+    raise DataError(f"{index}: a sample is a {kind}; read are tensors, and dicts whose values are tensors")
+
+
+def _ends_with_arrow(path: Path) -> bool:
+    with readable(path), open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 8))
+        return file.read(8) == ARROW_END
+
+
+def _arrow(path: Path, shown: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(size - 12)
+        length = struct.unpack("<I", file.read(4))[0]
+    if not 0 < length <= size - 12:
+        raise DataError(f"{shown}: the length of its Arrow data is not valid; copy the dataset again")
+    yield from batch_blocks(read_ipc(path, shown, size - 12 - length, length), shown, options)
+
+
+def _samples(
+    path: Path, shown: Path, samples: int, names: list[str], formats: list[str], raw: bool, level: str, options: ReadOptions
+) -> Iterator[dict[str, np.ndarray]]:
+    wanted = wanted_columns(names, options, shown)
+    kinds = dict(zip(names, formats, strict=True))
+    for name in wanted:
+        _check_format(name, kinds[name], shown)
+    for number, data in enumerate(_items(path, shown, samples, level)):
+        found, at = {}, 0 if raw else 4 * len(names)
+        sizes = [len(data)] if raw else np.frombuffer(data[:at], "<u4").tolist()
+        if len(sizes) != len(names) or at + sum(sizes) > len(data):
+            raise DataError(f"{shown}: sample {number} is shorter than its columns; copy the dataset again")
+        for name, size in zip(names, sizes, strict=True):
+            if name in wanted:
+                found[name] = _decoded(data[at : at + size], kinds[name], shown)
+            at += size
+        yield {name: found[name] for name in wanted}
+
+
+def _items(path: Path, shown: Path, samples: int, level: str) -> Iterator[bytes]:
+    """Yield the bytes of each sample of a chunk."""
+    with readable(path):
+        data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    framed = bytes(data[:8]) == FRAMED
+    begin = 24 if framed else 4
+    if len(data) < begin + 4 * (samples + 1) or int(data[begin - 12 if framed else 0 :][:4].view("<u4")[0]) != samples:
+        raise DataError(f"{shown}: it does not begin with its number of samples, {samples}; copy the dataset again")
+    offsets = np.frombuffer(data[begin : begin + 4 * (samples + 1)].tobytes(), "<u4").astype(np.int64)
+    if (np.diff(offsets) < 0).any() or not framed and offsets[-1] > len(data):
+        raise DataError(f"{shown}: its offsets of samples decrease or lie outside the file; copy the dataset again")
+    if framed:
+        yield from _framed(data, offsets, shown)
+        return
+    for low, high in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        item = data[low:high].tobytes()
+        yield _inflated(item, None, shown) if level == "sample" else item
+
+
+def _framed(data: np.ndarray, offsets: np.ndarray, shown: Path) -> Iterator[bytes]:
+    frames, table = int(data[20:24].view("<u4")[0]), 24 + 4 * len(offsets)
+    kind = np.dtype([("first", "<u4"), ("items", "<u4"), ("at", "<u8"), ("length", "<u4"), ("size", "<u4")])
+    found = np.frombuffer(data[table : table + frames * kind.itemsize].tobytes(), kind)
+    expected = 0
+    for first, items, at, length, size in found.tolist():
+        ends = offsets[first : first + items + 1] - offsets[min(first, len(offsets) - 1)]
+        if first != expected or len(ends) != items + 1 or at + length > len(data) or ends[-1] != size:
+            raise DataError(f"{shown}: its table of compressed parts is not valid; copy the dataset again")
+        expected += items
+        inflated = _inflated(data[at : at + length].tobytes(), size, shown)
+        yield from (inflated[low:high] for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+    if expected != len(offsets) - 1:
+        raise DataError(f"{shown}: its table of compressed parts misses samples; copy the dataset again")
+
+
+def _inflated(data: bytes, size: int | None, shown: Path) -> bytes:
+    library = zstandard(shown)
+    try:
+        with library.ZstdDecompressor().stream_reader(data) as stream:
+            found: bytes = stream.read(MAX_ITEM_BYTES if size is None else size + 1)
+    except library.ZstdError as error:
+        raise DataError(f"{shown}: damaged zstd data ({error}); copy the dataset again") from None
+    if size is not None and len(found) != size:
+        raise DataError(f"{shown}: a compressed part does not have its {size} bytes; copy the dataset again")
+    return found
+
+
+def _check_format(name: str, kind: str, shown: Path) -> None:
+    family = kind.partition(":")[0]
+    if family == "pickle":
+        raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
+    if family not in ("no_header_tensor", "no_header_numpy", "tensor", "numpy"):
+        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids are tensors or arrays. If it holds text, write the "
+                        "samples as JSON "
+                        "lines and use mpidp prepare")
+
+
+def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
+    family, _, code = kind.partition(":")
+    types = ARRAYS if "numpy" in family else TENSORS
+    try:
+        if code:
+            return np.frombuffer(data, types[int(code)])
+        order = "<" if family == "numpy" else ">"
+        number, dims = struct.unpack_from(f"{order}II", data)
+        shape = struct.unpack_from(f"{order}{dims}I", data, 8)
+        return np.frombuffer(data, types[number], offset=8 + 4 * dims).reshape(shape)
+    except (KeyError, ValueError, struct.error):
+        raise DataError(f"{shown}: a column of the kind {kind} cannot be read as an array of integers; write the dataset again "
+                        "with "
+                        "tensors of int32 or int64") from None

@@ -1,0 +1,82 @@
+"""llm.c's .bin files: a header of 256 int32, then the ids. Documents are found by their end-of-document token.
+
+The header begins with 20240520, version 1, and the number of tokens, for GPT-2 (uint16), or with 20240801, version 7, for Llama 3
+(uint32). llm.c writes the end-of-document token before each document (for Llama 3: the token that begins a text), and a document
+may continue in the next file. modded-nanogpt uses the same files. (llm.c, dev/data/data_common.py and fineweb.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, read_array
+from data_tools.formats.flat import EVALUATION, GPT2, LLAMA3, check_head, head_of
+from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.stream import SplitTokens
+from mpidp.errors import DataError
+
+HEADER_BYTES = 256 * 4
+KINDS: dict[int, tuple[int, np.dtype[Any]]] = {GPT2: (1, np.dtype("<u2")), LLAMA3: (7, np.dtype("<u4"))}
+FILE_TOKENS = 10**8  # tokens of a file, as of llm.c's fineweb.py
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the .bin files of a source. Raises DataError if there are none. Independent."""
+    return in_splits(files_in(source, "*.bin"), source, remarks)
+
+
+def is_one(path: Path) -> bool:
+    """Return whether a file begins as llm.c's files of tokens do. Independent."""
+    return int.from_bytes(head_of(path)[:4], "little") in (*KINDS, EVALUATION)
+
+
+def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the ids of a .bin file. Raises DataError if it is damaged or something else. Independent."""
+    head = head_of(path)
+    first, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
+    if first not in KINDS or len(head) < HEADER_BYTES:
+        check_head(path, head)
+        raise DataError(f"{path} is not a file of llm.c: it begins with {first}, not with {GPT2} or {LLAMA3}. A file without "
+                        "header is "
+                        "read with --from nanogpt")
+    wanted, kind = KINDS[first]
+    if version != wanted:
+        raise DataError(f"{path} has version {version}; files that begin with {first} are read in version {wanted}")
+    size = path.stat().st_size - HEADER_BYTES
+    if tokens < 0 or size != tokens * kind.itemsize:
+        raise DataError(f"{path}: its header announces {tokens} tokens of {kind.itemsize} bytes, but {size} bytes follow: the "
+                        "file is cut "
+                        "or damaged; copy it again")
+    yield from (TokenBlock(ids) for ids in read_array(path, kind, HEADER_BYTES, tokens))
+
+
+def write(tokens: SplitTokens, out: Path) -> list[str]:
+    """Write OUT/tokens_SPLIT_NUMBER.bin with at most FILE_TOKENS tokens each; return remarks. Raises OSError. Independent."""
+    first = GPT2 if tokens.dtype.itemsize == 2 else LLAMA3
+    version, kind = KINDS[first]
+    number, left, file = 0, 0, None
+    for block in tokens.blocks():
+        ids = block.ids.astype(kind)
+        while len(ids):
+            if file is None:
+                file, left = open(out / f"tokens_{tokens.split}_{number:06d}.bin", "xb"), FILE_TOKENS  # noqa: SIM115 - _end closes
+                file.write(np.array([first, version] + [0] * 254, "<i4").tobytes())
+            file.write(ids[:left].tobytes())
+            left, ids = left - len(ids[:left]), ids[left:]
+            if not left:
+                _end(file, FILE_TOKENS)
+                number, file = number + 1, None
+    if file is not None:
+        _end(file, FILE_TOKENS - left)
+    return []
+
+
+def _end(file: IO[bytes], tokens: int) -> None:
+    """Write the number of tokens into the header, and close the file."""
+    with file:
+        file.seek(8)
+        file.write(np.array([tokens], "<i4").tobytes())

@@ -1,0 +1,140 @@
+"""MDS of MosaicML Streaming: a folder with index.json and shards. A sample's tokens are a column of bytes or an ndarray.
+
+A shard is the number of samples (uint32), the offset of each sample and of the end (uint32), its configuration, then the
+samples. A sample is the sizes of its columns without a fixed size (uint32), then the columns. An ndarray may begin with its type
+and its shape. Columns of pickles are never read. (mosaicml-streaming, base/format/mds.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, readable
+from data_tools.formats.columns import wanted_columns
+from data_tools.formats.expand import expanded
+from data_tools.formats.rows import file_below, gather, read_json
+from data_tools.formats.splits import files_in, in_splits
+from mpidp.errors import DataError
+
+SHAPES = ("<u1", "<u2", "<u4", "<u8")
+TYPES = {8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 18: "<f2", 32: "<u4", 33: "<i4", 34: "<f4", 64: "<u8", 65: "<i8", 66: "<f8"}
+NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")  # of ndarray columns
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the folders with MDS shards. Raises DataError if there are none. Independent."""
+    folder = source.parent if source.name == "index.json" else source
+    parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
+    if not parts:
+        raise DataError(f"{source} holds no index.json of MosaicML Streaming: give the folder that MDSWriter wrote")
+    return in_splits(parts, folder, remarks)
+
+
+def is_one(folder: Path) -> bool:
+    """Return whether a folder has an index of MDS shards. Raises DataError if index.json is not JSON. Independent."""
+    about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
+    return isinstance(about, dict) and isinstance(about.get("shards"), list)
+
+
+def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the rows of a folder. Raises DataError if it is damaged, or if no column holds ids. Independent."""
+    yield from gather(_rows(path, options), path, options)
+
+
+def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]:
+    index = folder / "index.json"
+    for number, shard in enumerate(read_json(index)["shards"]):
+        try:
+            if (shard["format"], shard["version"]) != ("mds", 2):
+                raise DataError(f"{index}: shard {number} has the format {shard['format']}, version {shard['version']}; read "
+                                "are mds, 2")
+            names, encodings, sizes = shard["column_names"], shard["column_encodings"], shard["column_sizes"]
+            raw, packed, samples = shard["raw_data"], shard["zip_data"], int(shard["samples"])
+            with ExitStack() as stack:
+                path = file_below(folder, raw["basename"], index)
+                if not path.exists() and packed:
+                    path = stack.enter_context(expanded(file_below(folder, packed["basename"], index), str(shard["compression"]),
+                                                        int(raw["bytes"]), options.scratch))
+                yield from _samples(path, folder / raw["basename"], samples, names, encodings, sizes, options)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{index}: shard {number} is not described as MDS shards are ({error!r}); restore the file") from None
+
+
+def _samples(
+    path: Path, shown: Path, samples: int, names: list[str], encodings: list[str], sizes: list[int | None], options: ReadOptions
+) -> Iterator[dict[str, np.ndarray]]:
+    wanted = wanted_columns(names, options, shown)
+    for name in wanted:
+        _check_encoding(name, encodings[names.index(name)], shown)
+    with readable(path):
+        data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+
+    def wrong(problem: str) -> DataError:
+        return DataError(f"{shown}: {problem}; copy the dataset again")
+
+    if len(data) < 8 + 4 * samples or int(data[:4].view("<u4")[0]) != samples:
+        raise wrong(f"it does not begin with its number of samples, {samples}")
+    offsets = data[4 : 8 + 4 * samples].view("<u4").astype(np.int64)
+    if (np.diff(offsets) < 0).any() or offsets[-1] > len(data):
+        raise wrong("its offsets of samples decrease or lie outside the file")
+    for number in range(samples):
+        sample, at = data[offsets[number] : offsets[number + 1]], 4 * sum(size is None for size in sizes)
+        given = iter(sample[:at].view("<u4").tolist()) if len(sample) >= at else iter(())
+        found: dict[str, np.ndarray] = {}
+        for name, encoding, size in zip(names, encodings, sizes, strict=True):
+            size = next(given, None) if size is None else size
+            if size is None or at + size > len(sample):
+                raise wrong(f"sample {number} is shorter than its columns")
+            if name in wanted:
+                found[name] = _decoded(np.array(sample[at : at + size]), encoding, name, shown, options)
+            at += size
+        yield {name: found[name] for name in wanted}
+
+
+def _check_encoding(name: str, encoding: str, shown: Path) -> None:
+    kind = encoding.partition(":")[0]
+    if kind == "pkl":
+        raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as ndarray or bytes")
+    if kind not in ("bytes", "ndarray"):
+        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids are ndarray or bytes. If it holds "
+                        "text, write the "
+                        "samples as JSON lines and use mpidp prepare")
+
+
+def _decoded(data: np.ndarray, encoding: str, name: str, shown: Path, options: ReadOptions) -> np.ndarray:
+    if encoding == "bytes":
+        return _of_bytes(data, name, shown, options)
+    given, _, fixed = encoding.removeprefix("ndarray").removeprefix(":").partition(":")
+    try:
+        at = 0 if given else 1
+        kind = np.dtype(given).newbyteorder("<") if given else np.dtype(TYPES[int(data[0])])
+        if fixed:
+            shape = [int(size) for size in fixed.split(",")]
+        else:
+            width = np.dtype(SHAPES[int(data[at]) % 4])
+            dims = int(data[at]) >> 2
+            shape = data[at + 1 : at + 1 + dims * width.itemsize].view(width).astype(np.int64).tolist()
+            at += 1 + dims * width.itemsize
+        values = np.frombuffer(data[at:].tobytes(), kind)
+    except (TypeError, ValueError, KeyError, IndexError):
+        raise DataError(f"{shown}: the column `{name}` does not hold arrays of the encoding {encoding}; copy the dataset "
+                        "again") from None
+    if len(values) != math.prod(shape):
+        raise DataError(f"{shown}: an array of the column `{name}` has {len(values)} values, but the shape {shape}; copy the "
+                        "dataset again")
+    return values if len(shape) == 1 else values.reshape(shape)
+
+
+def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) -> np.ndarray:
+    """Return the ids of a column of bytes: of --dtype, else int64, which LLM Foundry writes."""
+    kind: np.dtype[Any] = np.dtype(options.dtype or "int64").newbyteorder("<")
+    values = np.frombuffer(data.tobytes(), kind) if len(data) % kind.itemsize == 0 else None
+    if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
+        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type, --dtype uint16")
+    return values

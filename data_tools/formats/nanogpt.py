@@ -1,0 +1,37 @@
+"""nanoGPT's train.bin and val.bin: the ids of a split as uint16, without header. Documents are found by their end-of-document
+token.
+
+meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. For more than 65,536 ids, uint32 is usual.
+(nanoGPT, data/openwebtext/prepare.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, read_array
+from data_tools.formats.flat import check_head, head_of, type_of_ids
+from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.stream import SplitTokens
+
+
+def find(source: Path, remarks: list[str]) -> list[SourcePart]:
+    """Return the .bin files of a source. Raises DataError if there are none. Independent."""
+    return in_splits(files_in(source, "*.bin"), source, remarks)
+
+
+def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
+    """Yield the ids of a .bin file. Raises DataError if it is something else. Independent."""
+    head = head_of(path)
+    check_head(path, head)
+    yield from (TokenBlock(ids) for ids in read_array(path, type_of_ids(path, head, options)))
+
+
+def write(tokens: SplitTokens, out: Path) -> list[str]:
+    """Write OUT/SPLIT.bin; return remarks. Raises OSError. Independent."""
+    with open(out / f"{tokens.split}.bin", "xb") as file:
+        for block in tokens.blocks():
+            file.write(block.ids.astype(tokens.dtype).tobytes())
+    wide = tokens.dtype.itemsize > 2
+    return ["the ids are uint32, because there are more than 65,536; nanoGPT's train.py reads uint16"] * wide

@@ -1,0 +1,51 @@
+"""Which split a file or folder of a dataset belongs to, by the words of its name. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_tools.formats.blocks import SourcePart
+from mpidp.errors import DataError
+
+VALIDATION = ("val", "validation", "valid", "dev", "eval")  # words that name the split "val"
+TEST = "test"
+WORD = re.compile(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])")
+
+
+def split_of(name: str) -> str:
+    """Return "val", "test" or "train" for a name such as data/validation-00000-of-00001.parquet. Pure."""
+    words = set(WORD.split(name.lower()))
+    return "val" if words & set(VALIDATION) else TEST if TEST in words and "train" not in words else "train"
+
+
+def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[SourcePart]:
+    """Assign the files or folders of a dataset to train and val. A split "test" is left out, and a remark says so.
+
+    root: the folder whose name does not count. Raises DataError if nothing is left for training. Pure.
+    """
+    named = [(path, split_of(path.relative_to(root).as_posix() if path != root else "")) for path in paths]
+    left_out = [path for path, split in named if split == TEST]
+    if left_out:
+        remarks.append(f"{len(left_out)} of {len(named)} parts belong to a test split and were left out ({left_out[0]})")
+    parts = [SourcePart(path, split) for path, split in named if split != TEST]
+    if not any(part.split == "train" for part in parts):
+        only = [part.path for part in parts] or left_out
+        raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)}, nothing to train on: "
+                        "give the file or folder itself as the source")
+    return parts
+
+
+def files_in(source: Path, *patterns: str) -> list[Path]:
+    """Return a file, or the files of a folder and the folders below it that match a pattern, in the order of their names. Hidden
+    files are skipped. Raises DataError if there are none. Independent."""
+    if source.is_dir():
+        found = sorted({path for pattern in patterns for path in source.rglob(pattern)
+                        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
+        if not found:
+            raise DataError(f"{source} holds no file {' or '.join(patterns)}: give the folder or the file that has the tokens")
+        return found
+    if not source.exists():
+        raise DataError(f"{source} does not exist: give an existing file or folder")
+    return [source]

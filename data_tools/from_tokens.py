@@ -1,0 +1,244 @@
+"""Write shards from a dataset that is already tokens, in any format of the table (formats/table.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.arrange import Arrangement, lengths_of, pack
+from data_tools.block_writer import BlockWriter
+from data_tools.boundaries import eod_is_first, occurs, starts_by_ids, starts_of_parts, unended
+from data_tools.cut import ADVICE, Stream, Tokens, cut_shard, plan_shards
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, checked_ids
+from data_tools.formats.flat import DTYPES
+from data_tools.formats.table import FORMATS, ROWS, TokenFormat, recognized
+from data_tools.progress import Ticker
+from mpidp.data.index import FileRecord, Index, SplitRecord
+from mpidp.data.special_tokens import FILE, SpecialTokens, special_tokens_of
+from mpidp.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, token_dtype
+from mpidp.errors import DataError, UsageError
+from mpidp.runtime.files import write_file, writing
+from mpidp.runtime.log import counted
+
+
+@dataclass(frozen=True)
+class FromOptions:
+    """How a dataset of tokens becomes shards: the options of the command line for --from."""
+
+    tokenizer: str  # byte, a tokenizer.json, or a folder that contains one
+    shards: int = 4
+    val_fraction: float = 0.05  # of the tokens, if the source has no validation split
+    eod: str | None = None  # the end-of-document token
+    eod_at: str = "auto"  # where it stands: "end" or "start" of a document
+    dtype: str = ""
+    column: str = ""
+    rows: str = "auto"  # what a row is: a document, or a part of a stream
+    whole: bool = False  # whether each split is one document
+    add_eod: bool = False  # whether the token is appended to rows that do not end with it
+    seq_len: int = 0  # pack documents into windows of this many tokens; 0: do not
+
+    def check(self) -> None:
+        """Raise UsageError for invalid values. Pure."""
+        if self.shards < 1 or not 0 <= self.val_fraction < 1:
+            raise UsageError(f"--shards {self.shards} must be at least 1, and --val-fraction {self.val_fraction} in [0, 1)")
+        if self.dtype and self.dtype not in DTYPES:
+            raise UsageError(f"--dtype {self.dtype} must be one of {', '.join(DTYPES)}")
+        if self.seq_len and self.seq_len < 2:
+            raise UsageError(f"--seq-len {self.seq_len} must be at least 2")
+
+
+def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
+    """Write shards from a source; return a line of text about each split, and remarks.
+
+    name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists, and DataError if the source is
+    damaged, has another format, or does not match the tokenizer. `out` is then not made. Independent.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
+    options.check()
+    name, kind = _format_of(name, source)
+    encoder = ByteTokenizer() if options.tokenizer == "byte" else load_tokenizer(options.tokenizer, options.eod)
+    with writing(out, "choose another folder"):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
+    try:
+        with writing(scratch, ADVICE):
+            (scratch / "new").mkdir()
+        reading = ReadOptions(encoder.vocab_size, scratch, options.dtype, options.column)
+        writers = _read(kind, source, reading, encoder, options)
+        remarks = _find_documents(kind, writers, encoder, options)
+        index = _write(writers, encoder, scratch / "new", options, {"kind": name, "path": str(source)})
+        with writing(out, ADVICE):
+            os.rename(scratch / "new", out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
+    if skipped := reading.skipped:
+        remarks.append(f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped")
+    return lines + reading.remarks + remarks
+
+
+def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
+    """Return the format of a source. Raises DataError if it has another format, or if no format is recognized."""
+    if (source / "index.json").is_file() and any(source.glob("*.h5")):
+        raise UsageError(f"{source} is a folder of shards; to convert shards to another format, give --to FORMAT")
+    looks = recognized(source)
+    if name == "auto":
+        if looks is None:
+            there = "holds no format of tokens that convert knows" if source.exists() else "does not exist"
+            raise DataError(f"{source} {there}; the formats are {', '.join(FORMATS)}. Text becomes shards with mpidp prepare")
+        return looks, FORMATS[looks]
+    kind = FORMATS[name]
+    if looks is not None and looks != name and not kind.recognize(source):
+        raise DataError(f"{source} is not {kind.what}, but looks like {FORMATS[looks].what}: use --from {looks}")
+    return name, kind
+
+
+def _read(
+    kind: TokenFormat, source: Path, reading: ReadOptions, encoder: Tokenizer, options: FromOptions
+) -> dict[str, BlockWriter]:
+    parts = kind.find(source, reading.remarks)
+    writers = {split: BlockWriter(reading.scratch, split, token_dtype(encoder.vocab_size), options.seq_len > 0)
+               for split in dict.fromkeys(("train", *(part.split for part in parts)))}
+    ticker = Ticker("convert")
+    for split, writer in writers.items():
+        for number, part in enumerate(parts, 1):
+            if part.split == split:
+                writer.begin_part()
+                for block in _blocks(kind, part, reading, encoder, options):
+                    writer.add(block)
+                    ticker.add(0 if block.starts is None else len(block.starts), block.ids.nbytes, f"part {number} of "
+                                                                                                   f"{len(parts)}")
+        writer.close()
+    return writers
+
+
+def _blocks(
+    kind: TokenFormat, part: SourcePart, reading: ReadOptions, encoder: Tokenizer, options: FromOptions
+) -> Iterator[TokenBlock]:
+    at = 0
+    for block in kind.read(part.path, reading):
+        block = checked_ids(block, reading, part.path, at)
+        at += len(block.ids)
+        yield _with_eod(block, encoder.eod) if options.add_eod and kind.documents == ROWS else block
+
+
+def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
+    """Append the end-of-document token to rows that do not end with it. It is in the loss if the token before it is. Pure."""
+    assert block.starts is not None
+    ends = np.append(block.starts[1:], len(block.ids))[: len(block.starts)]
+    short = block.ids[ends - 1] != eod
+    mask = None if block.mask is None else np.insert(block.mask, ends[short], block.mask[ends[short] - 1])
+    starts = block.starts + np.concatenate([[0], np.cumsum(short)[:-1]]).astype(np.int64) if len(ends) else block.starts
+    return TokenBlock(np.insert(block.ids.astype(np.int64), ends[short], eod), starts, mask)
+
+
+def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> list[str]:
+    """Find the documents of formats that do not store them; return remarks. Raises DataError if no token ends documents."""
+    used = [writer for writer in writers.values() if writer.tokens]
+    lengths = set().union(*(writer.lengths for writer in used))
+    several = sum(writer.documents for writer in used) > 1
+    one_length = len(lengths) == 1 and several and not options.add_eod
+    joined = kind.documents == ROWS and (options.rows == "part" or options.rows == "auto" and one_length)
+    unknown = used if joined else [writer for writer in used if not all(writer.known)]
+    if options.whole:
+        for writer in used:
+            writer.replace_documents(iter([np.zeros(1, np.int64)]))
+        return []
+    if not unknown:
+        return unended(used, encoder.eod)
+    if not occurs(unknown, encoder.eod, encoder.bos):
+        rows = ", --rows document if each row is one" * joined
+        raise DataError(f"the end-of-document token of the tokenizer, {encoder.eod}, is not in the data, so its documents are "
+                        "not known: give "
+                        f"--eod TOKEN if they end with another one{rows}, or --one-document to take each split as one")
+    first = options.eod_at == "start" or options.eod_at == "auto" and eod_is_first(unknown, encoder.eod, kind.eod_first)
+    for writer in unknown:
+        whole = starts_by_ids(writer.pieces(), encoder.eod, encoder.bos, first)
+        writer.replace_documents(whole if kind.goes_on or joined else starts_of_parts(writer, encoder.eod, encoder.bos, first))
+    size = f"{next(iter(lengths)):,} tokens" if len(lengths) == 1 else "different lengths"
+    remarks = [f"rows of {size} were joined, and documents end with the token {encoder.eod} (--rows document: each row is "
+               "one)"] * joined
+    return remarks + [f"documents begin with the token {encoder.eod} (--eod-at end: they end with it)"] * first
+
+
+def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:
+    """Return the tokens of each split. With a loss mask, or packed, validation consists of the last documents."""
+    streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
+    if "train" not in streams:
+        raise DataError("the source has no tokens to train on; give another file or folder")
+    by_document = options.seq_len or any(stream.masked for stream in streams.values())
+    if not by_document:
+        return dict(streams)
+    selected = {split: (stream, *lengths_of(stream)) for split, stream in streams.items()}
+    stream, starts, lengths = selected["train"]
+    if "val" not in streams and options.val_fraction:
+        cut = int(np.searchsorted(starts, stream.tokens * (1 - options.val_fraction)))
+        cut = min(max(cut, 1), len(starts) - 1)
+        if cut < 1:
+            raise DataError("the source has a single document, which cannot be divided: give --val-fraction 0")
+        selected = {"train": (stream, starts[:cut], lengths[:cut]), "val": (stream, starts[cut:], lengths[cut:])}
+    return {split: _arranged(*one, encoder.eod, options.seq_len) for split, one in selected.items()}
+
+
+def _arranged(stream: Stream, starts: np.ndarray, lengths: np.ndarray, eod: int, window: int) -> Arrangement:
+    if window and (long := int(np.count_nonzero(lengths > window))):
+        raise DataError(f"{counted(long, 'document')} {'has' if long == 1 else 'have'} more than --seq-len {window} tokens (up "
+                        "to "
+                        f"{lengths.max()}): give a larger --seq-len")
+    which = np.zeros(len(starts), dtype=np.int64)
+    if not window:
+        return Arrangement([stream], which, starts, lengths, np.cumsum(lengths) - lengths, int(lengths.sum()), eod)
+    places, total = pack(lengths, window)
+    order = np.argsort(places, kind="stable")
+    return Arrangement([stream], which, starts[order], lengths[order], places[order], total, eod)
+
+
+def _write(writers: dict[str, BlockWriter], encoder: Tokenizer, out: Path, options: FromOptions, about: dict[str, Any]) -> Index:
+    """Write the shards, tokenizer.json, special_tokens.json and index.json."""
+    stored = encoder.to_json()
+    sha256 = hashlib.sha256(stored.encode()).hexdigest()
+    streams = _streams(writers, encoder, options)
+    share = options.val_fraction if "val" not in streams else 0.5  # the size has no effect if there is a split val
+    plans, ticker = plan_shards(streams, options.shards, share), Ticker("convert")
+    files: list[FileRecord] = []
+    learned = 0
+    for number, plan in enumerate(plans, 1):
+        record, of_file = cut_shard(plan, streams[plan.stream], out, encoder, sha256)
+        files, learned = [*files, record], learned + of_file
+        ticker.add(record.documents, record.size, f"shard {number} of {len(plans)}")
+    splits = {}
+    for split in dict.fromkeys(plan.split for plan in plans):
+        of_split = [f for f in files if f.split == split]
+        tokens, documents, text = (sum(getattr(f, key) for f in of_split) for key in ("tokens", "documents", "text_bytes"))
+        stream = next(plan.stream for plan in plans if plan.split == split)
+        splits[split] = SplitRecord(tokens, documents, text, loss_mask=streams[stream].masked)
+    if any(one.masked for one in streams.values()):
+        about |= {"learned_tokens": learned}
+    special = _special(writers["train"], encoder, options.tokenizer)
+    index = Index(encoder.vocab_size, encoder.eod, encoder.kind, sha256, splits, files, about, window=options.seq_len,
+                  special_tokens_sha256=hashlib.sha256(special.encode()).hexdigest() if special else "")
+    with writing(out, ADVICE):
+        write_file(out / "tokenizer.json", stored)
+        if special:
+            write_file(out / FILE, special)
+        write_file(out / "index.json", index.to_json())
+    return index
+
+
+def _special(writer: BlockWriter, encoder: Tokenizer, tokenizer: str) -> str:
+    """Return special_tokens.json of the shards, or "" if they need none. It names BOS only if most documents begin with it."""
+    path = Path(tokenizer)
+    table = SpecialTokens(None, ()) if tokenizer == "byte" else special_tokens_of(path if path.is_dir() else path.parent, encoder)
+    if table.bos is not None:
+        begin = sum(int(np.count_nonzero(writer.at(starts) == table.bos)) for starts in writer.start_pieces())
+        table = replace(table, bos=table.bos if 2 * begin > writer.documents else None)
+    return "" if tokenizer == "byte" or table.is_plain else table.to_json()

@@ -1,0 +1,389 @@
+"""Laws of formats of tokens: what is written is read again with the same tokens, documents and loss mask; damaged or ambiguous
+files are refused. The files here are made by hand from the descriptions of the formats; tests/programs/test_formats.py has those
+of real programs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.formats.table import FORMATS, recognized
+from data_tools.from_tokens import FromOptions, from_tokens
+from data_tools.prepare import prepare
+from data_tools.to_tokens import to_tokens
+from mpidp.data.shards import TokenStream
+from mpidp.errors import DataError, UsageError
+from tests.unit.test_convert import documents_of
+
+EOD = 256  # of the byte tokenizer
+WRITTEN = [name for name, one in FORMATS.items() if one.write]
+MASKED = [name for name, one in FORMATS.items() if one.masks]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("formats")
+    (place / "texts").mkdir()
+    for i in range(30):
+        (place / f"texts/{i:02d}.txt").write_text(f"text {i} " * (i * i % 17 + 1))
+    prepare(str(place / "texts"), "byte", place / "shards", shards=3, val_fraction=0.3, split="document", verbose=False)
+    return place / "shards"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed rows with a loss mask."""
+    place = tmp_path_factory.mktemp("rows")
+    lines = [json.dumps({"prompt": f"{i} + {i} =" + " " * (i % 5), "completion": f" {2 * i}." * (i % 4 + 1)}) for i in range(60)]
+    (place / "rows.jsonl").write_text("\n".join(lines))
+    prepare(str(place / "rows.jsonl"), "byte", place / "shards", shards=2, val_fraction=0.3, form="prompt_completion", seq_len=48,
+            verbose=False)
+    return place / "shards"
+
+
+def take(name: str, source: Path, out: Path, **options: object) -> list[str]:
+    given = {"shards": 2, "val_fraction": 0.0} | options
+    return from_tokens(name, source, out, FromOptions("byte", **given))  # type: ignore[arg-type]
+
+
+def with_masks(path: Path, split: str) -> list[list[tuple[int, bool]]]:
+    """The documents of a split, each as pairs (id, whether it is in the loss), without the tokens that fill windows."""
+    stream, found = TokenStream(path, split), []
+    mask = stream.read_mask(0, stream.num_tokens)
+    assert mask is not None
+    at = 0
+    for ids in documents_of(path, split):
+        pairs = [(i, bool(m)) for i, m in zip(ids, mask[at : at + len(ids)], strict=True)]
+        at += len(ids)
+        while len(pairs) > 1 and pairs[-1] == (EOD, False) and pairs[-2][0] == EOD:
+            pairs.pop()
+        found.append(pairs)
+    return found
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_tokens_and_documents_come_back(name: str, shards: Path, tmp_path: Path) -> None:
+    said = to_tokens(name, shards, tmp_path / "there/it")
+    assert len(said) == 2 and f"{TokenStream(shards).num_tokens:,} tokens" in said[0]
+    source = tmp_path / "there/it"
+    assert recognized(source) == name
+    take("auto", source, tmp_path / "back")
+    for split in ("train", "val"):
+        assert documents_of(tmp_path / "back", split) == documents_of(shards, split)
+        TokenStream(tmp_path / "back", split).check(contents=True)
+    back, first = TokenStream(tmp_path / "back").index, TokenStream(shards).index
+    assert back.tokenizer_sha256 == first.tokenizer_sha256 and back.special_tokens_sha256 == first.special_tokens_sha256
+    assert {k: s.text_bytes for k, s in back.splits.items()} == {k: s.text_bytes for k, s in first.splits.items()}
+    assert back.source["kind"] == name and not back.splits["train"].loss_mask
+    to_tokens(name, tmp_path / "back", tmp_path / "again/it")
+    there, again = (
+        {str(path.relative_to(tmp_path / one)): path.read_bytes() for path in (tmp_path / one).rglob("*.*") if path.is_file()}
+        for one in ("there", "again"))
+    assert there == again and len(there) >= 2
+    with pytest.raises(UsageError, match="exists and is not overwritten"):
+        to_tokens(name, shards, tmp_path / "there/it")
+    assert not [path for path in tmp_path.rglob(".*") if path.name.endswith("tmp") or path.is_dir()]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_loss_masks_come_back(name: str, rows: Path, tmp_path: Path) -> None:
+    to_tokens(name, rows, tmp_path / "it")
+    take(name, tmp_path / "it", tmp_path / "back", seq_len=48)
+    take(name, tmp_path / "it", tmp_path / "loose")
+    for split in ("train", "val"):
+        wanted = sorted(with_masks(rows, split))
+        assert sorted(with_masks(tmp_path / "back", split)) == wanted == sorted(with_masks(tmp_path / "loose", split))
+    assert TokenStream(tmp_path / "back").index.window == 48 and not TokenStream(tmp_path / "loose").index.window
+    with pytest.raises(DataError, match=r"more than --seq-len 12 tokens \(up to"):
+        take(name, tmp_path / "it", tmp_path / "short", seq_len=12)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITTEN) - set(MASKED)))
+def test_a_format_without_masks_refuses_them(name: str, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="loss mask, which .* cannot store.* datatrove, hf, olmo"):
+        to_tokens(name, rows, tmp_path / "it")
+    assert not list(tmp_path.iterdir())
+
+
+def ids_of(out: Path) -> list[int]:
+    return [i for document in documents_of(out, "train") for i in document]
+
+
+STREAM = [1, 2, EOD, 3, 4, 5, EOD, 6, EOD]
+
+
+def test_nanogpt(tmp_path: Path) -> None:
+    source = tmp_path / "data"
+    source.mkdir()
+    np.array(STREAM, "<u2").tofile(source / "train.bin")
+    np.array([7, EOD, 8, EOD], "<u2").tofile(source / "val.bin")
+    (source / "meta.pkl").write_bytes(b"\x80\x04\x95never read")
+    take("nanogpt", source, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train") == [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
+    assert documents_of(tmp_path / "out", "val") == [[7, EOD], [8, EOD]]
+
+
+@pytest.mark.parametrize(("dtype", "wider"), [("<u4", "uint32"), ("<i8", "uint64")])
+def test_ids_of_a_wider_type_are_not_read_as_uint16(tmp_path: Path, dtype: str, wider: str) -> None:
+    np.array(STREAM * 4, dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=f"every second uint16 is 0.*--dtype {wider}"):
+        take("nanogpt", tmp_path / "train.bin", tmp_path / "out")
+    take("nanogpt", tmp_path / "train.bin", tmp_path / "out", dtype=wider)
+    assert ids_of(tmp_path / "out") == STREAM * 4
+
+
+@pytest.mark.parametrize(("first", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_llmc(tmp_path: Path, first: int, version: int, dtype: str) -> None:
+    """Its end-of-document token begins documents; documents continue in the next file, and the first file may begin inside
+    one."""
+    def file(name: str, ids: list[int], tokens: int | None = None, begin: tuple[int, int] = (first, version)) -> Path:
+        header = np.zeros(256, "<i4")
+        header[:3] = *begin, len(ids) if tokens is None else tokens
+        (tmp_path / name).write_bytes(header.tobytes() + np.array(ids, dtype).tobytes())
+        return tmp_path / name
+
+    file("x_val_000000.bin", [EOD, 1, 2])
+    file("x_train_000001.bin", [3, EOD, 4, 5])
+    file("x_train_000002.bin", [6, EOD, 7])
+    said = take("auto", tmp_path, tmp_path / "out")
+    assert said[-1] == f"documents begin with the token {EOD} (--eod-at end: they end with it)"
+    assert documents_of(tmp_path / "out", "train") == [[3], [EOD, 4, 5, 6], [EOD, 7]]
+    assert documents_of(tmp_path / "out", "val") == [[EOD, 1, 2]]
+    take("llmc", tmp_path, tmp_path / "other", eod_at="end")
+    assert documents_of(tmp_path / "other", "train") == [[3, EOD], [4, 5, 6, EOD], [7]]
+    wrong = [("announces 9 tokens", [1, 2], 9, (first, version)), ("version 5", [1], 1, (first, 5)),
+             ("multiple-choice", [1], 1, (20240522, 1)), ("use --from nanogpt", [1], 1, (77, 1))]
+    for why, ids, tokens, begin in wrong:
+        path = file("a.bin", ids, tokens, begin)
+        with pytest.raises(DataError, match=why):
+            take("llmc", path, tmp_path / "new")
+
+
+def test_olmo_without_and_with_a_table_of_documents(tmp_path: Path) -> None:
+    for i in range(2):
+        np.array(STREAM, "<u2").tofile(tmp_path / f"part-{i}.npy")
+    with gzip.open(tmp_path / "part-1.csv.gz", "wt") as table:
+        table.write("0,3,id,x\n3,3,id,x\n3,9,id,x\n")
+    take("olmo", tmp_path, tmp_path / "out")
+    ends = [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
+    assert documents_of(tmp_path / "out", "train") == [*ends, ends[0], ends[1] + ends[2]]
+    for table_of, why in (("0,3\n4,9\n", "does not follow"), ("0,300\n", "does not follow"), ("a,b\n", "cannot be read as "
+                                                                                                       "lines")):
+        (tmp_path / "part-1.csv.gz").write_bytes(gzip.compress(table_of.encode()))
+        with pytest.raises(DataError, match=why):
+            take("olmo", tmp_path, tmp_path / "new")
+
+
+def test_arrays_of_numpy_save(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.array(STREAM, ">i4"))
+    take("auto", tmp_path / "ids.npy", tmp_path / "out")
+    assert ids_of(tmp_path / "out") == STREAM
+    wrong = [(np.array(["a"], object), "pickled objects"), (np.zeros((2, 2), "i4"), "one dimension"), (np.zeros(4), "float64")]
+    for array, why in wrong:
+        np.save(tmp_path / "ids.npy", array, allow_pickle=True)
+        with pytest.raises(DataError, match=why):
+            take("olmo", tmp_path / "ids.npy", tmp_path / "new")
+
+
+def test_datatrove(tmp_path: Path) -> None:
+    def files(ends: list[int], about: str | None = "x|2\n9\n9 T", loss: bytes | None = None) -> None:
+        np.array(STREAM, "<u2").tofile(tmp_path / "0.ds")
+        np.array(ends, "<u8").tofile(tmp_path / "0.ds.index")
+        for end, content in ((".metadata", about and about.encode()), (".loss", loss)):
+            (tmp_path / f"0.ds{end}").unlink(missing_ok=True)
+            if content is not None:
+                (tmp_path / f"0.ds{end}").write_bytes(content)
+
+    files([2, 2, 9], loss=bytes([0, 1] * 4 + [1]))
+    said = take("auto", tmp_path, tmp_path / "out")
+    assert said[1:] == ["1 document without tokens was skipped", f"1 of 2 documents does not end with the end-of-document "
+                                                                 f"token {EOD}"] or said
+    assert documents_of(tmp_path / "out", "train") == [[1, 2], STREAM[2:]]
+    mask = TokenStream(tmp_path / "out").read_mask(0, 9)
+    assert mask is not None and mask.tolist() == [bool(i) for i in [0, 1] * 4 + [1]]
+    wrong = [({"ends": [2, 8]}, "must end at the 9 tokens"), ({"ends": [5, 2, 9]}, "must not decrease"),
+             ({"ends": [9], "about": "x|4\n9\n9 T"}, "names 9 tokens of 4 bytes"),
+             ({"ends": [9], "about": "x"}, "names no number"),
+             ({"ends": [9], "loss": b"\1"}, "has 1 bytes, but there are 9 tokens")]
+    for changes, why in wrong:
+        files(**changes)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=why):
+            take("datatrove", tmp_path, tmp_path / "new")
+    (tmp_path / "0.ds.index").unlink()
+    with pytest.raises(DataError, match="0.ds.index is missing"):
+        take("datatrove", tmp_path, tmp_path / "new")
+
+
+def parquet(path: Path, **columns: object) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_rows_with_labels_and_padding(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "a.parquet", input_ids=[[1, 2, 3, EOD], [4, 5, 0, 0], [], [6]],
+                     labels=[[-100, 2, 3, EOD], [-100, 5, -100, -100], [], [6]], attention_mask=[[1] * 4, [1, 1, 0, 0], [], [1]])
+    said = take("hf", source, tmp_path / "out")
+    assert said[1:] == ["2 of 3 documents do not end with the end-of-document token 256", "1 document without tokens was skipped"]
+    assert documents_of(tmp_path / "out", "train") == [[1, 2, 3, EOD], [4, 5], [6]]
+    mask = TokenStream(tmp_path / "out").read_mask(0, 7)
+    assert mask is not None and mask.tolist() == [False, True, True, True, False, True, True]
+    take("hf", source, tmp_path / "ended", add_eod=True)
+    assert documents_of(tmp_path / "ended", "train") == [[1, 2, 3, EOD], [4, 5, EOD], [6, EOD]]
+    take("hf", source, tmp_path / "packed", seq_len=8, val_fraction=0.2)
+    assert with_masks(tmp_path / "packed", "val")[0][:1] == [(6, True)]
+
+
+def test_labels_that_leave_out_nothing_are_no_mask(tmp_path: Path) -> None:
+    ids = [[1, EOD], [2, 3, EOD]]
+    take("hf", parquet(tmp_path / "a.parquet", input_ids=ids, labels=ids), tmp_path / "out")
+    assert not TokenStream(tmp_path / "out").has_loss_mask
+
+
+def test_rows_of_one_length_are_joined(tmp_path: Path) -> None:
+    ids = [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
+    source = parquet(tmp_path / "a.parquet", input_ids=ids, labels=ids)
+    said = take("hf", source, tmp_path / "out")
+    assert said[1] == "rows of 3 tokens were joined, and documents end with the token 256 (--rows document: each row is one)"
+    assert documents_of(tmp_path / "out", "train") == [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
+    take("hf", source, tmp_path / "rows", rows="document")
+    assert documents_of(tmp_path / "rows", "train") == [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
+
+
+@pytest.mark.parametrize(("columns", "why"), [
+    ({"text": ["a"]}, r"no column of token ids \(input_ids\), only text"), ({"input_ids": ["a b"]}, "not a list of integers"),
+    ({"input_ids": [[1.0]]}, "lists of double"), ({"input_ids": [[1, None]]}, "null among the values"),
+    ({"input_ids": [[1, 2]], "labels": [[2, 3]]}, "row 0 has the label 2 at the id 1"),
+    ({"input_ids": [[1, 2]], "labels": [[1]]}, "each token needs"),
+    ({"input_ids": [[1, 300]]}, "token 1 has the id 300"), ({"input_ids": [[1, -1]]}, "token 1 has the id -1"),
+])
+def test_rows_that_are_no_tokens_are_refused(tmp_path: Path, columns: dict[str, object], why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        take("hf", parquet(tmp_path / "a.parquet", **columns), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def mds(
+    folder: Path, encodings: dict[str, str], samples: list[dict[str, bytes]], fixed: dict[str, int] | None = None,
+    packed: str = "",
+) -> Path:
+    """Write a folder of MDS as its documentation says."""
+    folder.mkdir()
+    names = sorted(encodings)
+    sizes = [(fixed or {}).get(name) for name in names]
+    made = [b"".join(np.uint32(len(one[name])).tobytes() for name, size in zip(names, sizes, strict=True) if size is None)
+            + b"".join(one[name] for name in names) for one in samples]
+    about = b"{}"
+    begin = 4 + 4 * (len(made) + 1) + len(about)
+    offsets = np.cumsum([begin, *map(len, made)]).astype("<u4")
+    data = np.uint32(len(made)).tobytes() + offsets.tobytes() + about + b"".join(made)
+    name, zipped = "shard.00000.mds", None
+    if packed:
+        zipped = {"basename": f"{name}.{packed}", "bytes": 0, "hashes": {}}
+        (folder / f"{name}.{packed}").write_bytes(gzip.compress(data) if packed == "gz" else data)
+    else:
+        (folder / name).write_bytes(data)
+    shard = {
+        "column_names": names, "column_encodings": [encodings[n] for n in names], "column_sizes": sizes, "format": "mds",
+        "hashes": [], "compression": packed or None, "samples": len(made),
+        "raw_data": {"basename": name, "bytes": len(data), "hashes": {}},
+        "size_limit": 1 << 26, "version": 2, "zip_data": zipped}
+    (folder / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
+    return folder
+
+
+def test_mds(tmp_path: Path) -> None:
+    rows = [[1, 2, EOD], [3, EOD]]
+    as_bytes = mds(tmp_path / "a", {"tokens": "bytes", "text": "str"},
+                   [{"tokens": np.array(row, "<i8").tobytes(), "text": b"x"} for row in rows], packed="gz")
+    arrays = mds(tmp_path / "b", {"tokens": "ndarray"},
+                 [{"tokens": bytes([33, 1 << 2, len(row)]) + np.array(row, "<i4").tobytes()} for row in rows])
+    typed = mds(tmp_path / "c", {"tokens": "ndarray:uint16", "loss_mask": "ndarray:uint8"},
+                [{"tokens": bytes([1 << 2, len(row)]) + np.array(row, "<u2").tobytes(),
+                  "loss_mask": bytes([1 << 2, len(row)]) + bytes(i % 2 for i in range(len(row)))} for row in rows])
+    shaped = mds(tmp_path / "d", {"tokens": "ndarray:int32:2"},
+                 [{"tokens": np.array([i, EOD], "<i4").tobytes()} for i in (1, 2)], {"tokens": 8})
+    for source in (as_bytes, arrays, typed):
+        take("auto", source, tmp_path / f"of_{source.name}")
+        assert documents_of(tmp_path / f"of_{source.name}", "train") == rows
+    mask = TokenStream(tmp_path / "of_c").read_mask(0, 5)
+    assert mask is not None and mask.tolist() == [False, True, False, False, True]
+    take("mds", shaped, tmp_path / "of_d")
+    assert documents_of(tmp_path / "of_d", "train") == [[1, EOD], [2, EOD]]
+
+
+def test_mds_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    one = {"tokens": np.array([1, 2, 3, 4], "<u2").tobytes()}
+    wrong = [
+        (mds(tmp_path / "a", {"tokens": "pkl"}, [one]), "holds pickles, which are never read"),
+        (mds(tmp_path / "b", {"tokens": "bytes"}, [one] * 2), "bytes that are not int64 ids: give their type, --dtype"),
+        (mds(tmp_path / "c", {"tokens": "bytes"}, [one], packed="snappy"), "compressed with 'snappy', which is not read"),
+        (mds(tmp_path / "d", {"tokens": "str"}, [one]), "ids are ndarray or bytes"),
+        (mds(tmp_path / "e", {"tokens": "ndarray"}, [{"tokens": b"\x21\x04\x09\0\0\0\0"}]), "has 1 values, but the shape"),
+        (mds(tmp_path / "f", {"text": "str"}, [{"text": b"x"}]), "no column of token ids"),
+    ]
+    outside = mds(tmp_path / "g", {"tokens": "bytes"}, [one])
+    (outside / "index.json").write_text((outside / "index.json").read_text().replace("shard.00000", "../a/shard.00000"))
+    cut = mds(tmp_path / "h", {"tokens": "bytes"}, [one])
+    (cut / "shard.00000.mds").write_bytes((cut / "shard.00000.mds").read_bytes()[:-3])
+    gone = mds(tmp_path / "i", {"tokens": "bytes"}, [one])
+    (gone / "shard.00000.mds").unlink()
+    for source, why in [*wrong, (outside, "not a plain path below"), (cut, "lie outside the file"), (gone, "cannot be read")]:
+        with pytest.raises(DataError, match=why):
+            take("mds", source, tmp_path / "out")
+    take("mds", tmp_path / "b", tmp_path / "typed", dtype="uint16", rows="document")
+    assert documents_of(tmp_path / "typed", "train") == [[1, 2, 3, 4]] * 2
+
+
+def test_a_folder_of_another_format_is_named(tmp_path: Path, shards: Path) -> None:
+    np.array(STREAM, "<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match="looks like nanoGPT's .bin: use --from nanogpt"):
+        take("datatrove", tmp_path, tmp_path / "out")
+    with pytest.raises(DataError, match="looks like Hugging Face's .*: use --from hf"):
+        take("nanogpt", parquet(tmp_path / "a.parquet", input_ids=[[1]]), tmp_path / "out")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("a")
+    with pytest.raises(DataError, match="holds no format of tokens that convert knows; the formats are megatron, "):
+        take("auto", tmp_path / "text", tmp_path / "out")
+    with pytest.raises(DataError, match="does not exist"):
+        take("auto", tmp_path / "none", tmp_path / "out")
+    with pytest.raises(UsageError, match="is a folder of shards; .* give --to FORMAT"):
+        take("auto", shards, tmp_path / "out")
+    with pytest.raises(UsageError, match="this format is only read"):
+        to_tokens("mds", shards, tmp_path / "out")
+
+
+def test_data_without_ends_of_documents_are_refused(tmp_path: Path) -> None:
+    np.arange(9, dtype="<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match="256, is not in the data, so its documents are not known: give --eod TOKEN"):
+        take("nanogpt", tmp_path / "train.bin", tmp_path / "out")
+    take("nanogpt", tmp_path / "train.bin", tmp_path / "out", whole=True)
+    assert documents_of(tmp_path / "out", "train") == [list(range(9))]
+    (tmp_path / "train.bin").write_bytes(bytes(7))
+    with pytest.raises(DataError, match="7 bytes of tokens are not a multiple of 2"):
+        take("nanogpt", tmp_path / "train.bin", tmp_path / "new")
+    for head, why in ((b"PAR1", "parquet"), (b"\x80\x04\x95", "never read"), (b"\x1f\x8b", "gzip")):
+        (tmp_path / "train.bin").write_bytes(head + bytes(61))
+        with pytest.raises(DataError, match=why):
+            take("nanogpt", tmp_path / "train.bin", tmp_path / "new")
+
+
+def test_a_split_for_tests_is_left_out(tmp_path: Path) -> None:
+    for name, i in (("train-0", 1), ("validation-0", 2), ("test-0", 3)):
+        parquet(tmp_path / f"{name}.parquet", input_ids=[[i, EOD]])
+    said = take("hf", tmp_path, tmp_path / "out")
+    assert said[2].startswith("1 of 3 parts belong to a test split and were left out")
+    assert ids_of(tmp_path / "out") == [1, EOD] and documents_of(tmp_path / "out", "val") == [[2, EOD]]
+
+
+def test_what_headerless_files_cannot_store_is_said(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", input_ids=[[1, 2], [3, EOD, 4, EOD], [5, EOD]])
+    take("hf", tmp_path, tmp_path / "shards")
+    assert to_tokens("nanogpt", tmp_path / "shards", tmp_path / "out")[-1].startswith("nanoGPT's .bin does not store where "
+                                                                                      "documents end; at 2 places")
