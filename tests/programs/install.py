@@ -49,12 +49,9 @@ def pip(*words: str) -> str:
 
 
 def main() -> None:
-<<<<<<< HEAD
     CONSTRAINTS.write_text(constraints())
-=======
     alone = [line for line in lines() if line.partition("==")[0] in ALONE]
     others = [line for line in lines() if line not in alone]
->>>>>>> main
     failed = {}
     for group, words in ((others, ()), (alone, ("--no-deps",))):
         if group and pip(*words, *group):
