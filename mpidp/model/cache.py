@@ -9,8 +9,9 @@ input. Pure torch.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mpidp.model.scores import Scores, causal, masked, near
 
 
 class Cache:
@@ -44,21 +45,25 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
     return begins.unsqueeze(1) + torch.arange(t, device=device)
 
 
-def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
 
     The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
     """
-    rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i])) for i, cache in enumerate(caches)]
+    rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i]), how) for i, cache in enumerate(caches)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of all S positions."""
     (h, t, e), (heads, s, _) = q.shape, k.shape
     if t == 1:  # treat a group's query heads as several queries to one key-value head
-        return F.scaled_dot_product_attention(q.reshape(1, heads, h // heads, e), k[None], v[None]).view(h, 1, e)
+        first = max(0, s - how.window) if how.window else 0
+        k, v = k[:, first:], v[:, first:]
+        return masked(q.reshape(1, heads, h // heads, e), k[None], v[None], None, how).view(h, 1, e)
     if heads < h:
         k, v = k.repeat_interleave(h // heads, dim=0), v.repeat_interleave(h // heads, dim=0)
-    mask = None if s == t else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None)[0]
+    if s == t:
+        return causal(q[None], k[None], v[None], how)[0]
+    places = torch.arange(s, device=q.device)
+    return masked(q[None], k[None], v[None], near(places[s - t :], places, how.window), how)[0]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.errors import UsageError
+from mpidp.model.dropout import keyed_dropout
 from mpidp.model.part import Part, whole
 from mpidp.model.shape import LSTMShape
-from mpidp.model.transformer import keyed_dropout
 
 
 class LSTM(nn.Module):

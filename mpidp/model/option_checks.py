@@ -9,7 +9,6 @@ from mpidp.model.rope_scaling import rope_scaling
 from mpidp.model.shape import TransformerShape
 
 PROJECTIONS = ("q", "k", "v", "o")
-NOT_YET = tuple(DEFAULTS)  # options that the computation does not have yet
 
 
 def check_options(shape: TransformerShape) -> None:
@@ -20,8 +19,6 @@ def check_options(shape: TransformerShape) -> None:
 
 def option_problems(shape: TransformerShape) -> Iterator[str]:
     """Yield a message for each option that is invalid or contradicts another one. Pure."""
-    if early := [f"model.{name}={value}" for name, value in shape.changed().items() if name in NOT_YET]:
-        yield f"{', '.join(early)}: not implemented yet"
     wrong = [name for name, plain in DEFAULTS.items() if type(getattr(shape, name)) is not type(plain)]
     if wrong:
         yield from (f"model.{name}={getattr(shape, name)!r} must be of type {type(DEFAULTS[name]).__name__}" for name in wrong)

@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mpidp.model.feed_forward import OutputLinear
+
 
 def by_rows(model: nn.Module) -> None:
     """Make each linear layer on the CPU compute single positions (B, 1, D) row by row, as matrix-vector products.
@@ -16,13 +18,13 @@ def by_rows(model: nn.Module) -> None:
     computed as before. Independent.
     """
     for module in model.modules():
-        plain = type(module) is nn.Linear and module.bias is None and "forward" not in vars(module)
-        if plain and module.weight.device.type == "cpu":
-            module.forward = partial(_forward, module.weight, module.forward)  # type: ignore[method-assign]
+        if isinstance(module, nn.Linear) and "forward" not in vars(module) and module.weight.device.type == "cpu":
+            bias = None if isinstance(module, OutputLinear) else module.bias
+            module.forward = partial(_forward, module.weight, bias, module.forward)  # type: ignore[method-assign]
 
 
-def _forward(weight: Tensor, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _forward(weight: Tensor, bias: Tensor | None, otherwise: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.dim() != 3 or x.shape[1] != 1:
         return otherwise(x)
-    rows = [torch.mv(weight, row) for row in x.squeeze(1).unbind()]
+    rows = [torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.squeeze(1).unbind()]
     return (rows[0][None] if len(rows) == 1 else torch.stack(rows)).unsqueeze(1)

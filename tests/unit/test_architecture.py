@@ -255,8 +255,8 @@ def test_what_training_runs_is_small() -> None:
     for module in C10D:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
-    assert sum(lines_of_code(names[module]) for module in seen) < 13500
-    assert sum(map(lines_of_code, MPIDP)) < 23000
+    assert sum(lines_of_code(names[module]) for module in seen) < 14500
+    assert sum(map(lines_of_code, MPIDP)) < 24000
 
 
 COLLECTIVES = {

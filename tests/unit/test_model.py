@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpidp.model.attention import Attention
+from mpidp.model.dropout import keyed_dropout
 from mpidp.model.part import whole
+from mpidp.model.rope import rope_table, rotate
 from mpidp.model.shape import TransformerShape, default_hidden_dim, flops_per_token, num_parameters
-from mpidp.model.transformer import Attention, Transformer, keyed_dropout, rope_table, rotate
+from mpidp.model.transformer import Transformer
 
 SHAPE = TransformerShape(
     vocab_size=50, num_layers=2, num_heads=4, num_kv_heads=4, model_dim=32, hidden_dim=48, seq_len=24, dropout=0.3

@@ -1,0 +1,68 @@
+"""Attention of packed documents: a position attends only to positions of its own document. Pure torch, no MPI.
+
+Short sequences use one dense mask. In longer ones every document is computed alone, like a separate sequence. Neighbouring short
+documents are computed together, with a small mask. Memory then grows with T, not with T x T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpidp.model.scores import Scores, additive, causal, masked, near
+
+DENSE = 512  # positions: longest sequence, and longest group of documents, that use one mask
+
+
+def dense_mask(ids: Tensor, window: int) -> Tensor:
+    """Return whether each position may attend to each other one, (B, 1, T, T). ids: the index of each document, (B, T)."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return (near(places, places, window) & (ids.unsqueeze(1) == ids.unsqueeze(2))).unsqueeze(1)
+
+
+class Documents:
+    """The documents of a batch. All layers share the groups and their masks."""
+
+    def __init__(self, ids: Tensor) -> None:
+        """ids: the index of each position's document, (B, T). The positions of a document are successive."""
+        self.ids = ids
+        self.groups = [_groups(row) for row in _lengths(ids)]  # for each row, the lengths of its groups, and whether each is one
+        self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    def mask(self, row: int, begin: int, end: int, window: int, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask of a group of documents, (1, 1, n, n). begin, end: the positions of the group in its row."""
+        key = (row, begin, window, dtype)
+        if key not in self._masks:
+            self._masks[key] = additive(dense_mask(self.ids[row : row + 1, begin:end], window), dtype)
+        return self._masks[key]
+
+
+def within(documents: Documents, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
+    """Return attention (B, H, T, E) within each document. q, k, v: (B, H, T, E)."""
+    found = []
+    for row, groups in enumerate(documents.groups):
+        lengths, begin = [length for length, _ in groups], 0
+        parts = (x[row : row + 1].split(lengths, dim=2) for x in (q, k, v))
+        for (length, is_one), own_q, own_k, own_v in zip(groups, *parts, strict=True):
+            mask = None if is_one else documents.mask(row, begin, begin + length, how.window, q.dtype)
+            found.append(causal(own_q, own_k, own_v, how) if mask is None else masked(own_q, own_k, own_v, mask, how))
+            begin += length
+    return torch.cat(found, dim=2).view(q.shape[1], q.shape[0], q.shape[2], q.shape[3]).transpose(0, 1)
+
+
+def _lengths(ids: Tensor) -> list[list[int]]:
+    """Return the lengths of the documents of each row."""
+    begins = (ids[:, 1:] != ids[:, :-1]).cpu()
+    edges = [[0, *(row.nonzero().flatten() + 1).tolist(), ids.shape[1]] for row in begins]
+    return [[b - a for a, b in zip(row, row[1:], strict=False)] for row in edges]
+
+
+def _groups(lengths: list[int]) -> list[tuple[int, bool]]:
+    """Combine successive documents to groups of at most DENSE positions. Return (length, whether it is one document) of each."""
+    found: list[tuple[int, bool]] = []
+    for length in lengths:
+        if found and found[-1][0] + length <= DENSE:
+            found[-1] = (found[-1][0] + length, False)
+        else:
+            found.append((length, True))
+    return found

@@ -1,0 +1,31 @@
+"""RMSNorm (Zhang 2019) and LayerNorm (Ba 2016), with the gains weight or 1 + weight. Pure torch, no MPI."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpidp.model.shape import TransformerShape
+
+
+class Norm(nn.Module):
+    """A norm over the last dimension. Initially its gain is 1 and its bias 0."""
+
+    def __init__(self, shape: TransformerShape, width: int, kind: str = "") -> None:
+        """width: size of the last dimension. kind: "rms" or "layer"; "" means the model's."""
+        super().__init__()
+        self.eps, self.plus_one = shape.norm_eps, shape.norm_plus_one
+        self.weight = nn.Parameter(torch.zeros(width) if self.plus_one else torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if (kind or shape.norm) == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized x, (..., width)."""
+        return self.normalized(x, self.weight, self.bias)
+
+    def normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the normalized x with other parameters, for example parameters whose gradients are summed over ranks."""
+        gain, x = 1 + weight if self.plus_one else weight, x.to(weight.dtype)  # in float32 also after a product in 16 bits
+        if bias is None:
+            return F.rms_norm(x, weight.shape, gain, self.eps)
+        return F.layer_norm(x, weight.shape, gain, bias, self.eps)

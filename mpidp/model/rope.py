@@ -1,0 +1,81 @@
+"""Rotary positions in the half-split layout (Su 2021), with the scalings of rope_scaling.py. Pure torch, no MPI."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mpidp.model.rope_scaling import RopeScaling, rope_scaling
+from mpidp.model.shape import TransformerShape
+
+
+def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles, each (length, dims). The second half of a row repeats the first.
+
+    dims: number of rotated dimensions. length: number of positions; longrope chooses its factors by this number.
+    """
+    frequency = theta ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    if scaling is not None:
+        frequency = _scaled(frequency, theta, length, scaling)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    angle = torch.cat([angle, angle], dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    if scaling is not None and scaling.attention != 1.0:
+        cos, sin = cos * scaling.attention, sin * scaling.attention
+    return cos, sin
+
+
+def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) -> Tensor:
+    """Return the scaled frequencies. fast: 0 for low frequencies, which are divided by the factor, and 1 for high ones."""
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "longrope":
+        return frequency / torch.tensor(scaling.long if length > scaling.original else scaling.short)
+    if scaling.kind == "llama3":
+        turns = scaling.original * frequency / (2 * math.pi)
+        fast = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    else:
+        fast = _yarn(2 * len(frequency), theta, scaling)
+    return frequency * (fast + (1 - fast) / scaling.factor)
+
+
+def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Return, for each pair of dimensions, how much of its frequency is kept: 1 to 0 along a ramp (Peng 2023, section 3.2)."""
+
+    def pair(turns: float) -> float:
+        """Return the index of the pair that turns this often over the original context."""
+        return dims * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(scaling.high), pair(scaling.low)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    ramp = (torch.arange(dims // 2, dtype=torch.float32) - first) / ((last - first) or 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to the first R dimensions. x: (B, H, T, E); cos, sin: (T, R) or (B, 1, T, R), 0 <= R <= E."""
+    dims = cos.shape[-1]
+    if dims == 0:
+        return x
+    turned, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-high, low], dim=-1) * sin
+    return turned if rest is None else torch.cat([turned, rest.to(turned.dtype)], dim=-1)
+
+
+def tables_of(shape: TransformerShape) -> dict[str, Tensor]:
+    """Return the tables of a model by buffer name: cos and sin, and window_cos and window_sin if windows have their own base.
+
+    With learned positions the tables have no columns.
+    """
+    dims = (shape.rotary_dims or shape.head_dim) if shape.positions == "rotary" else 0
+    cos, sin = rope_table(dims, shape.seq_len, shape.rope_theta, rope_scaling(shape.rope_scaling))
+    found = {"cos": cos, "sin": sin}
+    if shape.window_rope_theta:
+        scaling = rope_scaling(shape.window_rope_scaling)
+        found["window_cos"], found["window_sin"] = rope_table(dims, shape.seq_len, shape.window_rope_theta, scaling)
+    return found

@@ -1,0 +1,81 @@
+"""Causal attention, softmax(scale Q K^T) V, with sliding windows and soft-caps. Pure torch, no MPI.
+
+No T x T matrix is stored. Without a window and a cap, a kernel of torch computes everything. With a window, the queries are
+divided into blocks. A block reads only the keys that its windows cover, and all blocks share one small mask. With a cap the
+scores of a block are computed explicitly, and again in backward. B: batch, H: heads, T: positions, E: head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ROWS = 256  # queries of a block
+
+
+class Scores(NamedTuple):
+    """How the scores of a layer are computed."""
+
+    window: int = 0  # a position attends to itself and to the window - 1 positions before it; 0: to all before it
+    scale: float | None = None  # factor of q k^T; None: E ** -0.5
+    cap: float = 0.0  # soft-cap: cap tanh(score / cap); 0: none
+
+
+def near(rows: Tensor, columns: Tensor, window: int) -> Tensor:
+    """Return whether each of the query positions `rows` (R,) may attend to each of the key positions `columns` (C,): (R, C)."""
+    allowed = columns <= rows.unsqueeze(-1)
+    return allowed & (columns > rows.unsqueeze(-1) - window) if window else allowed
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that is added to scores: 0 where allowed, -inf elsewhere. Kernels would convert a bool mask at each call."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) -> Tensor:
+    """Return attention (B, H, R, E) of queries q (B, H, R, E) over keys and values k, v (B, H, C, E).
+
+    mask: (B or 1, 1, R, C), bool or additive; None: all keys are allowed. The window of `how` is ignored.
+    """
+    if not how.cap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale)
+    if torch.is_grad_enabled() and q.requires_grad:
+        return checkpoint(_capped, q, k, v, mask, how, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return _capped(q, k, v, mask, how)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)
+    scores = how.cap * torch.tanh(scores / how.cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
+    """Return causal attention (B, H, T, E) of successive positions. q, k, v: (B, H, T, E)."""
+    t = q.shape[2]
+    window = how.window if 0 < how.window < t else 0
+    if not window and not how.cap:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale)
+    begun = 0 if how.cap else window // ROWS * ROWS  # queries whose window is not full yet, for which the kernel needs no mask
+    first = [causal(q[:, :, :begun], k[:, :, :begun], v[:, :, :begun], how._replace(window=0))] if begun else []
+    return torch.cat([*first, *_blocks(q, k, v, begun, window, how)], dim=2)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, begin: int, window: int, how: Scores) -> Iterator[Tensor]:
+    """Yield the attention of each block of queries from position `begin`. window: 0 means none."""
+    t = q.shape[2]
+    width = window or t  # keys before a block's first query that a block can read
+    rows = torch.arange(min(ROWS, t), device=q.device)
+    columns = torch.arange(-width, len(rows), device=q.device)  # relative to the block's first query, like the rows
+    mask = additive(near(rows, columns, window), q.dtype)
+    for a in range(begin, t, ROWS):
+        b = min(a + ROWS, t)
+        s = max(0, a - width)
+        yield masked(q[:, :, a:b], k[:, :, s:b], v[:, :, s:b], mask[: b - a, width - (a - s) : width + b - a], how)
