@@ -109,7 +109,7 @@ def make_run_record(
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     """Write the files of a new run. They include the tokenizer, so that the run can be used without its data."""
-    folder = plan.training.path
+    folder = plan.training.folder
     special = plan.training.index.special_tokens_bytes(folder)
     table = None if special is None else read_special_tokens(folder)
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())

@@ -21,7 +21,7 @@ from mpidp.model.options import DEFAULTS as OPTIONS
 
 # Changing an option requires a deliberate edit of this list: users' files and scripts contain these names.
 KEYS = """
-data.path data.verify data.order data.resident data.documents
+data.path data.cache_dir data.cache_gb data.retry_seconds data.verify data.order data.resident data.documents
 model.kind model.options model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len
 model.dropout
 model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
