@@ -96,17 +96,11 @@ def export(
             if reader.meta["config"].get("model.lora_rank", 0):
                 model = load_model(reader, grid, "cpu", 0, base=base).model
                 weight = merged(model.state_dict(), reader.meta["config"]["model.lora_alpha"]).__getitem__
-<<<<<<< HEAD
-            name = write_folder(
-                Path(out), shape, weight, huggingface_json(tokenizer), special, dtype, max_file_bytes, folder / "hf"
-            )
-=======
             write = partial(
                 write_folder, shape=shape, weight=weight, tokenizer=huggingface_json(tokenizer), special=special, dtype=dtype,
                 max_file_bytes=max_file_bytes, before=folder / "hf", consumer=consumer if form == "hf" else "",
             )
-            write(Path(out)) if form == "hf" else as_gguf(write, Path(out), dtype, llama_cpp)
->>>>>>> main
+            name = write(Path(out)) if form == "hf" else as_gguf(write, Path(out), dtype, llama_cpp)
             step, count = reader.meta["step"], num_parameters(shape)
             summary = f"{out}: {name} with {count:,} parameters in {dtype}, from step {step} of {run}"
     return summary
