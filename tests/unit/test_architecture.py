@@ -204,8 +204,8 @@ def test_tools_leave_torch_and_mpi_alone_until_they_run() -> None:
 QUIET = [
     "mpidp", "mpidp.config.schema", "mpidp.runtime.command", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.chat",
     "mpidp.export", "mpidp.errors", "mpidp.data.lanes", "mpidp.reducers.tree_order", "mpidp.parallel.schedule",
-    "mpidp.training.balance", "mpidp.faults.inject", "mpidp.plan.__main__", "mpidp.replay", "mpidp.doctor.__main__", "mpidp.report.__main__",
-    "mpidp.__main__", "data_tools.prepare",
+    "mpidp.training.balance", "mpidp.faults.inject", "mpidp.plan.__main__", "mpidp.replay", "mpidp.doctor.__main__",
+    "mpidp.report.__main__", "mpidp.__main__", "data_tools.prepare",
 ]
 
 
