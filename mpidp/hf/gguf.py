@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpidp.data.token_bytes import byte_names
+from mpidp.data.fast_bpe import byte_names
 from mpidp.errors import UsageError
 
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
