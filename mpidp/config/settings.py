@@ -257,7 +257,10 @@ class MetricsSettings:
 
     timeline: str = setting("", "steps FIRST:LAST to trace on all ranks, written to RUN/timeline.json; empty: none", "steps")
     kernels: bool = setting(False, "also trace kernels with torch.profiler in the steps of timeline, one file per rank", "bool")
-    tensorboard: bool = setting(False, "write scalars to RUN/tensorboard too (pip install 'mpidp[tensorboard]')", "bool")
+    track: str = setting("", "also send metrics to trackers: trackio,wandb,mlflow,tensorboard (docs/tracking.md)", "names")
+    project: str = setting("mpidp", "project (mlflow: experiment) of the run in the trackers")
+    tags: str = setting("", "tags of the run in the trackers", "names")
+    tensorboard: bool = setting(False, "earlier spelling of metrics.track=tensorboard", "bool")
     energy: bool = setting(True, "read the energy counters of CPUs (RAPL) and GPUs (NVML), if available", "bool")
 
 

@@ -22,7 +22,7 @@ from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.jsonl import MetricsFile, read_lines
-from mpidp.metrics.tensorboard import check_tensorboard
+from mpidp.metrics.track.table import check_trackers, trackers_of
 from mpidp.model.part import Part, check_split, part_of
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.model.starting import trained_sizes
@@ -167,7 +167,11 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         device = resolve_device(config.train.device, grid.everyone)
         dtype = resolve_dtype(config.train.dtype, device)
         check_compiler(config.train.compile, device)
-        check_tensorboard(config.metrics.tensorboard)
+        trackers = trackers_of(config.metrics.track, config.metrics.tensorboard)
+        if world.rank == 0:
+            check_trackers(trackers)
+            if config.metrics.tensorboard:
+                log.info("metrics.tensorboard=true is the earlier spelling of metrics.track=tensorboard")
         set_determinism(device, config.train.deterministic)
         cache = CacheOptions(config.data.cache_dir, config.data.cache_gb, config.data.retry_seconds)
         training = TokenStream(config.data.path, "train", cache)
