@@ -1,5 +1,5 @@
-"""Laws of run.mirror: a run that resumes from its mirror equals an uninterrupted run; a checkpoint without manifest does not exist;
-a server that fails stops nothing; a mirror belongs to one run."""
+"""Laws of run.mirror: a run that resumes from its mirror equals an uninterrupted run; a checkpoint without manifest does not
+exist; a server that fails stops nothing; a mirror belongs to one run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(folder: Path, name: str, address: str, **run: Any) -> Config:
     shards = corpus(folder, 5000, shards=3)
-    return tiny(shards, folder / name, train=TRAIN, run={"dir": str(folder / name), "mirror": address, "hang_seconds": 0.0, **run})
+    own = {"dir": str(folder / name), "mirror": address, "hang_seconds": 0.0, **run}
+    return tiny(shards, folder / name, train=TRAIN, run=own)
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(mpi_tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield mpi_tmp_path, f"file://{mpi_tmp_path}/mirror/run"
 
