@@ -129,6 +129,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
         "that contains one (%(default)s)")
     add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
+    add("--workers", type=int, metavar="N", default=0,
+        help="threads that encode; 0: all cores, or one per rank under mpirun. The shards do not depend on it (%(default)s)")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="validation share of tokens or documents; 0: none (%(default)s)")

@@ -32,7 +32,7 @@ from mpidp.data.encoder import Encoder
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
-from mpidp.errors import DataError
+from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.log import counted, printable
 from mpidp.runtime.options import program
@@ -87,6 +87,7 @@ def prepare(
         folder.close()
     if verbose and team.rank == 0:
         remarks = [remark for _, _, of_source in corpora for remark in of_source]
+        remarks += [f"encoded by {made.engine}"] if made.engine else []
         seconds = time.monotonic() - began
         summary = _summary(folder.path, index, remarks + counts.complaints(), counts.files, options, seconds, team.size)
         print(printable(summary), flush=True)
@@ -207,7 +208,12 @@ def main() -> None:
     add_options(parser)
     options, world = begin(lambda: vars(parser.parse_args()))
     options["source"] = options["source"] or "stdlib"
-    if world.size > 1:
+    workers = options.pop("workers")
+    if workers < 0:
+        raise UsageError(f"--workers {workers} must be at least 0")
+    if workers:
+        os.environ |= {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+    elif world.size > 1:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the ranks already use all cores
     prepare(**options, comm=world if world.size > 1 else None)
 

@@ -18,7 +18,7 @@ COMMANDS = {  # name: (module, what it does)
     "verify": ("data_tools.verify", "check every checksum and every token id of shards"),
     "convert": ("data_tools.convert", "convert shards to and from other formats of tokens"),
     "train": ("mpidp.train", "train a model, or resume a run"),
-    "evaluate": ("mpidp.evaluate", "compute the loss, or the accuracy on multiple-choice questions"),
+    "evaluate": ("mpidp.evaluate", "compute the loss, multiple-choice accuracy, or figures of lm-eval's tasks"),
     "generate": ("mpidp.generate", "generate text"),
     "export": ("mpidp.export", "write a Hugging Face folder"),
     "plan": ("mpidp.plan", "predict training time by ranks, method or mesh"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -159,14 +158,12 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
 
 
 def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from mpidp.errors import UsageError
     from mpidp.inference.chats import read_chats
     from mpidp.inference.rows import read_prompts
+    from mpidp.runtime.files import check_writable
 
-    if options.out is not None:  # fail before any work is done
-        folder = Path(options.out).absolute().parent
-        if Path(options.out).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"--out {options.out}: cannot be written; give a file in an existing, writable folder")
+    if options.out is not None:
+        check_writable(options.out)
     if options.prompts is None:
         return [{"prompt": options.prompt}]
     return read_chats(options.prompts) if options.chat else read_prompts(options.prompts)

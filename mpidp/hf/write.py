@@ -19,6 +19,7 @@ from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import tokenizer_from_json
 from mpidp.errors import UsageError
 from mpidp.hf.companions import companions
+from mpidp.hf.consumers import check
 from mpidp.hf.names import config_of, huggingface_name
 from mpidp.hf.tokenizer_files import CONFIG, GENERATION, config_ids, text_files, with_begin
 from mpidp.hf.tokens import names_of
@@ -32,9 +33,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def write_folder(
     out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, special: SpecialTokens,
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
+    consumer: str = "",
 ) -> None:
-    """Create the folder `out`. Raises UsageError if it exists or cannot be written, or if a weight is too large for the dtype.
-    Independent.
+    """Create the folder `out`. Raises UsageError if it exists or cannot be written, if a weight is too large for the dtype, or if
+    the program `consumer` does not compute this model. Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
     before: a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight
@@ -42,12 +44,15 @@ def write_folder(
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
+    texts = _text_files(shape, tokenizer, special, dtype, before)
+    for note in check(consumer, texts) if consumer else ():
+        log.warning("note: %s", note)
     temporary = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir(parents=True)
         _write_weights(temporary, shape, weight, DTYPES[dtype], max_file_bytes)
-        for name, content in _text_files(shape, tokenizer, special, dtype, before).items():
+        for name, content in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             write_file(temporary / name, content)
         os.rename(temporary, out)

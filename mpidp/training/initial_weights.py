@@ -109,7 +109,7 @@ class Origin:
         width = getattr(shape, "model_dim", 0)
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
-    def check_tokenizer(self, data: Path, used: bytes) -> None:
+    def check_tokenizer(self, data: Path | str, used: bytes) -> None:
         """Raise DataError unless `data` was prepared with the source's tokenizer (tokens may be added). Independent."""
         if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
