@@ -63,7 +63,9 @@ class RowReader(SourceReader):
                 if self.bad_utf8 == "skip":
                     continue
             try:
-                yield self._row(record.place, record.fields)
+                row = self._row(record.place, record.fields)
+                self.ticker.add(documents=1, size=len(row.text))
+                yield row
             except RowSkipped as skipped:
                 self.skip(skipped.kind, record.place, str(skipped))
             except TemplateRejection as rejection:

@@ -83,7 +83,7 @@ def export(
     with raise_together(world), readable(reader.path):
         kind = reader.meta["config"]["model.kind"]
         if kind != "transformer":
-            raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported (as Llama)")
+            raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported")
         if world.rank == 0:
             check_settings(reader.path, reader.meta)
             shape = TransformerShape(**reader.meta["shape"])
@@ -100,9 +100,9 @@ def export(
                 write_folder, shape=shape, weight=weight, tokenizer=huggingface_json(tokenizer), special=special, dtype=dtype,
                 max_file_bytes=max_file_bytes, before=folder / "hf", consumer=consumer if form == "hf" else "",
             )
-            write(Path(out)) if form == "hf" else as_gguf(write, Path(out), dtype, llama_cpp)
+            name = write(Path(out)) if form == "hf" else as_gguf(write, Path(out), dtype, llama_cpp)
             step, count = reader.meta["step"], num_parameters(shape)
-            summary = f"{out}: LlamaForCausalLM with {count:,} parameters in {dtype}, from step {step} of {run}"
+            summary = f"{out}: {name} with {count:,} parameters in {dtype}, from step {step} of {run}"
     return summary
 
 

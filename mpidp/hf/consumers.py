@@ -24,7 +24,15 @@ class Facts:
 
     @property
     def head_dim(self) -> int:
-        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
+        return int(self.config.get("head_dim") or self.width // self.heads)
+
+    @property
+    def width(self) -> int:
+        return int(self.config.get("hidden_size") or self.config["n_embd"])
+
+    @property
+    def heads(self) -> int:
+        return int(self.config.get("num_attention_heads") or self.config["n_head"])
 
     @property
     def rope(self) -> str:
@@ -61,7 +69,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
     ),
     "ctranslate2": (
         Restriction(
-            lambda facts: facts.head_dim * facts.config["num_attention_heads"] != facts.config["hidden_size"],
+            lambda facts: facts.head_dim * facts.heads != facts.width,
             "it computes attention wrongly, or fails, if head_dim is not hidden_size / num_attention_heads",
         ),
         Restriction(lambda facts: facts.rope == "llama3", "its converter leaves the llama3 rope scaling out"),

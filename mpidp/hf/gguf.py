@@ -71,15 +71,16 @@ def _byte_level(text: str) -> str:
     return "".join(names[byte] for byte in text.encode())
 
 
-def as_gguf(write: Callable[[Path], None], out: Path, dtype: str, llama_cpp: str = "") -> None:
-    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Raises UsageError like
-    write_gguf, or if `out` exists. Independent."""
+def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
+    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Return what it returns.
+    Raises UsageError like write_gguf, or if `out` exists. Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        write(Path(temporary, "model"))
+        name = write(Path(temporary, "model"))
         write_gguf(Path(temporary, "model"), out, dtype, llama_cpp)
+    return name
 
 
 def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None:
