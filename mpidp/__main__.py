@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module, what it does)
     "train": ("mpidp.train", "train a model, or resume a run"),
     "evaluate": ("mpidp.evaluate", "compute the loss, multiple-choice accuracy, or figures of lm-eval's tasks"),
     "generate": ("mpidp.generate", "generate text"),
+    "chat": ("mpidp.chat", "talk with a model on the terminal, or answer a file of chats"),
     "export": ("mpidp.export", "write a Hugging Face folder"),
     "plan": ("mpidp.plan", "predict training time by ranks, method or mesh"),
     "replay": ("mpidp.replay", "recompute steps and compare them with the record"),

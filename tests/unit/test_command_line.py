@@ -94,8 +94,8 @@ def test_only_the_module_of_the_command_is_imported() -> None:
 
 SHARED = {  # option: the commands that have it
     "--data": {"evaluate", "replay", "doctor"},
-    "--tokenizer": {"prepare", "convert", "evaluate", "generate"},
-    "--out": {"prepare", "convert", "evaluate", "generate", "export", "report"},
+    "--tokenizer": {"prepare", "convert", "evaluate", "generate", "chat"},
+    "--out": {"prepare", "convert", "evaluate", "generate", "chat", "export", "report"},
     "--json": {"evaluate", "replay", "plan ranks", "plan methods", "plan mesh", "doctor"},
     "--ranks": {"plan ranks", "plan methods", "plan mesh"},
 }

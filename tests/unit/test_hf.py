@@ -26,13 +26,13 @@ from mpidp.errors import CheckpointError, DataError, MpidpError, UsageError
 from mpidp.evaluate import evaluate_text
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.export import export
-from mpidp.generate import _encoded
 from mpidp.hf import tokens
 from mpidp.hf.families import LLAMA
 from mpidp.hf.folder import ModelFolder
 from mpidp.hf.names import config_of, settings_of, shape_of
 from mpidp.hf.write import files_of
 from mpidp.inference.choices import Question, encode
+from mpidp.inference.generation import _encoded
 from mpidp.inference.loading import open_model
 from mpidp.model.shape import shapes_of
 from mpidp.training.initial_weights import open_origin
