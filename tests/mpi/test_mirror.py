@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +34,8 @@ def config(folder: Path, name: str, address: str, **run: Any) -> Config:
 
 
 @pytest.fixture
-def place(mpi_tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    yield mpi_tmp_path, f"file://{mpi_tmp_path}/mirror/run"
+def place(mpi_tmp_path: Path) -> tuple[Path, str]:
+    return mpi_tmp_path, f"file://{mpi_tmp_path}/mirror/run"
 
 
 def steps_on(folder: Path) -> list[int]:

@@ -1,12 +1,13 @@
 """Laws of shards and mirrors in S3, with moto's server behind a proxy that fails on purpose: weights as on disk, also while
-requests fail; a server that is gone ends the job with exit code 3, and the same command resumes it; what is wrong is named, without
-a traceback and without a secret."""
+requests fail; a server that is gone ends the job with exit code 3, and the same command resumes it; what is wrong is named,
+without a traceback and without a secret."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -189,15 +190,13 @@ class RemoteFolderOf:
     ("s3://bucket/none", {}, "no shards at s3://bucket/none: index.json: there is no such object"),
     ("s3://bucket/data/d", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "[Cc]redentials.*AWS_ACCESS_KEY_ID"),
     ("s3://bucket/data/d", {"AWS_PROFILE": "nobody"}, "nobody"),
-    ("s3://bucket/data/d", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "s3://bucket/data/d/index.json: .*gave up after [0-9]+ tries"),
+    ("s3://bucket/data/d", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "s3://bucket/data/d/index.json: .*gave up after"),
     ("s3://Bad_Bucket!/d", {}, "s3://Bad_Bucket!/d"),
     (f"s3://KEY:{SECRET}@bucket/d", {}, r"s3://\*\*\*@bucket/d: an address must not contain"),
 ])
 def test_what_is_wrong_is_named(cloud: Cloud, address: str, env: dict[str, str], says: str) -> None:
     done = cloud.run("data_tools.verify", address, TMPDIR=str(cloud.folder), **env)
     assert done.returncode in (2, 3), done.stderr
-    import re
-
     assert re.search(says, done.stderr), done.stderr
 
 
@@ -209,8 +208,6 @@ def test_what_is_wrong_is_named(cloud: Cloud, address: str, env: dict[str, str],
 def test_answers_of_s3_are_translated(status: int, code: str, says: str) -> None:
     """moto checks neither signatures nor regions, so these answers are made here. See S3's list of error codes."""
     needed("s3fs")
-    import re
-
     from mpidp.storage.s3 import _of_code
 
     answer = {"Error": {"Code": code, "Message": "no."}, "ResponseMetadata": {"HTTPStatusCode": status}}
@@ -237,7 +234,8 @@ def test_checkpoints_are_mirrored_and_fetched(cloud: Cloud, on_disk: str) -> Non
     assert "runs/a/checkpoints/step_00000012/manifest.json" in keys and "runs/a/metrics.jsonl" in keys
     cloud.client.delete_object(Bucket="bucket", Key="runs/a/checkpoints/step_00000012/manifest.json")
     again = cloud.train("elsewhere", "s3://bucket/data/d", *words)
-    assert again.returncode == 0 and "fetching that of step" in again.stdout and cloud.sha256("elsewhere") == on_disk, again.stderr
+    assert again.returncode == 0 and "fetching that of step" in again.stdout, again.stderr
+    assert cloud.sha256("elsewhere") == on_disk
 
 
 def test_a_mirror_that_is_gone_does_not_stop_the_training(cloud: Cloud, on_disk: str) -> None:
