@@ -129,6 +129,12 @@ def test_tensors_may_lack_the_prefix(row: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours(found)(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_note_says_that_longrope_differs_for_short_inputs(tmp_path: Path) -> None:
+    folder = ModelFolder(folder_of_row("phi3, longrope", tmp_path))
+    assert not folder.notes_at(24)
+    assert "longrope has other factors above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
+
+
 # Fields.
 
 FILE = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype"}  # what a folder says about itself
