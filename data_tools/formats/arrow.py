@@ -53,7 +53,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
     Independent."""
     library = pyarrow(path)
     try:
-        with library.parquet.ParquetFile(path) as file:
+        with library.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             wanted = wanted_columns(file.schema_arrow.names, options, path)
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:
