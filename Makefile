@@ -90,6 +90,7 @@ bench: $(VENV)/.test ## the benchmarks of docs/results, on a quiet machine (half
 	for slow in delay core; do python benchmarks/uneven.py --slow $$slow; done
 	python benchmarks/scaling.py --ranks 2,4,8
 	python benchmarks/loader.py
+	python benchmarks/prepare.py
 	python benchmarks/startup.py --ranks 1,2 -- --train.threads=1
 	python benchmarks/memory.py
 	python benchmarks/generate.py

@@ -6,29 +6,34 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from mpidp.errors import DataError
+from mpidp.runtime.files import open_regular
+from mpidp.runtime.json_file import parse_json
 
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 MAX_SHOWN = 5  # most links that a message names
-# formats that mpidp cannot read: (pattern of the files, pattern of another file in the same folder, name of the format, how to
-# convert the data to text)
+MAX_STATE_BYTES = 2**26  # of state.json
+# datasets that prepare does not read:
+# (pattern of the files, pattern of another file in the same folder, name of the format, what to do)
 DATASETS = (
-    ("*.arrow", "*", "a dataset saved by save_to_disk of Hugging Face datasets",
-     "python -c \"from datasets import load_from_disk; load_from_disk('{folder}').to_json('rows.jsonl')\" "
-     "(for a DatasetDict: the folder of a split)"),
-    ("*.mds*", "index.json", "a dataset of MosaicML Streaming", "write the text of its samples to a .jsonl file, one "
-     "{{\"text\": ...}} per line: for sample in streaming.LocalDataset('{folder}')"),
-    ("chunk-*.bin*", "index.json", "a dataset of LitData", "write the text of its samples to a .jsonl file, one "
-     "{{\"text\": ...}} per line: for sample in litdata.StreamingDataset('{folder}')"),
-    ("*.ds", "*.ds.*", "token files of datatrove", "run the pipeline again with a JsonlWriter in place of its tokenizer"),
-    ("*.bin", "*.idx", "token files of Megatron-LM", "mpidp convert --from megatron (mpidp convert --help)"),
+    ("dataset_dict.json", "*", "a DatasetDict of Hugging Face datasets", "give the folder of one of its splits, for example "
+     "--source {folder}/train"),
+    ("*.mds*", "index.json", "a dataset of MosaicML Streaming", "if its samples are token ids, mpidp convert --from mds "
+                                                                "{folder} --out "
+     "DIR --tokenizer PATH; if they are texts, write them to a .jsonl file: for sample in streaming.LocalDataset('{folder}')"),
+    ("chunk-*.bin*", "index.json", "a dataset of LitData", "if its samples are token ids, mpidp convert --from litdata "
+                                                           "{folder} --out DIR "
+     "--tokenizer PATH; if they are texts, write them to a .jsonl file: for sample in litdata.StreamingDataset('{folder}')"),
+    ("*.ds", "*.ds.*", "token files of datatrove", "mpidp convert --from datatrove {folder} --out DIR --tokenizer PATH"),
+    ("*.bin", "*.idx", "token files of Megatron-LM", "mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
+    ("token_ids_part_*.npy", "*", "token files of OLMo", "mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
 )
+SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a dataset that save_to_disk wrote
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,9 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
                                 and os.path.realpath(os.path.join(folder, d)) != os.path.realpath(leave_out))
             linked = [path for d in folders if os.path.islink(path := os.path.join(folder, d))] if not skipped else []
             starts += linked
-            paths = [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
+            shown = _text_files(folder, [name for name in names if not name.startswith(".")])
+            paths = [os.path.join(folder, name) for name in sorted(shown)]
             outside += [path for path in linked + paths if is_outside(path)]
-            _check_format(folder, names)
             found += [SourceFile(os.path.relpath(path, root).replace(os.sep, "/"), path, os.stat(path).st_size) for path in paths]
     return _each_once(sorted(found, key=lambda f: os.fsencode(f.name)))
 
@@ -118,14 +123,31 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def _check_format(folder: str, names: Sequence[str]) -> None:
-    """Raise DataError if a folder holds a dataset that is not text. Otherwise only the JSON files that describe the dataset would
-    be read."""
+def _text_files(folder: str, names: list[str]) -> list[str]:
+    """Return the files of a folder that may hold text. Of a folder of save_to_disk these are the Arrow files that its state.json
+    names.
+
+    Raises DataError if a folder holds a dataset that is not read: only the JSON files that describe it would be.
+    """
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]
         if data and any(fnmatch(name, beside) for name in names):
-            raise DataError(f"{folder} is {what} ({min(data)}), which mpidp cannot read. Convert it to text first: "
-                            f"{way.format(folder=folder)}")
+            raise DataError(f"{folder} is {what} ({min(data)}), which prepare does not read: {way.format(folder=folder)}")
+    if not any(name.endswith(".arrow") for name in names):
+        return names
+    path = os.path.join(folder, SAVED)
+    if SAVED not in names:
+        return [name for name in names if name not in ABOUT]
+    try:
+        with open_regular(path) as file:
+            listed = [str(one["filename"]) for one in parse_json(file.read(MAX_STATE_BYTES))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path} does not list the files of a dataset of Hugging Face; restore it, or remove it to read all "
+                        "files of "
+                        "the folder") from None
+    if missing := [name for name in listed if name not in names]:
+        raise DataError(f"{os.path.join(folder, missing[0])} is missing, but {SAVED} lists it: copy the whole folder")
+    return [name for name in names if name in listed or not name.endswith(".arrow") and name not in ABOUT]
 
 
 def _remarks(root: Path, links: list[str]) -> list[str]:

@@ -65,6 +65,7 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
     options.check()
     name, kind = _format_of(name, source)
+    ticker = Ticker("convert")
     encoder = ByteTokenizer() if options.tokenizer == "byte" else load_tokenizer(options.tokenizer, options.eod)
     with writing(out, "choose another folder"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +74,13 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
         with writing(scratch, ADVICE):
             (scratch / "new").mkdir()
         reading = ReadOptions(encoder.vocab_size, scratch, options.dtype, options.column)
-        writers = _read(kind, source, reading, encoder, options)
+        writers = _read(kind, source, reading, encoder, options, ticker)
         remarks = _find_documents(kind, writers, encoder, options)
-        index = _write(writers, encoder, scratch / "new", options, {"kind": name, "path": str(source)})
+        index = _write(writers, encoder, scratch / "new", options, {"kind": name, "path": str(source)}, ticker)
         with writing(out, ADVICE):
             os.rename(scratch / "new", out)
     finally:
+        ticker.close()
         shutil.rmtree(scratch, ignore_errors=True)
     lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
     if skipped := reading.skipped:
@@ -103,20 +105,20 @@ def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
 
 
 def _read(
-    kind: TokenFormat, source: Path, reading: ReadOptions, encoder: Tokenizer, options: FromOptions
+    kind: TokenFormat, source: Path, reading: ReadOptions, encoder: Tokenizer, options: FromOptions, ticker: Ticker
 ) -> dict[str, BlockWriter]:
     parts = kind.find(source, reading.remarks)
     writers = {split: BlockWriter(reading.scratch, split, token_dtype(encoder.vocab_size), options.seq_len > 0)
                for split in dict.fromkeys(("train", *(part.split for part in parts)))}
-    ticker = Ticker("convert")
+    ticker.phase("read", len(parts))
     for split, writer in writers.items():
-        for number, part in enumerate(parts, 1):
+        for part in parts:
             if part.split == split:
                 writer.begin_part()
+                ticker.add(parts=1)
                 for block in _blocks(kind, part, reading, encoder, options):
                     writer.add(block)
-                    ticker.add(0 if block.starts is None else len(block.starts), block.ids.nbytes, f"part {number} of "
-                                                                                                   f"{len(parts)}")
+                    ticker.add(0 if block.starts is None else len(block.starts), block.ids.nbytes)
         writer.close()
     return writers
 
@@ -202,19 +204,23 @@ def _arranged(stream: Stream, starts: np.ndarray, lengths: np.ndarray, eod: int,
     return Arrangement([stream], which, starts[order], lengths[order], places[order], total, eod)
 
 
-def _write(writers: dict[str, BlockWriter], encoder: Tokenizer, out: Path, options: FromOptions, about: dict[str, Any]) -> Index:
+def _write(
+    writers: dict[str, BlockWriter], encoder: Tokenizer, out: Path, options: FromOptions, about: dict[str, Any], ticker: Ticker
+) -> Index:
     """Write the shards, tokenizer.json, special_tokens.json and index.json."""
     stored = encoder.to_json()
     sha256 = hashlib.sha256(stored.encode()).hexdigest()
     streams = _streams(writers, encoder, options)
     share = options.val_fraction if "val" not in streams else 0.5  # the size has no effect if there is a split val
-    plans, ticker = plan_shards(streams, options.shards, share), Ticker("convert")
+    plans = plan_shards(streams, options.shards, share)
+    ticker.phase("written", len(plans), "shard")
     files: list[FileRecord] = []
     learned = 0
-    for number, plan in enumerate(plans, 1):
+    for plan in plans:
+        ticker.add(parts=1)
         record, of_file = cut_shard(plan, streams[plan.stream], out, encoder, sha256)
         files, learned = [*files, record], learned + of_file
-        ticker.add(record.documents, record.size, f"shard {number} of {len(plans)}")
+        ticker.add(record.documents, record.size)
     splits = {}
     for split in dict.fromkeys(plan.split for plan in plans):
         of_split = [f for f in files if f.split == split]

@@ -16,8 +16,8 @@ def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
 
     Raises DataError if the shards cannot be read.
     """
-    index = TokenStream(folder).index
-    tokenizer = load_tokenizer(folder)
+    stream = TokenStream(folder)
+    index, tokenizer = stream.index, load_tokenizer(stream.folder)
     source = ", ".join(f"{key} {value}" for key, value in index.source.items())
     lines = [
         f"{folder}: from {source or 'an unknown source'}",

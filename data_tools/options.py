@@ -112,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command line to a parser. Pure."""
     add = parser.add_argument
     add("--source", action="append", metavar="PATH",
-        help="a file, a folder (text, .jsonl, .json, .csv, .parquet; also .gz and .zst), or stdlib: the .py files "
+        help="a file, a folder (text, .jsonl, .json, .csv, .parquet, .arrow; also .gz and .zst), or stdlib: the .py files "
         "of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT to mix (stdlib)")
     add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (%(default)s)")
@@ -129,6 +129,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", default="byte", metavar="PATH", help="byte, char, bpe:VOCAB (trained here), a tokenizer.json, or a folder "
         "that contains one (%(default)s)")
     add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
+    add("--workers", type=int, metavar="N", default=0,
+        help="threads that encode; 0: all cores, or one per rank under mpirun. The shards do not depend on it (%(default)s)")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="validation share of tokens or documents; 0: none (%(default)s)")

@@ -22,6 +22,7 @@ from data_tools.files import SourceFile, find_files
 from data_tools.mixture import lay_out, mixture_lines, mixture_record, parse_sources
 from data_tools.options import PrepareOptions, add_options, check_options
 from data_tools.out_folder import OutFolder
+from data_tools.progress import Ticker
 from data_tools.rows import RowReader
 from data_tools.sources import SourceReader
 from data_tools.special_table import completed_table, find_template, table_of
@@ -32,7 +33,7 @@ from mpidp.data.encoder import Encoder
 from mpidp.data.index import FileRecord, Index, SplitRecord, read_index
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import Tokenizer
-from mpidp.errors import DataError
+from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.log import counted, printable
 from mpidp.runtime.options import program
@@ -70,33 +71,42 @@ def prepare(
             folder.close()
         return read_index(folder.path)
     corpora, table, template = received
+    ticker = Ticker(_title(team), quiet=not verbose or team.rank > 0)
     try:
         own_files = [_files_of_rank(files, team.rank, team.size) for files, _, _ in corpora]
-        readers = [_reader(options, template, about["kind"] == "file") for _, about, _ in corpora]
+        readers = [_reader(options, template, about["kind"] == "file", ticker) for _, about, _ in corpora]
         texts = [Corpus(files, own, reader) for (files, _, _), own, reader in zip(corpora, own_files, readers, strict=True)]
-        made = make_tokenizer(tokenizer, options.eod, texts, team)
+        ticker.phase("text for the tokenizer")
+        made = make_tokenizer(tokenizer, options.eod, texts, team, ticker)
         table = completed_table(table, made, template, options)
         encoder = Encoder(made, table, options.special or (table.special if options.rows else "text"))
+        ticker.phase("encoded", sum(map(len, own_files)))
         with team.raise_together():
             encoded = [
                 _encode(options, s, files, readers[s], encoder, folder.scratch, team.rank) for s, files in enumerate(own_files)
             ]
         all_raws, counts = team.allgather(encoded), Counts.total(team.allgather([reader.counts for reader in readers]))
-        index = _write(all_raws, counts, made, table, [about for _, about, _ in corpora], options, folder, team)
+        index = _write(all_raws, counts, made, table, [about for _, about, _ in corpora], options, folder, team, ticker)
     finally:
+        ticker.close()
         folder.close()
     if verbose and team.rank == 0:
         remarks = [remark for _, _, of_source in corpora for remark in of_source]
+        remarks += [f"encoded by {made.engine}"] if made.engine else []
         seconds = time.monotonic() - began
         summary = _summary(folder.path, index, remarks + counts.complaints(), counts.files, options, seconds, team.size)
         print(printable(summary), flush=True)
     return index
 
 
-def _reader(options: PrepareOptions, template: Template | None, alone: bool) -> SourceReader:
+def _title(team: Team) -> str:
+    return "prepare" if team.size == 1 else f"prepare, rank 0 of {team.size}"
+
+
+def _reader(options: PrepareOptions, template: Template | None, alone: bool, ticker: Ticker) -> SourceReader:
     if not options.rows:
-        return SourceReader(options.bad_utf8, options.strict, alone, text_key=options.text_key)
-    return RowReader(options.bad_utf8, options.strict, alone, template=template)
+        return SourceReader(options.bad_utf8, options.strict, alone, text_key=options.text_key, ticker=ticker)
+    return RowReader(options.bad_utf8, options.strict, alone, template=template, ticker=ticker)
 
 
 def _encode(
@@ -122,7 +132,7 @@ def _files_of_rank(files: list[SourceFile], rank: int, size: int) -> list[Source
 
 def _write(
     raws: list[list[dict[str, Raw]]], counts: Counts, encoder: Tokenizer, table: SpecialTokens, abouts: list[dict[str, Any]],
-    options: PrepareOptions, out: OutFolder, team: Team,
+    options: PrepareOptions, out: OutFolder, team: Team, ticker: Ticker,
 ) -> Index:
     """Write the shards, each rank some of them, and move them to OUT. raws: by rank, source and stream. Collective."""
     stored, special = encoder.to_json(), "" if table.is_plain else table.to_json()
@@ -136,8 +146,13 @@ def _write(
             plans = plan_shards(streams, options.shards, options.val_fraction)
         except DataError as error:
             raise DataError(f"{error}{counts.reasons()}") from None
-        written = {i: cut_shard(plan, streams[plan.stream], out.scratch, encoder, sha256)
-                   for i, plan in enumerate(plans) if i % team.size == team.rank}
+        own_plans = {i: plan for i, plan in enumerate(plans) if i % team.size == team.rank}
+        ticker.phase("written", len(own_plans), "shard")
+        written = {}
+        for i, plan in own_plans.items():
+            ticker.add(parts=1)
+            written[i] = record, _ = cut_shard(plan, streams[plan.stream], out.scratch, encoder, sha256)
+            ticker.add(record.documents, record.size)
     by_number: dict[int, tuple[FileRecord, int]] = {}
     for of_rank in team.allgather(written):
         by_number |= of_rank
@@ -207,7 +222,12 @@ def main() -> None:
     add_options(parser)
     options, world = begin(lambda: vars(parser.parse_args()))
     options["source"] = options["source"] or "stdlib"
-    if world.size > 1:
+    workers = options.pop("workers")
+    if workers < 0:
+        raise UsageError(f"--workers {workers} must be at least 0")
+    if workers:
+        os.environ |= {"RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+    elif world.size > 1:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the ranks already use all cores
     prepare(**options, comm=world if world.size > 1 else None)
 

@@ -1,4 +1,4 @@
-"""A line of progress on standard error for commands that take minutes: every 2 s on a terminal, every 10 s in a log."""
+"""A line of progress on standard error for commands that take minutes: every 2 s in place on a terminal, every 10 s in a log."""
 
 from __future__ import annotations
 
@@ -6,32 +6,47 @@ import sys
 import time
 
 MEGABYTE = 10**6
+ON_TERMINAL, IN_LOG = 2.0, 10.0  # seconds between two lines
 
 
 class Ticker:
     """Counts work, and says from time to time how far it is. Independent."""
 
-    def __init__(self, what: str, quiet: bool = False) -> None:
+    def __init__(self, what: str = "", quiet: bool = False) -> None:
         """what: the first words of each line. quiet: never print, for all ranks but one."""
-        self._what, self._quiet = what, quiet
-        self._began = self._next = time.monotonic()
-        self._next += self._pause()
-        self.documents = self.bytes = 0
+        self._what, self._quiet, self._terminal = what, quiet or not what, sys.stderr.isatty()
+        self._pause = ON_TERMINAL if self._terminal else IN_LOG
+        self._began = time.monotonic()
+        self._next = self._began + self._pause
+        self.phase("")
 
-    def add(self, documents: int = 0, size: int = 0, note: str = "") -> None:
-        """Count documents and bytes; print a line if it is time. note: what else to say, for example the file that is read."""
-        self.documents, self.bytes = self.documents + documents, self.bytes + size
+    def phase(self, name: str, parts: int = 0, unit: str = "file") -> None:
+        """Begin a new phase: count from 0. parts: the number of `unit`s that it has; 0: unknown."""
+        self._phase, self._parts, self._unit = name, parts, unit
+        self.documents = self.bytes = self.part = 0
+
+    def add(self, documents: int = 0, size: int = 0, parts: int = 0) -> None:
+        """Count documents, bytes, and files that were begun; print a line if it is time."""
+        self.documents, self.bytes, self.part = self.documents + documents, self.bytes + size, self.part + parts
         now = time.monotonic()
         if self._quiet or now < self._next:
             return
-        self._next = now + self._pause()
-        self.say(f"{self.documents:,} documents, {self.bytes / MEGABYTE:,.0f} MB{', ' * bool(note)}{note}")
+        self._next = now + self._pause
+        said = [f"{self.documents:,} documents", f"{self.bytes / MEGABYTE:,.0f} MB"]
+        if self._parts:
+            said.append(f"{self._unit} {self.part:,} of {self._parts:,}")
+        self._print(f"{self._phase}{': ' * bool(self._phase)}{', '.join(said)}")
 
     def say(self, text: str) -> None:
-        """Print a line with the time since the beginning."""
+        """Print a line now, before work that cannot report its progress."""
         if not self._quiet:
-            print(f"{self._what}: {time.monotonic() - self._began:.0f} s, {text}", file=sys.stderr, flush=True)
+            self._print(text)
 
-    @staticmethod
-    def _pause() -> float:
-        return 2.0 if sys.stderr.isatty() else 10.0
+    def close(self) -> None:
+        """Remove the line from a terminal."""
+        if self._terminal and not self._quiet:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _print(self, text: str) -> None:
+        line = f"{self._what}: {time.monotonic() - self._began:.0f} s, {text}"
+        print(f"\r{line}\x1b[K" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)

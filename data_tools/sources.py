@@ -1,7 +1,7 @@
 """Read the files of a source in pieces of bounded size. Bad input is counted and skipped.
 
 A file is read as a stream of pieces of text, in which None ends a document. A text file is one document. A file of rows (JSON
-lines, a JSON array, .csv, .parquet; mpidp/data/text_files.py) has one document per row, in the field `text` or --text-key.
+lines, a JSON array, .csv, .parquet, .arrow; mpidp/data/text_files.py) has a document per row, in the field `text` or --text-key.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from data_tools.counts import Counts
 from data_tools.files import SourceFile
+from data_tools.progress import Ticker
+from mpidp.data.record_batches import WITH_COLUMNS
 from mpidp.data.records import Row, decoded, records
 from mpidp.data.row_fields import describe, keys_of
 from mpidp.data.text_files import NotText, TextFile, kind_of, recognize
@@ -30,6 +32,7 @@ class SourceReader:
     alone: bool = False  # whether the source is a single file: skipping it is then an error
     counts: Counts = field(default_factory=Counts)
     text_key: str = "text"  # the field or column that holds a document
+    ticker: Ticker = field(default_factory=Ticker)
 
     def pieces(self, file: SourceFile) -> Iterator[str | None]:
         """Yield the text of a file. None ends a document. Raises DataError, which names the file, if it cannot be read."""
@@ -50,13 +53,14 @@ class SourceReader:
         found = self.recognize(file, ())
         if found is not None and found.kind == "text":
             why = f" ({found.doubt})" if found.doubt else ""
-            self.leave_out("binary", file, f"holds no rows{why}; give rows as JSON lines (.jsonl), .json, .csv or .parquet")
+            self.leave_out("binary", file, f"holds no rows{why}; use JSON lines (.jsonl), .json, .csv, .parquet or .arrow")
         elif found is not None:
             yield from records(found)
 
     def recognize(self, file: SourceFile, wanted: tuple[str, ...]) -> TextFile | None:
         """Count a file, and return how to read it. Returns None if it is skipped. wanted: see text_files.recognize."""
         self.counts.files += 1
+        self.ticker.add(parts=1)
         try:
             return recognize(file.path, file.name, wanted)
         except NotText as error:
@@ -86,14 +90,16 @@ class SourceReader:
                     for raw in _cut(stream):
                         text, replaced = decoded(raw)
                         bad = bad or replaced
+                        self.ticker.add(size=len(raw))
                         yield text
                 self.counts.documents += 1
+                self.ticker.add(documents=1)
                 yield None
         if bad:
             self.counts.note("bad_utf8", file.path)
 
     def _documents(self, file: TextFile) -> Iterator[str | None]:
-        for record in records(file, (self.text_key,) if file.kind == "parquet" else ()):
+        for record in records(file, (self.text_key,) if file.kind in WITH_COLUMNS else ()):
             text = None if record.fields is None else record.fields.get(self.text_key)
             if record.fields is None or not isinstance(text, str):
                 self.skip("malformed", record.place, record.reason or self._no_text(record.fields or {}))
@@ -106,6 +112,7 @@ class SourceReader:
                 self.counts.note("empty", record.place)
                 continue
             self.counts.documents += 1
+            self.ticker.add(documents=1, size=len(text))
             yield from _cut_text(text)
             yield None
 

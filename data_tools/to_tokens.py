@@ -43,6 +43,7 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
         remarks = [remark for split in splits for remark in kind.write(split, out)]
     else:
         remarks = _in_folder(kind, splits, out)
+    ticker.close()
     lines = []
     for split in splits:
         shown = f"{out}_{split.split}" if name in PREFIXED else f"{out}: {split.split}"

@@ -16,12 +16,13 @@ PIECE_TOKENS = 2**22  # tokens read at a time
 
 def verify(folder: str | Path) -> str:
     """Check headers, checksums, ids, offsets and tokenizer; return a summary. Raises DataError if one is wrong. Independent."""
-    index = TokenStream(folder).index
-    index.tokenizer_bytes(Path(folder))
-    index.special_tokens_bytes(Path(folder))
-    tokenizer = load_tokenizer(folder)
+    first = TokenStream(folder)
+    index = first.index
+    index.tokenizer_bytes(first.folder)
+    index.special_tokens_bytes(first.folder)
+    tokenizer = load_tokenizer(first.folder)
     if (tokenizer.vocab_size, tokenizer.eod) != (index.vocab_size, index.eod):
-        raise DataError(f"{Path(folder) / 'tokenizer.json'}: vocabulary {tokenizer.vocab_size} and end of document "
+        raise DataError(f"{first.path / 'tokenizer.json'}: vocabulary {tokenizer.vocab_size} and end of document "
                         f"{tokenizer.eod} differ from "
                         f"index.json ({index.vocab_size}, {index.eod}); prepare {folder} again")
     streams = [TokenStream(folder, name) for name in index.splits]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_tools.counts import Counts
 from data_tools.files import SourceFile
+from data_tools.progress import MEGABYTE, Ticker
 from data_tools.sources import SourceReader
 from data_tools.team import Team
 from mpidp.data.tokenizer import (
@@ -23,6 +24,7 @@ from mpidp.data.tokenizer import (
 from mpidp.errors import DataError, UsageError
 
 BPE_TRAINING_CHARACTERS = 64 * 2**20  # length of the training text; files are read in the order of a hash of their names
+SLOW_CHARACTERS = 16 * 10**6  # length of a training text that takes many seconds
 
 
 def check_tokenizer(spec: str) -> None:
@@ -52,7 +54,7 @@ class Corpus:
         return replace(self, reader=replace(self.reader, counts=Counts()))
 
 
-def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team) -> Tokenizer:
+def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team, ticker: Ticker) -> Tokenizer:
     """Return the tokenizer of all sources, the same on every rank. Collective over the team.
 
     Rank 0 trains BPE, on at most BPE_TRAINING_CHARACTERS characters.
@@ -67,7 +69,7 @@ def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team
                     for text in corpus.reader.pieces(f):
                         characters.update(text or "")
         elif spec.startswith("bpe:") and team.rank == 0:
-            trained = train_bpe(_training_text(corpora), int(spec[4:]))
+            trained = train_bpe(_training_text(corpora, ticker), int(spec[4:]))
             stored = trained.to_json(), trained.eod
         elif team.rank == 0 and (given := given_tokenizer(spec, eod)) is not None:
             stored = given.to_json(), given.eod
@@ -82,13 +84,15 @@ def make_tokenizer(spec: str, eod: str | None, corpora: list[Corpus], team: Team
     return tokenizer_from_json(text, eod_id)
 
 
-def _training_text(corpora: list[Corpus]) -> Iterator[str]:
+def _training_text(corpora: list[Corpus], ticker: Ticker) -> Iterator[str]:
     files = [(f, corpus.reader) for corpus in corpora for f in corpus.files]
     left = BPE_TRAINING_CHARACTERS
     for f, reader in sorted(files, key=lambda pair: blake2b(pair[0].name.encode("utf-8", "surrogateescape")).digest()):
-        for text in reader.pieces(f):
+        for text in reader.pieces(f) if left > 0 else ():
             if left <= 0:
-                return
+                break
             if text is not None:
                 left -= len(text)
                 yield text
+    if (used := BPE_TRAINING_CHARACTERS - left) >= SLOW_CHARACTERS:
+        ticker.say(f"training the tokenizer on {used / MEGABYTE:,.0f} MB of text")

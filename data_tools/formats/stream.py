@@ -41,7 +41,7 @@ class SplitTokens:
             block = _without_fill(block, stream.eod) if window else block
             assert block.starts is not None
             last = self._count(block, last)
-            self._ticker.add(len(block.starts), block.ids.nbytes, self.split)
+            self._ticker.add(len(block.starts), block.ids.nbytes)
             yield block
 
     def _count(self, block: TokenBlock, last: np.ndarray) -> np.ndarray:

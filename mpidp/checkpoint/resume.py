@@ -77,7 +77,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
 
 def set_aside(run_dir: Path) -> Path | None:
     """Move the files of an earlier run to RUN/previous_N, so that run.resume=never deletes nothing. Independent."""
-    names = ["checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json", "timeline.json", "tensorboard"]
+    names = ["checkpoints", "latest", "metrics.jsonl", "config.toml", "tries.json", "timeline.json", "tensorboard", "track"]
     names = [n for n in names if (run_dir / n).exists()]
     if not names:
         return None

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 
-_LAUNCHER_PREFIXES = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "SLURM_", "MPI_LOCAL")
+from mpidp.runtime.environment import LAUNCHER_PREFIXES
+
 _CHILD = """
 import torch
 from mpi4py import MPI
@@ -30,7 +31,7 @@ print("device buffers work")
 
 def device_buffers_work(timeout_seconds: float = 60.0) -> bool:
     """Return whether a child process can send, receive and reduce small and large device buffers correctly. Independent."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}
     try:
         child = subprocess.Popen(
             [sys.executable, "-c", _CHILD], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -26,6 +26,7 @@ from mpidp.config.settings import (
     TrainSettings,
 )
 from mpidp.errors import UsageError
+from mpidp.storage.address import address_problems
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def checked(config: Config) -> Config:
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("set only one of train.steps, train.tokens and train.epochs")
     problems += rules.problems(config.flat())
+    for name in ("data.path", "train.init_from"):
+        problems += address_problems(name, config.flat()[name])
     plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
     needs_tree += ["comm.transport=window"] * (comm.transport == "window") + ["comm.copies=node"] * (comm.copies == "node")

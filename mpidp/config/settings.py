@@ -33,7 +33,13 @@ def setting(
 class DataSettings:
     """Settings data.*: the training data."""
 
-    path: str = setting("shards/stdlib", "folder with the shards; the default corpus is prepared if it does not exist", "path")
+    path: str = setting(
+        "shards/stdlib", "folder with the shards, or s3://bucket/prefix; the default corpus is prepared if it does not exist",
+        "path",
+    )
+    cache_dir: str = setting("", "folder for ranges of remote shards, on a local disk; empty: in the temporary folder", "path")
+    cache_gb: float = setting(10.0, "largest size of this cache on each node", "10^9 bytes", low=0.05)
+    retry_seconds: float = setting(300.0, "how long a request to a failing server is tried again", "s", low=0.0)
     verify: str = setting(
         "auto", "check the shards' checksums before training, not only sizes and headers; auto: if this takes under a second", "",
         ("auto", "true", "false"),
@@ -250,7 +256,10 @@ class MetricsSettings:
 
     timeline: str = setting("", "steps FIRST:LAST to trace on all ranks, written to RUN/timeline.json; empty: none", "steps")
     kernels: bool = setting(False, "also trace kernels with torch.profiler in the steps of timeline, one file per rank", "bool")
-    tensorboard: bool = setting(False, "write scalars to RUN/tensorboard too (pip install 'mpidp[tensorboard]')", "bool")
+    track: str = setting("", "also send metrics to trackers: trackio,wandb,mlflow,tensorboard (docs/tracking.md)", "names")
+    project: str = setting("mpidp", "project (mlflow: experiment) of the run in the trackers")
+    tags: str = setting("", "tags of the run in the trackers", "names")
+    tensorboard: bool = setting(False, "earlier spelling of metrics.track=tensorboard", "bool")
     energy: bool = setting(True, "read the energy counters of CPUs (RAPL) and GPUs (NVML), if available", "bool")
 
 

@@ -48,7 +48,7 @@ SYNONYMS = {  # for each setting, its names in other programs (transformers, nan
     "run.dir": "output_dir out_dir save_dir log_dir checkpoint_dir output run",
     "run.resume": "resume_from_checkpoint resume_from load_checkpoint",
     "run.keep": "save_total_limit keep_last max_checkpoints",
-    "metrics.tensorboard": "tensorboard_dir tb",
+    "metrics.track": "report_to tracker trackers logger logging_backend wandb mlflow trackio tensorboard_dir tb",
 }
 
 

@@ -84,23 +84,25 @@ class Index:
         }, indent=1) + "\n"
 
 
-def read_index(folder: Path, name: str = "index.json") -> Index:
-    """Read the index of a folder of shards. Raises DataError if it is missing or invalid. Independent."""
+def read_index(folder: Path, name: str = "index.json", shown: str = "") -> Index:
+    """Read the index of a folder of shards. shown: the folder in errors, if it is a copy of this one. Raises DataError if the
+    index is missing or invalid. Independent."""
     path = folder / name
+    named = f"{shown or folder}/{name}"
     try:
         with open_regular(path) as file:
             data = file.read(MAX_INDEX_BYTES + 1)
         raw = parse_json(data) if len(data) <= MAX_INDEX_BYTES else None
     except OSError as error:
-        raise DataError(f"no shards at {folder}: cannot read {path} ({error.strerror}); "
+        raise DataError(f"no shards at {folder}: cannot read {named} ({error.strerror}); "
                         f"prepare them: python -m data_tools.prepare --out {folder}") from None
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); prepare the shards again") from None
+        raise DataError(f"{named} is not valid JSON ({error}); prepare the shards again") from None
     try:
         return _parse(raw, hashlib.sha256(data).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not a valid shard index: {problem}; prepare the shards again") from None
+        raise DataError(f"{named} is not a valid shard index: {problem}; prepare the shards again") from None
 
 
 def _content(folder: Path, name: str, sha256: str) -> bytes:

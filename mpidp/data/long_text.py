@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,13 @@ class Placed:
 
 
 Encode = Callable[[str], Placed]
+
+
+def joined(encodings: list[tuple[int, Any]]) -> Placed:
+    """Join the encodings of consecutive parts of a text; each comes with the place of its first character. Pure."""
+    places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
+    ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
+    return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:

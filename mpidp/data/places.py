@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mpidp.data.long_text import Placed
-from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, joined, placed_without
+from mpidp.data.long_text import Placed, joined
+from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, placed_without
 
 
 def placer(tokenizer: Tokenizer, special: str) -> Callable[[list[str]], list[Placed]]:

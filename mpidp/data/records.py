@@ -1,4 +1,4 @@
-"""Read the rows of a file: JSON lines, a JSON array, a .csv table or a .parquet file. Independent."""
+"""Read the rows of a file: JSON lines, a JSON array, a .csv table, a .parquet or an .arrow file. Independent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mpidp.data.row_fields import describe, shown_name
+from mpidp.data.record_batches import WITH_COLUMNS, reading_columns, record_batches
+from mpidp.data.row_fields import describe
 from mpidp.data.text_files import TextFile
 from mpidp.data.unpack import MARK, MAX_ROW_BYTES, lines_of, reading
-from mpidp.errors import DataError, UsageError
+from mpidp.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Row:
 
 
 def records(file: TextFile, columns: Collection[str] = (), surrogates: bool = False) -> Iterator[Row]:
-    """Yield the rows of a file of kind lines, array, table or parquet; blank lines are skipped. Independent.
+    """Yield the rows of a file of kind lines, array, table, parquet or arrow; blank lines are skipped. Independent.
 
-    columns: the columns to read of a .parquet file; empty: all. surrogates: leave unpaired surrogates as they are. Raises
-    DataError if the file cannot be read, and UsageError if a library is missing.
+    columns: the columns to read of a .parquet or .arrow file; empty: all. surrogates: leave unpaired surrogates as they are.
+    Raises DataError if the file cannot be read, and UsageError if a library is missing.
     """
     kinds = {"lines": _lines, "array": _array, "table": _table}
     with reading(file.path):
-        found = _parquet(file, columns) if file.kind == "parquet" else kinds[file.kind](file)
+        found = _columns(file, columns) if file.kind in WITH_COLUMNS else kinds[file.kind](file)
         unit = {"lines": "line", "array": "item"}.get(file.kind, "row")
         for number, value, reason, bad in found:
             if not reason and not isinstance(value, dict):
@@ -135,29 +136,16 @@ def _table(file: TextFile) -> Iterator[Found]:
         csv.field_size_limit(before)
 
 
-def _parquet(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(f"{file.path}: reading .parquet needs pyarrow: pip install 'mpidp[data]'") from None
+def _columns(file: TextFile, columns: Collection[str]) -> Iterator[Found]:
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if missing := [name for name in columns if name not in names]:
-                there = ", ".join(map(shown_name, names))
-                raise DataError(f"{file.path} has no column `{missing[0]}`, only {there}; rename one of them to `{missing[0]}`, "
-                                "or name it with --text-key")
-            for batch in table.iter_batches(batch_size=64, columns=list(columns) or None):
-                read = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-                for i in range(batch.num_rows):
-                    number += 1
-                    pairs = {name: _as_text(column[i].as_py()) for name, column in read.items()}
-                    bad = any(replaced for _, replaced in pairs.values())
-                    yield number, {name: value for name, (value, _) in pairs.items()}, "", bad
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a name of a column
-        raise DataError(f"{file.path} is not a readable parquet file ({error}); replace or remove it") from None
+    with reading_columns(file.path, file.kind):
+        for batch in record_batches(file.path, file.kind, columns):
+            read = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+            for i in range(batch.num_rows):
+                number += 1
+                pairs = {name: _as_text(column[i].as_py()) for name, column in read.items()}
+                bad = any(replaced for _, replaced in pairs.values())
+                yield number, {name: value for name, (value, _) in pairs.items()}, "", bad
 
 
 def _values(column: Any) -> Any:

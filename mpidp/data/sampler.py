@@ -71,6 +71,11 @@ class Sampler:
         """The number of windows per block."""
         return max(1, BLOCK_BYTES // (self.seq_len * self.token_bytes))
 
+    @property
+    def bytes_ahead(self) -> int:
+        """The bytes that a lane reads at a time and ahead: a pool and the following pool."""
+        return 2 * POOL_BLOCKS * BLOCK_BYTES if self.order == "shuffled" else 0
+
     def batch_sequences(self, batch: int) -> int:
         """Return the number of windows in a global batch."""
         step = batch % self.steps_per_epoch

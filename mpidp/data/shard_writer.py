@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,23 +13,13 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
+from mpidp.data.checksums import checksums
 from mpidp.data.tokenizer import token_dtype
-from mpidp.runtime.files import open_regular, write_file
+from mpidp.runtime.files import write_file
 
 SHARD_FORMAT = "mpidp-tokens"
 VERSION = 1
 HDF5_BYTES = 1 << 16  # more than HDF5 writes besides the data
-PIECE_BYTES = 4 * 2**20  # bytes read and hashed at a time
-
-
-def checksums(path: Path) -> tuple[str, str]:
-    """Return (crc32, sha256) of a file, in hexadecimal. Independent."""
-    crc32, sha256 = 0, hashlib.sha256()
-    with open_regular(path) as file:
-        while piece := file.read(PIECE_BYTES):
-            crc32 = zlib.crc32(piece, crc32)
-            sha256.update(piece)
-    return f"{crc32:08x}", sha256.hexdigest()
 
 
 class Written(NamedTuple):

@@ -1,4 +1,5 @@
-"""The shard format: HDF5 files of tokens and an index.json. Files are validated, then mapped into memory.
+"""The shard format: HDF5 files of tokens and an index.json. Files are validated, then mapped into memory, or
+read from a server in ranges (shard_folder.py).
 
     DIR/train_00000.h5 ...  DIR/val_00000.h5 ...  DIR/tokenizer.json  DIR/index.json (written last)
 
@@ -20,35 +21,34 @@ datasets. So only hard-linked, contiguous, unfiltered datasets inside the file, 
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import h5py
 import numpy as np
 
 from mpidp.data.index import FileRecord, read_index
-from mpidp.data.shard_writer import SHARD_FORMAT, VERSION, checksums
+from mpidp.data.shard_folder import Shard, Slices, open_folder
+from mpidp.data.shard_writer import SHARD_FORMAT, VERSION
 from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import most_open_files
+from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions
 
 AUTO_BYTES = 128 * 2**20  # with data.verify=auto, checksums of at most this many bytes are checked: under a second
 
 
 @dataclass
 class _Mapped:
-    """A validated shard, mapped into memory."""
+    """A validated shard."""
 
-    map: mmap.mmap
-    tokens: np.ndarray
-    mask: np.ndarray | None
-    doc_offsets: np.ndarray
+    file: Shard
+    tokens: Slices
+    mask: Slices | None
+    doc_offsets: Slices
     offset: int  # where the tokens start in the file, in bytes
 
 
@@ -59,9 +59,11 @@ class TokenStream:
     files, the shard that was not used for longest is closed. Raises DataError if the index or the split is missing or invalid.
     """
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        self.path, self.split = Path(path), split
-        self.index = index = read_index(self.path)
+    def __init__(self, path: str | Path, split: str = "train", cache: CacheOptions = DEFAULT_CACHE) -> None:
+        """path: a folder, or an address such as s3://bucket/prefix. cache: where ranges of remote shards are kept."""
+        self.storage, self.split = open_folder(path, cache), split
+        self.path, self.folder = self.storage.path, self.storage.local  # folder: where index.json and tokenizer.json are
+        self.index = index = read_index(self.folder, shown=str(self.path))
         if split not in index.splits:
             raise DataError(f"{self.path} has no split {split!r}, but only {', '.join(sorted(index.splits))}; "
                             "prepare it again with --val-fraction above 0")
@@ -102,8 +104,9 @@ class TokenStream:
         for i in range(len(self.files)) if files is None else files:
             self._map(i)
             if contents:
-                crc32, sha256 = checksums(self.path / self.files[i].name)
+                crc32, sha256 = self._map(i).file.checksums()
                 if (crc32, sha256) != (self.files[i].crc32, self.files[i].sha256):
+                    self._map(i).file.forget()
                     raise self._error(i, f"its bytes changed since index.json was written (crc32 {crc32}, not "
                                        f"{self.files[i].crc32})")
 
@@ -137,19 +140,18 @@ class TokenStream:
         """Return (count,) bool, true for tokens of [start, start + count) that start a document."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
-            starts = self._map(i).doc_offsets if i in self._checked else self.doc_offsets(i)
+            starts = self._map(i).doc_offsets[:] if i in self._checked else self.doc_offsets(i)
             self._checked.add(i)
             low, high = np.searchsorted(starts, np.array([first, first + n], dtype=np.uint64))
             out[at + (starts[low:high].astype(np.int64) - first)] = True
         return out
 
     def advise(self, start: int, count: int) -> None:
-        """Ask the kernel to read tokens [start, start + count) ahead (madvise). Returns immediately."""
+        """Have tokens [start, start + count) read ahead: by the kernel (madvise), or by threads that fetch them. Returns
+        immediately."""
         for i, first, n, _ in self._pieces(start, count):
             mapped = self._map(i)
-            begin = mapped.offset + first * self.token_bytes
-            page = begin - begin % mmap.PAGESIZE
-            mapped.map.madvise(mmap.MADV_WILLNEED, page, begin + n * self.token_bytes - page)
+            mapped.file.advise(mapped.offset + first * self.token_bytes, n * self.token_bytes)
             self.bytes_fetched += n * self.token_bytes
 
     def files_of(self, start: int, count: int) -> list[int]:
@@ -171,7 +173,7 @@ class TokenStream:
 
     def doc_offsets(self, file: int) -> np.ndarray:
         """Return where documents start in a file, (d,) uint64. Raises DataError if they are invalid."""
-        offsets = self._map(file).doc_offsets
+        offsets = self._map(file).doc_offsets[:]
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
             raise self._error(file, "its doc_offsets are not ascending or lie outside the file")
         return offsets
@@ -205,14 +207,14 @@ class TokenStream:
             return self._mapped[i]
 
     def _open(self, i: int) -> _Mapped:
-        record, path = self.files[i], self.path / self.files[i].name
-        status = os.stat(path)
-        if not S_ISREG(status.st_mode):
+        record = self.files[i]
+        shard = self.storage.open(record.name)
+        if not shard.is_regular:
             raise self._error(i, "it is not a regular file")
-        if status.st_size != record.size:
-            raise self._error(i, f"it has {status.st_size} bytes, not the index's {record.size}: truncated, or the wrong file")
+        if shard.size != record.size:
+            raise self._error(i, f"it has {shard.size} bytes, not the index's {record.size}: truncated, or the wrong file")
         spans: dict[str, tuple[int, int]] = {}
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(shard.source(), "r", locking=False) as file:
             if file.userblock_size:
                 raise self._error(i, "it has an HDF5 user block, which shards must not have")
             wanted = {"format": SHARD_FORMAT, "version": VERSION, "split": self.split, "vocab_size": self.vocab_size,
@@ -229,11 +231,8 @@ class TokenStream:
                 lengths["loss_mask"] = (record.tokens, np.dtype("u1"))
             for name, (length, dtype) in lengths.items():
                 spans[name] = self._span(i, file, name, length, dtype)
-        with open(path, "rb") as raw:
-            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-        views = {name: np.frombuffer(mapped, dtype, count=lengths[name][0], offset=spans[name][0])
-                 for name, (_, dtype) in lengths.items()}
-        return _Mapped(mapped, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
+        views = {name: shard.view(dtype, spans[name][0], length) for name, (length, dtype) in lengths.items()}
+        return _Mapped(shard, views["tokens"], views.get("loss_mask"), views["doc_offsets"], spans["tokens"][0])
 
     def _span(self, i: int, file: h5py.File, name: str, length: int, dtype: np.dtype[Any]) -> tuple[int, int]:
         """Validate a dataset, and return its offset and size in the file, in bytes."""

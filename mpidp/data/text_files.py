@@ -6,6 +6,7 @@
 | array | .json that is an array of objects | a JSON object per item |
 | table | .csv, .tsv | a header and rows |
 | parquet | .parquet, or any name with parquet's first bytes | rows |
+| arrow | .arrow, or any name with the first bytes of an Arrow file | rows |
 | text | all others | plain text |
 
 A byte order mark at the start of a file is skipped.
@@ -26,18 +27,18 @@ from mpidp.errors import DataError
 
 OTHER_MARKS = (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")
 PARQUET = b"PAR1"
-ARROW = "an Arrow file: write it as .parquet or .jsonl"
+ARROW = b"ARROW1"  # first bytes of an Arrow file; an Arrow stream has no such mark
 NOT_TEXT = (
     (b"PK\x03\x04", "a zip archive: unpack it"), (b"BZh", "compressed with bzip2: decompress it (bunzip2)"),
     (b"\xfd7zXZ\0", "compressed with xz: decompress it (unxz)"),
     (b"\x04\x22\x4d\x18", "compressed with lz4: decompress it (unlz4)"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive: unpack it"), (b"Rar!\x1a\x07", "a RAR archive: unpack it"),
-    (b"ARROW1", ARROW), (b"%PDF-", "a PDF: extract its text"),
+    (b"%PDF-", "a PDF: extract its text"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"), (b"SQLite format 3\0", "an SQLite database"), (b"\x93NUMPY", "a NumPy array"),
 )
 KINDS = {
     ".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json", ".csv": "table", ".tsv": "table",
-    ".parquet": "parquet",
+    ".parquet": "parquet", ".arrow": "arrow",
 }
 PROBE_BYTES = 8192  # the part of a file that is searched for a NUL byte, which marks a binary file
 MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
@@ -92,7 +93,9 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
             head = stream.read(PROBE_BYTES)
         if head.startswith(PARQUET) or (kind == "parquet" and not packing(path)):
             return TextFile(path, "parquet")
-        skip = _check_head(head, kind, suffix)
+        if head.startswith(ARROW) or (kind == "arrow" and not packing(path)):
+            return TextFile(path, "arrow")
+        skip = _check_head(head, kind)
         file = TextFile(path, kind, skip, "\t" if suffix == ".tsv" else ",")
         if kind == "json" or (kind == "lines" and head[skip:].lstrip().startswith(b"[")):
             with file.open() as stream:
@@ -106,17 +109,15 @@ def recognize(path: str | Path, name: str | None = None, wanted: Collection[str]
     return file
 
 
-def _check_head(head: bytes, kind: str, suffix: str = "") -> int:
+def _check_head(head: bytes, kind: str) -> int:
     """Return the number of bytes of the byte order mark. Raises NotText."""
     if not head:
         raise NotText("empty", "is empty")
-    if kind == "parquet":
-        raise NotText("binary", "is a compressed .parquet file: decompress it")
+    if kind in ("parquet", "arrow"):
+        raise NotText("binary", f"is a compressed .{kind} file: decompress it")
     for mark, name in OTHER_MARKS:
         if head.startswith(mark) and "\ufffd" not in head[: len(head) // 4 * 4].decode(name, "replace")[:-1]:
             raise NotText("binary", f"is {name} text, by its byte order mark: convert it to UTF-8 (iconv -f {name} -t UTF-8)")
-    if suffix == ".arrow":
-        raise NotText("binary", f"is {ARROW}")
     for magic, what in NOT_TEXT:
         if head.startswith(magic):
             raise NotText("binary", f"is {what}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mpidp.data.fast_bpe import byte_names
 from mpidp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -33,6 +34,8 @@ class TokenBytes:
 
     def count(self, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Return the number of bytes of each id, (n,) int64. starts: (n,) bool, true for the first token of each text."""
+        if self.bos is None and not self.begin:
+            return self._lengths[ids]
         opens = starts & (ids == self.bos)
         found = np.where(opens, 0, self._lengths[ids])
         if not self.begin:
@@ -83,13 +86,6 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
     begin, again = _prefix(parsed)
     stripped = any(step["type"] == "Strip" or (step["type"] == "Metaspace" and _scheme(step) != "never") for step in steps)
     return TokenBytes(found, begin, stripped, frozenset(added) if again else frozenset(), tokenizer.bos)
-
-
-def byte_names() -> list[str]:
-    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
 def _nested(part: Any, key: str) -> Iterable[dict[str, Any]]:

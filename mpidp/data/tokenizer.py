@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from mpidp.data.batch_encoder import BatchEncoder
 from mpidp.data.end_of_document import USUAL_EOD, declared_eos, eod_of_index, find_eod
-from mpidp.data.long_text import WINDOW, Placed, encode_pieces
+from mpidp.data.long_text import WINDOW, Placed, encode_pieces, joined
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import open_regular
 
@@ -40,6 +41,7 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int  # ids are below this; includes EOD
     eod: int
+    engine: str = ""  # the program that encodes, and the reason for this program; "" if there is no choice
     bos: int | None = None  # the id that the tokenizer puts before each text, if any; encode() omits it
 
     @abstractmethod
@@ -135,6 +137,7 @@ class HFTokenizer(Tokenizer):
         if self.vocab_size > MAX_VOCAB:
             raise DataError(f"tokenizer.json has an id above {MAX_VOCAB}; choose another tokenizer")
         self.eod = find_eod(vocab, eod, declared)
+        self._encoder = BatchEncoder(text, tokenizer)
         plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos = whole[0] if len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
@@ -143,13 +146,11 @@ class HFTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         short = [text for text in texts if len(text) <= WINDOW]
-        encodings = self._tokenizer.encode_batch_fast(short, add_special_tokens=False)
-        ids = (np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
-        found = (self._without_eod(text, i) for text, i in zip(short, ids, strict=True))
+        found = (self._without_eod(text, ids) for text, ids in zip(short, self._encoder.batch(short), strict=True))
         return [next(found) if len(text) <= WINDOW else np.concatenate(list(self.encode_pieces([text]))) for text in texts]
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        return encode_pieces(pieces, self._placed)
+        return encode_pieces(pieces, self._window)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in _array(ids).tolist() if i != self.eod and 0 <= i < self.vocab_size]
@@ -158,9 +159,17 @@ class HFTokenizer(Tokenizer):
     def to_json(self) -> str:
         return self._text
 
+    @property
+    def engine(self) -> str:  # type: ignore[override]
+        return self._encoder.engine
+
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
         """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""
         return self._placed(text).ids if (ids == self.eod).any() else ids
+
+    def _window(self, text: str) -> Placed:
+        placed = self._encoder.placed(text)
+        return self._placed(text) if (placed.ids == self.eod).any() else placed
 
     def _placed(self, text: str) -> Placed:
         return placed_without(self._tokenizer, text, self.eod)
@@ -178,13 +187,6 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
         cuts.append(at + len(name) // 2)
     parts = zip(cuts, [*cuts[1:], len(text)], strict=True)
     return joined([(start, library.encode(text[start:stop], add_special_tokens=False)) for start, stop in parts])
-
-
-def joined(encodings: list[tuple[int, Any]]) -> Placed:
-    """Join the encodings of consecutive parts of a text; each comes with the place of its first character. Pure."""
-    places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
-    ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
-    return Placed(np.concatenate(ids), both[:, 0], both[:, 1])
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Read a Hugging Face model folder (LLaMA family): config.json, and weights in one or several safetensors files.
+"""Read a Hugging Face model folder of a family of families.py: config.json, and weights in one or several safetensors files.
 
 The folder is validated first. No code from the folder is executed, and pickled weights are rejected.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from mpidp.checkpoint.entry import Entry
 from mpidp.data.model_files import read_object
 from mpidp.errors import DataError
-from mpidp.hf.names import huggingface_name, settings_of, shape_of, window_of
-from mpidp.model.shape import shapes_of
+from mpidp.hf.fields import head_size
+from mpidp.hf.names import family_of, settings_of, sizes_of
+from mpidp.hf.tensors import stored_sizes
 
 NUMBERS = ("F32", "F16", "BF16", "F64")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 2**22  # elements that are compared at a time
 _SHOWN = 5
 
@@ -38,31 +38,41 @@ def _opened(path: Path) -> Iterator[Any]:
 class ModelFolder:
     """A model in a Hugging Face folder. Raises DataError, before weights are loaded, if it is invalid. Independent.
 
-    window: the longest context in which attention covers all earlier tokens; None: any. notes: messages for the user.
+    settings: the settings of section model; sizes: the shape of each parameter. notes: messages for the user.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.notes = path, list[str]()
         config = read_object(path / "config.json")
-        self.settings, self.window = settings_of(config, path / "config.json"), window_of(config, path / "config.json")
-        self._file_of: dict[str, Path] = {}  # the file of each tensor, by Hugging Face's name
-        self._stored: dict[str, str] = {}  # names in the files, where they differ from the names of the model
-        tensors = self._headers(self._files())
+        self.settings = settings_of(config, path / "config.json")
+        self._layout = family_of(config, path).layout
+        self._head, self._embedding = self._layout.name("head.weight"), self._layout.name("embedding.weight")
+        self._file_of: dict[str, Path] = {}  # the file of each tensor, by the family's name
+        self._stored: dict[str, str] = {}  # names in the files, where they differ from the family's names
+        tensors = self._with_prefix(self._headers(self._files()))
         if (layers := self.settings["num_layers"]) > len(tensors):
             found = f"the weight files have {len(tensors)} tensors"
             raise DataError(f"{path / 'config.json'}: num_hidden_layers={layers}, but {found}")
         if self.settings["tie_embeddings"]:
             self.settings["tie_embeddings"] = self._is_tied(tensors)
-        self.sizes = shapes_of(shape_of(self.settings))
+        self.sizes = sizes_of(self.settings)
+        self._places = self._layout.places(self.sizes, head_size(self.settings))
         self._check(tensors)
 
     def box(self, name: str, entry: Entry) -> Tensor:
         """Read the entry's box of a parameter, like Reader.box. name: model/PARAMETER. Reads only the data inside the box."""
-        name = huggingface_name(name.removeprefix("model/"))
-        cut = tuple(slice(at, at + length) for at, length in zip(entry.place, entry.tensor.shape, strict=True))
-        name = self._stored.get(name, name)
-        with _opened(self._file_of[name]) as file:
-            return file.get_slice(name)[cut] if entry.shape is not None else file.get_tensor(name)  # type: ignore[no-any-return]
+        place = self._places[name.removeprefix("model/")]
+        shape = entry.tensor.shape
+        first, rest = entry.place[:1], tuple(slice(at, at + n) for at, n in zip(entry.place[1:], shape[1:], strict=True))
+        rows = place.slices(first[0], shape[0])
+        with _opened(self._file_of[place.name]) as file:
+            stored = file.get_slice(self._stored.get(place.name, place.name))
+            boxes = [stored[(*rest, cut)].T if place.transposed else stored[(cut, *rest)] for cut in rows]
+            return boxes[0] if len(boxes) == 1 else torch.cat(boxes) if boxes else torch.empty(shape)
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of the tensor in which a parameter is stored. Pure."""
+        return self._places[name].name
 
     def _files(self) -> list[Path]:
         """Return the weight files. Raises DataError if one is missing, or if the weights are pickled."""
@@ -97,33 +107,46 @@ class ModelFolder:
                     found[name], self._file_of[name] = (tuple(header.get_shape()), str(header.get_dtype())), path
         return found
 
+    def _with_prefix(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return the tensors by the family's names. The files of a model without a head lack the prefix, as in transformers."""
+        prefix = self._layout.prefix
+        if any(name.startswith(prefix) for name in tensors):
+            return tensors
+        found = {}
+        for name, header in tensors.items():
+            whole = name if name == self._head else prefix + name
+            found[whole], self._stored[whole], self._file_of[whole] = header, name, self._file_of[name]
+        return found
+
     def _is_tied(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> bool:
         """Return whether embedding and head are one matrix, if config.json says so. As in transformers, the result is False if
         the files have both matrices with different values. If the files have no embedding, the head is also the embedding."""
-        if EMBEDDING not in tensors and HEAD in tensors:
-            tensors[EMBEDDING], self._stored[EMBEDDING] = tensors.pop(HEAD), HEAD
-        if HEAD not in tensors:
+        embedding, head = self._embedding, self._head
+        if embedding not in tensors and head in tensors:
+            tensors[embedding], self._stored[embedding] = tensors.pop(head), self._stored.get(head, head)
+            self._file_of[embedding] = self._file_of[head]
+        if head not in tensors:
             return True
-        (shape, dtype), (other, kind) = tensors[EMBEDDING], tensors[HEAD]
+        (shape, dtype), (other, kind) = tensors[embedding], tensors[head]
         if shape != other or len(shape) != 2 or not {dtype, kind} <= set(NUMBERS):
             return False  # _check reports it
         rows = max(1, BLOCK // max(1, shape[1]))
-        with _opened(self._file_of[EMBEDDING]) as one, _opened(self._file_of[HEAD]) as two:
-            ours, theirs = one.get_slice(EMBEDDING), two.get_slice(HEAD)
+        with _opened(self._file_of[embedding]) as one, _opened(self._file_of[head]) as two:
+            ours, theirs = one.get_slice(self._stored.get(embedding, embedding)), two.get_slice(self._stored.get(head, head))
             places = [slice(at, at + rows) for at in range(0, shape[0], rows)]
             if all(torch.equal(ours[place].double(), theirs[place].double()) for place in places):
                 return True
         self.notes.append(
-            f"{self.path}: config.json has tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}. Both are used, with "
+            f"{self.path}: config.json has tie_word_embeddings=true, but {head} differs from {embedding}. Both are used, with "
             "model.tie_embeddings=false, as in transformers"
         )
         return False
 
     def _check(self, tensors: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        wanted = {huggingface_name(name): size for name, size in self.sizes.items()}
-        unused = {HEAD} if self.settings["tie_embeddings"] else set()  # a copy of the embedding
+        wanted = stored_sizes(self.sizes, self._places)
+        unused = {self._head} if self.settings["tie_embeddings"] else set()  # a copy of the embedding
         known = {*wanted, *unused}
-        extra = [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
+        extra = [name for name in tensors if name not in known and not name.endswith(self._layout.ignored)]
         complaints = [
             *(f"{name} {list(size)} is missing" for name, size in wanted.items() if name not in tensors),
             *(

@@ -1,7 +1,4 @@
-"""Convert config.json and tensor names between mpidp and Hugging Face (LLaMA family). Pure, without torch.
-
-Both use the same layout of weights and half-split rotary positions, so no weights are permuted.
-"""
+"""Convert config.json to settings of the model and back, for the families of families.py. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -10,124 +7,107 @@ from reprlib import repr as short
 from typing import Any
 
 from mpidp.errors import DataError, UsageError
-from mpidp.model.rope_scaling import rope_scaling
-from mpidp.model.shape import TransformerShape
+from mpidp.hf.families import BY_ARCHITECTURE, BY_MODEL_TYPE, FAMILIES, FREE, ONLY, Family
+from mpidp.hf.fields import Given, Options, head_size
+from mpidp.hf.layers import per_layer, shortest
+from mpidp.hf.refused import refusal
+from mpidp.model.option_checks import option_problems
+from mpidp.model.options import DEFAULTS
+from mpidp.model.shape import TransformerShape, shapes_of
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-MODEL_TYPES = ("llama", "mistral")
-MISTRAL_WINDOW = 4096  # of Mistral models whose config.json has no sliding_window, as in transformers
-MAX_LAYERS = 2**16
 NOT_KEPT = ("transformers_version", "_name_or_path", "auto_map")  # auto_map names code in the folder
-OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-INSIDE = {
-    "attention_norm": "input_layernorm", "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj", "attention.o": "self_attn.o_proj", "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj", "feed_forward.down": "mlp.down_proj",
-}
-ONLY = {  # keys of config.json for which mpidp's Transformer supports only this value
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "quantization_config": None,
-}
+HEADS = ("model_dim", "num_heads", "num_kv_heads", "head_dim")
 
 
-def huggingface_name(name: str) -> str:
-    """Convert a parameter's name: blocks.3.attention.q.weight becomes model.layers.3.self_attn.q_proj.weight. Pure."""
-    names = name.removesuffix(".weight").split(".", 2)
-    if names[0] == "blocks":
-        return f"model.layers.{names[1]}.{INSIDE[names[2]]}.weight"
-    return f"{OUTSIDE[names[0]]}.weight"
+def family_of(config: Mapping[str, Any], where: object) -> Family:
+    """Return the family of a config.json. Raises DataError if it is not supported, or if two fields contradict each other. Pure.
+
+    where: the file's path, for error messages.
+    """
+    named, kind = config.get("architectures"), config.get("model_type")
+    listed = named if isinstance(named, list) and named else []
+    of_name = next((BY_ARCHITECTURE[one] for one in listed if isinstance(one, str) and one in BY_ARCHITECTURE), None)
+    of_kind = BY_MODEL_TYPE.get(kind) if isinstance(kind, str) else None
+    found = of_name if listed else of_kind
+    if found is None or (of_kind is None and kind is not None):
+        raise DataError(f"{where}: {refusal(named, kind)}")
+    if of_kind is not None and found is not of_kind:
+        raise DataError(
+            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families: transformers goes "
+            "by model_type. Correct one of them in a copy of the folder"
+        )
+    return found
 
 
 def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """Return the settings of section model from a config.json. Pure.
 
-    Raises DataError if a key is missing or a value is not supported. where: the file's path, for error messages.
+    Raises DataError if a field is missing, is not known, or has a value that is not supported. where: the file's path.
     """
+    family = family_of(config, where)
+    _check_known(family, config, where)
+    return _read(family, config, where)
 
-    def problem(message: str) -> DataError:
-        return DataError(f"{where}: {message}")
 
-    def number(key: str, kind: type = int, default: float | None = None, most: int = 2**31 - 1) -> Any:
-        value = config.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise problem(f"{key} is missing: the model is not of the LLaMA family, or the file is damaged")
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not plain or not 0 < value <= most or kind(value) != value:
-            raise problem(f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}")
-        return kind(value)
-
-    named, kind = config.get("architectures"), config.get("model_type")
-    fits = any(one in ARCHITECTURES for one in named) if isinstance(named, list) and named else kind in MODEL_TYPES
-    if not fits:
-        raise problem(f"architectures={short(named)}, model_type={short(kind)}: only {' and '.join(ARCHITECTURES)} are supported")
-    if config.get("hidden_act") == "swish":  # another name of silu
-        config = {**config, "hidden_act": "silu"}
-    for key, value in ONLY.items():
-        if config.get(key, value) != value:
-            raise problem(f"{key}={short(config[key])} is not supported: mpidp's Transformer has only {key}={value!r}")
-    if not isinstance(tied := config.get("tie_word_embeddings") or False, bool):
-        raise problem(f"tie_word_embeddings={short(tied)} must be true or false")
-    theta, scaling = _rope(config, problem, number("max_position_embeddings", default=2048))
-    heads, dim = number("num_attention_heads"), number("hidden_size")
-    head_dim = number("head_dim", default=dim // heads)
-    found = {
-        "num_layers": number("num_hidden_layers", most=MAX_LAYERS), "num_heads": heads,
-        "num_kv_heads": number("num_key_value_heads", default=heads), "model_dim": dim,
-        "hidden_dim": number("intermediate_size"), "tie_embeddings": tied,
-        "rope_theta": theta, "rope_scaling": scaling, "norm_eps": number("rms_norm_eps", float, 1e-6),
-        "head_dim": 0 if head_dim * heads == dim else head_dim, "vocab_size": number("vocab_size"),
-    }
-    if heads % found["num_kv_heads"] or head_dim % 2:
-        raise problem(
-            f"{heads} heads of size {head_dim} and {found['num_kv_heads']} key-value heads are invalid: the head size must be "
-            "even, and the number of heads a multiple of the number of key-value heads"
+def _check_known(family: Family, config: Mapping[str, Any], where: object) -> None:
+    """Raise DataError if a field of config.json is not known, or has another value than the only one that is supported."""
+    known = {*FREE, *family.free, *(key for one in family.fields for key in one.keys)}
+    only = {**ONLY, **family.only}
+    for key, values in only.items():
+        fits = any(config.get(key) == one and type(config.get(key)) is type(one) for one in values)
+        if key in config and key not in known and not fits:
+            raise DataError(
+                f"{where}: {key}={short(config[key])} is not supported: {family.architecture} of mpidp has only "
+                f"{key}={' or '.join(map(repr, values))}"
+            )
+    if unknown := [key for key in config if key not in known and key not in only]:
+        raise DataError(
+            f"{where}: mpidp does not know {', '.join(f'{key}={short(config[key])}' for key in unknown[:5])} of "
+            f"{family.architecture}, so it may compute another model. If transformers gives the same logits without "
+            f"{'it' if len(unknown) == 1 else 'them'}, remove {'it' if len(unknown) == 1 else 'them'} in a copy of the folder"
         )
+
+
+def _read(family: Family, config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    given, found = Given(config, where), {**DEFAULTS, **family.options, "rope_theta": 10000.0, "rope_scaling": "", "head_dim": 0}
+    for one in family.fields:
+        found |= one.read(given, found)
+    heads, kv, dim = found["num_heads"], found["num_kv_heads"], found["model_dim"]
+    if heads % kv or head_size(found) % 2 or (not found["head_dim"] and dim % heads):
+        given.refuse(
+            f"{heads} heads of size {head_size(found)} and {kv} key-value heads are invalid: the head size must be even, and the "
+            f"number of heads a multiple of the number of key-value heads. See {', '.join(_keys_of(family, *HEADS))}"
+        )
+    found = canonical(found)
+    rows = found["position_rows"] or 1
+    if problems := list(option_problems(shape_of(found, rows))):
+        given.refuse("; ".join(problems))
     return found
 
 
-def _rope(config: Mapping[str, Any], problem: Any, limit: int) -> tuple[float, str]:
-    """Return (rope_theta, rope_scaling). Reads the keys of transformers 5 (rope_parameters) and of older versions."""
-    both = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-    if not all(isinstance(one, dict) for one in both):
-        raise problem(f"rope_parameters={short(both[0])} and rope_scaling={short(both[1])} must be objects")
-    scaling = both[1] or both[0]  # as in transformers
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise problem(f"rope_parameters={short(scaling)} is not supported: all layers must have the same parameters")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise problem(f"partial_rotary_factor={short(scaling['partial_rotary_factor'])} is not supported: it must be 1.0")
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 2**62:
-        raise problem(f"rope_theta={short(theta)} must be a positive number")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return float(theta), ""
-    if kind != "llama3":
-        fix = "The weights were trained with it, so it cannot be left out"
-        if kind == "dynamic":
-            fix = ("It changes nothing up to max_position_embeddings tokens. For such a model.seq_len, write \"default\" for "
-                   "\"dynamic\" in config.json in a copy of the folder, and keep rope_theta")
-        raise problem(f"rope scaling {short(kind)} is not supported: only llama3 is. {fix}")
-    original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or limit
-    try:
-        numbers = [float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")] + [float(original)]
-        text = "llama3:" + ",".join(f"{number:.17g}" for number in numbers)
-        rope_scaling(text)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise problem(f"rope scaling llama3 needs factor, low_freq_factor and high_freq_factor; problem: {error}") from None
-    return float(theta), text
+def _keys_of(family: Family, *options: str) -> list[str]:
+    """Return the fields of config.json that determine these options."""
+    return [key for one in family.fields if set(one.options) & set(options) for key in one.keys]
 
 
-def window_of(config: Mapping[str, Any], where: object) -> int | None:
-    """Return the longest context in which attention covers all earlier tokens: sliding_window of config.json; None: any. Pure.
-
-    Raises DataError if sliding_window is no positive integer.
-    """
-    named = config.get("architectures")
-    is_mistral = ARCHITECTURES[1] in named if isinstance(named, list) and named else config.get("model_type") == MODEL_TYPES[1]
-    window = config.get("sliding_window", MISTRAL_WINDOW if is_mistral else None)
-    if window is not None and (type(window) is not int or window < 1):
-        raise DataError(f"{where}: sliding_window={short(window)} must be a positive integer or null")
-    return window
+def canonical(options: Options) -> Options:
+    """Return the options with defaults in place of equal values, and the shortest patterns of layers. Pure."""
+    found = dict(options)
+    size, layers = head_size(options), options["num_layers"]
+    found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
+    found["rotary_dims"] = 0 if options["rotary_dims"] == size else options["rotary_dims"]
+    found["attention_scale"] = 0.0 if options["attention_scale"] == size**-0.5 else options["attention_scale"]
+    letters = per_layer(options["window_layers"], layers, "w")
+    if not options["window"] or "w" not in letters:
+        found |= {"window": 0, "window_layers": "", "window_rope_theta": 0.0, "window_rope_scaling": ""}
+    else:
+        found["window_layers"] = shortest(letters) if "f" in letters else ""
+    rotary = per_layer(options["rotary_layers"], layers, "y")
+    found["rotary_layers"] = shortest(rotary) if "n" in rotary else ""
+    if (options["window_rope_theta"], options["window_rope_scaling"]) == (options["rope_theta"], options["rope_scaling"]):
+        found |= {"window_rope_theta": 0.0, "window_rope_scaling": ""}
+    found["attention_bias"] = ",".join(name for name in "qkvo" if name in options["attention_bias"].replace(" ", "").split(","))
+    return found
 
 
 def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
@@ -136,48 +116,94 @@ def shape_of(settings: Mapping[str, Any], seq_len: int = 1) -> TransformerShape:
     return TransformerShape(seq_len=seq_len, head_size=settings["head_dim"], **rest)
 
 
+def options_of(shape: TransformerShape) -> Options:
+    """Return the settings, like those from settings_of, for a shape. Pure."""
+    sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim", "tie_embeddings", "rope_theta",
+             "rope_scaling", "norm_eps")
+    found = {name: getattr(shape, name) for name in (*sizes, *DEFAULTS)}
+    return canonical(found | {"head_dim": shape.head_dim, "position_rows": shape.table_rows})
+
+
+def longest_of(config: Mapping[str, Any], where: object) -> int | None:
+    """Return the longest context that config.json states, None if it states none. Raises DataError if it is invalid. Pure."""
+    key = family_of(config, where).longest
+    return None if config.get(key) is None else Given(config, where).number(key)
+
+
 def config_of(
     shape: TransformerShape, dtype: str, ids: Mapping[str, int | None], before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the contents of config.json for a model. Pure.
+    """Return the contents of config.json for a model. Raises UsageError if no family has the options of the model. Pure.
 
     ids: bos_token_id, eos_token_id and pad_token_id where `before` has none; before: config.json of the model that this one was
-    fine-tuned from; its other keys are kept. The result has rope_theta and torch_dtype for old versions of transformers, and
-    rope_parameters and dtype for new ones.
+    fine-tuned from; its family and its other fields are kept. Without it, the first family that has all options is taken. The
+    result has the keys of old and new versions of transformers.
     """
-    scaling = rope_scaling(shape.rope_scaling)
-    unknown = [f"model.{name}={value}" for name, value in shape.changed().items()]
-    if scaling is not None and scaling.kind != "llama3":
-        unknown.append(f"model.rope_scaling={shape.rope_scaling}")
-    if unknown:
-        raise UsageError(f"the export does not support {', '.join(unknown)}: a LLaMA model has no such option")
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
-        rope = {
-            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
-            "high_freq_factor": scaling.high, "original_max_position_embeddings": int(scaling.original),
-        }
+    wanted = options_of(shape)
+    if before:
+        family = family_of(before, "config.json")
+        kept = {key: value for key, value in before.items() if key not in NOT_KEPT}
+        config = _written(family, shape, wanted, dtype, ids, kept)
+        if missing := _differences(family, config, wanted):
+            raise UsageError(f"the model has {_listed(missing)}, which {family.architecture} does not have")
+        return config
+    nearest: tuple[int, Family, Options] | None = None
+    for family in FAMILIES:
+        config = _written(family, shape, wanted, dtype, ids, {})
+        missing = _differences(family, config, wanted)
+        if not missing:
+            return config
+        if nearest is None or len(missing) < nearest[0]:
+            nearest = len(missing), family, missing
+    assert nearest is not None
+    raise UsageError(
+        f"no family of transformers has all options of this model: {nearest[1].architecture} is nearest, but does not have "
+        f"{_listed(nearest[2])}"
+    )
+
+
+def _listed(options: Options) -> str:
+    return ", ".join(f"model.{name}={value}" for name, value in options.items())
+
+
+def _written(
+    family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return config.json of a family. Fields of `kept` whose values mean the same options are kept as they are."""
     usual: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[0]], "model_type": MODEL_TYPES[0], "bos_token_id": None, "eos_token_id": None,
-        "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0,
-        "max_position_embeddings": shape.seq_len,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
+        "attention_dropout": 0.0,
     }
-    fixed = {
-        "vocab_size": shape.vocab_size, "hidden_size": shape.model_dim, "intermediate_size": shape.hidden_dim,
-        "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "rms_norm_eps": shape.norm_eps,
-        "tie_word_embeddings": shape.tie_embeddings, "rope_theta": shape.rope_theta,
-        "rope_scaling": None if scaling is None else rope,
-        "rope_parameters": rope | {"rope_theta": shape.rope_theta}, "dtype": dtype, "torch_dtype": dtype,
-    }
-    kept = {key: value for key, value in before.items() if key not in NOT_KEPT}
-    window = window_of(kept, "config.json")
-    if window is not None and window < shape.seq_len:  # mpidp's attention covers the whole context
-        fixed["sliding_window"] = None
-    if scaling is not None:  # llama.cpp's converter reads it here
-        fixed["original_max_position_embeddings"] = int(scaling.original)
-    usual |= kept
-    longest = usual["max_position_embeddings"]
-    usual["max_position_embeddings"] = max(longest if type(longest) is int else 0, shape.seq_len)
-    return usual | fixed
+    fixed: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    old = _old_options(family, kept)
+    for one in family.fields:
+        same = old and all(old[name] == options[name] for name in one.options)
+        if not same or "rope_parameters" in one.keys:
+            fixed |= one.write(options)
+    found = usual | dict(kept) | fixed | {"dtype": dtype, "torch_dtype": dtype}
+    longest = found.get(family.longest)
+    if shape.positions == "rotary":
+        found[family.longest] = max(longest if type(longest) is int else 0, shape.seq_len)
+    return found
+
+
+def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
+    """Return the options that the fields in `kept` mean, none if they cannot be read."""
+    try:
+        return _read(family, kept, "config.json") if kept else {}
+    except DataError:
+        return {}
+
+
+def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> Options:
+    """Return the wanted options that config.json, read again, does not give."""
+    try:
+        again = _read(family, config, "config.json")
+    except DataError:
+        again = {**wanted, **DEFAULTS, **family.options}
+    return {name: value for name, value in wanted.items() if again.get(name) != value}
+
+
+def sizes_of(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter for the settings from settings_of, by name. Pure."""
+    return shapes_of(shape_of(settings, settings["position_rows"] or 1))

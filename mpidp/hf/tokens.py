@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpidp.data.end_of_document import USUAL_EOD
-from mpidp.data.token_bytes import byte_names
+from mpidp.data.fast_bpe import byte_names
 from mpidp.data.tokenizer import FORMAT, MAX_VOCAB, ByteTokenizer, CharTokenizer, Tokenizer, tokenizer_from_json
 from mpidp.errors import DataError
 

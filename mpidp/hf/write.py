@@ -19,7 +19,9 @@ from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import tokenizer_from_json
 from mpidp.errors import UsageError
 from mpidp.hf.companions import companions
-from mpidp.hf.names import config_of, huggingface_name
+from mpidp.hf.consumers import check
+from mpidp.hf.names import config_of, family_of
+from mpidp.hf.tensors import Place, stored_sizes
 from mpidp.hf.tokenizer_files import CONFIG, GENERATION, config_ids, text_files, with_begin
 from mpidp.hf.tokens import names_of
 from mpidp.model.shape import TransformerShape, shapes_of
@@ -32,8 +34,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def write_folder(
     out: Path, shape: TransformerShape, weight: Callable[[str], Tensor], tokenizer: str, special: SpecialTokens,
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
-) -> None:
-    """Create the folder `out`. Raises UsageError if it exists or cannot be written, or if a weight is too large for the dtype.
+    consumer: str = "",
+) -> str:
+    """Create the folder `out`, and return the architecture's name. Raises UsageError if it exists or cannot be written, if no
+    family has the options of the model, if a weight is too large for the dtype, or if `consumer` does not compute this model.
     Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
@@ -42,16 +46,20 @@ def write_folder(
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
+    name, texts, places = _text_files(shape, tokenizer, special, dtype, before)
+    for note in check(consumer, texts) if consumer else ():
+        log.warning("note: %s", note)
     temporary = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir(parents=True)
-        _write_weights(temporary, shape, weight, DTYPES[dtype], max_file_bytes)
-        for name, content in _text_files(shape, tokenizer, special, dtype, before).items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            write_file(temporary / name, content)
+        _write_weights(temporary, shape, places, weight, DTYPES[dtype], max_file_bytes)
+        for file, content in texts.items():
+            (temporary / file).parent.mkdir(exist_ok=True)
+            write_file(temporary / file, content)
         os.rename(temporary, out)
         sync_directory(out.parent)
+        return name
     except (OSError, SafetensorError) as error:  # SafetensorError: the disk is full while weights are written
         raise UsageError(f"{out} cannot be written ({error}); free space on its disk, or choose another folder") from error
     finally:
@@ -73,22 +81,29 @@ def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 
 
 def _write_weights(
-    folder: Path, shape: TransformerShape, weight: Callable[[str], Tensor], dtype: torch.dtype, max_bytes: int
+    folder: Path, shape: TransformerShape, places: Mapping[str, Place], weight: Callable[[str], Tensor], dtype: torch.dtype,
+    max_bytes: int,
 ) -> None:
-    sizes = {name: dtype.itemsize * int(torch.Size(size).numel()) for name, size in shapes_of(shape).items()}
+    whole = shapes_of(shape)
+    shapes = stored_sizes(whole, places)
+    sizes = {name: dtype.itemsize * int(torch.Size(size).numel()) for name, size in shapes.items()}
     files = files_of(sizes, max_bytes)
+    members: dict[str, list[str]] = {}
+    for name, where in places.items():
+        members.setdefault(where.name, []).append(name)
     place: dict[str, str] = {}
     not_finite: list[str] = []
     for number, names in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(
-            {huggingface_name(name): _converted(huggingface_name(name), weight(name), dtype, not_finite) for name in names},
+            {name: _stored(name, shapes[name], {one: places[one] for one in members[name]}, weight, dtype, not_finite)
+             for name in names},
             folder / file, metadata={"format": "pt"},
         )
         os.chmod(folder / file, folder.stat().st_mode & 0o666)  # safetensors ignores the umask and makes files owner-only
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
-        place |= {huggingface_name(name): file for name in names}
+        place |= dict.fromkeys(names, file)
     if not_finite:
         log.warning("warning: %d exported tensors have values that are nan or inf, first %s: the training diverged before this "
                     "checkpoint. Use an earlier one", len(not_finite), not_finite[0])
@@ -97,13 +112,29 @@ def _write_weights(
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
+def _stored(
+    name: str, size: tuple[int, ...], places: Mapping[str, Place], weight: Callable[[str], Tensor], dtype: torch.dtype,
+    not_finite: list[str],
+) -> Tensor:
+    """Return a tensor as the family stores it, from the parameters that it holds."""
+    found = torch.empty(size, dtype=dtype)
+    for parameter, place in places.items():
+        values = _converted(name, weight(parameter), dtype, not_finite)
+        rows = found.T if place.transposed else found
+        at = 0
+        for cut in place.slices(0, len(values)):
+            rows[cut] = values[at : at + cut.stop - cut.start]
+            at += cut.stop - cut.start
+    return found
+
+
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[str]) -> Tensor:
     """Return the tensor in this dtype. Adds its name to not_finite if it has nan or inf. Raises UsageError if the dtype is too
     narrow for a value."""
-    found = tensor.to(dtype).contiguous()
+    found = tensor.to(dtype)
     bad = ~torch.isfinite(found)
     if bad.any():
-        not_finite.append(name)
+        not_finite += [name] if name not in not_finite else []
         if torch.isfinite(tensor[bad]).any():
             largest = float(tensor[torch.isfinite(tensor)].abs().max())
             wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
@@ -116,18 +147,20 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype, not_finite: list[s
 
 def _text_files(
     shape: TransformerShape, tokenizer: str, special: SpecialTokens, dtype: str, before: Path | None
-) -> dict[str, bytes]:
-    """Return the contents of the files that are not weights, by name."""
+) -> tuple[str, dict[str, bytes], dict[str, Place]]:
+    """Return the architecture, the contents of the files that are not weights, and where the family stores each parameter."""
     kept = companions(before, of_tokenizer=True) if before is not None else {}
     objects = {name: read_object(kept[name]) for name in ("config.json", CONFIG, GENERATION) if name in kept}
     ids = {"eos_token_id": special.ends[0]} if objects else config_ids(special)
     config = config_of(shape, dtype, ids, objects.get("config.json", {}))
     if not objects or special.bos != tokenizer_from_json(tokenizer, special.ends[0]).bos:
         tokenizer = with_begin(tokenizer, special.bos)
-    made = text_files(special, names_of(tokenizer), objects, config["max_position_embeddings"])
+    family = family_of(config, "config.json")
+    made = text_files(special, names_of(tokenizer), objects, config[family.longest])
     if TEMPLATE in made:
         kept.pop("chat_template.json", None)
     texts = {file: path.read_bytes() for file, path in kept.items()}
     for file, content in ({"config.json": config} | made).items():
         texts[file] = (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode()
-    return texts | {"tokenizer.json": tokenizer.encode()}
+    texts["tokenizer.json"] = tokenizer.encode()
+    return family.architecture, texts, family.layout.places(shapes_of(shape), shape.head_dim)

@@ -11,7 +11,7 @@ from mpidp.data.model_files import read_object
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.folder import ModelFolder
-from mpidp.hf.names import shape_of
+from mpidp.hf.names import longest_of, shape_of
 
 USUAL_SEQ_LEN = 2048  # longest context that is used without --seq-len
 MICRO_BATCH = 8  # windows per forward pass
@@ -26,11 +26,9 @@ class BaseFolder(ModelFolder):
 
     def __init__(self, path: Path, seq_len: int = 0) -> None:
         super().__init__(path)
-        longest = read_object(path / "config.json").get("max_position_embeddings") or USUAL_SEQ_LEN
-        longest = longest if self.window is None else min(longest, self.window)  # mpidp's attention covers the whole context
+        longest = longest_of(read_object(path / "config.json"), path / "config.json") or USUAL_SEQ_LEN
         if seq_len > longest:
-            limits = "max_position_embeddings, sliding_window"
-            raise UsageError(f"--seq-len {seq_len}: the context of {path} has {longest} tokens ({limits})")
+            raise UsageError(f"--seq-len {seq_len}: the context of {path} has {longest} tokens (config.json)")
         shape = shape_of(self.settings, seq_len or min(longest, USUAL_SEQ_LEN))
         self.meta: dict[str, Any] = {
             "config": {

@@ -58,8 +58,8 @@ def template_of(table: SpecialTokens, run: str, moment: float) -> Template:
     """
     if table.template is None:
         raise UsageError(
-            f"--chat: {run} has no chat template. Train on data prepared with --format chat, or write the text of the chat into "
-            "the prompt"
+            f"{run} has no chat template, so it cannot answer chats: train on data prepared with --format chat, put a "
+            "chat_template.jinja into a Hugging Face folder, or write the text of the chat into the prompt of mpidp generate"
         )
     template = Template(table.template, table.names, moment, table.template_args, table.tool_template)
     template.check()

@@ -89,16 +89,20 @@ class Continuation:
 
 def continue_prompts(
     loaded: Loaded, encoder: Encoder, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
-    stops: Sequence[str] = (), write: Callable[[str], None] | None = None,
+    stops: Sequence[str] = (), write: Callable[[str], None] | None = None, interrupted: Callable[[], bool] = lambda: False,
 ) -> list[tuple[int, Continuation]]:
     """Generate continuations of prompts as one batch; return (prompt number, continuation) pairs.
 
-    prompts: token ids by prompt number; write: called with prompt 0's new text, piece by piece. Collective over
-    loaded.grid.model.
+    prompts: token ids by prompt number; write: called with prompt 0's new text, piece by piece; interrupted: called after each
+    token, returns True to end the text; the same on all ranks of a replica. Collective over loaded.grid.model.
     """
     streams = {
         i: StreamedText(detokenizer_of(encoder.tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()
     }
-    rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), streams[i].add) for i, ids in prompts.items()}
+
+    def stops_at(stream: StreamedText) -> Callable[[int], bool]:
+        return lambda token: stream.add(token) | interrupted()
+
+    rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), stops_at(streams[i])) for i, ids in prompts.items()}
     decode(loaded, list(rows.values()), sampling, encoder.table.ends, encoder.tokenizer.vocab_size)
     return [(i, Continuation(stream.end(), len(stream.ids), rows[i].ended, rows[i].start > 0)) for i, stream in streams.items()]

@@ -20,7 +20,7 @@ def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
     token of each document is not counted. The end-of-document token, and BOS before a document, have no bytes.
     """
     try:
-        tokenizer = tokenizer_from_json(stream.index.tokenizer_bytes(stream.path).decode(), stream.eod)
+        tokenizer = tokenizer_from_json(stream.index.tokenizer_bytes(stream.folder).decode(), stream.eod)
         of = bytes_of_tokens(tokenizer)
     except (DataError, UsageError, UnicodeDecodeError):
         of = None

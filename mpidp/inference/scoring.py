@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from torch import Tensor
 
 from mpidp.inference.choices import EncodedChoice
 from mpidp.inference.loading import Loaded
@@ -18,23 +20,64 @@ from mpidp.runtime.world import polite_barrier
 UNSCORED = -100  # target that is ignored by the loss
 
 
-@torch.no_grad()
+Figure: TypeAlias = Callable[[Tensor, Tensor], float]  # of one row: logits (T, V of this rank) float32 and targets (T,)
+
+
 def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
     """For each row (ids, n), return the sum of the losses of the last n ids, in nats.
 
     Rows are padded on the right. Causal attention ignores this padding. All ranks of a replica get the same result. Collective
     over loaded.grid.model.
     """
+    return _figures(loaded, rows, [_loss_of(loaded)])
+
+
+def row_scores(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+    """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate them).
+
+    All ranks of a replica get the same result. Collective over loaded.grid.model.
+    """
+    found = _figures(loaded, rows, [_loss_of(loaded), _greedy_of(loaded)])
+    return [(-loss, greedy > 0) for loss, greedy in zip(found[::2], found[1::2], strict=True)]
+
+
+@torch.no_grad()
+def _figures(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]], figures: Sequence[Figure]) -> list[float]:
     ids = torch.zeros(len(rows), max(len(row) for row, _ in rows), dtype=torch.int64)
     targets = torch.full_like(ids, UNSCORED)
     for i, (row, n) in enumerate(rows):
         ids[i, : len(row)] = torch.as_tensor(row)
         targets[i, len(row) - n : len(row)] = ids[i, len(row) - n : len(row)]
-    logits, losses, found = loaded.forward(ids[:, :-1]), loaded.losses or plain_losses, [0.0] * len(rows)
+    logits, found = loaded.forward(ids[:, :-1]), [0.0] * len(rows) * len(figures)
     if logits is not None:
         wanted = targets[:, 1:].to(logits.device)
-        found = [float(losses(row.float(), row_targets)) for row, row_targets in zip(logits, wanted, strict=True)]
+        found = [of(row.float(), row_targets) for row, row_targets in zip(logits, wanted, strict=True) for of in figures]
     return found if loaded.stages is None else loaded.stages.drain(found)
+
+
+def _loss_of(loaded: Loaded) -> Figure:
+    losses = loaded.losses or plain_losses
+    return lambda logits, targets: float(losses(logits, targets))
+
+
+def _greedy_of(loaded: Loaded) -> Figure:
+    """Return a function of one row: 1 if the likeliest token is the target at all scored positions, else 0. Collective over
+    loaded.grid.tp."""
+    tp, rows = loaded.grid.tp, loaded.model.shape.vocab_size
+    first = loaded.model.part.own_range(rows).start
+
+    def greedy(logits: Tensor, targets: Tensor) -> float:
+        scored = targets != UNSCORED
+        best = logits[scored].max(-1)
+        values, tokens = best.values.cpu().numpy(), best.indices.cpu().numpy() + first
+        if tp.size > 1:
+            own = values.copy()
+            tp.Allreduce(MPI.IN_PLACE, values, MPI.MAX)
+            tokens[own < values] = rows
+            tp.Allreduce(MPI.IN_PLACE, tokens, MPI.MIN)
+        return float((tokens == targets[scored].cpu().numpy()).all())
+
+    return greedy
 
 
 def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequence[float]]) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Required, TypedDict
 
 from mpidp.errors import UsageError
-from mpidp.metrics.tensorboard import Scalars
+from mpidp.metrics.track.sender import Trackers
 from mpidp.runtime.files import open_regular, write_file
 from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_lines
 from mpidp.runtime.log import log
@@ -74,15 +74,15 @@ class MetricsFile:
 
     def __init__(
         self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
-        also: Scalars | None = None,
+        also: Trackers | None = None,
     ) -> None:
         """Open the file. Delete incomplete lines, and lines of later steps and batches, which a resumed run writes again.
 
         step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: None, or if this rank
-        replaces a failed rank 0, the last lines of rank 0; lines that are missing in the file are added. also: TensorBoard files
-        that receive the same lines. Raises UsageError if the file cannot be read or written."""
+        replaces a failed rank 0, the last lines of rank 0; lines that are missing in the file are added. also: trackers that
+        receive the same lines. Raises UsageError if the file cannot be read or written."""
         self._path = path
-        self.also: Scalars | None = None  # TensorBoard files, to which each new line is also written
+        self.also: Trackers | None = None  # trackers that receive each new line, too
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines
         try:
             if latest is not None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 BEGAN = time.time()  # when this process started, approximately; seconds since 1970
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # variables that determine how OpenMP threads wait
+# the beginnings of the variables with which a launcher tells a process that it is a rank
+LAUNCHER_PREFIXES = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "SLURM_", "MPI_LOCAL")
 SPIN_COUNT = "1000"  # libgomp's own value if there are more threads than cores
 JOIN_SECONDS = 60  # seconds; time limit for a replacement rank to join the job
 

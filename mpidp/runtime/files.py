@@ -79,6 +79,12 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
     sync_directory(path.parent)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise UsageError if the file --out cannot be created, before any work is done. Independent."""
+    if Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {path}: cannot be written; give a file in an existing, writable folder")
+
+
 @contextmanager
 def writing(what: str | Path, advice: str) -> Iterator[None]:
     """Run a body that writes files. If it raises OSError, for example because the disk is full, raise UsageError with the name of

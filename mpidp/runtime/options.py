@@ -14,6 +14,7 @@ Imports neither torch nor MPI.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any
 
@@ -117,8 +118,36 @@ def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options for how texts become input: --special and --seq-len. default: of --special, in words. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
                         help=f"what names of special tokens (<|im_start|>) in texts become: tokens (ids) or text ({default})")
+    add_seq_len(parser)
+
+
+def add_seq_len(parser: argparse.ArgumentParser) -> None:
+    """Add --seq-len. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
                         help="context length, if RUN is a Hugging Face folder; 0: that of the model, at most 2048 (%(default)s)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options for how tokens are chosen: --tokens, --temperature, --top-k, --top-p, --stop, --seed. Pure."""
+    add = parser.add_argument
+    add("--tokens", type=int, default=200, help="largest number of tokens to generate (%(default)s)")
+    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the likeliest token (%(default)s)")
+    add("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: all (%(default)s)")
+    add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability (%(default)s)")
+    add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; may be given several times")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+
+
+def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Check the options of add_sampling. Raises UsageError if one is invalid. Pure."""
+    if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:
+        parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top-p {options.top_p}: must be above 0 and at most 1 (all tokens)")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: must be from 0 to {2**63 - 1}")
+    if "" in options.stop:
+        parser.error("--stop '': the text must not be empty")
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:

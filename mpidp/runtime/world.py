@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mpi4py import MPI
@@ -36,12 +36,13 @@ def start_mpi() -> MPI.Intracomm:
     return world
 
 
-def polite_barrier(comm: MPI.Intracomm) -> None:
-    """Wait at a barrier and sleep meanwhile, so that waiting ranks do not use the cores of working ranks. Collective over
-    comm."""
+def polite_barrier(comm: MPI.Intracomm, waiting: Callable[[], None] = lambda: None) -> None:
+    """Wait at a barrier and sleep meanwhile, so that waiting ranks do not use the cores of working ranks. waiting: called before
+    each pause. Collective over comm."""
     request = comm.Ibarrier()
     pause = 1e-5
     while not request.Test():
+        waiting()
         time.sleep(pause)
         pause = min(0.01, 2 * pause)
 

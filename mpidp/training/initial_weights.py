@@ -23,12 +23,10 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import changed_base_message, open_run, same_path
 from mpidp.config.rules import KINDS
 from mpidp.config.schema import Config
-from mpidp.data.model_files import read_object
 from mpidp.errors import DataError, UsageError
 from mpidp.hf import tokens
 from mpidp.hf.companions import companions
 from mpidp.hf.folder import ModelFolder
-from mpidp.hf.names import huggingface_name, window_of
 from mpidp.model.kinds import check_named
 from mpidp.model.options import DEFAULTS as OPTIONS
 from mpidp.model.shape import Shape, num_parameters, shapes_of
@@ -61,7 +59,6 @@ class Origin:
     weights: Reader | ModelFolder | None = None  # None: the run resumes from its own checkpoint
     tokenizer: Path | None = None  # tokenizer.json of the source, if it has one
     come_along: Mapping[str, Path] = field(default_factory=dict)  # files to copy to RUN/hf, by their names there
-    window: int | None = None  # the longest context that the source's attention covers; None: any
     weights_sha256: str = ""  # set after loading
     wanted_sha256: str = ""  # the hash that a resumed run requires; "": none is required
 
@@ -79,12 +76,6 @@ class Origin:
         ]
         if wrong:
             raise UsageError(f"train.init_from={self.path} is another model: {'; '.join(wrong)}. Leave these settings out")
-        if self.window is not None and config.model.seq_len > self.window:
-            raise UsageError(
-                f"model.seq_len={config.model.seq_len}, but the attention of {self.path} covers {self.window} tokens "
-                f"(sliding_window in its config.json), and mpidp's covers the whole context: set model.seq_len to at most "
-                f"{self.window}"
-            )
         rows = max(self.settings["vocab_size"], config.model.vocab_size)  # rows can be added: added_rows.py
         return config.with_values(model=self.settings | {"vocab_size": rows})
 
@@ -109,7 +100,7 @@ class Origin:
         width = getattr(shape, "model_dim", 0)
         return 8 * width * max(0, shape.vocab_size - int(self.settings["vocab_size"]))
 
-    def check_tokenizer(self, data: Path, used: bytes) -> None:
+    def check_tokenizer(self, data: Path | str, used: bytes) -> None:
         """Raise DataError unless `data` was prepared with the source's tokenizer (tokens may be added). Independent."""
         if self.tokenizer is not None and not tokens.extends(self.tokenizer, used):
             raise DataError(
@@ -127,7 +118,7 @@ class Origin:
             for name, p in model.named_parameters():
                 if not torch.isfinite(p).all():
                     whole = parts.part.global_name(name)
-                    whole = huggingface_name(whole) if isinstance(self.weights, ModelFolder) else whole
+                    whole = self.weights.stored_name(whole) if isinstance(self.weights, ModelFolder) else whole
                     raise DataError(
                         f"train.init_from={self.path}: the tensor {whole} has values that are nan or inf (as float32). The file "
                         "is damaged, or its training diverged: use another checkpoint"
@@ -177,7 +168,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         for note in folder.notes if world.rank == 0 else ():
             log.warning("note: %s", note)
         come_along = companions(path, (path / "tokenizer.json").is_file())
-        return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along, window=folder.window), path)
+        return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along), path)
     raise AssertionError
 
 
@@ -207,10 +198,8 @@ def _of_run(path: str, reader: Reader, world: MPI.Intracomm) -> Origin:
         settings = {key: saved.get(f"model.{key}", plain[f"model.{key}"]) for key in KEYS}
         settings["vocab_size"] = int(reader.meta["shape"]["vocab_size"])
     with raise_together(world):
-        come_along, window = companions(run / "hf", of_tokenizer=True), None
-        if "config.json" in come_along:
-            window = window_of(read_object(come_along["config.json"]), come_along["config.json"])
-    return _with_tokenizer(Origin(path, settings, reader, come_along=come_along, window=window), run)
+        come_along = companions(run / "hf", of_tokenizer=True)
+    return _with_tokenizer(Origin(path, settings, reader, come_along=come_along), run)
 
 
 def _with_tokenizer(origin: Origin, folder: Path) -> Origin:

@@ -87,6 +87,8 @@ class Job:
     def open_loader(self, batch: int) -> Loader:
         """Return a loader of this rank's micro-batches that begins with this batch. Independent."""
         plan = self.plan
+        for stream in filter(None, (plan.training, plan.validation)):  # a rank that waits for a server has not hung
+            stream.storage.report_waits(self.services.observers.progressed)
         resident = self.config.data.resident
         return Loader(plan.training, plan.sampler, self.micro_batches(), plan.device, batch, resident=resident)
 

@@ -100,6 +100,7 @@ def run_to_end(job: Job, stop: StopRequest, events: list[dict[str, Any]]) -> dic
         if not lost:  # after a failure they stay in use until the next job has its own
             stop.close()
             services.watchdog.close()
+            job.record.finish()
 
 
 def close(job: Job) -> None:

@@ -22,6 +22,7 @@ from mpidp.errors import CheckpointError, DataError, UsageError
 from mpidp.metrics.jsonl import read_lines
 from mpidp.runtime.log import counted
 from mpidp.runtime.observers import StepObserver
+from mpidp.storage.address import is_remote
 from mpidp.training.checkpoints import restore
 from mpidp.training.run_plan import plan
 
@@ -144,7 +145,7 @@ class Replay:
                 settings["train.init_from"] = options.base
             settings |= {f"train.{key}": value for key in ("device", "threads") if (value := getattr(options, key)) is not None}
             data = settings["data.path"] = options.data or settings["data.path"]
-            if not (Path(data) / "index.json").exists():
+            if not is_remote(data) and not (Path(data) / "index.json").exists():
                 raise DataError(f"{record.path} was trained on {data}, which holds no shards here: give --data DIR")
         with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):
             settings["run.dir"] = world.bcast(scratch, root=0)

@@ -22,7 +22,7 @@ from mpidp.data.sampler import Sampler
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.jsonl import MetricsFile, read_lines
-from mpidp.metrics.tensorboard import check_tensorboard
+from mpidp.metrics.track.table import check_trackers, trackers_of
 from mpidp.model.part import Part, check_split, part_of
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.model.starting import trained_sizes
@@ -34,6 +34,7 @@ from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import raise_together
+from mpidp.storage.remote import CacheOptions
 from mpidp.strategies.arrivals import Order, read_arrivals
 from mpidp.training import lr_schedule
 from mpidp.training.initial_weights import Origin, open_origin
@@ -146,8 +147,8 @@ class RunPlan:
         )
 
 
-def _open(path: str, split: str) -> TokenStream | None:
-    stream = TokenStream(path, split)
+def _open(path: str, split: str, cache: CacheOptions) -> TokenStream | None:
+    stream = TokenStream(path, split, cache)
     return stream if stream.num_tokens > 1 else None
 
 
@@ -166,11 +167,16 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         device = resolve_device(config.train.device, grid.everyone)
         dtype = resolve_dtype(config.train.dtype, device)
         check_compiler(config.train.compile, device)
-        check_tensorboard(config.metrics.tensorboard)
+        trackers = trackers_of(config.metrics.track, config.metrics.tensorboard)
+        if world.rank == 0:
+            check_trackers(trackers)
+            if config.metrics.tensorboard:
+                log.info("metrics.tensorboard=true is the earlier spelling of metrics.track=tensorboard")
         set_determinism(device, config.train.deterministic)
-        training = TokenStream(config.data.path, "train")
+        cache = CacheOptions(config.data.cache_dir, config.data.cache_gb, config.data.retry_seconds)
+        training = TokenStream(config.data.path, "train", cache)
         if "val" in training.index.splits:
-            validation = _open(config.data.path, "val")
+            validation = _open(config.data.path, "val", cache)
         for stream in (training, validation):
             if stream is not None:
                 stream.keep_apart(config.data.documents, config.model.seq_len)
@@ -186,7 +192,7 @@ def plan(config: Config, grid: Grid) -> RunPlan:
             if validation is not None:
                 evaluated = config.train.eval_tokens or validation.num_tokens
                 check_targets(validation, max(config.model.seq_len, evaluated))
-            used = training.index.tokenizer_bytes(training.path)
+            used = training.index.tokenizer_bytes(training.folder)
             if origin is not None:
                 origin.check_tokenizer(training.path, used)
         lanes = Lanes(config.train.global_batch, config.train.micro_batch, config.train.lanes)
@@ -206,7 +212,16 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         sampler = Sampler(
             training.num_tokens, config.model.seq_len, lanes, config.train.seed, config.data.order, training.token_bytes
         )
+        if world.rank == 0:
+            ahead = -(-lanes.num_lanes // grid.everyone.num_machines) * sampler.bytes_ahead
+            training.storage.check_room(min(ahead, training.num_tokens * training.token_bytes))
         resolved = resolve.resolve(config, sampler.steps_per_epoch, lanes, threads, device, dtype)
+    for stream in (training, validation):
+        if stream is not None:
+            found = world.allgather(stream.storage.versions)
+            with raise_together(world):
+                for files in found:
+                    stream.storage.expect(files)
     check_nccl(config.comm.gpu, device, grid.replicas)
     with raise_together(world):
         shape = resolve.model_shape(resolved, training.vocab_size)

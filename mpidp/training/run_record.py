@@ -1,8 +1,9 @@
-"""The record of a run: RUN/metrics.jsonl, TensorBoard files, and the facts in `start` lines and checkpoints."""
+"""The record of a run: RUN/metrics.jsonl, trackers, and the facts in `start` lines and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from mpidp.data.model_files import TEMPLATE, chat_templates_of
 from mpidp.data.special_tokens import FILE, read_special_tokens
 from mpidp.metrics.jsonl import MetricsFile
 from mpidp.metrics.progress import peak_flops
-from mpidp.metrics.tensorboard import Scalars
+from mpidp.metrics.track.sender import Trackers
+from mpidp.metrics.track.table import trackers_of
 from mpidp.model.shape import flops_per_token, num_parameters
 from mpidp.runtime.agreement import versions
 from mpidp.runtime.files import write_file
@@ -34,7 +36,7 @@ class RunRecord:
     facts: dict[str, Any]  # facts for the `start` line: hosts, versions, data, FLOPs
     state: RunState
     writes: bool  # whether this rank writes the files
-    tensorboard: bool
+    trackers: Sequence[str]
     file: MetricsFile | None = None  # open while the job runs
 
     def open(self) -> None:
@@ -42,7 +44,7 @@ class RunRecord:
         at = self.state.position
         if self.writes:
             latest = self.state.lines if self.state.recovered else None
-            also = Scalars(self.run_dir / "tensorboard", at.step) if self.tensorboard else None
+            also = Trackers(self.trackers, self._about(at.step)) if self.trackers else None
             self.file = MetricsFile(self.run_dir / "metrics.jsonl", at.step, at.batch, latest, also)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -61,10 +63,22 @@ class RunRecord:
         peak = self.facts["peak_flops_per_second"]
         return tokens_per_second * self.facts["flops_per_token"] / peak if peak else None
 
+    def _about(self, step: int) -> dict[str, Any]:
+        """Return the facts for the trackers, see metrics.track.tracked.TrackedRun."""
+        run_dir, config = self.run_dir.resolve(), self.meta["config"]
+        tags = [tag.strip() for tag in config["metrics.tags"].split(",") if tag.strip()]
+        return {"folder": str(run_dir / "track"), "name": run_dir.name, "project": config["metrics.project"], "tags": tags,
+                "step": step, "config": config}
+
     def close(self) -> None:
-        """Close the files. Independent."""
+        """Close the file, and send the trackers no more lines. Independent."""
         if self.file is not None:
             self.file.close()
+
+    def finish(self) -> None:
+        """Wait a limited time until the trackers have stored all lines. Independent."""
+        if self.file is not None and self.file.also is not None:
+            self.file.also.finish()
 
 
 def make_run_record(
@@ -89,12 +103,13 @@ def make_run_record(
         meta["init_from"] = before.meta["init_from"]
     if first and before is None:
         _write_files(plan, origin)
-    return RunRecord(plan.run_dir, meta, _facts(plan, model, machines, meta), state, first, config.metrics.tensorboard)
+    trackers = trackers_of(config.metrics.track, config.metrics.tensorboard)
+    return RunRecord(plan.run_dir, meta, _facts(plan, model, machines, meta), state, first, trackers)
 
 
 def _write_files(plan: RunPlan, origin: Origin | None) -> None:
     """Write the files of a new run. They include the tokenizer, so that the run can be used without its data."""
-    folder = plan.training.path
+    folder = plan.training.folder
     special = plan.training.index.special_tokens_bytes(folder)
     table = None if special is None else read_special_tokens(folder)
     write_file(plan.run_dir / "config.toml", to_toml(plan.config).encode())

@@ -127,9 +127,9 @@ def test_a_resumed_run_goes_on_without_the_timeline(ran: tuple[Ran, Ran, Path], 
 def test_tensorboard_that_is_not_here_is_said_before_the_first_step(
     shared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mpidp.metrics.tensorboard
+    import mpidp.metrics.track.table
 
-    monkeypatch.setattr(mpidp.metrics.tensorboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(mpidp.metrics.track.table.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install"):
         train_at(2, tiny(corpus(shared_folder), shared_folder / "without", metrics={"tensorboard": True}))
     polite_barrier(WORLD)

@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 NOT_INSTALLED = Path(sys.prefix, "not_installed.json")
+CONSTRAINTS = Path(sys.prefix, "constraints.txt")  # keeps the torch, numpy and transformers of .venv
 PIP = (
     sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary",
-    "--constraint", str(ROOT / "constraints.txt"),  # keeps the torch, numpy and transformers of .venv
+    "--constraint", str(CONSTRAINTS),
 )
 # These are installed without what they require: libraries of clouds, and versions of numpy, torch, transformers and dateutil that
 # differ from those of .venv. The few packages that they need are in requirements.txt.
@@ -28,6 +29,13 @@ LIMIT_SECONDS = 300.0  # of one call of pip: a package without a wheel may compi
 def lines() -> list[str]:
     """Return the requirements, without comments. Independent."""
     return [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def constraints() -> str:
+    """Return constraints.txt without the packages that requirements.txt pins to another version. Independent."""
+    pinned = {line.partition("==")[0].lower() for line in lines()}
+    kept = (ROOT / "constraints.txt").read_text().splitlines()
+    return "".join(f"{line}\n" for line in kept if line.partition("==")[0].lower() not in pinned)
 
 
 def pip(*words: str) -> str:
@@ -41,6 +49,7 @@ def pip(*words: str) -> str:
 
 
 def main() -> None:
+    CONSTRAINTS.write_text(constraints())
     alone = [line for line in lines() if line.partition("==")[0] in ALONE]
     others = [line for line in lines() if line not in alone]
     failed = {}

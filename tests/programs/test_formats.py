@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_tools.from_tokens import FromOptions, from_tokens
+from data_tools.prepare import prepare
 from data_tools.to_tokens import to_tokens
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
@@ -223,6 +224,16 @@ def test_a_shuffled_dataset_is_read_in_its_order(tmp_path: Path) -> None:
     made.save_to_disk(str(tmp_path / "d"))
     take("hf", tmp_path / "d", tmp_path / "out")
     assert documents_of(tmp_path / "out", "train") == made["input_ids"][:]
+
+
+def test_prepare_reads_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    datasets = needed("datasets")
+    made = datasets.Dataset.from_dict({"text": [f"text {i} " * (i % 4 + 1) for i in range(30)], "other": list(range(30))})
+    made.save_to_disk(str(tmp_path / "d"), num_shards=3)
+    made.to_json(str(tmp_path / "rows.jsonl"))
+    for name in ("d", "rows.jsonl"):
+        prepare(str(tmp_path / name), "byte", tmp_path / f"of_{name}", val_fraction=0.0, verbose=False)
+    assert documents_of(tmp_path / "of_d", "train") == documents_of(tmp_path / "of_rows.jsonl", "train")
 
 
 def test_bin_files_of_nanogpt_and_llmc_are_read_by_their_own_means(shards: Path, tmp_path: Path) -> None:  # noqa: F811

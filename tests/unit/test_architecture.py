@@ -24,30 +24,31 @@ CONTRACT = {
     "errors": "",
     "runtime": "errors",
     "model": "errors",
-    "data": EVERY,
+    "storage": EVERY,
+    "data": f"{EVERY} storage",
     "comm": EVERY,
-    "config": f"{EVERY} data model",
+    "config": f"{EVERY} data model storage",
     "metrics": EVERY,
-    "checkpoint": f"{EVERY} config model",
+    "checkpoint": f"{EVERY} config model storage",
     "reducers": f"{EVERY} checkpoint comm data",
     "parallel": f"{EVERY} checkpoint comm data model reducers",
     "strategies": f"{EVERY} c10d checkpoint comm config parallel reducers",
     "faults": f"{EVERY} comm parallel reducers",
     "hf": f"{EVERY} checkpoint data model",
     "inference": f"{EVERY} checkpoint comm data hf model parallel",
-    "training": f"{EVERY} checkpoint comm config data faults hf metrics model parallel reducers strategies",
+    "training": f"{EVERY} checkpoint comm config data faults hf metrics model parallel reducers strategies storage",
     "plan": f"{EVERY} checkpoint comm config data doctor hf metrics model parallel reducers strategies training",
     "report": f"{EVERY} config metrics",
     "doctor": f"{EVERY} comm config",
     "c10d": f"{EVERY} comm",
     "data_tools": f"{EVERY} data faults",
 }
-COMMANDS = {"__main__", "train", "evaluate", "generate", "export", "replay", "library"}
+COMMANDS = {"__main__", "train", "evaluate", "generate", "chat", "export", "replay", "library"}
 AT_THE_TOP = COMMANDS | {"__init__", "errors"}  # at most 12 files: a command or the public API
 C10D = {"mpidp.strategies.sharded"}  # the only part of training that uses torch.distributed, inside a function, on demand
 
 # Packages and modules without MPI, and without torch and MPI. `python -m mpidp.train --help` works on a login node.
-NO_MPI = {"mpidp.model", "mpidp.data", "mpidp.config", "mpidp.report", "mpidp.metrics", "mpidp.hf"}
+NO_MPI = {"mpidp.model", "mpidp.data", "mpidp.storage", "mpidp.config", "mpidp.report", "mpidp.metrics", "mpidp.hf"}
 NO_TORCH = {
     "mpidp.errors", "mpidp.runtime.environment", "mpidp.runtime.command", "mpidp.runtime.files", "mpidp.runtime.log",
     "mpidp.runtime.options", "mpidp.report",
@@ -201,10 +202,10 @@ def test_tools_leave_torch_and_mpi_alone_until_they_run() -> None:
 
 
 QUIET = [
-    "mpidp", "mpidp.config.schema", "mpidp.runtime.command", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.export",
-    "mpidp.errors", "mpidp.data.lanes", "mpidp.reducers.tree_order", "mpidp.parallel.schedule", "mpidp.training.balance",
-    "mpidp.faults.inject", "mpidp.plan.__main__", "mpidp.replay", "mpidp.doctor.__main__", "mpidp.report.__main__",
-    "mpidp.__main__", "data_tools.prepare",
+    "mpidp", "mpidp.config.schema", "mpidp.runtime.command", "mpidp.train", "mpidp.evaluate", "mpidp.generate", "mpidp.chat",
+    "mpidp.export", "mpidp.errors", "mpidp.data.lanes", "mpidp.reducers.tree_order", "mpidp.parallel.schedule",
+    "mpidp.training.balance", "mpidp.faults.inject", "mpidp.plan.__main__", "mpidp.replay", "mpidp.doctor.__main__",
+    "mpidp.report.__main__", "mpidp.__main__", "data_tools.prepare",
 ]
 
 
@@ -255,7 +256,7 @@ def test_what_training_runs_is_small() -> None:
     for module in C10D:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
-    assert sum(lines_of_code(names[module]) for module in seen) < 14500
+    assert sum(lines_of_code(names[module]) for module in seen) < 17000
     assert sum(map(lines_of_code, MPIDP)) < 24000
 
 

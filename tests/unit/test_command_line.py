@@ -94,8 +94,8 @@ def test_only_the_module_of_the_command_is_imported() -> None:
 
 SHARED = {  # option: the commands that have it
     "--data": {"evaluate", "replay", "doctor"},
-    "--tokenizer": {"prepare", "convert", "evaluate", "generate"},
-    "--out": {"prepare", "convert", "generate", "export", "report"},
+    "--tokenizer": {"prepare", "convert", "evaluate", "generate", "chat"},
+    "--out": {"prepare", "convert", "evaluate", "generate", "chat", "export", "report"},
     "--json": {"evaluate", "replay", "plan ranks", "plan methods", "plan mesh", "doctor"},
     "--ranks": {"plan ranks", "plan methods", "plan mesh"},
 }
@@ -167,7 +167,7 @@ def test_new_spellings_need_no_note(module: str, words: list[str], capsys: pytes
 @pytest.mark.parametrize(("module", "words", "why"), [
     ("mpidp.export", ["run"], "--out DIR"), ("mpidp.export", ["run", "a", "--out", "b"], "once, with --out"),
     ("data_tools.convert", ["--to", "megatron", "shards"], "--out PATH"),
-    ("mpidp.evaluate", ["run", "--tokenizer", "t"], "--tokenizer works only with --text or --choices"),
+    ("mpidp.evaluate", ["run", "--tokenizer", "t"], "--tokenizer works only with --text, --choices or --tasks"),
     ("mpidp.train", ["--dry-run=1"], "dry-run"), ("mpidp.train", ["--dry"], "--dry has no value"),
     ("mpidp.train", ["a.toml", "b.toml"], "a.toml: "),
 ])

@@ -21,7 +21,7 @@ from mpidp.model.options import DEFAULTS as OPTIONS
 
 # Changing an option requires a deliberate edit of this list: users' files and scripts contain these names.
 KEYS = """
-data.path data.verify data.order data.resident data.documents
+data.path data.cache_dir data.cache_gb data.retry_seconds data.verify data.order data.resident data.documents
 model.kind model.options model.num_layers model.num_heads model.num_kv_heads model.model_dim model.hidden_dim model.seq_len
 model.dropout
 model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
@@ -43,7 +43,7 @@ comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
 mesh.tp mesh.pp mesh.dp mesh.interleave mesh.sequence mesh.shard
 run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
 faults.min_ranks faults.respawn
-metrics.timeline metrics.kernels metrics.tensorboard metrics.energy
+metrics.timeline metrics.kernels metrics.track metrics.project metrics.tags metrics.tensorboard metrics.energy
 energy.grams_per_kwh energy.price_per_node_hour
 """
 

@@ -23,13 +23,14 @@ from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import evaluate
 from mpidp.export import export
 from mpidp.hf import tokens
-from mpidp.hf.folder import EMBEDDING, HEAD, ModelFolder
-from mpidp.hf.names import config_of, settings_of, shape_of, window_of
+from mpidp.hf.folder import ModelFolder
+from mpidp.hf.names import config_of, settings_of, shape_of
 from mpidp.training.initial_weights import open_origin
 from tests.tiny import WORLD, text, train_at
 from tests.unit.test_hf import begun, llama, reader_of
 
 T = 16
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -151,30 +152,22 @@ def test_a_weight_too_large_for_the_dtype_is_named(
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 
-def test_a_context_above_the_window_is_refused(shards: Path, tmp_path: Path) -> None:
-    it = saved(tmp_path / "it", "mistral", shards)
-    for window, fits in ((None, T), (T, T), (T - 1, T - 1)):
-        change_config(it, sliding_window=window)
-        for seq_len in (fits, fits + 1):
-            origin = open_origin(config := begun(shards, it, tmp_path, model={"seq_len": seq_len}), WORLD)
-            assert origin is not None
-            if window is None or seq_len <= window:
-                assert origin.completed(config).model.seq_len == seq_len
-                continue
-            with pytest.raises(UsageError, match=rf"covers {window} tokens .sliding_window.*model.seq_len to at most {window}"):
-                origin.completed(config)
-    assert window_of(MISTRAL, "it") == MistralConfig().sliding_window == 4096
-    for config in (MISTRAL | {"sliding_window": None}, {"architectures": ["LlamaForCausalLM"]}):
-        assert window_of(config, "it") is None
+def test_a_window_of_mistral_is_a_setting() -> None:
+    """Without the field, the window is that of transformers."""
+    config = json.loads(llama("mistral").config.to_json_string(use_diff=False)) | MISTRAL
+    assert settings_of({key: value for key, value in config.items() if key != "sliding_window"}, "it")["window"] == 4096
+    assert MistralConfig().sliding_window == 4096 and settings_of(config | {"sliding_window": 7}, "it")["window"] == 7
+    assert settings_of(config | {"sliding_window": None}, "it")["window"] == 0
 
 
 @pytest.mark.parametrize("before", [MISTRAL, MISTRAL | {"sliding_window": 64}])
-def test_an_export_has_no_window_below_its_context(before: dict[str, Any]) -> None:
-    """Runs of earlier versions could be trained beyond the window."""
-    settings = settings_of(json.loads(llama("mistral").config.to_json_string(use_diff=False)), "it")
+def test_an_export_has_the_window_of_the_run(before: dict[str, Any]) -> None:
+    """Runs of earlier versions had no window."""
+    settings = settings_of(json.loads(llama("mistral").config.to_json_string(use_diff=False)) | MISTRAL, "it")
     made = config_of(shape_of(settings, 8192), "float32", {}, before)
     assert made["sliding_window"] is None and made["max_position_embeddings"] == 8192
-    assert config_of(shape_of(settings, 64), "float32", {}, before).get("sliding_window", 4096) in (64, 4096)
+    windowed = config_of(shape_of(settings | {"window": 64}, 8192), "float32", {}, before)
+    assert windowed["sliding_window"] == 64
 
 
 NUMBERS = (-1, 0, 0.5, 2**31, 1e308, float("inf"), float("nan"))
@@ -182,7 +175,7 @@ ODD = (None, True, *NUMBERS, "", "x", "4", [], [1], [None], {}, {"a": 1}, {"a": 
 
 
 def test_odd_values_in_a_config_are_refused_with_words(it: Path) -> None:
-    config = json.loads((it / "config.json").read_text()) | {"sliding_window": None, "rope_scaling": None, "rope_theta": 1e4}
+    config = json.loads((it / "config.json").read_text()) | {"rope_scaling": None, "rope_theta": 1e4}
     nested = [("rope_parameters", key) for key in ("rope_type", "rope_theta", "factor", "type", "partial_rotary_factor")]
     for key in [*config, *nested, ("rope_scaling", "factor"), ("rope_scaling", "original_max_position_embeddings")]:
         for value in ODD:
@@ -235,7 +228,7 @@ def test_links_that_lead_out_are_refused(it: Path, shards: Path, tmp_path: Path)
 
 
 def test_other_files_of_the_tokenizer_come_along_and_code_does_not(it: Path, shards: Path, tmp_path: Path) -> None:
-    change_config(it, auto_map={"AutoModelForCausalLM": "somebody/code--model.Own"}, my_key=3)
+    change_config(it, auto_map={"AutoModelForCausalLM": "somebody/code--model.Own"}, task_specific_params={"a": 3})
     (it / "tokenizer.model").write_bytes(b"\x0a\xff")
     (it / "additional_chat_templates").mkdir()
     (it / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
@@ -244,7 +237,7 @@ def test_other_files_of_the_tokenizer_come_along_and_code_does_not(it: Path, sha
     for name in ("tokenizer.model", "additional_chat_templates/rag.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (it / name).read_bytes()
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["my_key"] == 3 and "auto_map" not in config
+    assert config["task_specific_params"] == {"a": 3} and "auto_map" not in config
 
 
 def test_a_source_may_be_spelled_otherwise_or_move(

@@ -19,9 +19,9 @@ from mpidp.data.tokenizer import ByteTokenizer, Tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.evaluate import evaluate, evaluate_choices, evaluate_text
 from mpidp.evaluate import read_options as evaluate_options
-from mpidp.generate import _write as write_rows
 from mpidp.generate import generate, read_options
 from mpidp.inference.chats import read_chats, rendered, template_of
+from mpidp.inference.generation import write_rows
 from mpidp.inference.loading import open_model
 from tests.tiny import WORLD, train_at
 from tests.unit.small_tokenizers import byte_level, sentencepiece

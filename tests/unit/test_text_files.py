@@ -152,10 +152,46 @@ def test_deep_nesting_is_malformed_at_most(tmp_path: Path, depth: int) -> None:
     assert found[-1] == "y" and len(found) + counts.malformed == 2
 
 
-def test_an_arrow_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.arrow").write_bytes(b"\xff\xff\xff\xff\0\0")
-    with pytest.raises(DataError, match="Arrow file: write it as"):
-        read(tmp_path / "a.arrow", alone=True)
+def arrow(path: Path, stream: bool = True, **columns: object) -> Path:
+    import pyarrow
+    import pyarrow.ipc
+
+    table = pyarrow.table(columns)
+    with (pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return path
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_rows_of_arrow_files(tmp_path: Path, stream: bool) -> None:
+    """Both kinds, with more rows than are read at once; a row without text is malformed."""
+    texts = [f"text {i}" if i % 50 else None for i in range(1, 250)]
+    found, counts = read(arrow(tmp_path / "a.arrow", stream, text=texts, other=list(range(249))))
+    assert found == [text for text in texts if text] and counts.malformed == 4
+
+
+def test_arrow_files_without_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no column `text`, only input_ids; .*become shards with mpidp convert --from hf"):
+        read(arrow(tmp_path / "a.arrow", input_ids=[[1]]), alone=True)
+    (tmp_path / "b.arrow").write_bytes(b"\xff\xff\xff\xff\0\0")
+    with pytest.raises(DataError, match="is not a readable arrow file"):
+        read(tmp_path / "b.arrow", alone=True)
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    """The Arrow files that state.json names are read, no others, and no file that describes the dataset."""
+    for name in ("data-0.arrow", "data-1.arrow", "cache-1.arrow"):
+        arrow(tmp_path / name, text=[name])
+    (tmp_path / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert [f.name for f in find_files(str(tmp_path), tmp_path / "out")[0]] == ["data-0.arrow", "data-1.arrow"]
+    (tmp_path / "data-1.arrow").unlink()
+    with pytest.raises(DataError, match="data-1.arrow is missing, but state.json lists it"):
+        find_files(str(tmp_path), tmp_path / "out")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="does not list the files of a dataset"):
+        find_files(str(tmp_path), tmp_path / "out")
 
 
 def test_plain_text_is_not_doubted(tmp_path: Path) -> None:
@@ -319,14 +355,14 @@ def test_a_source_with_nothing_but_a_linked_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [
-    ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], ["index.json", "shard.00000.mds"],
+    ["dataset_dict.json"], ["token_ids_part_0000.npy"], ["index.json", "shard.00000.mds"],
     ["index.json", "shard.00000.mds.zstd"], ["index.json", "chunk-0-0.bin"], ["0.ds", "0.ds.metadata"], ["a.bin", "a.idx"],
 ])
 def test_datasets_that_are_no_text_are_refused(tmp_path: Path, names: list[str]) -> None:
     (tmp_path / "d/train").mkdir(parents=True)
     for name in names:
         (tmp_path / "d/train" / name).write_text("{}")
-    with pytest.raises(DataError, match="which mpidp cannot read. Convert it to text first"):
+    with pytest.raises(DataError, match="which prepare does not read: (give the folder|if its samples|mpidp convert --from)"):
         find_files(str(tmp_path / "d"), tmp_path)
 
 

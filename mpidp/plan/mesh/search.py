@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpidp.data.index import read_index
+from mpidp.data.shard_folder import open_index
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.progress import peak_flops
 from mpidp.plan.mesh.memory import Memory, ModelSizes, Shape, Work, largest
@@ -81,7 +81,7 @@ def vocab_size_of(values: Mapping[str, Any]) -> int:
     """Return the vocabulary size of a configuration {section.key: value}, or else that of its data. Raises UsageError if the
     configuration has none and the data cannot be read. Independent."""
     try:
-        return int(values.get("model.vocab_size", 0)) or read_index(Path(str(values.get("data.path")))).vocab_size
+        return int(values.get("model.vocab_size", 0)) or open_index(str(values.get("data.path"))).vocab_size
     except DataError as error:
         raise UsageError(f"the vocabulary size is not known: give --vocab, or data that can be read: {error}") from error
 

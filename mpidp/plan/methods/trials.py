@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpidp.config.schema import Config
-from mpidp.data.index import read_index
+from mpidp.data.shard_folder import open_index
 from mpidp.doctor import network
 from mpidp.errors import MpidpError, Stopped, UsageError
 from mpidp.metrics.jsonl import read_lines
@@ -95,7 +95,7 @@ def compare_methods(config: Config, options: TrialOptions, world: MPI.Intracomm)
         config = config if origin is None else origin.completed(config)
     cluster, where = find_cluster(config, options, world)
     with raise_together(world):
-        vocab_size = read_index(Path(config.data.path)).vocab_size
+        vocab_size = open_index(config.data.path).vocab_size
         lanes = lanes_of(config)
         if cluster.ranks > lanes.num_lanes:
             raise UsageError(

@@ -1,0 +1,66 @@
+"""Encode texts with a Hugging Face tokenizer: first with the `tokenizers` library, then with tiktoken if its ids are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mpidp.data.fast_bpe import FastBPE, NotEqual
+from mpidp.data.long_text import Placed, joined
+
+CHARACTERS = 2**19  # encoded by the library before tiktoken starts, and CHARACTERS_PER_TOKEN for each token of the vocabulary:
+CHARACTERS_PER_TOKEN = 64  # with less text, the checks would take longer than tiktoken saves
+
+
+class BatchEncoder:
+    """Encodes texts. The results do not depend on which program computes them. Special tokens in the texts stay plain text.
+
+    engine: which program encodes now, and why; "" for little text.
+    """
+
+    def __init__(self, text: str, library: Any) -> None:
+        """text: the contents of a tokenizer.json; library: the same tokenizer in the library `tokenizers`."""
+        self.engine = ""
+        self._text, self._library = text, library
+        self._left = CHARACTERS + CHARACTERS_PER_TOKEN * library.get_vocab_size()
+        self._fast: FastBPE | None = None
+
+    def batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text, int64 (n,). Independent."""
+        if self._fast is not None:
+            try:
+                return self._fast.encode_batch(texts)
+            except NotEqual as reason:
+                self._stop(reason)
+        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        found = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        self._count(texts, found)
+        return found
+
+    def placed(self, text: str) -> Placed:
+        """Return the ids of a text, and the characters of each id. Independent."""
+        if self._fast is not None:
+            try:
+                return self._fast.placed(text)
+            except NotEqual as reason:
+                self._stop(reason)
+        found = joined([(0, self._library.encode(text, add_special_tokens=False))])
+        self._count([text], [found.ids])
+        return found
+
+    def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
+        """Count the characters of texts that the library encoded. After enough of them, start tiktoken and compare its ids."""
+        before, self._left = self._left, self._left - sum(map(len, texts))
+        if before > 0 >= self._left:
+            try:
+                fast = FastBPE(self._text, self._library)
+                if not all(map(np.array_equal, fast.encode_batch(texts), found)):
+                    raise NotEqual("the ids of a sample differ")
+                self._fast, self.engine = fast, "tiktoken"
+            except NotEqual as reason:
+                self._stop(reason)
+
+    def _stop(self, reason: NotEqual) -> None:
+        self._fast, self.engine = None, f"the tokenizers library ({reason})"

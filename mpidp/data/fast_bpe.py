@@ -1,0 +1,192 @@
+"""Encode text with tiktoken, with the ids that the `tokenizers` library gives. tiktoken needs about a sixth of the CPU time.
+
+This is done only if the ids are provably equal. Both programs split a text into words with a regular expression, and apply
+byte-pair encoding to each word.
+
+- The merges: tiktoken joins any two neighbours whose joined bytes are a token, and `tokenizers` joins only the pairs in its list.
+  Both join the pair of lowest rank first. The results are equal if, for each token, the last pair that tiktoken joins within
+  this token's bytes is in the list: until the last join, a token's bytes are encoded independently of their neighbours.
+- The words: the two engines can have different versions of Unicode. So each character is compared, in several contexts, the
+  first time that it occurs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mpidp.data.long_text import Placed
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PATTERNS = (  # of a Split in the tokenizer.json of Llama 3 and Qwen 2; both programs read them alike
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # of a character
+KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+         "ignore_merges", "vocab", "merges"}
+
+
+class NotEqual(Exception):
+    """tiktoken would give other ids, or this is not known. The message is the reason."""
+
+
+class FastBPE:
+    """A byte-level BPE tokenizer that is computed by tiktoken."""
+
+    def __init__(self, text: str, library: Any) -> None:
+        """text: the contents of a tokenizer.json; library: the same tokenizer in the library `tokenizers`. Raises NotEqual."""
+        try:
+            import tiktoken
+        except ImportError:
+            raise NotEqual("tiktoken is not installed: pip install 'mpidp[data]'") from None
+        parsed = json.loads(text)
+        self._library, self._seen = library, np.zeros(0x110000, dtype=bool)
+        pairs = _pairs_of_tokens(parsed)
+        ranks = {bytes([byte]): byte for byte in range(256)} | {token: rank for rank, token in enumerate(pairs, 256)}
+        check_pairs(pairs, ranks)
+        added = {token["content"] for token in parsed.get("added_tokens") or ()}
+        by_bytes = {_bytes(name): i for name, i in parsed["model"]["vocab"].items() if name not in added}
+        if by_bytes.keys() != ranks.keys():
+            raise NotEqual("some of its tokens are neither bytes nor results of merges")
+        self._ids = np.array([by_bytes[token] for token in ranks], dtype=np.int64)
+        self._lengths = np.zeros(max(by_bytes.values()) + 1, dtype=np.int64)  # bytes of each id
+        for token, i in by_bytes.items():
+            self._lengths[i] = len(token)
+        self._pattern = _pattern(parsed)
+        self._core = tiktoken.Encoding("mpidp", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={})._core_bpe
+        self._check_characters("".join(map(chr, range(128))))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts, with several threads. Raises NotEqual if a character is not treated alike. Independent."""
+        for text in texts:
+            if not text.isascii():
+                self._check_characters(text)
+        return list(map(self._encode, texts) if self._threads is None else self._threads.map(self._encode, texts))
+
+    def placed(self, text: str) -> Placed:
+        """Encode a text; return its ids with the characters of each. Raises NotEqual as encode_batch(). Independent."""
+        ids = self.encode_batch([text])[0]
+        stops = np.cumsum(self._lengths[ids])  # in bytes
+        starts = stops - self._lengths[ids]
+        data = np.frombuffer(text.encode(), dtype=np.uint8)
+        character = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte: UTF-8 continues a character with bytes 10xxxxxx
+        return Placed(ids, character[starts], character[stops - 1] + 1)
+
+    @cached_property
+    def _words(self) -> Any:
+        """An encoding with the same words, in which each pair of bytes is a token."""
+        import tiktoken
+
+        return tiktoken.Encoding("words", pat_str=self._pattern, mergeable_ranks=_pairs(), special_tokens={})
+
+    @cached_property
+    def threads(self) -> int:
+        """The number of threads: that of the library `tokenizers`."""
+        if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "off", "no", "f", "n", "0"):
+            return 1
+        named = os.environ.get("RAYON_NUM_THREADS", "")
+        return int(named) if named.isdigit() and int(named) else len(os.sched_getaffinity(0))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor | None:
+        return ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def _encode(self, text: str) -> np.ndarray:
+        found: np.ndarray = self._ids[np.array(self._core.encode_ordinary(text), dtype=np.int64)]
+        return found
+
+    def _check_characters(self, text: str) -> None:
+        """Compare the words of both programs for the characters of a text that are new. Raises NotEqual."""
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        new = np.unique(codes[~self._seen[codes]])
+        if not len(new):
+            return
+        sample = "".join(context.format(chr(code)) for code in new.tolist() for context in CONTEXTS)
+        words = [_bytes(word) for word, _ in self._library.pre_tokenizer.pre_tokenize_str(sample)]
+        ids = [i for word in words for i in self._words._core_bpe.encode_single_piece(word)]
+        if ids != self._words.encode_ordinary(sample):  # each pair of bytes is a token, so other words give other ids
+            raise NotEqual(f"a character of {chr(new[0])!r} to {chr(new[-1])!r} is in another word")
+        self._seen[new] = True
+
+
+def check_pairs(pairs: Mapping[bytes, Collection[tuple[bytes, bytes]]], ranks: Mapping[bytes, int]) -> None:
+    """Raise NotEqual if, for some token, tiktoken joins last a pair that is not in the list of this token. Pure."""
+    for word, listed in pairs.items():
+        parts = [bytes([byte]) for byte in word]
+        while len(parts) > 2:
+            found = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts))]
+            rank, i = min(found)
+            if rank >= ranks[word]:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if tuple(parts) not in listed:
+            raise NotEqual(f"the token {word!r} is reached by different merges")
+
+
+def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, bytes]]]:
+    """Return the pairs that are merged to each token, in the order of their ranks. A tokenizer that was converted from tiktoken
+    has several pairs of the same rank. Raises NotEqual if it is not plain byte-level BPE."""
+    model = parsed["model"]
+    plain = {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}
+    if model.get("type") != "BPE" or model.keys() - KNOWN or any(model.get(key) for key in plain) or parsed.get("normalizer"):
+        raise NotEqual("the tokenizer is not plain byte-level BPE")
+    if any(not token.get("special") for token in parsed.get("added_tokens") or ()):
+        raise NotEqual("the tokenizer has added tokens that are not special tokens")
+    found: dict[bytes, list[tuple[bytes, bytes]]] = {}
+    last = b""
+    for merge in model["merges"]:
+        one, other = map(_bytes, merge.split(" ") if isinstance(merge, str) else merge)
+        if one + other != last and one + other in found:
+            raise NotEqual(f"the merges to {one + other!r} have different ranks")
+        last = one + other
+        found.setdefault(last, []).append((one, other))
+    return found
+
+
+def _pattern(parsed: dict[str, Any]) -> str:
+    """Return tiktoken's pattern for the pre-tokenizer. Raises NotEqual if it is none of the known ones."""
+    found = parsed.get("pre_tokenizer") or {}
+    steps = found.get("pretokenizers", []) if found.get("type") == "Sequence" else [found]
+    last = steps[-1] if steps else {}
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if len(steps) == 1 and last.get("use_regex", True):
+            return GPT2
+        if len(steps) == 2 and not last.get("use_regex", True):
+            split = steps[0]
+            pattern = str((split.get("pattern") or {}).get("Regex"))
+            is_plain = (split.get("type"), split.get("behavior"), split.get("invert")) == ("Split", "Isolated", False)
+            if is_plain and pattern in PATTERNS:
+                return pattern
+    raise NotEqual("its pre-tokenizer is not one of the known ones")
+
+
+def _pairs() -> dict[bytes, int]:
+    """Return a vocabulary of all bytes and all pairs of bytes. Pure."""
+    single = {bytes([byte]): byte for byte in range(256)}
+    return single | {bytes(divmod(number, 256)): 256 + number for number in range(65536)}
+
+
+def byte_names() -> list[str]:
+    """Return the character of each byte in byte-level BPE (GPT-2): its own character if printable, else one from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+BYTE_OF = {name: byte for byte, name in enumerate(byte_names())}
+
+
+def _bytes(name: str) -> bytes:
+    """Return the bytes of a token. Raises NotEqual if the token is not made of the characters of byte-level BPE."""
+    try:
+        return bytes(BYTE_OF[character] for character in name)
+    except KeyError:
+        raise NotEqual(f"the token {name!r} is not a token of byte-level BPE") from None

@@ -1,0 +1,66 @@
+"""The record batches of .parquet and .arrow files, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mpidp.data.row_fields import shown_name
+from mpidp.errors import DataError, UsageError
+
+WITH_COLUMNS = ("parquet", "arrow")  # the kinds of files that are read by columns (text_files.py)
+BATCH_ROWS = 64
+TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token ids
+
+
+@contextmanager
+def reading_columns(path: str, kind: str) -> Iterator[None]:
+    """Convert pyarrow's errors into a DataError that names the file. Raises UsageError if pyarrow is missing. Independent."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise UsageError(f"{path}: reading .{kind} needs pyarrow: pip install 'mpidp[data]'") from None
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a name of a column
+        raise DataError(f"{path} is not a readable {kind} file ({error}); replace or remove it") from None
+
+
+def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[Any]:
+    """Yield pyarrow's record batches of at most BATCH_ROWS rows, in a context of reading_columns.
+
+    kind: "parquet" or "arrow": an Arrow stream, as save_to_disk of Hugging Face's datasets writes it, or an Arrow file. columns:
+    those to read; empty: all. Raises DataError if a column is missing, and pyarrow's errors. Independent.
+    """
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if kind == "parquet":
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _check_columns(path, table.schema_arrow.names, columns)
+            yield from table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) or None)
+        return
+    with pyarrow.memory_map(path) as mapped:
+        for batch in _batches(pyarrow, mapped):
+            _check_columns(path, batch.schema.names, columns)
+            selected = batch.select(list(columns) or batch.schema.names)
+            yield from (selected.slice(at, BATCH_ROWS) for at in range(0, batch.num_rows, BATCH_ROWS))
+
+
+def _batches(pyarrow: Any, mapped: Any) -> Iterator[Any]:
+    if mapped.read(6) == b"ARROW1":
+        file = pyarrow.ipc.open_file(mapped)
+        yield from (file.get_batch(i) for i in range(file.num_record_batches))
+    else:
+        mapped.seek(0)
+        yield from pyarrow.ipc.open_stream(mapped)
+
+
+def _check_columns(path: str, names: Collection[str], wanted: Collection[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            there = ", ".join(map(shown_name, names))
+            tokens = "; token ids become shards with mpidp convert --from hf" if set(TOKENS) & set(names) else ""
+            raise DataError(f"{path} has no column `{name}`, only {there}; rename one of them to `{name}`, or name it with "
+                            f"--text-key{tokens}")

@@ -1,0 +1,161 @@
+"""Where shards are: a local folder, or a folder at an address such as s3://bucket/prefix (mpidp/storage).
+
+Both give the same things: copies of the small files in a local folder, and for each shard a file that HDF5 can open, views of its
+datasets, checksums, and reading ahead.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpidp.data.checksums import checksums, checksums_of
+from mpidp.data.index import Index, read_index
+from mpidp.errors import UsageError
+from mpidp.storage.address import is_remote
+from mpidp.storage.ranges import RemoteArray, RemoteFile, RemoteReader
+from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions, RemoteFolder
+from mpidp.storage.store import Version
+
+
+class Slices(Protocol):
+    """A vector in a file. A slice of it is an array."""
+
+    def __getitem__(self, places: slice, /) -> np.ndarray: ...
+
+
+class Shard(Protocol):
+    """One file of a folder of shards. Independent."""
+
+    size: int
+    is_regular: bool
+
+    def source(self) -> Any:
+        """Return what h5py.File opens. Independent."""
+
+    def view(self, dtype: np.dtype[Any], offset: int, count: int) -> Slices:
+        """Return a vector that begins at byte `offset`. Independent."""
+
+    def advise(self, begin: int, size: int) -> None:
+        """Have bytes [begin, begin + size) read ahead. Returns immediately. Independent."""
+
+    def checksums(self) -> tuple[str, str]:
+        """Return (crc32, sha256) of the file, in hexadecimal. Independent."""
+
+    def forget(self) -> None:
+        """Drop what is cached of the file, because its checksum is wrong. Independent."""
+
+
+class LocalShard:
+    """A file on a local disk, mapped into memory at its first view. Raises OSError if it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        status = os.stat(path)
+        self.size, self.is_regular = status.st_size, S_ISREG(status.st_mode)
+        self._path = path
+        self._map: mmap.mmap | None = None
+
+    def source(self) -> Path:
+        """See Shard. Independent."""
+        return self._path
+
+    def view(self, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray:
+        """See Shard. Independent."""
+        return np.frombuffer(self._mapped(), dtype, count=count, offset=offset)
+
+    def advise(self, begin: int, size: int) -> None:
+        """See Shard. Independent."""
+        page = begin - begin % mmap.PAGESIZE
+        self._mapped().madvise(mmap.MADV_WILLNEED, page, begin + size - page)
+
+    def checksums(self) -> tuple[str, str]:
+        """See Shard. Independent."""
+        return checksums(self._path)
+
+    def forget(self) -> None:
+        """See Shard. Independent."""
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            with open(self._path, "rb") as raw:
+                self._map = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._map
+
+
+class RemoteShard:
+    """A file at an address. Its bytes are read through the cache."""
+
+    is_regular = True
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self.size = file, file.size
+
+    def source(self) -> RemoteReader:
+        """See Shard. Independent."""
+        return RemoteReader(self._file)
+
+    def view(self, dtype: np.dtype[Any], offset: int, count: int) -> RemoteArray:
+        """See Shard. Independent."""
+        return RemoteArray(self._file, dtype, offset, count)
+
+    def advise(self, begin: int, size: int) -> None:
+        """See Shard. Independent."""
+        self._file.advise(begin, size)
+
+    def checksums(self) -> tuple[str, str]:
+        """See Shard. Independent."""
+        return checksums_of(io.BufferedReader(RemoteReader(self._file)))
+
+    def forget(self) -> None:
+        """See Shard. Independent."""
+        self._file.forget()
+
+
+class LocalShards:
+    """A local folder of shards. path: the folder, for messages; local: the folder of index.json and tokenizer.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = self.local = folder
+        self.versions: Mapping[str, Version] = {}  # see RemoteFolder
+
+    def open(self, name: str) -> LocalShard:
+        """Open a shard. Raises OSError if it is missing. Independent."""
+        return LocalShard(self.path / name)
+
+    def expect(self, versions: Mapping[str, Version]) -> None:
+        """See RemoteFolder. Independent."""
+
+    def check_room(self, size: int) -> None:
+        """See RemoteFolder. Independent."""
+
+    def report_waits(self, on_wait: Callable[[], None]) -> None:
+        """See RemoteFolder. Independent."""
+
+
+class RemoteShards(RemoteFolder):
+    """A folder of shards at an address. See RemoteFolder."""
+
+    def open(self, name: str) -> RemoteShard:
+        """Open a shard. Raises FileNotFoundError if it is missing, and DataError if the server fails. Independent."""
+        return RemoteShard(self.open_file(name))
+
+
+def open_folder(path: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> LocalShards | RemoteShards:
+    """Open a folder of shards. Raises UsageError if an address is not valid, and DataError if its server fails. Independent."""
+    if isinstance(path, str) and is_remote(path):
+        return RemoteShards(path, cache)
+    if str(path).startswith(("s3:/", "gs:/", "az:/", "http:/", "https:/")):
+        raise UsageError(f"{path} is not an address: write two slashes, as in s3://bucket/prefix")
+    return LocalShards(Path(path))
+
+
+def open_index(path: str) -> Index:
+    """Return the index of a folder of shards. Raises UsageError and DataError as open_folder() and read_index(). Independent."""
+    return read_index(open_folder(path).local, shown=path)

@@ -1,0 +1,143 @@
+"""How fields of config.json become options of the model, and back: the building blocks of families.py. Pure, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any, NoReturn
+
+from mpidp.errors import DataError
+
+Options = dict[str, Any]  # settings of section model, without the prefix
+MOST = 2**31 - 1
+ACTIVATIONS = {  # the options by the names in transformers; the first name of each option is written
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu2": "relu2",
+}
+
+
+class Given:
+    """A config.json that is read. where: its path, for error messages."""
+
+    def __init__(self, config: Mapping[str, Any], where: object) -> None:
+        self.config, self.where = config, where
+
+    def refuse(self, message: str) -> NoReturn:
+        """Raise DataError with the path before the message. Pure."""
+        raise DataError(f"{self.where}: {message}")
+
+    def number(self, key: str, kind: type = int, default: float | None = None, most: float = MOST) -> Any:
+        """Return a positive number. A missing key, or null, means the default. Raises DataError. Pure."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if value is None:
+            self.refuse(f"{key} is missing: the file is damaged, or belongs to another kind of model")
+        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not plain or not 0 < value <= most or kind(value) != value:
+            self.refuse(
+                f"{key}={short(value)} must be a positive {'integer' if kind is int else 'number'} of at most {most:,}"
+            )
+        return kind(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a truth value. A missing key means the default, null means false. Raises DataError. Pure."""
+        value = self.config.get(key, default)
+        value = False if value is None else value
+        if not isinstance(value, bool):
+            self.refuse(f"{key}={short(value)} must be true or false")
+        return value
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some fields of config.json that determine some options of the model.
+
+    read: returns the options; it gets the options of the fields before it. write: returns the fields for all options of a model;
+    what it cannot express is found when the result is read again.
+    """
+
+    keys: tuple[str, ...]
+    options: tuple[str, ...]
+    read: Callable[[Given, Options], Options]
+    write: Callable[[Options], dict[str, Any]]
+
+
+def size(key: str, option: str, default: Callable[[Options], int] | None = None, most: int = MOST) -> Field:
+    """Return the field of a positive integer. default: computes the value of a missing or null field; None: it is required."""
+
+    def read(given: Given, found: Options) -> Options:
+        return {option: given.number(key, int, None if default is None else default(found), most)}
+
+    return Field((key,), (option,), read, lambda options: {key: options[option]})
+
+
+def number(
+    key: str, option: str, default: float, into: Callable[[float, Options], float] = lambda value, _: value,
+    back: Callable[[float, Options], float] = lambda value, _: value, most: float = 2.0**62,
+) -> Field:
+    """Return the field of a positive number. into, back: convert its value to the option and back."""
+
+    def read(given: Given, found: Options) -> Options:
+        return {option: float(into(given.number(key, float, default, most), found))}
+
+    return Field((key,), (option,), read, lambda options: {key: back(options[option], options)})
+
+
+def cap(key: str, option: str, default: float | None) -> Field:
+    """Return the field of a soft-cap. null means none, which is 0 in the option."""
+
+    def read(given: Given, found: Options) -> Options:
+        value = given.config.get(key, default)
+        return {option: 0.0 if value is None else given.number(key, float, default, 2.0**62)}
+
+    return Field((key,), (option,), read, lambda options: {key: options[option] or None})
+
+
+def flag(key: str, default: bool, on: Options, off: Options) -> Field:
+    """Return the field of a truth value that stands for several options."""
+
+    def write(options: Options) -> dict[str, Any]:
+        return {key: any(options[name] == value != off[name] for name, value in on.items())}
+
+    return Field((key,), tuple(on), lambda given, found: dict(on if given.flag(key, default) else off), write)
+
+
+def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -> Field:
+    """Return the field of the activation. names: the options by the names that the family accepts."""
+
+    def read(given: Given, found: Options) -> Options:
+        name = given.config.get(key, default)
+        if not isinstance(name, str) or name not in names:
+            given.refuse(f"{key}={short(name)} is not supported: mpidp's Transformer has {', '.join(names)}")
+        return {"activation": names[name]}
+
+    def write(options: Options) -> dict[str, Any]:
+        fits = [name for name, option in names.items() if option == options["activation"]]
+        return {key: default if default in fits else (fits or [options["activation"]])[0]}
+
+    return Field((key,), ("activation",), read, write)
+
+
+def implied(option: str, value: Callable[[Options], Any]) -> Field:
+    """Return an option that no field has, because the other options determine it."""
+    return Field((), (option,), lambda given, found: {option: value(found)}, lambda options: {})
+
+
+def tied(default: bool) -> Field:
+    """Return tie_word_embeddings."""
+    return flag("tie_word_embeddings", default, {"tie_embeddings": True}, {"tie_embeddings": False})
+
+
+def head_dim(default: int = 0) -> Field:
+    """Return head_dim. default: the family's head size; 0: hidden_size / num_attention_heads."""
+
+    def read(given: Given, found: Options) -> Options:
+        return {"head_dim": given.number("head_dim", default=default or found["model_dim"] // found["num_heads"] or None)}
+
+    return Field(("head_dim",), ("head_dim",), read, lambda options: {"head_dim": head_size(options)})
+
+
+def head_size(options: Mapping[str, Any]) -> int:
+    """Return the size of a head. Pure."""
+    return int(options.get("head_dim", 0) or options["model_dim"] // options["num_heads"])

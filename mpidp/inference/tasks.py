@@ -1,0 +1,127 @@
+"""Load tasks of EleutherAI's evaluation harness (lm-eval), by name or from a folder of task files. Runs on one rank."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mpidp.errors import DataError, UsageError
+
+FEW_SHOT_SEED = 1234  # the harness's own default
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What to evaluate on. names: tasks, groups or tags of the harness, or of task files in `folder` ("": none)."""
+
+    names: Sequence[str]
+    folder: str = ""
+    few_shot: int | None = None  # examples before each question; None: as the task says
+    limit: int = 0  # items per task; 0: all
+    chat: bool = False  # whether prompts are chats, in the model's chat template
+    system: str | None = None  # the system message of these chats
+    code: bool = False  # whether task files in `folder` may name Python functions, which are then called
+
+
+def harness() -> Any:
+    """Import the harness. Raises UsageError if it is not installed. Independent."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a process that uses MPI must not fork
+    try:
+        import datasets
+        import lm_eval.api.model
+        import lm_eval.api.task
+        import lm_eval.evaluator
+        import lm_eval.tasks
+        import lm_eval.utils
+        import tqdm
+    except ImportError as error:
+        raise UsageError(f"evaluation tasks need lm-eval, which cannot be imported ({error}): pip install 'mpidp[evaluation]'"
+                         ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():  # progress bars are for terminals
+        datasets.disable_progress_bars()
+        lm_eval.api.task.tqdm = partial(tqdm.tqdm, disable=True)
+    return lm_eval
+
+
+def load_tasks(options: TaskOptions) -> dict[str, Any]:
+    """Load the tasks and their data. Return {"tasks": {name: task}, "groups": {name: group}, ...} as the harness does.
+
+    The harness's own tasks are read only if a name is not in `folder`, because this takes seconds. Raises UsageError if a name is
+    unknown, and DataError if a task or its data cannot be read. Independent.
+    """
+    library = harness()
+    if options.folder:
+        _check_folder(Path(options.folder), options.code)
+    found: dict[str, Any] | None = None
+    if options.folder:
+        with suppress(KeyError):  # a name, or a member of a group, is one of the harness's own
+            found = _load(library, options, own_alone=True)
+    if found is None:
+        try:
+            found = _load(library, options, own_alone=False)
+        except KeyError as error:
+            where = f"the task files of {options.folder}" if options.folder else "local task files (none are given: --tasks-dir)"
+            raise UsageError(f"task {''.join(error.args)} is neither in {where} nor a task of lm-eval") from None
+    for name, task in found["tasks"].items():
+        if options.few_shot is not None and task.get_config("num_fewshot") != 0:  # 0 in a task file cannot be overridden
+            task.set_config(key="num_fewshot", value=options.few_shot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UsageError(f"task {name} runs code that the model writes; it is not supported")
+    return found
+
+
+def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]:
+    try:
+        manager = library.tasks.TaskManager(include_path=options.folder or None, include_defaults=not own_alone)
+        missing = [name for name in options.names if name not in manager.task_index]
+        if missing:
+            raise KeyError(f"{missing[0]!r}")
+        found: dict[str, Any] = manager.load(list(options.names))
+        return found
+    except KeyError:
+        raise
+    except Exception as error:
+        problem = f"tasks {','.join(options.names)} cannot be loaded ({type(error).__name__}: {error})"
+        raise DataError(f"{problem}; offline, data must be in the cache of the package datasets, or in local task files "
+                        "(--tasks-dir)") from None
+
+
+def _check_folder(folder: Path, code: bool) -> None:
+    """Check the task files of a folder and the files that they include. Raises UsageError if there is no task file, or if one
+    names Python functions that may not be called, and DataError if one cannot be read or is not YAML."""
+    import yaml
+
+    waiting, seen = sorted(folder.rglob("*.yaml")), set[Path]()
+    if not waiting:
+        raise UsageError(f"--tasks-dir {folder}: it has no task file (*.yaml)")
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        try:
+            events = list(yaml.parse(file.read_text(), yaml.SafeLoader))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise DataError(f"{file} is not a readable YAML file: {' '.join(str(error).split())}") from None
+        scalars = [event for event in events if isinstance(event, yaml.ScalarEvent)]
+        functions = [str(event.value) for event in events if getattr(event, "tag", None) is not None and not _is_plain(event.tag)]
+        if functions and not code:
+            raise UsageError(f"{file} names Python code ({functions[0]}), which is not called: read it, and add --allow-code")
+        included = [after.value for before, after in itertools.pairwise(scalars) if before.value == "include"]
+        waiting += [path for name in included if (path := file.parent / str(name)).is_file()]
+
+
+def _is_plain(tag: str) -> bool:
+    return tag == "!" or (tag.startswith("tag:yaml.org,2002:") and "python" not in tag)

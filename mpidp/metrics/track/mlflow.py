@@ -1,0 +1,73 @@
+"""Writes to MLflow: the database RUN/track/mlflow.db, unless MLFLOW_TRACKING_URI names another place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
+
+PER_CALL = {"metrics": 1000, "params": 100, "tags": 100}  # the most entries of one call of log_batch
+DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "GIT_PYTHON_REFRESH": "quiet"}
+
+
+class MlflowTracker:
+    """See tracked.Tracker. MLflow would keep both values of a step, so a step is written once."""
+
+    purges = False
+
+    def __init__(self, run: TrackedRun) -> None:
+        for name, value in DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        place = os.environ.get("MLFLOW_TRACKING_URI", "")
+        self._client = MlflowClient(tracking_uri=place or f"sqlite:///{run.folder}/mlflow.db")
+        if "run_id" not in run.state:
+            experiment = self._experiment(run, "" if place else f"{run.folder}/mlartifacts")
+            run.state["run_id"] = self._client.create_run(experiment, run_name=run.name).info.run_id
+        self._id = run.state["run_id"]
+        self._client.update_run(self._id, status="RUNNING")
+        self._params(run.config)
+        self._tags({f"tag.{tag}": "true" for tag in run.tags})
+
+    def _experiment(self, run: TrackedRun, artifacts: str) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.project
+        found = self._client.get_experiment_by_name(name)
+        return found.experiment_id if found is not None else self._client.create_experiment(name, artifacts or None)
+
+    def _params(self, config: Mapping[str, Any]) -> None:
+        """Store the settings as parameters. MLflow does not change a parameter: a setting that a later job changes is a tag."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._id).data.params
+        self._batches("params", [Param(key, str(value)) for key, value in config.items() if key not in known])
+        self._tags({f"resumed.{key}": str(value) for key, value in config.items() if known.get(key, str(value)) != str(value)})
+
+    def _tags(self, tags: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        self._batches("tags", [RunTag(key, str(value)) for key, value in tags.items()])
+
+    def _batches(self, kind: str, entries: Sequence[Any]) -> None:
+        rest = iter(entries)
+        while some := list(islice(rest, PER_CALL[kind])):
+            self._client.log_batch(self._id, **{kind: some})
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self._batches("metrics", list(_metrics(lines)))
+        for line in lines:
+            self._tags({f"{line['event']}.{key}": value for key, value in facts_of(line).items()} if "event" in line else {})
+
+    def close(self, ended: bool) -> None:
+        self._client.set_terminated(self._id, status="FINISHED" if ended else "KILLED")
+
+
+def _metrics(lines: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    from mlflow.entities import Metric
+
+    for line in lines:
+        for name, value in scalars_of(line).items():
+            yield Metric(name, value, round(1000 * line.get("unix_seconds", 0.0)), int(line["step"]))

@@ -1,0 +1,208 @@
+"""The process of one tracker: `python -m mpidp.metrics.track.process NAME LOG PATIENCE_SECONDS FINISH_SECONDS`.
+
+It reads JSON lines from standard input: first the TrackedRun, then lines of the run; the end of the input ends the process. The
+training only writes to the pipe, so a tracker that is slow, hangs, raises or crashes cannot delay it. What the tracker prints
+goes to LOG; warnings go to the standard error of the run, one at most for each kind. A call that lasts PATIENCE_SECONDS is a
+warning. FINISH_SECONDS after the end of the input, the process ends even if a call does not return.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mpidp.metrics.track.tracked import TrackedRun, Tracker, kind_of
+from mpidp.runtime.files import write_file
+
+MAX_LINES = 10_000  # lines that wait for a slow tracker; later ones are left out
+MAX_BATCH = 200  # lines of one call
+BATCH_SECONDS = 1.0  # lines are collected for this long
+ADVICE = "training goes on; metrics.jsonl has all numbers"
+
+
+class Warnings:
+    """Prints each warning once, on the standard error of the run."""
+
+    def __init__(self, name: str, stream: Any, seconds: float) -> None:
+        """seconds: the time of a call until a warning."""
+        self._name, self._stream, self._seconds, self._said = name, stream, seconds, set[str]()
+
+    def say(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            with suppress(OSError, ValueError):
+                print(f"warning: metrics.track={self._name}: {text}; {ADVICE}", file=self._stream, flush=True)
+
+    @contextmanager
+    def patience(self, what: str) -> Iterator[None]:
+        """Warn if the body takes long."""
+        text = f"{what} has taken {self._seconds:g} s and is not done"
+        timer = threading.Timer(self._seconds, self.say, ("slow", text))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+class Inbox:
+    """The lines of the run. A thread reads them, so that the pipe never fills."""
+
+    def __init__(self, stream: Any, seconds: float, overdue: Callable[[], None]) -> None:
+        """overdue: called this many seconds after the end of the input."""
+        self._stream, self._seconds, self._overdue = stream, seconds, overdue
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.left_out = 0
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for raw in self._stream:
+            with suppress(ValueError):  # a line that the death of the run cut
+                line = json.loads(raw)
+                if self._lines.qsize() < MAX_LINES:
+                    self._lines.put(line)
+                else:
+                    self.left_out += 1
+        self._lines.put(None)
+        time.sleep(self._seconds)
+        self._overdue()
+
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the lines that arrive within BATCH_SECONDS, until the end of the input."""
+        while (line := self._lines.get()) is not None:
+            batch, until = [line], time.monotonic() + BATCH_SECONDS
+            while len(batch) < MAX_BATCH:
+                try:
+                    line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+                except queue.Empty:
+                    break
+                if line is None:
+                    self._lines.put(None)
+                    break
+                batch.append(line)
+            yield batch
+
+    def first(self) -> dict[str, Any] | None:
+        """Return the first line, or None if the input is empty."""
+        return self._lines.get()
+
+
+class State:
+    """RUN/track/NAME.json: the id of the run, and the last step of each kind of line that was written. A lock makes a job
+    wait for the process of an earlier job, which may still be writing."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        """seconds: how long to wait for the lock."""
+        self.path, self._lock = path, open(path.with_suffix(".lock"), "ab")  # noqa: SIM115
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        self.values: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            found = json.loads(path.read_text())
+            self.values = found if isinstance(found, dict) and isinstance(found.get("id"), str) else {}
+        self.values.setdefault("id", os.urandom(4).hex())
+        last = self.values.get("last")
+        self.last: dict[str, int] = {k: v for k, v in last.items() if isinstance(v, int)} if isinstance(last, dict) else {}
+
+    def save(self, batch: list[dict[str, Any]]) -> None:
+        """Store the steps of a batch that was written."""
+        for line in batch:
+            self.last[kind_of(line)] = max(self.last.get(kind_of(line), -1), line["step"])
+        write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
+
+
+def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
+    """Open the tracker and pass lines on until the input ends. Return the exit code. Independent."""
+    inbox = Inbox(stream, seconds, lambda: os._exit(3))
+    about = inbox.first()
+    if about is None:
+        return 0
+    path = Path(about["folder"]) / f"{name}.json"
+    what = "opening the tracker"
+    try:
+        with warnings.patience(what):
+            state = State(path, seconds + 5.0)
+            before, run = dict(state.last), TrackedRun(**about, state=state.values)
+            module = importlib.import_module(f"mpidp.metrics.track.{name}")
+            tracker: Tracker = getattr(module, f"{name.capitalize()}Tracker")(run)
+            state.save([])
+    except BaseException as error:  # noqa: BLE001 - a tracker may also raise SystemExit
+        warnings.say("failed", f"{what} failed ({_short(error)})")
+        return 1
+    waiting: list[dict[str, Any]] = []
+    ended, failures, next_try = False, 0, 0.0
+    what = "a call of the tracker"
+    for batch in inbox.batches():
+        waiting += [one for one in batch if tracker.purges or one["step"] > before.get(kind_of(one), -1)]
+        ended = ended or any(one.get("event") == "end" for one in batch)
+        if len(waiting) > MAX_LINES:
+            inbox.left_out += len(waiting) - MAX_LINES
+            waiting = waiting[-MAX_LINES:]
+        if time.monotonic() < next_try:
+            continue
+        with warnings.patience(what):
+            try:
+                tracker.write(waiting)
+                state.save(waiting)
+                waiting, failures = [], 0
+            except Exception as error:  # noqa: BLE001
+                failures += 1
+                next_try = time.monotonic() + min(60.0, 2.0**failures)
+                warnings.say("failed", f"{what} failed ({_short(error)}), and is repeated")
+    try:
+        if waiting:
+            tracker.write(waiting)
+            state.save(waiting)
+        tracker.close(ended)
+    except Exception as error:  # noqa: BLE001
+        warnings.say("failed", f"{what} failed ({_short(error)})")
+    if inbox.left_out:
+        warnings.say("left out", f"{inbox.left_out} lines came too fast and were left out")
+    return 0
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def main() -> None:
+    """Run the process of the tracker that the command line names. Independent."""
+    name, log_path, patience, finish = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends them to all processes of a job; the run ends the input
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):
+        os.nice(10)
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # a rank may be bound to one core
+    stream, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(2), "w", errors="replace")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with suppress(OSError):
+        log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    code = serve(name, stream, Warnings(name, said, float(patience)), float(finish))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # skips the exit handlers of the tracker, which may hang
+
+
+if __name__ == "__main__":
+    main()

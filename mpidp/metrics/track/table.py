@@ -1,0 +1,37 @@
+"""The table of trackers, programs that store and plot metrics. A new tracker is a new row, and a file beside this one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+
+from mpidp.errors import UsageError
+
+PACKAGES = {  # by tracker, the packages that it needs; without the last two, mlflow can write to a server only
+    "trackio": ("trackio",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",),
+}  # fmt: skip
+
+
+def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
+    """Return the names of the trackers in metrics.track, which is a comma list, without repetitions. Pure.
+
+    tensorboard: metrics.tensorboard, the earlier setting for one tracker. Raises UsageError if a name is not in the table.
+    """
+    names = [name.strip() for name in track.split(",") if name.strip()]
+    for name in names:
+        if name not in PACKAGES:
+            near = difflib.get_close_matches(name.lower(), PACKAGES, n=1, cutoff=0.0)[0]
+            raise UsageError(f"metrics.track={track}: {name!r} is not one of {', '.join(PACKAGES)}; did you mean {near!r}?")
+    return list(dict.fromkeys([*names, *["tensorboard"] * tensorboard]))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UsageError if the package of a tracker is not installed. Imports none of them. Independent."""
+    for name, package in ((tracker, package) for tracker in names for package in PACKAGES[tracker]):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # a folder wandb/ without __init__.py has a spec, but no origin
+            raise UsageError(
+                f"metrics.track={name}, but the package {package} is not installed: pip install 'mpidp[track-{name}]', or "
+                f"remove {name} from metrics.track (metrics.jsonl has the same numbers)"
+            )

@@ -1,0 +1,76 @@
+"""What a tracker receives: the facts of a run, then batches of lines with the scalars of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+LEFT_OUT = ("step", "unix_seconds")
+TEXTS = ("event", "reason", "weights_sha256", "why")  # fields with text that a tracker may show
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The facts of a run."""
+
+    folder: str  # RUN/track, for the files of the trackers
+    name: str  # the name of the folder RUN
+    project: str
+    tags: Sequence[str]
+    step: int  # the last step before this job; the job computes later steps, again or for the first time
+    config: Mapping[str, Any]  # section.key: value of all settings
+    state: dict[str, Any] = field(default_factory=dict)  # stored in RUN/track/TRACKER.json; `id` is the same in all jobs of a run
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.folder).parent
+
+
+class Tracker(Protocol):
+    """A run in a tracker. An exception of a method is a warning, and the run goes on."""
+
+    purges: bool  # whether a step that is written again replaces the first one; if not, it is left out
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Open the run, or continue it."""
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Store the scalars of these lines. After an exception, the same lines are given again, with later ones."""
+
+    def close(self, ended: bool) -> None:
+        """Store the rest. ended: whether the run has reached its end; if not, it may be resumed."""
+
+
+def compact(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a line of metrics.jsonl that trackers use: scalars and short texts; of a `start` line also the facts,
+    as section.name. Pure."""
+    found = {key: value for key, value in line.items() if key in TEXTS or _is_number(value)}
+    if line.get("event") == "start":
+        for key, value in line.items():
+            if isinstance(value, dict):
+                found |= {f"{key}.{name}": one for name, one in value.items() if isinstance(one, (str, int, float))}
+    return found
+
+
+def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scalars of a line: steps/NAME, or val/NAME in the line of an evaluation. An event has none. Pure."""
+    if "event" in line:
+        return {}
+    return {f"{kind_of(line)}/{key}": value for key, value in line.items() if key not in LEFT_OUT and _is_number(value)}
+
+
+def kind_of(line: Mapping[str, Any]) -> str:
+    """Return the kind of a line: steps, val or events. Pure."""
+    return "events" if "event" in line else "val" if "val_loss" in line else "steps"
+
+
+def facts_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a `start` line (versions, hosts, ranks) or of an `end` line (reason, val_loss, hash of the weights); of
+    another line none. Pure."""
+    return {k: v for k, v in line.items() if k not in (*LEFT_OUT, "event")} if line.get("event") in ("start", "end") else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,34 @@
+"""Writes to trackio: its database in RUN/track/trackio, unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
+
+
+class TrackioTracker:
+    """See tracked.Tracker. trackio continues the run with the same name, so the name includes the id of the run."""
+
+    purges = False
+
+    def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("TRACKIO_DIR", f"{run.folder}/trackio")  # trackio reads it when it is imported
+        import trackio
+
+        config = dict(run.config) | ({"tags": ", ".join(run.tags)} if run.tags else {})
+        name = f"{run.name}-{run.state['id']}"
+        self._run: Any = trackio.init(project=run.project, name=name, config=config, resume="allow", embed=False)
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:
+            values: dict[str, Any] = dict(scalars_of(line))
+            if line.get("event") == "end":
+                values = {f"end/{key}": value for key, value in facts_of(line).items()}
+            if values:
+                self._run.log(values, step=int(line["step"]))
+
+    def close(self, ended: bool) -> None:
+        self._run.finish()

@@ -1,0 +1,38 @@
+"""Writes to Weights & Biases: offline in RUN/track/wandb, unless the environment names a server (`wandb sync` sends it later)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
+
+SERVER = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE")  # with one of these variables, wandb decides about the mode
+
+
+class WandbTracker:
+    """See tracked.Tracker. The steps of a run in wandb only grow, so a step is written once."""
+
+    purges = False
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        offline = not any(os.environ.get(name) for name in SERVER)
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or run.project, id=run.state["id"], resume="allow",
+            name=os.environ.get("WANDB_NAME") or run.name, dir=os.environ.get("WANDB_DIR") or run.folder,
+            mode="offline" if offline else None, config=dict(run.config), tags=list(run.tags),
+            settings=wandb.Settings(console="off"),
+        )
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:
+            if values := scalars_of(line):
+                self._run.log(values, step=int(line["step"]))
+            if facts := facts_of(line):
+                self._run.summary.update({f"{line['event']}/{key}": value for key, value in facts.items()})
+
+    def close(self, ended: bool) -> None:
+        self._run.finish(exit_code=0 if ended else 1)

@@ -1,0 +1,1 @@
+"""Files in object storage and on web servers: addresses, stores, retries, and a bounded local cache. No MPI."""

@@ -1,0 +1,74 @@
+"""Addresses of folders in object storage (s3://bucket/prefix) and on web servers (https://host/folder).
+
+An address must not contain credentials: it is written to config.toml, checkpoints, metrics and messages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.IGNORECASE | re.DOTALL)
+_USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s]*@")
+_QUERY = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\",;)]*")
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING")
+_WHERE = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials", "http": "~/.netrc", "https": "~/.netrc",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS", "az": "AZURE_STORAGE_CONNECTION_STRING",
+}
+
+
+class Address(str):
+    """The address of a folder or a file. `address / name` is the address of a file in the folder."""
+
+    def __truediv__(self, name: str) -> Address:
+        return Address(f"{self.rstrip('/')}/{name}")
+
+    @property
+    def protocol(self) -> str:
+        """The part before ://, in lower case."""
+        return self.partition("://")[0].lower()
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path is an address such as s3://bucket/prefix. Pure."""
+    return isinstance(path, str) and _ADDRESS.fullmatch(path) is not None
+
+
+def credentials_from(protocol: str) -> str:
+    """Return in words where the credentials of a protocol are read from. Pure."""
+    return _WHERE.get(protocol, "the environment, as the documentation of the protocol's package describes")
+
+
+def named(name: str, address: str) -> str:
+    """Return how an error names an address: NAME=ADDRESS if it is the value of a setting, without secrets. Pure."""
+    return f"{name}={without_secrets(address)}" if name else without_secrets(address)
+
+
+def address_problems(name: str, path: str) -> Iterator[str]:
+    """Yield what is wrong with an address, without its secrets. name: its setting, or an empty text. Pure."""
+    found = _ADDRESS.fullmatch(path)
+    if found is None:
+        return
+    protocol, rest = found[1].lower(), found[2]
+    host = rest.partition("/")[0]
+    if "@" in host or "@" in rest.partition(":")[2]:
+        yield (f"{named(name, path)}: an address must not contain a user name or a password, because it is written to "
+               f"config.toml and to messages. They are read from {credentials_from(protocol)} (an @ in a path of http is %40)")
+    elif "?" in rest or "#" in rest:
+        yield (f"{named(name, path)}: an address must not contain ? or #. Signed addresses are not supported; "
+               f"credentials are read from {credentials_from(protocol)}")
+    elif not host and protocol not in ("memory", "file"):
+        yield f"{named(name, path)}: an address needs a {'host' if protocol in ('http', 'https') else 'bucket'}, as in s3://bucket/prefix"
+
+
+def without_secrets(text: str) -> str:
+    """Return the text without the user names, passwords and queries of addresses, and without the secret values of the
+    environment. Independent."""
+    text = _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+    for name in _SECRETS:
+        if len(value := os.environ.get(name, "")) >= 8:
+            text = text.replace(value, "***")
+    return text

@@ -1,0 +1,121 @@
+"""A folder that fsspec opens: Google and Azure storage, and others. fsspec's packages are imported on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import IO, Any
+
+from mpidp.errors import UsageError
+from mpidp.storage.address import Address, credentials_from, named
+from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
+
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+PIECE = 8 << 20  # bytes written at a time
+
+
+def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:
+    """Return (fsspec's filesystem, the folder in it). Raises UsageError if the package of the protocol is missing, or if there
+    is no such protocol. Independent."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(address, use_listings_cache=False, **options)
+    except ImportError:
+        extra = "'mpidp[remote]'"
+        package = PACKAGES.get(address.protocol, extra)
+        needs = f"pip install {package}" if address.protocol not in PACKAGES else f"pip install {extra} {package}"
+        raise UsageError(
+            f"{named(name, address)}: {address.protocol}:// needs a package that is not installed: {needs}"
+        ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}); known are s3, gs, az, http and "
+            "https, and others of fsspec"
+        ) from None
+
+
+class FilesystemStore:
+    """A folder that fsspec opens. See Store. A range and its version are two requests, because fsspec has no request for both."""
+
+    def __init__(self, address: Address, name: str) -> None:
+        self.address = address
+        self._system, self._root = open_filesystem(address, name)
+
+    def version(self, name: str) -> Version:
+        """See Store. Independent."""
+        found = self._ask("info", self._path(name))
+        return Version(int(found["size"]), self._tag(found))
+
+    def read(self, name: str, start: int, stop: int, version: Version) -> bytes:
+        """See Store. Independent."""
+        data = self._ask("cat_file", self._path(name), start=start, end=stop)
+        if (now := self.version(name)) != version:
+            raise Changed(f"it was replaced on the server ({now.size:,} bytes, before {version.size:,})")
+        return checked_length(data, start, stop)
+
+    def write(self, name: str, content: IO[bytes], size: int) -> None:
+        """See Store. Independent."""
+        path = self._path(name)
+        if self.address.protocol == "file":
+            self._ask("makedirs", path.rpartition("/")[0], exist_ok=True)
+        file = self._ask("open", path, "wb")
+        try:
+            left = size
+            while left > 0 and (piece := content.read(min(PIECE, left))):
+                file.write(piece)
+                left -= len(piece)
+            file.close()
+        except Exception as error:
+            _discard(file)
+            raise self._translated(error) from None
+        if (found := self.version(name).size) != size:
+            raise Unreachable(f"{found:,} of {size:,} bytes were written")
+
+    def names(self, folder: str) -> list[str]:
+        """See Store. Independent."""
+        try:
+            found = self._ask("find", self._path(folder))
+        except Missing:
+            return []
+        root = self._root.rstrip("/") + "/"
+        return sorted(path.removeprefix(root) for path in found)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """See Store. Independent."""
+        for name in names:
+            try:
+                self._ask("rm_file", self._path(name))
+            except Missing:
+                continue
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _tag(self, found: dict[str, Any]) -> str:
+        """Return what changes when a file is replaced. The names of the fields differ between protocols."""
+        keys = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
+        return "; ".join(str(found[key]) for key in keys if key in found)
+
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return getattr(self._system, method)(*arguments, **options)
+        except Exception as error:
+            raise self._translated(error) from None
+
+    def _translated(self, error: Exception) -> Exception:
+        """Return the store's exception for one of fsspec."""
+        if isinstance(error, (Unreachable, Refused)):
+            return error
+        if isinstance(error, FileNotFoundError):
+            return Missing("there is no such file")
+        if isinstance(error, PermissionError):
+            return Refused(f"no access ({error}): credentials are read from {credentials_from(self.address.protocol)}")
+        return Unreachable(f"{type(error).__name__}: {error}")
+
+
+def _discard(file: Any) -> None:
+    """Give up a file that is not complete, so that closing it does not store it."""
+    try:
+        file.discard()
+    except Exception:  # not every filesystem has it; the size in the manifest shows that the file is not complete
+        file.closed = True

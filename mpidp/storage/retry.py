@@ -1,0 +1,81 @@
+"""Requests that are tried again: pauses that double, with jitter, up to a limit of time, and one line that names the server."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from mpidp.errors import DataError
+from mpidp.runtime.log import log
+from mpidp.storage.address import without_secrets
+from mpidp.storage.store import Missing, Refused, Unreachable
+
+T = TypeVar("T")
+FIRST_SECONDS = 20.0  # limit as long as the server has never answered: the address may be wrong
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two tries
+QUIET_SECONDS = 30.0  # at most one warning in this time
+
+
+class Retries:
+    """Makes the requests of one store. Thread-safe. Independent."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: how long a failing request is tried again."""
+        self.seconds = seconds
+        self.failures = 0  # number of failed tries
+        self._answered = False
+        self._warned_at = -QUIET_SECONDS
+        self._on_wait: Callable[[], None] = lambda: None
+        self._closed = threading.Event()
+        self._random = random.Random()  # not the global generator: the training may use it
+
+    def report_waits(self, on_wait: Callable[[], None]) -> None:
+        """Call on_wait about every second during a pause between two tries, and after each answer. Independent."""
+        self._on_wait = on_wait
+
+    def close(self) -> None:
+        """End the pauses: a request that fails is not tried again. Independent."""
+        self._closed.set()
+
+    def call(self, where: str, request: Callable[[], T]) -> T:
+        """Return request(). Raises Missing, and DataError with the place, the reason and the number of tries. Independent."""
+        began, pause, tries = time.monotonic(), FIRST_PAUSE, 0
+        while True:
+            try:
+                result = request()
+            except Missing:
+                self._answered = True
+                raise
+            except Refused as error:
+                raise DataError(f"{where}: {without_secrets(str(error))}") from None
+            except Unreachable as error:
+                tries, reason = tries + 1, without_secrets(str(error))
+                self.failures += 1
+            else:
+                self._answered = True
+                self._on_wait()
+                if tries > 1:
+                    log.info("%s answers again: %d tries, %.0f s", where, tries + 1, time.monotonic() - began)
+                return result
+            limit, spent = self.seconds if self._answered else min(FIRST_SECONDS, self.seconds), time.monotonic() - began
+            if spent + pause > limit or self._closed.is_set():
+                raise DataError(f"{where}: {reason}; gave up after {tries} tries in {spent:.0f} s (data.retry_seconds="
+                                f"{self.seconds:g}). Nothing is lost: start the same command again when the server answers")
+            if tries > 1:
+                self._warn(f"warning: {where}: {reason}; try {tries} failed, trying again for up to {limit - spent:.0f} s")
+            self._pause(pause * (0.5 + self._random.random()))
+            pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _warn(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._warned_at >= QUIET_SECONDS:
+            self._warned_at = now
+            log.warning("%s", line)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._closed.wait(min(1.0, left)):
+            self._on_wait()
