@@ -33,6 +33,7 @@ DATASETS = (
     ("*.bin", "*.idx", "token files of Megatron-LM", "mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
     ("token_ids_part_*.npy", "*", "token files of OLMo", "mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
 )
+CACHED = "cache-*.arrow"  # results that datasets keeps beside a dataset
 SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a dataset that save_to_disk wrote
 
 
@@ -137,7 +138,7 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
         return names
     path = os.path.join(folder, SAVED)
     if SAVED not in names:
-        return [name for name in names if name not in ABOUT]
+        return [name for name in names if name not in ABOUT and not fnmatch(name, CACHED)]
     try:
         with open_regular(path) as file:
             listed = [str(one["filename"]) for one in parse_json(file.read(MAX_STATE_BYTES))["_data_files"]]

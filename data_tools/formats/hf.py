@@ -23,6 +23,7 @@ from data_tools.formats.stream import SplitTokens, whole_documents
 from mpidp.errors import DataError
 
 STATE, DICT = "state.json", "dataset_dict.json"
+CACHED = ("cache-", "tmp")  # names of files that datasets leaves beside a dataset
 SPLITS = {"train": "train", "val": "validation"}  # the names of the splits in Hugging Face's datasets
 
 
@@ -35,7 +36,8 @@ def find(source: Path, remarks: list[str]) -> list[SourcePart]:
         return [SourcePart(path, part.split) for part in parts for path in _saved(part.path)]
     if (source / STATE).is_file():
         return [SourcePart(path) for path in _saved(source)]
-    return in_splits(files_in(source, "*.parquet", "*.arrow"), source, remarks)
+    found = [path for path in files_in(source, "*.parquet", "*.arrow") if not path.name.startswith(CACHED) or path == source]
+    return in_splits(found, source, remarks)
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -78,7 +78,7 @@ def checked(config: Config) -> Config:
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("set only one of train.steps, train.tokens and train.epochs")
     problems += rules.problems(config.flat())
-    for name in ("data.path", "train.init_from"):
+    for name in ("data.path", "run.mirror", "train.init_from"):
         problems += address_problems(name, config.flat()[name])
     plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]

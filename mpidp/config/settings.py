@@ -236,6 +236,7 @@ class RunSettings:
         ("auto", "never", "must"),
     )
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
+    mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
         60.0, "end the job with exit code 6 if it makes no progress for this long (and 20 usual steps); 0: off", "s", low=0.0,
     )

@@ -43,6 +43,7 @@ def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[A
         return
     with pyarrow.memory_map(path) as mapped:
         for batch in _batches(pyarrow, mapped):
+            batch.validate(full=True)  # offsets in a damaged file may point outside it
             _check_columns(path, batch.schema.names, columns)
             selected = batch.select(list(columns) or batch.schema.names)
             yield from (selected.slice(at, BATCH_ROWS) for at in range(0, batch.num_rows, BATCH_ROWS))

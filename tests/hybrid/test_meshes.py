@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mpi4py import MPI
 
 import mpidp.evaluate
 import mpidp.generate
 from mpidp.config.schema import Config
 from mpidp.errors import UsageError
-from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.model.shape import TransformerShape
 from mpidp.parallel.grid import make_grid
 from mpidp.plan.mesh.memory import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, step_of
 from mpidp.training.step import compute
+from tests.hybrid.gradients import assert_gradients
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -102,31 +102,9 @@ def test_gradients_are_those_of_one_rank(
         pytest.skip("more ranks than there are")
     if sequence and mesh[2] == 1:
         pytest.skip("nobody to share positions with")
-    data = corpus(shared_folder)
-
-    def gradients(comm: MPI.Intracomm, mesh: tuple[int, int, int]) -> tuple[dict[str, tuple[Any, torch.Tensor]], float]:
-        cut = {"sequence": sequence and mesh[2] > 1}
-        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}, mesh=cut))
-        loader = job.open_loader(0)
-        compute(job, next(loader))
-        loader.close()
-        reducer = job.strategy.reducer
-        reducer.finish()
-        layout, part, whole = reducer.buffer.layout, job.parts.part, shapes_of(job.parts.shape)
-        views = zip(layout.placed(), layout.views(reducer.buffer.total), strict=True)
-        found = {part.global_name(name): (part.box(part.global_name(name), whole[part.global_name(name)]), view.clone())
-                 for (_, name, _), view in views}
-        return found, reducer.norm()
-
-    alone, norm = at(1, lambda comm: gradients(comm, (1, 1, 1)))[0]
-    seen = set()
-    for found, its_norm in at(mesh[1] * mesh[2], lambda comm: gradients(comm, mesh)):
-        assert its_norm == pytest.approx(norm, rel=CLOSE)
-        for name, (box, gradient) in found.items():
-            wanted = alone[name][1][box]
-            assert float((gradient - wanted).norm()) <= CLOSE * float(alone[name][1].norm()), name
-            seen.add(name)
-    assert seen == set(alone)
+    data, heads, cut = corpus(shared_folder), {"num_kv_heads": 4}, {"sequence": sequence}
+    alone = with_mesh(data, shared_tmp / "alone", (1, 1, 1), model=heads)
+    assert_gradients(alone, with_mesh(data, shared_tmp / "run", mesh, model=heads, mesh=cut), CLOSE)
 
 
 def test_a_run_goes_on_on_any_other_mesh(shared_folder: Path, shared_tmp: Path) -> None:

@@ -42,7 +42,7 @@ strategy.mode strategy.replay strategy.fragments
 comm.reducer comm.compress comm.ratio comm.ratio_warmup comm.momentum comm.rank
 comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
 mesh.tp mesh.pp mesh.dp mesh.interleave mesh.sequence mesh.shard
-run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
+run.dir run.resume run.keep run.mirror run.hang_seconds run.tries run.stop_early_seconds
 faults.min_ranks faults.respawn
 metrics.timeline metrics.kernels metrics.track metrics.project metrics.tags metrics.tensorboard metrics.energy
 energy.grams_per_kwh energy.price_per_node_hour
