@@ -251,7 +251,8 @@ def configs(draw: st.DrawFn) -> Config:
         "train.spike": chosen["train.spike"] * (chosen["train.spike"] > 1),
         "train.eval_tasks": draw(st.sampled_from(["", "a", "a,b"])),
     }
-    chosen |= {"train.compile": False} if chosen["train.eval_tasks"] else {"train.eval_tasks_dir": "", "train.eval_tasks_limit": 0}
+    without_tasks = {"train.eval_tasks_dir": "", "train.eval_tasks_limit": 0}
+    chosen |= {"train.compile": False} if chosen["train.eval_tasks"] else without_tasks
     if not chosen["train.eval_every"]:
         chosen |= {"train.patience": 0, "train.target_loss": 0.0}
     strategy: dict[str, Any] = draw(STRATEGIES)
