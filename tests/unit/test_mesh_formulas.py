@@ -140,9 +140,10 @@ class Mirror:
 
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_in_parts_keep_a_part(name: str, dtype: torch.dtype, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward has the whole input again: the gradient equals that of products which keep everything."""
-    model, b = replace(SMALL, num_kv_heads=4, seq_len=24, model_dim=128), 3
+    model, b = replace(MODELS[NAMES.index(name)], num_heads=8, num_kv_heads=8, seq_len=24, model_dim=128), 3
     shape = torch_shape(model)
     t, found, alive = model.seq_len, {}, []
     real = Transformer(shape, 1, part_of(shape, 0, 1, 0, tp, sequence=True))
@@ -163,7 +164,7 @@ def test_positions_in_parts_keep_a_part(dtype: torch.dtype, tp: int, monkeypatch
         return packed
 
     def gradients() -> list[torch.Tensor]:
-        x = torch.randn(b, t // tp, model.model_dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(b, t // tp, model.model_dim, generator=torch.Generator().manual_seed(1)).requires_grad_() * 1
         cast_to = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), cast_to:
             y = real.blocks["0"](x, real.cos, real.sin, None, None)
