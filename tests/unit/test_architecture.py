@@ -36,7 +36,7 @@ CONTRACT = {
     "faults": f"{EVERY} comm parallel reducers",
     "hf": f"{EVERY} checkpoint data model",
     "inference": f"{EVERY} checkpoint comm data hf model parallel",
-    "training": f"{EVERY} checkpoint comm config data faults hf metrics model parallel reducers strategies storage",
+    "training": f"{EVERY} checkpoint comm config data faults hf inference metrics model parallel reducers strategies storage",
     "plan": f"{EVERY} checkpoint comm config data doctor hf metrics model parallel reducers strategies training",
     "report": f"{EVERY} config metrics",
     "doctor": f"{EVERY} comm config",
