@@ -64,7 +64,7 @@ def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 def kind_of(line: Mapping[str, Any]) -> str:
     """Return the kind of a line: steps, val or events. Pure."""
-    return "events" if "event" in line else "val" if "val_loss" in line else "steps"
+    return "events" if "event" in line else "val" if "val_loss" in line or "val_tokens" in line else "steps"
 
 
 def facts_of(line: Mapping[str, Any]) -> dict[str, Any]:
