@@ -31,6 +31,7 @@ from mpidp.training.run_plan import RunPlan
 from mpidp.training.run_record import make_run_record
 from mpidp.training.services import Services, make_services
 from mpidp.training.state import RunState
+from mpidp.training.task_evaluation import make_task_evaluation
 
 
 def build(
@@ -65,8 +66,9 @@ def build(
         plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
     )
     schedule = schedule_of(plan.config.flat())
+    tasks = make_task_evaluation(plan, model.module, services.observers, None if before is None else before.tasks)
     return Job(
-        plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state
+        plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state, tasks
     )
 
 
