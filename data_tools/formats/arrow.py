@@ -13,6 +13,7 @@ from data_tools.formats.columns import block_of_rows, wanted_columns
 from mpidp.errors import DataError, UsageError
 
 BATCH_ROWS = 256  # of a parquet file that are read at once
+BUFFER_BYTES = 2**20  # of a column; else pyarrow reads a whole row group into memory
 
 
 def pyarrow(path: Path) -> Any:
@@ -53,7 +54,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
     Independent."""
     library = pyarrow(path)
     try:
-        with library.parquet.ParquetFile(path) as file:
+        with library.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, page_checksum_verification=True) as file:
             wanted = wanted_columns(file.schema_arrow.names, options, path)
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:

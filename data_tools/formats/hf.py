@@ -70,7 +70,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
     kinds = {"input_ids": library.list_(library.int32())}
     if tokens.has_loss_mask:
         kinds["labels"] = library.list_(library.int64())
-    with library.parquet.ParquetWriter(path, library.schema(kinds)) as writer:
+    with library.parquet.ParquetWriter(path, library.schema(kinds), write_page_checksum=True) as writer:
         for block in whole_documents(tokens.blocks()):
             assert block.starts is not None
             ends = library.array(np.append(block.starts, len(block.ids)), library.int32())
