@@ -14,7 +14,7 @@ from mpidp.config.model_settings import transformer_shape
 from mpidp.config.schema import Config
 from mpidp.model.options import CHOICES, DEFAULTS
 from tests.hybrid.gradients import assert_gradients
-from tests.hybrid.test_meshes import CLOSE, Mesh, assert_close, fits, on, with_mesh
+from tests.hybrid.test_meshes import CLOSE, Mesh, assert_close, assert_foretold, fits, on, with_mesh
 from tests.tiny import DEVICE, WORLD, at, corpus
 
 pytestmark = pytest.mark.mpi
@@ -155,3 +155,12 @@ def test_frozen_parameters_and_adapters_beside_biases(
     assert_close(run, alone, name)
     if mesh[2] == 1:
         assert run.sha256 == alone.sha256
+
+
+@pytest.mark.parametrize(("name", "sequence"), [(name, sequence) for name in MODELS for sequence in (False, True)], ids=str)
+def test_sent_bytes_are_those_foretold(shared_folder: Path, shared_tmp: Path, name: str, sequence: bool) -> None:
+    if not fits((1, 1, 2)):
+        pytest.skip("needs two ranks")
+    train, split = {"global_batch": 2, "recompute": name in ("olmo", "neox")}, {"sequence": sequence}
+    model = model_on(name, (1, 1, 2))
+    assert_foretold(with_mesh(corpus(shared_folder), shared_tmp / "run", (1, 1, 2), train=train, model=model, mesh=split))
