@@ -257,7 +257,7 @@ def test_what_training_runs_is_small() -> None:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
     assert sum(lines_of_code(names[module]) for module in seen) < 17000
-    assert sum(map(lines_of_code, MPIDP)) < 24000
+    assert sum(map(lines_of_code, MPIDP)) < 26000
 
 
 COLLECTIVES = {
