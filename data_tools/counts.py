@@ -25,6 +25,7 @@ class Counts:
     quoted: int = 0  # chats with tool calls whose arguments are JSON text that the template writes as a string
     doubtful: int = 0  # files read as plain text that may have been meant as rows
     problems: dict[str, list[str]] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)  # number of rows by form, other than the common form (row_forms.py)
 
     def note(self, kind: str, where: str) -> None:
         """Count one problem and store its location if it is among the first few."""
@@ -32,6 +33,11 @@ class Counts:
         shown = self.problems.setdefault(kind, [])
         if len(shown) < MAX_SHOWN:
             shown.append(where)
+
+    def read_as(self, form: str) -> None:
+        """Count a row of a form that was converted; an empty name counts nothing."""
+        if form:
+            self.forms[form] = self.forms.get(form, 0) + 1
 
     def left_out(self) -> dict[str, int]:
         """Return the counts that index.json records."""
@@ -48,7 +54,7 @@ class Counts:
                            "string (write `arguments` as an object to avoid the quotes)",
                  "long": "rows longer than a window, skipped (or truncated with --truncate)",
                  "doubtful": "files with JSON or a table, read as plain text"}
-        lines = []
+        lines = [f"{count:,} row{'s' * (count != 1)} read as {form} rows" for form, count in sorted(self.forms.items())]
         for kind, places in self.problems.items():
             count = getattr(self, kind)
             of_files = kind == "empty" and not any(": " in place for place in places)  # rows have ": REASON" after the place
@@ -71,7 +77,7 @@ class Counts:
     @staticmethod
     def problem_kinds() -> list[str]:
         """Return the names of the counted problems."""
-        return [one.name for one in fields(Counts) if one.name not in ("files", "documents", "problems")]
+        return [one.name for one in fields(Counts) if one.name not in ("files", "documents", "problems", "forms")]
 
     @classmethod
     def total(cls, of_ranks: Iterable[Iterable[Counts]]) -> Counts:
@@ -88,3 +94,5 @@ class Counts:
             setattr(self, key, getattr(self, key) + getattr(other, key))
         for kind, places in other.problems.items():
             self.problems[kind] = (self.problems.get(kind, []) + places)[:MAX_SHOWN]
+        for form, count in other.forms.items():
+            self.forms[form] = self.forms.get(form, 0) + count

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpidp.data.chat_template import BEGIN, END, REASONING, Template
-from mpidp.data.row_fields import RowSkipped, describe, field_of, keys_of, objects_of, parsed_field
+from mpidp.data.row_fields import RowSkipped, describe, field_of, objects_of
+from mpidp.data.row_forms import as_messages, unknown_form
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
 PAIR = ("prompt", "completion")  # a row may have two lists of messages with these names in place of `messages`
@@ -25,6 +26,7 @@ class Chat:
     documents: list[Any] | None
     args: Mapping[str, Any]  # chat_template_kwargs
     unused: Sequence[str]  # keys of the row that neither prepare nor the template uses
+    form: str = ""  # the form of the row, if it is not that of `messages`: see row_forms.py
 
     def render(self, template: Template, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
         """Return the text of these messages. Raises TemplateRejection."""
@@ -49,6 +51,7 @@ class Chat:
 
 def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     """Return the chat of a row. Raises RowSkipped, with the reason, if the row is not a chat with an assistant's turn. Pure."""
+    fields, form = as_messages(fields)
     messages, context = _messages(fields)
     for message in messages:
         _check(message)
@@ -56,7 +59,7 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     chat = Chat(
         [{key: value for key, value in message.items() if key not in ("weight", "train")} for message in messages],
         [_learned(message) and i >= context for i, message in enumerate(messages)],
-        tools, objects_of(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)),
+        tools, objects_of(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)), form,
     )
     if any(BEGIN in text or END in text for text in _strings([chat.messages, chat.tools, chat.documents, chat.args])):
         raise RowSkipped("malformed", "a text with the noncharacter U+FDD0 or U+FDD1")
@@ -73,15 +76,13 @@ def _messages(fields: Mapping[str, Any]) -> tuple[list[Any], int]:
     messages, prompt, completion = (fields.get(key) for key in ("messages", *PAIR))
     if messages is None and isinstance(prompt, list) and isinstance(completion, list):
         return [*prompt, *completion], len(prompt)
-    if isinstance(messages, str):
-        messages = parsed_field("messages", messages)
     if isinstance(messages, list) and messages:
         return messages, 0
     if "messages" in fields:
         raise RowSkipped("malformed", f"`messages` is {'empty' if messages == [] else describe(messages) + ', not a list'}")
     if isinstance(prompt, str) and isinstance(completion, str):
         raise RowSkipped("malformed", "`prompt` and `completion` are strings, not messages: use --format prompt_completion")
-    raise RowSkipped("malformed", f"no field `messages`; its fields are: {keys_of(fields)}")
+    raise RowSkipped("malformed", unknown_form(fields))
 
 
 def _check(message: Any) -> None:

@@ -16,6 +16,7 @@ from data_tools.messages import chat_of
 from data_tools.sources import SourceReader
 from mpidp.data.chat_template import Template, TemplateRejection
 from mpidp.data.row_fields import RowSkipped, keys_of
+from mpidp.data.row_forms import as_pair
 
 FORMATS = ("text", "prompt_completion", "chat")
 
@@ -75,6 +76,7 @@ class RowReader(SourceReader):
         return self._pair(place, value) if self.template is None else self._conversation(place, value, self.template)
 
     def _pair(self, place: str, value: dict[str, Any]) -> TrainingRow:
+        value, form = as_pair(value)
         prompt, completion = value.get("prompt"), value.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
             raise RowSkipped("malformed", "`prompt` and `completion` are lists of messages: use --format chat")
@@ -83,6 +85,7 @@ class RowReader(SourceReader):
         if not completion:
             raise RowSkipped("empty", "its completion is empty")
         self._note_unused(place, [key for key in value if key not in ("prompt", "completion") and value[key] is not None])
+        self.counts.read_as(form)
         text = prompt + completion
         return TrainingRow(place, text, [(len(prompt), len(text))], text, ends=True)
 
@@ -97,6 +100,7 @@ class RowReader(SourceReader):
         if not any(start < stop for start, stop in spans):
             raise RowSkipped("empty", "the chat template renders empty assistant turns")
         self._note_unused(place, chat.unused)
+        self.counts.read_as(chat.form)
         if any(json.dumps(one, ensure_ascii=False) in text for one in arguments):
             self.counts.note("quoted", place)
         return TrainingRow(place, text, spans, chat.said(), chat.learned[-1], not template.of(chat.tools).has_marks)

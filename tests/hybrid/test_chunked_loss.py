@@ -24,7 +24,8 @@ def test_every_mesh_computes_the_loss_in_chunks(
     whole = on((1, 1, 1), with_mesh(data, shared_tmp / "whole", (1, 1, 1), train=train | {"loss": "whole"}))
     assert_close(alone, whole, "all logits")
     assert alone.sha256 != whole.sha256  # or nothing was chunked
-    evaluated = at(1, lambda comm: mpidp.evaluate.evaluate(str(shared_tmp / "alone"), str(data), comm, device=DEVICE, threads=1))[0]
+    run = str(shared_tmp / "alone")
+    evaluated = at(1, lambda comm: mpidp.evaluate.evaluate(run, str(data), comm, device=DEVICE, threads=1))[0]
     assert evaluated["loss"] == alone.learned[-1]["val_loss"]
     for sections in ({"tp": 2}, {"tp": 2, "sequence": True}, {"pp": 2}, {"dp": 2}, {"dp": 2, "shard": 2}, {"dp": 2, "shard": 3}):
         if WORLD.size < 2:

@@ -39,7 +39,8 @@ def whole(hidden: Tensor, weight: Tensor, targets: Tensor, shape: TransformerSha
 @pytest.mark.parametrize("options", [{}, {"logit_cap": 5.0}, {"logit_scale": 0.3}, {"logit_cap": 5.0, "logit_scale": 0.3}])
 def test_loss_and_gradients_are_those_of_all_logits(rows: int, options: dict[str, float]) -> None:
     shape, (hidden, weight, targets) = shape_of(**options), inputs()
-    wanted, found = whole(hidden, weight, targets, shape), ChunkedLoss(shape, lambda: weight, rows, torch.float32)(hidden, targets)
+    wanted = whole(hidden, weight, targets, shape)
+    found = ChunkedLoss(shape, lambda: weight, rows, torch.float32)(hidden, targets)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     for one, other in zip(*(torch.autograd.grad(loss / 7, (hidden, weight)) for loss in (found, wanted)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

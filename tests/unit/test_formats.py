@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +233,8 @@ def test_rows_with_labels_and_padding(tmp_path: Path) -> None:
     source = parquet(tmp_path / "a.parquet", input_ids=[[1, 2, 3, EOD], [4, 5, 0, 0], [], [6]],
                      labels=[[-100, 2, 3, EOD], [-100, 5, -100, -100], [], [6]], attention_mask=[[1] * 4, [1, 1, 0, 0], [], [1]])
     said = take("hf", source, tmp_path / "out")
-    assert said[1:] == ["2 of 3 documents do not end with the end-of-document token 256", "1 document without tokens was skipped"]
+    assert said[1:-1] == [
+        "2 of 3 documents do not end with the end-of-document token 256", "1 document without tokens was skipped"]
     assert documents_of(tmp_path / "out", "train") == [[1, 2, 3, EOD], [4, 5], [6]]
     mask = TokenStream(tmp_path / "out").read_mask(0, 7)
     assert mask is not None and mask.tolist() == [False, True, True, True, False, True, True]
@@ -387,3 +391,54 @@ def test_what_headerless_files_cannot_store_is_said(tmp_path: Path) -> None:
     take("hf", tmp_path, tmp_path / "shards")
     assert to_tokens("nanogpt", tmp_path / "shards", tmp_path / "out")[-1].startswith("nanoGPT's .bin does not store where "
                                                                                       "documents end; at 2 places")
+
+
+def test_parts_that_repeat_others_are_left_out(tmp_path: Path) -> None:
+    for name in ("train", "train_small", "val", "val_xsmall"):
+        mds(tmp_path / name, {"tokens": "bytes"}, [{"tokens": np.array([len(name), EOD], "<i8").tobytes()}])
+    said = take("mds", tmp_path, tmp_path / "out")
+    assert said[2] == "train_small, val_xsmall: left out, because these are parts of other folders"
+    assert ids_of(tmp_path / "out") == [5, EOD] and documents_of(tmp_path / "out", "val") == [[3, EOD]]
+    parquet(tmp_path / "p.parquet", input_ids=[[1, EOD]])
+    (tmp_path / "cache-1.parquet").write_bytes(b"left by datasets")
+    take("hf", tmp_path, tmp_path / "new")
+    assert ids_of(tmp_path / "new") == [1, EOD]
+
+
+@pytest.mark.parametrize("name", ["0.ds", "0.ds.index", "0.ds.loss", "0.ds.metadata"])
+def test_special_files_are_refused_without_waiting(tmp_path: Path, name: str) -> None:
+    np.array(STREAM, "<u2").tofile(tmp_path / "0.ds")
+    np.array([9], "<u8").tofile(tmp_path / "0.ds.index")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=name.replace(".", "[.]")):
+        take("datatrove", tmp_path / "0.ds", tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_a_parquet_row_group(tmp_path: Path) -> None:
+    """One row group of 64 MB, as other programs write, is read by convert and by prepare with a few megabytes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    ids = np.tile(np.arange(1000, dtype=np.int32) % 257, 16_000)
+    rows = pyarrow.ListArray.from_arrays(np.arange(0, len(ids) + 1, 1000, dtype=np.int32), pyarrow.array(ids))
+    table = pyarrow.table({"input_ids": rows, "text": ["0123456789" * 400] * len(rows)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(rows), use_dictionary=False, compression=None)
+    code = (
+        "import re, sys, pyarrow.parquet, pyarrow.compute\n"
+        "from pathlib import Path\n"
+        "from data_tools.formats import hf\n"
+        "from data_tools.formats.blocks import ReadOptions\n"
+        "from mpidp.data.records import records\n"
+        "from mpidp.data.text_files import recognize\n"
+        "path = Path(sys.argv[1])\n"
+        "def peak():\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
+        "def grown(blocks):\n"
+        "    before = peak()\n"
+        "    count = sum(1 for _ in blocks)\n"
+        "    return peak() - before\n"
+        "print(grown(hf.read(path, ReadOptions(257, path.parent))), grown(iter(records(recognize(path), ['text']))))\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True)
+    assert all(int(megabytes) < 45 for megabytes in child.stdout.split()), child.stdout
