@@ -31,6 +31,7 @@ class TrackedRun:
 class Tracker(Protocol):
     """A run in a tracker. An exception of a method is a warning, and the run goes on."""
 
+    note: str  # a warning about the opening of the run; may be empty
     purges: bool  # whether a step that is written again replaces the first one; if not, it is left out
 
     def __init__(self, run: TrackedRun) -> None:
