@@ -10,7 +10,7 @@ import pytest
 
 from mpidp.errors import UsageError
 from mpidp.hf.consumers import CONSUMERS, check
-from tests.programs.exports import MODELS, NEW, PROMPTS, Export
+from tests.programs.exports import FAMILIES, MODELS, NEW, PROMPTS, Export
 from tests.programs.readers import READERS
 
 LENGTH = 64  # ids of the compared text
@@ -20,7 +20,8 @@ FEW = {"onnxruntime-genai": ("untied", "gqa", "narrow", "bos", "char")}  # its b
 OWN_TOKENIZER_DIFFERS = {("onnxruntime-genai", "bos"), ("onnxruntime-genai", "char")}  # notes of CONSUMERS
 SPLITS = ("llama-bpe", "qwen2")  # tokenizers of public models, without their vocabulary
 ROWS = [
-    (program, model) for program in READERS for model in FEW.get(program, MODELS) if program == "llama.cpp" or model not in SPLITS
+    (program, model) for program in READERS for model in FEW.get(program, (*MODELS, *FAMILIES))
+    if program == "llama.cpp" or model not in SPLITS
 ]
 
 
