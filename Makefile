@@ -94,6 +94,7 @@ bench: $(VENV)/.test ## the benchmarks of docs/results, on a quiet machine (half
 	python benchmarks/startup.py --ranks 1,2 -- --train.threads=1
 	python benchmarks/memory.py
 	python benchmarks/generate.py
+	python benchmarks/attention.py
 	$(MPICH) 2 python benchmarks/checkpoint.py
 	$(MPICH) 2 python benchmarks/c10d.py
 	python benchmarks/shakespeare.py --text $(or $(TEXT),tinyshakespeare.txt) $(if $(NANOGPT),--nanogpt $(NANOGPT))

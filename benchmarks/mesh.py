@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpidp.config.command_line import from_args
-from mpidp.plan.mesh.memory import ModelSizes, Shape, Work
 from mpidp.plan.mesh.search import model_of_config, vocab_size_of
+from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, measured_machine, step_of
 
 SETTINGS = [  # one copy per rank, as on several nodes; no overlap

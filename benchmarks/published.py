@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mpidp.plan.mesh.memory import ModelSizes, Shape, Work, largest
+from mpidp.plan.mesh.memory import largest
 from mpidp.plan.mesh.search import KNOWN
+from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, step_of
 
 

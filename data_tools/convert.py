@@ -1,11 +1,11 @@
 """Convert shards to and from other formats of tokens. Tokens, documents and loss masks stay the same.
 
-  python -m data_tools.convert --to FORMAT SHARDS --out OUT                     writes a folder (Megatron-LM: OUT_train.bin,
-  .idx, ...) python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH     reads a file or folder (Megatron-LM: a
-  prefix)
+  python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
+  python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
 Without --from and --to, the format of SRC is recognized by its content. The other formats contain only token ids. Give the
-tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one).
+tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one). `mpidp inspect` shows the
+beginning of the text, which is wrong if the tokenizer is.
 
 formats:
 FORMATS

@@ -11,6 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from data_tools.formats.splits import split_of
+from mpidp.data.text_files import kind_of
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 from mpidp.runtime.json_file import parse_json
@@ -33,6 +35,7 @@ DATASETS = (
     ("*.bin", "*.idx", "token files of Megatron-LM", "mpidp convert --from megatron {folder} --out DIR --tokenizer PATH"),
     ("token_ids_part_*.npy", "*", "token files of OLMo", "mpidp convert --from olmo {folder} --out DIR --tokenizer PATH"),
 )
+CACHED = "cache-*.arrow"  # results that datasets keeps beside a dataset
 SAVED, ABOUT = "state.json", ("dataset_info.json", "state.json")  # files of a dataset that save_to_disk wrote
 
 
@@ -70,7 +73,7 @@ def find_files(source: str, leave_out: Path) -> tuple[list[SourceFile], dict[str
                         "give --source an existing, readable file or folder") from None
     if not files:
         raise DataError(f"the source {root} holds no files; give --source a file or folder with text")
-    return files, about | {"files": len(files), "bytes": sum(f.size for f in files)}, _remarks(root, links)
+    return files, about | {"files": len(files), "bytes": sum(f.size for f in files)}, _remarks(root, files, links)
 
 
 def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[str]) -> list[SourceFile]:
@@ -137,7 +140,7 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
         return names
     path = os.path.join(folder, SAVED)
     if SAVED not in names:
-        return [name for name in names if name not in ABOUT]
+        return [name for name in names if name not in ABOUT and not fnmatch(name, CACHED)]
     try:
         with open_regular(path) as file:
             listed = [str(one["filename"]) for one in parse_json(file.read(MAX_STATE_BYTES))["_data_files"]]
@@ -150,7 +153,22 @@ def _text_files(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name in listed or not name.endswith(".arrow") and name not in ABOUT]
 
 
-def _remarks(root: Path, links: list[str]) -> list[str]:
+def _remarks(root: Path, files: list[SourceFile], links: list[str]) -> list[str]:
+    return _of_links(root, links) + _of_splits(files)
+
+
+def _of_splits(files: list[SourceFile]) -> list[str]:
+    """Return a remark if files of rows have the names of splits, such as train-0.parquet and test-0.parquet: all are read."""
+    rows = [f.name for f in files if kind_of(f.name)[0] != "text"]
+    splits = {name: split_of(Path(name).name) for name in rows}
+    others = [name for name, split in splits.items() if split != "train"]
+    if not others or not any("train" in Path(name).name.lower() for name in rows):
+        return []
+    return [f"files of several splits were read together, for example {others[0]}; give --source the files of one split to keep "
+            "the others out of training"]
+
+
+def _of_links(root: Path, links: list[str]) -> list[str]:
     if not links:
         return []
     shown = ", ".join(f"{path} -> {os.path.realpath(path)}" for path in links[:MAX_SHOWN])

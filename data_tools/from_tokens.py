@@ -85,6 +85,8 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
     lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
     if skipped := reading.skipped:
         remarks.append(f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped")
+    if any(record.loss_mask for record in index.splits.values()) and not options.seq_len:
+        remarks.append("the data have a loss mask; training cuts documents at its windows, unless --seq-len N packs whole ones")
     return lines + reading.remarks + remarks
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 from data_tools.counts import Counts
@@ -70,7 +71,8 @@ class SourceReader:
     def leave_out(self, kind: str, file: SourceFile, reason: str) -> None:
         """Count a skipped file. Raises DataError if it is the whole source."""
         if self.alone:
-            raise DataError(f"{file.path} {reason}; give --source a file or folder with text")
+            tokens = "; token ids become shards with mpidp convert" * (Path(file.name).suffix in (".bin", ".npy", ".ds", ".mds"))
+            raise DataError(f"{file.path} {reason}; give --source a file or folder with text{tokens}")
         self.counts.note(kind, file.path if kind == "empty" else f"{file.path} ({reason})")
 
     def skip(self, kind: str, place: str, reason: str) -> None:

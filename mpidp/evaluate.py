@@ -191,6 +191,7 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     "acc" or "acc_stderr", with ",FILTER" behind it if the task has filters. Raises UsageError or DataError if the harness, a task
     or its data is missing, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
+    from mpidp.inference.base_folder import BaseFolder
     from mpidp.inference.harness import figures_of, prefix_of, run_tasks, write_results
     from mpidp.inference.loading import home_of, open_model
     from mpidp.inference.shared_requests import SharedRequests
@@ -209,10 +210,11 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
                 check_writable(options.out)
             tasks = load_tasks(wanted)
     reader, loaded, encoder = open_model(options, world, "tokens")
-    config = reader.meta["config"]
+    config, home = reader.meta["config"], home_of(reader)
+    prefix = prefix_of(encoder, isinstance(reader, BaseFolder) or (home / "hf").is_dir())
+    requests = SharedRequests(loaded, encoder, config["train.micro_batch"])
     found = run_tasks(
-        SharedRequests(loaded, encoder, config["train.micro_batch"]), tasks, wanted, str(home_of(reader)),
-        prefix_of(encoder, reader), config["model.seq_len"], samples=options.out is not None,
+        requests, tasks, wanted, str(home), prefix, config["model.seq_len"], samples=options.out is not None
     )
     with raise_together(world):
         if found is not None and options.out is not None:

@@ -129,6 +129,7 @@ PARTS: dict[str, list[Command]] = {
         benchmark("checkpoint.py --layers 1 --steps 1 --repeats 1 --global-batch 2", ranks=2),
         benchmark("uneven.py --repeats 1 -- --model.num_layers=1 --model.model_dim=32"),
         benchmark("loader.py --repeats 1 --seconds 0.2 --steps 4 --skip 1 --seq-lens 128"),
+        benchmark("attention.py --seq-len 256 --window 32 --repeats 1"),
         benchmark("prepare.py --mb 1 --repeats 1"),
         benchmark("generate.py --model 1M --seq-len 64 --prompts 4,32 --tokens 24 --repeats 1"),
         benchmark("startup.py --repeats 1 --ranks 1 -- --train.threads=1"),
@@ -155,6 +156,9 @@ TEST = [("unit", "quick"), ("mpi", "quick"), ("laws", "quick"), ("methods", "qui
 CHECK = [(part, "rest") for part, _ in TEST] + [("c10d", "check"), ("openmpi", "check"), ("mpis", "check")]
 CHECK += [("programs", "check"), ("soak-short", "")]
 BESIDE_CHECK = [("lint", ""), ("types", ""), ("slurm-short", "check"), ("bench-short", "")]  # nothing in them is timed
+
+
+MAX_RETRIED = 3  # tests that may pass only at the second attempt
 
 
 @dataclass
@@ -273,9 +277,17 @@ def summary(results: dict[str, Result], seconds: float) -> str:
     lines.append(f"{'total':<12} {total.passed:>7} {len(total.failed):>7} {len(total.skipped):>8} {minutes(seconds):>8}")
     for reason in sorted(set(total.skipped)):
         lines.append(f"skipped {total.skipped.count(reason)}: {reason.removeprefix('Skipped: ')}")
-    lines += [f"passed at the second attempt: {test}" for test in total.retried]
+    lines += [f"FAILED at the first attempt, passed when it ran alone: {test}" for test in total.retried]
+    if len(total.retried) > MAX_RETRIED:
+        lines.append(f"FAILED: {len(total.retried)} tests needed a second attempt, and at most {MAX_RETRIED} may")
     lines += [f"FAILED {test}" for test in total.failed]
-    return "\n".join([*lines, f"{total.passed} passed, {len(total.failed)} failed, {len(total.skipped)} skipped"])
+    counts = f"{total.passed} passed, {len(total.failed)} failed, {len(total.skipped)} skipped"
+    return "\n".join([*lines, counts + f", {len(total.retried)} passed only alone" * bool(total.retried)])
+
+
+def has_failed(results: dict[str, Result]) -> bool:
+    """Return whether a test failed, or too many passed only at the second attempt: these may hide a defect. Pure."""
+    return any(one.failed for one in results.values()) or sum(len(one.retried) for one in results.values()) > MAX_RETRIED
 
 
 def main() -> int:
@@ -307,7 +319,7 @@ def main() -> int:
         print(summary(results, time.monotonic() - began), "\ninterrupted", flush=True)
         return 130
     print(summary(results, time.monotonic() - began), flush=True)
-    return int(any(one.failed for one in results.values()))
+    return int(has_failed(results))
 
 
 if __name__ == "__main__":

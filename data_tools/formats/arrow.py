@@ -13,6 +13,7 @@ from data_tools.formats.columns import block_of_rows, wanted_columns
 from mpidp.errors import DataError, UsageError
 
 BATCH_ROWS = 256  # of a parquet file that are read at once
+BUFFER_BYTES = 2**20  # of a column; else pyarrow reads a whole row group into memory
 
 
 def pyarrow(path: Path) -> Any:
@@ -38,11 +39,13 @@ def read_ipc(path: Path, shown: Path, offset: int = 0, length: int | None = None
             data = mapped.read_buffer() if length is None else mapped.read_buffer()[offset : offset + length]
             if data.slice(0, min(6, data.size)).to_pybytes() == b"ARROW1":
                 file = library.ipc.open_file(data)
-                yield from (file.get_batch(i) for i in range(file.num_record_batches))
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
             else:
-                with library.ipc.open_stream(data) as stream:
-                    yield from stream
-    except (library.ArrowException, OSError) as error:
+                batches = iter(library.ipc.open_stream(data))
+            for batch in batches:
+                batch.validate(full=True)  # offsets in a damaged file may point outside it
+                yield batch
+    except (library.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{shown} is not a readable Arrow file ({error}); copy it again") from None
 
 
@@ -51,10 +54,10 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
     Independent."""
     library = pyarrow(path)
     try:
-        with library.parquet.ParquetFile(path) as file:
+        with library.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, page_checksum_verification=True) as file:
             wanted = wanted_columns(file.schema_arrow.names, options, path)
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
-    except (library.ArrowException, OSError) as error:
+    except (library.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file ({error}); copy it again") from None
 
 

@@ -23,6 +23,7 @@ from data_tools.formats.stream import SplitTokens, whole_documents
 from mpidp.errors import DataError
 
 STATE, DICT = "state.json", "dataset_dict.json"
+CACHED = ("cache-", "tmp")  # names of files that datasets leaves beside a dataset
 SPLITS = {"train": "train", "val": "validation"}  # the names of the splits in Hugging Face's datasets
 
 
@@ -35,7 +36,8 @@ def find(source: Path, remarks: list[str]) -> list[SourcePart]:
         return [SourcePart(path, part.split) for part in parts for path in _saved(part.path)]
     if (source / STATE).is_file():
         return [SourcePart(path) for path in _saved(source)]
-    return in_splits(files_in(source, "*.parquet", "*.arrow"), source, remarks)
+    found = [path for path in files_in(source, "*.parquet", "*.arrow") if not path.name.startswith(CACHED) or path == source]
+    return in_splits(found, source, remarks)
 
 
 def _saved(folder: Path) -> list[Path]:
@@ -68,7 +70,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
     kinds = {"input_ids": library.list_(library.int32())}
     if tokens.has_loss_mask:
         kinds["labels"] = library.list_(library.int64())
-    with library.parquet.ParquetWriter(path, library.schema(kinds)) as writer:
+    with library.parquet.ParquetWriter(path, library.schema(kinds), write_page_checksum=True) as writer:
         for block in whole_documents(tokens.blocks()):
             assert block.starts is not None
             ends = library.array(np.append(block.starts, len(block.ids)), library.int32())

@@ -25,6 +25,7 @@ from data_tools.formats.rows import file_below, gather, read_json
 from data_tools.formats.splits import files_in, in_splits
 from mpidp.data.unpack import zstandard
 from mpidp.errors import DataError
+from mpidp.runtime.files import open_regular
 
 TENSORS = {0: "<f4", 1: "<f4", 2: "<f8", 3: "<f8", 8: "<f2", 9: "<f2", 11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4",
            16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by their number
@@ -62,12 +63,13 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
             file = file_below(path, chunk["filename"], index)
             with ExitStack() as stack:
                 if codec and level == "chunk" and not _ends_with_arrow(file):
-                    file = stack.enter_context(expanded(file, codec, None, options.scratch))
+                    file = stack.enter_context(expanded(file, codec, int(chunk["chunk_bytes"]), options.scratch))
                 if _ends_with_arrow(file):
                     yield from _arrow(file, path / chunk["filename"], options)
                     continue
-                rows = _samples(file, path / chunk["filename"], int(chunk["chunk_size"]), names, formats,
-                                config.get("item_loader") == "TokensLoader", level if codec else "", options)
+                raw = config.get("item_loader") == "TokensLoader" or chunk.get("dim") is not None  # older versions name no loader
+                rows = _samples(file, path / chunk["filename"], int(chunk["chunk_size"]), names, formats, raw,
+                                level if codec else "", options)
                 yield from gather(rows, path / chunk["filename"], options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{index}: it is not what LitData writes ({error!r}); restore the file") from None
@@ -89,7 +91,7 @@ def _columns(config: dict[str, Any], index: Path) -> list[str]:
 
 
 def _ends_with_arrow(path: Path) -> bool:
-    with readable(path), open(path, "rb") as file:
+    with readable(path), open_regular(path) as file:
         file.seek(max(0, path.stat().st_size - 8))
         return file.read(8) == ARROW_END
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from itertools import repeat
@@ -93,7 +94,7 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
     found, end = [], 0
     with readable(table):
         try:
-            with gzip.open(table, "rt", encoding="utf-8", errors="replace") as file:
+            with open_regular(table) as packed, io.TextIOWrapper(gzip.GzipFile(fileobj=packed), "utf-8", "replace") as file:
                 for line, row in enumerate(csv.reader(file), 1):
                     start, stop = int(row[0]), int(row[1])
                     if start != end or not start <= stop <= tokens:

@@ -9,7 +9,8 @@ from pathlib import Path
 from data_tools.formats.blocks import SourcePart
 from mpidp.errors import DataError
 
-VALIDATION = ("val", "validation", "valid", "dev", "eval")  # words that name the split "val"
+VALIDATION = ("val", "validation", "valid", "dev", "eval", "evaluation")  # words that name the split "val"
+SUBSETS = ("_small", "_xsmall")  # ends of the names of folders in which LLM Foundry writes a part of a split again
 TEST = "test"
 WORD = re.compile(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9])")
 
@@ -21,10 +22,17 @@ def split_of(name: str) -> str:
 
 
 def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[SourcePart]:
-    """Assign the files or folders of a dataset to train and val. A split "test" is left out, and a remark says so.
+    """Assign the files or folders of a dataset to train and val. A split "test", and a part of another split, is left out, and a
+    remark says so.
 
     root: the folder whose name does not count. Raises DataError if nothing is left for training. Pure.
     """
+    all_paths = list(paths)
+    again = {path for path in all_paths for end in SUBSETS
+             if path.name.endswith(end) and path.with_name(path.name.removesuffix(end)) in all_paths}
+    paths = [path for path in all_paths if path not in again]
+    if again:
+        remarks.append(f"{', '.join(sorted(path.name for path in again))}: left out, because these are parts of other folders")
     named = [(path, split_of(path.relative_to(root).as_posix() if path != root else "")) for path in paths]
     left_out = [path for path, split in named if split == TEST]
     if left_out:

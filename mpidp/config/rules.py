@@ -53,6 +53,7 @@ _shards, _fsdp = _is_not("mesh.shard", 0), _is("mesh.shard", 2, 3)
 _lora = _is_not("model.lora_rank", 0)
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
+_tasks = _is_not("train.eval_tasks", "")
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
          "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
@@ -140,6 +141,12 @@ RULES = [
          "implemented for the blocks of the built-in Transformer only"),
     Rule(_NOT, "train.compile", _not, _is("train.compile", True),
          "implemented for the blocks of the built-in Transformer only"),
+    Rule("train.eval_tasks", _CUT, _tasks, _cut,
+         "ranks answer different requests, but ranks that share a model compute each batch together; use mpidp evaluate --tasks"),
+    Rule("train.eval_tasks", _FSDP, _tasks, _fsdp,
+         "a forward pass needs all replicas, which answer different numbers of requests; use mpidp evaluate --tasks"),
+    Rule("train.eval_tasks", "train.compile", _tasks, _is("train.compile", True),
+         "each length of a request would be compiled; use mpidp evaluate --tasks"),
     Rule("model.kind=MODULE:FACTORY", "optim.name=muon", lambda s: s["model.kind"] not in KINDS, _is("optim.name", "muon"),
          "Muon is for hidden matrices, and mpidp does not know which matrices of your own model are hidden"),
 ]

@@ -78,7 +78,7 @@ def checked(config: Config) -> Config:
     if sum(map(bool, (train.steps, train.tokens, train.epochs))) > 1:
         problems.append("set only one of train.steps, train.tokens and train.epochs")
     problems += rules.problems(config.flat())
-    for name in ("data.path", "train.init_from"):
+    for name in ("data.path", "run.mirror", "train.init_from"):
         problems += address_problems(name, config.flat()[name])
     plain = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0}
     needs_tree = [f"{key}={value}" for key, _, value in fields_of(config) if value != plain.get(key, value)]
@@ -106,6 +106,10 @@ def checked(config: Config) -> Config:
     if not train.eval_every:
         problems += [f"{stop}: requires train.eval_every above 0; without evaluations during training it has no effect"
                      for stop in stops_by_loss(config)]
+    if not train.eval_tasks and (train.eval_tasks_dir or train.eval_tasks_limit):
+        problems.append("train.eval_tasks_dir and train.eval_tasks_limit require train.eval_tasks")
+    if train.eval_tasks and not all(name.strip() for name in train.eval_tasks.split(",")):
+        problems.append(f"train.eval_tasks={train.eval_tasks}: give names of tasks, separated by commas")
     if 0 < train.spike <= 1:
         problems.append(f"train.spike={train.spike} must be more than 1 (a multiple of the usual gradient norm), or 0 (off)")
     if optim.min_lr > optim.lr:

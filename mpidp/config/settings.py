@@ -81,6 +81,9 @@ class TrainSettings:
     threads: int = setting(0, "CPU threads per rank; 0: cores of the node / ranks on the node", "threads", low=0)
     eval_every: int = setting(100, "steps between evaluations on the validation split; 0: only at the end", "steps", low=0)
     eval_tokens: int = setting(65536, "tokens of the validation split per evaluation; 0: all", "tokens", low=0)
+    eval_tasks: str = setting("", "tasks of lm-eval for each evaluation, for example arc_easy,hellaswag (docs/use.md)", "names")
+    eval_tasks_dir: str = setting("", "folder with task files (.yaml) for eval_tasks", "path")
+    eval_tasks_limit: int = setting(0, "items of each of eval_tasks; 0: all", "items", low=0)
     save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: chosen from their measured cost", "steps",
                               low=-1)
     balance: str = setting(
@@ -233,6 +236,7 @@ class RunSettings:
         ("auto", "never", "must"),
     )
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
+    mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
         60.0, "end the job with exit code 6 if it makes no progress for this long (and 20 usual steps); 0: off", "s", low=0.0,
     )

@@ -11,6 +11,7 @@ from mpidp.errors import DataError, UsageError
 
 WITH_COLUMNS = ("parquet", "arrow")  # the kinds of files that are read by columns (text_files.py)
 BATCH_ROWS = 64
+BUFFER_BYTES = 2**20  # of a column; else pyarrow reads a whole row group into memory
 TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token ids
 
 
@@ -37,12 +38,13 @@ def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[A
     import pyarrow.parquet
 
     if kind == "parquet":
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as table:
             _check_columns(path, table.schema_arrow.names, columns)
             yield from table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) or None)
         return
     with pyarrow.memory_map(path) as mapped:
         for batch in _batches(pyarrow, mapped):
+            batch.validate(full=True)  # offsets in a damaged file may point outside it
             _check_columns(path, batch.schema.names, columns)
             selected = batch.select(list(columns) or batch.schema.names)
             yield from (selected.slice(at, BATCH_ROWS) for at in range(0, batch.num_rows, BATCH_ROWS))

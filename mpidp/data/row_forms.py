@@ -89,7 +89,8 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
     """Raise RowSkipped if the row has preferences, and no messages that end with an answer."""
-    ends = bool(messages) and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+    last = messages[-1] if messages else None
+    ends = isinstance(last, dict) and last.get("role") == "assistant"
     if "chosen" in row and "rejected" in row and not ends:
         raise RowSkipped("malformed", PREFERENCES)
 

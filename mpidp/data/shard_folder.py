@@ -49,6 +49,9 @@ class Shard(Protocol):
     def checksums(self) -> tuple[str, str]:
         """Return (crc32, sha256) of the file, in hexadecimal. Independent."""
 
+    def is_whole(self) -> bool:
+        """Return False if the file has become shorter since it was opened. Independent."""
+
     def forget(self) -> None:
         """Drop what is cached of the file, because its checksum is wrong. Independent."""
 
@@ -82,6 +85,10 @@ class LocalShard:
     def forget(self) -> None:
         """See Shard. Independent."""
 
+    def is_whole(self) -> bool:
+        """See Shard. Independent."""
+        return self._map is None or self._map.size() >= self.size  # size() asks for the size of the file, not of the map
+
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
             with open(self._path, "rb") as raw:
@@ -112,6 +119,10 @@ class RemoteShard:
     def checksums(self) -> tuple[str, str]:
         """See Shard. Independent."""
         return checksums_of(io.BufferedReader(RemoteReader(self._file)))
+
+    def is_whole(self) -> bool:
+        """See Shard. Independent."""
+        return True
 
     def forget(self) -> None:
         """See Shard. Independent."""

@@ -194,6 +194,8 @@ class TokenStream:
         with self._lock:
             if i in self._mapped:
                 self._mapped[i] = self._mapped.pop(i)  # now the most recently used
+                if not self._mapped[i].file.is_whole():  # reading the missing part would end the process with SIGBUS
+                    raise self._error(i, "it was truncated while it was in use")
             else:
                 try:
                     opened = self._open(i)

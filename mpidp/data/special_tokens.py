@@ -44,7 +44,7 @@ CLASS_OF_MODEL = {  # transformers' tokenizer class by model_type of config.json
     "gpt_neox": "GPTNeoXTokenizer", "olmo": "GPTNeoXTokenizer", "qwen2": "Qwen2Tokenizer", "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer", "qwen3_moe": "Qwen2Tokenizer", "gemma": "GemmaTokenizer", "gemma2": "GemmaTokenizer",
     "gemma3_text": "GemmaTokenizer", "cohere": "CohereTokenizer", "cohere2": "CohereTokenizer",
-    "code_llama": "CodeLlamaTokenizer",
+    "code_llama": "CodeLlamaTokenizer", "starcoder2": "GPT2Tokenizer",
 }
 WITHOUT_CLASS = frozenset({"mistral", "mixtral", "phi3", "olmo2"})  # values of model_type whose class defines no names
 

@@ -20,6 +20,7 @@ from mpidp.errors import DataError
 from mpidp.hf.fields import head_size
 from mpidp.hf.names import family_of, settings_of, sizes_of
 from mpidp.hf.tensors import stored_sizes
+from mpidp.model.rope_scaling import rope_scaling
 
 NUMBERS = ("F32", "F16", "BF16", "F64")
 BLOCK = 2**22  # elements that are compared at a time
@@ -69,6 +70,16 @@ class ModelFolder:
             stored = file.get_slice(self._stored.get(place.name, place.name))
             boxes = [stored[(*rest, cut)].T if place.transposed else stored[(cut, *rest)] for cut in rows]
             return boxes[0] if len(boxes) == 1 else torch.cat(boxes) if boxes else torch.empty(shape)
+
+    def notes_at(self, seq_len: int) -> list[str]:
+        """Return the messages for the user of a model with contexts of seq_len tokens. Pure."""
+        scaling = rope_scaling(self.settings["rope_scaling"])
+        if scaling is None or scaling.kind != "longrope" or seq_len <= scaling.original:
+            return self.notes
+        return [
+            *self.notes, f"{self.path}: its rope scaling longrope has other factors above {scaling.original:.0f} tokens. With "
+            f"model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length only",
+        ]
 
     def stored_name(self, name: str) -> str:
         """Return the name of the tensor in which a parameter is stored. Pure."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,7 @@ def write_gguf(folder: Path, out: Path, dtype: str, llama_cpp: str = "") -> None
     """
     if llama_cpp and not Path(llama_cpp, "convert_hf_to_gguf.py").is_file():
         raise UsageError(f"--llama-cpp {llama_cpp}: has no convert_hf_to_gguf.py; give the folder of a checkout of llama.cpp")
-    part = out.with_name(f".{out.name}.part")
+    part = out.with_name(f".{out.name}.{os.urandom(4).hex()}.part")  # another export may write the same file now
     command = [sys.executable, "-m", "mpidp.hf.gguf", str(folder), str(part), dtype, llama_cpp]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:

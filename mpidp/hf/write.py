@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from mpidp.hf.names import config_of, family_of
 from mpidp.hf.tensors import Place, stored_sizes
 from mpidp.hf.tokenizer_files import CONFIG, GENERATION, config_ids, text_files, with_begin
 from mpidp.hf.tokens import names_of
+from mpidp.hf.work_folder import work_folder
 from mpidp.model.shape import TransformerShape, shapes_of
 from mpidp.runtime.files import sync_directory, write_file
 from mpidp.runtime.log import log
@@ -49,22 +48,17 @@ def write_folder(
     name, texts, places = _text_files(shape, tokenizer, special, dtype, before)
     for note in check(consumer, texts) if consumer else ():
         log.warning("note: %s", note)
-    temporary = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
-        temporary.mkdir(parents=True)
-        _write_weights(temporary, shape, places, weight, DTYPES[dtype], max_file_bytes)
-        for file, content in texts.items():
-            (temporary / file).parent.mkdir(exist_ok=True)
-            write_file(temporary / file, content)
-        os.rename(temporary, out)
+        with work_folder(out) as temporary:
+            _write_weights(temporary, shape, places, weight, DTYPES[dtype], max_file_bytes)
+            for file, content in texts.items():
+                (temporary / file).parent.mkdir(exist_ok=True)
+                write_file(temporary / file, content)
+            os.rename(temporary, out)
         sync_directory(out.parent)
         return name
     except (OSError, SafetensorError) as error:  # SafetensorError: the disk is full while weights are written
         raise UsageError(f"{out} cannot be written ({error}); free space on its disk, or choose another folder") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(temporary)
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

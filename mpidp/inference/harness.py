@@ -26,8 +26,6 @@ from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.encoder import Encoder
 from mpidp.data.special_tokens import special_names
 from mpidp.errors import DataError, MpidpError, UsageError
-from mpidp.inference.base_folder import BaseFolder
-from mpidp.inference.loading import Source, home_of
 from mpidp.inference.sampling import Sampling
 from mpidp.inference.shared_requests import SharedRequests, TextRequest
 from mpidp.inference.tasks import TaskOptions, harness
@@ -66,12 +64,12 @@ def run_tasks(
     return requests.serve(work)
 
 
-def prefix_of(encoder: Encoder, reader: Source) -> int:
-    """Return the id that the harness puts before a text without context: BOS of the exported model, or its end of text.
-    Independent."""
+def prefix_of(encoder: Encoder, has_base: bool) -> int:
+    """Return the id that the harness puts before a text without context: BOS of the exported model, or its end of text. has_base:
+    whether the model is a Hugging Face folder, or fine-tuned from one; then its names of special tokens are kept. Pure."""
     table, ids = encoder.table, special_names(encoder.tokenizer)
     named = [ids[name] for key in ("bos_token", "eos_token") if (name := table.names.get(key, "")) in ids]
-    if isinstance(reader, BaseFolder) or (home_of(reader) / "hf").is_dir():  # the export keeps the names of the base model
+    if has_base:
         return named[0] if named and ("bos_token" in table.names or table.bos is None) else encoder.begin
     if table.bos is None and table.template is not None and "bos_token" in table.template and "bos_token" in table.names:
         return named[0] if named else encoder.begin

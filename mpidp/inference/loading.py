@@ -20,8 +20,8 @@ from mpidp.checkpoint.resume import changed_base_message, open_run
 from mpidp.comm.transport import Messages
 from mpidp.data.encoder import Encoder
 from mpidp.data.shards import TokenStream
-from mpidp.data.special_tokens import for_run, special_tokens_of
-from mpidp.data.tokenizer import load_tokenizer
+from mpidp.data.special_tokens import SpecialTokens, for_run, special_tokens_of
+from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.folder import ModelFolder
 from mpidp.hf.tokens import same
@@ -125,6 +125,15 @@ def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
                         f"text again with --tokenizer {own}")
 
 
+def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
+    """Return the special tokens of a run, with all ends of the model from which it was fine-tuned. Raises DataError if a file is
+    invalid. Independent."""
+    table, base = for_run(run_dir, tokenizer), run_dir / "hf"
+    if not base.is_dir():
+        return table
+    return replace(table, ends=tuple(dict.fromkeys((*table.ends, *special_tokens_of(base, tokenizer).ends))))
+
+
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
     """Load the model's tokenizer, or the one at `path`, and the table of special tokens of its training data.
 
@@ -140,10 +149,7 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
         if isinstance(reader, BaseFolder):
             table = special_tokens_of(reader.path, tokenizer)
         else:
-            table, base = for_run(home_of(reader), tokenizer), home_of(reader) / "hf"
-            if base.is_dir():  # the model from which the run was fine-tuned may have other end ids
-                ends = (*table.ends, *special_tokens_of(base, tokenizer).ends)
-                table = replace(table, ends=tuple(dict.fromkeys(ends)))
+            table = table_of_run(home_of(reader), tokenizer)
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
         raise DataError(f"{home_of(reader)}: the special tokens have an id that is not below the model's {rows} ids: restore "
                         "special_tokens.json from the shards, or correct generation_config.json")

@@ -43,12 +43,13 @@ class SharedRequests:
         """together: requests per batch; progressed: called after each batch, and while a rank waits."""
         self.loaded, self.encoder, self._together, self._progressed = loaded, encoder, together, progressed
         self._grid = loaded.grid
-        self._failed = False  # whether a batch failed: then every rank has raised an error
+        self._failed = False  # whether a batch of this work failed: then every rank has raised an error
 
     def serve(self, work: Callable[[], T]) -> T | None:
         """Run work() on rank 0 and return its result there; other ranks return None. If it raises an exception on rank 0, or a
         batch fails on any rank, raise this on all ranks. Collective over loaded.grid.world."""
         result: T | None = None
+        self._failed = False
         with raise_together(self._grid.world):
             if self._grid.world.rank == 0:
                 try:

@@ -197,7 +197,7 @@ def id_of(line: Mapping[str, Any]) -> str:
 
 def _kind(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a key that is different for every line of a file."""
-    return line["step"], line.get("event"), line.get("batch"), "val_loss" in line
+    return line["step"], line.get("event"), line.get("batch"), "val_loss" in line or "val_tokens" in line
 
 
 def _belongs(line: bytes, step: int, next_batch: int) -> bool:

@@ -1,7 +1,7 @@
 """Attention of packed documents: a position attends only to positions of its own document. Pure torch, no MPI.
 
-Short sequences use one dense mask. In longer ones every document is computed alone, like a separate sequence. Neighbouring short
-documents are computed together, with a small mask. Memory then grows with T, not with T x T.
+Short sequences use one dense mask. In longer ones every document is computed alone, like a separate sequence, so memory grows
+with T and not with T x T. On a GPU, where many small kernels are slow, successive short documents form a group with a small mask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mpidp.model.scores import Scores, additive, causal, masked, near
 
-DENSE = 512  # positions: longest sequence, and longest group of documents, that use one mask
+DENSE = 256  # the longest sequence that uses a dense mask
+GROUP = {"cpu": 0, "cuda": 1024}  # largest number of positions of a group of documents
 
 
 def dense_mask(ids: Tensor, window: int) -> Tensor:
@@ -26,7 +27,8 @@ class Documents:
     def __init__(self, ids: Tensor) -> None:
         """ids: the index of each position's document, (B, T). The positions of a document are successive."""
         self.ids = ids
-        self.groups = [_groups(row) for row in _lengths(ids)]  # for each row, the lengths of its groups, and whether each is one
+        # for each row, the length of each group, and whether the group is one document
+        self.groups = [_groups(row, GROUP.get(ids.device.type, 0)) for row in _lengths(ids)]
         self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
     def mask(self, row: int, begin: int, end: int, window: int, dtype: torch.dtype) -> Tensor:
@@ -57,11 +59,11 @@ def _lengths(ids: Tensor) -> list[list[int]]:
     return [[b - a for a, b in zip(row, row[1:], strict=False)] for row in edges]
 
 
-def _groups(lengths: list[int]) -> list[tuple[int, bool]]:
-    """Combine successive documents to groups of at most DENSE positions. Return (length, whether it is one document) of each."""
+def _groups(lengths: list[int], most: int) -> list[tuple[int, bool]]:
+    """Combine successive documents to groups of at most this many positions. Return (length, whether it is one document)."""
     found: list[tuple[int, bool]] = []
     for length in lengths:
-        if found and found[-1][0] + length <= DENSE:
+        if found and found[-1][0] + length <= most:
             found[-1] = (found[-1][0] + length, False)
         else:
             found.append((length, True))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpidp.errors import UsageError
 
 A, B = ".lora_a", ".lora_b"
+ALL = {"q", "k", "v", "o", "gate", "up", "down"}  # the default of model.lora_targets
 
 
 def is_adapter(name: str) -> bool:
@@ -32,12 +33,14 @@ def saved_names(names: Sequence[str]) -> list[str]:
 
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
-    """Return the layers that get adapters: those whose last name component is in targets, for example "q,v".
+    """Return the layers that get adapters: those whose last name component is in targets, for example "q,v". The default, ALL,
+    means the ones that the model has; GPT-2 has no gate.
 
     layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
     exceeds a layer's smaller dimension. Pure.
     """
     wanted, known = {part.strip() for part in targets.split(",") if part.strip()}, {name.rpartition(".")[2] for name in layers}
+    wanted = wanted & known if wanted == ALL else wanted
     if not wanted or wanted - known:
         unknown = ", ".join(sorted(wanted - known)) or "no layer"
         raise UsageError(f"model.lora_targets={targets} names {unknown}: this model's layers are {', '.join(sorted(known))}")

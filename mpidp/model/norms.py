@@ -25,7 +25,11 @@ class Norm(nn.Module):
 
     def normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the normalized x with other parameters, for example parameters whose gradients are summed over ranks."""
-        gain, x = 1 + weight if self.plus_one else weight, x.to(weight.dtype)  # in float32 also after a product in 16 bits
+        gain, x = self.gain(weight), x.to(weight.dtype)  # in float32 also after a product in 16 bits
         if bias is None:
             return F.rms_norm(x, weight.shape, gain, self.eps)
         return F.layer_norm(x, weight.shape, gain, bias, self.eps)
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """Return the factors of the normalized values."""
+        return 1 + weight if self.plus_one else weight

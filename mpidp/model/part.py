@@ -2,9 +2,11 @@
 
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
 some heads and hidden channels of each layer, and some rows of the vocabulary. The weights of query, key, value, gate and up are
-split by rows. The weights of o and down, which are multiplied afterwards, are split by columns. Therefore each residual branch
-needs only one sum over the ranks. Embedding and head are split by vocabulary. Norms are replicated. Between branches, a rank has
-all positions of a sequence, or with sequence parallelism only its own positions (Korthikanti 2022, section 4.2.2).
+split by rows, and so are their biases. The weights of o and down, which are multiplied afterwards, are split by columns.
+Therefore each residual branch needs only one sum over the ranks. The biases of o and down are replicated and added after this
+sum. Embedding and head are split by vocabulary. Learned positions and norms are replicated, except norms over all heads together
+(model.qk_norm=layer), which are split by heads. Between branches, a rank has all positions of a sequence, or with sequence
+parallelism only its own positions (Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from dataclasses import dataclass
 from mpidp.errors import UsageError
 from mpidp.model.shape import Shape, TransformerShape
 
-ROWS = ("embedding.weight", "head.weight", "q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")
 TABLES = ("embedding", "positions")  # of the first stage
-COLUMNS = ("attention.o.weight", "feed_forward.down.weight")
+ROWS = ("embedding", "head", "q", "k", "v", "gate", "up")  # layers whose weight and bias are split by rows
+COLUMNS = ("attention.o.weight", "feed_forward.down.weight")  # parameters that are split by columns
+HEAD_NORMS = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Part:
     tied: bool = False  # whether embedding and head share one tensor
     head_dim: int = 1  # size of an attention head
     sequence: bool = False  # whether positions are split over the ranks between branches (sequence parallelism)
+    norms_all_heads: bool = False  # whether the norms of queries and keys are over all heads together
 
     @property
     def layers(self) -> list[int]:
@@ -57,13 +61,19 @@ class Part:
 
     def box(self, name: str, size: tuple[int, ...]) -> tuple[slice, ...]:
         """Return this rank's box of a parameter. name, size: the name and shape of the parameter in the whole model. Pure."""
-        unit = self.head_dim if ".attention." in name else 1  # heads are never split
-        if name.endswith((*ROWS, *COLUMNS)):
-            dim = int(name.endswith(COLUMNS))
+        dim, found = self._dim(name), [slice(0, length) for length in size]
+        if dim is not None:
+            unit = self.head_dim if ".attention." in name else 1  # heads are never split
             units = self.own_range(size[dim] // unit)
-            cut = slice(units.start * unit, units.stop * unit)
-            return (cut, slice(0, size[1])) if dim == 0 else (slice(0, size[0]), cut)
-        return tuple(slice(0, length) for length in size)
+            found[dim] = slice(units.start * unit, units.stop * unit)
+        return tuple(found)
+
+    def _dim(self, name: str) -> int | None:
+        """Return the dimension along which a parameter is split, or None if each rank has all of it."""
+        layer = name.rpartition(".")[0].rpartition(".")[2]
+        if name.endswith(COLUMNS):
+            return 1
+        return 0 if layer in ROWS or (self.norms_all_heads and layer in HEAD_NORMS) else None
 
     def has(self, name: str) -> bool:
         """Return whether this rank has a section of a parameter, or all of it. name: the name in the whole model. Pure."""
@@ -80,7 +90,7 @@ class Part:
 
     def is_cut(self, name: str) -> bool:
         """Return whether a parameter is split over the tensor-parallel ranks. Pure."""
-        return self.size > 1 and name.endswith((*ROWS, *COLUMNS))
+        return self.size > 1 and self._dim(name) is not None
 
 
 def whole(shape: Shape) -> Part:
@@ -96,20 +106,24 @@ def part_of(
     sequence: whether to use sequence parallelism. chunks: number of chunks of layers per stage (mesh.interleave). Pure.
     """
     runs = tuple(stage_layers(shape, stages * chunks)[stage::stages])
-    return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence)
+    together = isinstance(shape, TransformerShape) and shape.qk_norm == "layer"
+    return Part(runs, stage == 0, stage == stages - 1, index, size, shape.tie_embeddings, shape.head_dim, sequence, together)
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
     """Divide the layers into stages of consecutive layers, at least one each, so that the slowest stage is as fast as possible.
 
-    A stage's time is estimated by its floating-point operations per token, including those of the head. Pure.
+    A stage's time is estimated by its floating-point operations per token, including those of the head. With sliding windows in
+    some layers, every layer counts as the mean of all layers. Pure.
     """
     if not isinstance(shape, TransformerShape) or stages == 1:
         return [range(shape.num_layers)]
-    d, t = shape.model_dim, shape.seq_len
+    d, count = shape.model_dim, shape.num_layers
     heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
-    block = d * heads * shape.head_dim + 3 * d * shape.hidden_dim + 2 * t * shape.num_heads * shape.head_dim
-    head, count = shape.vocab_size * d, shape.num_layers
+    attended = sum(map(shape.attended, range(count))) / count  # positions
+    block = d * heads * shape.head_dim + (2 + shape.gated) * d * shape.hidden_dim
+    block += int(2 * attended * shape.num_heads * shape.head_dim)
+    head = shape.vocab_size * d
 
     def slowest(last: int) -> int:
         return max(last * block + head, -(-(count - last) // (stages - 1)) * block)
@@ -126,11 +140,6 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: leave them at 1")
         return
-    if tp * pp > 1 and (changed := shape.changed()):
-        raise UsageError(
-            f"mesh.tp={tp}, mesh.pp={pp} with {', '.join(f'model.{name}={value}' for name, value in changed.items())}: not "
-            "supported; use data parallelism only (mesh.dp)"
-        )
     heads = shape.num_kv_heads
     if heads % tp:
         fit = [n for n in range(1, heads + 1) if heads % n == 0]

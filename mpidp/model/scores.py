@@ -8,14 +8,13 @@ scores of a block are computed explicitly, and again in backward. B: batch, H: h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-ROWS = 256  # queries of a block
+ROWS = 128  # queries of a block: the fastest of 64 to 1024 on CPUs (docs/results/2026-11-30-attention.md)
 
 
 class Scores(NamedTuple):
@@ -44,17 +43,37 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) ->
     """
     if not how.cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=how.scale)
-    if torch.is_grad_enabled() and q.requires_grad:
-        return checkpoint(_capped, q, k, v, mask, how, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-    return _capped(q, k, v, mask, how)
+    found: Tensor = _Capped.apply(q, k, v, mask, q.shape[-1] ** -0.5 if how.scale is None else how.scale, how.cap)  # type: ignore[no-untyped-call]
+    return found
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scores) -> Tensor:
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)
-    scores = how.cap * torch.tanh(scores / how.cap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+class _Capped(torch.autograd.Function):
+    """Attention with a soft-cap. It saves only its inputs, and computes the scores again in backward."""
+
+    @staticmethod
+    def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, cap: float) -> tuple[Tensor, Tensor]:
+        """Return tanh(scores / cap) and the attention weights, each (B, H, R, C) float32."""
+        bent = (q @ k.transpose(-2, -1)).float().mul_(scale / cap).tanh_()
+        scores = bent * cap
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
+        return bent, torch.softmax(scores, dim=-1)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.cap = scale, cap
+        return _Capped._weights(q, k, mask, scale, cap)[1].to(v.dtype) @ v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (q, k, v, mask), grad = ctx.saved_tensors, grads[0]
+        bent, weights = _Capped._weights(q, k, mask, ctx.scale, ctx.cap)
+        of_v = weights.to(v.dtype).transpose(-2, -1) @ grad
+        of_scores = (grad @ v.transpose(-2, -1)).float()  # of the weights; next: of the capped scores, then of q k^T
+        of_scores = of_scores.sub_((of_scores * weights).sum(-1, keepdim=True)).mul_(weights)
+        of_scores = of_scores.mul_(bent.square_().neg_().add_(1)).mul_(ctx.scale).to(q.dtype)
+        return of_scores @ k, of_scores.transpose(-2, -1) @ q, of_v, None, None, None
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:

@@ -105,7 +105,7 @@ def num_parameters(shape: Shape) -> int:
     """Return the number of parameters, computed by formula. Making the model on the meta device would import torch._dynamo."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
-    block, outside = (sum(map(math.prod, sizes.values())) for sizes in (_block_sizes(shape), _outside_sizes(shape)))
+    block, outside = (sum(map(math.prod, sizes.values())) for sizes in (block_sizes(shape), _outside_sizes(shape)))
     return shape.num_layers * block + outside
 
 
@@ -123,8 +123,8 @@ def flops_per_token(shape: Shape, parameters: int) -> float:
     return 6.0 * (parameters - tables * shape.model_dim) + 12.0 * attended * width
 
 
-def _block_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of one block, by its name in the block."""
+def block_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of one block, by its name in the block. Pure."""
     d, h, heads, kv = shape.model_dim, shape.hidden_dim, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     branches = {
         "attention": {"q": (heads, d), "k": (kv, d), "v": (kv, d), "o": (d, heads)},
@@ -161,7 +161,7 @@ def shapes_of(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter of the whole model, by name. Pure."""
     if not isinstance(shape, TransformerShape):
         return shape.sizes()
-    block, found = _block_sizes(shape), _outside_sizes(shape)
+    block, found = block_sizes(shape), _outside_sizes(shape)
     head = {"head.weight": found.pop("head.weight")} if "head.weight" in found else {}
     found |= {f"blocks.{layer}.{name}": size for layer in range(shape.num_layers) for name, size in block.items()}
     return found | head

@@ -9,9 +9,12 @@ ranks. The loss is computed from the logits of all ranks, but only a maximum, a 
 
 With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
 positions in forward and reduce-scatters their gradients in backward. g reduce-scatters in forward and gathers gradients in
-backward. A matrix product saves only this rank's positions of its input, and backward gathers the other positions again. A norm
-layer processes only this rank's positions. Therefore the gradient of its gain is summed over the ranks for each micro-batch.
-Afterwards it is equal on all ranks of a stage."""
+backward. A matrix product saves only this rank's positions of its input, and backward gathers the other positions again.
+
+A replicated parameter that is applied to only a part of the positions, or of the heads, has only a part of its gradient on each
+rank. This part is summed over the ranks for each micro-batch. Afterwards the gradient is equal on all ranks of a stage. With
+sequence parallelism, these parameters are all replicated parameters: those of norms, the biases of o and down, and the learned
+positions. Without it, they are the norms of single heads (model.qk_norm=head)."""
 
 from __future__ import annotations
 
@@ -23,20 +26,9 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, leave_branch
-
-
-class SequenceNorm(nn.Module):
-    """An RMSNorm over this rank's positions."""
-
-    def __init__(self, norm: nn.RMSNorm, tp: TensorComm) -> None:
-        super().__init__()
-        self.weight, self.eps, self._tp = norm.weight, norm.eps, tp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, t, D) -> (B, t, D)."""
-        gain = SumInBackward.apply(self.weight, self._tp)  # type: ignore[no-untyped-call]
-        return F.rms_norm(x, self.weight.shape, gain, self.eps)
+from mpidp.model.norms import Norm
+from mpidp.model.shape import TransformerShape
+from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, leave_branch, sum_both_ways
 
 
 class VocabEmbedding(nn.Module):
@@ -140,6 +132,43 @@ def _between(module: Any, tp: TensorComm, keep: bool, ends: bool = True) -> None
     module.forward = forward
 
 
+def _summed(p: Tensor | None, tp: TensorComm) -> Any:
+    """Return the parameter. Its gradient is summed over the ranks."""
+    return None if p is None else SumInBackward.apply(p, tp)  # type: ignore[no-untyped-call]
+
+
+def _sum_norm(norm: Any, tp: TensorComm) -> None:
+    """Sum the gradients of a norm, which is applied to this rank's positions or heads. An Identity is not changed."""
+    if isinstance(norm, Norm):
+        norm.forward = lambda x: norm.normalized(x, _summed(norm.weight, tp), _summed(norm.bias, tp))  # type: ignore[method-assign]
+
+
+def _sum_bias(output: Any, tp: TensorComm) -> None:
+    """Sum the gradient of a bias that is added to this rank's positions."""
+    if output.bias is not None:
+        output.add_bias = lambda y: y + _summed(output.bias, tp).to(y.dtype)
+
+
+def _normalize_all_heads(norm: Any, width: int, tp: TensorComm) -> None:
+    """Make the RMSNorm of this rank's heads a norm over the heads of all ranks. width: number of channels of all heads."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.to(norm.weight.dtype)
+        squares = sum_both_ways(x.square().sum(-1, keepdim=True), tp)
+        return x * torch.rsqrt(squares / width + norm.eps) * norm.gain(norm.weight)  # type: ignore[no-any-return]
+
+    norm.forward = forward
+
+
+def _share_attention(attention: Any, shape: TransformerShape, tp: TensorComm) -> None:
+    """Share the norms of queries and keys."""
+    for norm, heads in ((attention.q_norm, shape.num_heads), (attention.k_norm, shape.num_kv_heads)):
+        if norm is not None and attention.norm_heads:
+            _sum_norm(norm, tp)
+        elif norm is not None:
+            _normalize_all_heads(norm, heads * shape.head_dim, tp)
+
+
 def share_layers(model: Any, tp: TensorComm) -> None:
     """Change a part of a Transformer so that it computes every layer together with the other ranks of its stage. Independent."""
     keep = not tp.sequence
@@ -149,14 +178,20 @@ def share_layers(model: Any, tp: TensorComm) -> None:
 
     for block in model.blocks.values():
         block.register_forward_pre_hook(enter)
+        _share_attention(block.attention, model.shape, tp)
         for branch in (block.attention, block.feed_forward):
             _between(branch, tp, keep or model.recompute)  # recomputing a block gathers the positions again anyway
         if tp.sequence:
-            block.attention_norm = SequenceNorm(block.attention_norm, tp)
-            block.feed_forward_norm = SequenceNorm(block.feed_forward_norm, tp)
+            for norm in block.children():
+                _sum_norm(norm, tp)
+            _sum_bias(block.attention.o, tp)
+            _sum_bias(block.feed_forward.down, tp)
     if model.embedding is not None:
         model.embedding = VocabEmbedding(model.embedding, model.part.own_range(model.shape.vocab_size).start, tp)
+    if model.positions is not None and tp.sequence:
+        table = model.positions
+        table.forward = lambda places: F.embedding(places, _summed(table.weight, tp))
     if model.head is not None:
         if tp.sequence:
-            model.norm = SequenceNorm(model.norm, tp)
+            _sum_norm(model.norm, tp)
         _between(model.head, tp, keep, ends=False)

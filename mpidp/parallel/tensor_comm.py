@@ -132,3 +132,9 @@ def leave_branch(x: Tensor, tp: TensorComm) -> Tensor:
     """Apply g: return the sum of x, (B, T, D), over the ranks. With sequence parallelism, return only this rank's positions of
     the sum. Collective over tp.comm."""
     return (_Scatter if tp.sequence else SumInForward).apply(x, tp)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_both_ways(x: Tensor, tp: TensorComm) -> Tensor:
+    """Return the sum of x over the ranks. Each rank uses the sum for its own heads, so the gradient of x is the sum of the ranks'
+    gradients of the result. Collective over tp.comm, also in backward."""
+    return SumInBackward.apply(SumInForward.apply(x, tp), tp)  # type: ignore[no-any-return, no-untyped-call]

@@ -22,9 +22,9 @@ QUIET_SECONDS = 30.0  # at most one warning in this time
 class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
-    def __init__(self, seconds: float) -> None:
-        """seconds: how long a failing request is tried again."""
-        self.seconds = seconds
+    def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
+        """seconds: how long a failing request is tried again. setting: what this limit belongs to, for errors."""
+        self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False
         self._warned_at = -QUIET_SECONDS
@@ -62,8 +62,8 @@ class Retries:
                 return result
             limit, spent = self.seconds if self._answered else min(FIRST_SECONDS, self.seconds), time.monotonic() - began
             if spent + pause > limit or self._closed.is_set():
-                raise DataError(f"{where}: {reason}; gave up after {tries} tries in {spent:.0f} s (data.retry_seconds="
-                                f"{self.seconds:g}). Nothing is lost: start the same command again when the server answers")
+                raise DataError(f"{where}: {reason}; gave up after {tries} tries in {spent:.0f} s ({self._setting}: "
+                                f"at most {limit:g} s). Nothing is lost: start the same command again when the server answers")
             if tries > 1:
                 self._warn(f"warning: {where}: {reason}; try {tries} failed, trying again for up to {limit - spent:.0f} s")
             self._pause(pause * (0.5 + self._random.random()))

@@ -13,10 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpidp.checkpoint.mirror import Mirror, open_mirror
 from mpidp.checkpoint.resume import find_checkpoint
 from mpidp.config.rules import method_setting
 from mpidp.config.schema import Config
-from mpidp.errors import Damaged
+from mpidp.errors import Damaged, Stopped
 from mpidp.faults.inject import InjectedFaults, faults_from_environment
 from mpidp.faults.restarts import RestartLog
 from mpidp.faults.run_lock import RunLock
@@ -33,6 +34,7 @@ from mpidp.training.run_plan import RunPlan
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+END_SECONDS, STOP_SECONDS = 600.0, 60.0  # how long the last checkpoint may take to be copied, at the end and on a request to stop
 MAX_RETURNS = 3  # number of returns to the last checkpoint in one command; a machine that fails more often needs repair
 
 
@@ -46,6 +48,7 @@ class RunAttempts:
         self.growing = crew is not None  # more replacement ranks may follow
         self.tries = RestartLog(Path(config.run.dir), begun=self.growing)
         self.lock: RunLock | None = None
+        self.mirror: Mirror | None = None  # on rank 0, if run.mirror is set
         self.job: Job | None = None  # the job whose state the surviving ranks hold
         self.stop: StopRequest | None = None  # requests to stop that job
         self._next_batch = 0  # the batch to resume with after a return to a checkpoint; 0: not set
@@ -100,6 +103,9 @@ class RunAttempts:
         with raise_together(self.world):
             if self.world.rank == 0 and self.lock is None:
                 self.lock = RunLock(plan.run_dir, ours=True)
+            if self.world.rank == 0 and self.mirror is None and plan.config.run.mirror:
+                run, failed = plan.config.run, bool(self.crew.events) or self.job is not None
+                self.mirror = open_mirror(plan.run_dir, run.mirror, "auto" if failed else run.resume, run.keep)
         held = self.world.allgather(self.job is not None)
         if self.job is not None and self.job.comm is self.world:
             return None  # no rank joined
@@ -113,7 +119,7 @@ class RunAttempts:
         return None
 
     def _build(self, plan: RunPlan, before: Job | None = None) -> Job:
-        return build(plan, self.faults, before, self.lock, self.tries.failed)
+        return build(plan, self.faults, before, self.lock, self.tries.failed, mirror=self.mirror)
 
     def _from_disk(self, plan: RunPlan) -> dict[str, Any] | None:
         """Make the job from the last checkpoint, or from the initial weights if there is none. Return the end record if the run
@@ -161,10 +167,12 @@ class RunAttempts:
             self.crew.events.append({"event": "went_back", "why": why})
 
     def close(self, error: BaseException | None) -> None:
-        """Record the error with which the run ended, unless another job has taken over the folder. Release the lock.
-        Independent."""
+        """Record the error with which the run ended, unless another job has taken over the folder. Wait until the last checkpoint
+        is copied to run.mirror. Release the lock. Independent."""
         if error is not None and (self.lock is None or self.lock.held()):
             self.tries.ended(error, self.world.rank)
+        if self.mirror is not None:
+            self.mirror.finish(END_SECONDS if error is None else STOP_SECONDS if isinstance(error, Stopped) else 0.0)
         if self.lock is not None:
             self.lock.release()
 

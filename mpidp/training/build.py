@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from mpidp.checkpoint.mirror import Mirror
 from mpidp.checkpoint.saver import Saver
 from mpidp.comm.nccl import open_transport
 from mpidp.comm.transport import Messages
@@ -30,24 +31,26 @@ from mpidp.training.run_plan import RunPlan
 from mpidp.training.run_record import make_run_record
 from mpidp.training.services import Services, make_services
 from mpidp.training.state import RunState
+from mpidp.training.task_evaluation import make_task_evaluation
 
 
 def build(
     plan: RunPlan, faults: InjectedFaults | None = None, before: Job | None = None, lock: RunLock | None = None,
     on_hang: Callable[[str], None] = lambda report: None, observers: Sequence[StepObserver] = (),
+    mirror: Mirror | None = None,
 ) -> Job:
     """Build the parts of a job on the device, with equal replicas.
 
     before: None, or a job in which ranks have failed, whose model and memory the surviving ranks keep. lock: the lock of the
-    run's folder, on rank 0. on_hang: called with the report of a hang. observers: called in every step. Collective over
-    plan.world."""
+    run's folder, on rank 0. on_hang: called with the report of a hang. observers: called in every step. mirror: copies
+    checkpoints, on rank 0. Collective over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
     transport = open_transport(plan.config.comm.gpu, plan.device, plan.mesh.dp)
     model = make_model(plan, transport, None if before is None else before.engine.model)
     if before is not None:
         before.strategy.release()
-    services = make_services(plan, state, faults or InjectedFaults(), lock, on_hang, observers)
+    services = make_services(plan, state, faults or InjectedFaults(), lock, on_hang, observers, mirror)
     memory = share_memory(
         plan, transport, sum(p.numel() for _, p in model.named), services.observers, model.parts,
         services.faults.changes_gradients, None if before is None else (before.strategy.group, before.strategy.one_copy),
@@ -63,8 +66,9 @@ def build(
         plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
     )
     schedule = schedule_of(plan.config.flat())
+    tasks = make_task_evaluation(plan, model.module, services.observers, None if before is None else before.tasks)
     return Job(
-        plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state
+        plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state, tasks
     )
 
 

@@ -42,6 +42,8 @@ def report_saves(job: Job) -> None:
         if event["event"] == "saved":
             path = job.run_dir / "checkpoints" / f"step_{event['step']:08d}"
             job.services.progress.print(f"step {event['step']}  saved {path}")
+            if job.services.mirror is not None:
+                job.services.mirror.add(path)
 
 
 def restore(job: Job, reader: Reader) -> None:

@@ -1,8 +1,9 @@
-"""Evaluations during training: the loss on the validation split."""
+"""Evaluations during training: the loss on the validation split, and tasks of lm-eval."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError
@@ -10,25 +11,43 @@ from mpidp.training.job import Job, ended
 
 
 def evaluate(job: Job) -> None:
-    """Compute and record val_loss at this step. Without a validation split, check at the end of the run that the weights are
-    usable. Collective over job.comm."""
-    job.position.evaluated_step = job.position.step
+    """Compute and record val_loss and the figures of train.eval_tasks at this step. Without a validation split, check at the end
+    of the run that the weights are usable. Collective over job.comm."""
+    at = job.position
+    at.evaluated_step = at.step
     with job.phase("evaluate"):
-        if job.plan.validation is not None:
-            evaluate_validation(job, job.plan.validation)
-        elif ended(job):
+        line = evaluate_validation(job, job.plan.validation) if job.plan.validation is not None else {}
+        if job.plan.validation is None and ended(job):
             check_last_update(job)
+        line |= evaluate_tasks(job)
+    if line:
+        job.record.write({"step": at.step, "val_tokens": 0} | line)
 
 
-def evaluate_validation(job: Job, validation: TokenStream) -> None:
-    """Compute and record val_loss. Collective over job.comm."""
+def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
+    """Compute val_loss, and return the fields for its line. Collective over job.comm."""
     at, progress = job.position, job.services.progress
     loss, tokens = _loss_on(job, validation, job.config.train.eval_tokens)
     at.evaluated(loss)
-    job.record.write({"step": at.step, "val_loss": loss, "val_tokens": tokens})
     progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
     if not math.isfinite(loss):
         warn_unusable(job, "validation")
+    return {"val_loss": loss, "val_tokens": tokens}
+
+
+def evaluate_tasks(job: Job) -> dict[str, Any]:
+    """Evaluate on train.eval_tasks, and return the fields for the line of the evaluation. Tasks that cannot be evaluated do not
+    stop the run. Collective over job.comm."""
+    if job.tasks is None:
+        return {}
+    figures, problem = job.tasks.run()
+    step, progress = job.position.step, job.services.progress
+    if problem:
+        progress.print(f"warning: step {step}: train.eval_tasks cannot be evaluated: {problem}")
+    shown = [f"{name} {value:.4f}" for name, value in figures.items() if value is not None and "_stderr" not in name]
+    if shown:
+        progress.print(f"step {step}  {', '.join(shown)}")
+    return dict(figures)
 
 
 def check_last_update(job: Job) -> None:

@@ -165,7 +165,7 @@ def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
         return _of_run(str(path), open_run(path, world), world)
     with raise_together(world):
         folder = ModelFolder(path)
-        for note in folder.notes if world.rank == 0 else ():
+        for note in folder.notes_at(config.model.seq_len) if world.rank == 0 else ():
             log.warning("note: %s", note)
         come_along = companions(path, (path / "tokenizer.json").is_file())
         return _with_tokenizer(Origin(str(path), folder.settings, folder, come_along=come_along), path)

@@ -27,6 +27,7 @@ from mpidp.training.run_plan import RunPlan
 from mpidp.training.run_record import RunRecord
 from mpidp.training.services import Services
 from mpidp.training.state import Position, RunState
+from mpidp.training.task_evaluation import TaskEvaluation
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Job:
     services: Services
     record: RunRecord
     state: RunState
+    tasks: TaskEvaluation | None = None  # evaluates on train.eval_tasks
 
     @property
     def config(self) -> Config:

@@ -31,6 +31,7 @@ FIGURES = ("train_loss", "grad_norm", "lr")  # compared keys of metrics.jsonl
 PLAIN = {"train.balance": "even", "train.audit_every": 0, "train.noise_every": 0, "comm.transport": "messages",
          "comm.copies": "rank", "comm.gpu": "staged", "comm.overlap": "none", "mesh.shard": 0,
          "mesh.tp": 1, "mesh.pp": 1, "mesh.dp": 0, "mesh.sequence": False, "mesh.interleave": 1,
+         "metrics.track": "", "metrics.tensorboard": False,
          "run.hang_seconds": 0.0}  # these settings change the result only if the fingerprint records it
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from mpidp.checkpoint.mirror import Mirror
 from mpidp.config.rules import steps_of
 from mpidp.faults.heartbeat import open_heartbeat_board
 from mpidp.faults.inject import InjectedFaults
@@ -36,6 +37,7 @@ class Services:
     meter: Meter
     machines: dict[str, Any]  # number of devices, and what the meter measures
     lock: RunLock | None = None  # on rank 0, held by the command
+    mirror: Mirror | None = None  # on rank 0, if run.mirror is set
 
     def close(self) -> None:
         """Stop measuring and close the progress bar. Independent."""
@@ -45,7 +47,7 @@ class Services:
 
 def make_services(
     plan: RunPlan, state: RunState, faults: InjectedFaults, lock: RunLock | None, on_hang: Callable[[str], None],
-    more: Sequence[StepObserver] = (),
+    more: Sequence[StepObserver] = (), mirror: Mirror | None = None,
 ) -> Services:
     """Make the services of a job. on_hang: called with the report of a hang. more: further observers of every step. Collective
     over plan.world."""
@@ -59,7 +61,7 @@ def make_services(
     observers = StepObservers([watchdog, faults, timeline, *more], lambda: state.position.step)
     meter, machines = watch_energy(config.metrics.energy, host, plan.device, world)
     progress = Progress(config.train.steps, world.rank == 0)
-    return Services(faults, watchdog, timeline, observers, Clock(observers), progress, meter, machines, lock)
+    return Services(faults, watchdog, timeline, observers, Clock(observers), progress, meter, machines, lock, mirror)
 
 
 def watch_energy(wanted: bool, host: str, device: torch.device, world: MPI.Intracomm) -> tuple[Meter, dict[str, Any]]:

@@ -196,18 +196,23 @@ def hf_model(place: Path) -> str:
     return digest(folder.settings, *weights)
 
 
-def megatron(place: Path) -> str:
-    from data_tools.from_tokens import FromOptions, from_tokens
+def tokens_in(form: str, source: str) -> Callable[[Path], str]:
+    """Return a reader of tokens in a format of data_tools.convert."""
+    def read(place: Path) -> str:
+        from data_tools.from_tokens import FromOptions, from_tokens
 
-    with redirect_stdout(StringIO()):
-        lines = from_tokens("megatron", place / "meg_train", place / "new", FromOptions("byte", 1, 0.0))
-    content = (place / "new" / "train_00000.h5").read_bytes()
-    for path in (place / "new").iterdir():
-        path.unlink()
-    (place / "new").rmdir()
-    return digest(lines, content)
+        with redirect_stdout(StringIO()):
+            lines = from_tokens(form, place / source, place / "new", FromOptions("byte", 1, 0.0))
+        content = (place / "new" / "train_00000.h5").read_bytes()
+        for path in (place / "new").iterdir():
+            path.unlink()
+        (place / "new").rmdir()
+        return digest(lines, content)
+
+    return read
 
 
+FORMS = ("nanogpt", "llmc", "olmo", "datatrove", "hf")
 STEP = "run/checkpoints/step_00000006"
 KINDS = {
     "manifest.json": Kind(f"{STEP}/manifest.json", 4, checkpoint, checksummed=True),
@@ -228,8 +233,14 @@ KINDS = {
     "HF config.json": Kind("hf/config.json", 3, hf_model),
     "HF index": Kind("hf/model.safetensors.index.json", 3, hf_model),
     "HF weights": Kind("hf/model-00001-of-00003.safetensors", 3, hf_model),
-    ".bin": Kind("meg_train.bin", 3, megatron),
-    ".idx": Kind("meg_train.idx", 3, megatron),
+    ".bin": Kind("meg_train.bin", 3, tokens_in("megatron", "meg_train")),
+    ".idx": Kind("meg_train.idx", 3, tokens_in("megatron", "meg_train")),
+    "nanoGPT's .bin": Kind("as_nanogpt/train.bin", 3, tokens_in("nanogpt", "as_nanogpt")),
+    "llm.c's .bin": Kind("as_llmc/tokens_train_000000.bin", 3, tokens_in("llmc", "as_llmc")),
+    "OLMo's .csv.gz": Kind("as_olmo/train/token_ids_part_0000.csv.gz", 3, tokens_in("olmo", "as_olmo")),
+    ".ds.index": Kind("as_datatrove/train/00000_unshuffled.ds.index", 3, tokens_in("datatrove", "as_datatrove")),
+    ".ds.metadata": Kind("as_datatrove/train/00000_unshuffled.ds.metadata", 3, tokens_in("datatrove", "as_datatrove")),
+    ".parquet": Kind("as_hf/train-00000-of-00001.parquet", 3, tokens_in("hf", "as_hf")),
 }
 
 TREES = ["manifest.json", "index.json", "given tokenizer.json", "special_tokens.json", "config.toml", "config.toml in report",
@@ -249,6 +260,7 @@ def prepare(place: Path) -> None:
         ("data_tools.prepare", *data, "plain"), ("data_tools.prepare", *data, "bpe", "--tokenizer", "bpe:300"),
         ("data_tools.prepare", *rows, "--val-fraction", "0.2", "--out", "shards"),
         ("data_tools.convert", "--to", "megatron", "plain", "--out", "meg"),
+        *(("data_tools.convert", "--to", form, "plain", "--out", f"as_{form}") for form in FORMS),
         ("mpidp.train", "tiny.toml", "--data.path=plain", "--train.eval_every=2"), ("mpidp.export", "run", "--out", "whole"),
     ):
         ended = shell.run("-m", *words, seconds=300)

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mpi4py import MPI
 
 import mpidp.evaluate
 import mpidp.generate
 from mpidp.config.schema import Config
 from mpidp.errors import UsageError
-from mpidp.model.shape import TransformerShape, shapes_of
+from mpidp.model.options import DEFAULTS, TransformerOptions
+from mpidp.model.shape import TransformerShape
 from mpidp.parallel.grid import make_grid
-from mpidp.plan.mesh.memory import ModelSizes, Shape, Work
+from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, step_of
 from mpidp.training.step import compute
+from tests.hybrid.gradients import assert_gradients
 from tests.tiny import DEVICE, WORLD, Ran, at, corpus, job_at, sizes, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -102,31 +103,9 @@ def test_gradients_are_those_of_one_rank(
         pytest.skip("more ranks than there are")
     if sequence and mesh[2] == 1:
         pytest.skip("nobody to share positions with")
-    data = corpus(shared_folder)
-
-    def gradients(comm: MPI.Intracomm, mesh: tuple[int, int, int]) -> tuple[dict[str, tuple[Any, torch.Tensor]], float]:
-        cut = {"sequence": sequence and mesh[2] > 1}
-        job = job_at(comm, with_mesh(data, shared_tmp / str(mesh), mesh, model={"num_kv_heads": 4}, mesh=cut))
-        loader = job.open_loader(0)
-        compute(job, next(loader))
-        loader.close()
-        reducer = job.strategy.reducer
-        reducer.finish()
-        layout, part, whole = reducer.buffer.layout, job.parts.part, shapes_of(job.parts.shape)
-        views = zip(layout.placed(), layout.views(reducer.buffer.total), strict=True)
-        found = {part.global_name(name): (part.box(part.global_name(name), whole[part.global_name(name)]), view.clone())
-                 for (_, name, _), view in views}
-        return found, reducer.norm()
-
-    alone, norm = at(1, lambda comm: gradients(comm, (1, 1, 1)))[0]
-    seen = set()
-    for found, its_norm in at(mesh[1] * mesh[2], lambda comm: gradients(comm, mesh)):
-        assert its_norm == pytest.approx(norm, rel=CLOSE)
-        for name, (box, gradient) in found.items():
-            wanted = alone[name][1][box]
-            assert float((gradient - wanted).norm()) <= CLOSE * float(alone[name][1].norm()), name
-            seen.add(name)
-    assert seen == set(alone)
+    data, heads, cut = corpus(shared_folder), {"num_kv_heads": 4}, {"sequence": sequence}
+    alone = with_mesh(data, shared_tmp / "alone", (1, 1, 1), model=heads)
+    assert_gradients(alone, with_mesh(data, shared_tmp / "run", mesh, model=heads, mesh=cut), CLOSE)
 
 
 def test_a_run_goes_on_on_any_other_mesh(shared_folder: Path, shared_tmp: Path) -> None:
@@ -287,19 +266,19 @@ def test_everybody_has_a_place() -> None:
         assert len({coordinates for _, _, coordinates in found}) == n
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
-def test_sent_bytes_are_those_foretold(
-    shared_folder: Path, shared_tmp: Path, sequence: bool, dtype: str, recompute: bool
-) -> None:
-    """Compare the bytes sent between the ranks of a stage with `mpidp.plan mesh`."""
-    if not fits((1, 1, 2)):
-        pytest.skip("needs two ranks")
-    data, train = corpus(shared_folder), {"global_batch": 2, "dtype": dtype, "recompute": recompute}
+def sizes_of(s: TransformerShape) -> ModelSizes:
+    heads = s.num_heads, s.num_kv_heads
+    options = TransformerOptions(**{name: getattr(s, name) for name in DEFAULTS})
+    return ModelSizes(
+        s.num_layers, s.model_dim, s.hidden_dim, *heads, s.vocab_size, s.seq_len, s.tie_embeddings, s.head_size, options
+    )
+
+
+def assert_foretold(config: Config) -> None:
+    """Compare the bytes sent between the ranks of a stage with `mpidp plan mesh`. Collective over WORLD."""
 
     def sent(comm: MPI.Intracomm) -> tuple[int, TransformerShape]:
-        job = job_at(comm, with_mesh(data, shared_tmp / "run", (1, 1, 2), train=train, mesh={"sequence": sequence}))
+        job = job_at(comm, config)
         loader = job.open_loader(0)
         batch = next(loader)
         loader.close()
@@ -307,8 +286,21 @@ def test_sent_bytes_are_those_foretold(
         compute(job, batch)
         return job.transport.pop_counts()[0], job.parts.shape
 
-    (found, s), _ = at(2, sent)
-    model = ModelSizes(s.num_layers, s.model_dim, s.hidden_dim, s.num_heads, s.num_kv_heads, s.vocab_size, s.seq_len)
-    work = Work(2, 2, float(recompute), 2 if dtype == "bfloat16" else 4, sequence=sequence)
+    (found, shape), _ = at(2, sent)
+    number_bytes = 2 if config.train.dtype == "bfloat16" else 4
+    work = Work(2, 2, float(config.train.recompute), number_bytes, sequence=config.mesh.sequence)
     machine = Machine(1.0, 1.0, LinkSpeed(0.0, 1.0), LinkSpeed(0.0, 1.0), 8, 8)
-    assert found == step_of(model, Shape(1, 1, 2), work, machine).tp_bytes
+    assert found == step_of(sizes_of(shape), Shape(1, 1, 2), work, machine).tp_bytes
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
+def test_sent_bytes_are_those_foretold(
+    shared_folder: Path, shared_tmp: Path, sequence: bool, dtype: str, recompute: bool
+) -> None:
+    if not fits((1, 1, 2)):
+        pytest.skip("needs two ranks")
+    train = {"global_batch": 2, "dtype": dtype, "recompute": recompute}
+    config = with_mesh(corpus(shared_folder), shared_tmp / "run", (1, 1, 2), train=train, mesh={"sequence": sequence})
+    assert_foretold(config)

@@ -59,6 +59,7 @@ def test_weights_are_those_of_shards_on_disk(mpi_tmp_path: Path) -> None:
         assert far.sha256 == near.sha256 and far.learned == near.learned
 
 
+@pytest.mark.check
 def test_loss_masks_and_document_boundaries_are_those_on_disk(mpi_tmp_path: Path) -> None:
     shards = masked_corpus(mpi_tmp_path, 3000)
     sections = {"train": {"balance": "measured"}}
@@ -69,6 +70,7 @@ def test_loss_masks_and_document_boundaries_are_those_on_disk(mpi_tmp_path: Path
             assert train_at(n, tiny(shards, mpi_tmp_path / f"far_{n}", data=data, **sections)).sha256 == near.sha256
 
 
+@pytest.mark.check
 def test_a_run_resumes_from_a_server_or_from_disk(mpi_tmp_path: Path) -> None:
     shards = corpus(mpi_tmp_path, 5000, shards=3)
     whole = trained(1, str(shards), mpi_tmp_path, "whole", train={"steps": 6, "save_every": 2})

@@ -157,3 +157,26 @@ def test_wrong_tasks_are_refused_on_all_ranks(place: Path) -> None:
         (["--tasks", "one", "--tasks-dir", "empty"], 2, "it has no task file"),
     ]:
         expect(shell.run("-m", "mpidp.evaluate", "run", *words, ranks=2), code, phrase)
+
+
+def test_evaluation_during_training(place: Path) -> None:
+    """The figures are those of `mpidp evaluate`, on any number of ranks, and the weights are the same as without evaluation.
+    Tasks that cannot be evaluated do not stop the run."""
+    shell, lines = Shell(place), dict[str, list[dict[str, Any]]]()
+    tasks = [f"--train.eval_tasks={','.join(TASKS)}", "--train.eval_tasks_dir=tasks", "--train.eval_every=20"]
+    for name, words, ranks in [("plain", [], 1), ("one", tasks, 1), ("three", tasks, 3),
+                               ("short", [*tasks, "--model.seq_len=10"], 2)]:
+        ended = shell.run("-m", "mpidp.train", "--data.path=shards", f"--run.dir={name}", *SMALL, *words, ranks=ranks)
+        assert ended.code == 0, ended
+        assert ended.said.count("train.eval_tasks cannot be evaluated: ") == (2 if name == "short" else 0), ended
+        lines[name] = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+    ends = {name: found[-1]["weights_sha256"] for name, found in lines.items()}
+    assert ends["plain"] == ends["one"] == ends["three"]
+    figures = {name: [{k: v for k, v in line.items() if "/" in k} for line in found if "val_tokens" in line]
+               for name, found in lines.items()}
+    assert len(figures["one"]) == 2 and figures["one"] == figures["three"] and not any(figures["plain"] + figures["short"])
+    evaluated = shell.run("-m", "mpidp.evaluate", "one", "--tasks", ",".join(TASKS), "--tasks-dir", "tasks", "--threads=1",
+                          "--device=cpu", "--json")
+    wanted = json.loads(evaluated.out)["tasks"]
+    assert figures["one"][-1] == {f"{task}/{metric}": value for task, of in wanted.items() for metric, value in of.items()
+                                  if metric != "sample_len"}

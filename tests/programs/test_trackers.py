@@ -150,4 +150,6 @@ def test_a_dead_server_is_a_warning(tmp_path: Path, shards: Path, name: str) -> 
     plain, tracked = (train(tmp_path / track, shards, track, 4, **DEAD[name]) for track in ("", name))
     weights = [re.findall("weights_sha256 (.*)", one.stdout) for one in (plain, tracked)]
     assert weights[0] == weights[1] and weights[0]
-    assert tracked.stderr.count("warning") == 1 and f"metrics.track={name}" in tracked.stderr, tracked.stderr
+    assert tracked.stderr.count("warning: ") == tracked.stderr.count(f"metrics.track={name}: ") in (1, 2), tracked.stderr
+    if name == "wandb" and "stored offline" in tracked.stderr:  # if the machine is slow, the time at the end is not enough
+        assert list((tmp_path / "wandb/track").glob("wandb/offline-run-*"))

@@ -36,7 +36,7 @@ CONTRACT = {
     "faults": f"{EVERY} comm parallel reducers",
     "hf": f"{EVERY} checkpoint data model",
     "inference": f"{EVERY} checkpoint comm data hf model parallel",
-    "training": f"{EVERY} checkpoint comm config data faults hf metrics model parallel reducers strategies storage",
+    "training": f"{EVERY} checkpoint comm config data faults hf inference metrics model parallel reducers strategies storage",
     "plan": f"{EVERY} checkpoint comm config data doctor hf metrics model parallel reducers strategies training",
     "report": f"{EVERY} config metrics",
     "doctor": f"{EVERY} comm config",
@@ -257,7 +257,7 @@ def test_what_training_runs_is_small() -> None:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
     assert sum(lines_of_code(names[module]) for module in seen) < 17000
-    assert sum(map(lines_of_code, MPIDP)) < 24000
+    assert sum(map(lines_of_code, MPIDP)) < 26000
 
 
 COLLECTIVES = {

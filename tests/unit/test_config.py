@@ -32,7 +32,8 @@ model.logit_scale model.attention_cap model.logit_cap
 model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
 train.lanes train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
-train.eval_tokens train.save_every train.balance train.audit_every train.noise_every train.spike train.max_skipped
+train.eval_tokens train.eval_tasks train.eval_tasks_dir train.eval_tasks_limit train.save_every train.balance train.audit_every
+train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
 optim.freeze
 strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
@@ -41,7 +42,7 @@ strategy.mode strategy.replay strategy.fragments
 comm.reducer comm.compress comm.ratio comm.ratio_warmup comm.momentum comm.rank
 comm.transport comm.copies comm.overlap comm.bucket_mb comm.gpu
 mesh.tp mesh.pp mesh.dp mesh.interleave mesh.sequence mesh.shard
-run.dir run.resume run.keep run.hang_seconds run.tries run.stop_early_seconds
+run.dir run.resume run.keep run.mirror run.hang_seconds run.tries run.stop_early_seconds
 faults.min_ranks faults.respawn
 metrics.timeline metrics.kernels metrics.track metrics.project metrics.tags metrics.tensorboard metrics.energy
 energy.grams_per_kwh energy.price_per_node_hour
@@ -248,7 +249,10 @@ def configs(draw: st.DrawFn) -> Config:
         "model.num_kv_heads": draw(st.sampled_from([k for k in range(heads + 1) if k == 0 or heads % k == 0])),
         "optim.warmup_steps": draw(st.integers(-1, chosen["train.steps"])),
         "train.spike": chosen["train.spike"] * (chosen["train.spike"] > 1),
+        "train.eval_tasks": draw(st.sampled_from(["", "a", "a,b"])),
     }
+    without_tasks = {"train.eval_tasks_dir": "", "train.eval_tasks_limit": 0}
+    chosen |= {"train.compile": False} if chosen["train.eval_tasks"] else without_tasks
     if not chosen["train.eval_every"]:
         chosen |= {"train.patience": 0, "train.target_loss": 0.0}
     strategy: dict[str, Any] = draw(STRATEGIES)
@@ -320,12 +324,23 @@ def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: p
     """In `--run.dir=~/x` and in a file no shell replaces ~."""
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "a.toml").write_text(f'[{key.partition(".")[0]}]\n{key.partition(".")[2]} = "~/x"\n')
-    extra = ["--strategy.name=server", "--train.steps=5"] if key == "strategy.replay" else []
+    extra = {"strategy.replay": ["--strategy.name=server", "--train.steps=5"], "train.eval_tasks_dir": ["--train.eval_tasks=a"]
+             }.get(key, [])
     for words in ([f"--{key}=~/x"], [f"--{key}", "~/x"], [str(tmp_path / "a.toml")]):
         assert from_args([*words, *extra]).flat()[key] == "/home/me/x"
     assert "the home folder of ~nobody-here is unknown" in refused(f"--{key}=~nobody-here/x")
     assert f"{key}=$HOME/x: $HOME is not replaced" in refused(f"--{key}=$HOME/x")
     assert from_args([f"--{key}=a~b/$none", *extra]).flat()[key] == "a~b/$none"
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (["--train.eval_tasks_dir=x"], "require train.eval_tasks"), (["--train.eval_tasks=a,,b"], "give names of tasks"),
+    (["--train.eval_tasks=a", "--mesh.tp=2"], "ranks answer different requests"),
+    (["--train.eval_tasks=a", "--mesh.shard=3"], "a forward pass needs all replicas"),
+    (["--train.eval_tasks=a", "--train.compile=true"], "each length of a request would be compiled"),
+])
+def test_tasks_that_cannot_be_evaluated_during_training_are_refused(words: list[str], why: str) -> None:
+    assert why in refused(*words)
 
 
 @pytest.mark.parametrize("stop", ["train.patience=3", "train.target_loss=2.5"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -110,6 +111,30 @@ def test_a_model_from_random_weights_is_of_the_first_family_that_fits(architectu
     assert made["architectures"] == [architecture]
 
 
+@pytest.mark.parametrize("row", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+def test_tensors_may_lack_the_prefix(row: str, tmp_path: Path) -> None:
+    """As in the files of a model without a head, also with the constants that old files contain."""
+    source = folder_of_row(row, tmp_path)
+    layout, there = BY_MODEL_TYPE[MODEL_TYPES[row]].layout, load_file(source / "model.safetensors")
+    before = ModelFolder(source)
+    wanted = {name: before.box(f"model/{name}", whole(before.sizes, name)) for name in before.sizes}
+    bare = {name.removeprefix(layout.prefix): tensor for name, tensor in there.items()}
+    layer = layout.layer.format(1).removeprefix(layout.prefix)
+    bare |= {f"{layer}{end if end[0] == '.' else f'.self_attn.{end}'}": torch.ones(1, 1, 64, 64) for end in layout.ignored}
+    save_file(bare, source / "model.safetensors", metadata={"format": "pt"})
+    found = ModelFolder(source)
+    assert all(torch.equal(found.box(f"model/{name}", whole(found.sizes, name)), tensor) for name, tensor in wanted.items())
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(found)(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_note_says_that_longrope_differs_for_short_inputs(tmp_path: Path) -> None:
+    folder = ModelFolder(folder_of_row("phi3, longrope", tmp_path))
+    assert not folder.notes_at(24)
+    assert "longrope has other factors above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
+
+
 # Fields.
 
 FILE = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype"}  # what a folder says about itself
@@ -170,8 +195,11 @@ def test_no_field_of_a_config_is_ignored(row: str, tmp_path: Path) -> None:
         (source / "config.json").write_text(json.dumps(changed))
         theirs: torch.Tensor | None
         try:
-            model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(json.dumps(changed)))).eval()
-            model.load_state_dict(weights)
+            if key == "tie_word_embeddings":  # the files decide
+                model = AutoModelForCausalLM.from_pretrained(source).eval()
+            else:
+                model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(json.dumps(changed)))).eval()
+                model.load_state_dict(weights)
             with torch.no_grad():
                 theirs = model(ids).logits
         except Exception:  # noqa: BLE001 - transformers refuses the value, in one way or another
@@ -255,3 +283,28 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
     page = (Path(__file__).parents[2] / "docs/huggingface.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE)
     assert rows == [(family.architecture, family.title) for family in FAMILIES]
+
+
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 0.5, 2**31, 10**400, float("inf"), float("nan"), "", "x", [], [1], [None], {}, {"a": {"b": []}},
+    {"rope_type": "yarn"}, {"rope_type": "linear", "factor": "x"}, {"rope_type": ["a"]}, {"type": {}},
+    {"rope_type": "longrope", "short_factor": 3, "long_factor": None}, ["sliding_attention"] * 3, {"full_attention": 3},
+    {"full_attention": {"rope_type": "yarn", "factor": None}}, {"sliding_attention": {"rope_theta": []}},
+)
+
+
+@pytest.mark.parametrize("row", ONE_OF_EACH)
+def test_odd_values_in_a_config_are_refused_with_words(row: str) -> None:
+    """No other error than DataError, with a short message that names the file."""
+    family = BY_MODEL_TYPE[MODEL_TYPES[row]]
+    config = json.loads(config_of_row(row).to_json_string(use_diff=False)) | {"architectures": [family.architecture]}
+    keys = {*config, *family.only, *(key for one in family.fields for key in one.keys)}
+    for changed in ({**config, key: value} for key in keys for value in ODD):
+        said = "it: "
+        try:
+            found = settings_of(changed, "it")
+            config_of(shape_of(found, found["position_rows"] or 8), "float32", {}, changed)
+        except DataError as error:
+            said = str(error)
+        assert said.startswith("it: ")
+        assert len(said) < 1500

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,8 @@ def test_rows_with_labels_and_padding(tmp_path: Path) -> None:
     source = parquet(tmp_path / "a.parquet", input_ids=[[1, 2, 3, EOD], [4, 5, 0, 0], [], [6]],
                      labels=[[-100, 2, 3, EOD], [-100, 5, -100, -100], [], [6]], attention_mask=[[1] * 4, [1, 1, 0, 0], [], [1]])
     said = take("hf", source, tmp_path / "out")
-    assert said[1:] == ["2 of 3 documents do not end with the end-of-document token 256", "1 document without tokens was skipped"]
+    assert said[1:-1] == [
+        "2 of 3 documents do not end with the end-of-document token 256", "1 document without tokens was skipped"]
     assert documents_of(tmp_path / "out", "train") == [[1, 2, 3, EOD], [4, 5], [6]]
     mask = TokenStream(tmp_path / "out").read_mask(0, 7)
     assert mask is not None and mask.tolist() == [False, True, True, True, False, True, True]
@@ -387,3 +389,25 @@ def test_what_headerless_files_cannot_store_is_said(tmp_path: Path) -> None:
     take("hf", tmp_path, tmp_path / "shards")
     assert to_tokens("nanogpt", tmp_path / "shards", tmp_path / "out")[-1].startswith("nanoGPT's .bin does not store where "
                                                                                       "documents end; at 2 places")
+
+
+def test_parts_that_repeat_others_are_left_out(tmp_path: Path) -> None:
+    for name in ("train", "train_small", "val", "val_xsmall"):
+        mds(tmp_path / name, {"tokens": "bytes"}, [{"tokens": np.array([len(name), EOD], "<i8").tobytes()}])
+    said = take("mds", tmp_path, tmp_path / "out")
+    assert said[2] == "train_small, val_xsmall: left out, because these are parts of other folders"
+    assert ids_of(tmp_path / "out") == [5, EOD] and documents_of(tmp_path / "out", "val") == [[3, EOD]]
+    parquet(tmp_path / "p.parquet", input_ids=[[1, EOD]])
+    (tmp_path / "cache-1.parquet").write_bytes(b"left by datasets")
+    take("hf", tmp_path, tmp_path / "new")
+    assert ids_of(tmp_path / "new") == [1, EOD]
+
+
+@pytest.mark.parametrize("name", ["0.ds", "0.ds.index", "0.ds.loss", "0.ds.metadata"])
+def test_special_files_are_refused_without_waiting(tmp_path: Path, name: str) -> None:
+    np.array(STREAM, "<u2").tofile(tmp_path / "0.ds")
+    np.array([9], "<u8").tofile(tmp_path / "0.ds.index")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=name.replace(".", "[.]")):
+        take("datatrove", tmp_path / "0.ds", tmp_path / "out")

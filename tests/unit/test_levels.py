@@ -48,6 +48,16 @@ def test_parts_that_fail_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert text.splitlines()[-1] == "1 passed, 1 failed, 1 skipped" and "1:01" in text and "skipped 1: no" in text
 
 
+@pytest.mark.parametrize("count", [1, run.MAX_RETRIED, run.MAX_RETRIED + 1])
+def test_tests_that_passed_only_alone_are_named_and_too_many_are_a_failure(count: int) -> None:
+    results = {"faults": run.Result(passed=9, retried=[f"tests/faults/test_x.py::test_{i}" for i in range(count)])}
+    text = run.summary(results, 1.0)
+    for test in results["faults"].retried:
+        assert f"FAILED at the first attempt, passed when it ran alone: {test}" in text
+    assert text.splitlines()[-1] == f"9 passed, 0 failed, 0 skipped, {count} passed only alone"
+    assert run.has_failed(results) == (count > run.MAX_RETRIED) == ("needed a second attempt" in text)
+
+
 def test_make_and_ci_know_every_part() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z0-9-]+):.*##", makefile, re.M))

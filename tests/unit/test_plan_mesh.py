@@ -14,8 +14,8 @@ from mpidp.config.schema import Config, to_toml
 from mpidp.errors import UsageError
 from mpidp.plan import __main__ as planning
 from mpidp.plan.mesh import command_line
-from mpidp.plan.mesh.memory import ModelSizes
 from mpidp.plan.mesh.search import model_of, number, shapes
+from mpidp.plan.mesh.sizes import ModelSizes
 from mpidp.plan.mesh.table import mesh_table
 
 SMALL = ModelSizes(3, 64, 192, 4, 2, 512, 32)

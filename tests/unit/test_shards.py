@@ -289,6 +289,18 @@ def test_truncated_files_are_refused(tmp_path: Path, size: int) -> None:
             TokenStream(tmp_path).check()
 
 
+@pytest.mark.parametrize("tokens", [200, 200_000])
+def test_a_file_that_is_truncated_while_it_is_in_use_is_refused(tmp_path: Path, tokens: int) -> None:
+    """Without a check, the missing part reads as zeros up to the end of the page, and as SIGBUS after it."""
+    make_shards(tmp_path, [tokens])
+    stream = TokenStream(tmp_path)
+    stream.check()
+    stream.read(0, tokens)
+    os.truncate(tmp_path / "train_00000.h5", stream.files[0].size // 2)
+    with pytest.raises(DataError, match="train_00000.h5: it was truncated while it was in use"):
+        stream.read(tokens - 100, 100)
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     make_shards(tmp_path, [200])
     path = tmp_path / "train_00000.h5"

@@ -124,7 +124,7 @@ def test_a_server_that_is_gone_is_an_error_after_the_time_limit(server: FaultySe
     far = opened(server, tmp_path, seconds=0.2)
     far.read(0, 10)
     server.faults = lambda number, method, path: kind
-    with pytest.raises(DataError, match=f"({FAULTS[kind]}).*gave up after [0-9]+ tries.*data.retry_seconds=0.2"):
+    with pytest.raises(DataError, match=f"({FAULTS[kind]}).*gave up after [0-9]+ tries.*data.retry_seconds: at most 0.2 s"):
         far.read(150_000, 10)
     server.faults = no_faults
     assert np.array_equal(far.read(150_000, 10), TOKENS[150_000:150_010])
@@ -266,7 +266,7 @@ def test_groups_are_consecutive_and_bounded() -> None:
     "https://host/p?X-Amz-Signature=HUSH", "https://host/p#HUSH", "S3://HUSH:HUSH@bucket",
 ])
 def test_credentials_in_addresses_are_refused_and_not_shown(address: str, tmp_path: Path) -> None:
-    settings = [partial(from_args, [f"--{name}={address}"]) for name in ("data.path", "train.init_from")]
+    settings = [partial(from_args, [f"--{name}={address}"]) for name in ("data.path", "run.mirror")]
     for act in (*settings, lambda: TokenStream(address)):
         with pytest.raises(UsageError, match="must not contain") as caught:
             act()

@@ -178,6 +178,16 @@ def test_arrow_files_without_text_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "b.arrow", alone=True)
 
 
+def test_files_of_several_splits_are_named(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "test-0.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (tmp_path / "test_of_a_program.py").write_text("a")
+    _, _, remarks = find_files(str(tmp_path), tmp_path / "out")
+    assert len(remarks) == 1 and remarks[0].startswith("files of several splits were read together, for example test-0.jsonl")
+    (tmp_path / "train-0.jsonl").unlink()
+    assert find_files(str(tmp_path), tmp_path / "out")[2] == []
+
+
 def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     """The Arrow files that state.json names are read, no others, and no file that describes the dataset."""
     for name in ("data-0.arrow", "data-1.arrow", "cache-1.arrow"):

@@ -37,7 +37,6 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "ROWS", 4)
-    monkeypatch.setattr(documents, "DENSE", 6)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -71,13 +70,16 @@ def test_blocks_equal_a_dense_mask(how: Scores, t: int) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [0, 6])
 @pytest.mark.parametrize("how", HOW, ids=str)
-def test_documents_equal_a_dense_mask(how: Scores) -> None:
+def test_documents_equal_a_dense_mask(how: Scores, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(documents.GROUP, "cpu", group)
     given = [rand(2, 3, 24, 8, seed=i).requires_grad_() for i in range(3)]
     lengths = [[1, 2, 2, 14, 1, 3, 1], [24]]  # a group of three documents, a document alone, a group
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
     found = Documents(ids)
-    assert found.groups == [[(5, False), (14, True), (5, False)], [(24, True)]]
+    grouped = [(5, False), (14, True), (5, False)]
+    assert found.groups == [grouped if group else [(length, True) for length in lengths[0]], [(24, True)]]
     results = [within(found, *given, how), formula(*given, dense_mask(ids, how.window), how)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(result.square().sum(), given) for result in results]

@@ -16,6 +16,7 @@ DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT
 class MlflowTracker:
     """See tracked.Tracker. MLflow would keep both values of a step, so a step is written once."""
 
+    note = ""
     purges = False
 
     def __init__(self, run: TrackedRun) -> None:

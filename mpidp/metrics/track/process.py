@@ -145,6 +145,8 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
             module = importlib.import_module(f"mpidp.metrics.track.{name}")
             tracker: Tracker = getattr(module, f"{name.capitalize()}Tracker")(run)
             state.save([])
+            if tracker.note:
+                warnings.say("note", tracker.note)
     except BaseException as error:  # noqa: BLE001 - a tracker may also raise SystemExit
         warnings.say("failed", f"{what} failed ({_short(error)})")
         return 1

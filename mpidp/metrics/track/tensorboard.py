@@ -12,6 +12,7 @@ from mpidp.metrics.track.tracked import TrackedRun, scalars_of
 class TensorboardTracker:
     """See tracked.Tracker. TensorBoard hides the steps of earlier jobs after the step at which this job begins."""
 
+    note = ""
     purges = True
 
     def __init__(self, run: TrackedRun) -> None:

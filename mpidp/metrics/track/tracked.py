@@ -31,6 +31,7 @@ class TrackedRun:
 class Tracker(Protocol):
     """A run in a tracker. An exception of a method is a warning, and the run goes on."""
 
+    note: str  # a warning about the opening of the run; may be empty
     purges: bool  # whether a step that is written again replaces the first one; if not, it is left out
 
     def __init__(self, run: TrackedRun) -> None:
@@ -63,7 +64,7 @@ def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 def kind_of(line: Mapping[str, Any]) -> str:
     """Return the kind of a line: steps, val or events. Pure."""
-    return "events" if "event" in line else "val" if "val_loss" in line else "steps"
+    return "events" if "event" in line else "val" if "val_loss" in line or "val_tokens" in line else "steps"
 
 
 def facts_of(line: Mapping[str, Any]) -> dict[str, Any]:

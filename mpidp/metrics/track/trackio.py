@@ -12,6 +12,7 @@ from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 class TrackioTracker:
     """See tracked.Tracker. trackio continues the run with the same name, so the name includes the id of the run."""
 
+    note = ""
     purges = False
 
     def __init__(self, run: TrackedRun) -> None:

@@ -15,16 +15,30 @@ class WandbTracker:
     """See tracked.Tracker. The steps of a run in wandb only grow, so a step is written once."""
 
     purges = False
+    note = ""
 
     def __init__(self, run: TrackedRun) -> None:
+        offline = not any(os.environ.get(name) for name in SERVER)
+        try:
+            self._run = self._open(run, offline)
+        except Exception as error:
+            if offline:
+                raise
+            import wandb
+
+            wandb.teardown()  # otherwise wandb's service says that the id of the run is in use
+            self.note = f"the server does not answer ({type(error).__name__}), so the run is stored offline in {run.folder}"
+            self._run = self._open(run, offline=True)
+
+    @staticmethod
+    def _open(run: TrackedRun, offline: bool) -> Any:
         import wandb
 
-        offline = not any(os.environ.get(name) for name in SERVER)
-        self._run: Any = wandb.init(
+        return wandb.init(
             project=os.environ.get("WANDB_PROJECT") or run.project, id=run.state["id"], resume="allow",
             name=os.environ.get("WANDB_NAME") or run.name, dir=os.environ.get("WANDB_DIR") or run.folder,
             mode="offline" if offline else None, config=dict(run.config), tags=list(run.tags),
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", init_timeout=20),
         )
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from mpidp.config.command_line import from_args, read_run_config
 from mpidp.errors import UsageError
 from mpidp.hf.names import settings_of
+from mpidp.model.options import DEFAULTS as OPTIONS
 from mpidp.plan.cluster_file import read_cluster
-from mpidp.plan.mesh.memory import Work
 from mpidp.plan.mesh.search import (
     MICRO_BATCHES,
     GivenFigures,
@@ -23,13 +23,14 @@ from mpidp.plan.mesh.search import (
     plan_mesh,
     vocab_size_of,
 )
+from mpidp.plan.mesh.sizes import Work
 from mpidp.runtime.json_file import read_json
 from mpidp.runtime.options import add_ranks
 
 TOKENS = {True: 4 << 20, False: 1 << 19}  # assumed tokens per step; key: whether the model has at least 1 B parameters
 BYTES = {"bfloat16": 2, "float32": 4}
 OF_THE_WEIGHTS = [f"model.{key}" for key in ("kind", "num_layers", "num_heads", "num_kv_heads", "model_dim", "hidden_dim",
-                                             "tie_embeddings", "head_dim", "vocab_size")]
+                                             "tie_embeddings", "head_dim", "vocab_size", *OPTIONS)]
 DESCRIPTION = """\
 Find the meshes (dp x pp x tp, and the level of sharding over dp) of N ranks that have enough memory for a model, and predict
 the step time of each. Figures that are not given are assumed and listed. docs/plan.md explains the output and its accuracy.

@@ -13,10 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mpidp.data.shard_folder import open_index
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.progress import peak_flops
-from mpidp.plan.mesh.memory import Memory, ModelSizes, Shape, Work, largest
+from mpidp.model.options import DEFAULTS as OPTIONS
+from mpidp.model.options import TransformerOptions
+from mpidp.plan.mesh.memory import Memory, largest
+from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 from mpidp.plan.mesh.time import LinkSpeed, Machine, Step, measured_machine, step_of
 from mpidp.plan.ranks import measured
 
@@ -80,6 +82,8 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
 def vocab_size_of(values: Mapping[str, Any]) -> int:
     """Return the vocabulary size of a configuration {section.key: value}, or else that of its data. Raises UsageError if the
     configuration has none and the data cannot be read. Independent."""
+    from mpidp.data.shard_folder import open_index  # imports numpy
+
     try:
         return int(values.get("model.vocab_size", 0)) or open_index(str(values.get("data.path"))).vocab_size
     except DataError as error:
@@ -91,7 +95,11 @@ def model_of_config(values: Mapping[str, Any], vocab_size: int) -> ModelSizes:
     m = {key: values[f"model.{key}"] for key in ("num_layers", "model_dim", "num_heads", "seq_len", "tie_embeddings")}
     hidden = values["model.hidden_dim"] or -(-8 * m["model_dim"] // (3 * 64)) * 64
     heads = values["model.num_kv_heads"] or m["num_heads"]
-    return ModelSizes(**m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size)
+    options = TransformerOptions(**{name: values.get(f"model.{name}", plain) for name, plain in OPTIONS.items()})
+    head_size = int(values.get("model.head_dim", 0))
+    return ModelSizes(
+        **m, hidden_dim=hidden, num_kv_heads=heads, vocab_size=vocab_size, head_size=head_size, options=options
+    )
 
 
 @dataclass(frozen=True)
@@ -255,7 +263,7 @@ def plan_mesh(
         )
     fits = [row for row in rows if row.memory.total <= ROOM * limit]
     return {
-        "ranks": ranks, "memory_limit_bytes": limit, "model": asdict(model), "model_from": taken, "parameters": model.parameters,
+        "ranks": ranks, "memory_limit_bytes": limit, "model": model.plain(), "model_from": taken, "parameters": model.parameters,
         "parameters_asked": parameters, "samples": samples, "global_batch": base.global_batch, "number_bytes": base.number_bytes,
         "tokens_a_step": base.global_batch * model.seq_len, "machine": list(sources), "meshes": len(rows), "fitting": len(fits),
         "three_ways": three_ways(rows, ranks, parameters, samples, limit), "rows": [row.plain() for row in (fits or rows)[:top]],

@@ -9,8 +9,8 @@ matrix products. M is the number of micro-batches per replica.
 | compute | operations / flops + bytes read and written / memory bandwidth; c is this time for one micro-batch on one stage |
 | tp | float32 allreduces of (B, T, D): 2 in forward and 2 in backward of a block, 2 more with recompute, 2 for embedding and head
 |
-| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number; the gains of
-norms |
+| tp, sequence | as many float32 reduce_scatters; 6 allgathers per block and 2 for the head, w bytes per number; the gradients of
+parameters that are not divided |
 | pp | m: a float32 message of (B, T, D), or with sequence 1 / tp of it; a micro-batch takes max c + 2 m (pp - 1) / pp |
 | pipeline | M - 1 micro-batches + sum of c over stages + 2 m (pp - 1); with equal stages the bubble is (pp - 1) / (M + pp - 1) |
 | dp, shard 0 | an allreduce of 4 p, which overlaps with 2/3 of a micro-batch (its backward) |
@@ -31,21 +31,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mpidp.plan.mesh.memory import (
-    MASTER,
-    ModelSizes,
-    Shape,
-    Work,
-    kept_of_block,
-    layers_of,
-    logits_bytes,
-    parameters_of,
-    stages_of,
-)
+from mpidp.plan.mesh.activations import kept_of_block, logits_bytes
+from mpidp.plan.mesh.memory import MASTER, layers_of, parameters_of, stages_of
+from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 BACKWARD = 2 / 3  # fraction of the compute time that backward takes
 PASSES = 4  # each saved activation is written and read, and so is its gradient
 ACCUMULATE = 12  # bytes per parameter and micro-batch to accumulate gradients: two reads and a write
+HEAD_GAINS = ("q_norm.weight", "k_norm.weight")  # replicated if norms are of single heads, and applied to own heads
 CAST = 6  # bytes per parameter and micro-batch to convert weights for 16-bit products
 UPDATE = 28  # bytes per parameter: AdamW reads four numbers and writes three
 
@@ -138,17 +131,27 @@ def _parts(model: ModelSizes, shape: Shape, work: Work, machine: Machine) -> tup
     weights = ACCUMULATE + (CAST if work.number_bytes == 2 else 0)
     wire = half_allreduce(machine, shape.tp, 1, float(tokens * model.model_dim * work.wire_bytes)).times(2)
     numbers = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2 * 3)  # loss: a maximum, a sum, the target's logit
-    forward = tokens * (2 * model.matrices + 4 * model.seq_len * model.model_dim) / shape.tp
+    forward = tokens * (2 * model.matrices + 4 * model.attended * model.num_heads * model.shape.head_dim) / shape.tp
     kept = (PASSES + 2 * again) * tokens * kept_of_block(model, shape, work)
-    block_wire, head_wire = wire.times(4 + 2 * again), wire
+    block_wire, head_wire, embedding_wire = wire.times(4 + 2 * again), wire, wire
+
+    def gradients(*elements: int) -> Traffic:
+        """Return the traffic to sum the gradients of replicated parameters."""
+        return sum((half_allreduce(machine, shape.tp, 1, 4.0 * n).times(2) for n in elements if n), Traffic())
+
     if work.sequence:
         size = tokens * model.model_dim
         gather = half_allreduce(machine, shape.tp, 1, float(size * min(work.number_bytes, work.wire_bytes)))
         scatter = half_allreduce(machine, shape.tp, 1, float(size * work.wire_bytes))
-        gains = half_allreduce(machine, shape.tp, 1, 4.0 * model.model_dim).times(2)
-        block_wire, head_wire = gather.times(6) + scatter.times(4 + 2 * again) + gains.times(2), gather.times(2) + scatter + gains
+        block_wire, head_wire = gather.times(6) + scatter.times(4 + 2 * again), gather.times(2) + scatter
+        head_wire += gradients(*[model.model_dim] * (model.norm // model.model_dim))
+        embedding_wire += gradients(model.positions)
+    block_wire += gradients(*(n for name, n in model.replicated.items() if work.sequence or name.endswith(HEAD_GAINS)))
+    if model.options.qk_norm == "layer":
+        squares = half_allreduce(machine, shape.tp, 1, 4.0 * tokens).times(2)
+        block_wire += squares.times(2 * (2 + again))
     block = Flow((3 + again) * forward, kept + weights * model.block / shape.tp, block_wire)
-    embedding = Flow(0.0, 3 * 4.0 * tokens * model.model_dim + weights * model.table / shape.tp, wire)
+    embedding = Flow(0.0, 3 * 4.0 * tokens * model.model_dim + weights * model.table / shape.tp, embedding_wire)
     logits = PASSES / 2 * tokens * logits_bytes(model, shape, work.number_bytes)  # logits_bytes includes gradients
     head = Flow(6.0 * tokens * model.table / shape.tp, logits + weights * model.table / shape.tp, head_wire + numbers)
     return block, embedding, head

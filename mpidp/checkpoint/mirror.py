@@ -1,0 +1,138 @@
+"""Copies of checkpoints in object storage (run.mirror). A thread of rank 0 copies each checkpoint after its commit.
+
+    ADDRESS/mirror.json                           the id of the run whose checkpoints these are
+    ADDRESS/config.toml, metrics.jsonl, ...       the files of RUN that belong to its checkpoints
+    ADDRESS/checkpoints/step_00000100/...         as in RUN; manifest.json is written last
+
+A checkpoint on the mirror is complete only if its manifest is there. The thread never stops the training: an error is a warning,
+and the next checkpoint is copied in full. The thread opens all files of a checkpoint before it copies the first, because a run
+deletes its old checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from mpidp.checkpoint.manifest import committed
+from mpidp.checkpoint.mirrored import RUN_FILES, MirrorFolder, open_mirror_folder
+from mpidp.errors import DataError, MpidpError
+from mpidp.runtime.files import open_regular
+from mpidp.runtime.log import log
+from mpidp.storage.address import without_secrets
+
+AGAIN_SECONDS = 5.0  # pause before the last checkpoint is tried again at the end of the run
+
+
+class Mirror:
+    """Copies the checkpoints of a run in a thread. Methods are called by the main thread of one rank, and are independent."""
+
+    def __init__(self, run_dir: Path, folder: MirrorFolder, keep: int) -> None:
+        """keep: the number of checkpoints to keep on the mirror."""
+        self._run_dir, self._folder, self._keep = run_dir, folder, keep
+        self._waiting: Path | None = None  # the newest checkpoint that was committed and is not being copied
+        self._failed: Path | None = None  # the newest checkpoint, if it could not be copied
+        self._changed = threading.Condition()
+        self._busy = self._ending = False
+        self._thread = threading.Thread(target=self._run, name="mpidp-mirror", daemon=True)
+        self._thread.start()
+
+    def add(self, checkpoint: Path) -> None:
+        """Copy this checkpoint. If an earlier one is waiting, it is left out."""
+        with self._changed:
+            self._waiting = checkpoint
+            self._changed.notify_all()
+
+    def finish(self, seconds: float) -> bool:
+        """Wait until the newest checkpoint is copied, at most this long. If copying fails, it is tried again. Return whether the
+        mirror has the newest checkpoint. No more checkpoints can be added."""
+        until, told = time.monotonic() + seconds, False
+        with self._changed:
+            self._ending = True
+            while (self._busy or self._waiting or self._failed) and (left := until - time.monotonic()) > 0:
+                if not told:
+                    log.info("waiting for the last checkpoint to be copied to %s, at most %.0f s", self._folder.address, seconds)
+                    told = True
+                if self._failed and not self._busy and not self._waiting:
+                    self._changed.wait(min(AGAIN_SECONDS, left))
+                    self._waiting, self._failed = self._waiting or self._failed, None
+                    self._changed.notify_all()
+                else:
+                    self._changed.wait(left)
+            complete = not (self._busy or self._waiting or self._failed)
+        self._folder.close()
+        if not complete:
+            log.warning("warning: the last checkpoint is not on %s; it is in %s", self._folder.address, self._run_dir)
+        return complete
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None:
+                    self._changed.wait()
+                checkpoint, self._waiting, self._failed, self._busy = self._waiting, None, None, True
+            copied = self._try(checkpoint)
+            with self._changed:
+                self._busy = False
+                self._failed = None if copied or self._waiting else checkpoint
+                self._changed.notify_all()
+
+    def _try(self, checkpoint: Path) -> bool:
+        began = time.monotonic()
+        try:
+            size = self._copy(checkpoint)
+        except FileNotFoundError as error:
+            with self._changed:
+                if self._waiting is not None:  # the run has deleted it; a newer one is next
+                    return True
+            reason = str(error)
+        except (MpidpError, OSError) as error:
+            reason = without_secrets(str(error))
+        except Exception as error:  # a bug here must not stop training
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+        else:
+            log.info("%s copied to %s (%.3g MB, %.1f s)", checkpoint.name, self._folder.address, size / 1e6,
+                     time.monotonic() - began)
+            return True
+        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint is tried again",
+                    checkpoint.name, reason)
+        return False
+
+    def _copy(self, checkpoint: Path) -> int:
+        """Copy a checkpoint and the files of the run. Return the number of bytes."""
+        name, size = f"checkpoints/{checkpoint.name}", 0
+        with ExitStack() as stack:
+            manifest = stack.enter_context(open_regular(checkpoint / "manifest.json"))
+            parts = [path for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
+            files = [(f"{name}/{path.name}", stack.enter_context(open_regular(path))) for path in parts]
+            files += [(str(path.relative_to(self._run_dir)), stack.enter_context(open_regular(path))) for path in self._of_run()]
+            self._folder.delete([f"{name}/manifest.json"])  # of an earlier copy: from now on this one is not complete
+            for target, file in [*files, (f"{name}/manifest.json", manifest)]:
+                length = os.fstat(file.fileno()).st_size
+                self._folder.write(target, file, length)
+                size += length
+        self._folder.prune(self._keep)
+        return size
+
+    def _of_run(self) -> Iterator[Path]:
+        for pattern in RUN_FILES:
+            yield from (path for path in sorted(self._run_dir.glob(pattern)) if path.is_file())
+
+
+def open_mirror(run_dir: Path, address: str, resume: str, keep: int) -> Mirror:
+    """Open the mirror of a run as open_mirror_folder() does, and copy the newest checkpoint if the mirror lacks it. Independent.
+    """
+    folder = open_mirror_folder(run_dir, address, resume)
+    mirror = Mirror(run_dir, folder, keep)
+    newest = committed(run_dir / "checkpoints") if resume != "never" else []
+    if newest:
+        try:
+            if int(newest[0].name.rpartition("_")[2]) not in folder.steps():
+                mirror.add(newest[0])
+        except DataError:
+            mirror.add(newest[0])
+    return mirror

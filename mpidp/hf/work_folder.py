@@ -1,0 +1,42 @@
+"""The folder in which an export is written before it is moved to its place."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mpidp.errors import UsageError
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of file systems that have no locks
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """Create an empty folder beside `out`. Remove it at the end, unless it was renamed. A folder that a killed export left is
+    emptied. Raises UsageError if another process writes `out` now. Independent."""
+    folder = out.with_name(f".{out.name}.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise UsageError(f"{out} is being written by another export: wait for it, or choose another folder") from None
+        if not folder.is_dir() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise UsageError(f"{out} was written by another export at the same time; choose another folder")
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                    shutil.rmtree(folder)
+    finally:
+        os.close(handle)

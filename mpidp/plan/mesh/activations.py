@@ -1,0 +1,69 @@
+"""The bytes that the forward pass of one micro-batch keeps for backward: one block, the last norm, and the logits. Pure.
+
+These are the tensors that autograd saves in mpidp.model (checked in tests/unit/test_mesh_formulas.py). Factors, biases and
+residual sums save nothing.
+"""
+
+from __future__ import annotations
+
+from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
+
+
+def _norm(model: ModelSizes) -> tuple[int, int]:
+    """Return the bytes per channel and per position that a norm keeps, without its output.
+
+    RMSNorm keeps its input, the normalized input and a factor. LayerNorm keeps its input, a mean and a factor.
+    """
+    return (4, 8) if model.options.norm == "layer" else (8, 4)
+
+
+def _between_branches(model: ModelSizes, work: Work) -> int:
+    """Return the bytes per token of norms and of the inputs of products, which mesh.sequence divides by tp."""
+    o, d = model.options, model.model_dim
+    channel, position = _norm(model)
+    norms = len(o.norms()) * (channel * d + position)
+    if o.parallel:
+        norms -= 4 * d  # both norms have the same input
+    products = 3 + 1 + o.gated  # each converts its input to 16 bits, unless positions are gathered for all
+    inputs = 2 * 4 * d if work.number_bytes == 4 else 2 * d * (2 if work.sequence else products)
+    return norms + inputs
+
+
+def _copied(model: ModelSizes) -> float:
+    """Return the fraction of the layers whose result of attention is kept twice.
+
+    The blocks of a window, and queries of which only some dimensions are rotated, give results that o's input copies.
+    """
+    if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
+        return 1.0
+    return sum(model.shape.attended(layer) < model.seq_len for layer in range(model.num_layers)) / model.num_layers
+
+
+def _inside_branches(model: ModelSizes, work: Work) -> float:
+    """Return the bytes per token of heads and hidden channels, which tp divides."""
+    o, w, heads, kv, e = model.options, work.number_bytes, model.num_heads, model.num_kv_heads, model.shape.head_dim
+    attention: float = w * 4 * heads * e  # queries, repeated keys and values, and the result
+    if not o.attention_cap:  # with a cap, backward computes the scores again
+        attention += 4 * heads + _copied(model) * w * heads * e
+    hidden = w * (4 if o.gated else 2) * model.hidden_dim
+    norms = 8 * (heads + kv) * e + (4 * (heads + kv) if o.qk_norm == "head" else 8) if o.qk_norm else 0
+    scores = 0 if work.fused else (2 * w + 1) * heads * model.seq_len
+    return attention + hidden + norms + scores
+
+
+def kept_of_block(model: ModelSizes, shape: Shape, work: Work) -> float:
+    """Return the bytes per token that one block saves for backward. Attention that is not fused also saves its scores, their
+    dropout and the dropout mask, in 16 bits 5 bytes per score (Korthikanti 2022, section 4.1). Pure."""
+    between = _between_branches(model, work) / (shape.tp if work.sequence else 1)
+    return between + _inside_branches(model, work) / shape.tp
+
+
+def kept_of_last_norm(model: ModelSizes, number_bytes: int) -> int:
+    """Return the bytes per token that the last norm and the input of the head take. Pure."""
+    return (_norm(model)[0] + number_bytes) * model.model_dim
+
+
+def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
+    """Return the bytes of logits per token. A soft-cap keeps its result. Pure."""
+    each = (8 if number_bytes == 4 else 10) + (number_bytes if model.options.logit_cap else 0)
+    return each * model.vocab_size / shape.tp

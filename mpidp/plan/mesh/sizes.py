@@ -1,0 +1,122 @@
+"""The sizes of a model, of a mesh and of the work of a step, from which memory and time are computed. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from mpidp.model.options import TransformerOptions
+from mpidp.model.part import part_of
+from mpidp.model.shape import TransformerShape, block_sizes, num_parameters
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model from which its parameters, memory and operations follow."""
+
+    num_layers: int
+    model_dim: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    seq_len: int
+    tie_embeddings: bool = False
+    head_size: int = 0  # 0: model_dim / num_heads
+    options: TransformerOptions = TransformerOptions()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the sizes and the options that differ from LLaMA's, as plain values for JSON."""
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("head_size", "options")}
+        return found | ({"head_dim": self.head_size} if self.head_size else {}) | self.shape.changed()
+
+    @cached_property
+    def shape(self) -> TransformerShape:
+        """The model's shape."""
+        sizes = (self.vocab_size, self.num_layers, self.num_heads, self.num_kv_heads, self.model_dim, self.hidden_dim)
+        return TransformerShape(
+            *sizes, self.seq_len, tie_embeddings=self.tie_embeddings, head_size=self.head_size, **vars(self.options)
+        )
+
+    @cached_property
+    def replicated(self) -> dict[str, int]:
+        """The numbers of elements of the parameters of a block that every tensor-parallel rank has, by name."""
+        cut = part_of(self.shape, stage=0, stages=1, index=0, size=2)
+        return {name: math.prod(size) for name, size in block_sizes(self.shape).items() if not cut.is_cut(f"blocks.0.{name}")}
+
+    @cached_property
+    def matrices(self) -> int:
+        """The number of parameters of a block that tensor-parallel ranks divide: matrices, and some biases."""
+        return self.block - sum(self.replicated.values())
+
+    @cached_property
+    def block(self) -> int:
+        """The number of parameters of a block."""
+        return sum(map(math.prod, block_sizes(self.shape).values()))
+
+    @cached_property
+    def attended(self) -> float:
+        """The number of positions that a position attends to, mean over layers: seq_len, or at most the window."""
+        return sum(map(self.shape.attended, range(self.num_layers))) / self.num_layers
+
+    @property
+    def norm(self) -> int:
+        """The number of parameters of the last norm."""
+        return self.model_dim * (2 if self.options.norm == "layer" else 1)
+
+    @property
+    def positions(self) -> int:
+        """The number of parameters of the table of learned positions."""
+        return self.shape.table_rows * self.model_dim
+
+    @property
+    def table(self) -> int:
+        """The number of parameters of the embedding. The head has the same number."""
+        return self.vocab_size * self.model_dim
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the model."""
+        return num_parameters(self.shape)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A mesh of dp replicas with pp stages of tp ranks. shard: the level of sharding over dp, 0 to 3."""
+
+    dp: int
+    pp: int
+    tp: int
+    shard: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks."""
+        return self.dp * self.pp * self.tp
+
+    def over_dp(self, level: int) -> int:
+        """Return dp if the level of sharding is at least `level`, else 1."""
+        return self.dp if self.shard >= level else 1
+
+    def __str__(self) -> str:
+        return f"dp {self.dp} x pp {self.pp} x tp {self.tp}" + (f", shard {self.shard}" if self.dp > 1 else "")
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the work of a step is divided, and the sizes of its numbers."""
+
+    global_batch: int  # sequences
+    micro_batch: int  # sequences
+    recompute: float = 0.0  # fraction of the blocks that save only their inputs; mpidp.train supports 0 and 1
+    number_bytes: int = 2  # bytes per number in matrix products: 2 for bfloat16, 4 for float32
+    slots: int = 1  # number of gradient buffers
+    fused: bool = True  # whether the attention kernel does not store the T x T scores
+    wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
+    sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
+
+    def micro_batches(self, shape: Shape) -> int:
+        """Return M, the number of micro-batches per replica."""
+        return -(-self.global_batch // (self.micro_batch * shape.dp))
