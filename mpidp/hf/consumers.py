@@ -78,6 +78,11 @@ def _one_in(n: int, config: Mapping[str, Any]) -> bool:
     return all((kind == "full_attention") == (i % n == n - 1) for i, kind in enumerate(types))
 
 
+def _usual_inner(config: Mapping[str, Any]) -> bool:
+    """Return whether the feed-forward layers of a GPT-2 have the usual size."""
+    return config.get("n_inner") in (None, 4 * config.get("n_embd", 0))
+
+
 CTRANSLATE2 = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2")
 NEED_UNK = ("mistral", "gemma", "gemma2", "gemma3_text")  # CTranslate2's loaders that need an unk_token
 MLX_WINDOWS = ("gemma3_text", "olmo3", "smollm3")  # families whose sliding windows mlx-lm computes
@@ -99,6 +104,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
             lambda facts: facts.model_type in ("gemma", "gemma2", "phi3") and "tokenizer.model" not in facts.files,
             "for this family, its converter needs the file tokenizer.model of the model that the run started from",
         ),
+        Restriction(lambda facts: facts.model_type == "gpt2" and not _usual_inner(facts.config), "it needs n_inner = 4 n_embd"),
         Restriction(
             lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
             "its converter needs the key rotary_pct, which transformers 5 does not write; add it to config.json",
@@ -117,7 +123,9 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         Restriction(lambda facts: facts.rope == "llama3", "its converter leaves the llama3 rope scaling out"),
         Restriction(lambda facts: facts.rope == "yarn", "its converter rejects yarn rope scaling"),
         Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it leaves sliding windows out"),
-        Restriction(lambda facts: facts.windows and facts.model_type == "gemma3_text", "it fails on texts beyond the window"),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"), "it fails beyond a sliding window",
+        ),
         Restriction(
             lambda facts: facts.model_type in NEED_UNK and not facts.tokenizer_config.get("unk_token"),
             "it opens no model of this family whose tokenizer_config.json has no unk_token: add one, for example "
@@ -139,6 +147,10 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         Restriction(lambda facts: facts.adds_bos, "its tokenizer adds no BOS: put the id of BOS before the ids", refused=False),
     ),
     "mlx-lm": (
+        Restriction(
+            lambda facts: facts.model_type == "gpt2",
+            "it reads GPT-2 only with names of tensors that do not begin with \"transformer.\"",
+        ),
         Restriction(lambda facts: facts.model_type in ("arcee", "starcoder2"), "it does not compute this family right"),
         Restriction(
             lambda facts: facts.windows and facts.model_type not in MLX_WINDOWS,

@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
 }
 FAMILIES: dict[str, dict[str, Any]] = {  # rows of tests/families.py, and fields of config.json in place of theirs
-    "qwen3": {}, "gpt2": {}, "mistral": {},  # mistral: with a window
+    "qwen3": {}, "gpt2": {"intermediate_size": 256}, "mistral": {},  # mistral: with a window
 }
 PROMPTS = ("the rank of a tree", "who was there", "done.\nin order")
 CORPUS = text(20_000) + "naïve Ünïcode 漢字 🚀\n"

@@ -18,6 +18,7 @@ ODD = ("", " ", "\n", "the  rank\n\n of\ta tree. ", "naïve Ünïcode 漢字 �
        "done.\r\n 'tis 12345 x=3; 1234567\n\n  I'LL\r\n\r\n ")
 FEW = {"onnxruntime-genai": ("untied", "gqa", "narrow", "bos", "char")}  # its builder takes seconds
 OWN_TOKENIZER_DIFFERS = {("onnxruntime-genai", "bos"), ("onnxruntime-genai", "char")}  # notes of CONSUMERS
+FAILURES = "largest difference|dimension|head_size|buffer to copy|not in model"
 SPLITS = ("llama-bpe", "qwen2")  # tokenizers of public models, without their vocabulary
 ROWS = [
     (program, model) for program in READERS for model in FEW.get(program, (*MODELS, *FAMILIES))
@@ -37,7 +38,7 @@ def test_a_program_agrees_exactly_where_it_is_not_refused(
     try:
         check(program, texts(export.folder))
     except UsageError:
-        with pytest.raises(Exception, match=r"largest difference|dimension|head_size"):  # it fails, or is wrong
+        with pytest.raises(Exception, match=FAILURES):  # it fails, or is wrong
             compare(program, export, tmp_path)
         return
     compare(program, export, tmp_path)
