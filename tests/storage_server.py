@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def _do(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         with self.server.lock:
             number = len(self.server.requests)
             self.server.requests.append((self.command, self.path, self.headers.get("Range", "")))
@@ -84,6 +84,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
         self.close_connection = self.close_connection or fault == "cut"
+
+    def _body(self) -> bytes:
+        """The body of the request, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _do  # noqa: N815
 
@@ -118,7 +129,9 @@ def before(upstream: str) -> type[Handler]:
 
     class Proxy(Handler):
         def answer(self, body: bytes) -> Answer:
-            headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection", "expect")}
+            dropped_here = ("connection", "expect", "transfer-encoding", "content-length")
+            headers = {"Content-Type": "binary/octet-stream"}  # urllib's default is a form
+            headers |= {key: value for key, value in self.headers.items() if key.lower() not in dropped_here}
             request = urllib.request.Request(upstream + self.path, body or None, headers, method=self.command)
             try:
                 with urllib.request.urlopen(request, timeout=30) as found:

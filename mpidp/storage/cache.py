@@ -47,7 +47,8 @@ class BlockCache:
         self.folder, self.bound = folder, bound
         self._seen: dict[tuple[str, int], float] = {}  # when a block that this process has checked was touched
         with self._usable():
-            (folder / "blocks").mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / "blocks").mkdir(exist_ok=True, mode=0o700)
             about = os.lstat(folder)
             if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
                 raise OSError(errno.EPERM, "it belongs to another user, or is a link")

@@ -62,7 +62,6 @@ class RemoteFile:
         self._lock = threading.Lock()
         self._coming: dict[int, Future[dict[int, bytes]]] = {}  # block -> the request that fetches it
         self._groups: dict[Future[dict[int, bytes]], range] = {}  # the blocks of each request
-        self.bytes_fetched = 0
 
     def read(self, start: int, size: int) -> bytes:
         """Return bytes [start, start + size). They are fetched if they are not in the cache."""
@@ -138,7 +137,6 @@ class RemoteFile:
             data = self._retries.call(self.address, lambda: self._store.read(self._name, start, stop, self._version))
         except Missing as error:
             raise DataError(f"{self.address}: {error}; it was deleted on the server during the run") from None
-        self.bytes_fetched += len(data)
         return {number: data[(number - group.start) * BLOCK : (number - group.start + 1) * BLOCK] for number in group}
 
 

@@ -29,7 +29,10 @@ class S3Store(FilesystemStore):
     """A folder in S3. See Store."""
 
     def __init__(self, address: Address, name: str) -> None:
-        config = {"connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS, "retries": {"total_max_attempts": 1}}
+        config = {
+            "connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS, "retries": {"total_max_attempts": 1},
+            "request_checksum_calculation": "when_required",  # not every store understands boto's newer checksums
+        }
         self.address = address
         self._system, self._root = open_filesystem(address, name, config_kwargs=config, skip_instance_cache=True)
         self._system.retries = 1  # retry.py tries again, and says so

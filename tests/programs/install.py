@@ -22,7 +22,7 @@ PIP = (
 )
 # These are installed without what they require: libraries of clouds, and versions of numpy, torch, transformers and dateutil that
 # differ from those of .venv. The few packages that they need are in requirements.txt.
-ALONE = ("boto3", "botocore", "jmespath", "litdata", "mosaicml-streaming", "s3transfer")
+ALONE = ("aiobotocore", "boto3", "botocore", "jmespath", "litdata", "mosaicml-streaming", "moto", "s3fs", "s3transfer")
 LIMIT_SECONDS = 300.0  # of one call of pip: a package without a wheel may compile
 
 
