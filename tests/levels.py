@@ -52,6 +52,8 @@ TABLES: tuple[tuple[str, int, int], ...] = (
     ("tests/laws/test_finetune.py", 3, 1),
     ("tests/laws/test_families.py", 32, 1),
     ("tests/unit/test_families.py", 13, 1),
+    ("tests/unit/test_family_fields.py::test_no_field", 10, 1),
+    ("tests/unit/test_family_fields.py::test_odd", 8, 1),
     ("tests/laws/test_adapters_on.py", 2, 1),
     *((f"tests/faults/test_{name}.py", 3, 1) for name in (
         "bad_data", "bad_models", "bad_sources", "checkpoints", "hostile", "replay",
