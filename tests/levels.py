@@ -36,6 +36,7 @@ TABLES: tuple[tuple[str, int, int], ...] = (
     ("tests/hybrid/test_sharding.py::test_level_1", 4, 1),
     ("tests/hybrid/test_sharding.py", 2, 1),
     ("tests/hybrid/test_reports.py", 4, 1),
+    ("tests/hybrid/test_init_from.py::test_every_mesh_begins_with_the_weights_of", 6, 1),
     ("tests/hybrid/test_init_from.py", 3, 1),
     ("tests/mpi/test_nccl.py", 4, 4),
     ("tests/mpi/test_saver.py::test_what_is_saved", 4, 1),
