@@ -100,8 +100,8 @@ def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
             there = "holds no format of tokens that convert knows" if source.exists() else "does not exist"
             raise DataError(f"{source} {there}; the formats are {', '.join(FORMATS)}. Text becomes shards with mpidp prepare")
         if len(kinds := mixed(source)) > 1:
-            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the one to read, as in --from {looks}, "
-                            "or give a folder or file that holds one kind")
+            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the one to read, as in --from "
+                            f"{looks}, or give a folder or file that holds one kind")
         return looks, FORMATS[looks]
     kind = FORMATS[name]
     if looks is not None and looks != name and not kind.recognize(source):

@@ -72,8 +72,8 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     for message, learned in zip(messages, chat.learned, strict=True):
         calls = [key for key in CALLS if message.get(key) and f"messages.{key}" in chat.unused]
         if learned and calls and not message.get("content"):
-            raise RowSkipped("malformed", f"the chat template does not write `{calls[0]}`, and an assistant turn has nothing else: "
-                                          "give a template for tools with --chat-template")
+            raise RowSkipped("malformed", f"the chat template does not write `{calls[0]}`, and an assistant turn has nothing "
+                                          "else: give a template for tools with --chat-template")
     return chat
 
 
@@ -111,7 +111,8 @@ def _learned(message: Mapping[str, Any]) -> bool:
     if bad := [value for value in values if value not in (0, 1)]:
         raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")
     if any(values) and message["role"] != "assistant":
-        raise RowSkipped("malformed", f"`weight`, `train` or `loss` of a {message['role']:.40} message; only assistant turns are learned")
+        raise RowSkipped("malformed", f"`weight`, `train` or `loss` of a {message['role']:.40} message; only assistant "
+                                      "turns are learned")
     return message["role"] == "assistant" and all(values)
 
 

@@ -93,8 +93,8 @@ def _parts(batch: Any, lengths: np.ndarray, where: Path, first: int) -> np.ndarr
     before = np.concatenate([[0], np.cumsum(parts.astype(np.int64))])
     ends = np.cumsum(counts)
     if (wrong := before[ends] - before[ends - counts] != lengths).any() or (parts < 0).any():
-        raise DataError(f"{where}: row {first + int(np.argmax(wrong))} has {PARTS} whose sum is not its number of tokens: correct "
-                        "or remove the column")
+        raise DataError(f"{where}: row {first + int(np.argmax(wrong))} has {PARTS} whose sum is not its number of tokens: "
+                        "correct or remove the column")
     return before[:-1]
 
 

@@ -265,7 +265,8 @@ PACKED = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 0]]
 
 @pytest.mark.parametrize("columns", [
     {"position_ids": [[0, 1, 0, 1, 2], [0, 1], [0, 0, 1, 2]]}, {"attention_mask": [[1, 1, 2, 2, 2], [1, 1], [1, 2, 2, 0]]},
-    {"seq_lengths": [[2, 3], [2], [1, 3]]}, {"seq_lengths": [[2, 3], [2], [1, 3]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
+    {"seq_lengths": [[2, 3], [2], [1, 3]]},
+    {"seq_lengths": [[2, 3], [2], [1, 3]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
 ])
 def test_documents_of_packed_rows_stay_apart(tmp_path: Path, columns: dict[str, object]) -> None:
     source = parquet(tmp_path / "a.parquet", input_ids=PACKED, **columns)
