@@ -89,6 +89,7 @@ bench: $(VENV)/.test ## the benchmarks of docs/results, on a quiet machine (half
 	$(MPICH) 2 python benchmarks/step.py --model 50M --global-batch 2
 	for slow in delay core; do python benchmarks/uneven.py --slow $$slow; done
 	python benchmarks/scaling.py --ranks 2,4,8
+	python benchmarks/loss.py
 	python benchmarks/loader.py
 	python benchmarks/prepare.py
 	python benchmarks/startup.py --ranks 1,2 -- --train.threads=1

@@ -250,6 +250,7 @@ def evaluate(
     from mpidp.errors import DataError, UsageError
     from mpidp.inference.loading import check_same_tokenizer, load_model, open_source
     from mpidp.inference.scored_bytes import scored_bytes
+    from mpidp.parallel.chunked_loss import chunk_rows, defer_head
     from mpidp.parallel.engine import Engine
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
@@ -269,6 +270,10 @@ def evaluate(
         stream.check(own, contents=stream.is_cheap(own))
         if stream.num_tokens < 2:
             raise DataError(f"{stream.path}: split {split!r} has {stream.num_tokens} tokens; at least 2 are needed")
+    shape, places = loaded.model.shape, config["train.micro_batch"] * config["model.seq_len"]
+    if rows := chunk_rows(config.get("train.loss", "whole"), shape, places):  # as in training, so the loss has the same bits
+        first = loaded.model.part.own_range(shape.vocab_size).start
+        loaded.losses = defer_head(loaded.model, shape, rows, loaded.dtype, first, loaded.tensor_comm)
     engine = Engine(
         loaded.model, loaded.device, loaded.dtype, seed=0, dropout=0.0, nominal_tokens=1, stages=loaded.stages,
         token_losses=loaded.losses, reports_loss=loaded.model.part.has_head and grid.tp.rank == 0,

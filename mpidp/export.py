@@ -98,7 +98,7 @@ def export(
                 weight = merged(model.state_dict(), reader.meta["config"]["model.lora_alpha"]).__getitem__
             write = partial(
                 write_folder, shape=shape, weight=weight, tokenizer=huggingface_json(tokenizer), special=special, dtype=dtype,
-                max_file_bytes=max_file_bytes, before=folder / "hf", consumer=consumer if form == "hf" else "",
+                max_file_bytes=max_file_bytes, before=folder / "hf", consumer=consumer if form == "hf" else "llama.cpp",
             )
             name = write(Path(out)) if form == "hf" else as_gguf(write, Path(out), dtype, llama_cpp)
             step, count = reader.meta["step"], num_parameters(shape)

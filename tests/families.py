@@ -12,8 +12,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpidp.hf.families import BY_MODEL_TYPE
+from mpidp.hf.folder import ModelFolder, whole
+from mpidp.hf.names import shape_of
+from mpidp.model.transformer import Transformer
 
-VOCABULARY = 288
+VOCABULARY, T = 288, 24  # T: positions, more than the windows
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
 PHI = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0], "rope_theta": 1e4}
@@ -95,3 +98,23 @@ def folder_of_row(row: str, folder: Path, tokenizer: Path | None = None, **more:
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.json")
     return folder
+
+
+def ours(folder: ModelFolder, seq_len: int = T) -> Transformer:
+    """Return mpidp's model with the weights of a folder. Pure."""
+    model = Transformer(shape_of(folder.settings, seq_len))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(folder.box(f"model/{name}", whole(folder.sizes, name)))
+    return model
+
+
+def tokens(seq_len: int = T) -> torch.Tensor:
+    """Return two sequences of tokens. Pure."""
+    return torch.randint(1, VOCABULARY, (2, seq_len), generator=torch.Generator().manual_seed(1))
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """Return the config.json of a folder. Independent."""
+    found: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return found

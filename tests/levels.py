@@ -36,6 +36,7 @@ TABLES: tuple[tuple[str, int, int], ...] = (
     ("tests/hybrid/test_sharding.py::test_level_1", 4, 1),
     ("tests/hybrid/test_sharding.py", 2, 1),
     ("tests/hybrid/test_reports.py", 4, 1),
+    ("tests/hybrid/test_init_from.py::test_every_mesh_begins_with_the_weights_of", 6, 1),
     ("tests/hybrid/test_init_from.py", 3, 1),
     ("tests/mpi/test_nccl.py", 4, 4),
     ("tests/mpi/test_saver.py::test_what_is_saved", 4, 1),
@@ -52,6 +53,8 @@ TABLES: tuple[tuple[str, int, int], ...] = (
     ("tests/laws/test_finetune.py", 3, 1),
     ("tests/laws/test_families.py", 32, 1),
     ("tests/unit/test_families.py", 13, 1),
+    ("tests/unit/test_family_fields.py::test_no_field", 10, 1),
+    ("tests/unit/test_family_fields.py::test_odd", 8, 1),
     ("tests/laws/test_adapters_on.py", 2, 1),
     *((f"tests/faults/test_{name}.py", 3, 1) for name in (
         "bad_data", "bad_models", "bad_sources", "checkpoints", "hostile", "replay",

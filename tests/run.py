@@ -129,6 +129,7 @@ PARTS: dict[str, list[Command]] = {
         benchmark("checkpoint.py --layers 1 --steps 1 --repeats 1 --global-batch 2", ranks=2),
         benchmark("uneven.py --repeats 1 -- --model.num_layers=1 --model.model_dim=32"),
         benchmark("loader.py --repeats 1 --seconds 0.2 --steps 4 --skip 1 --seq-lens 128"),
+        benchmark("loss.py --positions 256 --vocab 2000 --width 32 --repeats 1"),
         benchmark("attention.py --seq-len 256 --window 32 --repeats 1"),
         benchmark("prepare.py --mb 1 --repeats 1"),
         benchmark("generate.py --model 1M --seq-len 64 --prompts 4,32 --tokens 24 --repeats 1"),

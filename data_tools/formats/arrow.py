@@ -54,7 +54,8 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
     Independent."""
     library = pyarrow(path)
     try:
-        with library.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, page_checksum_verification=True) as file:
+        given = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        with library.parquet.ParquetFile(path, **given) as file:
             wanted = wanted_columns(file.schema_arrow.names, options, path)
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpidp.checkpoint.entry import Entry
-from mpidp.checkpoint.writer import FAILS, WAITS, WRITES, HostMemory, Save, describe_error
+from mpidp.checkpoint.writer import FAILS, WAITS, WRITES, HostMemory, PeerFilesError, Save, describe_error
 from mpidp.errors import MpidpError
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
@@ -149,8 +149,10 @@ class Saver:
         if not fails:
             return
         error = self._drop()
+        is_cause = error is not None and not isinstance(error, PeerFilesError)
+        has_cause = self.comm.allreduce(is_cause, MPI.LOR)  # a rank whose peers' files are missing does not know the reason
         with raise_together(self.comm):
-            if must and error is not None:
+            if must and error is not None and (is_cause or not has_cause):
                 raise MpidpError(
                     f"a checkpoint could not be written in {self.run_dir} ({describe_error(error)}). Free some space, or use "
                     "another --run.dir. Earlier checkpoints are intact, and the same command resumes from them"

@@ -77,6 +77,10 @@ class TrainSettings:
     )
     compile: bool = setting(False, "compile each block with torch.compile (needs a C++ compiler)", "bool")
     recompute: bool = setting(False, "activation checkpointing: store only each block's input and recompute the rest", "bool")
+    loss: str = setting(
+        "auto", "how the loss is computed: whole: from all logits; chunked: for some positions at a time, with less memory; "
+        "auto: chunked if the logits are large", "", ("auto", "whole", "chunked"), resume=FIXED,
+    )
     deterministic: bool = setting(True, "on CUDA, use only deterministic kernels", "bool")
     threads: int = setting(0, "CPU threads per rank; 0: cores of the node / ranks on the node", "threads", low=0)
     eval_every: int = setting(100, "steps between evaluations on the validation split; 0: only at the end", "steps", low=0)

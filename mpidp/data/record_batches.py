@@ -38,7 +38,7 @@ def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[A
     import pyarrow.parquet
 
     if kind == "parquet":
-        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as table:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
             _check_columns(path, table.schema_arrow.names, columns)
             yield from table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns) or None)
         return

@@ -21,6 +21,7 @@ class Facts:
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
+    files: frozenset[str] = frozenset()  # names of all files but the weights
 
     @property
     def head_dim(self) -> int:
@@ -38,6 +39,18 @@ class Facts:
     def rope(self) -> str:
         """The type of rope scaling: default, linear, llama3, ..."""
         return str((self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}).get("rope_type", "default"))
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", "llama"))
+
+    @property
+    def windows(self) -> bool:
+        """Whether a layer has sliding-window attention with a window shorter than the context."""
+        window = self.config.get("sliding_window")
+        if not window or self.config.get("use_sliding_window") is False:
+            return False
+        return bool(window < self.config["max_position_embeddings"])
 
     @property
     def is_char(self) -> bool:
@@ -59,20 +72,70 @@ class Restriction:
     refused: bool = True
 
 
+def _one_in(n: int, config: Mapping[str, Any]) -> bool:
+    """Return whether exactly every n-th layer has full attention."""
+    types = config.get("layer_types") or []
+    return all((kind == "full_attention") == (i % n == n - 1) for i, kind in enumerate(types))
+
+
+def _usual_inner(config: Mapping[str, Any]) -> bool:
+    """Return whether the feed-forward layers of a GPT-2 have the usual size."""
+    return config.get("n_inner") in (None, 4 * config.get("n_embd", 0))
+
+
+CTRANSLATE2 = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2")
+NEED_UNK = ("mistral", "gemma", "gemma2", "gemma3_text")  # CTranslate2's loaders that need an unk_token
+MLX_WINDOWS = ("gemma3_text", "olmo3", "smollm3")  # families whose sliding windows mlx-lm computes
 CONSUMERS: dict[str, tuple[Restriction, ...]] = {
     "transformers": (),
     "llama.cpp": (
         Restriction(
-            lambda facts: True, "its converter knows the tokenizers of public models only. For others, `mpidp export RUN --out "
-            "FILE.gguf --format gguf` runs the converter and writes a file that llama.cpp loads", refused=False,
+            lambda facts: facts.windows and facts.model_type in ("mistral", "starcoder2"),
+            "it leaves the sliding windows of this family out. Texts of at most sliding_window tokens are right",
+        ),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it loads no Qwen model with sliding windows",
+        ),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type == "gemma3_text" and not _one_in(6, facts.config),
+            "it takes every sixth layer of Gemma 3 for full attention, whatever config.json says",
+        ),
+        Restriction(
+            lambda facts: facts.model_type in ("gemma", "gemma2", "phi3") and "tokenizer.model" not in facts.files,
+            "for this family, its converter needs the file tokenizer.model of the model that the run started from",
+        ),
+        Restriction(lambda facts: facts.model_type == "gpt2" and not _usual_inner(facts.config), "it needs n_inner = 4 n_embd"),
+        Restriction(
+            lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
+            "its converter needs the key rotary_pct, which transformers 5 does not write; add it to config.json",
         ),
     ),
     "ctranslate2": (
         Restriction(
-            lambda facts: facts.head_dim * facts.heads != facts.width,
-            "it computes attention wrongly, or fails, if head_dim is not hidden_size / num_attention_heads",
+            lambda facts: facts.model_type not in CTRANSLATE2,
+            f"of the families that mpidp exports, it computes {', '.join(CTRANSLATE2)}",
+        ),
+        Restriction(
+            lambda facts: facts.model_type == "llama"
+            and facts.head_dim * facts.config["num_attention_heads"] != facts.config["hidden_size"],
+            "for Llama, it computes attention wrongly, or fails, if head_dim is not hidden_size / num_attention_heads",
         ),
         Restriction(lambda facts: facts.rope == "llama3", "its converter leaves the llama3 rope scaling out"),
+        Restriction(lambda facts: facts.rope == "yarn", "its converter rejects yarn rope scaling"),
+        Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it leaves sliding windows out"),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"), "it fails beyond a sliding window",
+        ),
+        Restriction(
+            lambda facts: facts.model_type in NEED_UNK and not facts.tokenizer_config.get("unk_token"),
+            "it opens no model of this family whose tokenizer_config.json has no unk_token: add one, for example "
+            "that of the end of document", refused=False,
+        ),
+        Restriction(
+            lambda facts: not facts.tokenizer_config.get("bos_token") and not facts.tokenizer_config.get("pad_token"),
+            "it opens no model whose tokenizer_config.json has no bos_token: add one, for example the end-of-document token",
+            refused=False,
+        ),
     ),
     "onnxruntime-genai": (
         Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is no multiple of 16"),
@@ -83,7 +146,26 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
         Restriction(lambda facts: facts.adds_bos, "its tokenizer adds no BOS: put the id of BOS before the ids", refused=False),
     ),
-    "mlx-lm": (),
+    "mlx-lm": (
+        Restriction(
+            lambda facts: facts.model_type == "gpt2",
+            "it reads GPT-2 only with names of tensors that do not begin with \"transformer.\"",
+        ),
+        Restriction(lambda facts: facts.model_type in ("arcee", "starcoder2"), "it does not compute this family right"),
+        Restriction(
+            lambda facts: facts.windows and facts.model_type not in MLX_WINDOWS,
+            "it leaves the sliding windows of this family out. Texts of at most sliding_window tokens are right",
+        ),
+        Restriction(lambda facts: facts.model_type == "gemma", "its activation for Gemma 1 is another GELU"),
+        Restriction(
+            lambda facts: facts.model_type in ("qwen2", "qwen3") and bool(facts.config.get("attention_bias")),
+            "it loads no Qwen model with attention_bias",
+        ),
+        Restriction(
+            lambda facts: facts.model_type == "gpt_neox" and facts.config["intermediate_size"] != 4 * facts.config["hidden_size"],
+            "for GPT-NeoX, it needs intermediate_size = 4 hidden_size",
+        ),
+    ),
     "openvino": (
         Restriction(
             lambda facts: True, "on CPUs with bfloat16 arithmetic it does not compute in float32 unless "
@@ -99,8 +181,8 @@ def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
 
     Raises UsageError if the program fails or computes another result.
     """
-    files = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    facts = Facts(*(json.loads(texts[name]) for name in files))
+    config, tokenizer, about = (json.loads(texts[name]) for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    facts = Facts(config, tokenizer, about, frozenset(texts))
     found = [one for one in CONSUMERS[consumer] if one.applies(facts)]
     if refused := [one.says for one in found if one.refused]:
         raise UsageError(f"--for {consumer}: {'; '.join(refused)}. Without --for, the folder is written for other programs")

@@ -103,7 +103,7 @@ class Family:
 
     title: public models of the family; options: options that the family always has; only: fields that must have one of the
     values; free: fields that change no logits. longest: the field with the longest context; usual: values that the family needs
-    in a new config.json.
+    in a new config.json; copies: names of old versions that other programs read, and the fields that have their values.
     """
 
     architecture: str
@@ -115,6 +115,7 @@ class Family:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     free: tuple[str, ...] = ()
     longest: str = "max_position_embeddings"
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 WIDTHS = (
@@ -219,7 +220,7 @@ FAMILIES: tuple[Family, ...] = (
     ), GPT2, LAYER_NORM | {"attention_bias": "q,k,v,o", "mlp_bias": True, "positions": "learned"},
         {"scale_attn_by_inverse_layer_idx": (False,)},
         ("reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-         "summary_first_dropout", "summary_last_dropout"), longest="n_positions"),
+         "summary_first_dropout", "summary_last_dropout"), longest="n_positions", copies={"n_ctx": "n_positions"}),
     Family("GPTNeoXForCausalLM", "gpt_neox", "GPT-NeoX, Pythia", (
         *WIDTHS, implied("num_kv_heads", lambda found: found["num_heads"]), size("intermediate_size", "hidden_dim"),
         number("layer_norm_eps", "norm_eps", 1e-5), activation("hidden_act", "gelu"),

@@ -184,7 +184,7 @@ def _written(
     longest = found.get(family.longest)
     if shape.positions == "rotary":
         found[family.longest] = max(longest if type(longest) is int else 0, shape.seq_len)
-    return found
+    return found | {old: found[new] for old, new in family.copies.items()}
 
 
 def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:

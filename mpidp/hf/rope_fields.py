@@ -45,6 +45,8 @@ def rope(
             given.refuse(f"partial_rotary_factor={share} is not supported: this family rotates whole heads")
         if share != 1.0 and (dims < 2 or dims % 2 or dims > head_size(found)):
             given.refuse(f"partial_rotary_factor={share} of heads of size {head_size(found)} is not an even number of dimensions")
+        _check_ignored(given, "rope_theta", theta_keys, base)
+        _check_ignored(given, "partial_rotary_factor", partial_keys, share)
         outside = given.config.get("original_max_position_embeddings") or original
         text = scaling_text(given, scaling | ({"original_max_position_embeddings": outside} if outside else {}), known)
         return {"rope_theta": base, "rope_scaling": text, "rotary_dims": dims if dims < head_size(found) else 0}
@@ -89,6 +91,8 @@ def two_ropes(theta: float, window_theta: float, window_key: str | None = None) 
             _first(given, parts[FULL], "rope_theta", ("rope_theta",), theta),
             _first(given, parts[WINDOW], "rope_theta", (window_key,) if window_key else (), window_theta),
         )
+        if window_key is None and parts[WINDOW].get("rope_theta") is None:
+            _check_ignored(given, "rope_theta", (), bases[1])
         texts = [scaling_text(given, parts[kind], dict.fromkeys(KINDS)) for kind in (FULL, WINDOW)]
         same = bases[0] == bases[1] and texts[0] == texts[1] or not found["window"]
         return {
@@ -136,6 +140,16 @@ def _first(
     value = scaling.get(key)
     value = next(iter(values.values()), default) if value is None else value
     return float(Given({key: value}, given.where).number(key, float, most=most))
+
+
+def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) -> None:
+    """Raise DataError if a field has another value than the one in use, and transformers ignores it in this family."""
+    if key not in names and given.config.get(key) is not None and given.config[key] != used:
+        where = "this family" if names else "layers with a window of this family"
+        given.refuse(
+            f"{key}={short(given.config[key])}: transformers ignores it in {where}, and takes {used}. Write it into "
+            "rope_parameters if it is right, else remove it"
+        )
 
 
 def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, str | None]) -> str:

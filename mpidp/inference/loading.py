@@ -56,6 +56,7 @@ class Loaded:
     grid: Grid
     stages: Stages | None = None  # this rank's place in a pipeline
     losses: Callable[[Tensor, Tensor], Tensor] | None = None  # computes losses from this rank's logits; None: plain_losses
+    tensor_comm: TensorComm | None = None  # communicates with the ranks that compute each layer together
     name: str = "the model"  # the path of its checkpoint, for error messages
 
     def diverged(self, what: str) -> DataError:
@@ -257,9 +258,9 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
         model.eval(), where, dtype, grid, name=str(reader.path)
     )
     if grid.tp.size > 1:
-        tensor_comm = TensorComm(grid, wire)
-        share_layers(model, tensor_comm)
-        loaded.losses = loss_over(tensor_comm, parts.part.own_range(shape.vocab_size).start)
+        loaded.tensor_comm = TensorComm(grid, wire)
+        share_layers(model, loaded.tensor_comm)
+        loaded.losses = loss_over(loaded.tensor_comm, parts.part.own_range(shape.vocab_size).start)
     if grid.pp.size > 1:
         loaded.stages = Stages(grid, wire, where)
     return loaded

@@ -90,7 +90,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, v: Tensor, begin: int, window: int, how: Scores) -> Iterator[Tensor]:
     """Yield the attention of each block of queries from position `begin`. window: 0 means none."""
     t = q.shape[2]
-    width = window or t  # keys before a block's first query that a block can read
+    width = -(-window // 8) * 8 or t  # keys before a block's first query; kernels on GPUs need masks with such strides
     rows = torch.arange(min(ROWS, t), device=q.device)
     columns = torch.arange(-width, len(rows), device=q.device)  # relative to the block's first query, like the rows
     mask = additive(near(rows, columns, window), q.dtype)

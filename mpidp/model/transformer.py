@@ -36,6 +36,7 @@ class Transformer(nn.Module):
         """Initialize the parameters on the CPU, so a seed gives the same float32 values on every device and in every part."""
         super().__init__()
         self.shape, self.part = shape, part or whole(shape)
+        self.defers_head = False  # return hidden states instead of logits
         self.recompute = False  # activation checkpointing: recompute each block in backward
         vocabulary = len(self.part.own_range(shape.vocab_size))
         self.embedding: nn.Module | None = None
@@ -108,7 +109,10 @@ class Transformer(nn.Module):
         for cache in caches or ():
             cache.length += t
         ends = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1
-        return self._capped(self.head(self.norm(x))) if ends else x  # type: ignore[misc]
+        if not ends:
+            return x
+        x = self.head(self.norm(x))  # type: ignore[misc]
+        return x if self.defers_head else self._capped(x)
 
     def _embedded(self, tokens: Tensor, positions: Tensor | None, t: int) -> Tensor:
         """Return the embeddings of tokens (B, T), with learned positions, as (B, T, D). With sequence parallelism, only those of
@@ -152,6 +156,12 @@ class Transformer(nn.Module):
         logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def defer_head(self) -> None:
+        """Return hidden states (B, T, D) after the last norm instead of logits. The loss then applies the head. Independent."""
+        self.defers_head = True
+        if self.head is not None:
+            self.head.forward = _unchanged  # type: ignore[method-assign]
+
     def new_cache(self, positions: int) -> Cache | None:
         """Return an empty cache for a sequence of this many positions, at most seq_len."""
         return Cache(min(positions, self.shape.seq_len))
@@ -165,3 +175,7 @@ class Transformer(nn.Module):
             attention: Any = block.attention
             attention.within = torch.compiler.disable(attention.within)
             block.compile(dynamic=False)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

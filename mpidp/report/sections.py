@@ -14,13 +14,14 @@ from mpidp.report.page import cards, charts, note, paragraph, section, table
 from mpidp.report.read import RecordedRun
 from mpidp.report.waterfall import PARTS, Waterfall
 
+MOST_FIGURES = 400  # maximum number of figures of tasks that are shown
 MOST_ROWS = 32  # maximum number of ranks shown; of more ranks, only the slowest and the fastest are shown
 
 
 def of_run(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
     """Return all sections about a run. Pure."""
-    return "".join([state(run, fall), figures(run, fall, spent), what_ran(run), learning(run), speed(run), time_spent(run, fall),
-                    ranks(run), energy(run, spent), events(run), settings(run)])
+    return "".join([state(run, fall), figures(run, fall, spent), what_ran(run), learning(run), tasks(run), speed(run),
+                    time_spent(run, fall), ranks(run), energy(run, spent), events(run), settings(run)])
 
 
 def state(run: RecordedRun, fall: Waterfall) -> str:
@@ -92,6 +93,23 @@ def learning(run: RecordedRun) -> str:
     if max(joules.values(), default=0.0) > 0:
         against.append(curves("Loss against energy", lines(lambda line: joules[id(line)] / 1e3), "kJ", "nats per token"))
     return section("Learning", charts(*against))
+
+
+def tasks(run: RecordedRun) -> str:
+    """Return the section about train.eval_tasks: each figure at the first and the last evaluation, and its range. Pure."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in run.lines:
+        if "event" not in line and "val_tokens" in line:
+            for name in line:
+                if "/" in name and (value := number(line, name)) is not None:
+                    found.setdefault(name, []).append((line["step"], value))
+    rows = [
+        (name, f"{values[0][1]:.4g} (step {values[0][0]:,})", f"{values[-1][1]:.4g} (step {values[-1][0]:,})",
+         f"{min(value for _, value in values):.4g} to {max(value for _, value in values):.4g}")
+        for name, values in sorted(found.items())[:MOST_FIGURES] if "_stderr" not in name
+    ]
+    head = ("task/metric", "first evaluation", "last evaluation", "range")
+    return section("Tasks", table(head, rows, (1, 2, 3))) if rows else ""
 
 
 def of_steps(run: RecordedRun, name: str) -> list[tuple[float, float]]:

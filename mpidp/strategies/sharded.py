@@ -50,7 +50,8 @@ def shard(model: Any, comm: MPI.Intracomm, level: int, device: torch.device) -> 
     world: Any = dist.group.WORLD
     mesh = DeviceMesh.from_group(world, device.type)
     for module in [*model.blocks.children(), model]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=level == 3)
+        stays = module is model and model.defers_head  # the loss uses the head's matrix after forward
+        fully_shard(module, mesh=mesh, reshard_after_forward=level == 3 and not stays)
         module.set_gradient_divide_factor(1.0)  # sum gradients, because losses are divided by the tokens of all ranks
         module.set_force_sum_reduction_for_comms(True)
 

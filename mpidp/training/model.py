@@ -14,6 +14,7 @@ from mpidp.comm.transport import Messages
 from mpidp.model.frozen import trained
 from mpidp.model.shape import CustomShape
 from mpidp.model.starting import base_weights, prepared
+from mpidp.parallel.chunked_loss import chunk_rows, defer_head
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
@@ -31,7 +32,7 @@ class TrainedModel:
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
     parts: ModelPartition
-    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # for a divided vocabulary; None: plain cross entropy
+    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # for a divided vocabulary, or in chunks; None: plain
     origin: Origin | None  # source of the initial weights; None: they are random
 
 
@@ -42,11 +43,15 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:
         module, origin = _new(plan, parts)
-    token_losses = None
-    if grid.tp.size > 1:
-        ring = TensorComm(grid, transport, config.mesh.sequence)
+    token_losses, first = None, parts.part.own_range(plan.shape.vocab_size).start
+    ring = TensorComm(grid, transport, config.mesh.sequence) if grid.tp.size > 1 else None
+    rows = chunk_rows(config.train.loss, plan.shape, config.train.micro_batch * config.model.seq_len)
+    if rows:
+        token_losses = defer_head(module, plan.shape, rows, getattr(torch, config.train.dtype), first, ring)
+    elif ring is not None:
+        token_losses = loss_over(ring, first)
+    if ring is not None:
         share_layers(module, ring)
-        token_losses = loss_over(ring, parts.part.own_range(plan.shape.vocab_size).start)
     return TrainedModel(module, trained(module), parts, token_losses, origin)
 
 

@@ -63,6 +63,24 @@ def test_every_mesh_begins_with_the_same_weights(shared_folder: Path, shared_tmp
             assert ran.sha256 == alone.sha256
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "gemma3_text", "olmo2", "qwen2"])
+def test_every_mesh_begins_with_the_weights_of_a_family(shared_folder: Path, shared_tmp: Path, family: str) -> None:
+    """Fused and transposed tensors, biases, norms, learned positions and windows: each rank reads its part."""
+    data, source = corpus(shared_folder), shared_tmp / "source"
+    if WORLD.rank == 0:
+        from tests.families import folder_of_row  # takes seconds, because it imports transformers
+
+        folder_of_row(family, source)
+        (source / "tokenizer.json").write_text(huggingface_json(ByteTokenizer()))
+    WORLD.Barrier()
+    alone: Ran = train_at(1, begun(data, shared_tmp / "alone", source))
+    for mesh in [mesh for mesh in ((1, 2, 1, 0), (1, 1, 2, 0), (1, 2, 2, 0)) if mesh[1] * mesh[2] <= WORLD.size]:
+        run = shared_tmp / "x".join(map(str, mesh))
+        ran = train_at(mesh[1] * mesh[2], begun(data, run, source, mesh))
+        assert told(run) == told(shared_tmp / "alone"), mesh
+        assert ran.losses == pytest.approx(alone.losses, rel=1e-5), mesh
+
+
 def test_a_run_of_ours_is_as_good_and_faults_are_everybody_s(shared_folder: Path, shared_tmp: Path) -> None:
     data, source, most = corpus(shared_folder), folder(shared_folder, True), min(2, WORLD.size)
     first = train_at(most, begun(data, shared_tmp / "first", source, (1, most, 1, 0)))

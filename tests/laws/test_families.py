@@ -23,9 +23,11 @@ from mpidp.evaluate import evaluate_text
 from mpidp.evaluate import read_options as evaluate_options
 from mpidp.export import export
 from mpidp.generate import generate, read_options
+from mpidp.hf.families import BY_MODEL_TYPE
+from mpidp.hf.names import settings_of
 from mpidp.hf.tokens import huggingface_json
 from mpidp.runtime.world import polite_barrier
-from tests.families import ONE_OF_EACH, ROWS, folder_of_row
+from tests.families import MODEL_TYPES, ONE_OF_EACH, ROWS, config_of_row, folder_of_row
 from tests.tiny import WORLD, at, sizes, text, tiny, train_at
 
 pytestmark = pytest.mark.mpi
@@ -169,3 +171,22 @@ def test_a_folder_is_evaluated_and_speaks(shared_folder: Path, shared_tmp: Path,
     if WORLD.rank == 0:
         assert made[0]["tokens"] == len(wanted_ids) > 0
         assert made[0]["text"] == tokenizer.decode(wanted_ids)
+
+
+@pytest.mark.parametrize("row", ONE_OF_EACH)
+def test_a_model_from_random_weights_is_exported_as_a_family(data: Path, shared_tmp: Path, row: str) -> None:
+    """With the options of a row. The next loss of the run is that of transformers, and an import is bit for bit."""
+    config = json.loads(config_of_row(row).to_json_string(use_diff=False)) | {
+        "architectures": [BY_MODEL_TYPE[MODEL_TYPES[row]].architecture]}
+    model = settings_of(config, row) | {"seq_len": T}
+    train = {"init_from": "", "steps": 2}
+    ran = train_at(1, begun(data, Path(), shared_tmp / "run", model=model, train=train))
+    said = at(1, lambda comm: export(comm, str(shared_tmp / "run"), str(shared_tmp / "out")))[0]
+    theirs = AutoModelForCausalLM.from_pretrained(shared_tmp / "out", dtype=torch.float32).eval()
+    assert type(theirs).__name__ in said
+    again = train_at(1, begun(data, shared_tmp / "out", shared_tmp / "again", train={"steps": 1}))
+    assert reader_of(shared_tmp / "again").meta["init_from"]["weights_sha256"] == ran.sha256
+    third = train_at(1, begun(data, Path(), shared_tmp / "run", model=model, train=train | {"steps": 3})).losses[-1]
+    with torch.no_grad():
+        assert third == pytest.approx(float(loss_of(theirs, batch_of(TokenStream(data), 2))), rel=1e-5)
+    assert again.end["step"] == 1

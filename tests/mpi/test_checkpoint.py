@@ -3,6 +3,7 @@ finds is reported on all ranks."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.manifest import newest_valid, read_manifest
 from mpidp.checkpoint.reader import Reader
 from mpidp.checkpoint.resume import find_checkpoint
+from mpidp.checkpoint.saver import Saver
 from mpidp.errors import CheckpointError, MpidpError
 from tests import saves
 from tests.tiny import WORLD, at, sizes
@@ -139,8 +141,17 @@ def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp:
     def full(path: Path, *content: object) -> tuple[int, int]:
         raise OSError("no space left on device")
 
+    drop = Saver._drop
+
+    def drop_late(saver: Saver) -> Exception | None:
+        """Rank 0 still looks for the files of the other ranks when they have removed the folder."""
+        time.sleep(0.3)
+        return drop(saver)
+
     if WORLD.rank == WORLD.size - 1:
         monkeypatch.setattr(writer, "write_pieces", full)
+    elif WORLD.rank == 0:
+        monkeypatch.setattr(Saver, "_drop", drop_late)
     with pytest.raises(MpidpError, match="no space left"):
         saves.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3)
     monkeypatch.undo()

@@ -13,11 +13,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_tools.prepare import prepare
+from mpidp.config.schema import Config
 from mpidp.export import export
 from mpidp.hf.gguf import REGEXES
 from mpidp.inference.decode import DecodedText, decode
 from mpidp.inference.loading import Loaded, open_model
 from mpidp.inference.sampling import Sampling
+from tests.families import folder_of_row
 from tests.tiny import WORLD, text, tiny, train_at
 
 SEQ_LEN, NEW = 128, 40
@@ -34,6 +36,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "char": ("char", {}),
     "llama-bpe": ("llama-bpe", {}),  # a tokenizer that splits text as Llama 3's
     "qwen2": ("qwen2", {}),
+}
+FAMILIES: dict[str, dict[str, Any]] = {  # rows of tests/families.py, and fields of config.json in place of theirs
+    "qwen3": {}, "gpt2": {"intermediate_size": 256}, "mistral": {},  # mistral: with a window
 }
 PROMPTS = ("the rank of a tree", "who was there", "done.\nin order")
 CORPUS = text(20_000) + "naïve Ünïcode 漢字 🚀\n"
@@ -100,12 +105,32 @@ def split_by(regex: str) -> Tokenizer:
 
 
 def make(name: str, place: Path) -> Export:
-    """Train a model and export it. Independent."""
+    """Train a model of MODELS or FAMILIES and export it. Independent."""
+    if name in FAMILIES:
+        return make_family(name, place, **FAMILIES[name])
     kind, model = MODELS[name]
     sizes = {"num_layers": 2, "num_heads": 4, "model_dim": 64, "hidden_dim": 96, "seq_len": SEQ_LEN}
     train = {"steps": 50, "global_batch": 4, "eval_every": 0, "eval_tokens": 0}
     run, folder = place / f"run_{name}", place / name
     train_at(1, tiny(shards_of(kind, place), run, model=sizes | model, train=train))
+    export(WORLD, str(run), str(folder))
+    return computed(name, run, folder)
+
+
+def make_family(row: str, place: Path, **more: Any) -> Export:
+    """Fine-tune a model of transformers for two steps and export it. row: of tests/families.py; more: fields of its config.json.
+    Independent."""
+    name, shards = row.replace(", ", "-"), shards_of("bpe", place)
+    vocabulary = Tokenizer.from_file(str(shards / "tokenizer.json")).get_vocab_size()
+    sizes = {"hidden_size": 64, "vocab_size": vocabulary, "max_position_embeddings": SEQ_LEN}
+    base = folder_of_row(row, place / f"base_{name}", shards / "tokenizer.json", **sizes | more)
+    names = {f"{key}_token": "<|endoftext|>" for key in ("bos", "eos", "pad", "unk")}
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    run, folder = place / f"run_{name}", place / name
+    plain = Config().model
+    unset = {key: getattr(plain, key) for key in ("num_layers", "num_heads", "model_dim", "hidden_dim")}
+    train = {"init_from": str(base), "steps": 2, "global_batch": 4, "eval_every": 0, "eval_tokens": 0}
+    train_at(1, tiny(shards, run, model={**unset, "seq_len": SEQ_LEN}, train=train, optim={"lr": 1e-3, "warmup_steps": 1}))
     export(WORLD, str(run), str(folder))
     return computed(name, run, folder)
 

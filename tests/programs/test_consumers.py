@@ -10,7 +10,7 @@ import pytest
 
 from mpidp.errors import UsageError
 from mpidp.hf.consumers import CONSUMERS, check
-from tests.programs.exports import MODELS, NEW, PROMPTS, Export
+from tests.programs.exports import FAMILIES, MODELS, NEW, PROMPTS, Export
 from tests.programs.readers import READERS
 
 LENGTH = 64  # ids of the compared text
@@ -18,9 +18,12 @@ ODD = ("", " ", "\n", "the  rank\n\n of\ta tree. ", "naïve Ünïcode 漢字 �
        "done.\r\n 'tis 12345 x=3; 1234567\n\n  I'LL\r\n\r\n ")
 FEW = {"onnxruntime-genai": ("untied", "gqa", "narrow", "bos", "char")}  # its builder takes seconds
 OWN_TOKENIZER_DIFFERS = {("onnxruntime-genai", "bos"), ("onnxruntime-genai", "char")}  # notes of CONSUMERS
+NEAR = {("llama.cpp", "gpt2"): 1e-2}  # its GELU is a table of float16
+FAILURES = "largest difference|dimension|head_size|buffer to copy|not in model"
 SPLITS = ("llama-bpe", "qwen2")  # tokenizers of public models, without their vocabulary
 ROWS = [
-    (program, model) for program in READERS for model in FEW.get(program, MODELS) if program == "llama.cpp" or model not in SPLITS
+    (program, model) for program in READERS for model in FEW.get(program, (*MODELS, *FAMILIES))
+    if program == "llama.cpp" or model not in SPLITS
 ]
 
 
@@ -36,7 +39,7 @@ def test_a_program_agrees_exactly_where_it_is_not_refused(
     try:
         check(program, texts(export.folder))
     except UsageError:
-        with pytest.raises(Exception, match=r"largest difference|dimension|head_size"):  # it fails, or is wrong
+        with pytest.raises(Exception, match=FAILURES):  # it fails, or is wrong
             compare(program, export, tmp_path)
         return
     compare(program, export, tmp_path)
@@ -50,7 +53,7 @@ def compare(program: str, export: Export, place: Path) -> None:
     given = ~np.isnan(theirs).any(1)
     assert given.sum() > LENGTH / 2
     largest = abs(theirs - ours)[given].max()
-    assert largest < 1e-4, f"largest difference of log-probabilities: {largest:.2e}"
+    assert largest < NEAR.get((program, export.name), 1e-4), f"largest difference of log-probabilities: {largest:.2e}"
     for prompt, tokens in zip(export.prompts, export.greedy, strict=True):
         assert read.greedy(prompt, NEW) == tokens, "other greedy tokens"
     tokenizer = export.tokenizer()

@@ -256,7 +256,7 @@ def test_what_training_runs_is_small() -> None:
     for module in C10D:
         uses = {what: top for what, top in imports(names[module]) if what.startswith(("mpidp.c10d", "torch.distributed"))}
         assert uses and not any(uses.values()), "late, inside a function"
-    assert sum(lines_of_code(names[module]) for module in seen) < 17000
+    assert sum(lines_of_code(names[module]) for module in seen) < 19000
     assert sum(map(lines_of_code, MPIDP)) < 26000
 
 

@@ -17,7 +17,7 @@ from mpidp.hf.tokens import huggingface_json
 from tests.tiny import WORLD, corpus, tiny, train_at
 from tests.unit.small_tokenizers import sentencepiece, wordpiece
 
-CONFIG = {"hidden_size": 64, "num_attention_heads": 4}
+CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128}
 LLAMA3 = {"rope_parameters": {"rope_type": "llama3"}}
 BPE = huggingface_json(train_bpe(iter(["the rank of a tree " * 9]), 270))
 
@@ -30,6 +30,9 @@ def texts(config: dict[str, Any], tokenizer: str = BPE) -> dict[str, bytes]:
 @pytest.mark.parametrize(("program", "config", "words"), [
     ("ctranslate2", {"head_dim": 24}, "head_dim"), ("ctranslate2", LLAMA3, "llama3"),
     ("onnxruntime-genai", {"head_dim": 24}, "multiple of 16"),
+    ("ctranslate2", {"model_type": "olmo2"}, "it computes llama, mistral"),
+    ("llama.cpp", {"model_type": "mistral", "sliding_window": 32}, "windows"),
+    ("mlx-lm", {"model_type": "mistral", "sliding_window": 32}, "windows"),
     ("onnxruntime-genai", {"rope_scaling": {"rope_type": "linear"}}, "linear"),
 ])
 def test_a_model_that_a_program_does_not_compute_is_refused(program: str, config: dict[str, Any], words: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -411,3 +413,32 @@ def test_special_files_are_refused_without_waiting(tmp_path: Path, name: str) ->
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=name.replace(".", "[.]")):
         take("datatrove", tmp_path / "0.ds", tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_a_parquet_row_group(tmp_path: Path) -> None:
+    """One row group of 64 MB, as other programs write, is read by convert and by prepare with a few megabytes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    ids = np.tile(np.arange(1000, dtype=np.int32) % 257, 16_000)
+    rows = pyarrow.ListArray.from_arrays(np.arange(0, len(ids) + 1, 1000, dtype=np.int32), pyarrow.array(ids))
+    table = pyarrow.table({"input_ids": rows, "text": ["0123456789" * 400] * len(rows)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(rows), use_dictionary=False, compression=None)
+    code = (
+        "import re, sys, pyarrow.parquet, pyarrow.compute\n"
+        "from pathlib import Path\n"
+        "from data_tools.formats import hf\n"
+        "from data_tools.formats.blocks import ReadOptions\n"
+        "from mpidp.data.records import records\n"
+        "from mpidp.data.text_files import recognize\n"
+        "path = Path(sys.argv[1])\n"
+        "def peak():\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
+        "def grown(blocks):\n"
+        "    before = peak()\n"
+        "    count = sum(1 for _ in blocks)\n"
+        "    return peak() - before\n"
+        "print(grown(hf.read(path, ReadOptions(257, path.parent))), grown(iter(records(recognize(path), ['text']))))\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code, tmp_path / "a.parquet"], capture_output=True, text=True, check=True)
+    assert all(int(megabytes) < 45 for megabytes in child.stdout.split()), child.stdout

@@ -378,6 +378,15 @@ def test_charts_of_validation_loss_show_validation_losses(tmp_path: Path, evalua
     assert len(re.findall(r"<title>[^<]*b: ", training)) == 3 and not re.search(r"b: 0 ", training)
 
 
+def test_figures_of_tasks_are_shown(tmp_path: Path) -> None:
+    lines = [*WHOLE[:4], {"step": 1, "val_tokens": 0, "easy/acc": 0.25, "easy/acc_stderr": 0.1, "<b>/acc": 0.5},
+             {"step": 2, "val_loss": 2.0, "val_tokens": 9, "easy/acc": 0.75, "easy/other": None}, *WHOLE[4:]]
+    found = report([read(write(tmp_path / "run", lines))])
+    row = "<td>easy/acc</td><td class=\"n\">0.25 (step 1)</td><td class=\"n\">0.75 (step 2)</td><td class=\"n\">0.25 to 0.75</td>"
+    assert row in found and "&lt;b&gt;/acc" in found and "acc_stderr" not in found and "easy/other" not in found
+    assert "<h2>Tasks</h2>" not in report([read(write(tmp_path / "plain", WHOLE))])
+
+
 def test_the_comparison_names_the_weights(tmp_path: Path) -> None:
     other = [*WHOLE[:-1], WHOLE[-1] | {"weights_sha256": "0123456789abcdef" * 4}]
     runs = [write(tmp_path / "a", other), write(tmp_path / "b", WHOLE), write(tmp_path / "c", WHOLE[:-1])]

@@ -28,6 +28,7 @@ from mpidp.runtime.files import write_file
 MAX_LINES = 10_000  # lines that wait for a slow tracker; later ones are left out
 MAX_BATCH = 200  # lines of one call
 BATCH_SECONDS = 1.0  # lines are collected for this long
+SAVE_SECONDS = 10.0  # between two writes of the state
 ADVICE = "training goes on; metrics.jsonl has all numbers"
 
 
@@ -115,6 +116,7 @@ class State:
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
+        self._saved = 0.0
         self.values: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             found = json.loads(path.read_text())
@@ -123,11 +125,18 @@ class State:
         last = self.values.get("last")
         self.last: dict[str, int] = {k: v for k, v in last.items() if isinstance(v, int)} if isinstance(last, dict) else {}
 
-    def save(self, batch: list[dict[str, Any]]) -> None:
-        """Store the steps of a batch that was written."""
+    def wrote(self, batch: list[dict[str, Any]]) -> None:
+        """Note the steps of a batch that was written. Every SAVE_SECONDS they are stored."""
         for line in batch:
             self.last[kind_of(line)] = max(self.last.get(kind_of(line), -1), line["step"])
-        write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
+        if time.monotonic() > self._saved + SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Store the state. A full disk is no error here: the lines were written, and must not be written again."""
+        self._saved = time.monotonic()
+        with suppress(OSError):
+            write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
 
 
 def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
@@ -144,7 +153,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
             before, run = dict(state.last), TrackedRun(**about, state=state.values)
             module = importlib.import_module(f"mpidp.metrics.track.{name}")
             tracker: Tracker = getattr(module, f"{name.capitalize()}Tracker")(run)
-            state.save([])
+            state.save()
             if tracker.note:
                 warnings.say("note", tracker.note)
     except BaseException as error:  # noqa: BLE001 - a tracker may also raise SystemExit
@@ -164,7 +173,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
         with warnings.patience(what):
             try:
                 tracker.write(waiting)
-                state.save(waiting)
+                state.wrote(waiting)
                 waiting, failures = [], 0
             except Exception as error:  # noqa: BLE001
                 failures += 1
@@ -173,7 +182,8 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
     try:
         if waiting:
             tracker.write(waiting)
-            state.save(waiting)
+            state.wrote(waiting)
+        state.save()
         tracker.close(ended)
     except Exception as error:  # noqa: BLE001
         warnings.say("failed", f"{what} failed ({_short(error)})")

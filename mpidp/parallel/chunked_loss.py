@@ -1,0 +1,122 @@
+"""The loss without a matrix of all logits: the head and the cross entropy are computed for some positions at a time.
+
+The gradients of a chunk are computed together with its loss and stored, so a chunk needs three matrix products, as many as
+without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory is that of
+one chunk of logits, N D for the gradient of the hidden states, and V D for that of the head. Chunks are added in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpidp.model.shape import Shape, TransformerShape
+from mpidp.parallel.tensor_comm import TensorComm
+
+CHUNK_LOGITS = 2**24  # logits of a chunk: 64 MiB in float32
+AUTO_CHUNKS = 4  # with train.loss=auto, the fewest chunks
+
+
+def chunk_rows(loss: str, shape: Shape, positions: int) -> int:
+    """Return the positions per chunk, or 0 if the loss is computed from all logits. The result must not depend on ranks.
+
+    loss: train.loss; positions: of a full micro-batch. Pure."""
+    if not isinstance(shape, TransformerShape) or loss == "whole":
+        return 0
+    rows = max(64, CHUNK_LOGITS // shape.vocab_size // 64 * 64)
+    return rows if loss == "chunked" or positions >= AUTO_CHUNKS * rows else 0
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The sum of -log softmax(logits)[target], where logits = cap(scale * hidden weight^T)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, loss: ChunkedLoss, trains: bool) -> Tensor:
+        x, w = hidden.to(loss.dtype), weight.to(loss.dtype)
+        for_hidden = torch.empty_like(hidden) if trains else None
+        for_weight = torch.zeros_like(weight) if trains and weight.requires_grad else None
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), loss.rows):
+            chunk = slice(start, start + loss.rows)
+            logits = (x[chunk] @ w.T).float()
+            slope = loss.capped(logits)
+            total += loss.into_gradient(logits, targets[chunk], trains)
+            if for_hidden is None:
+                continue
+            if slope is not None:
+                logits.mul_(slope)
+            grad = logits.to(loss.dtype)
+            for_hidden[chunk] = grad @ w
+            if for_weight is not None:
+                for_weight.addmm_(grad.T, x[chunk]) if loss.dtype == torch.float32 else for_weight.add_(grad.T @ x[chunk])
+        ctx.save_for_backward(for_hidden, for_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        for_hidden, for_weight = ctx.saved_tensors
+        return for_hidden * grads[0], None if for_weight is None else for_weight * grads[0], None, None, None
+
+
+class ChunkedLoss:
+    """A function (hidden states, targets) -> sum of losses, for a model whose head is deferred (Transformer.defer_head).
+
+    hidden: (N, D). targets: (N,), where -100 is ignored. Both have all positions.
+    """
+
+    def __init__(
+        self, shape: TransformerShape, weight: Callable[[], Tensor], rows: int, dtype: torch.dtype, first: int = 0,
+        tp: TensorComm | None = None,
+    ) -> None:
+        """weight: returns the head's matrix, (rows of the vocabulary, D); rows: positions per chunk; dtype: type of the products;
+        first: the id of the first row of the matrix; tp: communicates with the ranks that have the other rows."""
+        self.scale, self.cap, self.rows, self.dtype = shape.logit_scale, shape.logit_cap, rows, dtype
+        self._weight, self._first, self._tp = weight, first, tp
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Collective over tp.comm if the vocabulary is divided, else independent."""
+        trains = torch.is_grad_enabled()
+        found: Tensor = _ChunkedLoss.apply(hidden, self._weight(), targets, self, trains)  # type: ignore[no-untyped-call]
+        return found
+
+    def capped(self, logits: Tensor) -> Tensor | None:
+        """Apply scale and soft-cap to logits, in place. Return the derivative, or None if it is 1."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if not self.cap:
+            return None if self.scale == 1.0 else logits.new_tensor(self.scale)
+        logits.div_(self.cap).tanh_()
+        slope = (1 - logits.square()).mul_(self.scale)
+        logits.mul_(self.cap)
+        return slope
+
+    def into_gradient(self, logits: Tensor, targets: Tensor, trains: bool) -> Tensor:
+        """Return the sum of losses. If `trains`, replace the logits by its gradient."""
+        largest = logits.max(dim=-1, keepdim=True).values
+        if self._tp is not None:
+            largest = self._tp.sum(largest, MPI.MAX)
+        counted, local = targets != -100, targets - self._first
+        here = (local >= 0) & (local < logits.shape[-1])
+        place = local.where(here, 0).unsqueeze(-1)
+        of_target = (logits.gather(-1, place) - largest).squeeze(-1).where(here, 0.0)
+        total = logits.sub_(largest).exp_().sum(-1)
+        if self._tp is not None:
+            total, of_target = self._tp.sum(torch.stack([total, of_target]))
+        if trains:
+            logits.mul_((counted / total).unsqueeze(-1))
+            logits.scatter_add_(-1, place, -(here & counted).to(logits.dtype).unsqueeze(-1))
+        return (total.log() - of_target).where(counted, 0.0).sum()
+
+
+def defer_head(
+    model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Change a Transformer, or a part of one, so that it returns hidden states; return the function that computes its loss from
+    them. The arguments are those of ChunkedLoss. Independent."""
+    assert isinstance(shape, TransformerShape)
+    model.defer_head()
+    return ChunkedLoss(shape, lambda: model.head.weight, rows, dtype, first, tp)
