@@ -176,8 +176,8 @@ class Save:
         first = self.share is not None and self.share[0] == 0  # only the first writer describes the replicated tensors
         described = {n: e for n, e in self.entries.items() if first or e.layout != "replicated"}
         self._records[self.rank] = {"file": file, "tensors": describe(described)}  # each tensor is described once
-        if self.rank:
-            write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode())
+        if self.rank:  # once rank 0 sees the record, it syncs and renames the folder
+            write_file(self.folder / f"{name}.json", json.dumps(self._records[self.rank]).encode(), sync_folder=False)
 
     def _collect(self) -> None:
         """Wait for the records of all writers. The folder is listed each time, because a file server may show new files late."""

@@ -54,11 +54,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
-def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
+def write_file(path: Path, content: bytes | str | Callable[[Path], None], sync_folder: bool = True) -> None:
     """Write a file atomically: write a temporary file, fsync, rename it to path.
 
-    content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. If a write fails, removes the
-    temporary file and raises OSError with the path. Independent.
+    content: the bytes, a text (written as UTF-8), or a function that writes the temporary file. sync_folder: whether to fsync the
+    folder after the rename. If a write fails, removes the temporary file and raises OSError with the path. Independent.
     """
     temporary = temporary_name(path)
     try:
@@ -76,7 +76,8 @@ def write_file(path: Path, content: bytes | str | Callable[[Path], None]) -> Non
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    if sync_folder:
+        sync_directory(path.parent)
 
 
 def check_writable(path: str | Path) -> None:

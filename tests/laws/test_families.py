@@ -99,9 +99,10 @@ def test_a_fine_tune_is_that_of_transformers(data: Path, shared_folder: Path, sh
     """Every loss and every norm of the gradient agree. The export has the logits of transformers' own fine-tune and is imported
     bit for bit."""
     source = source_of(row, shared_folder)
-    ran = train_at(1, begun(data, source, shared_tmp / "run"))
+    rate = 0.01 if row.startswith("olmo") else OPTIM["lr"]  # with norms after the branches, rounding errors grow faster
+    ran = train_at(1, begun(data, source, shared_tmp / "run", optim={"lr": rate}))
     model, stream = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), TokenStream(data)
-    optimizer = torch.optim.SGD(model.parameters(), lr=OPTIM["lr"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     losses, norms = [], []
     for step in range(STEPS):
         loss = loss_of(model, batch_of(stream, step))
@@ -113,7 +114,7 @@ def test_a_fine_tune_is_that_of_transformers(data: Path, shared_folder: Path, sh
     assert ran.losses == pytest.approx(losses, rel=1e-5)
     found = [line["grad_norm"] for line in ran.lines if "grad_norm" in line]
     assert found[0] == pytest.approx(norms[0], rel=1e-5)
-    assert found == pytest.approx(norms, rel=5e-4)  # rounding errors of the weights grow with the steps
+    assert found == pytest.approx(norms, rel=1e-4)  # rounding errors of the weights grow with the steps
     assert max(losses) - min(losses) > 0.05
     at(1, lambda comm: export(comm, str(shared_tmp / "run"), str(shared_tmp / "out")))
     exported, said = AutoModelForCausalLM.from_pretrained(shared_tmp / "out", dtype=torch.float32, output_loading_info=True)

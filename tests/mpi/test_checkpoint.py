@@ -3,6 +3,7 @@ finds is reported on all ranks."""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -158,3 +159,18 @@ def test_a_rank_that_cannot_write_stops_all_and_nothing_is_committed(shared_tmp:
     assert newest_valid(shared_tmp, WORLD)[0] == shared_tmp / "checkpoints/step_00000002"
     assert saves.save(shared_tmp, 3, entries(WORLD), {}, WORLD, 3).name == "step_00000003"
     assert newest_valid(shared_tmp, WORLD)[0] == shared_tmp / "checkpoints/step_00000003"
+
+
+def test_rank_0_may_commit_before_another_rank_has_returned(shared_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 renames the folder once it sees the last record. The rank that wrote this record does not need the folder again."""
+    replace = os.replace
+
+    def slow(source: Path, target: Path) -> None:
+        replace(source, target)
+        if ".writing_" in str(target) and target.suffix == ".json":
+            time.sleep(0.3)
+
+    if WORLD.rank == WORLD.size - 1:
+        monkeypatch.setattr(os, "replace", slow)
+    assert saves.save(shared_tmp, 1, entries(WORLD), {}, WORLD, 3).name == "step_00000001"
+    assert not list((shared_tmp / "checkpoints").glob(".writing_*"))
