@@ -42,7 +42,7 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     malformed row of a known form."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
-        raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp learns text only")
+        raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
     key = next((name for name in LISTS if name in row), "")
     if key:
         messages = _objects(row, key)
@@ -73,7 +73,7 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if "completion" not in row:
         _refuse_preferences(row, None)
     if row.get("label") is False and "completion" in row:
-        raise RowSkipped("malformed", "`label` is false: the completion is one to avoid, and mpidp learns completions")
+        raise RowSkipped("malformed", "`label` is false: a completion that the model should avoid cannot be used for training")
     if "prompt" not in row and (key := next((name for name in LISTS if name in row), "")):
         raise RowSkipped("malformed", f"`{key}` holds messages: use --format chat")
     for form, names in INSTRUCTIONS.items():
@@ -117,7 +117,7 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
     role = ROLES.get(sender.lower()) if isinstance(sender, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise RowSkipped("malformed", f"a message `from` {sender!r:.40}, which is none of {known}")
+        raise RowSkipped("malformed", f"`from` of a message is {sender!r:.40}; it must be one of {known}")
     rest = {key: one for key, one in message.items() if key not in ("from", "value")}
     if sender.lower() == "function_call":
         return {"role": role, "tool_calls": _calls(value), **rest}
@@ -174,8 +174,9 @@ def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def unknown_form(fields: Mapping[str, Any]) -> str:
-    """Return what is wrong with a row of an unknown form, for a message."""
+    """Return the reason why a row of an unknown form is skipped."""
     if isinstance(text := fields.get("text"), str):
         what = "a chat that a template has rendered" if any(mark in text for mark in MARKS) else "a text"
-        return f"no field `messages`, but `text` with {what}; --format text learns all of it; its fields are: {keys_of(fields)}"
+        return (f"no field `messages`, but `text` with {what}; --format text trains on all of it; its fields are: "
+                f"{keys_of(fields)}")
     return f"no field `messages`, `conversations`, or `instruction` and `output`; its fields are: {keys_of(fields)}"
