@@ -89,9 +89,9 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _refuse_unwanted(row: Mapping[str, Any]) -> None:
-    """Raise RowSkipped if a row says that its answer is one to avoid."""
+    """Raise RowSkipped if a row says that the model should avoid its answer."""
     if found := [key for key in UNWANTED if row.get(key) is False]:
-        raise RowSkipped("malformed", f"`{found[0]}` is false: the model should avoid this answer, and mpidp learns answers")
+        raise RowSkipped("malformed", f"`{found[0]}` is false: the model should avoid this answer, so mpidp does not train on it")
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
