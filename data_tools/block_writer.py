@@ -15,8 +15,8 @@ from mpidp.runtime.files import writing
 
 
 class BlockWriter:
-    """Writes the raw files of one split. A loss mask that leaves out no token is none. All methods raise UsageError if a file
-    cannot be written. Independent."""
+    """Writes the raw files of one split. A loss mask that is 1 for every token is not stored. All methods raise UsageError if
+    a file cannot be written. Independent."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], masked: bool = False) -> None:
         """masked: whether the raw files always have a loss mask."""

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
+from mpidp.runtime.log import counted
+
 MAX_SHOWN = 5  # locations listed for each kind of bad input
 
 
@@ -67,7 +69,8 @@ class Counts:
 
     def no_text(self) -> str:
         """Return an error message for a source without any document: the counts and the first reasons."""
-        files = f"{self.files} files: {self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
+        kinds = f"{self.empty} empty, {self.binary} binary, {self.malformed} malformed lines or rows"
+        files = f"{counted(self.files, 'file')}: {kinds}"
         return f"the source has no text at all ({files}); give --source a file or folder with text{self.reasons()}"
 
     def reasons(self) -> str:

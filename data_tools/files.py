@@ -127,10 +127,10 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _text_files(folder: str, names: list[str]) -> list[str]:
-    """Return the files of a folder that may hold text. Of a folder of save_to_disk these are the Arrow files that its state.json
-    names.
+    """Return the files of a folder that may hold text. For a folder of save_to_disk, return the Arrow files that its
+    state.json names.
 
-    Raises DataError if a folder holds a dataset that is not read: only the JSON files that describe it would be.
+    Raises DataError if a folder holds a dataset of another format, of which only the JSON files could be read.
     """
     for files, beside, what, way in DATASETS:
         data = [name for name in names if fnmatch(name, files)]

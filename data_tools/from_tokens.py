@@ -82,7 +82,8 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
     finally:
         ticker.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    lines = [f"{out}: {split} {record.tokens:,} tokens, {record.documents:,} documents" for split, record in index.splits.items()]
+    lines = [f"{out}: {split} {counted(record.tokens, 'token')}, {counted(record.documents, 'document')}"
+             for split, record in index.splits.items()]
     if skipped := reading.skipped:
         remarks.append(f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped")
     if any(record.loss_mask for record in index.splits.values()) and not options.seq_len:
@@ -163,10 +164,10 @@ def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder:
     if not unknown:
         return unended(used, encoder.eod)
     if not occurs(unknown, encoder.eod, encoder.bos):
-        rows = ", --rows document if each row is one" * joined
-        raise DataError(f"the end-of-document token of the tokenizer, {encoder.eod}, is not in the data, so its documents are "
-                        "not known: give "
-                        f"--eod TOKEN if they end with another one{rows}, or --one-document to take each split as one")
+        rows = ", --rows document if each row is a document" * joined
+        raise DataError(f"the end-of-document token of the tokenizer, {encoder.eod}, is not in the data, so the ends of "
+                        f"documents are unknown: give --eod TOKEN if documents end with another token{rows}, or "
+                        "--one-document to treat each split as one document")
     first = options.eod_at == "start" or options.eod_at == "auto" and eod_is_first(unknown, encoder.eod, kind.eod_first)
     for writer in unknown:
         whole = starts_by_ids(writer.pieces(), encoder.eod, encoder.bos, first)
@@ -179,7 +180,8 @@ def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder:
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:
-    """Return the tokens of each split. With a loss mask, or packed, validation consists of the last documents."""
+    """Return the tokens of each split. If the data has a loss mask or is packed, the validation split consists of the last
+    documents."""
     streams = {split: Stream([writer.raw()]) for split, writer in writers.items() if writer.tokens}
     if "train" not in streams:
         raise DataError("the source has no tokens to train on; give another file or folder")

@@ -10,7 +10,7 @@ ON_TERMINAL, IN_LOG = 2.0, 10.0  # seconds between two lines
 
 
 class Ticker:
-    """Counts work, and says from time to time how far it is. Independent."""
+    """Counts the finished work, and prints the progress from time to time. Independent."""
 
     def __init__(self, what: str = "", quiet: bool = False) -> None:
         """what: the first words of each line. quiet: never print, for all ranks but one."""

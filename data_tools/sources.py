@@ -17,6 +17,7 @@ from data_tools.progress import Ticker
 from mpidp.data.record_batches import WITH_COLUMNS
 from mpidp.data.records import Row, decoded, records
 from mpidp.data.row_fields import describe, keys_of
+from mpidp.data.row_forms import LISTS
 from mpidp.data.text_files import NotText, TextFile, kind_of, recognize
 from mpidp.data.unpack import reading
 from mpidp.errors import DataError
@@ -121,7 +122,8 @@ class SourceReader:
     def _no_text(self, fields: dict[str, object]) -> str:
         if self.text_key in fields:
             return f"`{self.text_key}` is {describe(fields[self.text_key])}, not a string"
-        return f"no field `{self.text_key}`; its fields are: {keys_of(fields)} (--text-key names another)"
+        chat = "; for chats, give --format chat" if any(name in fields for name in LISTS) else ""
+        return f"no field `{self.text_key}`; its fields are: {keys_of(fields)} (--text-key names another{chat})"
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:

@@ -23,9 +23,9 @@ PREFIXED = ("megatron",)  # formats whose OUT is the first part of the files' na
 def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
     """Write every split in a format; return a line of text about each split, and remarks.
 
-    out: a folder that does not exist, or for Megatron-LM a prefix. If the end of training cuts a document in two, the rest
-    becomes the first document of validation. Raises UsageError if a file exists or cannot be written, and DataError if the
-    shards are damaged or have a loss mask that the format cannot store. Nothing is then left. Independent.
+    out: a folder that does not exist, or for Megatron-LM a prefix. A document that begins in train and ends in val becomes two
+    documents. Raises UsageError if a file exists or cannot be written, and DataError if the shards are damaged or have a loss
+    mask that the format cannot store. Nothing is then left. Independent.
     """
     kind = FORMATS[name]
     if kind.write is None:
@@ -50,7 +50,7 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
         lines.append(f"{shown}: {counted(split.tokens, 'token')}, {counted(split.documents, 'document')}")
     if kind.documents == IDS and not kind.masks and (lost := sum(split.lost for split in splits)):
         remarks.append(f"{kind.what} does not store where documents end; at {counted(lost, 'place')} the end-of-document "
-                       "tokens do not say so")
+                       "tokens differ from the ends of the documents")
     return lines + list(dict.fromkeys(remarks))
 
 

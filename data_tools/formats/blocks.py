@@ -69,11 +69,11 @@ def read_array(path: Path, dtype: Any, offset: int = 0, count: int = -1, unit: s
         size = os.fstat(file.fileno()).st_size - offset
         if size < 0 or size % kind.itemsize and count < 0:
             raise DataError(f"{path}: its {max(size, 0)} bytes of {unit} are not a multiple of {kind.itemsize}, the size of "
-                            f"{kind.name}: the file is cut, or its type is another one (--dtype)")
+                            f"{kind.name}: the file is truncated, or has another type (--dtype)")
         left = size // kind.itemsize if count < 0 else count
         if left * kind.itemsize > size:
-            raise DataError(f"{path}: it has room for {size // kind.itemsize} {unit}, but {left} are announced: copy the file "
-                            "again")
+            raise DataError(f"{path}: its {size // kind.itemsize} {unit} are fewer than the {left} that its header states: copy "
+                            "the file again")
         file.seek(offset)
         while left:
             piece = np.frombuffer(file.read(min(left, BLOCK_TOKENS) * kind.itemsize), kind)

@@ -27,7 +27,7 @@ def expanded(path: Path, codec: str, size: int | None, scratch: Path) -> Iterato
     """
     name = codec.partition(":")[0]
     if name not in CODECS:
-        raise DataError(f"{path} is compressed with {codec!r}, which is not read here: write the dataset again with "
+        raise DataError(f"{path} is compressed with {codec!r}, which mpidp cannot read: write the dataset again with "
                         f"{', '.join(CODECS)} "
                         "or without compression")
     target = scratch / "expanded"

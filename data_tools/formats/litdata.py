@@ -56,7 +56,7 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
     config = about["config"]
     try:
         if config.get("encryption"):
-            raise DataError(f"{index}: the chunks are encrypted, which is not read: write the dataset again without encryption")
+            raise DataError(f"{index}: mpidp cannot read encrypted chunks: write the dataset again without encryption")
         names, formats = _columns(config, index), [str(one) for one in config["data_format"]]
         codec, level = str(config.get("compression") or ""), str(config.get("compression_level") or "chunk")
         for chunk in about["chunks"]:
@@ -87,7 +87,7 @@ def _columns(config: dict[str, Any], index: Path) -> list[str]:
         return [str(key) for key in keys]
     if kind in ("builtins.list", "builtins.tuple") and len(spec["children_spec"]) == 1:
         return ["input_ids"]
-    raise DataError(f"{index}: a sample is a {kind}; read are tensors, and dicts whose values are tensors")
+    raise DataError(f"{index}: a sample is a {kind}; only tensors, and dicts whose values are tensors, can be read")
 
 
 def _ends_with_arrow(path: Path) -> bool:
@@ -177,7 +177,7 @@ def _check_format(name: str, kind: str, shown: Path) -> None:
     if family == "pickle":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
     if family not in ("no_header_tensor", "no_header_numpy", "tensor", "numpy"):
-        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids are tensors or arrays. If it holds text, write the "
+        raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If it holds text, write the "
                         "samples as JSON "
                         "lines and use mpidp prepare")
 

@@ -45,7 +45,7 @@ def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
                         "read with --from nanogpt")
     wanted, kind = KINDS[first]
     if version != wanted:
-        raise DataError(f"{path} has version {version}; files that begin with {first} are read in version {wanted}")
+        raise DataError(f"{path} has version {version}; if a file begins with {first}, only version {wanted} can be read")
     size = path.stat().st_size - HEADER_BYTES
     if tokens < 0 or size != tokens * kind.itemsize:
         raise DataError(f"{path}: its header announces {tokens} tokens of {kind.itemsize} bytes, but {size} bytes follow: the "

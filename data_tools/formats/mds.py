@@ -52,8 +52,8 @@ def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]
     for number, shard in enumerate(read_json(index)["shards"]):
         try:
             if (shard["format"], shard["version"]) != ("mds", 2):
-                raise DataError(f"{index}: shard {number} has the format {shard['format']}, version {shard['version']}; read "
-                                "are mds, 2")
+                raise DataError(f"{index}: shard {number} has the format {shard['format']}, version {shard['version']}; only "
+                                "mds, version 2, can be read")
             names, encodings, sizes = shard["column_names"], shard["column_encodings"], shard["column_sizes"]
             raw, packed, samples = shard["raw_data"], shard["zip_data"], int(shard["samples"])
             with ExitStack() as stack:
@@ -63,7 +63,8 @@ def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]
                                                         int(raw["bytes"]), options.scratch))
                 yield from _samples(path, folder / raw["basename"], samples, names, encodings, sizes, options)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{index}: shard {number} is not described as MDS shards are ({error!r}); restore the file") from None
+            raise DataError(f"{index}: shard {number} has no valid description of an MDS shard ({error!r}); restore the "
+                            "file") from None
 
 
 def _samples(
@@ -102,7 +103,7 @@ def _check_encoding(name: str, encoding: str, shown: Path) -> None:
     if kind == "pkl":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as ndarray or bytes")
     if kind not in ("bytes", "ndarray"):
-        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids are ndarray or bytes. If it holds "
+        raise DataError(f"{shown}: the column `{name}` has the encoding {encoding}; ids must be ndarray or bytes. If it holds "
                         "text, write the "
                         "samples as JSON lines and use mpidp prepare")
 

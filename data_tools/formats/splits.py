@@ -22,8 +22,8 @@ def split_of(name: str) -> str:
 
 
 def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[SourcePart]:
-    """Assign the files or folders of a dataset to train and val. A split "test", and a part of another split, is left out, and a
-    remark says so.
+    """Assign the files or folders of a dataset to train and val. Leave out the split "test" and copies of parts of other
+    splits, with a remark.
 
     root: the folder whose name does not count. Raises DataError if nothing is left for training. Pure.
     """
@@ -40,7 +40,7 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
     parts = [SourcePart(path, split) for path, split in named if split != TEST]
     if not any(part.split == "train" for part in parts):
         only = [part.path for part in parts] or left_out
-        raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)}, nothing to train on: "
+        raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)} and no training data: "
                         "give the file or folder itself as the source")
     return parts
 

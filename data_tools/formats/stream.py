@@ -25,9 +25,9 @@ class SplitTokens:
     def blocks(self) -> Iterator[TokenBlock]:
         """Yield all tokens with their document starts and loss mask.
 
-        The first token always starts a document: the rest of a document that the end of the split before cut is one. In packed
-        shards (Index.window), the end-of-document tokens that fill windows are left out. Raises DataError if an id is not below
-        the vocabulary size.
+        The first token always starts a document. If a document began in the previous split, its rest is a separate document.
+        In packed shards (Index.window), the end-of-document tokens that fill windows are left out. Raises DataError if an id
+        is not below the vocabulary size.
         """
         stream, window = self._stream, self._stream.index.window
         size = max(1, BLOCK_TOKENS // window) * window if window else BLOCK_TOKENS

@@ -42,7 +42,7 @@ class Mirror:
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
-        """Copy this checkpoint. If an earlier one is waiting, it is left out."""
+        """Copy this checkpoint. An earlier checkpoint that is still waiting is not copied."""
         with self._changed:
             self._waiting = checkpoint
             self._changed.notify_all()
@@ -98,7 +98,7 @@ class Mirror:
             log.info("%s copied to %s (%.3g MB, %.1f s)", checkpoint.name, self._folder.address, size / 1e6,
                      time.monotonic() - began)
             return True
-        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint is tried again",
+        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint is copied again",
                     checkpoint.name, reason)
         return False
 

@@ -1,4 +1,4 @@
-"""The folder of a mirror (mirror.py): which checkpoints it has, whose they are, and fetching the newest one."""
+"""The folder of a mirror (mirror.py): list its checkpoints, find out to which run they belong, and fetch the newest one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MirrorFolder:
         self._retries = Retries(RETRY_SECONDS, "run.mirror")
 
     def close(self) -> None:
-        """Try no request again from now on. Independent."""
+        """Stop trying failed requests again. Independent."""
         self._retries.close()
 
     def names(self) -> list[str]:
@@ -153,7 +153,7 @@ def _id_of(folder: MirrorFolder) -> str | None:
     try:
         return str(parse_json(content, dict[str, str])["run"])
     except (ValueError, KeyError):
-        raise UsageError(f"{folder.address / MARK} is not of a mirror of mpidp: choose another run.mirror") from None
+        raise UsageError(f"{folder.address / MARK} is not a file that mpidp wrote: choose another run.mirror") from None
 
 
 def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None:

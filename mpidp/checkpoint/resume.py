@@ -36,6 +36,8 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
     for reason in skipped if comm.rank == 0 else ():
         log.warning("skipped an invalid checkpoint: %s", reason)
     with raise_together(comm):
+        if found is None and (path / "config.json").exists():
+            raise CheckpointError(f"{path} is a Hugging Face folder; give the folder of a run")
         if found is None:
             raise CheckpointError(f"{path} contains no checkpoint: train first, with --run.dir={path}")
         return Reader(found)

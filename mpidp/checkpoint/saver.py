@@ -173,7 +173,7 @@ class Saver:
                 self._pace(cost["cpu_seconds"] + self._stalled, cost["seconds"], self._save.began)
 
     def _pace(self, cost: float, seconds: float, began: float) -> None:
-        """On rank 0, compute from the cost of this save when the next save is due."""
+        """On rank 0, compute the time of the next save from the cost of this save."""
         num_nodes = self.share[1] if self.share else 1
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval

@@ -34,7 +34,8 @@ class Items:
         return -(-self.num_items // self.lanes.global_batch)
 
     def count(self, batch: int, v: int) -> int:
-        """Return the number of items in micro-batch v of a global batch. In an epoch's last batch it may be smaller, or 0."""
+        """Return the number of items in micro-batch v of a global batch. In the last batch of an epoch, this number may be
+        smaller, or 0."""
         places, rest = self.lanes.sequences(v), self.num_items - batch % len(self) * self.lanes.global_batch
         return max(0, min(places.stop, rest) - places.start)
 

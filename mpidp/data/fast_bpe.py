@@ -38,7 +38,7 @@ KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_wo
 
 
 class NotEqual(Exception):
-    """tiktoken would give other ids, or this is not known. The message is the reason."""
+    """tiktoken would give other ids, or it is unknown whether the ids are equal. The message is the reason."""
 
 
 class FastBPE:
@@ -70,7 +70,8 @@ class FastBPE:
         self._check_characters("".join(map(chr, range(128))))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode texts, with several threads. Raises NotEqual if a character is not treated alike. Independent."""
+        """Encode texts, with several threads. Raises NotEqual if the two programs treat a character differently.
+        Independent."""
         for text in texts:
             if not text.isascii():
                 self._check_characters(text)

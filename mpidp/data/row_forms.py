@@ -28,7 +28,7 @@ ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
 MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # of rendered chats
-UNWANTED = ("label", "kto_tag")  # false: the answer is one to avoid (TRL's unpaired preferences; LLaMA-Factory's)
+UNWANTED = ("label", "kto_tag")  # false: the model should avoid this answer (TRL's unpaired preferences; LLaMA-Factory's)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
     "rows of preferences (`chosen`, `rejected`) are not supported: mpidp learns answers. Write the "
@@ -43,7 +43,7 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     malformed row of a known form."""
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
-        raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp learns text only")
+        raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp trains on text only")
     _refuse_unwanted(row)
     key = next((name for name in LISTS if name in row), "")
     if key:
@@ -89,9 +89,9 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _refuse_unwanted(row: Mapping[str, Any]) -> None:
-    """Raise RowSkipped if a row says that its answer is one to avoid."""
+    """Raise RowSkipped if a row says that the model should avoid its answer."""
     if found := [key for key in UNWANTED if row.get(key) is False]:
-        raise RowSkipped("malformed", f"`{found[0]}` is false: the answer is one to avoid, and mpidp learns answers")
+        raise RowSkipped("malformed", f"`{found[0]}` is false: the model should avoid this answer, so mpidp does not train on it")
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:
@@ -124,7 +124,7 @@ def _of_sharegpt(message: Any) -> dict[str, Any]:
     role = ROLES.get(sender.lower()) if isinstance(sender, str) else None
     if role is None:
         known = ", ".join(ROLES)
-        raise RowSkipped("malformed", f"a message `from` {sender!r:.40}, which is none of {known}")
+        raise RowSkipped("malformed", f"`from` of a message is {sender!r:.40}; it must be one of {known}")
     rest = {key: one for key, one in message.items() if key not in ("from", "value")}
     if sender.lower() == "function_call":
         return {"role": role, "tool_calls": _calls(value), **rest}
@@ -181,8 +181,9 @@ def _history(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def unknown_form(fields: Mapping[str, Any]) -> str:
-    """Return what is wrong with a row of an unknown form, for a message."""
+    """Return the reason why a row of an unknown form is skipped."""
     if isinstance(text := fields.get("text"), str):
         what = "a chat that a template has rendered" if any(mark in text for mark in MARKS) else "a text"
-        return f"no field `messages`, but `text` with {what}; --format text learns all of it; its fields are: {keys_of(fields)}"
+        return (f"no field `messages`, but `text` with {what}; --format text trains on all of it; its fields are: "
+                f"{keys_of(fields)}")
     return f"no field `messages`, `conversations`, or `instruction` and `output`; its fields are: {keys_of(fields)}"

@@ -1,7 +1,7 @@
 """Where shards are: a local folder, or a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
-Both give the same things: copies of the small files in a local folder, and for each shard a file that HDF5 can open, views of its
-datasets, checksums, and reading ahead.
+Both provide copies of the small files in a local folder, and for each shard a file that HDF5 can open, views of its datasets,
+checksums, and reading ahead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shard(Protocol):
         """Return a vector that begins at byte `offset`. Independent."""
 
     def advise(self, begin: int, size: int) -> None:
-        """Have bytes [begin, begin + size) read ahead. Returns immediately. Independent."""
+        """Start to read bytes [begin, begin + size) ahead. Returns immediately. Independent."""
 
     def checksums(self) -> tuple[str, str]:
         """Return (crc32, sha256) of the file, in hexadecimal. Independent."""
@@ -53,7 +53,7 @@ class Shard(Protocol):
         """Return False if the file has become shorter since it was opened. Independent."""
 
     def forget(self) -> None:
-        """Drop what is cached of the file, because its checksum is wrong. Independent."""
+        """Delete the cached parts of the file, because its checksum is wrong. Independent."""
 
 
 class LocalShard:

@@ -1,7 +1,7 @@
-"""Programs that read an exported folder, and what each of them does not do (docs/consumers.md, with versions). Pure.
+"""Programs that read an exported folder, and the restrictions of each program (docs/consumers.md, with versions). Pure.
 
-A row of CONSUMERS is a program, a row of its tuple one restriction. tests/programs/test_consumers.py compares the rows with the
-programs: a program must agree with mpidp exactly where no row refuses.
+An entry of CONSUMERS is a program and its restrictions. tests/programs/test_consumers.py compares these with the programs: a
+program must compute the same results as mpidp if and only if no restriction refuses the model.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Facts:
 
     @property
     def adds_bos(self) -> bool:
-        return bool(self.tokenizer.get("post_processor"))
+        """Whether the post-processor of the tokenizer puts a special token before a text."""
+        last = self.tokenizer.get("post_processor") or {}
+        return any("SpecialToken" in piece for one in [last, *last.get("processors", [])] for piece in one.get("single", []))
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,15 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
     "llama.cpp": (
         Restriction(
             lambda facts: facts.windows and facts.model_type in ("mistral", "starcoder2"),
-            "it leaves the sliding windows of this family out. Texts of at most sliding_window tokens are right",
+            "it ignores the sliding windows of this family. Results are right for texts of at most sliding_window tokens",
         ),
         Restriction(
-            lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it loads no Qwen model with sliding windows",
+            lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"),
+            "it cannot load Qwen models with sliding windows",
         ),
         Restriction(
             lambda facts: facts.windows and facts.model_type == "gemma3_text" and not _one_in(6, facts.config),
-            "it takes every sixth layer of Gemma 3 for full attention, whatever config.json says",
+            "it always uses full attention in every sixth layer of Gemma 3, and ignores layer_types in config.json",
         ),
         Restriction(
             lambda facts: facts.model_type in ("gemma", "gemma2", "phi3") and "tokenizer.model" not in facts.files,
@@ -113,53 +116,56 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
     "ctranslate2": (
         Restriction(
             lambda facts: facts.model_type not in CTRANSLATE2,
-            f"of the families that mpidp exports, it computes {', '.join(CTRANSLATE2)}",
+            f"of the families that mpidp exports, it supports only {', '.join(CTRANSLATE2)}",
         ),
         Restriction(
             lambda facts: facts.model_type == "llama"
             and facts.head_dim * facts.config["num_attention_heads"] != facts.config["hidden_size"],
             "for Llama, it computes attention wrongly, or fails, if head_dim is not hidden_size / num_attention_heads",
         ),
-        Restriction(lambda facts: facts.rope == "llama3", "its converter leaves the llama3 rope scaling out"),
+        Restriction(lambda facts: facts.rope == "llama3", "its converter ignores llama3 rope scaling"),
         Restriction(lambda facts: facts.rope == "yarn", "its converter rejects yarn rope scaling"),
-        Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it leaves sliding windows out"),
+        Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it ignores sliding windows"),
         Restriction(
-            lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"), "it fails beyond a sliding window",
+            lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"),
+            "it fails for texts longer than the sliding window",
         ),
         Restriction(
             lambda facts: facts.model_type in NEED_UNK and not facts.tokenizer_config.get("unk_token"),
-            "it opens no model of this family whose tokenizer_config.json has no unk_token: add one, for example "
-            "that of the end of document", refused=False,
+            "for this family, it needs unk_token in tokenizer_config.json: add one, for example the end-of-document token",
+            refused=False,
         ),
         Restriction(
             lambda facts: not facts.tokenizer_config.get("bos_token") and not facts.tokenizer_config.get("pad_token"),
-            "it opens no model whose tokenizer_config.json has no bos_token: add one, for example the end-of-document token",
+            "it needs bos_token in tokenizer_config.json: add one, for example the end-of-document token",
             refused=False,
         ),
     ),
     "onnxruntime-genai": (
         Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is no multiple of 16"),
-        Restriction(lambda facts: facts.rope == "linear", "its model builder leaves linear rope scaling out"),
+        Restriction(lambda facts: facts.rope == "linear", "its model builder ignores linear rope scaling"),
         Restriction(
             lambda facts: facts.is_char, "its tokenizer gives -1 for spaces and for characters outside ASCII: encode text with "
             "the library `tokenizers`", refused=False,
         ),
-        Restriction(lambda facts: facts.adds_bos, "its tokenizer adds no BOS: put the id of BOS before the ids", refused=False),
+        Restriction(
+            lambda facts: facts.adds_bos, "its tokenizer does not add BOS: put the id of BOS before the other ids", refused=False,
+        ),
     ),
     "mlx-lm": (
         Restriction(
             lambda facts: facts.model_type == "gpt2",
             "it reads GPT-2 only with names of tensors that do not begin with \"transformer.\"",
         ),
-        Restriction(lambda facts: facts.model_type in ("arcee", "starcoder2"), "it does not compute this family right"),
+        Restriction(lambda facts: facts.model_type in ("arcee", "starcoder2"), "it computes wrong results for this family"),
         Restriction(
             lambda facts: facts.windows and facts.model_type not in MLX_WINDOWS,
-            "it leaves the sliding windows of this family out. Texts of at most sliding_window tokens are right",
+            "it ignores the sliding windows of this family. Results are right for texts of at most sliding_window tokens",
         ),
         Restriction(lambda facts: facts.model_type == "gemma", "its activation for Gemma 1 is another GELU"),
         Restriction(
             lambda facts: facts.model_type in ("qwen2", "qwen3") and bool(facts.config.get("attention_bias")),
-            "it loads no Qwen model with attention_bias",
+            "it cannot load Qwen models with attention_bias",
         ),
         Restriction(
             lambda facts: facts.model_type == "gpt_neox" and facts.config["intermediate_size"] != 4 * facts.config["hidden_size"],
@@ -177,7 +183,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
 
 
 def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
-    """Return notes about what a program does not do with a folder that has these text files. Pure.
+    """Return notes about the restrictions of a program for a folder that has these text files. Pure.
 
     Raises UsageError if the program fails or computes another result.
     """

@@ -95,7 +95,7 @@ def cap(key: str, option: str, default: float | None) -> Field:
 
 
 def flag(key: str, default: bool, on: Options, off: Options) -> Field:
-    """Return the field of a truth value that stands for several options."""
+    """Return the field of a truth value that determines several options."""
 
     def write(options: Options) -> dict[str, Any]:
         return {key: any(options[name] == value != off[name] for name, value in on.items())}

@@ -46,8 +46,9 @@ def layered_window(
 ) -> Field:
     """Return sliding_window and layer_types.
 
-    usual: returns the letters of the layers if there is no layer_types; it gets whether there is a window. switch: whether the
-    window counts only if use_sliding_window is true. more: further fields that `usual` reads; back: returns their values.
+    usual: returns the letters of the layers if layer_types is missing; its argument is whether the model has a window. switch:
+    whether the window counts only if use_sliding_window is true. more: further fields that `usual` reads; back: returns their
+    values.
     """
 
     def read(given: Given, found: Options) -> Options:

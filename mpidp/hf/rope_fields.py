@@ -66,7 +66,7 @@ def rope(
 
 
 def two_ropes(theta: float, window_theta: float, window_key: str | None = None) -> Field:
-    """Return the fields of a family with rotary positions of their own in layers with a window.
+    """Return the fields of a family in which layers with a window have their own rotary positions.
 
     theta, window_theta: defaults. window_key: name of the second theta outside rope_parameters. The field must come after the
     field of windows.

@@ -135,7 +135,8 @@ def _errors_named() -> Iterator[None]:
 
 
 def _model_class() -> Any:
-    """Return the class of the model that the harness asks. It derives from a class of the harness, so it is made late."""
+    """Return the class of the model for the harness. Its base class belongs to the harness, so the class can be created only
+    after the harness is imported."""
     library = harness()
 
     base: Any = library.api.model.TemplateLM
@@ -254,7 +255,8 @@ def _text(encoder: Encoder, ids: Sequence[int], stops: Sequence[str]) -> str:
 
 def _chat(template: Template, messages: Sequence[dict[str, str]], prompt: bool) -> str:
     """Return the text of a chat. prompt: True to end with the generation prompt, False to end within the last message, which the
-    model continues. A template that rejects the system message gets the other messages. Raises DataError if it rejects these."""
+    model continues. If the template rejects the system message, render the other messages only. Raises DataError if the
+    template rejects them, too."""
     try:
         text = template.render(messages, prompt)
     except TemplateRejection as error:

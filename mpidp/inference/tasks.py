@@ -118,7 +118,8 @@ def _check_folder(folder: Path, code: bool) -> None:
         scalars = [event for event in events if isinstance(event, yaml.ScalarEvent)]
         functions = [str(event.value) for event in events if getattr(event, "tag", None) is not None and not _is_plain(event.tag)]
         if functions and not code:
-            raise UsageError(f"{file} names Python code ({functions[0]}), which is not called: read it, and add --allow-code")
+            raise UsageError(f"{file} names Python code ({functions[0]}), which runs only with --allow-code: read the code, then "
+                             "add this option")
         included = [after.value for before, after in itertools.pairwise(scalars) if before.value == "include"]
         waiting += [path for name in included if (path := file.parent / str(name)).is_file()]
 

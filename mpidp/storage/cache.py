@@ -6,8 +6,8 @@
     CACHE/lock                locked while blocks are written or deleted
 
 A block is written to a temporary file and then renamed, and its crc32 is checked when a process reads the block for the first
-time. So a block is used only if it is whole, also after a crash. The bytes of a block are added to CACHE/used before the block is
-written. If the sum exceeds the bound, the blocks that were not read for longest are deleted first.
+time. So a block is used only if it is whole, also after a crash. The bytes of a block are added to CACHE/used before the block
+is written. If the sum exceeds the bound, the least recently read blocks are deleted first.
 """
 
 from __future__ import annotations

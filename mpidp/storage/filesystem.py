@@ -117,7 +117,7 @@ class FilesystemStore:
 
 
 def _discard(file: Any) -> None:
-    """Give up a file that is not complete, so that closing it does not store it."""
+    """Discard an incomplete file, so that closing it does not store it."""
     try:
         file.discard()
     except Exception:  # not every filesystem has it; the size in the manifest shows that the file is not complete

@@ -26,8 +26,8 @@ URGENT, AHEAD = 0, 1  # somebody waits for the request; nobody does
 
 
 class Fetchers:
-    """Threads that make requests: those for which somebody waits first, else in order. Daemon threads, so that a request to a
-    server that does not answer keeps no process from ending. Independent."""
+    """Threads that make requests: first those for which a reader waits, then the others in order. They are daemon threads, so
+    that a process can end while a server does not answer. Independent."""
 
     def __init__(self) -> None:
         self._queue: PriorityQueue[tuple[int, int, Callable[[], None]]] = PriorityQueue()
@@ -79,7 +79,7 @@ class RemoteFile:
         self._request([number for number, *_ in self._places(start, size) if self._cached(number, 0, 0) is None], AHEAD)
 
     def forget(self) -> None:
-        """Delete what the cache has of this file."""
+        """Delete the blocks of this file from the cache."""
         self._cache.forget(self.key)
 
     def _places(self, start: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -23,7 +23,7 @@ class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """seconds: how long a failing request is tried again. setting: what this limit belongs to, for errors."""
+        """seconds: how long a failing request is tried again. setting: the setting of this limit, for errors."""
         self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False

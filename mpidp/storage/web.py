@@ -112,7 +112,7 @@ def _login(host: str) -> str:
 def _tag(answer: Any) -> str:
     tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
     if not tag:
-        raise Refused("the server states neither ETag nor Last-Modified, so that a replaced file could not be found out")
+        raise Refused("the server states neither ETag nor Last-Modified, so that mpidp could not detect a replaced file")
     return re.sub(r"\s+", " ", tag)
 
 

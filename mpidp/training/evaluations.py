@@ -51,8 +51,8 @@ def evaluate_tasks(job: Job) -> dict[str, Any]:
 
 
 def check_last_update(job: Job) -> None:
-    """Warn if the loss on one batch of training data is not finite. The loss of a step is that before its update, so no step
-    reports what the last update did. Collective over job.comm."""
+    """Warn if the loss on one batch of training data is not finite. The loss of a step is computed before its update, so no
+    step shows the effect of the last update. Collective over job.comm."""
     config = job.config
     try:
         loss, _ = _loss_on(job, job.plan.training, config.train.global_batch * config.model.seq_len)

@@ -71,7 +71,8 @@ def options_of(config: Config) -> TaskOptions:
 def make_task_evaluation(
     plan: RunPlan, model: Any, observers: StepObservers, before: TaskEvaluation | None
 ) -> TaskEvaluation | None:
-    """Load the tasks of train.eval_tasks on rank 0. Return None if there are none. before: of the job that this job continues.
+    """Load the tasks of train.eval_tasks on rank 0. Return None if there are none. before: the tasks of the job that this job
+    continues.
 
     Raises UsageError if lm-eval is not installed or a task is unknown, and DataError if a task cannot be read. Collective over
     plan.world.

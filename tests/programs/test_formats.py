@@ -76,7 +76,7 @@ def test_mds_of_llm_foundry(streaming: Any, tmp_path: Path) -> None:
     assert [i for ids in found for i in ids] == stream[:64] and found[:3] == DOCUMENTS[:3]
     assert [i for ids in documents_of(tmp_path / "out", "val") for i in ids] == stream[64:128]
     for encoding, compression, value, why in (("pkl", None, [1, 2], "pickles, which are never read"),
-                                              ("ndarray", "br", np.arange(3), "compressed with 'br', which is not read"),
+                                              ("ndarray", "br", np.arange(3), "compressed with 'br', which mpidp cannot read"),
                                               ("ndarray", "snappy", np.arange(3), "compressed with 'snappy'")):
         place = tmp_path / f"{encoding}{compression}"
         with streaming.MDSWriter(out=str(place), columns={"tokens": encoding}, compression=compression) as writer:

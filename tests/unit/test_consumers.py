@@ -30,7 +30,7 @@ def texts(config: dict[str, Any], tokenizer: str = BPE) -> dict[str, bytes]:
 @pytest.mark.parametrize(("program", "config", "words"), [
     ("ctranslate2", {"head_dim": 24}, "head_dim"), ("ctranslate2", LLAMA3, "llama3"),
     ("onnxruntime-genai", {"head_dim": 24}, "multiple of 16"),
-    ("ctranslate2", {"model_type": "olmo2"}, "it computes llama, mistral"),
+    ("ctranslate2", {"model_type": "olmo2"}, "it supports only llama, mistral"),
     ("llama.cpp", {"model_type": "mistral", "sliding_window": 32}, "windows"),
     ("mlx-lm", {"model_type": "mistral", "sliding_window": 32}, "windows"),
     ("onnxruntime-genai", {"rope_scaling": {"rope_type": "linear"}}, "linear"),
@@ -46,6 +46,16 @@ def test_tokenizers_that_a_program_does_not_read_are_noted() -> None:
     char = huggingface_json(CharTokenizer("abc "))
     assert check("onnxruntime-genai", texts({})) == check("onnxruntime-genai", texts({}, huggingface_json(ByteTokenizer()))) == []
     assert "-1" in check("onnxruntime-genai", texts({}, char))[0]
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_note_on_bos_is_given_only_if_the_tokenizer_adds_bos(adds: bool, nested: bool) -> None:
+    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * adds
+    last: dict[str, Any] = {"type": "TemplateProcessing", "single": [*begin, {"Sequence": {"id": "A", "type_id": 0}}]}
+    last = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, last]} if nested else last
+    notes = check("onnxruntime-genai", texts({}, json.dumps(json.loads(BPE) | {"post_processor": last})))
+    assert ["does not add BOS" in note for note in notes] == [True] * adds
 
 
 def test_what_llama_cpp_needs_is_taken_from_the_tokenizer() -> None:

@@ -359,8 +359,8 @@ def test_mds_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     wrong = [
         (mds(tmp_path / "a", {"tokens": "pkl"}, [one]), "holds pickles, which are never read"),
         (mds(tmp_path / "b", {"tokens": "bytes"}, [one] * 2), "bytes that are not int64 ids: give their type, --dtype"),
-        (mds(tmp_path / "c", {"tokens": "bytes"}, [one], packed="snappy"), "compressed with 'snappy', which is not read"),
-        (mds(tmp_path / "d", {"tokens": "str"}, [one]), "ids are ndarray or bytes"),
+        (mds(tmp_path / "c", {"tokens": "bytes"}, [one], packed="snappy"), "compressed with 'snappy', which mpidp cannot read"),
+        (mds(tmp_path / "d", {"tokens": "str"}, [one]), "ids must be ndarray or bytes"),
         (mds(tmp_path / "e", {"tokens": "ndarray"}, [{"tokens": b"\x21\x04\x09\0\0\0\0"}]), "has 1 values, but the shape"),
         (mds(tmp_path / "f", {"text": "str"}, [{"text": b"x"}]), "no column of token ids"),
     ]
@@ -397,7 +397,7 @@ def test_a_folder_of_another_format_is_named(tmp_path: Path, shards: Path) -> No
 
 def test_data_without_ends_of_documents_are_refused(tmp_path: Path) -> None:
     np.arange(9, dtype="<u2").tofile(tmp_path / "train.bin")
-    with pytest.raises(DataError, match="256, is not in the data, so its documents are not known: give --eod TOKEN"):
+    with pytest.raises(DataError, match="256, is not in the data, so the ends of documents are unknown: give --eod TOKEN"):
         take("nanogpt", tmp_path / "train.bin", tmp_path / "out")
     take("nanogpt", tmp_path / "train.bin", tmp_path / "out", whole=True)
     assert documents_of(tmp_path / "out", "train") == [list(range(9))]

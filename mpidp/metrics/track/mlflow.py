@@ -40,7 +40,8 @@ class MlflowTracker:
         return found.experiment_id if found is not None else self._client.create_experiment(name, artifacts or None)
 
     def _params(self, config: Mapping[str, Any]) -> None:
-        """Store the settings as parameters. MLflow does not change a parameter: a setting that a later job changes is a tag."""
+        """Store the settings as parameters. MLflow cannot change a parameter, so a setting that a later job changes is stored
+        as a tag."""
         from mlflow.entities import Param
 
         known = self._client.get_run(self._id).data.params

@@ -29,7 +29,7 @@ MAX_LINES = 10_000  # lines that wait for a slow tracker; later ones are left ou
 MAX_BATCH = 200  # lines of one call
 BATCH_SECONDS = 1.0  # lines are collected for this long
 SAVE_SECONDS = 10.0  # between two writes of the state
-ADVICE = "training goes on; metrics.jsonl has all numbers"
+ADVICE = "training continues; metrics.jsonl has all numbers"
 
 
 class Warnings:

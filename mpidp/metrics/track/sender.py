@@ -44,7 +44,8 @@ class Trackers:
             process.end_input()
 
     def finish(self) -> None:
-        """Wait until the trackers have stored all lines, FINISH_SECONDS at most. Then stop those that have not."""
+        """Wait until the trackers have stored all lines, for at most FINISH_SECONDS. Then stop the trackers that are not
+        finished."""
         until = time.monotonic() + FINISH_SECONDS
         for process in self._processes:
             process.finish(until)
@@ -106,9 +107,9 @@ class _Process:
         return None
 
     def _lost(self, why: str) -> None:
-        """Send nothing from now on. why: the text of a warning; empty: the process has printed it."""
+        """Stop sending. why: the text of a warning; empty: the process has printed it."""
         if why:
-            log.warning("warning: metrics.track=%s: %s; training goes on; metrics.jsonl has all numbers", self.name, why)
+            log.warning("warning: metrics.track=%s: %s; training continues; metrics.jsonl has all numbers", self.name, why)
         self._child = None
         self._waiting.clear()
 

@@ -21,8 +21,9 @@ def trackers_of(track: str, tensorboard: bool = False) -> list[str]:
     names = [name.strip() for name in track.split(",") if name.strip()]
     for name in names:
         if name not in PACKAGES:
-            near = difflib.get_close_matches(name.lower(), PACKAGES, n=1, cutoff=0.0)[0]
-            raise UsageError(f"metrics.track={track}: {name!r} is not one of {', '.join(PACKAGES)}; did you mean {near!r}?")
+            near = difflib.get_close_matches(name.lower(), PACKAGES, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"metrics.track={track}: {name!r} is not one of {', '.join(PACKAGES)}{hint}")
     return list(dict.fromkeys([*names, *["tensorboard"] * tensorboard]))
 
 

@@ -41,7 +41,7 @@ class Tracker(Protocol):
         """Store the scalars of these lines. After an exception, the same lines are given again, with later ones."""
 
     def close(self, ended: bool) -> None:
-        """Store the rest. ended: whether the run has reached its end; if not, it may be resumed."""
+        """Store what is left, and close the run. ended: whether the run has reached its end; if not, it may be resumed."""
 
 
 def compact(line: Mapping[str, Any]) -> dict[str, Any]:

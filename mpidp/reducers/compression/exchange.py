@@ -114,8 +114,8 @@ class Exchange:
         return Summed(torch.cat([values for values, _ in decoded]), unsent, late, own, all(ok for _, ok in decoded))
 
     def _bytes(self, key: str, n: int, device: torch.device) -> Tensor:
-        """Return an uninitialized uint8 tensor (n,) on `device`. On the CPU it is the transport's buffer `key`, which MPI
-        reads."""
+        """Return an uninitialized uint8 tensor (n,) on `device`. On the CPU, the tensor is the transport's buffer `key`, which
+        MPI can send."""
         if device.type == "cpu":
             return self.transport.scratch(key, n, torch.uint8)
         return torch.empty(n, dtype=torch.uint8, device=device)
