@@ -14,22 +14,20 @@ def evaluate(job: Job) -> None:
     """Compute and record val_loss and the figures of train.eval_tasks at this step. Without a validation split, check at the end
     of the run that the weights are usable. Collective over job.comm."""
     at = job.position
-    at.evaluated_step = at.step
     with job.phase("evaluate"):
         line = evaluate_validation(job, job.plan.validation) if job.plan.validation is not None else {}
         if job.plan.validation is None and ended(job):
             check_last_update(job)
         line |= evaluate_tasks(job)
+    at.evaluated(line.get("val_loss"))  # only now: if a rank fails above, the other ranks evaluate again
     if line:
         job.record.write({"step": at.step, "val_tokens": 0} | line)
 
 
 def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
     """Compute val_loss, and return the fields for its line. Collective over job.comm."""
-    at, progress = job.position, job.services.progress
     loss, tokens = _loss_on(job, validation, job.config.train.eval_tokens)
-    at.evaluated(loss)
-    progress.print(f"step {at.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
+    job.services.progress.print(f"step {job.position.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
     if not math.isfinite(loss):
         warn_unusable(job, "validation")
     return {"val_loss": loss, "val_tokens": tokens}

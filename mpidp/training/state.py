@@ -54,13 +54,16 @@ class Position:
             self.step, self.tokens, self.skipped_in_a_row = self.step + 1, self.tokens + tokens, 0
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
-    def evaluated(self, loss: float) -> None:
-        """Record `loss` as val_loss at this step. A loss that is not finite is never the best. Independent."""
+    def evaluated(self, loss: float | None) -> None:
+        """Record that this step was evaluated, and `loss` as its val_loss (None: there is no validation split). A loss that is
+        not finite is never the best. Independent."""
+        self.evaluated_step = self.step
+        if loss is None:
+            return
         best = self.best_val_loss
         better = loss < (math.inf if best is None or math.isnan(best) else best)
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
-        self.evaluated_step = self.step
 
     def skip_to(self, batch: int) -> None:
         """Skip the batches before this one. Independent."""

@@ -212,7 +212,7 @@ def test_answers_of_s3_are_translated(status: int, code: str, says: str) -> None
     assert re.search(says, str(_of_code(answer)))
 
 
-def test_the_tools_read_s3(cloud: Cloud) -> None:
+def test_the_tools_read_s3(cloud: Cloud, on_disk: str) -> None:
     verified = cloud.run("data_tools.verify", "s3://bucket/data/d", TMPDIR=str(cloud.folder))
     assert verified.returncode == 0 and "all match index.json" in verified.stdout, verified.stderr
     shown = cloud.run("data_tools.inspect", "s3://bucket/data/d", TMPDIR=str(cloud.folder))
