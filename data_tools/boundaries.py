@@ -61,3 +61,16 @@ def unended(writers: Sequence[BlockWriter], eod: int) -> list[str]:
     if ended == total:
         return []
     return [f"{total - ended:,} of {counted(total, 'document')} do not end with the end-of-document token {eod}"]
+
+
+def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
+    """Return a remark if documents consist of the end-of-document token. Independent."""
+    total = found = 0
+    for writer in writers:
+        for starts in writer.start_pieces():
+            total += len(starts)
+            found += int(np.count_nonzero(writer.at(starts[:-1][np.diff(starts) == 1]) == eod))
+    if not found:
+        return []
+    return [f"{found:,} of {counted(total, 'document')} consist of the end-of-document token {eod} alone: the token is padding, "
+            "or stands at both ends of documents"]

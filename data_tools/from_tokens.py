@@ -15,11 +15,11 @@ import numpy as np
 
 from data_tools.arrange import Arrangement, lengths_of, pack
 from data_tools.block_writer import BlockWriter
-from data_tools.boundaries import eod_is_first, occurs, starts_by_ids, starts_of_parts, unended
+from data_tools.boundaries import alone, eod_is_first, occurs, starts_by_ids, starts_of_parts, unended
 from data_tools.cut import ADVICE, Stream, Tokens, cut_shard, plan_shards
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, checked_ids
 from data_tools.formats.flat import DTYPES
-from data_tools.formats.table import FORMATS, ROWS, TokenFormat, recognized
+from data_tools.formats.table import FORMATS, ROWS, TokenFormat, mixed, recognized
 from data_tools.progress import Ticker
 from mpidp.data.index import FileRecord, Index, SplitRecord
 from mpidp.data.special_tokens import FILE, SpecialTokens, special_tokens_of
@@ -99,6 +99,9 @@ def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
         if looks is None:
             there = "holds no format of tokens that convert knows" if source.exists() else "does not exist"
             raise DataError(f"{source} {there}; the formats are {', '.join(FORMATS)}. Text becomes shards with mpidp prepare")
+        if len(kinds := mixed(source)) > 1:
+            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the one to read, as in --from "
+                            f"{looks}, or give a folder or file that holds one kind")
         return looks, FORMATS[looks]
     kind = FORMATS[name]
     if looks is not None and looks != name and not kind.recognize(source):
@@ -171,7 +174,8 @@ def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder:
     size = f"{next(iter(lengths)):,} tokens" if len(lengths) == 1 else "different lengths"
     remarks = [f"rows of {size} were joined, and documents end with the token {encoder.eod} (--rows document: each row is "
                "one)"] * joined
-    return remarks + [f"documents begin with the token {encoder.eod} (--eod-at end: they end with it)"] * first
+    return remarks + [f"documents begin with the token {encoder.eod} (--eod-at end: they end with it)"] * first + alone(
+        used, encoder.eod)
 
 
 def _streams(writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> dict[str, Tokens]:

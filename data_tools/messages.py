@@ -12,8 +12,10 @@ from mpidp.data.row_forms import as_messages, unknown_form
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
 PAIR = ("prompt", "completion")  # a row may have two lists of messages with these names in place of `messages`
-MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", "weight", "train"})  # other keys: see _unused()
-WITHOUT_CONTENT = ("tool_calls", "function_call", *REASONING)  # a message with one of these needs no content
+WEIGHTS = ("weight", "train", "training", "loss")  # of a message: 0 or false excludes it from the loss
+MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", *WEIGHTS})  # other keys: see _unused()
+CALLS = ("tool_calls", "function_call")
+WITHOUT_CONTENT = (*CALLS, *REASONING)  # a message with one of these needs no content
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
         _check(message)
     args, tools = field_of(fields, "chat_template_kwargs", dict) or {}, objects_of(fields, "tools")
     chat = Chat(
-        [{key: value for key, value in message.items() if key not in ("weight", "train")} for message in messages],
+        [{key: value for key, value in message.items() if key not in WEIGHTS} for message in messages],
         [_learned(message) and i >= context for i, message in enumerate(messages)],
         tools, objects_of(fields, "documents"), args, _unused(fields, messages, args, template.of(tools)), form,
     )
@@ -66,7 +68,12 @@ def chat_of(fields: Mapping[str, Any], template: Template) -> Chat:
     if not any(message["role"] == "assistant" for message in messages):
         raise RowSkipped("empty", "no assistant turn")
     if not any(chat.learned):
-        raise RowSkipped("empty", "no assistant turn to learn: each has weight 0 or train false")
+        raise RowSkipped("empty", "no assistant turn to learn: each has weight 0, or train or loss false")
+    for message, learned in zip(messages, chat.learned, strict=True):
+        calls = [key for key in CALLS if message.get(key) and f"messages.{key}" in chat.unused]
+        if learned and calls and not message.get("content"):
+            raise RowSkipped("malformed", f"the chat template does not write `{calls[0]}`, and an assistant turn has nothing "
+                                          "else: give a template for tools with --chat-template")
     return chat
 
 
@@ -99,12 +106,13 @@ def _check(message: Any) -> None:
 
 
 def _learned(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is in the loss: an assistant's turn, unless its `weight` is 0 or its `train` is false."""
-    values = [message[key] for key in ("weight", "train") if message.get(key) is not None]
+    """Return whether a message is in the loss: an assistant's turn, unless one of WEIGHTS is 0 or false."""
+    values = [message[key] for key in WEIGHTS if message.get(key) is not None]
     if bad := [value for value in values if value not in (0, 1)]:
-        raise RowSkipped("malformed", f"a message whose `weight` or `train` is {bad[0]!r:.40}, not 0, 1, true or false")
+        raise RowSkipped("malformed", f"a message whose `weight`, `train` or `loss` is {bad[0]!r:.40}, not 0, 1, true or false")
     if any(values) and message["role"] != "assistant":
-        raise RowSkipped("malformed", f"`weight` or `train` of a {message['role']:.40} message; only assistant turns are learned")
+        raise RowSkipped("malformed", f"`weight`, `train` or `loss` of a {message['role']:.40} message; only assistant "
+                                      "turns are learned")
     return message["role"] == "assistant" and all(values)
 
 
@@ -119,7 +127,7 @@ def _unused(
     for message in messages:
         for key, value in message.items():
             read = REASONING if key in REASONING else (key,)  # render() passes the reasoning under each of these names
-            if value and key not in MESSAGE_KEYS and not any(name in template.text for name in read):
+            if value not in (None, "", [], {}) and key not in MESSAGE_KEYS and not any(name in template.text for name in read):
                 unused.append(f"messages.{key}")
     return list(dict.fromkeys(unused))
 

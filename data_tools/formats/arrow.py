@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats.blocks import ReadOptions, TokenBlock
-from data_tools.formats.columns import block_of_rows, wanted_columns
+from data_tools.formats.columns import PARTS, block_of_rows, wanted_columns
 from mpidp.errors import DataError, UsageError
 
 BATCH_ROWS = 256  # of a parquet file that are read at once
@@ -56,7 +56,8 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
     try:
         given = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         with library.parquet.ParquetFile(path, **given) as file:
-            wanted = wanted_columns(file.schema_arrow.names, options, path)
+            names = file.schema_arrow.names
+            wanted = [*wanted_columns(names, options, path), *[PARTS] * (PARTS in names)]
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file ({error}); copy it again") from None
@@ -78,11 +79,23 @@ def batch_blocks(batches: Iterable[Any], where: Path, options: ReadOptions) -> I
                                 f"`{name}`, but each token needs one")
             columns[name], lengths = values, sizes
         first += batch.num_rows
-        block = block_of_rows(columns, lengths, where, first - batch.num_rows)
-        assert block.starts is not None
-        options.skipped += batch.num_rows - len(block.starts)
+        parts = _parts(batch, lengths, where, first - batch.num_rows)
+        block = block_of_rows(columns, lengths, where, first - batch.num_rows, options, parts)
         if len(block.ids):
             yield block
+
+
+def _parts(batch: Any, lengths: np.ndarray, where: Path, first: int) -> np.ndarray | None:
+    """Return where the documents of packed rows start, int64, or None if the batch does not store this."""
+    if PARTS not in batch.schema.names:
+        return None
+    parts, counts = _flat(batch.column(PARTS), PARTS, where, first)
+    before = np.concatenate([[0], np.cumsum(parts.astype(np.int64))])
+    ends = np.cumsum(counts)
+    if (wrong := before[ends] - before[ends - counts] != lengths).any() or (parts < 0).any():
+        raise DataError(f"{where}: row {first + int(np.argmax(wrong))} has {PARTS} whose sum is not its number of tokens: "
+                        "correct or remove the column")
+    return before[:-1]
 
 
 def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, np.ndarray]:

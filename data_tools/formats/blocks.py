@@ -97,12 +97,6 @@ def with_starts(pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], starts: 
         at += len(ids)
 
 
-def starts_of(lengths: np.ndarray) -> np.ndarray:
-    """Return where documents of these lengths start, int64; empty documents have no start. Pure."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    return (ends - lengths)[np.asarray(lengths) > 0]
-
-
 def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int) -> TokenBlock:
     """Raise DataError if an id of the block is not one of the tokenizer's. at: position of the block in the source. Pure."""
     ids = block.ids

@@ -44,10 +44,7 @@ def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadO
 def _block(held: list[Mapping[str, np.ndarray]], where: Path, first: int, options: ReadOptions) -> TokenBlock:
     columns = {name: np.concatenate([row[name] for row in held]) for name in held[0]}
     lengths = np.array([next(iter(row.values())).size for row in held], dtype=np.int64)
-    block = block_of_rows(columns, lengths, where, first)
-    assert block.starts is not None
-    options.skipped += len(held) - len(block.starts)
-    return block
+    return block_of_rows(columns, lengths, where, first, options)
 
 
 def read_json(path: Path) -> Any:

@@ -33,7 +33,8 @@ class TokenFormat:
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
     """Return whether the source, or the first file with this pattern in it, is accepted."""
     if source.is_dir():
-        found = sorted(path for path in source.rglob(pattern) if path.is_file())
+        found = sorted(path for path in source.rglob(pattern) if path.is_file()
+                       and not any(part.startswith(".") for part in path.relative_to(source).parts))
         return bool(found) and accept(found[0])
     return source.is_file() and source.match(pattern) and accept(source)
 
@@ -74,6 +75,15 @@ FORMATS = {  # in the order in which they are recognized
     "nanogpt": TokenFormat("nanoGPT's .bin", IDS, lambda source: _any(source, "*.bin", _is_plain), nanogpt.find, nanogpt.read,
                            nanogpt.write, goes_on=True),
 }
+
+
+KINDS = ((".bin", ".idx"), (".ds",), (".mds",), (".npy",), (".parquet", ".arrow"))  # ends of the names of files with tokens
+
+
+def mixed(source: Path) -> list[str]:
+    """Return the ends of the names of files with tokens in a folder, one for each kind. Independent."""
+    found = ([end for end in ends if _any(source, f"*{end}")] for ends in KINDS) if source.is_dir() else ()
+    return [ends[0] for ends in found if ends]
 
 
 def recognized(source: Path) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -30,6 +31,8 @@ PATTERNS = (  # of a Split in the tokenizer.json of Llama 3 and Qwen 2; both pro
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # of a character
+LONG_SPACE = 2**18  # white space in a row. tiktoken's regular expressions panic at a million
+SPACE = re.compile(rf"\s{{{LONG_SPACE}}}")
 KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
          "ignore_merges", "vocab", "merges"}
 
@@ -56,6 +59,8 @@ class FastBPE:
         by_bytes = {_bytes(name): i for name, i in parsed["model"]["vocab"].items() if name not in added}
         if by_bytes.keys() != ranks.keys():
             raise NotEqual("some of its tokens are neither bytes nor results of merges")
+        if parsed["model"].get("ignore_merges") and (words := [name for name in added if self._is_word(name)]):
+            raise NotEqual(f"the special token {words[0]!r} is a word, which the tokenizers library looks up in the vocabulary")
         self._ids = np.array([by_bytes[token] for token in ranks], dtype=np.int64)
         self._lengths = np.zeros(max(by_bytes.values()) + 1, dtype=np.int64)  # bytes of each id
         for token, i in by_bytes.items():
@@ -99,7 +104,17 @@ class FastBPE:
     def _threads(self) -> ThreadPoolExecutor | None:
         return ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
+    def _is_word(self, name: str) -> bool:
+        """Return whether a text can have this token as one of its words."""
+        try:
+            text = _bytes(name).decode()
+        except (NotEqual, UnicodeDecodeError):
+            return False
+        return [word for word, _ in self._library.pre_tokenizer.pre_tokenize_str(text)] == [name]
+
     def _encode(self, text: str) -> np.ndarray:
+        if len(text) >= LONG_SPACE and SPACE.search(text):
+            return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         found: np.ndarray = self._ids[np.array(self._core.encode_ordinary(text), dtype=np.int64)]
         return found
 

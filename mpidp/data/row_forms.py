@@ -28,6 +28,7 @@ ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
 MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # of rendered chats
+UNWANTED = ("label", "kto_tag")  # false: the answer is one to avoid (TRL's unpaired preferences; LLaMA-Factory's)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
     "rows of preferences (`chosen`, `rejected`) are not supported: mpidp learns answers. Write the "
@@ -43,6 +44,7 @@ def as_messages(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     row = {key: value for key, value in fields.items() if value is not None}
     if found := [key for key in MEDIA if row.get(key)]:
         raise RowSkipped("malformed", f"a row with `{found[0]}`: mpidp learns text only")
+    _refuse_unwanted(row)
     key = next((name for name in LISTS if name in row), "")
     if key:
         messages = _objects(row, key)
@@ -72,8 +74,7 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     row = {key: value for key, value in fields.items() if value is not None}
     if "completion" not in row:
         _refuse_preferences(row, None)
-    if row.get("label") is False and "completion" in row:
-        raise RowSkipped("malformed", "`label` is false: the completion is one to avoid, and mpidp learns completions")
+    _refuse_unwanted(row)
     if "prompt" not in row and (key := next((name for name in LISTS if name in row), "")):
         raise RowSkipped("malformed", f"`{key}` holds messages: use --format chat")
     for form, names in INSTRUCTIONS.items():
@@ -85,6 +86,12 @@ def as_pair(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             prompt = head.format(paired * bool(more)) + first.format(instruction) + (second.format(more) if more else "") + last
             return {k: v for k, v in row.items() if k not in names} | {"prompt": prompt, "completion": answer}, form
     return row, ""
+
+
+def _refuse_unwanted(row: Mapping[str, Any]) -> None:
+    """Raise RowSkipped if a row says that its answer is one to avoid."""
+    if found := [key for key in UNWANTED if row.get(key) is False]:
+        raise RowSkipped("malformed", f"`{found[0]}` is false: the answer is one to avoid, and mpidp learns answers")
 
 
 def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> None:

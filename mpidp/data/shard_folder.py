@@ -19,7 +19,7 @@ import numpy as np
 from mpidp.data.checksums import checksums, checksums_of
 from mpidp.data.index import Index, read_index
 from mpidp.errors import UsageError
-from mpidp.storage.address import is_remote
+from mpidp.storage.address import address_problems, is_remote
 from mpidp.storage.ranges import RemoteArray, RemoteFile, RemoteReader
 from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions, RemoteFolder
 from mpidp.storage.store import Version
@@ -162,8 +162,8 @@ def open_folder(path: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> LocalS
     """Open a folder of shards. Raises UsageError if an address is not valid, and DataError if its server fails. Independent."""
     if isinstance(path, str) and is_remote(path):
         return RemoteShards(path, cache)
-    if str(path).startswith(("s3:/", "gs:/", "az:/", "http:/", "https:/")):
-        raise UsageError(f"{path} is not an address: write two slashes, as in s3://bucket/prefix")
+    for problem in address_problems("", str(path)):
+        raise UsageError(problem)
     return LocalShards(Path(path))
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.IGNORECASE | re.DOTALL)
-_USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s]*@")
+_ALMOST = re.compile(r"[\s'\"]*(?:[\w+.-]+::)?(?:s3|gs|gcs|az|abfss?|https?):.*", re.IGNORECASE | re.DOTALL)
+_USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/*)[^\s/][^\s]*@")
 _QUERY = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\",;)]*")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING")
 _WHERE = {
@@ -51,6 +53,9 @@ def address_problems(name: str, path: str) -> Iterator[str]:
     """Yield what is wrong with an address, without its secrets. name: its setting, or an empty text. Pure."""
     found = _ADDRESS.fullmatch(path)
     if found is None:
+        if _ALMOST.fullmatch(path):
+            yield (f"{named(name, path)} is not an address: write it with two slashes and without quotes or spaces before it, "
+                   "as in s3://bucket/prefix (a local path with such a name begins with ./)")
         return
     protocol, rest = found[1].lower(), found[2]
     host = rest.partition("/")[0]
@@ -60,8 +65,18 @@ def address_problems(name: str, path: str) -> Iterator[str]:
     elif "?" in rest or "#" in rest:
         yield (f"{named(name, path)}: an address must not contain ? or #. Signed addresses are not supported; "
                f"credentials are read from {credentials_from(protocol)}")
+    elif protocol in ("http", "https") and not _is_web(path):
+        yield f"{named(name, path)}: the host or port is not valid, as in https://host:8080/folder"
     elif not host and protocol not in ("memory", "file"):
         yield f"{named(name, path)}: an address needs a {'host' if protocol in ('http', 'https') else 'bucket'}, as in s3://bucket/prefix"
+
+
+def _is_web(address: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(address)
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
 
 
 def without_secrets(text: str) -> str:

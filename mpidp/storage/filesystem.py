@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import IO, Any
 
-from mpidp.errors import UsageError
-from mpidp.storage.address import Address, credentials_from, named
+from mpidp.errors import DataError, UsageError
+from mpidp.storage.address import Address, credentials_from, named, without_secrets
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -32,6 +32,9 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
             f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}); known are s3, gs, az, http and "
             "https, and others of fsspec"
         ) from None
+    except Exception as error:
+        reason = without_secrets(f"{type(error).__name__}: {error}")
+        raise DataError(f"{named(name, address)}: cannot be opened ({reason})") from None
 
 
 class FilesystemStore:

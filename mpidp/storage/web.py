@@ -27,6 +27,7 @@ SILENT_SECONDS = 20.0  # a server that sends nothing for this long does not answ
 REQUEST_SECONDS = 120.0  # the longest duration of one request
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP codes of errors that may pass
 PIECE = 1 << 16
+SAFE = "%/:[]@!$&'()*+,;=~"  # characters of an address that are sent as they are (RFC 3986); others are percent-encoded
 
 
 class WebStore:
@@ -72,7 +73,7 @@ class WebStore:
         raise UsageError(f"{self.address}: nothing can be deleted on a web server")
 
     def _open(self, name: str, method: str, headers: dict[str, str]) -> Any:
-        url = self.address / urllib.parse.quote(name)
+        url = urllib.parse.quote(self.address, SAFE) + "/" + urllib.parse.quote(name)
         request = urllib.request.Request(url, method=method, headers={"User-Agent": "mpidp", **headers})
         if login := _login(urllib.parse.urlsplit(url).hostname or ""):
             request.add_unredirected_header("Authorization", login)  # not sent to another host

@@ -107,12 +107,17 @@ def data_line(plan: RunPlan) -> str:
 
 
 def ranks_line(rows: Sequence[Row]) -> str:
-    """Return the number of ranks on each host, and how to list the ranks and all settings. Pure."""
+    """Return the number of ranks on each host, a faster launch if there is one, and how to list the ranks and all settings.
+    Pure."""
     sizes, threads = Counter(row[0] for row in rows), sorted({row[3] for row in rows})
     hosts = [f"{host} ({size})" if len(sizes) > 1 else host for host, size in sizes.items()]
     more = [f"{len(hosts) - NAMED_HOSTS} more hosts"] * (len(hosts) > NAMED_HOSTS)
     each = f"{threads[0]} to {threads[-1]} threads" if len(threads) > 1 else counted(threads[0], "thread")
-    return (f"ranks: {len(rows)} on {', '.join(hosts[:NAMED_HOSTS] + more)}, {each} per rank "
+    _, _, device, count, lanes, _ = rows[0]
+    tip = ""
+    if len(rows) == 1 and device == "cpu" and 1 < count <= lanes:  # threads wait for each other in every operation
+        tip = f"; mpirun -np {count} is usually faster, with one thread per rank"
+    return (f"ranks: {len(rows)} on {', '.join(hosts[:NAMED_HOSTS] + more)}, {each} per rank{tip} "
             f"({VARIABLE}=debug lists every rank and all settings)")
 
 

@@ -31,8 +31,9 @@ model.window_rope_theta model.window_rope_scaling model.embedding_scale model.re
 model.logit_scale model.attention_cap model.logit_cap
 model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
-train.lanes train.seed train.device train.dtype train.compile train.recompute train.deterministic train.threads train.eval_every
-train.eval_tokens train.eval_tasks train.eval_tasks_dir train.eval_tasks_limit train.save_every train.balance train.audit_every
+train.lanes train.seed train.device train.dtype train.compile train.recompute train.loss train.deterministic train.threads
+train.eval_every train.eval_tokens train.eval_tasks train.eval_tasks_dir train.eval_tasks_limit train.save_every
+train.balance train.audit_every
 train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
 optim.freeze

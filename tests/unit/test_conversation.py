@@ -112,13 +112,14 @@ def test_ctrl_c_ends_an_answer(
         if len(pieces) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     first = answer(folder, tmp_path / "c.jsonl", "hello")
     capsys.readouterr()
     monkeypatch.setattr(Screen, "write", write)
     out, _ = talked(monkeypatch, capsys, folder, "hello\n/reset\nhello\n")
     stopped, whole = out[: -len(f"{first}\n")], out[-len(f"{first}\n") :]
     assert whole == f"{first}\n" and stopped.endswith("\n") and first.startswith(stopped[:-1]) and 0 < len(stopped) <= len(first)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(("words", "why"), [

@@ -60,7 +60,11 @@ def walk(row: str) -> list[tuple[str, Any]]:
     return found + [(key, value) for key, values in old.items() for value in values]
 
 
-@pytest.mark.parametrize("row", [*ONE_OF_EACH, "smollm3, windows", "qwen3, windows", "phi3, longrope"])
+QUICK = ("llama", "gpt2", "phi3", "gemma3_text")  # rows in `make test`; the others take about a minute together
+ROWS = (*ONE_OF_EACH, "smollm3, windows", "qwen3, windows", "phi3, longrope")
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=() if row in QUICK else pytest.mark.check, id=row) for row in ROWS])
 def test_no_field_of_a_config_is_ignored(row: str, tmp_path: Path) -> None:
     """Change one field after the other. Either mpidp computes what transformers computes, or it refuses the field by its name, or
     the field is one of those that change no logits."""

@@ -95,6 +95,28 @@ def test_another_tokenizer_is_rejected(change: Any, reason: str) -> None:
         FastBPE(json.dumps(parsed), PAIRS[0][0])
 
 
+def test_a_special_token_that_is_a_word_is_rejected_with_ignore_merges() -> None:
+    for ignores in (False, True):
+        made = library(ignore_merges=ignores)
+        made.train_from_iterator([corpus(3000)], trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<|endoftext|>", "pad"], show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        assert (made.encode("pad", add_special_tokens=False).ids == [made.token_to_id("pad")]) is ignores
+        if ignores:
+            with pytest.raises(NotEqual, match="the special token 'pad' is a word"):
+                fast(made)
+        else:
+            assert fast(made).encode_batch(["a pad pad"])[0].tolist() == made.encode("a pad pad", add_special_tokens=False).ids
+
+
+def test_a_million_spaces_are_encoded() -> None:
+    text = "x" + " " * 1_050_000 + "y"
+    made, ours = PAIRS[0]
+    placed = ours.placed(text)
+    assert placed.ids.tolist() == made.encode(text, add_special_tokens=False).ids
+    assert placed.stops[-1] == len(text)
+
+
 def test_a_character_of_another_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with another version of Unicode: the pattern of tiktoken does not take 日 for a letter."""
     monkeypatch.setattr(fast_bpe, "GPT2", fast_bpe.GPT2.replace(r" ?\p{L}+", r" ?(?:(?!日)\p{L})+|日"))

@@ -260,7 +260,39 @@ def test_rows_of_one_length_are_joined(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "rows", "train") == [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
 
 
+PACKED = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 0]]
+
+
+@pytest.mark.parametrize("columns", [
+    {"position_ids": [[0, 1, 0, 1, 2], [0, 1], [0, 0, 1, 2]]}, {"attention_mask": [[1, 1, 2, 2, 2], [1, 1], [1, 2, 2, 0]]},
+    {"seq_lengths": [[2, 3], [2], [1, 3]]},
+    {"seq_lengths": [[2, 3], [2], [1, 3]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
+])
+def test_documents_of_packed_rows_stay_apart(tmp_path: Path, columns: dict[str, object]) -> None:
+    source = parquet(tmp_path / "a.parquet", input_ids=PACKED, **columns)
+    take("hf", source, tmp_path / "out")
+    last = [9, 10] if "attention_mask" in columns else [9, 10, 0]
+    assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, 4, 5], [6, 7], [8], last]
+
+
+def test_a_token_that_ends_and_begins_documents_is_told(tmp_path: Path) -> None:
+    np.array([EOD, 1, EOD, EOD, 2, EOD], "<u2").tofile(tmp_path / "train.bin")
+    assert "2 of 4 documents consist of the end-of-document token 256 alone" in "".join(take("auto", tmp_path, tmp_path / "out"))
+
+
+def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None:
+    np.array(STREAM, "<u2").tofile(tmp_path / "train.bin")
+    np.save(tmp_path / "other.npy", np.array(STREAM))
+    with pytest.raises(DataError, match="several kinds, .bin, .npy: name the one to read, as in --from olmo"):
+        take("auto", tmp_path, tmp_path / "out")
+    (tmp_path / "other.npy").rename(tmp_path / ".hidden.npy")
+    take("auto", tmp_path, tmp_path / "out")
+    assert ids_of(tmp_path / "out") == STREAM
+
+
 @pytest.mark.parametrize(("columns", "why"), [
+    ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "row 0 has seq_lengths whose sum is not its number of tokens"),
+    ({"input_ids": [[1, 2], [1, 2]], "position_ids": [[0, 1], [0, 2]]}, "row 1 has the position 2 after 0"),
     ({"text": ["a"]}, r"no column of token ids \(input_ids\), only text"), ({"input_ids": ["a b"]}, "not a list of integers"),
     ({"input_ids": [[1.0]]}, "lists of double"), ({"input_ids": [[1, None]]}, "null among the values"),
     ({"input_ids": [[1, 2]], "labels": [[2, 3]]}, "row 0 has the label 2 at the id 1"),

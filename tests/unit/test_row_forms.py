@@ -135,6 +135,9 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path: Path, name: str) -> N
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rows of preferences"),
     ({"conversations": turns("a"), "chosen": turns("b"), "rejected": turns("c")}, "rows of preferences"),
     ({"messages": turns("a", "b"), "images": ["x.png"]}, "`images`: mpidp learns text only"),
+    ({"prompt": [user("a")], "completion": [said("b")], "label": False}, "`label` is false: the answer is one to avoid"),
+    ({"conversations": turns("a", "b"), "kto_tag": False}, "`kto_tag` is false: the answer is one to avoid"),
+    ({"instruction": "a", "output": "b", "label": False}, "`label` is false: the answer is one to avoid"),
 ])  # fmt: skip
 def test_a_row_that_has_no_messages_is_skipped_with_its_reason(row: dict[str, Any], words: str) -> None:
     with pytest.raises(RowSkipped, match=words):
@@ -144,7 +147,7 @@ def test_a_row_that_has_no_messages_is_skipped_with_its_reason(row: dict[str, An
 @pytest.mark.parametrize(("row", "words"), [
     ({"messages": turns("a", "b")}, "use --format chat"), ({"conversations": turns("a", "b")}, "use --format chat"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rows of preferences"),
-    ({"prompt": "a", "completion": "b", "label": False}, "a completion|the completion is one to avoid"),
+    ({"prompt": "a", "completion": "b", "label": False}, "the answer is one to avoid"),
     ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, "`history`: use --format chat"),
 ])  # fmt: skip
 def test_a_row_that_has_no_completion_is_skipped_with_its_reason(row: dict[str, Any], words: str) -> None:

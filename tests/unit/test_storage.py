@@ -21,7 +21,7 @@ from mpidp.config.command_line import from_args
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, MpidpError, UsageError
 from mpidp.storage import cache, retry
-from mpidp.storage.address import is_remote, without_secrets
+from mpidp.storage.address import address_problems, is_remote, without_secrets
 from mpidp.storage.cache import BLOCK, BlockCache
 from mpidp.storage.ranges import _groups
 from mpidp.storage.remote import CacheOptions
@@ -262,15 +262,25 @@ def test_groups_are_consecutive_and_bounded() -> None:
 
 
 @pytest.mark.parametrize("address", [
-    "s3://HUSH:HUSH@bucket/p", "s3://HUSH:HU/SH@bucket/p", "http://HUSH:HUSH@host/p", "https://HUSH@host/p",
+    "s3:/HUSH:HUSH@bucket/p", "http:/HUSH:HUSH@host/p", " s3://HUSH:HUSH@bucket", "'s3://HUSH:HUSH@bucket'", "s3:HUSH:HUSH@b/p",
+    "simplecache::s3://HUSH:HUSH@bucket/p", "s3://HUSH:HUSH@bucket/p", "s3://HUSH:HU/SH@bucket/p", "http://HUSH:HUSH@host/p", "https://HUSH@host/p",
     "https://host/p?X-Amz-Signature=HUSH", "https://host/p#HUSH", "S3://HUSH:HUSH@bucket",
 ])
 def test_credentials_in_addresses_are_refused_and_not_shown(address: str, tmp_path: Path) -> None:
     settings = [partial(from_args, [f"--{name}={address}"]) for name in ("data.path", "run.mirror")]
     for act in (*settings, lambda: TokenStream(address)):
-        with pytest.raises(UsageError, match="must not contain") as caught:
+        with pytest.raises(UsageError, match="must not contain|is not an address") as caught:
             act()
         assert "HU" not in str(caught.value) and "SH@" not in str(caught.value)
+
+
+def test_names_with_spaces_and_letters_of_other_languages(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "root/my shards/ä+b"
+    shutil.copytree(root / "d", folder)
+    with serving(of_folder(tmp_path / "root")) as server:
+        for name in ("my shards/ä+b", "my%20shards/%C3%A4+b/"):
+            stream = TokenStream(f"{server.address}/{name}", cache=CacheOptions(str(tmp_path / "cache"), 0.1, 5.0))
+            assert np.array_equal(stream.read(0, 100), TokenStream(folder).read(0, 100))
 
 
 def test_messages_of_libraries_show_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +292,10 @@ def test_messages_of_libraries_show_no_secrets(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_an_address() -> None:
     assert [is_remote(path) for path in ("s3://b/p", "HTTPS://h", "memory://x", "/a", "a", "s3:/b", "./s3://b")] == [
         True, True, True, False, False, False, False]
-    for path, says in [("s3:///p", "needs a bucket"), ("http:///p", "needs a host"), ("s3:/b/p", "two slashes"),
+    assert not list(address_problems("data.path", "./s3:p"))
+    for path, says in [("http://h:x/p", "port is not valid"), ("http://[::1/p", "port is not valid"),
+                       ("http://h:99999/p", "port is not valid"),
+                       ("s3:///p", "needs a bucket"), ("http:///p", "needs a host"), ("s3:/b/p", "two slashes"),
                        ("nosuch://b/p", "not a known protocol")]:
         with pytest.raises(MpidpError, match=says):
             TokenStream(path)
