@@ -12,33 +12,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpidp.errors import UsageError
+from mpidp.hf.fields import head_size
+from mpidp.hf.layers import per_layer
+from mpidp.hf.names import settings_of
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The contents of config.json, tokenizer.json and tokenizer_config.json of an exported folder."""
+    """The contents of config.json, tokenizer.json and tokenizer_config.json of an exported folder, and the options of its model.
+
+    The options do not depend on how config.json states them: a family may state windows by layer_types or by a period, and rope
+    scaling once or for each kind of layers.
+    """
 
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
+    options: Mapping[str, Any]  # of the model, as from settings_of
     files: frozenset[str] = frozenset()  # names of all files but the weights
 
     @property
     def head_dim(self) -> int:
-        return int(self.config.get("head_dim") or self.width // self.heads)
+        return head_size(self.options)
 
     @property
-    def width(self) -> int:
-        return int(self.config.get("hidden_size") or self.config["n_embd"])
-
-    @property
-    def heads(self) -> int:
-        return int(self.config.get("num_attention_heads") or self.config["n_head"])
-
-    @property
-    def rope(self) -> str:
-        """The type of rope scaling: default, linear, llama3, ..."""
-        return str((self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}).get("rope_type", "default"))
+    def ropes(self) -> set[str]:
+        """The kinds of rope scaling: linear, llama3, ...; empty if there is none."""
+        texts = (self.options["rope_scaling"], self.options["window_rope_scaling"])
+        return {text.partition(":")[0] for text in texts if text}
 
     @property
     def model_type(self) -> str:
@@ -47,10 +48,12 @@ class Facts:
     @property
     def windows(self) -> bool:
         """Whether a layer has sliding-window attention with a window shorter than the context."""
-        window = self.config.get("sliding_window")
-        if not window or self.config.get("use_sliding_window") is False:
-            return False
-        return bool(window < self.config["max_position_embeddings"])
+        return bool(self.options["window"] and self.options["window"] < self.config["max_position_embeddings"])
+
+    def full_every(self, period: int) -> bool:
+        """Return whether exactly every period-th layer has full attention."""
+        layers = self.options["num_layers"]
+        return per_layer(self.options["window_layers"], layers, "w") == per_layer("w" * (period - 1) + "f", layers, "")
 
     @property
     def is_char(self) -> bool:
@@ -74,17 +77,6 @@ class Restriction:
     refused: bool = True
 
 
-def _one_in(n: int, config: Mapping[str, Any]) -> bool:
-    """Return whether exactly every n-th layer has full attention."""
-    types = config.get("layer_types") or []
-    return all((kind == "full_attention") == (i % n == n - 1) for i, kind in enumerate(types))
-
-
-def _usual_inner(config: Mapping[str, Any]) -> bool:
-    """Return whether the feed-forward layers of a GPT-2 have the usual size."""
-    return config.get("n_inner") in (None, 4 * config.get("n_embd", 0))
-
-
 CTRANSLATE2 = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2")
 NEED_UNK = ("mistral", "gemma", "gemma2", "gemma3_text")  # CTranslate2's loaders that need an unk_token
 MLX_WINDOWS = ("gemma3_text", "olmo3", "smollm3")  # families whose sliding windows mlx-lm computes
@@ -100,14 +92,17 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
             "it cannot load Qwen models with sliding windows",
         ),
         Restriction(
-            lambda facts: facts.windows and facts.model_type == "gemma3_text" and not _one_in(6, facts.config),
+            lambda facts: facts.windows and facts.model_type == "gemma3_text" and not facts.full_every(6),
             "it always uses full attention in every sixth layer of Gemma 3, and ignores layer_types in config.json",
         ),
         Restriction(
             lambda facts: facts.model_type in ("gemma", "gemma2", "phi3") and "tokenizer.model" not in facts.files,
             "for this family, its converter needs the file tokenizer.model of the model that the run started from",
         ),
-        Restriction(lambda facts: facts.model_type == "gpt2" and not _usual_inner(facts.config), "it needs n_inner = 4 n_embd"),
+        Restriction(
+            lambda facts: facts.model_type == "gpt2" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
+            "it needs n_inner = 4 n_embd",
+        ),
         Restriction(
             lambda facts: facts.model_type == "gpt_neox" and "rotary_pct" not in facts.config,
             "its converter needs the key rotary_pct, which transformers 5 does not write; add it to config.json",
@@ -120,11 +115,11 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
         Restriction(
             lambda facts: facts.model_type == "llama"
-            and facts.head_dim * facts.config["num_attention_heads"] != facts.config["hidden_size"],
+            and facts.head_dim * facts.options["num_heads"] != facts.options["model_dim"],
             "for Llama, it computes attention wrongly, or fails, if head_dim is not hidden_size / num_attention_heads",
         ),
-        Restriction(lambda facts: facts.rope == "llama3", "its converter ignores llama3 rope scaling"),
-        Restriction(lambda facts: facts.rope == "yarn", "its converter rejects yarn rope scaling"),
+        Restriction(lambda facts: "llama3" in facts.ropes, "its converter ignores llama3 rope scaling"),
+        Restriction(lambda facts: "yarn" in facts.ropes, "its converter rejects yarn rope scaling"),
         Restriction(lambda facts: facts.windows and facts.model_type in ("qwen2", "qwen3"), "it ignores sliding windows"),
         Restriction(
             lambda facts: facts.windows and facts.model_type in ("mistral", "gemma3_text"),
@@ -143,7 +138,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
     ),
     "onnxruntime-genai": (
         Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is no multiple of 16"),
-        Restriction(lambda facts: facts.rope == "linear", "its model builder ignores linear rope scaling"),
+        Restriction(lambda facts: "linear" in facts.ropes, "its model builder ignores linear rope scaling"),
         Restriction(
             lambda facts: facts.is_char, "its tokenizer gives -1 for spaces and for characters outside ASCII: encode text with "
             "the library `tokenizers`", refused=False,
@@ -168,7 +163,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
             "it cannot load Qwen models with attention_bias",
         ),
         Restriction(
-            lambda facts: facts.model_type == "gpt_neox" and facts.config["intermediate_size"] != 4 * facts.config["hidden_size"],
+            lambda facts: facts.model_type == "gpt_neox" and facts.options["hidden_dim"] != 4 * facts.options["model_dim"],
             "for GPT-NeoX, it needs intermediate_size = 4 hidden_size",
         ),
     ),
@@ -188,7 +183,7 @@ def check(consumer: str, texts: Mapping[str, bytes]) -> list[str]:
     Raises UsageError if the program fails or computes another result.
     """
     config, tokenizer, about = (json.loads(texts[name]) for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
-    facts = Facts(config, tokenizer, about, frozenset(texts))
+    facts = Facts(config, tokenizer, about, settings_of(config, "config.json"), frozenset(texts))
     found = [one for one in CONSUMERS[consumer] if one.applies(facts)]
     if refused := [one.says for one in found if one.refused]:
         raise UsageError(f"--for {consumer}: {'; '.join(refused)}. Without --for, the folder is written for other programs")

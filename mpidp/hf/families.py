@@ -41,7 +41,8 @@ FREE = {  # fields that change no logits, in every family
     "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
     "begin_suppress_tokens", "exponential_decay_length_penalty", "tf_legacy_loss", "unsloth_fixed", "unsloth_version",
-    "custom_pipelines", "_flash_attn_2_enabled", "use_flash_attention", *DROPOUTS,
+    "custom_pipelines", "max_sequence_length", "gradient_checkpointing", "_flash_attn_2_enabled", "use_flash_attention",
+    *DROPOUTS,
 }
 ONLY: dict[str, tuple[Any, ...]] = {  # fields that must have one of these values, in every family
     "quantization_config": (None,), "per_layer_config": (None,), "add_cross_attention": (False,), "is_encoder_decoder": (False,),

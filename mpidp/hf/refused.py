@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reprlib import repr as short
 
-from mpidp.hf.families import FAMILIES
+from mpidp.hf.families import BY_MODEL_TYPE, FAMILIES
 
 MOE, VISION, CONV, STATE = "a mixture of experts", "images or sound besides text", "convolutions as layers", "a state space"
 REFUSED = {  # by model_type: what the family has that mpidp's Transformer does not, and the nearest family
@@ -40,6 +40,12 @@ REFUSED = {  # by model_type: what the family has that mpidp's Transformer does 
 
 def refusal(architectures: object, model_type: object) -> str:
     """Return the message for a model that is of no supported family. Pure."""
+    if isinstance(model_type, str) and (near := BY_MODEL_TYPE.get(model_type)):
+        return (
+            f"architectures={short(architectures)} is not supported: of model_type={short(model_type)}, mpidp has only "
+            f"{near.architecture}. If the files have the weights of a language model, write [\"{near.architecture}\"] for "
+            "architectures in config.json in a copy of the folder. Else use the folder of the language model"
+        )
     reason, nearest = REFUSED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
     has = f", because it has {reason}, which mpidp's Transformer does not" if reason else ""
     named = [family.architecture for family in FAMILIES]

@@ -36,6 +36,7 @@ from mpidp.parallel.pipeline import FORWARD, Stages
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
 from mpidp.runtime.device import resolve_device, resolve_threads
+from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
 Source: TypeAlias = Reader | BaseFolder  # where a model comes from
@@ -160,15 +161,18 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
 def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
     """Open the newest checkpoint of a run, one checkpoint, or a Hugging Face folder.
 
-    seq_len: --seq-len, for a folder. Raises CheckpointError, DataError or UsageError if this is not possible. Collective over
-    world.
+    seq_len: --seq-len, for a folder. Rank 0 logs the folder's notes. Raises CheckpointError, DataError or UsageError if this is
+    not possible. Collective over world.
     """
     if not is_base_folder(path):
         if seq_len:
             raise UsageError.on_every_rank(f"--seq-len applies to Hugging Face folders only; {path} has its own model.seq_len")
         return open_run(path, world)
     with raise_together(world):
-        return BaseFolder(path, seq_len)
+        folder = BaseFolder(path, seq_len)
+    for note in folder.notes_at(folder.meta["config"]["model.seq_len"]) if world.rank == 0 else ():
+        log.warning("note: %s", note)
+    return folder
 
 
 def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:

@@ -17,8 +17,11 @@ from mpidp.hf.tokens import huggingface_json
 from tests.tiny import WORLD, corpus, tiny, train_at
 from tests.unit.small_tokenizers import sentencepiece, wordpiece
 
-CONFIG = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128}
-LLAMA3 = {"rope_parameters": {"rope_type": "llama3"}}
+CONFIG = {"model_type": "llama", "vocab_size": 270, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+          "num_attention_heads": 4, "max_position_embeddings": 128}
+LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+THIRD = {"model_type": "gemma3_text", "sliding_window": 32, "sliding_window_pattern": 3, "head_dim": 16}
 BPE = huggingface_json(train_bpe(iter(["the rank of a tree " * 9]), 270))
 
 
@@ -31,9 +34,14 @@ def texts(config: dict[str, Any], tokenizer: str = BPE) -> dict[str, bytes]:
     ("ctranslate2", {"head_dim": 24}, "head_dim"), ("ctranslate2", LLAMA3, "llama3"),
     ("onnxruntime-genai", {"head_dim": 24}, "multiple of 16"),
     ("ctranslate2", {"model_type": "olmo2"}, "it supports only llama, mistral"),
-    ("llama.cpp", {"model_type": "mistral", "sliding_window": 32}, "windows"),
-    ("mlx-lm", {"model_type": "mistral", "sliding_window": 32}, "windows"),
-    ("onnxruntime-genai", {"rope_scaling": {"rope_type": "linear"}}, "linear"),
+    ("llama.cpp", {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 32}, "windows"),
+    ("mlx-lm", {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 32}, "windows"),
+    ("onnxruntime-genai", {"rope_scaling": LINEAR}, "linear"),
+    ("onnxruntime-genai", {**THIRD, "rope_scaling": LINEAR}, "linear"),
+    ("onnxruntime-genai", {**THIRD, "rope_parameters": {"full_attention": LINEAR}}, "linear"),
+    ("llama.cpp", THIRD, "every sixth layer"),
+    ("llama.cpp", {**THIRD, "sliding_window_pattern": 4, "layer_types": ["full_attention", "sliding_attention"] * 2}, "sixth"),
+    ("mlx-lm", {"model_type": "gpt_neox"}, "intermediate_size"),
 ])
 def test_a_model_that_a_program_does_not_compute_is_refused(program: str, config: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=f"--for {program}: .*{words}"):

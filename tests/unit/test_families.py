@@ -14,13 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from mpidp.checkpoint.entry import Entry
+from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.families import BY_MODEL_TYPE, FAMILIES
 from mpidp.hf.folder import ModelFolder, whole
 from mpidp.hf.names import config_of, options_of, settings_of, shape_of
 from mpidp.hf.refused import REFUSED
+from mpidp.hf.tokens import huggingface_json
+from mpidp.inference.loading import open_source
 from mpidp.model.options import DEFAULTS
 from mpidp.model.shape import TransformerShape
+from mpidp.runtime.log import log
 from tests.families import (
     MODEL_TYPES,
     ONE_OF_EACH,
@@ -34,6 +38,7 @@ from tests.families import (
     saved,
     tokens,
 )
+from tests.tiny import WORLD
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -125,6 +130,16 @@ def test_a_note_says_that_longrope_differs_for_short_inputs(tmp_path: Path) -> N
     assert "longrope has other factors above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
 
 
+def test_generate_and_evaluate_show_the_notes_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, shown = folder_of_row("phi3, longrope, long", tmp_path), list[str]()
+    (path / "tokenizer.json").write_text(huggingface_json(ByteTokenizer()))
+    monkeypatch.setattr(log, "warning", lambda text, *values: shown.append(text % values))
+    open_source(path, WORLD, 12)
+    assert not shown
+    open_source(path, WORLD, 13)
+    assert len(shown) == 1 and "longrope has other factors above 12 tokens" in shown[0]
+
+
 REFUSALS = {
     "mixtral": "a mixture of experts.*Nearest supported: MistralForCausalLM", "lfm2": "convolutions.*Nearest supported: Qwen3",
     "gemma3": "images.*Nearest supported: Gemma3ForCausalLM", "llama4": "experts.*Nearest supported: Llama",
@@ -139,6 +154,12 @@ def test_other_families_are_refused_with_what_is_near(kind: str) -> None:
             settings_of(config, "it")
     with pytest.raises(DataError, match="LlamaForCausalLM.*'mistral' belong to different families"):
         settings_of({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, "it")
+
+
+def test_another_head_is_refused_with_the_architecture_to_write() -> None:
+    for named, kind, wanted in (("GPT2Model", "gpt2", "GPT2LMHeadModel"), ("LlamaModel", "llama", "LlamaForCausalLM")):
+        with pytest.raises(DataError, match=rf"{named}.* mpidp has only {wanted}\..*write \[\"{wanted}\"\] for architectures"):
+            settings_of({"architectures": [named], "model_type": kind}, "it")
 
 
 def test_refused_families_exist() -> None:
