@@ -22,7 +22,7 @@ from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, reada
 from data_tools.formats.columns import wanted_columns
 from data_tools.formats.expand import expanded
 from data_tools.formats.rows import file_below, gather, read_json
-from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.splits import folders_with_index
 from mpidp.data.unpack import zstandard
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
@@ -36,11 +36,7 @@ MAX_ITEM_BYTES = 2**30  # of one compressed sample
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
     """Return the folders with LitData chunks. Raises DataError if there are none. Independent."""
-    folder = source.parent if source.name == "index.json" else source
-    parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
-    if not parts:
-        raise DataError(f"{source} holds no index.json of LitData: give the folder that litdata.optimize wrote")
-    return in_splits(parts, folder, remarks)
+    return folders_with_index(source, is_one, "LitData", "litdata.optimize", remarks)
 
 
 def is_one(folder: Path) -> bool:

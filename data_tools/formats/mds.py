@@ -19,7 +19,7 @@ from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, reada
 from data_tools.formats.columns import wanted_columns
 from data_tools.formats.expand import expanded
 from data_tools.formats.rows import file_below, gather, read_json
-from data_tools.formats.splits import files_in, in_splits
+from data_tools.formats.splits import folders_with_index
 from mpidp.errors import DataError
 
 SHAPES = ("<u1", "<u2", "<u4", "<u8")
@@ -29,11 +29,7 @@ NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
     """Return the folders with MDS shards. Raises DataError if there are none. Independent."""
-    folder = source.parent if source.name == "index.json" else source
-    parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
-    if not parts:
-        raise DataError(f"{source} holds no index.json of MosaicML Streaming: give the folder that MDSWriter wrote")
-    return in_splits(parts, folder, remarks)
+    return folders_with_index(source, is_one, "MosaicML Streaming", "MDSWriter", remarks)
 
 
 def is_one(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data_tools.formats.blocks import SourcePart
@@ -43,6 +43,18 @@ def in_splits(paths: Iterable[Path], root: Path, remarks: list[str]) -> list[Sou
         raise DataError(f"{root} has only {only[0].relative_to(root)}{' and others' * (len(only) > 1)} and no training data: "
                         "give the file or folder itself as the source")
     return parts
+
+
+def folders_with_index(
+    source: Path, is_one: Callable[[Path], bool], program: str, writer: str, remarks: list[str]
+) -> list[SourcePart]:
+    """Return the folders with an index.json for which is_one(folder) is true, by split. source: a folder, or an index.json.
+    program, writer: names for the error. Raises DataError if there are none. Independent."""
+    folder = source.parent if source.name == "index.json" else source
+    parts = [path.parent for path in files_in(folder, "index.json") if is_one(path.parent)]
+    if not parts:
+        raise DataError(f"{source} holds no index.json of {program}: give the folder that {writer} wrote")
+    return in_splits(parts, folder, remarks)
 
 
 def files_in(source: Path, *patterns: str) -> list[Path]:
