@@ -92,7 +92,7 @@ def prepare(
         folder.close()
     if verbose and team.rank == 0:
         remarks = [remark for _, _, of_source in corpora for remark in of_source]
-        remarks += [f"encoded by {made.engine}"] if made.engine else []
+        remarks += [f"encoded by {made.program}"] if made.program else []
         seconds = time.monotonic() - began
         summary = _summary(folder.path, index, remarks + counts.complaints(), counts.files, options, seconds, team.size)
         print(printable(summary), flush=True)

@@ -17,12 +17,12 @@ CHARACTERS_PER_TOKEN = 64  # with less text, the checks would take longer than t
 class BatchEncoder:
     """Encodes texts. The results do not depend on which program computes them. Special tokens in the texts stay plain text.
 
-    engine: which program encodes now, and why; "" for little text.
+    program: which program encodes now, and why; "" for little text.
     """
 
     def __init__(self, text: str, library: Any) -> None:
         """text: the contents of a tokenizer.json; library: the same tokenizer in the library `tokenizers`."""
-        self.engine = ""
+        self.program = ""
         self._text, self._library = text, library
         self._left = CHARACTERS + CHARACTERS_PER_TOKEN * library.get_vocab_size()
         self._fast: FastBPE | None = None
@@ -58,9 +58,9 @@ class BatchEncoder:
                 fast = FastBPE(self._text, self._library)
                 if not all(map(np.array_equal, fast.encode_batch(texts), found)):
                     raise NotEqual("the ids of a sample differ")
-                self._fast, self.engine = fast, "tiktoken"
+                self._fast, self.program = fast, "tiktoken"
             except NotEqual as reason:
                 self._stop(reason)
 
     def _stop(self, reason: NotEqual) -> None:
-        self._fast, self.engine = None, f"the tokenizers library ({reason})"
+        self._fast, self.program = None, f"the tokenizers library ({reason})"

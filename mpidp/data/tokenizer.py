@@ -41,7 +41,7 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int  # ids are below this; includes EOD
     eod: int
-    engine: str = ""  # the program that encodes, and the reason for this program; "" if there is no choice
+    program: str = ""  # the program that encodes, and the reason for this program; "" if there is no choice
     bos: int | None = None  # the id that the tokenizer puts before each text, if any; encode() omits it
 
     @abstractmethod
@@ -160,8 +160,8 @@ class HFTokenizer(Tokenizer):
         return self._text
 
     @property
-    def engine(self) -> str:  # type: ignore[override]
-        return self._encoder.engine
+    def program(self) -> str:  # type: ignore[override]
+        return self._encoder.program
 
     def _without_eod(self, text: str, ids: np.ndarray) -> np.ndarray:
         """If the ids of a text contain EOD, split each EOD of the text in its middle and encode the text again."""

@@ -95,11 +95,11 @@ class Transformer(nn.Module):
             positions = positions_of(caches, t, x.device)
         if self.embedding is not None and chunk == 0:
             x = keyed_dropout(self._embedded(x, positions, t), self.shape.dropout, key, 0, self.part.positions(t), t)
-        turns, masks = self._turns(positions, t), self._masks(doc_ids)
+        tables, masks = self._rotary_tables(positions, t), self._masks(doc_ids)
         for layer in self.part.chunks[chunk]:
             block, window = self.blocks[str(layer)], self.shape.window_of(layer)
             layer_key = None if key is None else key + 2 * layer * SITE  # computed here, so that all blocks compile to one graph
-            cos, sin = turns[self._turn(layer)]
+            cos, sin = tables[self._table_of(layer)]
             if self.recompute and torch.is_grad_enabled():
                 given = (x, cos, sin, masks.get(window), layer_key)
                 x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
@@ -125,20 +125,19 @@ class Transformer(nn.Module):
             x = x + self.positions(places[..., own.start : own.stop])
         return x
 
-    def _turn(self, layer: int) -> str:
-        """Return the name of the rotary table of a layer; "" for a layer without rotary positions."""
+    def _table_of(self, layer: int) -> str | None:
+        """Return the prefix of the names of a layer's rotary tables; None for a layer without rotary positions."""
         if not self.shape.is_rotary(layer):
-            return ""
-        return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else "."
+            return None
+        return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else ""
 
-    def _turns(self, positions: Tensor | None, t: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return cos and sin of the positions, (T, R) or (B, 1, T, R), by the name of their table."""
-        found = {}
-        for layer in self.part.layers:
-            if (name := self._turn(layer)) not in found:
-                tables = (getattr(self, name.replace(".", "") + part) for part in ("cos", "sin"))
-                cos, sin = (one[:t] if positions is None else one[positions].unsqueeze(1) for one in tables)
-                found[name] = (cos, sin) if name else (cos[..., :0], sin[..., :0])
+    def _rotary_tables(self, positions: Tensor | None, t: int) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Return cos and sin of the positions, (T, R) or (B, 1, T, R), by the prefix of their names. R is 0 for None."""
+        found: dict[str | None, tuple[Tensor, Tensor]] = {}
+        for prefix in {self._table_of(layer) for layer in self.part.layers}:
+            tables = (getattr(self, f"{prefix or ''}{part}") for part in ("cos", "sin"))
+            cos, sin = (one[:t] if positions is None else one[positions].unsqueeze(1) for one in tables)
+            found[prefix] = (cos[..., :0], sin[..., :0]) if prefix is None else (cos, sin)
         return found
 
     def _masks(self, doc_ids: Tensor | None) -> dict[int, Mask]:

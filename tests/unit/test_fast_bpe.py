@@ -172,13 +172,13 @@ def test_several_merges_to_one_token() -> None:
         fast(library(**vocabulary(("b", "c"), ("a", "b"), ("ab", "c"), ("c", "c"), ("a", "bc"))))
 
 
-def test_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_encoder, "CHARACTERS_PER_TOKEN", 0)
     made = tokenizer_from_json(PAIRS[0][0].to_str())
-    assert made.engine == ""
+    assert made.program == ""
     made.encode_batch(["a" * batch_encoder.CHARACTERS])
-    assert made.engine == "tiktoken"
+    assert made.program == "tiktoken"
     parsed = json.loads(PAIRS[0][0].to_str()) | {"normalizer": {"type": "NFC"}}
     other = tokenizer_from_json(json.dumps(parsed))
     other.encode_batch(["a" * batch_encoder.CHARACTERS])
-    assert other.engine == "the tokenizers library (the tokenizer is not plain byte-level BPE)"
+    assert other.program == "the tokenizers library (the tokenizer is not plain byte-level BPE)"
