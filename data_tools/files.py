@@ -172,4 +172,4 @@ def _of_links(root: Path, links: list[str]) -> list[str]:
     if not links:
         return []
     shown = ", ".join(f"{path} -> {os.path.realpath(path)}" for path in links[:MAX_SHOWN])
-    return [f"{len(links):,} links lead out of {root} and were followed: {shown}{', ...' if links[MAX_SHOWN:] else ''}"]
+    return [f"{len(links):,} links point outside {root} and were followed: {shown}{', ...' if links[MAX_SHOWN:] else ''}"]

@@ -33,8 +33,8 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         raise DataError(f"{where}: {refusal(named, kind)}")
     if of_kind is not None and found is not of_kind:
         raise DataError(
-            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families: transformers goes "
-            "by model_type. Correct one of them in a copy of the folder"
+            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families: transformers uses "
+            "model_type. Correct one of them in a copy of the folder"
         )
     return found
 

@@ -48,7 +48,7 @@ class Warnings:
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:
         """Warn if the body takes long."""
-        text = f"{what} has taken {self._seconds:g} s and is not done"
+        text = f"{what} has not finished after {self._seconds:g} s"
         timer = threading.Timer(self._seconds, self.say, ("slow", text))
         timer.daemon = True
         timer.start()
