@@ -103,8 +103,8 @@ def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> N
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the list of messages of a field; None if it is not a list. It may be JSON text, or an object of lists: the datasets
-    library writes the feature Sequence({"from": ..., "value": ...}) so."""
+    """Return the list of messages of a field; None if it is not a list. It may be JSON text, or an object of lists, which is how
+    the datasets library writes the feature Sequence({"from": ..., "value": ...})."""
     value = row[key]
     value = parsed_field(key, value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):

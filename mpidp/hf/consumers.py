@@ -69,8 +69,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Restriction:
-    """Something that a program does not do. applies: whether an exported folder needs it; says: what happens, and what to do;
-    refused: the program fails or computes another result, so nothing is written."""
+    """A feature that a program does not support. applies: returns whether an exported folder needs the feature; says: what
+    happens, and what the user can do; refused: true if the program fails or computes another result, so that nothing is
+    written."""
 
     applies: Callable[[Facts], bool]
     says: str

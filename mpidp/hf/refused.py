@@ -1,4 +1,4 @@
-"""Model families that cannot be imported: the reason, and the nearest family that can. Pure, without torch."""
+"""Model families that cannot be imported: the reason, and the nearest family that can be imported. Pure, without torch."""
 
 from __future__ import annotations
 
