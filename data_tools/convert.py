@@ -43,14 +43,13 @@ def main() -> None:
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
-    rows = "\n".join(f"  {name:11}{one.what}{'' if one.write else ' (only read)'}" for name, one in FORMATS.items())
+    rows = "\n".join(f"  {name:11}{one.what}" for name, one in FORMATS.items())
     parser = Parser(prog=program("data_tools.convert"), description=(__doc__ or "").replace("FORMATS", rows),
                     usage="%(prog)s (--to FORMAT SHARDS | [--from FORMAT] SRC --tokenizer PATH) --out PATH [options]",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--to", metavar="FORMAT", choices=[name for name, one in FORMATS.items() if one.write],
-                           help="write the shards in this format")
+    direction.add_argument("--to", metavar="FORMAT", choices=tuple(FORMATS), help="write the shards in this format")
     direction.add_argument("--from", metavar="FORMAT", choices=(AUTO, *FORMATS), dest="source", default=AUTO,
                            help="read this format and write shards (%(default)s: recognize it by its content)")
     add("input", metavar="SHARDS|SRC", type=Path, help="what to read: a folder of shards, or a file or folder of tokens")

@@ -44,6 +44,11 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object) 
     return [ids, *(name for name in OTHERS if name in names and name != ids)]
 
 
+def labels_of(block: TokenBlock) -> np.ndarray | None:
+    """Return the labels of a block with a loss mask, (n,) int64: the id, or -100. None without a mask. Pure."""
+    return None if block.mask is None else np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
+
+
 def block_of_rows(
     columns: Mapping[str, np.ndarray], lengths: np.ndarray, where: object, first_row: int, options: ReadOptions,
     parts: np.ndarray | None = None,

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
+from data_tools.formats import row_files
 from data_tools.formats.table import FORMATS, recognized
 from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
@@ -23,7 +25,6 @@ from mpidp.errors import DataError, UsageError
 from tests.unit.test_convert import documents_of
 
 EOD = 256  # of the byte tokenizer
-WRITTEN = [name for name, one in FORMATS.items() if one.write]
 MASKED = [name for name, one in FORMATS.items() if one.masks]
 
 
@@ -68,7 +69,7 @@ def with_masks(path: Path, split: str) -> list[list[tuple[int, bool]]]:
     return found
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", FORMATS)
 def test_tokens_and_documents_come_back(name: str, shards: Path, tmp_path: Path) -> None:
     said = to_tokens(name, shards, tmp_path / "there/it")
     assert len(said) == 2 and f"{TokenStream(shards).num_tokens:,} tokens" in said[0]
@@ -105,9 +106,43 @@ def test_loss_masks_come_back(name: str, rows: Path, tmp_path: Path) -> None:
         take(name, tmp_path / "it", tmp_path / "short", seq_len=12)
 
 
-@pytest.mark.parametrize("name", sorted(set(WRITTEN) - set(MASKED)))
+@pytest.mark.parametrize("name", ["litdata", "mds"])
+def test_rows_in_several_files_come_back(
+    name: str, shards: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_files, "FILE_BYTES", 900)
+    to_tokens(name, shards, tmp_path / "it")
+    assert len([path for path in (tmp_path / "it/train").iterdir() if path.name != "index.json"]) > 3
+    take("auto", tmp_path / "it", tmp_path / "back")
+    assert all(documents_of(tmp_path / "back", split) == documents_of(shards, split) for split in ("train", "val"))
+    monkeypatch.setattr(row_files, "MAX_BYTES", 200)
+    with pytest.raises(UsageError, match="a document has .* tokens, but a file of this format must have less than 4 GiB"):
+        to_tokens(name, shards, tmp_path / "long")
+    monkeypatch.setattr(row_files.RowFiles, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match="No space left"):
+        to_tokens(name, shards, tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "it"]
+
+
+@pytest.mark.parametrize(("name", "stored"), [("litdata", "no_header_tensor:16"), ("mds", "ndarray:uint32")])
+def test_wide_ids_keep_their_type(name: str, stored: str, tmp_path: Path) -> None:
+    words = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    encoder.add_special_tokens(["<|endoftext|>"])
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    ids = [69_999, 2, 70_000, 3, 70_000]
+    np.array(ids, "<u4").tofile(tmp_path / "train.bin")
+    options = FromOptions(str(tmp_path / "tokenizer.json"), 1, 0.0, dtype="uint32")
+    from_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "shards", options)
+    to_tokens(name, tmp_path / "shards", tmp_path / "it")
+    assert stored in (tmp_path / "it/train/index.json").read_text()
+    from_tokens(name, tmp_path / "it", tmp_path / "back", options)
+    assert documents_of(tmp_path / "back", "train") == [ids[:3], ids[3:]]
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - set(MASKED)))
 def test_a_format_without_masks_refuses_them(name: str, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="loss mask, which .* cannot store.* datatrove, hf, olmo"):
+    with pytest.raises(DataError, match="loss mask, which .* cannot store.* datatrove, mds, litdata, hf, olmo"):
         to_tokens(name, rows, tmp_path / "it")
     assert not list(tmp_path.iterdir())
 
@@ -392,8 +427,6 @@ def test_a_folder_of_another_format_is_named(tmp_path: Path, shards: Path) -> No
         take("auto", tmp_path / "none", tmp_path / "out")
     with pytest.raises(UsageError, match="is a folder of shards; .* give --to FORMAT"):
         take("auto", shards, tmp_path / "out")
-    with pytest.raises(UsageError, match="this format is only read"):
-        to_tokens("mds", shards, tmp_path / "out")
 
 
 def test_data_without_ends_of_documents_are_refused(tmp_path: Path) -> None:
