@@ -35,9 +35,9 @@ class FromOptions:
 
     tokenizer: str  # byte, a tokenizer.json, or a folder that contains one
     shards: int = 4
-    val_fraction: float = 0.05  # of the tokens, if the source has no validation split
+    val_fraction: float = 0.05  # share of the tokens, if the source has no validation split
     eod: str | None = None  # the end-of-document token
-    eod_at: str = "auto"  # where it stands: "end" or "start" of a document
+    eod_at: str = "auto"  # the place of this token: "end" or "start" of a document
     dtype: str = ""
     column: str = ""
     rows: str = "auto"  # what a row is: a document, or a part of a stream

@@ -27,9 +27,9 @@ class PrepareOptions:
     text_key: str = "text"  # the field of a row that is a document
     chat_template: str | None = None  # a file; None: the template of the tokenizer
     template_arg: Sequence[str] = ()  # KEY=VALUE
-    seq_len: int = 0  # of rows: the window length in tokens; no row crosses a multiple of it
+    seq_len: int = 0  # for rows: the window length in tokens; no row crosses a multiple of this length
     truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
-    tokens: int = 0  # of the mixture; 0: stop when a source is exhausted
+    tokens: int = 0  # total tokens of the mixture; 0: stop when a source is exhausted
     repeat: bool = False  # whether an exhausted source starts over
     split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": text, for rows document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file

@@ -27,7 +27,7 @@ ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n",
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
-MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # of rendered chats
+MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # marks of rendered chats
 UNWANTED = ("label", "kto_tag")  # false: the model should avoid this answer (TRL's unpaired preferences; LLaMA-Factory's)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (

@@ -28,7 +28,7 @@ class Facts:
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
-    options: Mapping[str, Any]  # of the model, as from settings_of
+    options: Mapping[str, Any]  # options of the model, as from settings_of
     files: frozenset[str] = frozenset()  # names of all files but the weights
 
     @property

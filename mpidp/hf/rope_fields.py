@@ -28,7 +28,7 @@ def rope(
 ) -> Field:
     """Return the fields of a family in which all layers have the same rotary positions.
 
-    theta: the default of theta. theta_keys: the names of theta outside rope_parameters; the first that is present is used, and the
+    theta: the default of theta. theta_keys: the names of theta outside rope_parameters; the first present name is used, and the
     others must have the same value. partial: the default of the fraction of a head's dimensions that is rotated; None: all
     dimensions. partial_keys: the names of this fraction, used like theta_keys. kinds: the names of the scalings that the family
     has. original: the default of original_max_position_embeddings; 0: max_position_embeddings.

@@ -121,7 +121,7 @@ class MethodRow:
     method: str
     settings: list[str]  # settings that select the method on the command line
     refused: str = ""  # the reason why the method cannot be used, or empty
-    sent_bytes: float | None = None  # by rank 0 per step
+    sent_bytes: float | None = None  # bytes that rank 0 sends per step
     step_seconds: float | None = None
     speed: float | None = None  # 2.0 means half the step time of synchronous
     loss: float | None = None  # loss at the end of a trial
