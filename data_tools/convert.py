@@ -1,11 +1,11 @@
-"""Convert shards to and from other formats of tokens. Tokens, documents and loss masks stay the same.
+"""Convert between shards and other formats of token data. Tokens, documents and loss masks stay the same.
 
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
 Without --from and --to, the format of SRC is recognized by its content. The other formats contain only token ids. Give the
 tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one). `mpidp inspect` shows the
-beginning of the text, which is wrong if the tokenizer is.
+beginning of the text: look at it to check that you gave the right tokenizer.
 
 formats:
 FORMATS
@@ -65,20 +65,20 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
     only_from("--tokenizer", "byte, a tokenizer.json, or a folder that contains one", metavar="PATH")
     only_from("--eod", "the end-of-document token of the tokenizer.json, if it has an unusual name")
-    only_from("--eod-at", "where documents are not stored: whether they end or begin with this token (auto: as most files do)",
-              choices=("auto", "end", "start"))
+    only_from("--eod-at", "if the format does not store documents: whether documents end or begin with the end-of-document token "
+                          "(auto: determined from the data and the format)", choices=("auto", "end", "start"))
     only_from("--one-document", "each split is one document", action="store_true", dest="whole")
-    only_from("--rows", "each row is a document, or a part of a stream in which the end-of-document token ends documents (auto: "
-                        "part if all rows have one length)", choices=("auto", "document", "part"))
+    only_from("--rows", "document: each row is a document; part: rows are joined to a stream, in which the end-of-document token "
+                        "ends documents (auto: part if all rows have the same length)", choices=("auto", "document", "part"))
     only_from("--add-eod", "for rows: append the end-of-document token where it is missing", action="store_true")
     only_from("--column", "the column that holds the ids (input_ids, tokens, token_ids or ids)", metavar="NAME")
-    only_from("--dtype", "the type of the ids, where the format does not store it (uint16, or uint32 for more than 65,536 ids)",
+    only_from("--dtype", "the type of the ids, if the format does not store it (uint16, or uint32 for more than 65,536 ids)",
               choices=DTYPES)
-    only_from("--seq-len", "pack whole documents into windows of N tokens, for a loss mask; train with the same model.seq_len",
-              type=int, metavar="N")
+    only_from("--seq-len", "for data with a loss mask: pack whole documents into windows of N tokens; train with the same "
+                           "model.seq_len", type=int, metavar="N")
     only_from("--shards", f"number of training files ({usual.shards})", type=int, metavar="N")
-    only_from("--val-fraction", "without a validation split: this fraction at the end becomes validation; 0: none "
-                                f"({usual.val_fraction})", type=float, metavar="F")
+    only_from("--val-fraction", "for data without a validation split: the fraction of the data for validation, taken from its "
+                                f"end; 0: none ({usual.val_fraction})", type=float, metavar="F")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "a second path", "--out PATH")
     if options.to and (unused := [option for name, option in of_from.items() if name in options]):

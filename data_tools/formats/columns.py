@@ -1,4 +1,4 @@
-"""The columns of rows that hold tokens: which one has the ids, and what masks, labels and boundaries mean. Pure.
+"""The columns of rows that hold tokens: which column has the ids, and what masks, labels and boundaries mean. Pure.
 
 | column | meaning |
 |---|---|

@@ -31,10 +31,10 @@ from mpidp.runtime.files import open_regular
 
 TENSORS = {0: "<f4", 1: "<f4", 2: "<f8", 3: "<f8", 8: "<f2", 9: "<f2", 11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4",
            16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by their number
-ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # and of arrays
+ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # types of arrays
 ARRAYS_OF = ("no_header_tensor", "no_header_numpy", "tensor", "numpy")  # kinds of columns with arrays
 ARROW_END, FRAMED = b"LDARW01\0", b"LDFZ01\0\0"
-MAX_ITEM_BYTES = 2**30  # of one compressed sample
+MAX_ITEM_BYTES = 2**30  # largest compressed sample
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:

@@ -27,7 +27,7 @@ from mpidp.errors import DataError
 
 SHAPES = ("<u1", "<u2", "<u4", "<u8")
 TYPES = {8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 18: "<f2", 32: "<u4", 33: "<i4", 34: "<f4", 64: "<u8", 65: "<i8", 66: "<f8"}
-NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")  # of ndarray columns
+NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")  # types of ndarray columns
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:

@@ -12,7 +12,7 @@ from data_tools.formats.flat import OTHERS, head_of
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 
-STORED, ROWS, IDS = "stored", "rows", "ids"  # how documents are known: the format stores them; one per row; by special tokens
+STORED, ROWS, IDS = "stored", "rows", "ids"  # where documents are: stored by the format; one per row; between special tokens
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class TokenFormat:
 
     what: str  # in words, for messages
     documents: str  # STORED, ROWS or IDS
-    recognize: Callable[[Path], bool]  # whether a file or folder looks like it
+    recognize: Callable[[Path], bool] # whether a file or folder looks like this format
     find: Callable[[Path, list[str]], list[SourcePart]]  # the parts of a source; adds remarks
-    read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # of one part
-    write: Callable[[SplitTokens, Path], list[str]]  # one split; returns remarks
-    masks: bool = False  # whether it can store a loss mask
-    eod_first: bool = False  # whether its usual programs write the end-of-document token before each document
+    read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # yields the tokens of one part
+    write: Callable[[SplitTokens, Path], list[str]]  # writes one split; returns remarks
+    masks: bool = False  # whether the format can store a loss mask
+    eod_first: bool = False  # whether the format's usual programs write the end-of-document token before each document
     goes_on: bool = False  # whether a document may continue in the next file
 
 

@@ -188,7 +188,7 @@ def test_llmc(tmp_path: Path, first: int, version: int, dtype: str) -> None:
     file("x_train_000001.bin", [3, EOD, 4, 5])
     file("x_train_000002.bin", [6, EOD, 7])
     said = take("auto", tmp_path, tmp_path / "out")
-    assert said[-1] == f"documents begin with the token {EOD} (--eod-at end: they end with it)"
+    assert said[-1] == f"documents begin with the token {EOD}. If they end with it, give --eod-at end"
     assert documents_of(tmp_path / "out", "train") == [[3], [EOD, 4, 5, 6], [EOD, 7]]
     assert documents_of(tmp_path / "out", "val") == [[EOD, 1, 2]]
     take("llmc", tmp_path, tmp_path / "other", eod_at="end")
@@ -289,7 +289,8 @@ def test_rows_of_one_length_are_joined(tmp_path: Path) -> None:
     ids = [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
     source = parquet(tmp_path / "a.parquet", input_ids=ids, labels=ids)
     said = take("hf", source, tmp_path / "out")
-    assert said[1] == "rows of 3 tokens were joined, and documents end with the token 256 (--rows document: each row is one)"
+    assert said[1] == ("rows of 3 tokens were joined, and documents end with the token 256. If each row is a document, give "
+                       "--rows document")
     assert documents_of(tmp_path / "out", "train") == [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
     take("hf", source, tmp_path / "rows", rows="document")
     assert documents_of(tmp_path / "rows", "train") == [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
@@ -472,7 +473,7 @@ def test_a_folder_of_another_format_is_named(tmp_path: Path, shards: Path) -> No
         take("nanogpt", parquet(tmp_path / "a.parquet", input_ids=[[1]]), tmp_path / "out")
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("a")
-    with pytest.raises(DataError, match="holds no format of tokens that convert knows; the formats are megatron, "):
+    with pytest.raises(DataError, match="holds no tokens in a format that convert knows; the formats are megatron, "):
         take("auto", tmp_path / "text", tmp_path / "out")
     with pytest.raises(DataError, match="does not exist"):
         take("auto", tmp_path / "none", tmp_path / "out")
