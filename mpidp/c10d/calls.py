@@ -83,21 +83,16 @@ class Calls:
         wait_for(request, self.aborted)
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """Return a buffer of shape (elements,) that is reused between calls with the same name. Independent.
-
-        Buffers are reused because allocating a new one takes longer than the sum itself.
-        """
+        """Return a buffer of shape (elements,) that is reused between calls with the same name, because allocating a new one
+        takes longer than the sum itself. Independent."""
         buffer, needed = self._space.get(name), elements * like.element_size()
         if buffer is None or buffer.numel() < needed:
             buffer = self._space[name] = torch.empty(needed, dtype=torch.uint8)
         return buffer[:needed].view(like.dtype)
 
     def shared_memory(self, tensor: torch.Tensor, reduced: bool = False) -> SharedMemory | None:
-        """Return the collectives through shared memory. Return None if the ranks share none, or if messages are faster for this
-        tensor. reduced: whether the tensor is reduced.
-
-        The first large collective tests whether all ranks can share memory.
-        """
+        """Return the collectives through shared memory, or None if the ranks share none or messages are faster for this tensor.
+        The first large collective finds out whether the ranks share memory. reduced: whether the tensor is reduced."""
         least = SMALL_BYTES if reduced and tensor.dtype in HALVES else NEAR_BYTES
         if tensor.nbytes < least or (reduced and tensor.dtype not in ADDED):
             return None
