@@ -89,7 +89,7 @@ class TrainSettings:
     eval_tasks: str = setting("", "tasks of lm-eval for each evaluation, for example arc_easy,hellaswag (docs/use.md)", "names")
     eval_tasks_dir: str = setting("", "folder with task files (.yaml) for eval_tasks", "path")
     eval_tasks_limit: int = setting(0, "items of each of eval_tasks; 0: all", "items", low=0)
-    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: chosen from the measured cost of a checkpoint",
+    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: by the measured cost of a checkpoint",
                               "steps", low=-1)
     balance: str = setting(
         "even", "how lanes are divided among ranks: evenly, by measured speed, or by work stealing", "",

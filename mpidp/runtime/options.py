@@ -111,7 +111,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add --model.kind, which permits the code that a run with a custom model needs, and --base, the base of adapters. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="where the base model of a LoRA run is, if it has moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
-                        help="MODULE:FACTORY of a run with a custom model. Without this option, code that RUN names is not executed")
+                        help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
