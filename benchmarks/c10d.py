@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,7 +37,7 @@ CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor, Any], Any]] = {  # (whole
 }
 
 
-def in_turns(works: dict[str, Callable[[], Any]], repeats: int, before: Callable[[str], Any] = str) -> dict[str, float]:
+def in_turns(works: Mapping[str, Callable[[], Any]], repeats: int, before: Callable[[str], Any] = str) -> dict[str, float]:
     """Return the median seconds of each function on the slowest rank. before(name) runs before each function, and is not timed.
     Collective over all ranks."""
     taken: dict[str, list[float]] = {name: [] for name in works}
