@@ -74,7 +74,7 @@ Move = tuple[int, int, Box]  # (sender, receiver, box)
 
 
 @dataclass
-class Round:
+class MatrixRound:
     """Matrices that are computed at a time. All ranks have the same rounds."""
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
@@ -97,7 +97,7 @@ class WholeMatrices:
         for rank, boxes in enumerate(every):
             for box in boxes:
                 holders.setdefault((box.name, box.shape), {}).setdefault(box, []).append(rank)
-        load, self.rounds, filled = [0] * self._comm.size, [Round()], 0
+        load, self.rounds, filled = [0] * self._comm.size, [MatrixRound()], 0
         for (name, shape), boxes in sorted(holders.items(), key=lambda one: (-_cost(one[0][1]), one[0])):
             if sum(box.size[0] * box.size[1] for box in boxes) != shape[0] * shape[1]:
                 raise UsageError(
@@ -105,14 +105,14 @@ class WholeMatrices:
                     "nodes: use comm.copies=rank"
                 )
             if filled + shape[0] * shape[1] > ROUND * self._comm.size and filled:
-                self.rounds.append(Round())
+                self.rounds.append(MatrixRound())
                 filled = 0
             filled += shape[0] * shape[1]
             owner = min(sorted({rank for ranks in boxes.values() for rank in ranks}), key=load.__getitem__)
             load[owner] += _cost(shape)
             self._plan(self.rounds[-1], owner, (name, shape), boxes)
 
-    def _plan(self, now: Round, owner: int, matrix: tuple[str, tuple[int, int]], holders: Mapping[Box, list[int]]) -> None:
+    def _plan(self, now: MatrixRound, owner: int, matrix: tuple[str, tuple[int, int]], holders: Mapping[Box, list[int]]) -> None:
         me = self._comm.rank
         if owner == me:
             now.owned.append(matrix)
@@ -126,7 +126,7 @@ class WholeMatrices:
             now.scatters += [(owner, rank, box) for rank in ranks if rank != owner]
 
     def compute(
-        self, now: Round, pieces: Mapping[str, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
+        self, now: MatrixRound, pieces: Mapping[str, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
     ) -> dict[str, Matrix]:
         """Return this rank's boxes of work([(name, matrix), ...]), by name of the matrix. pieces: this rank's boxes of the
         matrices. Collective over hidden.comm."""
@@ -146,7 +146,7 @@ class WholeMatrices:
         self._exchange(now.scatters, lambda box: [box.of(one) for one in results[box.name]], keep)
         return mine
 
-    def _assembled(self, now: Round, name: str, shape: tuple[int, int], pieces: Mapping[str, Matrix]) -> Matrix:
+    def _assembled(self, now: MatrixRound, name: str, shape: tuple[int, int], pieces: Mapping[str, Matrix]) -> Matrix:
         """Return the matrix with this rank's box in its place. A box that is the whole matrix is not copied."""
         box, own = now.local[name], pieces[name]
         if box.size == shape:

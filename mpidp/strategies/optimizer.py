@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.slices import slice_bounds
-from mpidp.model.hidden import hidden_by_name
 from mpidp.parallel.whole_matrices import Box, Hidden
 from mpidp.reducers.buckets import FlatLayout
 from mpidp.strategies.muon import MATRIX_STATE, Muon
@@ -56,15 +55,15 @@ class Optimizer:
         gradients: (num_elements,). share: (index, count) of the share that this rank updates. bounds: the count + 1 bounds of the
         shares, outside the hidden matrices; without it, shares are cut at multiples of ALIGN, and hidden matrices are dealt in
         the order of their cost. holds: the indices of the shares whose state this rank stores (default: all). With `holds`, the
-        caller saves the state. hidden: the hidden matrices and the ranks that update them together; default: those of a built-in
-        model, and this rank alone. Collective over hidden.comm."""
+        caller saves the state. hidden: the hidden matrices and the ranks that update them together; default: none.
+        Collective over hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
         self.updates = 0
         self._steps: list[Tensor] = []  # torch has one step counter per parameter
-        hidden = hidden or Hidden(hidden_by_name((what, p) for _, what, p in layout.placed()))
+        hidden = hidden or Hidden()
         self._matrices = _order(layout, hidden) if name in MATRIX_STATE else {}
         cuts = bounds or slice_bounds(layout.num_elements, share[1])
         self.held = range(cuts[holds.start], cuts[holds.stop]) if holds is not None else range(layout.num_elements)

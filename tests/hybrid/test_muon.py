@@ -26,7 +26,8 @@ CLOSE = 2e-3  # of losses after a few steps: the products of Muon are in bfloat1
 def config(data: Path, run: Path, name: str, steps: int = 8, **sections: dict[str, Any]) -> Config:
     """A model with matrices of several shapes, whose number is no multiple of the number of ranks."""
     found: Sections = {
-        "model": {} if "kind" in sections.get("model", {}) else {"num_layers": 3, "num_kv_heads": 2}, "train": {"steps": steps, "global_batch": 13, "eval_every": 4},
+        "model": {} if "kind" in sections.get("model", {}) else {"num_layers": 3, "num_kv_heads": 2},
+        "train": {"steps": steps, "global_batch": 13, "eval_every": 4},
         "optim": {"name": name, "schedule": "constant", "clip": 0.5},
     }
     for section, values in sections.items():

@@ -36,7 +36,8 @@ def test_hidden_matrices_of_an_own_model() -> None:
 
 
 def test_slices_end_outside_of_matrices() -> None:
-    named = [(f"blocks.{i}.{n}", nn.Parameter(torch.zeros(s))) for i in range(3) for n, s in enumerate([(70, 50), (33,), (9, 90)])]
+    shapes = [(70, 50), (33,), (9, 90)]
+    named = [(f"blocks.{i}.{n}", nn.Parameter(torch.zeros(s))) for i in range(3) for n, s in enumerate(shapes)]
     layout = FlatLayout([("embedding.weight", nn.Parameter(torch.zeros(99, 64))), *named])
     matrices = {name for name, p in named if p.dim() == 2}
     for multiple in (ALIGN, NORM_BLOCK):
@@ -65,4 +66,4 @@ def test_a_batch_of_matrices_has_the_bits_of_single_matrices(shape: tuple[int, i
     assert torch.equal(alone[0], theirs)
     if min(shape) > 1:
         values = torch.linalg.svdvals(alone[0].float())
-        assert 0.6 < values.median() and values.max() < 1.4, "nearly orthogonal"
+        assert values.median() > 0.6 and values.max() < 1.4, "nearly orthogonal"
