@@ -77,8 +77,9 @@ class ModelFolder:
         if scaling is None or scaling.kind != "longrope" or seq_len <= scaling.original:
             return self.notes
         return [
-            *self.notes, f"{self.path}: its rope scaling longrope has other factors above {scaling.original:.0f} tokens. With "
-            f"model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length only",
+            *self.notes, f"{self.path}: its rope scaling longrope has different factors above {scaling.original:.0f} tokens. "
+            f"With model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length "
+            "only",
         ]
 
     def stored_name(self, name: str) -> str:
