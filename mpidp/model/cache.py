@@ -58,10 +58,10 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how
     Joined caches are computed together.
     """
     if q.shape[2] == 1 and joined(caches):
-        joint = caches[0].joint[layer]
+        end, (keys, values) = caches[0].length + 1, caches[0].joint[layer]
         for i, cache in enumerate(caches):
             cache.extend(layer, k[i], v[i])
-        return _attend_next(q, *(kept[:, :, : caches[0].length + 1] for kept in joint), how)
+        return _attend_next(q, keys[:, :, :end], values[:, :, :end], how)
     rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i]), how) for i, cache in enumerate(caches)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
