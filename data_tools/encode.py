@@ -124,8 +124,9 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row counts
-    as longer, whatever its number of tokens, if it has more than WINDOW and more than MAX_CHARACTERS * max_tokens characters.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, the
+    tokens of a row are not counted if it has more than WINDOW and more than MAX_CHARACTERS * max_tokens characters: such a row
+    is treated as longer.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)

@@ -150,7 +150,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     with raise_together(world):
         if options.stride > seq_len:
             raise UsageError(
-                f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger one would skip tokens"
+                f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger stride would skip tokens"
             )
         if world.rank == 0:
             text = read_text(options.text)

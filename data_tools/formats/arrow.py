@@ -12,8 +12,8 @@ from data_tools.formats.blocks import ReadOptions, TokenBlock
 from data_tools.formats.columns import PARTS, block_of_rows, wanted_columns
 from mpidp.errors import DataError, UsageError
 
-BATCH_ROWS = 256  # of a parquet file that are read at once
-BUFFER_BYTES = 2**20  # of a column; else pyarrow reads a whole row group into memory
+BATCH_ROWS = 256  # rows of a parquet file that are read at once
+BUFFER_BYTES = 2**20  # read buffer of a column; without it, pyarrow reads whole row groups into memory
 
 
 def pyarrow(path: Path) -> Any:

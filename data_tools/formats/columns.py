@@ -1,4 +1,4 @@
-"""The columns of rows that hold tokens: which one has the ids, and what masks and labels mean. Pure.
+"""The columns of rows that hold tokens: which column has the ids, and what masks and labels mean. Pure.
 
 | column | meaning |
 |---|---|
@@ -42,6 +42,11 @@ def wanted_columns(names: Collection[str], options: ReadOptions, where: object) 
     """Return the names of the columns to read: the ids first, then those that mask. Pure."""
     ids = id_column(names, options, where)
     return [ids, *(name for name in OTHERS if name in names and name != ids)]
+
+
+def labels_of(block: TokenBlock) -> np.ndarray | None:
+    """Return the labels of a block with a loss mask, (n,) int64: the id, or -100. None without a mask. Pure."""
+    return None if block.mask is None else np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
 
 
 def block_of_rows(

@@ -67,3 +67,10 @@ def file_below(folder: Path, name: Any, index: Path) -> Path:
     if not parts or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{index} names the file {name!r}, which is not a plain path below its folder")
     return folder / name
+
+
+def has_index(folder: Path, **kinds: type) -> bool:
+    """Return whether FOLDER/index.json has these keys, with values of these types. Raises DataError if it is not JSON.
+    Independent."""
+    about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
+    return isinstance(about, dict) and all(isinstance(about.get(key), kind) for key, kind in kinds.items())

@@ -58,7 +58,7 @@ def same_path(one: str, other: str) -> bool:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the numerics fingerprint: everything besides data and other settings on which the bits of the results depend. Each
+    """Return the numerics fingerprint: what the bits of the results depend on, apart from the data and the other settings. Each
     checkpoint stores it. When a run resumes, differences are logged. Independent."""
     return {
         "threads": config.train.threads,

@@ -44,7 +44,7 @@ class ModelSettings:
     positions: str = setting("rotary", "rotary: rotate queries and keys; learned: add a table's rows to the embedding", "",
                              CHOICES["positions"], resume=FIXED)
     position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
-    rotary_dims: int = setting(0, "number of dimensions of a head that are rotated, the first ones; 0: all", "channels", low=0,
+    rotary_dims: int = setting(0, "number of leading dimensions of each head that are rotated; 0: all", "channels", low=0,
                                resume=FIXED)
     rotary_layers: str = setting("", "a letter per layer, repeated: y rotary, n none (yyyn); empty: all rotary", "letters",
                                  resume=FIXED)

@@ -138,7 +138,7 @@ RULES = [
     Rule(_NOT, _CUT, _not, _cut, "model parallelism is implemented for the built-in Transformer only"),
     Rule(_NOT, _FSDP, _not, _fsdp, "parameter sharding is implemented for the built-in Transformer only; use mesh.shard=1"),
     Rule(_NOT, "train.loss=chunked", _not, _is("train.loss", "chunked"),
-         "the head of the built-in Transformer alone can be computed for some positions at a time"),
+         "only the built-in Transformer can compute its head for some positions at a time"),
     Rule(_NOT, "train.recompute", _not, _is("train.recompute", True),
          "implemented for the blocks of the built-in Transformer only"),
     Rule(_NOT, "train.compile", _not, _is("train.compile", True),

@@ -39,7 +39,7 @@ class DataSettings:
     )
     cache_dir: str = setting("", "folder for ranges of remote shards, on a local disk; empty: in the temporary folder", "path")
     cache_gb: float = setting(10.0, "largest size of this cache on each node", "10^9 bytes", low=0.05)
-    retry_seconds: float = setting(300.0, "how long a request to a failing server is tried again", "s", low=0.0)
+    retry_seconds: float = setting(300.0, "how long a failed request to a server is repeated", "s", low=0.0)
     verify: str = setting(
         "auto", "check the shards' checksums before training, not only sizes and headers; auto: if this takes under a second", "",
         ("auto", "true", "false"),
@@ -47,7 +47,8 @@ class DataSettings:
     order: str = setting("shuffled", "order of the training windows", "", ("shuffled", "sequential"), resume=FIXED)
     resident: str = setting("auto", "keep this rank's tokens in GPU memory", "", ("auto", "true", "false"))
     documents: str = setting(
-        "auto", "apart: attention stays within a document; auto: apart if the shards contain packed rows, else joined", "",
+        "auto", "joined: attention crosses the ends of documents; apart: attention stays within a document; auto: apart if the "
+        "shards contain packed rows, else joined", "",
         ("auto", "joined", "apart"), resume=FIXED,
     )
 
@@ -190,7 +191,7 @@ class CommSettings:
         0.0, "share of values that topk and randomk send; 0: topk 0.01 (local: 0.03), randomk 0.1", "of all values", low=0.0,
         high=1.0,
     )
-    ratio_warmup: int = setting(0, "steps in which the ratio decreases from 1 to its value", "steps", low=0)
+    ratio_warmup: int = setting(0, "number of steps in which the ratio decreases from 1 to comm.ratio", "steps", low=0)
     momentum: float = setting(
         0.0, "topk, randomk: momentum on each rank before compression, instead of the momentum of sgd; 0: off", "", low=0.0,
         high=0.9999999,

@@ -176,8 +176,8 @@ def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
     if found is None or found.kind != "longrope" or seq_len <= found.original:
         return []
     return [
-        f"{where}: its rope scaling longrope has other factors above {found.original:.0f} tokens. With model.seq_len={seq_len}, "
-        "mpidp uses them for all inputs. transformers uses them for inputs above this length only"
+        f"{where}: its rope scaling longrope has different factors above {found.original:.0f} tokens. With "
+        f"model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length only"
     ]
 
 

@@ -35,7 +35,7 @@ TOPICS = {  # first argument: (one line of help, description)
 Predict training time by batch size and number of ranks. The first RUN supplies the gradient noise scale (train it with
 --train.noise_every=10), which determines how much is learned from a batch. This run, and other runs of the same model on other
 numbers of ranks, supply the time of a step. docs/plan.md explains the table."""),
-    "methods": ("which training method pays on this cluster", """\
+    "methods": ("compare training methods on this cluster", """\
 Compare training methods for this model on this cluster: predict how much each method sends and how long a step takes. With --run,
 train with each method and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md explains
 it."""),

@@ -25,7 +25,7 @@ class _Facts(TypedDict):
 
 
 class _Sealed(TypedDict):
-    """What is read of a manifest."""
+    """The entries that are read from a manifest."""
 
     body: _Facts
 

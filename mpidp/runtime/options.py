@@ -117,7 +117,8 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options for how texts become input: --special and --seq-len. default: of --special, in words. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
-                        help=f"what names of special tokens (<|im_start|>) in texts become: tokens (ids) or text ({default})")
+                        help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
+                        f"(their ids) or text ({default})")
     add_seq_len(parser)
 
 

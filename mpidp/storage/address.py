@@ -55,7 +55,7 @@ def address_problems(name: str, path: str) -> Iterator[str]:
     if found is None:
         if _ALMOST.fullmatch(path):
             yield (f"{named(name, path)} is not an address: write it with two slashes and without quotes or spaces before it, "
-                   "as in s3://bucket/prefix (a local path with such a name begins with ./)")
+                   "as in s3://bucket/prefix (begin a local path of this name with ./)")
         return
     protocol, rest = found[1].lower(), found[2]
     host = rest.partition("/")[0]

@@ -129,7 +129,7 @@ def test_tensors_may_lack_the_prefix(row: str, tmp_path: Path) -> None:
 def test_a_note_says_that_longrope_differs_for_short_inputs(tmp_path: Path) -> None:
     folder = ModelFolder(folder_of_row("phi3, longrope", tmp_path))
     assert not folder.notes_at(24)
-    assert "longrope has other factors above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
+    assert "longrope has different factors above 24 tokens. With model.seq_len=25" in folder.notes_at(25)[0]
 
 
 def test_generate_and_evaluate_show_the_notes_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_generate_and_evaluate_show_the_notes_of_a_folder(tmp_path: Path, monkey
     open_source(path, WORLD, 12)
     assert not shown
     open_source(path, WORLD, 13)
-    assert len(shown) == 1 and "longrope has other factors above 12 tokens" in shown[0]
+    assert len(shown) == 1 and "longrope has different factors above 12 tokens" in shown[0]
 
 
 def test_export_shows_the_note_about_longrope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
