@@ -141,7 +141,7 @@ def encode_rows(
                 reader.counts.note("long", f"{row.place}: {size}")
                 ids, mask = ids[:max_tokens], mask[:max_tokens]
             if is_long and not truncate:
-                reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; see --truncate")
+                reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; --truncate shortens such rows")
             elif not mask.any():
                 reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
             else:

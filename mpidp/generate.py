@@ -43,7 +43,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.generate"), usage="[mpirun -np N] %(prog)s RUN [--prompt TEXT | --prompts FILE] [options]",
-        description="Generate text with a trained model. The ranks share the prompts.",
+        description="Generate text with a trained model. The prompts are divided among the ranks.",
     )
     add = parser.add_argument
     add_run(parser)
@@ -56,7 +56,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
     add("--chat", action="store_true", help="chats: --prompt is a message of the user, a row of --prompts has messages (role, "
         "content). The run's chat template makes the prompt, and only the answer is printed")
-    add_texts(parser, "default: tokens if the tokenizer is a model's, else text")
+    add_texts(parser, "default: tokens if the tokenizer comes with a model, else text")
     add_tokenizer(parser)
     add_compute(parser)
     add("--data", help=argparse.SUPPRESS)

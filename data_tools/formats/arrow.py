@@ -104,7 +104,7 @@ def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, 
     types = library.types
     kind = column.type
     if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers: name another with "
+        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers: name another column with "
                         "--column. If it holds "
                         "text, use mpidp prepare")
     if not (types.is_integer(kind.value_type) or types.is_boolean(kind.value_type)):

@@ -106,5 +106,5 @@ def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int)
         bad = int(np.argmax((ids < 0) | (ids >= options.vocab_size)))
         raise DataError(f"{where}: token {at + bad} has the id {int(ids[bad])}, but the tokenizer's ids are "
                         f"0..{options.vocab_size - 1}: "
-                        "give the tokenizer that the data were made with, --tokenizer PATH, or their type, --dtype")
+                        "give the tokenizer of these data with --tokenizer PATH, or the type of the ids with --dtype")
     return block if block.mask is None else replace(block, mask=np.asarray(block.mask, dtype=np.uint8))

@@ -44,7 +44,7 @@ def _saved(folder: Path) -> list[Path]:
     """Return the Arrow files of a Dataset in their order."""
     state = read_json(folder / STATE)
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: an old version of datasets saved it with a table of indices: load it, call "
+        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices: load the dataset, call "
                         "flatten_indices(), and save it "
                         "again")
     try:

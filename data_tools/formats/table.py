@@ -21,7 +21,7 @@ class TokenFormat:
 
     what: str  # in words, for messages
     documents: str  # STORED, ROWS or IDS
-    recognize: Callable[[Path], bool] # whether a file or folder looks like this format
+    recognize: Callable[[Path], bool]  # whether a file or folder looks like this format
     find: Callable[[Path, list[str]], list[SourcePart]]  # the parts of a source; adds remarks
     read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # yields the tokens of one part
     write: Callable[[SplitTokens, Path], list[str]]  # writes one split; returns remarks

@@ -132,5 +132,5 @@ def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_ba
     if changed:
         raise UsageError(
             f"{config.run.dir} contains a checkpoint of a run with other settings: {'; '.join(changed)}. Use the old values to "
-            "resume, another --run.dir for a new run, or --run.resume=never to move the old run to previous_N and start anew"
+            "resume, another --run.dir for a new run, or --run.resume=never to move the old run to previous_N and start a new one"
         )

@@ -37,9 +37,9 @@ class DataSettings:
         "shards/stdlib", "folder with the shards, or s3://bucket/prefix; the default corpus is prepared if it does not exist",
         "path",
     )
-    cache_dir: str = setting("", "folder for ranges of remote shards, on a local disk; empty: in the temporary folder", "path")
+    cache_dir: str = setting("", "local folder that caches parts of remote shards; empty: in the temporary folder", "path")
     cache_gb: float = setting(10.0, "largest size of this cache on each node", "10^9 bytes", low=0.05)
-    retry_seconds: float = setting(300.0, "how long a failed request to a server is repeated", "s", low=0.0)
+    retry_seconds: float = setting(300.0, "how long to retry a failed request to a server", "s", low=0.0)
     verify: str = setting(
         "auto", "check the shards' checksums before training, not only sizes and headers; auto: if this takes under a second", "",
         ("auto", "true", "false"),
@@ -89,8 +89,8 @@ class TrainSettings:
     eval_tasks: str = setting("", "tasks of lm-eval for each evaluation, for example arc_easy,hellaswag (docs/use.md)", "names")
     eval_tasks_dir: str = setting("", "folder with task files (.yaml) for eval_tasks", "path")
     eval_tasks_limit: int = setting(0, "items of each of eval_tasks; 0: all", "items", low=0)
-    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: chosen from their measured cost", "steps",
-                              low=-1)
+    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: by the measured cost of a checkpoint",
+                              "steps", low=-1)
     balance: str = setting(
         "even", "how lanes are divided among ranks: evenly, by measured speed, or by work stealing", "",
         ("even", "measured", "steal"),
@@ -99,7 +99,7 @@ class TrainSettings:
                                low=0)
     noise_every: int = setting(0, "steps between measurements of the gradient noise scale; 0: off", "steps", low=0)
     spike: float = setting(
-        0.0, "skip a batch whose gradient norm exceeds this multiple of the median of the last 32; 0: off", "", low=0.0,
+        0.0, "skip a batch whose gradient norm exceeds this multiple of the median of the last 32 norms; 0: off", "", low=0.0,
     )
     max_skipped: int = setting(20, "return to the last checkpoint after this many skipped batches in a row", "steps", low=1)
 
@@ -237,13 +237,14 @@ class RunSettings:
 
     dir: str = setting("runs/default", "folder of the run: config, metrics and checkpoints", "path")
     resume: str = setting(
-        "auto", "auto: resume from the newest valid checkpoint, if any; must: fail without one; never: start anew", "",
+        "auto", "auto: resume from the newest valid checkpoint, if any; must: fail if there is none; never: start a new run", "",
         ("auto", "never", "must"),
     )
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
     mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
-        60.0, "end the job with exit code 6 if it makes no progress for this long (and 20 usual steps); 0: off", "s", low=0.0,
+        60.0, "end the job with exit code 6 if it makes no progress for this time and the time of 20 usual steps; 0: off", "s",
+        low=0.0,
     )
     tries: int = setting(3, "maximum number of successive starts from the same checkpoint", "", low=1)
     stop_early_seconds: float = setting(

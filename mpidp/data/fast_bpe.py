@@ -30,7 +30,7 @@ PATTERNS = (  # patterns of a Split in the tokenizer.json of Llama 3 and Qwen 2;
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1") # around a character
+CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # around a character
 LONG_SPACE = 2**18  # white space in a row. tiktoken's regular expressions panic at a million
 SPACE = re.compile(rf"\s{{{LONG_SPACE}}}")
 KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",

@@ -138,7 +138,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
     ),
     "onnxruntime-genai": (
-        Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is no multiple of 16"),
+        Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is not a multiple of 16"),
         Restriction(lambda facts: "linear" in facts.ropes, "its model builder ignores linear rope scaling"),
         Restriction(
             lambda facts: facts.is_char, "its tokenizer gives -1 for spaces and for characters outside ASCII: encode text with "

@@ -111,7 +111,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add --model.kind, which permits the code that a run with a custom model needs, and --base, the base of adapters. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="where the base model of a LoRA run is, if it has moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
-                        help="MODULE:FACTORY of a run with a custom model; without this option no code that RUN names is called")
+                        help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
@@ -125,7 +125,7 @@ def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
 def add_seq_len(parser: argparse.ArgumentParser) -> None:
     """Add --seq-len. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
-                        help="context length, if RUN is a Hugging Face folder; 0: that of the model, at most 2048 (%(default)s)")
+                        help="context length, if RUN is a Hugging Face folder; 0: the model's own, at most 2048 (%(default)s)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -133,7 +133,7 @@ class State:
             self.save()
 
     def save(self) -> None:
-        """Store the state. A full disk is no error here: the lines were written, and must not be written again."""
+        """Store the state. A full disk is not an error here: the lines were written, and must not be written again."""
         self._saved = time.monotonic()
         with suppress(OSError):
             write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
