@@ -58,7 +58,7 @@ class FromOptions:
 def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
     """Write shards from a source; return a line of text about each split, and remarks.
 
-    name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists, and DataError if the source is
+    name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists. Raises DataError if the source is
     damaged, has another format, or does not match the tokenizer. `out` is then not made. Independent.
     """
     if out.exists():

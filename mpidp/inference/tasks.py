@@ -99,8 +99,8 @@ def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]
 
 
 def _check_folder(folder: Path, code: bool) -> None:
-    """Check the task files of a folder and the files that they include. Raises UsageError if there is no task file, or if one
-    names Python functions that may not be called, and DataError if one cannot be read or is not YAML."""
+    """Check the task files of a folder and the files that they include. Raises UsageError if there is no task file, or if a file
+    names Python functions that may not be called. Raises DataError if a file cannot be read or is not YAML."""
     import yaml
 
     waiting, seen = sorted(folder.rglob("*.yaml")), set[Path]()
