@@ -1,4 +1,4 @@
-"""Choose the token that ends a document: the one that the model's files declare, or one of the usual names. Independent."""
+"""Choose the token that ends a document: the token that the model's files declare, or one of the usual names. Independent."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ FEW_SHOT_SEED = 1234  # the harness's own default
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What to evaluate on. names: tasks, groups or tags of the harness, or of task files in `folder` ("": none)."""
+    """The options of an evaluation on tasks. names: tasks, groups or tags of the harness, or of task files in `folder` ("":
+    none)."""
 
     names: Sequence[str]
     folder: str = ""
