@@ -75,7 +75,7 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
             (scratch / "new").mkdir()
         reading = ReadOptions(encoder.vocab_size, scratch, options.dtype, options.column)
         writers = _read(kind, source, reading, encoder, options, ticker)
-        remarks = _find_documents(kind, writers, encoder, options)
+        remarks = _find_documents(kind, writers, encoder, options, reading.divided)
         index = _write(writers, encoder, scratch / "new", options, {"kind": name, "path": str(source)}, ticker)
         with writing(out, ADVICE):
             os.rename(scratch / "new", out)
@@ -149,12 +149,14 @@ def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
     return TokenBlock(np.insert(block.ids.astype(np.int64), ends[short], eod), starts, mask)
 
 
-def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> list[str]:
+def _find_documents(
+    kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions, divided: bool
+) -> list[str]:
     """Find the documents of formats that do not store them; return remarks. Raises DataError if no token ends documents."""
     used = [writer for writer in writers.values() if writer.tokens]
     lengths = set().union(*(writer.lengths for writer in used))
     several = sum(writer.documents for writer in used) > 1
-    one_length = len(lengths) == 1 and several and not options.add_eod
+    one_length = len(lengths) == 1 and several and not options.add_eod and not divided
     joined = kind.documents == ROWS and (options.rows == "part" or options.rows == "auto" and one_length)
     unknown = used if joined else [writer for writer in used if not all(writer.known)]
     if options.whole:

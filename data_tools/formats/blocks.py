@@ -37,6 +37,7 @@ class ReadOptions:
     column: str = ""  # --column: the column that holds the ids; "": one of the usual names
     remarks: list[str] = field(default_factory=list)
     skipped: int = 0  # documents without tokens
+    divided: bool = False  # whether columns divide rows into several documents
 
     def remark(self, text: str) -> None:
         """Add a remark, once."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_tools.formats.arrow import batch_blocks, read_ipc
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, readable
-from data_tools.formats.columns import wanted_columns
+from data_tools.formats.columns import DIVIDERS, wanted_columns
 from data_tools.formats.expand import expanded
 from data_tools.formats.row_files import FILE_BYTES, RowFiles, documents, mapped, offsets_of
 from data_tools.formats.rows import file_below, gather, has_index, read_json
@@ -32,6 +32,7 @@ from mpidp.runtime.files import open_regular
 TENSORS = {0: "<f4", 1: "<f4", 2: "<f8", 3: "<f8", 8: "<f2", 9: "<f2", 11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4",
            16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by their number
 ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # types of arrays
+ARRAYS_OF = ("no_header_tensor", "no_header_numpy", "tensor", "numpy")  # kinds of columns with arrays
 ARROW_END, FRAMED = b"LDARW01\0", b"LDFZ01\0\0"
 MAX_ITEM_BYTES = 2**30  # largest compressed sample
 
@@ -106,8 +107,10 @@ def _arrow(path: Path, shown: Path, options: ReadOptions) -> Iterator[TokenBlock
 def _samples(
     path: Path, shown: Path, samples: int, names: list[str], formats: list[str], raw: bool, level: str, options: ReadOptions
 ) -> Iterator[dict[str, np.ndarray]]:
-    wanted = wanted_columns(names, options, shown)
     kinds = dict(zip(names, formats, strict=True))
+    families = {name: kind.partition(":")[0] for name, kind in kinds.items()}
+    arrays = [name for name in names if families[name] in ARRAYS_OF or name in DIVIDERS and families[name] == "pickle"]
+    wanted = wanted_columns(names, options, shown, arrays)
     for name in wanted:
         _check_format(name, kinds[name], shown)
     for number, data in enumerate(_items(path, shown, samples, level)):
@@ -166,7 +169,7 @@ def _check_format(name: str, kind: str, shown: Path) -> None:
     family = kind.partition(":")[0]
     if family == "pickle":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
-    if family not in ("no_header_tensor", "no_header_numpy", "tensor", "numpy"):
+    if family not in ARRAYS_OF:
         raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If it holds text, write the "
                         "samples as JSON "
                         "lines and use mpidp prepare")

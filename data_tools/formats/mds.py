@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock
-from data_tools.formats.columns import wanted_columns
+from data_tools.formats.columns import DIVIDERS, wanted_columns
 from data_tools.formats.expand import expanded
 from data_tools.formats.row_files import FILE_BYTES, RowFiles, documents, mapped, offsets_of
 from data_tools.formats.rows import file_below, gather, has_index, read_json
@@ -68,7 +68,9 @@ def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]
 def _samples(
     path: Path, shown: Path, samples: int, names: list[str], encodings: list[str], sizes: list[int | None], options: ReadOptions
 ) -> Iterator[dict[str, np.ndarray]]:
-    wanted = wanted_columns(names, options, shown)
+    arrays = [name for name, one in zip(names, encodings, strict=True)
+              if one.startswith("ndarray") or name in DIVIDERS and one in ("bytes", "pkl")]
+    wanted = wanted_columns(names, options, shown, arrays)
     for name in wanted:
         _check_encoding(name, encodings[names.index(name)], shown)
     data = mapped(path)

@@ -303,12 +303,56 @@ PACKED = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 0]]
     {"position_ids": [[0, 1, 0, 1, 2], [0, 1], [0, 0, 1, 2]]}, {"attention_mask": [[1, 1, 2, 2, 2], [1, 1], [1, 2, 2, 0]]},
     {"seq_lengths": [[2, 3], [2], [1, 3]]},
     {"seq_lengths": [[2, 3], [2], [1, 3]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
+    {"cu_seqlens": [[0, 2, 5], [0, 2], [0, 1, 4]]}, {"cu_seq_lens_q": [[0, 2, 2, 5], [0, 2], [0, 1, 4]]},
+    {"segment_ids": [[0, 0, 1, 1, 1], [0, 0], [0, 1, 1, 1]]}, {"segment_ids": [[1, 1, 2, 2, 2], [1, 1], [1, 2, 2, 0]]},
+    {"seq_idx": [[7, 7, 3, 3, 3], [3, 3], [0, 1, 1, -1]]},
+    {"segment_ids": [[0, 0, 1, 1, 1], [0, 0], [0, 1, 1, 1]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
+    {"document_ids": [["a"], ["b"], ["c"]], "segment_ids": [[0, 0, 1, 1, 1], [0, 0], [0, 1, 1, 1]], "doc": [1, 2, 3]},
 ])
 def test_documents_of_packed_rows_stay_apart(tmp_path: Path, columns: dict[str, object]) -> None:
     source = parquet(tmp_path / "a.parquet", input_ids=PACKED, **columns)
     take("hf", source, tmp_path / "out")
-    last = [9, 10] if "attention_mask" in columns else [9, 10, 0]
+    is_padding = "attention_mask" in columns or str(columns).endswith(("2, 0]]}", "-1]]}"))
+    last = [9, 10] if is_padding else [9, 10, 0]
     assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, 4, 5], [6, 7], [8], last]
+
+
+def test_packed_rows_whose_documents_have_one_length_are_not_joined(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "a.parquet", input_ids=[[1, 2, 3, EOD]] * 2, segment_ids=[[0, 0, 1, 1]] * 2)
+    take("hf", source, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, EOD]] * 2
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("cu_seqlens", [0, 2, 5]), ("seq_lengths", [2, 3]), ("segment_ids", [1, 1, 2, 2, 2]), ("position_ids", [0, 1, 0, 1, 2])])
+def test_packed_rows_of_mds_keep_their_documents(name: str, values: list[int], tmp_path: Path) -> None:
+    def array(numbers: list[int]) -> bytes:
+        return bytes([1 << 2, len(numbers)]) + np.array(numbers, "<u2").tobytes()
+
+    source = mds(tmp_path / "a", {"tokens": "ndarray:uint16", name: "ndarray:uint16"},
+                 [{"tokens": array(PACKED[0]), name: array(values)}] * 2)
+    take("mds", source, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, 4, 5]] * 2
+    pickled = mds(tmp_path / "b", {"tokens": "ndarray:uint16", "segment_ids": "pkl"},
+                  [{"tokens": array(PACKED[0]), "segment_ids": b"x"}])
+    with pytest.raises(DataError, match="`segment_ids` holds pickles"):
+        take("mds", pickled, tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_masks_of_floats_are_read(kind: str, tmp_path: Path) -> None:
+    import pyarrow
+
+    def floats(values: list[float]) -> object:
+        return pyarrow.array([values], pyarrow.list_(getattr(pyarrow, f"{kind}32" if kind == "float" else "float64")()))
+
+    take("hf", parquet(tmp_path / "a.parquet", input_ids=[[1, 2, EOD, 9]], loss_mask=floats([0.0, 1.0, 1.0, 1.0]),
+                       attention_mask=floats([1.0, 1.0, 1.0, 0.0])), tmp_path / "out")
+    mask = TokenStream(tmp_path / "out").read_mask(0, 3)
+    assert mask is not None and mask.tolist() == [False, True, True] and ids_of(tmp_path / "out") == [1, 2, EOD]
+    for wrong in (0.5, float("nan"), -1.0):
+        with pytest.raises(DataError, match=r"`loss_mask` has the value .*must have only 0 and 1"):
+            take("hf", parquet(tmp_path / "a.parquet", input_ids=[[1]], loss_mask=floats([wrong])), tmp_path / "new")
 
 
 def test_a_token_that_ends_and_begins_documents_is_told(tmp_path: Path) -> None:
@@ -328,9 +372,17 @@ def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("columns", "why"), [
     ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "row 0 has seq_lengths whose sum is not its number of tokens"),
+    ({"input_ids": [[1], [1, 2]], "cu_seqlens": [[0, 1], [0, 1]]}, "row 1 has cu_seqlens whose values do not rise from 0 to its"),
+    ({"input_ids": [[1, 2]], "cu_seqlens": [[1, 2]]}, "row 0 has cu_seqlens"),
+    ({"input_ids": [[1]], "cu_seqlens": [[]]}, "`cu_seqlens` holds lists of null"),
+    ({"input_ids": [[1, 2]], "cu_seqlens": [[0, 3, 1, 2]]}, "row 0 has cu_seqlens"),
+    ({"input_ids": [[1, 2]], "cu_seqlens": [[[0, 1, 2]]]}, "`cu_seqlens` holds"),
+    ({"input_ids": [[1, 2]], "segment_ids": [[1.0, 2.0]]}, "`segment_ids` holds float64"),
+    ({"input_ids": [[1, 2]], "inputs_segmentation": [[1, 2]]}, "`inputs_segmentation` may hold the documents of packed rows"),
+    ({"input_ids": [[1, 2]], "segment_ids": [[1]]}, "each token needs"),
     ({"input_ids": [[1, 2], [1, 2]], "position_ids": [[0, 1], [0, 2]]}, "row 1 has the position 2 after 0"),
     ({"text": ["a"]}, r"no column of token ids \(input_ids\), only text"), ({"input_ids": ["a b"]}, "not a list of integers"),
-    ({"input_ids": [[1.0]]}, "lists of double"), ({"input_ids": [[1, None]]}, "null among the values"),
+    ({"input_ids": [[1.0]]}, "`input_ids` holds float64"), ({"input_ids": [[1, None]]}, "null among the values"),
     ({"input_ids": [[1, 2]], "labels": [[2, 3]]}, "row 0 has the label 2 at the id 1"),
     ({"input_ids": [[1, 2]], "labels": [[1]]}, "each token needs"),
     ({"input_ids": [[1, 300]]}, "token 1 has the id 300"), ({"input_ids": [[1, -1]]}, "token 1 has the id -1"),

@@ -22,7 +22,6 @@ WORDS = {  # an example of each side of a rule
     ),
     "strategy.name=local|server": ("strategy.name=local", "strategy.name=server"),
     "strategy.name=server": ("strategy.name=server",),
-    "optim.name=muon": ("optim.name=muon",),
     "mesh.tp or mesh.pp above 1": ("mesh.tp=2", "mesh.pp=2", "mesh.tp=2 mesh.pp=2"),
     "mesh.interleave above 1": ("mesh.interleave=2",), "mesh.pp=1": ("mesh.pp=1",),
     "mesh.sequence=true": ("mesh.sequence=true",), "mesh.tp=1": ("mesh.tp=1", "mesh.pp=2"),
