@@ -18,7 +18,7 @@ from mpidp.strategies.newton_schulz import orthogonalized
 
 MATRIX_STATE = {"muon": ("momentum_buffer",), "normuon": ("momentum_buffer", "second_momentum_buffer")}
 MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov's form
-BETA2, EPS = 0.95, 1e-8  # of NorMuon
+BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
 
 class Muon:
