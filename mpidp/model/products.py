@@ -1,13 +1,12 @@
 """Matrix products of linear layers in training on CPUs. Pure torch, no MPI.
 
-torch computes float32 products with MKL. On AMD CPUs, MKL uses only half the width of AVX-512. oneDNN, which is also part of torch,
-uses all of it and needs about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the
-number of rows (tests/unit/test_products.py).
+torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, does, and
+needs about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
+(tests/unit/test_products.py).
 """
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALLEST = 1 << 18  # multiplications; torch's own product is faster for smaller products
+SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because a call of oneDNN takes 10 microseconds more
 
 
-@cache
-def kind() -> str:
-    """Return which library computes large float32 products in training on this machine: "onednn" or "torch". Independent."""
+def _kind() -> str:
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -30,24 +27,17 @@ def kind() -> str:
     return "onednn" if amd and wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") else "torch"
 
 
-def eager_float32(*tensors: Tensor) -> bool:
-    """Return whether float32 tensors on the CPU are computed eagerly and without autocast. Pure."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+KIND = _kind()  # the library that computes large float32 products in training on this machine
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + bias, (..., outputs). x: (..., inputs). weight: (outputs, inputs). Pure."""
-    if kind() == "torch" or not torch.is_grad_enabled() or not eager_float32(x, weight) or _work(x, weight) < SMALLEST:
+    trains = torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    if KIND == "torch" or not trains or not float32 or x.numel() * len(weight) < SMALLEST:
         return F.linear(x, weight, bias)
     found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return found
-
-
-def _work(x: Tensor, weight: Tensor) -> int:
-    """Return the number of multiplications."""
-    return x.numel() * weight.shape[0]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
