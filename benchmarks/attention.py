@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py --seq-len 8192 --window 1024 --repeats 3
 
-A row is one forward and backward of one layer (one sequence, 4 heads of 64, float32), in an own process. "memory" is the peak
+A row is one forward and backward of one layer (one sequence, 4 heads of 64, float32), in its own process. "memory" is the peak
 resident memory of the process during this, minus what it was before. "CPU" is the CPU time of the process, the fastest repeat.
 """
 
@@ -39,7 +39,7 @@ def attention_of(row: str, ids: Tensor, window: int) -> Callable[[Tensor, Tensor
 
 
 def reset_peak() -> None:
-    """Start to measure the largest resident memory anew (Linux)."""
+    """Reset the measured largest resident memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

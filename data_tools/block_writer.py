@@ -24,7 +24,7 @@ class BlockWriter:
         self.tokens = self.documents = 0
         self.parts: list[int] = []  # where each part of the source begins
         self.known: list[bool] = []  # whether the documents of each part are stored in it
-        self.lengths: set[int] = set()  # of rows; at most two different ones are kept
+        self.lengths: set[int] = set()  # lengths of rows; at most two different lengths are kept
         self.left_out = 0  # tokens that are not in the loss
         self._ids, self._starts = self._open("tokens"), self._open("documents")
         self._mask = self._open("mask") if masked else None

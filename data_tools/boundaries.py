@@ -11,8 +11,8 @@ from mpidp.runtime.log import counted
 
 
 def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
-    """Return whether the end-of-document token begins documents instead of ending them: whether more parts of the source begin
-    with it than end with it. usual: the result if both numbers are equal. Independent."""
+    """Return True if the end-of-document token begins documents, and False if it ends them: compare the number of parts of the
+    source that begin with this token with the number that end with it. usual: the result if both are equal. Independent."""
     begin = end = 0
     for writer in writers:
         edges = np.unique([at for at in (*writer.parts, writer.tokens) if 0 <= at <= writer.tokens])
@@ -22,8 +22,7 @@ def eod_is_first(writers: Sequence[BlockWriter], eod: int, usual: bool) -> bool:
 
 
 def starts_of_parts(writer: BlockWriter, eod: int, bos: int | None, first: bool) -> Iterator[np.ndarray]:
-    """Yield the document starts, int64: for each part of the source those that it stores, or else those found from the ids.
-    Independent."""
+    """Yield the document starts, int64. If a part of the source does not store them, they are found from the ids. Independent."""
     for begin, end, known in zip(writer.parts, [*writer.parts[1:], writer.tokens], writer.known, strict=True):
         if known:
             yield writer.raw().document_starts(begin, end).astype(np.int64)

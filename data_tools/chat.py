@@ -39,7 +39,7 @@ def render(template: Template, chat: Chat) -> tuple[str, Spans]:
     if not all(chat.learned[i] for i in turns):
         if len(spans) != len(turns):
             raise RowSkipped("malformed", f"a turn has weight 0 or train false, but the template marks {len(spans)} parts for "
-                                          f"{len(turns)} assistant turns, so its part is unknown")
+                                          f"{len(turns)} assistant turns, so the part of this turn is unknown")
         spans = [span for span, i in zip(spans, turns, strict=True) if chat.learned[i]]
     return text, spans
 
@@ -90,8 +90,9 @@ def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tu
 
 def _unknown(i: int) -> RowSkipped:
     return RowSkipped(
-        "malformed", f"the place of message {i + 1} in the text is unknown, because the chat template writes it in another way "
-        "when other messages follow; mark it with {% generation %} ... {% endgeneration %} in the template (--chat-template FILE)"
+        "malformed", f"message {i + 1} cannot be found in the text, because the chat template renders this message differently "
+        "when other messages follow; mark the answers with {% generation %} ... {% endgeneration %} in the template "
+        "(--chat-template FILE)"
     )
 
 

@@ -1,11 +1,11 @@
-"""Convert shards to and from other formats of tokens. Tokens, documents and loss masks stay the same.
+"""Convert between shards and other formats of token data. Tokens, documents and loss masks stay the same.
 
   python -m data_tools.convert --to FORMAT SHARDS --out OUT                   writes a folder (megatron: OUT_train.bin, ...)
   python -m data_tools.convert --from FORMAT SRC --out DIR --tokenizer PATH   reads a file or a folder (megatron: or a prefix)
 
 Without --from and --to, the format of SRC is recognized by its content. The other formats contain only token ids. Give the
 tokenizer that made them with --tokenizer (byte, a tokenizer.json, or a folder that contains one). `mpidp inspect` shows the
-beginning of the text, which is wrong if the tokenizer is.
+beginning of the text: look at it to check that you gave the right tokenizer.
 
 formats:
 FORMATS
@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from data_tools.formats.flat import DTYPES
 from data_tools.formats.table import FORMATS
@@ -25,6 +27,7 @@ from data_tools.to_tokens import to_tokens
 from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.log import printable
 from mpidp.runtime.options import add_new_out, program, take_out
+from mpidp.storage.address import is_remote, named
 
 AUTO = "auto"
 
@@ -35,50 +38,56 @@ def main() -> None:
     if options.to:
         lines = to_tokens(options.to, options.input, Path(options.out))
     else:
-        given = FromOptions(options.tokenizer, options.shards, options.val_fraction, options.eod, options.eod_at, options.dtype,
-                            options.column, options.rows, options.whole, options.add_eod, options.seq_len)
+        names = [one.name for one in fields(FromOptions) if one.name in options]
+        given = FromOptions(**{name: getattr(options, name) for name in names})
         lines = from_tokens(options.source, options.input, Path(options.out), given)
     print(printable("\n".join(lines)))
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
-    rows = "\n".join(f"  {name:11}{one.what}{'' if one.write else ' (only read)'}" for name, one in FORMATS.items())
+    rows = "\n".join(f"  {name:11}{one.what}" for name, one in FORMATS.items())
     parser = Parser(prog=program("data_tools.convert"), description=(__doc__ or "").replace("FORMATS", rows),
                     usage="%(prog)s (--to FORMAT SHARDS | [--from FORMAT] SRC --tokenizer PATH) --out PATH [options]",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--to", metavar="FORMAT", choices=[name for name, one in FORMATS.items() if one.write],
-                           help="write the shards in this format")
+    direction.add_argument("--to", metavar="FORMAT", choices=tuple(FORMATS), help="write the shards in this format")
     direction.add_argument("--from", metavar="FORMAT", choices=(AUTO, *FORMATS), dest="source", default=AUTO,
                            help="read this format and write shards (%(default)s: recognize it by its content)")
-    add("input", metavar="SHARDS|SRC", type=Path, help="what to read: a folder of shards, or a file or folder of tokens")
+    add("input", metavar="SHARDS|SRC", help="what to read: a folder of shards, or a file or folder of tokens")
     add_new_out(parser, "what to write; it must not exist", metavar="PATH")
-    add("--tokenizer", metavar="PATH", help="with --from: byte, a tokenizer.json, or a folder that contains one")
-    add("--eod", help="with --from: the end-of-document token of the tokenizer.json, if it has an unusual name")
-    add("--eod-at", choices=("auto", "end", "start"), default="auto", help="with --from, where documents are not stored: "
-                                                                           "whether they end "
-        "or begin with this token (%(default)s: as most files do)")
-    add("--one-document", action="store_true", dest="whole", help="with --from: each split is one document")
-    add("--rows", choices=("auto", "document", "part"), default="auto", help="with --from, for rows: each row is a document, "
-                                                                             "or a part of "
-        "a stream in which the end-of-document token ends documents (%(default)s: part if all rows have one length)")
-    add("--add-eod", action="store_true", help="with --from, for rows: append the end-of-document token where it is missing")
-    add("--column", metavar="NAME", default="", help="with --from: the column that holds the ids (input_ids, tokens, token_ids "
-                                                     "or ids)")
-    add("--dtype", choices=DTYPES, default="", help="with --from: the type of the ids, where the format does not store it "
-                                                    "(uint16, or "
-        "uint32 for more than 65,536 ids)")
-    add("--seq-len", type=int, metavar="N", default=0, help="with --from: pack whole documents into windows of N tokens, for a "
-                                                            "loss mask; "
-        "train with the same model.seq_len")
-    add("--shards", type=int, metavar="N", default=4, help="with --from: number of training files (%(default)s)")
-    add("--val-fraction", type=float, metavar="F", default=0.05,
-        help="with --from and no validation split: this fraction at the end becomes validation; 0: none (%(default)s)")
+    group, usual, of_from = parser.add_argument_group("options of --from"), FromOptions, {}
+
+    def only_from(option: str, text: str, **given: Any) -> None:
+        action = group.add_argument(option, default=argparse.SUPPRESS, help=text, **given)  # FromOptions has the defaults
+        of_from[action.dest] = option
+
+    only_from("--tokenizer", "byte, a tokenizer.json, or a folder that contains one", metavar="PATH")
+    only_from("--eod", "the end-of-document token of the tokenizer.json, if it has an unusual name")
+    only_from("--eod-at", "if the format does not store documents: whether documents end or begin with the end-of-document token "
+                          "(auto: determined from the data and the format)", choices=("auto", "end", "start"))
+    only_from("--one-document", "each split is one document", action="store_true", dest="whole")
+    only_from("--rows", "document: each row is a document; part: rows are joined to a stream, in which the end-of-document token "
+                        "ends documents (auto: part if all rows have the same length)", choices=("auto", "document", "part"))
+    only_from("--add-eod", "for rows: append the end-of-document token where it is missing", action="store_true")
+    only_from("--column", "the column that holds the ids (input_ids, tokens, token_ids or ids)", metavar="NAME")
+    only_from("--dtype", "the type of the ids, if the format does not store it (uint16, or uint32 for more than 65,536 ids)",
+              choices=DTYPES)
+    only_from("--seq-len", "for data with a loss mask: pack whole documents into windows of N tokens; train with the same "
+                           "model.seq_len", type=int, metavar="N")
+    only_from("--shards", f"number of training files ({usual.shards})", type=int, metavar="N")
+    only_from("--val-fraction", "for data without a validation split: the fraction of the data for validation, taken from its "
+                                f"end; 0: none ({usual.val_fraction})", type=float, metavar="F")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "a second path", "--out PATH")
-    if not options.to and not options.tokenizer:
+    if options.to and (unused := [option for name, option in of_from.items() if name in options]):
+        parser.error(f"{', '.join(unused)}: only --from has {'this option' if len(unused) == 1 else 'these options'}, but "
+                     f"--to {options.to} is given")
+    if is_remote(options.input):
+        parser.error(f"{named('', options.input)} is an address; convert reads local files: copy them first")
+    options.input = Path(options.input)
+    if not options.to and not getattr(options, "tokenizer", ""):
         parser.error(f"--from {options.source} needs --tokenizer: the files hold token ids only")
     return options
 

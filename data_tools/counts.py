@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 
 from mpidp.runtime.log import counted
 
@@ -60,7 +61,7 @@ class Counts:
         for kind, places in self.problems.items():
             count = getattr(self, kind)
             of_files = kind == "empty" and not any(": " in place for place in places)  # rows have ": REASON" after the place
-            where = "" if of_files else f": {', '.join(places)}{', ...' if count > len(places) else ''}"
+            where = "" if of_files else f": {_joined(places)}{', ...' if count > len(places) else ''}"
             text = texts[kind]
             if count == 1:
                 text = re.sub(r"\b(file|document|line|row)s\b", r"\1", text.replace(" that name ", " that names ", 1), count=2)
@@ -99,3 +100,9 @@ class Counts:
             self.problems[kind] = (self.problems.get(kind, []) + places)[:MAX_SHOWN]
         for form, count in other.forms.items():
             self.forms[form] = self.forms.get(form, 0) + count
+
+
+def _joined(places: Iterable[str]) -> str:
+    """Return locations, each perhaps followed by ": REASON", in one text. Consecutive locations share an equal reason."""
+    groups = groupby((place.partition(": ") for place in places), key=lambda parts: parts[2])
+    return ", ".join(", ".join(place for place, *_ in found) + (f": {reason}" if reason else "") for reason, found in groups)

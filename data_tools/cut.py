@@ -15,6 +15,7 @@ from mpidp.data.token_bytes import bytes_of_tokens
 from mpidp.data.tokenizer import Tokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import writing
+from mpidp.runtime.log import counted
 
 ADVICE = "free space on its disk, or choose another --out"
 PIECE_TOKENS = 2**20  # tokens read at a time
@@ -184,8 +185,10 @@ def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float)
     num_val = streams["val"].tokens if by_document else max(2, round(total * val_fraction)) if val_fraction else 0
     num_train = total if by_document else total - num_val
     if num_train < 2 or (val_fraction and num_val < 2):
-        raise DataError(f"{num_train} training and {num_val} validation tokens are too few; give more text, "
-                        "--val-fraction 0" + (", another --seed or --split text" if by_document else ""))
+        found = counted(total, "training token" if by_document else "token")
+        found += f" and {counted(num_val, 'validation token')}" * by_document
+        advice = ", or --val-fraction 0" * (val_fraction > 0) + ", another --seed or --split text" * by_document
+        raise DataError(f"the source has {found}, but each split needs at least 2: give more text{advice}")
     if shards > num_train:
         raise UsageError(f"--shards {shards} is more than the {num_train} training tokens; use fewer")
     plans = _cut("train", "train", 0, num_train, shards)

@@ -124,8 +124,9 @@ def encode_rows(
 ) -> dict[str, Raw]:
     """Encode a rank's rows. Independent.
 
-    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, a row counts
-    as longer, whatever its number of tokens, if it has more than WINDOW and more than MAX_CHARACTERS * max_tokens characters.
+    Each row is a document of at most max_tokens tokens. Longer rows are truncated or skipped. To bound the memory, the
+    tokens of a row are not counted if it has more than WINDOW and more than MAX_CHARACTERS * max_tokens characters: such a row
+    is treated as longer.
     """
     limit = max(WINDOW, MAX_CHARACTERS * max_tokens)
     writers = routing.writers(token_dtype(encoder.tokenizer.vocab_size), masked=True)
@@ -140,7 +141,7 @@ def encode_rows(
                 reader.counts.note("long", f"{row.place}: {size}")
                 ids, mask = ids[:max_tokens], mask[:max_tokens]
             if is_long and not truncate:
-                reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; see --truncate")
+                reader.skip("long", row.place, f"{size}, more than --seq-len {max_tokens}; --truncate shortens such rows")
             elif not mask.any():
                 reader.skip("empty", row.place, f"no token to train on among its first {max_tokens}")
             else:

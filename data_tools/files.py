@@ -19,7 +19,7 @@ from mpidp.runtime.json_file import parse_json
 
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 MAX_SHOWN = 5  # most links that a message names
-MAX_STATE_BYTES = 2**26  # of state.json
+MAX_STATE_BYTES = 2**26  # largest state.json
 # datasets that prepare does not read:
 # (pattern of the files, pattern of another file in the same folder, name of the format, what to do)
 DATASETS = (
@@ -172,4 +172,4 @@ def _of_links(root: Path, links: list[str]) -> list[str]:
     if not links:
         return []
     shown = ", ".join(f"{path} -> {os.path.realpath(path)}" for path in links[:MAX_SHOWN])
-    return [f"{len(links):,} links lead out of {root} and were followed: {shown}{', ...' if links[MAX_SHOWN:] else ''}"]
+    return [f"{len(links):,} links point outside {root} and were followed: {shown}{', ...' if links[MAX_SHOWN:] else ''}"]

@@ -35,9 +35,9 @@ class FromOptions:
 
     tokenizer: str  # byte, a tokenizer.json, or a folder that contains one
     shards: int = 4
-    val_fraction: float = 0.05  # of the tokens, if the source has no validation split
+    val_fraction: float = 0.05  # share of the tokens, if the source has no validation split
     eod: str | None = None  # the end-of-document token
-    eod_at: str = "auto"  # where it stands: "end" or "start" of a document
+    eod_at: str = "auto"  # the place of this token: "end" or "start" of a document
     dtype: str = ""
     column: str = ""
     rows: str = "auto"  # what a row is: a document, or a part of a stream
@@ -75,7 +75,7 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
             (scratch / "new").mkdir()
         reading = ReadOptions(encoder.vocab_size, scratch, options.dtype, options.column)
         writers = _read(kind, source, reading, encoder, options, ticker)
-        remarks = _find_documents(kind, writers, encoder, options)
+        remarks = _find_documents(kind, writers, encoder, options, reading.divided)
         index = _write(writers, encoder, scratch / "new", options, {"kind": name, "path": str(source)}, ticker)
         with writing(out, ADVICE):
             os.rename(scratch / "new", out)
@@ -98,7 +98,7 @@ def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
     looks = recognized(source)
     if name == "auto":
         if looks is None:
-            there = "holds no format of tokens that convert knows" if source.exists() else "does not exist"
+            there = "holds no tokens in a format that convert knows" if source.exists() else "does not exist"
             raise DataError(f"{source} {there}; the formats are {', '.join(FORMATS)}. Text becomes shards with mpidp prepare")
         if len(kinds := mixed(source)) > 1:
             raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the one to read, as in --from "
@@ -149,12 +149,14 @@ def _with_eod(block: TokenBlock, eod: int) -> TokenBlock:
     return TokenBlock(np.insert(block.ids.astype(np.int64), ends[short], eod), starts, mask)
 
 
-def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions) -> list[str]:
+def _find_documents(
+    kind: TokenFormat, writers: dict[str, BlockWriter], encoder: Tokenizer, options: FromOptions, divided: bool
+) -> list[str]:
     """Find the documents of formats that do not store them; return remarks. Raises DataError if no token ends documents."""
     used = [writer for writer in writers.values() if writer.tokens]
     lengths = set().union(*(writer.lengths for writer in used))
     several = sum(writer.documents for writer in used) > 1
-    one_length = len(lengths) == 1 and several and not options.add_eod
+    one_length = len(lengths) == 1 and several and not options.add_eod and not divided
     joined = kind.documents == ROWS and (options.rows == "part" or options.rows == "auto" and one_length)
     unknown = used if joined else [writer for writer in used if not all(writer.known)]
     if options.whole:
@@ -173,9 +175,9 @@ def _find_documents(kind: TokenFormat, writers: dict[str, BlockWriter], encoder:
         whole = starts_by_ids(writer.pieces(), encoder.eod, encoder.bos, first)
         writer.replace_documents(whole if kind.goes_on or joined else starts_of_parts(writer, encoder.eod, encoder.bos, first))
     size = f"{next(iter(lengths)):,} tokens" if len(lengths) == 1 else "different lengths"
-    remarks = [f"rows of {size} were joined, and documents end with the token {encoder.eod} (--rows document: each row is "
-               "one)"] * joined
-    return remarks + [f"documents begin with the token {encoder.eod} (--eod-at end: they end with it)"] * first + alone(
+    remarks = [f"rows of {size} were joined, and documents end with the token {encoder.eod}. If each row is a document, give "
+               "--rows document"] * joined
+    return remarks + [f"documents begin with the token {encoder.eod}. If they end with it, give --eod-at end"] * first + alone(
         used, encoder.eod)
 
 

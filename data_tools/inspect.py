@@ -7,7 +7,7 @@ from pathlib import Path
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import Tokenizer, load_tokenizer
 from mpidp.runtime.command import Parser, run_entry
-from mpidp.runtime.log import counted, printable
+from mpidp.runtime.log import counted, one_line, printable
 from mpidp.runtime.options import program
 
 
@@ -24,6 +24,7 @@ def describe(folder: str | Path, excerpt_tokens: int = 200) -> str:
         f"tokenizer {index.tokenizer_kind}, vocabulary {index.vocab_size:,}, end of document {index.eod}, "
         f"sha256 {index.tokenizer_sha256[:16]}",
     ]
+    lines = [one_line(line) for line in lines]
     for name in index.splits:
         lines += ["", *_describe_split(TokenStream(folder, name), tokenizer, excerpt_tokens)]
     return "\n".join(lines)
@@ -41,7 +42,7 @@ def _describe_split(stream: TokenStream, tokenizer: Tokenizer, excerpt_tokens: i
         f"  skew: largest shard / mean shard = {skew:.4f}",
     ]
     text = tokenizer.decode(stream.read(0, min(excerpt_tokens, stream.num_tokens)))
-    return [*lines, "  first text:", *(f"  | {line}" for line in text.splitlines())]
+    return [*map(one_line, lines), "  first text:", *(f"  | {line}" for line in text.splitlines())]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from mpidp.data.row_forms import as_messages, unknown_form
 
 ROW_KEYS = frozenset({"messages", "tools", "documents", "chat_template_kwargs"})
 PAIR = ("prompt", "completion")  # a row may have two lists of messages with these names in place of `messages`
-WEIGHTS = ("weight", "train", "training", "loss")  # of a message: 0 or false excludes it from the loss
+WEIGHTS = ("weight", "train", "training", "loss")  # keys of a message; 0 or false excludes it from the loss
 MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", *WEIGHTS})  # other keys: see _unused()
 CALLS = ("tool_calls", "function_call")
 WITHOUT_CONTENT = (*CALLS, *REASONING)  # a message with one of these needs no content

@@ -27,9 +27,9 @@ class PrepareOptions:
     text_key: str = "text"  # the field of a row that is a document
     chat_template: str | None = None  # a file; None: the template of the tokenizer
     template_arg: Sequence[str] = ()  # KEY=VALUE
-    seq_len: int = 0  # of rows: the window length in tokens; no row crosses a multiple of it
+    seq_len: int = 0  # for rows: the window length in tokens; no row crosses a multiple of this length
     truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
-    tokens: int = 0  # of the mixture; 0: stop when a source is exhausted
+    tokens: int = 0  # total tokens of the mixture; 0: stop when a source is exhausted
     repeat: bool = False  # whether an exhausted source starts over
     split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": text, for rows document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
@@ -130,17 +130,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that contains one (%(default)s)")
     add_out(parser, "the folder of shards to write (%(default)s)", default="shards/stdlib")
     add("--workers", type=int, metavar="N", default=0,
-        help="threads that encode; 0: all cores, or one per rank under mpirun. The shards do not depend on it (%(default)s)")
+        help="threads that encode; 0: all cores, or one per rank under mpirun; does not change the shards (%(default)s)")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (%(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
-        help="validation share of tokens or documents; 0: none (%(default)s)")
+        help="share of the tokens or documents that is used for validation; 0: none (%(default)s)")
     add("--split", default="", help="what becomes validation: text (the end of the stream) or document (whole documents); "
-        "default: text, for rows document")
+        "default: text; for rows: document")
     add("--seed", type=int, metavar="N", default=0, help="seed of --split document (%(default)s)")
     add("--bad-utf8", default="replace", help="invalid UTF-8: replace the bytes, or skip the document (%(default)s)")
     add("--strict", action="store_true", help="fail on malformed, empty or too long rows instead of skipping them")
     add("--bos", default="auto", help="auto: documents and rows begin with BOS if the tokenizer adds it to texts; none: no BOS "
         "(%(default)s)")
-    add("--special", default="", help="what names of special tokens in texts (<|im_start|>) become: tokens (their ids) or text; "
-        "default: tokens for rows if the tokenizer is a model's, else text")
+    add("--special", default="", help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
+        "(their ids) or text; default: tokens for rows if the tokenizer comes with a model, else text")
     add("--eod", help="the end-of-document token of the tokenizer.json, if it has an unusual name")

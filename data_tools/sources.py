@@ -42,8 +42,8 @@ class SourceReader:
         if found is not None:
             if found.doubt:
                 if self.alone and kind_of(file.name)[0] != "text":
-                    raise DataError(f"{file.path} is {found.doubt}; name the field with --text-key, or give a copy of the file "
-                                    "the name .txt to read it as plain text")
+                    raise DataError(f"{file.path} is {found.doubt}; name the field with --text-key, or rename a copy of the "
+                                    "file to .txt to read it as plain text")
                 self.counts.note("doubtful", f"{file.path} ({found.doubt})")
             yield from self._text(found) if found.kind == "text" else self._documents(found)
 

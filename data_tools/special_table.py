@@ -51,7 +51,7 @@ def find_template(options: PrepareOptions, table: SpecialTokens) -> Template:
     template.check()
     if missing := template.undefined_names():
         log.warning(f"the chat template uses {', '.join(missing)}, which the files of {tokenizer} do not define: "
-                    "the template writes no text there")
+                    "the template writes nothing in their places")
     return template
 
 

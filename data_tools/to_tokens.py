@@ -28,9 +28,6 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
     mask that the format cannot store. Nothing is then left. Independent.
     """
     kind = FORMATS[name]
-    if kind.write is None:
-        able = ", ".join(one for one, other in FORMATS.items() if other.write is not None)
-        raise UsageError(f"--to {name}: this format is only read; write one of {able}")
     streams = [TokenStream(shards, split) for split in TokenStream(shards).index.splits]
     if any(stream.has_loss_mask for stream in streams) and not kind.masks:
         able = ", ".join(one for one, other in FORMATS.items() if other.masks)
@@ -58,7 +55,6 @@ def _in_folder(kind: TokenFormat, splits: list[SplitTokens], out: Path) -> list[
     """Write to a temporary folder, and give it the name OUT when it is complete."""
     if out.exists():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
-    assert kind.write is not None
     with writing(out, "choose another folder"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))

@@ -46,7 +46,7 @@ class Corpus:
     """The files of one source, and how to read them."""
 
     files: list[SourceFile]
-    own_files: list[SourceFile]  # those of this rank
+    own_files: list[SourceFile]  # files of this rank
     reader: SourceReader
 
     def apart(self) -> Corpus:

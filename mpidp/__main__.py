@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module, what it does)
     "prepare": ("data_tools.prepare", "convert text to shards of tokens"),
     "inspect": ("data_tools.inspect", "show sizes, balance and an excerpt of shards"),
     "verify": ("data_tools.verify", "check every checksum and every token id of shards"),
-    "convert": ("data_tools.convert", "convert shards to and from other formats of tokens"),
+    "convert": ("data_tools.convert", "convert between shards and other formats of token data"),
     "train": ("mpidp.train", "train a model, or resume a run"),
     "evaluate": ("mpidp.evaluate", "compute the loss, multiple-choice accuracy, or figures of lm-eval's tasks"),
     "generate": ("mpidp.generate", "generate text"),
@@ -33,7 +33,7 @@ def help_text() -> str:
     """Return the list of commands and the table of exit codes. Pure."""
     return "\n".join([
         "usage: [mpirun -np N] mpidp COMMAND [ARGUMENTS]      or: python -m mpidp COMMAND [ARGUMENTS]", "",
-        "Train Transformer language models over MPI. The number of ranks never changes what is learned.", "",
+        "Train Transformer language models over MPI. In the default mode, the weights do not depend on the number of ranks.", "",
         "commands (`mpidp COMMAND --help` lists the options of one):",
         *(f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()), "",
         "options:",

@@ -52,7 +52,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         prog=program("mpidp.evaluate"),
         usage="[mpirun -np N] %(prog)s RUN [--data DIR | --text FILE | --choices FILE | --tasks NAMES] [options]",
         description="Evaluate a trained model: its loss on a split of shards or on a text, its accuracy on multiple-choice "
-        "questions, or its figures on tasks of lm-eval. The ranks share the work.",
+        "questions, or its figures on tasks of lm-eval. The work is divided among the ranks.",
     )
     add = parser.add_argument
     add_run(parser)
@@ -71,7 +71,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--chat", action="store_true", help="with --tasks: prompts are chats, in the model's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system message")
     add_out(parser, "with --tasks: write all results and every item to this file (JSON)", metavar="FILE")
-    add_texts(parser, "default: for --choices, tokens if the tokenizer is a model's; for --text, text")
+    add_texts(parser, "default: for --choices, tokens if the tokenizer comes with a model; for --text, text")
     add_tokenizer(parser)
     add_compute(parser)
     add_json(parser)
@@ -150,7 +150,7 @@ def evaluate_text(options: argparse.Namespace, world: Any) -> dict[str, Any]:
     with raise_together(world):
         if options.stride > seq_len:
             raise UsageError(
-                f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger one would skip tokens"
+                f"--stride {options.stride}: must be at most {seq_len} (model.seq_len); a larger stride would skip tokens"
             )
         if world.rank == 0:
             text = read_text(options.text)

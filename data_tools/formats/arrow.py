@@ -12,8 +12,8 @@ from data_tools.formats.blocks import ReadOptions, TokenBlock
 from data_tools.formats.columns import PARTS, block_of_rows, wanted_columns
 from mpidp.errors import DataError, UsageError
 
-BATCH_ROWS = 256  # of a parquet file that are read at once
-BUFFER_BYTES = 2**20  # of a column; else pyarrow reads a whole row group into memory
+BATCH_ROWS = 256  # rows of a parquet file that are read at once
+BUFFER_BYTES = 2**20  # read buffer of a column; without it, pyarrow reads whole row groups into memory
 
 
 def pyarrow(path: Path) -> Any:
@@ -56,8 +56,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Any]:
     try:
         given = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         with library.parquet.ParquetFile(path, **given) as file:
-            names = file.schema_arrow.names
-            wanted = [*wanted_columns(names, options, path), *[PARTS] * (PARTS in names)]
+            wanted = _wanted(file.schema_arrow, options, path)
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file ({error}); copy it again") from None
@@ -67,35 +66,35 @@ def batch_blocks(batches: Iterable[Any], where: Path, options: ReadOptions) -> I
     """Yield the rows of record batches. Raises DataError if a column is not a list of integers. Independent."""
     first = 0
     for batch in batches:
-        wanted = wanted_columns(batch.schema.names, options, where)
         columns: dict[str, np.ndarray] = {}
+        parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         lengths = np.empty(0, np.int64)
-        for name in wanted:
+        for name in _wanted(batch.schema, options, where):
             values, sizes = _flat(batch.column(name), name, where, first)
+            if name in PARTS:
+                parts[name] = values, sizes
+                continue
             if columns and not np.array_equal(sizes, lengths):
-                row = first + int(np.argmax(sizes != lengths))
-                raise DataError(f"{where}: row {row} has {int(lengths[row - first])} values in `{wanted[0]}` and "
-                                f"{int(sizes[row - first])} in "
-                                f"`{name}`, but each token needs one")
+                row = int(np.argmax(sizes != lengths))
+                raise DataError(f"{where}: row {first + row} has {int(lengths[row])} values in `{next(iter(columns))}` and "
+                                f"{int(sizes[row])} in `{name}`, but each token needs one")
             columns[name], lengths = values, sizes
+        block = block_of_rows(columns, lengths, where, first, options, parts)
         first += batch.num_rows
-        parts = _parts(batch, lengths, where, first - batch.num_rows)
-        block = block_of_rows(columns, lengths, where, first - batch.num_rows, options, parts)
         if len(block.ids):
             yield block
 
 
-def _parts(batch: Any, lengths: np.ndarray, where: Path, first: int) -> np.ndarray | None:
-    """Return where the documents of packed rows start, int64, or None if the batch does not store this."""
-    if PARTS not in batch.schema.names:
-        return None
-    parts, counts = _flat(batch.column(PARTS), PARTS, where, first)
-    before = np.concatenate([[0], np.cumsum(parts.astype(np.int64))])
-    ends = np.cumsum(counts)
-    if (wrong := before[ends] - before[ends - counts] != lengths).any() or (parts < 0).any():
-        raise DataError(f"{where}: row {first + int(np.argmax(wrong))} has {PARTS} whose sum is not its number of tokens: "
-                        "correct or remove the column")
-    return before[:-1]
+def _wanted(schema: Any, options: ReadOptions, where: Path) -> list[str]:
+    types = pyarrow(where).types
+
+    def holds_numbers(kind: Any) -> bool:
+        while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind))
+
+    arrays = [one.name for one in schema if types.is_nested(one.type) and holds_numbers(one.type)]
+    return wanted_columns(schema.names, options, where, arrays)
 
 
 def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,10 +103,10 @@ def _flat(column: Any, name: str, where: Path, first: int) -> tuple[np.ndarray, 
     types = library.types
     kind = column.type
     if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
-        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers: name another with "
+        raise DataError(f"{where}: the column `{name}` has the type {kind}, not a list of integers: name another column with "
                         "--column. If it holds "
                         "text, use mpidp prepare")
-    if not (types.is_integer(kind.value_type) or types.is_boolean(kind.value_type)):
+    if not (types.is_integer(kind.value_type) or types.is_boolean(kind.value_type) or types.is_floating(kind.value_type)):
         raise DataError(f"{where}: the column `{name}` holds lists of {kind.value_type}, but ids, masks and labels are integers")
     values, sizes = column.flatten(), library.compute.list_value_length(column).fill_null(0)
     if values.null_count:

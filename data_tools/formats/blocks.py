@@ -37,6 +37,7 @@ class ReadOptions:
     column: str = ""  # --column: the column that holds the ids; "": one of the usual names
     remarks: list[str] = field(default_factory=list)
     skipped: int = 0  # documents without tokens
+    divided: bool = False  # whether columns divide rows into several documents
 
     def remark(self, text: str) -> None:
         """Add a remark, once."""
@@ -106,5 +107,5 @@ def checked_ids(block: TokenBlock, options: ReadOptions, where: object, at: int)
         bad = int(np.argmax((ids < 0) | (ids >= options.vocab_size)))
         raise DataError(f"{where}: token {at + bad} has the id {int(ids[bad])}, but the tokenizer's ids are "
                         f"0..{options.vocab_size - 1}: "
-                        "give the tokenizer that the data were made with, --tokenizer PATH, or their type, --dtype")
+                        "give the tokenizer of these data with --tokenizer PATH, or the type of the ids with --dtype")
     return block if block.mask is None else replace(block, mask=np.asarray(block.mask, dtype=np.uint8))

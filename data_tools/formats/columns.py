@@ -1,4 +1,4 @@
-"""The columns of rows that hold tokens: which one has the ids, and what masks and labels mean. Pure.
+"""The columns of rows that hold tokens: which column has the ids, and what masks, labels and boundaries mean. Pure.
 
 | column | meaning |
 |---|---|
@@ -6,24 +6,32 @@
 | labels | -100: the token is not in the loss; else the id itself. The model shifts them, as in transformers |
 | loss_mask, label_mask, completion_mask, assistant_masks | 0: the token is not in the loss |
 | attention_mask | 0: the token is padding and is left out; the numbers 1, 2, ... are the documents of a packed row (axolotl) |
+| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. Padding: numbers
+below 0, and 0 after a larger number |
 | position_ids | a document of a packed row starts at each 0 |
-| seq_lengths | the lengths of the documents of a packed row (TRL); only in Arrow and parquet files |
+| seq_lengths, seqlens | the lengths of the documents of a packed row (TRL) |
+| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | their sums: 0, the length of the first, of the first two, ... |
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from data_tools.formats.blocks import ReadOptions, TokenBlock
-from mpidp.data.row_fields import keys_of
+from mpidp.data.row_fields import keys_of, shown_name
 from mpidp.errors import DataError
 
 IDS = ("input_ids", "tokens", "token_ids", "ids")
 LOSS_MASKS = ("loss_mask", "label_mask", "completion_mask", "assistant_masks")
-OTHERS = ("labels", "attention_mask", "position_ids", *LOSS_MASKS)
-PARTS = "seq_lengths"
+SEGMENTS = ("segment_ids", "sequence_ids", "document_ids", "seq_idx")
+MASKS = ("labels", "attention_mask", "position_ids", *LOSS_MASKS)
+LENGTHS, SUMS = ("seq_lengths", "seqlens"), ("cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seq_lens_q")
+PARTS = (*LENGTHS, *SUMS)  # with a value for each document of a row; the others have one for each token
+DIVIDERS = (*SEGMENTS, *PARTS)
+BOUNDARIES = re.compile(r"seg|seq|doc|pos|bound|cu_|reset")  # in names of columns that may hold documents of packed rows
 IGNORED = -100  # the label of a token that is not in the loss
 
 
@@ -38,36 +46,88 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
     return found[0]
 
 
-def wanted_columns(names: Collection[str], options: ReadOptions, where: object) -> list[str]:
-    """Return the names of the columns to read: the ids first, then those that mask. Pure."""
+def wanted_columns(names: Collection[str], options: ReadOptions, where: object, arrays: Collection[str]) -> list[str]:
+    """Return the names of the columns to read: the ids first, then those that mask and divide rows.
+
+    arrays: the columns that hold arrays of numbers. Raises DataError if one of them that is not read may divide rows. Pure.
+    """
     ids = id_column(names, options, where)
-    return [ids, *(name for name in OTHERS if name in names and name != ids)]
+    others = [name for name in names if name != ids and (name in MASKS or name in DIVIDERS and name in arrays)]
+    for name in arrays:
+        if name not in (ids, *others) and BOUNDARIES.search(name.lower()):
+            raise DataError(f"{where}: the column `{shown_name(name)}` may hold the documents of packed rows, but mpidp does not "
+                            "know its meaning: write it as `position_ids` or `segment_ids`, or remove it")
+    return [ids, *others]
+
+
+def part_starts(name: str, values: np.ndarray, counts: np.ndarray, lengths: np.ndarray, where: object, first: int) -> np.ndarray:
+    """Return where the documents of packed rows start, int64, from a column that has lengths or their sums.
+
+    name: of the column. values: of all rows, one after the other. counts, lengths: (r,) values and tokens of each row. first: the
+    number of the first row. Raises DataError if they do not agree with the numbers of tokens. Pure.
+    """
+    ends, bases = np.cumsum(counts), np.cumsum(lengths) - lengths
+    of_row = np.repeat(np.arange(len(counts)), counts)
+    values = values.astype(np.int64)
+    if name in LENGTHS:
+        before = np.concatenate([[0], np.cumsum(values)])
+        wrong = before[ends] - before[ends - counts] != lengths
+        wrong[of_row[values < 0]] = True
+        starts = before[:-1]
+    else:
+        wrong = counts < 1
+        full = ~wrong
+        wrong[full] = (values[(ends - counts)[full]] != 0) | (values[ends[full] - 1] != lengths[full])
+        falls = np.flatnonzero((np.diff(values) < 0) & (of_row[1:] == of_row[:-1]))
+        wrong[of_row[falls]] = True
+        starts = values + bases[of_row]
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        rule = "sum is not" if name in LENGTHS else "values do not rise from 0 to"
+        raise DataError(f"{where}: row {first + row} has {name} whose {rule} its number of tokens, {int(lengths[row])}: correct "
+                        "or remove the column")
+    return starts[starts < lengths.sum()]
+
+
+def labels_of(block: TokenBlock) -> np.ndarray | None:
+    """Return the labels of a block with a loss mask, (n,) int64: the id, or -100. None without a mask. Pure."""
+    return None if block.mask is None else np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
 
 
 def block_of_rows(
     columns: Mapping[str, np.ndarray], lengths: np.ndarray, where: object, first_row: int, options: ReadOptions,
-    parts: np.ndarray | None = None,
+    parts: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> TokenBlock:
     """Make a block of whole rows. Rows without tokens are counted in `options`.
 
     columns: the ids first; each of shape (n,), the values of all rows one after the other. lengths: (r,) values of each row.
-    parts: where the documents of rows start, if this is stored. Raises DataError if labels are neither -100 nor the id, or if
-    positions do not count from 0. Pure, except for `options`.
+    parts: the columns with a value for each document, as (values, (r,) values of each row). Raises DataError if a column does not
+    hold integers, if labels are neither -100 nor the id, or if columns do not divide rows as columns.py says. Pure, except for
+    `options`.
     """
+    columns = {name: _integers(name, values, where) for name, values in columns.items()}
     ids, *_ = columns.values()
     ends = np.cumsum(lengths, dtype=np.int64)
-    begins = np.zeros(len(ids) + 1, dtype=np.bool_)
-    begins[ends - lengths] = True
-    if parts is not None:
-        begins[parts] = True
-    begins = begins[: len(ids)]
+    of_rows = np.zeros(len(ids) + 1, dtype=np.bool_)
+    of_rows[ends - lengths] = True
+    of_rows = of_rows[: len(ids)]
+    begins, kept = of_rows.copy(), np.ones(len(ids), dtype=np.bool_)
+    for name, (values, counts) in parts.items():
+        begins[part_starts(name, _integers(name, values, where), counts, lengths, where, first_row)] = True
 
     def row(at: int) -> int:
         return first_row + int(np.searchsorted(ends, at, side="right"))
 
-    kept = columns["attention_mask"] != 0 if "attention_mask" in columns else np.ones(len(ids), dtype=np.bool_)
-    if "attention_mask" in columns and (columns["attention_mask"] > 1).any():
-        begins[1:] |= kept[1:] & (np.diff(columns["attention_mask"].astype(np.int64)) != 0)
+    if "attention_mask" in columns:
+        numbers = columns["attention_mask"].astype(np.int64)
+        kept &= numbers != 0
+        if (numbers > 1).any():
+            begins |= kept & (np.diff(numbers, prepend=0) != 0)
+    for name in (name for name in SEGMENTS if name in columns):
+        numbers = columns[name].astype(np.int64)
+        changes = np.diff(numbers, prepend=0) != 0
+        kept &= (numbers > 0) | (numbers == 0) & ~_after_larger(numbers, of_rows)
+        begins |= changes
     if "position_ids" in columns:
         positions = columns["position_ids"].astype(np.int64)
         goes_on = np.diff(positions, prepend=-1) == 1
@@ -88,5 +148,24 @@ def block_of_rows(
     mask = np.logical_and.reduce(masks).astype(np.uint8) if masks else None
     before = np.concatenate([[0], np.cumsum(kept)])
     options.skipped += int(np.count_nonzero(before[ends] == before[ends - lengths]))
+    options.divided |= bool((begins & kept & ~of_rows).any())
     document = np.cumsum(begins)[kept]
     return TokenBlock(ids[kept], np.flatnonzero(np.diff(document, prepend=0)), None if mask is None else mask[kept])
+
+
+def _after_larger(numbers: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
+    """Return for each number whether a number above 0 is before it in its row, (n,) bool. of_rows: where rows begin."""
+    before = np.concatenate([[0], np.cumsum(numbers > 0)])[:-1]
+    return before > np.maximum.accumulate(np.where(of_rows, before, 0))
+
+
+def _integers(name: str, values: np.ndarray, where: object) -> np.ndarray:
+    """Return the values of a column as integers. Masks may be floats, if all are 0 or 1. Raises DataError otherwise."""
+    if values.dtype.kind in "iub":
+        return values
+    if values.dtype.kind == "f" and name in ("attention_mask", *LOSS_MASKS):
+        if (other := values[(values != 0) & (values != 1)]).size:
+            raise DataError(f"{where}: the column `{name}` has the value {other[0]:g}, but a mask of floats must have only 0 and "
+                            "1: tokens have no weights in the loss")
+        return values.astype(np.uint8)
+    raise DataError(f"{where}: the column `{name}` holds {values.dtype}, but ids, masks and labels are integers")

@@ -12,10 +12,10 @@ from mpidp.data.tokenizer import token_dtype
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
-DTYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")  # of --dtype
+DTYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")  # choices of --dtype
 GPT2, LLAMA3, EVALUATION = 20240520, 20240801, 20240522  # first number of a file of llm.c
 NUMPY = b"\x93NUMPY"
-HEAD_BYTES = 2**16  # of a file that are looked at
+HEAD_BYTES = 2**16  # bytes at the start of a file that are examined
 OTHERS = (  # first bytes of a file, what it is, what to do
     (b"PAR1", "a parquet file", "use --from hf"), (b"ARROW1", "an Arrow file", "use --from hf"),
     (b"\xff\xff\xff\xff", "an Arrow file", "use --from hf"), (b"MMIDIDX", "an index of Megatron-LM", "use --from megatron "

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_tools.formats.arrow import batch_blocks, pyarrow, read_ipc, read_parquet
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock
-from data_tools.formats.columns import IGNORED
+from data_tools.formats.columns import labels_of
 from data_tools.formats.flat import head_of
 from data_tools.formats.rows import file_below, read_json
 from data_tools.formats.splits import files_in, in_splits
@@ -44,7 +44,7 @@ def _saved(folder: Path) -> list[Path]:
     """Return the Arrow files of a Dataset in their order."""
     state = read_json(folder / STATE)
     if state.get("_indices_data_files"):
-        raise DataError(f"{folder}: an old version of datasets saved it with a table of indices: load it, call "
+        raise DataError(f"{folder}: an old version of datasets saved this folder with a table of indices: load the dataset, call "
                         "flatten_indices(), and save it "
                         "again")
     try:
@@ -75,8 +75,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
             assert block.starts is not None
             ends = library.array(np.append(block.starts, len(block.ids)), library.int32())
             columns = [library.ListArray.from_arrays(ends, library.array(block.ids.astype(np.int32)))]
-            if block.mask is not None:
-                labels = np.where(block.mask > 0, block.ids.astype(np.int64), IGNORED)
+            if (labels := labels_of(block)) is not None:
                 columns.append(library.ListArray.from_arrays(ends, library.array(labels)))
             writer.write_batch(library.record_batch(columns, schema=library.schema(kinds)))
     return []

@@ -19,19 +19,22 @@ import numpy as np
 
 from data_tools.formats.arrow import batch_blocks, read_ipc
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, readable
-from data_tools.formats.columns import wanted_columns
+from data_tools.formats.columns import DIVIDERS, wanted_columns
 from data_tools.formats.expand import expanded
-from data_tools.formats.rows import file_below, gather, read_json
+from data_tools.formats.row_files import FILE_BYTES, RowFiles, documents, mapped, offsets_of
+from data_tools.formats.rows import file_below, gather, has_index, read_json
 from data_tools.formats.splits import folders_with_index
+from data_tools.formats.stream import SplitTokens
 from mpidp.data.unpack import zstandard
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
 TENSORS = {0: "<f4", 1: "<f4", 2: "<f8", 3: "<f8", 8: "<f2", 9: "<f2", 11: "u1", 12: "i1", 13: "<i2", 14: "<i2", 15: "<i4",
            16: "<i4", 17: "<i8", 18: "<i8", 19: "u1", 20: "<u2"}  # types of tensors by their number
-ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # and of arrays
+ARRAYS = dict(enumerate(("i1", "<i2", "<i4", "<i8", "u1", "<u2", "<u4", "<u8", "<f2", "<f4", "<f8")))  # types of arrays
+ARRAYS_OF = ("no_header_tensor", "no_header_numpy", "tensor", "numpy")  # kinds of columns with arrays
 ARROW_END, FRAMED = b"LDARW01\0", b"LDFZ01\0\0"
-MAX_ITEM_BYTES = 2**30  # of one compressed sample
+MAX_ITEM_BYTES = 2**30  # largest compressed sample
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
@@ -41,8 +44,7 @@ def find(source: Path, remarks: list[str]) -> list[SourcePart]:
 
 def is_one(folder: Path) -> bool:
     """Return whether a folder has an index of LitData chunks. Raises DataError if index.json is not JSON. Independent."""
-    about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
-    return isinstance(about, dict) and isinstance(about.get("chunks"), list) and isinstance(about.get("config"), dict)
+    return has_index(folder, chunks=list, config=dict)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
@@ -105,8 +107,10 @@ def _arrow(path: Path, shown: Path, options: ReadOptions) -> Iterator[TokenBlock
 def _samples(
     path: Path, shown: Path, samples: int, names: list[str], formats: list[str], raw: bool, level: str, options: ReadOptions
 ) -> Iterator[dict[str, np.ndarray]]:
-    wanted = wanted_columns(names, options, shown)
     kinds = dict(zip(names, formats, strict=True))
+    families = {name: kind.partition(":")[0] for name, kind in kinds.items()}
+    arrays = [name for name in names if families[name] in ARRAYS_OF or name in DIVIDERS and families[name] == "pickle"]
+    wanted = wanted_columns(names, options, shown, arrays)
     for name in wanted:
         _check_format(name, kinds[name], shown)
     for number, data in enumerate(_items(path, shown, samples, level)):
@@ -123,18 +127,11 @@ def _samples(
 
 def _items(path: Path, shown: Path, samples: int, level: str) -> Iterator[bytes]:
     """Yield the bytes of each sample of a chunk."""
-    with readable(path):
-        data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-    framed = bytes(data[:8]) == FRAMED
-    begin = 24 if framed else 4
-    if len(data) < begin + 4 * (samples + 1) or int(data[begin - 12 if framed else 0 :][:4].view("<u4")[0]) != samples:
-        raise DataError(f"{shown}: it does not begin with its number of samples, {samples}; copy the dataset again")
-    offsets = np.frombuffer(data[begin : begin + 4 * (samples + 1)].tobytes(), "<u4").astype(np.int64)
-    if (np.diff(offsets) < 0).any() or not framed and offsets[-1] > len(data):
-        raise DataError(f"{shown}: its offsets of samples decrease or lie outside the file; copy the dataset again")
-    if framed:
-        yield from _framed(data, offsets, shown)
+    data = mapped(path)
+    if bytes(data[:8]) == FRAMED:
+        yield from _framed(data, offsets_of(data, samples, shown, count_at=12, table_at=24), shown)
         return
+    offsets = offsets_of(data, samples, shown)
     for low, high in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         item = data[low:high].tobytes()
         yield _inflated(item, None, shown) if level == "sample" else item
@@ -172,7 +169,7 @@ def _check_format(name: str, kind: str, shown: Path) -> None:
     family = kind.partition(":")[0]
     if family == "pickle":
         raise DataError(f"{shown}: the column `{name}` holds pickles, which are never read: write it as a tensor of integers")
-    if family not in ("no_header_tensor", "no_header_numpy", "tensor", "numpy"):
+    if family not in ARRAYS_OF:
         raise DataError(f"{shown}: the column `{name}` holds {kind}; ids must be tensors or arrays. If it holds text, write the "
                         "samples as JSON "
                         "lines and use mpidp prepare")
@@ -192,3 +189,30 @@ def _decoded(data: bytes, kind: str, shown: Path) -> np.ndarray:
         raise DataError(f"{shown}: a column of the kind {kind} cannot be read as an array of integers; write the dataset again "
                         "with "
                         "tensors of int32 or int64") from None
+
+
+def write(tokens: SplitTokens, out: Path) -> list[str]:
+    """Write OUT/SPLIT, a sample for each document: a tensor for the TokensLoader, or with a loss mask a dict of input_ids and
+    labels. The ids are uint16 or int32; torch has few functions for uint32. Return remarks. Raises OSError. Independent."""
+    folder, masked = out / tokens.split, tokens.has_loss_mask
+    folder.mkdir()
+    code = 20 if tokens.dtype.itemsize == 2 else 16
+    files = RowFiles(lambda number: folder / f"chunk-0-{number}.bin")
+    for ids, labels in documents(tokens.blocks()):
+        data = [ids.astype(TENSORS[code]).tobytes()] + ([] if labels is None else [labels.astype("<i8").tobytes()])
+        head = np.array([len(one) for one in data], "<u4").tobytes() if masked else b""
+        files.add(head + b"".join(data), len(ids))
+    files.close()
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+    spec = {"type": "builtins.dict", "context": json.dumps(["input_ids", "labels"]), "children_spec": [leaf, leaf]}
+    config = {
+        "chunk_bytes": FILE_BYTES, "chunk_size": None, "compression": None, "compression_batch_size": None,
+        "compression_level": None, "data_format": [f"no_header_tensor:{code}"] + ["no_header_tensor:18"] * masked,
+        "data_spec": json.dumps([1, spec if masked else leaf]), "encryption": None, "ipc_compression": None,
+        "item_loader": "PyTreeLoader" if masked else "TokensLoader",
+        "types": {"input_ids": "tensor", "labels": "tensor"} if masked else "tensor"}
+    chunks = [{"chunk_bytes": size, "chunk_size": rows, "dim": None if masked else count, "filename": path.name}
+              for path, size, rows, count in files.written]
+    about = {"chunks": chunks, "config": config, "updated_at": files.digest.hexdigest()}  # names the folder of litdata's cache
+    (folder / "index.json").write_text(json.dumps(about, sort_keys=True))
+    return []

@@ -7,6 +7,7 @@ and its shape. Columns of pickles are never read. (mosaicml-streaming, base/form
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,16 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, readable
-from data_tools.formats.columns import wanted_columns
+from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock
+from data_tools.formats.columns import DIVIDERS, wanted_columns
 from data_tools.formats.expand import expanded
-from data_tools.formats.rows import file_below, gather, read_json
+from data_tools.formats.row_files import FILE_BYTES, RowFiles, documents, mapped, offsets_of
+from data_tools.formats.rows import file_below, gather, has_index, read_json
 from data_tools.formats.splits import folders_with_index
+from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 
 SHAPES = ("<u1", "<u2", "<u4", "<u8")
 TYPES = {8: "<u1", 9: "<i1", 16: "<u2", 17: "<i2", 18: "<f2", 32: "<u4", 33: "<i4", 34: "<f4", 64: "<u8", 65: "<i8", 66: "<f8"}
-NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")  # of ndarray columns
+NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")  # types of ndarray columns
 
 
 def find(source: Path, remarks: list[str]) -> list[SourcePart]:
@@ -34,8 +37,7 @@ def find(source: Path, remarks: list[str]) -> list[SourcePart]:
 
 def is_one(folder: Path) -> bool:
     """Return whether a folder has an index of MDS shards. Raises DataError if index.json is not JSON. Independent."""
-    about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
-    return isinstance(about, dict) and isinstance(about.get("shards"), list)
+    return has_index(folder, shards=list)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:
@@ -66,20 +68,13 @@ def _rows(folder: Path, options: ReadOptions) -> Iterator[dict[str, np.ndarray]]
 def _samples(
     path: Path, shown: Path, samples: int, names: list[str], encodings: list[str], sizes: list[int | None], options: ReadOptions
 ) -> Iterator[dict[str, np.ndarray]]:
-    wanted = wanted_columns(names, options, shown)
+    arrays = [name for name, one in zip(names, encodings, strict=True)
+              if one.startswith("ndarray") or name in DIVIDERS and one in ("bytes", "pkl")]
+    wanted = wanted_columns(names, options, shown, arrays)
     for name in wanted:
         _check_encoding(name, encodings[names.index(name)], shown)
-    with readable(path):
-        data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-
-    def wrong(problem: str) -> DataError:
-        return DataError(f"{shown}: {problem}; copy the dataset again")
-
-    if len(data) < 8 + 4 * samples or int(data[:4].view("<u4")[0]) != samples:
-        raise wrong(f"it does not begin with its number of samples, {samples}")
-    offsets = data[4 : 8 + 4 * samples].view("<u4").astype(np.int64)
-    if (np.diff(offsets) < 0).any() or offsets[-1] > len(data):
-        raise wrong("its offsets of samples decrease or lie outside the file")
+    data = mapped(path)
+    offsets = offsets_of(data, samples, shown)
     for number in range(samples):
         sample, at = data[offsets[number] : offsets[number + 1]], 4 * sum(size is None for size in sizes)
         given = iter(sample[:at].view("<u4").tolist()) if len(sample) >= at else iter(())
@@ -87,7 +82,7 @@ def _samples(
         for name, encoding, size in zip(names, encodings, sizes, strict=True):
             size = next(given, None) if size is None else size
             if size is None or at + size > len(sample):
-                raise wrong(f"sample {number} is shorter than its columns")
+                raise DataError(f"{shown}: sample {number} is shorter than its columns; copy the dataset again")
             if name in wanted:
                 found[name] = _decoded(np.array(sample[at : at + size]), encoding, name, shown, options)
             at += size
@@ -135,3 +130,29 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
     if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
         raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type, --dtype uint16")
     return values
+
+
+def write(tokens: SplitTokens, out: Path) -> list[str]:
+    """Write OUT/SPLIT, a row for each document: its ids in tokens and, with a loss mask, its labels. Return remarks. Raises
+    OSError. Independent."""
+    folder = out / tokens.split
+    folder.mkdir()
+    columns = {"labels": "ndarray:int64"} if tokens.has_loss_mask else {}
+    columns["tokens"] = f"ndarray:{tokens.dtype.name}"  # columns are in the order of their names
+    about = {"column_encodings": [*columns.values()], "column_names": [*columns], "column_sizes": [None] * len(columns),
+             "compression": None, "format": "mds", "hashes": [], "size_limit": FILE_BYTES, "version": 2}
+    files = RowFiles(lambda number: folder / f"shard.{number:05}.mds", json.dumps(about).encode())
+    for ids, labels in documents(tokens.blocks()):
+        found = [_encoded(ids)] if labels is None else [_encoded(labels), _encoded(ids)]
+        files.add(np.array([len(one) for one in found], "<u4").tobytes() + b"".join(found), len(ids))
+    files.close()
+    shards = [about | {"samples": rows, "zip_data": None, "raw_data": {"basename": path.name, "bytes": size, "hashes": {}}}
+              for path, size, rows, _ in files.written]
+    (folder / "index.json").write_text(json.dumps({"shards": shards, "version": 2}, sort_keys=True))
+    return []
+
+
+def _encoded(values: np.ndarray) -> bytes:
+    """Return an array of one dimension: the type of its length and 1 << 2, its length, its values."""
+    width = sum(len(values) >= 2**bits for bits in (8, 16, 32))
+    return bytes([1 << 2 | width]) + np.array([len(values)], SHAPES[width]).tobytes() + values.tobytes()

@@ -1,8 +1,8 @@
-"""OLMo's .npy files (OLMo, OLMo-core, dolma): ids as uint16 or uint32, in spite of their name without numpy's header.
+"""OLMo's .npy files (OLMo, OLMo-core, dolma): ids as uint16 or uint32, without numpy's header.
 
-Documents are the ranges in NAME.csv.gz, "start,end,..." per line, else they end with their end-of-document token.
-token_ids_part_N.npy may have labels_mask_part_N.npy beside it: bool, true for tokens in the loss. Files of numpy.save, with a
-header, are read too. (OLMo-core, data/utils.py; open-instruct, convert_sft_data_for_olmocore.py.)
+NAME.csv.gz has the ranges of the documents, one "start,end,..." per line. Without this file, documents end with their
+end-of-document token. token_ids_part_N.npy may have labels_mask_part_N.npy beside it: bool, true for tokens in the loss. Files
+that numpy.save wrote, with a header, are read too. (OLMo-core, data/utils.py; open-instruct, convert_sft_data_for_olmocore.py.)
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.formats.blocks import BLOCK_TOKENS, ReadOptions, TokenBlock
-from data_tools.formats.columns import block_of_rows
+from data_tools.formats.columns import PARTS, block_of_rows
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 from mpidp.runtime.json_file import parse_json
@@ -20,18 +20,15 @@ MAX_JSON_BYTES = 256 * 2**20
 def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadOptions) -> Iterator[TokenBlock]:
     """Yield blocks of whole rows. rows: columns by name, the ids first, each (n,). Rows without tokens are counted.
 
-    Raises DataError if the columns of a row differ in length, or if the ids are not integers. Independent.
+    Raises DataError if the columns of a row differ in length, or see block_of_rows. Independent.
     """
     held: list[Mapping[str, np.ndarray]] = []
     tokens = first = 0
     for number, row in enumerate(rows):
-        lengths = {name: values.shape for name, values in row.items()}
-        if len(set(lengths.values())) > 1 or any(len(shape) != 1 for shape in lengths.values()):
-            raise DataError(f"{where}: row {number} has columns of the shapes {lengths}, but all must have one value per token")
-        if any(values.dtype.kind not in "iub" for values in row.values()):
-            raise DataError(f"{where}: row {number} has columns of the types "
-                            f"{ {name: str(v.dtype) for name, v in row.items()} }, but "
-                            "ids, masks and labels are integers")
+        shapes = {name: values.shape for name, values in row.items()}
+        of_tokens = {shape for name, shape in shapes.items() if name not in PARTS}
+        if len(of_tokens) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+            raise DataError(f"{where}: row {number} has columns of the shapes {shapes}, but all must have one value per token")
         held.append(row)
         tokens += next(iter(row.values())).size
         if tokens >= BLOCK_TOKENS:
@@ -43,8 +40,9 @@ def gather(rows: Iterable[Mapping[str, np.ndarray]], where: Path, options: ReadO
 
 def _block(held: list[Mapping[str, np.ndarray]], where: Path, first: int, options: ReadOptions) -> TokenBlock:
     columns = {name: np.concatenate([row[name] for row in held]) for name in held[0]}
-    lengths = np.array([next(iter(row.values())).size for row in held], dtype=np.int64)
-    return block_of_rows(columns, lengths, where, first, options)
+    counts = {name: np.array([row[name].size for row in held], dtype=np.int64) for name in held[0]}
+    parts = {name: (columns.pop(name), counts[name]) for name in held[0] if name in PARTS}
+    return block_of_rows(columns, counts[next(iter(columns))], where, first, options, parts)
 
 
 def read_json(path: Path) -> Any:
@@ -67,3 +65,10 @@ def file_below(folder: Path, name: Any, index: Path) -> Path:
     if not parts or any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{index} names the file {name!r}, which is not a plain path below its folder")
     return folder / name
+
+
+def has_index(folder: Path, **kinds: type) -> bool:
+    """Return whether FOLDER/index.json has these keys, with values of these types. Raises DataError if it is not JSON.
+    Independent."""
+    about = read_json(folder / "index.json") if (folder / "index.json").is_file() else None
+    return isinstance(about, dict) and all(isinstance(about.get(key), kind) for key, kind in kinds.items())

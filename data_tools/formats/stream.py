@@ -68,7 +68,7 @@ def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
     fill = ids == eod if mask is None else (ids == eod) & (mask == 0)
     fill[1:] &= ids[:-1] == eod
     fill[starts] = False
-    last = np.maximum.reduceat(np.where(fill, -1, np.arange(len(ids))), starts)  # of each document
+    last = np.maximum.reduceat(np.where(fill, -1, np.arange(len(ids))), starts)  # last token that is not fill
     kept = np.arange(len(ids)) <= np.repeat(last, np.diff(starts, append=len(ids)))
     moved = np.concatenate([[0], np.cumsum(kept)])[starts]
     return TokenBlock(ids[kept], moved, None if mask is None else mask[kept])
@@ -76,7 +76,7 @@ def _without_fill(block: TokenBlock, eod: int) -> TokenBlock:
 
 def whole_documents(blocks: Iterable[TokenBlock]) -> Iterator[TokenBlock]:
     """Yield the same tokens in blocks that end with a document. The memory needed is that of the largest document. Pure."""
-    parts: list[TokenBlock] = []  # of the document that has not ended
+    parts: list[TokenBlock] = []  # parts of the document that has not ended
     for block in blocks:
         assert block.starts is not None
         if len(block.starts) and parts:

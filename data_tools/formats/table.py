@@ -12,21 +12,21 @@ from data_tools.formats.flat import OTHERS, head_of
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 
-STORED, ROWS, IDS = "stored", "rows", "ids"  # how documents are known: the format stores them; one per row; by special tokens
+STORED, ROWS, IDS = "stored", "rows", "ids"  # where documents are: stored by the format; one per row; between special tokens
 
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """A format of tokens. `write` is None if it is only read."""
+    """A format of tokens."""
 
     what: str  # in words, for messages
     documents: str  # STORED, ROWS or IDS
-    recognize: Callable[[Path], bool]  # whether a file or folder looks like it
+    recognize: Callable[[Path], bool]  # whether a file or folder looks like this format
     find: Callable[[Path, list[str]], list[SourcePart]]  # the parts of a source; adds remarks
-    read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # of one part
-    write: Callable[[SplitTokens, Path], list[str]] | None = None  # one split; returns remarks
-    masks: bool = False  # whether it can store a loss mask
-    eod_first: bool = False  # whether its usual programs write the end-of-document token before each document
+    read: Callable[[Path, ReadOptions], Iterator[TokenBlock]]  # yields the tokens of one part
+    write: Callable[[SplitTokens, Path], list[str]]  # writes one split; returns remarks
+    masks: bool = False  # whether the format can store a loss mask
+    eod_first: bool = False  # whether the format's usual programs write the end-of-document token before each document
     goes_on: bool = False  # whether a document may continue in the next file
 
 
@@ -66,8 +66,10 @@ FORMATS = {  # in the order in which they are recognized
     "megatron": TokenFormat("Megatron-LM's .bin and .idx", STORED, _is_megatron, megatron.find, megatron.read, megatron.write),
     "datatrove": TokenFormat("datatrove's .ds", STORED, lambda source: _any(source, "*.ds"), datatrove.find, datatrove.read,
                              datatrove.write, masks=True),
-    "mds": TokenFormat("MDS of MosaicML Streaming", ROWS, _has_index(mds.is_one), mds.find, mds.read),
-    "litdata": TokenFormat("LitData's chunks", ROWS, _has_index(litdata.is_one), litdata.find, litdata.read),
+    "mds": TokenFormat("MDS of MosaicML Streaming", ROWS, _has_index(mds.is_one), mds.find, mds.read, mds.write,
+                       masks=True),
+    "litdata": TokenFormat("LitData's chunks", ROWS, _has_index(litdata.is_one), litdata.find, litdata.read,
+                           litdata.write, masks=True),
     "hf": TokenFormat("Hugging Face's Arrow folders and .parquet", ROWS, _is_hf, hf.find, hf.read, hf.write, masks=True),
     "olmo": TokenFormat("OLMo's .npy", IDS, lambda source: _any(source, "*.npy"), olmo.find, olmo.read, olmo.write, masks=True),
     "llmc": TokenFormat("llm.c's .bin", IDS, lambda source: _any(source, "*.bin", llmc.is_one), llmc.find, llmc.read, llmc.write,

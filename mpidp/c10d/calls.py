@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpidp.c10d.neighbours import Neighbours
+from mpidp.c10d.shared_memory import SharedMemory
 from mpidp.c10d.sums import ADDED, DATATYPES, HALVES, average, fold, mpi_op
 from mpidp.c10d.waiting import wait_for
 from mpidp.comm.buffers import memory
 from mpidp.comm.transport import pieces
 
 SMALL_BYTES = 1 << 16  # smaller collectives always poll, even with blocking=True
-NEAR_BYTES = 1 << 20  # smallest reduction that reads other ranks' memory, which is faster; in half precision SMALL_BYTES
+NEAR_BYTES = 1 << 20  # smallest collective that uses shared memory, which is faster; reductions in half precision: SMALL_BYTES
 LARGEST_BYTES = 1 << 30  # most bytes of all ranks together in one MPI call
 
 
@@ -75,35 +75,32 @@ class Calls:
         self.blocking = blocking
         self.aborted: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
-        self._neighbours: Neighbours | None = None
-        self._searched = comm.size == 1  # whether _neighbours has its final value
+        self._shared: SharedMemory | None = None
+        self._searched = comm.size == 1  # whether _shared has its final value
 
     def wait(self, request: MPI.Request) -> None:
         """Wait for a request. Raises Aborted if the group was aborted. Independent."""
         wait_for(request, self.aborted)
 
     def scratch(self, name: str, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """Return a buffer of shape (elements,) that is reused between calls with the same name. Independent.
-
-        Buffers are reused because allocating a new one takes longer than the sum itself.
-        """
+        """Return a buffer of shape (elements,) that is reused between calls with the same name, because allocating a new one
+        takes longer than the sum itself. Independent."""
         buffer, needed = self._space.get(name), elements * like.element_size()
         if buffer is None or buffer.numel() < needed:
             buffer = self._space[name] = torch.empty(needed, dtype=torch.uint8)
         return buffer[:needed].view(like.dtype)
 
-    def neighbours(self, added: torch.Tensor) -> Neighbours | None:
-        """Return the object that reads other ranks' memory. Return None if reading is not possible, or slower for this tensor.
-
-        The first large reduction tests whether all ranks can read each other's memory.
-        """
-        if added.nbytes < (SMALL_BYTES if added.dtype in HALVES else NEAR_BYTES) or added.dtype not in ADDED:
+    def shared_memory(self, tensor: torch.Tensor, reduced: bool = False) -> SharedMemory | None:
+        """Return the collectives through shared memory, or None if the ranks share none or messages are faster for this tensor.
+        The first large collective finds out whether the ranks share memory. reduced: whether the tensor is reduced."""
+        least = SMALL_BYTES if reduced and tensor.dtype in HALVES else NEAR_BYTES
+        if tensor.nbytes < least or (reduced and tensor.dtype not in ADDED):
             return None
         if not self._searched:
-            found = Neighbours(self.exchange, self.comm.rank, self.comm.size)
-            self._neighbours = found if found.can_read_all() else None
+            found = SharedMemory(self.exchange, self.barrier, self.comm.rank, self.comm.size)
+            self._shared = found if found.open() else None
             self._searched = True
-        return self._neighbours
+        return self._shared
 
     def exchange(self, numbers: list[int]) -> list[list[int]]:
         """Gather each rank's list of numbers and return one list per rank. This also synchronizes the ranks."""
@@ -119,6 +116,9 @@ class Calls:
     def bcast(self, tensor: torch.Tensor, root: int) -> None:
         """Broadcast the root's tensor into the tensors of the other ranks."""
         flat = tensor.view(-1)
+        if shared := self.shared_memory(flat):
+            shared.bcast(flat.view(torch.uint8), root)
+            return
         for begin, end in pieces(0, flat.numel(), flat.element_size()):
             self.wait(self.comm.Ibcast(octets(flat[begin:end]), root))
 
@@ -127,7 +127,8 @@ class Calls:
         flat = tensor.view(-1)
         if self.comm.size == 1:
             return
-        if (near := self.neighbours(flat)) and near.allreduce(flat, kind):
+        if shared := self.shared_memory(flat, reduced=True):
+            shared.allreduce(flat, kind)
             return
         for begin, end in pieces(0, flat.numel(), flat.element_size()):
             piece = flat[begin:end]
@@ -176,12 +177,12 @@ class Calls:
     def reduce_scatter(self, source: torch.Tensor, target: torch.Tensor, kind: str) -> None:
         """Reduce source (ranks x n) and store row r in target (n) on rank r. source and target may overlap."""
         ranks, rows, out = self.comm.size, source.view(self.comm.size, -1), target.view(-1)
-        if near := self.neighbours(source):
+        if shared := self.shared_memory(source, reduced=True):
             result = self.scratch("kept", source, out.numel()) if overlap(source, target) else out
-            if near.reduce_scatter(rows, result, kind):
-                if result is not out:
-                    out.copy_(result)
-                return
+            shared.reduce_scatter(rows, result, kind)
+            if result is not out:
+                out.copy_(result)
+            return
         for begin, end in pieces(0, out.numel(), out.element_size() * ranks):
             piece, got = self.scratch("piece", source, ranks * (end - begin)), self.scratch("sum", source, end - begin)
             piece.view(ranks, -1).copy_(rows[:, begin:end])
@@ -210,10 +211,14 @@ class Calls:
     def allgather(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Gather each rank's source (n) into target (ranks x n). source may be a view of target."""
         ranks, flat, rows = self.comm.size, source.view(-1), target.view(self.comm.size, -1)
-        if target.nbytes <= LARGEST_BYTES:
+        shared = self.shared_memory(target)
+        if shared or target.nbytes <= LARGEST_BYTES:
             own = rows[self.comm.rank]
             if flat.data_ptr() != own.data_ptr():
                 own.copy_(flat.clone() if overlap(source, target) else flat)
+            if shared:
+                shared.allgather(rows.view(torch.uint8))
+                return
             self.wait(self.comm.Iallgather(MPI.IN_PLACE, [memory(target), source.nbytes, MPI.BYTE]))
             return
         flat = flat.clone() if overlap(source, target) else flat

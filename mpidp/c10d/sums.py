@@ -27,7 +27,7 @@ ADDERS: dict[str, Any] = {
     "SUM": torch.add, "AVG": torch.add, "PRODUCT": torch.mul, "MIN": torch.minimum, "MAX": torch.maximum,
     "BAND": torch.bitwise_and, "BOR": torch.bitwise_or, "BXOR": torch.bitwise_xor,
 }
-ADDED = (  # dtypes that neighbours.py reduces with torch; MPI reduces bool and larger unsigned integers
+ADDED = (  # dtypes that shared_memory.py reduces with torch; MPI reduces bool and larger unsigned integers
     torch.float32, torch.float64, *HALVES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
     torch.complex64, torch.complex128,
 )

@@ -65,8 +65,8 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def share_out(shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
-    """Return {name: (start, stop)}, the rows of replicated tensors that writer number `rank` of `size` writers writes. They have
-    about 1/size of all elements. Every row is written by exactly one writer. Pure."""
+    """Return {name: (start, stop)}, the rows of replicated tensors that writer number `rank` of `size` writers writes. These rows
+    have about 1/size of all elements. Every row is written by exactly one writer. Pure."""
     total = sum(rows * elements for rows, elements in map(_rows, shapes.values()))
     low, high = rank * total // size, (rank + 1) * total // size
     share, offset = {}, 0

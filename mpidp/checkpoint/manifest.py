@@ -48,7 +48,7 @@ class _Tensor(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """What readers rely on. Its other entries are the state of the run."""
+    """The entries of a manifest that readers use. Its other entries are the state of the run."""
 
     files: Required[list[_File]]
     tensors: Required[dict[str, _Tensor]]

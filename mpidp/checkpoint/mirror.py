@@ -110,7 +110,7 @@ class Mirror:
             parts = [path for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
             files = [(f"{name}/{path.name}", stack.enter_context(open_regular(path))) for path in parts]
             files += [(str(path.relative_to(self._run_dir)), stack.enter_context(open_regular(path))) for path in self._of_run()]
-            self._folder.delete([f"{name}/manifest.json"])  # of an earlier copy: from now on this one is not complete
+            self._folder.delete([f"{name}/manifest.json"])  # without its manifest, an earlier copy is incomplete
             for target, file in [*files, (f"{name}/manifest.json", manifest)]:
                 length = os.fstat(file.fileno()).st_size
                 self._folder.write(target, file, length)

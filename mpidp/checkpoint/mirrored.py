@@ -123,9 +123,9 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
         steps = folder.steps()
         if local and steps and max(steps) > max(local):
             raise UsageError(
-                f"run.mirror={address} has a checkpoint of step {max(steps)}; the newest of {run_dir} is of step {max(local)}. "
-                f"To resume from the mirror, move {run_dir / 'checkpoints'} away; to resume from the older one, choose another "
-                "run.mirror"
+                f"run.mirror={address} has a checkpoint of step {max(steps)}, newer than "
+                f"step {max(local)}, the newest of {run_dir}. To resume from the mirror, move {run_dir / 'checkpoints'} away; to "
+                f"resume from step {max(local)}, choose another run.mirror"
             )
         if not local and steps:
             _fetch_newest(folder, steps, run_dir)
@@ -133,7 +133,7 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
     except DataError as error:
         if not local or own is None:
             raise
-        log.warning("warning: run.mirror: %s. The run goes on, and its next checkpoint is copied", error)
+        log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint is copied", error)
     return folder
 
 
@@ -162,13 +162,13 @@ def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None
     for step in steps:
         name = f"step_{step:08d}"
         temporary = run_dir / "checkpoints" / f".writing_{name}_{secrets.token_hex(4)}"
-        log.info("%s has no checkpoint: fetching that of step %d from %s", run_dir, step, folder.address)
+        log.info("%s has no checkpoint: fetching the checkpoint of step %d from %s", run_dir, step, folder.address)
         try:
             temporary.mkdir(parents=True)
             folder.fetch(f"checkpoints/{name}/manifest.json", temporary / "manifest.json")
             for record in read_manifest(temporary)["files"]:
                 if not _PART.fullmatch(str(record["file"])):
-                    raise CheckpointError(f"the manifest of step {step} lists {record['file']!r}, which is no checkpoint file")
+                    raise CheckpointError(f"the manifest of step {step} lists {record['file']!r}, which is not a checkpoint file")
                 folder.fetch(f"checkpoints/{name}/{record['file']}", temporary / record["file"])
                 check_file(temporary, record)
             _fetch_run_files(folder, run_dir)

@@ -59,7 +59,7 @@ def same_path(one: str, other: str) -> bool:
 
 
 def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return the numerics fingerprint: everything besides data and other settings on which the bits of the results depend. Each
+    """Return the numerics fingerprint: what the bits of the results depend on, apart from the data and the other settings. Each
     checkpoint stores it. When a run resumes, differences are logged. Independent."""
     return {
         "threads": config.train.threads,
@@ -134,5 +134,5 @@ def reject_changed_settings(saved: Mapping[str, Any], config: Config, checked_ba
     if changed:
         raise UsageError(
             f"{config.run.dir} contains a checkpoint of a run with other settings: {'; '.join(changed)}. Use the old values to "
-            "resume, another --run.dir for a new run, or --run.resume=never to move the old run to previous_N and start anew"
+            "resume, another --run.dir for a new run, or --run.resume=never to move the old run to previous_N and start a new one"
         )

@@ -49,9 +49,9 @@ class Saver:
         self, comm: MPI.Intracomm, run_dir: Path, every: int, keep: int, share: tuple[int, int] | None, alone: bool = False,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
-        """every: train.save_every; -1 means that saves are due by rank 0's clock. keep: number of checkpoints to keep. share:
-        None, or on the first rank of each node, which writes replicated tensors, (index of the rank among these ranks, their
-        number). alone: whether this rank holds tensors that no other rank has. may_commit: on rank 0, returns whether this job
+        """every: train.save_every; -1 means that saves are due by rank 0's clock. keep: number of checkpoints to keep. share: the
+        first rank of each node writes replicated tensors, and passes (its index among these ranks, their number); the other ranks
+        pass None. alone: whether this rank holds tensors that no other rank has. may_commit: on rank 0, returns whether this job
         still holds the lock of the run. Collective over comm."""
         self.comm, self.run_dir, self.every, self.keep, self.share = comm, run_dir, every, keep, share
         rows = comm.allgather((share is not None or alone, secrets.token_hex(4)))

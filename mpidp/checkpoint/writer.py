@@ -192,7 +192,7 @@ class Save:
                 if f"rank_{rank:05d}.json" in there:
                     self._records[rank] = json.loads((self.folder / f"rank_{rank:05d}.json").read_bytes())
             if time.monotonic() > until:
-                raise PeerFilesError(f"{self.folder}: no record from ranks {missing}")
+                raise PeerFilesError(f"{self.folder}: the files of ranks {missing} are missing")
             if self.dropping.wait(pause):
                 raise Dropped
             pause = min(0.25, 1.5 * pause)

@@ -45,8 +45,8 @@ def norm_of_squares(squares: Tensor) -> float:
     """Return the square root of the sum of squares, or 0 if the sum is negative. squares: (blocks,) float64, added in order.
     Independent.
 
-    The result of math.sqrt is rounded correctly. That of torch.sqrt can differ in the last bit, also for float64 (seen with MKL
-    on an AMD CPU).
+    math.sqrt rounds its result correctly. The result of torch.sqrt can differ in the last bit, also for float64 (seen with MKL on
+    an AMD CPU).
     """
     return math.sqrt(squares.cpu().cumsum(0)[-1].clamp(min=0.0))
 

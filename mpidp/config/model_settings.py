@@ -21,7 +21,8 @@ class ModelSettings:
     num_heads: int = setting(4, "attention heads; must divide model_dim", "heads", low=1, resume=FIXED)
     num_kv_heads: int = setting(0, "key-value heads; must divide num_heads; 0: num_heads", "heads", low=0, resume=FIXED)
     model_dim: int = setting(128, "model width", "channels", low=2, resume=FIXED)
-    hidden_dim: int = setting(0, "feed-forward width; 0: 8/3 model_dim, rounded up to 64", "channels", low=0, resume=FIXED)
+    hidden_dim: int = setting(0, "feed-forward width; 0: 8/3 model_dim, rounded up to a multiple of 64", "channels", low=0,
+                              resume=FIXED)
     seq_len: int = setting(128, "context length", "tokens", low=1, resume=FIXED)
     dropout: float = setting(0.0, "dropout rate of embeddings and residual branches", "", low=0.0, high=0.99, resume=FIXED)
     tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head", "bool", resume=FIXED)
@@ -32,8 +33,9 @@ class ModelSettings:
     vocab_size: int = setting(0, "rows of embedding and output head; 0: the tokenizer's size", "tokens", low=0, resume=FIXED)
     activation: str = setting("silu", "activation of the feed-forward layer; gelu: exact; relu2: relu(x)^2", "",
                               CHOICES["activation"], resume=FIXED)
-    gated: bool = setting(True, "feed-forward down(act(gate(x)) * up(x)); false: down(act(up(x)))", "bool", resume=FIXED)
-    attention_bias: str = setting("", "projections of attention with a bias: some of q,k,v,o", "names", resume=FIXED)
+    gated: bool = setting(True, "true: the feed-forward layer is down(act(gate(x)) * up(x)); false: down(act(up(x)))", "bool",
+                          resume=FIXED)
+    attention_bias: str = setting("", "attention projections that have a bias: some of q,k,v,o", "names", resume=FIXED)
     mlp_bias: bool = setting(False, "biases in the feed-forward layer", "bool", resume=FIXED)
     qk_norm: str = setting("", "RMSNorm of queries and keys: per head, or over all heads of a layer; empty: none", "",
                            CHOICES["qk_norm"], resume=FIXED)
@@ -44,13 +46,13 @@ class ModelSettings:
     positions: str = setting("rotary", "rotary: rotate queries and keys; learned: add a table's rows to the embedding", "",
                              CHOICES["positions"], resume=FIXED)
     position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
-    rotary_dims: int = setting(0, "number of dimensions of a head that are rotated, the first ones; 0: all", "channels", low=0,
+    rotary_dims: int = setting(0, "number of leading dimensions of each head that are rotated; 0: all", "channels", low=0,
                                resume=FIXED)
-    rotary_layers: str = setting("", "a letter per layer, repeated: y rotary, n none (yyyn); empty: all rotary", "letters",
-                                 resume=FIXED)
-    window: int = setting(0, "sliding window: positions that a position attends to, itself included; 0: all before it", "tokens",
-                          low=0, high=2**31, resume=FIXED)
-    window_layers: str = setting("", "a letter per layer, repeated: w window, f full attention (wf); empty: all have the window",
+    rotary_layers: str = setting("", "one letter per layer, repeated, for example yyyn: y rotary positions, n none; empty: all y",
+                                 "letters", resume=FIXED)
+    window: int = setting(0, "sliding window: number of positions that a position attends to, including itself; 0: all earlier "
+                          "positions", "tokens", low=0, high=2**31, resume=FIXED)
+    window_layers: str = setting("", "one letter per layer, repeated, for example wf: w window, f full attention; empty: all w",
                                  "letters", resume=FIXED)
     window_rope_theta: float = setting(0.0, "rope_theta of layers with a window; 0: rotary positions as in the other layers", "",
                                        low=0.0, resume=FIXED)
@@ -62,6 +64,7 @@ class ModelSettings:
     attention_cap: float = setting(0.0, "soft-cap of attention scores: cap * tanh(score / cap); 0: none", "", low=0.0,
                                    resume=FIXED)
     logit_cap: float = setting(0.0, "soft-cap of the logits: cap * tanh(logit / cap); 0: none", "", low=0.0, resume=FIXED)
+    zero_init: bool = setting(False, "initialize the last matrix of each residual branch with 0", "bool", resume=FIXED)
     lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
     lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
                                 resume=FIXED)

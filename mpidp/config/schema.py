@@ -97,7 +97,8 @@ def checked(config: Config) -> Config:
     if train.balance == "steal" and comm.transport == "messages":
         problems.append("train.balance=steal needs a shared memory window, and comm.transport=messages disables it")
     if train.balance == "steal" and comm.overlap in ("thread", "poll"):
-        problems.append("comm.overlap needs to know each rank's last lane in advance, but train.balance=steal decides it later")
+        problems.append("comm.overlap requires that each rank's last lane is fixed before the step; train.balance=steal moves "
+                        "lanes during the step")
     if comm.gpu == "nccl":
         nccls = {"train.device": ("cpu",), "comm.reducer": ("root",), "comm.overlap": ("thread", "poll")}
         others = [f"{key}={value}" for key, _, value in fields_of(config) if value in nccls.get(key, ())]

@@ -37,9 +37,9 @@ class DataSettings:
         "shards/stdlib", "folder with the shards, or s3://bucket/prefix; the default corpus is prepared if it does not exist",
         "path",
     )
-    cache_dir: str = setting("", "folder for ranges of remote shards, on a local disk; empty: in the temporary folder", "path")
+    cache_dir: str = setting("", "local folder that caches parts of remote shards; empty: in the temporary folder", "path")
     cache_gb: float = setting(10.0, "largest size of this cache on each node", "10^9 bytes", low=0.05)
-    retry_seconds: float = setting(300.0, "how long a request to a failing server is tried again", "s", low=0.0)
+    retry_seconds: float = setting(300.0, "how long to retry a failed request to a server", "s", low=0.0)
     verify: str = setting(
         "auto", "check the shards' checksums before training, not only sizes and headers; auto: if this takes under a second", "",
         ("auto", "true", "false"),
@@ -47,7 +47,8 @@ class DataSettings:
     order: str = setting("shuffled", "order of the training windows", "", ("shuffled", "sequential"), resume=FIXED)
     resident: str = setting("auto", "keep this rank's tokens in GPU memory", "", ("auto", "true", "false"))
     documents: str = setting(
-        "auto", "apart: attention stays within a document; auto: apart if the shards contain packed rows, else joined", "",
+        "auto", "joined: attention crosses the ends of documents; apart: attention stays within a document; auto: apart if the "
+        "shards contain packed rows, else joined", "",
         ("auto", "joined", "apart"), resume=FIXED,
     )
 
@@ -88,8 +89,8 @@ class TrainSettings:
     eval_tasks: str = setting("", "tasks of lm-eval for each evaluation, for example arc_easy,hellaswag (docs/use.md)", "names")
     eval_tasks_dir: str = setting("", "folder with task files (.yaml) for eval_tasks", "path")
     eval_tasks_limit: int = setting(0, "items of each of eval_tasks; 0: all", "items", low=0)
-    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: chosen from their measured cost", "steps",
-                              low=-1)
+    save_every: int = setting(100, "steps between checkpoints; 0: only at the end; -1: by the measured cost of a checkpoint",
+                              "steps", low=-1)
     balance: str = setting(
         "even", "how lanes are divided among ranks: evenly, by measured speed, or by work stealing", "",
         ("even", "measured", "steal"),
@@ -98,7 +99,7 @@ class TrainSettings:
                                low=0)
     noise_every: int = setting(0, "steps between measurements of the gradient noise scale; 0: off", "steps", low=0)
     spike: float = setting(
-        0.0, "skip a batch whose gradient norm exceeds this multiple of the median of the last 32; 0: off", "", low=0.0,
+        0.0, "skip a batch whose gradient norm exceeds this multiple of the median of the last 32 norms; 0: off", "", low=0.0,
     )
     max_skipped: int = setting(20, "return to the last checkpoint after this many skipped batches in a row", "steps", low=1)
 
@@ -107,15 +108,24 @@ class TrainSettings:
 class OptimizerSettings:
     """Settings optim.*: the optimizer and its schedule."""
 
-    name: str = setting("adamw", "optimizer, as in torch.optim", "", ("adamw", "adam", "sgd", "muon"), resume=FIXED)
+    name: str = setting(
+        "adamw", "optimizer, as in torch.optim; normuon: Muon with a second moment per row", "",
+        ("adamw", "adam", "sgd", "muon", "normuon"), resume=FIXED,
+    )
     schedule: str = setting("cosine", "learning rate schedule after warmup", "", ("cosine", "linear", "constant", "wsd"))
     lr: float = setting(3e-3, "peak learning rate", "", low=0.0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule, after the last step", "", low=0.0)
     warmup_steps: int = setting(-1, "steps of linear warmup; -1: min(100, steps / 10)", "steps", low=-1)
-    weight_decay: float = setting(0.1, "weight decay of matrices, as in torch.optim (adamw, adam, muon)", "", low=0.0)
+    weight_decay: float = setting(0.1, "weight decay of matrices, as in torch.optim (adamw, adam, muon, normuon)", "", low=0.0)
     beta1: float = setting(0.9, "decay of the first moment; momentum of sgd", "", low=0.0, high=0.9999999)
     beta2: float = setting(0.99, "decay of the second moment", "", low=0.0, high=0.9999999)
     clip: float = setting(1.0, "maximum gradient norm (clipping); 0: off", "", low=0.0)
+    cautious_decay: bool = setting(
+        False, "weight decay only of elements that the update moves towards 0 (adamw, muon, normuon)", "bool",
+    )
+    momentum_warmup: int = setting(
+        0, "muon, normuon: steps over which the momentum rises from 0.85 to 0.95; 0: 0.95 from the first step", "steps", low=0,
+    )
     freeze: str = setting("", "parameters that are not trained, for example embedding.*,blocks.0.*", "patterns", resume=FIXED)
 
 
@@ -190,7 +200,7 @@ class CommSettings:
         0.0, "share of values that topk and randomk send; 0: topk 0.01 (local: 0.03), randomk 0.1", "of all values", low=0.0,
         high=1.0,
     )
-    ratio_warmup: int = setting(0, "steps in which the ratio decreases from 1 to its value", "steps", low=0)
+    ratio_warmup: int = setting(0, "number of steps in which the ratio decreases from 1 to comm.ratio", "steps", low=0)
     momentum: float = setting(
         0.0, "topk, randomk: momentum on each rank before compression, instead of the momentum of sgd; 0: off", "", low=0.0,
         high=0.9999999,
@@ -236,13 +246,14 @@ class RunSettings:
 
     dir: str = setting("runs/default", "folder of the run: config, metrics and checkpoints", "path")
     resume: str = setting(
-        "auto", "auto: resume from the newest valid checkpoint, if any; must: fail without one; never: start anew", "",
+        "auto", "auto: resume from the newest valid checkpoint, if any; must: fail if there is none; never: start a new run", "",
         ("auto", "never", "must"),
     )
     keep: int = setting(3, "number of checkpoints to keep", "", low=1)
     mirror: str = setting("", "address to which checkpoints are copied, for example s3://bucket/runs/NAME", "path")
     hang_seconds: float = setting(
-        60.0, "end the job with exit code 6 if it makes no progress for this long (and 20 usual steps); 0: off", "s", low=0.0,
+        60.0, "end the job with exit code 6 if it makes no progress for this time and the time of 20 usual steps; 0: off", "s",
+        low=0.0,
     )
     tries: int = setting(3, "maximum number of successive starts from the same checkpoint", "", low=1)
     stop_early_seconds: float = setting(

@@ -47,7 +47,7 @@ class Encoder:
         return self.tokenizer.encode(text) if self.special == "text" else np.concatenate(list(self.pieces([text])))
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
-        """Return the ids of a text with BOS in front, unless the training data has no BOS or the text begins with it. Pure."""
+        """Return the ids of a text. If the training data has BOS and the text does not begin with BOS, put BOS in front. Pure."""
         return ids if self.table.bos is None or self._has_bos(ids) else np.insert(ids, 0, self.table.bos)
 
     def document(self, text: str) -> np.ndarray:

@@ -16,8 +16,9 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
     """Return the id of the end-of-document token. Raises DataError if there is none.
 
-    eod: the token or its id, if it is known. declared: the model's eos_token. It is chosen unless it ends a turn of a chat: the
-    documents that such a model was pretrained on end with another token. Otherwise the first of USUAL_EOD in the vocabulary is.
+    eod: the token or its id, if it is known. declared: the model's eos_token. It is chosen unless it ends a turn of a chat,
+    because the documents that such a model was pretrained on end with another token. Otherwise the first token of USUAL_EOD that
+    is in the vocabulary is chosen.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod

@@ -26,11 +26,11 @@ import numpy as np
 from mpidp.data.long_text import Placed
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PATTERNS = (  # of a Split in the tokenizer.json of Llama 3 and Qwen 2; both programs read them alike
+PATTERNS = (  # patterns of a Split in the tokenizer.json of Llama 3 and Qwen 2; both programs treat them alike
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # of a character
+CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # around a character
 LONG_SPACE = 2**18  # white space in a row. tiktoken's regular expressions panic at a million
 SPACE = re.compile(rf"\s{{{LONG_SPACE}}}")
 KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
@@ -83,7 +83,7 @@ class FastBPE:
         stops = np.cumsum(self._lengths[ids])  # in bytes
         starts = stops - self._lengths[ids]
         data = np.frombuffer(text.encode(), dtype=np.uint8)
-        character = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte: UTF-8 continues a character with bytes 10xxxxxx
+        character = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte; UTF-8 continues a character with 10xxxxxx
         return Placed(ids, character[starts], character[stops - 1] + 1)
 
     @cached_property

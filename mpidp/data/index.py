@@ -59,9 +59,9 @@ class Index:
     splits: dict[str, SplitRecord]
     files: list[FileRecord]
     source: dict[str, Any]
-    sha256: str = ""  # of index.json itself
+    sha256: str = ""  # sha256 of index.json itself
     window: int = 0  # if packed: no document crosses a multiple of this many tokens; 0: not packed
-    special_tokens_sha256: str = ""  # of special_tokens.json; "": there is no such file
+    special_tokens_sha256: str = ""  # sha256 of special_tokens.json; "": there is no such file
 
     def tokenizer_bytes(self, folder: Path) -> bytes:
         """Return the contents of tokenizer.json. Raises DataError if it is missing or has changed."""

@@ -15,7 +15,8 @@ BEGIN_BYTES = 2**20  # enough of a file to hold its first object, in most cases
 def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
     """Return (kind, doubt) of a JSON file: ("lines", ""), ("array", "") or ("text", why it holds no rows). Independent.
 
-    wanted: names of fields. A single object, and the first object of an array, must have one of them; none: any object will do.
+    wanted: names of fields. A single object, and the first object of an array, must have one of them. If `wanted` is empty, any
+    object is accepted.
     """
     lines = _begin(stream)
     first, begun = lines[0], b"".join(lines).strip()
@@ -31,7 +32,7 @@ def json_kind(stream: BinaryIO, wanted: Collection[str]) -> tuple[str, str]:
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a line, or None if it has none. Pure."""
+    """Return the JSON object of a line, or None if the line is not a JSON object. Pure."""
     try:
         value = json.loads(line.removeprefix(MARK))
     except (ValueError, RecursionError):

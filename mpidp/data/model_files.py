@@ -11,7 +11,7 @@ from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 from mpidp.runtime.json_file import read_json
 
-MAX_BYTES = 64 * 2**20  # of a file that is read or copied
+MAX_BYTES = 64 * 2**20  # largest file that is read or copied
 MAX_TEMPLATE_BYTES = 2**20
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # a file, and a folder of .jinja files
 

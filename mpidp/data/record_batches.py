@@ -11,7 +11,7 @@ from mpidp.errors import DataError, UsageError
 
 WITH_COLUMNS = ("parquet", "arrow")  # the kinds of files that are read by columns (text_files.py)
 BATCH_ROWS = 64
-BUFFER_BYTES = 2**20  # of a column; else pyarrow reads a whole row group into memory
+BUFFER_BYTES = 2**20  # read buffer of a column; without it, pyarrow reads whole row groups into memory
 TOKENS = ("input_ids", "token_ids", "tokens")  # usual names of columns of token ids
 
 

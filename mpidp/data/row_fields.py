@@ -57,7 +57,7 @@ def keys_of(names: Iterable[str], shown: int = 12) -> str:
 
 
 def any_of(names: Collection[str]) -> str:
-    """Return a text for a message that one of these fields is needed. Pure."""
+    """Return words for a message which says that one of these fields is needed. Pure."""
     return " or ".join(f"`{name}`" for name in names)
 
 

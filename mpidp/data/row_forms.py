@@ -27,7 +27,7 @@ ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n",
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
-MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # of rendered chats
+MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # marks of rendered chats
 UNWANTED = ("label", "kto_tag")  # false: the model should avoid this answer (TRL's unpaired preferences; LLaMA-Factory's)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
@@ -103,8 +103,8 @@ def _refuse_preferences(row: Mapping[str, Any], messages: list[Any] | None) -> N
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[Any] | None:
-    """Return the list of messages of a field; None if it is not a list. It may be JSON text, or an object of lists: the datasets
-    library writes the feature Sequence({"from": ..., "value": ...}) so."""
+    """Return the list of messages of a field; None if it is not a list. It may be JSON text, or an object of lists, which is how
+    the datasets library writes the feature Sequence({"from": ..., "value": ...})."""
     value = row[key]
     value = parsed_field(key, value) if isinstance(value, str) else value
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):

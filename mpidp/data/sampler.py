@@ -154,8 +154,8 @@ class Sampler:
         return -(-len(part) // self.block_windows)
 
     def _gap(self, part: range, epoch: int, lane: int) -> tuple[int, int]:
-        """Return (the position at which the last block ends in the permuted order, the number of windows that it has fewer than
-        other blocks)."""
+        """Return (the position at which the last block ends in the permuted order, how many windows it has fewer than the other
+        blocks)."""
         num_blocks = self._num_blocks(part)
         lacks = num_blocks * self.block_windows - len(part)
         slot = _slot_of(num_blocks - 1, num_blocks, self.seed, epoch, lane)

@@ -68,7 +68,7 @@ class SpecialTokens:
 
     @property
     def is_plain(self) -> bool:
-        """True for the table of a plain tokenizer, which is not stored."""
+        """True if this is the table of a plain tokenizer. Such a table is not stored."""
         return self == SpecialTokens(None, self.ends[:1])
 
 
@@ -99,7 +99,7 @@ def for_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def special_tokens_of(folder: Path | None, tokenizer: Tokenizer) -> SpecialTokens:
-    """Return the table of a tokenizer: FOLDER/special_tokens.json, or what the files say that transformers reads.
+    """Return the table of a tokenizer: FOLDER/special_tokens.json, or a table made from the files that transformers reads.
 
     folder: None if the tokenizer has none. Raises DataError if a file is invalid. Independent.
     """
@@ -140,7 +140,8 @@ def special_names(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name as transformers does: of the class, then of the two files."""
+    """Return the special tokens by name, as transformers does: those of the tokenizer's class, replaced by those of the two
+    files."""
     config = files.get("tokenizer_config.json", {})
     merged = dict(config)
     if "added_tokens_decoder" not in config:

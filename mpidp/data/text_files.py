@@ -59,7 +59,7 @@ class TextFile:
     path: str
     kind: str  # lines, array, table, parquet or text
     skip: int = 0  # bytes of the byte order mark
-    separator: str = ","  # of a table
+    separator: str = ","  # separator of the columns of a table
     doubt: str = ""
 
     def open(self) -> BinaryIO:

@@ -1,7 +1,7 @@
 """`[mpirun -np N] python -m mpidp.doctor [--gpu] [--network] [--data DIR] [--run DIR] [--clean] [--json]`
 
 Check the launch, the machines and the folders before training, and report how to correct problems. Use the launch line of the
-job. Measurements are written to cluster.json, in the run's folder or the current one. docs/doctor.md explains the table.
+job. Measurements are written to cluster.json, in the run's folder or the current folder. docs/doctor.md explains the table.
 """
 
 from __future__ import annotations

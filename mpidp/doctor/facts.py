@@ -28,7 +28,7 @@ class MachineFacts:
     host_cores: int  # number of cores of the machine
     threads: dict[str, str] = field(default_factory=dict)  # the variables in THREADS that are set
     waiting: dict[str, str] = field(default_factory=dict)  # the variables in environment.WAITING that are set
-    versions: dict[str, str] = field(default_factory=dict)  # of libraries, by name
+    versions: dict[str, str] = field(default_factory=dict)  # versions of libraries, by name
     broken: dict[str, str] = field(default_factory=dict)  # modules that cannot be imported or used, and their errors
     gpus: tuple[tuple[str, str], ...] = ()  # (UUID, name) of visible GPUs
     shm: tuple[int, int] = (0, 0)  # size of /dev/shm and free space in it, bytes

@@ -65,7 +65,7 @@ class RunLock:
         try:
             self._acquire(patience_seconds, watch_seconds, ours)
         except OSError as error:
-            if self._handle is not None:  # it was acquired, but could not be written
+            if self._handle is not None:  # the lock was acquired, but the file could not be written
                 self.path.unlink(missing_ok=True)
                 os.close(self._handle)
             raise UsageError(f"{option}={run_dir} cannot be written to ({error}); choose another with --{option}=DIR") from error
@@ -111,7 +111,7 @@ class RunLock:
                     log.info("%s: held by %s; checking for %g s whether it is still running", self.path, who, watch)
                 first = first or holder
                 give_up = holder != first and patience < math.inf
-                if holder != first:  # it is running
+                if holder != first:  # the holder is running
                     began, first, waited = time.monotonic(), holder, 0.0
                 if not give_up and waited >= watch:
                     log.info("%s: taken over from %s, which is no longer running", self.path, who)

@@ -1,1 +1,1 @@
-"""Import and export LLaMA-family models in Hugging Face's format (docs/huggingface.md)."""
+"""Import and export models of Llama and other families in Hugging Face's format (docs/huggingface.md)."""

@@ -28,7 +28,7 @@ class Facts:
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
-    options: Mapping[str, Any]  # of the model, as from settings_of
+    options: Mapping[str, Any]  # options of the model, as from settings_of
     files: frozenset[str] = frozenset()  # names of all files but the weights
 
     @property
@@ -69,8 +69,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Restriction:
-    """Something that a program does not do. applies: whether an exported folder needs it; says: what happens, and what to do;
-    refused: the program fails or computes another result, so nothing is written."""
+    """A feature that a program does not support. applies: returns whether an exported folder needs the feature; says: what
+    happens, and what the user can do; refused: true if the program fails or computes another result, so that nothing is
+    written."""
 
     applies: Callable[[Facts], bool]
     says: str
@@ -137,7 +138,7 @@ CONSUMERS: dict[str, tuple[Restriction, ...]] = {
         ),
     ),
     "onnxruntime-genai": (
-        Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is no multiple of 16"),
+        Restriction(lambda facts: facts.head_dim % 16 != 0, "it fails at the first token if head_dim is not a multiple of 16"),
         Restriction(lambda facts: "linear" in facts.ropes, "its model builder ignores linear rope scaling"),
         Restriction(
             lambda facts: facts.is_char, "its tokenizer gives -1 for spaces and for characters outside ASCII: encode text with "

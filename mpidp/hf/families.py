@@ -102,9 +102,9 @@ GPT_NEOX = Layout(
 class Family:
     """A model family of transformers.
 
-    title: public models of the family; options: options that the family always has; only: fields that must have one of the
-    values; free: fields that change no logits. longest: the field with the longest context; usual: values that the family needs
-    in a new config.json; copies: names of old versions that other programs read, and the fields that have their values.
+    title: public models of the family. options: the options that all models of the family have. only: the fields that must have
+    one of these values. free: the fields that do not change the logits. longest: the field with the longest context. copies: old
+    names of fields, which other programs still read, and the fields with the same values.
     """
 
     architecture: str
@@ -126,7 +126,7 @@ WIDTHS = (
 
 
 def sizes(kv: int = 0) -> tuple[Field, ...]:
-    """Return the fields of the sizes. kv: default number of key-value heads; 0: the number of heads."""
+    """Return the Fields for the sizes of the model. kv: default number of key-value heads; 0: the number of heads."""
     return (
         *WIDTHS, size("num_key_value_heads", "num_kv_heads", lambda found: kv or found["num_heads"]),
         size("intermediate_size", "hidden_dim"),
@@ -137,22 +137,22 @@ def usual(
     kv: int = 0, head: int = 0, eps: float = 1e-6, ties: bool = False, act: str = "silu", act_key: str = "hidden_act",
     eps_key: str = "rms_norm_eps",
 ) -> tuple[Field, ...]:
-    """Return the fields that nearly all families have. The arguments are defaults, and names of fields."""
+    """Return the Fields that nearly all families have. The arguments are default values and names of fields."""
     return (*sizes(kv), head_dim(head), number(eps_key, "norm_eps", eps), activation(act_key, act), tied(ties))
 
 
 def bias(key: str = "attention_bias", default: bool = False) -> Field:
-    """Return the field for biases of q, k, v and o."""
+    """Return the Field that determines whether q, k, v and o have biases."""
     return flag(key, default, {"attention_bias": "q,k,v,o"}, {"attention_bias": ""})
 
 
 def mlp_bias(key: str = "mlp_bias") -> Field:
-    """Return the field for biases of the feed-forward layer."""
+    """Return the Field that determines whether the feed-forward layer has biases."""
     return flag(key, False, {"mlp_bias": True}, {"mlp_bias": False})
 
 
 def query_scale(default: float) -> Field:
-    """Return query_pre_attn_scalar of Gemma: attention scores are divided by its root."""
+    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by its square root."""
     return number(
         "query_pre_attn_scalar", "attention_scale", default, lambda value, _: value**-0.5,
         lambda scale, options: _whole((scale or head_size(options) ** -0.5) ** -2),

@@ -53,8 +53,8 @@ class Given:
 class Field:
     """Some fields of config.json that determine some options of the model.
 
-    read: returns the options; it gets the options of the fields before it. write: returns the fields for all options of a model;
-    what it cannot express is found when the result is read again.
+    read: returns the options; its second argument has the options of the earlier Fields. write: returns the fields for the
+    options of a model. If it cannot express an option, config_of() detects this when it reads the result again.
     """
 
     keys: tuple[str, ...]
@@ -64,7 +64,8 @@ class Field:
 
 
 def size(key: str, option: str, default: Callable[[Options], int] | None = None, most: int = MOST) -> Field:
-    """Return the field of a positive integer. default: computes the value of a missing or null field; None: it is required."""
+    """Return the Field of a positive integer. default: computes the value if the field is missing or null; None: the field is
+    required."""
 
     def read(given: Given, found: Options) -> Options:
         return {option: given.number(key, int, None if default is None else default(found), most)}
@@ -85,7 +86,7 @@ def number(
 
 
 def cap(key: str, option: str, default: float | None) -> Field:
-    """Return the field of a soft-cap. null means none, which is 0 in the option."""
+    """Return the Field of a soft-cap. null means no soft-cap; the option is then 0."""
 
     def read(given: Given, found: Options) -> Options:
         value = given.config.get(key, default)
@@ -120,7 +121,7 @@ def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -
 
 
 def implied(option: str, value: Callable[[Options], Any]) -> Field:
-    """Return an option that no field has, because the other options determine it."""
+    """Return a Field for an option that config.json does not have, because the other options determine it."""
     return Field((), (option,), lambda given, found: {option: value(found)}, lambda options: {})
 
 

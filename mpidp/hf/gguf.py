@@ -31,8 +31,9 @@ REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + RES
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp needs and the converter does not find. pre: llama.cpp's name of the pre-tokenizer; merges: in place of those
-    of tokenizer.json, if it has none; by_bytes: the tokens are characters, and become their UTF-8 bytes in byte-level form."""
+    """What llama.cpp needs and the converter cannot find. pre: llama.cpp's name of the pre-tokenizer. merges: the merges to use
+    if tokenizer.json has none. by_bytes: true if the tokens are characters, which must be written as UTF-8 bytes in byte-level
+    form."""
 
     pre: str
     merges: tuple[str, ...] = ()
@@ -73,8 +74,8 @@ def _byte_level(text: str) -> str:
 
 
 def as_gguf(write: Callable[[Path], str], out: Path, dtype: str, llama_cpp: str = "") -> str:
-    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Return what it returns.
-    Raises UsageError like write_gguf, or if `out` exists. Independent."""
+    """Write a model's folder with write(folder), convert it to the file `out`, and remove the folder. Return the result of
+    write(). Raises UsageError like write_gguf, or if `out` exists. Independent."""
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another file, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

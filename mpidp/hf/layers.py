@@ -13,7 +13,7 @@ LETTER = {WINDOW: "w", FULL: "f"}
 
 
 def per_layer(pattern: str, layers: int, otherwise: str) -> str:
-    """Return one letter per layer for a pattern that is repeated. otherwise: the letter of all layers if it is empty. Pure."""
+    """Return one letter per layer: the pattern, repeated. otherwise: the pattern to use if `pattern` is empty. Pure."""
     pattern = pattern or otherwise
     return (pattern * (layers // len(pattern) + 1))[:layers]
 
@@ -24,7 +24,8 @@ def shortest(letters: str) -> str:
 
 
 def window(default: int | None) -> Field:
-    """Return sliding_window of a family in which all layers have the same. default: of a missing field."""
+    """Return the Field sliding_window of a family in which all layers have the same window. default: the value of a missing
+    field."""
 
     def read(given: Given, found: Options) -> Options:
         return {"window": _window(given, default) or 0, "window_layers": ""}
@@ -44,11 +45,11 @@ def layered_window(
     default: int | None, usual: Callable[[Given, Options, bool], str], switch: bool = False, more: tuple[str, ...] = (),
     back: Callable[[Options], dict[str, Any]] = lambda options: {},
 ) -> Field:
-    """Return sliding_window and layer_types.
+    """Return the Field of sliding_window and layer_types.
 
-    usual: returns the letters of the layers if layer_types is missing; its argument is whether the model has a window. switch:
-    whether the window counts only if use_sliding_window is true. more: further fields that `usual` reads; back: returns their
-    values.
+    usual: returns the letters of the layers if layer_types is missing. Its last argument is whether the model has a window.
+    switch: whether the window is used only if use_sliding_window is true. more: further fields that `usual` reads. back: returns
+    the values of these further fields.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -85,17 +86,17 @@ def _letters(given: Given, kinds: Any, layers: int) -> str:
 
 
 def every(period: int) -> Callable[[Given, Options, bool], str]:
-    """Return the usual letters of a family in which every period-th layer has full attention."""
+    """Return `usual` for layered_window: every period-th layer has full attention."""
     return lambda given, found, has_window: per_layer("w" * (period - 1) + "f", found["num_layers"], "")
 
 
 def every_in(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return the usual letters of a family in which a field has the period of layers with full attention."""
+    """Return `usual` for layered_window: the field `key` has the period of the layers with full attention."""
     return lambda given, found, has_window: every(given.number(key, default=default, most=2**16))(given, found, has_window)
 
 
 def above(key: str, default: int) -> Callable[[Given, Options, bool], str]:
-    """Return the usual letters of a family in which a field has the first layer with a window."""
+    """Return `usual` for layered_window: the field `key` has the index of the first layer with a window."""
 
     def letters(given: Given, found: Options, has_window: bool) -> str:
         first = given.config.get(key, default)
@@ -108,13 +109,14 @@ def above(key: str, default: int) -> Callable[[Given, Options, bool], str]:
 
 
 def first_window(options: Options) -> dict[str, Any]:
-    """Return max_window_layers of Qwen: the number of layers before the first one with a window. Pure."""
+    """Return max_window_layers of Qwen: the number of layers before the first layer with a window. Pure."""
     letters = per_layer(options["window_layers"], options["num_layers"], "w")
     return {"max_window_layers": letters.index("w") if options["window"] and "w" in letters else options["num_layers"]}
 
 
 def without_rotary(interval: int) -> Field:
-    """Return no_rope_layers (1: the layer has rotary positions) and no_rope_layer_interval of SmolLM3. interval: its default."""
+    """Return the Field of no_rope_layers (1: rotary positions) and no_rope_layer_interval of SmolLM3. interval: default of the
+    latter."""
 
     def read(given: Given, found: Options) -> Options:
         listed, layers = given.config.get("no_rope_layers"), found["num_layers"]
@@ -135,6 +137,6 @@ def without_rotary(interval: int) -> Field:
 
 
 def without_rotary_are_windows(given: Given, found: Options, has_window: bool) -> str:
-    """Return the usual letters of SmolLM3: layers without rotary positions have the window."""
+    """`usual` for layered_window, for SmolLM3: the layers without rotary positions have the window."""
     letters = per_layer(found["rotary_layers"], found["num_layers"], "y")
     return "".join("w" if has_window and letter == "n" else "f" for letter in letters)

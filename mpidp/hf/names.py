@@ -33,8 +33,8 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         raise DataError(f"{where}: {refusal(named, kind)}")
     if of_kind is not None and found is not of_kind:
         raise DataError(
-            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families: transformers goes "
-            "by model_type. Correct one of them in a copy of the folder"
+            f"{where}: architectures={short(named)} and model_type={short(kind)} belong to different families: transformers uses "
+            "model_type. Correct one of them in a copy of the folder"
         )
     return found
 
@@ -50,7 +50,7 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def _check_known(family: Family, config: Mapping[str, Any], where: object) -> None:
-    """Raise DataError if a field of config.json is not known, or has another value than the only one that is supported."""
+    """Raise DataError if a field of config.json is not known, or does not have the only supported value."""
     known = {*FREE, *family.free, *(key for one in family.fields for key in one.keys)}
     only = {**ONLY, **family.only}
     for key, values in only.items():
@@ -91,7 +91,8 @@ def _keys_of(family: Family, *options: str) -> list[str]:
 
 
 def canonical(options: Options) -> Options:
-    """Return the options with defaults in place of equal values, and the shortest patterns of layers. Pure."""
+    """Return the options in a canonical form: automatic values where they mean the same, and the shortest patterns of layers.
+    Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -135,9 +136,9 @@ def config_of(
 ) -> dict[str, Any]:
     """Return the contents of config.json for a model. Raises UsageError if no family has the options of the model. Pure.
 
-    ids: bos_token_id, eos_token_id and pad_token_id where `before` has none; before: config.json of the model that this one was
-    fine-tuned from; its family and its other fields are kept. Without it, the first family that has all options is taken. The
-    result has the keys of old and new versions of transformers.
+    ids: bos_token_id, eos_token_id and pad_token_id, used if `before` does not have them. before: config.json of the model that
+    this model was fine-tuned from. Its family and its other fields are kept. Without `before`, the first family that has all
+    options is used. The result has the keys of old and new versions of transformers.
     """
     wanted = options_of(shape)
     if before:
@@ -188,7 +189,7 @@ def _written(
 
 
 def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
-    """Return the options that the fields in `kept` mean, none if they cannot be read."""
+    """Return the options that the fields in `kept` mean, or no options if the fields cannot be read."""
     try:
         return _read(family, kept, "config.json") if kept else {}
     except DataError:
@@ -196,7 +197,7 @@ def _old_options(family: Family, kept: Mapping[str, Any]) -> Options:
 
 
 def _differences(family: Family, config: Mapping[str, Any], wanted: Options) -> Options:
-    """Return the wanted options that config.json, read again, does not give."""
+    """Return the wanted options that differ when config.json is read again."""
     try:
         again = _read(family, config, "config.json")
     except DataError:

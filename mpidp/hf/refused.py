@@ -1,4 +1,4 @@
-"""Model families that cannot be imported: the reason, and the nearest family that can. Pure, without torch."""
+"""Model families that cannot be imported: the reason, and the nearest family that can be imported. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from reprlib import repr as short
 from mpidp.hf.families import BY_MODEL_TYPE, FAMILIES
 
 MOE, VISION, CONV, STATE = "a mixture of experts", "images or sound besides text", "convolutions as layers", "a state space"
-REFUSED = {  # by model_type: what the family has that mpidp's Transformer does not, and the nearest family
+REFUSED = {  # model_type -> (what mpidp's Transformer does not have, the nearest family)
     **dict.fromkeys(("mixtral", "minimax", "dbrx"), (MOE, "MistralForCausalLM")),
     **dict.fromkeys(("llama4", "llama4_text"), (MOE, "LlamaForCausalLM")),
     **dict.fromkeys(("qwen2_moe",), (MOE, "Qwen2ForCausalLM")),

@@ -28,9 +28,10 @@ def rope(
 ) -> Field:
     """Return the fields of a family in which all layers have the same rotary positions.
 
-    theta: default; theta_keys: names of theta outside rope_parameters; the first counts, and the others must agree. partial:
-    default of the share of a head's dimensions that is rotated, None if all are; partial_keys: its names, likewise. kinds: names
-    of scalings that the family has; original: default of original_max_position_embeddings, 0: max_position_embeddings.
+    theta: the default of theta. theta_keys: the names of theta outside rope_parameters; the first present name is used, and the
+    others must have the same value. partial: the default of the fraction of a head's dimensions that is rotated; None: all
+    dimensions. partial_keys: the names of this fraction, used like theta_keys. kinds: the names of the scalings that the family
+    has. original: the default of original_max_position_embeddings; 0: max_position_embeddings.
     """
     known = dict.fromkeys(KINDS) if kinds is None else kinds
     keys = tuple(dict.fromkeys((*theta_keys, *partial_keys, *OLD)))
@@ -68,8 +69,8 @@ def rope(
 def two_ropes(theta: float, window_theta: float, window_key: str | None = None) -> Field:
     """Return the fields of a family in which layers with a window have their own rotary positions.
 
-    theta, window_theta: defaults. window_key: name of the second theta outside rope_parameters. The field must come after the
-    field of windows.
+    theta, window_theta: defaults. window_key: the name of the second theta outside rope_parameters. In a family, this Field must
+    come after the Field of the windows.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -133,7 +134,8 @@ def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
 def _first(
     given: Given, scaling: Mapping[str, Any], key: str, outside: tuple[str, ...], default: float, most: float = MOST
 ) -> float:
-    """Return the first value that is there: inside rope_parameters, then outside. Outside, all must agree with the first."""
+    """Return the first value that is present: inside rope_parameters, or else outside. All values outside must equal the
+    first."""
     values = {name: given.config[name] for name in outside if given.config.get(name) is not None}
     if len(set(map(repr, values.values()))) > 1 and len({float(v) for v in values.values() if isinstance(v, (int, float))}) > 1:
         given.refuse(f"{' and '.join(f'{name}={short(value)}' for name, value in values.items())} contradict each other")
@@ -143,7 +145,7 @@ def _first(
 
 
 def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) -> None:
-    """Raise DataError if a field has another value than the one in use, and transformers ignores it in this family."""
+    """Raise DataError if transformers ignores a field in this family, and the field does not have the value in use."""
     if key not in names and given.config.get(key) is not None and given.config[key] != used:
         where = "this family" if names else "layers with a window of this family"
         given.refuse(

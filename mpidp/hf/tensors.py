@@ -39,7 +39,7 @@ class Layout:
     layer: name of a layer, with {} for its number. outside, inside: names of tensors by the names of parameters, outside and
     inside the layers. prefix: the part of the names that files of a model without a head lack. fused: names of parameters whose
     rows follow each other in one tensor, by this tensor's name. by_head: a fused tensor has the rows of each head together.
-    transposed: parameters that are stored transposed. ignored: ends of names of tensors that are no parameters.
+    transposed: parameters that are stored transposed. ignored: ends of names of tensors that are not parameters.
     """
 
     prefix: str

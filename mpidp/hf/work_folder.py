@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpidp.errors import UsageError
 
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of file systems that have no locks
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # file systems without locks
 
 
 @contextmanager

@@ -32,10 +32,10 @@ from mpidp.inference.tasks import TaskOptions, harness
 from mpidp.runtime.files import write_file, writing
 from mpidp.runtime.log import log
 
-USUAL_NEW_TOKENS = 256  # of a text whose task does not say how long it may be; the harness's default
+USUAL_NEW_TOKENS = 256  # most new tokens if a task sets no limit; the harness's default
 USUAL_TOP_K = 50  # with do_sample, as in transformers
 BOOTSTRAP = 1000  # samples for standard errors that have no formula
-SEEDS = (0, 1234, 1234)  # of random, numpy and torch: the harness's own defaults
+SEEDS = (0, 1234, 1234)  # seeds of random, numpy and torch: the harness's defaults
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1, "use_cache": True}  # options without effect
 
 

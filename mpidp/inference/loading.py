@@ -221,7 +221,7 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
         else:
             stored, sizes = weights.settings["vocab_size"], weights.sizes
         if not fits(sizes, parts.sizes):  # before memory for these sizes is used
-            raise DataError(f"{path} is another model than the one that {reader.path} was trained on: its tensors differ in size")
+            raise DataError(f"{path} is not the base model of {reader.path}: its tensors have other sizes")
         model = base_weights(settings, parts.shape, parts.part)
         parts.load(AddedRows(weights, stored) if parts.shape.vocab_size > stored else weights, model)
     if (found := parts.sha256(model)) != wanted:

@@ -17,7 +17,7 @@ LIMITS = {  # largest plausible values, by key of the manifest's settings; the s
     "train.micro_batch": 2**20,
 }
 MAX_THREADS = 1024
-MAX_SIZE = 2**31  # of a dimension of the model
+MAX_SIZE = 2**31  # largest plausible dimension of the model
 ZERO_IS_FINE = ("head_size", "position_rows", "rotary_dims", "window")  # fields of a shape that may be 0, which means the default
 
 

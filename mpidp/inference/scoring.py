@@ -20,7 +20,7 @@ from mpidp.runtime.world import polite_barrier
 UNSCORED = -100  # target that is ignored by the loss
 
 
-Figure: TypeAlias = Callable[[Tensor, Tensor], float]  # of one row: logits (T, V of this rank) float32 and targets (T,)
+Figure: TypeAlias = Callable[[Tensor, Tensor], float]  # takes logits (T, V of this rank) float32 and targets (T,)
 
 
 def row_losses(loaded: Loaded, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:

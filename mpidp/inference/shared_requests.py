@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request to generate text. ids: the prompt; tokens: largest number of new tokens; stops: generation ends with one."""
+    """A request to generate text. ids: the prompt; tokens: largest number of new tokens; stops: texts that end generation."""
 
     ids: list[int]
     tokens: int

@@ -28,7 +28,7 @@ class _Data(TypedDict, total=False):
 
 
 class Line(TypedDict, total=False):
-    """What readers rely on in a line. Its other keys may have any value (use number())."""
+    """The keys of a line that readers use. Other keys may have any value (use number())."""
 
     step: Required[int]
     event: str

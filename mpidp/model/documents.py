@@ -1,7 +1,8 @@
 """Attention of packed documents: a position attends only to positions of its own document. Pure torch, no MPI.
 
-Short sequences use one dense mask. In longer ones every document is computed alone, like a separate sequence, so memory grows
-with T and not with T x T. On a GPU, where many small kernels are slow, successive short documents form a group with a small mask.
+For short sequences, one dense mask is used. In longer sequences, each document is computed alone, like a separate sequence, so
+memory grows with T and not with T x T. On a GPU, where many small kernels are slow, successive short documents form a group with
+a small mask.
 """
 
 from __future__ import annotations

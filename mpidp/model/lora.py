@@ -34,7 +34,7 @@ def saved_names(names: Sequence[str]) -> list[str]:
 
 def adapters_of(layers: Mapping[str, Sequence[int]], rank: int, targets: str) -> list[str]:
     """Return the layers that get adapters: those whose last name component is in targets, for example "q,v". The default, ALL,
-    means the ones that the model has; GPT-2 has no gate.
+    means those of its layers that the model has (GPT-2 has no gate).
 
     layers: the shape (outputs, inputs) of each layer, by name. Raises UsageError if a target matches no layer, or if the rank
     exceeds a layer's smaller dimension. Pure.

@@ -31,7 +31,7 @@ class TransformerOptions:
     parallel: bool = False  # x + attention(norm1(x)) + feed_forward(norm2(x))
     positions: str = "rotary"  # "learned": a table of vectors that are added to the embedding
     position_rows: int = 0  # rows of this table; 0: seq_len
-    rotary_dims: int = 0  # number of dimensions of a head that are rotated, the first ones; 0: all
+    rotary_dims: int = 0  # number of leading dimensions of each head that are rotated; 0: all
     rotary_layers: str = ""  # a letter per layer: y rotary, n none; "": all layers
     window: int = 0  # a position attends to itself and to the window - 1 positions before it; 0: to all before it
     window_layers: str = ""  # a letter per layer: w window, f full; "": all layers have the window

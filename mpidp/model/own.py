@@ -1,10 +1,10 @@
 """Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
 FACTORY is a subclass of nn.Module, or a function whose return annotation is one. Other callables are rejected. This check does
-not protect against a RUN from an untrusted source, because importing MODULE already executes it; kinds.check_named does. FACTORY
-is called with keyword arguments: vocab_size, the settings of section model that it accepts (seq_len, num_layers, model_dim,
-dropout, ...), and those of model.options. The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits (B, T, V) of the next
-token. Logits must not depend on later tokens.
+not protect against a RUN from an untrusted source, because importing MODULE already executes it; kinds.check_named protects
+against it. FACTORY is called with keyword arguments: vocab_size, the settings of section model that it accepts (seq_len,
+num_layers, model_dim, dropout, ...), and those of model.options. The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits
+(B, T, V) of the next token. Logits must not depend on later tokens.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mpidp.errors import UsageError
 from mpidp.model.shape import Shape, TransformerShape
 
-TABLES = ("embedding", "positions")  # of the first stage
+TABLES = ("embedding", "positions")  # parameters of the first stage
 ROWS = ("embedding", "head", "q", "k", "v", "gate", "up")  # layers whose weight and bias are split by rows
 COLUMNS = ("attention.o.weight", "feed_forward.down.weight")  # parameters that are split by columns
 HEAD_NORMS = ("q_norm", "k_norm")

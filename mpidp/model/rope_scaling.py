@@ -9,7 +9,7 @@
 
 ORIGINAL is the context length of the first training. The last four numbers of yarn may be left out: FAST is 32, SLOW is 1,
 ATTENTION is 0.1 ln(FACTOR) + 1 (also if it is 0), and TRUNCATE is 1 (limits are rounded to whole dimensions). In longrope, n is
-half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers chooses S or L anew for each
+half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers chooses S or L for each
 input, by its length. mpidp chooses once, by model.seq_len.
 """
 

@@ -70,7 +70,7 @@ class _Capped(torch.autograd.Function):
         (q, k, v, mask), grad = ctx.saved_tensors, grads[0]
         bent, weights = _Capped._weights(q, k, mask, ctx.scale, ctx.cap)
         of_v = weights.to(v.dtype).transpose(-2, -1) @ grad
-        of_scores = (grad @ v.transpose(-2, -1)).float()  # of the weights; next: of the capped scores, then of q k^T
+        of_scores = (grad @ v.transpose(-2, -1)).float()  # of the attention weights; then of the capped scores, and of q k^T
         of_scores = of_scores.sub_((of_scores * weights).sum(-1, keepdim=True)).mul_(weights)
         of_scores = of_scores.mul_(bent.square_().neg_().add_(1)).mul_(ctx.scale).to(q.dtype)
         return of_scores @ k, of_scores.transpose(-2, -1) @ q, of_v, None, None, None

@@ -214,7 +214,7 @@ def plain_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class GradientSink(Protocol):
-    """What the engine needs of a strategy: a place where gradients accumulate."""
+    """What the engine needs from a strategy: a place where gradients accumulate."""
 
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> AbstractContextManager[None]:
         """Return a context in which the backward pass of micro-batch v through a chunk of layers must run. last: whether v is the

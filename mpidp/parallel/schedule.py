@@ -1,9 +1,9 @@
 """The order of forward and backward passes in one step, as a list of instructions. Pure.
 
 A pipeline of S stages runs the schedule 1F1B (Narayanan 2021, "PipeDream-Flush"; Megatron-LM, section 2.2). Stage s begins with S
-- 1 - s forward passes, then alternates forward and backward passes, and ends with the remaining backward passes. Gradient
-accumulation is the special case of one stage. Every stage runs backward passes in the order of micro-batches, so gradient sums
-have the same bits as on one rank.
+- 1 - s forward passes, then alternates forward and backward passes, and ends with the remaining backward passes. With one stage,
+this is gradient accumulation. Every stage runs backward passes in the order of micro-batches, so gradient sums have the same bits
+as on one rank.
 
 In the interleaved schedule (Narayanan 2021, section 2.2), each stage has several ranges of layers, called chunks. Chunk c of
 stage s is followed by chunk c of stage s + 1. Chunk c of the last stage is followed by chunk c + 1 of the first stage. The idle

@@ -35,7 +35,7 @@ TOPICS = {  # first argument: (one line of help, description)
 Predict training time by batch size and number of ranks. The first RUN supplies the gradient noise scale (train it with
 --train.noise_every=10), which determines how much is learned from a batch. This run, and other runs of the same model on other
 numbers of ranks, supply the time of a step. docs/plan.md explains the table."""),
-    "methods": ("which training method pays on this cluster", """\
+    "methods": ("compare training methods on this cluster", """\
 Compare training methods for this model on this cluster: predict how much each method sends and how long a step takes. With --run,
 train with each method and compare the losses. CONFIG.toml and --section.key=value are as for mpidp.train. docs/plan.md explains
 it."""),
@@ -74,9 +74,9 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     }
     of = {name: topics.add_parser(name, help=line, description=text, usage=usages[name], allow_abbrev=name == "ranks",
                                   formatter_class=argparse.RawDescriptionHelpFormatter) for name, (line, text) in TOPICS.items()}
-    of["ranks"].add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the one to plan")
+    of["ranks"].add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the run to plan")
     add_ranks(of["ranks"], "powers of two, and the measured numbers", several=True)
-    of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: its last)")
+    of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: its last one)")
     _add_options_of_methods(of["methods"])
     command_line.add_options(of["mesh"])
     for one in of.values():
@@ -94,7 +94,7 @@ def _add_options_of_methods(parser: Parser) -> None:
     add = parser.add_argument
     add("--cluster", default="", metavar="FILE", help="file of mpidp.doctor (default: in run.dir, then in this folder)")
     add("--link", default="", metavar="MBIT,MS", help="instead of --cluster: bandwidth of a node, one-way delay")
-    add_ranks(parser, "those of this launch, else those of cluster.json")
+    add_ranks(parser, "the ranks of this launch, else as in cluster.json")
     add("--step-seconds", type=float, metavar="S", help="compute time of a step on one rank (default: measured now)")
     add("--run", type=float, nargs="?", const=30.0, metavar="SECONDS",
         help="train with each method on the ranks of this launch (%(const)g s each if SECONDS is not given)")

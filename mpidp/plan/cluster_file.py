@@ -10,7 +10,7 @@ from mpidp.runtime.json_file import read_json
 
 
 class ClusterFile(TypedDict, total=False):
-    """What plans use of the file."""
+    """The entries of cluster.json that plans use."""
 
     ranks: int | None
     ranks_per_node: list[int] | None

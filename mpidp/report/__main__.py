@@ -44,7 +44,7 @@ def main() -> None:
         help="CO2e of the electricity (default: energy.grams_per_kwh of each run)",
     )
     parser.add_argument("--price-per-node-hour", type=float, default=0.0, metavar="PRICE",
-                        help="default: energy.price_per_node_hour of each run")
+                        help="price of a node-hour (default: energy.price_per_node_hour of each run)")
     options = parser.parse_args()
     if min(options.grams_per_kwh, options.price_per_node_hour) < 0:
         parser.error("--grams-per-kwh and --price-per-node-hour must not be negative")

@@ -176,7 +176,7 @@ def cascade(rows: Sequence[tuple[str, float, float, str]]) -> str:
 
 
 def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], form: Callable[[float], str] = duration) -> str:
-    """Return a chart with a stacked bar for each row, and a legend. rows: (name, parts). names: those of the parts. Pure."""
+    """Return a chart with a stacked bar for each row, and a legend. rows: (name, parts). names: the names of the parts. Pure."""
     row, left, right, width = 22, 120, 90, 760
     longest = max(math.fsum(parts) for _, parts in rows) or 1.0
     span = width - left - right

@@ -25,7 +25,7 @@ class _Facts(TypedDict):
 
 
 class _Sealed(TypedDict):
-    """What is read of a manifest."""
+    """The entries that are read from a manifest."""
 
     body: _Facts
 
@@ -83,7 +83,7 @@ class RecordedRun:
         return list(zip(self.lines, accumulate(each), strict=True))
 
     def seconds(self) -> float:
-        """Return the total time of all jobs in seconds. If it was not recorded, return that of the steps."""
+        """Return the total time of all jobs in seconds. If it was not recorded, return the time of the steps."""
         return self.worked()[-1][1] if self.worked() else self.total("step_seconds")
 
     def starting(self) -> float:

@@ -152,8 +152,8 @@ def time_spent(run: RecordedRun, fall: Waterfall) -> str:
         "Where the time went",
         paragraph(
             f"From the ideal of {speeds['ideal']:,.0f} tokens/s to the measured {speeds['other']:,.0f} tokens/s over the whole "
-            "run. Each bar is a share of the total time. The figure next to it is the speed if only this part and the parts "
-            "above it took time."
+            "run. Each bar is a share of the total time. The figure next to a bar is the speed that the run would have if only "
+            "this part and the parts above it took time."
         ),
         cascade(rows),
         table(("part", "what it is", "time", "share", "tokens/s so far"), lines, numbers=(2, 3, 4)),

@@ -54,8 +54,8 @@ class Waterfall:
         return {part: seconds / self.whole if self.whole else 0.0 for part, seconds in self.seconds.items()}
 
     def speeds(self) -> dict[str, float]:
-        """Return tokens per second by part: the speed if only this part and the parts before it took time. The first speed is the
-        ideal, the last is the measured speed."""
+        """Return tokens per second by part: the speed that the run would have if only this part and the parts before it took
+        time. The first speed is the ideal speed, the last is the measured speed."""
         found, so_far = {}, 0.0
         for part, seconds in self.seconds.items():
             so_far += seconds

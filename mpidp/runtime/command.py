@@ -53,9 +53,9 @@ class Parser(argparse.ArgumentParser):
         UsageError if a path cannot be expanded. Independent."""
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
-            if action.metavar is not None and PATHS & set(re.split(r"\W", str(action.metavar))):
+            if action.dest in found and PATHS & set(re.split(r"\W", str(action.metavar))):
                 name = action.option_strings[0] if action.option_strings else str(action.metavar)
-                setattr(found, action.dest, _expanded(getattr(found, action.dest, None), name))
+                setattr(found, action.dest, _expanded(getattr(found, action.dest), name))
         return found, rest
 
     def error(self, message: str) -> NoReturn:

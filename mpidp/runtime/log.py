@@ -25,6 +25,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def one_line(text: str) -> str:
+    """Return the text as `printable` does, with newlines and tabs as escapes, too. Pure."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 class _BareHandler(logging.Handler):
     """Writes the bare message to the current sys.stdout or sys.stderr. Takes no lock: the watchdog's thread must be able to log
     while the main thread is blocked in a write."""

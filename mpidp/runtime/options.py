@@ -111,20 +111,21 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     """Add --model.kind, which permits the code that a run with a custom model needs, and --base, the base of adapters. Pure."""
     parser.add_argument("--base", metavar="DIR", default="", help="where the base model of a LoRA run is, if it has moved")
     parser.add_argument("--model.kind", dest="model_kind", metavar="KIND", default="",
-                        help="MODULE:FACTORY of a run with a custom model; without this option no code that RUN names is called")
+                        help="MODULE:FACTORY of a run with a custom model. Without this option, code named in RUN is not run")
 
 
 def add_texts(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options for how texts become input: --special and --seq-len. default: of --special, in words. Pure."""
     parser.add_argument("--special", choices=("text", "tokens"),
-                        help=f"what names of special tokens (<|im_start|>) in texts become: tokens (ids) or text ({default})")
+                        help="how the names of special tokens in texts, such as <|im_start|>, are encoded: tokens "
+                        f"(their ids) or text ({default})")
     add_seq_len(parser)
 
 
 def add_seq_len(parser: argparse.ArgumentParser) -> None:
     """Add --seq-len. Pure."""
     parser.add_argument("--seq-len", type=int, default=0, metavar="N",
-                        help="context length, if RUN is a Hugging Face folder; 0: that of the model, at most 2048 (%(default)s)")
+                        help="context length, if RUN is a Hugging Face folder; 0: the model's own, at most 2048 (%(default)s)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +137,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability (%(default)s)")
     add("--stop", metavar="TEXT", action="append", default=[], help="stop before TEXT; may be given several times")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
+
+
+def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
+    """Add the options for how many texts are generated together: --batch, --exact. texts: what they are called. Pure."""
+    parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (%(default)s)")
+    parser.add_argument("--exact", choices=("true", "false"), default="true", help="true: a batch does not change a text; false: "
+                        "faster, and rounding depends on the batch, which may change a text (%(default)s)")
 
 
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A process that multiprocessing starts, e.g. a worker of a DataLoader, is no rank of the job: it must not start MPI.
+"""A process that multiprocessing starts, e.g. a worker of a DataLoader, is not a rank: it must not start MPI.
 
 It inherits the launcher's environment variables. If it called MPI_Init, as `from mpi4py import MPI` does, it would announce
 itself with the number of a rank that runs already, and crash or hang.

@@ -17,11 +17,11 @@ _BY_CODE = {kind.exit_code: kind for kind in (UsageError, DataError, CheckpointE
 
 def start_mpi() -> MPI.Intracomm:
     """Start MPI and return COMM_WORLD. Raises UsageError if a job of N ranks was started as N jobs of one rank, or in a process
-    that is no rank. Collective over COMM_WORLD."""
+    that is not a rank. Collective over COMM_WORLD."""
     if not MPI.Is_initialized():
         raise UsageError(
             "MPI is not initialized in this process. A process that multiprocessing started, e.g. a worker of a DataLoader, is "
-            "no rank and cannot use MPI: call this in the main process. (Or the program set mpi4py.rc.initialize = False.)"
+            "not a rank and cannot use MPI: call this in the main process. (Or the program set mpi4py.rc.initialize = False.)"
         )
     world = MPI.COMM_WORLD
     if world.size == 1 and launched_size() > 1:

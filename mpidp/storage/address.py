@@ -14,7 +14,7 @@ from pathlib import Path
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.IGNORECASE | re.DOTALL)
 _ALMOST = re.compile(r"[\s'\"]*(?:[\w+.-]+::)?(?:s3|gs|gcs|az|abfss?|https?):.*", re.IGNORECASE | re.DOTALL)
 _USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/*)[^\s/][^\s]*@")
-_QUERY = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\",;)]*")
+_QUERY = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/+[^\s?#;'\"]*)(?:[?#]|;(?=[^\s'\"]))(?:[^\s'\",;)]|[,;)](?=[^\s'\"]))*")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING")
 _WHERE = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials", "http": "~/.netrc", "https": "~/.netrc",
@@ -46,7 +46,8 @@ def credentials_from(protocol: str) -> str:
 
 def named(name: str, address: str) -> str:
     """Return how an error names an address: NAME=ADDRESS if it is the value of a setting, without secrets. Pure."""
-    return f"{name}={without_secrets(address)}" if name else without_secrets(address)
+    shown = without_secrets(re.sub(r"[?#;].*", "?***", address, flags=re.DOTALL))
+    return f"{name}={shown}" if name else shown
 
 
 def address_problems(name: str, path: str) -> Iterator[str]:
@@ -55,15 +56,15 @@ def address_problems(name: str, path: str) -> Iterator[str]:
     if found is None:
         if _ALMOST.fullmatch(path):
             yield (f"{named(name, path)} is not an address: write it with two slashes and without quotes or spaces before it, "
-                   "as in s3://bucket/prefix (a local path with such a name begins with ./)")
+                   "as in s3://bucket/prefix (begin a local path of this name with ./)")
         return
     protocol, rest = found[1].lower(), found[2]
     host = rest.partition("/")[0]
     if "@" in host or "@" in rest.partition(":")[2]:
         yield (f"{named(name, path)}: an address must not contain a user name or a password, because it is written to "
                f"config.toml and to messages. They are read from {credentials_from(protocol)} (an @ in a path of http is %40)")
-    elif "?" in rest or "#" in rest:
-        yield (f"{named(name, path)}: an address must not contain ? or #. Signed addresses are not supported; "
+    elif any(mark in rest for mark in "?#;"):
+        yield (f"{named(name, path)}: an address must not contain ?, # or ;. Signed addresses are not supported; "
                f"credentials are read from {credentials_from(protocol)}")
     elif protocol in ("http", "https") and not _is_web(path):
         yield f"{named(name, path)}: the host or port is not valid, as in https://host:8080/folder"
@@ -80,8 +81,8 @@ def _is_web(address: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return the text without the user names, passwords and queries of addresses, and without the secret values of the
-    environment. Independent."""
+    """Return the text without the user names, passwords, queries and parameters (;sig=...) of addresses, and without the secret
+    values of the environment. Independent."""
     text = _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
     for name in _SECRETS:
         if len(value := os.environ.get(name, "")) >= 8:

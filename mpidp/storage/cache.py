@@ -53,7 +53,7 @@ class BlockCache:
             if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
                 raise OSError(errno.EPERM, "it belongs to another user, or is a link")
             with self.locked():
-                (folder / "used").unlink(missing_ok=True)  # counted anew, since a crash may have left it too large
+                (folder / "used").unlink(missing_ok=True)  # counted again, since a crash may have left too large a number
 
     def read(self, key: str, number: int, size: int, start: int, stop: int) -> bytes | None:
         """Return bytes [start, stop) of a block, or None if it is not in the cache or not whole. size: bytes of the block."""

@@ -120,5 +120,5 @@ def _discard(file: Any) -> None:
     """Discard an incomplete file, so that closing it does not store it."""
     try:
         file.discard()
-    except Exception:  # not every filesystem has it; the size in the manifest shows that the file is not complete
+    except Exception:  # not every filesystem has discard(); the size in the manifest shows that the file is incomplete
         file.closed = True

@@ -22,7 +22,7 @@ from mpidp.storage.store import Missing, Store, Version
 
 REQUEST_BLOCKS = 16  # blocks of one request, 4 MiB
 FETCHERS = 4  # requests of a folder at a time
-URGENT, AHEAD = 0, 1  # somebody waits for the request; nobody does
+URGENT, AHEAD = 0, 1  # priorities of requests: a reader waits; no reader waits
 
 
 class Fetchers:

@@ -51,7 +51,7 @@ class RemoteFolder:
         self.cache = BlockCache(Path(options.folder or default_folder()), int(options.gigabytes * 1e9))
         self._retries = Retries(options.retry_seconds)
         self._fetchers: Fetchers | None = None
-        self._versions: dict[str, Version] = {}  # of the files that were opened, or that another rank has opened
+        self._versions: dict[str, Version] = {}  # versions of the files that this or another rank has opened
         self.local = self._fetch_small_files()
 
     def open_file(self, name: str) -> RemoteFile:

@@ -78,7 +78,7 @@ class Quorum(Synchronous):
         self._flat_reducer, self._comm = self.reducer, self.reducer.comm
         self._flat_reducer.set_wait(OVERLAP_WAITS["poll"])  # sums run in a thread, which must leave the core to backward
         self._lanes = [len(lanes) for lanes in self._flat_reducer.shares.ranges]
-        self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # as floats, 0.1 x 30 exceeds 3
+        self._needed = max(1, math.ceil(self.options.quorum * sum(self._lanes) - 1e-9))  # in floating point, 0.1 x 30 exceeds 3
         self._free = deque(range(1, self.options.staleness + 2))
         self._slot = 0  # the slot of the current batch; 0: none so far
         self._steps = 0

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.buffers import buf
-from mpidp.comm.slices import NORM_BLOCK, global_norm, norm_of_squares, slice_bounds, squares_of_blocks
+from mpidp.comm.slices import NORM_BLOCK, global_norm, norm_of_squares, squares_of_blocks
 from mpidp.comm.transport import pieces
 from mpidp.errors import MpidpError
 from mpidp.strategies.protocol import StepStats, StrategyOptions
@@ -54,7 +54,6 @@ class Server(Synchronous):
         super().__init__(*parts, **more)
         self._comm, size = self.reducer.comm, self.compute_comm.size
         self._workers, self._servers = size - self.options.servers, self.options.servers
-        self._bounds = slice_bounds(self.flat.numel(), self._servers, NORM_BLOCK)
         me = self.compute_comm.rank - self._workers
         self._mine = slice(self._bounds[me], self._bounds[me + 1]) if me >= 0 else None
         among = self.compute_comm.Split(int(me >= 0), self.compute_comm.rank)
@@ -71,8 +70,9 @@ class Server(Synchronous):
 
     def optimizer_share(self) -> dict[str, Any] | None:
         """Return the arguments of Optimizer for a server's slice. Return None on workers, which update nothing. Independent."""
-        index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
-        return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
+        index, servers = self.compute_comm.rank - self.compute_comm.size + self.options.servers, self.options.servers
+        self._bounds = self.bounds(servers, NORM_BLOCK)
+        return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
         """Return 1 on servers, which need a slot to receive into, else 0. Independent."""

@@ -91,8 +91,8 @@ class Sharded:
         self._made = self._open = 0  # forward passes of this step before the current micro-batch, and of the current micro-batch
         shard(model, comm, level, reducer.transport.device)
         self.named = list(model.named_parameters())
-        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # by one gather of all shards
-        pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
+        self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # one gather of all shards
+        pieces = [(name, shard_of(p), p.dim() >= 2) for name, p in self.named]
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
 
@@ -154,7 +154,7 @@ class Sharded:
         every rank gets the same bits. Collective over compute_comm."""
         self.reducer.observers.enter("reduce")
         reshard_all(self.model)
-        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # of dummy passes, too
+        gradients = [shard_of(grad).tensor for _, p in self.named if (grad := p.grad) is not None]  # also of dummy passes
         scale = self.nominal_tokens / max(1, tokens)
         norm = self._norm(gradients) * scale if tokens else 0.0
         if self.clip and norm > self.clip:

@@ -105,6 +105,7 @@ class Measured(Even):
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
+        self._even = self.ranges
         by_speed(terms.num_lanes, [1.0] * terms.size, terms.max_lanes)
         self._measured: list[deque[float]] = [deque(maxlen=MEMORY_STEPS) for _ in range(terms.size)]
         self._wait = FIRST_STEPS
@@ -121,8 +122,7 @@ class Measured(Even):
         self._wait = EVERY_STEPS
         memories = [list(memory) for memory in self._measured]
         speed = [median(memory) for memory in memories]
-        num_lanes = self.terms.num_lanes
-        candidates = [even_ranges(num_lanes, self.terms.size), by_speed(num_lanes, speed, self.terms.max_lanes)]
+        candidates = [self._even, by_speed(self.terms.num_lanes, speed, self.terms.max_lanes)]
         best = min(candidates, key=lambda ranges: slowest(ranges, speed))  # the even ranges if both are equally good
         # The older and the newer half of the measurements must agree, so that noise in one half causes no change.
         older = [median(memory[: len(memory) // 2]) for memory in memories]

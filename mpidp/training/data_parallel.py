@@ -122,7 +122,7 @@ def share_memory(
     kind, note = c.train.balance if world.size > 1 else "even", ""
     if kind == "steal" and not launched_with_ulfm() and not _can_steal(mesh):
         kind, c = "measured", c.with_values(train={"balance": "measured"})
-        note = "; balance measured: with this MPI, a rank cannot take lanes of a rank that computes"
+        note = "; balance measured: with this MPI library, a rank cannot take lanes from a rank that is computing"
     slots, max_lanes = gradient_slots(c, lanes, world.rank, world.size, looked_at)
     audited = c.train.audit_every > 0
     # An audit compares replicas, so on one node each rank must have a replica of its own.

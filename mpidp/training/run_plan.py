@@ -48,7 +48,7 @@ class RunPlan:
     """A resolved run: configuration, data, grid of ranks, model shape. It holds no large memory."""
 
     config: Config  # resolved: no automatic values left
-    automatic: frozenset[str]  # those of KEPT that the user left automatic
+    automatic: frozenset[str]  # the settings of KEPT that the user left automatic
     grid: Grid
     device: torch.device
     training: TokenStream

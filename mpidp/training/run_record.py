@@ -129,7 +129,7 @@ def keep_special_tokens(content: bytes | None, template: str | None, run_dir: Pa
     kept = run_dir / "hf" / TEMPLATE
     if template is not None and kept.parent.is_dir():
         if chat_templates_of(kept.parent).get("default") not in (None, template):
-            log.info("the chat template of the data replaces that of the model, in RUN/special_tokens.json and RUN/hf")
+            log.info("the chat template of the data replaces the model's template in RUN/special_tokens.json and RUN/hf")
         write_file(kept, template)
 
 

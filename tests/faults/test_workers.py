@@ -1,4 +1,4 @@
-"""Processes that multiprocessing starts within a rank, e.g. workers of a DataLoader, are no ranks: they do not start MPI."""
+"""Processes that multiprocessing starts within a rank, e.g. workers of a DataLoader, are not ranks: they do not start MPI."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_a_mirror_belongs_to_one_run(place: tuple[Path, str]) -> None:
         with pytest.raises(UsageError, match=says):
             train_at(WORLD.size, config(folder, name, address, **changes))
     alone(lambda: shutil.rmtree(committed(folder / "first/checkpoints")[0]))
-    with pytest.raises(UsageError, match="has a checkpoint of step 6; the newest of .* is of step 4"):
+    with pytest.raises(UsageError, match="has a checkpoint of step 6, newer than step 4"):
         train_at(WORLD.size, config(folder, "first", address))
     with pytest.raises(UsageError, match="nothing can be written to a web server"):
         MirrorFolder("http://localhost/x").write("a", io.BytesIO(b"a"), 1)

@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("bpe", {"tie_embeddings": False}),
     "gqa": ("bpe", {"num_kv_heads": 2, "rope_theta": 5e5}),  # tied
     "wide": ("bpe", {"num_kv_heads": 2, "head_dim": 32}),  # tied; heads larger than model_dim / num_heads
-    "narrow": ("bpe", {"head_dim": 24}),  # tied; heads whose size is no multiple of 16
+    "narrow": ("bpe", {"head_dim": 24}),  # tied; heads whose size is not a multiple of 16
     "llama3": ("bpe", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     "bos": ("bos", {"tie_embeddings": False}),  # every document begins with a BOS token
     "byte": ("byte", {}),

@@ -3,6 +3,7 @@ writes."""
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from data_tools.formats import mds, row_files
 from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
 from data_tools.to_tokens import to_tokens
@@ -19,7 +22,7 @@ from mpidp.errors import DataError
 from tests.programs.packages import needed
 from tests.unit.small_tokenizers import byte_level
 from tests.unit.test_convert import documents_of
-from tests.unit.test_formats import rows, shards  # noqa: F401 - fixtures
+from tests.unit.test_formats import rows, shards, with_masks  # noqa: F401 - fixtures
 
 EOD = 256
 DOCUMENTS = [[*range(i % 7, i % 11 + 8), EOD] for i in range(40)]
@@ -86,14 +89,10 @@ def test_mds_of_llm_foundry(streaming: Any, tmp_path: Path) -> None:
 
 
 def tensors(index: int) -> Any:
-    import torch
-
     return torch.tensor(DOCUMENTS[index], dtype=torch.int32)
 
 
 def dicts(index: int) -> Any:
-    import torch
-
     ids = torch.tensor(DOCUMENTS[index])
     return {"text": f"text {index}", "input_ids": ids, "labels": torch.where(ids % 3 > 0, ids, -100)}
 
@@ -148,6 +147,77 @@ def test_litdata_pickles_are_refused(litdata: Any, tmp_path: Path) -> None:
     write_litdata(litdata, objects, tmp_path / "d")
     with pytest.raises(DataError, match="pickles, which are never read|no column of token ids|a sample is a"):
         take("litdata", tmp_path / "d", tmp_path / "new")
+
+
+@pytest.mark.parametrize("file_bytes", [2**26, 900])
+def test_litdata_reads_what_convert_writes(  # the TokensLoader leaves out the rest of each chunk
+    file_bytes: int, litdata: Any, shards: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    from litdata.streaming.writer import BinaryWriter
+
+    monkeypatch.setattr(row_files, "FILE_BYTES", file_bytes)
+    to_tokens("litdata", shards, tmp_path / "it")
+    for split in ("train", "val"):
+        folder, stream = tmp_path / "it" / split, TokenStream(shards, split)
+        chunks = json.loads((folder / "index.json").read_text())["chunks"]
+        assert (len(chunks) > 1) == (file_bytes == 900 and split == "train")
+        for size in (1, 7):
+            found = litdata.StreamingDataset(str(folder), item_loader=litdata.TokensLoader(block_size=size), shuffle=False)
+            ids = [i for at in range(len(found)) for i in found[at].tolist()]
+            wanted, at = [], 0
+            for chunk in chunks:
+                wanted += stream.read(at, chunk["dim"] // size * size).tolist()
+                at += chunk["dim"]
+            assert ids == wanted and at == stream.num_tokens and str(found[0].dtype) == "torch.uint16"
+    batch = next(iter(litdata.StreamingDataLoader(
+        litdata.StreamingDataset(str(tmp_path / "it/train"), item_loader=litdata.TokensLoader(block_size=8)), batch_size=4)))
+    assert batch.shape == (4, 8) and batch.long().max() <= EOD
+
+    to_tokens("litdata", rows, tmp_path / "masked")
+    found = litdata.StreamingDataset(str(tmp_path / "masked/train"), shuffle=False)
+    got = [list(zip(found[at]["input_ids"].tolist(), (found[at]["labels"] != -100).tolist(), strict=True))
+           for at in range(len(found))]
+    assert got == with_masks(rows, "train")
+    for at in range(len(found)):
+        ids, labels = found[at]["input_ids"].long(), found[at]["labels"]
+        assert ((labels == -100) | (labels == ids)).all()
+    if file_bytes > 900:  # litdata begins a new chunk at other rows
+        for name, loader, items in (("it", litdata.TokensLoader(), documents_of(shards, "train")), ("masked", None, got)):
+            writer = BinaryWriter(str(tmp_path / f"{name}_theirs"), chunk_bytes=file_bytes, item_loader=loader)
+            for at, ids in enumerate(items):
+                writer[at] = torch.tensor(ids, dtype=torch.uint16) if loader else found[at]
+            writer.done()
+            writer.merge()
+            ours, theirs = tmp_path / name / "train", tmp_path / f"{name}_theirs"
+            assert (ours / "chunk-0-0.bin").read_bytes() == (theirs / "chunk-0-0.bin").read_bytes()
+            one, other = (json.loads((folder / "index.json").read_text()) | {"updated_at": ""} for folder in (ours, theirs))
+            assert one == other
+
+
+@pytest.mark.parametrize("file_bytes", [2**26, 2000])
+def test_streaming_reads_what_convert_writes(
+    file_bytes: int, streaming: Any, shards: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    monkeypatch.setattr(row_files, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(mds, "FILE_BYTES", file_bytes)
+    for name, source in (("it", shards), ("masked", rows)):
+        to_tokens("mds", source, tmp_path / name)
+        ours, theirs = tmp_path / name / "train", tmp_path / f"{name}_theirs"
+        found = streaming.StreamingDataset(local=str(ours), shuffle=False, batch_size=1)
+        documents = [found[i] for i in range(found.num_samples)]
+        assert all(one["tokens"].dtype == np.uint16 for one in documents)
+        if name == "it":
+            assert [one["tokens"].tolist() for one in documents] == documents_of(source, "train")
+        else:
+            assert [list(zip(one["tokens"].tolist(), (one["labels"] != -100).tolist(), strict=True))
+                    for one in documents] == with_masks(source, "train")
+        columns = {"tokens": "ndarray:uint16"} | ({"labels": "ndarray:int64"} if name == "masked" else {})
+        with streaming.MDSWriter(out=str(theirs), columns=columns, size_limit=file_bytes) as writer:
+            for one in documents:
+                writer.write(one)
+        names = {path.name for path in ours.iterdir()}
+        assert names == {path.name for path in theirs.iterdir()} and (len(names) > 2) == (file_bytes == 2000)
+        assert all((ours / one).read_bytes() == (theirs / one).read_bytes() for one in names)
 
 
 def datatrove(tmp_path: Path, **options: Any) -> Path:

@@ -232,7 +232,7 @@ def test_checkpoints_are_mirrored_and_fetched(cloud: Cloud, on_disk: str) -> Non
     assert "runs/a/checkpoints/step_00000012/manifest.json" in keys and "runs/a/metrics.jsonl" in keys
     cloud.client.delete_object(Bucket="bucket", Key="runs/a/checkpoints/step_00000012/manifest.json")
     again = cloud.train("elsewhere", "s3://bucket/data/d", *words)
-    assert again.returncode == 0 and "fetching that of step" in again.stdout, again.stderr
+    assert again.returncode == 0 and "fetching the checkpoint of step" in again.stdout, again.stderr
     assert cloud.sha256("elsewhere") == on_disk
 
 

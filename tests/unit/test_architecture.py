@@ -41,7 +41,7 @@ CONTRACT = {
     "report": f"{EVERY} config metrics",
     "doctor": f"{EVERY} comm config",
     "c10d": f"{EVERY} comm",
-    "data_tools": f"{EVERY} data faults",
+    "data_tools": f"{EVERY} data faults storage",
 }
 COMMANDS = {"__main__", "train", "evaluate", "generate", "chat", "export", "replay", "library"}
 AT_THE_TOP = COMMANDS | {"__init__", "errors"}  # at most 12 files: a command or the public API

@@ -188,7 +188,7 @@ def test_every_turn_is_located(
 
 def test_a_turn_that_cannot_be_located_skips_its_row_alone() -> None:
     made = Template(LOOKS, {}, 0.0)
-    with pytest.raises(RowSkipped, match="the place of message 2 in the text is unknown"):
+    with pytest.raises(RowSkipped, match="message 2 cannot be found in the text"):
         render(made, chat_of({"messages": [user("a"), said("b"), user("c"), said("d")]}, made))
     marked = Template("{% generation %}all{% endgeneration %}", {}, 0.0)
     with pytest.raises(RowSkipped, match="the template marks 1 parts for 2 assistant turns"):

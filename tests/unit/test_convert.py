@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.convert import read_options
 from data_tools.formats.megatron import MAGIC, MegatronReader, dtype_code
 from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
@@ -151,3 +152,25 @@ def test_what_does_not_agree_is_refused(tmp_path: Path, shards: Path) -> None:
                   lambda: from_megatron(tmp_path / "there", shards, "byte", 1, 0.0, None)):
         with pytest.raises(UsageError, match="exists and is not overwritten"):
             again()
+
+
+def test_options_of_from_are_refused_with_to() -> None:
+    wrong = (["--shards", "4"], ["--tokenizer", "byte", "--val-fraction", "0.05"], ["--one-document"], ["--eod-at", "auto"],
+             ["--rows", "part"], ["--add-eod"], ["--column", "ids"], ["--dtype", "uint16"], ["--seq-len", "8"], ["--eod", "x"])
+    for words in wrong:
+        named = ", ".join(word for word in words if word.startswith("--"))
+        with pytest.raises(UsageError, match=f"^{named}: only --from has th.*, but --to mds is given"):
+            read_options(["--to", "mds", "shards", "--out", "out", *words])
+    found = read_options(["shards", "--out", "out", "--tokenizer", "byte", "--shards", "9"])
+    assert (found.tokenizer, found.shards, found.source) == ("byte", 9, "auto")
+
+
+@pytest.mark.parametrize(("ids", "fraction", "words"), [
+    ([1], 0.05, "the source has 1 token, but each split needs at least 2: give more text, or --val-fraction 0"),
+    ([1], 0.0, "the source has 1 token, but each split needs at least 2: give more text"),
+    ([1, 2, 3], 0.5, "the source has 3 tokens, but each split needs at least 2"),
+])
+def test_too_few_tokens_are_counted_correctly(ids: list[int], fraction: float, words: str, tmp_path: Path) -> None:
+    np.array(ids, "<u2").tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=f"^{words}"):
+        from_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "out", FromOptions("byte", 1, fraction, whole=True))

@@ -56,6 +56,23 @@ def test_inspect_shows_what_is_there(shards: Path) -> None:
     assert run("data_tools.inspect", str(shards), block="mpi4py").returncode == 0
 
 
+def test_inspect_escapes_control_characters(shards: Path) -> None:
+    raw = json.loads((shards / "index.json").read_text())
+    raw["source"]["path"] = "a\nb\tc\x1b[31m\u202e"
+    raw["tokenizer"]["kind"] = "d\ne"
+    (shards / "index.json").write_text(json.dumps(raw))
+    said = run("data_tools.inspect", str(shards)).stdout
+    assert "path a\\nb\\tc\\x1b[31m\\u202e" in said and "tokenizer d\\ne," in said
+
+
+def test_locations_share_an_equal_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"b": 1}\n' * 9)
+    with pytest.raises(DataError) as caught:
+        prepare(str(tmp_path / "a.jsonl"), "byte", tmp_path / "out", verbose=False)
+    words, places = str(caught.value), ", ".join(f"{tmp_path}/a.jsonl:{line}" for line in range(1, 6))
+    assert words.count("text") > 0 and words.count("its fields are") == 1 and f"{places}: " in words and words.endswith(", ...")
+
+
 def test_verify_passes_what_is_whole(shards: Path) -> None:
     assert len(verify(shards).splitlines()) == 1 and "4 files" in verify(shards)
     done = run("data_tools.verify", str(shards), block="mpi4py")

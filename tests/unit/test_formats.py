@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
+from data_tools.formats import row_files
 from data_tools.formats.table import FORMATS, recognized
 from data_tools.from_tokens import FromOptions, from_tokens
 from data_tools.prepare import prepare
@@ -23,7 +25,6 @@ from mpidp.errors import DataError, UsageError
 from tests.unit.test_convert import documents_of
 
 EOD = 256  # of the byte tokenizer
-WRITTEN = [name for name, one in FORMATS.items() if one.write]
 MASKED = [name for name, one in FORMATS.items() if one.masks]
 
 
@@ -68,7 +69,7 @@ def with_masks(path: Path, split: str) -> list[list[tuple[int, bool]]]:
     return found
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", FORMATS)
 def test_tokens_and_documents_come_back(name: str, shards: Path, tmp_path: Path) -> None:
     said = to_tokens(name, shards, tmp_path / "there/it")
     assert len(said) == 2 and f"{TokenStream(shards).num_tokens:,} tokens" in said[0]
@@ -105,9 +106,43 @@ def test_loss_masks_come_back(name: str, rows: Path, tmp_path: Path) -> None:
         take(name, tmp_path / "it", tmp_path / "short", seq_len=12)
 
 
-@pytest.mark.parametrize("name", sorted(set(WRITTEN) - set(MASKED)))
+@pytest.mark.parametrize("name", ["litdata", "mds"])
+def test_rows_in_several_files_come_back(
+    name: str, shards: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_files, "FILE_BYTES", 900)
+    to_tokens(name, shards, tmp_path / "it")
+    assert len([path for path in (tmp_path / "it/train").iterdir() if path.name != "index.json"]) > 3
+    take("auto", tmp_path / "it", tmp_path / "back")
+    assert all(documents_of(tmp_path / "back", split) == documents_of(shards, split) for split in ("train", "val"))
+    monkeypatch.setattr(row_files, "MAX_BYTES", 200)
+    with pytest.raises(UsageError, match="a document has .* tokens, but a file of this format must have less than 4 GiB"):
+        to_tokens(name, shards, tmp_path / "long")
+    monkeypatch.setattr(row_files.RowFiles, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match="No space left"):
+        to_tokens(name, shards, tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "it"]
+
+
+@pytest.mark.parametrize(("name", "stored"), [("litdata", "no_header_tensor:16"), ("mds", "ndarray:uint32")])
+def test_wide_ids_keep_their_type(name: str, stored: str, tmp_path: Path) -> None:
+    words = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    encoder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    encoder.add_special_tokens(["<|endoftext|>"])
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    ids = [69_999, 2, 70_000, 3, 70_000]
+    np.array(ids, "<u4").tofile(tmp_path / "train.bin")
+    options = FromOptions(str(tmp_path / "tokenizer.json"), 1, 0.0, dtype="uint32")
+    from_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "shards", options)
+    to_tokens(name, tmp_path / "shards", tmp_path / "it")
+    assert stored in (tmp_path / "it/train/index.json").read_text()
+    from_tokens(name, tmp_path / "it", tmp_path / "back", options)
+    assert documents_of(tmp_path / "back", "train") == [ids[:3], ids[3:]]
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - set(MASKED)))
 def test_a_format_without_masks_refuses_them(name: str, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="loss mask, which .* cannot store.* datatrove, hf, olmo"):
+    with pytest.raises(DataError, match="loss mask, which .* cannot store.* datatrove, mds, litdata, hf, olmo"):
         to_tokens(name, rows, tmp_path / "it")
     assert not list(tmp_path.iterdir())
 
@@ -153,7 +188,7 @@ def test_llmc(tmp_path: Path, first: int, version: int, dtype: str) -> None:
     file("x_train_000001.bin", [3, EOD, 4, 5])
     file("x_train_000002.bin", [6, EOD, 7])
     said = take("auto", tmp_path, tmp_path / "out")
-    assert said[-1] == f"documents begin with the token {EOD} (--eod-at end: they end with it)"
+    assert said[-1] == f"documents begin with the token {EOD}. If they end with it, give --eod-at end"
     assert documents_of(tmp_path / "out", "train") == [[3], [EOD, 4, 5, 6], [EOD, 7]]
     assert documents_of(tmp_path / "out", "val") == [[EOD, 1, 2]]
     take("llmc", tmp_path, tmp_path / "other", eod_at="end")
@@ -254,7 +289,8 @@ def test_rows_of_one_length_are_joined(tmp_path: Path) -> None:
     ids = [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
     source = parquet(tmp_path / "a.parquet", input_ids=ids, labels=ids)
     said = take("hf", source, tmp_path / "out")
-    assert said[1] == "rows of 3 tokens were joined, and documents end with the token 256 (--rows document: each row is one)"
+    assert said[1] == ("rows of 3 tokens were joined, and documents end with the token 256. If each row is a document, give "
+                       "--rows document")
     assert documents_of(tmp_path / "out", "train") == [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
     take("hf", source, tmp_path / "rows", rows="document")
     assert documents_of(tmp_path / "rows", "train") == [STREAM[0:3], STREAM[3:6], STREAM[6:9]]
@@ -267,12 +303,56 @@ PACKED = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 0]]
     {"position_ids": [[0, 1, 0, 1, 2], [0, 1], [0, 0, 1, 2]]}, {"attention_mask": [[1, 1, 2, 2, 2], [1, 1], [1, 2, 2, 0]]},
     {"seq_lengths": [[2, 3], [2], [1, 3]]},
     {"seq_lengths": [[2, 3], [2], [1, 3]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
+    {"cu_seqlens": [[0, 2, 5], [0, 2], [0, 1, 4]]}, {"cu_seq_lens_q": [[0, 2, 2, 5], [0, 2], [0, 1, 4]]},
+    {"segment_ids": [[0, 0, 1, 1, 1], [0, 0], [0, 1, 1, 1]]}, {"segment_ids": [[1, 1, 2, 2, 2], [1, 1], [1, 2, 2, 0]]},
+    {"seq_idx": [[7, 7, 3, 3, 3], [3, 3], [0, 1, 1, -1]]},
+    {"segment_ids": [[0, 0, 1, 1, 1], [0, 0], [0, 1, 1, 1]], "attention_mask": [[1] * 5, [1] * 2, [1, 1, 1, 0]]},
+    {"document_ids": [["a"], ["b"], ["c"]], "segment_ids": [[0, 0, 1, 1, 1], [0, 0], [0, 1, 1, 1]], "doc": [1, 2, 3]},
 ])
 def test_documents_of_packed_rows_stay_apart(tmp_path: Path, columns: dict[str, object]) -> None:
     source = parquet(tmp_path / "a.parquet", input_ids=PACKED, **columns)
     take("hf", source, tmp_path / "out")
-    last = [9, 10] if "attention_mask" in columns else [9, 10, 0]
+    is_padding = "attention_mask" in columns or str(columns).endswith(("2, 0]]}", "-1]]}"))
+    last = [9, 10] if is_padding else [9, 10, 0]
     assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, 4, 5], [6, 7], [8], last]
+
+
+def test_packed_rows_whose_documents_have_one_length_are_not_joined(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "a.parquet", input_ids=[[1, 2, 3, EOD]] * 2, segment_ids=[[0, 0, 1, 1]] * 2)
+    take("hf", source, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, EOD]] * 2
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("cu_seqlens", [0, 2, 5]), ("seq_lengths", [2, 3]), ("segment_ids", [1, 1, 2, 2, 2]), ("position_ids", [0, 1, 0, 1, 2])])
+def test_packed_rows_of_mds_keep_their_documents(name: str, values: list[int], tmp_path: Path) -> None:
+    def array(numbers: list[int]) -> bytes:
+        return bytes([1 << 2, len(numbers)]) + np.array(numbers, "<u2").tobytes()
+
+    source = mds(tmp_path / "a", {"tokens": "ndarray:uint16", name: "ndarray:uint16"},
+                 [{"tokens": array(PACKED[0]), name: array(values)}] * 2)
+    take("mds", source, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train") == [[1, 2], [3, 4, 5]] * 2
+    pickled = mds(tmp_path / "b", {"tokens": "ndarray:uint16", "segment_ids": "pkl"},
+                  [{"tokens": array(PACKED[0]), "segment_ids": b"x"}])
+    with pytest.raises(DataError, match="`segment_ids` holds pickles"):
+        take("mds", pickled, tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_masks_of_floats_are_read(kind: str, tmp_path: Path) -> None:
+    import pyarrow
+
+    def floats(values: list[float]) -> object:
+        return pyarrow.array([values], pyarrow.list_(getattr(pyarrow, f"{kind}32" if kind == "float" else "float64")()))
+
+    take("hf", parquet(tmp_path / "a.parquet", input_ids=[[1, 2, EOD, 9]], loss_mask=floats([0.0, 1.0, 1.0, 1.0]),
+                       attention_mask=floats([1.0, 1.0, 1.0, 0.0])), tmp_path / "out")
+    mask = TokenStream(tmp_path / "out").read_mask(0, 3)
+    assert mask is not None and mask.tolist() == [False, True, True] and ids_of(tmp_path / "out") == [1, 2, EOD]
+    for wrong in (0.5, float("nan"), -1.0):
+        with pytest.raises(DataError, match=r"`loss_mask` has the value .*must have only 0 and 1"):
+            take("hf", parquet(tmp_path / "a.parquet", input_ids=[[1]], loss_mask=floats([wrong])), tmp_path / "new")
 
 
 def test_a_token_that_ends_and_begins_documents_is_told(tmp_path: Path) -> None:
@@ -292,9 +372,17 @@ def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("columns", "why"), [
     ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "row 0 has seq_lengths whose sum is not its number of tokens"),
+    ({"input_ids": [[1], [1, 2]], "cu_seqlens": [[0, 1], [0, 1]]}, "row 1 has cu_seqlens whose values do not rise from 0 to its"),
+    ({"input_ids": [[1, 2]], "cu_seqlens": [[1, 2]]}, "row 0 has cu_seqlens"),
+    ({"input_ids": [[1]], "cu_seqlens": [[]]}, "`cu_seqlens` holds lists of null"),
+    ({"input_ids": [[1, 2]], "cu_seqlens": [[0, 3, 1, 2]]}, "row 0 has cu_seqlens"),
+    ({"input_ids": [[1, 2]], "cu_seqlens": [[[0, 1, 2]]]}, "`cu_seqlens` holds"),
+    ({"input_ids": [[1, 2]], "segment_ids": [[1.0, 2.0]]}, "`segment_ids` holds float64"),
+    ({"input_ids": [[1, 2]], "inputs_segmentation": [[1, 2]]}, "`inputs_segmentation` may hold the documents of packed rows"),
+    ({"input_ids": [[1, 2]], "segment_ids": [[1]]}, "each token needs"),
     ({"input_ids": [[1, 2], [1, 2]], "position_ids": [[0, 1], [0, 2]]}, "row 1 has the position 2 after 0"),
     ({"text": ["a"]}, r"no column of token ids \(input_ids\), only text"), ({"input_ids": ["a b"]}, "not a list of integers"),
-    ({"input_ids": [[1.0]]}, "lists of double"), ({"input_ids": [[1, None]]}, "null among the values"),
+    ({"input_ids": [[1.0]]}, "`input_ids` holds float64"), ({"input_ids": [[1, None]]}, "null among the values"),
     ({"input_ids": [[1, 2]], "labels": [[2, 3]]}, "row 0 has the label 2 at the id 1"),
     ({"input_ids": [[1, 2]], "labels": [[1]]}, "each token needs"),
     ({"input_ids": [[1, 300]]}, "token 1 has the id 300"), ({"input_ids": [[1, -1]]}, "token 1 has the id -1"),
@@ -385,14 +473,12 @@ def test_a_folder_of_another_format_is_named(tmp_path: Path, shards: Path) -> No
         take("nanogpt", parquet(tmp_path / "a.parquet", input_ids=[[1]]), tmp_path / "out")
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("a")
-    with pytest.raises(DataError, match="holds no format of tokens that convert knows; the formats are megatron, "):
+    with pytest.raises(DataError, match="holds no tokens in a format that convert knows; the formats are megatron, "):
         take("auto", tmp_path / "text", tmp_path / "out")
     with pytest.raises(DataError, match="does not exist"):
         take("auto", tmp_path / "none", tmp_path / "out")
     with pytest.raises(UsageError, match="is a folder of shards; .* give --to FORMAT"):
         take("auto", shards, tmp_path / "out")
-    with pytest.raises(UsageError, match="this format is only read"):
-        to_tokens("mds", shards, tmp_path / "out")
 
 
 def test_data_without_ends_of_documents_are_refused(tmp_path: Path) -> None:

@@ -264,7 +264,9 @@ def test_groups_are_consecutive_and_bounded() -> None:
 @pytest.mark.parametrize("address", [
     "s3:/HUSH:HUSH@bucket/p", "http:/HUSH:HUSH@host/p", " s3://HUSH:HUSH@bucket", "'s3://HUSH:HUSH@bucket'", "s3:HUSH:HUSH@b/p",
     "simplecache::s3://HUSH:HUSH@bucket/p", "s3://HUSH:HUSH@bucket/p", "s3://HUSH:HU/SH@bucket/p", "http://HUSH:HUSH@host/p", "https://HUSH@host/p",
-    "https://host/p?X-Amz-Signature=HUSH", "https://host/p#HUSH", "S3://HUSH:HUSH@bucket",
+    "https://host/p?X-Amz-Signature=HUSH", "https://host/p#HUSH", "S3://HUSH:HUSH@bucket", "https://host/p;sig=HUSH/d",
+    "https://host/p?a=1;sig=HUSH,HUSH)HUSH", "s3:/bucket/p;sig=HUSH", "s3:bucket?sig=HUSH", "az://c/p;sig=HUSH",
+    "https://host/p?a='HUSH' HUSH",
 ])
 def test_credentials_in_addresses_are_refused_and_not_shown(address: str, tmp_path: Path) -> None:
     settings = [partial(from_args, [f"--{name}={address}"]) for name in ("data.path", "run.mirror")]
@@ -287,6 +289,12 @@ def test_messages_of_libraries_show_no_secrets(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefghij")
     text = "cannot reach https://me:pass@host/x?sig=1&k=2, signed with abcdefghij"
     assert without_secrets(text) == "cannot reach https://***@host/x?***, signed with ***"
+    for mark in ("?", "#", ";", "?a=1;", "?a=b,", ";a)"):
+        for end in ("", "; try again", ", try again", "'", "' (b)"):
+            shown = without_secrets(f"cannot open https://host/p{mark}sig=HUSH{end}")
+            assert shown == f"cannot open https://host/p?***{end}"
+    plain = "https://host/p; https://host/q, (s3://bucket/p), 'az://a/b'; why: a/b?"
+    assert without_secrets(plain) == plain
 
 
 def test_what_is_an_address() -> None:

@@ -14,7 +14,7 @@ DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 
 class MlflowTracker:
-    """See tracked.Tracker. MLflow would keep both values of a step, so a step is written once."""
+    """See tracked.Tracker. MLflow would keep every value that is written for a step, so each step is written only once."""
 
     note = ""
     purges = False

@@ -26,9 +26,9 @@ from mpidp.metrics.track.tracked import TrackedRun, Tracker, kind_of
 from mpidp.runtime.files import write_file
 
 MAX_LINES = 10_000  # lines that wait for a slow tracker; later ones are left out
-MAX_BATCH = 200  # lines of one call
+MAX_BATCH = 200  # most lines in one call
 BATCH_SECONDS = 1.0  # lines are collected for this long
-SAVE_SECONDS = 10.0  # between two writes of the state
+SAVE_SECONDS = 10.0  # time between two writes of the state
 ADVICE = "training continues; metrics.jsonl has all numbers"
 
 
@@ -48,7 +48,7 @@ class Warnings:
     @contextmanager
     def patience(self, what: str) -> Iterator[None]:
         """Warn if the body takes long."""
-        text = f"{what} has taken {self._seconds:g} s and is not done"
+        text = f"{what} has not finished after {self._seconds:g} s"
         timer = threading.Timer(self._seconds, self.say, ("slow", text))
         timer.daemon = True
         timer.start()
@@ -70,7 +70,7 @@ class Inbox:
 
     def _read(self) -> None:
         for raw in self._stream:
-            with suppress(ValueError):  # a line that the death of the run cut
+            with suppress(ValueError):  # a line that is incomplete because the run was killed
                 line = json.loads(raw)
                 if self._lines.qsize() < MAX_LINES:
                     self._lines.put(line)
@@ -133,7 +133,7 @@ class State:
             self.save()
 
     def save(self) -> None:
-        """Store the state. A full disk is no error here: the lines were written, and must not be written again."""
+        """Store the state. A full disk is not an error here: the lines were written, and must not be written again."""
         self._saved = time.monotonic()
         with suppress(OSError):
             write_file(self.path, json.dumps(self.values | {"last": self.last}).encode())
@@ -199,7 +199,7 @@ def _short(error: BaseException) -> str:
 def main() -> None:
     """Run the process of the tracker that the command line names. Independent."""
     name, log_path, patience, finish = sys.argv[1:]
-    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends them to all processes of a job; the run ends the input
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends these to all processes; the run closes the input
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         os.nice(10)

@@ -20,7 +20,7 @@ from mpidp.runtime.environment import LAUNCHER_PREFIXES
 from mpidp.runtime.log import log
 
 MAX_LINES = 10_000  # lines that wait in memory while the pipe is full
-PATIENCE_SECONDS = 60.0  # of a call of a tracker, until a warning
+PATIENCE_SECONDS = 60.0  # longest call of a tracker without a warning
 FINISH_SECONDS = 30.0  # for all trackers together, at the end
 
 
@@ -58,7 +58,7 @@ class _Process:
     def __init__(self, name: str, about: Mapping[str, Any]) -> None:
         self.name, self._waiting, self._left_out = name, deque[bytes](), 0
         folder, package = Path(str(about["folder"])), Path(mpidp.__file__).parents[1]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}  # it is no rank
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES)}  # a tracker is not a rank
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH", "")]))
         self._child: subprocess.Popen[bytes] | None = None
         try:
@@ -98,7 +98,8 @@ class _Process:
             pass
         except OSError:
             code = self._ended(1.0)
-            self._lost("" if code in (0, 1) else f"its process has ended (exit code {code})")  # with 0 and 1 it has said why
+            # With exit codes 0 and 1, the process has printed the reason.
+            self._lost("" if code in (0, 1) else f"its process has ended (exit code {code})")
 
     def _ended(self, seconds: float) -> int | None:
         assert self._child is not None

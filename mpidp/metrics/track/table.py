@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mpidp.errors import UsageError
 
-PACKAGES = {  # by tracker, the packages that it needs; without the last two, mlflow can write to a server only
+PACKAGES = {  # tracker -> the packages that it needs; without the last two, mlflow can only write to a server
     "trackio": ("trackio",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",),
 }  # fmt: skip
 

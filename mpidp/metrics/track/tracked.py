@@ -29,7 +29,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """A run in a tracker. An exception of a method is a warning, and the run goes on."""
+    """A run in a tracker. If a method raises an exception, a warning is printed and the run continues."""
 
     note: str  # a warning about the opening of the run; may be empty
     purges: bool  # whether a step that is written again replaces the first one; if not, it is left out

@@ -12,7 +12,7 @@ SERVER = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE")  # with one of these 
 
 
 class WandbTracker:
-    """See tracked.Tracker. The steps of a run in wandb only grow, so a step is written once."""
+    """See tracked.Tracker. wandb accepts only increasing steps, so each step is written only once."""
 
     purges = False
     note = ""

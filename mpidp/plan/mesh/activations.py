@@ -32,7 +32,7 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
 def _copied(model: ModelSizes) -> float:
     """Return the fraction of the layers whose result of attention is kept twice.
 
-    The blocks of a window, and queries of which only some dimensions are rotated, give results that o's input copies.
+    In layers with a window, and if only some dimensions of the queries are rotated, the input of o is a copy of the result.
     """
     if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
         return 1.0

@@ -39,7 +39,7 @@ NUMBERS = (  # option, help, factor to convert the value to bytes, operations or
     ("params", "number of parameters of a LLaMA-like model, for example 7b; or use --config", 1.0),
     ("memory", "memory per rank, GB (80)", 1e9),
     ("samples", "number of samples in the data, for example 100m, to print the samples per rank", 1.0),
-    ("vocab", "vocabulary size; default: that of the published model or of the config's data, or 32,000", 1.0),
+    ("vocab", "vocabulary size; default: the size of the published model or of the config's data, or 32,000", 1.0),
     ("seq-len", "tokens per sequence; default: the model's", 1.0),
     ("global-batch", "sequences per step; default: about 4 M tokens", 1.0),
     ("micro-batch", "sequences per forward pass; default: the best of 1 to 16", 1.0),
@@ -56,10 +56,10 @@ WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "g
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan mesh`, without --json. Pure."""
     parser.add_argument("--config", metavar="CONFIG.toml", help="use the model and batch of this configuration, not --params")
-    add_ranks(parser, "those of cluster.json")
+    add_ranks(parser, "as in cluster.json")
     for name, about, _ in NUMBERS:
         parser.add_argument(f"--{name}", metavar="N", help=about)
-    parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor; default: the one in this folder, if any")
+    parser.add_argument("--cluster", metavar="FILE", help="cluster.json of mpidp.doctor; default: ./cluster.json, if it exists")
     parser.add_argument("--calibrate", metavar="RUN", help="measure compute speed from this run on one rank of such a device")
     parser.add_argument("--dtype", choices=list(BYTES), help="type of matrix products (bfloat16)")
     parser.add_argument("--recompute", choices=["true", "false"], help="recompute activations (default: whichever is better)")

@@ -76,7 +76,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
         raise UsageError(
             f"--params={parameters:g}: no model of this size fits a vocabulary of {vocab_size:,}; give --vocab or --config"
         )
-    return best[1], "by rule: about width / 128 layers"
+    return best[1], "estimated: about width / 128 layers"
 
 
 def vocab_size_of(values: Mapping[str, Any]) -> int:

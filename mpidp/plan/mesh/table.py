@@ -47,7 +47,7 @@ def mesh_table(found: dict[str, Any]) -> str:
     if found["fitting"]:
         lines += ["", f"{found['fitting']} of {found['meshes']} meshes fit; the fastest:"]
     else:
-        lines += ["", f"NONE of {found['meshes']} meshes fits: use more ranks or more memory. Those that need the least:"]
+        lines += ["", f"NONE of {found['meshes']} meshes fits: use more ranks or more memory. These need the least memory:"]
     lines += _rows(found)
     best = found["rows"][0]
     if found["fitting"]:

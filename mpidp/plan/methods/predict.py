@@ -121,7 +121,7 @@ class MethodRow:
     method: str
     settings: list[str]  # settings that select the method on the command line
     refused: str = ""  # the reason why the method cannot be used, or empty
-    sent_bytes: float | None = None  # by rank 0 per step
+    sent_bytes: float | None = None  # bytes that rank 0 sends per step
     step_seconds: float | None = None
     speed: float | None = None  # 2.0 means half the step time of synchronous
     loss: float | None = None  # loss at the end of a trial
@@ -176,7 +176,7 @@ def recommend(rows: Sequence[MethodRow], tried: bool) -> tuple[str, str]:
         )
     fastest = max(worth, key=lambda row: row.speed or 0.0)
     best = next(row for row in worth if (row.speed or 0.0) * WORTH >= (fastest.speed or 0.0))
-    other = f"the fastest is {fastest.method}, and nothing closer to synchronous training is within 10% of it"
+    other = f"the fastest is {fastest.method}; no method closer to synchronous training is within 10% of it"
     return best.method, (
         f"{best.method}: {best.speed:.1f}x faster per step than synchronous; {'it is the fastest' if best is fastest else other}."
         " This compares speed only: use --run to compare the loss reached in the same time."

@@ -111,7 +111,7 @@ def sizes_of(config: Config, vocab_size: int) -> Sizes:
 class Sum:
     """The traffic of one sum of all buckets over all ranks."""
 
-    sent_bytes: int  # by rank 0, as counted in metrics.jsonl
+    sent_bytes: int  # bytes that rank 0 sends, as counted in metrics.jsonl
     link_bytes: float  # bytes that pass the link of a node in each direction
     messages: int  # number of messages that are sent one after the other
 

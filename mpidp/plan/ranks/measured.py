@@ -28,7 +28,7 @@ class MeasuredRun:
 
     path: Path
     config: dict[str, Any]  # {section.key: value}
-    lanes: Lanes  # of a batch
+    lanes: Lanes  # lanes of a batch
     steps: int = 0  # number of the last step
     tokens: int = 0  # tokens trained on
     train_loss: float | None = None  # train_loss at the last step

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mpidp.data.lanes import Lanes
 
-MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the run's batch size
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # multiples of the run's batch size
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Learned:
 class Cell:
     """The prediction for one batch size and one number of ranks."""
 
-    multiple: float  # of the run's batch size
+    multiple: float  # batch size, relative to that of the run
     ranks: int
     seconds: float  # predicted time to reach the loss
 

@@ -84,9 +84,9 @@ class TopKMethod(CompressionMethod):
 
 
 class RandomKMethod(CompressionMethod):
-    """Implements comm.compress=randomk: one value of each range of 1 / ratio values is sent. Its place is drawn anew in each
-    round, with the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is exact up to
-    rounding."""
+    """Implements comm.compress=randomk: one value of each range of 1 / ratio values is sent. The place within the range is drawn
+    again in each round, with the same seed on all ranks. Therefore places need not be sent, and the sum of the sent values is
+    exact up to rounding."""
 
     def __init__(self, ratio: float, warmup: int) -> None:
         super().__init__(PLAIN)

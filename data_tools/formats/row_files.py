@@ -1,0 +1,86 @@
+"""Files of rows, as LitData and MDS lay them out: the number of rows (uint32), the offset of each row and of the end (uint32), a
+description, then the rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.formats.blocks import TokenBlock, readable
+from data_tools.formats.columns import labels_of
+from data_tools.formats.stream import whole_documents
+from mpidp.errors import DataError, UsageError
+
+FILE_BYTES = 2**26  # of a file, about: the usual size of both libraries
+MAX_BYTES = 2**32  # offsets are uint32
+
+
+class RowFiles:
+    """Writes rows to files of about FILE_BYTES. Raises OSError, and UsageError if a row is too long. Independent."""
+
+    def __init__(self, name: Callable[[int], Path], about: bytes = b"") -> None:
+        """name: returns the path of a file by its number. about: the description in each file."""
+        self.written: list[tuple[Path, int, int, int]] = []  # of each file: path, bytes, rows and tokens
+        self.digest = hashlib.sha256()
+        self._name, self._about = name, about
+        self._begin()
+
+    def _begin(self) -> None:
+        self._rows: list[bytes] = []
+        self._size, self._tokens = 8 + len(self._about), 0
+
+    def add(self, row: bytes, tokens: int) -> None:
+        """Append a row. A row that is larger than FILE_BYTES has a file of its own."""
+        if self._rows and self._size + len(row) + 4 > FILE_BYTES:
+            self.close()
+        self._rows.append(row)
+        self._size, self._tokens = self._size + len(row) + 4, self._tokens + tokens
+
+    def close(self) -> None:
+        """Write the rows that are not yet in a file."""
+        if not self._rows:
+            return
+        begin = 8 + 4 * len(self._rows) + len(self._about)
+        offsets = np.cumsum([begin, *map(len, self._rows)])
+        if offsets[-1] >= MAX_BYTES:
+            raise UsageError(f"a document has {self._tokens:,} tokens, but a file of this format must have less than 4 GiB: "
+                             "choose another format")
+        path = self._name(len(self.written))
+        with open(path, "xb") as file:
+            for data in (np.array([len(self._rows), *offsets], "<u4").tobytes(), self._about, *self._rows):
+                file.write(data)
+                self.digest.update(data)
+        self.written.append((path, int(offsets[-1]), len(self._rows), self._tokens))
+        self._begin()
+
+
+def documents(blocks: Iterable[TokenBlock]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield the ids of each document, and its labels, int64, if there is a loss mask: the id, or -100. Pure."""
+    for block in whole_documents(blocks):
+        assert block.starts is not None
+        labels = labels_of(block)
+        for low, high in zip(block.starts.tolist(), [*block.starts[1:].tolist(), len(block.ids)], strict=True):
+            yield block.ids[low:high], None if labels is None else labels[low:high]
+
+
+def mapped(path: Path) -> np.ndarray:
+    """Return the bytes of a file, (n,) uint8. Raises DataError if it cannot be read. Independent."""
+    with readable(path):
+        return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+
+
+def offsets_of(data: np.ndarray, rows: int, shown: Path, count_at: int = 0, table_at: int = 4) -> np.ndarray:
+    """Return the offsets of the rows and of the end, (rows + 1,) int64.
+
+    data: the bytes of a file. count_at, table_at: where the number of rows and the offsets are. Raises DataError if they are not
+    valid. Pure.
+    """
+    if len(data) < table_at + 4 * (rows + 1) or int(data[count_at : count_at + 4].view("<u4")[0]) != rows:
+        raise DataError(f"{shown}: it does not begin with its number of samples, {rows}; copy the dataset again")
+    offsets = np.frombuffer(data[table_at : table_at + 4 * (rows + 1)].tobytes(), "<u4").astype(np.int64)
+    if (np.diff(offsets) < 0).any() or not count_at and offsets[-1] > len(data):
+        raise DataError(f"{shown}: its offsets of samples decrease or lie outside the file; copy the dataset again")
+    return offsets
