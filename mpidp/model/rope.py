@@ -28,7 +28,7 @@ def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None
 
 
 def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) -> Tensor:
-    """Return the scaled frequencies. fast: 0 for low frequencies, which are divided by the factor, and 1 for high ones."""
+    """Return the scaled frequencies. fast: 0 for low frequencies, which are divided by the factor, and 1 for high frequencies."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
