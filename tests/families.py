@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpidp.hf.families import BY_MODEL_TYPE
+from mpidp.hf.fields import head_size
 from mpidp.hf.folder import ModelFolder, whole
 from mpidp.hf.names import shape_of
 from mpidp.model.transformer import Transformer
@@ -107,6 +110,16 @@ def ours(folder: ModelFolder, seq_len: int = T) -> Transformer:
         for name, p in model.named_parameters():
             p.copy_(folder.box(f"model/{name}", whole(folder.sizes, name)))
     return model
+
+
+def under_our_names(folder: ModelFolder, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters or gradients of a folder's model in transformers, by mpidp's names and in its shapes. Pure."""
+    places, found = folder._layout.places(folder.sizes, head_size(folder.settings)), {}
+    for name, size in folder.sizes.items():
+        stored = theirs[places[name].name if places[name].name in theirs else "lm_head.weight"]  # transformers renames it
+        whole = stored.detach().T if places[name].transposed else stored.detach()
+        found[name] = torch.cat([whole[rows] for rows in places[name].slices(0, size[0])])
+    return found
 
 
 def tokens(seq_len: int = T) -> torch.Tensor:

@@ -54,6 +54,8 @@ _lora = _is_not("model.lora_rank", 0)
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
+_momentum = _is_not("optim.momentum_warmup", 0)
+_UPDATES = "checkpoints hold the number of updates with parameters of AdamW, and there may be none"
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
          "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
@@ -71,8 +73,6 @@ RULES = [
          "ranks would skip different steps"),
     Rule("strategy.name=server", "comm.compress", _is("strategy.name", "server"), _is_not("comm.compress", "none"),
          "compression works on sums over ranks, and workers send their gradients to servers individually"),
-    Rule("strategy.name=server", "optim.name=muon", _is("strategy.name", "server"), _is("optim.name", "muon"),
-         "Muon updates whole matrices, and servers hold slices of them"),
     Rule("strategy.group=node|rotating|pairs|exponential", "strategy.overlap=true", _partial, _is("strategy.overlap", True),
          "partial groups average parameters directly and have no outer step that could be delayed"),
     Rule("strategy.group=node|rotating|pairs|exponential", "comm.compress", _partial, _is_not("comm.compress", "none"),
@@ -99,16 +99,12 @@ RULES = [
          "the gradient of a lane is never complete on one rank"),
     Rule("mesh.sequence=true", "mesh.tp=1", _is("mesh.sequence", True), _is("mesh.tp", 1),
          "sequence parallelism divides positions among the tp ranks, so it needs at least two"),
-    Rule("mesh.tp above 1", "optim.name=muon", _is_not("mesh.tp", 1), _is("optim.name", "muon"),
-         "Muon updates whole matrices, and tensor parallelism splits them; use mesh.pp, which splits between layers"),
     Rule("mesh.tp above 1", "train.compile", _is_not("mesh.tp", 1), _is("train.compile", True),
          "tensor parallelism communicates in the middle of a block"),
     Rule("mesh.pp above 1", "model.tie_embeddings with strategy.name=delayed|local", _is_not("mesh.pp", 1),
          lambda s: s["model.tie_embeddings"] and s["strategy.name"] in ("delayed", "local"),
          "the first and the last stage share the embedding and must add its gradients at every step"),
     Rule(_SHARDS, _OTHERS, _shards, _other, "sharding needs one model that all ranks update together at every step"),
-    Rule(_SHARDS, "optim.name=muon", _shards, _is("optim.name", "muon"),
-         "Muon updates whole matrices, and shards can end inside a matrix"),
     Rule(_SHARDS, "comm.compress", _shards, _is_not("comm.compress", "none"),
          "error feedback would need as much memory as the gradients that sharding distributes; not tested"),
     Rule(_SHARDS, "train.audit_every", _shards, _is_not("train.audit_every", 0),
@@ -143,14 +139,22 @@ RULES = [
          "implemented for the blocks of the built-in Transformer only"),
     Rule(_NOT, "train.compile", _not, _is("train.compile", True),
          "implemented for the blocks of the built-in Transformer only"),
+    Rule(_NOT, "model.zero_init", _not, _is("model.zero_init", True),
+         "implemented for the built-in Transformer only"),
+    Rule("train.init_from", "model.zero_init", _is_not("train.init_from", ""), _is("model.zero_init", True),
+         "the initial weights are those of the other model"),
+    Rule("optim.name=adam|sgd", "optim.cautious_decay", _is("optim.name", "adam", "sgd"), _is("optim.cautious_decay", True),
+         "these optimizers add weight decay to the gradient, so it is a part of the update"),
+    Rule("optim.name=adamw|adam|sgd", "optim.momentum_warmup", _is("optim.name", "adamw", "adam", "sgd"), _momentum,
+         "their momentum is optim.beta1"),
+    Rule("optim.momentum_warmup", "model.lora_rank", _momentum, _lora, _UPDATES),
+    Rule("optim.momentum_warmup", "optim.freeze", _momentum, _is_not("optim.freeze", ""), _UPDATES),
     Rule("train.eval_tasks", _CUT, _tasks, _cut,
          "ranks answer different requests, but ranks that share a model compute each batch together; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", _FSDP, _tasks, _fsdp,
          "a forward pass needs all replicas, which answer different numbers of requests; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", "train.compile", _tasks, _is("train.compile", True),
          "each length of a request would be compiled; use mpidp evaluate --tasks"),
-    Rule("model.kind=MODULE:FACTORY", "optim.name=muon", lambda s: s["model.kind"] not in KINDS, _is("optim.name", "muon"),
-         "Muon is for hidden matrices, and mpidp does not know which matrices of your own model are hidden"),
 ]
 
 

@@ -108,15 +108,24 @@ class TrainSettings:
 class OptimizerSettings:
     """Settings optim.*: the optimizer and its schedule."""
 
-    name: str = setting("adamw", "optimizer, as in torch.optim", "", ("adamw", "adam", "sgd", "muon"), resume=FIXED)
+    name: str = setting(
+        "adamw", "optimizer, as in torch.optim; normuon: Muon with a second moment per row", "",
+        ("adamw", "adam", "sgd", "muon", "normuon"), resume=FIXED,
+    )
     schedule: str = setting("cosine", "learning rate schedule after warmup", "", ("cosine", "linear", "constant", "wsd"))
     lr: float = setting(3e-3, "peak learning rate", "", low=0.0)
     min_lr: float = setting(0.0, "learning rate at the end of the schedule, after the last step", "", low=0.0)
     warmup_steps: int = setting(-1, "steps of linear warmup; -1: min(100, steps / 10)", "steps", low=-1)
-    weight_decay: float = setting(0.1, "weight decay of matrices, as in torch.optim (adamw, adam, muon)", "", low=0.0)
+    weight_decay: float = setting(0.1, "weight decay of matrices, as in torch.optim (adamw, adam, muon, normuon)", "", low=0.0)
     beta1: float = setting(0.9, "decay of the first moment; momentum of sgd", "", low=0.0, high=0.9999999)
     beta2: float = setting(0.99, "decay of the second moment", "", low=0.0, high=0.9999999)
     clip: float = setting(1.0, "maximum gradient norm (clipping); 0: off", "", low=0.0)
+    cautious_decay: bool = setting(
+        False, "weight decay only of elements that the update moves towards 0 (adamw, muon, normuon)", "bool",
+    )
+    momentum_warmup: int = setting(
+        0, "muon, normuon: steps over which the momentum rises from 0.85 to 0.95; 0: 0.95 from the first step", "steps", low=0,
+    )
     freeze: str = setting("", "parameters that are not trained, for example embedding.*,blocks.0.*", "patterns", resume=FIXED)
 
 

@@ -73,14 +73,7 @@ class ModelFolder:
 
     def notes_at(self, seq_len: int) -> list[str]:
         """Return the messages for the user of a model with contexts of seq_len tokens. Pure."""
-        scaling = rope_scaling(self.settings["rope_scaling"])
-        if scaling is None or scaling.kind != "longrope" or seq_len <= scaling.original:
-            return self.notes
-        return [
-            *self.notes, f"{self.path}: its rope scaling longrope has different factors above {scaling.original:.0f} tokens. "
-            f"With model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length "
-            "only",
-        ]
+        return self.notes + longrope_notes(self.path, self.settings["rope_scaling"], seq_len)
 
     def stored_name(self, name: str) -> str:
         """Return the name of the tensor in which a parameter is stored. Pure."""
@@ -174,6 +167,18 @@ class ModelFolder:
         if complaints:
             more = f"; and {len(complaints) - _SHOWN} more" * (len(complaints) > _SHOWN)
             raise DataError(f"{self.path}: its tensors do not match config.json: {'; '.join(complaints[:_SHOWN])}{more}")
+
+
+def longrope_notes(where: object, scaling: str, seq_len: int) -> list[str]:
+    """Return the message for a model with contexts of seq_len tokens in which transformers may use other factors. scaling: its
+    rope scaling. Pure."""
+    found = rope_scaling(scaling)
+    if found is None or found.kind != "longrope" or seq_len <= found.original:
+        return []
+    return [
+        f"{where}: its rope scaling longrope has different factors above {found.original:.0f} tokens. With "
+        f"model.seq_len={seq_len}, mpidp uses them for all inputs. transformers uses them for inputs above this length only"
+    ]
 
 
 def whole(sizes: dict[str, tuple[int, ...]], name: str) -> Entry:

@@ -18,6 +18,7 @@ from mpidp.data.tokenizer import tokenizer_from_json
 from mpidp.errors import UsageError
 from mpidp.hf.companions import companions
 from mpidp.hf.consumers import check
+from mpidp.hf.folder import longrope_notes
 from mpidp.hf.names import config_of, family_of
 from mpidp.hf.tensors import Place, stored_sizes
 from mpidp.hf.tokenizer_files import CONFIG, GENERATION, config_ids, text_files, with_begin
@@ -35,9 +36,9 @@ def write_folder(
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
     consumer: str = "",
 ) -> str:
-    """Create the folder `out`, and return the architecture's name. Raises UsageError if it exists or cannot be written, if no
-    family has the options of the model, if a weight is too large for the dtype, or if `consumer` does not compute this model.
-    Independent.
+    """Create the folder `out`, and return the architecture's name. Raises UsageError if `out` exists or cannot be written, if no
+    family has the options of the model, if a weight is too large for the dtype, or if the program `consumer` cannot compute this
+    model. Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
     before: a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight
@@ -46,7 +47,7 @@ def write_folder(
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it")
     name, texts, places = _text_files(shape, tokenizer, special, dtype, before)
-    for note in check(consumer, texts) if consumer else ():
+    for note in (*longrope_notes(out, shape.rope_scaling, shape.seq_len), *(check(consumer, texts) if consumer else ())):
         log.warning("note: %s", note)
     try:
         with work_folder(out) as temporary:

@@ -1,16 +1,19 @@
-"""torch's optimizers over flat parameters and over shards."""
+"""Optimizers over flat parameters and over shards: torch's, and Muon for hidden matrices."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpidp.comm.slices import ALIGN, slice_bounds
+from mpidp.checkpoint.entry import Entry
+from mpidp.comm.slices import slice_bounds
+from mpidp.parallel.whole_matrices import Box, Hidden
 from mpidp.reducers.buckets import FlatLayout
+from mpidp.strategies.muon import MATRIX_STATE, Muon
 
 
 def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
@@ -20,13 +23,35 @@ def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
     return type(kind.__name__, (kind,), plain)
 
 
+def cautious_adamw() -> Any:
+    """Return the class of AdamW with cautious weight decay (muon.decay_towards_zero). Independent."""
+
+    class Cautious(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
+        """AdamW without weight decay, then weight decay of the elements that the update has moved towards 0."""
+
+        @torch.no_grad()
+        def step(self) -> None:
+            """Update the parameters."""
+            decays = [group["weight_decay"] for group in self.param_groups]
+            before = [[p.clone() for p in group["params"]] for group in self.param_groups]
+            for group in self.param_groups:
+                group["weight_decay"] = 0.0
+            super().step()
+            for group, decay, old in zip(self.param_groups, decays, before, strict=True):
+                group["weight_decay"] = decay
+                for p, was in zip(group["params"], old, strict=True):
+                    p.sub_(was * (was * (was - p) >= 0), alpha=group["lr"] * decay)
+
+    return Cautious
+
+
 def make_torch_optimizer(
-    name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float
+    name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float, cautious: bool = False
 ) -> torch.optim.Optimizer:
-    """Return the torch optimizer for optim.name. Independent."""
+    """Return the torch optimizer for optim.name. cautious: cautious weight decay, for adamw. Independent."""
     kind = without_compiler
-    if name == "muon":
-        return kind(torch.optim.Muon)(members, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    if cautious and decay:
+        return cautious_adamw()(members, lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=decay, fused=True)
     if name == "sgd":
         return kind(torch.optim.SGD)(members, lr=1.0, momentum=beta1, weight_decay=decay, fused=True)
     adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
@@ -38,74 +63,85 @@ Memory = Callable[[int], Tensor]  # takes a number of elements, and returns a ze
 
 
 class Optimizer:
-    """A torch optimizer over flat parameters, gradients and state tensors. This rank updates its share of the parameters.
-    Independent.
+    """An optimizer over flat parameters, gradients and state tensors. This rank updates its share of the parameters.
 
     Ranks that share memory update one share of the parameters each. The result does not depend on the shares. adamw, adam and sgd
-    work element by element, and their shares are cut at multiples of ALIGN. A share of muon consists of whole matrices.
+    work element by element, and their shares are cut at multiples of ALIGN. muon and normuon update whole matrices.
     """
 
     def __init__(
         self, name: str, layout: FlatLayout, parameters: Tensor, gradients: Tensor, weight_decay: float, beta1: float,
-        beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), multiple: int = ALIGN,
-        holds: range | None = None,
+        beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), bounds: list[int] | None = None,
+        holds: range | None = None, hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
-        """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1) or muon. muon
-        uses torch's Muon for the hidden matrices and AdamW for the other parameters. Muon's updates are scaled to the size of
-        AdamW's updates, so that both can use one learning rate. parameters, gradients: (num_elements,). share: (index, count) of
-        the share that this rank updates; shares are cut at multiples of `multiple` elements. holds: the indices of the shares
-        whose state this rank stores (default: all). With `holds`, the caller saves the state, and muon is not supported."""
-        if name not in (*MOMENTS, "muon"):
+        """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
+        normuon. The last two use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
+        gradients: (num_elements,). share: (index, count) of the share that this rank updates. bounds: the count + 1 bounds of the
+        shares, outside the hidden matrices; without it, shares are cut at multiples of ALIGN, and hidden matrices are dealt in
+        the order of their cost. holds: the indices of the shares whose state this rank stores (default: all). With `holds`, the
+        caller saves the state. hidden: the hidden matrices and the ranks that update them together; default: none.
+        cautious, momentum_warmup: the settings of section optim. Collective over hidden.comm."""
+        if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
         make = memory or (lambda elements: torch.zeros(elements, device=layout.device))
         self.updates = 0
         self._steps: list[Tensor] = []  # torch has one step counter per parameter
-        self._matrices = _hidden_matrices(layout) if name == "muon" else {}
-        bounds = slice_bounds(layout.num_elements, share[1], multiple)
-        self.held = range(bounds[holds.start], bounds[holds.stop]) if holds is not None else range(layout.num_elements)
-        self.mine = range(bounds[share[0]], bounds[share[0] + 1])
+        hidden = hidden or Hidden()
+        self._matrices = _order(layout, hidden) if name in MATRIX_STATE else {}
+        cuts = bounds or slice_bounds(layout.num_elements, share[1])
+        self.held = range(cuts[holds.start], cuts[holds.stop]) if holds is not None else range(layout.num_elements)
+        self.mine = range(cuts[share[0]], cuts[share[0] + 1])
         self.keys = MOMENTS.get(name, MOMENTS["adamw"])
         self._moments = [make(len(self.held)) for _ in self.keys]
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        groups: dict[bool, list[torch.nn.Parameter]] = {}
+        whole: list[tuple[Box, torch.nn.Parameter, dict[str, Tensor]]] = []
         for offset, what, p in layout.placed():
-            low, high = max(offset, bounds[share[0]]), min(offset + p.numel(), bounds[share[0] + 1])
-            if what in self._matrices:
+            low, high = max(offset, self.mine.start), min(offset + p.numel(), self.mine.stop)
+            if what in self._matrices and bounds is None:
                 low, high = offset, offset + (p.numel() if self._matrices[what] % share[1] == share[0] else 0)
             if low < high:
                 shape = p.shape if what in self._matrices else (high - low,)
                 piece = torch.nn.Parameter(parameters[low:high].view(shape))
                 piece.grad = gradients[low:high].view(shape)
-                groups.setdefault((what in self._matrices, p.dim() >= 2), []).append(piece)
-        self._parts = [self._part(*kind, members, weight_decay, beta1, beta2) for kind, members in groups.items()]
-        for part, ((muon, _), members) in zip(self._parts, groups.items(), strict=True):
+                if what in self._matrices:
+                    whole.append((hidden.box(what, (0, 0), p.shape), piece, self._state(what, low, piece)))
+                else:
+                    groups.setdefault(p.dim() >= 2, []).append(piece)
+        kind = "adamw" if name in MATRIX_STATE else name
+        self._parts = [
+            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
+            for decays, members in groups.items()
+        ]
+        for part, members in zip(self._parts, groups.values(), strict=True):
             for piece in members:
-                self._give_state(part, piece, muon, parameters)
+                low = (piece.data_ptr() - parameters.data_ptr()) // 4
+                part.state[piece].update(self._state("", low, piece))
+                if "exp_avg" in part.state[piece]:
+                    self._steps.append(torch.zeros((), device=piece.device))
+                    part.state[piece]["step"] = self._steps[-1]
+        muon = (name, hidden, whole, weight_decay, cautious, momentum_warmup)
+        self._muon = Muon(*muon) if name in MATRIX_STATE else None
 
-    def _part(
-        self, muon: bool, decays: bool, members: list[torch.nn.Parameter], weight_decay: float, beta1: float, beta2: float
-    ) -> torch.optim.Optimizer:
-        kind = ("muon" if muon else "adamw") if self._name == "muon" else self._name
-        return make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2)
+    def names(self, what: str) -> tuple[str, ...]:
+        """Return the names of the state tensors of a parameter."""
+        return MATRIX_STATE[self._name] if what in self._matrices else self.keys
 
-    def _give_state(self, part: torch.optim.Optimizer, piece: torch.nn.Parameter, muon: bool, parameters: Tensor) -> None:
-        """Make the state of a piece of a parameter views of the flat state tensors, so that ranks that share memory have one
-        copy."""
-        low = (piece.data_ptr() - parameters.data_ptr()) // 4 - self.held.start
-        names = ("momentum_buffer",) if muon else MOMENTS.get(self._name, MOMENTS["adamw"])
-        state = part.state[piece]
-        for key, flat in zip(names, self._moments, strict=False):
-            state[key] = flat[low : low + piece.numel()].view(piece.shape)
-        if "exp_avg" in state:
-            state["step"] = torch.zeros((), device=piece.device)
-            self._steps.append(state["step"])
+    def _state(self, what: str, low: int, piece: torch.nn.Parameter) -> dict[str, Tensor]:
+        """Return the state of a piece of a parameter: views of the flat state tensors, so that ranks that share memory have one
+        copy. low: index of its first element."""
+        low -= self.held.start
+        flats = zip(self.names(what), self._moments, strict=False)
+        return {key: flat[low : low + piece.numel()].view(piece.shape) for key, flat in flats}
 
     def step(self, lr: float) -> None:
-        """Update this rank's share of the parameters."""
+        """Update this rank's share of the parameters. Collective over hidden.comm."""
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
+        if self._muon is not None:
+            self._muon.step(lr, self.updates)
         self.updates += 1
 
     def set_updates(self, updates: int) -> None:
@@ -122,8 +158,7 @@ class Optimizer:
         """Yield (parameter name, key, state tensor of the whole parameter)."""
         whole = [self._layout.views(flat) for flat in self._moments]
         for i, (_, what, _) in enumerate(self._layout.placed()):
-            names = ("momentum_buffer",) if what in self._matrices else MOMENTS.get(self._name, MOMENTS["adamw"])
-            for key, views in zip(names, whole, strict=False):
+            for key, views in zip(self.names(what), whole, strict=False):
                 yield what, key, views[i]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -144,36 +179,51 @@ class Optimizer:
 
 
 class ShardedOptimizer:
-    """A torch optimizer over shards of parameters. Each shard is a separate tensor (strategies/sharded.py). Independent."""
+    """An optimizer over shards of parameters. Each shard is a separate tensor (strategies/sharded.py)."""
 
     def __init__(
-        self, name: str, pieces: list[tuple[str, Tensor, bool]], weight_decay: float, beta1: float, beta2: float
+        self, name: str, pieces: list[tuple[str, Entry, bool]], weight_decay: float, beta1: float, beta2: float,
+        hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
-        """name: adamw, adam or sgd. pieces: (parameter name, this rank's shard, whether weight decay applies)."""
+        """Arguments as for Optimizer, but pieces: (parameter name, this rank's shard, whether weight decay applies).
+        Collective over hidden.comm."""
         self.updates = 0
-        self._pieces = [torch.nn.Parameter(piece) for _, piece, _ in pieces]
-        self.state = [{key: torch.zeros_like(piece) for key in MOMENTS[name]} for piece in self._pieces]
+        hidden = hidden or Hidden()
+        matrices = hidden.names if name in MATRIX_STATE else frozenset()
+        self._pieces = [torch.nn.Parameter(entry.tensor) for _, entry, _ in pieces]
+        keys = [MATRIX_STATE[name] if what in matrices else MOMENTS.get(name, MOMENTS["adamw"]) for what, _, _ in pieces]
+        self.state = [{key: torch.zeros_like(p) for key in mine} for p, mine in zip(self._pieces, keys, strict=True)]
         self._steps: list[Tensor] = []
         self._parts = []
         for decays in (True, False):
-            mine = [i for i, (_, piece, does) in enumerate(pieces) if does == decays and piece.numel()]
+            mine = [i for i, (what, entry, does) in enumerate(pieces)
+                    if does == decays and entry.tensor.numel() and what not in matrices]
             if mine:
-                members = [self._pieces[i] for i in mine]
-                self._parts.append(make_torch_optimizer(name, members, weight_decay if decays else 0.0, beta1, beta2))
+                members, kind = [self._pieces[i] for i in mine], "adamw" if name in MATRIX_STATE else name
+                self._parts.append(make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious))
                 for i in mine:
                     self._parts[-1].state[self._pieces[i]].update(self.state[i])
                     if "exp_avg" in self.state[i]:
                         self._steps.append(torch.zeros((), device=self._pieces[i].device))
                         self._parts[-1].state[self._pieces[i]]["step"] = self._steps[-1]
+        boxes = [
+            (hidden.box(what, entry.place, entry.tensor.shape, entry.shape), p, state)
+            for (what, entry, _), p, state in zip(pieces, self._pieces, self.state, strict=True)
+            if what in matrices and entry.tensor.numel()
+        ]
+        muon = (name, hidden, boxes, weight_decay, cautious, momentum_warmup)
+        self._muon = Muon(*muon) if name in MATRIX_STATE else None
 
     def step(self, gradients: list[Tensor], lr: float) -> None:
-        """Update the shards with these gradients."""
+        """Update the shards with these gradients. Collective over hidden.comm."""
         for piece, gradient in zip(self._pieces, gradients, strict=True):
             piece.grad = gradient
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
+        if self._muon is not None:
+            self._muon.step(lr, self.updates)
         for piece in self._pieces:
             piece.grad = None
         self.updates += 1
@@ -185,9 +235,23 @@ class ShardedOptimizer:
             step.fill_(updates)
 
 
-def _hidden_matrices(layout: FlatLayout) -> dict[str, int]:
-    """Return the names of the matrices that Muon updates, with their positions in the order of decreasing cost. If the matrices
-    are dealt to the shares in this order, all shares cost about the same."""
-    outer = ("embedding.weight", "head.weight", "positions.weight")
-    hidden = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if p.dim() == 2 and not name.endswith(outer)]
-    return {name: i for i, (_, name) in enumerate(sorted(hidden, reverse=True))}
+def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
+    """Return the names of the hidden matrices, with their positions in the order of decreasing cost. If the matrices are dealt to
+    the shares in this order, all shares cost about the same."""
+    found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in hidden.names]
+    return {name: i for i, (_, name) in enumerate(sorted(found, reverse=True))}
+
+
+def bounds_outside(layout: FlatLayout, count: int, multiple: int, matrices: Collection[str]) -> list[int]:
+    """Return the count + 1 bounds of `count` slices of a flat tensor, at multiples of `multiple`. A bound inside one of the
+    matrices moves to the nearest multiple outside of them. matrices: names of parameters. Pure."""
+    inside = [(offset, offset + p.numel()) for offset, name, p in layout.placed() if name in matrices]
+
+    def moved(bound: int, down: bool) -> int:
+        for low, high in reversed(inside) if down else inside:
+            if low < bound < high:
+                bound = low // multiple * multiple if down else -(-high // multiple) * multiple
+        return min(bound, layout.num_elements)
+
+    equal = slice_bounds(layout.num_elements, count, multiple)
+    return [min(moved(bound, True), moved(bound, False), key=lambda one: abs(one - bound)) for bound in equal]

@@ -10,9 +10,9 @@ servers. Servers compute no gradients. Workers store no optimizer state.
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest (Ho 2013) |
 
-A push with n of the batch's |B| target tokens is applied with learning rate lr n / |B|, so the rates of all pushes of a batch add
-up to lr. Let u be the number of updates since the worker received its parameters. The rate is divided by 1 + floor(u / N). See
-Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
+Let B be the target tokens of a batch. A push with n of these tokens is applied with learning rate lr n / |B|. So the rates of all
+pushes of a batch add up to lr. Let u be the number of updates since the worker received its parameters. The rate is divided by 1
++ floor(u / N). See Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mpidp.checkpoint.entry import Entry
 from mpidp.comm.buffers import buf
-from mpidp.comm.slices import NORM_BLOCK, global_norm, norm_of_squares, slice_bounds, squares_of_blocks
+from mpidp.comm.slices import NORM_BLOCK, global_norm, norm_of_squares, squares_of_blocks
 from mpidp.comm.transport import pieces
 from mpidp.errors import MpidpError
 from mpidp.strategies.protocol import StepStats, StrategyOptions
@@ -54,7 +54,6 @@ class Server(Synchronous):
         super().__init__(*parts, **more)
         self._comm, size = self.reducer.comm, self.compute_comm.size
         self._workers, self._servers = size - self.options.servers, self.options.servers
-        self._bounds = slice_bounds(self.flat.numel(), self._servers, NORM_BLOCK)
         me = self.compute_comm.rank - self._workers
         self._mine = slice(self._bounds[me], self._bounds[me + 1]) if me >= 0 else None
         among = self.compute_comm.Split(int(me >= 0), self.compute_comm.rank)
@@ -71,8 +70,9 @@ class Server(Synchronous):
 
     def optimizer_share(self) -> dict[str, Any] | None:
         """Return the arguments of Optimizer for a server's slice. Return None on workers, which update nothing. Independent."""
-        index = self.compute_comm.rank - self.compute_comm.size + self.options.servers
-        return {"share": (index, self.options.servers), "multiple": NORM_BLOCK} if index >= 0 else None
+        index, servers = self.compute_comm.rank - self.compute_comm.size + self.options.servers, self.options.servers
+        self._bounds = self.bounds(servers, NORM_BLOCK)
+        return {"share": (index, servers), "bounds": self._bounds} if index >= 0 else None
 
     def more_slots(self, options: StrategyOptions) -> int:
         """Return 1 on servers, which need a slot to receive into, else 0. Independent."""

@@ -92,7 +92,7 @@ class Sharded:
         shard(model, comm, level, reducer.transport.device)
         self.named = list(model.named_parameters())
         self._sent_bytes = sum(shard_of(p).tensor.nbytes for _, p in self.named) * (comm.size - 1)  # one gather of all shards
-        pieces = [(name, shard_of(p).tensor, p.dim() >= 2) for name, p in self.named]
+        pieces = [(name, shard_of(p), p.dim() >= 2) for name, p in self.named]
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], pieces, **make_optimizer.keywords)
         model.register_forward_hook(self._count)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mpidp.checkpoint.boxes import boxes_of_run
 from mpidp.checkpoint.entry import Entry
 from mpidp.checkpoint.local_parameters import load_boxes
-from mpidp.comm.slices import slice_bounds
+from mpidp.comm.slices import ALIGN, slice_bounds
 from mpidp.comm.transport import PIECE_BYTES
 from mpidp.strategies.synchronous import Synchronous
 
@@ -33,7 +33,8 @@ class Sliced(Synchronous):
         """Return the arguments of Optimizer for the slice that this rank updates, and for the slices whose state its memory
         holds. Independent."""
         rank, size, members = self.compute_comm.rank, self.compute_comm.size, self.group.members[self.group.index]
-        return {"share": (rank, size), "holds": members if self.one_copy else range(rank, rank + 1)}
+        self._bounds = self.bounds(size, ALIGN)
+        return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
         """Gather all slices into every copy. If the ranks of a node share a copy, each rail exchanges an equal range of each
@@ -44,13 +45,13 @@ class Sliced(Synchronous):
             if self.one_copy and self.group.owns:
                 self._exchange(self.group.rail, self._of_nodes())
             elif not self.one_copy:
-                bounds = slice_bounds(self.flat.numel(), self.compute_comm.size)
+                bounds = self._bounds
                 self._exchange(self.compute_comm, [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)])
             self.group.fence()
 
     def _of_nodes(self) -> list[range]:
         """Return, for each node, the range of elements that this rank's rail exchanges."""
-        bounds, rail, found = slice_bounds(self.flat.numel(), self.compute_comm.size), self.group.node.rank, []
+        bounds, rail, found = self._bounds, self.group.node.rank, []
         for members in self.group.members:
             start, stop = bounds[members.start], bounds[members.stop]
             cuts = slice_bounds(stop - start, self.group.num_rails)
@@ -83,17 +84,20 @@ class Sliced(Synchronous):
         an empty box. Independent."""
         assert self.optimizer is not None
         optimizer, found = self.optimizer, {}
-        for key, flat in zip(optimizer.keys, optimizer.moments().values(), strict=True):
+        for i, flat in enumerate(optimizer.moments().values()):
             for offset, what, p in self.buffer.layout.placed():
+                if i == len(optimizer.names(what)):
+                    continue
+                key = optimizer.names(what)[i]
                 low, high = max(offset, optimizer.mine.start), min(offset + p.numel(), optimizer.mine.stop)
                 rest = flat[max(0, low - optimizer.held.start) :]
                 boxes = boxes_of_run(tuple(p.shape), low - offset, high - offset)
-                for i, (at, shape) in enumerate(boxes or [((0,) * p.dim(), (0, *p.shape[1:]))]):
+                for number, (at, shape) in enumerate(boxes or [((0,) * p.dim(), (0, *p.shape[1:]))]):
                     box, rest = rest[: torch.Size(shape).numel()].view(shape), rest[torch.Size(shape).numel() :]
-                    found[f"{what}/{key}#{i}"] = Entry(box, "sharded", at, tuple(p.shape))
-        if "exp_avg" in optimizer.keys:
-            steps = {f"{what}/step": torch.tensor(float(optimizer.updates)) for _, what, _ in self.buffer.layout.placed()}
-            found |= {name: Entry(step) for name, step in steps.items()}
+                    found[f"{what}/{key}#{number}"] = Entry(box, "sharded", at, tuple(p.shape))
+        for _, what, _ in self.buffer.layout.placed():
+            if "exp_avg" in optimizer.names(what):
+                found[f"{what}/step"] = Entry(torch.tensor(float(optimizer.updates)))
         return found | {f"reducer/{name}": entry for name, entry in self.reducer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

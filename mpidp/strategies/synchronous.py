@@ -7,8 +7,9 @@ tokens of the global batch, not a mean of the means of lanes or ranks. docs/equa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from mpidp.reducers.base import LaneObserver, Reducer
 from mpidp.reducers.buckets import GradientBuffer
 from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.ulfm import commit, revoke
-from mpidp.strategies.optimizer import Optimizer
+from mpidp.strategies.muon import MATRIX_STATE
+from mpidp.strategies.optimizer import Optimizer, bounds_outside
 from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
@@ -38,7 +40,7 @@ class Synchronous:
 
     def __init__(
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
-        make_optimizer: Callable[..., Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
+        make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None,
     ) -> None:
         """make_optimizer: called with layout, parameters, gradients, memory and share. clip: largest gradient norm, or 0 for no
@@ -67,6 +69,7 @@ class Synchronous:
         if parts is not None:
             self.buffer.cut_chunks(parts.part.chunk_of, len(parts.part.chunks))
         reducer.attach(self.buffer)
+        self._whole = make_optimizer.keywords["hidden"].names if make_optimizer.args[0] in MATRIX_STATE else frozenset()
         self.flat = memory(self.buffer.num_elements)
         self.buffer.layout.adopt(self.flat)
         self.optimizer: Optimizer | None = None  # with comm.reducer=root only rank 0 has one
@@ -86,6 +89,11 @@ class Synchronous:
         if not self.reducer.holds_sum:
             return None
         return {"share": (self.group.node.rank, self.group.node.size)} if self.one_copy else {}
+
+    def bounds(self, count: int, multiple: int) -> list[int]:
+        """Return the count + 1 bounds of `count` slices of the flat parameters, at multiples of `multiple` and outside the
+        matrices that the optimizer updates as a whole. Independent."""
+        return bounds_outside(self.buffer.layout, count, multiple, self._whole)
 
     def more_slots(self, options: StrategyOptions) -> int:
         """Return the number of gradient buffers that the strategy needs in addition to the reducer's. Independent."""

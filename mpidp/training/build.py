@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import cast
 
 import torch
+from mpi4py import MPI
 
 from mpidp.checkpoint.mirror import Mirror
 from mpidp.checkpoint.saver import Saver
 from mpidp.comm.nccl import open_transport
 from mpidp.comm.transport import Messages
+from mpidp.config.defaults import kind
 from mpidp.faults.audit import Audit
 from mpidp.faults.inject import InjectedFaults
 from mpidp.faults.run_lock import RunLock
+from mpidp.model.hidden import hidden_by_name, hidden_of_own
+from mpidp.model.shape import CustomShape
 from mpidp.parallel.engine import Engine
 from mpidp.parallel.pipeline import Stages
+from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers import overlap
+from mpidp.runtime.environment import launched_with_ulfm
 from mpidp.runtime.log import log
 from mpidp.runtime.observers import StepObserver
 from mpidp.strategies import strategy_of
+from mpidp.strategies.muon import MATRIX_STATE
 from mpidp.strategies.optimizer import Optimizer
 from mpidp.strategies.protocol import Strategy, StrategyOptions
 from mpidp.training.data_parallel import DataParallelMemory, share_memory
@@ -78,7 +86,9 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     optim, train, reducer = config.optim, config.train, memory.reducer
     nominal_tokens = train.global_batch * config.model.seq_len
     make_optimizer = partial(
-        Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2
+        Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2,
+        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup,
+        hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(),
     )
     options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
@@ -94,6 +104,36 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     if plan.world.rank == 0 and plan.world.size > 1:
         log.info(f"overlap {way}")
     return strategy
+
+
+def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) -> Hidden:
+    """Find the hidden matrices, and the ranks that update them together. Collective over plan.world.
+
+    With a model that is cut by mesh.tp or FSDP2, these are the ranks that hold boxes of the same matrices. Otherwise, if there
+    are several copies of the parameters on CPUs, each copy computes some of the matrices and sends the updates to the others. But
+    every copy computes all of them if copies are independent (local, quorum, audits), or if an update must not need other ranks
+    (ULFM)."""
+    config, grid, shape, dp = plan.config, plan.grid, plan.shape, plan.mesh.dp
+    method, tp = kind(config.strategy.name, config.strategy.quorum), grid.tp.size > 1
+    independent = method == "local" or config.train.audit_every > 0 or launched_with_ulfm()
+    if memory.level >= 2:
+        comm = grid.world if tp else dp
+    elif tp and not independent:
+        comm = grid.world if grid.pp.size == 1 else cast(MPI.Intracomm, grid.world.Split(grid.pp.rank, grid.world.rank))
+    elif tp:
+        comm = grid.tp
+    else:
+        together = method in ("synchronous", "delayed") and not independent and memory.reducer.everyone_updates
+        copies = memory.level == 0 and len(memory.replicas) > 1 and plan.device.type == "cpu"
+        comm = dp if together and copies else MPI.COMM_SELF
+    if isinstance(shape, CustomShape):
+        names = hidden_of_own(model.module.own, shape.vocab_size)
+        others = [name for name, p in model.named if p.dim() == 2 and name not in names]
+        if plan.world.rank == 0:
+            log.info(f"{config.optim.name} updates {len(names)} matrices, AdamW all other parameters, with {', '.join(others)}")
+    else:
+        names = hidden_by_name(model.named)
+    return Hidden(names, comm, memory.reducer.transport, memory.group.wait, model.parts if grid.parts > 1 else None)
 
 
 def make_engine(plan: RunPlan, model: TrainedModel, transport: Messages, strategy: Strategy, services: Services) -> Engine:

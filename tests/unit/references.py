@@ -63,4 +63,17 @@ def muon(p: Tensor, g: Tensor, state: dict[str, Any], step: int, h: Hyper) -> Te
     return state["p"].detach().double()
 
 
-REFERENCES: dict[str, Reference] = {"adamw": adamw, "adam": adam, "sgd": sgd, "muon": muon}
+def normuon(p: Tensor, g: Tensor, state: dict[str, Any], step: int, h: Hyper) -> Tensor:
+    """NorMuon (arXiv 2510.05491, algorithm 1), with torch's orthogonal matrices; AdamW on everything else."""
+    if not h.hidden:
+        return adamw(p, g, state, step, h)
+    direction = torch.zeros(p.shape)
+    hidden = Hyper(1.0 / (0.2 * max(p.shape) ** 0.5), 0.0, h.beta1, h.beta2, True)
+    orthogonal = -muon(direction.double(), g, state, step, hidden)
+    state["p"].data.zero_()
+    v = state["v"] = 0.95 * state.get("v", torch.zeros(len(p), 1)) + 0.05 * orthogonal.square().mean(1, keepdim=True)
+    rows = orthogonal / (v.sqrt() + 1e-8)
+    return p * (1 - h.lr * h.decay) - 0.2 * h.lr * p.numel() ** 0.5 / rows.norm() * rows
+
+
+REFERENCES: dict[str, Reference] = {"adamw": adamw, "adam": adam, "sgd": sgd, "muon": muon, "normuon": normuon}

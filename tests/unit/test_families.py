@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from mpidp.checkpoint.entry import Entry
+from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import ByteTokenizer
 from mpidp.errors import DataError, UsageError
 from mpidp.hf.families import BY_MODEL_TYPE, FAMILIES
@@ -21,6 +22,7 @@ from mpidp.hf.folder import ModelFolder, whole
 from mpidp.hf.names import config_of, options_of, settings_of, shape_of
 from mpidp.hf.refused import REFUSED
 from mpidp.hf.tokens import huggingface_json
+from mpidp.hf.write import write_folder
 from mpidp.inference.loading import open_source
 from mpidp.model.options import DEFAULTS
 from mpidp.model.shape import TransformerShape
@@ -138,6 +140,15 @@ def test_generate_and_evaluate_show_the_notes_of_a_folder(tmp_path: Path, monkey
     assert not shown
     open_source(path, WORLD, 13)
     assert len(shown) == 1 and "longrope has different factors above 12 tokens" in shown[0]
+
+
+def test_export_shows_the_note_about_longrope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, shown = ModelFolder(folder_of_row("phi3, longrope, long", tmp_path / "it")), list[str]()
+    monkeypatch.setattr(log, "warning", lambda text, *values: shown.append(text % values))
+    for seq_len in (12, 13):
+        write_folder(tmp_path / f"{seq_len}", shape_of(folder.settings, seq_len), ours(folder).state_dict().__getitem__,
+                     huggingface_json(ByteTokenizer()), SpecialTokens(None, (256,)))
+    assert len(shown) == 1 and "With model.seq_len=13, mpidp uses them for all inputs" in shown[0]
 
 
 REFUSALS = {

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mpidp.comm.slices import NORM_BLOCK, global_norm
+from mpidp.model.hidden import hidden_by_name
+from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
 from mpidp.strategies.optimizer import Optimizer
 from mpidp.training.lr_schedule import Schedule, change
@@ -108,6 +110,7 @@ class Flat:
             self.optimizers.append(Optimizer(
                 name, self.layout, self.parameters, self.gradients, weight_decay, beta1, 0.99,
                 memory=lambda elements, asked=asked: self._memory(next(asked), elements), share=(share, shares),
+                hidden=Hidden(hidden_by_name(self.named)),
             ))
 
     def _memory(self, which: int, elements: int) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""Finds the hidden matrices of a model. optim.name=muon and normuon update them with orthogonal updates, and all other parameters
+with AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from mpidp.errors import UsageError
+
+OUTER = ("embedding.weight", "head.weight", "positions.weight")  # of the built-in models
+
+
+def hidden_by_name(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
+    """Return the names of the matrices that are neither an embedding nor the head, for the built-in models. Pure."""
+    return frozenset(name for name, p in named if p.dim() == 2 and not name.endswith(OUTER))
+
+
+def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
+    """Return the names of the hidden matrices of a custom model.
+
+    If the model has an attribute `hidden_matrices`, a list of parameter names, these are the hidden matrices. Otherwise they are
+    all parameters with two dimensions, except the weights of nn.Embedding and the last matrix with vocab_size rows, which is
+    the head. Raises UsageError if hidden_matrices names another parameter. Pure."""
+    matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
+    given = getattr(module, "hidden_matrices", None)
+    if given is not None:
+        wrong = [name for name in given if name not in matrices]
+        if wrong:
+            raise UsageError(
+                f"hidden_matrices of your model names {wrong[0]!r}, which is not a parameter with two dimensions: name some of "
+                f"{', '.join(list(matrices)[:6])}"
+            )
+        return frozenset(given)
+    tables = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}
+    heads = [id(p) for p in matrices.values() if p.shape[0] == vocab_size and id(p) not in tables]
+    return frozenset(name for name, p in matrices.items() if id(p) not in tables | set(heads[-1:]))
