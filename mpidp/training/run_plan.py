@@ -98,7 +98,7 @@ class RunPlan:
             if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
-            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key, value) != value]
             notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
             if changed:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")
