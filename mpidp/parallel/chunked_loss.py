@@ -1,8 +1,9 @@
 """The loss without a matrix of all logits: the head and the cross entropy are computed for some positions at a time.
 
 The gradients of a chunk are computed together with its loss and stored, so a chunk needs three matrix products, as many as
-without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory is that of
-one chunk of logits, N D for the gradient of the hidden states, and V D for that of the head. Chunks are added in order.
+without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory has three
+parts: one chunk of logits, N D for the gradient of the hidden states, and V D for the gradient of the head. Chunks are added in
+order.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class RunPlan:
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
-                saved, settings = reader.meta["fingerprint"], reader.meta["config"]
+                settings = reader.meta["config"]
+                saved = {"micro_batch": settings["train.micro_batch"], **reader.meta["fingerprint"]}
                 plan = replace(self, config=self._kept(settings))
                 begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
                 reads_base = self.origin is not None and self.origin.weights is not None
@@ -98,7 +99,7 @@ class RunPlan:
             if self.origin is not None and self.origin.weights is not None:
                 plan = replace(plan, origin=replace(self.origin, wanted_sha256=begun))
             now = fingerprint(plan.config, self.device)
-            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key, value) != value]
+            changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
             notes = [*notes, f"resuming from {reader.path}", *filter(None, [scheduled])]
             if changed:
                 notes.append(f"the bits from here on may differ from an uninterrupted run: {', '.join(changed)}")

@@ -1,4 +1,4 @@
-"""Laws of train.micro_batch=auto: all ranks choose the same value, which is recorded, and a resumed run does not measure again."""
+"""Laws of train.micro_batch=auto: all ranks choose the same value, which is recorded, and resumed runs do not measure."""
 
 from __future__ import annotations
 

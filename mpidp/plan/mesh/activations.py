@@ -33,7 +33,7 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
 def _copied(model: ModelSizes) -> float:
     """Return the fraction of the layers whose result of attention is kept twice.
 
-    In layers with a window, and if only some dimensions of the queries are rotated, the input of o is a copy of the result.
+    The input of o is a copy of the result in layers with a window, and if only some dimensions of the queries are rotated.
     """
     if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
         return 1.0

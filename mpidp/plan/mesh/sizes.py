@@ -106,7 +106,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How the work of a step is divided, and the sizes of its numbers."""
+    """The division of the work of a step, and the sizes of its numbers."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences
