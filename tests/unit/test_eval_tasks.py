@@ -17,6 +17,7 @@ def test_a_missing_harness_or_task_is_found_before_the_weights(tmp_path: Path, m
 
     monkeypatch.setattr(mpidp.training.build, "make_model", too_late)
     (tmp_path / "tasks").mkdir()
-    config = tiny(corpus(tmp_path), tmp_path / "run", train={"eval_tasks": "no_such_task", "eval_tasks_dir": str(tmp_path / "tasks")})
+    train = {"eval_tasks": "no_such_task", "eval_tasks_dir": str(tmp_path / "tasks")}
+    config = tiny(corpus(tmp_path), tmp_path / "run", train=train)
     with pytest.raises(UsageError, match=r"need lm-eval|no task file"):
         at(1, lambda comm: job_at(comm, config))

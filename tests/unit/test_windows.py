@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.model import documents, scores
+from mpidp.model.cache import Cache
 from mpidp.model.documents import Documents, dense_mask, within
 from mpidp.model.lora import attach, merged
 from mpidp.model.part import Part, part_of
@@ -120,6 +121,27 @@ def test_a_cache_equals_the_whole_sequence(name: str, rows: bool) -> None:
             found.append(model(ids[:, done : done + cut], caches=caches))
             done += cut
     torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[9] + [1] * 15, [1] * 24, [2, 20, 1, 1], [4, 3, 3, 3, 11]], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_cache_keeps_only_the_window(name: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of single positions are those of a cache that keeps all positions, bit for bit."""
+    model, ids, found = Transformer(SHAPES[name], seed=1).eval(), tokens(1, 24), []
+    by_rows(model)
+    for slack in (64, 1):
+        monkeypatch.setattr("mpidp.model.cache.SLACK", slack)
+        cache, done, logits = Cache(24), 0, []
+        with torch.no_grad():
+            for cut in cuts:
+                logits.append(model(ids[:, done : done + cut], caches=[cache]))
+                done += cut
+        found.append(torch.cat(logits, 1))
+        for layer, (keys, _) in cache._kept.items():
+            window = SHAPES[name].window_of(layer)
+            assert keys.shape[1] == (min(24, window + slack) if window else 24)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert set(cuts[1:]) != {1} or torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", SHAPES)
