@@ -21,8 +21,9 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 import torch.nn.functional as F
 
+from mpidp.model.loss_chunks import chunk_rows
 from mpidp.model.shape import TransformerShape
-from mpidp.parallel.chunked_loss import ChunkedLoss, chunk_rows
+from mpidp.parallel.chunked_loss import ChunkedLoss
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

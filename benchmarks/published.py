@@ -122,7 +122,7 @@ def main() -> None:
         print("| row | mesh | memory, predicted | published | predicted | error |\n|---|---|---|---|---|---|")
         for row in rows:
             found = predicted(row, fitted)
-            memory = largest(row.model, row.shape, row.work).total / 1e9
+            memory = largest(row.model, row.shape, replace(row.work, loss="whole")).total / 1e9
             off = "*" if row.calibrates else f"{100 * (found / row.published - 1):+.0f}%"
             print(f"| {row.name} | {row.shape} | {memory:.0f} GB | {row.published:,g} {row.unit} | {found:,.4g} | {off} |")
 

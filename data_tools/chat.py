@@ -73,8 +73,8 @@ def _content(template: Template, chat: Chat, text: str, i: int, mark: str) -> tu
     """Return where the content of message i begins (mark BEGIN) or ends (END), and the text that follows this place if the chat
     ends with message i.
 
-    The mark is first put at the start or end of the content. If the rendered text then has no such mark, the mark is put inside
-    the white space there, which a template may remove, and then in a tool call.
+    The mark is first put at the start or end of the content. A template may remove white space there, and the mark with it. If
+    the rendered text has no mark, the mark is put inside this white space, and then in a tool call.
     """
     empty = not chat.messages[i].get("content")
     for message in _with_marks(chat.messages[i], mark):

@@ -156,8 +156,8 @@ def _tokens(row: TrainingRow, placed: Placed, encoder: Encoder) -> tuple[np.ndar
     """Return (ids, loss mask) of a row. A token is in the loss if it holds any character of a span.
 
     BOS is put in front, and an end-of-document token at the end, unless the row has them. The loss mask includes the appended
-    token if the row ends with a part in the loss, unless this part already ends with an end-of-document token, which white space
-    may follow. The mask never includes the first token, because nothing precedes it.
+    token if the row ends with a part in the loss. It does not include the token if this part already ends with an end-of-document
+    token, perhaps followed by white space. The mask never includes the first token, because nothing precedes it.
     """
     ids, eod, ends = placed.ids, encoder.tokenizer.eod, encoder.table.ends
     mask = np.zeros(len(ids), dtype=np.uint8)

@@ -110,7 +110,7 @@ def _walk(root: Path, leave_out: Path, skipped: frozenset[str], outside: list[st
 
 
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
-    """Leave out links to files that are read under another name. Of several links to one file, the first is kept."""
+    """Leave out links to files that are read under another name. If several links point to one file, the first link is kept."""
     seen, kept = {os.path.realpath(f.path) for f in files if not os.path.islink(f.path)}, []
     for f in files:
         if not os.path.islink(f.path):

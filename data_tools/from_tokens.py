@@ -31,7 +31,7 @@ from mpidp.runtime.log import counted
 
 @dataclass(frozen=True)
 class FromOptions:
-    """How a dataset of tokens becomes shards: the options of the command line for --from."""
+    """The options for converting a dataset of tokens to shards, from the command line of --from."""
 
     tokenizer: str  # byte, a tokenizer.json, or a folder that contains one
     shards: int = 4
@@ -58,7 +58,7 @@ class FromOptions:
 def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> list[str]:
     """Write shards from a source; return a line of text about each split, and remarks.
 
-    name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists, and DataError if the source is
+    name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists. Raises DataError if the source is
     damaged, has another format, or does not match the tokenizer. `out` is then not made. Independent.
     """
     if out.exists():
@@ -87,7 +87,7 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
     if skipped := reading.skipped:
         remarks.append(f"{counted(skipped, 'document')} without tokens {'was' if skipped == 1 else 'were'} skipped")
     if any(record.loss_mask for record in index.splits.values()) and not options.seq_len:
-        remarks.append("the data have a loss mask; training cuts documents at its windows, unless --seq-len N packs whole ones")
+        remarks.append("the data have a loss mask; training cuts documents at its windows (--seq-len N packs whole documents)")
     return lines + reading.remarks + remarks
 
 
@@ -101,7 +101,7 @@ def _format_of(name: str, source: Path) -> tuple[str, TokenFormat]:
             there = "holds no tokens in a format that convert knows" if source.exists() else "does not exist"
             raise DataError(f"{source} {there}; the formats are {', '.join(FORMATS)}. Text becomes shards with mpidp prepare")
         if len(kinds := mixed(source)) > 1:
-            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the one to read, as in --from "
+            raise DataError(f"{source} holds files of several kinds, {', '.join(kinds)}: name the kind to read, as in --from "
                             f"{looks}, or give a folder or file that holds one kind")
         return looks, FORMATS[looks]
     kind = FORMATS[name]

@@ -24,7 +24,7 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
     """Write every split in a format; return a line of text about each split, and remarks.
 
     out: a folder that does not exist, or for Megatron-LM a prefix. A document that begins in train and ends in val becomes two
-    documents. Raises UsageError if a file exists or cannot be written, and DataError if the shards are damaged or have a loss
+    documents. Raises UsageError if a file exists or cannot be written. Raises DataError if the shards are damaged or have a loss
     mask that the format cannot store. Nothing is then left. Independent.
     """
     kind = FORMATS[name]

@@ -15,6 +15,7 @@ from typing import Any
 from mpidp.inference.generation import generate, write_rows
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.options import (
+    add_batch,
     add_compute,
     add_out,
     add_run,
@@ -50,7 +51,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add("--messages", metavar="FILE", help="answer a file of chats instead: rows with messages (role, content), or rows of "
         "ShareGPT or Alpaca (.jsonl, .json, .parquet). The chats are divided among the ranks")
     add_out(parser, "with --messages: the file to write: the same rows, each with the answer added as its last message", "FILE")
-    add("--batch", type=int, default=8, help="chats of --messages per batch on each rank; does not change answers (%(default)s)")
+    add_batch(parser, "chats of --messages")
     add_sampling(parser)
     add_seq_len(parser)
     add_tokenizer(parser)
@@ -79,8 +80,8 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
 def talk(world: Any, options: argparse.Namespace) -> None:
     """Read messages from standard input of rank 0, and print each answer while it is generated, until the end of input.
 
-    Raises UsageError if the model has no chat template, or if there are more ranks than one model needs, DataError if a logit is
-    not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    Raises UsageError if the model has no chat template, or if there are more ranks than one model needs. Raises DataError if a
+    logit is not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.chats import template_of
@@ -103,7 +104,8 @@ def talk(world: Any, options: argparse.Namespace) -> None:
         conversation = Conversation(
             template, encoder, reader.meta["config"]["model.seq_len"], options.tokens, options.system
         )
-    by_rows(loaded.model)
+    if options.exact == "true":
+        by_rows(loaded.model)
     sampling, screen, number = Sampling(options.temperature, options.top_k, options.top_p), Screen(world.rank == 0), 0
     screen.say(HELP)
     while True:

@@ -250,7 +250,8 @@ def evaluate(
     from mpidp.errors import DataError, UsageError
     from mpidp.inference.loading import check_same_tokenizer, load_model, open_source
     from mpidp.inference.scored_bytes import scored_bytes
-    from mpidp.parallel.chunked_loss import chunk_rows, defer_head
+    from mpidp.model.loss_chunks import chunk_rows
+    from mpidp.parallel.chunked_loss import defer_head
     from mpidp.parallel.engine import Engine
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together

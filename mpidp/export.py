@@ -61,7 +61,7 @@ def export(
 
     base: where the base of a LoRA run is now, "" if it has not moved. form: "hf", or "gguf" for a file of llama.cpp. consumer: a
     program of mpidp.hf.consumers that must compute this model, "" for none. llama_cpp: see write_gguf. Raises CheckpointError if
-    the run has no valid checkpoint, and UsageError if the model is not a Transformer, if `out` exists, or if `consumer` does not
+    the run has no valid checkpoint. Raises UsageError if the model is not a Transformer, if `out` exists, or if `consumer` cannot
     compute this model. Collective over world.
     """
     from mpidp.checkpoint.manifest import readable

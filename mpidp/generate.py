@@ -9,6 +9,7 @@ from pathlib import Path
 from mpidp.inference.generation import generate, lines_of, write_rows
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.options import (
+    add_batch,
     add_compute,
     add_out,
     add_run,
@@ -52,7 +53,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         "text with one prompt per line; also .gz and .zst")
     add_out(parser, "write JSON lines to this file, in the order of the prompts, and print nothing", metavar="FILE")
     add_sampling(parser)
-    add("--batch", type=int, default=8, help="prompts per batch on each rank; does not change the texts (%(default)s)")
+    add_batch(parser, "prompts")
     add("--stream", action="store_true", help="print a single prompt's text while it is generated (default on a terminal)")
     add("--chat", action="store_true", help="chats: --prompt is a message of the user, a row of --prompts has messages (role, "
         "content). The run's chat template makes the prompt, and only the answer is printed")

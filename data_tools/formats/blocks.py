@@ -29,7 +29,7 @@ class TokenBlock:
 
 @dataclass
 class ReadOptions:
-    """What readers need to know, and the remarks that they make for the user."""
+    """The options of readers, and their remarks for the user."""
 
     vocab_size: int
     scratch: Path  # a folder for temporary files

@@ -98,9 +98,9 @@ def _starts(path: Path, tokens: int) -> np.ndarray | None:
                 for line, row in enumerate(csv.reader(file), 1):
                     start, stop = int(row[0]), int(row[1])
                     if start != end or not start <= stop <= tokens:
-                        raise DataError(f"{table}, line {line}: the document {start},{stop} does not follow the one before, "
-                                        "which ends at "
-                                        f"{end} of {tokens} tokens: use the table of this file, or remove it")
+                        raise DataError(f"{table}, line {line}: the document {start},{stop} does not begin at the end of the "
+                                        f"previous document, {end} (of {tokens} tokens): use the table of this file, or remove "
+                                        "the table")
                     found += [start] * (start < stop)
                     end = stop
         except (ValueError, IndexError, EOFError, zlib.error, csv.Error):

@@ -14,7 +14,7 @@ from data_tools.formats.columns import labels_of
 from data_tools.formats.stream import whole_documents
 from mpidp.errors import DataError, UsageError
 
-FILE_BYTES = 2**26  # of a file, about: the usual size of both libraries
+FILE_BYTES = 2**26  # approximate size of a file, as in both libraries
 MAX_BYTES = 2**32  # offsets are uint32
 
 
@@ -23,7 +23,7 @@ class RowFiles:
 
     def __init__(self, name: Callable[[int], Path], about: bytes = b"") -> None:
         """name: returns the path of a file by its number. about: the description in each file."""
-        self.written: list[tuple[Path, int, int, int]] = []  # of each file: path, bytes, rows and tokens
+        self.written: list[tuple[Path, int, int, int]] = []  # for each file: path, bytes, rows and tokens
         self.digest = hashlib.sha256()
         self._name, self._about = name, about
         self._begin()

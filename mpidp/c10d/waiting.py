@@ -1,8 +1,8 @@
 """Waits for other ranks by polling, and yields the core between polls to processes that compute.
 
-Three alternatives were no faster in a step of DDP, in which the main thread computes during communication: (1) to sleep from the
-first poll on, (2) to poll without pauses, (3) to use (1) while the process computes and (2) otherwise. For small calls, (1) is
-slower (docs/results/2026-11-27-c10d.md).
+Three alternatives were not faster in a step of DDP, in which the main thread computes during communication: (1) sleep from the
+first poll on; (2) poll without pauses; (3) use (1) while the process computes, and (2) otherwise. For small calls, (1) is slower
+(docs/results/2026-11-27-c10d.md).
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class MirrorFolder:
         self._retries.call(self.address, lambda: self._store.delete(names))
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` complete checkpoints, and incomplete ones that are older than the newest. Independent.
+        """Delete all but the newest `keep` complete checkpoints, and incomplete checkpoints that are older than the newest.
+        Independent.
         """
         names = self.names()
         complete = sorted({_step_of(name) for name in names if name.endswith("/manifest.json")})

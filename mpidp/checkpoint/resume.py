@@ -16,6 +16,7 @@ from mpidp.checkpoint.reader import Reader
 from mpidp.config.schema import Config, fields_of
 from mpidp.config.settings import FIXED
 from mpidp.errors import CheckpointError, UsageError
+from mpidp.model.products import KIND
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
 
@@ -74,6 +75,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "blas": os.environ.get("MKL_CBWR", ""),
+        "products": KIND if device.type == "cpu" else "torch",
     }
 
 

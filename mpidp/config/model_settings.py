@@ -64,6 +64,7 @@ class ModelSettings:
     attention_cap: float = setting(0.0, "soft-cap of attention scores: cap * tanh(score / cap); 0: none", "", low=0.0,
                                    resume=FIXED)
     logit_cap: float = setting(0.0, "soft-cap of the logits: cap * tanh(logit / cap); 0: none", "", low=0.0, resume=FIXED)
+    zero_init: bool = setting(False, "initialize the last matrix of each residual branch with 0", "bool", resume=FIXED)
     lora_rank: int = setting(0, "rank of LoRA adapters; only the adapters are trained; 0: off", "", low=0, resume=FIXED)
     lora_alpha: float = setting(16.0, "LoRA scaling: the adapter's output is multiplied by lora_alpha / lora_rank", "", low=0.0,
                                 resume=FIXED)

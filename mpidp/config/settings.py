@@ -120,6 +120,12 @@ class OptimizerSettings:
     beta1: float = setting(0.9, "decay of the first moment; momentum of sgd", "", low=0.0, high=0.9999999)
     beta2: float = setting(0.99, "decay of the second moment", "", low=0.0, high=0.9999999)
     clip: float = setting(1.0, "maximum gradient norm (clipping); 0: off", "", low=0.0)
+    cautious_decay: bool = setting(
+        False, "weight decay only of elements that the update moves towards 0 (adamw, muon, normuon)", "bool",
+    )
+    momentum_warmup: int = setting(
+        0, "muon, normuon: steps over which the momentum rises from 0.85 to 0.95; 0: 0.95 from the first step", "steps", low=0,
+    )
     freeze: str = setting("", "parameters that are not trained, for example embedding.*,blocks.0.*", "patterns", resume=FIXED)
 
 

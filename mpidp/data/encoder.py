@@ -67,8 +67,8 @@ class Encoder:
         return self.table.ends[0] if self.table.bos is None else self.table.bos
 
     def named(self, texts: Sequence[str]) -> tuple[str, int]:
-        """Return the name of a special token that a text contains and that is encoded as text, and the number of such texts;
-        ("", 0) if there is none. Pure."""
+        """Return (name of a special token, number of texts): a token whose name is encoded as text, and the texts that contain
+        such names. Return ("", 0) if there is none. Pure."""
         names = self.names if self.special == "text" else None
         found = [match[0] for text in texts if names is not None and (match := names.search(text))]
         return (found[0], len(found)) if found else ("", 0)

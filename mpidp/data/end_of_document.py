@@ -1,4 +1,4 @@
-"""Choose the token that ends a document: the one that the model's files declare, or one of the usual names. Independent."""
+"""Choose the token that ends a document: the token that the model's files declare, or one of the usual names. Independent."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", 
 def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | None = None) -> int:
     """Return the id of the end-of-document token. Raises DataError if there is none.
 
-    eod: the token or its id, if it is known. declared: the model's eos_token. It is chosen unless it ends a turn of a chat,
-    because the documents that such a model was pretrained on end with another token. Otherwise the first token of USUAL_EOD that
-    is in the vocabulary is chosen.
+    eod: the token or its id, if it is known. declared: the model's eos_token. It is chosen unless it ends a turn of a chat:
+    documents in the pretraining of such a model end with another token. Otherwise the first token of USUAL_EOD that is in the
+    vocabulary is chosen.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod

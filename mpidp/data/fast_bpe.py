@@ -168,7 +168,7 @@ def _pairs_of_tokens(parsed: dict[str, Any]) -> dict[bytes, list[tuple[bytes, by
 
 
 def _pattern(parsed: dict[str, Any]) -> str:
-    """Return tiktoken's pattern for the pre-tokenizer. Raises NotEqual if it is none of the known ones."""
+    """Return tiktoken's pattern for the pre-tokenizer. Raises NotEqual if the pre-tokenizer is not known."""
     found = parsed.get("pre_tokenizer") or {}
     steps = found.get("pretokenizers", []) if found.get("type") == "Sequence" else [found]
     last = steps[-1] if steps else {}
@@ -181,7 +181,7 @@ def _pattern(parsed: dict[str, Any]) -> str:
             is_plain = (split.get("type"), split.get("behavior"), split.get("invert")) == ("Split", "Isolated", False)
             if is_plain and pattern in PATTERNS:
                 return pattern
-    raise NotEqual("its pre-tokenizer is not one of the known ones")
+    raise NotEqual("its pre-tokenizer is not known")
 
 
 def _pairs() -> dict[bytes, int]:

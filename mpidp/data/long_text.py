@@ -2,9 +2,9 @@
 
 If two pieces of a text are encoded separately, their ids can differ from the ids of the whole text: a tokenizer may put a space
 before each piece, and a token may cross the cut. Therefore windows overlap. The cut is put at a character at which a token begins
-in both windows, and after which both windows have the same tokens, up to a margin before the end of the first window. Tokens
-before the cut are taken from the first window, and tokens after it from the second window. In byte-pair encoding, whether a
-sequence of tokens is valid depends on neighbouring tokens only. Therefore these are the tokens of the whole text.
+in both windows. After this character, both windows must have the same tokens, up to a margin before the end of the first window.
+Tokens before the cut are taken from the first window, and tokens after it from the second window. In byte-pair encoding, whether
+a sequence of tokens is valid depends on neighbouring tokens only. Therefore these are the tokens of the whole text.
 """
 
 from __future__ import annotations

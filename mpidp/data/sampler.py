@@ -73,7 +73,7 @@ class Sampler:
 
     @property
     def bytes_ahead(self) -> int:
-        """The bytes that a lane reads at a time and ahead: a pool and the following pool."""
+        """The number of bytes that a lane reads and reads ahead: one pool and the next pool."""
         return 2 * POOL_BLOCKS * BLOCK_BYTES if self.order == "shuffled" else 0
 
     def batch_sequences(self, batch: int) -> int:

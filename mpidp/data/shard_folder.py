@@ -1,7 +1,7 @@
 """Where shards are: a local folder, or a folder at an address such as s3://bucket/prefix (mpidp/storage).
 
-Both provide copies of the small files in a local folder, and for each shard a file that HDF5 can open, views of its datasets,
-checksums, and reading ahead.
+Both provide copies of the small files in a local folder. For each shard, both provide a file that HDF5 can open, views of its
+datasets, checksums, and reading ahead.
 """
 
 from __future__ import annotations

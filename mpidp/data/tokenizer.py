@@ -190,11 +190,10 @@ def placed_without(library: Any, text: str, eod: int) -> Placed:
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
-    """Load a tokenizer.json, or the one in a folder of shards or of a run. Independent.
+    """Load a tokenizer.json. path: the file, or a folder of shards or of a run that contains it. Independent.
 
-    eod: for Hugging Face files, the token that ends a document; None: the one in the folder's index.json, else what find_eod()
-    chooses.
-    Raises DataError if the file is missing, malformed or too large.
+    eod: for Hugging Face files, the token that ends a document; None: the token in the folder's index.json, else the choice of
+    find_eod(). Raises DataError if the file is missing, malformed or too large.
     """
     path = Path(path)
     if path.is_dir():

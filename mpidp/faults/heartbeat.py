@@ -44,7 +44,7 @@ NAMED = 4  # maximum number of ranks listed in a message
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """What the board says about a rank. Times are in seconds before now."""
+    """The entry of the board for a rank. Times are in seconds before now."""
 
     rank: int
     host: str
@@ -70,7 +70,7 @@ class HeartbeatRow:
 
     @property
     def doing(self) -> str:
-        """What the rank is doing, for messages."""
+        """A description of what the rank is doing, for messages."""
         return f"in {self.phase}{f' (bucket {self.bucket})' if self.bucket >= 0 else ''} of step {self.step}"
 
 

@@ -18,8 +18,8 @@ def companions(folder: Path, of_tokenizer: bool) -> dict[str, Path]:
     """Return the folder's companion files by their names relative to the folder. Independent.
 
     of_tokenizer: include other forms of the tokenizer; true only if the run uses the folder's tokenizer. Raises DataError if a
-    file is too large, or is a link to a file outside the folder, which would be copied into an exported folder. Links into the
-    blobs of the Hub's cache are allowed.
+    file is too large, or is a link to a file outside the folder. An export would otherwise copy this file. Links into the blobs
+    of the Hub's cache are allowed.
     """
     names = [*FILES, *(OF_TOKENIZER if of_tokenizer else ())]
     names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))

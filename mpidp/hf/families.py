@@ -1,7 +1,8 @@
 """The model families that can be imported and exported: one row each. Pure, without torch.
 
-A row says how the fields of config.json become options of the model (fields.py, layers.py, rope_fields.py), which options the
-family always has, which fields must have one value, which fields change no logits, and the names of the tensors (tensors.py).
+A row has the conversion of the fields of config.json to options of the model (fields.py, layers.py, rope_fields.py), and the
+names of the tensors (tensors.py). It also lists the options that the family always has, the fields that must have certain values,
+and the fields that do not change the logits.
 """
 
 from __future__ import annotations

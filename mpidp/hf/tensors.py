@@ -1,4 +1,5 @@
-"""Where a family stores the parameters of the model: names of tensors, fused and transposed matrices. Pure, without torch."""
+"""The tensors in which a family stores the parameters of the model: their names, fused and transposed matrices. Pure, without
+torch."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter is stored: row r of the parameter is row start + r // run * stride + r % run of the tensor.
+    """The place of a parameter in the files: row r of the parameter is row start + r // run * stride + r % run of the tensor.
 
     transposed: the rows are columns of the tensor. run, stride: 0 if all rows are consecutive.
     """

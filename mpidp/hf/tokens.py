@@ -40,7 +40,8 @@ def huggingface_json(tokenizer: Tokenizer) -> str:
 
 
 def same(file: Path, used: bytes) -> bool:
-    """Return whether a tokenizer.json gives the same ids as `used`, the contents of another one. Formatting is ignored.
+    """Return whether a tokenizer.json gives the same ids as `used`, the contents of another tokenizer.json. Formatting is
+    ignored.
 
     Raises DataError if one of them is not a readable tokenizer.json.
     """

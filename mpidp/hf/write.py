@@ -36,9 +36,9 @@ def write_folder(
     dtype: str = "float32", max_file_bytes: int = 5 * 10**9, before: Path | None = None,
     consumer: str = "",
 ) -> str:
-    """Create the folder `out`, and return the architecture's name. Raises UsageError if it exists or cannot be written, if no
-    family has the options of the model, if a weight is too large for the dtype, or if `consumer` does not compute this model.
-    Independent.
+    """Create the folder `out`, and return the architecture's name. Raises UsageError if `out` exists or cannot be written, if no
+    family has the options of the model, if a weight is too large for the dtype, or if the program `consumer` cannot compute this
+    model. Independent.
 
     weight: returns a parameter by mpidp's name; tokenizer: a Hugging Face tokenizer.json; special: the special tokens of the run;
     before: a folder with the companion files of the model that this one was fine-tuned from; they are copied. Only one weight

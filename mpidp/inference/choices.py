@@ -1,9 +1,9 @@
 """Read and encode multiple-choice questions, and compute accuracies. Pure.
 
 As in lm-evaluation-harness, the model's answer is the choice with the highest log-likelihood after the context. `accuracy` uses
-the plain sum (the harness's acc). `accuracy_norm` divides it by the number of characters of the choice without one leading space,
-because the harness adds this space between question and choice itself (its acc_norm). `accuracy_token` divides it by the choice's
-tokens. Of choices with equal scores, the first is taken.
+the plain sum (the harness's acc). `accuracy_norm` divides this sum by the number of characters of the choice, without one leading
+space (the harness's acc_norm; the harness adds this space itself). `accuracy_token` divides it by the choice's tokens. Of choices
+with equal scores, the first is taken.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from mpidp.inference.detokenize import detokenizer_of
 from mpidp.inference.loading import Loaded
 from mpidp.inference.sampling import Sampling, seed_of
 from mpidp.inference.speech import StreamedText
+from mpidp.model.joint_cache import is_exact, join
 
 
 class DecodedText:
@@ -55,21 +56,28 @@ class DecodedText:
 
 @torch.no_grad()
 def decode(
-    loaded: Loaded, rows: list[DecodedText], sampling: Sampling, ends: Collection[int] = (), vocab_size: int | None = None
+    loaded: Loaded, rows: list[DecodedText], sampling: Sampling, ends: Collection[int] = (), vocab_size: int | None = None,
+    exact: bool = True,
 ) -> None:
     """Generate until all sequences have ended. Collective over loaded.grid.model.
 
     Sequences with one new position run as a batch. Longer inputs run one at a time, so nothing is padded. ends: the ids
-    that end a sequence. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn. Raises
+    that end a sequence. vocab_size: of the tokenizer; the additional ids of a padded vocabulary are never drawn. exact: compute
+    sequences together only where this changes no bit; otherwise, inputs of equal length run as a batch. Raises
     DataError if a logit is nan or inf, or if all are -inf.
     """
     while live := [row for row in rows if not row.ended]:
         unseen = {row: row.unseen() for row in live}
-        together = [row for row in live if row.cache is not None and len(unseen[row]) == 1]
-        alone = [[row] for row in live if row not in together]
-        for group in ([together] if together else []) + alone:
+        groups: dict[tuple[int, int], list[DecodedText]] = {}
+        for number, row in enumerate(live):
+            size = len(unseen[row])
+            together = not exact or (row.cache is not None and size == 1)
+            groups.setdefault((size, 0 if together else 1 + number), []).append(row)
+        for (size, _), group in groups.items():
             tokens = torch.tensor([unseen[row] for row in group])
             caches = None if group[0].cache is None else [row.cache for row in group]
+            if caches is not None and size == 1 and (not exact or is_exact(loaded.device)):
+                join(caches)
             for row, logits in zip(group, loaded.last_logits(tokens, caches), strict=True):
                 logits = logits[:vocab_size]
                 if not math.isfinite(float(logits.max())):  # the maximum of values with nan is nan
@@ -90,11 +98,13 @@ class Continuation:
 def continue_prompts(
     loaded: Loaded, encoder: Encoder, prompts: dict[int, list[int]], sampling: Sampling, tokens: int, seed: int,
     stops: Sequence[str] = (), write: Callable[[str], None] | None = None, interrupted: Callable[[], bool] = lambda: False,
+    exact: bool = True,
 ) -> list[tuple[int, Continuation]]:
     """Generate continuations of prompts as one batch; return (prompt number, continuation) pairs.
 
     prompts: token ids by prompt number; write: called with prompt 0's new text, piece by piece; interrupted: called after each
-    token, returns True to end the text; the same on all ranks of a replica. Collective over loaded.grid.model.
+    token, returns True to end the text; the same on all ranks of a replica. exact: see decode(). Collective over
+    loaded.grid.model.
     """
     streams = {
         i: StreamedText(detokenizer_of(encoder.tokenizer, ids), stops, write if i == 0 else None) for i, ids in prompts.items()
@@ -104,5 +114,5 @@ def continue_prompts(
         return lambda token: stream.add(token) | interrupted()
 
     rows = {i: DecodedText(loaded.model, ids, tokens, seed_of(seed, i), stops_at(streams[i])) for i, ids in prompts.items()}
-    decode(loaded, list(rows.values()), sampling, encoder.table.ends, encoder.tokenizer.vocab_size)
+    decode(loaded, list(rows.values()), sampling, encoder.table.ends, encoder.tokenizer.vocab_size, exact)
     return [(i, Continuation(stream.end(), len(stream.ids), rows[i].ended, rows[i].start > 0)) for i, stream in streams.items()]

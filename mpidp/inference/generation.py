@@ -23,7 +23,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world; other ranks return no rows.
 
     A row has the keys of its input line, and three more: text (the generated text), tokens (number of generated tokens), ended
-    (why it ended: tokens, eod or stop). Batches of prompts are distributed over the replicas, which does not change any text.
+    (why it ended: tokens, eod or stop). Batches of prompts are distributed over the replicas, which does not change any text
+    unless options.exact is "false".
     write: called with the first prompt and then with its text, piece by piece. Raises UsageError if --out cannot be written,
     DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has no valid checkpoint. Collective over
     world.
@@ -37,7 +38,7 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
 
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    sampling, exact = Sampling(options.temperature, options.top_k, options.top_p), options.exact == "true"
     rows: list[dict[str, Any]] = []
     with raise_together(world):
         if world.rank == 0:
@@ -54,7 +55,8 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
             loaded = load_model(reader, grid, options.device, options.threads, options.model_kind, options.base)
             encoder = load_encoder(loaded, reader, options.tokenizer, "tokens" if options.chat else options.special)
             template = template_of(encoder.table, options.run, moment) if options.chat else None
-            by_rows(loaded.model)
+            if exact:
+                by_rows(loaded.model)
         for first in firsts:
             places = range(first, min(first + options.batch, len(rows)))
             texts |= {i: _text(template, rows[i], i) for i in places}
@@ -66,7 +68,9 @@ def generate(world: Any, options: argparse.Namespace, write: Callable[[str], Non
         writes("" if options.chat else rows[0]["prompt"])
     with raise_together(grid.world):  # ranks of a replica communicate here, and raise DataError together
         for group in groups:
-            done += continue_prompts(loaded, encoder, group, sampling, options.tokens, options.seed, options.stop, writes)
+            done += continue_prompts(
+                loaded, encoder, group, sampling, options.tokens, options.seed, options.stop, writes, exact=exact
+            )
     gathered = grid.world.gather(done if grid.model.rank == 0 else []) or []
     found = sorted((pair for part in gathered for pair in part), key=lambda pair: pair[0])
     cut = sum(continuation.cut for _, continuation in found)

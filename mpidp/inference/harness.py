@@ -1,8 +1,8 @@
 """Evaluate a model with EleutherAI's evaluation harness (lm-eval). The harness runs on rank 0; its requests are shared by all
 ranks (shared_requests.py).
 
-Contexts, windows and stop texts are treated as the harness treats them for a model of transformers (its model type `hf`), so the
-figures are those of the exported model.
+Contexts, windows and stop texts are treated as in the harness's model type `hf`, for models of transformers. So the figures are
+those of the exported model.
 """
 
 from __future__ import annotations
@@ -236,7 +236,8 @@ def _generation(given: dict[str, Any], encoder: Encoder) -> tuple[int, tuple[str
     top_k, top_p = int(rest.pop("top_k", USUAL_TOP_K) or 0), float(rest.pop("top_p", 1.0) or 1.0)
     others = [f"{key}={value}" for key, value in rest.items() if NEUTRAL.get(key, ...) != value]
     if others:
-        raise UsageError(f"the generation option {others[0]} of a task is not supported: remove it from a local task file")
+        raise UsageError(f"the generation option {others[0]} of a task is not supported: remove it in a local copy of the task "
+                         "file")
     stops = [until] if isinstance(until, str) else [*until]
     eos = encoder.table.names.get("eos_token", "")
     if samples is False:

@@ -103,7 +103,7 @@ class Loaded:
 
 
 def own_tokenizer(reader: Source) -> Path:
-    """Return the path of the model's own tokenizer: the run's copy, or the one in the Hugging Face folder.
+    """Return the path of the model's own tokenizer: the copy in the run, or the file in the Hugging Face folder.
 
     Raises DataError if a run's file is missing, or is not the tokenizer with which the model was trained. Independent.
     """
@@ -137,7 +137,7 @@ def table_of_run(run_dir: Path, tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str | None = None) -> Encoder:
-    """Load the model's tokenizer, or the one at `path`, and the table of special tokens of its training data.
+    """Load the model's tokenizer, or the tokenizer at `path`, and the table of special tokens of the training data.
 
     path: a tokenizer.json, or a folder that contains one. special: what the names of special tokens in texts become ("text",
     "tokens"); None: as in the training data. Raises DataError if a file is missing, has changed, or does not suit the model.
@@ -199,7 +199,7 @@ def weights_at(path: Path) -> Reader | ModelFolder:
     found = [path] if (path / "manifest.json").exists() else committed(path / "checkpoints")
     if not found:
         raise DataError(f"{path} is neither a run nor a Hugging Face folder: restore the model that the run was fine-tuned from "
-                        "(a relative path is relative to the current directory), or give its new place with --base DIR")
+                        "(a relative path is relative to the current directory), or give the model's new place with --base DIR")
     return Reader(found[0])
 
 

@@ -39,7 +39,8 @@ class Sampling:
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of the likeliest tokens with a total probability of at least top_p; set the others to zero.
 
-    Returns (V,) for probabilities (V,), not rescaled. Of equal tokens, the one with the lower id comes first. Pure.
+    Returns (V,) for probabilities (V,), not rescaled. If two tokens have equal probabilities, the token with the lower id comes
+    first. Pure.
     """
     ordered, ids = probabilities.sort(descending=True, stable=True)
     before = ordered.double().cumsum(0) - ordered

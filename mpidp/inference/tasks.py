@@ -25,7 +25,8 @@ OFFLINE = (
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What to evaluate on. names: tasks, groups or tags of the harness, or of task files in `folder` ("": none)."""
+    """The options of an evaluation on tasks. names: tasks, groups or tags of the harness, or of task files in `folder` ("":
+    none)."""
 
     names: Sequence[str]
     folder: str = ""
@@ -103,8 +104,8 @@ def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]
 
 
 def _check_folder(folder: Path, code: bool) -> None:
-    """Check the task files of a folder and the files that they include. Raises UsageError if there is no task file, or if one
-    names Python functions that may not be called, and DataError if one cannot be read or is not YAML."""
+    """Check the task files of a folder and the files that they include. Raises UsageError if there is no task file, or if a file
+    names Python functions that may not be called. Raises DataError if a file cannot be read or is not YAML."""
     import yaml
 
     waiting, seen = sorted(folder.rglob("*.yaml")), set[Path]()

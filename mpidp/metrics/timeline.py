@@ -1,8 +1,8 @@
 """Records what all ranks do in some steps, and writes RUN/timeline.json for ui.perfetto.dev or chrome://tracing.
 
 Without metrics.timeline there is no overhead. With metrics.timeline=FIRST:LAST, spans are recorded in these steps. Recording a
-span takes about a microsecond. The clocks of the machines are compared with barriers before the first and after the last step,
-and times are converted to rank 0's clock. On a GPU, spans show the time on the host. metrics.kernels records the kernels on the
+span takes about a microsecond. The clocks of the machines are compared at barriers before the first step and after the last step.
+Times are converted to rank 0's clock. On a GPU, spans show the time on the host. metrics.kernels records the kernels on the
 device.
 """
 

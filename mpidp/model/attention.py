@@ -13,6 +13,7 @@ from mpidp.model.documents import Documents, within
 from mpidp.model.feed_forward import OutputLinear
 from mpidp.model.norms import Norm
 from mpidp.model.part import Part
+from mpidp.model.products import Linear
 from mpidp.model.rope import rotate
 from mpidp.model.scores import Scores, causal, masked
 from mpidp.model.shape import TransformerShape
@@ -31,9 +32,9 @@ class Attention(nn.Module):
         self.within = within  # with torch.compile, excluded from compilation
         self.scores = Scores(shape.window_of(layer), shape.attention_scale or None, shape.attention_cap)
         d, heads, kv, biased = shape.model_dim, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, shape.biased()
-        self.q = nn.Linear(d, heads, bias="q" in biased)
-        self.k = nn.Linear(d, kv, bias="k" in biased)
-        self.v = nn.Linear(d, kv, bias="v" in biased)
+        self.q = Linear(d, heads, bias="q" in biased)
+        self.k = Linear(d, kv, bias="k" in biased)
+        self.v = Linear(d, kv, bias="v" in biased)
         self.o = OutputLinear(heads, d, bias="o" in biased)
         self.q_norm = self.k_norm = None
         if shape.qk_norm:

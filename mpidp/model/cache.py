@@ -8,23 +8,28 @@ input. Pure torch.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from mpidp.model.scores import Scores, causal, masked, near
 
+Kept: TypeAlias = dict[int, tuple[Tensor, Tensor]]
 SLACK = 64  # positions beyond the window for which a layer with a window has memory, so that most steps move nothing
 
 
 class Cache:
     """Keys and values of one sequence, for the layers and heads of one part of a Transformer. Layers with a window keep only the
-    positions that later positions attend to."""
+    positions to which later positions attend."""
 
     def __init__(self, capacity: int) -> None:
         """capacity: largest number of positions."""
         self.capacity, self.length = capacity, 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, each (K, room, E)
-        self._counts: dict[int, int] = {}  # kept positions by layer
+        self.kept: Kept = {}  # keys and values by layer, each (K, room, E)
+        self.counts: dict[int, int] = {}  # number of kept positions by layer
+        self.joint: Kept = {}  # the tensors of which `kept` has row `row`, each (B, K, room, E); see joint_cache.py
+        self.row = 0  # of `joint`
 
     def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values (K, T, E) of the next T positions. Return the keys and values of all positions so far;
@@ -32,21 +37,21 @@ class Cache:
 
         `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
         """
-        end = self.length + k.shape[1]
-        if end > self.capacity:
-            raise ValueError(f"position {end - 1} exceeds the cache's capacity of {self.capacity} positions")
-        room = min(self.capacity, window + SLACK) if window else self.capacity
-        if layer not in self._kept:
-            self._kept[layer] = (k.new_empty(k.shape[0], room, k.shape[2]), v.new_empty(v.shape[0], room, v.shape[2]))
-        count, pair = self._counts.get(layer, 0), self._kept[layer]
-        if count + k.shape[1] <= room:
+        t = k.shape[1]
+        if self.length + t > self.capacity:
+            raise ValueError(f"position {self.length + t - 1} exceeds the cache's capacity of {self.capacity} positions")
+        if layer not in self.kept:
+            room = (k.shape[0], min(self.capacity, window + SLACK) if window else self.capacity, k.shape[2])
+            self.kept[layer], self.counts[layer] = (k.new_empty(room), v.new_empty(room)), 0
+        pair, count = self.kept[layer], self.counts[layer]
+        if count + t <= pair[0].shape[1]:
             for kept, new in zip(pair, (k, v), strict=True):
-                kept[:, count : count + k.shape[1]] = new
-            self._counts[layer] = count = count + k.shape[1]
-            return pair[0][:, :count], pair[1][:, :count]
+                kept[:, count : count + t] = new
+            self.counts[layer] = count + t
+            return pair[0][:, : count + t], pair[1][:, : count + t]
         first = max(0, count - window + 1)  # of the kept positions, the first to which the next one attends
         keys, values = (torch.cat([kept[:, first:count], new], 1) for kept, new in zip(pair, (k, v), strict=True))
-        self._counts[layer] = count = min(window, keys.shape[1])
+        self.counts[layer] = count = min(window, keys.shape[1])
         for kept, whole in zip(pair, (keys, values), strict=True):
             kept[:, :count] = whole[:, -count:]
         return keys, values
@@ -62,21 +67,44 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how
     """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
 
     The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
+    Joined caches are computed together.
     """
+    if q.shape[2] == 1 and joined(caches):
+        for i, cache in enumerate(caches):
+            cache.extend(layer, k[i], v[i], how.window)
+        end, (keys, values) = caches[0].counts[layer], caches[0].joint[layer]
+        return _attend_next(q, keys[:, :, :end], values[:, :, :end], how)
     rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i], how.window), how) for i, cache in enumerate(caches)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
     """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of the last S."""
-    (h, t, e), (heads, s, _) = q.shape, k.shape
-    if t == 1:  # treat a group's query heads as several queries to one key-value head
-        first = max(0, s - how.window) if how.window else 0
-        k, v = k[:, first:], v[:, first:]
-        return masked(q.reshape(1, heads, h // heads, e), k[None], v[None], None, how).view(h, 1, e)
+    (h, t, _), (heads, s, _) = q.shape, k.shape
+    if t == 1:
+        return _attend_next(q[None], k[None], v[None], how)[0]
     if heads < h:
         k, v = k.repeat_interleave(h // heads, dim=0), v.repeat_interleave(h // heads, dim=0)
     if s == t:
         return causal(q[None], k[None], v[None], how)[0]
     places = torch.arange(s, device=q.device)
     return masked(q[None], k[None], v[None], near(places[s - t :], places, how.window), how)[0]
+
+
+def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
+    """Return attention (B, H, 1, E) of one new position of each sequence. q: (B, H, 1, E). k, v: (B, K, S, E).
+
+    A group's query heads are treated as several queries to one key-value head.
+    """
+    (b, h, _, e), (_, heads, s, _) = q.shape, k.shape
+    first = max(0, s - how.window) if how.window else 0
+    k, v = k[:, :, first:], v[:, :, first:]
+    return masked(q.reshape(b, heads, h // heads, e), k, v, None, how).view(b, h, 1, e)
+
+
+def joined(caches: list[Cache]) -> bool:
+    """Return whether the caches are all rows of the same tensors, in order, and have the same length. Pure."""
+    first = caches[0]
+    if not first.joint or len(caches) != len(next(iter(first.joint.values()))[0]):
+        return False
+    return all(c.joint is first.joint and c.row == i and c.length == first.length for i, c in enumerate(caches))

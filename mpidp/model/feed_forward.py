@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpidp.model.part import Part
+from mpidp.model.products import Linear, linear
 from mpidp.model.shape import TransformerShape
 
 
@@ -26,7 +27,7 @@ class OutputLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T, without the bias."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def add_bias(self, y: Tensor) -> Tensor:
         """Return y + bias, or y if there is no bias."""
@@ -42,8 +43,8 @@ class FeedForward(nn.Module):
     def __init__(self, shape: TransformerShape, part: Part) -> None:
         super().__init__()
         hidden_dim, self.activation = len(part.own_range(shape.hidden_dim)), ACTIVATIONS[shape.activation]
-        self.gate = nn.Linear(shape.model_dim, hidden_dim, bias=shape.mlp_bias) if shape.gated else None
-        self.up = nn.Linear(shape.model_dim, hidden_dim, bias=shape.mlp_bias)
+        self.gate = Linear(shape.model_dim, hidden_dim, bias=shape.mlp_bias) if shape.gated else None
+        self.up = Linear(shape.model_dim, hidden_dim, bias=shape.mlp_bias)
         self.down = OutputLinear(hidden_dim, shape.model_dim, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:

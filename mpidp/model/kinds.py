@@ -45,9 +45,9 @@ def check_named(kind: Any, named: str, where: object) -> None:
 def saved_shape(kind: str, saved: Mapping[str, Any], named: str = "", where: object = "the checkpoint") -> Shape:
     """Return the shape saved in a checkpoint of a run with this model.kind. Pure.
 
-    named: see check_named. Raises UsageError if the run has a custom model and `named` is not its kind, TypeError if the saved
-    fields are those of another kind, and ValueError if an option of the Transformer is invalid, or if the saved arguments of a
-    custom model are not plain values.
+    named: see check_named. Raises UsageError if the run has a custom model and `named` is not its kind. Raises TypeError if the
+    saved fields are those of another kind. Raises ValueError if an option of the Transformer is invalid, or if the saved
+    arguments of a custom model are not plain values.
     """
     check_named(kind, named, where)
     if kind in SHAPES:

@@ -12,7 +12,8 @@ from mpidp.model.shape import TransformerShape
 
 
 def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotary angles, each (length, dims). The second half of a row repeats the first.
+    """Return cos and sin of the rotary angles, each (length, dims). The second half of a row of cos repeats the first. The first
+    half of a row of sin is the negative of the second.
 
     dims: number of rotated dimensions. length: number of positions; longrope chooses its factors by this number.
     """
@@ -20,15 +21,14 @@ def rope_table(dims: int, length: int, theta: float, scaling: RopeScaling | None
     if scaling is not None:
         frequency = _scaled(frequency, theta, length, scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    angle = torch.cat([angle, angle], dim=-1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()
     if scaling is not None and scaling.attention != 1.0:
         cos, sin = cos * scaling.attention, sin * scaling.attention
     return cos, sin
 
 
 def _scaled(frequency: Tensor, theta: float, length: int, scaling: RopeScaling) -> Tensor:
-    """Return the scaled frequencies. fast: 0 for low frequencies, which are divided by the factor, and 1 for high ones."""
+    """Return the scaled frequencies. fast: 0 for low frequencies, which are divided by the factor, and 1 for high frequencies."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     if scaling.kind == "longrope":
@@ -62,8 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if dims == 0:
         return x
     turned, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-high, low], dim=-1) * sin
+    turned = turned * cos + turned.roll(dims // 2, dims=-1) * sin  # roll exchanges the halves
     return turned if rest is None else torch.cat([turned, rest.to(turned.dtype)], dim=-1)
 
 

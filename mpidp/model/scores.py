@@ -18,7 +18,7 @@ ROWS = 128  # queries of a block: the fastest of 64 to 1024 on CPUs (docs/result
 
 
 class Scores(NamedTuple):
-    """How the scores of a layer are computed."""
+    """The options for computing the attention scores of a layer."""
 
     window: int = 0  # a position attends to itself and to the window - 1 positions before it; 0: to all before it
     scale: float | None = None  # factor of q k^T; None: E ** -0.5

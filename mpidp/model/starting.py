@@ -15,7 +15,7 @@ from mpidp.model.frozen import frozen, trained
 from mpidp.model.kinds import make_model
 from mpidp.model.lora import A, B, adapters_of, attach
 from mpidp.model.part import Part
-from mpidp.model.shape import Shape, shapes_of
+from mpidp.model.shape import Shape, TransformerShape, shapes_of
 
 Settings = Mapping[str, Any]  # the run's settings, by section.key; runs of earlier versions have fewer
 
@@ -25,7 +25,13 @@ def base_weights(settings: Settings, shape: Shape, part: Part) -> Any:
 
     The weights are on the CPU and are the same on every rank. Independent.
     """
-    return make_model(shape, settings["train.seed"], part)
+    model = make_model(shape, settings["train.seed"], part)
+    if settings.get("model.zero_init", False) and isinstance(shape, TransformerShape):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
+                    p.zero_()
+    return model
 
 
 def prepared(model: Any, settings: Settings, shape: Shape, part: Part) -> Any:

@@ -21,6 +21,7 @@ from mpidp.model.documents import DENSE, Documents, dense_mask
 from mpidp.model.dropout import SITE, keyed_dropout
 from mpidp.model.norms import Norm
 from mpidp.model.part import Part, whole
+from mpidp.model.products import Linear
 from mpidp.model.rope import tables_of
 from mpidp.model.shape import TransformerShape, shapes_of
 
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict({str(layer): Block(shape, self.part, layer) for layer in self.part.layers})
         if self.part.has_head:
             self.norm = Norm(shape, shape.model_dim)
-            self.head = nn.Linear(shape.model_dim, vocabulary, bias=False)
+            self.head = Linear(shape.model_dim, vocabulary, bias=False)
             if shape.tie_embeddings and self.embedding is not None:
                 self.head.weight = self.embedding.weight
         for name, table in tables_of(shape).items():

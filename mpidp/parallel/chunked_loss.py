@@ -1,8 +1,9 @@
 """The loss without a matrix of all logits: the head and the cross entropy are computed for some positions at a time.
 
 The gradients of a chunk are computed together with its loss and stored, so a chunk needs three matrix products, as many as
-without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory is that of
-one chunk of logits, N D for the gradient of the hidden states, and V D for that of the head. Chunks are added in order.
+without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory has three
+parts: one chunk of logits, N D for the gradient of the hidden states, and V D for the gradient of the head. Chunks are added in
+order.
 """
 
 from __future__ import annotations
@@ -16,19 +17,6 @@ from torch import Tensor
 
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.parallel.tensor_comm import TensorComm
-
-CHUNK_LOGITS = 2**24  # logits of a chunk: 64 MiB in float32
-AUTO_CHUNKS = 4  # with train.loss=auto, the fewest chunks
-
-
-def chunk_rows(loss: str, shape: Shape, positions: int) -> int:
-    """Return the positions per chunk, or 0 if the loss is computed from all logits. The result must not depend on ranks.
-
-    loss: train.loss; positions: of a full micro-batch. Pure."""
-    if not isinstance(shape, TransformerShape) or loss == "whole":
-        return 0
-    rows = max(64, CHUNK_LOGITS // shape.vocab_size // 64 * 64)
-    return rows if loss == "chunked" or positions >= AUTO_CHUNKS * rows else 0
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -45,14 +33,15 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = (x[chunk] @ w.T).float()
             slope = loss.capped(logits)
             total += loss.into_gradient(logits, targets[chunk], trains)
-            if for_hidden is None:
-                continue
-            if slope is not None:
-                logits.mul_(slope)
-            grad = logits.to(loss.dtype)
-            for_hidden[chunk] = grad @ w
-            if for_weight is not None:
-                for_weight.addmm_(grad.T, x[chunk]) if loss.dtype == torch.float32 else for_weight.add_(grad.T @ x[chunk])
+            if for_hidden is not None:
+                if slope is not None:
+                    logits.mul_(slope)
+                grad = logits.to(loss.dtype)
+                for_hidden[chunk] = grad @ w
+                if for_weight is not None:
+                    for_weight.addmm_(grad.T, x[chunk]) if loss.dtype == torch.float32 else for_weight.add_(grad.T @ x[chunk])
+                del grad
+            del logits, slope  # else they exist until those of the next chunk are computed
         ctx.save_for_backward(for_hidden, for_weight)
         return total
 

@@ -58,7 +58,7 @@ class Engine:
         observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
     ) -> None:
         """dtype: type of matrix products under autocast; master weights stay float32. nominal_tokens: every loss is divided by
-        this number before backward, so that sums of gradients have the size of a mean and do not overflow 16-bit formats. stages:
+        this number before backward. So sums of gradients have the size of a mean, and do not overflow 16-bit formats. stages:
         this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports
         the same losses. observers: notified of every micro-batch and phase. fill: runs dummy forward passes, for strategies with
         which all ranks must run the same number of passes."""

@@ -1,4 +1,4 @@
-"""Brings whole matrices together on one rank each, for optimizers of whole matrices.
+"""Gathers each matrix on one rank, for optimizers of whole matrices.
 
 A rank updates boxes of matrices: whole matrices, or with tensor parallelism and FSDP2 some rows or columns of them. Every matrix
 has one owner among the ranks that hold a box of it. The owner receives the other boxes, computes, and sends each rank the result
@@ -28,7 +28,7 @@ ROUND = 1 << 24  # elements per rank that are gathered at a time
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """A box of a matrix. name, shape: those of the matrix in the whole model."""
+    """A box of a matrix. name, shape: the name and the shape of the matrix in the whole model."""
 
     name: str
     shape: tuple[int, int]
@@ -49,8 +49,8 @@ class Box:
 class Hidden:
     """The hidden matrices of a model, and the ranks that update them together."""
 
-    names: frozenset[str] = frozenset()  # as this rank's part of the model names them
-    comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # every rank of it updates at the same time
+    names: frozenset[str] = frozenset()  # the names in this rank's part of the model
+    comm: MPI.Intracomm = field(default_factory=lambda: MPI.COMM_SELF)  # its ranks update at the same time
     transport: Messages = field(default_factory=lambda: Messages(torch.device("cpu")))
     wait: Wait = spin
     parts: ModelPartition | None = None

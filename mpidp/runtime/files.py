@@ -28,7 +28,7 @@ def expand_home(path: str, what: str) -> str:
         raise UsageError(f"{what}={path}: the home folder of {user} is unknown; write the whole path, or ./{path}")
     name = re.search(r"\$(?:\{(\w+)\}|(\w+))", path)
     if name is not None and (name[1] or name[2]) in os.environ:
-        raise UsageError(f"{what}={path}: {name[0]} is not replaced here; write the whole path, or ~ for the home folder")
+        raise UsageError(f"{what}={path}: {name[0]} is not expanded here; write the whole path, or ~ for the home folder")
     return full
 
 
@@ -88,8 +88,8 @@ def check_writable(path: str | Path) -> None:
 
 @contextmanager
 def writing(what: str | Path, advice: str) -> Iterator[None]:
-    """Run a body that writes files. If it raises OSError, for example because the disk is full, raise UsageError with the name of
-    the file, or `what` if the error has none. Independent."""
+    """Run a body that writes files. If the body raises OSError, for example because the disk is full, raise UsageError. The
+    message has the name of the file, or `what` if the error names no file. Independent."""
     try:
         yield
     except OSError as error:

@@ -24,8 +24,8 @@ MAX_DEPTH = 100  # deepest nesting of lists and objects; with more, recursive fu
 
 
 def read_json(path: Path, schema: Any = dict, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a JSON file and check it against the schema. Raises OSError if it cannot be read, or is not a regular file, and
-    ValueError, with the place and the problem, if its content is wrong. Independent."""
+    """Read a JSON file and check it against the schema. Raises OSError if the file cannot be read or is not a regular file.
+    Raises ValueError, with the place and the problem, if its content is wrong. Independent."""
     with open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # read(n) allocates n bytes at once
     if len(data) > max_bytes:

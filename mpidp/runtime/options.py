@@ -139,6 +139,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
 
 
+def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
+    """Add the options for how many texts are generated together: --batch, --exact. texts: what they are called. Pure."""
+    parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (%(default)s)")
+    parser.add_argument("--exact", choices=("true", "false"), default="true", help="true: a batch does not change a text; false: "
+                        "faster, and rounding depends on the batch, which may change a text (%(default)s)")
+
+
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check the options of add_sampling. Raises UsageError if one is invalid. Pure."""
     if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:

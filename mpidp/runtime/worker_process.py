@@ -1,7 +1,7 @@
 """A process that multiprocessing starts, e.g. a worker of a DataLoader, is not a rank: it must not start MPI.
 
-It inherits the launcher's environment variables. If it called MPI_Init, as `from mpi4py import MPI` does, it would announce
-itself with the number of a rank that runs already, and crash or hang.
+It inherits the launcher's environment variables. `from mpi4py import MPI` calls MPI_Init. In such a process, MPI_Init would use
+the number of a rank that is already running, and crash or hang.
 """
 
 from __future__ import annotations

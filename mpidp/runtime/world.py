@@ -30,7 +30,7 @@ def start_mpi() -> MPI.Intracomm:
             f"{launched_size()} ranks were started, but each is alone (rank 0 of 1): the launcher does not belong to the MPI "
             f"library ({library}). Use the mpirun of that library (`mpirun -np {launched_size()} "
             "python -m mpidp.train`), or select its interface: `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH and "
-            "Intel MPI. If several MPI libraries are installed, MPI4PY_MPIABI=openmpi or MPI4PY_MPIABI=mpich selects the one "
+            "Intel MPI. If several MPI libraries are installed, MPI4PY_MPIABI=openmpi or MPI4PY_MPIABI=mpich selects the library "
             "that mpi4py loads."
         )
     return world

@@ -5,9 +5,9 @@
     CACHE/used                the bytes on disk, an upper bound
     CACHE/lock                locked while blocks are written or deleted
 
-A block is written to a temporary file and then renamed, and its crc32 is checked when a process reads the block for the first
-time. So a block is used only if it is whole, also after a crash. The bytes of a block are added to CACHE/used before the block
-is written. If the sum exceeds the bound, the least recently read blocks are deleted first.
+A block is written to a temporary file and then renamed. Its crc32 is checked when a process reads the block for the first time.
+So a block is used only if it is whole, also after a crash. The bytes of a block are added to CACHE/used before the block is
+written. If the sum exceeds the bound, the least recently read blocks are deleted first.
 """
 
 from __future__ import annotations

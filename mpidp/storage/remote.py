@@ -27,7 +27,7 @@ OLD_SECONDS = 30 * 86400.0  # copies of small files that were not used for this 
 
 
 class CacheOptions(NamedTuple):
-    """Where remote files are cached, and how long a failing server is tried again."""
+    """The place of the cache of remote files, and how long failed requests are repeated."""
 
     folder: str = ""  # "": default_folder()
     gigabytes: float = 10.0  # largest size, in 10**9 bytes
@@ -86,7 +86,7 @@ class RemoteFolder:
                         "repeatedly", self.cache.bound / 1e9, size / 1e9, self.path)
 
     def report_waits(self, on_wait: Callable[[], None]) -> None:
-        """Call on_wait about every second while a failing server is tried again, and after each answer."""
+        """Call on_wait about every second while a failed request is repeated, and after each answer."""
         self._retries.report_waits(on_wait)
 
     def _version(self, name: str) -> Version:

@@ -1,4 +1,4 @@
-"""Requests that are tried again: pauses that double, with jitter, up to a limit of time, and one line that names the server."""
+"""Repeat failed requests, after pauses that double, with jitter, up to a time limit. One line of text names the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """seconds: how long a failing request is tried again. setting: the setting of this limit, for errors."""
+        """seconds: how long a failed request is repeated. setting: the setting of this limit, for errors."""
         self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False
@@ -37,7 +37,7 @@ class Retries:
         self._on_wait = on_wait
 
     def close(self) -> None:
-        """End the pauses: a request that fails is not tried again. Independent."""
+        """End the pauses: a failed request is not repeated. Independent."""
         self._closed.set()
 
     def call(self, where: str, request: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""What all stores have in common: files with a size and a version, read by ranges of bytes.
+"""The interface of all stores: files with a size and a version, which are read in ranges of bytes.
 
 A version changes when a file is replaced: an S3 ETag, for example. read() returns bytes of the stated version, or raises Changed.
 """

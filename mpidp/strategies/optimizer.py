@@ -23,11 +23,35 @@ def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
     return type(kind.__name__, (kind,), plain)
 
 
+def cautious_adamw() -> Any:
+    """Return the class of AdamW with cautious weight decay (muon.decay_towards_zero). Independent."""
+
+    class Cautious(without_compiler(torch.optim.AdamW)):  # type: ignore[misc]
+        """AdamW without weight decay, then weight decay of the elements that the update has moved towards 0."""
+
+        @torch.no_grad()
+        def step(self) -> None:
+            """Update the parameters."""
+            decays = [group["weight_decay"] for group in self.param_groups]
+            before = [[p.clone() for p in group["params"]] for group in self.param_groups]
+            for group in self.param_groups:
+                group["weight_decay"] = 0.0
+            super().step()
+            for group, decay, old in zip(self.param_groups, decays, before, strict=True):
+                group["weight_decay"] = decay
+                for p, was in zip(group["params"], old, strict=True):
+                    p.sub_(was * (was * (was - p) >= 0), alpha=group["lr"] * decay)
+
+    return Cautious
+
+
 def make_torch_optimizer(
-    name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float
+    name: str, members: list[torch.nn.Parameter], decay: float, beta1: float, beta2: float, cautious: bool = False
 ) -> torch.optim.Optimizer:
-    """Return the torch optimizer for optim.name. Independent."""
+    """Return the torch optimizer for optim.name. cautious: cautious weight decay, for adamw. Independent."""
     kind = without_compiler
+    if cautious and decay:
+        return cautious_adamw()(members, lr=0.0, betas=(beta1, beta2), eps=1e-8, weight_decay=decay, fused=True)
     if name == "sgd":
         return kind(torch.optim.SGD)(members, lr=1.0, momentum=beta1, weight_decay=decay, fused=True)
     adam = torch.optim.Adam if name == "adam" else torch.optim.AdamW
@@ -48,7 +72,7 @@ class Optimizer:
     def __init__(
         self, name: str, layout: FlatLayout, parameters: Tensor, gradients: Tensor, weight_decay: float, beta1: float,
         beta2: float, memory: Memory | None = None, share: tuple[int, int] = (0, 1), bounds: list[int] | None = None,
-        holds: range | None = None, hidden: Hidden | None = None,
+        holds: range | None = None, hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
         """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
         normuon. The last two use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
@@ -56,7 +80,7 @@ class Optimizer:
         shares, outside the hidden matrices; without it, shares are cut at multiples of ALIGN, and hidden matrices are dealt in
         the order of their cost. holds: the indices of the shares whose state this rank stores (default: all). With `holds`, the
         caller saves the state. hidden: the hidden matrices and the ranks that update them together; default: none.
-        Collective over hidden.comm."""
+        cautious, momentum_warmup: the settings of section optim. Collective over hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -86,7 +110,7 @@ class Optimizer:
                     groups.setdefault(p.dim() >= 2, []).append(piece)
         kind = "adamw" if name in MATRIX_STATE else name
         self._parts = [
-            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2)
+            make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious)
             for decays, members in groups.items()
         ]
         for part, members in zip(self._parts, groups.values(), strict=True):
@@ -96,7 +120,8 @@ class Optimizer:
                 if "exp_avg" in part.state[piece]:
                     self._steps.append(torch.zeros((), device=piece.device))
                     part.state[piece]["step"] = self._steps[-1]
-        self._muon = Muon(name, hidden, whole, weight_decay) if name in MATRIX_STATE else None
+        muon = (name, hidden, whole, weight_decay, cautious, momentum_warmup)
+        self._muon = Muon(*muon) if name in MATRIX_STATE else None
 
     def names(self, what: str) -> tuple[str, ...]:
         """Return the names of the state tensors of a parameter."""
@@ -116,7 +141,7 @@ class Optimizer:
                 group["lr"] = lr
             part.step()
         if self._muon is not None:
-            self._muon.step(lr)
+            self._muon.step(lr, self.updates)
         self.updates += 1
 
     def set_updates(self, updates: int) -> None:
@@ -158,10 +183,10 @@ class ShardedOptimizer:
 
     def __init__(
         self, name: str, pieces: list[tuple[str, Entry, bool]], weight_decay: float, beta1: float, beta2: float,
-        hidden: Hidden | None = None,
+        hidden: Hidden | None = None, cautious: bool = False, momentum_warmup: int = 0,
     ) -> None:
-        """name: as for Optimizer. pieces: (parameter name, this rank's shard, whether weight decay applies). hidden: the hidden
-        matrices and the ranks that hold shards of them. Collective over hidden.comm."""
+        """Arguments as for Optimizer, but pieces: (parameter name, this rank's shard, whether weight decay applies).
+        Collective over hidden.comm."""
         self.updates = 0
         hidden = hidden or Hidden()
         matrices = hidden.names if name in MATRIX_STATE else frozenset()
@@ -175,7 +200,7 @@ class ShardedOptimizer:
                     if does == decays and entry.tensor.numel() and what not in matrices]
             if mine:
                 members, kind = [self._pieces[i] for i in mine], "adamw" if name in MATRIX_STATE else name
-                self._parts.append(make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2))
+                self._parts.append(make_torch_optimizer(kind, members, weight_decay if decays else 0.0, beta1, beta2, cautious))
                 for i in mine:
                     self._parts[-1].state[self._pieces[i]].update(self.state[i])
                     if "exp_avg" in self.state[i]:
@@ -186,7 +211,8 @@ class ShardedOptimizer:
             for (what, entry, _), p, state in zip(pieces, self._pieces, self.state, strict=True)
             if what in matrices and entry.tensor.numel()
         ]
-        self._muon = Muon(name, hidden, boxes, weight_decay) if name in MATRIX_STATE else None
+        muon = (name, hidden, boxes, weight_decay, cautious, momentum_warmup)
+        self._muon = Muon(*muon) if name in MATRIX_STATE else None
 
     def step(self, gradients: list[Tensor], lr: float) -> None:
         """Update the shards with these gradients. Collective over hidden.comm."""
@@ -197,7 +223,7 @@ class ShardedOptimizer:
                 group["lr"] = lr
             part.step()
         if self._muon is not None:
-            self._muon.step(lr)
+            self._muon.step(lr, self.updates)
         for piece in self._pieces:
             piece.grad = None
         self.updates += 1

@@ -10,9 +10,9 @@ servers. Servers compute no gradients. Workers store no optimizer state.
 | async | every push when it arrives | immediately |
 | ssp | every push when it arrives | when the worker is at most `staleness` batches ahead of the slowest (Ho 2013) |
 
-A push with n of the batch's |B| target tokens is applied with learning rate lr n / |B|, so the rates of all pushes of a batch add
-up to lr. Let u be the number of updates since the worker received its parameters. The rate is divided by 1 + floor(u / N). See
-Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
+Let B be the target tokens of a batch. A push with n of these tokens is applied with learning rate lr n / |B|. So the rates of all
+pushes of a batch add up to lr. Let u be the number of updates since the worker received its parameters. The rate is divided by 1
++ floor(u / N). See Zhang 2016, "Staleness-aware Async-SGD", eq. 6, here with the delay in units of N updates.
 """
 
 from __future__ import annotations

@@ -142,8 +142,8 @@ class Origin:
 
 def open_origin(config: Config, world: MPI.Intracomm) -> Origin | None:
     """Open and check the source that train.init_from names. Return None if the setting is empty. Raises UsageError if the source
-    is neither a run nor a Hugging Face folder, DataError if its files are invalid, and CheckpointError if the run has no valid
-    checkpoint. Collective over world."""
+    is neither a run nor a Hugging Face folder. Raises DataError if its files are invalid, and CheckpointError if the run has no
+    valid checkpoint. Collective over world."""
     if not config.train.init_from:
         return None
     kept, is_run, path = None, False, Path(config.train.init_from)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mpidp.comm.transport import Messages
 from mpidp.model.frozen import trained
+from mpidp.model.loss_chunks import chunk_rows
 from mpidp.model.shape import CustomShape
 from mpidp.model.starting import base_weights, prepared
-from mpidp.parallel.chunked_loss import chunk_rows, defer_head
+from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm

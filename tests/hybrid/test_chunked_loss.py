@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mpidp.evaluate
-from mpidp.parallel import chunked_loss
+from mpidp.model import loss_chunks
 from tests.hybrid.test_meshes import assert_close, on, with_mesh
 from tests.tiny import DEVICE, WORLD, at, corpus
 
@@ -18,7 +18,7 @@ def test_every_mesh_computes_the_loss_in_chunks(
     shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A vocabulary in two parts with and without sequence parallelism, stages, replicas and sharding; three chunks."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 0)  # chunks of 64 positions
+    monkeypatch.setattr(loss_chunks, "CHUNK_LOGITS", 0)  # chunks of 64 positions
     data, train = corpus(shared_folder), {"loss": "chunked", "steps": 5, "micro_batch": 8, "eval_every": 5, "eval_tokens": 0}
     alone = on((1, 1, 1), with_mesh(data, shared_tmp / "alone", (1, 1, 1), train=train))
     whole = on((1, 1, 1), with_mesh(data, shared_tmp / "whole", (1, 1, 1), train=train | {"loss": "whole"}))

@@ -20,6 +20,9 @@ Sections = dict[str, dict[str, Any]]
 MESSAGES: Sections = {"comm": {"transport": "messages"}}
 COPIES: Sections = {"comm": {"copies": "rank"}}
 LEVEL_1: Sections = {"mesh": {"shard": 1}}
+RECIPE: Sections = {
+    "optim": {"cautious_decay": True, "weight_decay": 0.5, "momentum_warmup": 6}, "model": {"zero_init": True, "num_kv_heads": 2},
+}
 CLOSE = 2e-3  # of losses after a few steps: the products of Muon are in bfloat16, where a rounding error of a sum may become 2^-9
 
 
@@ -46,7 +49,8 @@ EXACT = [  # (name, ranks, nodes to pretend, settings)
     ("muon", 3, 2, COPIES | LEVEL_1), ("normuon", 4, 0, MESSAGES | {"mesh": {"pp": 2, "shard": 1}}),
     ("muon", 3, 0, {"train": {"balance": "measured"}}), ("normuon", 2, 0, {"model": KINDS["lstm"]}),
     ("muon", 3, 2, {"model": KINDS["own"]}), ("normuon", 3, 0, LEVEL_1 | MESSAGES | {"model": KINDS["own"]}),
-    ("muon", 3, 3, {"train": {"audit_every": 2}}),
+    ("muon", 3, 3, {"train": {"audit_every": 2}}), ("normuon", 3, 2, RECIPE), ("muon", 4, 0, RECIPE | {"mesh": {"pp": 2}}),
+    ("adamw", 3, 2, {"optim": {"cautious_decay": True, "weight_decay": 0.5}}),
 ]  # fmt: skip
 
 
@@ -56,8 +60,8 @@ def test_the_bits_are_those_of_one_rank(
 ) -> None:
     if ranks > WORLD.size:
         pytest.skip("more ranks than there are")
-    data, model = corpus(shared_folder), {"model": sections.get("model", {})}
-    alone = train_at(1, config(data, shared_tmp / "alone", name, **model))
+    data, same = corpus(shared_folder), {key: sections[key] for key in sections.keys() & {"model", "optim"}}
+    alone = train_at(1, config(data, shared_tmp / "alone", name, **same))
     with pretended(nodes) if nodes else nullcontext():
         run = train_at(ranks, config(data, shared_tmp / "run", name, **sections))
     assert (run.sha256, run.learned) == (alone.sha256, alone.learned)
@@ -100,12 +104,12 @@ def test_cut_matrices_are_updated_as_whole_ones(
 def test_a_run_continues_on_any_mesh(shared_folder: Path, shared_tmp: Path, name: str) -> None:
     """dp4 -> dp2 x tp2 -> shard 3 -> shard 1 -> one rank equals an uninterrupted run."""
     data, most = corpus(shared_folder), WORLD.size
-    alone = train_at(1, config(data, shared_tmp / "alone", name, steps=15))
+    alone = train_at(1, config(data, shared_tmp / "alone", name, steps=15, **RECIPE))
     ways: list[tuple[int, dict[str, int]]] = [(4, {}), (4, {"tp": 2}), (3, {"shard": 3}), (4, {"shard": 1}), (1, {})]
     for i, (ranks, mesh) in enumerate(ways, start=1):
         ranks = min(ranks, most // mesh.get("tp", 1) * mesh.get("tp", 1))
         if ranks:
-            run = train_at(ranks, config(data, shared_tmp / "run", name, steps=3 * i, mesh=mesh))
+            run = train_at(ranks, config(data, shared_tmp / "run", name, steps=3 * i, mesh=mesh, **RECIPE))
     assert_near(run, alone)
     assert state_of(shared_tmp / "run").keys() == state_of(shared_tmp / "alone").keys()
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpidp.model.loss_chunks import AUTO_CHUNKS, CHUNK_LOGITS, chunk_rows
 from mpidp.model.shape import LSTMShape, TransformerShape
 from mpidp.model.transformer import Transformer
-from mpidp.parallel.chunked_loss import AUTO_CHUNKS, CHUNK_LOGITS, ChunkedLoss, chunk_rows, defer_head
+from mpidp.parallel.chunked_loss import ChunkedLoss, defer_head
 
 N, D, V = 37, 16, 99
 

@@ -239,5 +239,5 @@ def test_paths_of_options_begin_at_the_home_folder(monkeypatch: pytest.MonkeyPat
     found = parser.parse_args(["~/a", "~/b", "c", "--prompt=~/$HOME"])
     assert vars(found) == {"run": "/home/me/a", "more": [Path("/home/me/b"), Path("c")], "out": "/home/me/plot.png",
                            "prompt": "~/$HOME"}
-    with pytest.raises(UsageError, match=r"--out=\$HOME/x: \$HOME is not replaced here"):
+    with pytest.raises(UsageError, match=r"--out=\$HOME/x: \$HOME is not expanded here"):
         parser.parse_args(["a", "--out=$HOME/x"])

@@ -29,14 +29,14 @@ model.activation model.gated model.attention_bias model.mlp_bias model.qk_norm m
 model.parallel model.positions model.position_rows model.rotary_dims model.rotary_layers model.window model.window_layers
 model.window_rope_theta model.window_rope_scaling model.embedding_scale model.residual_scale model.attention_scale
 model.logit_scale model.attention_cap model.logit_cap
-model.lora_rank model.lora_alpha model.lora_targets
+model.zero_init model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
 train.lanes train.seed train.device train.dtype train.compile train.recompute train.loss train.deterministic train.threads
 train.eval_every train.eval_tokens train.eval_tasks train.eval_tasks_dir train.eval_tasks_limit train.save_every
 train.balance train.audit_every
 train.noise_every train.spike train.max_skipped
 optim.name optim.schedule optim.lr optim.min_lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.clip
-optim.freeze
+optim.cautious_decay optim.momentum_warmup optim.freeze
 strategy.name strategy.quorum strategy.sync_every strategy.meet_every strategy.staleness strategy.compensation strategy.group
 strategy.group_size strategy.outer_lr strategy.outer_momentum strategy.overlap strategy.servers
 strategy.mode strategy.replay strategy.fragments
@@ -254,6 +254,12 @@ def configs(draw: st.DrawFn) -> Config:
     }
     without_tasks = {"train.eval_tasks_dir": "", "train.eval_tasks_limit": 0}
     chosen |= {"train.compile": False} if chosen["train.eval_tasks"] else without_tasks
+    if chosen["optim.name"] in ("adam", "sgd"):
+        chosen["optim.cautious_decay"] = False
+    if chosen["optim.name"] not in ("muon", "normuon") or chosen["optim.freeze"] or chosen["model.lora_rank"]:
+        chosen["optim.momentum_warmup"] = 0
+    if chosen["train.init_from"]:
+        chosen["model.zero_init"] = False
     if not chosen["train.eval_every"]:
         chosen |= {"train.patience": 0, "train.target_loss": 0.0}
     strategy: dict[str, Any] = draw(STRATEGIES)

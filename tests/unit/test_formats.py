@@ -209,8 +209,7 @@ def test_olmo_without_and_with_a_table_of_documents(tmp_path: Path) -> None:
     take("olmo", tmp_path, tmp_path / "out")
     ends = [[1, 2, EOD], [3, 4, 5, EOD], [6, EOD]]
     assert documents_of(tmp_path / "out", "train") == [*ends, ends[0], ends[1] + ends[2]]
-    for table_of, why in (("0,3\n4,9\n", "does not follow"), ("0,300\n", "does not follow"), ("a,b\n", "cannot be read as "
-                                                                                                       "lines")):
+    for table_of, why in (("0,3\n4,9\n", "does not begin"), ("0,300\n", "does not begin"), ("a,b\n", "cannot be read as lines")):
         (tmp_path / "part-1.csv.gz").write_bytes(gzip.compress(table_of.encode()))
         with pytest.raises(DataError, match=why):
             take("olmo", tmp_path, tmp_path / "new")
@@ -363,7 +362,7 @@ def test_a_token_that_ends_and_begins_documents_is_told(tmp_path: Path) -> None:
 def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None:
     np.array(STREAM, "<u2").tofile(tmp_path / "train.bin")
     np.save(tmp_path / "other.npy", np.array(STREAM))
-    with pytest.raises(DataError, match="several kinds, .bin, .npy: name the one to read, as in --from olmo"):
+    with pytest.raises(DataError, match="several kinds, .bin, .npy: name the kind to read, as in --from olmo"):
         take("auto", tmp_path, tmp_path / "out")
     (tmp_path / "other.npy").rename(tmp_path / ".hidden.npy")
     take("auto", tmp_path, tmp_path / "out")

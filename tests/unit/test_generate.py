@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ from mpidp.inference.loading import Loaded
 from mpidp.inference.rows import read_prompts, read_rows
 from mpidp.inference.sampling import Sampling, nucleus, seed_of
 from mpidp.inference.speech import StreamedText
-from mpidp.model.cache import Cache
+from mpidp.model.cache import Cache, joined
+from mpidp.model.joint_cache import join
 from mpidp.model.rowwise import by_rows
 from mpidp.model.shape import TransformerShape
 from mpidp.model.transformer import Transformer
@@ -41,7 +44,7 @@ class Forgetful(Transformer):
         return None
 
 
-def loaded(kind: type[Transformer] = Transformer, **changes: int) -> Loaded:
+def loaded(kind: type[Transformer] = Transformer, **changes: Any) -> Loaded:
     model = kind(replace(SHAPE, **changes), seed=1).eval()
     return Loaded(model, torch.device("cpu"), torch.float32, make_grid(MPI.COMM_SELF))
 
@@ -121,6 +124,54 @@ def test_neighbours_change_no_token(how: Sampling) -> None:
         for first in range(0, len(prompts), size):
             decode(model, (some := rows(list(range(len(prompts)))[first : first + size])), how)
             assert [row.ids for row in some] == alone[first : first + size]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("changes", [
+    {}, {"num_kv_heads": 1}, {"window": 5}, {"attention_cap": 20.0}, {"seq_len": 700}
+], ids=str)
+@torch.no_grad()
+def test_sequences_of_equal_length_are_computed_together_with_the_bits_of_each_alone(changes: dict[str, Any]) -> None:
+    model = loaded(hidden_dim=64, **changes)  # see test_a_row_alone_has_the_bits_that_it_has_among_others
+    by_rows(model.model)
+    length = model.model.shape.seq_len - 4
+    prompts = torch.tensor([ids(length, i) for i in range(5)])
+
+    def begun(some: range) -> list[Any]:
+        caches = [model.model.new_cache(length + 4 - i % 2) for i in some]
+        for cache, i in zip(caches, some, strict=True):
+            model.last_logits(prompts[i : i + 1], [cache])
+        return caches
+
+    together, alone = begun(range(5)), begun(range(5))
+    for steps, places in ((1, [0, 1, 2, 3, 4]), (2, [0, 2, 4])):  # two sequences end
+        for step in range(steps):
+            join(some := [together[i] for i in places])
+            assert joined(some)
+            tokens = prompts[places, step : step + 1]
+            found = model.last_logits(tokens, some)
+            for token, i, logits in zip(tokens, places, found, strict=True):
+                assert torch.equal(model.last_logits(token[None], [alone[i]])[0], logits)
+
+
+def test_without_exact_prompts_of_equal_length_are_one_input() -> None:
+    model, sizes = loaded(), list[tuple[int, ...]]()
+    model.model.register_forward_pre_hook(lambda _, given: sizes.append(tuple(given[0].shape)))
+    prompts = [ids(n, n + i) for i, n in enumerate((6, 9, 6, 6))]
+    rows = [DecodedText(model.model, prompt, 5, 0, lambda token: False) for prompt in prompts]
+    decode(model, rows, GREEDY, exact=False)
+    assert sizes == [(3, 6), (1, 9)] + [(4, 1)] * 4
+    exact = [DecodedText(model.model, prompt, 5, 0, lambda token: False) for prompt in prompts]
+    decode(model, exact, GREEDY)
+    assert [row.ids for row in rows] == [row.ids for row in exact]
 
 
 def test_a_row_alone_has_the_bits_that_it_has_among_others() -> None:

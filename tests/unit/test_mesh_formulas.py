@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpidp.model.loss_chunks import chunk_rows
 from mpidp.model.options import TransformerOptions
 from mpidp.model.part import part_of
 from mpidp.model.shape import TransformerShape, flops_per_token, num_parameters
 from mpidp.model.transformer import Transformer
+from mpidp.parallel.chunked_loss import ChunkedLoss
 from mpidp.parallel.tensor import Regather, share_layers
-from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, logits_bytes
+from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, logits_bytes, loss_bytes
 from mpidp.plan.mesh.memory import Memory, largest, layers_of, memory_of, parameters_of
 from mpidp.plan.mesh.search import KNOWN
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
@@ -316,3 +318,30 @@ def test_a_measured_run_is_predicted_exactly() -> None:
             assert (flops, memory) == pytest.approx((machine.flops, machine.memory_bytes_per_second))
         else:  # a small model on this machine is bound by memory: no rate of products is measured, and nothing is negative
             assert flops > 0
+
+
+@pytest.mark.parametrize("loss", ["whole", "chunked", "auto"])
+def test_the_memory_of_the_loss_is_what_training_allocates(loss: str) -> None:
+    """The largest sum of the tensors that exist at a time, with a vocabulary of 100,000 and two chunks."""
+    model = replace(SMALL, vocab_size=100_000, seq_len=160, model_dim=32)
+    work = Work(2, 2, number_bytes=4, loss=loss)
+    rows = chunk_rows(loss, model.shape, 320)
+    hidden, targets = torch.randn(320, 32, requires_grad=True), torch.randint(0, 100_000, (320,))
+    head = torch.nn.Linear(32, 100_000, bias=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        if rows:
+            total = ChunkedLoss(model.shape, lambda: head.weight, rows, torch.float32)(hidden, targets)
+        else:
+            total = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+        total.backward()
+        head.weight.grad = hidden.grad = None
+    at = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            at += event.nbytes()
+            most = max(most, at)
+    assert 0.85 < loss_bytes(model, Shape(1, 1, 1), work) / most < 1.2
+    assert bool(rows) == (loss == "chunked")  # the logits are small for auto
+    assert loss_bytes(model, Shape(1, 1, 2), work) < 0.6 * loss_bytes(model, Shape(1, 1, 1), work)
+    large = replace(work, micro_batch=64)  # auto needs no more memory for more tokens, except the gradient of hidden states
+    assert (loss_bytes(model, Shape(1, 1, 1), large) < 2**28) == (loss != "whole")

@@ -103,7 +103,8 @@ def test_rotary_angles_are_the_formula() -> None:
             angle = position / 100.0 ** (2 * i / 6)
             for column in (i, i + 3):  # half-split: the second half of a row repeats the first
                 assert float(cos[position, column]) == pytest.approx(math.cos(angle), abs=1e-6)
-                assert float(sin[position, column]) == pytest.approx(math.sin(angle), abs=1e-6)
+                sign = -1 if column == i else 1  # rotate() multiplies the exchanged halves by sin
+                assert float(sin[position, column]) == pytest.approx(sign * math.sin(angle), abs=1e-6)
 
 
 def test_positions_can_be_given() -> None:

@@ -10,10 +10,11 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from mpidp.comm.slices import ALIGN, NORM_BLOCK, slice_bounds
 from mpidp.errors import UsageError
 from mpidp.model.hidden import hidden_of_own
+from mpidp.parallel.whole_matrices import Hidden
 from mpidp.reducers.buckets import FlatLayout
-from mpidp.strategies.muon import normalized
+from mpidp.strategies.muon import Muon, normalized
 from mpidp.strategies.newton_schulz import orthogonalized
-from mpidp.strategies.optimizer import bounds_outside
+from mpidp.strategies.optimizer import bounds_outside, make_torch_optimizer
 
 
 class Own(nn.Module):
@@ -31,7 +32,7 @@ def test_hidden_matrices_of_an_own_model() -> None:
     model.head.weight = model.table.weight  # tied: then there is no head besides the table
     assert hidden_of_own(model, 9) == {"inner.weight"}
     model.hidden_matrices = ["inner.weight", "head.weight"]  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="names 'head.weight', which is no parameter with two dimensions"):
+    with pytest.raises(UsageError, match="names 'head.weight', which is not a parameter with two dimensions"):
         hidden_of_own(model, 8)
 
 
@@ -67,3 +68,40 @@ def test_a_batch_of_matrices_has_the_bits_of_single_matrices(shape: tuple[int, i
     if min(shape) > 1:
         values = torch.linalg.svdvals(alone[0].float())
         assert values.median() > 0.6 and values.max() < 1.4, "nearly orthogonal"
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_cautious_decay_is_of_elements_that_move_towards_zero(cautious: bool) -> None:
+    """The difference to a step without decay is lr decay p, for these elements or for all."""
+    generator, lr, decay = torch.Generator().manual_seed(3), 0.1, 0.5
+    start, gradient = torch.randn(2, 12, 20, generator=generator)
+    for name in ("adamw", "muon"):
+        found = []
+        for rate in (0.0, decay):
+            p = nn.Parameter(start.clone())
+            p.grad = gradient.clone()
+            if name == "adamw":
+                part = make_torch_optimizer(name, [p], rate, 0.9, 0.99, cautious)
+                part.param_groups[0]["lr"] = lr
+                part.step()
+            else:
+                hidden = Hidden(frozenset({"w"}))
+                held = [(hidden.box("w", (0, 0), p.shape), p, {"momentum_buffer": torch.zeros_like(p)})]
+                Muon(name, hidden, held, rate, cautious).step(lr, 0)
+            found.append(p.detach())
+        towards = (start - found[0]) * start >= 0
+        expected = lr * decay * start * (towards if cautious else 1)
+        torch.testing.assert_close(found[0] - found[1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_rises_to_that_of_torch() -> None:
+    hidden, p = Hidden(frozenset({"w"})), nn.Parameter(torch.zeros(2, 2))
+    state = {"momentum_buffer": torch.zeros(2, 2)}
+    muon = Muon("muon", hidden, [(hidden.box("w", (0, 0), (2, 2)), p, state)], 0.0, warmup=4)
+    seen = []
+    for updates in range(6):
+        p.grad = torch.eye(2)
+        before = float(state["momentum_buffer"][0, 0])
+        muon.step(0.0, updates)
+        seen.append((1 - float(state["momentum_buffer"][0, 0])) / (1 - before))
+    assert seen == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])

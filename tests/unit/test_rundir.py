@@ -316,7 +316,7 @@ FIXED_KEYS = {
     "data.order", "model.kind", "model.options", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.model_dim",
     "model.hidden_dim", "model.seq_len", "model.dropout", "model.tie_embeddings", "model.rope_theta",
     "model.rope_scaling", "model.norm_eps", "model.head_dim", "model.vocab_size", "train.init_from", "train.global_batch",
-    "data.documents", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "optim.freeze",
+    "data.documents", "model.zero_init", "model.lora_rank", "model.lora_alpha", "model.lora_targets", "optim.freeze",
     "train.micro_batch", "train.lanes", "train.seed", "train.loss", "optim.name", "strategy.name", "strategy.quorum",
     "strategy.sync_every", "strategy.meet_every", "strategy.staleness", "strategy.compensation", "strategy.group",
     "strategy.group_size", "strategy.overlap", "strategy.mode", "strategy.fragments", *(f"model.{name}" for name in OPTIONS),

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.model import documents, scores
-from mpidp.model.cache import Cache
+from mpidp.model.cache import Cache, joined
 from mpidp.model.documents import Documents, dense_mask, within
+from mpidp.model.joint_cache import join
 from mpidp.model.lora import attach, merged
 from mpidp.model.part import Part, part_of
 from mpidp.model.rowwise import by_rows
@@ -137,7 +138,7 @@ def test_a_cache_keeps_only_the_window(name: str, cuts: list[int], monkeypatch: 
                 logits.append(model(ids[:, done : done + cut], caches=[cache]))
                 done += cut
         found.append(torch.cat(logits, 1))
-        for layer, (keys, _) in cache._kept.items():
+        for layer, (keys, _) in cache.kept.items():
             window = SHAPES[name].window_of(layer)
             assert keys.shape[1] == (min(24, window + slack) if window else 24)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
@@ -200,3 +201,22 @@ def test_bfloat16_is_near(name: str) -> None:
     wanted = model(tokens(2, 24))
     assert float((near - wanted).detach().norm() / wanted.detach().norm()) < 0.03
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_joined_caches_keep_only_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of equal length that are computed together have the bits of each one alone."""
+    monkeypatch.setattr("mpidp.model.cache.SLACK", 2)
+    model, ids, found = Transformer(replace(SHAPE, window=5, window_layers="wf"), seed=1).eval(), tokens(2, 24), []
+    by_rows(model)
+    for together in (True, False):
+        caches = [Cache(24), Cache(24)]
+        for row, cache in enumerate(caches):
+            model(ids[row : row + 1, :9], caches=[cache])
+        found.append([])
+        for place in range(9, 24):
+            if together:
+                join(caches)
+                assert joined(caches)
+            found[-1].append(model(ids[:, place : place + 1], caches=caches))
+    assert torch.equal(torch.cat(found[0], 1), torch.cat(found[1], 1))

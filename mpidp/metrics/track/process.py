@@ -1,8 +1,8 @@
 """The process of one tracker: `python -m mpidp.metrics.track.process NAME LOG PATIENCE_SECONDS FINISH_SECONDS`.
 
 It reads JSON lines from standard input: first the TrackedRun, then lines of the run; the end of the input ends the process. The
-training only writes to the pipe, so a tracker that is slow, hangs, raises or crashes cannot delay it. What the tracker prints
-goes to LOG; warnings go to the standard error of the run, one at most for each kind. A call that lasts PATIENCE_SECONDS is a
+training only writes to the pipe, so a tracker that is slow, hangs, raises or crashes cannot delay it. The output of the tracker
+goes to LOG. Warnings go to the standard error of the run, at most one of each kind. A call that lasts PATIENCE_SECONDS is a
 warning. FINISH_SECONDS after the end of the input, the process ends even if a call does not return.
 """
 

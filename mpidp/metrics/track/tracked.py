@@ -38,7 +38,7 @@ class Tracker(Protocol):
         """Open the run, or continue it."""
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Store the scalars of these lines. After an exception, the same lines are given again, with later ones."""
+        """Store the scalars of these lines. After an exception, the same lines are given again, together with later lines."""
 
     def close(self, ended: bool) -> None:
         """Store what is left, and close the run. ended: whether the run has reached its end; if not, it may be resumed."""

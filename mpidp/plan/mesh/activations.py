@@ -6,6 +6,7 @@ residual sums save nothing.
 
 from __future__ import annotations
 
+from mpidp.model.loss_chunks import chunk_rows
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 
@@ -32,7 +33,7 @@ def _between_branches(model: ModelSizes, work: Work) -> int:
 def _copied(model: ModelSizes) -> float:
     """Return the fraction of the layers whose result of attention is kept twice.
 
-    In layers with a window, and if only some dimensions of the queries are rotated, the input of o is a copy of the result.
+    The input of o is a copy of the result in layers with a window, and if only some dimensions of the queries are rotated.
     """
     if model.options.positions == "rotary" and 0 < model.options.rotary_dims < model.shape.head_dim:
         return 1.0
@@ -64,6 +65,21 @@ def kept_of_last_norm(model: ModelSizes, number_bytes: int) -> int:
 
 
 def logits_bytes(model: ModelSizes, shape: Shape, number_bytes: int) -> float:
-    """Return the bytes of logits per token. A soft-cap keeps its result. Pure."""
+    """Return the bytes of logits per token, with train.loss=whole. A soft-cap keeps its result. Pure."""
     each = (8 if number_bytes == 4 else 10) + (number_bytes if model.options.logit_cap else 0)
     return each * model.vocab_size / shape.tp
+
+
+def loss_bytes(model: ModelSizes, shape: Shape, work: Work) -> float:
+    """Return the bytes of the logits of a micro-batch and of their gradients, at the peak.
+
+    whole: log-probabilities, their gradients and the gradients of the logits. In chunks: the logits of one chunk, and the
+    gradients of the hidden states and of the head, which are computed together with the loss and scaled in backward. Pure.
+    """
+    tokens, capped = work.micro_batch * model.seq_len, model.options.logit_cap > 0
+    rows = chunk_rows(work.loss, model.shape, tokens)
+    if not rows:
+        return (12 + work.number_bytes * capped) * tokens * model.vocab_size / shape.tp
+    chunk = ((4 if work.number_bytes == 4 else 6) + 8 * capped) * min(rows, tokens) * model.vocab_size / shape.tp
+    gradients = 4 * tokens * model.model_dim + 4 * model.table / shape.tp
+    return gradients + max(chunk, gradients)

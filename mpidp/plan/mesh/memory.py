@@ -12,12 +12,14 @@ number of micro-batches whose forward is done and whose backward is not (1F1B, N
 | working | 16 bits: a copy of the weights, 2 p; shard 2 and 3: gathered gradients and weights of two blocks | |
 | activations | f n layers (W + S / tp), by default W = 24 D + 8 (16 bits: 26 D + 8), S = w (4 D + 4 F) + 4 H | |
 | with recompute | f n layers 4 D, and the activations of one block as above | |
-| logits | on the last stage 8 n V / tp (16 bits: 10 n V / tp), for logits, log-probabilities and gradients | |
+| logits | on the last stage 12 n V / tp, for log-probabilities and two gradients | |
+| in chunks of r tokens | instead g + max(g, 4 r V / tp), 16 bits: 6 r V / tp, where g = 4 n D + 4 V D / tp | |
 
 W counts the activations of norms and residuals, which every tensor-parallel rank holds in full. S counts the activations between
 matrices that are divided by tp. With mesh.sequence, W and the activations that recompute keeps are divided by tp. In 16 bits W is
 then 20 D + 8, because an input that several products share is saved once. activations.py has W and S for all options of the
-Transformer. Embedding and head are divided by tp along the vocabulary.
+Transformer. model/loss_chunks.py has r; with train.loss=auto, the loss is in chunks if the logits are large. Embedding and head
+are divided by tp along the vocabulary.
 Layers are assigned to stages such that the slowest stage is as fast as possible. The last stage also computes the head.
 """
 
@@ -27,7 +29,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from mpidp.model.part import stage_layers
-from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, logits_bytes
+from mpidp.plan.mesh.activations import kept_of_block, kept_of_last_norm, loss_bytes
 from mpidp.plan.mesh.sizes import ModelSizes, Shape, Work
 
 MASTER, MOMENTS = 4, 8  # bytes per parameter
@@ -97,7 +99,7 @@ def memory_of(model: ModelSizes, shape: Shape, work: Work, stage: int) -> Memory
     final_norm = last * kept_of_last_norm(model, work.number_bytes) / share
     return Memory(
         MASTER * p / shape.over_dp(3), MASTER * work.slots * p / shape.over_dp(2), MOMENTS * p / shape.over_dp(1), working,
-        tokens * (kept + final_norm), tokens * logits_bytes(model, shape, work.number_bytes) * last,
+        tokens * (kept + final_norm), last * loss_bytes(model, shape, work),
     )
 
 

@@ -106,7 +106,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How the work of a step is divided, and the sizes of its numbers."""
+    """The division of the work of a step, and the sizes of its numbers."""
 
     global_batch: int  # sequences
     micro_batch: int  # sequences
@@ -116,6 +116,7 @@ class Work:
     fused: bool = True  # whether the attention kernel does not store the T x T scores
     wire_bytes: int = 4  # bytes per number in messages within tp and pp; mpidp.train sends float32
     sequence: bool = False  # mesh.sequence: whether norms and residuals are divided by tp
+    loss: str = "auto"  # train.loss: whether the loss is computed in chunks
 
     def micro_batches(self, shape: Shape) -> int:
         """Return M, the number of micro-batches per replica."""

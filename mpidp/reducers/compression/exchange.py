@@ -53,7 +53,7 @@ def all_finite(x: Tensor) -> bool:
 
 @dataclass
 class Summed:
-    """What one rank knows after a sum of vectors of n values over all ranks."""
+    """The results on one rank of a sum of vectors of n values over all ranks."""
 
     total: Tensor  # (n,), the same bits on all ranks
     unsent: Tensor  # (n,), the encoding error of this rank's values

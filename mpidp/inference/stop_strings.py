@@ -1,0 +1,62 @@
+"""Find stop strings in a text that arrives in pieces, in time proportional to the text (Knuth, Morris and Pratt, 1977). Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Searches for the first of several strings. Text that may be the start of one of them is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """stops: nonempty strings."""
+        self._stops = [(stop, borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)  # length of the longest start of each string with which the text ends
+        self._held, self._length = deque[str](), 0  # the end of the text in pieces, and its number of characters
+
+    def add(self, piece: str) -> tuple[str, bool]:
+        """Append a piece of text. Return the text that is now certain, and whether a string was found. The string that was found
+        and all text after its start are not returned."""
+        starts = []
+        for i, (stop, lengths) in enumerate(self._stops):
+            n = self._matched[i]
+            for place, character in enumerate(piece):
+                while n and stop[n] != character:
+                    n = lengths[n - 1]
+                n += stop[n] == character
+                if n == len(stop):
+                    starts.append(self._length + place + 1 - n)
+                    break
+            self._matched[i] = n
+        self._held.append(piece)
+        self._length += len(piece)
+        if starts:
+            return self._take(min(starts)), True
+        return self._take(self._length - max(self._matched, default=0)), False
+
+    def rest(self) -> str:
+        """Return the text that was held back."""
+        return self._take(self._length)
+
+    def _take(self, characters: int) -> str:
+        taken = []
+        self._length -= characters
+        while characters:
+            piece = self._held.popleft()
+            taken.append(piece[:characters])
+            if len(piece) > characters:
+                self._held.appendleft(piece[characters:])
+            characters -= len(taken[-1])
+        return "".join(taken)
+
+
+def borders(text: str) -> list[int]:
+    """Return, for each start of a text, the length of its longest proper part that is both its start and its end. Pure."""
+    found, n = [0] * len(text), 0
+    for i in range(1, len(text)):
+        while n and text[i] != text[n]:
+            n = found[n - 1]
+        n += text[i] == text[n]
+        found[i] = n
+    return found

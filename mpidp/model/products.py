@@ -1,0 +1,71 @@
+"""Matrix products of linear layers in training on CPUs. Pure torch, no MPI.
+
+torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, does, and
+needs about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
+(tests/unit/test_products.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because a call of oneDNN takes 10 microseconds more
+
+
+def _kind() -> str:
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        amd = False
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "onednn" if amd and wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") else "torch"
+
+
+KIND = _kind()  # the library that computes large float32 products in training on this machine
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias, (..., outputs). x: (..., inputs). weight: (outputs, inputs). Pure."""
+    trains = torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    if KIND == "torch" or not trains or not float32 or x.numel() * len(weight) < SMALLEST:
+        return F.linear(x, weight, bias)
+    found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+class _Linear(torch.autograd.Function):
+    """The product by oneDNN. It saves what F.linear saves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_x = None if weight is None else _product(grad, weight.t())
+        of_weight = None if x is None else _product(rows.t(), x.reshape(-1, x.shape[-1]).t())
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, with products that are fast on this CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias."""
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,82 @@
+"""The products of linear layers: oneDNN's and torch's are equal up to rounding, for values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpidp.model import products
+
+needs_onednn = pytest.mark.skipif(products.KIND == "torch", reason="MKL computes the products on this CPU")
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALLEST", 0)
+
+
+def _results(linear, x, weight, bias, grad):
+    inputs = [one for one in (x, weight, bias) if one is not None and one.requires_grad]
+    y = linear(x, weight, bias)
+    return [y, *torch.autograd.grad(y, inputs, grad)]
+
+
+def _draw(batch: int, positions: int, inputs: int, outputs: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    shapes = [(batch, positions, inputs), (outputs, inputs), (outputs,), (batch, positions, outputs)]
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(3, 64, 128, 344), (1, 5, 33, 7), (2, 17, 300, 66), (1, 1, 8, 8)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_value_and_gradients_equal_those_in_float64(every_size: None, shape: tuple[int, ...], biased: bool) -> None:
+    exact = _draw(*shape)
+    x, weight, bias, grad = (one.float() for one in exact)
+    for one in (*exact[:3], x, weight, bias):
+        one.requires_grad_()
+    found = _results(products.linear, x, weight, bias if biased else None, grad)
+    wanted = _results(F.linear, *exact[:2], exact[2] if biased else None, exact[3])
+    assert len(found) == len(wanted) and type(found[0].grad_fn).__name__ == "_LinearBackward"
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("size", [(128, 128), (384, 1024), (66, 300)])
+def test_bits_depend_neither_on_threads_nor_on_the_other_rows(every_size: None, size: tuple[int, int]) -> None:
+    x, weight, _, grad = _draw(4, 48, *size, dtype=torch.float32)
+    x.requires_grad_(), weight.requires_grad_()
+    before = torch.get_num_threads()
+    try:
+        of_threads = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            of_threads.append(_results(products.linear, x, weight, None, grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for found in of_threads[1:] for one, other in zip(found, of_threads[0], strict=True))
+    fewer = _results(products.linear, x[:1], weight, None, grad[:1])
+    assert torch.equal(fewer[0], of_threads[0][0][:1]) and torch.equal(fewer[1], of_threads[0][1][:1])
+
+
+def test_frozen_inputs_get_no_gradient_and_are_not_saved(every_size: None) -> None:
+    x, weight, _, grad = _draw(1, 4, 8, 8, dtype=torch.float32)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = products.linear(x.requires_grad_(), weight)
+    y.backward(grad)
+    assert x.grad is not None and weight.grad is None and saved == [weight.shape]
+
+
+def test_torch_computes_small_products_and_those_outside_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products._Linear, "apply", lambda *_: pytest.fail("oneDNN is used"))
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(8, 8)
+    products.linear(x, weight)
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    with torch.no_grad():
+        products.linear(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        products.linear(x, weight)
+    products.linear(x.double(), weight.double())
