@@ -55,7 +55,7 @@ _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
 _momentum = _is_not("optim.momentum_warmup", 0)
-_UPDATES = "checkpoints hold the number of updates with parameters of AdamW, and there may be none"
+_UPDATES = "checkpoints store the number of updates with the parameters of AdamW, which may not exist"
 RULES = [
     Rule(_OTHERS, "comm.reducer=tree|root", _other, _is("comm.reducer", "tree", "root"),
          "these methods reduce one buffer per rank at their own intervals; use comm.reducer=allreduce or naive"),
@@ -142,7 +142,7 @@ RULES = [
     Rule(_NOT, "model.zero_init", _not, _is("model.zero_init", True),
          "implemented for the built-in Transformer only"),
     Rule("train.init_from", "model.zero_init", _is_not("train.init_from", ""), _is("model.zero_init", True),
-         "the initial weights are those of the other model"),
+         "the initial weights come from the other model"),
     Rule("optim.name=adam|sgd", "optim.cautious_decay", _is("optim.name", "adam", "sgd"), _is("optim.cautious_decay", True),
          "these optimizers add weight decay to the gradient, so it is a part of the update"),
     Rule("optim.name=adamw|adam|sgd", "optim.momentum_warmup", _is("optim.name", "adamw", "adam", "sgd"), _momentum,
