@@ -140,6 +140,8 @@ RULES = [
          "implemented for the blocks of the built-in Transformer only"),
     Rule(_NOT, "train.compile", _not, _is("train.compile", True),
          "implemented for the blocks of the built-in Transformer only"),
+    Rule("mesh.pp above 1", "model.input_mix", _is_not("mesh.pp", 1), _is("model.input_mix", True),
+         "every block needs the embedding's output, which only the first stage has"),
     Rule(_NOT, "model.zero_init", _not, _is("model.zero_init", True),
          "implemented for the built-in Transformer only"),
     Rule("train.init_from", "model.zero_init", _is_not("train.init_from", ""), _is("model.zero_init", True),
