@@ -33,7 +33,7 @@ PARTS := unit mpi laws methods hybrid soak bench-short lint types
 OPENMPI_PARTS := c10d faults openmpi mpis soak-short slurm-short slurm long
 PROGRAMS_PARTS := programs
 
-.PHONY: train setup test check $(PARTS) $(OPENMPI_PARTS) $(PROGRAMS_PARTS) peer peer-short gpu soak-faults bench network tokens clean help
+.PHONY: train setup test check $(PARTS) $(OPENMPI_PARTS) $(PROGRAMS_PARTS) peer peer-short gpu soak-faults bench network tokens ablation clean help
 
 train: $(VENV)/.runtime ## prepare shards of the standard library's source, train on 2 ranks, print a sample (2 minutes)
 	mpirun -np 2 python -m mpidp.train jobs/quickstart.toml
@@ -105,6 +105,9 @@ network: $(VENV)/.test ## benchmark of every method over a slow link between vir
 
 tokens: $(VENV)/.test ## benchmark of every method's loss and bytes at the same number of tokens (TEXT=FILE, TOKENS="--seeds 3")
 	python benchmarks/tokens.py --text $(or $(TEXT),tinyshakespeare.txt) $(TOKENS)
+
+ablation: $(VENV)/.test ## the loss with each option of the model and the optimizer, over seeds; hours (TEXT=FILE, ABLATION="--seeds 5")
+	python benchmarks/ablation.py --text $(or $(TEXT),tinyshakespeare.txt) $(ABLATION)
 
 clean: ## remove environments and caches; runs and shards stay
 	rm -rf .venv .venv-openmpi .venv-intelmpi .venv-programs .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -137,6 +137,7 @@ PARTS: dict[str, list[Command]] = {
         benchmark("memory.py --ranks 1,2 --sizes 1M"),
         benchmark("scaling.py --ranks 1,2 --repeats 1 --skip 1 -- --train.steps=4"),
         benchmark("shakespeare.py --text tinyshakespeare.txt --ranks 1,2 --steps 8 --eval-every 4"),
+        benchmark("ablation.py --short"),
         benchmark("network.py --short --text docs"),
         benchmark("tokens.py --short --text docs"),
         benchmark("c10d.py --kib 1,1024 --models 1M --repeats 2", ranks=2),

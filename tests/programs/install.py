@@ -20,8 +20,8 @@ PIP = (
     sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary",
     "--constraint", str(CONSTRAINTS),
 )
-# These are installed without what they require: libraries of clouds, and versions of numpy, torch, transformers and dateutil that
-# differ from those of .venv. The few packages that they need are in requirements.txt.
+# These are installed without what they require: libraries of clouds, and versions of numpy, torch and transformers that differ
+# from those of .venv. The few packages that they need are in requirements.txt.
 ALONE = ("aiobotocore", "boto3", "botocore", "jmespath", "litdata", "mosaicml-streaming", "moto", "s3fs", "s3transfer")
 LIMIT_SECONDS = 300.0  # of one call of pip: a package without a wheel may compile
 
