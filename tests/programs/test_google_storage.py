@@ -1,5 +1,5 @@
-"""Laws of shards and mirrors in Google Cloud Storage, with gcsfs and the server of gcp-storage-emulator: what is read is what is on
-disk, weights are equal, a run resumes from its mirror, and a server that is gone is named without a traceback."""
+"""Laws of shards and mirrors in Google Cloud Storage, with gcsfs and the server of gcp-storage-emulator: bytes and weights are as
+on disk, a run resumes from its mirror, and a server that is gone is named without a traceback."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def train(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mpidp.train", f"--run.dir={folder / name}", f"--data.cache_dir={folder / 'cache'}", *SMALL]
-    return subprocess.run([*command, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=200)
 
 
 def weights(done: subprocess.CompletedProcess[str]) -> str:
