@@ -26,7 +26,7 @@ from mpidp.runtime.options import (
     program,
 )
 
-HELP = "/reset forgets the chat, /help shows this line, /exit or the end of input (Ctrl-D) ends, Ctrl-C ends an answer"
+HELP = "/reset forgets the chat, /help shows this line, /quit, /exit or the end of input (Ctrl-D) ends, Ctrl-C ends an answer"
 
 
 def main() -> None:
@@ -48,8 +48,8 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add_run(parser)
     add("--system", metavar="TEXT", help="the system message")
-    add("--messages", metavar="FILE", help="answer a file of chats instead: rows with messages (role, content; .jsonl, .json, "
-        ".parquet). The chats are divided among the ranks")
+    add("--messages", metavar="FILE", help="answer a file of chats instead: rows with messages (role, content), or rows of "
+        "ShareGPT or Alpaca (.jsonl, .json, .parquet). The chats are divided among the ranks")
     add_out(parser, "with --messages: the file to write: the same rows, each with the answer added as its last message", "FILE")
     add_batch(parser, "chats of --messages")
     add_sampling(parser)
@@ -143,13 +143,14 @@ class Screen:
         from mpidp.errors import DataError
 
         while (text := self._line()) is not None:
-            if text == "/exit":
+            command = text.strip()
+            if command in ("/exit", "/quit"):
                 return None
-            if text in ("/reset", "/help"):
-                if text == "/reset":
+            if command in ("/reset", "/help"):
+                if command == "/reset":
                     conversation.reset()
-                self.say("the chat is forgotten" if text == "/reset" else HELP)
-            elif text.strip():
+                self.say("the chat is forgotten" if command == "/reset" else HELP)
+            elif command:
                 try:
                     turn = conversation.ask(text)
                 except DataError as error:

@@ -1,4 +1,4 @@
-"""`[mpirun -np N] python -m mpidp.doctor [--gpu] [--network] [--data DIR] [--run DIR] [--clean] [--json]`
+"""`[mpirun -np N] python -m mpidp.doctor [--gpu] [--network] [--data DIR] [--run DIR] [--clean] [--script FILE] [--json]`
 
 Check the launch, the machines and the folders before training, and report how to correct problems. Use the launch line of the
 job. Measurements are written to cluster.json, in the run's folder or the current folder. docs/doctor.md explains the table.
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpidp.doctor import facts, hardware, launch, memory, network, sessions, storage
 from mpidp.doctor.findings import VERDICTS, CheckResult, failed_check, run_check, table, worst
+from mpidp.doctor.job_script import check_job_script
 from mpidp.errors import HANG_EXIT_CODE, MpidpError
 from mpidp.runtime.command import PAUSE_SECONDS, Parser, run_entry
 from mpidp.runtime.environment import launched_size, launcher_rank
@@ -48,6 +49,7 @@ def main() -> None:
     add_data(parser, "to check: is it available on every node, and how fast is it read?", kind=Path)
     parser.add_argument("--run", type=Path, metavar="DIR", help="check a run.dir: writable? do locks work? enough space?")
     parser.add_argument("--clean", action="store_true", help="remove shared memory and session folders that your ended jobs left")
+    parser.add_argument("--script", type=Path, metavar="FILE", help="check the #SBATCH lines of this job script")
     add_json(parser)
     parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="time limit of a check (%(default)g)")
     options = parser.parse_args()
@@ -188,6 +190,8 @@ def examine(
     mpirun = measure("mpirun", lambda: launch.mpirun_here() if world.size == 1 else ("", ""))  # needed only with a single rank
     check("launch", lambda: launch.check_launch(world.size, launched, library, launcher, mpirun[0] if mpirun else ("", "")))
     check("Slurm", launch.check_slurm, world.size, environ)
+    if options.script:
+        check("job script", lambda: check_job_script(options.script.read_text(errors="replace"), str(options.script)))
     check("nodes", hardware.check_nodes, everyone)
     check("cores", hardware.check_cores, everyone, launcher)
     check("threads", hardware.check_threads, everyone)

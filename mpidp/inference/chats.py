@@ -9,26 +9,28 @@ from mpidp.data.chat_template import BEGIN, END, Template, TemplateRejection
 from mpidp.data.row_fields import RowSkipped, field_of, objects_of
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.errors import DataError, UsageError
+from mpidp.inference.published_rows import chat_of
 from mpidp.inference.rows import read_prompts, read_rows, recognized, set_apart
 
 EXAMPLE = '{"messages": [{"role": "user", "content": "Why?"}]}'
 
 
 def read_chats(path: str | Path) -> list[dict[str, Any]]:
-    """Read chats. A row has "messages", or "prompt": a list of messages, or a string, which is one message of the user. A line of
-    a text file is one message of the user.
+    """Read chats. A row has "messages", or "prompt": a list of messages, or a string, which is one message of the user; or
+    the row is one of ShareGPT, Alpaca or Dolly. A line of a text file is one message of the user.
 
-    Raises DataError if the file cannot be read, or a row has neither. Independent.
+    Raises DataError if the file cannot be read, or a row has none of these. Independent.
     """
     if recognized(path).kind == "text":
         return read_prompts(path)
-    rows = read_rows(path, EXAMPLE)
-    for row in rows:
+    found = []
+    for row in read_rows(path, EXAMPLE):
         try:
-            messages_of(row.fields or {})
+            found.append(chat_of(row.fields or {}))
+            messages_of(found[-1])
         except DataError as error:
             raise DataError(f"{path}, {row.unit} {row.number}: {error}; each {row.unit} is an object like {EXAMPLE}") from None
-    return set_apart([row.fields or {} for row in rows], path)
+    return set_apart(found, path)
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from mpidp.data.records import Row, records
 from mpidp.data.row_fields import keys_of
 from mpidp.data.text_files import NotText, TextFile, read_whole, recognize
 from mpidp.errors import DataError
+from mpidp.inference.published_rows import prompt_of
 from mpidp.runtime.log import log
 
 PROMPT = '{"prompt": "Once upon"}'
@@ -22,8 +23,8 @@ def read_text(path: str | Path) -> str:
     Raises DataError if it cannot be read, is not UTF-8, is empty, or holds rows.
     """
     if (file := recognized(path)).kind != "text":
-        raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it (mpidp prepare), and evaluate "
-                        "them with --data")
+        raise DataError(f"{path} holds rows, but one text is needed: prepare shards from it (mpidp prepare; --format chat "
+                        "for chats and instructions), and evaluate them with --data")
     _warn(file)
     return read_whole(path)
 
@@ -49,17 +50,22 @@ def read_rows(path: str | Path, wanted: str) -> list[Row]:
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Read prompts. A row has a string "prompt" and any other fields. In a text file, each line is a prompt.
+    """Read prompts. A row has a string "prompt" and any other fields, or it is a row of Alpaca or Dolly. In a text file, each
+    line is a prompt.
 
     Blank lines are skipped. Raises DataError if the file cannot be read, or a row has no prompt. Independent.
     """
     if (file := recognized(path)).kind != "text":
-        rows = read_rows(path, PROMPT)
-        for row in rows:
-            if not isinstance((row.fields or {}).get("prompt"), str):
+        prompts = []
+        for row in read_rows(path, PROMPT):
+            try:
+                prompts.append(prompt_of(row.fields or {}))
+            except DataError as error:
+                raise DataError(f"{path}, {row.unit} {row.number}: {error}") from None
+            if not isinstance(prompts[-1].get("prompt"), str):
                 keys = keys_of(row.fields or {})
                 raise DataError(f'{path}, {row.unit} {row.number}: no string "prompt"; its keys are: {keys}')
-        return set_apart([row.fields or {} for row in rows], path)
+        return set_apart(prompts, path)
     if Path(path).name.lower().partition(".")[2].startswith("json"):
         raise DataError(f"{path} is {file.doubt}; each line must be an object like {PROMPT}")
     _warn(file)

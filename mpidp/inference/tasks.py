@@ -16,6 +16,11 @@ from typing import Any
 from mpidp.errors import DataError, UsageError
 
 FEW_SHOT_SEED = 1234  # the harness's own default
+OFFLINE = (
+    "lm-eval's own tasks fetch their data from the Hugging Face Hub. Without a network, either load them once on a machine with "
+    "network and copy its cache (HF_HOME), or write a task file with `dataset_path: json` and `dataset_kwargs: {data_files: "
+    "FILE.jsonl}`, and give its folder (--tasks-dir DIR, train.eval_tasks_dir=DIR; docs/use.md has an example)"
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,8 @@ def _load(library: Any, options: TaskOptions, own_alone: bool) -> dict[str, Any]
     except KeyError:
         raise
     except Exception as error:
-        problem = f"tasks {','.join(options.names)} cannot be loaded ({type(error).__name__}: {error})"
-        raise DataError(f"{problem}; offline, data must be in the cache of the package datasets, or in local task files "
-                        "(--tasks-dir)") from None
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DataError(f"tasks {','.join(options.names)} cannot be loaded ({why}); {OFFLINE}") from None
 
 
 def _check_folder(folder: Path, code: bool) -> None:

@@ -16,33 +16,45 @@ from torch import Tensor
 from mpidp.model.scores import Scores, causal, masked, near
 
 Kept: TypeAlias = dict[int, tuple[Tensor, Tensor]]
+SLACK = 64  # positions beyond the window for which a layer with a window has memory, so that most steps move nothing
 
 
 class Cache:
-    """Keys and values of one sequence, for the layers and heads of one part of a Transformer."""
+    """Keys and values of one sequence, for the layers and heads of one part of a Transformer. Layers with a window keep only the
+    positions to which later positions attend."""
 
     def __init__(self, capacity: int) -> None:
         """capacity: largest number of positions."""
         self.capacity, self.length = capacity, 0
-        self.kept: Kept = {}  # keys and values by layer, each (K, capacity, E)
-        self.joint: Kept = {}  # the tensors of which `kept` has row `row`, each (B, K, capacity, E); see joint_cache.py
+        self.kept: Kept = {}  # keys and values by layer, each (K, room, E)
+        self.counts: dict[int, int] = {}  # number of kept positions by layer
+        self.joint: Kept = {}  # the tensors of which `kept` has row `row`, each (B, K, room, E); see joint_cache.py
         self.row = 0  # of `joint`
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's keys and values (K, T, E) of the next T positions. Return the keys and values of all positions so far.
+    def extend(self, layer: int, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
+        """Append a layer's keys and values (K, T, E) of the next T positions. Return the keys and values of all positions so far;
+        with a window, at least of those to which the T positions attend.
 
         `length` does not change here. The model increases it after the last layer. Raises ValueError if the cache is full.
         """
-        end = self.length + k.shape[1]
-        if end > self.capacity:
-            raise ValueError(f"position {end - 1} exceeds the cache's capacity of {self.capacity} positions")
+        t = k.shape[1]
+        if self.length + t > self.capacity:
+            raise ValueError(f"position {self.length + t - 1} exceeds the cache's capacity of {self.capacity} positions")
         if layer not in self.kept:
-            room = (k.shape[0], self.capacity, k.shape[2])
-            self.kept[layer] = (k.new_empty(room), v.new_empty(room))
-        for kept, new in zip(self.kept[layer], (k, v), strict=True):
-            kept[:, self.length : end] = new
-        keys, values = self.kept[layer]
-        return keys[:, :end], values[:, :end]
+            room = (k.shape[0], min(self.capacity, window + SLACK) if window else self.capacity, k.shape[2])
+            self.kept[layer], self.counts[layer] = (k.new_empty(room), v.new_empty(room)), 0
+        pair, count = self.kept[layer], self.counts[layer]
+        if count + t <= pair[0].shape[1]:
+            for kept, new in zip(pair, (k, v), strict=True):
+                kept[:, count : count + t] = new
+            self.counts[layer] = count + t
+            return pair[0][:, : count + t], pair[1][:, : count + t]
+        first = max(0, count - window + 1)  # of the kept positions, the first to which the next one attends
+        keys, values = (torch.cat([kept[:, first:count], new], 1) for kept, new in zip(pair, (k, v), strict=True))
+        self.counts[layer] = count = min(window, keys.shape[1])
+        for kept, whole in zip(pair, (keys, values), strict=True):
+            kept[:, :count] = whole[:, -count:]
+        return keys, values
 
 
 def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
@@ -58,16 +70,16 @@ def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how
     Joined caches are computed together.
     """
     if q.shape[2] == 1 and joined(caches):
-        end, (keys, values) = caches[0].length + 1, caches[0].joint[layer]
         for i, cache in enumerate(caches):
-            cache.extend(layer, k[i], v[i])
+            cache.extend(layer, k[i], v[i], how.window)
+        end, (keys, values) = caches[0].counts[layer], caches[0].joint[layer]
         return _attend_next(q, keys[:, :, :end], values[:, :, :end], how)
-    rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i]), how) for i, cache in enumerate(caches)]
+    rows = [_attend_one(q[i], *cache.extend(layer, k[i], v[i], how.window), how) for i, cache in enumerate(caches)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of all S positions."""
+    """Return attention (H, T, E) of one sequence. q: (H, T, E) of the last T positions. k, v: (K, S, E) of the last S."""
     (h, t, _), (heads, s, _) = q.shape, k.shape
     if t == 1:
         return _attend_next(q[None], k[None], v[None], how)[0]

@@ -17,21 +17,20 @@ def is_exact(device: torch.device) -> bool:
 
 
 def join(caches: list[Cache]) -> None:
-    """Put the keys and values of caches into common tensors, if the caches have the same length and are not there already.
+    """Put the keys and values of caches into common tensors, if the caches have the same positions and are not there already.
     Independent.
 
     This copies them once. It is repeated if a sequence ends.
     """
-    length = caches[0].length
-    if len(caches) < 2 or any(cache.length != length for cache in caches) or joined(caches):
+    length, counts, joint = caches[0].length, caches[0].counts, Kept()
+    if len(caches) < 2 or any((c.length, c.counts) != (length, counts) for c in caches) or joined(caches):
         return
-    capacity, joint = max(cache.capacity for cache in caches), Kept()
     for layer, (k, v) in caches[0].kept.items():
-        room = (len(caches), k.shape[0], capacity, k.shape[2])
+        room = (len(caches), k.shape[0], max(cache.kept[layer][0].shape[1] for cache in caches), k.shape[2])
         joint[layer] = k.new_empty(room), v.new_empty(room)
         for i, cache in enumerate(caches):
             for common, own in zip(joint[layer], cache.kept[layer], strict=True):
-                common[i, :, :length] = own[:, :length]
+                common[i, :, : counts[layer]] = own[:, : counts[layer]]
             cache.kept[layer] = joint[layer][0][i], joint[layer][1][i]
     for i, cache in enumerate(caches):
         cache.joint, cache.row = joint, i

@@ -70,7 +70,7 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     usages = {
         "ranks": "%(prog)s RUN [RUN ...] [options]",
         "methods": "[mpirun -np N] %(prog)s [CONFIG.toml] [--section.key=value ...] [options]",
-        "mesh": "%(prog)s (--params N | --config CONFIG.toml [--section.key=value ...]) --ranks P [options]",
+        "mesh": "%(prog)s (--params N | --config FILE [--section.key=value ...]) --ranks P [options]",
     }
     of = {name: topics.add_parser(name, help=line, description=text, usage=usages[name], allow_abbrev=name == "ranks",
                                   formatter_class=argparse.RawDescriptionHelpFormatter) for name, (line, text) in TOPICS.items()}

@@ -39,7 +39,7 @@ from mpidp.training.run_plan import RunPlan
 from mpidp.training.run_record import make_run_record
 from mpidp.training.services import Services, make_services
 from mpidp.training.state import RunState
-from mpidp.training.task_evaluation import make_task_evaluation
+from mpidp.training.task_evaluation import TaskEvaluation, tasks_of
 
 
 def build(
@@ -54,6 +54,7 @@ def build(
     checkpoints, on rank 0. Collective over plan.world."""
     torch.set_num_threads(plan.config.train.threads)
     state = RunState() if before is None else before.state.portable()
+    tasks = tasks_of(plan, None if before is None else before.tasks)  # before the weights, because they may be missing
     transport = open_transport(plan.config.comm.gpu, plan.device, plan.mesh.dp)
     model = make_model(plan, transport, None if before is None else before.engine.model)
     if before is not None:
@@ -74,9 +75,9 @@ def build(
         plan.grid, train.audit_every, memory.replicas, strategy.buffer, strategy.flats(), model.parts.part.is_cut
     )
     schedule = schedule_of(plan.config.flat())
-    tasks = make_task_evaluation(plan, model.module, services.observers, None if before is None else before.tasks)
+    evaluation = TaskEvaluation(plan, model.module, services.observers, tasks) if train.eval_tasks else None
     return Job(
-        plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state, tasks
+        plan, model.parts, engine, strategy, memory, transport, audit, schedule, saver, services, record, state, evaluation
     )
 
 

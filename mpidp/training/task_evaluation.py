@@ -68,11 +68,9 @@ def options_of(config: Config) -> TaskOptions:
     return TaskOptions(names, config.train.eval_tasks_dir, limit=config.train.eval_tasks_limit)
 
 
-def make_task_evaluation(
-    plan: RunPlan, model: Any, observers: StepObservers, before: TaskEvaluation | None
-) -> TaskEvaluation | None:
-    """Load the tasks of train.eval_tasks on rank 0. Return None if there are none. before: the tasks of the job that this job
-    continues.
+def tasks_of(plan: RunPlan, before: TaskEvaluation | None) -> dict[str, Any] | None:
+    """Load the tasks of train.eval_tasks on rank 0. Return None on other ranks, and if there are none. before: the tasks of the
+    job that this job continues.
 
     Raises UsageError if lm-eval is not installed or a task is unknown, and DataError if a task cannot be read. Collective over
     plan.world.
@@ -83,4 +81,4 @@ def make_task_evaluation(
     with raise_together(plan.world):
         if plan.world.rank == 0 and tasks is None:
             tasks = load_tasks(options_of(plan.config))
-    return TaskEvaluation(plan, model, observers, tasks)
+    return tasks

@@ -99,6 +99,7 @@ def test_answers_are_those_of_generate(
     out, err = talked(monkeypatch, capsys, folder, f"{'fox ' * 99}\n\udcff\nhello\n/exit\nfox\n")
     assert out == f"{first}\n"
     assert [line.startswith("mpidp: ") for line in err.splitlines()] == [True, True]
+    assert talked(monkeypatch, capsys, folder, "hello\n /quit \nfox\n") == (f"{first}\n", "")
 
 
 def test_ctrl_c_ends_an_answer(

@@ -20,6 +20,7 @@ from mpidp.comm import probe
 from mpidp.doctor import hardware, launch, memory, network, storage
 from mpidp.doctor.facts import MachineFacts
 from mpidp.doctor.findings import VERDICTS, CheckResult, ranks, run_check, size, table, worst
+from mpidp.doctor.job_script import check_job_script
 from mpidp.runtime.environment import WAITING, numbers
 
 VERSIONS = {"mpidp": "0.1", "torch": "2.9", "MPI": "MPICH 5.0.2"}
@@ -89,6 +90,23 @@ def test_who_launched(environ: dict[str, str], launcher: str, place: tuple[int, 
 def test_size_against_slurm(ranks: int, tasks: str | None, verdict: str) -> None:
     environ = {} if tasks is None else {"SLURM_JOB_ID": "7", "SLURM_NTASKS": tasks}
     assert launch.check_slurm(ranks, environ).verdict == verdict
+
+
+SCRIPTS = {
+    "#SBATCH --gres=gpu:4\n#SBATCH --gpus-per-node=4  # both": ("warning", "--gpus-per-node=4 request the same GPUs twice"),
+    "#SBATCH --gres gpu:a100:2,nvme:1 -G 8": ("warning", "--gres=gpu:a100:2 and --gpus=8 are two different requests"),
+    "#SBATCH --gres=gpu --gpus-per-node=4": ("warning", "two different requests"),
+    "#SBATCH --gres=nvme:1\n#SBATCH --gpus-per-node=4": ("ok", "--gpus-per-node=4"),
+    "#SBATCH --gres=gpu:4\n##SBATCH --gpus-per-node=4\n\nsrun x\n#SBATCH --gpus=4": ("ok", "--gres=gpu:4"),
+    "#SBATCH --nodes=2 'x": ("ok", "no GPUs requested"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_job_script_requests_gpus_in_one_way(script: str) -> None:
+    verdict, words = SCRIPTS[script]
+    found = check_job_script(f"#!/bin/bash\n{script}\n", "my.sbatch")
+    assert found.verdict == verdict and found.words.startswith("my.sbatch: ") and words in found.words, found
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,22 @@ def test_the_model_is_that_of_the_weights_which_the_run_begins_with(tmp_path: Pa
         ask("--config", "my.toml", "--ranks", "2", "--train.init_from=hf")
 
 
+def test_a_config_json_gives_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, or its folder; the longest context is that of the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf").mkdir()
+    said = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 6, "vocab_size": 1000,
+            "num_key_value_heads": 2, "tie_word_embeddings": True, "model_type": "llama", "max_position_embeddings": 512}
+    (tmp_path / "hf/config.json").write_text(json.dumps(said))
+    wanted = {"num_layers": 5, "model_dim": 96, "hidden_dim": 160, "num_heads": 6, "num_kv_heads": 2, "vocab_size": 1000,
+              "tie_embeddings": True, "seq_len": 512}
+    assert ask("--config", "hf/config.json", "--ranks", "2")["model"] == wanted
+    found = ask("--config", "hf", "--ranks", "2", "--seq-len", "64", "--train.global_batch=16")
+    assert found["model"] == {**wanted, "seq_len": 64} and found["global_batch"] == 16
+    with pytest.raises(UsageError, match=r"--config=none\.json: config\.json cannot be read"):
+        ask("--config", "none.json", "--ranks", "2")
+
+
 def test_a_run_of_one_rank_says_how_fast_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prediction then equals the measured step of this run."""
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,8 @@ from mpidp.data.row_forms import as_messages, as_pair
 from mpidp.data.special_tokens import SpecialTokens
 from mpidp.data.tokenizer import load_tokenizer
 from mpidp.errors import DataError
+from mpidp.inference.chats import messages_of, read_chats
+from mpidp.inference.rows import read_prompts
 from tests.unit.test_rows import CHATML, said, spoken, user, write
 from tests.unit.test_special_tokens import model_folder
 
@@ -88,6 +90,37 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # a row, and the sa
         {"messages": [user("a"), said("b")], "chosen": [said("b")], "rejected": [said("c")]},
     ),
 }
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_row_of_any_form_is_a_chat_without_its_answer(name: str, tmp_path: Path) -> None:
+    """For `chat --messages` and `generate --chat`. A row of `messages` that ends with an answer is an error, as before."""
+    row, common = FORMS[name]
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
+    if "messages" in row and "from" not in str(row):
+        with pytest.raises(DataError, match="the last message is the assistant's"):
+            read_chats(tmp_path / "c.jsonl")
+        return
+    (found,) = read_chats(tmp_path / "c.jsonl")
+    assert messages_of(found) == common["messages"][:-1] and found.get("tools") == common.get("tools")
+    assert {key: found[key] for key in row if key not in ("messages", "tools")} == {
+        key: value for key, value in row.items() if key not in ("messages", "tools")}
+
+
+def test_instructions_need_no_answer_to_become_prompts(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "input": "i"}, {"instruction": "a", "context": "i"}, {"instruction": "a", "label": False}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [messages_of(row) for row in read_chats(tmp_path / "c.jsonl")] == [[user("a\ni")], [user("a\ni")], [user("a")]]
+    wanted = [as_pair({**row, "label": True, "output": "b", "response": "b"})[0]["prompt"] for row in rows]
+    assert wanted[0] != wanted[2]
+    found = read_prompts(tmp_path / "c.jsonl")
+    assert [row.pop("prompt") for row in found][::2] == wanted[::2] and found == rows
+    (tmp_path / "c.jsonl").write_text(json.dumps(FORMS["conversations"][0]) + "\n")
+    with pytest.raises(DataError, match="line 1: `conversations` holds messages: they need a chat template"):
+        read_prompts(tmp_path / "c.jsonl")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"conversations": [{"from": "nobody", "value": "a"}]}) + "\n")
+    with pytest.raises(DataError, match="line 1: `from` of a message is 'nobody'"):
+        read_chats(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.model import documents, scores
+from mpidp.model.cache import Cache, joined
 from mpidp.model.documents import Documents, dense_mask, within
+from mpidp.model.joint_cache import join
 from mpidp.model.lora import attach, merged
 from mpidp.model.part import Part, part_of
 from mpidp.model.rowwise import by_rows
@@ -122,6 +124,27 @@ def test_a_cache_equals_the_whole_sequence(name: str, rows: bool) -> None:
     torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cuts", [[9] + [1] * 15, [1] * 24, [2, 20, 1, 1], [4, 3, 3, 3, 11]], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_cache_keeps_only_the_window(name: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of single positions are those of a cache that keeps all positions, bit for bit."""
+    model, ids, found = Transformer(SHAPES[name], seed=1).eval(), tokens(1, 24), []
+    by_rows(model)
+    for slack in (64, 1):
+        monkeypatch.setattr("mpidp.model.cache.SLACK", slack)
+        cache, done, logits = Cache(24), 0, []
+        with torch.no_grad():
+            for cut in cuts:
+                logits.append(model(ids[:, done : done + cut], caches=[cache]))
+                done += cut
+        found.append(torch.cat(logits, 1))
+        for layer, (keys, _) in cache.kept.items():
+            window = SHAPES[name].window_of(layer)
+            assert keys.shape[1] == (min(24, window + slack) if window else 24)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert set(cuts[1:]) != {1} or torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_recomputing_blocks_changes_nothing(name: str) -> None:
     found = []
@@ -178,3 +201,22 @@ def test_bfloat16_is_near(name: str) -> None:
     wanted = model(tokens(2, 24))
     assert float((near - wanted).detach().norm() / wanted.detach().norm()) < 0.03
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_joined_caches_keep_only_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of equal length that are computed together have the bits of each one alone."""
+    monkeypatch.setattr("mpidp.model.cache.SLACK", 2)
+    model, ids, found = Transformer(replace(SHAPE, window=5, window_layers="wf"), seed=1).eval(), tokens(2, 24), []
+    by_rows(model)
+    for together in (True, False):
+        caches = [Cache(24), Cache(24)]
+        for row, cache in enumerate(caches):
+            model(ids[row : row + 1, :9], caches=[cache])
+        found.append([])
+        for place in range(9, 24):
+            if together:
+                join(caches)
+                assert joined(caches)
+            found[-1].append(model(ids[:, place : place + 1], caches=caches))
+    assert torch.equal(torch.cat(found[0], 1), torch.cat(found[1], 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.config.command_line import from_args, read_run_config
 from mpidp.errors import UsageError
-from mpidp.hf.names import settings_of
+from mpidp.hf.names import longest_of, settings_of
 from mpidp.model.options import DEFAULTS as OPTIONS
 from mpidp.plan.cluster_file import read_cluster
 from mpidp.plan.mesh.search import (
@@ -55,7 +55,8 @@ WHOLE = ("vocab", "seq-len", "global-batch", "micro-batch", "ranks-per-node", "g
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan mesh`, without --json. Pure."""
-    parser.add_argument("--config", metavar="CONFIG.toml", help="use the model and batch of this configuration, not --params")
+    parser.add_argument("--config", metavar="FILE", help="CONFIG.toml of a run, or config.json of a "
+                        "Hugging Face model: use its model and batch, not --params")
     add_ranks(parser, "as in cluster.json")
     for name, about, _ in NUMBERS:
         parser.add_argument(f"--{name}", metavar="N", help=about)
@@ -77,7 +78,8 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         if given.get(name, 1.0) % 1:
             raise UsageError(f"--{name}={given[name]:g} must be a whole number")
     if ("params" in given) == bool(options.config):
-        raise UsageError("give either --params N, for example --params 7b, or --config CONFIG.toml")
+        raise UsageError("give either --params N, for example --params 7b, or --config FILE (CONFIG.toml of a run, or "
+                         "config.json of a Hugging Face model)")
     if settings and not options.config:
         raise UsageError(f"{settings[0]}: no such option; settings of a run need --config (see --help)")
     cluster = _cluster(options.cluster)
@@ -88,10 +90,12 @@ def plan_from_options(options: argparse.Namespace, settings: Sequence[str]) -> d
         raise UsageError(f"--overlap={options.overlap:g} must be from 0 to 1")
     if options.top < 1:
         raise UsageError(f"--top={options.top} must be at least 1")
-    values = from_args([options.config, *settings]).flat() if options.config else {}
+    published = _config_json(options.config) if options.config else None
+    values = from_args([*([] if published else [options.config]), *settings]).flat() if options.config else {}
     whole = {name: int(given.get(name, 0)) for name in WHOLE}
     if values:
-        values |= _initial_model(values["train.init_from"])
+        given_model = _settings_of(published, f"--config={options.config}") if published else {}
+        values |= given_model or _initial_model(values["train.init_from"])
         _reject_uncut(values)
         values["model.seq_len"] = whole["seq-len"] or values["model.seq_len"]
         model, taken = model_of_config(values, whole["vocab"] or vocab_size_of(values)), options.config
@@ -133,11 +137,24 @@ def _initial_model(path: str) -> dict[str, Any]:
     if not config.is_file():
         run = next((one for one in (Path(path), *Path(path).parents[1:2]) if (one / "config.toml").is_file()), Path(path))
         return {key: value for key, value in read_run_config(run / "config.toml").items() if key in OF_THE_WEIGHTS}
+    return {key: value for key, value in _settings_of(config, f"train.init_from={path}").items() if key != "model.seq_len"}
+
+
+def _config_json(given: str) -> Path | None:
+    """Return the config.json of a Hugging Face model, if the path is one or its folder; None for a TOML file."""
+    path = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
+    return path if path.suffix == ".json" else None
+
+
+def _settings_of(config: Path, what: str) -> dict[str, Any]:
+    """Return the model settings {section.key: value} of a config.json, with its longest context as model.seq_len. what:
+    for error messages. Raises UsageError or DataError if it cannot be read. Independent."""
     try:
         content = read_json(config)
     except (OSError, ValueError) as error:
-        raise UsageError(f"train.init_from={path}: config.json cannot be read ({error})") from error
-    return {f"model.{key}": value for key, value in settings_of(content, config).items()}
+        raise UsageError(f"{what}: config.json cannot be read ({error})") from error
+    found = settings_of(content, config)
+    return {f"model.{key}": value for key, value in found.items()} | {"model.seq_len": longest_of(content, config) or 2048}
 
 
 def _cluster(file: str | None) -> dict[str, Any]:
