@@ -33,6 +33,7 @@ OPTIONS: dict[str, list[str]] = {
     "linear-to-zero": ["--optim.schedule=linear"],
     "wsd": ["--optim.schedule=wsd"],
     "zero-init": ["--model.zero_init=true"],
+    "input-mix": ["--model.input_mix=true"],
     "relu2": ["--model.activation=relu2"],
     "relu2-no-gate": ["--model.activation=relu2", "--model.gated=false", "--model.hidden_dim=512"],
     "qk-norm": ["--model.qk_norm=head"],

@@ -58,6 +58,8 @@ class ModelSettings:
                                        low=0.0, resume=FIXED)
     window_rope_scaling: str = setting("", "rope_scaling of layers with a window, if window_rope_theta is set", "", resume=FIXED)
     embedding_scale: float = setting(1.0, "factor of the embedding's output", "", resume=FIXED)
+    input_mix: bool = setting(False, "mix the embedding's output into the input of each block, with two learned factors", "bool",
+                              resume=FIXED)
     residual_scale: float = setting(1.0, "factor of the output of attention and of the feed-forward layer", "", resume=FIXED)
     attention_scale: float = setting(0.0, "factor of attention scores; 0: head_dim ** -0.5", "", low=0.0, resume=FIXED)
     logit_scale: float = setting(1.0, "factor of the logits", "", resume=FIXED)

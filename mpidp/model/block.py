@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mpidp.model.attention import Attention, Mask, Past
 from mpidp.model.dropout import keyed_dropout
 from mpidp.model.feed_forward import FeedForward, OutputLinear
+from mpidp.model.input_mix import InputMix
 from mpidp.model.norms import Norm
 from mpidp.model.part import Part
 from mpidp.model.shape import TransformerShape
@@ -21,6 +22,7 @@ class Block(nn.Module):
     def __init__(self, shape: TransformerShape, part: Part, layer: int = 0) -> None:
         super().__init__()
         self.dropout, self.part, self.parallel, self.residual_scale = shape.dropout, part, shape.parallel, shape.residual_scale
+        self.input_mix = InputMix() if shape.input_mix else None
         norms = {name: Norm(shape, shape.model_dim) for name in shape.norms()}
         self.attention_norm = norms.get("attention_norm", nn.Identity())
         self.attention = Attention(shape, part, layer)
@@ -30,11 +32,14 @@ class Block(nn.Module):
         self.feed_forward_out_norm = norms.get("feed_forward_out_norm", nn.Identity())
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, key: Tensor | None, past: Past | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, key: Tensor | None, past: Past | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
         """Return (B, T, D) for x (B, T, D). With sequence parallelism, x has only this rank's positions. cos and sin have all
-        positions."""
+        positions. x0: the output of the embedding, for model.input_mix."""
         length = cos.shape[-2]
+        if self.input_mix is not None and x0 is not None:
+            x = self.input_mix(x, x0)
         y = self.attention(self.attention_norm(x), cos, sin, mask, past)
         attended = self._finished(y, self.attention.o, self.attention_out_norm, key, 1, length)
         if not self.parallel:

@@ -38,6 +38,7 @@ class TransformerOptions:
     window_rope_theta: float = 0.0  # rotary base of layers with a window; 0: theta and scaling of the other layers
     window_rope_scaling: str = ""
     embedding_scale: float = 1.0  # factor of the embedding's output
+    input_mix: bool = False  # a block's input is a x + b x0 with learned a and b; x0 is the embedding's output
     residual_scale: float = 1.0  # factor of each branch's output
     attention_scale: float = 0.0  # factor of q k^T; 0: head_dim ** -0.5
     logit_scale: float = 1.0

@@ -140,6 +140,10 @@ def check_split(shape: Shape, tp: int, pp: int, chunks: int = 1) -> None:
         if tp * pp > 1:
             raise UsageError(f"tp={tp}, pp={pp}: only model.kind=transformer can be split over ranks: leave them at 1")
         return
+    if pp > 1 and shape.input_mix:
+        raise UsageError(
+            f"pp={pp}: a model with model.input_mix cannot be split into stages, because only the first stage has the embedding"
+        )
     heads = shape.num_kv_heads
     if heads % tp:
         fit = [n for n in range(1, heads + 1) if heads % n == 0]

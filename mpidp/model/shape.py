@@ -137,6 +137,8 @@ def block_sizes(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
         found |= {f"{branch}.{name}.weight": size for name, size in matrices.items()}
         found |= {f"{branch}.{name}.bias": size[:1] for name, size in matrices.items() if name in biased}
         found |= {f"{branch}_out_norm.{part}": (d,) for part in parts if f"{branch}_out_norm" in norms}
+    if shape.input_mix:
+        found["input_mix.weight"] = (2,)
     if shape.qk_norm:
         widths = {"q": heads, "k": kv} if shape.qk_norm == "layer" else {"q": shape.head_dim, "k": shape.head_dim}
         found |= {f"attention.{name}_norm.weight": (width,) for name, width in widths.items()}

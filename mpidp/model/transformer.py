@@ -96,17 +96,18 @@ class Transformer(nn.Module):
             positions = positions_of(caches, t, x.device)
         if self.embedding is not None and chunk == 0:
             x = keyed_dropout(self._embedded(x, positions, t), self.shape.dropout, key, 0, self.part.positions(t), t)
+        x0 = x if self.shape.input_mix else None
         tables, masks = self._rotary_tables(positions, t), self._masks(doc_ids)
         for layer in self.part.chunks[chunk]:
             block, window = self.blocks[str(layer)], self.shape.window_of(layer)
             layer_key = None if key is None else key + 2 * layer * SITE  # computed here, so that all blocks compile to one graph
             cos, sin = tables[self._table_of(layer)]
             if self.recompute and torch.is_grad_enabled():
-                given = (x, cos, sin, masks.get(window), layer_key)
+                given = (x, cos, sin, masks.get(window), layer_key, None, x0)
                 x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 past = None if caches is None else partial(attend, caches, layer)
-                x = block(x, cos, sin, masks.get(window), layer_key, past)
+                x = block(x, cos, sin, masks.get(window), layer_key, past, x0)
         for cache in caches or ():
             cache.length += t
         ends = self.norm is not None and self.head is not None and chunk == len(self.part.chunks) - 1

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from mpidp.model.input_mix import mixed
 from mpidp.model.norms import Norm
 from mpidp.model.shape import TransformerShape
 from mpidp.parallel.tensor_comm import SumInBackward, TensorComm, enter_branch, leave_branch, sum_both_ways
@@ -143,6 +144,11 @@ def _sum_norm(norm: Any, tp: TensorComm) -> None:
         norm.forward = lambda x: norm.normalized(x, _summed(norm.weight, tp), _summed(norm.bias, tp))  # type: ignore[method-assign]
 
 
+def _sum_mix(mix: Any, tp: TensorComm) -> None:
+    """Sum the gradients of the factors of an InputMix, which is applied to this rank's positions."""
+    mix.forward = lambda x, x0: mixed(x, x0, _summed(mix.weight, tp))
+
+
 def _sum_bias(output: Any, tp: TensorComm) -> None:
     """Sum the gradient of a bias that is added to this rank's positions."""
     if output.bias is not None:
@@ -184,6 +190,8 @@ def share_layers(model: Any, tp: TensorComm) -> None:
         if tp.sequence:
             for norm in block.children():
                 _sum_norm(norm, tp)
+            if block.input_mix is not None:
+                _sum_mix(block.input_mix, tp)
             _sum_bias(block.attention.o, tp)
             _sum_bias(block.feed_forward.down, tp)
     if model.embedding is not None:

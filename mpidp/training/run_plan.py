@@ -84,7 +84,8 @@ class RunPlan:
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
-                saved, settings = reader.meta["fingerprint"], reader.meta["config"]
+                settings = reader.meta["config"]
+                saved = {"micro_batch": settings["train.micro_batch"], **reader.meta["fingerprint"]}
                 plan = replace(self, config=self._kept(settings))
                 begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
                 reads_base = self.origin is not None and self.origin.weights is not None

@@ -27,7 +27,7 @@ model.dropout
 model.tie_embeddings model.rope_theta model.rope_scaling model.norm_eps model.head_dim model.vocab_size
 model.activation model.gated model.attention_bias model.mlp_bias model.qk_norm model.norm model.norm_plus_one model.norm_place
 model.parallel model.positions model.position_rows model.rotary_dims model.rotary_layers model.window model.window_layers
-model.window_rope_theta model.window_rope_scaling model.embedding_scale model.residual_scale model.attention_scale
+model.window_rope_theta model.window_rope_scaling model.embedding_scale model.input_mix model.residual_scale model.attention_scale
 model.logit_scale model.attention_cap model.logit_cap
 model.zero_init model.lora_rank model.lora_alpha model.lora_targets
 train.init_from train.steps train.tokens train.epochs train.target_loss train.patience train.global_batch train.micro_batch
@@ -336,7 +336,7 @@ def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: p
     for words in ([f"--{key}=~/x"], [f"--{key}", "~/x"], [str(tmp_path / "a.toml")]):
         assert from_args([*words, *extra]).flat()[key] == "/home/me/x"
     assert "the home folder of ~nobody-here is unknown" in refused(f"--{key}=~nobody-here/x")
-    assert f"{key}=$HOME/x: $HOME is not replaced" in refused(f"--{key}=$HOME/x")
+    assert f"{key}=$HOME/x: $HOME is not expanded here" in refused(f"--{key}=$HOME/x")
     assert from_args([f"--{key}=a~b/$none", *extra]).flat()[key] == "a~b/$none"
 
 

@@ -41,6 +41,7 @@ WORDS = {  # an example of each side of a rule
     "train.spike": ("train.spike=3",),
     "model.kind=lstm|MODULE:FACTORY": ("model.kind=lstm", "model.kind=mine:make"),
     "model.kind=MODULE:FACTORY": ("model.kind=mine:make",), "train.recompute": ("train.recompute=true",),
+    "train.micro_batch=auto": ("train.micro_batch=auto",),
     "train.loss=chunked": ("train.loss=chunked",), "train.eval_tasks": ("train.eval_tasks=one",),
     "strategy.group=node|rotating|pairs|exponential": tuple(
         f"strategy.name=local strategy.group={group}" for group in ("node", "rotating", "pairs", "exponential")
@@ -53,6 +54,7 @@ WORDS = {  # an example of each side of a rule
     "comm.reducer=tree|naive|root": ("comm.reducer=tree", "comm.reducer=naive", "comm.reducer=root"),
     "comm.transport=window": ("comm.transport=window",), "comm.copies=node": ("comm.copies=node",),
     "model.lora_rank": ("model.lora_rank=4",), "optim.freeze": ("optim.freeze=embedding.*",),
+    "model.input_mix": ("model.input_mix=true",),
     "model.zero_init": ("model.zero_init=true",), "train.init_from": ("train.init_from=other",),
     "optim.name=adam|sgd": ("optim.name=adam", "optim.name=sgd"), "optim.cautious_decay": ("optim.cautious_decay=true",),
     "optim.name=adamw|adam|sgd": ("optim.name=adamw", "optim.name=adam", "optim.name=sgd"),

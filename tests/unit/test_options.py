@@ -51,6 +51,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]] = 
     "norm of layers": ({"qk_norm": "layer"}, {"attention.q_norm.weight": (32,), "attention.k_norm.weight": (16,)}, set()),
     "norms after": ({"norm_place": "after"}, {"attention_out_norm.weight": (32,), "feed_forward_out_norm.weight": (32,)},
                     {"attention_norm.weight", "feed_forward_norm.weight"}),
+    "mix of the input": ({"input_mix": True}, {"input_mix.weight": (2,)}, set()),
     "four norms": ({"norm_place": "both"}, {"attention_out_norm.weight": (32,), "feed_forward_out_norm.weight": (32,)}, set()),
     "LayerNorm": ({"norm": "layer"}, {"attention_norm.bias": (32,), "feed_forward_norm.bias": (32,), "": (32,)}, set()),
 }

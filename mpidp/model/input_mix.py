@@ -1,0 +1,27 @@
+"""Mixes the embedding's output into the input of each block (model.input_mix). Pure torch, no MPI."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class InputMix(nn.Module):
+    """Returns a x + b x0, where x0 is the output of the embedding, and a and b are learned (modded-nanogpt, nanochat).
+
+    At the beginning a = 1 and b = 0, so the model is the one without the mix.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Return (B, T, D) for x and x0 (B, T, D)."""
+        return mixed(x, x0, self.weight)
+
+
+def mixed(x: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
+    """Return weight[0] x + weight[1] x0. Pure."""
+    a, b = weight.to(x.dtype)
+    return a * x + b * x0
