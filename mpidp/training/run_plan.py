@@ -69,7 +69,8 @@ class RunPlan:
 
     @property
     def mesh(self) -> Topology:
-        """The replicas of this rank's part of the model; of the whole model unless mesh.tp or mesh.pp are above 1."""
+        """The ranks that hold the same part of the model as this rank. If mesh.tp and mesh.pp are 1, the part is the whole
+        model."""
         return self.grid.replicas
 
     @property
