@@ -336,7 +336,7 @@ def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: p
     for words in ([f"--{key}=~/x"], [f"--{key}", "~/x"], [str(tmp_path / "a.toml")]):
         assert from_args([*words, *extra]).flat()[key] == "/home/me/x"
     assert "the home folder of ~nobody-here is unknown" in refused(f"--{key}=~nobody-here/x")
-    assert f"{key}=$HOME/x: $HOME is not replaced" in refused(f"--{key}=$HOME/x")
+    assert f"{key}=$HOME/x: $HOME is not expanded" in refused(f"--{key}=$HOME/x")
     assert from_args([f"--{key}=a~b/$none", *extra]).flat()[key] == "a~b/$none"
 
 
