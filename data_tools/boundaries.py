@@ -72,5 +72,5 @@ def alone(writers: Sequence[BlockWriter], eod: int) -> list[str]:
             found += int(np.count_nonzero(writer.at(starts[:-1][np.diff(starts) == 1]) == eod))
     if not found:
         return []
-    return [f"{found:,} of {counted(total, 'document')} consist of the end-of-document token {eod} alone: the token is padding, "
-            "or stands at both ends of documents"]
+    return [f"{found:,} of {counted(total, 'document')} contain only the end-of-document token {eod}. Perhaps the token "
+            "was used as padding, or was written both before and after each document"]

@@ -187,7 +187,7 @@ def plan_shards(streams: Mapping[str, Tokens], shards: int, val_fraction: float)
     if num_train < 2 or (val_fraction and num_val < 2):
         found = counted(total, "training token" if by_document else "token")
         found += f" and {counted(num_val, 'validation token')}" * by_document
-        advice = ", or --val-fraction 0" * (val_fraction > 0) + ", another --seed or --split text" * by_document
+        advice = ", or set --val-fraction 0" * (val_fraction > 0) + ", or a different --seed, or --split text" * by_document
         raise DataError(f"the source has {found}, but each split needs at least 2: give more text{advice}")
     if shards > num_train:
         raise UsageError(f"--shards {shards} is more than the {num_train} training tokens; use fewer")

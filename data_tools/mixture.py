@@ -68,7 +68,8 @@ def lay_out(
 
 
 def mixture_record(sources: list[Source], taken: list[tuple[int, int]], available: list[int]) -> list[dict[str, Any]]:
-    """Return the record of a mixture for index.json: the requested share and the tokens and documents taken, by source. Pure."""
+    """Return the record of a mixture for index.json: for each source, the requested share and the number of tokens and documents
+    taken. Pure."""
     total = max(1, sum(tokens for _, tokens in taken))
     return [
         {"asked": round(source.share, 6), "got": round(tokens / total, 6), "tokens": tokens, "documents": documents,

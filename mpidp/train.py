@@ -87,7 +87,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
     from mpidp.faults.respawn import LAUNCH, obstacle_to_respawn
     from mpidp.parallel.grid import make_grid
     from mpidp.runtime.world import raise_together
-    from mpidp.training import run_plan, run_summary
+    from mpidp.training import micro_batch, run_plan, run_summary
 
     grid = make_grid(world, config.mesh.tp, config.mesh.pp, config.mesh.dp)
     with raise_together(world):
@@ -95,6 +95,7 @@ def _plan(config: Config, world: MPI.Intracomm, dry: bool) -> RunPlan:
             raise UsageError(f"faults.respawn=true, but {reason}. Start with {LAUNCH} on one machine, or leave it false")
     if not dry:
         prepare_default_corpus(config, world, DEFAULT_CORPUS)
+    config = micro_batch.with_micro_batch(config, grid)
     plan = run_plan.plan(config, grid)
     run_summary.log_summary(plan, config, everything=dry)
     return plan

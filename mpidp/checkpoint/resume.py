@@ -63,6 +63,7 @@ def fingerprint(config: Config, device: torch.device) -> dict[str, Any]:
     checkpoint stores it. When a run resumes, differences are logged. Independent."""
     return {
         "threads": config.train.threads,
+        "micro_batch": config.train.micro_batch,
         "dtype": config.train.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "compile": config.train.compile,

@@ -33,11 +33,11 @@ NODE_SECONDS = 30 * 86400.0  # assumed mean time between failures of a node, in 
 
 def best_interval(cost: float, seconds: float, num_nodes: int, failures: int, trained: float) -> float:
     """Return the interval between saves that minimizes lost time, in seconds. It is sqrt(2 x cost x mean time between failures)
-    (Young 1974; Daly 2006), but at least 2 x seconds.
+    (Young 1974; Daly 2006), but at least twice the duration of a save.
 
-    cost: the core seconds that a save takes from training. seconds: the duration of a save. failures, trained: the number of
-    failures so far, in this many seconds of training. The mean time between failures combines them with an assumed failure per
-    node in 30 days. Pure."""
+    cost: the core seconds that a save takes from training. seconds: the duration of a save. failures: the number of failures so
+    far. trained: the seconds of training so far. The mean time between failures is estimated from these two numbers and from an
+    assumed rate of one failure per node in 30 days. Pure."""
     return max(2 * seconds, math.sqrt(2 * cost * (NODE_SECONDS / num_nodes + trained) / (1 + failures)))
 
 

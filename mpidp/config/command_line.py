@@ -34,6 +34,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
     """Convert a command-line word or a TOML value to the field's type and check its choices and limits."""
     meta = about.metadata
     kind = {"int": int, "float": float, "bool": bool, "str": str}[str(about.type)]
+    raw = 0 if meta["auto"] and raw == "auto" else raw
     try:
         if not isinstance(raw, (str, int, float)):
             raise ValueError
@@ -54,7 +55,7 @@ def _convert(key: str, raw: Any, about: dataclasses.Field[Any], where: str) -> A
             if value != value or value in (float("inf"), float("-inf")):
                 raise ValueError
     except (ValueError, KeyError, OverflowError) as error:
-        wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
+        wanted = {int: "an integer" + " or auto" * meta["auto"], float: "a number", bool: "true or false", str: "a string"}[kind]
         raise UsageError(f"{where}: {key}={raw!r} must be {wanted}") from error
     if meta["choices"] and value not in meta["choices"]:
         near = _nearest(value, meta["choices"])

@@ -54,6 +54,7 @@ _lora = _is_not("model.lora_rank", 0)
 _TIMES, _times = "mesh.interleave above 1", _is_not("mesh.interleave", 1)
 _partial = _is_not("strategy.group", "all")
 _tasks = _is_not("train.eval_tasks", "")
+_auto = _is("train.micro_batch", 0)
 _momentum = _is_not("optim.momentum_warmup", 0)
 _UPDATES = "checkpoints store the number of updates with the parameters of AdamW, which may not exist"
 RULES = [
@@ -151,6 +152,8 @@ RULES = [
          "their momentum is optim.beta1"),
     Rule("optim.momentum_warmup", "model.lora_rank", _momentum, _lora, _UPDATES),
     Rule("optim.momentum_warmup", "optim.freeze", _momentum, _is_not("optim.freeze", ""), _UPDATES),
+    Rule("train.micro_batch=auto", _CUT, _auto, _cut, "each rank measures a whole model; give a number"),
+    Rule("train.micro_batch=auto", _FSDP, _auto, _fsdp, "each rank measures a whole model; give a number"),
     Rule("train.eval_tasks", _CUT, _tasks, _cut,
          "ranks answer different requests, but ranks that share a model compute each batch together; use mpidp evaluate --tasks"),
     Rule("train.eval_tasks", _FSDP, _tasks, _fsdp,

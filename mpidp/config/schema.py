@@ -69,7 +69,7 @@ def checked(config: Config) -> Config:
     problems = []
     if train.global_batch < train.micro_batch:
         problems.append(f"train.global_batch={train.global_batch} is smaller than train.micro_batch={train.micro_batch}")
-    num_micro_batches = -(-train.global_batch // train.micro_batch)
+    num_micro_batches = -(-train.global_batch // (train.micro_batch or 1))  # 0: auto
     if train.lanes > num_micro_batches:
         problems.append(f"train.lanes={train.lanes} is more than the {num_micro_batches} micro-batches of a step")
     shape_unknown = train.init_from and not model.vocab_size  # the shape is read from init_from later

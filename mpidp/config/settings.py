@@ -15,16 +15,17 @@ FREE = "free"  # on resume, a change is accepted
 
 def setting(
     default: Any, text: str, unit: str = "", choices: Sequence[str] = (), low: float | None = None, high: float | None = None,
-    resume: str = FREE, methods: Sequence[str] = (),
+    resume: str = FREE, methods: Sequence[str] = (), auto: bool = False,
 ) -> Any:
     """Return a dataclass field with its description for --help and its limits.
 
     low, high: limits of the value, both included. resume: FIXED if the setting must not change on resume, else FREE. methods: the
-    strategies that use a setting strategy.*; "quorum" means strategy.name=synchronous with strategy.quorum below 1.
+    strategies that use a setting strategy.*; "quorum" means strategy.name=synchronous with strategy.quorum below 1. auto: whether
+    the value 0 may be written as auto.
     """
     about = {
         "text": text, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "resume": resume,
-        "methods": tuple(methods),
+        "methods": tuple(methods), "auto": auto,
     }
     return field(default=default, metadata=about)
 
@@ -66,7 +67,8 @@ class TrainSettings:
     target_loss: float = setting(0.0, "stop when val_loss is at most this value; 0: off", "nats/token", low=0.0)
     patience: int = setting(0, "stop after this many evaluations without a better val_loss; 0: off", "evaluations", low=0)
     global_batch: int = setting(16, "sequences per step, over all ranks", "sequences", low=1, resume=FIXED)
-    micro_batch: int = setting(2, "sequences per forward pass", "sequences", low=1, resume=FIXED)
+    micro_batch: int = setting(2, "sequences per forward pass; auto (or 0): chosen by a short measurement when the run begins",
+                               "sequences", low=0, resume=FIXED, auto=True)
     lanes: int = setting(0, "units of work divided among ranks; 0: one per micro-batch, at most 64", "lanes", low=0, resume=FIXED)
     seed: int = setting(
         1337, "random seed for initial weights, data order and dropout", "", low=0, high=2**63 - 1, resume=FIXED

@@ -1,4 +1,4 @@
-"""The setting that a user meant by an unknown name. Imports neither torch nor MPI."""
+"""Guesses which setting a user meant, if the name of a setting is unknown. Imports neither torch nor MPI."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class TokenStream:
         """Return where documents start in a file, (d,) uint64. Raises DataError if they are invalid."""
         offsets = self._map(file).doc_offsets[:]
         if offsets.size and (offsets[-1] >= self.files[file].tokens or (offsets[1:] <= offsets[:-1]).any()):
-            raise self._error(file, "its doc_offsets are not ascending or lie outside the file")
+            raise self._error(file, "its doc_offsets lie outside the file, or are not in ascending order")
         return offsets
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:

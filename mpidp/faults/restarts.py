@@ -50,8 +50,8 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended the job, or None. The file is written by rank 0, and by a
-        rank that fails alone."""
+        """Record how this start ended. error: the exception that ended the job, or None. Rank 0 writes the file. A
+        rank whose error the other ranks do not have also writes it."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

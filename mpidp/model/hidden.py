@@ -22,7 +22,7 @@ def hidden_of_own(module: nn.Module, vocab_size: int) -> frozenset[str]:
 
     If the model has an attribute `hidden_matrices`, a list of parameter names, these are the hidden matrices. Otherwise they are
     all parameters with two dimensions, except the weights of nn.Embedding and the last matrix with vocab_size rows, which is
-    the head. Raises UsageError if hidden_matrices names another parameter. Pure."""
+    the head. Raises UsageError if hidden_matrices has a name that is not a parameter with two dimensions. Pure."""
     matrices = {name: p for name, p in module.named_parameters() if p.dim() == 2}
     given = getattr(module, "hidden_matrices", None)
     if given is not None:

@@ -32,12 +32,20 @@ KIND = _kind()  # the library that computes large float32 products in training o
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + bias, (..., outputs). x: (..., inputs). weight: (outputs, inputs). Pure."""
-    trains = torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    if KIND == "torch" or not trains or not float32 or x.numel() * len(weight) < SMALLEST:
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     found: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return found
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T as linear() does in training, for code that computes its gradients itself. Pure."""
+    return _product(x, weight) if _suits_onednn(x, weight) else F.linear(x, weight)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    return KIND == "onednn" and float32 and x.numel() * len(weight) >= SMALLEST
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

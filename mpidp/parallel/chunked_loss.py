@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mpi4py import MPI
 from torch import Tensor
 
+from mpidp.model.products import product
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.parallel.tensor_comm import TensorComm
 
@@ -27,17 +29,17 @@ class _ChunkedLoss(torch.autograd.Function):
         x, w = hidden.to(loss.dtype), weight.to(loss.dtype)
         for_hidden = torch.empty_like(hidden) if trains else None
         for_weight = torch.zeros_like(weight) if trains and weight.requires_grad else None
-        total = torch.zeros((), device=hidden.device)
+        total, times = torch.zeros((), device=hidden.device), product if trains else F.linear
         for start in range(0, len(hidden), loss.rows):
             chunk = slice(start, start + loss.rows)
-            logits = (x[chunk] @ w.T).float()
+            logits = times(x[chunk], w).float()
             slope = loss.capped(logits)
             total += loss.into_gradient(logits, targets[chunk], trains)
             if for_hidden is not None:
                 if slope is not None:
                     logits.mul_(slope)
                 grad = logits.to(loss.dtype)
-                for_hidden[chunk] = grad @ w
+                for_hidden[chunk] = times(grad, w.T)
                 if for_weight is not None:
                     for_weight.addmm_(grad.T, x[chunk]) if loss.dtype == torch.float32 else for_weight.add_(grad.T @ x[chunk])
                 del grad

@@ -1,1 +1,2 @@
-"""Predictions for `python -m mpidp.plan`: how many ranks, which mesh, which method. Only methods/trials.py trains."""
+"""Predictions for `python -m mpidp.plan`: how many ranks, which mesh, which method. Only methods/trials.py
+runs any training; the other files only calculate."""

@@ -75,7 +75,7 @@ def read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     of = {name: topics.add_parser(name, help=line, description=text, usage=usages[name], allow_abbrev=name == "ranks",
                                   formatter_class=argparse.RawDescriptionHelpFormatter) for name, (line, text) in TOPICS.items()}
     of["ranks"].add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the run to plan")
-    add_ranks(of["ranks"], "powers of two, and the measured numbers", several=True)
+    add_ranks(of["ranks"], "powers of two, and the numbers of ranks of the given runs", several=True)
     of["ranks"].add_argument("--loss", type=float, help="target val_loss, which RUN must have reached (default: its last one)")
     _add_options_of_methods(of["methods"])
     command_line.add_options(of["mesh"])

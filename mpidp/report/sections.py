@@ -63,7 +63,7 @@ def figures(run: RecordedRun, fall: Waterfall, spent: Costs) -> str:
         ("-" if not losses or losses[-1] is None else f"{losses[-1]:.4f}", "validation loss (nats per token)"),
         (f"{usual_speed(run):,.0f}", "tokens per second (median step)"),
         (f"{100 * statistics.median(mfu):.1f}%" if mfu else "not known", "MFU (share of the device's peak)"),
-        (f"{100 * fall.goodput:.1f}%", "goodput (share of time in kept steps)"),
+        (f"{100 * fall.goodput:.1f}%", "goodput (share of time in steps that were not lost)"),
         (duration(fall.whole), "total time, all jobs"),
         (f"{spent.joules / run.tokens:.3g} J" if spent.joules is not None and run.tokens else "not available",
          "energy per token"),
@@ -131,7 +131,10 @@ def speed(run: RecordedRun) -> str:
             "Rank 0 sent no messages: gradients went through the shared memory of its node, or there was only one rank."
         )
     elif each:
-        remarks += paragraph(f"Rank 0 sent {short(total)}B in kept steps, {short(total / len(each))}B per step.")
+        remarks += paragraph(
+            f"Rank 0 sent {short(total)}B, {short(total / len(each))}B per step. "
+            "Steps that were lost in a restart are not counted."
+        )
         if len({value for _, value in each}) > 1:
             parts.append(curves("Bytes sent by rank 0", [Curve("bytes", each)], "step", "bytes per step", zero=True))
     return section("Throughput and bytes sent", charts(*parts), remarks)

@@ -14,9 +14,9 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     """Return U f(S) V^T in bfloat16 for each matrix U S V^T, with f(S) near 1. matrices: (m, n), of any shapes.
 
     On the CPU, matrices of equal shape are multiplied as a batch. This takes a sixth of the time for 8 matrices of 32 x 32, and
-    half of the time for 8 matrices of 128 x 128. The bits are those of single products, so they do not depend on which matrices a
-    rank owns. On CUDA the library chooses kernels by the size of the batch, so there each matrix is multiplied alone.
-    Independent."""
+    half of the time for 8 of 128 x 128. Each result has the same bits as when its matrix is multiplied alone, so it does not
+    depend on which matrices a rank owns. On CUDA the library chooses kernels by the size of the batch, so there each matrix is
+    multiplied alone. Independent."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, int], list[int]] = {}
     for i, one in enumerate(matrices):

@@ -37,8 +37,8 @@ class Sliced(Synchronous):
         return {"share": (rank, size), "bounds": self._bounds, "holds": members if self.one_copy else range(rank, rank + 1)}
 
     def _publish(self) -> None:
-        """Gather all slices into every copy. If the ranks of a node share a copy, each rail exchanges an equal range of each
-        node's slices."""
+        """Gather all slices into every copy. If the ranks of a node share a copy, the slices of the node are divided
+        equally among the rails, and each rail exchanges its range."""
         transport = self.reducer.transport
         with transport.timed():
             self.group.fence()

@@ -131,7 +131,7 @@ class Measured(Even):
             return None
         old, new = (" ".join(str(len(lanes)) for lanes in ranges) for ranges in (self.ranges, best))
         self.ranges = best
-        return f"lanes {old} -> {new} (measured {' '.join(f'{one:.3g}' for one in speed)} s per lane)"
+        return f"lanes per rank: {old} -> {new} (seconds per lane, by rank: {' '.join(f'{one:.3g}' for one in speed)})"
 
 
 class Steal:

@@ -131,7 +131,8 @@ def make_hidden(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory) 
         names = hidden_of_own(model.module.own, shape.vocab_size)
         others = [name for name, p in model.named if p.dim() == 2 and name not in names]
         if plan.world.rank == 0:
-            log.info(f"{config.optim.name} updates {len(names)} matrices, AdamW all other parameters, with {', '.join(others)}")
+            log.info(f"{config.optim.name} updates {len(names)} matrices. AdamW updates all other parameters"
+                     + (f", including these matrices: {', '.join(others)}" if others else ""))
     else:
         names = hidden_by_name(model.named)
     return Hidden(names, comm, memory.reducer.transport, memory.group.wait, model.parts if grid.parts > 1 else None)

@@ -38,8 +38,8 @@ class TrainedModel:
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """Return the model of a job. module: the model of the job that this job continues, or None to make a new model. Collective
-    over plan.world."""
+    """Return the model of a job. module: an existing model to use again, or None to make a new model. Collective over
+    plan.world."""
     config, grid = plan.config, plan.grid
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:

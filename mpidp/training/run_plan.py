@@ -69,7 +69,8 @@ class RunPlan:
 
     @property
     def mesh(self) -> Topology:
-        """The replicas of this rank's part of the model; of the whole model unless mesh.tp or mesh.pp are above 1."""
+        """The ranks that hold the same part of the model as this rank. If mesh.tp and mesh.pp are 1, the part is the whole
+        model."""
         return self.grid.replicas
 
     @property
@@ -84,7 +85,8 @@ class RunPlan:
         plan = self
         if reader is not None:
             with raise_together(self.world), readable(reader.path):
-                saved, settings = reader.meta["fingerprint"], reader.meta["config"]
+                settings = reader.meta["config"]
+                saved = {"micro_batch": settings["train.micro_batch"], **reader.meta["fingerprint"]}
                 plan = replace(self, config=self._kept(settings))
                 begun = reader.meta.get("init_from", {}).get("weights_sha256", "")
                 reads_base = self.origin is not None and self.origin.weights is not None

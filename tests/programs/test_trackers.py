@@ -153,3 +153,6 @@ def test_a_dead_server_is_a_warning(tmp_path: Path, shards: Path, name: str) -> 
     assert tracked.stderr.count("warning: ") == tracked.stderr.count(f"metrics.track={name}: ") in (1, 2), tracked.stderr
     if name == "wandb" and "stored offline" in tracked.stderr:  # if the machine is slow, the time at the end is not enough
         assert list((tmp_path / "wandb/track").glob("wandb/offline-run-*"))
+    if name == "mlflow" and "are stored in" in tracked.stderr:
+        found, _ = READERS[name][1](tmp_path / "mlflow/track")
+        assert sorted(found["steps/train_loss"]) == [1, 2, 3, 4]

@@ -278,7 +278,8 @@ def configs(draw: st.DrawFn) -> Config:
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
     settings = Config().flat() | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
-    if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in rules.RULES):
+    of_meshes = [rule for rule in rules.RULES if rule.one.startswith(("mesh.", "train.eval_tasks"))]
+    if any(rule.has_one(settings) and rule.has_other(settings) for rule in of_meshes):
         chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():
@@ -336,7 +337,7 @@ def test_paths_begin_at_the_home_folder(key: str, tmp_path: Path, monkeypatch: p
     for words in ([f"--{key}=~/x"], [f"--{key}", "~/x"], [str(tmp_path / "a.toml")]):
         assert from_args([*words, *extra]).flat()[key] == "/home/me/x"
     assert "the home folder of ~nobody-here is unknown" in refused(f"--{key}=~nobody-here/x")
-    assert f"{key}=$HOME/x: $HOME is not expanded" in refused(f"--{key}=$HOME/x")
+    assert f"{key}=$HOME/x: $HOME is not expanded here" in refused(f"--{key}=$HOME/x")
     assert from_args([f"--{key}=a~b/$none", *extra]).flat()[key] == "a~b/$none"
 
 

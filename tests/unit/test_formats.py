@@ -356,7 +356,7 @@ def test_masks_of_floats_are_read(kind: str, tmp_path: Path) -> None:
 
 def test_a_token_that_ends_and_begins_documents_is_told(tmp_path: Path) -> None:
     np.array([EOD, 1, EOD, EOD, 2, EOD], "<u2").tofile(tmp_path / "train.bin")
-    assert "2 of 4 documents consist of the end-of-document token 256 alone" in "".join(take("auto", tmp_path, tmp_path / "out"))
+    assert "2 of 4 documents contain only the end-of-document token 256" in "".join(take("auto", tmp_path, tmp_path / "out"))
 
 
 def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ WORDS = {  # an example of each side of a rule
     "train.spike": ("train.spike=3",),
     "model.kind=lstm|MODULE:FACTORY": ("model.kind=lstm", "model.kind=mine:make"),
     "model.kind=MODULE:FACTORY": ("model.kind=mine:make",), "train.recompute": ("train.recompute=true",),
+    "train.micro_batch=auto": ("train.micro_batch=auto",),
     "train.loss=chunked": ("train.loss=chunked",), "train.eval_tasks": ("train.eval_tasks=one",),
     "strategy.group=node|rotating|pairs|exponential": tuple(
         f"strategy.name=local strategy.group={group}" for group in ("node", "rotating", "pairs", "exponential")

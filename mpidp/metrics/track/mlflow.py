@@ -22,14 +22,25 @@ class MlflowTracker:
     def __init__(self, run: TrackedRun) -> None:
         for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
+        server = os.environ.get("MLFLOW_TRACKING_URI", "")
+        try:
+            self._open(run, server, "run_id")
+        except Exception as error:
+            if not server:
+                raise
+            self.note = (f"the server {server} does not answer ({type(error).__name__}), so the metrics of this job are stored "
+                         f"in {run.folder}/mlflow.db")
+            self._open(run, "", "offline_run_id")
+
+    def _open(self, run: TrackedRun, server: str, key: str) -> None:
+        """Open the run, whose id is stored as `key` of its state. server: "" for the database in the run's folder."""
         from mlflow.tracking import MlflowClient
 
-        place = os.environ.get("MLFLOW_TRACKING_URI", "")
-        self._client = MlflowClient(tracking_uri=place or f"sqlite:///{run.folder}/mlflow.db")
-        if "run_id" not in run.state:
-            experiment = self._experiment(run, "" if place else f"{run.folder}/mlartifacts")
-            run.state["run_id"] = self._client.create_run(experiment, run_name=run.name).info.run_id
-        self._id = run.state["run_id"]
+        self._client = MlflowClient(tracking_uri=server or f"sqlite:///{run.folder}/mlflow.db")
+        if key not in run.state:
+            experiment = self._experiment(run, "" if server else f"{run.folder}/mlartifacts")
+            run.state[key] = self._client.create_run(experiment, run_name=run.name).info.run_id
+        self._id = run.state[key]
         self._client.update_run(self._id, status="RUNNING")
         self._params(run.config)
         self._tags({f"tag.{tag}": "true" for tag in run.tags})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from mpidp.metrics.track.tracked import TrackedRun, facts_of, scalars_of
 
@@ -22,6 +25,10 @@ class TrackioTracker:
         config = dict(run.config) | ({"tags": ", ".join(run.tags)} if run.tags else {})
         name = f"{run.name}-{run.state['id']}"
         self._run: Any = trackio.init(project=run.project, name=name, config=config, resume="allow", embed=False)
+        server = urlsplit(os.environ.get("TRACKIO_SERVER_URL", ""))
+        if server.hostname and not getproxies() and not _answers(server.hostname, server.port or 443):
+            self.note = (f"the server {server.hostname} does not answer; trackio keeps what it cannot send in "
+                         f"{os.environ['TRACKIO_DIR']}, and sends it when a run with this server starts again")
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for line in lines:
@@ -33,3 +40,11 @@ class TrackioTracker:
 
     def close(self, ended: bool) -> None:
         self._run.finish()
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except OSError:
+        return False
+    return True

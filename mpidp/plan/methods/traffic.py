@@ -171,6 +171,6 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return the bytes that leave a node for each byte that a rank sends, if each rank sends equally much to all other ranks."""
+    """Return how many bytes leave a node when each of its ranks sends one byte, divided equally among all other ranks."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0
