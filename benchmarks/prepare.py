@@ -6,7 +6,8 @@
 - prepare: the whole command: reading .jsonl, encoding, counting bytes, checksums and HDF5 shards;
 - prepare without tiktoken: the same with the `tokenizers` library alone, which must write the same shards;
 - library: the `tokenizers` library alone, in memory: encode_batch of lists of 64 documents;
-- map: datasets.map with the same library, batches of 1,000, if `datasets` is installed.
+- map: datasets.map with the same library, batches of 1,000, if `datasets` is installed;
+- datatrove: its JsonlReader and DocumentTokenizer, one task, without shuffling, if it is installed.
 
 Every figure is a median of processor seconds (user and system) of a process with its start. Its ratio to `library` follows.
 """
@@ -47,6 +48,19 @@ with tempfile.TemporaryDirectory() as cache:
     rows = load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=cache)
     rows.map(encode, batched=True, remove_columns=["text"])
 """
+DATATROVE = """
+import os, shutil, sys, tempfile
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+with tempfile.TemporaryDirectory() as work:
+    os.mkdir(work + "/in")
+    shutil.copy(sys.argv[1], work + "/in/text.jsonl")
+    LocalPipelineExecutor([
+        JsonlReader(work + "/in"),
+        DocumentTokenizer(work + "/out", sys.argv[2], local_working_dir=work, eos_token="<|endoftext|>", shuffle_documents=False),
+    ], tasks=1, logging_dir=work + "/logs").run()
+"""
 WITHOUT = """
 import runpy, sys
 sys.modules["tiktoken"] = None
@@ -77,6 +91,8 @@ def main() -> None:
         }
         if find_spec("datasets") is not None:
             commands["map"] = ["-c", MAP, str(text), str(tokenizer)]
+        if find_spec("datatrove") is not None:
+            commands["datatrove"] = ["-c", DATATROVE, str(text), str(tokenizer)]
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(options.repeats):
             for name, words in commands.items():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from data_tools.cut import ADVICE, Stream, Tokens, cut_shard, plan_shards
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, checked_ids
 from data_tools.formats.flat import DTYPES
 from data_tools.formats.table import FORMATS, ROWS, TokenFormat, mixed, recognized
+from data_tools.new_folder import new_folder
 from data_tools.progress import Ticker
 from mpidp.data.index import FileRecord, Index, SplitRecord
 from mpidp.data.special_tokens import FILE, SpecialTokens, special_tokens_of
@@ -61,27 +59,18 @@ def from_tokens(name: str, source: Path, out: Path, options: FromOptions) -> lis
     name: of a format, or "auto". Raises UsageError if an option is invalid or `out` exists. Raises DataError if the source is
     damaged, has another format, or does not match the tokenizer. `out` is then not made. Independent.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
     options.check()
     name, kind = _format_of(name, source)
-    ticker = Ticker("convert")
     encoder = ByteTokenizer() if options.tokenizer == "byte" else load_tokenizer(options.tokenizer, options.eod)
-    with writing(out, "choose another folder"):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
+    ticker = Ticker("convert")
     try:
-        with writing(scratch, ADVICE):
-            (scratch / "new").mkdir()
-        reading = ReadOptions(encoder.vocab_size, scratch, options.dtype, options.column)
-        writers = _read(kind, source, reading, encoder, options, ticker)
-        remarks = _find_documents(kind, writers, encoder, options, reading.divided)
-        index = _write(writers, encoder, scratch / "new", options, {"kind": name, "path": str(source)}, ticker)
-        with writing(out, ADVICE):
-            os.rename(scratch / "new", out)
+        with new_folder(out) as (new, scratch):
+            reading = ReadOptions(encoder.vocab_size, scratch, options.dtype, options.column)
+            writers = _read(kind, source, reading, encoder, options, ticker)
+            remarks = _find_documents(kind, writers, encoder, options, reading.divided)
+            index = _write(writers, encoder, new, options, {"kind": name, "path": str(source)}, ticker)
     finally:
         ticker.close()
-        shutil.rmtree(scratch, ignore_errors=True)
     lines = [f"{out}: {split} {counted(record.tokens, 'token')}, {counted(record.documents, 'document')}"
              for split, record in index.splits.items()]
     if skipped := reading.skipped:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from data_tools.cut import ADVICE
 from data_tools.formats.stream import SplitTokens
-from data_tools.formats.table import FORMATS, IDS, TokenFormat
+from data_tools.formats.table import FORMATS, IDS
+from data_tools.new_folder import new_folder
 from data_tools.progress import Ticker
 from mpidp.data.shards import TokenStream
 from mpidp.data.tokenizer import load_tokenizer
-from mpidp.errors import DataError, UsageError
+from mpidp.errors import DataError
 from mpidp.runtime.files import writing
 from mpidp.runtime.log import counted
 
@@ -39,7 +37,8 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
     if name in PREFIXED:
         remarks = [remark for split in splits for remark in kind.write(split, out)]
     else:
-        remarks = _in_folder(kind, splits, out)
+        with new_folder(out) as (new, _), writing(out, ADVICE):
+            remarks = [remark for split in splits for remark in kind.write(split, new)]
     ticker.close()
     lines = []
     for split in splits:
@@ -49,21 +48,3 @@ def to_tokens(name: str, shards: Path, out: Path) -> list[str]:
         remarks.append(f"{kind.what} does not store where documents end; at {counted(lost, 'place')} the end-of-document "
                        "tokens differ from the ends of the documents")
     return lines + list(dict.fromkeys(remarks))
-
-
-def _in_folder(kind: TokenFormat, splits: list[SplitTokens], out: Path) -> list[str]:
-    """Write to a temporary folder, and give it the name OUT when it is complete."""
-    if out.exists():
-        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
-    with writing(out, "choose another folder"):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
-    try:
-        with writing(out, ADVICE):
-            new = scratch / "new"
-            new.mkdir()
-            remarks = [remark for split in splits for remark in kind.write(split, new)]
-            os.rename(new, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return remarks

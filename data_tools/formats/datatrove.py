@@ -14,19 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, read_array, readable, whole_array, with_starts
+from data_tools.formats.blocks import ReadOptions, TokenBlock, read_array, readable, whole_array, with_starts
 from data_tools.formats.flat import check_head, head_of, type_of_ids
-from data_tools.formats.splits import files_in, in_splits
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 from mpidp.runtime.files import open_regular
 
 MAX_METADATA_BYTES = 2**16
-
-
-def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the .ds files of a source. Raises DataError if there are none. Independent."""
-    return in_splits(files_in(source, "*.ds"), source, remarks)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:

@@ -13,20 +13,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, read_array
+from data_tools.formats.blocks import ReadOptions, TokenBlock, read_array
 from data_tools.formats.flat import EVALUATION, GPT2, LLAMA3, check_head, head_of
-from data_tools.formats.splits import files_in, in_splits
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 
 HEADER_BYTES = 256 * 4
 KINDS: dict[int, tuple[int, np.dtype[Any]]] = {GPT2: (1, np.dtype("<u2")), LLAMA3: (7, np.dtype("<u4"))}
 FILE_TOKENS = 10**8  # tokens of a file, as of llm.c's fineweb.py
-
-
-def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the .bin files of a source. Raises DataError if there are none. Independent."""
-    return in_splits(files_in(source, "*.bin"), source, remarks)
 
 
 def is_one(path: Path) -> bool:

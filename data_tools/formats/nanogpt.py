@@ -10,15 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock, read_array
+from data_tools.formats.blocks import ReadOptions, TokenBlock, read_array
 from data_tools.formats.flat import check_head, head_of, type_of_ids
-from data_tools.formats.splits import files_in, in_splits
 from data_tools.formats.stream import SplitTokens
-
-
-def find(source: Path, remarks: list[str]) -> list[SourcePart]:
-    """Return the .bin files of a source. Raises DataError if there are none. Independent."""
-    return in_splits(files_in(source, "*.bin"), source, remarks)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[TokenBlock]:

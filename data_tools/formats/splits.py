@@ -57,15 +57,24 @@ def folders_with_index(
     return in_splits(parts, folder, remarks)
 
 
+def visible(source: Path, *patterns: str) -> list[Path]:
+    """Return the files of a folder and the folders below it that match a pattern, in the order of their names, without hidden
+    files. Independent."""
+    return sorted({path for pattern in patterns for path in source.rglob(pattern)
+                   if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
+
+
 def files_in(source: Path, *patterns: str) -> list[Path]:
-    """Return a file, or the files of a folder and the folders below it that match a pattern, in the order of their names. Hidden
-    files are skipped. Raises DataError if there are none. Independent."""
+    """Return a file, or the visible files of a folder. Raises DataError if there are none. Independent."""
     if source.is_dir():
-        found = sorted({path for pattern in patterns for path in source.rglob(pattern)
-                        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)})
-        if not found:
+        if not (found := visible(source, *patterns)):
             raise DataError(f"{source} holds no file {' or '.join(patterns)}: give the folder or the file that has the tokens")
         return found
     if not source.exists():
         raise DataError(f"{source} does not exist: give an existing file or folder")
     return [source]
+
+
+def finder(pattern: str) -> Callable[[Path, list[str]], list[SourcePart]]:
+    """Return a function that assigns the files of a source that match a pattern to splits. See files_in, in_splits. Pure."""
+    return lambda source, remarks: in_splits(files_in(source, pattern), source, remarks)

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_tools.formats import datatrove, hf, litdata, llmc, mds, megatron, nanogpt, olmo
 from data_tools.formats.blocks import ReadOptions, SourcePart, TokenBlock
 from data_tools.formats.flat import OTHERS, head_of
+from data_tools.formats.splits import finder, visible
 from data_tools.formats.stream import SplitTokens
 from mpidp.errors import DataError
 
@@ -31,10 +32,9 @@ class TokenFormat:
 
 
 def _any(source: Path, pattern: str, accept: Callable[[Path], bool] = lambda path: True) -> bool:
-    """Return whether the source, or the first file with this pattern in it, is accepted."""
+    """Return whether the source, or the first visible file with this pattern in it, is accepted."""
     if source.is_dir():
-        found = sorted(path for path in source.rglob(pattern) if path.is_file()
-                       and not any(part.startswith(".") for part in path.relative_to(source).parts))
+        found = visible(source, pattern)
         return bool(found) and accept(found[0])
     return source.is_file() and source.match(pattern) and accept(source)
 
@@ -64,7 +64,7 @@ def _has_index(of: Callable[[Path], bool]) -> Callable[[Path], bool]:
 
 FORMATS = {  # in the order in which they are recognized
     "megatron": TokenFormat("Megatron-LM's .bin and .idx", STORED, _is_megatron, megatron.find, megatron.read, megatron.write),
-    "datatrove": TokenFormat("datatrove's .ds", STORED, lambda source: _any(source, "*.ds"), datatrove.find, datatrove.read,
+    "datatrove": TokenFormat("datatrove's .ds", STORED, lambda source: _any(source, "*.ds"), finder("*.ds"), datatrove.read,
                              datatrove.write, masks=True),
     "mds": TokenFormat("MDS of MosaicML Streaming", ROWS, _has_index(mds.is_one), mds.find, mds.read, mds.write,
                        masks=True),
@@ -72,9 +72,9 @@ FORMATS = {  # in the order in which they are recognized
                            litdata.write, masks=True),
     "hf": TokenFormat("Hugging Face's Arrow folders and .parquet", ROWS, _is_hf, hf.find, hf.read, hf.write, masks=True),
     "olmo": TokenFormat("OLMo's .npy", IDS, lambda source: _any(source, "*.npy"), olmo.find, olmo.read, olmo.write, masks=True),
-    "llmc": TokenFormat("llm.c's .bin", IDS, lambda source: _any(source, "*.bin", llmc.is_one), llmc.find, llmc.read, llmc.write,
-                        eod_first=True, goes_on=True),
-    "nanogpt": TokenFormat("nanoGPT's .bin", IDS, lambda source: _any(source, "*.bin", _is_plain), nanogpt.find, nanogpt.read,
+    "llmc": TokenFormat("llm.c's .bin", IDS, lambda source: _any(source, "*.bin", llmc.is_one), finder("*.bin"), llmc.read,
+                        llmc.write, eod_first=True, goes_on=True),
+    "nanogpt": TokenFormat("nanoGPT's .bin", IDS, lambda source: _any(source, "*.bin", _is_plain), finder("*.bin"), nanogpt.read,
                            nanogpt.write, goes_on=True),
 }
 

@@ -77,7 +77,8 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
     if not mpirun[0]:
         return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install an MPI module, or try srun")
     if mpirun[1] not in (kind, "other"):
-        fix = f"put the mpirun of {kind} first on the PATH: the other starts N jobs of one rank instead of one job of N ranks"
+        fix = (f"put the mpirun of {kind} first on the PATH: the mpirun that is first now starts N jobs of one rank, not one "
+               "job of N ranks")
         return CheckResult("launch", "warning", f"{words}; but the mpirun on the PATH is {mpirun[1]}'s ({mpirun[0]})", fix)
     return CheckResult("launch", "ok", f"{words}, matching mpirun {mpirun[0]}")
 

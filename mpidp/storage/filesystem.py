@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import IO, Any
 
@@ -16,6 +17,8 @@ PIECE = 8 << 20  # bytes written at a time
 def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, str]:
     """Return (fsspec's filesystem, the folder in it). Raises UsageError if the package of the protocol is missing, or if there
     is no such protocol. Independent."""
+    if address.protocol in PACKAGES:  # gcsfs logs tracebacks, also of errors that it raises
+        logging.getLogger(PACKAGES[address.protocol]).addHandler(logging.NullHandler())
     try:
         import fsspec
 

@@ -62,8 +62,9 @@ class Retries:
                 return result
             limit, spent = self.seconds if self._answered else min(FIRST_SECONDS, self.seconds), time.monotonic() - began
             if spent + pause > limit or self._closed.is_set():
-                raise DataError(f"{where}: {reason}; gave up after {tries} tries in {spent:.0f} s ({self._setting}: "
-                                f"at most {limit:g} s). Nothing is lost: start the same command again when the server answers")
+                times = "1 try" if tries == 1 else f"{tries} tries"
+                raise DataError(f"{where}: {reason}; gave up after {times} in {spent:.0f} s ({self._setting}: at most {limit:g} "
+                                "s). Nothing is lost: start the same command again when the server answers")
             if tries > 1:
                 self._warn(f"warning: {where}: {reason}; try {tries} failed, trying again for up to {limit - spent:.0f} s")
             self._pause(pause * (0.5 + self._random.random()))

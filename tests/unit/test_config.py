@@ -278,7 +278,8 @@ def configs(draw: st.DrawFn) -> Config:
     if {chosen["train.device"], chosen["comm.reducer"], chosen["comm.overlap"]} & {"cpu", "root", "thread", "poll"} or strategy:
         chosen["comm.gpu"] = "auto" if chosen["comm.gpu"] == "nccl" else chosen["comm.gpu"]
     settings = Config().flat() | chosen | {f"strategy.{key}": v for key, v in strategy.items()}
-    if any(rule.one.startswith("mesh.") and rule.has_one(settings) and rule.has_other(settings) for rule in rules.RULES):
+    of_meshes = [rule for rule in rules.RULES if rule.one.startswith(("mesh.", "train.eval_tasks"))]
+    if any(rule.has_one(settings) and rule.has_other(settings) for rule in of_meshes):
         chosen |= {"mesh.shard": 0, "mesh.tp": 1, "mesh.pp": 1, "mesh.sequence": False, "mesh.interleave": 1}
     sections: dict[str, dict[str, Any]] = {"strategy": strategy}
     for key, value in chosen.items():

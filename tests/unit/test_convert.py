@@ -166,7 +166,7 @@ def test_options_of_from_are_refused_with_to() -> None:
 
 
 @pytest.mark.parametrize(("ids", "fraction", "words"), [
-    ([1], 0.05, "the source has 1 token, but each split needs at least 2: give more text, or --val-fraction 0"),
+    ([1], 0.05, "the source has 1 token, but each split needs at least 2: give more text, or set --val-fraction 0"),
     ([1], 0.0, "the source has 1 token, but each split needs at least 2: give more text"),
     ([1, 2, 3], 0.5, "the source has 3 tokens, but each split needs at least 2"),
 ])

@@ -304,7 +304,7 @@ def test_fields_that_are_there_are_named_and_another_can_be_chosen(tmp_path: Pat
     assert found == [] and "its fields are: content, id (--text-key" in counts.no_text()
     assert read(path, text_key="content")[0] == ["x"] * 3
     for tokenizer in ("byte", "char"):
-        with pytest.raises(DataError, match=r"no text at all(.|\n)*a\.jsonl:1: no field `text`; its fields are: content, id"):
+        with pytest.raises(DataError, match=r"no text at all(.|\n)*a\.jsonl:1.*: no field `text`; its fields are: content, id"):
             prepare(str(path), tokenizer, tmp_path / "out")
     prepare(str(path), "char", tmp_path / "out", val_fraction=0, text_key="content")
 

@@ -1,0 +1,35 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_tools.cut import ADVICE
+from mpidp.errors import UsageError
+from mpidp.runtime.files import writing
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[tuple[Path, Path]]:
+    """Return a context with (NEW, SCRATCH). NEW gets the name `out` at the end, unless there is an exception; SCRATCH is removed.
+
+    Raises UsageError if `out` exists or cannot be written. Independent.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists and is not overwritten: choose another folder, or remove it yourself")
+    with writing(out, "choose another folder"):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
+    try:
+        with writing(out, ADVICE):
+            (scratch / "new").mkdir()
+        yield scratch / "new", scratch
+        with writing(out, ADVICE):
+            os.rename(scratch / "new", out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
