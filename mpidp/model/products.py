@@ -44,6 +44,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # torch's compiler accepts the operator only with constant weights
+        return False
     float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     return KIND == "onednn" and float32 and x.numel() * len(weight) >= SMALLEST
 

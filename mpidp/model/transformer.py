@@ -25,6 +25,8 @@ from mpidp.model.products import Linear
 from mpidp.model.rope import tables_of
 from mpidp.model.shape import TransformerShape, shapes_of
 
+COMPILED_SHAPES = 128  # with compile_blocks(), batches of this many shapes are compiled
+
 
 class Transformer(nn.Module):
     """The Transformer language model. It maps tokens (B, T) to logits (B, T, V).
@@ -171,7 +173,10 @@ class Transformer(nn.Module):
         """Compile each block with torch.compile. All layers share one graph; the head is not compiled.
 
         Attention within long packed sequences is not compiled, because the lengths of documents change with each batch.
+        torch.compile stops compiling a function after recompile_limit shapes (8 by default). Then a rank that saw more shapes
+        than another would compute other bits, so the limit is raised.
         """
+        torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
         for block in self.blocks.values():
             attention: Any = block.attention
             attention.within = torch.compiler.disable(attention.within)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -235,3 +236,18 @@ def test_one_graph_serves_all_blocks() -> None:
         block.compile(dynamic=False, backend=counter)
     model(torch.zeros(2, SHAPE.seq_len, dtype=torch.int64), key=torch.tensor(5)).sum().backward()
     assert counter.frame_count == 1
+
+
+def test_every_shape_of_a_batch_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that computes more shapes than another, because it has the rest of an epoch or of an evaluation, computes the same
+    bits."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, counter = Transformer(replace(SHAPE, num_layers=1), seed=0), CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # restored afterwards
+    model.compile_blocks()
+    for rows in range(1, 11):
+        model(torch.zeros(rows, 4, dtype=torch.int64))
+    assert counter.frame_count == 10

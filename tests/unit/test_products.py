@@ -80,3 +80,4 @@ def test_torch_computes_small_products_and_those_outside_training(monkeypatch: p
     with torch.autocast("cpu", torch.bfloat16):
         products.linear(x, weight)
     products.linear(x.double(), weight.double())
+    torch.compile(products.linear, backend="eager", fullgraph=True)(x, weight)
