@@ -80,4 +80,15 @@ def test_torch_computes_small_products_and_those_outside_training(monkeypatch: p
     with torch.autocast("cpu", torch.bfloat16):
         products.linear(x, weight)
     products.linear(x.double(), weight.double())
-    torch.compile(products.linear, backend="eager", fullgraph=True)(x, weight)
+
+
+def test_compiled_code_calls_torch(every_size: None) -> None:
+    """torch's compiler fails with oneDNN's operator, whose weight must be constant there."""
+    calls: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compile(products.linear, backend=backend, fullgraph=True)(torch.randn(2, 8, requires_grad=True), torch.randn(8, 8))
+    assert len(calls) == 1 and "linear" in calls[0]
