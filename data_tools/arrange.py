@@ -1,9 +1,10 @@
 """Arrange the documents of one or more sources in the output. The result does not depend on the number of ranks.
 
 A mixture takes the next document from the source that is furthest behind its share. Every prefix of the mixture therefore has
-about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Each document goes
-into the first of the last few windows with enough room, so no document crosses a window boundary. The rest of a window is filled
-with end-of-document tokens that are excluded from the loss. Packing needs about 100 bytes of memory per document.
+about the requested shares. Packing puts the documents, in order, into windows of a fixed number of tokens. Only the last few
+windows are kept open. Each document goes into the first of them that has enough room, so no document crosses a window boundary.
+The rest of a window is filled with end-of-document tokens that are excluded from the loss. Packing needs about 100 bytes of
+memory per document.
 """
 
 from __future__ import annotations

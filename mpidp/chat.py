@@ -26,7 +26,7 @@ from mpidp.runtime.options import (
     program,
 )
 
-HELP = "/reset forgets the chat, /help shows this line, /quit, /exit or the end of input (Ctrl-D) ends, Ctrl-C ends an answer"
+HELP = "/reset: forget the chat; /help: show this line; /quit, /exit or Ctrl-D: leave; Ctrl-C: stop the answer"
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ class BoxReader(Protocol):
 
 
 class AddedRows:
-    """The parameters of `weights`, with more rows of the vocabulary. stored: number of rows in `weights`. Independent."""
+    """The parameters of `weights`, with rows added to the embedding and the head for new token ids. stored: number of rows in
+    `weights`. Independent."""
 
     def __init__(self, weights: BoxReader, stored: int) -> None:
         self._weights, self._stored = weights, stored

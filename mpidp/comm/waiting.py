@@ -1,4 +1,4 @@
-"""How a rank waits for MPI requests. MPI's own wait polls without a pause (it spins), which is best if every rank has its own
+"""How a rank waits for MPI requests. MPI's own wait checks without a pause (it spins), which is best if every rank has its own
 core. If ranks share cores, a waiting rank must yield its core to the ranks that compute."""
 
 from __future__ import annotations

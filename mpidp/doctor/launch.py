@@ -95,7 +95,9 @@ def check_slurm(size: int, environ: Mapping[str, str]) -> CheckResult:
     if 0 < tasks < size:
         return CheckResult("Slurm", "warning", words, "ranks share cores: request as many tasks as ranks (--ntasks)")
     if tasks > size:
-        return CheckResult("Slurm", "note", words, "some of the requested tasks are unused (--ntasks, or -n of the launcher)")
+        return CheckResult(
+            "Slurm", "note", words, "some requested tasks are unused: request fewer (--ntasks), or start more ranks (-n)"
+        )
     return CheckResult("Slurm", "ok", words)
 
 

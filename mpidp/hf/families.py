@@ -104,8 +104,8 @@ class Family:
     """A model family of transformers.
 
     title: public models of the family. options: the options that all models of the family have. only: the fields that must have
-    one of these values. free: the fields that do not change the logits. longest: the field with the longest context. copies: old
-    names of fields, which other programs still read, and the fields with the same values.
+    one of these values. free: the fields that do not change the logits. longest: the field with the maximum context length.
+    copies: for each old name of a field, which other programs still read, the field whose value it repeats.
     """
 
     architecture: str

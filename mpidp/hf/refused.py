@@ -42,9 +42,9 @@ def refusal(architectures: object, model_type: object) -> str:
     """Return the message for a model that is of no supported family. Pure."""
     if isinstance(model_type, str) and (near := BY_MODEL_TYPE.get(model_type)):
         return (
-            f"architectures={short(architectures)} is not supported: of model_type={short(model_type)}, mpidp has only "
-            f"{near.architecture}. If the files have the weights of a language model, write [\"{near.architecture}\"] for "
-            "architectures in config.json in a copy of the folder. Else use the folder of the language model"
+            f"architectures={short(architectures)} is not supported. For model_type={short(model_type)}, mpidp supports only "
+            f"{near.architecture}. If the files contain the weights of a language model, copy the folder, and set architectures "
+            f"to [\"{near.architecture}\"] in the copy's config.json. Otherwise, use the folder of a model of this architecture"
         )
     reason, nearest = REFUSED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
     has = f", because it has {reason}, which mpidp's Transformer does not" if reason else ""

@@ -31,7 +31,7 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
     for key, (value, least, most) in stated.items():
         if type(value) is not int or not least <= value <= most:
             raise CheckpointError(f"{path / 'manifest.json'}: {key}={value!r} is not an integer in {least}..{most}: "
-                                  "restore the checkpoint, or take an older one")
+                                  "copy the checkpoint again from a backup, or use an older checkpoint")
     if not isinstance(meta["config"]["data.path"], str):
         raise CheckpointError(f"{path / 'manifest.json'}: data.path={meta['config']['data.path']!r} is not a path")
 
@@ -43,5 +43,6 @@ def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
     if shape.num_layers > tensors or parameters > stored:
         raise CheckpointError(
             f"{path / 'manifest.json'}: its shape has {shape.num_layers:,} layers and {num_parameters(shape):,} parameters, but "
-            f"its files hold {tensors:,} tensors in {stored:,} bytes: restore the checkpoint, or take an older one"
+            f"its files hold {tensors:,} tensors in {stored:,} bytes: copy the checkpoint again from a "
+            "backup, or use an older checkpoint"
         )

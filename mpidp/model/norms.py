@@ -24,7 +24,8 @@ class Norm(nn.Module):
         return self.normalized(x, self.weight, self.bias)
 
     def normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the normalized x with other parameters, for example parameters whose gradients are summed over ranks."""
+        """Normalize x with the given weight and bias instead of this module's, for example with parameters whose gradients
+        are summed over ranks."""
         gain, x = self.gain(weight), x.to(weight.dtype)  # in float32 also after a product in 16 bits
         if bias is None:
             return F.rms_norm(x, weight.shape, gain, self.eps)

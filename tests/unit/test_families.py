@@ -169,7 +169,7 @@ def test_other_families_are_refused_with_what_is_near(kind: str) -> None:
 
 def test_another_head_is_refused_with_the_architecture_to_write() -> None:
     for named, kind, wanted in (("GPT2Model", "gpt2", "GPT2LMHeadModel"), ("LlamaModel", "llama", "LlamaForCausalLM")):
-        with pytest.raises(DataError, match=rf"{named}.* mpidp has only {wanted}\..*write \[\"{wanted}\"\] for architectures"):
+        with pytest.raises(DataError, match=rf"{named}.* mpidp supports only {wanted}\..*set architectures to \[\"{wanted}\"\]"):
             settings_of({"architectures": [named], "model_type": kind}, "it")
 
 

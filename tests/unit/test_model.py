@@ -246,8 +246,8 @@ def test_every_shape_of_a_batch_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     torch._dynamo.reset()
     model, counter = Transformer(replace(SHAPE, num_layers=1), seed=0), CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # restored afterwards
-    model.compile_blocks()
-    for rows in range(1, 11):
-        model(torch.zeros(rows, 4, dtype=torch.int64))
+    with torch._dynamo.config.patch(recompile_limit=8):  # restores the value that compile_blocks() sets
+        model.compile_blocks()
+        for rows in range(1, 11):
+            model(torch.zeros(rows, 4, dtype=torch.int64))
     assert counter.frame_count == 10

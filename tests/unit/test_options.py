@@ -106,7 +106,7 @@ WRONG = {  # options: words of the message
     "model.parallel=True requires model.norm_place=before": {"parallel": True, "norm_place": "both"},
     "model.rope_scaling has 1 short and 1 long factors, but 8 rotary dimensions need 4 of each": {
         "rope_scaling": "longrope:8,1,2,3"},
-    "model.window_rope_scaling='dynamic:2' must be linear:FACTOR": {
+    "model.window_rope_scaling='dynamic:2' must be of one of these forms: linear:FACTOR": {
         "window": 3, "window_rope_theta": 1e4, "window_rope_scaling": "dynamic:2"},
     "model.logit_cap=nan must be 0 or more": {"logit_cap": float("nan")},
 }
@@ -141,5 +141,5 @@ def test_rotary_scalings_are_parsed(text: str) -> None:
     "dynamic:2", "llama3:nan,1,4,8", "ntk:2", "yarn:inf,8",
 ])
 def test_other_rotary_scalings_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="must be linear:FACTOR"):
+    with pytest.raises(ValueError, match="must be of one of these forms: linear:FACTOR"):
         rope_scaling(text)
