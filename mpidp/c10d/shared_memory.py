@@ -27,6 +27,22 @@ Exchange = Callable[[list[int]], list[list[int]]]  # an allgather of each rank's
 Phase = Callable[[int], None]  # works on the piece with this index
 
 
+def _made(size: int) -> tuple[int, list[int]]:
+    """Make an anonymous file of this size. Return its handle, and the random integers at its beginning. The handle is -1 if the
+    system cannot make the file, for example because a process cannot open more files."""
+    token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64)
+    handle = -1
+    try:
+        handle = os.memfd_create("mpidp")
+        os.truncate(handle, size)
+        os.pwrite(handle, token.numpy().tobytes(), 0)
+    except (AttributeError, OSError):  # no memfd_create on this system; too many files, or limits of files
+        if handle >= 0:
+            os.close(handle)
+        handle = -1
+    return handle, token.tolist()
+
+
 class SharedMemory:
     """Collectives of the ranks of one group, if all of them run on one node. Public methods are Collective over the group.
 
@@ -45,11 +61,8 @@ class SharedMemory:
     def open(self) -> bool:
         """Map the buffers. Return False on all ranks if the ranks do not share a node, or if the system cannot share memory."""
         size, handle, token = 2 * (self.ranks + 1) * self._piece, -1, [0] * TOKEN
-        if self.rank == 0 and hasattr(os, "memfd_create") and os.environ.get(NEAR) != "messages":
-            handle = os.memfd_create("mpidp")
-            os.truncate(handle, size)
-            token = torch.frombuffer(bytearray(os.urandom(8 * TOKEN)), dtype=torch.int64).tolist()
-            os.pwrite(handle, torch.tensor(token).numpy().tobytes(), 0)
+        if self.rank == 0 and os.environ.get(NEAR) != "messages":
+            handle, token = _made(size)
         pid, number, *token = self._exchange([os.getpid(), handle, *token])[0]
         mapped = number >= 0 and os.environ.get(NEAR) != "messages" and self._map(f"/proc/{pid}/fd/{number}", size, token)
         every = all(row[0] for row in self._exchange([int(mapped)]))

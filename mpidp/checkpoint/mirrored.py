@@ -7,10 +7,11 @@ import os
 import re
 import secrets
 import shutil
+import tomllib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mpidp.checkpoint.manifest import check_file, committed, read_manifest
 from mpidp.errors import CheckpointError, DataError, MpidpError, UsageError
@@ -136,6 +137,17 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
             raise
         log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint is copied", error)
     return folder
+
+
+def settings_on(address: str) -> dict[str, Any]:
+    """Return the content of config.toml on a mirror, by section; empty if the mirror has no complete checkpoint. Raises
+    CheckpointError if the file is damaged, and DataError if the server fails. Independent."""
+    folder = MirrorFolder(address)
+    content = folder.read("config.toml") if folder.steps() else None
+    try:
+        return tomllib.loads((content or b"").decode())
+    except ValueError as error:
+        raise CheckpointError(f"{folder.address}/config.toml is damaged: {error}") from error
 
 
 def _own_id(run_dir: Path) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from mpidp.checkpoint.mirrored import settings_on
 from mpidp.config.command_line import read_run_config
 from mpidp.config.resolve import workers
 from mpidp.config.schema import Config
@@ -46,7 +47,7 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
     size, found = 0, ""
     with raise_together(grid.world):
         if grid.world.rank == 0:
-            size = recorded(Path(config.run.dir)) if config.run.resume != "never" else 0
+            size = recorded(Path(config.run.dir), config.run.mirror) if config.run.resume != "never" else 0
     if not (size := grid.world.bcast(size)):
         rates = measured(plan(config.with_values(train={"micro_batch": 1}), grid), config.train.lanes)
         size = chosen(rates)
@@ -56,11 +57,13 @@ def with_micro_batch(config: Config, grid: Grid) -> Config:
     return config.with_values(train={"micro_batch": size})
 
 
-def recorded(run_dir: Path) -> int:
-    """Return the micro-batch of the run in this folder; 0 if it has no checkpoint. Independent."""
-    if not any((run_dir / "checkpoints").glob("*/manifest.json")) or not (run_dir / "config.toml").is_file():
-        return 0
-    return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
+def recorded(run_dir: Path, mirror: str = "") -> int:
+    """Return the micro-batch of the run in this folder. If the folder has no checkpoint, the run will resume from the mirror:
+    return the micro-batch that is recorded there. 0 if there is no checkpoint. Raises DataError if the mirror's server fails.
+    Independent."""
+    if any((run_dir / "checkpoints").glob("*/manifest.json")) and (run_dir / "config.toml").is_file():
+        return int(read_run_config(run_dir / "config.toml").get("train.micro_batch", 0))
+    return int(settings_on(mirror).get("train", {}).get("micro_batch", 0)) if mirror else 0
 
 
 def candidates(global_batch: int, lanes: int) -> list[int]:

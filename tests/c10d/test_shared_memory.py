@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import reduce
 from typing import Any
 
@@ -83,11 +84,14 @@ def test_the_output_may_lie_in_the_input(near: Any, where: str) -> None:
     assert torch.equal(whole[500 * at : 500 * (at + 1)], in_order(every, "SUM")[500 * RANK : 500 * (RANK + 1)])
 
 
-@pytest.mark.parametrize("why", ["setting", "another node"])
+@pytest.mark.parametrize("why", ["setting", "another node", "no file"])
 def test_without_shared_memory_all_ranks_use_messages(near: Any, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    """On another node the process id of rank 0 belongs to an unrelated process, or to none."""
+    """On another node the process id of rank 0 belongs to an unrelated process, or to none. Limits of the system may prevent
+    rank 0 from making the file."""
     group = dist.new_group()
-    if RANK == SIZE - 1:
+    if why == "no file":
+        monkeypatch.setattr(os, "truncate", lambda *_: os.open("/missing", os.O_RDONLY))  # OSError, as with `ulimit -f`
+    elif RANK == SIZE - 1:
         if why == "setting":
             monkeypatch.setenv(shared_memory.NEAR, "messages")
         else:

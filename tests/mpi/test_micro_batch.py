@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpidp.config.command_line import from_args, read_run_config
+from mpidp.config.schema import Config
 from mpidp.errors import UsageError
 from mpidp.parallel.grid import make_grid
 from mpidp.training import micro_batch
@@ -69,6 +70,20 @@ def test_what_was_chosen_is_recorded_and_used_again(
     resumed = train_at(1, tiny(data, first, train=train, optim=constant))
     given = train_at(ranks, tiny(data, shared_tmp / "given", train=train | {"micro_batch": found}, optim=constant))
     assert resumed.sha256 == given.sha256
+
+
+@pytest.mark.mpi
+def test_a_run_on_a_new_machine_uses_the_value_on_its_mirror(
+    shared_folder: Path, shared_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str, size: int, steps: int) -> Config:
+        run = {"dir": str(shared_tmp / name), "mirror": f"file://{shared_tmp}/mirror", "hang_seconds": 0.0}
+        return tiny(corpus(shared_folder), shared_tmp / name, train={"micro_batch": size, "steps": steps}, run=run)
+
+    train_at(1, config("first", 4, 2))
+    monkeypatch.setattr(micro_batch, "measured", lambda *_: pytest.fail("measured again"))
+    assert train_at(min(2, WORLD.size), config("second", 0, 4)).events("resume")
+    assert WORLD.bcast(read_run_config(shared_tmp / "second/config.toml")["train.micro_batch"]) == 4
 
 
 @pytest.mark.mpi
