@@ -139,7 +139,7 @@ def test_a_tracker_stores_what_metrics_jsonl_holds(tmp_path: Path, shards: Path,
 
 DEAD = {
     "wandb": {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4},
-    "mlflow": {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+    "mlflow": {"MLFLOW_TRACKING_URI": "http://me:s3cr3t@127.0.0.1:9"},
     "trackio": {"TRACKIO_SERVER_URL": "http://127.0.0.1:9"},
 }  # fmt: skip
 
@@ -151,6 +151,7 @@ def test_a_dead_server_is_a_warning(tmp_path: Path, shards: Path, name: str) -> 
     weights = [re.findall("weights_sha256 (.*)", one.stdout) for one in (plain, tracked)]
     assert weights[0] == weights[1] and weights[0]
     assert tracked.stderr.count("warning: ") == tracked.stderr.count(f"metrics.track={name}: ") in (1, 2), tracked.stderr
+    assert "s3cr3t" not in tracked.stderr
     if name == "wandb" and "stored offline" in tracked.stderr:  # if the machine is slow, the time at the end is not enough
         assert list((tmp_path / "wandb/track").glob("wandb/offline-run-*"))
     if name == "mlflow" and "are stored in" in tracked.stderr:

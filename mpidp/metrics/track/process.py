@@ -24,6 +24,7 @@ from typing import Any
 
 from mpidp.metrics.track.tracked import TrackedRun, Tracker, kind_of
 from mpidp.runtime.files import write_file
+from mpidp.storage.address import without_secrets
 
 MAX_LINES = 10_000  # lines that wait for a slow tracker; later ones are left out
 MAX_BATCH = 200  # most lines in one call
@@ -155,7 +156,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
             tracker: Tracker = getattr(module, f"{name.capitalize()}Tracker")(run)
             state.save()
             if tracker.note:
-                warnings.say("note", tracker.note)
+                warnings.say("note", without_secrets(tracker.note))
     except BaseException as error:  # noqa: BLE001 - a tracker may also raise SystemExit
         warnings.say("failed", f"{what} failed ({_short(error)})")
         return 1
@@ -193,7 +194,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
 
 
 def main() -> None:
