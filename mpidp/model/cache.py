@@ -103,8 +103,9 @@ def _attend_next(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
 
 
 def joined(caches: list[Cache]) -> bool:
-    """Return whether the caches are all rows of the same tensors, in order, and have the same length. Pure."""
+    """Return whether the caches are all rows of the same tensors, in order, and have the same positions there. Pure."""
     first = caches[0]
     if not first.joint or len(caches) != len(next(iter(first.joint.values()))[0]):
         return False
-    return all(c.joint is first.joint and c.row == i and c.length == first.length for i, c in enumerate(caches))
+    places = first.length, first.counts
+    return all(c.joint is first.joint and c.row == i and (c.length, c.counts) == places for i, c in enumerate(caches))

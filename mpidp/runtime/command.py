@@ -195,6 +195,10 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         if isinstance(error, BrokenPipeError) and (world is None or world.size == 1):  # the reader has exited, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _end(1, everywhere=True)
+        if isinstance(error, KeyboardInterrupt) and (world is None or world.size == 1):  # Ctrl-C: the shell must see it
+            log.error("mpidp: interrupted")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         rank = launcher_rank() if world is None else world.rank
         alone = world is None or not isinstance(error, sys.modules["mpi4py.MPI"].Exception)  # MPI's errors reach other ranks, too
         log.error("mpidp: rank %d failed%s:\n%s", rank, _effect(world, alone), traceback.format_exc())

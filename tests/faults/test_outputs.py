@@ -5,6 +5,7 @@
 | a full disk in prepare, convert, export, generate | 2, the file named; nothing half written, no temporary file | listing |
 | two simultaneous prepares of one OUT | one works, the other exits with 2; the shards are whole | both codes, verify |
 | two simultaneous first trainings, which both prepare the default corpus | both train; prepared once | both codes, output |
+| Ctrl-C in convert | death by SIGINT, one line; nothing half written | listing |
 | links with the old names of temporary files | never followed | content |
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -78,6 +80,17 @@ def test_convert_on_a_full_disk(place: Path, forks: Forks) -> None:
     before = listing(place)
     words = ("--from", "megatron", "whole", "--out", "again", "--tokenizer", "byte")
     expect(forks.run(place, "data_tools.convert", *words, inject=full()), 2, "cannot be written (File too large)")
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("name", ["litdata", "mds"])
+def test_convert_is_interrupted(place: Path, forks: Forks, name: str) -> None:
+    before = listing(place)
+    interrupt = ("import os, signal, data_tools.formats.row_files as files\n"
+                 "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                 "files.RowFiles.close = lambda self: os.kill(os.getpid(), signal.SIGINT)\n")
+    ended = forks.run(place, "data_tools.convert", "--to", name, "shards", "--out", "new", inject=interrupt)
+    expect(ended, -signal.SIGINT, "mpidp: interrupted")
     assert listing(place) == before
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpidp.model import documents, scores
-from mpidp.model.cache import Cache, joined
+from mpidp.model.cache import Cache, attend, joined
 from mpidp.model.documents import Documents, dense_mask, within
 from mpidp.model.joint_cache import join
 from mpidp.model.lora import attach, merged
@@ -220,3 +220,25 @@ def test_joined_caches_keep_only_the_window(monkeypatch: pytest.MonkeyPatch) -> 
                 assert joined(caches)
             found[-1].append(model(ids[:, place : place + 1], caches=caches))
     assert torch.equal(torch.cat(found[0], 1), torch.cat(found[1], 1))
+
+
+def test_joined_caches_that_kept_other_positions_are_computed_alone() -> None:
+    """One row of joined caches took its positions together, the other row one by one: their places in the tensors differ."""
+    torch.manual_seed(0)
+    q, k, v, how = torch.randn(2, 2, 70, 4), torch.randn(2, 2, 70, 4), torch.randn(2, 2, 70, 4), Scores(2, None, 0.0)
+    caches = [Cache(80), Cache(80)]
+
+    def take(rows: slice, cut: int) -> Tensor:
+        at = caches[rows][0].length
+        found = attend(caches[rows], 0, *(x[rows, :, at : at + cut] for x in (q, k, v)), how)
+        for cache in caches[rows]:
+            cache.length += cut
+        return found
+
+    take(slice(2), 1)
+    join(caches)
+    take(slice(1), 68)
+    for _ in range(68):
+        take(slice(1, 2), 1)
+    assert not joined(caches)
+    assert torch.allclose(take(slice(2), 1), causal(q, k, v, how)[:, :, 69:], atol=1e-6)
