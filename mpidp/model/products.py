@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because a call of oneDNN takes 10 microseconds more
+LONGEST = 1 << 14  # terms of a sum; oneDNN divides longer sums among threads, so their bits would depend on the number of threads
 
 
 def _kind() -> str:
@@ -51,8 +51,13 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return found
+    if x.shape[-1] > LONGEST:
+        found = _product(x[..., :LONGEST], weight[:, :LONGEST], bias)
+        for start in range(LONGEST, x.shape[-1], LONGEST):
+            found += _product(x[..., start : start + LONGEST], weight[:, start : start + LONGEST])
+        return found
+    whole: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return whole
 
 
 class _Linear(torch.autograd.Function):
@@ -64,12 +69,12 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        of_x = None if weight is None else _product(grad, weight.t())
-        of_weight = None if x is None else _product(rows.t(), x.reshape(-1, x.shape[-1]).t())
+        multiply = F.linear if torch.is_grad_enabled() else _product  # enabled: gradients of gradients are wanted
+        of_x = None if weight is None else multiply(grad, weight.t())
+        of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t())
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 

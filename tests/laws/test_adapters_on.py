@@ -128,7 +128,7 @@ def test_a_base_that_has_moved_is_named(shared_folder: Path, shared_tmp: Path, k
     if WORLD.rank == 0:
         source.rename(moved)
     WORLD.barrier()
-    with pytest.raises(DataError, match="give its new place with --base DIR"):
+    with pytest.raises(DataError, match="give the model's new place with --base DIR"):
         at(1, lambda comm: evaluate(str(run), None, comm))
     there = str(moved)
     assert at(few, lambda comm: evaluate(str(run), None, comm, base=there))[0]["tokens"] > 0

@@ -61,6 +61,35 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows(every_size: None, 
     assert torch.equal(fewer[0], of_threads[0][0][:1]) and torch.equal(fewer[1], of_threads[0][1][:1])
 
 
+@needs_onednn
+@pytest.mark.parametrize("size", [(40_000, 32, 32), (512, 16, 20_000), (64, 20_000, 16)], ids=str)
+def test_bits_of_long_sums_do_not_depend_on_threads(size: tuple[int, int, int]) -> None:
+    """The three sums of a layer: over rows (gradient of the weight), over outputs (gradient of x), over inputs (value)."""
+    rows, inputs, outputs = size
+    x, weight, bias, grad = (one.float().requires_grad_() for one in _draw(1, rows, inputs, outputs))
+    before, of_threads = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 8):
+            torch.set_num_threads(threads)
+            of_threads.append(_results(products.linear, x, weight, bias, grad.detach()))
+    finally:
+        torch.set_num_threads(before)
+    wanted = _results(F.linear, *(one.detach().double().requires_grad_() for one in (x, weight, bias)), grad.detach().double())
+    for one, other in zip(of_threads[0], wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=5e-3)
+    assert all(torch.equal(one, other) for found in of_threads[1:] for one, other in zip(found, of_threads[0], strict=True))
+
+
+def test_gradients_of_gradients_equal_torchs(every_size: None) -> None:
+    def penalty(linear, x, weight):
+        (grad,) = torch.autograd.grad(linear(x, weight).square().sum(), weight, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [x, weight])
+
+    x, weight, _, _ = (one.requires_grad_() for one in _draw(2, 4, 8, 8, dtype=torch.float32))
+    for one, other in zip(penalty(products.linear, x, weight), penalty(F.linear, x, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
 def test_frozen_inputs_get_no_gradient_and_are_not_saved(every_size: None) -> None:
     x, weight, _, grad = _draw(1, 4, 8, 8, dtype=torch.float32)
     saved: list[torch.Size] = []
