@@ -28,7 +28,7 @@ CONTRACT = {
     "data": f"{EVERY} storage",
     "comm": EVERY,
     "config": f"{EVERY} data model storage",
-    "metrics": EVERY,
+    "metrics": f"{EVERY} storage",
     "checkpoint": f"{EVERY} config model storage",
     "reducers": f"{EVERY} checkpoint comm data",
     "parallel": f"{EVERY} checkpoint comm data model reducers",
