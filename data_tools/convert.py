@@ -27,7 +27,7 @@ from data_tools.to_tokens import to_tokens
 from mpidp.runtime.command import Parser, run_entry
 from mpidp.runtime.log import printable
 from mpidp.runtime.options import add_new_out, program, take_out
-from mpidp.storage.address import is_remote, named
+from mpidp.storage.address import check_local
 
 AUTO = "auto"
 
@@ -84,8 +84,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     if options.to and (unused := [option for name, option in of_from.items() if name in options]):
         parser.error(f"{', '.join(unused)}: only --from has {'this option' if len(unused) == 1 else 'these options'}, but "
                      f"--to {options.to} is given")
-    if is_remote(options.input):
-        parser.error(f"{named('', options.input)} is an address; convert reads local files: copy them first")
+    for option, path in (("SRC", options.input), ("--out", options.out)):
+        check_local(option, path)
     options.input = Path(options.input)
     if not options.to and not getattr(options, "tokenizer", ""):
         parser.error(f"--from {options.source} needs --tokenizer: the files hold token ids only")

@@ -12,6 +12,7 @@ from data_tools.arrange import Arrangement
 from data_tools.cut import Stream
 from mpidp.errors import DataError, UsageError
 from mpidp.runtime.log import counted
+from mpidp.storage.address import check_local
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Source:
 def parse_sources(specs: str | Sequence[str]) -> list[Source]:
     """Parse PATH, or several PATH:WEIGHT with relative weights. Raises UsageError if a weight or path is invalid. Independent."""
     specs = [specs] if isinstance(specs, str) else list(specs)
+    for spec in specs:
+        check_local("--source", spec)
     found = [_parse(spec) for spec in specs]
     if not found:
         raise UsageError("--source is empty; give a file or a folder")

@@ -37,6 +37,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.log import counted, printable
 from mpidp.runtime.options import program
+from mpidp.storage.address import check_local
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -58,6 +59,8 @@ def prepare(
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None
     with team.raise_together():
         options = PrepareOptions(parse_sources(source), tokenizer, shards, val_fraction, **others)
+        check_local("--tokenizer", tokenizer)
+        check_local("--out", str(out))
         check_options(options)
         if team.rank == 0:
             folder.names()

@@ -13,6 +13,7 @@ from typing import Any
 from mpidp.hf.consumers import CONSUMERS
 from mpidp.runtime.command import Parser, begin, run_entry
 from mpidp.runtime.options import add_new_out, add_run, program, take_out
+from mpidp.storage.address import check_local
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
                         help="largest size of a weights file, in 10^9 bytes (%(default)s)")
     options = parser.parse_intermixed_args(list(arguments))
     take_out(parser, options, "RUN OUT", "RUN --out OUT")
+    check_local("--out", options.out)
     if not options.max_file_gb > 0:
         parser.error("--max-file-gb: must be above 0")
     if options.llama_cpp and options.format != "gguf":

@@ -11,6 +11,8 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpidp.errors import UsageError
+
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.IGNORECASE | re.DOTALL)
 _ALMOST = re.compile(r"[\s'\"]*(?:[\w+.-]+::)?(?:s3|gs|gcs|az|abfss?|https?):.*", re.IGNORECASE | re.DOTALL)
 _USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*:/*)[^\s/][^\s]*@")
@@ -48,6 +50,12 @@ def named(name: str, address: str) -> str:
     """Return how an error names an address: NAME=ADDRESS if it is the value of a setting, without secrets. Pure."""
     shown = without_secrets(re.sub(r"[?#;].*", "?***", address, flags=re.DOTALL))
     return f"{name}={shown}" if name else shown
+
+
+def check_local(option: str, path: str) -> None:
+    """Check that the value of an option that takes local files is not an address. Raises UsageError without secrets. Pure."""
+    if is_remote(path):
+        raise UsageError(f"{option} {named('', path)} is an address, but this command uses local files: copy the files first")
 
 
 def address_problems(name: str, path: str) -> Iterator[str]:

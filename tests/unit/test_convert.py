@@ -15,6 +15,7 @@ from data_tools.prepare import prepare
 from data_tools.to_tokens import to_tokens
 from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
+from mpidp.export import read_options as read_export
 from tests.tiny import masked_corpus
 
 
@@ -174,3 +175,19 @@ def test_too_few_tokens_are_counted_correctly(ids: list[int], fraction: float, w
     np.array(ids, "<u2").tofile(tmp_path / "train.bin")
     with pytest.raises(DataError, match=f"^{words}"):
         from_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "out", FromOptions("byte", 1, fraction, whole=True))
+
+
+@pytest.mark.parametrize("address", ["s3://user:secret@host/x", "https://user:secret@host/x?sig=secret"])
+def test_commands_for_local_files_refuse_addresses_without_their_secrets(tmp_path: Path, address: str) -> None:
+    """They wrote a local folder s3:, or showed the password in an error."""
+    for call in (
+        lambda: read_options(["--to", "mds", "shards", "--out", address]),
+        lambda: read_options([address, "--out", "x", "--tokenizer=t"]),
+        lambda: read_export(["run", "--out", address]), lambda: prepare(address, "byte", tmp_path / "out"),
+        lambda: prepare([f"{address}:1", "b"], "byte", tmp_path / "out"), lambda: prepare("stdlib", address, tmp_path / "out"),
+        lambda: prepare("stdlib", "byte", address),
+    ):
+        with pytest.raises(UsageError, match="is an address.* copy the files first") as caught:
+            call()
+        assert "secret" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
