@@ -114,7 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", action="append", metavar="PATH",
         help="a file, a folder (text, .jsonl, .json, .csv, .parquet, .arrow; also .gz and .zst), or stdlib: the .py files "
-        "of Python's standard library without site-packages, dist-packages and tests; repeat as PATH:WEIGHT to mix (default: stdlib)")
+        "of Python's standard library without site-packages, dist-packages and tests; give several PATH:WEIGHT to mix (stdlib)")
     add("--format", dest="form", default="text", help="text, or rows with a loss mask: prompt_completion (fields prompt, "
         "completion; loss on the completion) or chat (messages with role, content; loss on assistant turns) (default: "
         "%(default)s)")
