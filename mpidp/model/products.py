@@ -64,7 +64,7 @@ _LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.impl("product", _product, "CPU")
 
 
-@torch.library.register_fake("mpidp::product", lib=_LIBRARY)
+@torch.library.register_fake("mpidp::product", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
@@ -81,10 +81,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
+        multiply: Any = _product
         if torch.compiler.is_compiling():
             multiply = torch.ops.mpidp.product
-        else:
-            multiply = F.linear if torch.is_grad_enabled() else _product  # enabled: gradients of gradients are wanted
+        elif torch.is_grad_enabled():  # gradients of gradients are wanted
+            multiply = F.linear
         of_x = None if weight is None else multiply(grad, weight.t(), None)
         of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None)
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
