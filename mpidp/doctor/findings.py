@@ -1,4 +1,4 @@
-"""Results of checks (verdict, text, fix) and the table that shows them. Pure."""
+"""Results of checks, and the table that shows them. A result has a verdict, a text and a fix. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CheckResult:
     what: str  # name of the check
     verdict: str  # one of VERDICTS
     words: str  # what was found
-    fix: str = ""  # how to correct it
+    fix: str = ""  # how to correct the problem
 
 
 def worst(results: Sequence[CheckResult]) -> CheckResult:
@@ -43,7 +43,7 @@ def run_check(what: str, check: Callable[..., CheckResult | list[CheckResult]], 
 
 
 def table(results: Sequence[CheckResult]) -> str:
-    """Format the results as a table: a row for each result, with its fix below. Pure."""
+    """Format the results as a table. Each result has a row, and its fix is below this row. Pure."""
     name = max(len(result.what) for result in results)
     lines = []
     for result in results:

@@ -1,4 +1,5 @@
-"""Check the size of /dev/shm and find the segments that killed jobs left in it. These occupy memory until they are removed."""
+"""Checks the size of /dev/shm, and finds the segments that killed jobs left there. Such segments occupy memory until they are
+removed."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from mpidp.doctor.findings import CheckResult, listed, size
 
 # names of segments of MPICH and its derivatives, of Open MPI 5 and 4 (windows and messages), of UCX and of PSM
 OF_MPI = re.compile(r"mpich_s|osc_(sm|rdma|ucx)\.|sm_segment\.|vader_segment\.|ucx_shm_posix_|psm\d?_shm")
-SMALL = 64 << 20  # bytes; the default of docker
-# Bytes per rank. With less than OF_A_RANK no MPI library starts (MPICH needs 1.02 MiB). With less than SAFE some crash at their
-# start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With the settings in LESS they need less.
+SMALL = 64 << 20  # bytes; the size of /dev/shm in docker by default
+# Bytes per rank. With less than OF_A_RANK no MPI library starts (MPICH needs 1.02 MiB). With less than SAFE some libraries crash,
+# when they start or later: MPICH 5 below 9 MiB, MPICH 4 below 4.2 MiB, Intel MPI below 16 MiB. With LESS they need less.
 OF_A_RANK, SAFE = 5 << 18, 16 << 20
 LESS = "MPIR_CVAR_CH4_NETMOD=ofi (MPICH) or I_MPI_FABRICS=ofi (Intel MPI), with which MPI needs less shared memory"
 
@@ -58,7 +59,8 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
 
 
 def clean(segments: Sequence[Segment], folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
-    """Remove this user's segments that no process has open, after a second check. Return the removed segments. Independent."""
+    """Check again which of this user's segments no process has open, and remove them. Return the removed segments.
+    Independent."""
     in_use, removed = _in_use(folder), []
     for one in segments:
         if one.own and one.state == "gone" and one.name not in in_use:
@@ -84,9 +86,9 @@ def _in_use(folder: Path) -> set[str]:
 
 @contextmanager
 def _leased(path: Path) -> Iterator[None]:
-    """Hold a lease on a file. The kernel grants it only if no other process has the file open or mapped, in any container. Raises
-    OSError otherwise."""
-    # SIGIO is sent if another process opens the file; by default it would end this process.
+    """Hold a lease on a file. The kernel grants the lease only if no other process, in any container, has the file open or
+    mapped. Otherwise raises OSError."""
+    # If another process opens the file, the kernel sends SIGIO, which by default would end this process.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:

@@ -1,5 +1,5 @@
-"""Find the session folders that killed mpiruns of Open MPI left behind. Each is named after the process id of its mpirun. A later
-mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
+"""Finds the session folders that killed mpirun processes of Open MPI left behind. Each folder is named after the process id of
+its mpirun. A later mpirun with the same process id fails to start ("The PMIx server's listener thread failed to start")."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Session:
 
 
 def find(host: str, folder: Path | None = None) -> list[Session]:
-    """Return this user's session folders whose mpirun has ended. folder: where they are; default: the temporary folder.
-    Independent."""
+    """Return this user's session folders whose mpirun has ended. folder: the folder that contains them, by default the temporary
+    folder. Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
         with suppress(OSError):  # removed in the meantime
