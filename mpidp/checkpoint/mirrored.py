@@ -205,7 +205,7 @@ def _fetch_newest(folder: MirrorFolder, steps: list[int], run_dir: Path) -> None
 
 
 def _fetch_run_files(folder: MirrorFolder, run_dir: Path) -> None:
-    """Copy metrics.jsonl to RUN if it is missing there. The run itself writes the other files again."""
+    """Copy metrics.jsonl to RUN if RUN does not have it. The run itself writes the other files again."""
     if not (run_dir / "metrics.jsonl").exists():
         with suppress(CheckpointError):
             folder.fetch("metrics.jsonl", run_dir / "metrics.jsonl")

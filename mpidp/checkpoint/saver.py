@@ -77,8 +77,8 @@ class Saver:
         self.failures, self.trained = failures, trained
 
     def flags(self) -> np.ndarray:
-        """Return four flags for the step report: whether this rank's thread waits for files of other ranks, whether the thread
-        writes, whether its last attempt failed, and whether a save is due by the clock."""
+        """Return four flags for the step report. The first three say whether this rank's thread waits for files of other ranks,
+        whether it writes, and whether its last attempt failed. The fourth says whether a save is due by the clock."""
         state = self._save.state if self._save else None
         late = self.every < 0 and self.comm.rank == 0 and time.monotonic() >= self._next
         return np.array([*(state == one for one in (WAITS, WRITES, FAILS)), late], dtype=float)
@@ -179,8 +179,8 @@ class Saver:
         before, self._interval = self._interval, best_interval(cost, seconds, num_nodes, self.failures, self.trained)
         self._next = began + self._interval
         if not before / 2 < self._interval < 2 * before:
-            log.info(f"train.save_every=-1: a checkpoint every {self._interval:,.0f} s. Each costs {cost:.2g} core seconds and "
-                     f"takes {seconds:.2g} s; {self.failures} failures so far")
+            log.info(f"train.save_every=-1: one checkpoint every {self._interval:,.0f} s. Each costs {cost:.2g} core seconds "
+                     f"and takes {seconds:.2g} s; {self.failures} failures so far")
 
     def close(self) -> None:
         """Drop the current save on this rank, and wait until its thread no longer reads the state."""

@@ -54,8 +54,8 @@ class BatchEncoder:
         return found
 
     def _count(self, texts: Sequence[str], found: list[np.ndarray]) -> None:
-        """Count the characters that the library has encoded. When there are enough, start tiktoken, and compare its ids of these
-        texts with those that the library found."""
+        """Count the characters that the library has encoded. When there are enough, start tiktoken, and check that it
+        gives the library's ids for these texts."""
         before, self._left = self._left, self._left - sum(map(len, texts))
         if before > 0 >= self._left:
             try:

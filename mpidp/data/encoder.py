@@ -32,8 +32,8 @@ class Encoder:
         return [placed.ids for placed in self.placer(texts)]
 
     def pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Encode a text that is given in pieces. It may be cut anywhere. Yield the ids of the whole text in parts, without BOS.
-        Independent."""
+        """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts, without
+        BOS. Independent."""
         if self.special == "text":
             return self.tokenizer.encode_pieces(pieces)
         return encode_pieces(pieces, lambda text: self.placer([text])[0])

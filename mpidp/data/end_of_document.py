@@ -18,8 +18,8 @@ def find_eod(vocab: Mapping[str, int], eod: str | int | None, declared: str | No
     """Return the id of the end-of-document token. Raises DataError if there is no such token.
 
     eod: the token or its id, if it is known. declared: the model's eos_token. If eod is None, this token is chosen, unless it
-    ends a turn of a chat. (In the pretraining data of such a model, documents end with another token.) Otherwise the first token
-    of USUAL_EOD that is in the vocabulary is chosen.
+    ends a turn of a chat. In the pretraining data of such a model, documents end with another token. If neither applies, the
+    first token of USUAL_EOD that is in the vocabulary is chosen.
     """
     if isinstance(eod, int) and eod in vocab.values():
         return eod

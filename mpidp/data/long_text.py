@@ -4,7 +4,7 @@ If two pieces of a text are encoded separately, their ids can differ from the id
 before each piece, and a token may cross the cut. Therefore the windows overlap. The cut is at a character at which a token begins
 in both windows. After this character, both windows must have the same tokens, up to a margin before the end of the first window.
 Tokens before the cut are taken from the first window. Tokens after the cut are taken from the second window. In byte-pair
-encoding, it depends only on neighbouring tokens whether a sequence of tokens is valid. Therefore the result is correct.
+encoding, the validity of a sequence of tokens depends only on neighbouring tokens. Therefore the result is correct.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def joined(encodings: list[tuple[int, Any]]) -> Placed:
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode a text that is given in pieces. It may be cut anywhere. Yield the ids of the whole text in parts. Independent.
+    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. Independent.
 
     If no place for a cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may
     differ from those of the whole text.

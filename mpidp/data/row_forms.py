@@ -29,7 +29,7 @@ ALPACA = (  # the prompt of Stanford's Alpaca: its first sentence, and its parts
     ", paired with an input that provides further context", "### Instruction:\n{}\n\n", "### Input:\n{}\n\n", "### Response:\n",
 )
 MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "### Response:")  # they occur in rendered chats
-UNWANTED = ("label", "kto_tag")  # false: the model should avoid this answer (TRL's unpaired preferences; LLaMA-Factory's)
+UNWANTED = ("label", "kto_tag")  # such a field is false if the model should avoid the answer (TRL, LLaMA-Factory)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
     "rows of preferences (`chosen`, `rejected`) are not supported: mpidp learns answers. Write the "

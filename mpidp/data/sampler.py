@@ -1,7 +1,8 @@
 """The order of training windows. The windows of a micro-batch are a pure function of (seed, batch, micro-batch). Independent.
 
-Window w consists of tokens [w T, w T + T + 1) of the stream. These are T inputs and T targets, shifted by one token. An epoch
-contains each window exactly once. Batches are numbered over all epochs. The last batch of an epoch may be shorter.
+Window w consists of tokens [w T, w T + T + 1) of the stream. The first T tokens are the inputs, and the last T tokens are the
+targets. An epoch contains each window exactly once. Batches are numbered over all epochs. The last batch of an epoch may be
+shorter.
 
 With order="sequential", window k is at position k of an epoch.
 

@@ -159,7 +159,7 @@ class RemoteShards(RemoteFolder):
 
 
 def open_folder(path: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> LocalShards | RemoteShards:
-    """Open a folder of shards. Raises UsageError if an address is not valid, and DataError if its server fails. Independent."""
+    """Open a folder of shards. Raises UsageError if an address is not valid, and DataError if the server fails. Independent."""
     if isinstance(path, str) and is_remote(path):
         return RemoteShards(path, cache)
     for problem in address_problems("", str(path)):

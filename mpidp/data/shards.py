@@ -16,8 +16,8 @@ packed: no document crosses a multiple of this many tokens, each split ends with
 The files of a split, in the order of the index, form one stream of tokens.
 
 An HDF5 file can be malicious. External storage and links can refer to any file of the machine, and a small file can declare huge
-datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered, inside the file, and of the index's
-length.
+datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file, and has the
+length that the index states.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mpidp.errors import DataError, UsageError
 from mpidp.runtime.files import most_open_files
 from mpidp.storage.remote import DEFAULT_CACHE, CacheOptions
 
-AUTO_BYTES = 128 * 2**20  # data.verify=auto checks checksums if the files have at most this size: under a second
+AUTO_BYTES = 128 * 2**20  # data.verify=auto checks checksums only up to this total size, which takes under a second
 
 
 @dataclass
@@ -132,7 +132,7 @@ class TokenStream:
         out = np.empty(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             mask = self._map(i).mask
-            assert mask is not None  # _map rejects files without one
+            assert mask is not None  # _map rejects files without a mask
             out[at : at + n] = mask[first : first + n] != 0
         with self._lock:
             self.bytes_read += out.nbytes

@@ -45,8 +45,8 @@ MAX_TEXT_BYTES = 2**30  # largest file that is read as one text
 
 
 class NotText(ValueError):  # noqa: N818
-    """Raised for a file that cannot be read as text. The message is a predicate for the file's name. kind: "empty" or
-    "binary"."""
+    """Raised for a file that cannot be read as text. The message continues a sentence that begins with the file's name. kind:
+    "empty" or "binary"."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)

@@ -63,7 +63,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> str:
-        """Return the contents of tokenizer.json. For a loaded file this is exactly its text, so the sha256 does not change."""
+        """Return the contents of tokenizer.json. For a loaded tokenizer, they equal the text of its file, so the sha256 does not
+        change."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -176,8 +177,8 @@ class HFTokenizer(Tokenizer):
 
 
 def placed_without(library: Any, text: str, eod: int) -> Placed:
-    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. If they do at first, cut
-    the text in the middle of each occurrence of this token's name, and encode the parts. Pure."""
+    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. If they contain it at
+    first, cut the text in the middle of each occurrence of this token's name, and encode the parts. Pure."""
     encoding = library.encode(text, add_special_tokens=False)
     name = str(library.id_to_token(eod))
     if eod not in encoding.ids or name not in text or len(name) < 2:

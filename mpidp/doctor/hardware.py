@@ -16,7 +16,7 @@ BIND = {
     "srun": "srun --cpus-per-task={k} --cpu-bind=cores (srun does not inherit this option from sbatch: set SRUN_CPUS_PER_TASK)",
 }
 
-UNBIND = {  # these launchers bind ranks to cores by default, which fails in a trial with more ranks than cores
+UNBIND = {  # options for a trial with more ranks than cores, because these launchers bind ranks by default
     "Intel MPI": "; for a trial with more ranks than cores, I_MPI_PIN=off",
     "Open MPI": "; for a trial with more ranks than cores, mpirun --bind-to none --oversubscribe",
 }
@@ -65,8 +65,8 @@ def check_cores(facts: Sequence[MachineFacts], launcher: str) -> CheckResult:
 
 
 def crowded(facts: Sequence[MachineFacts]) -> tuple[int, ...]:
-    """Return the smallest set of cores that has more ranks bound to it than it has cores, or () if there is no such set. facts:
-    the facts of the ranks of one node. Pure."""
+    """Return the smallest set of cores to which more ranks are bound than there are cores in the set. Return () if there is no
+    such set. facts: the facts of the ranks of one node. Pure."""
     sets = sorted({one.cores for one in facts} | {tuple(sorted({core for one in facts for core in one.cores}))}, key=len)
     return next((cores for cores in sets if sum(set(one.cores) <= set(cores) for one in facts) > len(cores)), ())
 

@@ -72,7 +72,7 @@ def check_launch(size: int, launched: int, library: str, launcher: str, mpirun: 
         words = f"{size} ranks, started by {starter}; MPI library {library}"
         if launcher != INTEL:
             return CheckResult("launch", "ok", words)
-        return CheckResult("launch", "ok", words, "for jobs, use its mpiexec.hydra: its mpirun passes no signal on to the ranks")
+        return CheckResult("launch", "ok", words, "for jobs, use mpiexec.hydra: Intel's mpirun passes no signals to the ranks")
     words = f"one rank, {f'started by {starter}' if launcher else 'no launcher'}; MPI library {library}"
     if not mpirun[0]:
         return CheckResult("launch", "note", f"{words}; no mpirun on the PATH", "load or install an MPI module, or try srun")

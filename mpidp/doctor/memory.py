@@ -34,7 +34,7 @@ class Segment:
     name: str
     bytes: int
     owner: str
-    own: bool  # whether it belongs to this user
+    own: bool  # whether the segment belongs to this user
     age_seconds: float
     state: str  # "used", "gone" (no process has it open) or "unknown"
 
@@ -119,7 +119,7 @@ def check_segments(segments: Sequence[Segment], removed: Sequence[Segment]) -> l
         found.append(CheckResult("old segments", "ok", f"removed {_these(removed)}"))
     if own:  # Open MPI 5 leaves 72 KiB for every process that was started without mpirun
         verdict = "warning" if sum(one.bytes for one in own) > 1 << 20 else "note"
-        words = f"left by ended jobs of yours: {_these(own)}"
+        words = f"left by your ended jobs: {_these(own)}"
         found.append(CheckResult("old segments", verdict, words, "--clean removes them; no process has them open"))
     if others:
         words = f"of other users, or of unknown state: {_these(others)}"

@@ -57,7 +57,7 @@ def check_sessions(sessions: Sequence[Session], removed: Sequence[Session]) -> C
     """Report session folders left by killed mpiruns. Pure."""
     left = [one for one in sessions if one not in removed]
     if left:
-        words = f"left by killed mpiruns of yours: {len(left)}\n{listed([str(one) for one in left])}"
+        words = f"left by killed mpirun processes of yours: {len(left)}\n{listed([str(one) for one in left])}"
         fix = "--clean removes them: an mpirun that gets the same process id would not start"
         return CheckResult("old sessions", "note", words, fix)
     if removed:

@@ -99,7 +99,7 @@ def lock_states(folder: Path) -> dict[str, bool | str] | CheckResult:
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found[name] = False
         except FileNotFoundError as error:
-            return CheckResult("run.dir", "wrong", f"rank 0's file there is not visible to all: {error}", "use a shared folder")
+            return CheckResult("run.dir", "wrong", f"some ranks do not see rank 0's file: {error}", "use a shared folder")
         except OSError as error:
             found[name] = isinstance(error, BlockingIOError) or str(error)
     return found
