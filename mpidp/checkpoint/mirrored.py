@@ -32,7 +32,7 @@ MARK = "mirror.json"
 
 
 class MirrorFolder:
-    """The folder at an address. Every method may raise DataError if the server fails. Independent."""
+    """A mirror, which is a folder at an address. Every method may raise DataError if the server fails. Independent."""
 
     def __init__(self, address: str) -> None:
         self._store = open_store(address, "run.mirror")

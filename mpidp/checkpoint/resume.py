@@ -45,7 +45,7 @@ def open_run(path: Path, comm: MPI.Intracomm) -> Reader:
 
 
 def changed_base_message(path: Path | str, found: str, wanted: str) -> str:
-    """Return the error message for the case that a run started from other weights than those in `path`. Pure."""
+    """Return the error message for a run that started from weights other than those in `path`. Pure."""
     return (
         f"the weights in {path} are not those from which the run started: they have changed, or belong to another model "
         f"(weights_sha256 {found}; {wanted} is needed). Give the original weights. A LoRA run does not store its base model, so "

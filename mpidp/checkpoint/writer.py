@@ -1,4 +1,4 @@
-"""One save on one rank. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
+"""The part of a save that one rank does. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
 
 The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. Each rank that writes first
 writes its data file. Ranks other than 0 then write a small file that describes the data file, called its record. When rank 0 has
@@ -151,7 +151,7 @@ class Save:
                     offset += piece.tensor.nbytes
                 if stream is not None:
                     stream.synchronize()
-        except Exception as error:  # for example out of memory
+        except Exception as error:  # for example, not enough memory
             self.released.set()
             if not isinstance(error, Dropped):
                 self._fail(error, None)

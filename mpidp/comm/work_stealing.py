@@ -92,7 +92,8 @@ class Tickets:
             self._draw(self._me, counter, 0, MPI.REPLACE, used)
 
     def _draw(self, rank: int, counter: int, value: int, op: MPI.Op, used: int | None = None) -> int:
-        """Apply an operation to a rank's counter and return its previous value. The operation is complete on return."""
+        """Apply an operation to a rank's counter and return its previous value. The operation is complete when this method
+        returns."""
         self._given[0] = value
         place = COUNTERS * (self._set if used is None else used) + counter
         self._win.Fetch_and_op([self._given, MPI.INT64_T], [self._found, MPI.INT64_T], rank, place, op)

@@ -274,7 +274,7 @@ class FaultSettings:
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """Settings metrics.*: what is recorded besides metrics.jsonl (docs/report.md)."""
+    """Settings metrics.*: what is recorded in addition to metrics.jsonl (docs/report.md)."""
 
     timeline: str = setting("", "steps FIRST:LAST to trace on all ranks, written to RUN/timeline.json; empty: none", "steps")
     kernels: bool = setting(False, "also trace kernels with torch.profiler in the steps of timeline, one file per rank", "bool")

@@ -30,7 +30,7 @@ PATTERNS = (  # Split patterns in the tokenizer.json of Llama 3 and Qwen 2; both
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # contexts of a character
+CONTEXTS = ("a{0}a", "1{0}1", ".{0}.", " {0} ", "{0}{0}", "\n{0}\n", "'{0}'s{0}", " {0}a", "A{0}1")  # texts around a character
 LONG_SPACE = 2**18  # consecutive white-space characters; with a million, tiktoken's regular expressions panic
 SPACE = re.compile(rf"\s{{{LONG_SPACE}}}")
 KNOWN = {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",

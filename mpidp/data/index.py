@@ -33,7 +33,7 @@ class FileRecord:
     tokens: int
     documents: int  # number of documents that start in this file
     text_bytes: int  # UTF-8 bytes of the tokens' text
-    size: int  # bytes of the file
+    size: int  # size of the file in bytes
     crc32: str
     sha256: str
 

@@ -47,8 +47,8 @@ class Lanes:
         return ((v + 1) * self.num_lanes - 1) // self.num_micro_batches
 
     def of_rank(self, rank: int, world_size: int) -> range:
-        """Return the lanes of a rank, which are a contiguous range. The ranks' ranges are as equal in length as possible. Ranks
-        from world_size on have no lanes."""
+        """Return the lanes of a rank, which are a contiguous range. The ranks' ranges are as equal in length as possible. If
+        rank >= world_size, the range is empty."""
         if rank >= world_size:
             return range(self.num_lanes, self.num_lanes)
         return even_ranges(self.num_lanes, world_size)[rank]

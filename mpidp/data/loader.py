@@ -99,7 +99,7 @@ def check_targets(stream: TokenStream, first: int) -> None:
             return
     raise DataError(
         f"{stream.path}: the loss mask excludes all of the first {first:,} targets of split {stream.split!r}, so there is no "
-        "loss: prepare it again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
+        "loss: prepare the shards again" + ", or evaluate on more tokens (train.eval_tokens)" * (stream.split != "train")
     )
 
 

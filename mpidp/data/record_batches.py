@@ -31,7 +31,7 @@ def reading_columns(path: str, kind: str) -> Iterator[None]:
 def record_batches(path: str, kind: str, columns: Collection[str]) -> Iterator[Any]:
     """Yield pyarrow record batches of at most BATCH_ROWS rows. Call this function inside reading_columns().
 
-    kind: "parquet", or "arrow" for an Arrow file or an Arrow stream. (save_to_disk of Hugging Face's datasets writes streams.)
+    kind: "parquet", or "arrow" for an Arrow file or an Arrow stream. Hugging Face's datasets library writes streams.
     columns: the columns to read. If it is empty, all columns are read. Raises DataError if a column is missing. Also raises
     pyarrow's errors. Independent.
     """

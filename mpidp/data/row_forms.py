@@ -32,8 +32,8 @@ MARKS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "##
 UNWANTED = ("label", "kto_tag")  # such a field is false if the model should avoid the answer (TRL, LLaMA-Factory)
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 PREFERENCES = (
-    "rows of preferences (`chosen`, `rejected`) are not supported: mpidp learns answers. Write the "
-    "answer to learn as the last of `messages`, or as `completion`"
+    "rows of preferences (`chosen`, `rejected`) are not supported, because mpidp learns from answers. "
+    "Write the answer to learn as the last message of `messages`, or as `completion`"
 )
 
 

@@ -83,7 +83,7 @@ class Sampler:
         return min(self.lanes.global_batch, self.num_windows - step * self.lanes.global_batch)
 
     def part(self, lane: int) -> range:
-        """Return the windows that a lane reads in each epoch (shuffled order)."""
+        """Return the windows that a lane reads in each epoch, if order is "shuffled"."""
         places, full = self._places(lane), self.steps_per_epoch - 1
         rest = self.batch_sequences(full)  # an epoch's last batch has positions 0..rest-1
         return range(full * places.start + min(places.start, rest), full * places.stop + min(places.stop, rest))

@@ -67,7 +67,7 @@ class TokenStream:
         self.index = index = read_index(self.folder, shown=str(self.path))
         if split not in index.splits:
             raise DataError(f"{self.path} has no split {split!r}, but only {', '.join(sorted(index.splits))}; "
-                            "prepare it again with --val-fraction above 0")
+                            "prepare the shards again with --val-fraction above 0")
         totals = index.splits[split]
         self.files: list[FileRecord] = [record for record in index.files if record.split == split]
         self.num_tokens: int = totals.tokens
@@ -83,7 +83,7 @@ class TokenStream:
         self.bytes_fetched = 0  # bytes that advise() asked the kernel to read
         self._starts = np.cumsum([0] + [record.tokens for record in self.files])
         self._mapped: dict[int, _Mapped] = {}  # in order of last use
-        self._most_mapped = max(1, most_open_files() // 4)  # for each of two splits; the rest is for other code
+        self._most_mapped = max(1, most_open_files() // 4)  # training and validation get a quarter each
         self._checked: set[int] = set()  # files whose document starts have been validated
         self._lock = threading.Lock()  # the loader's thread and the training loop may both read
 
@@ -171,7 +171,7 @@ class TokenStream:
             bad = int(np.argmax(ids >= self.vocab_size))
             name, at = self.locate(start + bad)
             raise DataError(f"{self.path / name}: token {at} is {ids[bad]}, not below vocab_size {self.vocab_size}; the file "
-                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare it again")
+                            f"is damaged: run python -m data_tools.verify {self.path}, then prepare the shards again")
 
     def doc_offsets(self, file: int) -> np.ndarray:
         """Return the positions in a file at which documents start, (d,) uint64. Raises DataError if these are invalid."""

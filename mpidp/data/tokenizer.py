@@ -54,7 +54,7 @@ class Tokenizer(ABC):
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode a text that is given in pieces. Yield the ids of the whole text in parts. The pieces may be cut anywhere. Memory
-        is bounded."""
+        use is bounded."""
         yield from (self.encode(piece) for piece in pieces)
 
     @abstractmethod
@@ -177,8 +177,8 @@ class HFTokenizer(Tokenizer):
 
 
 def placed_without(library: Any, text: str, eod: int) -> Placed:
-    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. If they contain it at
-    first, cut the text in the middle of each occurrence of this token's name, and encode the parts. Pure."""
+    """Encode a text with a tokenizer of the `tokenizers` library, so that the ids do not contain `eod`. If the ids of the whole
+    text contain `eod`, cut the text in the middle of each occurrence of this token's name, and encode the parts. Pure."""
     encoding = library.encode(text, add_special_tokens=False)
     name = str(library.id_to_token(eod))
     if eod not in encoding.ids or name not in text or len(name) < 2:

@@ -76,11 +76,11 @@ def size(number: float) -> str:
 
 
 def ranks(found: Sequence[int]) -> str:
-    """Format ranks: "rank 0" or "ranks 0-3". Pure."""
+    """Format ranks as text, for example "rank 0" or "ranks 0-3". Pure."""
     return f"rank{'s' * (len(found) > 1)} {numbers(found)}"
 
 
 def where(found: Sequence[tuple[int, str]]) -> str:
-    """Format (rank, host) pairs: "ranks 0-1 on n1, n2". Pure."""
+    """Format (rank, host) pairs as text, for example "ranks 0-1 on n1, n2". Pure."""
     hosts = list(dict.fromkeys(host for _, host in found))
     return f"{ranks([rank for rank, _ in found])} on {', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)}"

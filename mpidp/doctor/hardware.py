@@ -122,7 +122,7 @@ def check_gpus(facts: Sequence[MachineFacts], wanted: bool) -> CheckResult:
             users.setdefault(uuid, []).append(one.rank)
     if without := users.pop("", []):
         fix = "use nodes that all have GPUs (--gpus-per-node), or --train.device=cpu"
-        return CheckResult("GPUs", "wrong", f"{ranks(without)} without a GPU, others have one\n{listed(lines)}", fix)
+        return CheckResult("GPUs", "wrong", f"no GPU on {ranks(without)}, but GPUs on other ranks\n{listed(lines)}", fix)
     for uuid, sharing in users.items():
         if len(sharing) > 1:
             fix = "use one rank per GPU; if each rank sees a single GPU, make a different GPU visible to each rank"

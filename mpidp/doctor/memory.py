@@ -47,7 +47,7 @@ def find(host: str, folder: Path = Path(SHARED_MEMORY)) -> list[Segment]:
     """Return all segments of MPI jobs. Independent."""
     in_use, found = _in_use(folder), []
     for path in sorted(folder.iterdir()):
-        with suppress(OSError):  # removed in the meantime
+        with suppress(OSError):  # the file was removed in the meantime
             about = path.lstat()
             if OF_MPI.match(path.name) and path.is_file() and not path.is_symlink():
                 state, owner = "used" if path.name in in_use else _state_by_lease(path), str(about.st_uid)

@@ -33,7 +33,7 @@ def find(host: str, folder: Path | None = None) -> list[Session]:
     folder. Independent."""
     found = []
     for path in sorted((folder or Path(tempfile.gettempdir())).iterdir()):
-        with suppress(OSError):  # removed in the meantime
+        with suppress(OSError):  # the folder was removed in the meantime
             named = OF_MPIRUN.fullmatch(path.name)
             own = path.is_dir() and not path.is_symlink() and path.lstat().st_uid == os.getuid()
             if named and own and not Path(f"/proc/{named[1]}").exists():

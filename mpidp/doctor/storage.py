@@ -39,7 +39,7 @@ def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> Read
     """Read this rank's part of the shards for at most `seconds`, bypassing the page cache. Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
-        return ReadTest(host, problem=f"{folder} holds no index.json and *.h5")
+        return ReadTest(host, problem=f"{folder} has no index.json with *.h5 files")
     try:
         with open(files[rank % len(files)], "rb", buffering=0) as file:
             part = os.fstat(file.fileno()).st_size // -(-ranks // len(files))

@@ -212,7 +212,7 @@ A, B = ("GPU-a", "H200"), ("GPU-b", "H200")
         ([(A, B), (A, B)], False, "ok", "n1: rank 1 on H200 GPU-b"),
         ([(A,), (B,)], False, "ok", "n1: rank 1 on H200 GPU-b"),  # each rank sees only its own
         ([(A,), (A,)], False, "warning", "ranks 0-1 share GPU-a"),
-        ([(A, B), ()], False, "wrong", "rank 1 without a GPU"),
+        ([(A, B), ()], False, "wrong", "no GPU on rank 1, but GPUs on other ranks"),
     ],
 )
 def test_gpus_by_uuid(gpus: list[tuple[tuple[str, str], ...]], wanted: bool, verdict: str, words: str) -> None:
