@@ -1,7 +1,7 @@
-"""Checkpoints on disk. A checkpoint has one file per writer, and a manifest with checksums. The manifest is written last. Then a
-rename commits the checkpoint.
+"""Checkpoints on disk. A checkpoint has one file for each rank that writes, and a manifest with checksums. The manifest is
+written last. Then a rename commits the checkpoint.
 
-    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per writer
+    RUN/checkpoints/step_00000100/rank_00000.safetensors ...   named boxes of global tensors, one file per rank
                                  /manifest.json                 sizes and crc32 of files, the place of each box
     RUN/latest                                                  the name of the newest committed checkpoint
 

@@ -1,9 +1,9 @@
 """The part of a save that one rank does. A thread copies the state, writes the copy, and on rank 0 commits the checkpoint.
 
-The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. Each rank that writes first
-writes its data file. Ranks other than 0 then write a small file that describes the data file, called its record. When rank 0 has
-read all records, it commits the checkpoint. A write that fails, for example on a full disk, is retried with growing pauses until
-the main thread drops the save. Uncommitted folders are deleted later.
+The thread does not use MPI. The ranks exchange files in the folder `.writing_step_XXXXXXXX_<token>`. A rank first writes its data
+file. Then every rank except rank 0 writes a record, which is a small file that describes the data file. When rank 0 has read all
+records, it commits the checkpoint. A write that fails, for example on a full disk, is retried with growing pauses until the main
+thread drops the save. Uncommitted folders are deleted later.
 """
 
 from __future__ import annotations

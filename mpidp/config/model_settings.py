@@ -28,11 +28,11 @@ class ModelSettings:
     dropout: float = setting(0.0, "dropout rate of embeddings and residual branches", "", low=0.0, high=0.99, resume=FIXED)
     tie_embeddings: bool = setting(False, "use one matrix for the embedding and the output head", "bool", resume=FIXED)
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", "", low=1.0, resume=FIXED)
-    rope_scaling: str = setting("", "RoPE scaling: linear, llama3, yarn or longrope, with numbers (docs/model.md)", resume=FIXED)
+    rope_scaling: str = setting("", "RoPE scaling: linear, llama3, yarn or longrope, and numbers (docs/model.md)", resume=FIXED)
     norm_eps: float = setting(1e-5, "epsilon of norms", "", low=0.0, resume=FIXED)
     head_dim: int = setting(0, "head size; 0: model_dim / num_heads", "channels", low=0, resume=FIXED)
     vocab_size: int = setting(0, "rows of embedding and output head; 0: the tokenizer's size", "tokens", low=0, resume=FIXED)
-    activation: str = setting("silu", "activation of the feed-forward layer; gelu: exact; relu2: relu(x)^2", "",
+    activation: str = setting("silu", "activation of the feed-forward layer; gelu: exact GELU; relu2: relu(x)^2", "",
                               CHOICES["activation"], resume=FIXED)
     gated: bool = setting(True, "true: the feed-forward layer is down(act(gate(x)) * up(x)); false: down(act(up(x)))", "bool",
                           resume=FIXED)
@@ -49,11 +49,11 @@ class ModelSettings:
     position_rows: int = setting(0, "rows of the table of learned positions; 0: seq_len", "rows", low=0, resume=FIXED)
     rotary_dims: int = setting(0, "number of leading dimensions of each head that are rotated; 0: all", "channels", low=0,
                                resume=FIXED)
-    rotary_layers: str = setting("", "one letter per layer, repeated, for example yyyn; y: rotary positions; n: none; empty: y",
+    rotary_layers: str = setting("", "a letter for each layer, repeated, as in yyyn; y: rotary positions; n: none; empty: all y",
                                  "letters", resume=FIXED)
     window: int = setting(0, "sliding window: number of positions that a position attends to, including itself; 0: all earlier "
                           "positions", "tokens", low=0, high=2**31, resume=FIXED)
-    window_layers: str = setting("", "one letter per layer, repeated, for example wf; w: window; f: full attention; empty: w",
+    window_layers: str = setting("", "a letter for each layer, repeated, as in wf; w: window; f: full attention; empty: all w",
                                  "letters", resume=FIXED)
     window_rope_theta: float = setting(0.0, "rope_theta of layers with a window; 0: rotary positions as in the other layers", "",
                                        low=0.0, resume=FIXED)

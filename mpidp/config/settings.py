@@ -47,7 +47,7 @@ class DataSettings:
         ("auto", "true", "false"),
     )
     order: str = setting("shuffled", "order of the training windows", "", ("shuffled", "sequential"), resume=FIXED)
-    resident: str = setting("auto", "keep this rank's tokens in GPU memory", "", ("auto", "true", "false"))
+    resident: str = setting("auto", "keep this rank's tokens in GPU memory; auto: if they fit", "", ("auto", "true", "false"))
     documents: str = setting(
         "auto", "joined: attention crosses the ends of documents; apart: attention stays within a document; auto: apart if the "
         "shards contain packed rows, else joined", "",
@@ -239,7 +239,7 @@ class MeshSettings:
                               low=1)
     sequence: bool = setting(False, "sequence parallelism: divide the positions of norms and residuals among the tp ranks")
     shard: int = setting(
-        0, "sharding over replicas: 0: off; 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
+        0, "what replicas shard; 0: nothing; 1: optimizer state; 2: also gradients; 3: also parameters", "level", low=0, high=3,
     )
 
 
@@ -291,4 +291,4 @@ class EnergySettings:
 
     grams_per_kwh: float = setting(0.0, "carbon intensity of your electricity (CO2e), for mpidp.report; 0: unknown", "g/kWh",
                                    low=0.0)
-    price_per_node_hour: float = setting(0.0, "price in your currency, for mpidp.report; 0: unknown", "", low=0.0)
+    price_per_node_hour: float = setting(0.0, "price of a node-hour in your currency, for mpidp.report; 0: unknown", "", low=0.0)

@@ -73,7 +73,7 @@ class Template:
         raise DataError(f"{problem}; correct it, or give another template with --chat-template")
 
     def check(self) -> None:
-        """Raise UsageError or DataError if the template cannot be used."""
+        """Raise DataError if the template is invalid, and UsageError if jinja2 is missing."""
         assert self._compiled is not None and self.of([])._compiled is not None
 
     def undefined_names(self) -> list[str]:
