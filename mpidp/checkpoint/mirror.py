@@ -98,7 +98,7 @@ class Mirror:
             log.info("%s copied to %s (%.3g MB, %.1f s)", checkpoint.name, self._folder.address, size / 1e6,
                      time.monotonic() - began)
             return True
-        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint is copied again",
+        log.warning("warning: %s could not be copied to run.mirror (%s). Training continues; the next checkpoint will be copied",
                     checkpoint.name, reason)
         return False
 

@@ -137,7 +137,7 @@ def open_mirror_folder(run_dir: Path, address: str, resume: str) -> MirrorFolder
     except DataError as error:
         if not local or own is None:
             raise
-        log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint is copied", error)
+        log.warning("warning: run.mirror: %s. Training continues, and the next checkpoint will be copied", error)
     return folder
 
 

@@ -113,7 +113,7 @@ def check_thread_level(level: int) -> CheckResult:
 def check_ulfm(library: str, environ: Mapping[str, str]) -> CheckResult:
     """Check whether the remaining ranks can continue after a rank fails. Pure."""
     if environ.get("OMPI_MCA_mpi_ft_enable") not in ("1", "true"):
-        words = "the job ends when a rank fails; started again, it resumes from its last checkpoint"
+        words = "the job ends when a rank fails; the same command then resumes from the last checkpoint"
         fix = "to continue without failed ranks, use Open MPI 5 and mpirun --with-ft ulfm --mca coll ^han,adapt"
         return CheckResult("dead ranks", "note", words, fix)
     excluded = environ.get("OMPI_MCA_coll", "")

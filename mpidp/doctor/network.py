@@ -150,7 +150,7 @@ def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
     apart = times[late] - times[0]
     if abs(apart) < 0.5:
         return CheckResult("clocks", "ok", f"all within {abs(apart):.2g} s")
-    words = f"{hosts[late]} is {apart:+.3g} s from {hosts[0]}"
+    words = f"the clock of {hosts[late]} differs by {apart:+.3g} s from the clock of {hosts[0]}"
     return CheckResult("clocks", "warning", words, "synchronize the clocks (chrony, ntpd)")
 
 

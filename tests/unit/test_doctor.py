@@ -358,7 +358,7 @@ def test_clocks() -> None:
     assert network.check_clocks([5.0, 5.1], ["a", "a"]).verdict == "skipped"
     assert network.check_clocks([5.0, 5.1], ["a", "b"]).verdict == "ok"
     late = network.check_clocks([5.0, 5.1, 2.0], ["a", "b", "c"])
-    assert late.verdict == "warning" and "c is -3 s from a" in late.words
+    assert late.verdict == "warning" and "the clock of c differs by -3 s from the clock of a" in late.words
 
 
 def test_no_byte_of_the_shards_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
