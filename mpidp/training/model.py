@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from mpidp.model.shape import CustomShape
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.model_part import ModelPartition
+from mpidp.parallel.sliced_layers import head_slices, slice_layers
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
+from mpidp.parallel.tree_comm import TreeComm
 from mpidp.runtime.agreement import check_agreement, parameter_facts
 from mpidp.runtime.log import log
 from mpidp.runtime.world import raise_together
@@ -41,14 +44,21 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     """Return the model of a job. module: an existing model to use again, or None to make a new model. Collective over
     plan.world."""
     config, grid = plan.config, plan.grid
-    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
+    parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave, config.model.slices), None
     if module is None:
         module, origin = _new(plan, parts)
     token_losses, first = None, parts.part.own_range(plan.shape.vocab_size).start
+    positions, dtype = config.train.micro_batch * config.model.seq_len, getattr(torch, config.train.dtype)
+    rows = chunk_rows(config.train.loss, plan.shape, positions)
+    if (slices := config.model.slices) > 1:
+        tree = TreeComm(grid, transport)
+        weights = partial(head_slices, module, slices)
+        token_losses = defer_head(module, plan.shape, rows or positions, dtype, first, tree, weights)
+        slice_layers(module, slices, tree)
+        return TrainedModel(module, trained(module), parts, token_losses, origin)
     ring = TensorComm(grid, transport, config.mesh.sequence) if grid.tp.size > 1 else None
-    rows = chunk_rows(config.train.loss, plan.shape, config.train.micro_batch * config.model.seq_len)
     if rows:
-        token_losses = defer_head(module, plan.shape, rows, getattr(torch, config.train.dtype), first, ring)
+        token_losses = defer_head(module, plan.shape, rows, dtype, first, ring)
     elif ring is not None:
         token_losses = loss_over(ring, first)
     if ring is not None:
