@@ -41,12 +41,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 of_slices = []
                 for one, slope, w, for_weight in zip(logits, slopes, ws, for_weights, strict=True):
                     grad = (one if slope is None else one.mul_(slope)).to(loss.dtype)
-                    of_slices.append(times(grad, w.T).to(hidden.dtype))
+                    of_slices.append(times(grad, w.T))
                     if for_weight is not None and loss.dtype == torch.float32:
                         for_weight.addmm_(grad.T, x[chunk])
                     elif for_weight is not None:
                         for_weight.add_(grad.T @ x[chunk])
-                for_hidden[chunk] = tree_sum(of_slices)
+                for_hidden[chunk] = loss.add(of_slices)
                 del grad, one, slope, of_slices
             del logits, slopes  # else they exist until those of the next chunk are computed
         ctx.save_for_backward(for_hidden, *for_weights)
@@ -67,12 +67,13 @@ class ChunkedLoss:
 
     def __init__(
         self, shape: TransformerShape, weights: Callable[[], Sequence[Tensor]], rows: int, dtype: torch.dtype, first: int = 0,
-        tp: TensorComm | None = None,
+        tp: TensorComm | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
     ) -> None:
         """weights: returns the head's matrix, (rows of the vocabulary, D), cut into the slices of the model (one matrix without
         slices); rows: positions per chunk; dtype: type of the products; first: the id of the first row of the first matrix; tp:
-        communicates with the ranks that have the other rows."""
-        self.scale, self.cap, self.rows, self.dtype = shape.logit_scale, shape.logit_cap, rows, dtype
+        communicates with the ranks that have the other rows; add: adds what each slice contributes to the gradient of the hidden
+        states."""
+        self.scale, self.cap, self.rows, self.dtype, self.add = shape.logit_scale, shape.logit_cap, rows, dtype, add
         self._weights, self._first, self._tp = weights, first, tp
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -116,10 +117,10 @@ class ChunkedLoss:
 
 def defer_head(
     model: Any, shape: Shape, rows: int, dtype: torch.dtype, first: int, tp: TensorComm | None,
-    weights: Callable[[], Sequence[Tensor]] | None = None,
+    weights: Callable[[], Sequence[Tensor]] | None = None, add: Callable[[Sequence[Tensor]], Tensor] = tree_sum,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Change a Transformer, or a part of one, so that it returns hidden states; return the function that computes its loss from
     them. The arguments are those of ChunkedLoss; by default the head is one matrix. Independent."""
     assert isinstance(shape, TransformerShape)
     model.defer_head()
-    return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp)
+    return ChunkedLoss(shape, weights or (lambda: [model.head.weight]), rows, dtype, first, tp, add)

@@ -11,8 +11,9 @@ Everything between branches is computed from the sums, alike on all ranks. With 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch.nn.utils.stateless import _functional_call
 from mpidp.model.attention import Attention
 from mpidp.model.feed_forward import FeedForward
 from mpidp.model.shape import shapes_of
+from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.tensor import VocabEmbedding
-from mpidp.parallel.tensor_comm import enter_branch
 from mpidp.parallel.tree_comm import TreeComm, tree_sum
 
 ALIGNMENT = {"cpu": 64, "cuda": 256}  # bytes; torch allocates new tensors with at least this alignment
@@ -116,11 +117,16 @@ def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
             branch.forward = SlicedBranch(branch, template, cuts, count, tp)
     if model.embedding is not None:
         model.embedding = VocabEmbedding(model.embedding, part.own_range(shape.vocab_size).start, tp)
-    if model.head is not None:
-        model.head.forward = lambda x: enter_branch(x, tp)  # the loss applies the head (chunked_loss.py)
 
 
-def head_slices(model: Any, slices: int) -> list[Tensor]:
-    """Return the slices of this rank's rows of the head, each (rows, D). Independent."""
+def sliced_loss(model: Any, slices: int, rows: int, dtype: torch.dtype, tp: TreeComm) -> Callable[[Tensor, Tensor], Tensor]:
+    """Change a part of a Transformer so that it returns hidden states; return the function that computes its loss from them,
+    `rows` positions at a time. The gradient of the hidden states is added over all slices in forward, before backward multiplies
+    it, because a factor changes the rounding of sums. Independent."""
+    first = model.part.own_range(model.shape.vocab_size).start
+    return defer_head(model, model.shape, rows, dtype, first, tp, partial(_head_slices, model, slices), partial(_sum, tp=tp))
+
+
+def _head_slices(model: Any, slices: int) -> list[Tensor]:
     weight, cut = model.head.weight, model.part.slices("head.weight", (model.shape.vocab_size, model.shape.model_dim), slices)
     return pieces(weight, cut)

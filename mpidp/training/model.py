@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from mpidp.model.shape import CustomShape
 from mpidp.model.starting import base_weights, prepared
 from mpidp.parallel.chunked_loss import defer_head
 from mpidp.parallel.model_part import ModelPartition
-from mpidp.parallel.sliced_layers import head_slices, slice_layers
+from mpidp.parallel.sliced_layers import slice_layers, sliced_loss
 from mpidp.parallel.tensor import loss_over, share_layers
 from mpidp.parallel.tensor_comm import TensorComm
 from mpidp.parallel.tree_comm import TreeComm
@@ -52,8 +51,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     rows = chunk_rows(config.train.loss, plan.shape, positions)
     if (slices := config.model.slices) > 1:
         tree = TreeComm(grid, transport)
-        weights = partial(head_slices, module, slices)
-        token_losses = defer_head(module, plan.shape, rows or positions, dtype, first, tree, weights)
+        token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
         slice_layers(module, slices, tree)
         return TrainedModel(module, trained(module), parts, token_losses, origin)
     ring = TensorComm(grid, transport, config.mesh.sequence) if grid.tp.size > 1 else None
