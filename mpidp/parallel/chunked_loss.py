@@ -1,9 +1,9 @@
-"""The loss without a matrix of all logits: the head and the cross entropy are computed for some positions at a time.
+"""Computes the loss without storing all logits. The head and the cross entropy are applied to a chunk of positions at a time.
 
-The gradients of a chunk are computed together with its loss and stored, so a chunk needs three matrix products, as many as
-without chunks (Hsu 2024, "Liger Kernel", section 3.2). For N positions, a width of D and a vocabulary of V, the memory has three
-parts: one chunk of logits, N D for the gradient of the hidden states, and V D for the gradient of the head. Chunks are added in
-order.
+The gradients of a chunk are computed and stored together with the loss of the chunk. A chunk therefore needs three matrix
+products, as many as without chunks (Hsu 2024, "Liger Kernel", section 3.2). N is the number of positions, D is model_dim, and V
+is the size of the vocabulary. The loss needs memory for one chunk of logits, N x D elements for the gradient of the hidden
+states, and V x D elements for the gradient of the head. The losses of chunks are added in order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _ChunkedLoss(torch.autograd.Function):
                         for_weight.add_(grad.T @ x[chunk])
                 for_hidden[chunk] = loss.add(of_slices)
                 del grad, one, slope, of_slices
-            del logits, slopes  # else they exist until those of the next chunk are computed
+            del logits, slopes  # otherwise both would use memory until the next chunk replaces them
         ctx.save_for_backward(for_hidden, *for_weights)
         return total
 
@@ -60,9 +60,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class ChunkedLoss:
-    """A function (hidden states, targets) -> sum of losses, for a model whose head is deferred (Transformer.defer_head).
+    """A callable (hidden states, targets) -> sum of losses, for a model that returns hidden states (Transformer.defer_head).
 
-    hidden: (N, D). targets: (N,), where -100 is ignored. Both have all positions.
+    hidden: (N, D). targets: (N,), where -100 is ignored. Both contain all positions, also with sequence parallelism.
     """
 
     def __init__(
@@ -77,13 +77,15 @@ class ChunkedLoss:
         self._weights, self._first, self._tp = weights, first, tp
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Collective over tp.comm if the vocabulary is divided, else independent."""
+        """Return the sum of the losses. Collective over tp.comm if the vocabulary is divided among ranks. Otherwise
+        independent."""
         trains = torch.is_grad_enabled()
         found: Tensor = _ChunkedLoss.apply(hidden, targets, self, trains, *self._weights())  # type: ignore[no-untyped-call]
         return found
 
     def capped(self, logits: Tensor) -> Tensor | None:
-        """Apply scale and soft-cap to logits, in place. Return the derivative, or None if it is 1."""
+        """Apply the scale and the soft-cap to the logits in place. Return the derivative of this function, or None if it is 1
+        everywhere."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if not self.cap:
