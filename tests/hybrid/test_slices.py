@@ -71,6 +71,7 @@ def test_every_way_of_training_keeps_the_bits(shared_folder: Path, shared_tmp: P
         assert_same(run, alone(data, shared_tmp, how))
 
 
+@pytest.mark.check
 def test_interleaved_stages_keep_the_bits(shared_folder: Path, shared_tmp: Path) -> None:
     mesh = (1, 2, 2) if fits((1, 2, 2)) else (1, 2, 1)
     if not fits(mesh):
@@ -80,6 +81,7 @@ def test_interleaved_stages_keep_the_bits(shared_folder: Path, shared_tmp: Path)
     assert_same(run, alone(data, shared_tmp, how))
 
 
+@pytest.mark.check
 def test_a_run_resumes_on_any_mesh_with_the_same_bits(shared_folder: Path, shared_tmp: Path) -> None:
     """dp4 -> tp4 -> pp2 x tp2 -> one rank -> dp2 x tp2, and a crash in between: the run equals an uninterrupted run."""
     data, train = corpus(shared_folder), {"save_every": 2, "eval_every": 3, "eval_tokens": 64}
