@@ -25,7 +25,7 @@ LOCK_BYTES = 512  # size of the lock file; each write replaces the whole content
 
 
 class _Holder(TypedDict, total=False):
-    """The content of the lock."""
+    """The content of the lock file."""
 
     host: Required[str]
     pid: Required[int]
@@ -43,7 +43,7 @@ class RunLock:
 
     On one machine, the kernel's lock on the open file (flock) determines the holder. The kernel releases this lock when the
     holder exits. Between machines, the content of the file determines the holder. A thread of the holder increments a counter in
-    the file. If the counter does not change, the holder no longer runs. A requeued Slurm job takes the lock from its first
+    the file. If the counter does not change, the holder no longer runs. A requeued Slurm job takes over the lock of its first
     launch. If only the Slurm daemon of a node failed, the processes of the first launch may still run. They then find a different
     token in the file and stop.
     """
@@ -144,7 +144,7 @@ class RunLock:
         if not self.held():
             os.close(self._handle)
             raise UsageError(
-                f"{self.path}: another job acquired it at the same time; choose another folder with --{self._option}=DIR"
+                f"{self.path}: another job acquired the lock at the same time; choose another folder with --{self._option}=DIR"
             )
 
     def _write(self, handle: int) -> None:

@@ -26,8 +26,8 @@ class Cache:
     def __init__(self, capacity: int) -> None:
         """capacity: largest number of positions."""
         self.capacity, self.length = capacity, 0
-        self.kept: Kept = {}  # keys and values by layer, each (K, room, E)
-        self.counts: dict[int, int] = {}  # number of kept positions by layer
+        self.kept: Kept = {}  # layer -> (keys, values), each (K, room, E), with memory for `room` positions
+        self.counts: dict[int, int] = {}  # layer -> number of kept positions
         self.joint: Kept = {}  # tensors (B, K, room, E) of several caches; `kept` has row `row` of them (joint_cache.py)
         self.row = 0  # this cache's row of `joint`
 
@@ -64,7 +64,7 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
+    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
 
     The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
     Only joined caches (joint_cache.py) are computed together.
