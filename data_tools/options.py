@@ -25,15 +25,15 @@ class PrepareOptions:
     val_fraction: float = 0.05  # share of the stream or of the documents that is used for validation
     form: str = "text"  # --format: "text", or rows with a loss mask (rows.py): "prompt_completion" or "chat"
     text_key: str = "text"  # the field of a row that contains a document
-    chat_template: str | None = None  # a file; None: the template of the tokenizer
+    chat_template: str | None = None  # a file with the template; None: the template of the tokenizer
     template_arg: Sequence[str] = ()  # KEY=VALUE
     seq_len: int = 0  # for rows: the window length in tokens; no row crosses a multiple of this length
     truncate: bool = False  # whether rows longer than seq_len are truncated instead of skipped
     tokens: int = 0  # total tokens of the mixture; 0: stop when a source is exhausted
     repeat: bool = False  # whether an exhausted source starts over
-    split: str = ""  # "text": the end of the stream is validation; "document": whole documents; "": text, for rows document
+    split: str = ""  # validation is "text": the end of the stream; "document": whole documents; "": text, for rows document
     seed: int = 0  # validation documents are chosen by a hash of seed, file name and index in the file
-    bad_utf8: str = "replace"  # or "skip": skip documents with invalid UTF-8
+    bad_utf8: str = "replace"  # "replace", or "skip": skip documents with invalid UTF-8
     strict: bool = False  # whether a bad row raises DataError; otherwise it is skipped
     bos: str = "auto"  # "auto", or "none": documents and rows begin without BOS
     special: str = ""  # "text" or "tokens"; "": text for documents, and the tokenizer's default for rows

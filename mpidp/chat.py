@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check the command line. Raises UsageError if it is invalid. Pure."""
+    """Parse and check the command line. Raises UsageError if the command line is invalid. Pure."""
     parser = Parser(
         prog=program("mpidp.chat"), usage="[mpirun -np N] %(prog)s RUN [--messages FILE --out FILE] [options]",
         description="Talk with a model on the terminal, in its own chat template. Each line of standard input is a message. "

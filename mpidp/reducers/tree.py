@@ -148,7 +148,8 @@ class Tree(Reducer):
                 self._add_between_groups(plan, *piece)
 
     def _gather_held(self) -> Held:
-        """Return the tree nodes and slots of all ranks of the group, after lanes were stolen. Collective over the group."""
+        """Return the tree nodes and slots of all ranks of the group, if ranks took lanes of other ranks. Collective over the
+        group."""
         table = np.full((self.group.node.size, 2 * self.lanes.num_lanes.bit_length() + 3, 2), -1, dtype=np.int64)
         for node, slot in self._tree_sums[0].nodes.items():
             table[self.group.node.rank, slot] = node

@@ -32,7 +32,7 @@ class TreeSum:
     """
 
     def __init__(self, num_lanes: int, siblings_share: bool) -> None:
-        """siblings_share: whether a lane accumulates directly into the slot of its sibling. This is allowed if every lane is a
+        """siblings_share: whether a lane accumulates directly into the slot of its sibling. Sharing is allowed if every lane is a
         single micro-batch. Then the sum has the same bits as with a separate addition."""
         self.num_lanes, self.siblings_share = num_lanes, siblings_share
         self.nodes: dict[Node, int] = {}  # nodes on this rank, and their slots

@@ -48,7 +48,7 @@ def state(run: RecordedRun, fall: Waterfall) -> str:
 
 
 def usual_speed(run: RecordedRun) -> float:
-    """Return the median tokens per second of the steps, without the first few. Pure."""
+    """Return the median tokens per second of the steps, without the first few steps. Pure."""
     steps = run.steps[3:] if len(run.steps) > 9 else run.steps
     speeds = [speed for line in steps if (speed := number(line, "tokens_per_second"))]
     return statistics.median(speeds) if speeds else 0.0

@@ -75,8 +75,8 @@ def add_new_out(parser: argparse.ArgumentParser, about: str, metavar: str = "DIR
 
 
 def take_out(parser: argparse.ArgumentParser, options: argparse.Namespace, old: str, new: str) -> None:
-    """Set options.out from either spelling. old, new: both spellings, for the note. Raises UsageError unless exactly one is
-    given. Independent."""
+    """Set options.out from the new or the old spelling. old, new: the spellings, for the note. Raises UsageError unless exactly
+    one is given. Independent."""
     if options.old_out is not None and options.out is None:
         note_old_spelling(old, new)
         options.out, options.old_out = options.old_out, None
@@ -150,7 +150,7 @@ def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
 
 
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Check the options of add_sampling. Raises UsageError if one is invalid. Pure."""
+    """Raise UsageError if an option of add_sampling is invalid. Pure."""
     if options.tokens < 0 or options.top_k < 0 or not 0 <= options.temperature < math.inf:
         parser.error("--tokens, --temperature and --top-k must not be negative, and the temperature must be finite")
     if not 0 < options.top_p <= 1:

@@ -24,7 +24,7 @@ class RankFailure(Exception):
 
 
 def revocable(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """Register a communicator to be revoked after a failure, and return it. Independent."""
+    """Register a communicator that revoke() must revoke after a failure, and return the communicator. Independent."""
     if launched_with_ulfm():
         _revocable.append(comm)
     return comm

@@ -60,15 +60,15 @@ class WebStore:
             return checked_length(_body(answer, stop - start), start, stop)
 
     def write(self, name: str, content: IO[bytes], size: int) -> None:
-        """Raises UsageError. Independent."""
+        """Raise UsageError, because a web server accepts no files. Independent."""
         raise UsageError(f"{self.address}: nothing can be written to a web server; use object storage, as in s3://bucket/prefix")
 
     def names(self, folder: str) -> list[str]:
-        """Raises UsageError. Independent."""
+        """Raise UsageError, because a web server does not list files. Independent."""
         raise UsageError(f"{self.address}: a web server does not list files; use object storage, as in s3://bucket/prefix")
 
     def delete(self, names: Iterable[str]) -> None:
-        """Raises UsageError. Independent."""
+        """Raise UsageError, because files on a web server cannot be deleted. Independent."""
         raise UsageError(f"{self.address}: nothing can be deleted on a web server")
 
     def _open(self, name: str, method: str, headers: dict[str, str]) -> Any:

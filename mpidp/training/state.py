@@ -13,7 +13,7 @@ from mpidp.metrics.gradient_noise import NoiseAverage
 from mpidp.strategies.protocol import StepStats
 
 REMEMBERED = 32  # number of gradient norms whose median is the usual norm
-KNOWN_AFTER = 20  # number of updates after which the usual norm is known
+KNOWN_AFTER = 20  # after this number of updates the usual norm is known
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Position:
 
     @property
     def batch(self) -> int:
-        """The number of the next batch. The loader has no other state."""
+        """The number of the next batch. The loader needs no other state."""
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
