@@ -122,7 +122,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                                                            "%(default)s)")
     add("--chat-template", metavar="FILE", help="with --format chat: the chat template (default: the one beside tokenizer.json)")
     add("--template-arg", action="append", metavar="KEY=VALUE", default=[], help="with --format chat: a variable of the "
-        "template, for example enable_thinking=false; repeat for several. A row's chat_template_kwargs override it")
+        "template, for example enable_thinking=false; may be given several times. A row's chat_template_kwargs override it")
     add("--seq-len", type=int, metavar="N", default=0,
         help="for rows: the window length in tokens; train with the same model.seq_len")
     add("--truncate", action="store_true", help="truncate rows longer than --seq-len tokens instead of skipping them")
@@ -133,7 +133,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that contains one (default: %(default)s)")
     add_out(parser, "the folder of shards to write (default: %(default)s)", default="shards/stdlib")
     add("--workers", type=int, metavar="N", default=0,
-        help="threads that encode; 0: all cores, or one per rank under mpirun; does not change the shards (default: %(default)s)")
+        help="number of encoding threads; 0: all cores, or one per rank under mpirun; any number gives the same shards "
+        "(default: %(default)s)")
     add("--shards", type=int, metavar="N", default=4, help="number of training files (default: %(default)s)")
     add("--val-fraction", type=float, metavar="F", default=0.05,
         help="share of the tokens or documents that is used for validation; 0: none (default: %(default)s)")

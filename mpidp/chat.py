@@ -80,8 +80,8 @@ def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
 def talk(world: Any, options: argparse.Namespace) -> None:
     """Read messages from standard input of rank 0, and print each answer while it is generated, until the end of input.
 
-    Raises UsageError if the model has no chat template, or if there are more ranks than one model needs. Raises DataError if a
-    logit is not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
+    Raises UsageError if the model has no chat template, or if there are more ranks than one copy of the model needs. Raises
+    DataError if a logit is not finite, and CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.errors import UsageError
     from mpidp.inference.chats import template_of

@@ -3,14 +3,14 @@
 | column | meaning |
 |---|---|
 | input_ids, tokens, token_ids, ids (--column) | the ids of a row |
-| labels | -100: the token is not in the loss; else the id itself. The model shifts them, as in transformers |
+| labels | -100: the token is not in the loss; else the id itself. The model shifts labels, as in transformers |
 | loss_mask, label_mask, completion_mask, assistant_masks | 0: the token is not in the loss |
 | attention_mask | 0: the token is padding and is left out; the numbers 1, 2, ... are the documents of a packed row (axolotl) |
-| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. Padding: numbers
-below 0, and 0 after a larger number |
+| segment_ids, sequence_ids, document_ids, seq_idx | a document of a packed row starts where the number changes. Numbers
+below 0 are padding, and also 0 after a larger number |
 | position_ids | a document of a packed row starts at each 0 |
 | seq_lengths, seqlens | the lengths of the documents of a packed row (TRL) |
-| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | their sums: 0, the length of the first, of the first two, ... |
+| cu_seqlens, cu_seq_lens, cu_seqlens_q, cu_seq_lens_q | their sums: 0, the length of document 1, of documents 1 and 2, ... |
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def id_column(names: Collection[str], options: ReadOptions, where: object) -> st
 
 def wanted_columns(names: Collection[str], options: ReadOptions, where: object, arrays: Collection[str]) -> list[str]:
     """Return the names of the columns to read. The ids come first, then the columns that mask and divide rows. arrays: the
-    columns that hold arrays of numbers. Raises DataError if an unknown column of these may divide rows. Pure.
+    columns that hold arrays of numbers. Raises DataError if one of these columns has an unknown name that suggests that it
+    divides rows. Pure.
     """
     ids = id_column(names, options, where)
     others = [name for name in names if name != ids and (name in MASKS or name in DIVIDERS and name in arrays)]

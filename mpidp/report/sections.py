@@ -124,7 +124,7 @@ def speed(run: RecordedRun) -> str:
     parts = [curves("Throughput", [speeds], "step", "tokens/s", zero=True)]
     mfu = [(step, 100 * value) for step, value in of_steps(run, "mfu")]
     parts.append(curves("Model FLOPs utilization", [Curve("MFU", mfu)], "step", "% of peak", zero=True))
-    remarks = "" if mfu else paragraph("MFU is not computed: mpidp does not know the peak of this device.", "soft")
+    remarks = "" if mfu else paragraph("MFU is not computed, because the peak FLOP/s of this device is not known.", "soft")
     each = of_steps(run, "comm_bytes")
     total = sum(value for _, value in each)
     if each and not total:

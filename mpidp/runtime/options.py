@@ -145,8 +145,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_batch(parser: argparse.ArgumentParser, texts: str) -> None:
     """Add the options of batches of texts: --batch and --exact. texts: what the texts are called. Pure."""
     parser.add_argument("--batch", type=int, default=8, help=f"{texts} per batch on each rank (default: %(default)s)")
-    parser.add_argument("--exact", choices=("true", "false"), default="true", help="true: a batch does not change a text; false: "
-                        "faster, and rounding depends on the batch, which may change a text (default: %(default)s)")
+    parser.add_argument("--exact", choices=("true", "false"), default="true",
+                        help="true: a text does not depend on the other texts of its batch; false: faster, but rounding may "
+                        "change a text (default: %(default)s)")
 
 
 def check_sampling(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

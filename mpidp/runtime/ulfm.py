@@ -44,7 +44,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def agree(comm: MPI.Intracomm, ok: bool) -> bool:
-    """Return whether no rank failed and ok is true on all ranks. All remaining ranks get the same result. Collective over
+    """Return True if no rank failed and `ok` is true on all ranks. All remaining ranks get the same result. Collective over
     comm."""
     try:
         return bool(comm.Agree(int(ok)))

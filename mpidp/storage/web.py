@@ -22,7 +22,7 @@ from mpidp.errors import UsageError
 from mpidp.storage.address import Address, credentials_from
 from mpidp.storage.store import Changed, Missing, Refused, Unreachable, Version, checked_length
 
-SILENT_SECONDS = 20.0  # time without any data after which a server counts as not answering
+SILENT_SECONDS = 20.0  # a server that sends no data for this time counts as not answering
 REQUEST_SECONDS = 120.0  # the longest duration of one request
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP codes of temporary errors
 PIECE = 1 << 16

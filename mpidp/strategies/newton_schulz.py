@@ -13,10 +13,10 @@ TOGETHER = 1 << 20  # number of elements; for larger matrices a batched product 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     """Return U f(S) V^T in bfloat16 for each matrix U S V^T, with f(S) near 1. matrices: (m, n), of any shapes.
 
-    On the CPU, matrices of equal shape are multiplied as a batch. A batch takes less time than one matrix after the other: a
-    sixth for 8 matrices of 32 x 32, and half for 8 of 128 x 128. Each result has the same bits as without the batch, so it does
-    not depend on which matrices a rank owns. On CUDA the library chooses kernels by the size of the batch, so there each matrix
-    is multiplied alone. Independent."""
+    On the CPU, matrices of equal shape are multiplied as a batch. This is faster than one product per matrix: it takes a sixth of
+    the time for 8 matrices of 32 x 32, and half for 8 of 128 x 128. Each result has the same bits as without the batch, so it
+    does not depend on which matrices a rank owns. On CUDA the library chooses kernels by the size of the batch, so there each
+    matrix is multiplied alone. Independent."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, int], list[int]] = {}
     for i, one in enumerate(matrices):

@@ -55,8 +55,8 @@ class Position:
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
     def evaluated(self, loss: float | None) -> None:
-        """Record that this step was evaluated, and `loss` as its val_loss (None: there is no validation split). A loss that is
-        not finite is never the best. Independent."""
+        """Record that this step was evaluated. loss: val_loss, or None if there is no validation split. A loss that is not finite
+        is never the best. Independent."""
         self.evaluated_step = self.step
         if loss is None:
             return

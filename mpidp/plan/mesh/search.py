@@ -67,7 +67,7 @@ def model_of(parameters: float, vocab_size: int = 0, seq_len: int = 0) -> tuple[
         hidden = -(-8 * dim // (3 * 64)) * 64
         base = ModelSizes(1, dim, hidden, dim // head_dim, dim // head_dim, vocab_size, seq_len or SEQ_LEN)
         layers = round((parameters - 2 * base.table) / base.block)
-        layers = layers if layers < 8 else 4 * round(layers / 4)  # a multiple, so that stages can have equal sizes
+        layers = layers if layers < 8 else 4 * round(layers / 4)  # a multiple of 4, so that stages can have equal sizes
         if layers >= 1:
             model = replace(base, num_layers=layers)
             off = abs(model.parameters / parameters - 1) + 0.05 * abs(math.log(layers * 128 / dim))
@@ -155,8 +155,8 @@ def machine_of(
 
 
 def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
-    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train. Raises UsageError if the run used
-    several ranks or has no step times. Independent."""
+    """Return (FLOP/s, memory bytes/s), computed from the step times of a run of mpidp.train. Raises UsageError if the run
+    recorded no step times on one rank. Independent."""
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
