@@ -5,8 +5,8 @@ some heads and hidden channels of each layer, and some rows of the vocabulary. T
 and up are split by rows. The weights of the output layers o and down are split by columns. Therefore each residual branch needs
 only one sum over the ranks. The biases of o and down are replicated and added after this sum. Embedding and head are split by
 vocabulary. Learned positions and norms are replicated, except norms over all heads together (model.qk_norm=layer), which are
-split by heads. Between branches, a rank has the hidden states of all positions, or with sequence parallelism only of its own
-positions (Korthikanti 2022, section 4.2.2).
+split by heads. Between branches, a rank has the hidden states of all positions. With sequence parallelism, it has only those of
+its own positions (Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def stage_layers(shape: Shape, stages: int) -> list[range]:
         return [range(shape.num_layers)]
     d, count = shape.model_dim, shape.num_layers
     heads = 2 * shape.num_heads + 2 * shape.num_kv_heads
-    attended = sum(map(shape.attended, range(count))) / count  # positions
+    attended = sum(map(shape.attended, range(count))) / count  # mean number of positions that a position attends to
     block = d * heads * shape.head_dim + (2 + shape.gated) * d * shape.hidden_dim
     block += int(2 * attended * shape.num_heads * shape.head_dim)
     head = shape.vocab_size * d

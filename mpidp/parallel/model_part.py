@@ -157,7 +157,7 @@ class ModelPartition:
             return
         view = found[0]
         mine = view.view(-1).cpu()
-        group.fence()  # all ranks have read the gradient before one of them writes
+        group.fence()  # all ranks must have read the gradient before one of them writes it
         theirs = torch.empty_like(mine)
         for start, stop in pieces(0, mine.numel()):
             pp.Sendrecv(buf(mine[start:stop]), other, recvbuf=buf(theirs[start:stop]), source=other)
@@ -174,7 +174,7 @@ class ModelPartition:
         reshard_all(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
-        gathers = grid.world.rank == 0  # receives from the ranks of the first replica
+        gathers = grid.world.rank == 0  # whether this rank receives from the ranks of the first replica
         for name, size in sorted(self.sizes.items()):
             held = whole(mine[name]).float().cpu().contiguous() if name in mine else torch.empty(0)
             gathered = torch.empty(size if gathers else 0)
