@@ -59,7 +59,7 @@ def make_torch_optimizer(
 
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-Memory = Callable[[int], Tensor]  # takes a number of elements, and returns a zeroed float32 tensor of this size
+Memory = Callable[[int], Tensor]  # from a number of elements to a zeroed float32 tensor of this size
 
 
 class Optimizer:

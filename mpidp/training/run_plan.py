@@ -1,4 +1,4 @@
-"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. This uses little
+"""The plan of a run. To make a plan, the data is opened and checked, and the configuration is resolved. Making a plan uses little
 memory."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KEPT = {"train.threads": 0, "optim.warmup_steps": -1}  # the value that means au
 class RunPlan:
     """A resolved run: configuration, data, grid of ranks, model shape. It holds no large memory."""
 
-    config: Config  # resolved: no automatic values left
+    config: Config  # resolved: without automatic values
     automatic: frozenset[str]  # the settings of KEPT that the user left automatic
     grid: Grid
     device: torch.device
@@ -58,7 +58,7 @@ class RunPlan:
     lanes: Lanes
     shape: Shape
     arrivals: Order  # order of arrivals to replay, at parameter servers or in quorum rounds
-    origin: Origin | None = None  # source of the initial weights; None: drawn at random
+    origin: Origin | None = None  # source of the initial weights; None: they are random
 
     @property
     def world(self) -> MPI.Intracomm:
