@@ -43,8 +43,8 @@ class LSTM(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Initialize the parameters.
 
-        Embedding and head are normal with std 1/sqrt(D). Cells are uniform in +-1/sqrt(D). Biases are 0, except those of forget
-        gates, which are 1 (Jozefowicz 2015).
+        The weights of embedding and head are drawn from a normal distribution with std 1/sqrt(D). The matrices of LSTM layers are
+        drawn uniformly from +-1/sqrt(D). Biases are 0, except those of forget gates, which are 1 (Jozefowicz 2015).
         """
         generator, bound, d = torch.Generator().manual_seed(seed), 1.0 / math.sqrt(self.shape.model_dim), self.shape.model_dim
         for name, p in sorted(self.named_parameters()):

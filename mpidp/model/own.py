@@ -1,10 +1,10 @@
 """Custom models: model.kind=MODULE:FACTORY. Pure torch, no MPI.
 
-FACTORY is a subclass of nn.Module, or a function whose return annotation is one. Other callables are rejected. This check does
-not protect against a RUN from an untrusted source, because importing MODULE already executes it; kinds.check_named protects
-against it. FACTORY is called with keyword arguments: vocab_size, the settings of section model that it accepts (seq_len,
-num_layers, model_dim, dropout, ...), and those of model.options. The model maps tokens (B, T) int64, 1 <= T <= seq_len, to logits
-(B, T, V) of the next token. Logits must not depend on later tokens.
+FACTORY is a subclass of nn.Module, or a function whose return annotation is such a class. Other callables are rejected. This
+check does not protect against a RUN from an untrusted source, because importing MODULE already executes code. kinds.check_named
+protects against such a RUN. FACTORY is called with keyword arguments: vocab_size, the settings of section model that it accepts
+(seq_len, num_layers, model_dim, dropout, ...), and the arguments in model.options. The model maps tokens (B, T) int64, 1 <= T <=
+seq_len, to logits (B, T, V) of the next token. Logits must not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _try(kind: str, model: nn.Module, vocab_size: int, seq_len: int) -> None:
     """Run the model in training and evaluation mode.
 
     Raises UsageError if the logits have a wrong size, have no gradient, or depend on later tokens. Also raises UsageError if
-    training changes a buffer: the buffer would then depend on which micro-batches a rank computes.
+    training changes a buffer, because the buffer would then depend on which micro-batches a rank computes.
     """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens = torch.arange(2 * seq_len).view(2, seq_len) % vocab_size

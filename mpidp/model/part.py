@@ -1,12 +1,12 @@
-"""Which part of the Transformer one rank has. Pure.
+"""Determines which part of the Transformer a rank has. Pure.
 
 With pipeline parallelism, a rank has some of the layers. With tensor parallelism (Shoeybi 2019, Megatron-LM, section 3), it has
 some heads and hidden channels of each layer, and some rows of the vocabulary. The weights of query, key, value, gate and up are
 split by rows, and so are their biases. The weights of o and down, which are multiplied afterwards, are split by columns.
 Therefore each residual branch needs only one sum over the ranks. The biases of o and down are replicated and added after this
 sum. Embedding and head are split by vocabulary. Learned positions and norms are replicated, except norms over all heads together
-(model.qk_norm=layer), which are split by heads. Between branches, a rank has all positions of a sequence, or with sequence
-parallelism only its own positions (Korthikanti 2022, section 4.2.2).
+(model.qk_norm=layer), which are split by heads. Between branches, a rank has the hidden states of all positions, or with sequence
+parallelism only of its own positions (Korthikanti 2022, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def part_of(
 
 
 def stage_layers(shape: Shape, stages: int) -> list[range]:
-    """Divide the layers into stages of consecutive layers, at least one each, so that the slowest stage is as fast as possible.
+    """Divide the layers into stages so that the slowest stage is as fast as possible. Each stage has at least one layer, and its
+    layers are consecutive.
 
     A stage's time is estimated by its floating-point operations per token, including those of the head. With sliding windows in
     some layers, every layer counts as the mean of all layers. Pure.

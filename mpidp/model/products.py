@@ -1,7 +1,7 @@
 """Matrix products of linear layers in training on CPUs. Pure torch, no MPI.
 
-torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, does, and
-needs about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
+torch computes float32 products with MKL. On AMD CPUs, MKL does not use AVX-512. oneDNN, which is also part of torch, uses AVX-512
+and takes about half the time. The bits of oneDNN's products depend neither on the number of threads nor on the number of rows
 (tests/unit/test_products.py).
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because a call of oneDNN takes 10 microseconds more
+SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because calling oneDNN takes 10 microseconds longer
 LONGEST = 1 << 14  # terms of a sum; oneDNN divides longer sums among threads, so their bits would depend on the number of threads
 
 
@@ -61,7 +61,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The product by oneDNN. It saves what F.linear saves."""
+    """A matrix product computed by oneDNN. For backward, it saves the same tensors as F.linear."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,14 +72,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        multiply = F.linear if torch.is_grad_enabled() else _product  # enabled: gradients of gradients are wanted
+        multiply = F.linear if torch.is_grad_enabled() else _product  # enabled for gradients of gradients
         of_x = None if weight is None else multiply(grad, weight.t())
         of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t())
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with products that are fast on this CPU."""
+    """torch's linear layer, with the faster matrix products of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias."""

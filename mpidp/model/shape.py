@@ -76,7 +76,7 @@ class CustomShape:
     factory: str  # module:factory
     arguments: Mapping[str, Any]  # the factory's arguments
     parameters: Sequence[tuple[str, Sequence[int]]]  # name and shape of each parameter
-    tie_embeddings: ClassVar[bool] = False  # `parameters` has tied parameters only once
+    tie_embeddings: ClassVar[bool] = False  # `parameters` contains tied parameters only once
     head_dim: ClassVar[int] = 1
     dropout: ClassVar[float] = 1.0  # forward may draw random numbers, so each micro-batch gets a key
 
@@ -102,7 +102,8 @@ def default_hidden_dim(model_dim: int) -> int:
 
 
 def num_parameters(shape: Shape) -> int:
-    """Return the number of parameters, computed by formula. Making the model on the meta device would import torch._dynamo."""
+    """Return the number of parameters. A formula computes it, because making the model on torch's meta device would import
+    torch._dynamo."""
     if not isinstance(shape, TransformerShape):
         return sum(math.prod(size) for size in shape.sizes().values())
     block, outside = (sum(map(math.prod, sizes.values())) for sizes in (block_sizes(shape), _outside_sizes(shape)))
@@ -112,8 +113,8 @@ def num_parameters(shape: Shape) -> int:
 def flops_per_token(shape: Shape, parameters: int) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: parameters without the tables of an untied embedding and of learned positions; H: heads; E: head size; A: positions that a
-    position attends to, summed over the layers: seq_len, or at most the window.
+    N: parameters without the tables of an untied embedding and of learned positions; H: heads; E: head size; A: the number of
+    positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if it is shorter.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()
