@@ -1,11 +1,11 @@
-"""The heartbeat board records the step and phase of each rank without MPI. A report about a hang uses it to name the ranks that
-block the other ranks.
+"""The heartbeat board records the step and phase of each rank without MPI. If the job hangs, a report uses the board to name the
+ranks that block the other ranks.
 
-The ranks of a node share a small memory with one record for each rank. A write takes microseconds and does not access the disk.
-The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes progress,
-one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own, because
-two nodes must not write to the same page of a file. If the folder is missing or not writable, only information about other nodes
-is missing.
+The ranks of a node share a small memory segment with one record for each rank. A write takes microseconds and does not access the
+disk. The record of a rank can be read even if the rank is stopped or its interpreter is blocked. When no rank of a node makes
+progress, one of its ranks copies the memory to RUN/.board/HOST.json, which the other nodes read. Each node has a file of its own,
+because two nodes must not write to the same page of a file. If this folder is missing or not writable, reports lack only the
+information about other nodes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NAMED = 4  # maximum number of ranks listed in a message
 
 @dataclass(frozen=True)
 class HeartbeatRow:
-    """The entry of the board for a rank. Times are in seconds before now."""
+    """The board's record of one rank. Times are in seconds before the present."""
 
     rank: int
     host: str
@@ -99,8 +99,8 @@ class HeartbeatBoard:
     """This rank's access to the board: it writes its own record and reads the records of all ranks. Independent."""
 
     def __init__(self, rank: int, hosts: list[str], pids: list[int], token: str, run_dir: Path) -> None:
-        """hosts, pids: those of all ranks. token: unique to the job. The shared memory file has the token in its name until
-        unlink()."""
+        """hosts, pids: the host names and process ids of all ranks. token: a string that is unique to the job. The shared memory
+        file has the token in its name."""
         self.rank, self._hosts, self._pids, self._token, self._folder = rank, hosts, pids, token, run_dir / ".board"
         self.host = hosts[rank]
         here = [r for r, host in enumerate(hosts) if host == self.host]

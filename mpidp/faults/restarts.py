@@ -27,8 +27,8 @@ class RestartLog:
         self.path, self._begun = run_dir / "tries.json", begun
 
     def begin(self, step: int, most: int, rank: int) -> None:
-        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 after
-        `most` starts."""
+        """Count a start from the checkpoint of this step, or from the beginning if step is -1. Raises UsageError on rank 0 if
+        `most` starts from this checkpoint were counted before."""
         self._begun = True
         if rank:
             return

@@ -18,8 +18,8 @@ TAKEN_OVER = "another copy of this job has taken over"
 
 
 class StopRequest:
-    """Detects requests to stop: SIGUSR1 (the only signal that both mpiruns forward), SIGTERM, SIGINT, a file STOP in run.dir, the
-    time limit, and the loss of the run's lock. Independent."""
+    """Detects requests to stop: SIGUSR1 (the only signal that the mpirun of MPICH and of Open MPI both forward), SIGTERM, SIGINT,
+    a file STOP in run.dir, the time limit, and the loss of the run's lock. Independent."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 

@@ -16,7 +16,7 @@ from mpidp.runtime.files import open_regular, write_file
 from mpidp.runtime.json_file import parse_json, parse_json_lines, read_json_lines
 from mpidp.runtime.log import log
 
-LARGEST = 1e100  # no figure of a run is larger; sums and products of larger ones could overflow
+LARGEST = 1e100  # larger numbers are ignored, because their sums and products could overflow
 TAIL_BYTES = 1 << 16  # bytes at the end of the file that are searched for the last lines of a failed rank 0
 
 
@@ -28,7 +28,7 @@ class _Data(TypedDict, total=False):
 
 
 class Line(TypedDict, total=False):
-    """The keys of a line that readers use. Other keys may have any value (use number())."""
+    """The keys of a line whose types are checked. Values of other keys may have any type, so number() reads them."""
 
     step: Required[int]
     event: str
@@ -55,8 +55,8 @@ class Line(TypedDict, total=False):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl. Damaged lines are left out, with a warning. A file that does not exist has no lines. Raises
-    UsageError if the file cannot be read. Independent."""
+    """Return the lines of a metrics.jsonl, or no lines if the file does not exist. Damaged lines are left out, and a warning is
+    logged. Raises UsageError if the file cannot be read. Independent."""
     try:
         lines, damaged = read_json_lines(path, Line)
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object with floats in full precision, and is flushed
+    """Writes RUN/metrics.jsonl on rank 0. Each line is a JSON object with floats in full precision. Lines are written to the file
     immediately."""
 
     def __init__(
@@ -78,9 +78,9 @@ class MetricsFile:
     ) -> None:
         """Open the file. Delete incomplete lines, and lines of later steps and batches, which a resumed run writes again.
 
-        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: None, or if this rank
-        replaces a failed rank 0, the last lines of rank 0; lines that are missing in the file are added. also: trackers that
-        receive the same lines. Raises UsageError if the file cannot be read or written."""
+        step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: if this rank replaces a
+        failed rank 0, the last lines of rank 0, otherwise None. Those lines that are missing in the file are added. also:
+        trackers that receive the same lines. Raises UsageError if the file cannot be read or written."""
         self._path = path
         self.also: Trackers | None = None  # trackers that receive each new line, too
         self.lost: dict[str, float] = {}  # time, steps and energy of the deleted lines

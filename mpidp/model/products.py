@@ -44,8 +44,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # torch's compiler accepts the operator only with constant weights
-        return False
     float32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     return KIND == "onednn" and float32 and x.numel() * len(weight) >= SMALLEST
 
@@ -60,21 +58,36 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return whole
 
 
+# torch's compiler accepts oneDNN's operator only with constant weights. Compiled code calls this operator instead.
+_LIBRARY = torch.library.Library("mpidp", "DEF")
+_LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("product", _product, "CPU")
+
+
+@torch.library.register_fake("mpidp::product", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 class _Linear(torch.autograd.Function):
     """A matrix product computed by oneDNN. For backward, it saves the same tensors as F.linear."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _product(x, weight, bias)
+        return (torch.ops.mpidp.product if torch.compiler.is_compiling() else _product)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        multiply = F.linear if torch.is_grad_enabled() else _product  # enabled for gradients of gradients
-        of_x = None if weight is None else multiply(grad, weight.t())
-        of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t())
+        multiply: Any = _product
+        if torch.compiler.is_compiling():
+            multiply = torch.ops.mpidp.product
+        elif torch.is_grad_enabled():  # for gradients of gradients
+            multiply = F.linear
+        of_x = None if weight is None else multiply(grad, weight.t(), None)
+        of_weight = None if x is None else multiply(rows.t(), x.reshape(-1, x.shape[-1]).t(), None)
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 

@@ -3,10 +3,9 @@
 | text | frequency of a pair of dimensions |
 |---|---|
 | linear:FACTOR | divided by FACTOR (position interpolation, Chen 2023) |
-| llama3:FACTOR,LOW,HIGH,ORIGINAL | low frequencies are divided by FACTOR, high ones are kept, and others are interpolated (Llama
-3.1) | | yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3 with other limits; cos and sin are multiplied by ATTENTION
-(Peng 2023) |
-| longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
+| llama3:FACTOR,LOW,HIGH,ORIGINAL | low ones are divided by FACTOR, high ones kept, others interpolated (Llama 3.1) |
+| yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3 with limits FAST, SLOW; ATTENTION scales cos and sin (Peng 2023) |
+| longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
 ORIGINAL is the context length of the first training. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
 SLOW=1, ATTENTION=0.1 ln(FACTOR) + 1, and TRUNCATE=1. ATTENTION=0 also means its default. TRUNCATE=1 rounds the limits to whole
