@@ -7,8 +7,8 @@ saved. *Computation*: before gradients are reduced, one lane of each rank is com
 the other rank change from audit to audit. If the two results are not bit-identical, the step is repeated.
 
 On a mesh, each part of the model is compared with the same part of the other replicas. Parameters that all ranks of a stage hold
-(the gains of norms) are also compared within the stage. If they differ only within the stage, the run returns to its last
-checkpoint.
+(the gains of norms) are also compared within the stage. If these parameters differ only within the stage, the run returns to its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Audit:
         return replica * self._grid.parts + self._grid.model.rank
 
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:
-        """Combine the findings of all ranks into one, which is equal on all ranks. Collective over the job's ranks."""
+        """Combine the findings of all ranks into one finding, and return it on all ranks. Collective over the job's ranks."""
         found = [finding for finding in own if finding is not None]
         if self._grid.parts == 1:  # without a mesh, all ranks have the same result
             return found[0] if found else None

@@ -79,7 +79,7 @@ def blame(rows: list[HeartbeatRow]) -> tuple[str, list[HeartbeatRow]]:
 
     The blocking ranks are the first of these groups that is not empty: 1. ranks whose processes are stopped or have exited; 2.
     the ranks with the least progress, if they are not in a phase in which ranks wait; 3. ranks without a heartbeat; 4. the ranks
-    with the least progress. Pure."""
+    with the least progress, in any phase. Pure."""
     heard = [row for row in rows if row.state != SILENT]
     behind = [row for row in heard if row.place == min(other.place for other in heard)]
     silent = [row for row in rows if row.state == SILENT]
@@ -133,7 +133,7 @@ class HeartbeatBoard:
         return time.monotonic() - max(here + [NODE.unpack_from(self._memory, at)[2] for at in self._nodes.values()])
 
     def exchange(self, every_seconds: float) -> None:
-        """Write this node's file and read the files of other nodes. Do nothing if a rank of this node did so in the last
+        """Write this node's file and read the files of other nodes. Do nothing if a rank of this node has done this in the last
         every_seconds."""
         now = time.monotonic()
         if not self._nodes or now - CLOCK.unpack_from(self._memory)[0] < every_seconds:

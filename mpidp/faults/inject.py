@@ -3,9 +3,9 @@
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
 Faults are separated by spaces. Each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
-started. step: the step that is being computed, counted from 1; in the phases evaluate, checkpoint and respawn, the last completed
-step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without failed ranks. This module
-imports neither torch nor MPI.
+started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn, it
+is the last completed step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without
+failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|
@@ -18,9 +18,9 @@ imports neither torch nor MPI.
 | flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
 
 nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur when the
-phase begins (default: compute). With `after=SECONDS` they occur this many seconds later, even if another phase has begun.
-sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An update has the
-phases reduce, apply and publish. After the update the phases evaluate and checkpoint may follow. In the phase respawn, failed
+phase begins (default: compute). With `after=SECONDS`, these faults occur this many seconds later, even if another phase has
+begun. sysexit, raise and hang do not support `after`. A step has the phases data, compute, comm_wait and update. An update has
+the phases reduce, apply and publish. After the update the phases evaluate and checkpoint may follow. In the phase respawn, failed
 ranks are replaced.
 """
 
@@ -136,7 +136,7 @@ class InjectedFaults(StepObserver):
         return any(fault.kind in ("nan", "wrong") for fault in self.of_all_ranks)
 
     def enter(self, step: int, phase: str) -> None:
-        """Cause the faults that end or stop this rank in this phase of this step, immediately or with a timer."""
+        """Cause the faults that are to end or stop this rank in this phase of this step, immediately or with a timer."""
         place = (step, phase)
         for fault in self.of_this_rank:
             if fault.kind in ACTIONS and (fault.step, fault.phase) == place and self._once(fault):

@@ -50,8 +50,8 @@ class RestartLog:
         self._write(self._read() | {"words": message[:2000]})
 
     def ended(self, error: BaseException | None, rank: int) -> None:
-        """Record how this start ended. error: the exception that ended the job, or None. Rank 0 writes the file. A
-        rank whose error the other ranks do not have also writes it."""
+        """Record how this start ended. error: the exception that ended the job, or None. Rank 0 writes the file. If only one rank
+        has an error, this rank also writes the file."""
         if not self._begun:
             return
         everywhere = isinstance(error, MpidpError) and error.everywhere

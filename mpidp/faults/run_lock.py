@@ -43,7 +43,7 @@ class RunLock:
 
     On one machine, the kernel's lock on the open file (flock) determines the holder. The kernel releases this lock when the
     holder exits. Between machines, the content of the file determines the holder. A thread of the holder increments a counter in
-    the file. If the counter does not change, the holder no longer runs. A requeued Slurm job takes the lock from its first
+    the file. If the counter does not change, the holder no longer runs. A requeued Slurm job takes over the lock of its first
     launch. If only the Slurm daemon of a node failed, the processes of the first launch may still run. They then find a different
     token in the file and stop.
     """

@@ -1,8 +1,8 @@
-"""The model families that can be imported and exported: one row each. Pure, without torch.
+"""The table of the model families that can be imported and exported. Pure, without torch.
 
-A row has the conversion of the fields of config.json to options of the model (fields.py, layers.py, rope_fields.py), and the
-names of the tensors (tensors.py). It also lists the options that the family always has, the fields that must have certain values,
-and the fields that do not change the logits.
+Each family has a row. The row states how fields of config.json are converted to options of the model (fields.py, layers.py,
+rope_fields.py), and how the tensors are named (tensors.py). It also lists the options that the family always has, the fields that
+must have certain values, and the fields that do not change the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mpidp.hf.tensors import Layout
 MAX_LAYERS = 2**16
 DROPOUTS = ("attention_dropout", "hidden_dropout", "classifier_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop",
             "residual_dropout", "embedding_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
-FREE = {  # fields that change no logits, in every family
+FREE = {  # fields that do not change the logits, in every family
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "auto_map", "dtype",
     "torch_dtype", "initializer_range", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict",
     "return_dict_in_generate", "chunk_size_feed_forward", "problem_type", "id2label", "label2id", "num_labels", "_num_labels",
@@ -101,11 +101,11 @@ GPT_NEOX = Layout(
 
 @dataclass(frozen=True)
 class Family:
-    """A model family of transformers.
+    """A model family of the transformers library.
 
     title: public models of the family. options: the options that all models of the family have. only: the fields that must have
     one of these values. free: the fields that do not change the logits. longest: the field with the maximum context length.
-    copies: for each old name of a field, which other programs still read, the field whose value it repeats.
+    copies: maps the old name of a field, which other programs still read, to the new name. Both get the same value.
     """
 
     architecture: str
@@ -168,7 +168,7 @@ ROOT = implied("embedding_scale", lambda found: math.sqrt(found["model_dim"]))
 GEMMA = {"norm_plus_one": True}
 LAYER_NORM = {"norm": "layer", "gated": False}
 QWEN_WINDOW = layered_window(4096, above("max_window_layers", 28), True, ("max_window_layers",), first_window)
-GEMMA_ACT = without(ACTIVATIONS, "gelu") | {"gelu": "gelu_tanh"}  # Gemma 1's files say gelu, and mean the approximation
+GEMMA_ACT = without(ACTIVATIONS, "gelu") | {"gelu": "gelu_tanh"}  # Gemma 1's files say gelu, but mean gelu_tanh
 
 FAMILIES: tuple[Family, ...] = (
     Family("LlamaForCausalLM", "llama", "Llama 2, Llama 3, TinyLlama, SmolLM2", (*usual(), bias(), mlp_bias(), rope())),

@@ -91,8 +91,8 @@ def _keys_of(family: Family, *options: str) -> list[str]:
 
 
 def canonical(options: Options) -> Options:
-    """Return the options in a canonical form: automatic values where they mean the same, and the shortest patterns of layers.
-    Pure."""
+    """Return the options in a canonical form. Numbers equal to the automatic value become 0, and patterns of layers are as short
+    as possible. Pure."""
     found = dict(options)
     size, layers = head_size(options), options["num_layers"]
     found["head_dim"] = 0 if size * options["num_heads"] == options["model_dim"] else size
@@ -126,7 +126,8 @@ def options_of(shape: TransformerShape) -> Options:
 
 
 def longest_of(config: Mapping[str, Any], where: object) -> int | None:
-    """Return the longest context that config.json states, None if it states none. Raises DataError if it is invalid. Pure."""
+    """Return the maximum context length that config.json states, or None if it states none. Raises DataError if this length is
+    not a positive integer, or if the family is not supported. Pure."""
     key = family_of(config, where).longest
     return None if config.get(key) is None else Given(config, where).number(key)
 
@@ -170,7 +171,8 @@ def _listed(options: Options) -> str:
 def _written(
     family: Family, shape: TransformerShape, options: Options, dtype: str, ids: Mapping[str, int | None], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return config.json of a family. Fields of `kept` whose values mean the same options are kept as they are."""
+    """Return the contents of config.json for a family. Fields in `kept` that already express the wanted options stay
+    unchanged."""
     usual: dict[str, Any] = {
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids, "initializer_range": 0.02, "use_cache": True,
         "attention_dropout": 0.0,

@@ -1,5 +1,5 @@
-"""Fields of config.json for rotary positions: theta and scaling, with the keys of transformers 5 (rope_parameters) and of older
-versions (rope_theta, rope_scaling). Pure, without torch."""
+"""Converts the fields of config.json for rotary positions: theta and scaling. Both the key of transformers 5 (rope_parameters)
+and those of older versions (rope_theta, rope_scaling) are supported. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def _check_keys(given: Given, scaling: Mapping[str, Any], where: str) -> None:
 def _first(
     given: Given, scaling: Mapping[str, Any], key: str, outside: tuple[str, ...], default: float, most: float = MOST
 ) -> float:
-    """Return the first value that is present: inside rope_parameters, or else outside. All values outside must equal the
-    first."""
+    """Return the value inside rope_parameters if it is present, otherwise the first value outside. All values outside must be
+    equal."""
     values = {name: given.config[name] for name in outside if given.config.get(name) is not None}
     if len(set(map(repr, values.values()))) > 1 and len({float(v) for v in values.values() if isinstance(v, (int, float))}) > 1:
         given.refuse(f"{' and '.join(f'{name}={short(value)}' for name, value in values.items())} contradict each other")
@@ -145,7 +145,8 @@ def _first(
 
 
 def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) -> None:
-    """Raise DataError if transformers ignores a field in this family, and the field does not have the value in use."""
+    """Raise DataError if transformers ignores a field in this family, and the value of the field differs from the value that is
+    used."""
     if key not in names and given.config.get(key) is not None and given.config[key] != used:
         where = "this family" if names else "layers with a window of this family"
         given.refuse(
@@ -155,7 +156,8 @@ def _check_ignored(given: Given, key: str, names: tuple[str, ...], used: float) 
 
 
 def scaling_text(given: Given, scaling: Mapping[str, Any], kinds: Mapping[str, str | None]) -> str:
-    """Return the option rope_scaling for the content of rope_parameters. Raises DataError. Pure."""
+    """Return the option rope_scaling for the content of rope_parameters. Raises DataError if the kind of scaling is not
+    supported, or if a value is missing or invalid. Pure."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return ""

@@ -1,4 +1,4 @@
-"""Rejects sizes in a manifest that no run of mpidp writes, before memory is allocated or threads are started. Pure.
+"""Rejects manifests with sizes that no run of mpidp writes. This happens before memory is allocated or threads are started. Pure.
 
 A manifest may come from an untrusted source. A few bytes of it could request all memory of this machine.
 """

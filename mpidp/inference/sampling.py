@@ -1,4 +1,4 @@
-"""Sample the next token from its logits. Pure. Runs on the CPU, so that all devices and ranks draw the same tokens."""
+"""Samples the next token from logits. Sampling runs on the CPU, so that all devices and ranks draw the same tokens. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLDEST = 1e-6  # a lower temperature selects the likeliest token: logits divided by it may overflow
+COLDEST = 1e-6  # a lower temperature selects the likeliest token, because dividing by it could overflow
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Sampling:
     """Sampling parameters.
 
     temperature: divides the logits; 0, or less than COLDEST, selects the likeliest token. top_k: sample from the k likeliest
-    tokens; 0: from all. top_p: sample from the smallest set of these with this total probability; 1: from all (nucleus sampling,
-    Holtzman 2020).
+    tokens; 0: from all. top_p: of these, sample from the smallest set of likeliest tokens with at least this total probability;
+    1: from all (nucleus sampling, Holtzman 2020).
     """
 
     temperature: float = 0.8

@@ -1,4 +1,4 @@
-"""Stream generated text: characters are written as soon as they are certain. Pure."""
+"""Streams generated text. A piece of text is written as soon as later tokens can no longer change it. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StreamedText:
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str] = (), write: Callable[[str], None] | None = None
     ) -> None:
-        """stops: nonempty strings; write: called with each piece of text."""
+        """stops: nonempty strings. write: called with each piece of text."""
         self._detokenizer, self._stops, self._write = detokenizer, StopStrings(stops), write
         self.ids: list[int] = []
         self.stopped = False  # whether a stop string was found
@@ -31,7 +31,7 @@ class StreamedText:
         return self.stopped
 
     def end(self) -> str:
-        """Write the rest of the text; return the whole text, without the stop string."""
+        """Write the rest of the text. Return the whole text, without the stop string."""
         if not self.stopped:
             self._say(self._stops.rest() + self._detokenizer.end())
         return "".join(self._certain)

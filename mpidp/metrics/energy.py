@@ -126,7 +126,7 @@ def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POW
     """Return this rank's meter and the status of its counters: {"cpu": "RAPL", "gpu": "NVML"}. If a counter is missing, the
     reason stands in place of its name.
 
-    wanted: metrics.energy. reads: whether this rank reads the counters of its machine; on other ranks the status is empty. uuids:
+    wanted: metrics.energy. reads: whether this rank reads the counters of its machine. On other ranks the status is empty. uuids:
     the job's GPUs on this machine. root: folder of the RAPL counters. Independent."""
     if not wanted or not reads:
         return Meter(), {}

@@ -76,7 +76,8 @@ class MetricsFile:
         self, path: Path, step: int, next_batch: int, latest: Sequence[Mapping[str, Any]] | None = None,
         also: Trackers | None = None,
     ) -> None:
-        """Open the file. Delete incomplete lines, and lines of later steps and batches, which a resumed run writes again.
+        """Open the file. Delete incomplete lines. Also delete lines of later steps and batches, because a resumed run writes them
+        again.
 
         step: last step whose lines are kept. next_batch: first batch whose lines are deleted. latest: if this rank replaces a
         failed rank 0, the last lines of rank 0, otherwise None. Those lines that are missing in the file are added. also:
@@ -163,8 +164,8 @@ def number(line: Mapping[str, Any], name: str) -> float | None:
 def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
     """Yield, for each line, the seconds of work since the previous line.
 
-    For a `start` line these are at most its setup_seconds, because no job worked on the run before the start. Seconds that the
-    line records as lost are not counted again. For a line without a time, yield 0. Pure."""
+    For a `start` line, this is at most the line's setup_seconds, because no job worked on the run before the start. Seconds that
+    the line records as lost are not counted again. For a line without a time, yield 0. Pure."""
     before = None
     for line in lines:
         if (now := number(line, "unix_seconds")) is None:

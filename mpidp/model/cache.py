@@ -64,7 +64,7 @@ def positions_of(caches: list[Cache], t: int, device: torch.device) -> Tensor:
 
 
 def attend(caches: list[Cache], layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E); k, v: (B, K, T, E).
+    """Return causal attention of T new positions over all positions so far. q: (B, H, T, E). k, v: (B, K, T, E).
 
     The result is (B, H, T, E). Rows are computed one at a time, without padding, so a row's result does not depend on other rows.
     Only joined caches (joint_cache.py) are computed together.

@@ -28,7 +28,7 @@ def make_model(shape: Shape, seed: int = 0, part: Part | None = None) -> Any:
 def check_named(kind: Any, named: str, where: object) -> None:
     """Raise UsageError if a file of a run names a custom model that the user did not name. Pure.
 
-    Opening a run from another person must not import or call anything that its files name. kind: model.kind in the file `where`;
+    Opening a run from another person must not import or call anything that its files name. kind: model.kind in the file `where`.
     named: model.kind on the user's own command line, "" if it is not there. Raises DataError if `kind` is not a string.
     """
     if not isinstance(kind, str):

@@ -13,7 +13,7 @@ def chunk_rows(loss: str, shape: Shape, positions: int) -> int:
     """Return the number of positions per chunk, or 0 if the loss is computed from all logits. The result does not depend on the
     rank.
 
-    loss: train.loss; positions: number of positions of a full micro-batch. Pure."""
+    loss: train.loss. positions: number of positions of a full micro-batch. Pure."""
     if not isinstance(shape, TransformerShape) or loss == "whole":
         return 0
     rows = max(64, CHUNK_LOGITS // shape.vocab_size // 64 * 64)

@@ -51,7 +51,7 @@ class TransformerOptions:
         return self.positions == "rotary" and letters[layer % len(letters)] == "y"
 
     def window_of(self, layer: int) -> int:
-        """Return the window of a layer; 0: the layer attends to all earlier positions. Pure."""
+        """Return the window of a layer, or 0 if the layer attends to all earlier positions. Pure."""
         letters = self.window_layers or "w"
         return self.window if letters[layer % len(letters)] == "w" else 0
 

@@ -83,7 +83,7 @@ def set_generator(key: int, device: torch.device) -> None:
 def shape_of(kind: str, settings: Mapping[str, Any], changed: Mapping[str, Any], vocab_size: int, seed: int) -> CustomShape:
     """Make the model once, test it, and return its shape.
 
-    settings: all settings of section model, by name; changed: those that differ from their defaults. Raises UsageError if the
+    settings: all settings of section model, by name. changed: those that differ from their defaults. Raises UsageError if the
     model cannot be trained. Independent.
     """
     options = options_of(settings["options"])
@@ -132,7 +132,8 @@ def _value(raw: str) -> Any:
 
 
 def _find(kind: str) -> Callable[..., nn.Module]:
-    """Import the factory that model.kind names. Raises UsageError if it does not exist or makes no nn.Module. Independent."""
+    """Import the factory that model.kind names. Raises UsageError if the factory does not exist or does not make an nn.Module.
+    Independent."""
     module, _, name = kind.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name, None)

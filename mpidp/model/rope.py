@@ -59,7 +59,7 @@ def _yarn(dims: int, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to the first R dimensions. x: (B, H, T, E); cos, sin: (T, R) or (B, 1, T, R), 0 <= R <= E."""
+    """Apply rotary positions to the first R dimensions. x: (B, H, T, E). cos, sin: (T, R) or (B, 1, T, R), 0 <= R <= E."""
     dims = cos.shape[-1]
     if dims == 0:
         return x

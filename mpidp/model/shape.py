@@ -113,8 +113,9 @@ def num_parameters(shape: Shape) -> int:
 def flops_per_token(shape: Shape, parameters: int) -> float:
     """Return floating-point operations per token, forward and backward: 6 N + 12 H E A (Chowdhery 2022, appendix B).
 
-    N: parameters without the tables of an untied embedding and of learned positions; H: heads; E: head size; A: the number of
-    positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if it is shorter.
+    N: number of parameters without the tables of an untied embedding and of learned positions. H: number of heads. E: head size.
+    A: the number of positions that a position attends to, summed over the layers. In one layer this is seq_len, or the window if
+    it is shorter.
     """
     if not isinstance(shape, TransformerShape):
         return shape.flops_per_token()

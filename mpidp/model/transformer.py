@@ -88,10 +88,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) of the next token.
 
-        x: tokens (B, T) int64, T <= seq_len. positions: (B, T), default 0..T-1. doc_ids: (B, T); tokens attend only to tokens
-        with equal ids. key: the dropout key, an int64 scalar tensor, or None for no dropout (evaluation). length: T, needed with
-        sequence parallelism, where x has only this rank's positions. chunk: index into part.chunks. caches: one cache per row,
-        with the positions before x. Afterwards the caches include x.
+        x: tokens (B, T) int64, T <= seq_len. positions: (B, T), default 0..T-1. doc_ids: the document of each token, (B, T).
+        Tokens attend only to tokens of the same document. key: the dropout key, an int64 scalar tensor, or None for no dropout
+        (evaluation). length: T. It must be given with sequence parallelism, because x then has only this rank's positions. chunk:
+        index into part.chunks. caches: one cache per row, with the positions before x. Afterwards the caches include x.
         """
         t = length or x.shape[1]
         if caches is not None:
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         return x
 
     def _table_of(self, layer: int) -> str | None:
-        """Return the prefix of the names of a layer's rotary tables; None for a layer without rotary positions."""
+        """Return the prefix of the names of a layer's rotary tables, or None if the layer has no rotary positions."""
         if not self.shape.is_rotary(layer):
             return None
         return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else ""
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         return Cache(min(positions, self.shape.seq_len))
 
     def compile_blocks(self) -> None:
-        """Compile each block with torch.compile. All layers share one graph; the head is not compiled.
+        """Compile each block with torch.compile. All layers share one graph. The head is not compiled.
 
         Attention within long packed sequences is not compiled, because the lengths of documents change with each batch.
         torch.compile stops compiling a function after recompile_limit shapes (8 by default). A rank that has seen more shapes

@@ -2,8 +2,8 @@
 
 The gradients of a chunk are computed and stored together with the loss of the chunk. A chunk therefore needs three matrix
 products, as many as without chunks (Hsu 2024, "Liger Kernel", section 3.2). N is the number of positions, D is model_dim, and V
-is the size of the vocabulary. The loss needs memory for one chunk of logits, N x D elements for the gradient of the hidden
-states, and V x D elements for the gradient of the head. The losses of chunks are added in order.
+is the size of the vocabulary. The loss needs memory for one chunk of logits and for two gradients. The gradient of the hidden
+states has N x D elements, and the gradient of the head has V x D elements. The losses of chunks are added in order.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@ of the model.
 
 It follows Megatron-LM (Shoeybi 2019, section 3). The attention and the MLP of a Transformer block are called its branches. At the
 start of a branch, all ranks have the same input. In backward, the function f sums the gradient of this input over the ranks. At
-the end of a branch, the function g sums the ranks' partial results in forward. In backward all ranks have the same gradient of
-this sum. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose rows are on other
-ranks. The loss is computed from the logits of all ranks, but only a maximum, a sum and the target's logit are communicated
-(section 3, "parallel cross-entropy"). Sums are computed in float32 in any training precision.
+the end of a branch, the function g sums the ranks' partial results in forward. In backward, g passes on the gradient of this sum,
+which is the same on all ranks. The vocabulary is also divided among the ranks. A rank's embedding returns zero for tokens whose
+rows are on other ranks. The loss is computed from the logits of all ranks. Only a maximum, a sum and the target's logit are
+communicated (section 3, "parallel cross-entropy"). Sums are computed in float32 in any training precision.
 
 With sequence parallelism (Korthikanti 2022, section 4.2.2), a rank has only its own positions between branches. f gathers
 positions in forward and reduce-scatters their gradients in backward. g reduce-scatters in forward and gathers gradients in
-backward. A matrix product saves only this rank's positions of its input, and backward gathers the other positions again.
+backward. For backward, a matrix product saves only this rank's positions of its input. Backward gathers the other positions
+again.
 
 Each rank may apply a replicated parameter to only some of the positions or heads. The rank then computes only one term of the
 parameter's gradient. The terms are summed over the ranks for each micro-batch, so all ranks of a stage get the same gradient.
