@@ -76,7 +76,7 @@ class Calls:
         self.aborted: Callable[[], bool] = lambda: False
         self._space: dict[str, torch.Tensor] = {}
         self._shared: SharedMemory | None = None
-        self._searched = comm.size == 1  # whether _shared has its final value
+        self._searched = comm.size == 1  # whether shared memory has been tried
 
     def wait(self, request: MPI.Request) -> None:
         """Wait for a request. Raises Aborted if the group is aborted before the request completes. Independent."""
@@ -273,7 +273,7 @@ class Calls:
         if max(*sent, *received) <= most:
             self.wait(self.comm.Ialltoallv(parts(source, sent), parts(target, received)))
             return
-        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # both ranks of a pair know its length
+        outgoing = source.view(-1).view(torch.uint8).split(list(sent))  # sender and receiver know the length of each range
         incoming = target.view(-1).view(torch.uint8).split(list(received))
         packed = torch.cat([part for part in outgoing if len(part) <= most] or [source.new_empty(0, dtype=torch.uint8)])
         short_sent, short_taken = ([n if n <= most else 0 for n in lengths] for lengths in (sent, received))

@@ -1,4 +1,4 @@
-"""Large collectives within a node. They use staging buffers in shared memory instead of MPI messages.
+"""Large collectives within a node, which use staging buffers in shared memory instead of MPI messages.
 
 A tensor passes through the buffers in pieces that fit in the processor's cache. An all_reduce has three phases for each piece.
 First, every rank copies the piece to its own buffer. Second, every rank reduces one range of all ranks' buffers into a common

@@ -23,7 +23,7 @@ class Task:
         Independent."""
         try:
             self._work()
-        except BaseException as error:  # wait() raises the error in the calling thread; raised here, it would be lost
+        except BaseException as error:  # wait() raises it in the calling thread; an error raised here would be lost
             self._error = error
         self._done.set()
 

@@ -26,7 +26,7 @@ from mpidp.runtime.topology import Topology
 from mpidp.runtime.world import polite_barrier, raise_together
 
 CONNECT_SECONDS = 60  # timeout for connecting to rank 0's store
-EXCHANGE_SECONDS = 600  # timeout of an exchange; run.hang_seconds is shorter, so the watchdog reports missing ranks before this
+EXCHANGE_SECONDS = 600  # timeout of an exchange; run.hang_seconds is shorter, so the watchdog reports missing ranks first
 
 
 class Nccl(Messages):

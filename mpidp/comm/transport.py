@@ -1,7 +1,7 @@
 """Passes tensors to MPI, directly or through pinned host memory.
 
 For a piece of a tensor, `Messages.load` returns a *wire* tensor that MPI may read and write. On the CPU the wire tensor is the
-piece itself. On CUDA it depends on the mode. In mode "staged", the wire tensor is a copy in pinned host memory. In mode "device",
+piece itself. On CUDA the wire tensor depends on the mode. In mode "staged", it is a copy in pinned host memory. In mode "device",
 it is the piece itself, and load() first synchronizes the current stream. Mode "device" is used only if a test has shown that the
 MPI library is CUDA-aware (probe.py). Reducers that use these methods can also use NCCL (nccl.py).
 """
@@ -105,8 +105,8 @@ class Messages:
         self.seconds += time.perf_counter() - begin
 
     def synchronize(self) -> None:
-        """Wait until the started exchanges are done. With MPI this does nothing, because each exchange is done when its method
-        returns. Independent."""
+        """Wait until the started exchanges are done. With MPI this method does nothing, because an exchange is done when its
+        method returns. Independent."""
 
     def close(self) -> None:
         """Close the transport after the last exchange. Collective over the ranks that exchange."""

@@ -1,5 +1,5 @@
-"""How a rank waits for MPI requests. MPI's own wait spins, which means that it checks without pauses. This is best if every rank
-has its own core. If ranks share cores, a waiting rank must yield its core to the ranks that compute."""
+"""How a rank waits for MPI requests. MPI's own wait spins, which means that it checks without pauses. Spinning is best if every
+rank has its own core. If ranks share cores, a waiting rank must yield its core to the ranks that compute."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 ensure that no two ranks take the same lane.
 
 A rank takes lanes of its own range from the left. Other ranks take lanes of this range from the right. Two counters per range
-make this safe without a lock. Every rank that wants a lane first increments `claimed`. If the previous value is less than the
-length of the range, the rank may take one lane. A rank that takes a lane of another rank then increments `stolen`. If the
-previous value is s, the rank takes lane s from the right, counted from 0. Therefore every lane is taken exactly once, whatever
-the delays.
+make work stealing safe without a lock. Every rank that wants a lane first increments `claimed`. If the previous value is less
+than the length of the range, the rank may take one lane. A rank that takes a lane of another rank then increments `stolen`. If
+the previous value is s, the rank takes lane s from the right, counted from 0. Therefore every lane is taken exactly once,
+whatever the delays.
 
-The counters are accessed only with MPI_Fetch_and_op, in one epoch that lasts until close(). In shared memory this works even if
-the rank that owns the counter makes no MPI call. With MPICH 4 this does not work, so steals_freely() tests it. No rank loads or
+The counters are accessed only with MPI_Fetch_and_op, in one epoch that lasts until close(). In shared memory, access succeeds
+even if the rank that owns the counter makes no MPI call. MPICH 4 is an exception, so steals_freely() tests this. No rank loads or
 stores a counter directly, so MPI ensures that all ranks see the current values. With Open MPI, set OMPI_MCA_osc=^ucx before MPI
 starts, so that Open MPI uses its shared-memory component.
 """
@@ -92,7 +92,8 @@ class Tickets:
             self._draw(self._me, counter, 0, MPI.REPLACE, used)
 
     def _draw(self, rank: int, counter: int, value: int, op: MPI.Op, used: int | None = None) -> int:
-        """Apply an operation to a rank's counter and return its previous value. The operation is complete on return."""
+        """Apply an operation to a rank's counter and return its previous value. The operation is complete when this method
+        returns."""
         self._given[0] = value
         place = COUNTERS * (self._set if used is None else used) + counter
         self._win.Fetch_and_op([self._given, MPI.INT64_T], [self._found, MPI.INT64_T], rank, place, op)

@@ -100,7 +100,7 @@ class Fault:
     after: float = 0.0  # seconds after the phase begins
     seconds: float = 0.0  # constant part of a delay, in seconds
     factor: float = 1.0  # slowdown of each micro-batch by a delay
-    until: int = 0  # last step; 0 means no limit for delay, and a single step for wrong
+    until: int = 0  # last step of the fault; 0 means no limit for delay, and only one step for wrong
     times: int = 1  # number of batches
     tensor: int = -1  # index of the parameter
     bit: int = -1

@@ -25,7 +25,7 @@ LOCK_BYTES = 512  # size of the lock file; each write replaces the whole content
 
 
 class _Holder(TypedDict, total=False):
-    """The content of the lock."""
+    """The content of the lock file."""
 
     host: Required[str]
     pid: Required[int]
@@ -144,7 +144,7 @@ class RunLock:
         if not self.held():
             os.close(self._handle)
             raise UsageError(
-                f"{self.path}: another job acquired it at the same time; choose another folder with --{self._option}=DIR"
+                f"{self.path}: another job acquired the lock at the same time; choose another folder with --{self._option}=DIR"
             )
 
     def _write(self, handle: int) -> None:

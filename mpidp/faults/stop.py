@@ -56,8 +56,8 @@ class StopRequest:
 
 
 def stop_time(end: float | None, now: float, early_seconds: float) -> float:
-    """Return the time at which to stop a job whose time limit is `end`. It is early_seconds before `end`, or a tenth of the
-    remaining time before `end` if that is less.
+    """Return the time at which to stop a job whose time limit is `end`. This time is early_seconds before `end`. If a tenth of
+    the remaining time is shorter than early_seconds, it is this tenth before `end`.
 
     Times are in seconds since 1970. Returns infinity if `end` is None. Also returns infinity if `end` is in the past, because
     such a time belongs to another job. Pure."""

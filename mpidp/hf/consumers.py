@@ -37,7 +37,7 @@ class Facts:
 
     @property
     def ropes(self) -> set[str]:
-        """The kinds of rope scaling: linear, llama3, ...; empty if there is none."""
+        """The kinds of rope scaling, such as linear or llama3. The set is empty without rope scaling."""
         texts = (self.options["rope_scaling"], self.options["window_rope_scaling"])
         return {text.partition(":")[0] for text in texts if text}
 

@@ -63,7 +63,7 @@ QKV = ("attention.q", "attention.k", "attention.v")
 
 
 def without(names: Mapping[str, str], *left_out: str) -> dict[str, str]:
-    """Return the names without some of them. Pure."""
+    """Return the names, except those in left_out. Pure."""
     return {name: value for name, value in names.items() if name not in left_out}
 
 
@@ -153,7 +153,7 @@ def mlp_bias(key: str = "mlp_bias") -> Field:
 
 
 def query_scale(default: float) -> Field:
-    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by its square root."""
+    """Return the Field query_pre_attn_scalar of Gemma. Attention scores are divided by the square root of its value."""
     return number(
         "query_pre_attn_scalar", "attention_scale", default, lambda value, _: value**-0.5,
         lambda scale, options: _whole((scale or head_size(options) ** -0.5) ** -2),

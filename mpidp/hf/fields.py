@@ -54,7 +54,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Field:
-    """Some fields of config.json that determine some options of the model.
+    """One or several fields of config.json, and the options of the model that they determine.
 
     read: returns the options. Its second argument has the options that earlier Fields returned. write: returns the fields for the
     options of a model. If these fields cannot express an option, config_of() detects this when it reads the result again.
@@ -113,7 +113,7 @@ def activation(key: str, default: str, names: Mapping[str, str] = ACTIVATIONS) -
     def read(given: Given, found: Options) -> Options:
         name = given.config.get(key, default)
         if not isinstance(name, str) or name not in names:
-            given.refuse(f"{key}={short(name)} is not supported: mpidp's Transformer has {', '.join(names)}")
+            given.refuse(f"{key}={short(name)} is not supported: mpidp's Transformer supports {', '.join(names)}")
         return {"activation": names[name]}
 
     def write(options: Options) -> dict[str, Any]:

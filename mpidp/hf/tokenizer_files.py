@@ -100,7 +100,7 @@ def config_ids(special: SpecialTokens) -> dict[str, Any]:
 
 
 def _ends(before: Any, ends: tuple[int, ...]) -> int | list[int]:
-    """Return the ids that end a text: those of the base model first, then those of the data."""
+    """Return the ids that end a text: first the ids of the base model, then the ids of the data."""
     first = [i for i in (before if isinstance(before, list) else [before]) if type(i) is int]
     found = list(dict.fromkeys([*first, *ends]))
     return found[0] if len(found) == 1 else found

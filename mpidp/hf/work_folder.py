@@ -1,4 +1,4 @@
-"""The folder in which an export is written before it is moved to its place."""
+"""Makes the folder in which an export is written before the export is moved to its final place."""
 
 from __future__ import annotations
 

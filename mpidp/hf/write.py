@@ -63,7 +63,8 @@ def write_folder(
 
 
 def files_of(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Assign tensors to files, in order. Each file has at least one tensor and, if it has several, at most max_bytes. Pure."""
+    """Assign tensors to files, in order. Each file has at least one tensor. A file with several tensors has at most max_bytes.
+    Pure."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -100,8 +101,8 @@ def _write_weights(
             os.fsync(written.fileno())
         place |= dict.fromkeys(names, file)
     if not_finite:
-        log.warning("warning: %d exported tensors have values that are nan or inf, first %s: the training diverged before this "
-                    "checkpoint. Use an earlier one", len(not_finite), not_finite[0])
+        log.warning("warning: %d exported tensors contain nan or inf, for example %s: the training diverged before this "
+                    "checkpoint. Use an earlier checkpoint", len(not_finite), not_finite[0])
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(place.items()))}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())

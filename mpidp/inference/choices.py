@@ -45,7 +45,7 @@ class EncodedChoice:
 def read_choices(path: str | Path) -> list[Question]:
     """Read questions from a file of rows (.jsonl, .json, ...). A label is an index from 0, or the right choice's text.
 
-    Raises DataError, which names the line, if a question is invalid. Independent.
+    Raises DataError if a question is invalid. The message names the line. Independent.
     """
     found = []
     for one in read_rows(path, EXAMPLE):

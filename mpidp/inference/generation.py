@@ -23,11 +23,11 @@ def lines_of(rows: list[dict[str, Any]]) -> str:
 def generate(world: Any, options: argparse.Namespace, write: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Generate a text for each prompt. Return one row per prompt, in order, on rank 0 of world. Other ranks return an empty list.
 
-    A row has the keys of its input line, and three more: text (the generated text), tokens (number of generated tokens), ended
-    (why generation ended: tokens, eod or stop). Batches of prompts are distributed over the replicas, which does not change any
-    text unless options.exact is "false". write: called with the first prompt and then with its text, piece by piece. Raises
-    UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and CheckpointError if the run has
-    no valid checkpoint. Collective over world.
+    A row has the keys of its input line, and the keys text, tokens and ended. text: the generated text. tokens: the number of
+    generated tokens. ended: why generation ended (tokens, eod or stop). Batches of prompts are distributed over the replicas.
+    This does not change any text, unless options.exact is "false". write: called with the first prompt and then with its text,
+    piece by piece. Raises UsageError if --out cannot be written, DataError if a prompt or the tokenizer is invalid, and
+    CheckpointError if the run has no valid checkpoint. Collective over world.
     """
     from mpidp.inference.chats import template_of
     from mpidp.inference.decode import continue_prompts
@@ -124,7 +124,8 @@ def _encoded(encoder: Any, prompt: str, seq_len: int, index: int) -> list[int]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], world: Any) -> None:
-    """Write the rows as JSON lines on rank 0. If this fails, print them and raise UsageError. Collective over world."""
+    """Write the rows as JSON lines on rank 0. If the file cannot be written, print the rows and raise UsageError. Collective over
+    world."""
     from mpidp.errors import UsageError
     from mpidp.runtime.files import write_file
     from mpidp.runtime.world import raise_together

@@ -43,8 +43,8 @@ def run_tasks(
     requests: SharedRequests, tasks: dict[str, Any] | None, options: TaskOptions, name: str, prefix: int, seq_len: int,
     samples: bool = False,
 ) -> dict[str, Any] | None:
-    """Evaluate on tasks. Return the harness's results on rank 0, and None on other ranks. They have the keys results, groups,
-    versions and n-shot, and with `samples` also samples.
+    """Evaluate on tasks. Return the harness's results on rank 0, and None on other ranks. The results have the keys results,
+    groups, versions and n-shot, and also samples if `samples` is true.
 
     tasks: the result of load_tasks() on rank 0. name: name of the model. prefix: the token id that is put before a text without
     context. seq_len: the length of the context. Raises DataError if a request does not fit the model, or if the harness fails.
@@ -133,7 +133,7 @@ def _errors_named() -> Iterator[None]:
     except Exception as error:
         log.debug("%s", traceback.format_exc())
         problem = f"the evaluation harness failed ({type(error).__name__}: {error})"
-        raise DataError(f"{problem}; MPIDP_LOG=debug shows where") from error
+        raise DataError(f"{problem}; set MPIDP_LOG=debug to see where") from error
 
 
 def _model_class() -> Any:
@@ -257,9 +257,9 @@ def _text(encoder: Encoder, ids: Sequence[int], stops: Sequence[str]) -> str:
 
 
 def _chat(template: Template, messages: Sequence[dict[str, str]], prompt: bool) -> str:
-    """Return the text of a chat. prompt: True to end with the generation prompt, False to end within the last message, which the
-    model continues. If the template rejects the system message, render the other messages only. Raises DataError if the
-    template rejects them, too."""
+    """Return the text of a chat. prompt: True to end the text with the generation prompt. False to end the text with the content
+    of the last message, which the model then continues. If the template rejects the system message, render the other messages
+    only. Raises DataError if the template also rejects these messages."""
     try:
         text = template.render(messages, prompt)
     except TemplateRejection as error:

@@ -1,4 +1,4 @@
-"""Load a trained model from a run's folder, for evaluate and generate."""
+"""Loads a trained model from a run's folder or from a Hugging Face folder, for evaluate and generate."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def own_tokenizer(reader: Source) -> Path:
 
 
 def check_same_tokenizer(reader: Source, stream: TokenStream) -> None:
-    """Raise DataError unless the shards were prepared with the model's tokenizer. How its file is formatted does not matter.
-    Independent."""
+    """Raise DataError unless the shards were prepared with the model's tokenizer. The formatting of the tokenizer's file does not
+    matter. Independent."""
     if stream.tokenizer_sha256 == reader.meta["tokenizer"]:
         return
     own = own_tokenizer(reader)
@@ -225,7 +225,7 @@ def base_model(reader: Source, parts: ModelPartition, moved: str = "") -> Any:
             sizes = {name: tuple(tensors.get(f"model/{name}", {"shape": ()})["shape"]) for name in parts.sizes}
         else:
             stored, sizes = weights.settings["vocab_size"], weights.sizes
-        if not fits(sizes, parts.sizes):  # before memory for these sizes is used
+        if not fits(sizes, parts.sizes):  # checked before memory is allocated
             raise DataError(f"{path} is not the base model of {reader.path}: its tensors have other sizes")
         model = base_weights(settings, parts.shape, parts.part)
         parts.load(AddedRows(weights, stored) if parts.shape.vocab_size > stored else weights, model)
@@ -242,7 +242,7 @@ def load_model(reader: Source, grid: Grid, device: str, threads: int, kind: str 
     device or the kind does not suit the model.
     """
     if not 0 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means: as in training")
+        raise UsageError(f"--threads {threads}: must be in 0..{MAX_THREADS}; 0 means the number used in training")
     where = resolve_device(device, grid.everyone)
     with readable(reader.path), torch.no_grad():
         if not isinstance(reader, BaseFolder):

@@ -78,7 +78,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recognized(path: str | Path) -> TextFile:
-    """Return the kind of a file. Raises DataError if it cannot be read as text. Independent."""
+    """Recognize what kind of text or rows a file contains. Raises DataError if the file cannot be read as text. Independent."""
     try:
         return recognize(path)
     except NotText as error:

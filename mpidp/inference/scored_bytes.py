@@ -17,8 +17,9 @@ def scored_bytes(stream: TokenStream, comm: MPI.Intracomm) -> int | None:
     """Return the UTF-8 bytes of all targets of a split: the tokens that Engine.evaluate scores. Return None if the shards have no
     tokenizer, or if the tokenizer is of an unknown kind. Collective over comm.
 
-    The first token of the stream and tokens that the loss mask excludes are not counted. If documents are kept apart, the first
-    token of each document is not counted. The end-of-document token, and BOS before a document, have no bytes.
+    The first token of the stream and tokens that the loss mask excludes are not counted. If attention is limited to single
+    documents, the first token of each document is not counted. The end-of-document token, and BOS before a document, have no
+    bytes.
     """
     try:
         tokenizer = tokenizer_from_json(stream.index.tokenizer_bytes(stream.folder).decode(), stream.eod)

@@ -71,7 +71,7 @@ class SharedRequests:
         return self._ask("_score", list(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0])))
 
     def generated(self, requests: Sequence[TextRequest]) -> list[list[int]]:
-        """Return the new ids of each request, without the id that ended it. The ids may contain the stop text.
+        """Return the new ids of each request, without the id that ended the text. The ids may contain the stop text.
 
         Call this on rank 0, within serve(). Collective over loaded.grid.world.
         """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Searches for the first of several strings. Text that may be the start of one of them is held back."""
+    """Searches for the first of several strings. Text that may be the start of one of these strings is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """stops: nonempty strings."""

@@ -30,8 +30,8 @@ class TaskOptions:
 
     names: Sequence[str]
     folder: str = ""
-    few_shot: int | None = None  # examples before each question; None: as the task says
-    limit: int = 0  # items per task; 0: all
+    few_shot: int | None = None  # number of examples before each question; None: as the task file states
+    limit: int = 0  # maximum number of items per task; 0: all items
     chat: bool = False  # whether prompts are chats, in the model's chat template
     system: str | None = None  # the system message of these chats
     code: bool = False  # whether Python functions that task files in `folder` name may be called
@@ -69,7 +69,7 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
         _check_folder(Path(options.folder), options.code)
     found: dict[str, Any] | None = None
     if options.folder:
-        with suppress(KeyError):  # a name, or a member of a group, is one of the harness's own
+        with suppress(KeyError):  # a name, or a member of a group, belongs to the harness's own tasks
             found = _load(library, options, own_alone=True)
     if found is None:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 POWERCAP = Path("/sys/class/powercap")
 EACH_SECONDS = 0.2  # minimum time between two readings of the counters
 SELDOM_SECONDS = 30.0  # a thread ensures this maximum time between readings, because RAPL counters wrap around after 260 kJ
-Counter = Callable[[], float]  # returns the joules since its last call; raises OSError if it cannot be read
+Counter = Callable[[], float]  # returns the joules used since its last call; raises OSError if the counter cannot be read
 
 
 class Zone:
@@ -124,7 +124,7 @@ class Meter:
 
 def open_meter(wanted: bool, reads: bool, uuids: Sequence[str], root: Path = POWERCAP) -> tuple[Meter, dict[str, str]]:
     """Return this rank's meter and the status of its counters: {"cpu": "RAPL", "gpu": "NVML"}. If a counter is missing, the
-    reason stands in place of its name.
+    status has the reason instead of the counter's name.
 
     wanted: metrics.energy. reads: whether this rank reads the counters of its machine. On other ranks the status is empty. uuids:
     the job's GPUs on this machine. root: folder of the RAPL counters. Independent."""

@@ -108,7 +108,7 @@ class MetricsFile:
                 self._late = self._late[self._file.write(self._late) :]
         except OSError as error:  # a full disk must not stop training
             if not self._warned:
-                log.warning("warning: %s: %s. Its lines are kept in memory until they can be written", self._path, error)
+                log.warning("warning: %s: %s. New lines are kept in memory until they can be written", self._path, error)
             self._warned = True
 
     def _drop(self, step: int, next_batch: int) -> None:
@@ -179,8 +179,8 @@ def took(lines: Iterable[Mapping[str, Any]]) -> Iterator[float]:
 
 
 def lost(lines: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the seconds, steps and joules of the lines that are not kept. Earlier losses that these lines record are included.
-    Pure."""
+    """Return the seconds, steps and joules of the lines that are not kept. Amounts that these lines already record as lost are
+    included. Pure."""
     known = {id_of(line) for line in kept}
     dropped = [line for line in lines if id_of(line) not in known]
     totals = {name: sum(number(line, name) or 0.0 for line in dropped) for name in ("lost_seconds", "lost_steps", "lost_joules")}

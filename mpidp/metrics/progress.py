@@ -9,7 +9,7 @@ from typing import Any
 
 from mpidp.runtime.environment import launched_size
 
-PEAK_FLOPS = {  # dense bf16 FLOP/s from the manufacturers' datasheets, by words in the device's name
+PEAK_FLOPS = {  # a word in the device's name -> dense bf16 FLOP/s, from the manufacturers' datasheets
     "H200": 989e12,
     "H100": 989e12,
     "GH200": 989e12,

@@ -26,8 +26,8 @@ class Cache:
     def __init__(self, capacity: int) -> None:
         """capacity: largest number of positions."""
         self.capacity, self.length = capacity, 0
-        self.kept: Kept = {}  # keys and values by layer, each (K, room, E)
-        self.counts: dict[int, int] = {}  # number of kept positions by layer
+        self.kept: Kept = {}  # layer -> (keys, values), each (K, room, E), with memory for `room` positions
+        self.counts: dict[int, int] = {}  # layer -> number of kept positions
         self.joint: Kept = {}  # tensors (B, K, room, E) of several caches; `kept` has row `row` of them (joint_cache.py)
         self.row = 0  # this cache's row of `joint`
 

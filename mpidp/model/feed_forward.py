@@ -35,7 +35,8 @@ class OutputLinear(nn.Linear):
 
 
 class FeedForward(nn.Module):
-    """Computes down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). The first with silu is SwiGLU (Shazeer 2020).
+    """Computes down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). With silu, the first form is SwiGLU (Shazeer
+    2020).
 
     The bias of down is not added here.
     """

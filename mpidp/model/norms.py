@@ -10,7 +10,7 @@ from mpidp.model.shape import TransformerShape
 
 
 class Norm(nn.Module):
-    """A norm over the last dimension. Initially its gain is 1 and its bias 0."""
+    """A norm over the last dimension. Initially the gain is 1 and the bias is 0."""
 
     def __init__(self, shape: TransformerShape, width: int, kind: str = "") -> None:
         """width: size of the last dimension. kind: "rms" or "layer"; "" means model.norm."""

@@ -12,13 +12,13 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 
 def check_options(shape: TransformerShape) -> None:
-    """Raise ValueError if an option is invalid or contradicts another one. Pure."""
+    """Raise ValueError if an option is invalid or contradicts another option. Pure."""
     if problems := list(option_problems(shape)):
         raise ValueError("; ".join(problems))
 
 
 def option_problems(shape: TransformerShape) -> Iterator[str]:
-    """Yield a message for each option that is invalid or contradicts another one. Pure."""
+    """Yield a message for each option that is invalid or contradicts another option. Pure."""
     wrong = [name for name, plain in DEFAULTS.items() if type(getattr(shape, name)) is not type(plain)]
     if wrong:
         yield from (f"model.{name}={getattr(shape, name)!r} must be of type {type(DEFAULTS[name]).__name__}" for name in wrong)

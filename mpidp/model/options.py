@@ -32,7 +32,7 @@ class TransformerOptions:
     positions: str = "rotary"  # "learned": a table of vectors that are added to the embedding
     position_rows: int = 0  # rows of this table; 0: seq_len
     rotary_dims: int = 0  # number of leading dimensions of each head that are rotated; 0: all
-    rotary_layers: str = ""  # one letter per layer: y with and n without rotary positions; "": all layers with
+    rotary_layers: str = ""  # one letter per layer: y rotary positions, n none; "": rotary positions in all layers
     window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it
     window_layers: str = ""  # one letter per layer: w with the window, f full attention; "": all layers have the window
     window_rope_theta: float = 0.0  # rope_theta of layers with a window; 0: these layers use rope_theta and rope_scaling
@@ -40,7 +40,7 @@ class TransformerOptions:
     embedding_scale: float = 1.0  # the embedding's output is multiplied by this factor
     input_mix: bool = False  # a block's input is a x + b x0 with learned a and b; x0 is the embedding's output
     residual_scale: float = 1.0  # each branch's output is multiplied by this factor
-    attention_scale: float = 0.0  # q k^T is multiplied by this factor; 0: by head_dim ** -0.5
+    attention_scale: float = 0.0  # q k^T is multiplied by this factor; 0 means head_dim ** -0.5
     logit_scale: float = 1.0  # logits are multiplied by this factor
     attention_cap: float = 0.0  # attention scores x become cap tanh(x / cap); 0: unchanged
     logit_cap: float = 0.0  # the same for logits, after logit_scale

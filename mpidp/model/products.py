@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST = 1 << 20  # multiplications; MKL is faster for smaller products, because calling oneDNN takes 10 microseconds longer
-LONGEST = 1 << 14  # terms of a sum; oneDNN divides longer sums among threads, so their bits would depend on the number of threads
+SMALLEST = 1 << 20  # fewest multiplications for oneDNN, because a call of oneDNN takes 10 microseconds longer than a call of MKL
+LONGEST = 1 << 14  # most terms of a sum; oneDNN divides longer sums among threads, so their bits depend on the thread count
 
 
 def _kind() -> str:

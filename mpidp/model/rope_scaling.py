@@ -1,4 +1,5 @@
-"""The rotary scalings of model.rope_scaling, for contexts longer than those of the first training. Pure, without torch.
+"""Parses model.rope_scaling, a scaling of rotary positions for contexts longer than those of the original training. Pure, without
+torch.
 
 | text | frequency of a pair of dimensions |
 |---|---|
@@ -7,7 +8,7 @@
 | yarn:FACTOR,ORIGINAL,FAST,SLOW,ATTENTION,TRUNCATE | as llama3 with limits FAST, SLOW; ATTENTION scales cos and sin (Peng 2023) |
 | longrope:ORIGINAL,ATTENTION,S1,...,Sn,L1,...,Ln | pair i is divided by Si, or by Li if seq_len > ORIGINAL (Ding 2024) |
 
-ORIGINAL is the context length of the first training. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
+ORIGINAL is the context length of the original training. The last four numbers of yarn may be omitted. Their defaults are FAST=32,
 SLOW=1, ATTENTION=0.1 ln(FACTOR) + 1, and TRUNCATE=1. ATTENTION=0 also means its default. TRUNCATE=1 rounds the limits to whole
 dimensions. In longrope, n is half the number of rotary dimensions, and cos and sin are multiplied by ATTENTION. transformers
 chooses S or L for each input, by the input's length. mpidp chooses once, by model.seq_len.
@@ -32,7 +33,7 @@ class RopeScaling(NamedTuple):
     factor: float = 1.0
     low: float = 1.0  # llama3: low frequencies have wavelengths above original / low. yarn: SLOW
     high: float = 32.0  # llama3: high frequencies have wavelengths below original / high. yarn: FAST
-    original: float = 1.0  # context length of the first training
+    original: float = 1.0  # context length of the original training
     attention: float = 1.0  # cos and sin are multiplied by this factor
     truncate: bool = True  # yarn: TRUNCATE
     short: tuple[float, ...] = ()  # longrope: S1, ..., Sn

@@ -22,7 +22,7 @@ class Scores(NamedTuple):
     """The options for computing the attention scores of a layer."""
 
     window: int = 0  # a position attends to itself and the window - 1 positions before it; 0: to all positions before it
-    scale: float | None = None  # q k^T is multiplied by this factor; None: by E ** -0.5
+    scale: float | None = None  # q k^T is multiplied by this factor; None means E ** -0.5
     cap: float = 0.0  # scores become cap tanh(score / cap); 0: unchanged
 
 

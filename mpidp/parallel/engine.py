@@ -25,7 +25,8 @@ from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
 def dropout_key(seed: int, batch: int, v: int) -> int:
-    """Return the 32-bit dropout key of a micro-batch. The key does not depend on the rank, so neither does dropout. Pure."""
+    """Return the 32-bit dropout key of a micro-batch. The key does not depend on the rank. Therefore dropout does not depend on
+    the rank either. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
 
 

@@ -81,8 +81,8 @@ def must_grow(crew: Crew, job: Job) -> bool:
 
 def one_more(world: MPI.Intracomm, crew: Crew, before: Job | None) -> MPI.Intracomm:
     """Start a replacement rank, and return a communicator of world's ranks followed by the new rank. If no process can be
-    started, return world, and make no further attempts in this run. before: the job of the surviving ranks; None on replacement
-    ranks. Raises RankFailure if a rank fails. Collective over world."""
+    started, return world, and make no further attempts in this run. before: the job of the surviving ranks, or None on
+    replacement ranks. Raises RankFailure if a rank fails. Collective over world."""
     beat: Callable[[], None] = lambda: None  # noqa: E731
     if before is not None:
         before.services.observers.enter("respawn")
@@ -140,7 +140,7 @@ def abandon(job: Job, stop: StopRequest | None) -> None:
 
 
 def _take_over(job: Job, before: Job) -> None:
-    """Give `job` the state of `before`. Both use the same memory."""
+    """Give `job` the state of `before`. Both jobs use the same memory."""
     reached = [(one.step, one.skipped, one.evaluated_step) for one in job.comm.allgather(before.position)]
     if len({batches[:2] for batches in reached}) > 1:
         raise Damaged.on_every_rank(f"the surviving ranks are at different steps: {sorted(set(reached))}")
@@ -156,7 +156,7 @@ def _take_over(job: Job, before: Job) -> None:
 
 def hand_over(build: Build, plan: RunPlan, before: Job | None, failed_at: float) -> tuple[Job, dict[str, Any]]:
     """Return (job of all ranks, line for metrics.jsonl). Rank 0 sends its state to the replacement ranks. before: the previous
-    job; None on replacement ranks. failed_at: as in rebuild(). Collective over plan.world."""
+    job, or None on replacement ranks. failed_at: as in rebuild(). Collective over plan.world."""
     world = plan.world
     if before is not None:
         before.saver.close()

@@ -6,8 +6,8 @@ A row of the file: source file | operations and their numbers | order | test. Th
 - a call of one of ADDS, a layer of LAYERS, the operator @, and torch.add or operator.add, called or not;
 - a collective call of MPI with buffers, `all_reduce`, and TensorComm.sum, unless an argument names an operation that does not
   add (MAX, LAND, ...). Calls with pickle are not used in a step, so they do not count;
-- `+=`, `-=` and `add_` in a loop of a package in COMPUTES: the loop makes a sum. Outside a loop, an addition of two terms has
-  only one order. Attributes (`self.steps += 1`), constants, lists and lengths are no floating-point sums.
+- in a package of COMPUTES, `+=`, `-=` and `add_` in a loop, and `a + b` in a comprehension: the loop makes a sum. Outside a
+  loop, an addition of two terms has only one order. Attributes (`self.steps += 1`), constants, lists and lengths do not count.
 
 The additions of autograd (a tensor that is used twice, accumulation into .grad) are in no source file; docs/determinism.md
 lists them. Not counted: the built-in sum (for integers only: the bits of floats depend on Python's version), math.fsum, which
@@ -51,10 +51,12 @@ def is_float(value: ast.expr) -> bool:
     return not isinstance(value, ast.Constant | ast.Compare | ast.List | ast.ListComp | ast.Tuple | ast.JoinedStr | ast.BoolOp)
 
 
-def operation(node: ast.AST, in_loop: bool) -> str:
+def operation(node: ast.AST, in_loop: bool, loops: bool) -> str:
     """Return the name of the operation if it adds, else ""."""
     if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult):
         return "@"
+    if isinstance(node, ast.ListComp | ast.GeneratorExp) and isinstance(node.elt, ast.BinOp) and isinstance(node.elt.op, ast.Add):
+        return "+" if loops and isinstance(node.elt.left, ast.Name) and isinstance(node.elt.right, ast.Name) else ""
     if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
         return "+=" if in_loop and not isinstance(node.target, ast.Attribute) and is_float(node.value) else ""
     if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.add", "operator.add"):
@@ -71,7 +73,8 @@ def operation(node: ast.AST, in_loop: bool) -> str:
 
 
 def walk(node: ast.AST, loops: bool, in_loop: bool = False) -> list[str]:
-    found = [operation(node, in_loop)]
+    """Return the operations that add. loops: whether additions in loops count."""
+    found = [operation(node, in_loop, loops)]
     for child in ast.iter_child_nodes(node):
         inside = in_loop or isinstance(node, ast.For | ast.While) and loops
         found += walk(child, loops, inside and not isinstance(child, ast.FunctionDef | ast.Lambda))
@@ -120,6 +123,7 @@ def test_every_row_names_a_file_an_order_and_a_test() -> None:
 @pytest.mark.parametrize(("code", "found"), [
     ("y = x @ w", ["@"]), ("y = F.linear(x, w)", ["linear"]), ("x.index_add_(0, i, y)", ["index_add_"]), ("n = sum(sizes)", []),
     ("for x in xs: total += x", ["+="]), ("total += x", []), ("for x in xs: n += len(x)", []),
+    ("y = [a + b for a, b in z]", ["+"]),
     ("for x in xs: flat.add_(x)", ["+="]), ("for x in xs: seen.add(x)", []),
     ("functools.reduce(operator.add, xs)", ["operator.add"]),
     ("comm.Allreduce(IN_PLACE, x)", ["Allreduce"]), ("comm.Iallreduce(IN_PLACE, x)", ["Iallreduce"]),

@@ -181,7 +181,7 @@ def serve(name: str, stream: Any, warnings: Warnings, seconds: float) -> int:
             except Exception as error:  # noqa: BLE001
                 failures += 1
                 next_try = time.monotonic() + min(60.0, 2.0**failures)
-                warnings.say("failed", f"{what} failed ({_short(error)}), and is repeated")
+                warnings.say("failed", f"{what} failed ({_short(error)}), and will be repeated")
     try:
         if waiting:
             tracker.write(waiting)
@@ -202,7 +202,7 @@ def _short(error: BaseException) -> str:
 def main() -> None:
     """Run the process of the tracker that the command line names. Independent."""
     name, log_path, patience, finish = sys.argv[1:]
-    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends these to all processes; the run closes the input
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers signal all processes; the end of the input ends this one
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         os.nice(10)

@@ -20,7 +20,7 @@ class TrackioTracker:
     purges = False
 
     def __init__(self, run: TrackedRun) -> None:
-        os.environ.setdefault("TRACKIO_DIR", f"{run.folder}/trackio")  # trackio reads it when it is imported
+        os.environ.setdefault("TRACKIO_DIR", f"{run.folder}/trackio")  # trackio reads this variable when it is imported
         import trackio
 
         config = dict(run.config) | ({"tags": ", ".join(run.tags)} if run.tags else {})
