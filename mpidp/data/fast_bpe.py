@@ -5,7 +5,8 @@ byte-pair encoding to each word. This module checks both parts:
 
 - Merges. tiktoken joins any two neighbours whose joined bytes are a token. `tokenizers` joins only the pairs in its list. Both
   join the pair of lowest rank first. Until the last join, the bytes of a token are encoded independently of the bytes around
-  them. The results are therefore equal if, for each token, the last pair that tiktoken joins within its bytes is in the list.
+  them. Therefore the ids are equal if the following holds for each token: if tiktoken encodes only the bytes of this token, the
+  last pair that it joins is in the list of `tokenizers`.
 - Words. The two regular-expression engines can have different versions of Unicode. Therefore each character is tested in several
   contexts when it first occurs.
 """

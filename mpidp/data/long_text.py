@@ -47,7 +47,8 @@ def joined(encodings: list[tuple[int, Any]]) -> Placed:
 
 
 def encode_pieces(pieces: Iterable[str], encode: Encode) -> Iterator[np.ndarray]:
-    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. Independent.
+    """Encode a text that is given in pieces. The text may be cut anywhere. Yield the ids of the whole text in parts. encode: a
+    function that encodes a text and returns a Placed. Independent.
 
     If no place for a cut is found within MAX_WINDOW characters, the text is cut at an arbitrary token. Ids near this cut may
     differ from those of the whole text.

@@ -11,13 +11,13 @@ and the scalar attributes format, version, split, shard, num_shards, vocab_size,
 
 index.json: format "mpidp-shards", version 1, vocab_size, eod, tokenizer {kind, file, sha256}, source (any), window (optional),
 splits {name: {tokens, documents, text_bytes, loss_mask}}, files [{name, split, tokens, documents, text_bytes, size, crc32,
-sha256}]. text_bytes: UTF-8 bytes of the tokens' text. size, crc32, sha256: of the file. If there is a window, the shards are
-packed: no document crosses a multiple of this many tokens, each split ends with one more token, and documents must be kept apart.
-The files of a split, in the order of the index, form one stream of tokens.
+sha256}]. text_bytes: the number of UTF-8 bytes of the text. size, crc32, sha256: the size and the checksums of the file. If the
+index has the key `window`, the shards are packed: no document crosses a multiple of `window` tokens, each split ends with one
+more token, and documents must be kept apart. The files of a split, in the order of the index, form one stream of tokens.
 
-An HDF5 file can be malicious. External storage and links can refer to any file of the machine, and a small file can declare huge
-datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file, and has the
-length that the index states.
+An HDF5 file can be malicious. Its external storage and links can refer to any file of the machine. A small file can declare huge
+datasets. Therefore a dataset is mapped only if it is hard-linked, contiguous, unfiltered and inside the file. Its length must be
+the length that the index states.
 """
 
 from __future__ import annotations

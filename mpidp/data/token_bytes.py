@@ -1,8 +1,8 @@
-"""The UTF-8 bytes of each token. They are used to count the bytes of scored tokens, and to decode one token after the other.
-Pure.
+"""The UTF-8 bytes of each token. They are used to count the bytes of the tokens whose loss is computed, and to decode tokens one
+after the other. Pure.
 
-This works for mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece's tokens with or without byte fallback. The
-end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
+The supported tokenizers are mpidp's byte and char tokenizers, byte-level BPE, and SentencePiece with or without byte fallback.
+The end-of-document token has no bytes, because it is not part of a text. Other added tokens have the bytes of their names.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ failed ranks. This module imports neither torch nor MPI.
 | kill, segv, stop, term, usr1 | the rank sends itself this signal |
 | exit, sysexit, raise | the rank calls os._exit(3), calls sys.exit(3), or raises a RuntimeError |
 | hang, gil | the rank sleeps forever; with gil it also holds the GIL, so that no other thread runs |
-| delay | from this step to step until=, the rank sleeps after each micro-batch, for seconds= + (factor= - 1) x its time |
+| delay | from this step to step until=, the rank sleeps after a micro-batch that took t s: seconds= + (factor= - 1) x t |
 | nan | the gradient of one batch, or of times= successive batches, is not finite |
 | wrong | the gradient is wrong once, and correct when the step is repeated; with until=, it is wrong up to that step |
-| flip | after the update, bit number bit= (0..31) of the first element of parameter number tensor= flips |
+| flip | after the update, one bit flips: bit number bit= (0..31) of the first element of parameter number tensor= |
 
 nan and wrong need comm.reducer=tree, which keeps the gradients of lanes separate. Faults of the first three rows occur when the
 phase begins (default: compute). With `after=SECONDS`, these faults occur this many seconds later, even if another phase has
