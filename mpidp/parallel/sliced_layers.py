@@ -2,11 +2,11 @@
 
 A model of S slices divides each layer as S tensor-parallel ranks would (tensor.py): a slice has some heads, hidden channels and
 rows of the vocabulary. One rank of T computes S / T slices, one after the other. Each matrix product, attention and activation
-has the shape of one slice, and its operands are contiguous and aligned, so a library computes the same bits on every mesh. What
-is summed over slices is added in the order of a fixed tree (tree_comm.py): the outputs of o and down, the gradients of the inputs
-of q, k, v, gate, up and the head, the gradients of norms of single heads, and the sums of exponentials of the loss.
+has the shape of one slice, and its operands are contiguous and aligned, so a library computes the same bits on every mesh. Sums
+over slices are added in the order of a fixed tree (tree_comm.py). These are the outputs of o and down, the gradients of the
+inputs of q, k, v, gate, up and the head, the gradients of the norms of single heads, and the sums of exponentials in the loss.
 
-Everything between branches is computed from the sums, alike on all ranks. With one rank, the same code computes all slices.
+Between branches, all ranks compute the same values from these sums. With one rank, the same code computes all slices.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _copies(x: Tensor, count: int, tp: TreeComm) -> Sequence[Tensor]:
 
 
 def _sum(parts: Sequence[Tensor], tp: TreeComm) -> Tensor:
-    """Return the sum of the parts of all ranks' slices, rounded once to their dtype. Collective over tp.comm."""
+    """Return the sum of `parts` over the slices of all ranks. The sum is computed in float32 and then rounded to the dtype of the
+    parts. Collective over tp.comm."""
     return tp.sum(tree_sum([part.float() for part in parts])).to(parts[0].dtype)
 
 
@@ -120,9 +121,10 @@ def slice_layers(model: Any, slices: int, tp: TreeComm) -> None:
 
 
 def sliced_loss(model: Any, slices: int, rows: int, dtype: torch.dtype, tp: TreeComm) -> Callable[[Tensor, Tensor], Tensor]:
-    """Change a part of a Transformer so that it returns hidden states; return the function that computes its loss from them,
-    `rows` positions at a time. The gradient of the hidden states is added over all slices in forward, before backward multiplies
-    it, because a factor changes the rounding of sums. Independent."""
+    """Change a part of a Transformer so that it returns hidden states. Return the function that computes the loss from these
+    hidden states, `rows` positions at a time. In forward, the gradients of the hidden states are added over all slices. Backward
+    then multiplies the sum by the gradient of the loss. A multiplication before the sum would change the rounding of the sum.
+    Independent."""
     first = model.part.own_range(model.shape.vocab_size).start
     return defer_head(model, model.shape, rows, dtype, first, tp, partial(_head_slices, model, slices), partial(_sum, tp=tp))
 
