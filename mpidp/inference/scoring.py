@@ -100,8 +100,8 @@ def distribute(grid: Grid, shape: tuple[int, int], work: Callable[[int], Sequenc
 def windows(targets: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
     """Return sliding windows (begin, scored, end) over the targets, so that each target is scored once. Pure.
 
-    A window spans [begin, end) and scores [scored, end). Each window after the first ends `stride` after the previous one and is
-    seq_len long.
+    A window spans [begin, end) and scores [scored, end). A window has seq_len targets, or all targets if there are fewer. Each
+    window ends `stride` targets after the previous window. Only the last window may end earlier, at the last target.
     """
     found, end = [], 0
     while end < targets:

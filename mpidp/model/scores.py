@@ -1,9 +1,9 @@
 """Causal attention, softmax(scale Q K^T) V, with sliding windows and soft-caps. Pure torch, no MPI.
 
-No T x T matrix is stored. Without a window and a soft-cap, torch's scaled_dot_product_attention is used. With a window, the
-queries are divided into blocks. A block reads only the keys inside the windows of its queries. All blocks share one small mask.
-With a soft-cap, the scores of a block are computed explicitly, and computed again in backward. B: batch, H: heads, T: positions,
-E: head_dim.
+No T x T matrix is stored. If there is neither a window nor a soft-cap, torch's scaled_dot_product_attention is used. With a
+window, the queries are divided into blocks. A block reads only the keys inside the windows of its queries. All blocks share one
+small mask. With a soft-cap, the scores of a block are computed explicitly, and computed again in backward. B: batch, H: heads, T:
+positions, E: head_dim.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ class Transformer(nn.Module):
         return "window_" if self.shape.window_of(layer) and self.shape.window_rope_theta else ""
 
     def _rotary_tables(self, positions: Tensor | None, t: int) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """Return cos and sin of the positions, (T, R) or (B, 1, T, R), by the prefix of their names. For the prefix None, R is
-        0."""
+        """Return {prefix of the tables' names: (cos, sin) of the positions}. The shape of cos and sin is (T, R) or (B, 1, T, R).
+        For the prefix None, R is 0."""
         found: dict[str | None, tuple[Tensor, Tensor]] = {}
         for prefix in {self._table_of(layer) for layer in self.part.layers}:
             tables = (getattr(self, f"{prefix or ''}{part}") for part in ("cos", "sin"))

@@ -160,7 +160,8 @@ def machine_of_run(run: Path, vocab_size: int) -> tuple[float, float]:
     found = measured.read(run)
     times = [one for one in measured.seconds([found]) if one.ranks == 1]
     if not times or not times[0].update or "model.num_layers" not in found.config:
-        raise UsageError(f"--calibrate={run}: give a run on one rank, so that no time is spent waiting for other ranks")
+        raise UsageError(f"--calibrate={run}: the step times of a run on one rank are needed, because they contain no waiting "
+                         "for other ranks: give such a run")
     model = model_of_config(found.config, vocab_size or vocab_size_of(found.config))
     count, size = found.lanes.num_micro_batches, 4 if found.config.get("train.dtype") == "float32" else 2
     return measured_machine(model, found.lanes.micro_batch, count * times[0].micro_batch, times[0].update, count, size)
