@@ -1,8 +1,8 @@
 """Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for matrices, or boxes of matrices, on one or several ranks.
 
 A rank computes momentum, weight decay and the update element by element, on the boxes that it holds. Only the update direction of
-a matrix is gathered on one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer state
-and checkpoints are the same on every mesh.
+a matrix is gathered on one rank. This rank makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer
+state and checkpoints are the same on every mesh.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Muon:
         self, name: str, hidden: Hidden, held: Sequence[tuple[Box, torch.nn.Parameter, dict[str, Tensor]]],
         weight_decay: float, cautious: bool = False, warmup: int = 0,
     ) -> None:
-        """name: muon or normuon. held: the boxes of this rank. Each has a parameter, with the gradient in .grad, and state
-        tensors, which are named as in MATRIX_STATE and have the shape of the box. The second state of NorMuon has one value per
-        row, which is repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of
-        updates over which the momentum rises to its final value. Collective over hidden.comm."""
+        """name: muon or normuon. hidden: all hidden matrices, and the ranks that update them. held: for each box of this rank,
+        its parameter and its state tensors. The gradient is in the parameter's .grad. MATRIX_STATE has the names of the state
+        tensors. A state tensor has the shape of the box. The second state tensor of NorMuon has one value per row, which is
+        repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of updates over
+        which the momentum rises to its final value. Collective over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
         self._momentum = MOMENTUM
         self._held = {box.name: (p, state) for box, p, state in held}
@@ -78,8 +79,8 @@ class Muon:
 
 
 def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
-    """Subtract rate p from the elements of p that have the sign of the update, which will be subtracted (cautious weight decay,
-    Chen 2025, arXiv 2510.12402). Pure, except for p."""
+    """Make cautious weight decay (Chen 2025, arXiv 2510.12402). The caller will subtract the update from p. Elements of p that
+    the update moves towards 0 are multiplied by 1 - rate. Other elements stay the same. Pure, except for p."""
     p.sub_(p * (p * update >= 0), alpha=rate)
 
 

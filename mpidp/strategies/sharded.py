@@ -103,8 +103,8 @@ class Sharded:
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Return a context in which micro-batch v must be computed. At the end of the rank's last micro-batch, the context runs
-        dummy passes until this rank has run as many as the other ranks. Ranks may pass different v. Collective over
-        compute_comm."""
+        dummy passes until this rank has run as many passes as the rank with the most micro-batches. Ranks may pass different v.
+        Collective over compute_comm."""
         self._keep(last and self._made + 1 >= self._most)
         yield
         if not self._open:  # the micro-batch was empty
