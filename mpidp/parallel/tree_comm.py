@@ -25,6 +25,15 @@ def tree_sum(parts: Sequence[Tensor]) -> Tensor:
     return parts[0]
 
 
+ALIGNMENT = {"cpu": 64, "cuda": 256}  # bytes; torch allocates new tensors with at least this alignment
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy of x that is contiguous and aligned, as a new tensor is. Pure."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT.get(x.device.type, 1) == 0 else x.clone()
+
+
 class TreeComm(TensorComm):
     """Sums and gathers over the tensor-parallel ranks of a stage, whose number is 1, 2, 4, 8, ... A sum sends as many bytes as an
     allreduce."""
@@ -39,6 +48,16 @@ class TreeComm(TensorComm):
             if self.comm.size > 1:
                 self._add(total.view(-1))
             return total.to(x.dtype)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Return this rank's positions of the sum of x over the ranks in tree order. x: (B, length, D). Collective over comm."""
+        with torch.no_grad():
+            b, length, d = x.shape
+            counts, starts = self._cut(length, b * d)
+            flat = x.detach().transpose(0, 1).float().reshape(-1)
+            wire = self._transport.load(flat, "scatter")
+            mine = self._sum_of_parts(wire, counts, starts).to(x.device)
+            return mine.view(-1, b, d).transpose(0, 1).to(x.dtype).contiguous()
 
     def _add(self, flat: Tensor) -> None:
         """Replace flat (n,) by its sum over the ranks. Each rank adds one range of the elements. Collective over comm."""
