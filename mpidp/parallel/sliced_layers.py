@@ -45,7 +45,7 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp.sum), None, None
+        return _sum(grads, ctx.tp), None, None
 
 
 class _Entered(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _Entered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _sum(grads, ctx.tp.scatter if ctx.tp.sequence else ctx.tp.sum), None, None
+        return _sum(grads, ctx.tp, ctx.tp.sequence), None, None
 
 
 class _Joined(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tp: TreeComm, *parts: Tensor) -> Tensor:
         ctx.tp, ctx.count, ctx.length = tp, len(parts), parts[0].shape[1]
-        return _sum(parts, tp.scatter if tp.sequence else tp.sum)
+        return _sum(parts, tp, tp.sequence)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -89,9 +89,13 @@ class _Gathered(torch.autograd.Function):
         return grads[0][:, ctx.own.start : ctx.own.stop].contiguous(), None, None
 
 
-def _sum(parts: Sequence[Tensor], over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the sum of the parts of all ranks' slices, rounded once to their dtype. Collective over the ranks of a stage."""
-    return over_ranks(tree_sum([part.float() for part in parts])).to(parts[0].dtype)
+def _sum(parts: Sequence[Tensor], tp: TreeComm, scatters: bool = False) -> Tensor:
+    """Return the sum of the parts of all ranks' slices, rounded once to their dtype. scatters: return only this rank's positions.
+    Collective over tp.comm."""
+    total = tree_sum([part.float() for part in parts])
+    if tp.comm.size > 1:
+        total = tp.scatter(total) if scatters else tp.sum(total)
+    return total.to(parts[0].dtype)
 
 
 class SlicedBranch:
@@ -168,7 +172,7 @@ def sliced_loss(model: Any, slices: int, rows: int, dtype: torch.dtype, tp: Tree
     `rows` positions at a time. The gradient of the hidden states is added over all slices in forward, before backward multiplies
     it, because a factor changes the rounding of sums. Independent."""
     first = model.part.own_range(model.shape.vocab_size).start
-    weights, add = partial(_head_slices, model, slices), partial(_sum, over_ranks=tp.sum)
+    weights, add = partial(_head_slices, model, slices), partial(_sum, tp=tp)
     return defer_head(model, model.shape, rows, dtype, first, tp, weights, add)
 
 
