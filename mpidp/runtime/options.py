@@ -105,7 +105,7 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the argument RUN, the folder of a trained model, and the options for opening it. Pure."""
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one checkpoint in it")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
     add_opening(parser)
 
 

@@ -232,7 +232,7 @@ class Replay:
         return found
 
     def compare(self, seen: Seen) -> list[tuple[bool, str]]:
-        """Compare a batch with its record. Return (whether equal, message) for each recorded value. Collective over job.comm."""
+        """Compare a batch with its record. Return (equal or close, message) for each recorded value. Collective over job.comm."""
         line, recorded, found = self.record.lines.get(seen.step, {}), seen.batch in self.record.skipped, []
         if not seen.figures or seen.skipped or recorded:
             words = f"batch {seen.batch} skipped: {recorded} recorded, {seen.skipped} now"
