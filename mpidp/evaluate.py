@@ -67,10 +67,10 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         "(pip install 'mpidp[evaluation]')")
     add("--tasks-dir", metavar="DIR", help="folder of your own task files (.yaml) for --tasks")
     add("--allow-code", action="store_true", help="permit task files of --tasks-dir to call Python functions (!function)")
-    add("--few-shot", type=int, metavar="N", help="number of examples before each item of --tasks (default: that of the task)")
+    add("--few-shot", type=int, metavar="N", help="number of examples before each item of --tasks (default: as in the task)")
     add("--limit", type=int, default=0, metavar="N", help="maximum number of items of each task of --tasks; 0: all (default: "
                                                           "%(default)s)")
-    add("--chat", action="store_true", help="with --tasks: write the prompts as chats, in the model's chat template")
+    add("--chat", action="store_true", help="with --tasks: write the prompts as chats, with the model's chat template")
     add("--system", metavar="TEXT", help="with --chat: the system message")
     add_out(parser, "with --tasks: write all results and every item to this file (JSON)", metavar="FILE")
     add_texts(parser, "default: for --choices, tokens if the tokenizer comes with a model; for --text, text")
@@ -226,7 +226,8 @@ def evaluate_tasks(options: argparse.Namespace, world: Any) -> dict[str, Any]:
 
 
 def _figures(loss: float, tokens: int, text_bytes: int | None) -> dict[str, Any]:
-    """Return {loss, perplexity, bits_per_byte, tokens}. text_bytes: bytes of the scored tokens, or None if they are not known."""
+    """Return {loss, perplexity, bits_per_byte, tokens}. loss: the mean over the tokens. text_bytes: the number of bytes of these
+    tokens, or None if it is not known."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

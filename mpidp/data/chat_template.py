@@ -78,7 +78,7 @@ class Template:
         assert self._compiled is not None and self.of([])._compiled is not None
 
     def undefined_names(self) -> list[str]:
-        """Return the names of special tokens (*_token) that the template uses but that have no value."""
+        """Return the names of special tokens (*_token) that the template uses although they have no value."""
         from jinja2 import meta
 
         used = meta.find_undeclared_variables(_environment(self.moment).parse(self.text))
@@ -120,8 +120,8 @@ class Template:
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message in the form in which transformers passes it to templates: without null values, and with its reasoning
-    under the usual keys."""
+    """Return a message as transformers passes it to templates. Null values are removed. If the message has reasoning, it is
+    stored under the keys that templates usually read."""
     message = {key: value for key, value in given.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

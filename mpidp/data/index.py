@@ -156,7 +156,7 @@ def _parse(raw: Any, sha256: str) -> Index:
             if sum(getattr(record, key) for record in of_split) != getattr(split, key):
                 raise ValueError(f"the {key} of the files of split {name!r} do not add up to the split's total")
     if unlisted := {record.split for record in files} - set(splits):
-        raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not listed")
+        raise ValueError(f"some files belong to split {unlisted.pop()!r}, which is not in the list of splits")
     return index
 
 

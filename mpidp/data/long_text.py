@@ -39,8 +39,8 @@ Encode = Callable[[str], Placed]
 
 
 def joined(encodings: list[tuple[int, Any]]) -> Placed:
-    """Join the encodings of consecutive parts of a text. Each encoding is given with the position of its first character.
-    Pure."""
+    """Join the encodings of consecutive parts of a text. encodings: for each part, the position of its first character in the
+    text, and its encoding. Pure."""
     places = [np.array(one.offsets, dtype=np.int64).reshape(-1, 2) + at for at, one in encodings]
     ids, both = [np.array(one.ids, dtype=np.int64) for _, one in encodings], np.concatenate(places)
     return Placed(np.concatenate(ids), both[:, 0], both[:, 1])

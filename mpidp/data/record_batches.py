@@ -66,5 +66,5 @@ def _check_columns(path: str, names: Collection[str], wanted: Collection[str]) -
         if name not in names:
             there = ", ".join(map(shown_name, names))
             tokens = "; token ids become shards with mpidp convert --from hf" if set(TOKENS) & set(names) else ""
-            raise DataError(f"{path} has no column `{name}`, only {there}; rename one of them to `{name}`, or name it with "
-                            f"--text-key{tokens}")
+            raise DataError(f"{path} has no column `{name}`, only {there}; rename one of them to `{name}`, or give its name "
+                            f"with --text-key{tokens}")

@@ -91,7 +91,8 @@ class TokenStream:
     def keep_apart(self, documents: str, seq_len: int) -> None:
         """Set whether documents are kept apart. documents: the value of data.documents (auto, joined, apart).
 
-        Raises UsageError if the shards were packed for another window length. Independent.
+        seq_len: the length of a training window. Raises UsageError if the shards are packed and seq_len is not a multiple of
+        their window length. Independent.
         """
         packed = self.index.window
         self.apart = documents == "apart" or documents == "auto" and packed > 0
@@ -127,7 +128,8 @@ class TokenStream:
         return out
 
     def read_mask(self, start: int, count: int) -> np.ndarray | None:
-        """Return (count,) bool, true for tokens that are targets. Returns None if the split has no loss mask."""
+        """Return bool (count,) for tokens [start, start + count). It is true for a token that is a target. Return None if the
+        split has no loss mask."""
         if not self.has_loss_mask:
             return None
         out = np.empty(count, dtype=np.bool_)
@@ -140,7 +142,7 @@ class TokenStream:
         return out
 
     def read_starts(self, start: int, count: int) -> np.ndarray:
-        """Return (count,) bool, true for tokens of [start, start + count) that start a document."""
+        """Return bool (count,) for tokens [start, start + count). It is true for a token that starts a document."""
         out = np.zeros(count, dtype=np.bool_)
         for i, first, n, at in self._pieces(start, count):
             starts = self._map(i).doc_offsets[:] if i in self._checked else self.doc_offsets(i)
@@ -158,7 +160,7 @@ class TokenStream:
             self.bytes_fetched += n * self.token_bytes
 
     def files_of(self, start: int, count: int) -> list[int]:
-        """Return the numbers of the files that contain tokens [start, start + count)."""
+        """Return the indices of the files that contain tokens [start, start + count)."""
         return [i for i, *_ in self._pieces(start, count)]
 
     def locate(self, position: int) -> tuple[str, int]:

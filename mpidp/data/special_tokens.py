@@ -135,7 +135,7 @@ def with_template(table: SpecialTokens, tokenizer: Tokenizer, template: str | No
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of the special tokens that texts can name, such as <|im_start|>. Independent."""
+    """Return the ids of special tokens whose names can occur in a text, such as <|im_start|>, by name. Independent."""
     about, _ = _stored(tokenizer)
     return {one["content"]: one["id"] for one in about.get("added_tokens") or [] if one.get("special") and one["content"]}
 
@@ -160,7 +160,7 @@ def _names(files: Mapping[str, dict[str, Any]], about: Mapping[str, Any]) -> dic
 
 
 def _turn_end(template: str, names: Mapping[str, str], special: list[str]) -> Iterator[str]:
-    """Yield the special token that the template writes after an assistant's message, if it writes one."""
+    """If the template writes a special token after an assistant's message, yield this token."""
     mark = "\ue000"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     with suppress(TemplateRejection, DataError, UsageError):

@@ -153,7 +153,8 @@ def _is_json(head: bytes) -> bool:
 def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool = False) -> str:
     """Return the text of a UTF-8 file, without its byte order mark. Independent.
 
-    Raises DataError if the file is not regular, cannot be read, is empty, is not UTF-8, or has more than `limit` bytes.
+    may_be_empty: True to return "" for an empty file. Raises DataError if the file is not regular, cannot be read, is empty, is
+    not UTF-8, or has more than `limit` bytes.
     """
     with reading(path):
         if not is_regular(path):
@@ -167,7 +168,7 @@ def read_whole(path: str | Path, limit: int = MAX_TEXT_BYTES, may_be_empty: bool
     except NotText as error:
         raise DataError(f"{path} {error}; a UTF-8 text file is needed") from None
     if len(data) > limit:
-        raise DataError(f"{path} has more than {limit:,} bytes of text, the largest that is read as one text")
+        raise DataError(f"{path} has more than {limit:,} bytes of text: it is too large to be read as one text")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

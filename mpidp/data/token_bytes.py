@@ -62,7 +62,7 @@ class TokenBytes:
 
 @lru_cache(maxsize=4)
 def bytes_of_tokens(tokenizer: Tokenizer) -> TokenBytes | None:
-    """Return the bytes of each id, or None if the tokenizer's decoder is of an unknown kind. Independent."""
+    """Return the bytes of each id. Return None if mpidp does not know the kind of the tokenizer's decoder. Independent."""
     if isinstance(tokenizer, ByteTokenizer):
         return TokenBytes([*(bytes([i]) for i in range(256)), b""])
     if isinstance(tokenizer, CharTokenizer):
@@ -108,7 +108,7 @@ def _vocabulary(parsed: dict[str, Any], size: int) -> list[str]:
 
 
 def _is_plain(step: dict[str, Any]) -> bool:
-    """Return whether _sentencepiece() can apply this step of a decoder."""
+    """Return whether _sentencepiece() supports this step of a decoder."""
     if step["type"] == "Replace":
         return "String" in step["pattern"]
     return step["type"] != "Strip" or (step["content"], step["start"], step["stop"]) == (" ", 1, 0)

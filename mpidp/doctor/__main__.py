@@ -1,8 +1,8 @@
 """`[mpirun -np N] python -m mpidp.doctor [--gpu] [--network] [--data DIR] [--run DIR] [--clean] [--script FILE] [--json]`
 
-Check the launch, the machines and the folders before training, and report how to correct problems. Start this command with the
-launch line of the job. It writes its measurements to cluster.json in the folder given by --run, or else in the current folder.
-docs/doctor.md explains the table.
+Check the launch, the machines and the folders before training, and report how to correct problems. Start this command as you
+start the job, with the same launcher and options. It writes its measurements to cluster.json in the folder given by --run.
+Without --run, it writes them to the current folder. docs/doctor.md explains the table.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Checkup:
 def examine(
     world: MPI.Intracomm, options: argparse.Namespace, environ: Mapping[str, str], launched: int, deadline: Deadline
 ) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Return the results of all checks, and the contents of cluster.json. Only rank 0 has all results. launched: the number of
+    """Run all checks. Return the results and the contents of cluster.json. Only rank 0 has all results. launched: the number of
     ranks that the launcher started. Collective over world."""
     from mpi4py import MPI
 

@@ -117,7 +117,8 @@ def _sent() -> dict[str, int]:
 
 
 def _busiest(before: Mapping[str, int], after: Mapping[str, int], least: float) -> str:
-    """Return the interface that sent the most bytes. Return "" if this interface sent fewer than `least` bytes. Pure."""
+    """Return the interface that sent the most bytes between two calls of _sent(). before, after: the results of these calls.
+    Return "" if this interface sent fewer than `least` bytes. Pure."""
     grown = {name: count - before.get(name, count) for name, count in after.items()}
     name = max(grown, key=lambda name: grown[name], default="")
     return name if name and grown[name] >= least else ""
@@ -143,8 +144,8 @@ def check_links(links: Sequence[NetworkLink], library: str, environ: Mapping[str
 
 
 def check_clocks(times: Sequence[float], hosts: Sequence[str]) -> CheckResult:
-    """Compare the clocks of nodes, because locks, logs and time limits use the clocks. times: each rank's time right after a
-    barrier. Pure."""
+    """Compare the clocks of nodes, because locks, logs and time limits use the clocks. times: the time of each rank immediately
+    after a barrier. Pure."""
     if len(set(hosts)) == 1:
         return CheckResult("clocks", "skipped", "only one node")
     late = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))

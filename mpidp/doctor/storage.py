@@ -36,7 +36,7 @@ class ReadTest:
 
 
 def read(folder: Path, host: str, rank: int, ranks: int, seconds: float) -> ReadTest:
-    """Read this rank's part of the shards for at most `seconds`, bypassing the page cache. Independent."""
+    """Read this rank's part of the shards without the page cache. Stop after at most `seconds` seconds. Independent."""
     files = sorted(folder.glob("*.h5"))
     if not (folder / "index.json").is_file() or not files:
         return ReadTest(host, problem=f"{folder} has no index.json with *.h5 files")

@@ -94,7 +94,7 @@ class Audit:
         self._table = np.zeros((3, self.comm.size), dtype=np.int64)
 
     def _rank(self, replica: int) -> int:
-        """Return the job rank that holds this rank's part of the model in another replica. Independent."""
+        """Return the rank of the job that has the same part of the model in another replica as this rank. Independent."""
         return replica * self._grid.parts + self._grid.model.rank
 
     def _combine(self, *own: AuditFinding | None) -> AuditFinding | None:

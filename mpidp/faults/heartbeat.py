@@ -151,8 +151,8 @@ class HeartbeatBoard:
                 NODE.pack_into(self._memory, at, stamp, now, now - min(row.heard for row in rows))
 
     def rows(self, silent_seconds: float) -> list[HeartbeatRow]:
-        """Return the rows of all ranks. If the file of a node did not change for silent_seconds, the ranks of the node are marked
-        silent."""
+        """Return the rows of all ranks. If the file of another node did not change for silent_seconds, the ranks of that node get
+        the state SILENT."""
         found = {row.rank: row for row in self._here()}
         for host, at in self._nodes.items():
             fresh = time.monotonic() - NODE.unpack_from(self._memory, at)[1] < silent_seconds
@@ -161,8 +161,8 @@ class HeartbeatBoard:
         return [found.get(r) or HeartbeatRow(r, *of) for r, of in enumerate(zip(self._hosts, self._pids, strict=True))]
 
     def claim_report(self) -> bool:
-        """Return True on the first rank of a node that calls this method. This rank prints the report. On the other ranks of the
-        node, wait until the process of the first rank has exited, then return False."""
+        """Decide which rank of this node prints the report. Return True on the first rank that calls this method. This rank must
+        print the report. On all other ranks, wait until the process of that rank has exited, then return False."""
         with suppress(OSError, ValueError):  # there is no shared file
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +186,8 @@ class HeartbeatBoard:
         return rows
 
     def _read(self, host: str) -> tuple[float, list[HeartbeatRow]]:
-        """Return (time stamp, rows) of another node's file. Returns no rows if the file is missing or belongs to another job."""
+        """Return (time stamp, rows) of another node's file. If the file is missing or belongs to another job, there are no
+        rows."""
         try:
             content: dict[str, Any] = json.loads((self._folder / f"{host}.json").read_text())
             rows = [HeartbeatRow(**row) for row in content["rows"]] if content["token"] == self._token else []

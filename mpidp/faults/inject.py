@@ -2,10 +2,10 @@
 
     MPIDP_FAULT="kill:1:5:reduce,after=0.01 delay:2:1,factor=2"
 
-Faults are separated by spaces. Each has the form `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the job
-started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn, it
-is the last completed step. Each fault occurs once per process, even if the run returns to a checkpoint or continues without
-failed ranks. This module imports neither torch nor MPI.
+Faults are separated by spaces. The form of a fault is `kind:rank:step[:phase][,name=value...]`. rank: the rank's number when the
+job started. step: the number of the step that is being computed, counted from 1. In the phases evaluate, checkpoint and respawn,
+it is the last completed step. A fault without times= and until= occurs once per process, even if the run returns to a checkpoint
+or continues without failed ranks. This module imports neither torch nor MPI.
 
 | kind | what happens |
 |---|---|

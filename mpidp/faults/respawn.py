@@ -32,7 +32,8 @@ CONNECT_SECONDS = 20.0  # time limit for a collective call, which takes millisec
 
 
 def obstacle_to_respawn(machines: int) -> str:
-    """Return the reason why a job on this many machines cannot replace failed ranks, or "" if it can. Independent."""
+    """Return "" if this job can replace failed ranks. Otherwise return the reason why it cannot. machines: the number of machines
+    of the job. Independent."""
     if not launched_with_ulfm():
         return "without ULFM, a failed rank ends the job"
     if machines > 1:
@@ -98,8 +99,8 @@ def _start(late: threading.Event) -> MPI.Intracomm:
 
 
 def _bridge(world: MPI.Intracomm, pair: MPI.Intracomm) -> MPI.Intercomm:
-    """Return an intercommunicator between world and the new process. pair: on rank 0, a communicator of rank 0 and the new
-    process. Collective over world."""
+    """Return an intercommunicator between world and the new process. pair: a communicator of rank 0 and the new process. Only
+    rank 0 uses it. Collective over world."""
     duplicate = world.Dup()
     try:
         return duplicate.Create_intercomm(0, pair, 1)

@@ -177,8 +177,8 @@ class RunLock:
 
 
 def _myself() -> dict[str, Any]:
-    """Return what a holder writes into the file: its process, machine and job. `boot` distinguishes machines with the same
-    name."""
+    """Return what a holder writes into the file: its process, machine and job. The entry `boot` distinguishes machines with the
+    same name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

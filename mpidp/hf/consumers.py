@@ -52,7 +52,7 @@ class Facts:
         return bool(self.options["window"] and self.options["window"] < self.config["max_position_embeddings"])
 
     def full_every(self, period: int) -> bool:
-        """Return whether exactly every period-th layer has full attention."""
+        """Return whether every period-th layer has full attention, and all other layers have a sliding window."""
         layers = self.options["num_layers"]
         return per_layer(self.options["window_layers"], layers, "w") == per_layer("w" * (period - 1) + "f", layers, "")
 

@@ -229,7 +229,7 @@ _NUMBERS: dict[str, Any] = {
 
 
 def scaling_object(text: str) -> dict[str, Any]:
-    """Return the content of rope_parameters, without theta, for the option rope_scaling. Pure."""
+    """Return the content of rope_parameters, except theta. text: the option rope_scaling. Pure."""
     found = rope_scaling(text)
     if found is None:
         return {"rope_type": "default"}

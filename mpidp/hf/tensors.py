@@ -73,7 +73,8 @@ class Layout:
         return stem in self.outside or inner in self.inside or any(inner in members for members in self.fused.values())
 
     def places(self, sizes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Place]:
-        """Return where each parameter is stored. sizes: the shapes of all parameters. Pure."""
+        """Return the Place of each parameter, by name. sizes: the shapes of all parameters. head_dim: the size of a head.
+        Pure."""
         found = {}
         for name in sizes:
             stem, _, kind = name.rpartition(".")
@@ -91,7 +92,7 @@ class Layout:
 
 
 def stored_sizes(sizes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each stored tensor, by name. Pure."""
+    """Return the shape of each tensor that the family stores, by name. Pure."""
     found: dict[str, tuple[int, ...]] = {}
     for name, place in places.items():
         rows, *rest = sizes[name]

@@ -1,4 +1,5 @@
-"""Convert mpidp's tokenizers to a Hugging Face tokenizer.json with the same ids, and compare such files. Independent."""
+"""Converts a tokenizer of mpidp to a Hugging Face tokenizer.json with the same ids, and compares two files tokenizer.json.
+Independent."""
 
 from __future__ import annotations
 

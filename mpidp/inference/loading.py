@@ -159,8 +159,8 @@ def load_encoder(loaded: Loaded, reader: Source, path: str | None, special: str 
         else:
             table = table_of_run(home_of(reader), tokenizer)
     if max(table.ends) >= rows or (table.bos or 0) >= rows:
-        raise DataError(f"{home_of(reader)}: the special tokens have an id that is not below the model's {rows} ids: restore "
-                        "special_tokens.json from the shards, or correct generation_config.json")
+        raise DataError(f"{home_of(reader)}: a special token has an id that the model does not have: ids must be below {rows}. "
+                        "Restore special_tokens.json from the shards, or correct generation_config.json")
     return Encoder(tokenizer, table, special or table.special)
 
 
@@ -183,7 +183,8 @@ def open_source(path: Path, world: MPI.Intracomm, seq_len: int = 0) -> Source:
 
 
 def open_model(options: Any, world: MPI.Intracomm, special: str | None = None) -> tuple[Source, Loaded, Encoder]:
-    """Open a run's newest checkpoint or a Hugging Face folder. Return its reader, this rank's part of the model, and its encoder.
+    """Open a run's newest checkpoint or a Hugging Face folder. Return three values: the reader of the checkpoint or folder, this
+    rank's part of the model, and the encoder.
 
     options: the parsed options run, tokenizer, tp, pp, device, threads, model_kind, seq_len. special: see load_encoder. Raises
     CheckpointError or DataError if a file is missing or damaged, and UsageError if an option does not suit the model. Collective

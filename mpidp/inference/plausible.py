@@ -38,7 +38,7 @@ def check_settings(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def check_shape(path: Path, meta: Mapping[str, Any], shape: Shape) -> None:
-    """Check that a checkpoint's files can hold the model of this shape. Raises CheckpointError if they are too small."""
+    """Raise CheckpointError if a checkpoint's files are too small to contain a model of this shape. Only the manifest is read."""
     tensors, stored = len(meta["tensors"]), sum(int(record["bytes"]) for record in meta["files"])
     parameters = 0 if meta["config"].get("model.lora_rank", 0) else num_parameters(shape)  # 0: LoRA, without the base model
     if shape.num_layers > tensors or parameters > stored:
