@@ -1,4 +1,4 @@
-"""Makes the table of special tokens of the shards, and finds their chat template. Both come from --tokenizer and other options."""
+"""Makes the table of special tokens of the shards, and finds their chat template. Both come from the options, such as --tokenizer."""
 
 from __future__ import annotations
 
