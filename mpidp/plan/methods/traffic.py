@@ -79,7 +79,8 @@ def link_of(given: str, ranks: int) -> Cluster:
         if not (0 < mbit < math.inf and 0 <= ms < math.inf):
             raise ValueError
     except ValueError as error:
-        raise UsageError(f"--link={given}: give Mbit/s and one-way ms, separated by a comma, like --link=1000,0.1") from error
+        raise UsageError(f"--link={given}: give the bandwidth in Mbit/s and the one-way delay in ms, separated by a comma, for "
+                         "example --link=1000,0.1") from error
     return Cluster(ranks, ranks, ms / 1e3, mbit * 1e6 / 8)
 
 
