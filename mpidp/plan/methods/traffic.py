@@ -173,7 +173,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return how many bytes leave a node when each of its ranks sends one byte in total, divided equally among all other
+    """Return how many bytes leave a node if each rank sends one byte in total. The byte is divided equally among all other
     ranks."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0
