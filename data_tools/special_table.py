@@ -1,4 +1,4 @@
-"""Makes the table of special tokens of the shards, and finds their chat template. Both come from the options, such as --tokenizer."""
+"""Makes the table of special tokens of the shards and finds their chat template, as --tokenizer and other options say."""
 
 from __future__ import annotations
 
