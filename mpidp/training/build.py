@@ -88,9 +88,11 @@ def make_strategy(plan: RunPlan, model: TrainedModel, memory: DataParallelMemory
     nominal_tokens = train.global_batch * config.model.seq_len
     make_optimizer = partial(
         Optimizer, optim.name, weight_decay=optim.weight_decay, beta1=optim.beta1, beta2=optim.beta2,
-        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup, padded=config.model.slices > 1,
+        cautious=optim.cautious_decay, momentum_warmup=optim.momentum_warmup,
         hidden=make_hidden(plan, model, memory) if optim.name in MATRIX_STATE else Hidden(),
     )
+    if config.model.slices > 1:
+        make_optimizer = partial(make_optimizer, padded=True)
     options = StrategyOptions.of(asdict(config.strategy), train.steps, plan.mesh.node_sizes, arrivals=plan.arrivals)
     strategy: Strategy = strategy_of(config.strategy.name, config.strategy.quorum, memory.level, model.module)(
         dp, memory.group, model.named, reducer, make_optimizer, optim.clip, nominal_tokens, int(config.comm.bucket_mb * 2**20),
