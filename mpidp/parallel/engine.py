@@ -24,6 +24,9 @@ from mpidp.parallel.schedule import Forward, Instruction
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
 
+Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): Strategy.fill
+
+
 def dropout_key(seed: int, batch: int, v: int) -> int:
     """Return a 32-bit random key for a micro-batch. It makes dropout depend on the data and not on the rank. Pure."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{batch}/{v}".encode(), digest_size=4).digest(), "little")
@@ -55,13 +58,12 @@ class Engine:
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, seed: int, dropout: float, nominal_tokens: int,
         stages: Stages | None = None, token_losses: Callable[[Tensor, Tensor], Tensor] | None = None, reports_loss: bool = True,
-        observers: StepObservers = NO_OBSERVERS, fill: Callable[[int], None] = lambda forwards: None,
+        observers: StepObservers = NO_OBSERVERS, fill: Fill = lambda forwards, chunk: None,
     ) -> None:
         """dtype: type of matrix products under autocast; master weights stay float32. nominal_tokens: every loss is divided by
         this number before backward. So sums of gradients have the size of a mean, and do not overflow 16-bit formats. stages:
         this rank's pipeline stage. token_losses: (logits, targets) -> sum of losses. reports_loss: False if another rank reports
-        the same losses. observers: notified of every micro-batch and phase. fill: runs dummy forward passes, for strategies with
-        which all ranks must run the same number of passes."""
+        the same losses. observers: notified of every micro-batch and phase. fill: Strategy.fill."""
         self.model, self.device, self.dtype = model, device, dtype
         self.seed, self.dropout, self.nominal_tokens = seed, dropout, nominal_tokens
         self.stages, self.token_losses, self.reports_loss = stages, token_losses or plain_losses, reports_loss
@@ -116,6 +118,7 @@ class Engine:
 
     def _forward(self, mb: MicroBatch, batch: int, chunk: int) -> PendingBackward:
         if mb.tokens.shape[0] == 0:  # the end of an epoch: this micro-batch is empty
+            self.fill(1, chunk)
             return PendingBackward(mb, None, None, chunk)
         key = None
         if self.dropout:
@@ -194,7 +197,7 @@ class Engine:
             self.stages.drain([])
         forwards = [num_pairs(min(span, targets - at), seq_len) for at in starts]
         of_ranks = [sum(forwards[rank :: among.size]) for rank in range(among.size)]
-        self.fill(max(of_ranks) - of_ranks[among.rank])
+        self.fill(max(of_ranks) - of_ranks[among.rank], None)
         self.observers.enter("evaluate_wait")
         comm.Allreduce(MPI.IN_PLACE, sums)  # no rounding, because each entry is nonzero on one rank only
         comm.Allreduce(MPI.IN_PLACE, counts)

@@ -1,7 +1,7 @@
 """Gathers each matrix on one rank, for optimizers of whole matrices.
 
-A rank updates boxes of matrices: whole matrices, or with tensor parallelism and FSDP2 some rows or columns of them. Every matrix
-has one owner among the ranks that hold a box of it. The owner receives the other boxes, computes, and sends each rank the result
+A rank updates boxes of matrices: whole matrices, or with tensor parallelism and mesh.shard=2|3 parts of them. Every matrix has
+one owner among the ranks that hold a box of it. The owner receives the other boxes, computes, and sends each rank the result
 for its box. If several replicas hold a box, one of them sends, and all of them receive. Owners are chosen so that all ranks have
 about the same cost. The result of a matrix does not depend on its owner.
 """
@@ -79,7 +79,7 @@ class MatrixRound:
 
     held: list[Box] = field(default_factory=list)  # this rank's boxes
     owned: list[tuple[str, tuple[int, int]]] = field(default_factory=list)  # name and shape of this rank's matrices
-    local: dict[str, Box] = field(default_factory=dict)  # this rank's boxes of the matrices that it owns
+    local: dict[str, list[Box]] = field(default_factory=dict)  # this rank's boxes of the matrices that it owns
     gathers: list[Move] = field(default_factory=list)
     scatters: list[Move] = field(default_factory=list)
 
@@ -88,7 +88,7 @@ class WholeMatrices:
     """Computes functions of whole matrices whose boxes are on several ranks."""
 
     def __init__(self, hidden: Hidden, held: Sequence[Box], tensors: int = 1) -> None:
-        """held: this rank's boxes, at most one of each matrix. tensors: number of tensors of a matrix; the second has one value
+        """held: this rank's boxes. tensors: number of tensors of a matrix; the second has one value
         per row. Raises UsageError if the ranks of hidden.comm do not hold a whole matrix together. Collective over
         hidden.comm."""
         self._comm, self._transport, self._wait, self._tensors = hidden.comm, hidden.transport, hidden.wait, tensors
@@ -120,40 +120,41 @@ class WholeMatrices:
             if me in ranks:
                 now.held.append(box)
                 if owner == me:
-                    now.local[box.name] = box
+                    now.local.setdefault(box.name, []).append(box)
             if owner not in ranks:
                 now.gathers.append((min(ranks, key=lambda rank: abs(rank - owner)), owner, box))
             now.scatters += [(owner, rank, box) for rank in ranks if rank != owner]
 
     def compute(
-        self, now: MatrixRound, pieces: Mapping[str, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
-    ) -> dict[str, Matrix]:
-        """Return this rank's boxes of work([(name, matrix), ...]), by name of the matrix. pieces: this rank's boxes of the
-        matrices. Collective over hidden.comm."""
-        wholes = {name: self._assembled(now, name, shape, pieces) for name, shape in now.owned}
+        self, now: MatrixRound, pieces: Mapping[Box, Matrix], work: Callable[[list[tuple[str, Matrix]]], list[Matrix]]
+    ) -> dict[Box, Matrix]:
+        """Return work([(name, matrix), ...]) for this rank's boxes. pieces: this rank's boxes of the matrices. Collective over
+        hidden.comm."""
+        wholes = {name: self._assembled(now.local[name], shape, pieces) for name, shape in now.owned}
 
         def put(box: Box, found: Matrix) -> None:
             for whole, one in zip(wholes[box.name], found, strict=True):
                 box.of(whole).copy_(one)
 
-        self._exchange(now.gathers, lambda box: pieces[box.name], put)
+        self._exchange(now.gathers, lambda box: pieces[box], put)
         results = dict(zip(wholes, work(list(wholes.items())), strict=True))
-        mine = {name: [box.of(one) for one in results[name]] for name, box in now.local.items()}
+        mine = {box: [box.of(one) for one in results[name]] for name, boxes in now.local.items() for box in boxes}
 
         def keep(box: Box, found: Matrix) -> None:
-            mine[box.name] = [one.clone() for one in found]
+            mine[box] = [one.clone() for one in found]
 
         self._exchange(now.scatters, lambda box: [box.of(one) for one in results[box.name]], keep)
         return mine
 
-    def _assembled(self, now: MatrixRound, name: str, shape: tuple[int, int], pieces: Mapping[str, Matrix]) -> Matrix:
-        """Return the matrix with this rank's box in its place. A box that is the whole matrix is not copied."""
-        box, own = now.local[name], pieces[name]
-        if box.size == shape:
+    def _assembled(self, boxes: list[Box], shape: tuple[int, int], pieces: Mapping[Box, Matrix]) -> Matrix:
+        """Return the matrix with this rank's boxes in their places. A box that is the whole matrix is not copied."""
+        own = pieces[boxes[0]]
+        if boxes[0].size == shape:
             return own
         wholes = [one.new_zeros(shape[0], shape[1] if i == 0 else 1) for i, one in enumerate(own)]
-        for whole, one in zip(wholes, own, strict=True):
-            box.of(whole).copy_(one)
+        for box in boxes:
+            for whole, one in zip(wholes, pieces[box], strict=True):
+                box.of(whole).copy_(one)
         return wholes
 
     def _exchange(self, moves: list[Move], read: Callable[[Box], Matrix], write: Callable[[Box, Matrix], None]) -> None:
