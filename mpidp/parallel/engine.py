@@ -23,7 +23,6 @@ from mpidp.parallel.pipeline import BACKWARD, FORWARD, Stages
 from mpidp.parallel.schedule import Forward, Instruction
 from mpidp.runtime.observers import NO_OBSERVERS, StepObservers
 
-
 Fill = Callable[[int, int | None], None]  # (number of forward passes, chunk): Strategy.fill
 
 

@@ -140,9 +140,9 @@ class ModelPartition:
         return self.norm_of(buffer.spans, squares, [view for (_, name, _), view in placed if not self.counts(name)])
 
     def norm_of(self, spans: Sequence[tuple[int, int]], squares: Tensor, uncounted: Iterable[Tensor]) -> float:
-        """Return the L2 norm of a gradient over the whole model. spans: the elements of each chunk. squares: the sum of squares of
-        each norm block of this rank's part. uncounted: the gradients of the parameters that another part counts, in flat order.
-        Collective over grid.model."""
+        """Return the L2 norm of a gradient over the whole model. spans: the elements of each chunk. squares: the sum of squares
+        of each norm block of this rank's part. uncounted: the gradients of the parameters that another part counts, in flat
+        order. Collective over grid.model."""
         twice = 0.0
         for gradient in uncounted:
             twice += float(torch.linalg.vector_norm(gradient.double()).square())

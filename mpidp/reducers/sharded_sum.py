@@ -68,7 +68,7 @@ class ShardedSum:
     def _add(
         self, additions: Sequence[tuple[Place, Place]], kept: Sequence[tuple[int, int]], rows: list[Tensor], slots: Tensor
     ) -> None:
-        held = {"row": rows, "slot": slots}
+        held: dict[str, Sequence[Tensor]] = {"row": rows, "slot": slots.unbind()}
         for (kind, number), (other, source) in additions:
             held[kind][number].add_(held[other][source])
         for slot, row in kept:

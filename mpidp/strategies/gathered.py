@@ -67,8 +67,8 @@ class UnitParameters:
 
     @torch.no_grad()
     def gather(self, unit: Unit) -> None:
-        """Make the parameters of a unit whole, and free those of the divided unit that was gathered before. Do nothing if they are
-        whole. Collective over channel.comm: all ranks call this for the same units in the same order."""
+        """Make the parameters of a unit whole, and free those of the divided unit that was gathered before. Do nothing if they
+        are whole. Collective over channel.comm: all ranks call this for the same units in the same order."""
         if unit.index not in self.divided or unit is self._gathered:
             return
         self.free()

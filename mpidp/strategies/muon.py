@@ -48,7 +48,8 @@ class Muon:
     """Updates this rank's elements of hidden matrices."""
 
     def __init__(
-        self, name: str, hidden: Hidden, held: Sequence[HeldElements], weight_decay: float, cautious: bool = False, warmup: int = 0,
+        self, name: str, hidden: Hidden, held: Sequence[HeldElements], weight_decay: float, cautious: bool = False,
+        warmup: int = 0,
     ) -> None:
         """name: muon or normuon. The second state of NorMuon has one value per row, which is repeated along the row. cautious:
         decay only elements that the update moves towards 0. warmup: number of updates over which the momentum rises to its value.

@@ -47,7 +47,7 @@ class Sharded:
         self, comm: MPI.Intracomm, group: Group, named_parameters: list[tuple[str, torch.nn.Parameter]], reducer: Reducer,
         make_optimizer: partial[Optimizer], clip: float, nominal_tokens: int, bucket_bytes: int, one_copy: bool,
         spare_slots: int = 0, most_slots: int = 0, options: StrategyOptions | None = None, parts: ModelPartition | None = None, *,
-        model: torch.nn.Module, level: int,
+        model: Any, level: int,
     ) -> None:
         """Takes the arguments of Synchronous. Only the attributes lanes and transport of the reducer are used. model: the model,
         which this constructor moves to the device. level: 2 or 3; level 3 divides the blocks of a Transformer. Collective over
@@ -57,7 +57,7 @@ class Sharded:
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
         self._channel, self._layout = channel, FlatLayout(named_parameters)
         self.units = units_of(self._layout, comm.size, parts.part.chunk_of if parts is not None else lambda name: 0)
-        blocks = {f"blocks.{layer}": block for layer, block in getattr(model, "blocks", torch.nn.ModuleDict()).items()} if level == 3 else {}
+        blocks = {f"blocks.{layer}": block for layer, block in model.blocks.items()} if level == 3 else {}
         self.parameters = UnitParameters(self.units, [unit for unit in self.units if unit.name in blocks], channel, device)
         model.to(device)  # the buffers and the frozen parameters
         self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
@@ -118,7 +118,7 @@ class Sharded:
         for unit in self.units:
             for member in unit.members:
                 if unit.chunk == chunk and member.parameter.grad is not None:
-                    raise RuntimeError(f"backward computes the gradient of {member.name} twice, which mesh.shard=2|3 does not support")
+                    raise RuntimeError(f"mesh.shard=2|3: backward has computed the gradient of {member.name} twice")
 
     def fill(self, forwards: int, chunk: int | None = None) -> None:
         """Make the exchanges of `forwards` forward passes through a chunk (default: all chunks), which other ranks compute.

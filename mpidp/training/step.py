@@ -66,8 +66,8 @@ def _run(job: Job, batch: Batch, squares: dict[int, float], lanes: Iterator[int]
 
 
 def _with_empty(job: Job, batch: Batch, mine: list[int]) -> list[int]:
-    """With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one micro-batch less than others, add an
-    empty one at the end, whose number is the number of micro-batches in the batch."""
+    """With mesh.shard=2|3, all ranks must run the same number of passes. If this rank has one micro-batch less than other ranks,
+    add an empty one at the end. Its number is the number of micro-batches in the batch."""
     most = -(-job.lanes.num_micro_batches // job.mesh.dp.size)
     if job.memory.level < 2 or len(mine) == most:
         return mine

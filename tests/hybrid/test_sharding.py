@@ -76,7 +76,7 @@ def test_no_level_changes_a_bit(
     data, sections = corpus(shared_folder), sections | {"train": sections.get("train", {}) | {"steps": 9}}
     with small_blocks():
         alone = train_at(1, tiny(data, shared_tmp / "alone", **with_level(0, **sections | {"comm": {}})))
-        assert alone.losses[-1] < alone.losses[0] - 0.1 or "model" in sections and sections["model"] in (OWN["model"], LORA["model"])
+        assert alone.losses[-1] < alone.losses[0] - 0.01
         for n in sizes(1, 2, 3, 4):
             with pretended(nodes) if nodes else nullcontext():
                 run = train_at(n, tiny(data, shared_tmp / f"at{n}", **with_level(level, **sections)))
