@@ -95,13 +95,14 @@ def overlap_of(one: range, other: range) -> range:
     return range(min(low, one.stop), max(min(low, one.stop), min(one.stop, other.stop)))
 
 
-def units_of(layout: FlatLayout, size: int, chunk_of: Callable[[str], int]) -> list[Unit]:
+def units_of(layout: FlatLayout, size: int, chunk_of: Callable[[str], int], first: int = 0) -> list[Unit]:
     """Divide a flat layout into units, and each unit into slices for `size` ranks. Units have the order of the layout, which is
-    roughly the order of backward. chunk_of: returns the chunk of a parameter, given its name. Pure."""
+    roughly the order of backward. chunk_of: returns the chunk of a parameter, given its name. first: index of the first unit.
+    Pure."""
     groups = [list(group) for _, group in groupby(layout.placed(), key=lambda placed: unit_of(placed[1]))]
     starts = [group[0][0] for group in groups]
     found = []
-    for index, (group, start, stop) in enumerate(zip(groups, starts, [*starts[1:], layout.num_elements], strict=True)):
+    for index, (group, start, stop) in enumerate(zip(groups, starts, [*starts[1:], layout.num_elements], strict=True), first):
         name = group[0][1]
         members = tuple(Member(what, p, offset - start) for offset, what, p in group)
         bounds = slice_bounds(stop - start, size, NORM_BLOCK)

@@ -8,7 +8,7 @@ saved are valid again after gather().
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +39,17 @@ class ShardedParameter:
 
 
 class UnitParameters:
-    """The parameters of units, with a slice of each unit that this rank updates."""
+    """The parameters of units, with a slice of each unit that this rank owns."""
 
     @torch.no_grad()
-    def __init__(self, units: Sequence[Unit], divided: Sequence[Unit], channel: Channel, device: torch.device) -> None:
-        """Move the parameters into the memory of their units, one unit at a time. divided: the units of which a rank stores only
-        its slice. Independent."""
-        self._units, self._channel = units, channel
-        self.divided = {unit.index for unit in divided}
+    def __init__(self, units: Sequence[Unit], divided: Collection[str], channel: Channel, device: torch.device) -> None:
+        """Move the parameters into the memory of their units, one unit at a time. divided: the names of the units of which a rank
+        stores only its slice. Units with the same name are gathered together. Independent."""
+        self._channel = channel
+        self._divided: dict[str, list[Unit]] = {}
         self.whole: list[Tensor] = []  # the elements of each unit; without memory while a divided unit is not gathered
         self.owned: list[Tensor] = []  # this rank's slice of each unit
-        self._gathered: Unit | None = None
+        self._gathered = ""
         for unit in units:
             whole = torch.zeros(unit.length, device=device)
             for member in unit.members:
@@ -59,36 +59,39 @@ class UnitParameters:
             part = unit.parts[channel.comm.rank]
             owned = whole[part.start : part.stop]
             self.whole.append(whole)
-            self.owned.append(owned.clone() if unit.index in self.divided else owned)
-            if unit.index in self.divided:
+            self.owned.append(owned.clone() if unit.name in divided else owned)
+            if unit.name in divided:
+                self._divided.setdefault(unit.name, []).append(unit)
                 for member in unit.members:
                     member.parameter.shards = ShardedParameter(unit, member, self.owned[-1], channel)  # type: ignore[attr-defined]
                 whole.untyped_storage().resize_(0)
 
     @torch.no_grad()
-    def gather(self, unit: Unit) -> None:
-        """Make the parameters of a unit whole, and free those of the divided unit that was gathered before. Do nothing if they
-        are whole. Collective over channel.comm: all ranks call this for the same units in the same order."""
-        if unit.index not in self.divided or unit is self._gathered:
+    def gather(self, name: str) -> None:
+        """Make the parameters of the divided units with this name whole, and free those that were gathered before. Do nothing if
+        they are whole. Collective over channel.comm: all ranks call this for the same names in the same order."""
+        if name not in self._divided or name == self._gathered:
             return
         self.free()
-        whole, part = self.whole[unit.index], unit.parts[self._channel.comm.rank]
-        whole.untyped_storage().resize_(whole.numel() * whole.element_size())
-        whole[part.start : part.stop].copy_(self.owned[unit.index])
-        self._receive(unit)
-        self._gathered = unit
+        for unit in self._divided[name]:
+            whole, part = self.whole[unit.index], unit.parts[self._channel.comm.rank]
+            whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+            whole[part.start : part.stop].copy_(self.owned[unit.index])
+            self._receive(unit)
+        self._gathered = name
 
     def free(self) -> None:
-        """Free the memory of the gathered unit. Independent."""
-        if self._gathered is not None:
-            self.whole[self._gathered.index].untyped_storage().resize_(0)
-            self._gathered = None
+        """Free the memory of the gathered units. Independent."""
+        for unit in self._divided.get(self._gathered, ()):
+            self.whole[unit.index].untyped_storage().resize_(0)
+        self._gathered = ""
 
-    def publish(self) -> None:
-        """Gather the updated slices of all units that every rank stores as a whole. Collective over channel.comm."""
+    def publish(self, units: Sequence[Unit]) -> None:
+        """Make the updated slices of units visible: gather those units that every rank stores as a whole. Collective over
+        channel.comm."""
         self.free()
-        for unit in self._units:
-            if unit.index not in self.divided:
+        for unit in units:
+            if unit.name not in self._divided:
                 self._receive(unit)
 
     def _receive(self, unit: Unit) -> None:

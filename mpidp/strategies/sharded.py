@@ -12,8 +12,9 @@ without a micro-batch in the last round, or with an empty one, makes the exchang
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,12 +29,26 @@ from mpidp.comm.group import Group
 from mpidp.comm.slices import NORM_BLOCK, norm_of_squares, squares_of_blocks
 from mpidp.parallel.model_part import ModelPartition
 from mpidp.reducers.base import LaneObserver, Reducer
-from mpidp.reducers.buckets import FlatLayout
+from mpidp.reducers.buckets import FlatLayout, unit_of
 from mpidp.reducers.sharded_sum import ShardedSum
 from mpidp.reducers.units import Channel, Unit, units_of
 from mpidp.strategies.gathered import UnitParameters
 from mpidp.strategies.optimizer import Optimizer, RunOfElements, ShardedOptimizer
 from mpidp.strategies.protocol import StepStats, StrategyOptions
+
+
+@dataclass
+class Exchange:
+    """An exchange of a backward pass: gather a block, then reduce the gradients of a unit."""
+
+    name: str
+    unit: Unit | None  # None: the block has only frozen parameters
+    waits_for: set[str]  # names of parameters without a gradient so far; of a frozen block, its own name
+
+    @classmethod
+    def of(cls, name: str, unit: Unit | None) -> Exchange:
+        """Return the exchange at the beginning of a backward pass. Pure."""
+        return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
 
 class Sharded:
@@ -55,28 +70,48 @@ class Sharded:
         self.compute_comm, self.group, self.reducer, self.one_copy = comm, group, reducer, False
         self.clip, self.nominal_tokens, self._parts = clip, nominal_tokens, parts
         device, channel = reducer.transport.device, Channel(comm, reducer.transport, group.wait)
-        self._channel, self._layout = channel, FlatLayout(named_parameters)
-        self.units = units_of(self._layout, comm.size, parts.part.chunk_of if parts is not None else lambda name: 0)
+        chunk_of = parts.part.chunk_of if parts is not None else lambda name: 0
         blocks = {f"blocks.{layer}": block for layer, block in model.blocks.items()} if level == 3 else {}
-        self.parameters = UnitParameters(self.units, [unit for unit in self.units if unit.name in blocks], channel, device)
-        model.to(device)  # the buffers and the frozen parameters
+        trained, named = {name for name, _ in named_parameters}, list(model.named_parameters())
+        frozen = [(name, p) for name, p in named if name not in trained and unit_of(name) in blocks]
+        self._channel, self._layout = channel, FlatLayout(named_parameters)
+        self.units = units_of(self._layout, comm.size, chunk_of)
+        more = units_of(FlatLayout(frozen), comm.size, chunk_of, len(self.units)) if frozen else []
+        self.parameters = UnitParameters([*self.units, *more], blocks, channel, device)
+        model.to(device)  # the buffers and the other frozen parameters
         self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **make_optimizer.keywords)
-        self._queue: list[Unit] = []  # units that this micro-batch's backward must still reduce, in order
-        self._waiting: dict[int, set[str]] = {}  # names of parameters without a gradient in this micro-batch, by unit
+        self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
+        self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
+        self._queue: list[Exchange] = []  # what this micro-batch's backward must still do, in order
         self._hooks = [
             member.parameter.register_post_accumulate_grad_hook(partial(self._complete, unit, member.name))
             for unit in self.units for member in unit.members
         ]
-        for unit in self.units:
-            if unit.index in self.parameters.divided:
-                block = blocks[unit.name]
-                self._hooks.append(block.register_forward_pre_hook(lambda *_, unit=unit: self.parameters.gather(unit)))
-                self._hooks.append(block.register_forward_hook(partial(self._computed, unit)))
+        for name, block in blocks.items():
+            self._hooks.append(block.register_forward_pre_hook(lambda *_, name=name: self.parameters.gather(name)))
+            self._hooks.append(block.register_forward_hook(partial(self._computed, name)))
+
+    def _plan(self, names: Iterable[str]) -> dict[int, list[tuple[str, Unit | None]]]:
+        """Return the exchanges of a backward pass, by chunk: for each name of a unit, in the order of backward, gather the block
+        of this name (if it is divided), and reduce the unit (if it has trained parameters). Blocks before the first trained
+        parameter need no backward pass."""
+        chunks, found = dict(self._blocks), dict[int, list[tuple[str, Unit | None]]]()
+        for name in names:
+            units = [unit for unit in self.units if unit.name == name]
+            for unit in units:
+                found.setdefault(unit.chunk, []).append((name, unit))
+            if name in chunks and not units:
+                found.setdefault(chunks[name], []).append((name, None))
+        for plan in found.values():
+            while plan and plan[-1][1] is None:
+                plan.pop()
+        return found
 
     def _runs(self) -> list[RunOfElements]:
         rank, found = self.compute_comm.rank, []
-        for unit, owned, gradient in zip(self.units, self.parameters.owned, self.sum.totals, strict=True):
+        for unit, gradient in zip(self.units, self.sum.totals, strict=True):
+            owned = self.parameters.owned[unit.index]
             for member in unit.members:
                 run, shape = unit.run(member, rank), tuple(member.parameter.shape)
                 if run:
@@ -87,34 +122,36 @@ class Sharded:
 
     def _complete(self, unit: Unit, name: str, _: Tensor) -> None:
         """Backward has computed the gradient of a parameter: reduce all units that are complete and next in order."""
-        self._waiting.get(unit.index, set()).discard(name)
-        while self._queue and not self._waiting[self._queue[0].index]:
-            self._reduce_next()
+        for one in self._queue:
+            if one.unit is unit:
+                one.waits_for.discard(name)
+        while self._queue and not self._queue[0].waits_for:
+            self._exchange_next()
 
-    def _computed(self, unit: Unit, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+    def _computed(self, name: str, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         """Forward has computed a block: gather it again before its backward pass."""
         if output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(lambda gradient: self._backward_reaches(unit))
+            output.register_hook(lambda gradient: self._backward_reaches(name))
 
-    def _backward_reaches(self, unit: Unit) -> None:
-        while self._queue and self._queue[0] is not unit:
-            self._reduce_next()
-        self.parameters.gather(unit)
+    def _backward_reaches(self, name: str) -> None:
+        while self._queue and self._queue[0].name != name:
+            self._exchange_next()
+        self.parameters.gather(name)
 
-    def _reduce_next(self) -> None:
-        unit = self._queue.pop(0)
-        self.parameters.gather(unit)  # on a rank that computes, it is gathered already
-        self.sum.reduce(unit)
+    def _exchange_next(self) -> None:
+        now = self._queue.pop(0)
+        self.parameters.gather(now.name)  # on a rank that computes, it is gathered already
+        if now.unit is not None:
+            self.sum.reduce(now.unit)
 
     @contextmanager
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Return a context in which the backward pass of micro-batch v must run. Ranks may pass different v. Raises RuntimeError
         if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
-        self._queue = [unit for unit in self.units if unit.chunk == chunk]
-        self._waiting = {unit.index: {member.name for member in unit.members} for unit in self._queue}
+        self._queue = [Exchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
         yield
         while self._queue:
-            self._reduce_next()
+            self._exchange_next()
         for unit in self.units:
             for member in unit.members:
                 if unit.chunk == chunk and member.parameter.grad is not None:
@@ -124,9 +161,9 @@ class Sharded:
         """Make the exchanges of `forwards` forward passes through a chunk (default: all chunks), which other ranks compute.
         Collective over compute_comm."""
         for _ in range(forwards):
-            for unit in reversed(self.units):
-                if chunk in (None, unit.chunk):
-                    self.parameters.gather(unit)
+            for name, its_chunk in self._blocks:
+                if chunk in (None, its_chunk):
+                    self.parameters.gather(name)
 
     def synchronizes_at(self, step: int) -> bool:
         """Return True: all ranks synchronize at every step. Independent."""
@@ -165,7 +202,7 @@ class Sharded:
                 total.mul_(scale)
         self.optimizer.step(lr)
         observers.enter("publish")
-        self.parameters.publish()
+        self.parameters.publish(self.units)
         return StepStats(grad_norm=norm, skipped=False)
 
     def _tie(self) -> None:

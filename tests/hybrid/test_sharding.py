@@ -55,6 +55,8 @@ NEW = [name for name in ELEMENTWISE if name not in ("adamw", "adam", "sgd")]  # 
 TIED = {"model": {"tie_embeddings": True, "num_kv_heads": 2}, "train": {"lanes": 5}}  # some lanes have two micro-batches
 SGD: dict[str, dict[str, Any]] = {"optim": {"name": "sgd", "lr": 0.1, "clip": 0.0}}
 FROZEN: dict[str, dict[str, Any]] = {"optim": {"freeze": "embedding.*,blocks.0.*,blocks.1.attention.*"}}
+SOME_FROZEN: dict[str, dict[str, Any]] = {"optim": {"freeze": "embedding.*,blocks.0.attention.*,blocks.1.feed_forward.*"}}
+MIDDLE = {"model": {"num_layers": 3}, "optim": {"freeze": "blocks.0.*,blocks.1.*"}}  # backward passes through frozen blocks
 LORA = {"model": {"lora_rank": 2, "lora_targets": "q,down"}}
 RECOMPUTE = {"train": {"recompute": True, "loss": "chunked", "lanes": 3}}
 FOUR_LAYERS = {"model": {"num_layers": 4}}
@@ -65,7 +67,7 @@ OWN = {"model": KINDS["own"]}
     (1, 0, MESSAGES), (1, 0, {}), (1, 2, {}), (1, 3, {}), (1, 0, {"comm": {"copies": "rank"}}),
     (1, 0, MESSAGES | {"optim": {"name": "sgd"}}), (1, 2, {"optim": {"name": "adam"}, "model": {"tie_embeddings": True}}),
     (2, 0, {}), (3, 0, {}), (2, 2, TIED), (3, 0, TIED), (2, 0, SGD), (3, 0, SGD), (2, 0, RECOMPUTE), (3, 0, RECOMPUTE),
-    (2, 0, FROZEN), (3, 0, FROZEN), (2, 0, LORA), (3, 0, LORA), (2, 0, OWN), (2, 0, {"model": KINDS["lstm"]}),
+    (2, 0, FROZEN), (3, 0, FROZEN), (3, 0, MIDDLE), (2, 0, LORA), (3, 0, LORA), (2, 0, OWN), (2, 0, {"model": KINDS["lstm"]}),
     (3, 0, {"train": {"dtype": "bfloat16"}}), (3, 0, {"optim": {"name": "adam"}}),
     *((level, 0, {"optim": {"name": name}}) for name in NEW for level in (1, 2, 3)),
 ])  # fmt: skip
@@ -91,7 +93,7 @@ def test_no_level_changes_a_bit(
 @pytest.mark.parametrize(("level", "mesh", "sections"), [
     (2, (2, 2, 1), {}), (3, (2, 2, 1), {}), (3, (2, 2, 1), FOUR_LAYERS | {"mesh": {"interleave": 2}}),
     (2, (2, 2, 1), FOUR_LAYERS | {"mesh": {"interleave": 2}}), (2, (2, 1, 2), {}), (3, (2, 1, 2), {}),
-    (3, (2, 1, 2), {"mesh": {"sequence": True}}), (3, (2, 2, 1), RECOMPUTE), (2, (2, 2, 1), FROZEN), (2, (2, 2, 1), TIED),
+    (3, (2, 1, 2), {"mesh": {"sequence": True}}), (3, (2, 2, 1), RECOMPUTE), (3, (2, 2, 1), SOME_FROZEN), (2, (2, 2, 1), TIED),
     (3, (2, 2, 1), TIED), (3, (2, 1, 2), TIED),
 ])  # fmt: skip
 def test_no_level_changes_a_bit_on_a_mesh(
