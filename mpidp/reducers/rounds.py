@@ -18,7 +18,7 @@ Place = tuple[Literal["row", "slot"], int]  # the gradient that a rank sent in t
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundPlan:
     """What the owner of a slice does with the gradients of one round."""
 
     rows: int  # number of micro-batches: the first `rows` ranks have one each
@@ -26,7 +26,7 @@ class Round:
     kept: list[tuple[int, int]]  # (slot, row) to copy after the additions
 
 
-def plan_rounds(lanes: Lanes, size: int) -> list[Round]:
+def plan_rounds(lanes: Lanes, size: int) -> list[RoundPlan]:
     """Return the rounds of a step on `size` ranks. After the last round, slot 0 holds the sum. Pure."""
     count, found = lanes.num_micro_batches, []
     nodes: dict[Node, Place] = {}
@@ -55,11 +55,11 @@ def plan_rounds(lanes: Lanes, size: int) -> list[Round]:
                 taken.add(kept[place])
         nodes = {node: ("slot", kept[place]) if place in kept else place for node, place in nodes.items()}
         lane_at = ("slot", kept[lane_at]) if lane_at in kept else lane_at
-        found.append(Round(min(size, count - start), additions, [(slot, row) for (_, row), slot in kept.items()]))
+        found.append(RoundPlan(min(size, count - start), additions, [(slot, row) for (_, row), slot in kept.items()]))
     assert list(nodes.values()) == [("slot", 0)]
     return found
 
 
-def slots_of(rounds: list[Round]) -> int:
+def slots_of(rounds: list[RoundPlan]) -> int:
     """Return the number of gradients that an owner stores. Pure."""
     return 1 + max(slot for one in rounds for slot, _ in one.kept)

@@ -38,7 +38,7 @@ from mpidp.strategies.protocol import StepStats, StrategyOptions
 
 
 @dataclass
-class Exchange:
+class UnitExchange:
     """An exchange of a backward pass: gather a block, then reduce the gradients of a unit."""
 
     name: str
@@ -46,7 +46,7 @@ class Exchange:
     waits_for: set[str]  # names of parameters without a gradient so far; of a frozen block, its own name
 
     @classmethod
-    def of(cls, name: str, unit: Unit | None) -> Exchange:
+    def of(cls, name: str, unit: Unit | None) -> UnitExchange:
         """Return the exchange at the beginning of a backward pass. Pure."""
         return cls(name, unit, {name} if unit is None else {member.name for member in unit.members})
 
@@ -83,7 +83,7 @@ class Sharded:
         self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **make_optimizer.keywords)
         self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
         self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
-        self._queue: list[Exchange] = []  # what this micro-batch's backward must still do, in order
+        self._queue: list[UnitExchange] = []  # what this micro-batch's backward must still do, in order
         self._hooks = [
             member.parameter.register_post_accumulate_grad_hook(partial(self._complete, unit, member.name))
             for unit in self.units for member in unit.members
@@ -148,7 +148,7 @@ class Sharded:
     def micro_batch(self, v: int, last: bool, chunk: int = 0) -> Iterator[None]:
         """Return a context in which the backward pass of micro-batch v must run. Ranks may pass different v. Raises RuntimeError
         if a parameter gets a gradient after its unit was reduced. Collective over compute_comm."""
-        self._queue = [Exchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
+        self._queue = [UnitExchange.of(name, unit) for name, unit in self._plans.get(chunk, ())]
         yield
         while self._queue:
             self._exchange_next()
