@@ -4,7 +4,7 @@
     python benchmarks/loss.py --positions 8192 --vocab 128256 --width 512 --repeats 5
 
 Each figure is a median over processes, which alternate. A process computes loss and gradients three times on one thread. `time`
-is the shortest processor time of the three, and `memory` is the growth of the largest resident memory during them.
+is the shortest processor time of the three computations. `memory` is the growth of the largest resident memory during them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def _shards_of(p: Tensor) -> Shards | None:
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Entry]:
-    """Return the parameters to save, by name. With LoRA, only the adapters are saved, since the base model does not change.
+    """Return the parameters to save, by name. With LoRA these are only the adapters, because the base model does not change.
     Independent."""
     found, saved = dict(model.named_parameters()), dict[str, Entry]()
     for name in saved_names(list(found)):
@@ -55,7 +55,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def boxes_held(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    """Return the sharded entries as {tensor: {key: entry}}. Pure."""
+    """Return the sharded entries as {tensor's name: {box's name: entry}}. Pure."""
     found: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         if entry.shape is not None and entry.layout == "sharded":
@@ -76,7 +76,8 @@ def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer
 
 
 def bytes_by_use(**tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Return {use: bytes of storage}. Storage that several tensors share is counted once. Independent."""
+    """Return the bytes of memory that the tensors of each use occupy. Memory that several tensors share is counted once.
+    Independent."""
     return {
         what: sum({s.data_ptr(): s.nbytes() for t in some if (s := t.untyped_storage()).nbytes()}.values())
         for what, some in tensors.items()

@@ -1,7 +1,8 @@
-"""Saves, loads and hashes this rank's part of the model. Every parameter counts once, even if several ranks hold it.
+"""Saves, loads and hashes this rank's part of the model. Every parameter is saved and hashed once, even if several ranks hold it.
 
-A checkpoint names the tensors of the whole model, so a run can resume on any mesh. A flat tensor of a strategy belongs to one
-part of the model. Its name contains the name of the part, and it can be loaded only if the model is divided in the same way.
+A checkpoint stores tensors under their names in the whole model, so a run can resume on any mesh. A flat tensor of a strategy
+belongs to one part of the model. Its name contains the label of the part. A flat tensor can be loaded only if the model is
+divided in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mpidp.reducers.buckets import GradientBuffer
 
 
 class ModelPartition:
-    """This rank's part of the model, and its place in the whole model. Methods are independent unless they say otherwise."""
+    """This rank's part of the model, and its place in the whole model. Methods are independent unless their docstrings say
+    otherwise."""
 
     def __init__(self, grid: Grid, shape: Shape, sequence: bool = False, chunks: int = 1) -> None:
         """sequence: whether sequence parallelism is used. chunks: number of chunks per pipeline stage."""
@@ -85,7 +87,8 @@ class ModelPartition:
     @torch.no_grad()
     def broadcast_parameters(self, model: nn.Module) -> list[int]:
         """Broadcast rank 0's parameters to all replicas. Return the ranks whose parameters differed. Call this before parameters
-        are in shared memory, because all ranks of a node would write to the same place. Collective over grid.replicas.dp."""
+        are moved to shared memory. Otherwise all ranks of a node would write to the same memory. Collective over
+        grid.replicas.dp."""
         dp = self.grid.replicas.dp
         hashes = dp.allgather(weights_sha256(model))
         others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
@@ -180,14 +183,14 @@ class ModelPartition:
         group.fence()
 
     def sha256(self, model: nn.Module) -> str:
-        """Return the sha256 of the whole model's float32 parameters, in order of names, little-endian. Collective over
-        grid.world."""
+        """Return the SHA-256 hash of the whole model's parameters, in the order of their names, as little-endian float32 values.
+        Collective over grid.world."""
         digest, grid = hashlib.sha256(), self.grid
         if grid.parts == 1:
             return weights_sha256(model)
         mine = {self.part.global_name(name): p for name, p in model.named_parameters()}
         holders = [self._part_of(rank) for rank in range(grid.parts)]
-        gathers = grid.world.rank == 0  # receives from the ranks of the first replica
+        gathers = grid.world.rank == 0  # whether this rank receives from the ranks of the first replica
         for name, size in sorted(self.sizes.items()):
             held = whole(mine[name]).float().cpu().contiguous() if name in mine else torch.empty(0)
             gathered = torch.empty(size if gathers else 0)

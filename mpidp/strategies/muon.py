@@ -1,8 +1,8 @@
 """Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for matrices, or boxes of matrices, on one or several ranks.
 
-Momentum, weight decay and the update work element by element, on the elements that a rank holds. Only the update direction is
-gathered to one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer state and
-checkpoints are the same on every mesh.
+A rank computes momentum, weight decay and the update element by element, on the elements that it holds. Only the update direction
+of a matrix is gathered on one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer
+state and checkpoints are the same on every mesh.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mpidp.parallel.whole_matrices import Box, Hidden, Matrix, WholeMatrices
 from mpidp.strategies.newton_schulz import orthogonalized
 
 MATRIX_STATE = {"muon": ("momentum_buffer",), "normuon": ("momentum_buffer", "second_momentum_buffer")}
-MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov's form
-FIRST_MOMENTUM = 0.85  # momentum in the first step, with optim.momentum_warmup
+MOMENTUM = 0.95  # as in torch.optim.Muon, with Nesterov momentum
+FIRST_MOMENTUM = 0.85  # momentum in the first step if optim.momentum_warmup is set
 BETA2, EPS = 0.95, 1e-8  # decay and epsilon of NorMuon
 
 
@@ -51,9 +51,9 @@ class Muon:
         self, name: str, hidden: Hidden, held: Sequence[HeldElements], weight_decay: float, cautious: bool = False,
         warmup: int = 0,
     ) -> None:
-        """name: muon or normuon. The second state of NorMuon has one value per row, which is repeated along the row. cautious:
-        decay only elements that the update moves towards 0. warmup: number of updates over which the momentum rises to its value.
-        Collective over hidden.comm."""
+        """name: muon or normuon. held: the elements of this rank. The second state of NorMuon has one value per row, which is
+        repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of updates over
+        which the momentum rises to its final value. Collective over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
         self._momentum = MOMENTUM
         self._held = {one.boxes[0].name: one for one in held}
@@ -85,7 +85,7 @@ class Muon:
         return found
 
     def _orthogonal(self, matrices: list[tuple[str, Matrix]]) -> list[Matrix]:
-        """Return the updates of whole matrices; with NorMuon also the new second moments (m, 1)."""
+        """Return the updates of whole matrices, and with NorMuon also the new second moments (m, 1)."""
         found = orthogonalized([matrix[0] for _, matrix in matrices])
         if self._name == "muon":
             return [[one] for one in found]
@@ -110,10 +110,10 @@ def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
 
 
 def normalized(update: Tensor, second: Tensor) -> Matrix:
-    """Return [update, second moment] of NorMuon (algorithm 1). Each row of the orthogonal matrix is divided by the root of the
-    moving average of its mean square. Then all rows are scaled so that the root mean square of the elements stays that of an
-    orthogonal matrix. update: (m, n). second: (m, 1). Pure."""
-    wide = update.float().contiguous()  # a sum over strided rows has other bits
+    """Return [update, second moment] of NorMuon (algorithm 1). Each row of the orthogonal matrix is divided by the square root of
+    the moving average of its mean square. Then all rows are scaled by one factor, so that the root mean square of the elements is
+    that of an orthogonal matrix. update: (m, n). second: (m, 1). Pure."""
+    wide = update.float().contiguous()  # a sum over strided rows would have other bits
     second = second.lerp(wide.square().mean(1, keepdim=True), 1 - BETA2)
     rows = wide / (second.sqrt() + EPS)
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1))

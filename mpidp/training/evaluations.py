@@ -19,13 +19,13 @@ def evaluate(job: Job) -> None:
         if job.plan.validation is None and ended(job):
             check_last_update(job)
         line |= evaluate_tasks(job)
-    at.evaluated(line.get("val_loss"))  # only now: if a rank fails above, the other ranks evaluate again
+    at.evaluated(line.get("val_loss"))  # set only now: if a rank fails above, the other ranks evaluate again
     if line:
         job.record.write({"step": at.step, "val_tokens": 0} | line)
 
 
 def evaluate_validation(job: Job, validation: TokenStream) -> dict[str, Any]:
-    """Compute val_loss, and return the fields for its line. Collective over job.comm."""
+    """Compute val_loss, and return the fields for the line of the evaluation. Collective over job.comm."""
     loss, tokens = _loss_on(job, validation, job.config.train.eval_tokens)
     job.services.progress.print(f"step {job.position.step}  val_loss {loss:.4f}  ({tokens:,} tokens)")
     if not math.isfinite(loss):

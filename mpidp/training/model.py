@@ -33,13 +33,12 @@ class TrainedModel:
     module: Any
     named: list[tuple[str, torch.nn.Parameter]]  # trained parameters
     parts: ModelPartition
-    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # for a divided vocabulary, or in chunks; None: plain
+    token_losses: Callable[[Tensor, Tensor], Tensor] | None  # the loss if the vocabulary is divided, or in chunks
     origin: Origin | None  # source of the initial weights; None: they are random
 
 
 def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> TrainedModel:
-    """Return the model of a job. module: an existing model to use again, or None to make a new model. Collective over
-    plan.world."""
+    """Return the model of a job. module: an existing model to use again. None: make a new model. Collective over plan.world."""
     config, grid = plan.config, plan.grid
     parts, origin = ModelPartition(grid, plan.shape, config.mesh.sequence, config.mesh.interleave), None
     if module is None:

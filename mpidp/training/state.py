@@ -13,7 +13,7 @@ from mpidp.metrics.gradient_noise import NoiseAverage
 from mpidp.strategies.protocol import StepStats
 
 REMEMBERED = 32  # number of gradient norms whose median is the usual norm
-KNOWN_AFTER = 20  # number of updates after which the usual norm is known
+KNOWN_AFTER = 20  # after this number of updates the usual norm is known
 
 
 @dataclass
@@ -32,18 +32,18 @@ class Position:
     norms: list[float] = field(default_factory=list)  # gradient norms of the last updates
 
     def __post_init__(self) -> None:
-        if isinstance(self.noise, dict):  # as read from a checkpoint
+        if isinstance(self.noise, dict):  # when read from a checkpoint
             self.noise = NoiseAverage(**self.noise)
 
     @property
     def batch(self) -> int:
-        """The number of the next batch. The loader has no other state."""
+        """The number of the next batch. The loader needs no other state."""
         return self.step + self.skipped
 
     def norm_limit(self, spike: float) -> float:
-        """Return the largest gradient norm with which an update is made: `spike` times the median of the last norms. A few
-        unusual norms hardly change the median, and it has the same bits on any machine. Return infinity before KNOWN_AFTER
-        updates, and if spike is 0. Independent."""
+        """Return the largest gradient norm with which an update is made. It is `spike` times the median of the last norms. A few
+        unusual norms hardly change the median, and the median has the same bits on any machine. Return infinity before
+        KNOWN_AFTER updates, and if spike is 0. Independent."""
         return spike * statistics.median_low(self.norms) if spike and len(self.norms) >= KNOWN_AFTER else math.inf
 
     def count(self, stats: StepStats, tokens: int) -> None:
@@ -55,8 +55,8 @@ class Position:
             self.norms = [*self.norms, *filter(None, [stats.grad_norm])][-REMEMBERED:]
 
     def evaluated(self, loss: float | None) -> None:
-        """Record that this step was evaluated, and `loss` as its val_loss (None: there is no validation split). A loss that is
-        not finite is never the best. Independent."""
+        """Record that this step was evaluated. loss: val_loss, or None if there is no validation split. A loss that is not finite
+        is never the best. Independent."""
         self.evaluated_step = self.step
         if loss is None:
             return
@@ -66,7 +66,7 @@ class Position:
         self.val_loss, self.best_val_loss = loss, loss if better else self.best_val_loss
 
     def skip_to(self, batch: int) -> None:
-        """Skip the batches before this one. Independent."""
+        """Skip the batches before `batch`. Independent."""
         self.skipped, self.skipped_in_a_row = batch - self.step, 0
 
 
@@ -79,7 +79,7 @@ class RunState:
     skipped_from: int = -1  # step of the checkpoint to which the run last returned to skip batches
     stop_at: float = math.inf  # time at which to stop, in seconds since 1970, shortly before the job's time limit
     recovered: bool = False  # whether this job continues the state of a job in which ranks failed
-    unreported: np.ndarray | None = None  # this rank's reports since the last synchronization (step_report.py)
+    unreported: np.ndarray | None = None  # this rank's reports since the last exchange (step_report.py)
 
     def portable(self) -> RunState:
         """Return a copy without the values that only this rank has. Independent."""

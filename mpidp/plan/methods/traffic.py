@@ -35,7 +35,7 @@ from mpidp.reducers.compression.compressed import method_of, trimmed
 
 @dataclass(frozen=True)
 class Cluster:
-    """A number of ranks and nodes, and the slowest link between two ranks."""
+    """The number of ranks and nodes, and the slowest link between two ranks."""
 
     ranks: int
     nodes: int
@@ -89,7 +89,7 @@ def lanes_of(config: Config) -> Lanes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The size of the gradient and its buckets."""
+    """The sizes of the gradient and of its buckets."""
 
     num_elements: int
     buckets: list[Bucket]
@@ -101,7 +101,7 @@ class Sizes:
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """Return the size of the gradient without allocating the model. Independent."""
+    """Return the sizes of the gradient and of its buckets, without allocating the model. Independent."""
     shape, settings = model_shape(config, vocab_size), config.flat()
     layout = FlatLayout(trained_on_meta(settings, shape, whole(shape)))
     return Sizes(layout.num_elements, layout.cut(int(config.comm.bucket_mb * 2**20)))
@@ -171,6 +171,7 @@ def _by_tree(config: Config, sizes: Sizes, cluster: Cluster) -> Sum:
 
 
 def _outgoing_share(cluster: Cluster) -> float:
-    """Return how many bytes leave a node when each of its ranks sends one byte, divided equally among all other ranks."""
+    """Return how many bytes leave a node when each of its ranks sends one byte in total, divided equally among all other
+    ranks."""
     k = cluster.ranks_a_node
     return k * (cluster.ranks - k) / (cluster.ranks - 1) if cluster.nodes > 1 else 1.0
