@@ -35,7 +35,7 @@ def losses(positions: int, vocab: int, width: int) -> dict[str, Loss]:
     found: dict[str, Loss] = {
         "whole": lambda hidden, weight, targets: F.cross_entropy(hidden @ weight.T, targets, reduction="sum"),
         f"chunked ({rows} positions)": lambda hidden, weight, targets: ChunkedLoss(
-            shape, lambda: weight, rows, torch.float32)(hidden, targets),
+            shape, lambda: [weight], rows, torch.float32)(hidden, targets),
     }
     if hasattr(F, "linear_cross_entropy"):
         found["torch"] = lambda hidden, weight, targets: F.linear_cross_entropy(hidden, weight, targets, reduction="sum")

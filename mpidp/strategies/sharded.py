@@ -80,7 +80,8 @@ class Sharded:
         self.parameters = UnitParameters([*self.units, *more], blocks, channel, device)
         model.to(device)  # the buffers and the other frozen parameters
         self.sum = ShardedSum(self.units, reducer.lanes, channel, device)
-        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **make_optimizer.keywords)
+        how = {key: value for key, value in make_optimizer.keywords.items() if key != "padded"}
+        self.optimizer = ShardedOptimizer(make_optimizer.args[0], self._runs(), **how)
         self._blocks = [(name, chunk_of(f"{name}.")) for name in blocks]
         self._plans = self._plan(dict.fromkeys(unit_of(name) for name, _ in reversed(named)))
         self._queue: list[UnitExchange] = []  # what this micro-batch's backward must still do, in order

@@ -24,7 +24,7 @@ from mpidp.data.shards import TokenStream
 from mpidp.errors import DataError, UsageError
 from mpidp.metrics.jsonl import MetricsFile, read_lines
 from mpidp.metrics.track.table import check_trackers, trackers_of
-from mpidp.model.part import Part, check_split, part_of
+from mpidp.model.part import Part, check_slices, check_split, part_of
 from mpidp.model.shape import Shape, TransformerShape
 from mpidp.model.starting import trained_sizes
 from mpidp.parallel.grid import Grid
@@ -233,6 +233,7 @@ def plan(config: Config, grid: Grid) -> RunPlan:
         if origin is not None:
             origin.check_shape(shape)
         check_split(shape, grid.tp.size, grid.pp.size, config.mesh.interleave)
+        check_slices(shape, config.model.slices, grid.tp.size)
         if training.apart and not isinstance(shape, TransformerShape):
             raise UsageError(
                 f"model.kind={config.model.kind} with data.documents=apart ({config.data.path}): only the Transformer supports "
