@@ -65,10 +65,10 @@ def test_the_bits_are_those_of_one_rank(
     if ranks > WORLD.size:
         pytest.skip("more ranks than there are")
     data, same = corpus(shared_folder), {key: sections[key] for key in sections.keys() & {"model", "optim"}}
-    alone = train_at(1, config(data, shared_tmp / "alone", name, **same))
-    small = small_blocks() if sections.get("mesh", {}).get("shard", 0) > 1 else nullcontext()
-    with pretended(nodes) if nodes else nullcontext(), small:
-        run = train_at(ranks, config(data, shared_tmp / "run", name, **sections))
+    with small_blocks() if sections.get("mesh", {}).get("shard", 0) > 1 else nullcontext():
+        alone = train_at(1, config(data, shared_tmp / "alone", name, **same))
+        with pretended(nodes) if nodes else nullcontext():
+            run = train_at(ranks, config(data, shared_tmp / "run", name, **sections))
     assert (run.sha256, run.learned) == (alone.sha256, alone.learned)
     mine, its = state_of(shared_tmp / "run"), state_of(shared_tmp / "alone")
     assert mine.keys() == its.keys() and all(bool((mine[key] == its[key]).all()) for key in its)
