@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mpidp.checkpoint.local_parameters import weights_sha256
 from mpidp.comm.nccl import open_transport
+from mpidp.comm.slices import sum_in_order
 from mpidp.config import resolve, rules
 from mpidp.config.command_line import from_args
 from mpidp.config.schema import Config
@@ -256,7 +257,7 @@ class DataParallel:
         if strategy.synchronizes_always:
             strategy.group.wait(self.comm.Iallreduce(MPI.IN_PLACE, self._loss_sums))
         losses, counts = self._loss_sums.tolist()
-        self.loss = sum(losses) / max(1.0, sum(counts))
+        self.loss = sum_in_order(losses) / max(1.0, sum(counts))
         self.stats = strategy.step(0.0, int(sum(counts)))
         self._updated = True
         self.items.next_batch += 1
