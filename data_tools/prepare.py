@@ -52,8 +52,9 @@ def prepare(
     """Prepare shards from a source. Return the index of the shards on every rank. Collective over comm (None: a single process).
 
     source: a path, or several PATH:WEIGHT for a mixture. others: the other fields of PrepareOptions. verbose: print a summary on
-    rank 0. wait: if another process prepares OUT, wait and use its shards. Raises UsageError if an option is invalid, or if OUT
-    is in use or cannot be written. Raises DataError if a source cannot be read. After an error OUT is unchanged.
+    rank 0. wait: wait until no other process prepares OUT, and if OUT then has shards, return their index. Raises UsageError if
+    an option is invalid, if OUT cannot be written, or, without `wait`, if OUT is in use. Raises DataError if a source cannot be
+    read. After an error OUT is unchanged.
     """
     began, team, folder = time.monotonic(), Team(comm), OutFolder(Path(out))
     found: tuple[list[Found], SpecialTokens, Template | None] | None = None

@@ -129,7 +129,8 @@ def _of_bytes(data: np.ndarray, name: str, shown: Path, options: ReadOptions) ->
     kind: np.dtype[Any] = np.dtype(options.dtype or "int64").newbyteorder("<")
     values = np.frombuffer(data.tobytes(), kind) if len(data) % kind.itemsize == 0 else None
     if values is None or not options.dtype and len(values) and not (values.min() >= -100 and values.max() < 2**32):
-        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type, --dtype uint16")
+        raise DataError(f"{shown}: the column `{name}` holds bytes that are not {kind.name} ids: give their type "
+                        "(--dtype uint16)")
     return values
 
 
@@ -154,6 +155,7 @@ def write(tokens: SplitTokens, out: Path) -> list[str]:
 
 
 def _encoded(values: np.ndarray) -> bytes:
-    """Return the encoding of an array of one dimension: the type of its length and 1 << 2, its length, and its values."""
+    """Return the encoding of an array of one dimension: a byte, the length, and the values. The byte has the type of the length
+    in its lowest 2 bits. The other bits have the number of dimensions, 1."""
     width = sum(len(values) >= 2**bits for bits in (8, 16, 32))
     return bytes([1 << 2 | width]) + np.array([len(values)], SHAPES[width]).tobytes() + values.tobytes()

@@ -60,7 +60,7 @@ class MegatronWriter:
         number of tokens."""
         lengths = np.diff(np.append(starts, tokens).astype(np.int64))
         if lengths.max(initial=0) >= 2**31:
-            raise UsageError(f"a document has {lengths.max()} tokens, but the format stores lengths in 31 bits")
+            raise UsageError(f"a document has {lengths.max()} tokens, but the format stores only lengths below 2^31")
         size = np.dtype(DTYPES[self._code]).itemsize
         with writing(self._files[1], ADVICE), create_file(self._parts[1]) as index:
             index.write(MAGIC + HEADER.pack(1, self._code, len(lengths), len(lengths) + 1))

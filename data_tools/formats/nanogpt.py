@@ -1,8 +1,8 @@
 """Reads and writes nanoGPT's train.bin and val.bin: the ids of a split as uint16, without header. Documents are found by their
 end-of-document token.
 
-meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. For more than 65,536 ids, the usual type is
-uint32. (nanoGPT, data/openwebtext/prepare.py.)
+meta.pkl, the pickled vocabulary of nanoGPT's character-level examples, is not read. If the tokenizer has more than 65,536 ids,
+the usual type is uint32. (nanoGPT, data/openwebtext/prepare.py.)
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ KINDS = ((".bin", ".idx"), (".ds",), (".mds",), (".npy",), (".parquet", ".arrow"
 
 
 def mixed(source: Path) -> list[str]:
-    """Return the suffixes of the files with tokens in a folder, one for each kind of file. Independent."""
+    """Return which kinds of files with tokens a folder contains, as one suffix for each kind. Independent."""
     found = ([end for end in ends if _any(source, f"*{end}")] for ends in KINDS) if source.is_dir() else ()
     return [ends[0] for ends in found if ends]
 

@@ -71,8 +71,8 @@ class SharedMemory:
         return every
 
     def _map(self, path: str, size: int, token: list[int]) -> bool:
-        """Map rank 0's file. Return False if the path cannot be opened, or if it belongs to an unrelated process because rank 0
-        is on another node."""
+        """Map rank 0's file. Return False if the path cannot be opened. Also return False if rank 0 is on another node, so that
+        the path on this node leads to a file of an unrelated process."""
         try:
             handle = os.open(path, os.O_RDWR)
         except OSError:

@@ -76,8 +76,8 @@ def load_boxes(state: Mapping[str, Tensor], held: Mapping[str, Entry], optimizer
 
 
 def bytes_by_use(**tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Return the bytes of memory that the tensors of each use occupy. Memory that several tensors share is counted once.
-    Independent."""
+    """For each argument NAME=tensors, return the bytes of memory that these tensors occupy, by name. Memory that several tensors
+    of one NAME share is counted once. Independent."""
     return {
         what: sum({s.data_ptr(): s.nbytes() for t in some if (s := t.untyped_storage()).nbytes()}.values())
         for what, some in tensors.items()

@@ -132,8 +132,8 @@ class Saver:
             self._stalled += time.monotonic() - began
 
     def wait_for_save(self, must: bool = False, enter: Callable[[str], None] = lambda phase: None) -> None:
-        """Wait for the current save. If the save fails, drop it, and with must=True raise MpidpError on all ranks. enter: called
-        with the name of the phase whenever a rank makes progress. Collective over comm."""
+        """Wait for the current save. If the save fails, drop it, and with must=True raise MpidpError on all ranks. enter: a
+        function, which is called with the name of the phase whenever a rank has made progress. Collective over comm."""
         before, pause = -1, 1e-3
         while True:
             own_flags = self.flags()[:3]

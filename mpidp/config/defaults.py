@@ -66,5 +66,5 @@ def ratio(settings: Settings) -> float:
 
 
 def known_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """Return the settings among `settings` that the strategy `name` uses. Independent."""
+    """Return those of the given settings that the method `name` uses. Independent."""
     return {key: value for key, value in settings.items() if name in METHODS[key]}

@@ -21,8 +21,8 @@ def check_shards(level: int) -> None:
     if level and launched_with_ulfm():
         raise UsageError(
             f"mesh.shard={level} is not supported with mpirun --with-ft ulfm: the shard of a failed rank would be lost, and the "
-            "other ranks could not continue. Start without --with-ft (after a failure, the same command resumes from the last "
-            "checkpoint), or set mesh.shard=0"
+            "other ranks could not continue. Start without --with-ft, or set mesh.shard=0. Without --with-ft, a failure ends the "
+            "job, and the same command resumes from the last checkpoint"
         )
 
 

@@ -166,9 +166,9 @@ class Engine:
         target once.
 
         The stream is divided into windows of seq_len tokens, which are computed independently. The last window may be shorter.
-        max_tokens: if above 0, stop after about this many tokens. Batches of `sequences` windows are distributed over the ranks.
-        The losses of batches are added in order, so the bits do not depend on the number of ranks. replicas: the communicator
-        over which batches are distributed, if several ranks of comm compute a batch together. By default, this is comm. Raises
+        max_tokens: if above 0, stop after about this many tokens. sequences: number of windows per batch. The losses of batches
+        are added in order, so the bits do not depend on the number of ranks. replicas: the communicator over whose ranks the
+        batches are distributed (default: comm). It differs from comm if several ranks of comm compute a batch together. Raises
         DataError if a token id is outside the vocabulary, or if the loss mask excludes all targets. Collective over comm.
         """
         self.model.eval()

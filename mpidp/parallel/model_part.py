@@ -46,7 +46,7 @@ class ModelPartition:
 
     @property
     def plain_norm(self) -> bool:
-        """Whether norm() needs no other ranks, and adds norm blocks of the flat gradient."""
+        """Whether norm() only adds the squares of the norm blocks of this rank's flat gradient, without communication."""
         return self.grid.parts == 1 and self._norm_by_slices is None
 
     def counts(self, name: str) -> bool:
@@ -57,9 +57,10 @@ class ModelPartition:
         return not elsewhere and (part.index == 0 or part.is_cut(name))
 
     def _placed(self, name: str, entry: Entry) -> tuple[str, Entry]:
-        """Return the name and the entry that a checkpoint has for an entry of this part. name: PARAMETER or PARAMETER/KEY, with
-        #NUMBER for one of several boxes. The returned entry has its box in the whole model. If the entry belongs to no parameter,
-        the returned name begins with this part's label."""
+        """Convert a tensor's name and entry in this part of the model to its name and entry in a checkpoint. name: PARAMETER, or
+        PARAMETER/KEY for state that belongs to the parameter, with #NUMBER for one of several boxes. The returned entry has the
+        box of this tensor in the whole model. If the entry belongs to no parameter, the returned name begins with this part's
+        label."""
         number = name.removeprefix(tensor_of(name))
         what, slash, key = tensor_of(name).partition("/")
         whole = self.part.global_name(what)
@@ -139,8 +140,9 @@ class ModelPartition:
 
     def _refuse(self, reader: Reader) -> None:
         raise UsageError(
-            f"{reader.path} has state of a model that was divided in another way (state of comm.compress, or of a strategy.name "
-            "other than synchronous, cannot be divided again): resume with the mesh.tp and mesh.pp of the run"
+            f"{reader.path} has state of comm.compress, or of a strategy.name other than synchronous, for a model that was "
+            "divided in another way. Such state cannot be divided again: resume with the mesh.tp and mesh.pp with which the "
+            "checkpoint was written"
         )
 
     def norm(self, buffer: GradientBuffer, squares: Tensor, flat: Tensor) -> float:

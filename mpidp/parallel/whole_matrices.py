@@ -103,8 +103,8 @@ class WholeMatrices:
         for (name, shape), boxes in sorted(holders.items(), key=lambda one: (-_cost(one[0][1]), one[0])):
             if sum(box.size[0] * box.size[1] for box in boxes) != shape[0] * shape[1]:
                 raise UsageError(
-                    f"the ranks of a tensor-parallel group do not update the same matrices ({name}), because they are on several "
-                    "nodes: use comm.copies=rank"
+                    f"matrix {name}: the ranks of the tensor-parallel group are on several nodes, so they do not update the same "
+                    "matrices: use comm.copies=rank"
                 )
             if filled + shape[0] * shape[1] > ROUND * self._comm.size and filled:
                 self.rounds.append(MatrixRound())
@@ -160,7 +160,9 @@ class WholeMatrices:
         return wholes
 
     def _exchange(self, moves: list[Move], read: Callable[[Box], Matrix], write: Callable[[Box, Matrix], None]) -> None:
-        """Send boxes between ranks in one exchange. moves: the same on every rank. Collective over hidden.comm."""
+        """Send boxes between ranks in one exchange. moves: (source, target, box) of each box to send, the same list on every
+        rank. read: returns the tensors of a box to send. write: stores the tensors of a received box. Collective over
+        hidden.comm."""
         if not moves:
             return
         me, transport, ranks = self._comm.rank, self._transport, range(self._comm.size)

@@ -37,9 +37,9 @@ def unit_of(name: str) -> str:
 
 
 class FlatLayout:
-    """The place of each parameter in a flat tensor of num_elements elements, a multiple of NORM_BLOCK. Units begin at multiples
-    of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model (see docs/vocabulary.md).
-    Independent."""
+    """The place of each parameter in a flat tensor of num_elements elements. num_elements is a multiple of NORM_BLOCK. Units
+    begin at multiples of NORM_BLOCK, so each norm block of a pipeline stage is also a norm block of the whole model (see
+    docs/vocabulary.md). Independent."""
 
     def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         self.parameters = list(reversed(named_parameters))

@@ -18,8 +18,8 @@ def resolve_threads(wanted: int, mesh: Topology) -> int:
 
 
 def resolve_device(wanted: str, mesh: Topology) -> torch.device:
-    """Return cuda:{local_rank % device_count}, or cpu. Raises UsageError if cuda is wanted but not available.
-    Independent."""
+    """Return the device of this rank: cpu, or the GPU with the number local_rank % device_count. Raises UsageError if cuda is
+    wanted but not available. Independent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"train.device=cuda, but torch finds no CUDA device on {mesh.host}. Use train.device=cpu, or install a CUDA build of "

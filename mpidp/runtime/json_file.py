@@ -126,7 +126,7 @@ def _check_object(value: Any, schema: Any, place: str) -> None:
 
 @cache
 def _keys(schema: Any) -> dict[str, tuple[Any, bool]]:
-    """Return (type, whether it is required) of each key of a TypedDict."""
+    """Return, for each key of a TypedDict, its type and whether the key is required."""
     plain, marked = get_type_hints(schema), get_type_hints(schema, include_extras=True)
     required = {Required: True, NotRequired: False}
     return {key: (kind, required.get(get_origin(marked[key]), key in schema.__required_keys__)) for key, kind in plain.items()}

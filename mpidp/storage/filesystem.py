@@ -32,8 +32,8 @@ def open_filesystem(address: Address, name: str, **options: Any) -> tuple[Any, s
         ) from None
     except ValueError as error:
         raise UsageError(
-            f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}); known are s3, gs, az, http and "
-            "https, and others of fsspec"
+            f"{named(name, address)}: {address.protocol}:// is not a known protocol ({error}). Use s3, gs, az, http, https, or "
+            "another protocol of fsspec"
         ) from None
     except Exception as error:
         reason = without_secrets(f"{type(error).__name__}: {error}")

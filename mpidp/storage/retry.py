@@ -24,7 +24,7 @@ class Retries:
     """Makes the requests of one store. Thread-safe. Independent."""
 
     def __init__(self, seconds: float, setting: str = "data.retry_seconds") -> None:
-        """seconds: how long a failed request is repeated. setting: the setting of this limit, for errors."""
+        """seconds: how long a failed request is repeated. setting: the name of the setting that has this limit, for errors."""
         self.seconds, self._setting = seconds, setting
         self.failures = 0  # number of failed tries
         self._answered = False

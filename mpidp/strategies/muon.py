@@ -1,7 +1,7 @@
 """Muon (Jordan 2024) and NorMuon (Li 2025, arXiv 2510.05491) for matrices, or boxes of matrices, on one or several ranks.
 
 A rank computes momentum, weight decay and the update element by element, on the elements that it holds. Only the update direction
-of a matrix is gathered on one rank, which makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer
+of a matrix is gathered on one rank. This rank makes the whole matrix orthogonal (parallel/whole_matrices.py). Therefore optimizer
 state and checkpoints are the same on every mesh.
 """
 
@@ -51,7 +51,8 @@ class Muon:
         self, name: str, hidden: Hidden, held: Sequence[HeldElements], weight_decay: float, cautious: bool = False,
         warmup: int = 0,
     ) -> None:
-        """name: muon or normuon. held: the elements of this rank. The second state of NorMuon has one value per row, which is
+        """name: muon or normuon. hidden: all hidden matrices, and the ranks that update them. held: the elements of this rank.
+        The second state tensor of NorMuon has one value per row, which is
         repeated along the row. cautious: decay only elements that the update moves towards 0. warmup: number of updates over
         which the momentum rises to its final value. Collective over hidden.comm."""
         self._name, self._decay, self._cautious, self._warmup = name, weight_decay, cautious, warmup
@@ -104,8 +105,8 @@ class Muon:
 
 
 def decay_towards_zero(p: Tensor, update: Tensor, rate: float) -> None:
-    """Subtract rate p from the elements of p that have the sign of the update, which will be subtracted (cautious weight decay,
-    Chen 2025, arXiv 2510.12402). Pure, except for p."""
+    """Make cautious weight decay (Chen 2025, arXiv 2510.12402). The caller will subtract the update from p. Elements of p that
+    the update moves towards 0 are multiplied by 1 - rate. Other elements stay the same. Pure, except for p."""
     p.sub_(p * (p * update >= 0), alpha=rate)
 
 

@@ -78,14 +78,15 @@ class Optimizer:
     ) -> None:
         """Weight decay applies to tensors with two or more dimensions. name: adamw, adam, sgd (with momentum beta1), muon or
         normuon. muon and normuon use Muon (muon.py) for the hidden matrices and AdamW for the other parameters. parameters,
-        gradients: (num_elements,). share: (index, count) of the share that this rank updates. bounds: the count + 1 bounds of the
-        shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of ALIGN, and the hidden
-        matrices are distributed in the order of their cost. holds: the indices of the shares whose state this rank stores
-        (default: all). With `holds`, the caller saves the state. hidden: the hidden matrices and the ranks that update them
-        together (default: none). cautious, momentum_warmup: the settings of section optim. padded: whether the zeros after a
-        parameter are updated with it; they stay 0. Then torch computes every element in a whole vector; AdamW rounds elements
-        outside of whole vectors otherwise. So the bits do not depend on how tensor parallelism cuts a parameter. Collective over
-        hidden.comm."""
+        gradients: (num_elements,). share: (index, count). This rank updates share number `index` of `count` shares. bounds: the
+        count + 1 bounds of the shares, none of which is inside a hidden matrix. Without `bounds`, shares are cut at multiples of
+        ALIGN, and the hidden matrices are distributed in the order of their cost. holds: the indices of the shares whose state
+        this rank stores (default: all). With `holds`, state_dict() must not be used, and the caller saves the state. hidden: the
+        hidden matrices and the ranks that update them together (default: none). cautious, momentum_warmup: the settings of
+        section optim. padded: whether the zeros that fill the buffer after a parameter are updated with the parameter. They stay
+        0. With them, torch computes every element of the parameter with SIMD instructions. Without them, torch computes the last
+        elements one by one, and AdamW rounds such elements differently. Therefore, with `padded`, the bits do not depend on how
+        tensor parallelism cuts a parameter. Collective over hidden.comm."""
         if name not in (*MOMENTS, *MATRIX_STATE):
             raise ValueError(f"unknown optimizer {name!r}")
         self._layout, self._name = layout, name
@@ -256,8 +257,8 @@ class ShardedOptimizer:
 
 
 def _order(layout: FlatLayout, hidden: Hidden) -> dict[str, int]:
-    """Return the names of the hidden matrices, with their positions in the order of decreasing cost. If the matrices are assigned
-    to the shares in turn in this order, all shares cost about the same."""
+    """Return {name: position} of the hidden matrices, in the order of decreasing cost. The matrix at position i belongs to share
+    number i mod (number of shares). Therefore all shares cost about the same."""
     found = [(p.numel() * min(p.shape), name) for _, name, p in layout.placed() if name in hidden.names]
     return {name: i for i, (_, name) in enumerate(sorted(found, reverse=True))}
 

@@ -283,8 +283,8 @@ class Quorum(Synchronous):
         self._closing = True
 
     def close(self) -> None:
-        """Stop the thread, and receive the remaining notices on rank 0. If a round is in progress, all ranks must end at the same
-        batch. Collective over compute_comm."""
+        """Stop the thread, and receive the remaining notices on rank 0. If a round is in progress, all ranks must have
+        contributed the same number of batches. Collective over compute_comm."""
         self._closing = True
         self._background.close()
         sent = self.compute_comm.allgather(self._notices)

@@ -43,8 +43,8 @@ ANSWERED, NORM, SKIPPED = range(3)  # fields of an answer: version of the slice;
 
 
 class Server(Synchronous):
-    """Implements the parameter server. Workers push slot 0 of their gradient buffer. Servers receive into slot 1 and sum in slot
-    0 of theirs."""
+    """Implements the parameter server. A worker pushes slot 0 of its gradient buffer. A server receives into slot 1 of its own
+    gradient buffer, and sums in slot 0."""
 
     survives_failures = False
     synchronizes_always = False

@@ -230,7 +230,7 @@ class Synchronous:
         """Do nothing: ranks may run different numbers of forward passes. Independent."""
 
     def flats(self) -> dict[str, Tensor]:
-        """Return the flat tensors that must be equal on all replicas, by the suffix of their names. Independent."""
+        """Return {suffix: flat tensor} for the tensors that must be equal on all replicas (see Strategy). Independent."""
         return {"": self.flat} | (self.optimizer.moments() if self.optimizer is not None else {})
 
     def held(self) -> dict[str, int]:

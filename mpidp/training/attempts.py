@@ -146,7 +146,7 @@ class RunAttempts:
 
     def go_back(self, damage: Damaged) -> None:
         """Drop the damaged state, so that the next attempt starts from the last checkpoint. After MAX_RETURNS returns, raise
-        `damage` instead. Independent."""
+        `damage` instead. Returns because of skipped batches do not count. Independent."""
         self._next_batch, self.job, self.stop = damage.next_batch, None, None
         self.crew.returns += not self._next_batch
         if self.crew.returns > MAX_RETURNS:

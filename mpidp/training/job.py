@@ -96,8 +96,8 @@ class Job:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Return a context for a phase of the step, whose time is measured. The context yields a function that returns the
-        seconds since its start. Independent."""
+        """Return a context for a phase of the step. The time of the phase is measured. The context yields a function that returns
+        the seconds since its start. Independent."""
         self.services.observers.enter(name)
         with self.services.clock.timed(name) as seconds:
             yield seconds

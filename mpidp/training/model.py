@@ -49,7 +49,7 @@ def make_model(plan: RunPlan, transport: Messages, module: Any = None) -> Traine
     positions, dtype = config.train.micro_batch * config.model.seq_len, getattr(torch, config.train.dtype)
     rows = chunk_rows(config.train.loss, plan.shape, positions)
     if (slices := config.model.slices) > 1:
-        tree = TreeComm(grid, transport)
+        tree = TreeComm(grid, transport, config.mesh.sequence)
         token_losses = sliced_loss(module, slices, rows or positions, dtype, tree)
         slice_layers(module, slices, tree)
         return TrainedModel(module, trained(module), parts, token_losses, origin)

@@ -204,8 +204,8 @@ class Replay:
         close(job)
 
     def _inside(self, batch: Any) -> list[dict[str, Any]]:
-        """Compute each micro-batch of the batch separately, in a spare slot. Return its mean loss and gradient norm for each
-        micro-batch. Collective over job.comm."""
+        """Compute each micro-batch of the batch separately, in a spare slot. Return a row for each micro-batch, with its mean
+        loss and its gradient norm. Collective over job.comm."""
         from mpidp.comm.slices import global_norm
         from mpidp.faults.audit import SpareSlot
         from mpidp.parallel.schedule import one_f_one_b
@@ -277,13 +277,13 @@ def check_method(
         return
     said = f"{record.path} was trained with comm.compress={compress}"
     if settings.get("mesh.tp", 1) * settings.get("mesh.pp", 1) > 1:
-        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1: replay supports compression with data parallelism only")
+        raise UsageError(f"{said} and mesh.tp or mesh.pp above 1: replay supports compression only without them")
     ranks = record.ranks_in(start, last) or {saved_ranks or size}
     if len(ranks) > 1:
         numbers = ", then ".join(map(str, (record.ranks[at] for at in sorted(record.ranks) if record.ranks[at] in ranks)))
         raise UsageError(
             f"{said} on {numbers} ranks between step {start} and step {last}: compression errors of the lost ranks were not "
-            f"recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or after the next checkpoint"
+            f"recorded. Replay steps up to {min(at for at in record.ranks if at > start)}, or steps after the next checkpoint"
         )
     if ranks != {size}:
         (number,) = ranks

@@ -45,8 +45,9 @@ class StepReport:
 
 def exchange_reports(job: Job, done: Computed, seconds: float, stop: bool) -> StepReport:
     """Exchange the reports of this step with all ranks. If this step is not a meeting of the strategy, keep this rank's report
-    for the next exchange. When this call returns, no rank is still copying the state for a checkpoint, so an update may change
-    the state. Collective over job.comm if this step is a meeting, else independent."""
+    for the next exchange. The call first waits until this rank has copied its state for a checkpoint, because the next update
+    changes the state. At a meeting, all ranks have copied their state when the call returns. Collective over job.comm if this
+    step is a meeting, else independent."""
     clock, step = job.services.clock, job.position.step + 1
     with clock.timed("stall"):  # the part of comm_wait without communication
         job.saver.wait_for_recent_save(step)

@@ -64,14 +64,14 @@ class TaskEvaluation:
 
 
 def options_of(config: Config) -> TaskOptions:
-    """Return the tasks of train.eval_tasks. Pure."""
+    """Return the names of the tasks in train.eval_tasks, and the options for evaluating them. Pure."""
     names = [name.strip() for name in config.train.eval_tasks.split(",")]
     return TaskOptions(names, config.train.eval_tasks_dir, limit=config.train.eval_tasks_limit)
 
 
 def tasks_of(plan: RunPlan, before: TaskEvaluation | None) -> dict[str, Any] | None:
-    """Load the tasks of train.eval_tasks on rank 0. Return None on other ranks, and if there are none. before: the tasks of the
-    job that this job continues.
+    """Load the tasks of train.eval_tasks on rank 0. Return None on other ranks, and if there are none. before: the TaskEvaluation
+    of the job that this job continues, or None.
 
     Raises UsageError if lm-eval is not installed or a task is unknown, and DataError if a task cannot be read. Collective over
     plan.world.

@@ -109,7 +109,7 @@ def test_what_a_config_cannot_take_is_listed_with_the_reason() -> None:
     assert "no rank remains" in alone["server-async"].refused and "nothing is sent" in alone["powersgd"].refused
     assert alone["topk"].sent_bytes == 0 and recommend(list(alone.values()), tried=False)[0] == "synchronous"
     assert [row.method for row in predict(CONFIG, 1024, SLOW, 0.1, ["topk"])] == ["synchronous", "topk"]
-    with pytest.raises(UsageError, match="unknown: top; known are synchronous, bf16"):
+    with pytest.raises(UsageError, match="--methods: top: no such method; the methods are synchronous, bf16"):
         predict(CONFIG, 1024, SLOW, 0.1, ["top"])
 
 

@@ -229,7 +229,7 @@ def test_long_rows_may_be_cut(tmp_path: Path) -> None:
     ({"bos": "x"}, UsageError, "--bos x must"), ({"special": "x"}, UsageError, "--special x must"),
     ({"form": "prompt_completion", "seq_len": 8, "split": "text"}, UsageError, "would cut rows in two"),
     ({"seq_len": 8}, UsageError, "--seq-len and --truncate"), ({"chat_template": "x"}, UsageError, "applies to --format chat"),
-    ({"repeat": True}, UsageError, "--repeat needs it"),
+    ({"repeat": True}, UsageError, "above 0 with --repeat"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type, words: str

@@ -5,7 +5,8 @@ There are P ranks, n bytes of gradients, a link of latency a and bandwidth B per
 | what | seconds |
 |---|---|
 | reducer allreduce | 2 (P-1)/P n / B + 2 (P-1) a per piece, for a ring that leaves each node once (Patarasuk & Yuan 2009) |
-| reducer tree | the same with P nodes if ranks share memory, else with P ranks; on one node (P-1)/P n / B, read from memory |
+| reducer tree | as allreduce; if ranks share memory, P is the number of nodes |
+| reducer tree on one node | (P-1)/P n / B, because ranks read gradients from memory |
 | comm.compress | (bytes from a node to other nodes) / B + 2 (P-1) a per exchange; powersgd has two exchanges per bucket |
 | allgather of a few numbers | 2 ceil(log2 P) a |
 

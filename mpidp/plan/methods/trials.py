@@ -141,8 +141,8 @@ def find_cluster(config: Config, options: TrialOptions, world: MPI.Intracomm) ->
         return cluster, found[0]
     if world.size == 1:
         raise UsageError(
-            "the link speed is not known (no cluster.json): run `mpirun -np N python -m mpidp.doctor` on the nodes of the job "
-            "and give its file with --cluster, give --link=MBIT,MS, or start this command with mpirun"
+            "the link speed is not known, because there is no cluster.json. Do one of these: write cluster.json with `mpirun -np "
+            "N python -m mpidp.doctor` on the nodes of the job, give --link=MBIT,MS, or start this command with mpirun"
         )
     mesh = make_topology(world)
     hosts = [host for host, size in zip(mesh.hosts, mesh.node_sizes, strict=True) for _ in range(size)]

@@ -41,7 +41,7 @@ class PowerSGD(CompressionMethod):
         return rows, cols, r if r * (rows + cols) < rows * cols else 0
 
     def _matrices(self, bucket: Bucket) -> Iterator[tuple[str, slice, int, int, int]]:
-        """Yield (name, place in the bucket, rows, cols, r) of the compressed matrices."""
+        """For each compressed matrix, yield its name, its place in the bucket, and the result of thin()."""
         for name, shape, offset in zip(bucket.names, bucket.shapes, bucket.offsets, strict=True):
             rows, cols, r = self.thin(shape)
             if r:
